@@ -1,0 +1,86 @@
+"""GradPruner: make an open LLM about 40 % smaller for your own task.
+
+    trace = gradpruner.record_gradients(model, dataset, steps=40)   # or GradientRecorder() in any Trainer
+    scores = gradpruner.score_layers(trace)
+    plan = gradpruner.plan_pruning(scores, num_prune=13, num_merge=3)
+    gradpruner.prune_(model, plan, trace)                            # in memory, in place
+
+Names are loaded when first used; importing the package imports nothing else.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from gradpruner._version import __version__
+
+if TYPE_CHECKING:
+    from gradpruner.config import Recipe, load_recipe
+    from gradpruner.data import Example, load_examples
+    from gradpruner.encoding import encode_all
+    from gradpruner.errors import GradPrunerError
+    from gradpruner.evaluation import evaluate
+    from gradpruner.merging import element_importance, merge_linear
+    from gradpruner.pipeline import run
+    from gradpruner.plan import PruningPlan, plan_pruning
+    from gradpruner.recording import GradientRecorder, record_gradients
+    from gradpruner.scores import LayerScores, score_layers
+    from gradpruner.surgery import prune_
+    from gradpruner.trace import GradientTrace
+    from gradpruner.training import finetune
+
+_HOMES = {
+    "Example": "data",
+    "GradPrunerError": "errors",
+    "GradientRecorder": "recording",
+    "GradientTrace": "trace",
+    "LayerScores": "scores",
+    "PruningPlan": "plan",
+    "Recipe": "config",
+    "element_importance": "merging",
+    "encode_all": "encoding",
+    "evaluate": "evaluation",
+    "finetune": "training",
+    "load_examples": "data",
+    "load_recipe": "config",
+    "merge_linear": "merging",
+    "plan_pruning": "plan",
+    "prune_": "surgery",
+    "record_gradients": "recording",
+    "run": "pipeline",
+    "score_layers": "scores",
+}
+
+__all__ = [
+    "Example",
+    "GradPrunerError",
+    "GradientRecorder",
+    "GradientTrace",
+    "LayerScores",
+    "PruningPlan",
+    "Recipe",
+    "__version__",
+    "element_importance",
+    "encode_all",
+    "evaluate",
+    "finetune",
+    "load_examples",
+    "load_recipe",
+    "merge_linear",
+    "plan_pruning",
+    "prune_",
+    "record_gradients",
+    "run",
+    "score_layers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradpruner' has no attribute '{name}'")
+    return getattr(import_module(f"gradpruner.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

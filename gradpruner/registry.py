@@ -1,0 +1,57 @@
+"""Named things a recipe can ask for: methods, tasks, merge rules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Generic, TypeVar
+
+from gradpruner.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """Returns ' Did you mean ...?' when one of `allowed` is close to `word`, else ''."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+class Registry(Generic[T]):
+    """A dictionary whose failed look-up tells what there is.
+
+    Args:
+        kind: What the entries are called in messages, singular ("task").
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that files the decorated object under `name`; a name is taken only once."""
+
+        def file(entry: T) -> T:
+            if name in self._entries:
+                raise ConfigError(f"{self.kind} '{name}' is registered twice.")
+            self._entries[name] = entry
+            return entry
+
+        return file
+
+    def find(self, name: str) -> T:
+        """Returns the entry called `name`.
+
+        Raises:
+            ConfigError: If there is none; the message lists the names and the nearest one.
+        """
+        if name not in self._entries:
+            raise ConfigError(
+                f"Unknown {self.kind} '{name}'.{suggest(name, self._entries)}",
+                hint=f"Available: {', '.join(self.names())}.",
+            )
+        return self._entries[name]
+
+    def names(self) -> list[str]:
+        """Returns the registered names, sorted."""
+        return sorted(self._entries)
