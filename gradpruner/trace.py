@@ -1,0 +1,396 @@
+"""GradientTrace: the LoRA gradients of the first steps, as layer energies and as factors.
+
+Shape suffixes: S steps, K linears (of all layers), N linears of one shape, O out_features, I in_features,
+R LoRA rank.
+
+The energy of a linear at a step is `||G||_F**2`, the squared Frobenius norm of the simulated gradient
+`G = grad_B @ grad_A`. It is `<grad_B^T grad_B, grad_A grad_A^T>`, two R x R products, so a layer score never
+needs an (out, in) matrix. The factors themselves are kept for merging: one safetensors file a step, written
+by a thread, so that at most two steps' factors are in host memory at a time.
+
+On disk a trace is a folder: `trace.json`, `energies.safetensors` and `factors/step-00001.safetensors` ...
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gradpruner.errors import IntegrityError, PlanError, ShapeError
+from gradpruner.files import read_json, save_tensors, write_json
+from gradpruner.merging import Factors
+
+TRACE_FILE = "trace.json"
+ENERGIES_FILE = "energies.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """One linear of one decoder layer.
+
+    Attributes:
+        layer: Index of the decoder layer, from 0.
+        name: Its path inside the layer, e.g. "self_attn.q_proj".
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        rank: LoRA rank r.
+    """
+
+    layer: int
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """What was recorded and under which conditions.
+
+    Attributes:
+        num_layers: Decoder layers of the model.
+        linears: The recorded linears; the order of every K dimension.
+        model: Fingerprint of the model (see `family.fingerprint`).
+        adapter: "lora", "rslora", "dora" or "qlora".
+        alpha: LoRA alpha.
+        clip: Norm the gradients were clipped to before recording, or None for raw gradients.
+        seed: Seed of the run.
+        complete: False when recording stopped before the asked number of steps.
+        losses: Training loss per logged step; may be shorter than the steps.
+        learning_rates: Learning rate of every recorded step.
+        notes: Anything unusual, in words.
+        data_sha256: Hash of the training data, when known.
+    """
+
+    num_layers: int
+    linears: tuple[LinearRef, ...]
+    model: str = ""
+    adapter: str = "lora"
+    alpha: float = 0.0
+    clip: float | None = None
+    seed: int | None = None
+    complete: bool = True
+    losses: tuple[float, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+    data_sha256: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """The LoRA rank, the largest when linears differ."""
+        return max(ref.rank for ref in self.linears)
+
+    def groups(self) -> list[list[int]]:
+        """Positions of the linears that share one shape, in order of first appearance."""
+        by_shape: dict[tuple[int, int, int], list[int]] = {}
+        for k, ref in enumerate(self.linears):
+            by_shape.setdefault((ref.out_features, ref.in_features, ref.rank), []).append(k)
+        return list(by_shape.values())
+
+
+def gram_energies(grad_b_NOR: Tensor, grad_a_NRI: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared Frobenius norms of N simulated gradients, without forming one.
+
+    `||B A||_F**2 = <B^T B, A A^T>`. The factors are first divided by their largest entry, because
+    squares of real gradients leave the range of fp32; the unit is returned beside the result.
+
+    Args:
+        grad_b_NOR: Gradients of LoRA B, shape (N, out_features, rank), any float dtype.
+        grad_a_NRI: Gradients of LoRA A, shape (N, rank, in_features).
+
+    Returns:
+        energy_N and unit_N, float32 on the input's device: `||G_n||_F**2 = energy_N * unit_N**2`.
+        Multiply in float64. A NaN or Inf anywhere makes that linear's unit non-finite.
+
+    Source: GradPruner, Eq. 2 and 4; relative error about 1e-7.
+    """
+    if grad_b_NOR.shape[0] != grad_a_NRI.shape[0] or grad_b_NOR.shape[2] != grad_a_NRI.shape[1]:
+        raise ShapeError(
+            f"LoRA gradients of shape {tuple(grad_b_NOR.shape)} and {tuple(grad_a_NRI.shape)} "
+            "do not belong together."
+        )
+    b_NOR, a_NRI = grad_b_NOR.float(), grad_a_NRI.float()
+    max_b_N = torch.linalg.vector_norm(b_NOR, ord=torch.inf, dim=(1, 2))
+    max_a_N = torch.linalg.vector_norm(a_NRI, ord=torch.inf, dim=(1, 2))
+    gram_b_NRR = _scaled_gram(b_NOR.mT, max_b_N)
+    gram_a_NRR = _scaled_gram(a_NRI, max_a_N)
+    return (gram_b_NRR * gram_a_NRR).sum(dim=(1, 2)), max_b_N * max_a_N
+
+
+def _scaled_gram(factor_NRX: Tensor, max_N: Tensor) -> Tensor:
+    scaled = factor_NRX / max_N.clamp_min(1e-38)[:, None, None]
+    return scaled @ scaled.mT
+
+
+class GradientTrace:
+    """Immutable evidence of the first fine-tuning steps.
+
+    Args:
+        info: What was recorded.
+        energies_SK: Squared Frobenius norm of every simulated gradient, shape (steps, linears), fp64.
+        folder: Where the factor files are, or None.
+        factors: Factors per step in host memory, used when there is no folder.
+    """
+
+    def __init__(
+        self,
+        info: TraceInfo,
+        energies_SK: Tensor,
+        folder: Path | None = None,
+        factors: Sequence[dict[str, Tensor]] | None = None,
+    ) -> None:
+        if energies_SK.shape[1] != len(info.linears):
+            raise ShapeError(
+                f"{energies_SK.shape[1]} energies a step for {len(info.linears)} linears."
+            )
+        self.info = info
+        self.energies_SK = energies_SK.double()
+        self.folder = folder
+        self._factors = factors
+        self._position = {
+            k: (g, i) for g, members in enumerate(info.groups()) for i, k in enumerate(members)
+        }
+        self._index = {(ref.layer, ref.name): k for k, ref in enumerate(info.linears)}
+
+    @property
+    def num_steps(self) -> int:
+        """Recorded optimizer steps t, those that contributed nothing included."""
+        return self.energies_SK.shape[0]
+
+    @property
+    def effective_steps(self) -> int:
+        """Steps with any energy. LoRA B starts at zero, so the first step never has any."""
+        return int((self.energies_SK.sum(dim=1) > 0).sum())
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether element importance can be formed, hence layers merged."""
+        return self._factors is not None or (
+            self.folder is not None and self._factor_file(0).exists()
+        )
+
+    def layer_energies(self, power: float = 1.0) -> Tensor:
+        """Energies summed over the linears of every layer.
+
+        Args:
+            power: Applied to each linear's energy before summing; 0.5 gives Frobenius norms.
+
+        Returns:
+            Shape (steps, layers), float64.
+        """
+        layers_K = torch.tensor([ref.layer for ref in self.info.linears])
+        out_SL = torch.zeros(self.num_steps, self.info.num_layers, dtype=torch.float64)
+        return out_SL.index_add_(1, layers_K, self.energies_SK**power)
+
+    def linear_names(self, layer: int) -> list[str]:
+        """Names of the recorded linears of one layer."""
+        return [ref.name for ref in self.info.linears if ref.layer == layer]
+
+    def factors(self, layer: int, name: str) -> Factors:
+        """The LoRA gradients of one linear over all steps, float32 on the CPU.
+
+        Raises:
+            PlanError: If this linear was not recorded, or the trace holds energies only.
+        """
+        if (layer, name) not in self._index:
+            raise PlanError(
+                f"The trace holds no gradients of '{name}' in layer {layer}.",
+                hint=f"Recorded there: {', '.join(self.linear_names(layer)) or 'nothing'}.",
+            )
+        if not self.has_factors:
+            raise PlanError(
+                "This trace holds layer energies only; merging needs the factor history.",
+                hint="Record again with keep_factors=True, or plan with num_merge=0.",
+            )
+        group, row = self._position[self._index[layer, name]]
+        grad_b, grad_a = [], []
+        for step in range(self.num_steps):
+            b, a = self._read_step(step, group, row)
+            grad_b.append(b)
+            grad_a.append(a)
+        return Factors(torch.stack(grad_b).float(), torch.stack(grad_a).float())
+
+    def _factor_file(self, step: int) -> Path:
+        assert self.folder is not None
+        return factor_file(self.folder, step)
+
+    def _read_step(self, step: int, group: int, row: int) -> tuple[Tensor, Tensor]:
+        if self._factors is not None:
+            tensors = self._factors[step]
+            return tensors[f"grad_b.{group}"][row], tensors[f"grad_a.{group}"][row]
+        path = self._factor_file(step)
+        try:
+            with safe_open(path, framework="pt") as file:  # memory-mapped: only this row is read
+                return file.get_slice(f"grad_b.{group}")[row], file.get_slice(f"grad_a.{group}")[row]
+        except Exception as error:
+            raise IntegrityError(
+                f"The recorded gradients in {path} cannot be read: {error}.",
+                hint="Delete the trace folder and record again.",
+            ) from error
+
+    def save(self, folder: Path) -> Path:
+        """Writes `trace.json` and the energies; factors in memory are written too."""
+        if self._factors is not None:
+            for step, tensors in enumerate(self._factors):
+                save_tensors(factor_file(folder, step), tensors, {})
+        save_tensors(folder / ENERGIES_FILE, {"energies": self.energies_SK}, {})
+        write_json(folder / TRACE_FILE, {"format_version": FORMAT_VERSION, **asdict(self.info)})
+        return folder / TRACE_FILE
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GradientTrace:
+        """Reads a trace folder.
+
+        Raises:
+            IntegrityError: If a file is missing, damaged or disagrees with the others.
+        """
+        folder = Path(folder)
+        raw = read_json(folder / TRACE_FILE, "gradient trace")
+        try:
+            version = raw.pop("format_version")
+            linears = tuple(LinearRef(**ref) for ref in raw.pop("linears"))
+            for key in ("losses", "learning_rates", "notes"):
+                raw[key] = tuple(raw[key])
+            info = TraceInfo(linears=linears, **raw)
+            with safe_open(folder / ENERGIES_FILE, framework="pt") as file:
+                energies_SK = file.get_tensor("energies")
+            if version != FORMAT_VERSION or energies_SK.ndim != 2:
+                raise ValueError(f"format version {version}")
+            trace = cls(info, energies_SK, folder)
+        except IntegrityError:
+            raise
+        except Exception as error:
+            raise IntegrityError(
+                f"{folder} does not hold a usable gradient trace: {error}.",
+                hint="Record again.",
+            ) from error
+        if not bool(torch.isfinite(energies_SK).all()):
+            raise IntegrityError(f"The trace in {folder} holds NaN or Inf.", hint="Record again.")
+        return trace
+
+    def bytes_on_disk(self) -> int:
+        """Size of the trace folder in bytes; 0 when the trace lives in memory."""
+        if self.folder is None:
+            return 0
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def factor_file(folder: Path, step: int) -> Path:
+    """Path of the factors of one step (0-based in code, 1-based in the name)."""
+    return folder / "factors" / f"step-{step + 1:05d}.safetensors"
+
+
+def factor_bytes(linears: Sequence[LinearRef], steps: int) -> int:
+    """Bytes of the factor history in float32: 4 * rank * (in + out) per linear and step."""
+    return 4 * steps * sum(ref.rank * (ref.in_features + ref.out_features) for ref in linears)
+
+
+class TraceWriter:
+    """Collects a trace step by step.
+
+    Host memory: the factors of two steps when `folder` is given (one being written, one being
+    filled), of all steps otherwise; energies are 8 bytes per linear and step.
+
+    Args:
+        linears: What every step brings, in order.
+        folder: Where factors go; None keeps them in memory.
+        keep_factors: False records energies only, kilobytes in all.
+    """
+
+    def __init__(
+        self, linears: Sequence[LinearRef], folder: Path | None, keep_factors: bool = True
+    ) -> None:
+        self.info = TraceInfo(num_layers=0, linears=tuple(linears))
+        self.folder = folder
+        self.keep_factors = keep_factors
+        self._groups = self.info.groups()
+        self._energies: list[Tensor] = []
+        self._memory: list[dict[str, Tensor]] = []
+        self._pool = ThreadPoolExecutor(max_workers=1) if folder and keep_factors else None
+        self._pending: Future[None] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps taken in so far."""
+        return len(self._energies)
+
+    def add_step(self, grad_b: Sequence[Tensor], grad_a: Sequence[Tensor]) -> int | None:
+        """Takes in one step's gradients, one pair per linear, on any device.
+
+        Returns:
+            None when all are finite; else the position of the first linear that is not, and the step
+            is not recorded.
+        """
+        energy_K = torch.empty(len(self.info.linears), dtype=torch.float64)
+        host: dict[str, Tensor] = {}
+        for g, members in enumerate(self._groups):
+            b_NOR = torch.stack([grad_b[k].detach() for k in members])
+            a_NRI = torch.stack([grad_a[k].detach() for k in members])
+            energy_N, unit_N = gram_energies(b_NOR, a_NRI)
+            energy_K[members] = energy_N.cpu().double() * unit_N.cpu().double() ** 2
+            if self.keep_factors:
+                host[f"grad_b.{g}"] = b_NOR.float().cpu()
+                host[f"grad_a.{g}"] = a_NRI.float().cpu()
+        if not bool(torch.isfinite(energy_K).all()):
+            return int((~torch.isfinite(energy_K)).nonzero()[0])
+        self._store(host)
+        self._energies.append(energy_K)
+        return None
+
+    def _store(self, host: dict[str, Tensor]) -> None:
+        if not self.keep_factors:
+            return
+        if self._pool is None:
+            self._memory.append(host)
+            return
+        assert self.folder is not None
+        path = factor_file(self.folder, self.num_steps)
+        self._wait()
+        self._pending = self._pool.submit(save_tensors, path, host, {})
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            self._pending.result()  # re-raises a full disk in the training thread
+
+    def finish(self, info: TraceInfo) -> GradientTrace:
+        """Waits for the last file, writes the index, and returns the trace.
+
+        Raises:
+            IntegrityError: If not a single step was recorded.
+        """
+        self._wait()
+        if self._pool is not None:
+            self._pool.shutdown()
+        if not self._energies:
+            raise IntegrityError("No step was recorded.", hint="See the messages above.")
+        energies_SK = torch.stack(self._energies)
+        memory = self._memory if self._memory else None
+        trace = GradientTrace(info, energies_SK, self.folder, memory)
+        if self.folder is not None:
+            trace.save(self.folder)
+        return trace
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN; returns None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
+def trace_digest(trace: GradientTrace) -> str:
+    """SHA-256 over the recorded energies and what they belong to."""
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps(asdict(trace.info), sort_keys=True).encode())
+    digest.update(trace.energies_SK.numpy().tobytes())
+    return digest.hexdigest()
