@@ -1,0 +1,405 @@
+"""Recording LoRA gradients while a Trainer trains: a plain callback, and a function that runs it.
+
+    recorder = GradientRecorder(steps=40)
+    SFTTrainer(model, args=..., train_dataset=..., peft_config=..., callbacks=[recorder]).train()
+    scores = score_layers(recorder.trace)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from gradpruner.errors import ConfigError, ModelError, NonFiniteError
+from gradpruner.family import LayeredModel, fingerprint
+from gradpruner.trace import GradientTrace, LinearRef, TraceInfo, TraceWriter
+
+log = logging.getLogger(__name__)
+
+MIN_STEPS = 2
+DEFAULT_STEPS = 40
+
+
+def default_steps(planned_steps: int) -> int:
+    """Optimizer steps to record: 1 % of the planned fine-tuning steps, at least 40."""
+    return max(DEFAULT_STEPS, math.ceil(planned_steps * 0.01))
+
+
+def check_steps(steps: int) -> None:
+    """Raises ConfigError for a number of steps that cannot tell layers apart."""
+    if steps < MIN_STEPS:
+        raise ConfigError(
+            f"steps = {steps}; at least {MIN_STEPS} are needed, because LoRA B is zero at the first "
+            "step, so that step contributes exactly nothing.",
+            hint=f"The default is {DEFAULT_STEPS}.",
+        )
+
+
+class GradientRecorder(TrainerCallback):  # type: ignore[misc]
+    """Records the LoRA gradients of the first optimizer steps of any Hugging Face Trainer.
+
+    Works with LoRA, rsLoRA, DoRA and QLoRA through PEFT, with gradient accumulation, bf16, the fp16
+    scaler, DDP and FSDP2. Reads gradients where the Trainer calls `on_pre_optimizer_step`: once per
+    optimizer step, accumulated, reduced, un-scaled, and clipped when `max_grad_norm` is set (as in the
+    released code; clipping by c scales that step's energy by c**4).
+
+    Memory: layer energies are kilobytes. Factors are float32 on the host, `trace.factor_bytes` in all;
+    with a `folder` they go to disk and at most two steps' worth is in memory. Nothing stays on the
+    training device.
+
+    Args:
+        steps: Optimizer steps to record, >= 2. The default of 40 suits short runs; 1 % of the planned
+            steps is the paper's rule.
+        folder: Where the trace is written; None keeps it in host memory.
+        keep_factors: False keeps only layer energies: enough to score and to drop layers, not to merge.
+        stop_training: True ends training after the last recorded step; False lets it go on.
+        on_non_finite: "stop" ends training at the first NaN or Inf loss or gradient, keeps what was
+            recorded and raises NonFiniteError; "skip" leaves that step out and goes on. A step the
+            fp16 scaler is about to skip is always just left out.
+
+    Raises:
+        ConfigError: If `steps` < 2 or `on_non_finite` is unknown.
+    """
+
+    def __init__(
+        self,
+        steps: int = DEFAULT_STEPS,
+        folder: str | Path | None = None,
+        *,
+        keep_factors: bool = True,
+        stop_training: bool = False,
+        on_non_finite: str = "stop",
+    ) -> None:
+        check_steps(steps)
+        if on_non_finite not in ("stop", "skip"):
+            raise ConfigError(f"on_non_finite is '{on_non_finite}'; 'stop' or 'skip' is needed.")
+        self.steps = steps
+        self.folder = Path(folder) if folder is not None else None
+        self.keep_factors = keep_factors
+        self.stop_training = stop_training
+        self.on_non_finite = on_non_finite
+        self.seen_steps = 0
+        self._trace: GradientTrace | None = None
+        self._writer: TraceWriter | None = None
+        self._losses: list[float] = []
+        self._learning_rates: list[float] = []
+        self._notes: list[str] = []
+
+    @property
+    def trace(self) -> GradientTrace:
+        """The finished trace.
+
+        Raises:
+            ConfigError: If nothing has been recorded yet.
+        """
+        if self._trace is None:
+            raise ConfigError("Nothing has been recorded yet.", hint="Call trainer.train() first.")
+        return self._trace
+
+    # -- Trainer events ----------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finds the LoRA linears of every decoder layer."""
+        model = kwargs["model"]
+        self._pairs, linears = find_lora_linears(model)
+        adapter, alpha = _adapter_kind(model)
+        self._info = TraceInfo(
+            num_layers=LayeredModel(model).num_layers,
+            linears=tuple(linears),
+            model=fingerprint(model),
+            adapter=adapter,
+            alpha=alpha,
+            clip=float(args.max_grad_norm) if args.max_grad_norm else None,
+            seed=int(args.seed),
+        )
+        # Every process takes part in gathering sharded gradients; one of them keeps the result.
+        folder = self.folder if state.is_world_process_zero else None
+        self._writer = TraceWriter(linears, folder, self.keep_factors and state.is_world_process_zero)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes in the gradients of this optimizer step."""
+        if self._writer is None or self._trace is not None:
+            return
+        overflow = _unscale(kwargs.get("optimizer"))
+        grad_b, grad_a = [], []
+        for linear, (weight_a, weight_b) in zip(self._info.linears, self._pairs, strict=True):
+            grad_a.append(_full_gradient(weight_a, linear))
+            grad_b.append(_full_gradient(weight_b, linear))
+        self.seen_steps += 1
+        bad = self._writer.add_step(grad_b, grad_a)
+        if bad is not None:
+            self._meet_non_finite(state.global_step + 1, self._info.linears[bad], overflow)
+            return
+        self._learning_rates.append(_learning_rate(kwargs.get("optimizer")))
+        if self._writer.num_steps >= self.steps:
+            if self.stop_training:
+                control.should_training_stop = True
+            else:
+                self._finish()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Notes the loss the Trainer reports."""
+        loss = (logs or {}).get("loss")
+        if loss is None or self._trace is not None:
+            return
+        if not math.isfinite(float(loss)):
+            if self.on_non_finite == "stop":
+                self._stop(f"The loss at step {state.global_step} is {loss}.")
+            return
+        self._losses.append(float(loss))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Completes the trace when training ends, early or not."""
+        self._finish()
+
+    # ------------------------------------------------------------------------------------------------
+
+    def _meet_non_finite(self, step: int, linear: LinearRef, overflow: bool) -> None:
+        where = f"the gradient of layer {linear.layer} {linear.name} at step {step} is NaN or Inf"
+        if overflow:
+            # The fp16 scaler finds its scale by overshooting; it skips this optimizer step too.
+            self._notes.append(f"step {step} left out: fp16 overflow")
+        elif self.on_non_finite == "skip":
+            self._notes.append(f"step {step} left out: {where}")
+            log.warning("Left out of the trace: %s.", where)
+        else:
+            self._stop(f"{where[0].upper()}{where[1:]}.")
+
+    def _stop(self, message: str) -> None:
+        kept = self._writer.num_steps if self._writer else 0
+        self._notes.append(message)
+        self._finish()
+        raise NonFiniteError(
+            f"{message} Recording stopped; {kept} good steps are kept.",
+            hint="Lower the learning rate, use bf16 or fp32 instead of fp16, or look at the data.",
+        )
+
+    def _finish(self) -> None:
+        if self._trace is not None or self._writer is None or self._writer.num_steps == 0:
+            return
+        from dataclasses import replace
+
+        info = replace(
+            self._info,
+            complete=self._writer.num_steps >= self.steps,
+            losses=tuple(self._losses),
+            learning_rates=tuple(self._learning_rates),
+            notes=tuple(self._notes),
+        )
+        self._trace = self._writer.finish(info)
+
+
+def find_lora_linears(
+    model: nn.Module,
+) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[LinearRef]]:
+    """The trainable LoRA (A, B) weights of every decoder layer, in order, with their names.
+
+    Raises:
+        ConfigError: If the model has no LoRA, or some decoder layer has none (it could not be scored).
+    """
+    view = LayeredModel(model)
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    linears: list[LinearRef] = []
+    for layer in range(view.num_layers):
+        for name, module in view.linears(layer).items():
+            lora_a: Any = getattr(module, "lora_A", None)
+            if not lora_a:
+                continue
+            active = [a for a in getattr(module, "active_adapters", list(lora_a)) if a in lora_a]
+            weight_a, weight_b = lora_a[active[0]].weight, module.lora_B[active[0]].weight  # type: ignore[index]
+            if not weight_a.requires_grad:
+                continue
+            pairs.append((weight_a, weight_b))
+            linears.append(
+                LinearRef(layer, name, module.out_features, module.in_features, weight_a.shape[0])  # type: ignore[arg-type]
+            )
+    bare = sorted(set(range(view.num_layers)) - {ref.layer for ref in linears})
+    if bare:
+        what = "The model has" if len(bare) == view.num_layers else f"Layers {bare} have"
+        raise ConfigError(
+            f"{what} no trainable LoRA linear, so there are no gradients to record.",
+            hint="Use LoraConfig(target_modules='all-linear') on the whole model.",
+        )
+    return pairs, linears
+
+
+def _adapter_kind(model: Any) -> tuple[str, float]:
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is None:
+        return "lora", 0.0
+    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(
+        model.get_base_model(), "is_loaded_in_4bit", False
+    )
+    if getattr(config, "use_dora", False):
+        kind = "dora"
+    elif getattr(config, "use_rslora", False):
+        kind = "rslora"
+    else:
+        kind = "qlora" if quantised else "lora"
+    return kind, float(config.lora_alpha)
+
+
+def _unscale(optimizer: Any) -> bool:
+    """Divides gradients by the fp16 loss scale if nobody has yet; returns whether they overflowed.
+
+    The Trainer un-scales only when it clips. `GradScaler.unscale_` remembers that it ran, so the
+    optimizer step that follows does not divide again.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return False
+    inner = getattr(optimizer, "optimizer", optimizer)
+    state = scaler._per_optimizer_states[id(inner)]
+    if state["stage"].name == "READY":
+        scaler.unscale_(inner)
+    return any(float(found) > 0 for found in state["found_inf_per_device"].values())
+
+
+def _full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
+    """The whole, reduced gradient of one LoRA weight."""
+    grad = weight.grad
+    if grad is None and hasattr(weight, "ds_id"):
+        from deepspeed.utils import safe_get_full_grad
+
+        grad = safe_get_full_grad(weight)
+    if grad is None:
+        raise ModelError(
+            f"LoRA of layer {linear.layer} {linear.name} has no gradient at the optimizer step.",
+            hint="Under DeepSpeed ZeRO use stage 0 or 1 for recording, or torchrun with DDP or FSDP2.",
+        )
+    # FSDP2 shards parameters as DTensors; gathering is collective, so every process does it.
+    full: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return full
+
+
+def _learning_rate(optimizer: Any) -> float:
+    groups = getattr(optimizer, "param_groups", None)
+    return float(groups[0]["lr"]) if groups else 0.0
+
+
+def attach_lora(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    adapter: str = "lora",
+) -> Any:
+    """Wraps a causal LM with LoRA on every linear of every decoder layer, and nowhere else.
+
+    Args:
+        model: The causal LM (4-bit quantised for "qlora").
+        rank: LoRA r, >= 1.
+        alpha: LoRA alpha.
+        dropout: LoRA dropout, in [0, 1).
+        adapter: "lora", "rslora", "dora" or "qlora".
+
+    Returns:
+        The PeftModel; `unload()` gives the model back as it was.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if adapter == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        target_modules=LayeredModel(model).lora_target_pattern(),
+        use_rslora=adapter == "rslora",
+        use_dora=adapter == "dora",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def record_gradients(
+    model: nn.Module,
+    dataset: Sequence[dict[str, list[int]]],
+    *,
+    steps: int = DEFAULT_STEPS,
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    adapter: str = "lora",
+    learning_rate: float = 1e-4,
+    batch_size: int = 4,
+    clip: float | None = 1.0,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    collator: Any = None,
+    callbacks: Sequence[Any] = (),
+    **training: Any,
+) -> GradientTrace:
+    """Runs the first steps of LoRA fine-tuning and records their gradients.
+
+    Defaults are the released code's: r=8, alpha=32, dropout 0.05, learning rate 1e-4, batch 4, AdamW
+    with weight decay 0.1, warm-up ratio 0.03, clipping to 1.0. The learning rate is constant after
+    warm-up: these are the first steps of a longer run, not a short run that decays.
+
+    Args:
+        model: The causal LM; its weights are the same afterwards.
+        dataset: Encoded samples with `input_ids` and `labels` (-100 where not supervised); repeated
+            when there are fewer than steps * batch_size.
+        steps: Optimizer steps, >= 2.
+        rank: LoRA r.
+        alpha: LoRA alpha; the scale of the scores depends on alpha / r.
+        dropout: LoRA dropout.
+        adapter: "lora", "rslora", "dora" or "qlora".
+        learning_rate: Peak learning rate.
+        batch_size: Samples per optimizer step and device.
+        clip: Gradient norm clipping; None records raw gradients.
+        folder: Where the trace is written; None keeps it in host memory.
+        seed: Seeds LoRA initialisation, dropout and the order of samples.
+        collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.
+        callbacks: Further Trainer callbacks (progress).
+        **training: Further `training.training_arguments` options.
+
+    Returns:
+        The trace.
+
+    Raises:
+        ConfigError: If `steps` < 2.
+        NonFiniteError: If a loss or gradient is NaN or Inf; the steps before are kept in `folder`.
+
+    Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
+    """
+    from transformers import set_seed
+
+    from gradpruner.encoding import Collator
+    from gradpruner.training import CausalTrainer, training_arguments
+
+    check_steps(steps)
+    set_seed(seed)
+    # PEFT freezes the base and may change its dtypes; both are put back below.
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    recorder = GradientRecorder(steps, folder, stop_training=True)
+    peft_model = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout, adapter=adapter)
+    try:
+        trainer = CausalTrainer(
+            model=peft_model,
+            args=training_arguments(
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                max_steps=steps,
+                max_grad_norm=clip or 0.0,
+                schedule="constant_with_warmup",
+                seed=seed,
+                **training,
+            ),
+            samples=dataset,
+            collator=collator or Collator(),
+            callbacks=[recorder, *callbacks],
+        )
+        trainer.train()
+    finally:
+        peft_model.unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(before.get(name, True))
+    return recorder.trace

@@ -1,0 +1,422 @@
+"""Fine-tuning through `transformers.Trainer`: full or LoRA, loss on answer tokens only."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import math
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from gradpruner.cost import PeakMemory
+from gradpruner.encoding import IGNORED, Collator
+from gradpruner.errors import ConfigError, NonFiniteError
+from gradpruner.family import unwrap
+from gradpruner.progress import Progress
+from gradpruner.recording import attach_lora
+
+log = logging.getLogger(__name__)
+
+MODES = ("full", "lora")
+# About this many points make a readable loss curve.
+LOGGED_POINTS = 200
+
+
+class CausalTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that computes logits only around the learned tokens.
+
+    With the loss on answer tokens alone, most rows of the (tokens, vocabulary) logits are thrown
+    away; they are the largest activation of a small-batch step. The base model runs on everything,
+    the head on the smallest window of positions that covers every label of the batch. The loss is the
+    same number.
+
+    Args:
+        samples: Encoded samples with `input_ids` and `labels`.
+        collator: Makes a batch of them.
+        **kwargs: As for `transformers.Trainer`.
+    """
+
+    def __init__(self, *, samples: Any, collator: Any, **kwargs: Any) -> None:
+        super().__init__(train_dataset=samples, data_collator=collator, **kwargs)
+        forward = inspect.signature(unwrap(kwargs["model"]).forward).parameters
+        # DataParallel (several GPUs, no launcher) would split the window's labels unevenly.
+        self._windowed = "logits_to_keep" in forward and self.args.n_gpu <= 1
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's loss, with logits restricted to the window that has labels."""
+        if self._windowed:
+            inputs = {**inputs, **answer_window(inputs["labels"])}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def answer_window(labels: Tensor) -> dict[str, Tensor]:
+    """Positions whose logits are needed for a batch's labels, and the labels of that window.
+
+    Args:
+        labels: Shape (batch, tokens), `IGNORED` where nothing is learned.
+
+    Returns:
+        `logits_to_keep`, the positions from just before the first learned token of any sample to the
+        last, and `labels` cut to them: the model shifts labels by one itself.
+    """
+    learned = (labels != IGNORED).any(dim=0).nonzero()[:, 0]
+    if len(learned) == 0:
+        return {"labels": labels}
+    first, last = max(0, int(learned[0]) - 1), int(learned[-1])
+    positions = torch.arange(first, last + 1, device=labels.device)
+    return {"logits_to_keep": positions, "labels": labels[:, first : last + 1]}
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+    """Shows steps, loss and time left."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._loss: float | None = None
+        self._progress: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar."""
+        self._progress = Progress(int(state.max_steps), self.description)
+        self._progress.__enter__()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Remembers the last loss."""
+        if logs and "loss" in logs:
+            self._loss = float(logs["loss"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self._progress is not None:
+            fields = {"loss": round(self._loss, 4)} if self._loss is not None else {}
+            self._progress.update(int(state.global_step), **fields)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+
+
+class NonFiniteGuard(TrainerCallback):  # type: ignore[misc]
+    """Ends training at the first NaN or Inf; the Trainer itself would go on and save the damage."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks at loss and gradient norm wherever the Trainer reports them."""
+        for name in ("loss", "grad_norm"):
+            value = (logs or {}).get(name)
+            # Gradients of an fp16 step that overflows are Inf by design; the scaler skips it.
+            if value is None or (name == "grad_norm" and args.fp16):
+                continue
+            if not math.isfinite(float(value)):
+                raise NonFiniteError(
+                    f"{name} is {value} at step {state.global_step}; training stopped before saving.",
+                    hint="Lower the learning rate, use bf16 or fp32 instead of fp16, or look at the "
+                    "data. Checkpoints written before are kept.",
+                )
+
+
+def training_arguments(
+    *,
+    learning_rate: float,
+    batch_size: int,
+    epochs: float = 3.0,
+    max_steps: int = -1,
+    accumulation: int = 1,
+    weight_decay: float = 0.1,
+    warmup_ratio: float = 0.03,
+    max_grad_norm: float = 1.0,
+    schedule: str = "linear",
+    precision: str = "auto",
+    gradient_checkpointing: bool = False,
+    group_by_length: bool = False,
+    seed: int = 0,
+    output: str | Path | None = None,
+    save_steps: int | None = None,
+    logging_steps: int = 1,
+    report_to: str | list[str] = "none",
+    run_name: str | None = None,
+    device: str = "auto",
+) -> TrainingArguments:
+    """Our options as the Trainer's, with nothing it does by default that surprises here.
+
+    Args:
+        learning_rate: Peak learning rate.
+        batch_size: Samples per forward pass and device.
+        epochs: Passes over the data, unless `max_steps` > 0.
+        max_steps: Optimizer steps.
+        accumulation: Forward passes per optimizer step.
+        weight_decay: AdamW weight decay.
+        warmup_ratio: Fraction of steps with rising learning rate, in [0, 1).
+        max_grad_norm: Clipping norm; 0 turns clipping off.
+        schedule: A transformers scheduler name.
+        precision: "fp32", "bf16" or "fp16" autocast; "auto" is bf16 on accelerators that have it and
+            fp32 elsewhere (bf16 is emulated, and slow, on CPUs without the instructions).
+        gradient_checkpointing: Trade time for activation memory.
+        group_by_length: Batch samples of similar length, which wastes less on padding.
+        seed: Seeds data order and dropout.
+        output: Folder for checkpoints.
+        save_steps: Checkpoint interval in steps; None writes none.
+        logging_steps: Interval of loss values.
+        report_to: Trackers ("tensorboard", "wandb", "trackio", ...) or "none".
+        run_name: Name of the run for trackers.
+        device: "auto" or "cpu".
+    """
+    chosen = resolve_precision(precision, device)
+    return TrainingArguments(
+        output_dir=str(output) if output else str(Path(tempfile.gettempdir()) / "gradpruner-unused"),
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        weight_decay=weight_decay,
+        warmup_steps=warmup_ratio,  # transformers 5 reads a value below 1 as a ratio
+        max_grad_norm=max_grad_norm,
+        lr_scheduler_type=schedule,
+        optim="adamw_torch_fused",
+        bf16=chosen == "bf16",
+        fp16=chosen == "fp16",
+        gradient_checkpointing=gradient_checkpointing,
+        train_sampling_strategy="group_by_length" if group_by_length else "random",
+        logging_steps=logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        report_to=report_to,
+        run_name=run_name,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+
+
+def resolve_precision(precision: str, device: str = "auto") -> str:
+    """Turns "auto" into what this machine is good at; see `training_arguments`."""
+    if precision != "auto":
+        return precision
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning did.
+
+    Attributes:
+        mode: "full" or "lora".
+        steps: Optimizer steps.
+        losses: Dicts of step, loss (mean over the logging interval) and learning_rate.
+        seconds: Wall time of training, without loading and saving.
+        peak_memory_bytes: Peak during training: device memory on CUDA, resident memory on CPU.
+        trainable_parameters: Parameters with a gradient.
+        tokens: Input tokens seen, padding not counted.
+        resumed_from: Step of the checkpoint training went on from; 0 for a fresh start.
+    """
+
+    mode: str
+    steps: int
+    losses: tuple[dict[str, float], ...]
+    seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    tokens: int
+    resumed_from: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def planned_steps(num_samples: int, batch_size: int, accumulation: int, epochs: float) -> int:
+    """Optimizer steps of a fine-tuning."""
+    per_epoch = math.ceil(math.ceil(num_samples / batch_size) / accumulation)
+    return max(1, math.ceil(per_epoch * epochs))
+
+
+def finetune(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    collator: Collator,
+    mode: str = "full",
+    learning_rate: float = 1e-5,
+    batch_size: int = 8,
+    accumulation: int = 8,
+    epochs: float = 3.0,
+    max_steps: int = -1,
+    seed: int = 0,
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    merge_adapter: bool = True,
+    checkpoints: str | Path | None = None,
+    save_steps: int | None = None,
+    description: str = "finetune",
+    callbacks: Sequence[Any] = (),
+    **training: Any,
+) -> tuple[Any, FinetuneResult]:
+    """Fine-tunes a causal LM on encoded samples. The paper's defaults: AdamW, lr 1e-5, batch 64
+    (here 8 x 8 accumulated), 3 epochs, weight decay 0.1, warm-up 0.03.
+
+    Args:
+        model: The causal LM, pruned or not; trained in place.
+        dataset: Encoded samples with `input_ids` and `labels`.
+        collator: Makes batches.
+        mode: "full" trains every weight; "lora" trains adapters on every linear of every layer.
+        learning_rate: Peak learning rate.
+        batch_size: Samples per forward pass and device.
+        accumulation: Forward passes per optimizer step.
+        epochs: Passes over the data.
+        max_steps: Optimizer steps instead of epochs when > 0.
+        seed: Seeds LoRA initialisation, data order and dropout.
+        rank: LoRA r.
+        alpha: LoRA alpha.
+        dropout: LoRA dropout.
+        merge_adapter: Add the adapters into the weights at the end.
+        checkpoints: Folder for checkpoints; an interrupted run there is taken up again.
+        save_steps: Checkpoint interval; None writes none.
+        description: Name for the progress bar.
+        callbacks: Further Trainer callbacks.
+        **training: Further `training_arguments` options.
+
+    Returns:
+        The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result.
+
+    Raises:
+        ConfigError: If the mode is unknown.
+        NonFiniteError: If loss or gradient norm become NaN or Inf.
+
+    Source: GradPruner, C.2.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode is '{mode}'; one of {', '.join(MODES)} is needed.")
+    set_seed(seed)
+    steps = max_steps
+    if steps <= 0:
+        steps = planned_steps(len(dataset), batch_size, accumulation, epochs)
+    trained: Any = model
+    if mode == "lora":
+        trained = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout)
+    else:
+        model.requires_grad_(True)
+    arguments = training_arguments(
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        epochs=epochs,
+        max_steps=max_steps,
+        seed=seed,
+        output=checkpoints,
+        save_steps=save_steps if checkpoints else None,
+        logging_steps=max(1, steps // LOGGED_POINTS),
+        **training,
+    )
+    trainer = CausalTrainer(
+        model=trained,
+        args=arguments,
+        samples=dataset,
+        collator=collator,
+        callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
+    )
+    trainer.remove_callback(_printer())
+    checkpoint = latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None
+    if checkpoint is not None:
+        log.info("Going on from %s.", checkpoint)
+    started = time.perf_counter()
+    with PeakMemory(trainer.args.device) as memory:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    result = FinetuneResult(
+        mode=mode,
+        steps=int(trainer.state.global_step),
+        losses=_loss_curve(trainer.state.log_history),
+        seconds=seconds,
+        peak_memory_bytes=memory.peak_bytes,
+        trainable_parameters=trainable,
+        tokens=int(sum(len(sample["input_ids"]) for sample in dataset) * trainer.state.epoch),
+        resumed_from=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+    )
+    if mode == "lora" and merge_adapter:
+        trained = trained.merge_and_unload()
+    return trained, result
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback  # type: ignore[no-any-return]
+
+
+def _loss_curve(history: list[dict[str, Any]]) -> tuple[dict[str, float], ...]:
+    return tuple(
+        {
+            "step": int(entry["step"]),
+            "loss": float(entry["loss"]),
+            "learning_rate": float(entry.get("learning_rate", 0.0)),
+        }
+        for entry in history
+        if "loss" in entry
+    )
+
+
+def latest_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest Trainer checkpoint that is whole.
+
+    The Trainer writes checkpoints in place: after a kill the newest may be cut short, and one without
+    optimizer state would resume silently with a fresh optimizer. Broken ones are reported and removed.
+    """
+    candidates = sorted(
+        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2] or 0), reverse=True
+    )
+    for candidate in candidates:
+        fault = _checkpoint_fault(candidate)
+        if fault is None:
+            return candidate
+        log.warning("Checkpoint %s is not complete (%s); using an older one.", candidate, fault)
+        shutil.rmtree(candidate)
+    return None
+
+
+def _checkpoint_fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "trainer_state.json is missing or cut short"
+    for name in ("optimizer.pt", "scheduler.pt"):
+        if not zipfile.is_zipfile(folder / name):  # the zip directory is written last
+            return f"{name} is missing or cut short"
+    if not any(zipfile.is_zipfile(path) for path in folder.glob("rng_state*.pth")):
+        return "rng_state.pth is missing or cut short"
+    weights = [*folder.glob("*.safetensors")]
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except Exception:  # safetensors raises its own type, unrelated to OSError
+            return f"{path.name} is cut short"
+    return None if weights else "weights are missing"
