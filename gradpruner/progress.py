@@ -1,0 +1,226 @@
+"""How far along a long step is, on standard error.
+
+On a terminal a bar with the time left; elsewhere (a log file, CI, a batch job) plain lines, few
+enough to read:
+
+    finetune merged 40/120 loss 1.23 ETA 00:41
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Literal, TextIO, TypeVar, get_args, overload
+
+from rich.console import Console
+from rich.errors import LiveError
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from gradpruner.errors import ConfigError
+from gradpruner.registry import suggest
+
+T = TypeVar("T")
+Mode = Literal["auto", "plain", "quiet"]
+
+# The only global state: where and how progress shows is a property of the process, not of one step.
+_mode: Mode = "auto"
+
+# A plain line appears when a tenth more is done, or after a wait. The wait grows with the run, so
+# that a run of ten hours does not print seven thousand lines; steps under the shortest gap share a
+# line.
+_LINE_FRACTION = 0.1
+_WAIT_SECONDS = 5.0
+_WAIT_OF_ELAPSED = 0.05
+_SHORTEST_GAP_SECONDS = 1.0
+
+
+def set_mode(mode: Mode) -> None:
+    """Chooses how progress shows in this process.
+
+    Args:
+        mode: "auto" draws a bar on a terminal and prints plain lines elsewhere; "plain" always
+            prints lines; "quiet" shows nothing (also right for every rank but the first of a
+            distributed run).
+
+    Raises:
+        ConfigError: If there is no such mode.
+    """
+    global _mode
+    if mode not in get_args(Mode):
+        raise ConfigError(
+            f"Unknown progress mode '{mode}'.{suggest(str(mode), get_args(Mode))}",
+            hint=f"Available: {', '.join(get_args(Mode))}.",
+        )
+    _mode = mode
+
+
+def clock_text(seconds: float) -> str:
+    """Formats a duration as "mm:ss", or "h:mm:ss" from one hour on."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes:02d}:{rest:02d}"
+
+
+class Progress:
+    """Progress of one step; a context manager.
+
+    Example:
+        with Progress(120, "finetune merged") as progress:
+            for step in range(1, 121):
+                progress.update(step, loss=1.23)
+
+    Args:
+        total: Number of units until done; None when unknown (no bar end and no ETA then).
+        description: What is being done, a few words.
+        initial: Units already done before the start, as after a resume; they do not count in the
+            speed.
+        stream: Where to write; standard error by default.
+        clock: Returns seconds; only differences matter.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        description: str,
+        *,
+        initial: int = 0,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total = total
+        self.description = description
+        self.completed = initial
+        self._initial = initial
+        self._stream = stream if stream is not None else sys.stderr
+        self._clock = clock
+        self._started = clock()
+        self._fields = ""
+        self._bar: RichProgress | None = None
+        self._plain = False
+        self._line_time = self._started
+        self._line_completed = initial
+
+    def __enter__(self) -> Progress:
+        self._started = self._line_time = self._clock()
+        if _mode == "quiet":
+            return self
+        if _mode == "auto":
+            self._bar = self._open_bar()
+        self._plain = self._bar is None
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        elif self._plain:
+            took = clock_text(self._clock() - self._started)
+            self._print(f"{'done in' if kind is None else 'stopped after'} {took}")
+        self._plain = False
+
+    def update(self, completed: int, **fields: object) -> None:
+        """Reports that `completed` units are done in all.
+
+        Args:
+            completed: Units done since the very beginning, `initial` included.
+            **fields: Numbers or words to show beside, such as `loss=1.23`; the last ones given
+                stay.
+        """
+        self.completed = completed
+        if fields:
+            self._fields = " ".join(f"{name} {_field_text(value)}" for name, value in fields.items())
+        if self._bar is not None:
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=completed, total=self.total, fields_text=self._fields)
+        elif self._plain and self._line_due():
+            self._print(self._time_left())
+
+    def advance(self, count: int = 1, **fields: object) -> None:
+        """Reports that `count` more units are done; `fields` as in `update`."""
+        self.update(self.completed + count, **fields)
+
+    def _open_bar(self) -> RichProgress | None:
+        """Starts a bar if the stream is a terminal that can draw one."""
+        console = Console(file=self._stream)
+        if not console.is_terminal or console.is_dumb_terminal:
+            return None
+        bar = RichProgress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[fields_text]}", markup=False),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        bar.add_task(escape(self.description), total=self.total, completed=self._initial, fields_text="")
+        try:
+            bar.start()
+        except LiveError:
+            # Older rich draws one bar at a time: a bar inside a bar falls back to lines.
+            return None
+        return bar
+
+    def _line_due(self) -> bool:
+        """Tells whether enough happened since the last line."""
+        now = self._clock()
+        waited = now - self._line_time
+        if self.completed == self.total or waited < _SHORTEST_GAP_SECONDS:
+            return False  # The closing line says it.
+        if waited >= max(_WAIT_SECONDS, _WAIT_OF_ELAPSED * (now - self._started)):
+            return True
+        gained = self.completed - self._line_completed
+        return self.total is not None and gained >= _LINE_FRACTION * self.total
+
+    def _time_left(self) -> str:
+        """Returns the "ETA mm:ss", or the time gone by when there is no telling."""
+        elapsed = self._clock() - self._started
+        done = self.completed - self._initial
+        if self.total is None or done <= 0:
+            return f"after {clock_text(elapsed)}"
+        return f"ETA {clock_text(elapsed / done * (self.total - self.completed))}"
+
+    def _print(self, ending: str) -> None:
+        """Writes one plain line."""
+        count = str(self.completed) if self.total is None else f"{self.completed}/{self.total}"
+        words = (self.description, count, self._fields, ending)
+        print(" ".join(word for word in words if word), file=self._stream, flush=True)
+        self._line_time = self._clock()
+        self._line_completed = self.completed
+
+
+@overload
+def track(items: int, description: str) -> Iterator[int]: ...
+@overload
+def track(items: Iterable[T], description: str) -> Iterator[T]: ...
+def track(items: int | Iterable[T], description: str) -> Iterator[int] | Iterator[T]:
+    """Yields the items, showing how many are done.
+
+    Args:
+        items: Things to go through, or a number to count up to.
+        description: What is being done.
+    """
+    source: Iterable[object] = range(items) if isinstance(items, int) else items
+    total = len(source) if isinstance(source, Sized) else None
+    return _tracked(source, total, description)  # type: ignore[return-value]
+
+
+def _tracked(source: Iterable[object], total: int | None, description: str) -> Iterator[object]:
+    """The generator behind `track`."""
+    with Progress(total, description) as progress:
+        for item in source:
+            yield item
+            progress.advance()
+
+
+def _field_text(value: object) -> str:
+    """Formats one field; floats with four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,209 @@
+"""Where a result comes from: code, packages, machine, seed; and hashes of files and settings.
+
+Nothing that names a person, a host or a folder of the machine is recorded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gradpruner.errors import DataError
+
+# The packages whose version can change a number. Those not installed are left out.
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "bitsandbytes",
+    "trl",
+)
+_GIT_TIMEOUT_SECONDS = 10.0
+_PACKAGE_FOLDER = Path(__file__).resolve().parent
+
+
+def provenance(seed: int) -> dict[str, Any]:
+    """Everything needed to say under what conditions a run was made.
+
+    Args:
+        seed: The seed of the run's recipe.
+
+    Returns:
+        `{"commit", "dirty", "python", "packages", "machine", "seed"}` as in run.json. `commit` and
+        `dirty` are None unless the package runs from a git checkout of its own.
+    """
+    commit, dirty = source_state()
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "machine": machine(),
+        "seed": seed,
+    }
+
+
+def source_state(folder: Path = _PACKAGE_FOLDER) -> tuple[str | None, bool | None]:
+    """Git commit of the sources in `folder`, and whether they differ from it.
+
+    Only a checkout that tracks this very package counts: a copy installed inside somebody else's
+    repository (a virtual environment in a project) must not borrow that project's commit.
+
+    Args:
+        folder: Folder of a Python package.
+
+    Returns:
+        The full commit hash and True when any file in the folder is changed or untracked; (None,
+        None) when there is no git, no checkout, or no commit yet.
+    """
+    tracked = _git(folder, "ls-files", "--error-unmatch", "--", "__init__.py")
+    commit = _git(folder, "rev-parse", "--verify", "HEAD") if tracked is not None else None
+    status = _git(folder, "status", "--porcelain", "--", ".") if commit is not None else None
+    if commit is None or status is None:
+        return None, None
+    return commit.strip(), bool(status.strip())
+
+
+def package_versions(names: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
+    """Installed versions by package name; names that are not installed are left out."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def machine() -> dict[str, Any]:
+    """The hardware: `{"cpu", "cores", "memory_bytes", "devices", "platform"}`.
+
+    `cores` counts the logical cores this process may use; `devices` lists what torch can compute
+    on.
+    """
+    return {
+        "cpu": _cpu_name(),
+        "cores": _usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "devices": _torch_devices(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def utc_now() -> str:
+    """The time now in UTC, ISO 8601 to the second: "2026-01-31T09:30:00Z"."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits; reads in blocks, so any size is fine.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"Cannot read '{path}': {error.strerror}.") from error
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON value in one canonical spelling, 64 hex digits.
+
+    Keys sorted, no white space, UTF-8; so equal values hash alike whatever the order of their keys.
+    Tuples count as lists.
+
+    Raises:
+        ValueError: If the value holds NaN or an infinity, which JSON cannot say.
+        TypeError: If the value is not made of JSON types.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def hash_folder(files: str | Path | Iterable[str | Path]) -> str:
+    """One SHA-256 over several files: their names and their contents, not their dates or order.
+
+    Args:
+        files: A folder, meaning every file below it, or the files themselves. Names count relative
+            to the folder, or to the deepest folder that holds all the files, so a moved copy hashes
+            alike.
+
+    Returns:
+        64 hex digits.
+
+    Raises:
+        DataError: If there are no files or one cannot be read.
+    """
+    if isinstance(files, str | Path):
+        root = Path(files)
+        paths = [path for path in root.rglob("*") if path.is_file()]
+    else:
+        # Absolute but not resolved: a symlinked shard keeps the name the folder gives it.
+        paths = [Path(os.path.abspath(path)) for path in files]
+        root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
+    if not paths:
+        raise DataError(f"There are no files to hash in '{files}'.")
+    return sha256_json({path.relative_to(root).as_posix(): sha256_file(path) for path in paths})
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Returns what a git command prints, None when it fails for whatever reason."""
+    environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            ["git", *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=_GIT_TIMEOUT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _cpu_name() -> str:
+    """Returns the processor's marketing name where the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    """Returns how many logical cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _torch_devices() -> list[str]:
+    """Returns the accelerators with their names, or ["cpu"] when there are none."""
+    import torch  # Late: a run record can be read and hashed without it.
+
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        return [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(count)]
+    return ["mps"] if torch.backends.mps.is_available() else ["cpu"]

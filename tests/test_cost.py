@@ -1,0 +1,251 @@
+import json
+import time
+
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
+
+from gradpruner import cost
+from gradpruner.errors import ModelError, PlanError
+
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    dtype="bfloat16",
+)
+
+
+def tiny(**changes):
+    fields = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+    }
+    return LlamaConfig(**(fields | changes))
+
+
+# By hand, one tiny layer: q and o 32x32, k and v 16x32, three 32x64 in the MLP; two norms of 32.
+LINEAR = 2 * 1024 + 2 * 512 + 3 * 2048
+LAYER = LINEAR + 64
+
+
+def test_parameters_by_hand():
+    assert (LINEAR, LAYER) == (9216, 9280)
+    model = cost.build_on_meta(tiny())
+    assert cost.count_parameters(model) == 4 * LAYER + 2 * 3200 + 32
+    assert cost.layer_parameters(model) == [LAYER] * 4
+    assert cost.decoder_parameters(tiny()) == 4 * LAYER
+
+
+def test_tied_embeddings_count_once():
+    assert cost.count_parameters(cost.build_on_meta(tiny(tie_word_embeddings=True))) == (
+        4 * LAYER + 3200 + 32
+    )
+    assert cost.disk_bytes(tiny(tie_word_embeddings=True), torch.float16) == 2 * (4 * LAYER + 3200 + 32)
+
+
+def test_real_and_meta_models_agree_and_meta_holds_no_numbers():
+    real, meta = LlamaForCausalLM(tiny()), cost.build_on_meta(tiny())
+    assert cost.count_parameters(real) == cost.count_parameters(meta)
+    assert cost.macs_linear(real) == cost.macs_linear(meta) == cost.macs_linear(tiny())
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+def test_trainable_only():
+    model = LlamaForCausalLM(tiny())
+    model.requires_grad_(False)
+    model.model.norm.requires_grad_(True)
+    assert cost.count_parameters(model, trainable_only=True) == 32
+
+
+def test_known_answers_of_the_paper():
+    """GradPruner, Table 11, and the parameter counts of Llama-3.1-8B."""
+    assert round(cost.macs_linear(LLAMA_8B) / 1e9, 3) == 893.353
+    saved = cost.savings(LLAMA_8B, [*range(18), 31])
+    shorter = LlamaConfig(**(LLAMA_8B.to_dict() | {"num_hidden_layers": 19}))
+    assert round(cost.macs_linear(shorter) / 1e9, 3) == 530.428
+    assert saved["layers"] == {"before": 32, "after": 19}
+    assert saved["parameters"]["before"] == 8_030_261_248
+    assert round(saved["parameters"]["after"] / 1e9, 3) == 5.195
+    assert saved["parameters"]["after"] == cost.count_parameters(cost.build_on_meta(shorter))
+    # 2 (key, value) x 8 heads x 128 numbers x 2 bytes = 4096 bytes a layer.
+    assert saved["kv_bytes_per_token"] == {"before": 32 * 4096, "after": 19 * 4096}
+    assert saved["disk_bytes"]["after"] == 2 * saved["parameters"]["after"]
+    assert saved["flops_per_token"]["after"] == cost.flops_per_token(shorter)
+
+
+def test_flops_include_the_head():
+    assert cost.flops_per_token(tiny()) == 2 * (4 * LINEAR + 3200)
+    assert cost.macs_linear(tiny(), tokens=10, lm_head=True) == 10 * (4 * LINEAR + 3200)
+    assert cost.macs_linear(tiny(), tokens=1) == 4 * LINEAR
+
+
+def test_savings_by_hand():
+    saved = cost.savings(tiny(), [0, 3])
+    assert json.loads(json.dumps(saved)) == {
+        "layers": {"before": 4, "after": 2},
+        "decoder_parameters": {"before": 4 * LAYER, "after": 2 * LAYER},
+        "parameters": {"before": 4 * LAYER + 6432, "after": 2 * LAYER + 6432},
+        "kv_bytes_per_token": {"before": 4 * 2 * 2 * 8 * 4, "after": 2 * 2 * 2 * 8 * 4},
+        "flops_per_token": {"before": 2 * (4 * LINEAR + 3200), "after": 2 * (2 * LINEAR + 3200)},
+        "disk_bytes": {"before": 4 * (4 * LAYER + 6432), "after": 4 * (2 * LAYER + 6432)},
+    }
+
+
+@pytest.mark.parametrize("keep", [[], [1, 0], [0, 0], [0, 4], [-1, 0]])
+def test_savings_refuses_a_bad_keep_set(keep):
+    with pytest.raises(PlanError, match="4 layers"):
+        cost.savings(tiny(), keep)
+
+
+def test_savings_does_not_touch_the_config():
+    config = tiny()
+    before = config.to_dict()
+    cost.savings(config, [0])
+    assert config.to_dict() == before
+
+
+def test_layers_of_different_size():
+    # Every other layer of this family caches nothing and is of another size.
+    config = Qwen3NextConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size=100,
+        layer_types=["linear_attention", "full_attention"] * 2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        linear_num_value_heads=4,
+        linear_num_key_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )
+    sizes = cost.layer_parameters(config)
+    assert sizes[0] == sizes[2] != sizes[1] == sizes[3]
+    saved = cost.savings(config, [0, 1, 2])
+    assert saved["decoder_parameters"] == {"before": sum(sizes), "after": sum(sizes[:3])}
+    assert saved["kv_bytes_per_token"] == {"before": 2 * 128, "after": 128}
+
+
+def test_gpt2_conv1d():
+    config = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=100)
+    # c_attn 32x96, c_proj 32x32, c_fc 32x128, c_proj 128x32.
+    assert cost.macs_linear(config, tokens=1) == 3 * (3072 + 1024 + 4096 + 4096)
+    assert cost.kv_bytes_per_token(config, torch.float16) == 3 * 2 * 32 * 2
+
+
+def test_head_dim_apart_from_hidden_size():
+    config = Qwen3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=100,
+    )
+    assert cost.kv_bytes_per_token(config, torch.bfloat16) == 2 * 2 * 16 * 2
+    assert cost.kv_bytes_per_token(config, torch.bfloat16, keep=[1]) == 2 * 16 * 2
+
+
+def test_gpt_neox_layers_are_found():
+    config = GPTNeoXConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vocab_size=100,
+    )
+    assert len(cost.layer_parameters(config)) == 3
+
+
+def test_only_the_experts_a_token_uses_are_operations():
+    config = MixtralConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=100,
+    )
+    attention, expert, router = 4 * 1024, 3 * 2048, 8 * 32
+    assert cost.macs_linear(config, tokens=1) == 2 * (attention + 2 * expert + router)
+    assert cost.layer_parameters(config) == [attention + 8 * expert + router + 64] * 2
+
+
+def test_adapters_are_not_operations_of_the_model():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(LlamaForCausalLM(tiny()), peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert cost.macs_linear(model, tokens=1, lm_head=True) == 4 * LINEAR + 3200
+    assert len(cost.decoder_layers(model)) == 4
+
+
+def test_no_layers_and_no_language_model():
+    with pytest.raises(ModelError, match="Linear"):
+        cost.decoder_layers(torch.nn.Linear(2, 2))
+    from transformers import ViTConfig
+
+    with pytest.raises(ModelError, match="vit"):
+        cost.build_on_meta(ViTConfig())
+
+
+def test_peak_memory_sees_a_block_that_is_gone_at_the_end():
+    with cost.PeakMemory() as peak:
+        block = torch.ones(32 * 1024 * 1024)  # 128 MiB, written so that it is resident.
+        time.sleep(0.1)
+        del block
+    assert peak.kind == "rss"
+    assert 110e6 < peak.rise_bytes < 400e6
+    assert peak.peak_bytes >= peak.rise_bytes
+
+
+def test_peak_memory_stops_sampling_after_an_error():
+    with pytest.raises(KeyError), cost.PeakMemory("cpu") as peak:
+        raise KeyError("x")
+    assert not peak._sampler.is_alive()
+    assert peak.peak_bytes > 0
+
+
+def test_nested_cuda_peaks(monkeypatch):
+    """The outer block must see a peak from before the inner one reset torch's counter."""
+    readings = {"now": 10, "peak": 10}
+
+    def use(amount):
+        readings["now"] = amount
+        readings["peak"] = max(readings["peak"], amount)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: readings["peak"])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda index: readings.update(peak=readings["now"])
+    )
+    with cost.PeakMemory("cuda:0") as outer:
+        use(100)
+        use(20)
+        with cost.PeakMemory(torch.device("cuda")) as inner:
+            use(50)
+        use(30)
+    assert (inner.peak_bytes, inner.rise_bytes) == (50, 30)
+    assert (outer.peak_bytes, outer.rise_bytes) == (100, 90)

@@ -1,0 +1,146 @@
+import io
+import re
+
+import pytest
+
+from gradpruner import progress
+from gradpruner.errors import ConfigError
+from gradpruner.progress import Progress, clock_text, set_mode, track
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture(autouse=True)
+def automatic_mode():
+    set_mode("auto")
+    yield
+    set_mode("auto")
+
+
+def lines_of(total, seconds_per_unit, description="finetune merged", **fields):
+    clock, stream = Clock(), io.StringIO()
+    with Progress(total, description, stream=stream, clock=clock) as bar:
+        for step in range(1, total + 1):
+            clock.now += seconds_per_unit
+            bar.update(step, **fields)
+    return stream.getvalue().splitlines()
+
+
+def test_plain_lines_off_a_terminal():
+    lines = lines_of(120, 0.5, loss=1.23)
+    # 5 s are 10 steps, but a tenth (12 steps) is reached later: the wait decides.
+    assert lines[0] == "finetune merged 10/120 loss 1.23 ETA 00:55"
+    assert lines[3] == "finetune merged 40/120 loss 1.23 ETA 00:40"
+    assert lines[-1] == "finetune merged 120/120 loss 1.23 done in 01:00"
+    assert len(lines) == 12
+
+
+def test_a_tenth_more_makes_a_line_before_the_wait_is_over():
+    lines = lines_of(10, 2.0)
+    assert lines[0] == "finetune merged 1/10 ETA 00:18"
+    assert len(lines) == 10
+
+
+def test_quick_work_is_one_line():
+    assert lines_of(1000, 0.0001) == ["finetune merged 1000/1000 done in 00:00"]
+
+
+def test_long_runs_print_few_lines():
+    assert len(lines_of(36_000, 1.0)) < 150  # Ten hours.
+
+
+def test_resumed_work_does_not_count_in_the_speed():
+    clock, stream = Clock(), io.StringIO()
+    with Progress(100, "train", initial=80, stream=stream, clock=clock) as bar:
+        clock.now = 10.0
+        bar.update(90)
+    assert stream.getvalue().splitlines()[0] == "train 90/100 ETA 00:10"
+
+
+def test_unknown_total():
+    clock, stream = Clock(), io.StringIO()
+    with Progress(None, "read", stream=stream, clock=clock) as bar:
+        clock.now = 6.0
+        bar.advance(7)
+    assert stream.getvalue().splitlines() == ["read 7 after 00:06", "read 7 done in 00:06"]
+
+
+def test_a_failure_is_not_called_done():
+    stream = io.StringIO()
+    with pytest.raises(KeyError), Progress(5, "train", stream=stream) as bar:
+        bar.advance(2)
+        raise KeyError("x")
+    assert stream.getvalue() == "train 2/5 stopped after 00:00\n"
+
+
+def test_quiet_writes_nothing():
+    set_mode("quiet")
+    assert lines_of(100, 10.0) == []
+
+
+def test_plain_even_on_a_terminal(monkeypatch):
+    set_mode("plain")
+    stream = Terminal()
+    with Progress(2, "work", stream=stream) as bar:
+        bar.advance(2)
+    assert stream.getvalue() == "work 2/2 done in 00:00\n"
+
+
+def test_bar_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    with Progress(4, "score [llama]", stream=stream) as bar:
+        for step in range(1, 5):
+            bar.update(step, loss=0.123456, note="[red]")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "score [llama]" in text
+    assert "4/4" in text
+    assert "loss 0.1235 note [red]" in text
+
+
+def test_bars_may_be_nested(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    with Progress(2, "outer", stream=stream) as outer:
+        with Progress(3, "inner", stream=stream) as inner:
+            inner.advance(3)
+        outer.advance(2)
+    assert (outer.completed, inner.completed) == (2, 3)
+
+
+def test_track_counts_and_yields(capsys):
+    assert list(track(["a", "b", "c"], "letters")) == ["a", "b", "c"]
+    assert list(track(3, "numbers")) == [0, 1, 2]
+    assert list(track((x for x in "ab"), "stream")) == ["a", "b"]
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines() == [
+        "letters 3/3 done in 00:00",
+        "numbers 3/3 done in 00:00",
+        "stream 2 done in 00:00",
+    ]
+
+
+def test_unknown_mode():
+    with pytest.raises(ConfigError, match="Did you mean 'quiet'"):
+        set_mode("quite")
+    assert progress._mode == "auto"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "00:00"), (41.4, "00:41"), (3599.6, "1:00:00"), (36061, "10:01:01")]
+)
+def test_clock_text(seconds, text):
+    assert clock_text(seconds) == text
