@@ -1,0 +1,14 @@
+"""Layer-importance methods, one file each. A new one is one file and one line here."""
+
+from gradpruner.methods import block_influence, gradpruner, last, random_layers
+from gradpruner.methods.base import METHODS, Method, MethodContext
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "MethodContext",
+    "block_influence",
+    "gradpruner",
+    "last",
+    "random_layers",
+]

@@ -1,0 +1,15 @@
+"""Control: the last layers before the final one go first."""
+
+from gradpruner.methods.base import METHODS, Method, MethodContext
+from gradpruner.scores import LayerScores
+
+
+def score(context: MethodContext) -> LayerScores:
+    """Importance falls with depth; the final layer, which feeds the head, ranks above all others."""
+    top = float(context.num_layers)
+    values = [top - layer for layer in range(context.num_layers)]
+    values[-1] = top + 1
+    return LayerScores("last", tuple(values), evidence={"num_layers": context.num_layers})
+
+
+METHODS.register("last")(Method("control: the last layers before the final one", score))

@@ -1,0 +1,17 @@
+"""Control: layers drawn at random."""
+
+import torch
+
+from gradpruner.methods.base import METHODS, Method, MethodContext
+from gradpruner.scores import LayerScores
+
+
+def score(context: MethodContext) -> LayerScores:
+    """Independent uniform scores from the run's seed."""
+    generator = torch.Generator().manual_seed(context.seed)
+    values = torch.rand(context.num_layers, generator=generator, dtype=torch.float64)
+    evidence = {"num_layers": context.num_layers, "seed": context.seed}
+    return LayerScores("random", tuple(values.tolist()), evidence=evidence)
+
+
+METHODS.register("random")(Method("control: random layers, drawn with the seed", score))
