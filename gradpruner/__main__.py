@@ -1,0 +1,5 @@
+"""`python -m gradpruner`."""
+
+from gradpruner.cli import main
+
+main()

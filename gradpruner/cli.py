@@ -1,0 +1,342 @@
+"""The command line: one short function per command; everything heavy is imported inside."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from gradpruner._version import __version__
+from gradpruner.errors import ConfigError, GradPrunerError
+
+if TYPE_CHECKING:
+    from gradpruner.config import Recipe
+
+RECIPES = Path(__file__).parent / "recipes"
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 command line, recipe or plan, 3 data, 4 model, 5 disk, memory or NaN, "
+    "6 damaged or unsafe file, 130 interrupted."
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make an open LLM about 40 % smaller for your own task: record early LoRA gradients, score "
+    f"layers, prune and merge, fine-tune, evaluate, report.\n\n{EXIT_CODES}",
+)
+
+RecipeArgument = Annotated[
+    str | None, typer.Argument(help="Recipe: a YAML file or the name of one (`gradpruner ls recipes`).")
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Model folder or hub id.")]
+DataOption = Annotated[
+    str | None, typer.Option("--data", help="Training data: file, folder or hub dataset; #N samples.")
+]
+EvalOption = Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")]
+TaskOption = Annotated[
+    str | None, typer.Option("--task", help="A named task (`gradpruner ls tasks`) instead of files.")
+]
+FolderOption = Annotated[
+    str | None, typer.Option("--task-folder", help="Local folder with the named task's splits.")
+]
+OutOption = Annotated[str | None, typer.Option("--out", help="Run directory.")]
+PlanOption = Annotated[
+    str | None, typer.Option("--plan", help="A plan file, perhaps edited, instead of the scores.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key, e.g. plan.num_prune=13."),
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
+]
+SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Drop unusable rows instead of stopping.")]
+DryOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, show what would happen, load no weights.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+def _resolve(
+    recipe: str | None,
+    out: str | None,
+    overrides: list[str] | None,
+    values: dict[str, Any],
+) -> Recipe:
+    """The recipe from a file, a name, or the run directory that holds one, with all overrides."""
+    from gradpruner.config import load_recipe
+
+    path: Path | None = None
+    if recipe is not None:
+        path = Path(recipe)
+        if not path.exists() and not recipe.endswith((".yaml", ".yml")):
+            path = RECIPES / f"{recipe}.yaml"
+            if not path.exists():
+                _unknown_recipe(recipe)
+    elif out is not None and values.get("model.path") is None:
+        stored = Path(out) / "recipe.yaml"
+        path = stored if stored.exists() else None
+    given = {key: value for key, value in {**values, "out": out}.items() if value is not None}
+    if path is None and "model.path" not in given:
+        raise ConfigError(
+            "Nothing to run: give a recipe, or --model with --data and --eval-data (or --task).",
+            hint="`gradpruner run demo` runs the embedded miniature.",
+        )
+    return load_recipe(path, tuple(overrides or ()), given)
+
+
+def _unknown_recipe(name: str) -> NoReturn:
+    from gradpruner.registry import suggest
+
+    names = _recipe_names()
+    raise ConfigError(
+        f"There is no recipe file or built-in recipe '{name}'.{suggest(name, names)}",
+        hint=f"Built in: {', '.join(names)}.",
+    )
+
+
+def _recipe_names() -> list[str]:
+    return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+
+
+def _stage(name: str, summary: str) -> None:
+    """Adds the command for one stage; all share their options, because all read one recipe."""
+
+    def command(
+        recipe: RecipeArgument = None,
+        model: ModelOption = None,
+        data: DataOption = None,
+        eval_data: EvalOption = None,
+        task: TaskOption = None,
+        task_folder: FolderOption = None,
+        out: OutOption = None,
+        plan: PlanOption = None,
+        seed: SeedOption = None,
+        overrides: SetOption = None,
+        trust_remote_code: TrustOption = False,
+        skip_bad: SkipOption = False,
+        dry_run: DryOption = False,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        values = {
+            "model.path": model,
+            "data.train": data,
+            "data.eval": eval_data,
+            "data.task": task,
+            "data.folder": task_folder,
+            "plan.file": plan,
+            "seed": seed,
+            "model.trust_remote_code": trust_remote_code or None,
+            "data.skip_bad": skip_bad or None,
+        }
+        resolved = _resolve(recipe, out, overrides, values)
+        _prepare(quiet)
+        if dry_run:
+            from gradpruner.preview import print_preview
+
+            print_preview(resolved, Console(), as_json=as_json)
+            return
+        _run(resolved, "report" if name == "run" else name, as_json)
+
+    command.__doc__ = summary
+    app.command(name)(command)
+
+
+def _run(recipe: Recipe, until: str, as_json: bool) -> None:
+    from gradpruner.pipeline import run
+
+    error: GradPrunerError | None = None
+    try:
+        record = run(recipe, until=until, command=_command_line())
+    except GradPrunerError as failure:
+        path = Path(recipe.out) / "run.json"
+        if not _has_failed_row(path):
+            raise
+        record, error = json.loads(path.read_text(encoding="utf-8")), failure
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        from gradpruner.report import print_summary
+
+        print_summary(record, Console())
+        where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
+        Console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
+    if error is not None:
+        raise error
+
+
+def _has_failed_row(path: Path) -> bool:
+    """Whether a record was written in which some, but not all, rows failed."""
+    if not path.exists():
+        return False
+    rows = json.loads(path.read_text(encoding="utf-8")).get("variants", {}).values()
+    return any(row["error"] for row in rows) and not all(row["error"] for row in rows)
+
+
+def _command_line() -> str:
+    import shlex
+
+    return shlex.join(["gradpruner", *sys.argv[1:]])
+
+
+def _prepare(quiet: bool) -> None:
+    """Progress and log lines of the process; libraries speak only when something is wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from gradpruner.progress import set_mode
+
+    if quiet:
+        set_mode("quiet")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("gradpruner").setLevel(logging.WARNING if quiet else logging.INFO)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+_stage("run", "Everything: dense, pruned + merged and pruned without merging, side by side, with a report.")
+_stage("record", "Record the LoRA gradients of the first steps.")
+_stage("score", "Record if needed, then score every layer.")
+_stage("plan", "Score if needed, then decide which layers go; run again with other --set plan.* at no cost.")
+_stage("prune", "Plan if needed, then write the pruned models.")
+_stage("finetune", "Prune if needed, then fine-tune every variant.")
+_stage("evaluate", "Fine-tune if needed, then evaluate every variant.")
+
+
+@app.command()
+def report(
+    run_directory: Annotated[Path, typer.Argument(help="A run directory with run.json.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Render report.html again from run.json, and print the table."""
+    from gradpruner.files import read_json
+    from gradpruner.report import markdown_table, print_summary, render_html
+
+    record = read_json(run_directory / "run.json", "run record")
+    path = render_html(record, run_directory / "report.html")
+    if as_json:
+        typer.echo(json.dumps({"report": str(path)}))
+    elif markdown:
+        typer.echo(markdown_table(record))
+    else:
+        print_summary(record, Console())
+        typer.echo(f"report: {path}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Versions, devices, free disk, and what is missing on this machine."""
+    from gradpruner.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps(findings, indent=2))
+    else:
+        print_findings(findings, Console())
+    if findings["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """The recipe's JSON schema, for editors and scripts."""
+    from gradpruner.config import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command("ls")
+def list_entries(
+    kind: Annotated[str, typer.Argument(help="methods, tasks, recipes or rules")],
+    as_json: JsonOption = False,
+) -> None:
+    """What a recipe can name."""
+    entries = _entries(kind)
+    if as_json:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    width = max(map(len, entries))
+    for name, description in entries.items():
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+def _entries(kind: str) -> dict[str, str]:
+    if kind == "methods":
+        from gradpruner.methods import METHODS
+
+        return {name: METHODS.find(name).description for name in METHODS.names()}
+    if kind == "tasks":
+        from gradpruner.tasks import TASKS
+
+        return {name: TASKS.find(name).description for name in TASKS.names()}
+    if kind == "rules":
+        from gradpruner.merging import MERGE_RULES
+
+        return {n: (MERGE_RULES.find(n).__doc__ or "").splitlines()[0] for n in MERGE_RULES.names()}
+    if kind == "recipes":
+        return {name: _first_comment(RECIPES / f"{name}.yaml") for name in _recipe_names()}
+    from gradpruner.registry import suggest
+
+    kinds = ("methods", "tasks", "recipes", "rules")
+    raise ConfigError(
+        f"Unknown kind '{kind}'.{suggest(kind, kinds)}", hint=f"Available: {', '.join(kinds)}."
+    )
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: our errors become one clear message and their exit code."""
+    try:
+        app()
+    except GradPrunerError as error:
+        _complain(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("Interrupted. Start the same command again to go on.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _complain(error: GradPrunerError) -> None:
+    console = Console(stderr=True)
+    console.print("[bold red]error:[/bold red]", end=" ")
+    console.print(error.message, markup=False, highlight=False, soft_wrap=True)
+    if error.hint:
+        console.print(error.hint.lstrip("\n"), markup=False, highlight=False, soft_wrap=True, style="dim")
+
+
+if __name__ == "__main__":
+    main()

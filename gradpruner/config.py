@@ -1,0 +1,349 @@
+"""The recipe: everything a run depends on, checked at once, before anything is loaded.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from gradpruner.errors import ConfigError
+from gradpruner.registry import suggest
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model, and how it is loaded."""
+
+    path: str = Field(min_length=1)
+    """Folder of a Hugging Face model, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype weights are loaded in; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
+    device: str = "auto"
+    """"auto" (a GPU when there is one), "cpu", "cuda"."""
+    attn_implementation: str | None = None
+    """"sdpa", "eager", "flash_attention_2"; null leaves it to transformers."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+
+
+class DataSection(Section):
+    """The downstream task: files of your own, or a named task."""
+
+    train: str | None = None
+    """File, folder or hub dataset to fine-tune on; "path#N" samples N rows. JSONL, JSON, CSV, parquet."""
+    eval: str | None = None
+    """The same, to evaluate on."""
+    task: str | None = None
+    """A named task (`gradpruner ls tasks`) instead of files."""
+    folder: str | None = None
+    """Local folder with the named task's splits; null reads the hub dataset."""
+    format: Literal["auto", "prompt_completion", "alpaca", "sharegpt", "messages"] = "auto"
+    """Row format; auto looks at the first rows."""
+    train_limit: int | None = Field(default=None, ge=1)
+    """Use this many randomly chosen training rows."""
+    eval_limit: int | None = Field(default=None, ge=1)
+    """Evaluate on this many randomly chosen rows."""
+    max_length: int = Field(default=2048, ge=2)
+    """Tokens per sample; longer prompts are cut from the left."""
+    skip_bad: bool = False
+    """Drop unusable rows (counted in the report) instead of stopping."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if self.task is None and (self.train is None or self.eval is None):
+            raise ValueError("give data.train and data.eval, or data.task")
+        if self.task is not None and (self.train is not None or self.eval is not None):
+            raise ValueError("data.task and data.train / data.eval exclude each other")
+        return self
+
+
+class RecordSection(Section):
+    """The first LoRA steps, whose gradients are recorded."""
+
+    steps: int | None = Field(default=None, ge=2)
+    """Optimizer steps; null: max(40, 1 % of the planned fine-tuning steps). Step 1 contributes nothing."""
+    batch_size: int = Field(default=4, ge=1)
+    """Samples per optimizer step."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate; constant after warm-up."""
+    adapter: Literal["lora", "rslora", "dora", "qlora"] = "lora"
+    """Kind of adapter."""
+    rank: int = Field(default=8, ge=1)
+    """LoRA r."""
+    alpha: float = Field(default=32, gt=0)
+    """LoRA alpha."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """LoRA dropout."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Gradient norm clipping before recording (as in the released code); null records raw gradients."""
+
+
+class ScoreSection(Section):
+    """How recorded energy becomes a score."""
+
+    norm: Literal["squared", "frobenius"] = "squared"
+    """squared: mean squared simulated gradient (paper). frobenius: sum of norms (released code)."""
+
+
+class PlanSection(Section):
+    """How many layers go, which may not, and how merged ones are combined."""
+
+    file: str | None = None
+    """Use this plan file (from `gradpruner plan`, perhaps edited) for merged and dropped."""
+    num_prune: int | None = Field(default=None, ge=0)
+    """Layers to prune. Give one budget only; without any, 40 % of the layers."""
+    layer_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of the layers to prune."""
+    parameter_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of all parameters to remove."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Prune exactly these layers."""
+    num_merge: int = Field(default=3, ge=0)
+    """How many of the pruned layers, the best-scored, are merged instead of dropped."""
+    protect_first: int = Field(default=0, ge=0)
+    """Layers at the input never pruned."""
+    protect_last: int = Field(default=0, ge=0)
+    """Layers at the output never pruned."""
+    contiguous: bool = False
+    """Prune one block of neighbouring layers."""
+    target: Literal["preceding", "nearest"] = "preceding"
+    """Retained layer a merged one goes into."""
+    rule: Literal["sum", "mean", "fisher", "weighted_average", "norm_preserving"] = "sum"
+    """Combine rule (`gradpruner ls rules`)."""
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PlanSection:
+        names = ("num_prune", "layer_fraction", "parameter_fraction", "layers")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are all budgets; give one")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers lists a layer more than once")
+        return self
+
+
+class FinetuneSection(Section):
+    """Fine-tuning of every variant, the same for all."""
+
+    mode: Literal["full", "lora"] = "full"
+    """full trains every weight; lora trains adapters."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate; 1e-5 suits full fine-tuning of 8 B models, smaller models need more."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples per forward pass and device."""
+    accumulation: int = Field(default=8, ge=1)
+    """Forward passes per optimizer step."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training data."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW weight decay."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Fraction of steps with rising learning rate."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradient clipping; 0 turns it off."""
+    schedule: str = "linear"
+    """A transformers learning-rate schedule."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast precision; auto: bf16 on GPUs that have it, fp32 elsewhere."""
+    rank: int = Field(default=8, ge=1)
+    """LoRA r (mode lora)."""
+    alpha: float = Field(default=32, gt=0)
+    """LoRA alpha (mode lora)."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """LoRA dropout (mode lora)."""
+    merge_adapter: bool = True
+    """Add LoRA into the weights on save, so that the folder is a plain model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, more time."""
+    group_by_length: bool = True
+    """Batch samples of similar length."""
+    save_steps: int | None = Field(default=500, ge=1)
+    """Checkpoint interval; an interrupted fine-tuning goes on from the last whole one. null: none."""
+    report_to: str | list[str] = "none"
+    """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, all or none."""
+
+
+class EvaluateSection(Section):
+    """How variants are measured."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per forward pass."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest generated answer; null: the longest reference answer and two more."""
+    metrics: list[Literal["exact_match", "choice_likelihood"]] = ["exact_match", "choice_likelihood"]
+    """exact_match of the greedy answer; choice_likelihood where every example has choices."""
+    before_finetuning: bool = True
+    """Also measure every variant before fine-tuning."""
+
+
+class Recipe(Section):
+    """A complete run."""
+
+    title: str = ""
+    """Headline of the report."""
+    out: str = "runs/gradpruner"
+    """Run directory."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds data sampling, LoRA, data order, dropout and bootstrap."""
+    model: ModelSection
+    data: DataSection
+    record: RecordSection = RecordSection()
+    score: ScoreSection = ScoreSection()
+    plan: PlanSection = PlanSection()
+    finetune: FinetuneSection = FinetuneSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    variants: list[str] = Field(default=["dense", "merged", "dropped"], min_length=1)
+    """Rows of the comparison: dense; merged and dropped (GradPruner with and without merging); any other
+    method's name (`gradpruner ls methods`)."""
+    keep_models: Literal["all", "none"] = "all"
+    """Whether pruned and fine-tuned models stay on disk after evaluation (none: for sweeps)."""
+
+    @model_validator(mode="after")
+    def _known_variants(self) -> Recipe:
+        if len(set(self.variants)) != len(self.variants):
+            raise ValueError("variants lists a row more than once")
+        return self
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the recipe."""
+    out = []
+    for name, info in model.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            out += [f"{prefix}{name}", *_paths(kind, f"{prefix}{name}.")]
+        else:
+            out.append(f"{prefix}{name}")
+    return out
+
+
+def load_recipe(
+    path: str | Path | None = None,
+    overrides: tuple[str, ...] = (),
+    values: dict[str, Any] | None = None,
+) -> Recipe:
+    """Reads a recipe: the file, then `values` (dotted keys), then `--set a.b=c` overrides.
+
+    Raises:
+        ConfigError: Naming every fault at once, with the file, the key and what is allowed.
+    """
+    raw = _read_yaml(Path(path)) if path is not None else {}
+    for key, value in (values or {}).items():
+        _assign(raw, key, value)
+    for item in overrides:
+        key, found, text = item.partition("=")
+        if not found or not key:
+            raise ConfigError(f"--set {item}: the form is --set section.key=value.")
+        _assign(raw, key.strip(), _parse_value(item, text))
+    if path is not None:
+        _resolve_paths(raw, Path(path).parent)
+    return check_recipe(raw, str(path) if path is not None else "recipe")
+
+
+def check_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validates a recipe given as plain values; see `load_recipe`."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        known = _paths(Recipe)
+        faults = [_fault(entry, known) for entry in error.errors()]
+        raise ConfigError(
+            f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n"
+            + "\n".join(f"  - {fault}" for fault in faults),
+            hint="\n`gradpruner schema` lists every key.",
+        ) from None
+
+
+def _fault(entry: Any, known: list[str]) -> str:
+    path = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        parent, _, key = path.rpartition(".")
+        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
+        close = suggest(key, siblings)
+        if not close:  # a key that exists, but in another section
+            homes = [k for k in known if k.rpartition(".")[2] == key]
+            close = f" Did you mean '{homes[0]}'?" if homes else suggest(path, known)
+        return f"{path}: unknown key.{close}"
+    if entry["type"] == "missing":
+        return f"{path}: missing."
+    message = str(entry["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(entry["input"], dict) else f" (given: {entry['input']!r})"
+    return f"{path or 'recipe'}: {message}{given}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"There is no recipe at {path}.", hint="`gradpruner ls recipes` lists those that come with it."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(
+            f"{path}{place}: not valid YAML: {getattr(error, 'problem', error)}."
+        ) from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a mapping of sections is needed, not {type(raw).__name__}.")
+    return raw
+
+
+def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = raw.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{key}: '{section}' is a value, not a section.")
+        raw = inner
+    raw[last] = value
+
+
+def _parse_value(item: str, text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {item}: the value is not valid YAML.") from None
+    if isinstance(value, str):
+        try:
+            return float(value)  # YAML 1.1 reads 1e-4 as a word
+        except ValueError:
+            return value
+    return value
+
+
+def _resolve_paths(raw: dict[str, Any], base: Path) -> None:
+    """Paths that begin with ./ or ../ are relative to the recipe file."""
+    for section, key in (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "folder"), ("plan", "file")):
+        inner = raw.get(section)
+        value = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(value, str) and value.startswith(("./", "../")):
+            inner[key] = str((base / value).resolve())  # type: ignore[index]
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of the recipe, for editors and scripts."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return schema
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    text: str = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False, width=100)
+    return text

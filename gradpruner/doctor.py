@@ -1,0 +1,94 @@
+"""`gradpruner doctor`: is this machine ready, and if not, what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gradpruner._version import __version__
+from gradpruner.provenance import machine
+
+# Security floors: see pyproject.toml.
+FLOORS = {"torch": (2, 10), "transformers": (5, 3), "peft": (0, 18), "accelerate": (1, 12)}
+NEEDED = ("datasets", "safetensors", "pydantic", "typer", "rich", "jinja2", "matplotlib", "psutil")
+OPTIONAL = {
+    "bitsandbytes": "QLoRA recording (pip install gradpruner[quant])",
+    "trl": "recording inside TRL's SFTTrainer (pip install gradpruner[trl])",
+}
+
+
+def examine() -> dict[str, Any]:
+    """Looks at versions, devices, disk and optional packages.
+
+    Returns:
+        JSON values; `problems` lists what stops gradpruner from working, [] when it is ready.
+    """
+    problems = []
+    versions: dict[str, str | None] = {"python": sys.version.split()[0], "gradpruner": __version__}
+    for name in (*FLOORS, *NEEDED):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+            problems.append(f"{name} is not installed: pip install {name}")
+    for name, floor in FLOORS.items():
+        found = versions[name]
+        if found is not None and _release(found) < floor:
+            wanted = ".".join(map(str, floor))
+            problems.append(f"{name} {found} is too old: pip install '{name}>={wanted}'")
+    hardware = machine()
+    free = shutil.disk_usage(Path.cwd()).free
+    if free < 2e9:
+        problems.append(f"only {free / 1e9:.1f} GB of disk are free in {Path.cwd()}")
+    return {
+        "versions": versions,
+        "machine": hardware,
+        "bf16": _bf16(),
+        "free_disk_bytes": free,
+        "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
+        "problems": problems,
+    }
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def _bf16() -> str:
+    """How this machine computes in bfloat16."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "native" if torch.cuda.is_bf16_supported() else "missing"
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text(encoding="utf-8") if cpu.exists() else ""
+    return "native" if "avx512_bf16" in flags or "amx_bf16" in flags else "emulated, slow: fp32 is used"
+
+
+def print_findings(findings: dict[str, Any], console: Console) -> None:
+    """The findings as tables."""
+    table = Table("package", "version", title="gradpruner doctor", title_justify="left")
+    for name, version in findings["versions"].items():
+        table.add_row(name, version or "[red]missing[/red]")
+    for name, present in findings["optional"].items():
+        table.add_row(f"{name} (optional)", "installed" if present else f"no; for {OPTIONAL[name]}")
+    console.print(table)
+    hardware = findings["machine"]
+    devices = ", ".join(map(str, hardware["devices"])) or "CPU only"
+    console.print(
+        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_bytes'] / 2**30:.0f} GiB "
+        f"memory; devices: {devices}; bf16: {findings['bf16']}; "
+        f"{findings['free_disk_bytes'] / 1e9:.0f} GB disk free",
+        highlight=False,
+    )
+    for problem in findings["problems"]:
+        console.print(f"[bold red]problem:[/bold red] {problem}", highlight=False)
+    if not findings["problems"]:
+        console.print("[green]ready[/green]")
