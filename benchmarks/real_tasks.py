@@ -1,0 +1,235 @@
+"""GradPruner on real tasks: dense against pruned variants, full fine-tuning and LoRA, three seeds.
+
+    python benchmarks/real_tasks.py sweep --model M --data D --work W     learning rates, dense model only
+    python benchmarks/real_tasks.py run   --model M --data D --work W     the comparison
+    python benchmarks/real_tasks.py table                                 Markdown from the committed JSON
+
+D holds one folder per task in its hub schema. Every cell is an ordinary `gradpruner.run`, so an interrupted
+benchmark goes on where it was. `--only trec/full/0` restricts it; several processes may share W as long as
+they work on different cells. Learning rates come from the sweep, made on a held-out part of the training
+split; the test split is not looked at there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+VARIANTS = ["dense", "merged", "dropped", "random", "last", "block_influence"]
+LABELS = {
+    "dense": "dense (16 layers)",
+    "merged": "GradPruner, pruned + merged",
+    "dropped": "GradPruner, no merging",
+    "random": "random layers",
+    "last": "last layers",
+    "block_influence": "block influence (ShortGPT)",
+}
+MODES = ("full", "lora")
+SEEDS = (0, 1, 2)
+# Rows and epochs are cut to what two slow cores do in about an hour; the same for every variant.
+TASKS: dict[str, dict[str, Any]] = {
+    "trec": {"train_limit": 1000, "eval_limit": 500, "epochs": 3},
+    "financial_phrasebank": {"train_limit": 600, "eval_limit": 400, "epochs": 3},
+    "fingpt_sentiment": {"train_limit": 400, "eval_limit": 300, "epochs": 2},
+}
+# The tasks' own prompts list the answers, which instructs a large model and only costs a tiny one time.
+SHORT_PROMPT = {"trec": "Question: ", "financial_phrasebank": "Sentence: "}
+SWEEP = {"full": (3e-4, 1e-3, 2e-3), "lora": (1e-3, 3e-3, 1e-2)}
+SWEEP_TASK = "trec"
+
+
+def recipe_values(args: argparse.Namespace, task: str, mode: str, seed: int, rate: float) -> dict[str, Any]:
+    shape = TASKS[task]
+    return {
+        "title": f"{task}, {mode}, seed {seed}",
+        "seed": seed,
+        "model": {"path": args.model},
+        "data": {
+            "train": str(Path(args.work) / "data" / task / "train.jsonl"),
+            "eval": str(Path(args.work) / "data" / task / "test.jsonl"),
+            "train_limit": shape["train_limit"],
+            "eval_limit": shape["eval_limit"],
+            "max_length": 192,
+        },
+        "finetune": {
+            "mode": mode,
+            "learning_rate": rate,
+            "batch_size": 16,
+            "accumulation": 1,
+            "epochs": shape["epochs"],
+            "save_steps": None,
+        },
+        "evaluate": {"metrics": ["exact_match"], "before_finetuning": False},
+        "variants": VARIANTS,
+        "keep_models": "none",
+    }
+
+
+def carry_out(values: dict[str, Any]) -> dict[str, Any]:
+    from gradpruner.config import check_recipe
+    from gradpruner.pipeline import run
+
+    return run(check_recipe(values), command="benchmarks/real_tasks.py")
+
+
+def sweep(args: argparse.Namespace) -> None:
+    held_out = split_training_rows(Path(args.work) / "data" / SWEEP_TASK)
+    rows = []
+    for mode in MODES:
+        for rate in SWEEP[mode]:
+            values = recipe_values(args, SWEEP_TASK, mode, 0, rate)
+            values["data"]["train"] = str(held_out / "train.jsonl")
+            values["data"]["eval"] = str(held_out / "test.jsonl")
+            values["variants"] = ["dense"]
+            values["out"] = str(Path(args.work) / f"sweep-{mode}-{rate:g}")
+            record = carry_out(values)
+            accuracy = record["variants"]["dense"]["evaluation"]["metrics"]["exact_match"]["value"]
+            rows.append({"mode": mode, "learning_rate": rate, "exact_match": accuracy})
+            print(rows[-1], flush=True)
+    best = {
+        mode: max((r for r in rows if r["mode"] == mode), key=lambda r: r["exact_match"])["learning_rate"]
+        for mode in MODES
+    }
+    write("learning_rates.json", {
+        "what": f"dense model, {SWEEP_TASK}, seed 0, trained and measured on two parts of the training split",
+        "task": TASKS[SWEEP_TASK],
+        "rows": rows,
+        "best": best,
+        "provenance": record["provenance"],
+    })
+
+
+def write_rows(args: argparse.Namespace) -> None:
+    """The tasks' rows as prompt/completion files, with short prompts where the task's own is long."""
+    from gradpruner.tasks import load_task
+
+    for task in TASKS:
+        for split in ("train", "test"):
+            path = Path(args.work) / "data" / task / f"{split}.jsonl"
+            if path.exists():
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            for example in load_task(task, Path(args.data) / task, split).examples:
+                marker = SHORT_PROMPT.get(task, "")
+                prompt = marker + example.prompt.rpartition(marker)[2] if marker else example.prompt
+                rows.append({"prompt": prompt, "completion": example.answer, "choices": example.choices})
+            staged = path.with_suffix(f".{os.getpid()}")
+            staged.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            staged.replace(path)
+
+
+def split_training_rows(folder: Path) -> Path:
+    """The training split cut in two, so that choosing a learning rate never sees the test split."""
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    cut = len(lines) * 4 // 5
+    target = folder / "sweep"
+    target.mkdir(exist_ok=True)
+    (target / "train.jsonl").write_text("".join(lines[:cut]), encoding="utf-8")
+    (target / "test.jsonl").write_text("".join(lines[cut:]), encoding="utf-8")
+    return target
+
+
+def compare(args: argparse.Namespace) -> None:
+    rates = json.loads((RESULTS / "learning_rates.json").read_text(encoding="utf-8"))["best"]
+    for task in TASKS:
+        for seed in SEEDS:
+            for mode in MODES:
+                cell = f"{task}/{mode}/{seed}"
+                if args.only and not any(cell.startswith(only) for only in args.only):
+                    continue
+                values = recipe_values(args, task, mode, seed, rates[mode])
+                values["out"] = str(Path(args.work) / cell.replace("/", "-"))
+                record = carry_out(values)
+                write(f"real_tasks/{cell.replace('/', '-')}.json", condensed(record))
+                print(cell, {v: round(score_of(r), 3) for v, r in record["variants"].items()}, flush=True)
+
+
+def condensed(record: dict[str, Any]) -> dict[str, Any]:
+    """The run record without loss curves, and with the model named, not located."""
+    record = json.loads(json.dumps(record))
+    for row in record["variants"].values():
+        if row["finetune"]:
+            row["finetune"].pop("losses")
+    name = Path(record["model"]["path"]).name
+    record["model"]["path"] = record["recipe"]["model"]["path"] = name
+    task = Path(record["recipe"]["data"]["train"]).parent.name
+    record["recipe"]["out"] = Path(record["recipe"]["out"]).name
+    for part in ("train", "eval"):
+        name = f"{task}/{Path(record['recipe']['data'][part]).name}"
+        record["recipe"]["data"][part] = record["data"][part]["source"] = name
+    return record
+
+
+def task_of(cell: dict[str, Any]) -> str:
+    return str(cell["recipe"]["data"]["train"]).partition("/")[0]
+
+
+def score_of(row: dict[str, Any]) -> float:
+    return float(row["evaluation"]["metrics"]["exact_match"]["value"])
+
+
+def write(name: str, value: dict[str, Any]) -> None:
+    path = RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def load_cells() -> list[dict[str, Any]]:
+    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted((RESULTS / "real_tasks").glob("*.json"))]
+
+
+def table(_: argparse.Namespace) -> None:
+    print(markdown(load_cells()))
+
+
+def markdown(cells: list[dict[str, Any]]) -> str:
+    """Mean over seeds and their range, a row per variant and a column per task and mode."""
+    found = {(task_of(c), c["recipe"]["finetune"]["mode"]) for c in cells}
+    columns = [(t, m) for t in TASKS for m in MODES if (t, m) in found]
+    head = "| exact match, % | " + " | ".join(f"{t}, {m}" for t, m in columns) + " |"
+    lines = [head, "|---" * (len(columns) + 1) + "|"]
+    for variant in VARIANTS:
+        entries = []
+        for task, mode in columns:
+            values = [
+                100 * score_of(c["variants"][variant])
+                for c in cells
+                if task_of(c) == task
+                and c["recipe"]["finetune"]["mode"] == mode
+                and c["variants"][variant]["error"] is None
+            ]
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            entries.append(f"{statistics.mean(values):.1f}{spread}" if values else "failed")
+        lines.append(f"| {LABELS[variant]} | " + " | ".join(entries) + " |")
+    majority = []
+    for task, _ in columns:
+        values = [100 * c["reference"]["majority_class"] for c in cells if task_of(c) == task]
+        majority.append(f"{statistics.mean(values):.1f}")
+    lines.append("| always the most frequent answer | " + " | ".join(majority) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("sweep", "run", "table"))
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--work", default="runs/real_tasks")
+    parser.add_argument("--only", nargs="*", help="cells such as trec/full/0, or a prefix")
+    args = parser.parse_args()
+    if args.what != "table" and not (args.model and args.data):
+        parser.error("--model and --data are needed")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if args.what != "table":
+        write_rows(args)
+    {"sweep": sweep, "run": compare, "table": table}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()
