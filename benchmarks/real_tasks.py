@@ -39,7 +39,7 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 # The tasks' own prompts list the answers, which instructs a large model and only costs a tiny one time.
 SHORT_PROMPT = {"trec": "Question: ", "financial_phrasebank": "Sentence: "}
-SWEEP = {"full": (3e-4, 1e-3, 2e-3), "lora": (1e-3, 3e-3, 1e-2)}
+SWEEP = {"full": (3e-4, 1e-3, 2e-3, 4e-3), "lora": (1e-3, 3e-3, 1e-2)}
 SWEEP_TASK = "trec"
 
 

@@ -169,9 +169,9 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
     else:
         from gradpruner.report import print_summary
 
-        print_summary(record, Console())
+        print_summary(record, _console())
         where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
-        Console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
+        _console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
     if error is not None:
         raise error
 
@@ -182,6 +182,11 @@ def _has_failed_row(path: Path) -> bool:
         return False
     rows = json.loads(path.read_text(encoding="utf-8")).get("variants", {}).values()
     return any(row["error"] for row in rows) and not all(row["error"] for row in rows)
+
+
+def _console() -> Console:
+    """Standard output; wide enough for the tables where nothing says how wide it is."""
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def _command_line() -> str:
@@ -233,7 +238,7 @@ def report(
     elif markdown:
         typer.echo(markdown_table(record))
     else:
-        print_summary(record, Console())
+        print_summary(record, _console())
         typer.echo(f"report: {path}")
 
 
@@ -246,7 +251,7 @@ def doctor(as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(json.dumps(findings, indent=2))
     else:
-        print_findings(findings, Console())
+        print_findings(findings, _console())
     if findings["problems"]:
         raise typer.Exit(1)
 

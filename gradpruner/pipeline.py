@@ -81,8 +81,13 @@ class Job:
         self._warn()
 
     def _check_budget(self) -> None:
-        """Finds an impossible budget before anything is recorded, with made-up scores."""
-        self.num_keep = len(plan_for(self, placeholder_scores(self.num_layers), merging=False).keep)
+        """Finds an impossible budget or plan before anything is recorded."""
+        plan = plan_for(self, placeholder_scores(self.num_layers), merging=False)
+        self.given_plan: PruningPlan | None = None
+        if self.recipe.plan.file is not None:
+            plan = self.given_plan = PruningPlan.load(self.recipe.plan.file)
+            plan.check_model(self.num_layers)
+        self.num_keep = len(plan.keep)
 
     def _max_positions(self) -> int:
         return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
@@ -315,19 +320,17 @@ class _Run:
         """Scores -> plans/<variant>.json"""
         target = f"plans/{variant}.json"
         method = _method_name(variant)
+        given = self.job.given_plan if variant in LABELS else None
         inputs = {
             "scores": sha256_file(self.path("scores", f"{method}.json")),
             "plan": self.recipe.plan.model_dump(),
-            "file": sha256_file(self.recipe.plan.file) if self._uses_file(variant) else None,
+            "given": given.to_dict() if given else None,
             "variant": variant,
         }
 
         def work() -> dict[str, Any]:
-            if self._uses_file(variant):
-                assert self.recipe.plan.file is not None
-                plan = PruningPlan.load(self.recipe.plan.file)
-                plan.check_model(self.job.num_layers)
-                plan = plan if variant == "merged" else plan.without_merging()
+            if given:
+                plan = given if variant == "merged" else given.without_merging()
             else:
                 plan = plan_for(self.job, self.scores[method], merging=variant == "merged")
             plan.save(self.path(target))
@@ -335,9 +338,6 @@ class _Run:
 
         self.directory.stage(f"plan {variant}", inputs, work, [target])
         self.plans[variant] = PruningPlan.load(self.path(target))
-
-    def _uses_file(self, variant: str) -> bool:
-        return self.recipe.plan.file is not None and variant in LABELS
 
     def carry_out(self, variant: str, depth: int) -> None:
         """Plan -> pruned model -> fine-tuned model -> figures, for one row of the comparison."""

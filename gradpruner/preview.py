@@ -29,7 +29,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         after recording), bytes of the trace and of the models written, and label-mask previews.
     """
     job = Job(recipe)
-    plan = plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
     model = build_on_meta(job.config)
     with torch.device("meta"):
         _, linears = find_lora_linears(attach_lora(model, rank=recipe.record.rank))

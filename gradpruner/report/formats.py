@@ -1,0 +1,141 @@
+"""Numbers as people read them; whatever is missing or not finite becomes a dash, never 'nan'."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from datetime import datetime, timedelta
+from typing import Any
+
+MISSING = "–"
+_NBSP = "\u00a0"
+
+
+def number(value: Any) -> float | None:
+    """Returns `value` as a finite float, or None for anything else (also True, NaN and Inf)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        as_float = float(value)
+    except OverflowError:
+        return None
+    return as_float if math.isfinite(as_float) else None
+
+
+def text(value: Any, limit: int | None = None) -> str:
+    """Returns `value` as one clean line: no control characters, at most `limit` characters."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float) and number(value) is None:
+        return MISSING
+    spaced = str(value).replace("\n", " ").replace("\t", " ")
+    # Control, format and surrogate characters could move a terminal's cursor or reverse a line.
+    clean = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    if limit is not None and len(clean) > limit:
+        return clean[: limit - 1] + "…"
+    return clean
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """Formats a fraction (0-1) as a percentage: 0.834 -> '83.4%'."""
+    finite = number(value)
+    return MISSING if finite is None else f"{100 * finite:.{digits}f}%"
+
+
+def signed_percent(value: Any, digits: int = 1) -> str:
+    """Formats a relative change (fraction) with its sign: -0.008 -> '−0.8%'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    shown = f"{abs(100 * finite):.{digits}f}%"
+    if float(shown[:-1]) == 0:
+        return shown
+    return ("−" if finite < 0 else "+") + shown
+
+
+def times(value: Any) -> str:
+    """Formats a ratio: 0.63 -> '0.63×'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    return f"{finite:.2f}×" if abs(finite) >= 0.1 or finite == 0 else f"{finite:.2g}×"
+
+
+def whole(value: Any) -> str:
+    """Formats a count in full: 8030261248 -> '8,030,261,248'."""
+    finite = number(value)
+    return MISSING if finite is None else f"{round(finite):,}"
+
+
+def short(value: Any) -> str:
+    """Formats a count in three digits: 8030261248 -> '8.03B'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(finite) >= 0.9995 * size:
+            return f"{_three_digits(finite / size)}{letter}"
+    return f"{finite:.0f}" if finite == int(finite) else _three_digits(finite)
+
+
+def num_bytes(value: Any) -> str:
+    """Formats a number of bytes in binary units: 17179869184 -> '16.0 GiB'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(finite) >= 0.9995 * 1024**power:
+            return f"{_three_digits(finite / 1024**power)}{_NBSP}{unit}"
+    return f"{finite:.0f}{_NBSP}B"
+
+
+def duration(value: Any) -> str:
+    """Formats seconds: 0.41 -> '0.41 s', 192 -> '3 min 12 s', 7500 -> '2 h 05 min'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    if abs(finite) < 99.5:
+        return f"{_three_digits(finite) if finite else '0'}{_NBSP}s"
+    whole_seconds = round(finite)
+    if whole_seconds < 3600:
+        minutes, seconds = divmod(whole_seconds, 60)
+        return f"{minutes}{_NBSP}min{_NBSP}{seconds:02d}{_NBSP}s"
+    hours, minutes = divmod(round(finite / 60), 60)
+    return f"{hours}{_NBSP}h{_NBSP}{minutes:02d}{_NBSP}min"
+
+
+def moment(value: Any) -> str:
+    """Formats an ISO 8601 time: '2026-03-01T13:21:07+00:00' -> '2026-03-01 13:21 UTC'."""
+    try:
+        when = datetime.fromisoformat(str(value))
+    except ValueError:
+        return text(value)
+    # Never the reader's time zone: the same record must give the same page everywhere.
+    zone = " UTC" if when.utcoffset() == timedelta(0) else f" {when:%z}" if when.tzinfo else ""
+    return f"{when:%Y-%m-%d %H:%M}{zone}"
+
+
+def interval(low: Any, high: Any) -> str:
+    """Formats an interval of fractions: '[80.1, 86.3]' (in percent), '' when not known."""
+    low_finite, high_finite = number(low), number(high)
+    if low_finite is None or high_finite is None:
+        return ""
+    return f"[{100 * low_finite:.1f}, {100 * high_finite:.1f}]"
+
+
+def ratio(after: Any, before: Any) -> float | None:
+    """Returns after / before, or None when that is not a finite number."""
+    after_finite, before_finite = number(after), number(before)
+    if after_finite is None or not before_finite:
+        return None
+    return number(after_finite / before_finite)
+
+
+def _three_digits(value: float) -> str:
+    """Formats |value| < 1000 or so with three significant digits and no exponent."""
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:.0f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.01 else f"{value:.1g}"

@@ -1,0 +1,171 @@
+"""One matplotlib figure -> an inline SVG that follows the page's colours, fonts and dark theme."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+# Figures are drawn in the light colours; each is then replaced by the CSS variable of that name, so
+# one drawing serves both themes. The values must be distinct. Variant colours follow Okabe and Ito.
+PALETTE = {
+    "ink": ("#1d2733", "#e4eaf0"),
+    "muted": ("#5a6774", "#9dabb9"),
+    "grid": ("#e1e6eb", "#29333e"),
+    "surface": ("#ffffff", "#10161c"),
+    "keep": ("#6f93b8", "#5f8fbf"),
+    "receive": ("#1f4e79", "#a8cdf0"),
+    "merge": ("#d9730d", "#f2994a"),
+    "drop": ("#c3ccd5", "#46535f"),
+    "series-0": ("#4b5563", "#b4bfca"),
+    "series-1": ("#0072b2", "#56aee8"),
+    "series-2": ("#d55e00", "#f08a3c"),
+    "series-3": ("#009e73", "#2fc79b"),
+    "series-4": ("#b05a8c", "#dc8fbb"),
+    "series-5": ("#a67c00", "#e0b63a"),
+    "series-6": ("#5b4fb3", "#a196f0"),
+}
+"""Name -> (light, dark)."""
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def colour(name: str) -> str:
+    """Returns the light value of a palette name, for drawing."""
+    return PALETTE[name][0]
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Sets matplotlib up for `draw`, and back afterwards.
+
+    Starts from matplotlib's defaults: the matplotlibrc of whoever renders must not change the bytes.
+    It is one block around all figures of a page because resetting takes as long as drawing.
+    """
+    settings: dict[Any, Any] = {
+        # Text stays text: small, searchable, in the page's font; user strings are never TeX.
+        "svg.fonttype": "none",
+        "svg.hashsalt": "gradpruner",
+        "text.parse_math": False,
+        "font.family": "sans-serif",
+        "font.sans-serif": ["DejaVu Sans"],
+        "font.size": 12,
+        "axes.unicode_minus": True,
+    }
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcParams.update(matplotlib.rcParamsDefault)
+        matplotlib.rcParams.update(settings)
+        # Only widths are measured with DejaVu; a glyph it lacks is drawn by the browser.
+        warnings.filterwarnings("ignore", message="Glyph")
+        yield
+
+
+@dataclass(frozen=True)
+class Margins:
+    """Room around the axes in CSS pixels; fixed, so that figures line up under each other."""
+
+    left: int = 62
+    right: int = 14
+    bottom: int = 46
+    top: int = 12
+
+
+def draw(identity: str, width: int, height: int, margins: Margins, paint: Callable[[Axes], None]) -> str:
+    """Draws one figure; to be called within `house_style`.
+
+    Args:
+        identity: Prefix of every id in the SVG, so that figures on one page cannot clash.
+        width: Width in CSS pixels.
+        height: Height in CSS pixels.
+        margins: Room for labels around the axes.
+        paint: Draws into the axes it is given.
+
+    Returns:
+        An `<svg>` element without namespaces, ids and colours made local to the page; the same
+        bytes for the same drawing.
+    """
+    figure = Figure(figsize=(width / 72, height / 72))
+    room = (width - margins.left - margins.right, height - margins.top - margins.bottom)
+    axes = figure.add_axes((margins.left / width, margins.bottom / height, room[0] / width, room[1] / height))
+    _style(axes)
+    paint(axes)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _localise(buffer.getvalue(), identity)
+
+
+def plain_ticks(axes: Axes, log: bool = False) -> None:
+    """Labels the vertical axis with few, short numbers; powers of ten when `log`."""
+    if log:
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        axes.yaxis.set_minor_locator(LogLocator(subs=[], numticks=6))
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, log)))
+
+
+def whole_ticks(axes: Axes, num_ticks: int) -> None:
+    """Puts at most `num_ticks` whole numbers on the horizontal axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True, steps=[1, 2, 4, 5, 10]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _tick(value: float, log: bool) -> str:
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)) + 1e-9)
+    if not log and -3 <= exponent < 5:
+        return f"{value:,.6g}"
+    mantissa = value / 10.0**exponent
+    power = "10" + str(exponent).translate(_SUPERSCRIPTS)
+    return power if abs(mantissa - 1) < 1e-6 else f"{mantissa:.3g}·{power}"
+
+
+def _style(axes: Axes) -> None:
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(colour("muted"))
+    axes.tick_params(colors=colour("muted"), length=0, labelsize=12)
+    axes.tick_params(axis="x", length=3)
+    axes.grid(axis="y", color=colour("grid"), linewidth=1)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set_color(colour("muted"))
+    axes.yaxis.label.set_color(colour("muted"))
+
+
+def _localise(svg: str, identity: str) -> str:
+    """Strips what belongs to a stand-alone file and ties ids, colours and fonts to the page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    # Matplotlib's style rule is for `*`: inlined, it would reach the whole page.
+    svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="([^"]*)"', svg)
+    assert view_box is not None, "matplotlib always writes a view box"
+    body = svg[svg.index(">") + 1 :]
+    body = re.sub(r'\bid="', f'id="{identity}-', body)
+    body = body.replace("xlink:href=", "href=").replace('href="#', f'href="#{identity}-')
+    body = body.replace("url(#", f"url(#{identity}-")
+    body = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", body)
+    names = {light: name for name, (light, _) in PALETTE.items()}
+    # Within style attributes only, so that a label such as "#0072b2" is left as it is.
+    body = re.sub(
+        r'style="[^"]*"',
+        lambda style: re.sub(
+            r"#[0-9a-f]{6}",
+            lambda found: f"var(--{names[found[0]]})" if found[0] in names else found[0],
+            style[0],
+        ),
+        body,
+    )
+    head = f'<svg viewBox="{view_box[1]}" aria-hidden="true" focusable="false">'
+    return head + re.sub(r"\n\s*", "\n", body).strip()

@@ -1,0 +1,335 @@
+"""The report's tables as plain data, so that HTML, terminal and markdown show the same numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradpruner.report.formats import (
+    MISSING,
+    duration,
+    interval,
+    num_bytes,
+    number,
+    percent,
+    ratio,
+    short,
+    signed_percent,
+    text,
+    times,
+    whole,
+)
+from gradpruner.report.reading import (
+    Measured,
+    Plan,
+    RunView,
+    Variant,
+    mapping,
+    metric_label,
+    read_run,
+    sequence,
+)
+
+_UNITS = {
+    "layers": "Decoder layers",
+    "decoder_parameters": "Decoder parameters",
+    "parameters": "All parameters",
+    "kv_bytes_per_token": "KV cache per token",
+    "flops_per_token": "FLOPs per token",
+    "disk_bytes": "Size on disk",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value.
+
+    Attributes:
+        text: As shown.
+        detail: A second, smaller text such as an interval.
+        exact: The unrounded value, shown on hover.
+        share: 0-1 draws a bar of that length; None draws none.
+    """
+
+    text: str
+    detail: str = ""
+    exact: str = ""
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line; `kind` is '', 'main' (the headline's variant) or 'failed' (see `error`)."""
+
+    cells: tuple[Cell, ...]
+    kind: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first column names the row, the others hold numbers unless listed in `words`."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    words: tuple[str, ...] = ()
+
+
+def accuracy_table(view: RunView) -> Table:
+    """Returns quality and size of every variant, before and after fine-tuning."""
+    columns = ["Variant", "Layers", "Parameters"]
+    shown = []
+    for metric in view.metrics:
+        if any(metric in v.before for v in view.variants):
+            columns.append(f"{metric_label(metric)} before tuning")
+            shown.append((metric, "before"))
+        if any(metric in v.after for v in view.variants):
+            columns.append(f"{metric_label(metric)} [95%]")
+            shown.append((metric, "after"))
+    columns += ["Relative to dense", "n"]
+    rows = []
+    for variant in view.variants:
+        cells = [Cell(variant.label), *_size_cells(view, variant)]
+        moments = {"before": variant.before, "after": variant.after}
+        cells += [_measured_cell(moments[when].get(metric)) for metric, when in shown]
+        cells += [Cell(relative_quality(view, variant)), _count_cell(variant)]
+        rows.append(_variant_row(view, variant, cells))
+    return Table("Quality of every variant", tuple(columns), tuple(rows))
+
+
+def finetune_table(view: RunView) -> Table:
+    """Returns what fine-tuning each variant took."""
+    columns = ("Variant", "Trainable", "Steps", "Tokens", "Time", "vs dense", "Peak memory")
+    rows = []
+    for variant in view.variants:
+        tuned = variant.finetune
+        cells = [
+            Cell(variant.label),
+            _short_cell(tuned.get("trainable_parameters")),
+            Cell(whole(tuned.get("steps"))),
+            _short_cell(tuned.get("tokens")),
+            Cell(duration(tuned.get("seconds")), exact=_exact(tuned.get("seconds"), "s")),
+            Cell(relative_time(view, variant)),
+            _bytes_cell(tuned.get("peak_memory_bytes")),
+        ]
+        # The error itself is told once, in the accuracy table.
+        rows.append(replace(_variant_row(view, variant, cells), error=""))
+    return Table("Fine-tuning", columns, tuple(rows))
+
+
+def evaluation_table(view: RunView) -> Table:
+    """Returns what evaluating each variant took."""
+    rows = []
+    for variant in view.variants:
+        evaluated = variant.evaluation
+        cells = [
+            Cell(variant.label),
+            Cell(duration(evaluated.get("seconds")), exact=_exact(evaluated.get("seconds"), "s")),
+            Cell(short(evaluated.get("tokens_per_second"))),
+            _bytes_cell(evaluated.get("peak_memory_bytes")),
+        ]
+        # The error itself is told once, in the accuracy table.
+        rows.append(replace(_variant_row(view, variant, cells), error=""))
+    return Table("Evaluation", ("Variant", "Time", "Tokens/s", "Peak memory"), tuple(rows))
+
+
+def savings_tables(view: RunView) -> tuple[Table, ...]:
+    """Returns one table per distinct saving; plans that save the same share one."""
+    groups: dict[tuple[Any, ...], list[Plan]] = {}
+    for plan in view.plans.values():
+        if plan.savings:
+            groups.setdefault(tuple(plan.savings.items()), []).append(plan)
+    labels = {v.plan.name: v.label for v in reversed(view.variants) if v.plan is not None}
+    tables = []
+    for plans in groups.values():
+        names = " · ".join(labels.get(plan.name, text(plan.name)) for plan in plans)
+        rows = [_savings_row(unit, before, after) for unit, (before, after) in plans[0].savings.items()]
+        columns = ("Unit", "Before", "After", "Removed", "Ratio")
+        tables.append(Table(names, columns, tuple(rows)))
+    return tuple(tables)
+
+
+def stage_table(view: RunView) -> Table:
+    """Returns duration and memory of each stage, with its share of the total time."""
+    stages = [mapping(stage) for stage in sequence(view.run, "stages")]
+    total = sum(number(stage.get("seconds")) or 0 for stage in stages)
+    rows = []
+    for stage in stages:
+        state = text(stage.get("state"))
+        share = ratio(stage.get("seconds"), total)
+        cells = (
+            Cell(text(stage.get("name")).replace("_", " ")),
+            Cell(state),
+            Cell(duration(stage.get("seconds")), exact=_exact(stage.get("seconds"), "s")),
+            Cell(percent(share), share=share),
+            _bytes_cell(stage.get("peak_memory_bytes")),
+        )
+        rows.append(Row(cells, kind="failed" if state == "failed" else ""))
+    if len(rows) > 1:
+        cells = (Cell("All stages"), Cell(""), Cell(duration(total)), Cell(""), Cell(""))
+        rows.append(Row(cells, kind="main"))
+    columns = ("Stage", "State", "Time", "Share", "Peak memory")
+    return Table("Stages", columns, tuple(rows), words=("State",))
+
+
+def data_table(view: RunView) -> Table:
+    """Returns source and size of the training and evaluation data."""
+    rows = []
+    for name, label in (("train", "Training"), ("eval", "Evaluation")):
+        part = mapping(view.run, "data", name)
+        if part:
+            sha256 = part.get("sha256")
+            cells = (
+                Cell(label),
+                Cell(text(part.get("source"))),
+                Cell(text(part.get("format"))),
+                Cell(whole(part.get("rows"))),
+                Cell(whole(part.get("dropped_rows"))),
+                Cell(whole(part.get("supervised_tokens"))),
+                Cell(text(sha256)[:12], exact="" if sha256 is None else text(sha256)),
+            )
+            rows.append(Row(cells))
+    columns = ("Data", "Source", "Format", "Rows", "Dropped", "Supervised tokens", "SHA-256")
+    return Table("Data", columns, tuple(rows), words=("Source", "Format", "SHA-256"))
+
+
+def summary_table(view: RunView) -> Table:
+    """Returns the short table of the terminal and the README: one line per variant."""
+    columns = ("Variant", "Layers", "Params", f"{metric_label(view.metric)} [95%]", "n",
+               "vs dense", "Fine-tune", "Time")  # fmt: skip
+    rows = []
+    for variant in view.variants:
+        measured = variant.after.get(view.metric)
+        detail = "" if measured is None else interval(measured.low, measured.high)
+        quality = percent(measured.value if measured else None)
+        cells = [
+            Cell(variant.label),
+            Cell(whole(variant.num_layers)),
+            Cell(short(variant.num_parameters)),
+            Cell(quality, detail=detail),
+            _count_cell(variant) if measured else Cell(MISSING),
+            Cell(relative_quality(view, variant)),
+            Cell(duration(variant.finetune.get("seconds"))),
+            Cell(relative_time(view, variant)),
+        ]
+        rows.append(_variant_row(view, variant, cells))
+    return Table("Results", columns, tuple(rows))
+
+
+def markdown_table(run: dict[str, Any]) -> str:
+    """Returns the variants of one run as a markdown table, ending in a newline.
+
+    Args:
+        run: A run record as read from run.json; missing parts show as a dash.
+
+    Returns:
+        GitHub-flavoured markdown; a failed variant has its error in the place of its accuracy.
+    """
+    table = summary_table(read_run(run))
+    rule = ["---", *("---:" for _ in table.columns[1:])]
+    lines = [list(table.columns), rule]
+    quality = next(i for i, name in enumerate(table.columns) if name.endswith("[95%]"))
+    for row in table.rows:
+        cells = [f"{c.text} {c.detail}".strip() for c in row.cells]
+        if row.kind == "failed":
+            cells[quality] = f"failed: {row.error}"
+        lines.append([_markdown(cell) for cell in cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def relative_quality(view: RunView, variant: Variant) -> str:
+    """Returns the relative change of the headline metric against dense, both fine-tuned."""
+    if variant.is_dense or view.dense is None:
+        return MISSING
+    mine, dense = variant.after.get(view.metric), view.dense.after.get(view.metric)
+    if mine is None or dense is None:
+        return MISSING
+    return signed_percent(ratio(mine.value - dense.value, dense.value))
+
+
+def relative_time(view: RunView, variant: Variant) -> str:
+    """Returns the fine-tuning time as a multiple of the dense model's."""
+    if variant.is_dense or view.dense is None:
+        return MISSING
+    return times(ratio(variant.finetune.get("seconds"), view.dense.finetune.get("seconds")))
+
+
+def _variant_row(view: RunView, variant: Variant, cells: Sequence[Cell]) -> Row:
+    kind = "failed" if variant.error is not None else "main" if variant is view.main else ""
+    return Row(tuple(cells), kind=kind, error=text(variant.error, 500) if variant.error else "")
+
+
+def _size_cells(view: RunView, variant: Variant) -> list[Cell]:
+    dense = view.dense
+    details = ["", ""]
+    if dense is not None and not variant.is_dense:
+        for i, (mine, whole_model) in enumerate(
+            (
+                (variant.num_layers, dense.num_layers),
+                (variant.num_parameters, dense.num_parameters),
+            )
+        ):
+            fraction = ratio(mine, whole_model)
+            details[i] = "" if fraction is None else signed_percent(fraction - 1)
+    parameters = variant.num_parameters
+    return [
+        Cell(whole(variant.num_layers), detail=details[0]),
+        Cell(short(parameters), detail=details[1], exact=_exact(parameters)),
+    ]
+
+
+def _measured_cell(measured: Measured | None) -> Cell:
+    if measured is None:
+        return Cell(MISSING)
+    exact = _exact(measured.value)
+    return Cell(percent(measured.value), interval(measured.low, measured.high), exact)
+
+
+def _count_cell(variant: Variant) -> Cell:
+    """Returns the smallest n behind the variant's results, starred when it is too small."""
+    found = [m for m in (variant.after or variant.before).values() if m.n is not None]
+    if not found:
+        return Cell(MISSING)
+    fewest = min(found, key=lambda m: m.n or 0)
+    mark = "*" if fewest.is_small else ""
+    return Cell(f"{whole(fewest.n)}{mark}")
+
+
+def _savings_row(unit: str, before: float | None, after: float | None) -> Row:
+    show = num_bytes if "bytes" in unit else short if unit.startswith("flops") else whole
+    kept = ratio(after, before)
+    cells = (
+        Cell(_UNITS.get(unit, text(unit).replace("_", " ").capitalize())),
+        Cell(show(before), exact=_exact(before)),
+        Cell(show(after), exact=_exact(after)),
+        Cell(signed_percent(None if kept is None else kept - 1)),
+        Cell(times(kept), share=None if kept is None else min(max(kept, 0.0), 1.0)),
+    )
+    return Row(cells)
+
+
+def _short_cell(value: Any) -> Cell:
+    return Cell(short(value), exact=_exact(value))
+
+
+def _bytes_cell(value: Any) -> Cell:
+    return Cell(num_bytes(value), exact=_exact(value, "bytes"))
+
+
+def _exact(value: Any, unit: str = "") -> str:
+    finite = number(value)
+    if finite is None:
+        return ""
+    shown = f"{round(finite):,}" if finite == int(finite) and abs(finite) > 1 else repr(finite)
+    return f"{shown} {unit}".strip()
+
+
+def _markdown(cell: str) -> str:
+    """Escapes what would end the cell or start markup."""
+    for character in ("\\", "|", "*", "_", "`", "<", "["):
+        # An interval such as "[80.1, 86.3]" is no link, since no "(" follows it.
+        if character != "[" or "](" in cell:
+            cell = cell.replace(character, f"\\{character}")
+    return cell.replace("\u00a0", " ")

@@ -1,0 +1,124 @@
+"""The run in the terminal: one table, a strip of layers per plan, the verdict. Fits 100 columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from gradpruner.report.formats import text, whole
+from gradpruner.report.reading import Plan, RunView, read_run, sequence
+from gradpruner.report.tables import Table, summary_table
+from gradpruner.report.verdict import judge
+
+_STYLES = {
+    "even": "bold cyan",
+    "unclear": "bold yellow",
+    "better": "bold green",
+    "worse": "bold red",
+    "unknown": "bold",
+}
+_GLYPHS = {"keep": "█", "receive": "█", "merge": "▼", "drop": "·"}
+_PLAIN_GLYPHS = {"keep": "#", "receive": "#", "merge": "m", "drop": "."}
+_GLYPH_STYLES = {"keep": "blue", "receive": "blue", "merge": "yellow", "drop": "dim"}
+_ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "→": "->", "…": "...", "·": "."})
+_PER_LINE = 80
+
+
+def print_summary(run: dict[str, Any], console: Console) -> None:
+    """Prints results, layers, verdict and warnings of one run.
+
+    Args:
+        run: A run record as read from run.json; missing parts are left out.
+        console: Where to; no colours when it is no terminal, no symbols when it cannot show them.
+    """
+    view = read_run(run)
+    _say(console, text(run.get("title") or "GradPruner run", 90), "bold")
+    if view.variants:
+        table = summary_table(view)
+        console.print(_rich_table(table, console))
+        for row in table.rows:
+            if row.kind == "failed":
+                _say(console, f"{row.cells[0].text} failed: {row.error}", "red")
+        if any(cell.text.endswith("*") for row in table.rows for cell in row.cells[4:5]):
+            _say(console, "* fewer than 100 examples: read the interval.", "dim")
+    _print_strips(view, console)
+    verdict = judge(view)
+    console.print()
+    _say(console, verdict.word, _STYLES[verdict.level])
+    _say(console, verdict.sentence)
+    for note in verdict.notes:
+        _say(console, f"- {note}")
+    for warning in sequence(run, "warnings"):
+        _say(console, f"Warning: {text(warning)}", "yellow")
+
+
+def _say(console: Console, line: str, style: str = "") -> None:
+    # Text, not a string: a label such as "[red]" is no markup.
+    console.print(Text(_plain(line, console), style=style))
+
+
+def _rich_table(table: Table, console: Console) -> RichTable:
+    ascii_only = console.options.ascii_only
+    shown = RichTable(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False)
+    for i, name in enumerate(table.columns):
+        # Only labels may wrap: a broken number could be misread.
+        shown.add_column(Text(name), justify="right" if i else "left", no_wrap=bool(i),
+                         overflow="fold", min_width=None if i else 12, max_width=None if i else 26)  # fmt: skip
+    styles = {"failed": "red", "main": "bold", "": ""}
+    for row in table.rows:
+        cells = [_plain(f"{c.text} {c.detail}".strip(), console) for c in row.cells]
+        if row.kind == "failed":
+            cells[3] = "failed"
+        shown.add_row(*(Text(cell) for cell in cells), style=styles[row.kind])
+    return shown
+
+
+def _print_strips(view: RunView, console: Console) -> None:
+    glyphs = _PLAIN_GLYPHS if console.options.ascii_only else _GLYPHS
+    shown = [v for v in view.variants if v.plan is not None and v.plan.actions]
+    if not shown:
+        return
+    legend = Text("Layers: ")
+    for role, word in (("keep", "kept"), ("merge", "merged"), ("drop", "dropped")):
+        legend.append(glyphs[role], style=_GLYPH_STYLES[role])
+        legend.append(f" {word}  ")
+    console.print(legend)
+    for variant in shown:
+        plan = variant.plan
+        assert plan is not None
+        _say(console, f"{variant.label}{_merge_words(plan)}")
+        for line in _strip_lines(plan, glyphs):
+            console.print(line)
+
+
+def _strip_lines(plan: Plan, glyphs: dict[str, str]) -> list[Text]:
+    lines = []
+    for start in range(0, len(plan.actions), _PER_LINE):
+        line = Text()
+        line.append(f"{plan.actions[start].layer:>4} ", style="dim")
+        for action in plan.actions[start : start + _PER_LINE]:
+            role = plan.role(action.layer)
+            line.append(glyphs[role], style=_GLYPH_STYLES[role])
+        last = plan.actions[min(start + _PER_LINE, len(plan.actions)) - 1].layer
+        line.append(f" {last}", style="dim")
+        lines.append(line)
+    return lines
+
+
+def _merge_words(plan: Plan) -> str:
+    """Returns ': 19 of 32 kept; merged 18 and 19 into 17'."""
+    words = [f"{', '.join(map(str, layers))} into {to}" for to, layers in plan.targets.items()]
+    merged = f"; merged {'; '.join(words)}" if words else ""
+    return f": {whole(plan.num_kept)} of {len(plan.actions)} kept{merged}"
+
+
+def _plain(shown: str, console: Console) -> str:
+    """Replaces no-break spaces, and on a console without Unicode everything beyond ASCII."""
+    shown = shown.replace("\u00a0", " ")
+    if not console.options.ascii_only:
+        return shown
+    return shown.translate(_ASCII).encode("ascii", "replace").decode("ascii")

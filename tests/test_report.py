@@ -1,0 +1,545 @@
+"""The report: structure, escaping, honesty, determinism, and numbers equal to the record's."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from rich.console import Console
+
+from gradpruner.report import figures, html, markdown_table, print_summary, render_html, svg, tables
+from gradpruner.report.formats import (
+    duration,
+    num_bytes,
+    percent,
+    short,
+    signed_percent,
+    text,
+    times,
+)
+from gradpruner.report.reading import read_run
+from gradpruner.report.verdict import judge
+
+SECTIONS = [
+    "headline", "accuracy", "layers", "losses", "recording",
+    "savings", "cost", "data", "recipe", "provenance",
+]  # fmt: skip
+LABELS = {
+    "dense": "Dense",
+    "merged": "Pruned and merged",
+    "dropped": "Pruned, dropped only",
+    "random": "Random layers",
+    "last": "Last layers",
+    "block_influence": "Block influence",
+}
+LAYER_PARAMETERS = 218_112_000
+OTHER_PARAMETERS = 1_050_939_392
+
+
+def metric(value: float, n: int) -> dict[str, Any]:
+    half = 1.96 * math.sqrt(value * (1 - value) / n)
+    return {"value": value, "low": max(0.0, value - half), "high": min(1.0, value + half), "n": n}
+
+
+def make_plan(num_layers: int, name: str, rng: random.Random) -> dict[str, Any]:
+    num_prune = round(0.4 * num_layers)
+    if name == "random":
+        pruned = set(rng.sample(range(num_layers), num_prune))
+    elif name == "last":
+        pruned = set(range(num_layers - num_prune, num_layers))
+    else:
+        start = round(0.55 * num_layers)
+        pruned = {*range(start, start + num_prune - 1), num_layers - 2}
+    merged = [*sorted(pruned)[:2], max(pruned)] if name == "merged" else []
+    actions: list[dict[str, Any]] = []
+    for layer in range(num_layers):
+        action = "merge" if layer in merged else "drop" if layer in pruned else "keep"
+        into = max(i for i in range(layer) if i not in pruned) if action == "merge" else None
+        actions.append({"layer": layer, "action": action, "into": into})
+    kept = num_layers - len(pruned)
+    before, after = num_layers * LAYER_PARAMETERS, kept * LAYER_PARAMETERS
+    return {
+        "num_layers": num_layers,
+        "actions": actions,
+        "num_kept": kept,
+        "savings": {
+            "layers": {"before": num_layers, "after": kept},
+            "decoder_parameters": {"before": before, "after": after},
+            "parameters": {
+                "before": before + OTHER_PARAMETERS,
+                "after": after + OTHER_PARAMETERS,
+            },
+            "kv_bytes_per_token": {"before": 4096 * num_layers, "after": 4096 * kept},
+            "flops_per_token": {"before": 2 * before, "after": 2 * after},
+            "disk_bytes": {
+                "before": 2 * (before + OTHER_PARAMETERS),
+                "after": 2 * (after + OTHER_PARAMETERS),
+            },
+        },
+    }
+
+
+def make_run(
+    num_layers: int = 32,
+    names: tuple[str, ...] = ("dense", "merged", "dropped", "random"),
+    n: int = 500,
+    num_losses: int = 300,
+    values: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """Builds a record such as a finished run leaves; deterministic."""
+    rng = random.Random(num_layers)
+    accuracy = {"dense": 0.842, "merged": 0.836, "dropped": 0.821, "random": 0.655, "last": 0.702,
+                "block_influence": 0.794, **(values or {})}  # fmt: skip
+    plans = {name: make_plan(num_layers, name, rng) for name in names if name != "dense"}
+    variants = {}
+    for name in names:
+        plan = plans.get(name)
+        layers = plan["num_kept"] if plan else num_layers
+        parameters = layers * LAYER_PARAMETERS + OTHER_PARAMETERS
+        start = 1.9 if name == "dense" else 3.4
+        losses = [
+            {
+                "step": 10 * i,
+                "loss": 0.35 + start * math.exp(-i / 40) + rng.gauss(0, 0.05),
+                "learning_rate": 1e-5,
+            }
+            for i in range(1, num_losses + 1)
+        ]
+        value = accuracy[name]
+        variants[name] = {
+            "label": LABELS[name],
+            "plan": name if plan else None,
+            "num_parameters": parameters,
+            "num_layers": layers,
+            "before": {"metrics": {"exact_match": metric(0.31 if plan else 0.58, n)}},
+            "finetune": {
+                "mode": "lora", "steps": 10 * num_losses, "losses": losses,
+                "seconds": 5400.0 * layers / num_layers, "peak_memory_bytes": 2 * parameters,
+                "trainable_parameters": 655_360 * layers, "tokens": 11_500_000,
+                "output": f"variants/{name}/model",
+            },
+            "evaluation": {
+                "metrics": {
+                    "exact_match": metric(value, n),
+                    "choice_accuracy": metric(value + 0.01, n),
+                },
+                "seconds": 212.0 * layers / num_layers,
+                "tokens_per_second": 310.5 * num_layers / layers,
+                "peak_memory_bytes": 2 * parameters,
+                "per_example": f"variants/{name}/examples.jsonl",
+            },
+            "error": None,
+        }  # fmt: skip
+    scores = [
+        10 ** (-12 - 2.2 * math.sin(math.pi * min(1, i / (0.8 * num_layers)) / 2)
+               + rng.gauss(0, 0.12))
+        for i in range(num_layers)
+    ]  # fmt: skip
+    influence = [0.02 + 0.3 * math.exp(-i / 4) + 0.02 * rng.random() for i in range(num_layers)]
+    part = {"format": "jsonl", "dropped_rows": 3, "sha256": "ab12" * 16}
+    return {
+        "schema_version": 1,
+        "gradpruner_version": "0.1.0",
+        "created": "2026-03-01T10:00:00+00:00",
+        "finished": "2026-03-01T13:21:07+00:00",
+        "command": "gradpruner run recipe.yaml",
+        "title": "Llama-3.1-8B on HellaSwag",
+        "provenance": {
+            "commit": "0a1b2c3d4e5f", "dirty": True, "python": "3.11.9", "seed": 42,
+            "packages": {"torch": "2.10.0", "transformers": "5.3.0", "peft": "0.18.1"},
+            "machine": {"cpu": "AMD EPYC 9354", "cores": 16, "memory_bytes": 137438953472,
+                        "devices": ["NVIDIA H100 80GB"], "platform": "Linux-6.8-x86_64"},
+        },
+        "recipe": {"model": "meta-llama/Llama-3.1-8B", "method": "gradient",
+                   "prune": {"num_prune": 13, "num_merge": 3, "density": 0.2},
+                   "finetune": {"learning_rate": 1e-05, "epochs": 3}},
+        "model": {"path": "meta-llama/Llama-3.1-8B", "model_type": "llama",
+                  "num_layers": num_layers, "dtype": "bfloat16", "sha256": "cd34" * 16,
+                  "num_parameters": num_layers * LAYER_PARAMETERS + OTHER_PARAMETERS,
+                  "decoder_parameters": num_layers * LAYER_PARAMETERS},
+        "data": {
+            "train": {**part, "source": "train.jsonl", "rows": 39902,
+                      "supervised_tokens": 119706},
+            "eval": {**part, "source": "validation.jsonl", "rows": n, "supervised_tokens": 3 * n},
+            "overlap_rows": 7,
+        },
+        "trace": {
+            "num_steps": 40, "effective_steps": 38, "rank": 8, "adapter": "lora", "clip": 1.0,
+            "losses": [2.4 * math.exp(-i / 15) + 0.5 + rng.gauss(0, 0.04) for i in range(40)],
+            "learning_rates": [1e-4] * 40, "seconds": 190.2, "peak_memory_bytes": 21 << 30,
+            "bytes_on_disk": 314572800,
+        },
+        "scores": {
+            "gradient": {
+                "method": "gradient", "norm": "squared", "values": scores,
+                "low": [s * 0.75 for s in scores], "high": [s * 1.3 for s in scores],
+                "stability": [{"step": i, "overlap": min(1.0, 0.6 + 0.4 * i / 22)}
+                              for i in range(2, 41)],
+            },
+            "block_influence": {"method": "block_influence", "norm": None, "values": influence,
+                                "low": [], "high": [], "stability": []},
+        },
+        "plans": plans,
+        "variants": variants,
+        "reference": {"majority_class": 0.252},
+        "stages": [
+            {"name": "record", "state": "done", "seconds": 190.2, "peak_memory_bytes": 21 << 30},
+            {"name": "score", "state": "done", "seconds": 0.41, "peak_memory_bytes": 1 << 28},
+            {"name": "prune", "state": "done", "seconds": 61.0, "peak_memory_bytes": 3 << 30},
+            {"name": "finetune", "state": "done", "seconds": 9200.0, "peak_memory_bytes": 41 << 30},
+            {"name": "evaluate", "state": "skipped", "seconds": None, "peak_memory_bytes": None},
+        ],
+        "warnings": ["Depth pruning loses multi-step reasoning; this task does not measure it."],
+    }  # fmt: skip
+
+
+HEAVY_NAMES = tuple(LABELS)
+NASTY = "<script>alert(1)</script>\"&'{{ 7*7 }}$x_1$ ]]> 日本"
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.references: list[str] = []
+        self.labels: list[str] = []
+        self.words = ""
+        self._silent = False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._silent = tag == "style"
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("href", "src", "xlink:href", "srcset", "data", "action"):
+                self.references.append(value or "")
+            if name == "aria-label":
+                self.labels.append(value or "")
+            assert not name.startswith("on"), f"script attribute {name}"
+
+    def handle_data(self, data: str) -> None:
+        if not self._silent:
+            self.words += data
+
+
+def render(run: dict[str, Any], folder: Path) -> str:
+    return render_html(run, folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return render(make_run(), tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def page(source: str) -> Page:
+    return Page(source)
+
+
+def printed(run: dict[str, Any], **options: Any) -> str:
+    stream = io.StringIO()
+    print_summary(run, Console(file=stream, width=100, **options))
+    return stream.getvalue()
+
+
+def test_every_section_is_there_in_order(page: Page) -> None:
+    found = [name for name in page.ids if name in [*SECTIONS, "warnings"]]
+    assert found == ["headline", "warnings", *SECTIONS[1:]]
+
+
+def test_figures_exist_for_both_widths_and_say_what_they_show(page: Page, source: str) -> None:
+    names = ["accuracy", "scores-0", "scores-1", "losses", "stability", "recording"]
+    assert [i for i in page.ids if i in {f"figure-{n}" for n in names}] == [f"figure-{n}" for n in names]
+    assert source.count('class="drawing wide" role="img"') == 6
+    assert source.count('class="drawing narrow" role="img"') == 6
+    assert any("Pruned and merged: 83.6%" in label for label in page.labels)
+    assert any("merged into another: 18, 19, 30" in label for label in page.labels)
+
+
+def test_ids_are_unique_and_local_references_resolve(page: Page, source: str) -> None:
+    assert len(page.ids) == len(set(page.ids))
+    used = {r[1:] for r in page.references if r.startswith("#")} | set(re.findall(r"url\(#([^)]*)\)", source))
+    assert used <= set(page.ids)
+
+
+def test_the_page_needs_nothing_else(page: Page, source: str) -> None:
+    assert "http://" not in source
+    assert "https://" not in source
+    assert {r for r in page.references if not r.startswith("#")} == {"data:,"}
+    assert not {"script", "iframe", "object", "embed", "img"} & set(page.tags)
+    assert "@import" not in source
+    assert "default-src 'none'" in source
+
+
+def test_same_record_same_bytes(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged"))
+    untouched = copy.deepcopy(run)
+    first = render_html(run, tmp_path / "a.html").read_bytes()
+    assert run == untouched
+    read_back = json.loads(json.dumps(run))
+    assert render_html(read_back, tmp_path / "deep" / "b.html").read_bytes() == first
+
+
+def test_matplotlibrc_does_not_change_the_figures() -> None:
+    view = read_run(make_run(16, ("dense", "merged"), num_losses=3))
+    with svg.house_style():
+        expected = figures.loss_plot(view)
+    with matplotlib.rc_context({"lines.linewidth": 9, "svg.fonttype": "path"}), svg.house_style():
+        assert figures.loss_plot(view) == expected
+
+
+def test_numbers_equal_the_record(page: Page) -> None:
+    run = make_run()
+    for variant in run["variants"].values():
+        for stage in ("before", "evaluation"):
+            for entry in variant[stage]["metrics"].values():
+                assert f"{100 * entry['value']:.1f}%" in page.words
+                assert f"[{100 * entry['low']:.1f}, {100 * entry['high']:.1f}]" in page.words
+    for saving in run["plans"]["merged"]["savings"].items():
+        unit, pair = saving
+        assert f"{pair['after'] / pair['before']:.2f}×" in page.words
+        if unit.endswith("parameters"):
+            assert f"{pair['before']:,}" in page.words
+            assert f"{pair['after']:,}" in page.words
+    for value in ("32 → 19", "−40.6%", "−35.3%", "0.59×", "39,902", "119,706", "25.2%"):
+        assert value in page.words
+    for value in ("0a1b2c3d4e5f with uncommitted changes", "NVIDIA H100 80GB", "3.11.9", "2.10.0"):
+        assert value in page.words
+    assert "learning_rate: 1.0e-05" in page.words
+    assert "7 evaluation rows also occur in the training data" in page.words
+    assert "2026-03-01 13:21 UTC" in page.words
+
+
+def test_nothing_is_nan(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=20)
+    bad = (math.nan, math.inf, -math.inf, None)
+    merged = run["variants"]["merged"]
+    for i, value in enumerate(bad):
+        merged["finetune"]["losses"][i]["loss"] = value
+        run["scores"]["gradient"]["values"][i] = value
+        run["scores"]["gradient"]["low"][i + 4] = value
+        run["trace"]["losses"][i] = value
+    merged["evaluation"]["metrics"]["exact_match"].update(value=math.nan, low=math.inf)
+    merged["finetune"].update(seconds=math.nan, peak_memory_bytes=math.inf)
+    run["plans"]["merged"]["savings"]["layers"]["before"] = 0
+    run["recipe"]["prune"]["density"] = math.nan
+    source = render(run, tmp_path)
+    for words in (Page(source).words, printed(run), markdown_table(run)):
+        assert not re.search(r"\b(nan|inf|None)\b", words, re.IGNORECASE)
+    assert not re.search(r'"[^"]*\b(nan|inf)\b[^"]*"', source)
+
+
+def test_nasty_strings_are_text(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged", "dropped"), num_losses=3)
+    run["title"] = run["command"] = run["model"]["path"] = NASTY
+    run["data"]["train"]["source"] = run["recipe"]["model"] = NASTY
+    run["warnings"] = [NASTY]
+    run["scores"] = {NASTY: run["scores"]["gradient"], "two": run["scores"]["gradient"]}
+    run["provenance"]["packages"] = {NASTY: NASTY}
+    run["stages"][0]["name"] = NASTY
+    run["plans"][NASTY] = run["plans"].pop("merged")
+    run["variants"]["merged"].update(label=NASTY, plan=NASTY)
+    run["variants"]["dropped"].update(label="_#0072b2", error=NASTY)
+    source = render(run, tmp_path)
+    assert "<script" not in source
+    page = Page(source)
+    assert "script" not in page.tags
+    assert "49" not in re.findall(r"alert\(1\)</script>\"&'(.{9})", page.words)
+    assert NASTY in page.words
+    assert "_#0072b2" in page.words
+
+
+def test_terminal_shows_control_characters_and_markup_as_text() -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    run["variants"]["merged"].update(label="[red]x[/]\x1b[2J\u202e", error="boom [/bold] \x07")
+    shown = printed(run)
+    assert "[red]x[/][2J" in shown
+    assert "boom [/bold]" in shown
+    assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
+def test_a_failed_variant_is_a_row_with_its_error(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged", "dropped"), num_losses=3)
+    run["variants"]["merged"].update(error="CUDA out of memory", finetune=None, evaluation=None, before=None)
+    source = render(run, tmp_path)
+    assert '<tr role="row" class="failed">' in source
+    assert source.count('<tr role="row" class="error">') == 1
+    assert "CUDA out of memory" in Page(source).words
+    assert "Pruned and merged failed: CUDA out of memory" in printed(run)
+    assert "failed: CUDA out of memory" in markdown_table(run)
+    view = read_run(run)
+    assert view.main is not None
+    assert view.main.name == "dropped"
+
+
+@pytest.mark.parametrize("missing", ["", *make_run(16, ("dense", "merged"))])
+def test_any_part_may_be_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Drawing is slow and tested above and below; here only that nothing is looked up in vain.
+    monkeypatch.setattr(figures, "draw", lambda *_: "<svg></svg>")
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    for replacement in (None, [], "odd"):
+        changed = {**run, missing: replacement} if missing else {}
+        page = html._environment().get_template("report.html").render(html._context(read_run(changed)))
+        assert [i for i in Page(page).ids if i in SECTIONS] == SECTIONS
+        assert printed(changed)
+        assert markdown_table(changed).startswith("| Variant |")
+    if missing:
+        del run[missing]
+        html._context(read_run(run))
+
+
+def test_empty_parts_inside_variants(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    run["variants"]["merged"] = {"label": None, "plan": "lost", "error": None}
+    run["variants"]["dense"].update(before=None, finetune=None)
+    run["scores"]["gradient"].update(low=[], high=[], stability=[])
+    run["scores"]["block_influence"] = {"values": []}
+    page = Page(render(run, tmp_path))
+    assert "Nothing to compare: merged has no exact match." in page.words
+    assert "figure-scores-0" in page.ids
+    assert "figure-stability" not in page.ids
+
+
+def test_eighty_layers_and_six_variants(tmp_path: Path) -> None:
+    run = make_run(80, HEAVY_NAMES, num_losses=2000)
+    path = render_html(run, tmp_path / "report.html")
+    assert path.stat().st_size < 1_000_000
+    words = Page(path.read_text(encoding="utf-8")).words
+    assert all(label in words for label in LABELS.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "n", "level", "says"),
+    [
+        ({"dense": 0.84, "merged": 0.835}, 1000, "even", "no clear difference"),
+        ({"dense": 0.84, "merged": 0.70}, 1000, "worse", "do not overlap"),
+        ({"dense": 0.60, "merged": 0.80}, 1000, "better", "do not overlap"),
+        ({"dense": 0.80, "merged": 0.70}, 60, "unclear", "cannot tell"),
+        ({"dense": 0.80, "merged": 0.75}, 300, "unclear", "cannot tell"),
+        ({"dense": 0.80, "merged": 0.81}, 1000, "even", "do not read this as an improvement"),
+    ],
+)
+def test_verdict(values: dict[str, float], n: int, level: str, says: str) -> None:
+    verdict = judge(read_run(make_run(16, ("dense", "merged"), n, 3, values)))
+    assert verdict.level == level
+    assert says in verdict.sentence
+    assert any("Only 60 examples" in note for note in verdict.notes) == (n == 60)
+
+
+def test_verdict_states_the_relative_loss() -> None:
+    run = make_run(16, ("dense", "merged"), 1000, 3, {"dense": 0.8, "merged": 0.7})
+    assert "scores 70.0% where the dense model scores 80.0% (12.5% relative loss)" in (
+        judge(read_run(run)).sentence
+    )
+
+
+def test_verdict_notes_what_speaks_against_it() -> None:
+    run = make_run(16, ("dense", "merged", "random"), 1000, 3, {"random": 0.9})
+    run["reference"]["majority_class"] = 0.83
+    run["variants"]["merged"]["finetune"].update(seconds=6000.0, steps=10)
+    notes = " ".join(judge(read_run(run)).notes)
+    assert "has not learned the task" in notes
+    assert "Random layers (90.0%)" in notes
+    assert "was not faster" in notes
+    assert "not like for like" in notes
+
+
+def test_verdict_without_intervals_or_fine_tuning() -> None:
+    run = make_run(16, ("dense", "merged"), 1000, 3)
+    for variant in run["variants"].values():
+        variant.update(evaluation=None, finetune=None)
+        variant["before"]["metrics"]["exact_match"].update(low=None, high=None)
+    verdict = judge(read_run(run))
+    assert verdict.level == "unknown"
+    assert "may be chance" in verdict.sentence
+    assert any("before fine-tuning" in note for note in verdict.notes)
+
+
+def test_a_fine_tuned_model_is_not_compared_with_one_that_is_not() -> None:
+    run = make_run(16, ("dense", "merged"), 1000, 3)
+    run["variants"]["dense"]["evaluation"] = None
+    assert "scores 31.0% where the dense model scores 58.0%" in judge(read_run(run)).sentence
+
+
+def test_small_samples_are_marked() -> None:
+    run = make_run(16, ("dense", "merged"), 60, 3)
+    table = tables.accuracy_table(read_run(run))
+    assert [row.cells[-1].text for row in table.rows] == ["60*", "60*"]
+    assert "60*" in printed(run)
+    assert "60\\*" in markdown_table(run)
+
+
+def test_terminal_fits_a_hundred_columns_and_is_plain() -> None:
+    shown = printed(make_run(80, HEAVY_NAMES, num_losses=3))
+    assert "\x1b" not in shown
+    assert max(map(len, shown.splitlines())) <= 100
+    assert "83.6% [80.4, 86.8]" in shown
+    assert "merged 44, 45 into 43; 78 into 77" in shown
+    strip = next(line for line in shown.splitlines() if "▼" in line and line.startswith("   0"))
+    assert (strip.count("█"), strip.count("▼"), strip.count("·")) == (48, 3, 29)
+
+
+def test_terminal_without_unicode() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_summary(make_run(16, ("dense", "merged"), num_losses=3), Console(file=stream, width=100))
+    stream.flush()
+    shown = stream.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert "-0.7%" in shown
+    assert "#########mm...m#" in shown
+
+
+def test_markdown_table_is_rectangular() -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    run["variants"]["merged"]["label"] = "a|b <i> *c*"
+    lines = markdown_table(run).splitlines()
+    assert len(lines) == 4
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+    assert "a\\|b \\<i> \\*c\\*" in lines[3]
+    assert "83.6% [80.4, 86.8]" in lines[3]
+
+
+def test_plans_with_equal_savings_share_a_table(page: Page, source: str) -> None:
+    assert "Pruned and merged · Pruned, dropped only · Random layers" in page.words
+    assert source.count("Decoder parameters</th>") == 1
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (short(8_030_261_248), "8.03B"),
+        (short(999_999), "1.00M"),
+        (short(12), "12"),
+        (short(True), "–"),
+        (short(10**400), "–"),
+        (num_bytes(16 * 1024**3), "16.0\u00a0GiB"),
+        (num_bytes(0), "0\u00a0B"),
+        (duration(0.41), "0.41\u00a0s"),
+        (duration(192), "3\u00a0min\u00a012\u00a0s"),
+        (duration(7500), "2\u00a0h\u00a005\u00a0min"),
+        (duration(3599.7), "1\u00a0h\u00a000\u00a0min"),
+        (percent(0.0), "0.0%"),
+        (percent(math.nan), "–"),
+        (times(0.594), "0.59×"),
+        (times(0.004), "0.004×"),
+        (signed_percent(-0.0001), "0.0%"),
+        (signed_percent(0.02), "+2.0%"),
+        (text("a\x00\u202eb\nc"), "ab c"),
+        (text("abcdef", 4), "abc…"),
+    ],
+)
+def test_formats(shown: str, expected: str) -> None:
+    assert shown == expected
