@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradpruner.errors import ModelError
 from gradpruner.registry import suggest
+from gradpruner.trace import QUANTISED
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,24 @@ class Family:
     Attributes:
         layers_path: Attribute path from the causal LM to the ModuleList of decoder layers; also the
             prefix of their tensors on disk.
-        per_layer_lists: Config fields with one entry per layer, sliced with the kept indices.
+        per_layer_lists: Config fields with one entry per layer, sliced with the kept indices where the
+            config has them.
         leading_counters: Config fields that count layers from the start (`max_window_layers`: the
             layers below it use full attention); recounted over the kept ones.
     """
 
     layers_path: str = "model.layers"
-    per_layer_lists: tuple[str, ...] = ()
+    per_layer_lists: tuple[str, ...] = ("layer_types", "mlp_layer_types")
     leading_counters: tuple[str, ...] = ()
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
     "mistral": Family(),
-    "qwen2": Family(per_layer_lists=("layer_types",), leading_counters=("max_window_layers",)),
-    "qwen3": Family(per_layer_lists=("layer_types",), leading_counters=("max_window_layers",)),
-    "gemma2": Family(per_layer_lists=("layer_types",)),
-    "gemma3_text": Family(per_layer_lists=("layer_types",)),
+    "qwen2": Family(leading_counters=("max_window_layers",)),
+    "qwen3": Family(leading_counters=("max_window_layers",)),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
 }
 
 
@@ -63,15 +65,17 @@ def find_family(config: Any) -> Family:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The causal LM inside PEFT, DDP or compile wrappers."""
+    inner: Any = model
     while True:
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module  # type: ignore[assignment]
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
         else:
-            return model
+            module: nn.Module = inner
+            return module
 
 
 class LayeredModel:
@@ -85,13 +89,13 @@ class LayeredModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = unwrap(model)
+        self.model = cast(Any, unwrap(model))
         self.config: Any = self.model.config
         self.family = find_family(self.config)
         *parents, self._name = self.family.layers_path.split(".")
         try:
             self._parent = self.model.get_submodule(".".join(parents))
-            layers = getattr(self._parent, self._name)
+            layers: nn.ModuleList = getattr(self._parent, self._name)
         except AttributeError as error:
             raise ModelError(
                 f"No decoder layers at '{self.family.layers_path}' in {type(self.model).__name__}.",
@@ -99,8 +103,12 @@ class LayeredModel:
             ) from error
         if len(layers) != self.config.num_hidden_layers:
             raise ModelError(
-                f"The model has {len(layers)} layers but its config says "
-                f"{self.config.num_hidden_layers}."
+                f"The model has {len(layers)} layers but its config says {self.config.num_hidden_layers}."
+            )
+        if getattr(self.config, "is_heterogeneous", False):
+            raise ModelError(
+                "The config overrides fields layer by layer (per_layer_config); they cannot be renumbered.",
+                hint=f"Supported are uniform models: {', '.join(FAMILIES)}.",
             )
 
     @property
@@ -140,22 +148,20 @@ class LayeredModel:
         for index, layer in enumerate(kept):
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = index  # type: ignore[assignment]
-        # Computed before anything is assigned: a strict config checks list lengths on assignment.
+                    setattr(module, "layer_idx", index)  # noqa: B010 (modules declare no such attribute)
         updates = depth_updates(self.config, keep)
         setattr(self._parent, self._name, nn.ModuleList(kept))
         for config in self._configs():
             for name, value in updates.items():
-                config.__dict__[name] = value
+                setattr(config, name, value)
+            if hasattr(config, "validate"):  # fields are checked one against another here, not on assignment
+                config.validate()
 
     def _configs(self) -> Iterator[Any]:
         """Every config object that modules of this model hold; usually one and the same."""
-        seen: set[int] = set()
-        for module in self.model.modules():
-            config = getattr(module, "config", None)
-            if config is not None and id(config) not in seen and hasattr(config, "num_hidden_layers"):
-                seen.add(id(config))
-                yield config
+        held = (getattr(module, "config", None) for module in self.model.modules())
+        configs = {id(config): config for config in held if hasattr(config, "num_hidden_layers")}
+        yield from configs.values()
 
 
 def depth_updates(config: Any, keep: Sequence[int]) -> dict[str, Any]:
@@ -177,16 +183,22 @@ def fingerprint(model: nn.Module) -> str:
     """Short identity of a model's decoder weights: '<type>-<layers>x<hidden>-<hash>'.
 
     Hashes shapes and 64 entries of every linear in every layer, so that a trace or plan from another
-    model, or from the same architecture with other weights, is recognised without reading it all.
+    model, or from the same architecture with other weights, is recognised without reading it all. Entries
+    are rounded to bfloat16 first: a checkpoint has one fingerprint whether it is loaded in bfloat16 or
+    float32, with adapters or without. Quantised weights are not what the checkpoint holds; the hash of such
+    a model is 'quantised' (see `trace.same_model`).
     """
     view = LayeredModel(model)
     digest = hashlib.sha256()
+    identity = f"{view.config.model_type}-{view.num_layers}x{view.config.hidden_size}"
     for index in range(view.num_layers):
         for name, module in view.linears(index).items():
-            weight = getattr(module, "base_layer", module).weight
+            linear: Any = getattr(module, "base_layer", module)
+            weight: Tensor = linear.weight
+            if not weight.is_floating_point():
+                return identity + QUANTISED
             digest.update(f"{index}.{name}{tuple(weight.shape)}".encode())
             flat = weight.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.float32).cpu()
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).float().cpu()
             digest.update(sample.numpy().tobytes())
-    size = f"{view.num_layers}x{view.config.hidden_size}"
-    return f"{view.config.model_type}-{size}-{digest.hexdigest()[:12]}"
+    return f"{identity}-{digest.hexdigest()[:12]}"

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import PlanError
+from gradpruner.errors import ConfigError, PlanError
 from gradpruner.files import read_json, write_json
-from gradpruner.merging import MERGE_RULES, check_density
+from gradpruner.merging import MAX_SOURCES, MERGE_RULES, check_density
 from gradpruner.registry import suggest
 from gradpruner.scores import LayerScores, default_num_prune
+from gradpruner.trace import same_model
 
 ACTIONS = ("keep", "drop", "merge")
 TARGETS = ("preceding", "nearest")
@@ -67,6 +67,12 @@ class PruningPlan:
                 "must stay.",
                 hint=f"Prune at most {max(0, self.num_layers - MIN_KEPT)} layers.",
             )
+        for target, layers in self.merged.items():
+            if len(layers) > MAX_SOURCES:
+                raise PlanError(
+                    f"{len(layers)} layers are to be merged into layer {target}; at most {MAX_SOURCES} can.",
+                    hint="Drop some of them (action: drop).",
+                )
 
     def _check_action(self, layer: int, entry: LayerAction) -> None:
         if entry.action not in ACTIONS:
@@ -124,7 +130,7 @@ class PruningPlan:
                 hint="Make a plan from this model's own scores.",
             )
         planned = self.evidence.get("model")
-        if planned and fingerprint and planned != fingerprint:
+        if planned and fingerprint and not same_model(str(planned), fingerprint):
             raise PlanError(
                 f"The plan was made from model {planned}; this is {fingerprint}.",
                 hint="Record and plan on this model.",
@@ -161,10 +167,10 @@ class PruningPlan:
                     hint=f"Allowed: {', '.join(_FIELDS)}.",
                 )
         if raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise PlanError(f"{where}: format version {raw['format_version']} is not supported.")
+            raise PlanError(f"{where}: format_version {raw['format_version']!r} is not {FORMAT_VERSION}.")
         entries = raw.get("actions")
         if not isinstance(entries, list) or not entries:
-            raise PlanError(f"{where}: 'actions' must list every layer.")
+            raise PlanError(f"{where}: 'actions' must list every layer, in order.")
         actions = tuple(_read_action(entry, layer, where) for layer, entry in enumerate(entries))
         if raw.get("num_layers", len(actions)) != len(actions):
             raise PlanError(
@@ -173,14 +179,14 @@ class PruningPlan:
         density = raw.get("density", 0.2)
         if not isinstance(density, int | float) or isinstance(density, bool):
             raise PlanError(f"{where}: density is {density!r}; a number is needed.")
-        evidence = raw.get("evidence") or {}
-        return cls(
-            actions,
-            str(raw.get("rule", "sum")),
-            float(density),
-            str(raw.get("method", "explicit")),
-            dict(evidence),
-        )
+        evidence = raw.get("evidence", {})
+        if not isinstance(evidence, dict):
+            raise PlanError(f"{where}: evidence is {evidence!r}; a JSON object is needed.")
+        rule, method = str(raw.get("rule", "sum")), str(raw.get("method", "explicit"))
+        try:
+            return cls(actions, rule, float(density), method, evidence)
+        except ConfigError as error:
+            raise PlanError(f"{where}: {error.message}", error.hint) from error
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON."""
@@ -207,7 +213,10 @@ def _read_action(entry: Any, layer: int, where: str) -> LayerAction:
         )
     for key in entry:
         if key not in ("layer", "action", "into"):
-            raise PlanError(f"{where}: layer {layer}: unknown field '{key}'.")
+            raise PlanError(
+                f"{where}: layer {layer}: unknown field '{key}'.{suggest(key, ('action', 'into'))}",
+                hint="Allowed: layer, action, into.",
+            )
     into = entry.get("into")
     if into is not None and (isinstance(into, bool) or not isinstance(into, int)):
         raise PlanError(f"{where}: layer {layer}: into is {into!r}; a layer number is needed.")
@@ -245,7 +254,8 @@ def plan_pruning(
             dropped. At most `num_prune` are.
         protect_first: This many layers at the input are never pruned.
         protect_last: This many layers at the output are never pruned.
-        contiguous: Prune one block of neighbouring layers, that with the lowest total score.
+        contiguous: Prune one block of neighbouring layers, that with the lowest total score (of equal ones
+            the later block).
         layers: Prune exactly these (instead of a budget).
         target: "preceding" merges into the nearest kept layer before (the paper); "nearest" into the
             nearest kept layer on either side, the earlier one on a tie.
@@ -265,7 +275,9 @@ def plan_pruning(
     """
     total = scores.num_layers
     if target not in TARGETS:
-        raise PlanError(f"Unknown target '{target}'.{suggest(target, TARGETS)}")
+        raise PlanError(
+            f"Unknown target '{target}'.{suggest(target, TARGETS)}", hint=f"Allowed: {', '.join(TARGETS)}."
+        )
     if num_merge < 0:
         raise PlanError(f"num_merge is {num_merge}; 0 or more is needed.")
     free = _free_layers(total, protect_first, protect_last)
@@ -273,11 +285,10 @@ def plan_pruning(
         if any(b is not None for b in (num_prune, layer_fraction, parameter_fraction)):
             raise PlanError("Give either the layers to prune or a budget, not both.")
         pruned = _checked_layers(layers, total, "layers")
+        _check_count(len(pruned), total)
         clash = sorted(set(pruned) - set(free))
         if clash:
-            raise PlanError(
-                f"Layers {', '.join(map(str, clash))} are both listed for pruning and protected."
-            )
+            raise PlanError(f"Layers {', '.join(map(str, clash))} are both listed for pruning and protected.")
     else:
         count = _budget(
             total, num_prune, layer_fraction, parameter_fraction, layer_parameters, total_parameters
@@ -337,19 +348,22 @@ def _budget(
         count = default_num_prune(total, layer_fraction)
     else:
         count = num_prune if num_prune is not None else default_num_prune(total)
+    _check_count(count, total)
+    return count
+
+
+def _check_count(count: int, total: int) -> None:
     if not 0 <= count <= total - MIN_KEPT:
         raise PlanError(
-            f"Pruning {count} of {total} layers is not possible; 0 to {total - MIN_KEPT} are, since at "
-            f"least {MIN_KEPT} layers must stay."
+            f"Pruning {count} of {total} layers is not possible; 0 to {max(0, total - MIN_KEPT)} are, since "
+            f"at least {MIN_KEPT} layers must stay."
         )
-    return count
 
 
 def _choose(scores: LayerScores, free: list[int], count: int, contiguous: bool) -> list[int]:
     if count > len(free):
         raise PlanError(
-            f"{count} layers are to be pruned but only {len(free)} of {scores.num_layers} are not "
-            "protected.",
+            f"{count} layers are to be pruned but only {len(free)} of {scores.num_layers} are not protected.",
             hint="Protect fewer layers or prune fewer.",
         )
     if not contiguous:
@@ -359,7 +373,7 @@ def _choose(scores: LayerScores, free: list[int], count: int, contiguous: bool) 
     totals = {start: math.fsum(scores.values[start : start + count]) for start in starts}
     if not totals:
         return []
-    best = min(totals, key=lambda start: (totals[start], start))
+    best = min(totals, key=lambda start: (totals[start], -start))
     return list(range(best, best + count))
 
 
@@ -380,10 +394,8 @@ def _target_of(layer: int, pruned: set[int], total: int, target: str) -> int:
 def runs_of(layers: Sequence[int]) -> str:
     """Layers as text with runs joined: '3, 7-9'."""
     parts: list[list[int]] = []
-    previous = [None, *layers]
-    for before, layer in pairwise(previous):
-        assert layer is not None
-        if before is not None and layer == before + 1:
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
             parts[-1].append(layer)
         else:
             parts.append([layer])

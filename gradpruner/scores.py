@@ -5,6 +5,7 @@ Shape suffixes: S recorded steps, L decoder layers, B bootstrap resamples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -43,7 +44,7 @@ class LayerScores:
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.values or not bool(torch.isfinite(torch.tensor(self.values)).all()):
+        if not self.values or not all(map(math.isfinite, self.values)):
             raise IntegrityError(f"The scores of method '{self.method}' are not all finite numbers.")
 
     @property
@@ -52,8 +53,11 @@ class LayerScores:
         return len(self.values)
 
     def ascending(self) -> list[int]:
-        """Layers from least to most important; of equal ones the lower index first."""
-        return sorted(range(self.num_layers), key=lambda layer: (self.values[layer], layer))
+        """Layers from least to most important; of equal ones the lower index counts as more important.
+
+        Early layers are the harder ones to miss, and a kept early layer can take in merged later ones.
+        """
+        return _ascending(self.values)
 
     def save(self, path: Path) -> Path:
         """Writes the scores as JSON."""
@@ -96,7 +100,7 @@ def score_layers(
     `sum_i sum_k ||G_ik||_F`.
 
     Args:
-        trace: What was recorded; at least two steps.
+        trace: What was recorded; at least one step must have energy, which step 1 never has.
         norm: "squared" or "frobenius".
         num_keep: Layers that will be kept, for the rank-stability curve; default 60 % of the depth.
         resamples: Bootstrap resamples of steps for the 95 % interval.
@@ -106,7 +110,8 @@ def score_layers(
         Scores with interval, stability curve and evidence.
 
     Raises:
-        ConfigError: If the norm is unknown, or no step of the trace has any energy.
+        ConfigError: If the norm is unknown, `num_keep` or `resamples` is out of range, or no step of the
+            trace has any energy.
 
     Source: GradPruner, Eq. 3-4, Algorithm 1 step 3, Fig. 2.
     """
@@ -114,6 +119,8 @@ def score_layers(
         raise ConfigError(
             f"Unknown norm '{norm}'.{suggest(norm, NORMS)}", hint=f"Available: {', '.join(NORMS)}."
         )
+    if resamples < 1:
+        raise ConfigError(f"resamples is {resamples}; 1 or more is needed.")
     if trace.effective_steps == 0:
         raise ConfigError(
             f"None of the {trace.num_steps} recorded steps has any energy, so layers cannot be told "
@@ -147,9 +154,7 @@ def score_layers(
     )
 
 
-def _bootstrap(
-    energy_SL: Tensor, divisor: int, resamples: int, seed: int
-) -> tuple[Tensor, Tensor]:
+def _bootstrap(energy_SL: Tensor, divisor: int, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
     """95 % percentile interval of the per-layer total when steps are drawn with replacement."""
     steps = energy_SL.shape[0]
     generator = torch.Generator().manual_seed(seed)
@@ -172,18 +177,24 @@ def rank_stability(energy_SL: Tensor, num_keep: int) -> tuple[tuple[int, float],
         For every step with any energy so far: (step, fraction of the final kept set that the scores
         up to this step also keep), step from 1, fraction in [0, 1].
 
+    Raises:
+        ConfigError: If `num_keep` is out of range.
+
     Source: GradPruner, Fig. 2 (there with 20 of 32 layers).
     """
     cumulative_SL = energy_SL.cumsum(dim=0)
-    final = _kept(cumulative_SL[-1], num_keep)
+    if not 1 <= num_keep <= energy_SL.shape[1]:
+        raise ConfigError(f"num_keep is {num_keep}; 1 to {energy_SL.shape[1]} layers can be kept.")
+    rows: list[list[float]] = cumulative_SL.tolist()
+    final = _kept(rows[-1], num_keep)
     return tuple(
-        (step + 1, len(_kept(row, num_keep) & final) / max(1, num_keep))
-        for step, row in enumerate(cumulative_SL)
-        if float(row.sum()) > 0
+        (step, len(_kept(row, num_keep) & final) / num_keep) for step, row in enumerate(rows, 1) if any(row)
     )
 
 
-def _kept(values_L: Tensor | Sequence[float], num_keep: int) -> set[int]:
-    values = [float(v) for v in values_L]
-    order = sorted(range(len(values)), key=lambda layer: (values[layer], layer))
-    return set(order[len(values) - num_keep :])
+def _kept(values: Sequence[float], num_keep: int) -> set[int]:
+    return set(_ascending(values)[len(values) - num_keep :])
+
+
+def _ascending(values: Sequence[float]) -> list[int]:
+    return sorted(range(len(values)), key=lambda layer: (values[layer], -layer))

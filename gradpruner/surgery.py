@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradpruner.errors import PlanError
 from gradpruner.family import LayeredModel, fingerprint
 from gradpruner.merging import Source, merge_linear
 from gradpruner.plan import PruningPlan
-from gradpruner.trace import GradientTrace
+from gradpruner.trace import GradientTrace, same_model
 
 
 def prune_(
@@ -35,12 +35,13 @@ def prune_(
         The same model object, with fewer layers and a config that says so.
 
     Raises:
-        PlanError: If the plan is for another model or depth, or merges without a fitting trace. The
-            model is untouched then.
+        PlanError: If the plan is for another model or depth, or merges without a fitting trace.
+        IntegrityError: If a file of the trace is missing or damaged. Either is raised before the
+            first weight changes.
 
     Source: GradPruner, section 3.2; released code `process_important.py`.
     """
-    if hasattr(model, "peft_config"):
+    if any(hasattr(module, "base_layer") for module in model.modules()):
         raise PlanError(
             "The model carries adapters; pruning under them would silently misplace them.",
             hint="Call merge_and_unload() or unload() first.",
@@ -49,25 +50,33 @@ def prune_(
     identity = fingerprint(model)
     plan.check_model(view.num_layers, identity)
     if plan.merged:
-        _check_trace(plan, trace, view, identity)
-    if trace is not None:
+        checked = _checked_trace(plan, trace, view, identity)
         for target, layers in plan.merged.items():
-            _merge_layers_(view, target, layers, plan, trace, progress)
+            _merge_layers_(view, target, layers, plan, checked, progress)
     view.keep_layers(plan.keep)
     return model
 
 
-def _check_trace(
+def _checked_trace(
     plan: PruningPlan, trace: GradientTrace | None, view: LayeredModel, identity: str
-) -> None:
+) -> GradientTrace:
     """Everything that could fail while merging, before the first weight changes."""
     if trace is None:
+        count = sum(map(len, plan.merged.values()))
         raise PlanError(
-            f"The plan merges {sum(map(len, plan.merged.values()))} layers, which needs the recorded "
-            "gradients.",
+            f"The plan merges {count} layers, which needs the recorded gradients.",
             hint="Pass the trace, or plan with num_merge=0.",
         )
-    check_trace_model(trace, view, identity)
+    if trace.info.num_layers != view.num_layers:
+        raise PlanError(
+            f"The trace was recorded on {trace.info.num_layers} layers; this model has {view.num_layers}.",
+            hint="Record on this model.",
+        )
+    if trace.info.model and not same_model(trace.info.model, identity):
+        raise PlanError(
+            f"The trace was recorded on model {trace.info.model}; this is {identity}.",
+            hint="Record on this model.",
+        )
     if not trace.has_factors:
         raise PlanError(
             "The plan merges layers but this trace holds layer energies only.",
@@ -75,36 +84,39 @@ def _check_trace(
         )
     for target, layers in plan.merged.items():
         for layer in layers:
-            if set(view.linears(layer)) != set(view.linears(target)):
-                raise PlanError(
-                    f"Layers {layer} and {target} do not have the same linears and cannot be merged.",
-                    hint="Drop the layer instead (action: drop).",
-                )
+            _check_linears(view, target, layer, trace)
+        if plan.rule == "fisher":
+            _check_linears(view, target, target, trace)
+    trace.check_factors()
+    return trace
 
 
-def check_trace_model(trace: GradientTrace, view: LayeredModel, identity: str) -> None:
-    """Raises PlanError unless the trace was recorded on this model."""
-    if trace.info.num_layers != view.num_layers:
+def _check_linears(view: LayeredModel, target: int, layer: int, trace: GradientTrace) -> None:
+    """Raises PlanError unless every linear of `layer` fits that of `target` and was recorded."""
+    shapes = {name: tuple(weight.shape) for name, weight in _weights(view, layer).items()}
+    if shapes != {name: tuple(weight.shape) for name, weight in _weights(view, target).items()}:
         raise PlanError(
-            f"The trace was recorded on {trace.info.num_layers} layers; this model has "
-            f"{view.num_layers}.",
-            hint="Record on this model.",
+            f"Layers {layer} and {target} do not have the same linears and cannot be merged.",
+            hint="Drop the layer instead (action: drop).",
         )
-    if trace.info.model and trace.info.model != identity:
-        raise PlanError(
-            f"The trace was recorded on model {trace.info.model}; this is {identity}.",
-            hint="Record on this model.",
-        )
-    for layer in range(view.num_layers):
-        for name, module in view.linears(layer).items():
-            weight = module.weight
-            recorded = [r for r in trace.info.linears if r.layer == layer and r.name == name]
-            shape = (weight.shape[0], weight.shape[1])  # type: ignore[index]
-            if not recorded or (recorded[0].out_features, recorded[0].in_features) != shape:
-                raise PlanError(
-                    f"The trace holds no gradients for '{name}' of layer {layer} with shape {shape}.",
-                    hint="Record on this model with LoRA on every linear of every layer.",
-                )
+    recorded = {
+        ref.name: (ref.out_features, ref.in_features) for ref in trace.info.linears if ref.layer == layer
+    }
+    for name, shape in shapes.items():
+        if recorded.get(name) != shape:
+            raise PlanError(
+                f"The model's '{name}' of layer {layer} has shape {shape}; the trace holds gradients for "
+                f"{recorded.get(name, 'no such linear')}.",
+                hint="Record on this model with LoRA on every linear of every layer.",
+            )
+
+
+def _weights(view: LayeredModel, layer: int) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = {}
+    for name, module in view.linears(layer).items():
+        assert isinstance(module.weight, Tensor)
+        weights[name] = module.weight
+    return weights
 
 
 @torch.no_grad()
@@ -117,23 +129,15 @@ def _merge_layers_(
     progress: Callable[[str], None] | None,
 ) -> None:
     """Adds the linears of `layers` into those of `target`; sign tests use the original target."""
-    sources = {layer: view.linears(layer) for layer in layers}
-    for name, module in view.linears(target).items():
+    sources = {layer: _weights(view, layer) for layer in layers}
+    for name, weight in _weights(view, target).items():
         if progress is not None:
             progress(f"layer {target} {name}")
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
         merged = merge_linear(
             weight,
-            [_source(sources[layer][name], trace, layer, name) for layer in layers],
+            [Source(sources[layer][name], trace.factors(layer, name)) for layer in layers],
             rule=plan.rule,
             density=plan.density,
             target_factors=trace.factors(target, name) if plan.rule == "fisher" else None,
         )
         weight.copy_(merged)
-
-
-def _source(module: nn.Module, trace: GradientTrace, layer: int, name: str) -> Source:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return Source(weight, trace.factors(layer, name))

@@ -13,16 +13,18 @@ On disk a trace is a folder: `trace.json`, `energies.safetensors` and `factors/s
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradpruner.errors import IntegrityError, PlanError, ShapeError
@@ -32,6 +34,8 @@ from gradpruner.merging import Factors
 TRACE_FILE = "trace.json"
 ENERGIES_FILE = "energies.safetensors"
 FORMAT_VERSION = 1
+# Stands in a fingerprint for the hash of weights that are not there in full.
+QUANTISED = "-quantised"
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,6 @@ class TraceInfo:
     learning_rates: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
     data_sha256: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -99,38 +102,36 @@ class TraceInfo:
         return list(by_shape.values())
 
 
-def gram_energies(grad_b_NOR: Tensor, grad_a_NRI: Tensor) -> tuple[Tensor, Tensor]:
+def gram_energies(grad_b_NOR: Tensor, grad_a_NRI: Tensor) -> Tensor:
     """Squared Frobenius norms of N simulated gradients, without forming one.
 
-    `||B A||_F**2 = <B^T B, A A^T>`. The factors are first divided by their largest entry, because
-    squares of real gradients leave the range of fp32; the unit is returned beside the result.
+    `||B A||_F**2 = <B^T B, A A^T>`. Computed in double precision, because squares of real gradients
+    (1e-20 is common) leave the range of fp32; two R x R products per linear cost next to nothing.
 
     Args:
         grad_b_NOR: Gradients of LoRA B, shape (N, out_features, rank), any float dtype.
         grad_a_NRI: Gradients of LoRA A, shape (N, rank, in_features).
 
     Returns:
-        energy_N and unit_N, float32 on the input's device: `||G_n||_F**2 = energy_N * unit_N**2`.
-        Multiply in float64. A NaN or Inf anywhere makes that linear's unit non-finite.
+        `||G_n||_F**2`, shape (N,), float64, >= 0, on the CPU. Not finite for a linear with a NaN or Inf
+        in either factor.
 
-    Source: GradPruner, Eq. 2 and 4; relative error about 1e-7.
+    Raises:
+        ShapeError: If the two disagree on N or rank.
+
+    Source: GradPruner, Eq. 2 and 4.
     """
     if grad_b_NOR.shape[0] != grad_a_NRI.shape[0] or grad_b_NOR.shape[2] != grad_a_NRI.shape[1]:
         raise ShapeError(
-            f"LoRA gradients of shape {tuple(grad_b_NOR.shape)} and {tuple(grad_a_NRI.shape)} "
-            "do not belong together."
+            f"LoRA gradients of shape {tuple(grad_b_NOR.shape)} and {tuple(grad_a_NRI.shape)} do not belong "
+            "together; (linears, out_features, rank) and (linears, rank, in_features) are needed."
         )
-    b_NOR, a_NRI = grad_b_NOR.float(), grad_a_NRI.float()
-    max_b_N = torch.linalg.vector_norm(b_NOR, ord=torch.inf, dim=(1, 2))
-    max_a_N = torch.linalg.vector_norm(a_NRI, ord=torch.inf, dim=(1, 2))
-    gram_b_NRR = _scaled_gram(b_NOR.mT, max_b_N)
-    gram_a_NRR = _scaled_gram(a_NRI, max_a_N)
-    return (gram_b_NRR * gram_a_NRR).sum(dim=(1, 2)), max_b_N * max_a_N
-
-
-def _scaled_gram(factor_NRX: Tensor, max_N: Tensor) -> Tensor:
-    scaled = factor_NRX / max_N.clamp_min(1e-38)[:, None, None]
-    return scaled @ scaled.mT
+    if grad_b_NOR.device.type == "mps":  # has no double precision
+        grad_b_NOR, grad_a_NRI = grad_b_NOR.cpu(), grad_a_NRI.cpu()
+    b_NOR, a_NRI = grad_b_NOR.double(), grad_a_NRI.double()
+    energy_N = ((b_NOR.mT @ b_NOR) * (a_NRI @ a_NRI.mT)).sum(dim=(1, 2))
+    # Where the product vanishes, rounding can fall a hair below zero.
+    return energy_N.clamp_min(0).cpu()
 
 
 class GradientTrace:
@@ -150,17 +151,21 @@ class GradientTrace:
         folder: Path | None = None,
         factors: Sequence[dict[str, Tensor]] | None = None,
     ) -> None:
-        if energies_SK.shape[1] != len(info.linears):
+        if energies_SK.ndim != 2 or energies_SK.shape[1] != len(info.linears):
             raise ShapeError(
-                f"{energies_SK.shape[1]} energies a step for {len(info.linears)} linears."
+                f"Energies of shape {tuple(energies_SK.shape)} for {len(info.linears)} linears; "
+                "(steps, linears) is needed."
+            )
+        outside = [ref for ref in info.linears if not 0 <= ref.layer < info.num_layers]
+        if outside:
+            raise ShapeError(
+                f"'{outside[0].name}' is said to be in layer {outside[0].layer} of {info.num_layers}."
             )
         self.info = info
         self.energies_SK = energies_SK.double()
         self.folder = folder
         self._factors = factors
-        self._position = {
-            k: (g, i) for g, members in enumerate(info.groups()) for i, k in enumerate(members)
-        }
+        self._position = {k: (g, i) for g, members in enumerate(info.groups()) for i, k in enumerate(members)}
         self._index = {(ref.layer, ref.name): k for k, ref in enumerate(info.linears)}
 
     @property
@@ -176,9 +181,7 @@ class GradientTrace:
     @property
     def has_factors(self) -> bool:
         """Whether element importance can be formed, hence layers merged."""
-        return self._factors is not None or (
-            self.folder is not None and self._factor_file(0).exists()
-        )
+        return self._factors is not None or (self.folder is not None and self._factor_file(0).exists())
 
     def layer_energies(self, power: float = 1.0) -> Tensor:
         """Energies summed over the linears of every layer.
@@ -221,6 +224,31 @@ class GradientTrace:
             grad_a.append(a)
         return Factors(torch.stack(grad_b).float(), torch.stack(grad_a).float())
 
+    def check_factors(self) -> None:
+        """Reads the header of every factor file: all there, whole, and of the shapes the index says.
+
+        Cheap; for before weights are changed, where a damaged file would leave a model half merged.
+
+        Raises:
+            IntegrityError: Naming the file that is missing, truncated or of other shapes.
+        """
+        for step in range(self.num_steps) if self._factors is None else ():
+            path = self._factor_file(step)
+            with _opened(path) as file:
+                for group, members in enumerate(self.info.groups()):
+                    ref = self.info.linears[members[0]]
+                    expected = {
+                        f"grad_b.{group}": [len(members), ref.out_features, ref.rank],
+                        f"grad_a.{group}": [len(members), ref.rank, ref.in_features],
+                    }
+                    for name, shape in expected.items():
+                        found = file.get_slice(name).get_shape() if name in file.keys() else "nothing"  # noqa: SIM118
+                        if found != shape:
+                            raise IntegrityError(
+                                f"{path} holds {found} under '{name}'; {shape} is what the trace says.",
+                                hint="Delete the trace folder and record again.",
+                            )
+
     def _factor_file(self, step: int) -> Path:
         assert self.folder is not None
         return factor_file(self.folder, step)
@@ -229,21 +257,18 @@ class GradientTrace:
         if self._factors is not None:
             tensors = self._factors[step]
             return tensors[f"grad_b.{group}"][row], tensors[f"grad_a.{group}"][row]
-        path = self._factor_file(step)
-        try:
-            with safe_open(path, framework="pt") as file:  # memory-mapped: only this row is read
-                return file.get_slice(f"grad_b.{group}")[row], file.get_slice(f"grad_a.{group}")[row]
-        except Exception as error:
-            raise IntegrityError(
-                f"The recorded gradients in {path} cannot be read: {error}.",
-                hint="Delete the trace folder and record again.",
-            ) from error
+        with _opened(self._factor_file(step)) as file:  # memory-mapped: only this row is read
+            return file.get_slice(f"grad_b.{group}")[row], file.get_slice(f"grad_a.{group}")[row]
 
     def save(self, folder: Path) -> Path:
-        """Writes `trace.json` and the energies; factors in memory are written too."""
+        """Writes `trace.json`, the energies and the factors, unless these are in `folder` already."""
         if self._factors is not None:
             for step, tensors in enumerate(self._factors):
                 save_tensors(factor_file(folder, step), tensors, {})
+        elif self.has_factors and self.folder is not None and folder.resolve() != self.folder.resolve():
+            for step in range(self.num_steps):
+                factor_file(folder, step).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._factor_file(step), factor_file(folder, step))
         save_tensors(folder / ENERGIES_FILE, {"energies": self.energies_SK}, {})
         write_json(folder / TRACE_FILE, {"format_version": FORMAT_VERSION, **asdict(self.info)})
         return folder / TRACE_FILE
@@ -259,24 +284,22 @@ class GradientTrace:
         raw = read_json(folder / TRACE_FILE, "gradient trace")
         try:
             version = raw.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
             linears = tuple(LinearRef(**ref) for ref in raw.pop("linears"))
             for key in ("losses", "learning_rates", "notes"):
                 raw[key] = tuple(raw[key])
-            info = TraceInfo(linears=linears, **raw)
             with safe_open(folder / ENERGIES_FILE, framework="pt") as file:
                 energies_SK = file.get_tensor("energies")
-            if version != FORMAT_VERSION or energies_SK.ndim != 2:
-                raise ValueError(f"format version {version}")
-            trace = cls(info, energies_SK, folder)
-        except IntegrityError:
-            raise
-        except Exception as error:
+            trace = cls(TraceInfo(linears=linears, **raw), energies_SK, folder)
+        except Exception as error:  # whatever a damaged or foreign file leads to
             raise IntegrityError(
-                f"{folder} does not hold a usable gradient trace: {error}.",
-                hint="Record again.",
+                f"{folder} does not hold a usable gradient trace: {error}.", hint="Record again."
             ) from error
-        if not bool(torch.isfinite(energies_SK).all()):
-            raise IntegrityError(f"The trace in {folder} holds NaN or Inf.", hint="Record again.")
+        if not bool((torch.isfinite(energies_SK) & (energies_SK >= 0)).all()):
+            raise IntegrityError(
+                f"The trace in {folder} holds NaN, Inf or negative energies.", hint="Record again."
+            )
         return trace
 
     def bytes_on_disk(self) -> int:
@@ -284,6 +307,19 @@ class GradientTrace:
         if self.folder is None:
             return 0
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; IntegrityError when it is missing, damaged or lacks what is read from it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(
+            f"The recorded gradients in {path} cannot be read: {error}.",
+            hint="Delete the trace folder and record again.",
+        ) from error
 
 
 def factor_file(folder: Path, step: int) -> Path:
@@ -304,13 +340,12 @@ class TraceWriter:
 
     Args:
         linears: What every step brings, in order.
-        folder: Where factors go; None keeps them in memory.
+        folder: Where factors go; None keeps them in memory. An older trace in it is deleted, so that
+            no factors of another run are ever taken for this one's.
         keep_factors: False records energies only, kilobytes in all.
     """
 
-    def __init__(
-        self, linears: Sequence[LinearRef], folder: Path | None, keep_factors: bool = True
-    ) -> None:
+    def __init__(self, linears: Sequence[LinearRef], folder: Path | None, keep_factors: bool = True) -> None:
         self.info = TraceInfo(num_layers=0, linears=tuple(linears))
         self.folder = folder
         self.keep_factors = keep_factors
@@ -319,6 +354,14 @@ class TraceWriter:
         self._memory: list[dict[str, Tensor]] = []
         self._pool = ThreadPoolExecutor(max_workers=1) if folder and keep_factors else None
         self._pending: Future[None] | None = None
+        if folder is not None:
+            stale = [
+                folder / TRACE_FILE,
+                folder / ENERGIES_FILE,
+                *factor_file(folder, 0).parent.glob("step-*"),
+            ]
+            for path in stale:
+                path.unlink(missing_ok=True)
 
     @property
     def num_steps(self) -> int:
@@ -337,8 +380,7 @@ class TraceWriter:
         for g, members in enumerate(self._groups):
             b_NOR = torch.stack([grad_b[k].detach() for k in members])
             a_NRI = torch.stack([grad_a[k].detach() for k in members])
-            energy_N, unit_N = gram_energies(b_NOR, a_NRI)
-            energy_K[members] = energy_N.cpu().double() * unit_N.cpu().double() ** 2
+            energy_K[members] = gram_energies(b_NOR, a_NRI)
             if self.keep_factors:
                 host[f"grad_b.{g}"] = b_NOR.float().cpu()
                 host[f"grad_a.{g}"] = a_NRI.float().cpu()
@@ -382,15 +424,18 @@ class TraceWriter:
         return trace
 
 
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN; returns None for what JSON cannot say."""
-    return value if math.isfinite(value) else None
+def same_model(one: str, other: str) -> bool:
+    """Whether two `family.fingerprint`s can be those of one model.
+
+    A quantised model has lost its weights' exact values, so only type, depth and width are compared then.
+    """
+    if one.endswith(QUANTISED) or other.endswith(QUANTISED):
+        return one.rpartition("-")[0] == other.rpartition("-")[0]
+    return one == other
 
 
 def trace_digest(trace: GradientTrace) -> str:
     """SHA-256 over the recorded energies and what they belong to."""
-    import hashlib
-
     digest = hashlib.sha256(json.dumps(asdict(trace.info), sort_keys=True).encode())
     digest.update(trace.energies_SK.numpy().tobytes())
     return digest.hexdigest()

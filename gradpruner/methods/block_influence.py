@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradpruner.errors import DataError
 from gradpruner.family import LayeredModel
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.scores import LayerScores
@@ -23,44 +25,46 @@ def score(context: MethodContext) -> LayerScores:
     after the final norm and would compare the last layer's raw state with a normed one. Calibrated on
     the first 256 training samples, padding left out.
 
+    Raises:
+        DataError: If there are no samples.
+
     Source: ShortGPT (Men et al., 2025), Block Influence.
     """
+    samples = [context.samples[i] for i in range(min(MAX_SAMPLES, len(context.samples)))]
+    if not samples:
+        raise DataError("Block influence is measured on training samples and there are none.")
     view = LayeredModel(context.model())
     device = next(view.model.parameters()).device
-    turned_L = torch.zeros(view.num_layers, dtype=torch.float64)
-    mask: Tensor
+    latest_L = [torch.empty(0)] * view.num_layers  # per layer: 1 - cos of the batch in hand, (batch, length)
+    total_L = torch.zeros(view.num_layers, dtype=torch.float64)
     num_tokens = 0
-
-    def measure(index: int, before: Tensor, after: Tensor) -> None:
-        cosine = torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
-        turned_L[index] += float((1 - cosine)[mask].double().sum())
-
-    handles = [
-        layer.register_forward_hook(_hook(index, measure), with_kwargs=True)
+    hooks = [
+        layer.register_forward_hook(_hook(latest_L, index), with_kwargs=True)
         for index, layer in enumerate(view.layers)
     ]
-    samples = [context.samples[i] for i in range(min(MAX_SAMPLES, len(context.samples)))]
     try:
         for start in range(0, len(samples), BATCH_SIZE):
             batch = context.collator(samples[start : start + BATCH_SIZE])
-            mask = batch["attention_mask"].bool().to(device)
-            num_tokens += int(mask.sum())
+            real = batch["attention_mask"].bool()
+            num_tokens += int(real.sum())
             view.model(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
                 use_cache=False,
             )
+            total_L += torch.stack([turned.cpu().double()[real].sum() for turned in latest_L])
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
     evidence = {"num_layers": view.num_layers, "samples": len(samples), "tokens": num_tokens}
-    return LayerScores("block_influence", tuple((turned_L / num_tokens).tolist()), evidence=evidence)
+    return LayerScores("block_influence", tuple((total_L / num_tokens).tolist()), evidence=evidence)
 
 
-def _hook(index: int, measure: Any) -> Any:
+def _hook(latest_L: list[Tensor], index: int) -> Callable[..., None]:
     def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        measure(index, before, output[0] if isinstance(output, tuple) else output)
+        after = output[0] if isinstance(output, tuple) else output
+        latest_L[index] = 1 - torch.nn.functional.cosine_similarity(before.float(), after.float(), dim=-1)
 
     return hook
 

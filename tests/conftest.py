@@ -1,0 +1,96 @@
+"""Shared by all tests: one thread, no network, and models small enough to be made in memory."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradpruner.family import LayeredModel, fingerprint
+from gradpruner.trace import GradientTrace, LinearRef, TraceInfo, TraceWriter
+
+torch.set_num_threads(1)
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+# Every supported family, with what makes its layers differ from one another.
+FAMILY_OPTIONS = {
+    "llama": {},
+    "mistral": {"sliding_window": 4},
+    "qwen2": WINDOWED,
+    "qwen3": {**WINDOWED, "head_dim": 8},
+    "gemma2": GEMMA,
+    "gemma3_text": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 3},
+}
+
+
+def make_model(model_type="llama", seed=0, **options):
+    """A random causal LM of one family in evaluation mode, float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(model_type, **{**COMMON, **FAMILY_OPTIONS[model_type], **options})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases of a fresh model are all 1 or 0
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def make_trace(model, steps=4, rank=2, seed=0, folder=None, scale=1.0, keep_factors=True) -> GradientTrace:
+    """Random factors for every linear of a model; as in life, the first step has none of A."""
+    view = LayeredModel(model)
+    linears = [
+        LinearRef(layer, name, *module.weight.shape, rank)
+        for layer in range(view.num_layers)
+        for name, module in view.linears(layer).items()
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    writer = TraceWriter(linears, Path(folder) if folder else None, keep_factors)
+    for step in range(steps):
+        grad_b = [torch.randn(ref.out_features, rank, generator=generator) * scale for ref in linears]
+        grad_a = [
+            torch.randn(rank, ref.in_features, generator=generator) * scale * (step > 0) for ref in linears
+        ]
+        assert writer.add_step(grad_b, grad_a) is None
+    return writer.finish(TraceInfo(view.num_layers, tuple(linears), model=fingerprint(model)))
+
+
+@pytest.fixture
+def tiny_model():
+    """Factory: `tiny_model("qwen2", seed=1)`."""
+    return make_model
+
+
+@pytest.fixture
+def tiny_llama():
+    """Factory of six-layer Llamas: `tiny_llama(seed=1)`."""
+    return make_model
+
+
+@pytest.fixture
+def tiny_trace():
+    """Factory: `tiny_trace(model, steps=4, folder=None)`."""
+    return make_trace
+
+
+@pytest.fixture(params=sorted(FAMILY_OPTIONS))
+def family_name(request):
+    """Every supported family in turn."""
+    return request.param
