@@ -14,7 +14,14 @@ from torch import nn
 from gradpruner._version import __version__
 from gradpruner.errors import ConfigError, IntegrityError, ModelError
 from gradpruner.family import find_family
-from gradpruner.files import sync_folder, write_json, write_text
+from gradpruner.files import (
+    is_write_failure,
+    make_durable,
+    sync_folder,
+    write_failure,
+    write_json,
+    write_text,
+)
 from gradpruner.plan import PruningPlan, runs_of
 
 PRUNING_FILE = "pruning.json"
@@ -22,6 +29,9 @@ PRUNING_FILE = "pruning.json"
 _CODE_FIELDS = ("_attn_implementation_internal", "_experts_implementation_internal")
 # Everything a model folder needs besides weights; weights are asked for by pattern.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+ADAPTER_FILE = "adapter_config.json"
+# The lock that a run directory holds while its first file is not yet written.
+LOCK_FILE = ".lock"
 
 
 def locate_model(model: str | Path) -> Path:
@@ -57,7 +67,8 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
     Raises:
         ModelError: If config.json is missing or invalid, weights are not safetensors, the checkpoint
             is quantised, wants remote code, or its family is unknown.
-        IntegrityError: If the config carries a field that makes transformers run foreign code.
+        IntegrityError: If the config carries a field that makes transformers run foreign code, or the
+            weight index names shards that are missing or outside the folder.
     """
     path = folder / "config.json"
     try:
@@ -82,7 +93,8 @@ def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[st
             hint="If you trust its author, pass --trust-remote-code.",
         )
     if "quantization_config" in config:
-        kind = config["quantization_config"].get("quant_method", "unknown")
+        section = config["quantization_config"]
+        kind = section.get("quant_method", "unknown") if isinstance(section, dict) else "unknown"
         raise ModelError(
             f"{folder} is quantised ({kind}); merging and fine-tuning need the real weights.",
             hint="Use the unquantised model; adapter: qlora quantises it on the fly for recording.",
@@ -98,11 +110,11 @@ class _Raw:
 
 
 def _check_weights(folder: Path) -> None:
+    for index in folder.glob("*.safetensors.index.json"):
+        _check_index(index)
     if any(folder.glob("*.safetensors")):
         return
-    others = sorted(
-        p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5")
-    )
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".h5"))
     if others:
         raise ModelError(
             f"{folder} holds its weights as {', '.join(others[:3])}; only safetensors are read, because "
@@ -111,6 +123,21 @@ def _check_weights(folder: Path) -> None:
             ".save_pretrained(new_folder).",
         )
     raise ModelError(f"{folder} has no *.safetensors weights.", hint="Is the download complete?")
+
+
+def _check_index(index: Path) -> None:
+    """Refuses shards outside the folder, which transformers would load, and shards that are missing."""
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{index} is not a weight index: {error!r}.") from error
+    for shard in sorted(map(str, shards)):
+        if Path(shard).name != shard:
+            raise IntegrityError(f"{index} names the shard '{shard}', which is outside the model folder.")
+        if not (index.parent / shard).exists():
+            raise IntegrityError(
+                f"{index} names {shard}, which is missing.", hint="Is the download complete?"
+            )
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -179,12 +206,11 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
             **options,
         )
     except Exception as error:
-        raise ModelError(
-            f"{folder} does not load: {type(error).__name__}: {str(error).strip()}"
-        ) from error
+        raise ModelError(f"{folder} does not load: {type(error).__name__}: {str(error).strip()}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(map(str, report.get(what, ())))
         if names:
@@ -199,10 +225,36 @@ def load_model(
     return module
 
 
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapters of a folder merged in.
+
+    Raises:
+        ModelError: If the folder holds no adapters for this model.
+    """
+    from peft import PeftModel
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # shapes, names, safetensors: many types, one meaning here
+        raise ModelError(f"The adapters in {folder} do not fit the model: {error}") from error
+    merged: nn.Module = adapted.merge_and_unload().eval()
+    return merged
+
+
 def resolve_device(device: str) -> torch.device:
-    """Turns "auto" into the accelerator when there is one, else the CPU."""
+    """Turns "auto" into the accelerator when there is one, else the CPU.
+
+    Raises:
+        ConfigError: If torch does not know the device or it is not there.
+    """
     if device != "auto":
-        return torch.device(device)
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            raise ConfigError(f"Unknown device '{device}'.", hint="Use auto, cpu or cuda.") from None
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device is '{device}' but torch sees no CUDA device.", hint="Use auto or cpu.")
+        return chosen
     if torch.accelerator.is_available():
         current = torch.accelerator.current_accelerator()
         assert current is not None
@@ -249,7 +301,8 @@ def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) ->
             )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"The output {folder} is a file.", hint="Choose another --out.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).exists():
+    entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if entries - {LOCK_FILE} and marker not in entries:
         raise ConfigError(
             f"The output folder {folder} is not empty and was not made by gradpruner.",
             hint="Nothing is ever overwritten: choose another --out, or empty it yourself.",
@@ -279,7 +332,12 @@ def save_model(
         plan: What was pruned; None for a dense model.
         source: Where the model came from, for the card.
         facts: Further lines for `pruning.json`.
+
+    Raises:
+        ConfigError: If the target holds something that is not ours.
+        ResourceError: If the disk is full; the staged folder is removed, the old one untouched.
     """
+    check_output(folder, marker=PRUNING_FILE)
     staged = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -301,25 +359,20 @@ def save_model(
             },
         )
         write_text(staged / "README.md", _model_card(plan, source))
-        for path in staged.iterdir():
-            _make_durable(path)
+        for path in staged.rglob("*"):
+            if path.is_file():
+                make_durable(path)
         sync_folder(staged)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(staged, folder)
         sync_folder(folder.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(staged, ignore_errors=True)
+        if is_write_failure(error):
+            raise write_failure(folder, error) from error
         raise
     return folder
-
-
-def _make_durable(path: Path) -> None:
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)  # safetensors writes files only the owner can read
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _model_card(plan: PruningPlan | None, source: str) -> str:

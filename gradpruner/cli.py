@@ -5,23 +5,26 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from gradpruner._version import __version__
 from gradpruner.errors import ConfigError, GradPrunerError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from gradpruner.config import Recipe
 
 RECIPES = Path(__file__).parent / "recipes"
 EXIT_CODES = (
     "Exit codes: 0 done, 2 command line, recipe or plan, 3 data, 4 model, 5 disk, memory or NaN, "
-    "6 damaged or unsafe file, 130 interrupted."
+    "6 damaged or unsafe file, 130 or 143 interrupted."
 )
 
 app = typer.Typer(
@@ -145,7 +148,7 @@ def _stage(name: str, summary: str) -> None:
         if dry_run:
             from gradpruner.preview import print_preview
 
-            print_preview(resolved, Console(), as_json=as_json)
+            print_preview(resolved, _console(), as_json=as_json)
             return
         _run(resolved, "report" if name == "run" else name, as_json)
 
@@ -157,11 +160,13 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
     from gradpruner.pipeline import run
 
     error: GradPrunerError | None = None
+    path = Path(recipe.out) / "run.json"
+    before = _written(path)
     try:
         record = run(recipe, until=until, command=_command_line())
     except GradPrunerError as failure:
-        path = Path(recipe.out) / "run.json"
-        if not _has_failed_row(path):
+        # When only some rows failed, the record of the others was written.
+        if _written(path) == before or not _has_good_row(path):
             raise
         record, error = json.loads(path.read_text(encoding="utf-8")), failure
     if as_json:
@@ -176,16 +181,19 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
         raise error
 
 
-def _has_failed_row(path: Path) -> bool:
-    """Whether a record was written in which some, but not all, rows failed."""
-    if not path.exists():
-        return False
-    rows = json.loads(path.read_text(encoding="utf-8")).get("variants", {}).values()
-    return any(row["error"] for row in rows) and not all(row["error"] for row in rows)
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _has_good_row(path: Path) -> bool:
+    rows = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
+    return not all(row["error"] for row in rows)
 
 
 def _console() -> Console:
     """Standard output; wide enough for the tables where nothing says how wide it is."""
+    from rich.console import Console
+
     return Console(width=None if sys.stdout.isatty() else 110)
 
 
@@ -204,7 +212,9 @@ def _prepare(quiet: bool) -> None:
 
     if quiet:
         set_mode("quiet")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
     logging.getLogger("gradpruner").setLevel(logging.WARNING if quiet else logging.INFO)
     import transformers
 
@@ -323,19 +333,26 @@ def _root(
 
 def main() -> None:
     """Entry point: our errors become one clear message and their exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except GradPrunerError as error:
         _complain(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted. Start the same command again to go on.", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
 
 
+def _stop(number: int, frame: object) -> NoReturn:
+    """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
+    print("Interrupted. Start the same command again to go on.", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def _complain(error: GradPrunerError) -> None:
+    from rich.console import Console
+
     console = Console(stderr=True)
     console.print("[bold red]error:[/bold red]", end=" ")
     console.print(error.message, markup=False, highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -71,8 +72,9 @@ class DataSection(Section):
 class RecordSection(Section):
     """The first LoRA steps, whose gradients are recorded."""
 
-    steps: int | None = Field(default=None, ge=2)
-    """Optimizer steps; null: max(40, 1 % of the planned fine-tuning steps). Step 1 contributes nothing."""
+    steps: int | None = Field(default=None, ge=3)
+    """Optimizer steps; null: max(40, 1 % of the planned fine-tuning steps). The first two contribute
+    nothing: LoRA B is zero at step 1, and the learning rate is still zero there."""
     batch_size: int = Field(default=4, ge=1)
     """Samples per optimizer step."""
     learning_rate: float = Field(default=1e-4, gt=0)
@@ -111,8 +113,8 @@ class PlanSection(Section):
     """Prune exactly these layers."""
     num_merge: int = Field(default=3, ge=0)
     """How many of the pruned layers, the best-scored, are merged instead of dropped."""
-    protect_first: int = Field(default=0, ge=0)
-    """Layers at the input never pruned."""
+    protect_first: int = Field(default=1, ge=0)
+    """Layers at the input never pruned; 1 by default, so that every merged layer has one before it."""
     protect_last: int = Field(default=0, ge=0)
     """Layers at the output never pruned."""
     contiguous: bool = False
@@ -154,8 +156,11 @@ class FinetuneSection(Section):
     """Fraction of steps with rising learning rate."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradient clipping; 0 turns it off."""
-    schedule: str = "linear"
-    """A transformers learning-rate schedule."""
+    schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+        "inverse_sqrt",
+    ] = "linear"  # fmt: skip
+    """Learning-rate schedule after warm-up."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; auto: bf16 on GPUs that have it, fp32 elsewhere."""
     rank: int = Field(default=8, ge=1)
@@ -183,7 +188,9 @@ class EvaluateSection(Section):
     """Samples per forward pass."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Longest generated answer; null: the longest reference answer and two more."""
-    metrics: list[Literal["exact_match", "choice_likelihood"]] = ["exact_match", "choice_likelihood"]
+    metrics: list[Literal["exact_match", "choice_likelihood"]] = Field(
+        default=["exact_match", "choice_likelihood"], min_length=1
+    )
     """exact_match of the greedy answer; choice_likelihood where every example has choices."""
     before_finetuning: bool = True
     """Also measure every variant before fine-tuning."""
@@ -240,7 +247,10 @@ def load_recipe(
     Raises:
         ConfigError: Naming every fault at once, with the file, the key and what is allowed.
     """
-    raw = _read_yaml(Path(path)) if path is not None else {}
+    raw: dict[str, Any] = {}
+    if path is not None:
+        raw = _read_yaml(Path(path))
+        _resolve_paths(raw, Path(path).parent)
     for key, value in (values or {}).items():
         _assign(raw, key, value)
     for item in overrides:
@@ -248,8 +258,8 @@ def load_recipe(
         if not found or not key:
             raise ConfigError(f"--set {item}: the form is --set section.key=value.")
         _assign(raw, key.strip(), _parse_value(item, text))
-    if path is not None:
-        _resolve_paths(raw, Path(path).parent)
+    # The run directory keeps the recipe: what was typed must mean the same from elsewhere.
+    _resolve_paths(raw, Path())
     return check_recipe(raw, str(path) if path is not None else "recipe")
 
 
@@ -272,21 +282,43 @@ def _fault(entry: Any, known: list[str]) -> str:
     if entry["type"] == "extra_forbidden":
         parent, _, key = path.rpartition(".")
         siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
-        close = suggest(key, siblings)
-        if not close:  # a key that exists, but in another section
-            homes = [k for k in known if k.rpartition(".")[2] == key]
-            close = f" Did you mean '{homes[0]}'?" if homes else suggest(path, known)
+        close = suggest(key, siblings) or _elsewhere(key, known)
+        if isinstance(entry["input"], dict) and not close:  # a section of another tool, or an old name
+            close = " ".join(f" {path}.{inner}:{_elsewhere(inner, known)}" for inner in entry["input"])
         return f"{path}: unknown key.{close}"
     if entry["type"] == "missing":
-        return f"{path}: missing."
+        needed = {"model": "give model.path", "data": "give data.train and data.eval, or data.task"}
+        return f"{path}: missing{'; ' + needed[path] if path in needed else ''}."
     message = str(entry["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(entry["input"], dict) else f" (given: {entry['input']!r})"
     return f"{path or 'recipe'}: {message}{given}"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Builds a mapping after looking at its keys."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _elsewhere(key: str, known: list[str]) -> str:
+    """A suggestion among the keys of all sections, for a key that stands in the wrong one."""
+    homes = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)}
+    close = difflib.get_close_matches(str(key), list(homes), n=1, cutoff=0.6)
+    return f" Did you mean '{homes[close[0]]}'?" if close else ""
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
         raise ConfigError(
             f"There is no recipe at {path}.", hint="`gradpruner ls recipes` lists those that come with it."
@@ -296,9 +328,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(
-            f"{path}{place}: not valid YAML: {getattr(error, 'problem', error)}."
-        ) from None
+        raise ConfigError(f"{path}{place}: not valid YAML: {getattr(error, 'problem', error)}.") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a mapping of sections is needed, not {type(raw).__name__}.")
     return raw
@@ -316,20 +346,17 @@ def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
 
 def _parse_value(item: str, text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        return yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {item}: the value is not valid YAML.") from None
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as a word
-        except ValueError:
-            return value
-    return value
+
+
+_PATHS = (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "folder"), ("plan", "file"))
 
 
 def _resolve_paths(raw: dict[str, Any], base: Path) -> None:
-    """Paths that begin with ./ or ../ are relative to the recipe file."""
-    for section, key in (("model", "path"), ("data", "train"), ("data", "eval"), ("data", "folder"), ("plan", "file")):
+    """Makes paths that begin with ./ or ../ absolute."""
+    for section, key in _PATHS:
         inner = raw.get(section)
         value = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(value, str) and value.startswith(("./", "../")):

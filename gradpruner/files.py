@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,17 +16,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _umask() -> int:
+def make_durable(path: Path) -> None:
+    """Gives a file ordinary permissions and makes its content survive a power cut."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    os.chmod(path, 0o666 & ~mask)  # safetensors creates its files readable by the owner only
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _commit(staged: Path, path: Path) -> None:
-    """Gives `staged` ordinary permissions and moves it over `path`, durably."""
-    os.chmod(staged, 0o666 & ~_umask())  # safetensors creates its files readable by the owner only
-    with staged.open("rb") as file:
-        os.fsync(file.fileno())
+    """Moves `staged` over `path`, durably."""
+    make_durable(staged)
     os.replace(staged, path)
     sync_folder(path.parent)
 
@@ -40,15 +42,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one step (UTF-8)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a text file in one step (UTF-8).
+
+    Raises:
+        ResourceError: If it cannot be written; what stood there before is untouched.
+    """
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         staged.write_text(text, encoding="utf-8")
         _commit(staged, path)
-    except OSError as error:
+    except BaseException as error:
         staged.unlink(missing_ok=True)
-        raise ResourceError(f"Cannot write {path}: {error.strerror or error}.") from error
+        if isinstance(error, OSError):
+            raise write_failure(path, error) from error
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -75,17 +83,42 @@ def read_json(path: Path, kind: str) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file in one step."""
+    """Writes a safetensors file in one step.
+
+    Raises:
+        ResourceError: If it cannot be written; what stood there before is untouched.
+    """
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file(dict(tensors), staged, metadata=metadata)
         _commit(staged, path)
-    except Exception as error:  # safetensors wraps the operating system's errors in its own type
+    except BaseException as error:
         staged.unlink(missing_ok=True)
-        raise ResourceError(f"Cannot write {path}: {error}.") from error
+        if is_write_failure(error):
+            raise write_failure(path, error) from error
+        raise
+
+
+def is_write_failure(error: BaseException) -> bool:
+    """Whether an error is the operating system refusing to write.
+
+    safetensors wraps it in a type of its own, torch's zip writer in a bare RuntimeError.
+    """
+    if isinstance(error, OSError):
+        return True
+    kind, text = type(error).__name__, str(error)
+    return (kind == "SafetensorError" and "os error" in text) or "PytorchStreamWriter failed" in text
+
+
+def write_failure(path: Path, error: BaseException) -> ResourceError:
+    """The same in our words: what could not be written, why, and what to do."""
+    reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in reason
+    hint = "The disk is full: free some space and start again." if full else "Is the folder writable?"
+    return ResourceError(f"Cannot write {path}: {reason}.", hint=hint)
 
 
 def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:

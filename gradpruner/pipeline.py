@@ -19,6 +19,8 @@ from torch import nn
 
 from gradpruner._version import __version__
 from gradpruner.checkpoint import (
+    ADAPTER_FILE,
+    load_adapter,
     load_config,
     load_model,
     load_tokenizer,
@@ -28,24 +30,25 @@ from gradpruner.checkpoint import (
     stored_dtype,
 )
 from gradpruner.config import Recipe, recipe_yaml
-from gradpruner.cost import count_parameters, decoder_parameters, layer_parameters, savings
+from gradpruner.cost import build_on_meta, count_parameters, decoder_parameters, layer_parameters, savings
 from gradpruner.data import ExampleSet, load_examples, overlap
 from gradpruner.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.errors import ConfigError, GradPrunerError
 from gradpruner.evaluation import evaluate
-from gradpruner.files import write_json, write_text
+from gradpruner.family import LayeredModel
+from gradpruner.files import check_free_space, write_json, write_text
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.metrics import majority_class
 from gradpruner.plan import PruningPlan, plan_pruning
 from gradpruner.progress import Progress
-from gradpruner.provenance import hash_folder, provenance, sha256_file, utc_now
+from gradpruner.provenance import hash_folder, provenance, sha256_file, sha256_json, utc_now
 from gradpruner.recording import default_steps, record_gradients
 from gradpruner.rundir import RunDirectory
 from gradpruner.scores import LayerScores
 from gradpruner.surgery import prune_
 from gradpruner.tasks import TASKS, load_task
 from gradpruner.trace import GradientTrace
-from gradpruner.training import finetune, planned_steps
+from gradpruner.training import check_trackers, finetune, planned_steps
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,8 @@ class Job:
         for variant in recipe.variants:
             if variant not in LABELS:
                 METHODS.find(variant)
+        resolve_device(recipe.model.device)
+        check_trackers(recipe.finetune.report_to)
         self.folder = locate_model(recipe.model.path)
         self.config = load_config(self.folder, recipe.model.trust_remote_code)
         self._check_budget()
@@ -121,9 +126,10 @@ class Job:
             self.warnings.append(
                 f"Only {len(self.eval)} evaluation examples: differences of several points are noise."
             )
-        self.warnings += [f"training data: {note}" for note in self.train.notes]
+        for name, examples in (("training", self.train), ("evaluation", self.eval)):
+            if examples.num_dropped:
+                self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
         self.warnings += [f"training data: {note}" for note in self.samples.notes()]
-        self.warnings += [f"evaluation data: {note}" for note in self.eval.notes]
 
     @property
     def num_layers(self) -> int:
@@ -153,12 +159,17 @@ class Job:
         """The torch device stages run on."""
         return str(resolve_device(self.recipe.model.device))
 
-    def load(self, folder: Path, quantise: bool = False) -> nn.Module:
+    def input_hashes(self) -> dict[str, str]:
+        """SHA-256 of everything the run reads."""
+        hashes = {"model": self.model_sha256, "train": self.train.sha256, "eval": self.eval.sha256}
+        return hashes | ({"plan": sha256_json(self.given_plan.to_dict())} if self.given_plan else {})
+
+    def load(self, folder: Path, *, dtype: str | None = None, quantise: bool = False) -> nn.Module:
         """Loads a model folder as the recipe says."""
         options = self.recipe.model
         return load_model(
             folder,
-            dtype=options.dtype,
+            dtype=dtype or options.dtype,
             device=options.device,
             attn_implementation=options.attn_implementation,
             trust_remote_code=options.trust_remote_code,
@@ -184,7 +195,10 @@ def run(recipe: Recipe, *, until: str = "report", command: str = "") -> dict[str
     if until not in STAGES:
         raise ConfigError(f"Unknown stage '{until}'.", hint=f"Stages: {', '.join(STAGES)}.")
     job = Job(recipe, command)
-    with RunDirectory(recipe.out, inputs=(job.folder,), device=job.device) as directory:
+    directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
+    check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
+    with directory:
+        directory.describe(recipe.model_dump(mode="json"), job.input_hashes())
         write_text(directory.path / "recipe.yaml", recipe_yaml(recipe))
         return _Run(job, directory).up_to(until)
 
@@ -195,7 +209,6 @@ class _Run:
     def __init__(self, job: Job, directory: RunDirectory) -> None:
         self.job, self.directory = job, directory
         self.recipe = job.recipe
-        self.started = utc_now()
         self.scores: dict[str, LayerScores] = {}
         self.plans: dict[str, PruningPlan] = {}
         self.variants: dict[str, dict[str, Any]] = {}
@@ -237,6 +250,7 @@ class _Run:
             "record": self.recipe.record.model_dump(),
             "steps": self.job.record_steps,
             "loading": self.recipe.model.model_dump(exclude={"path"}),
+            "precision": self.recipe.finetune.precision,
             "seed": self.recipe.seed,
         }
         self.trace_result = self.directory.stage(
@@ -245,7 +259,7 @@ class _Run:
         self.job.warnings += self.trace_result["notes"]
 
     def _record(self) -> dict[str, Any]:
-        from gradpruner.training import NonFiniteGuard, ProgressCallback
+        from gradpruner.training import ProgressCallback
 
         options = self.recipe.record
         model = self.job.load(self.job.folder, quantise=options.adapter == "qlora")
@@ -263,10 +277,12 @@ class _Run:
             folder=self.path("trace"),
             seed=self.recipe.seed,
             collator=self.job.collator,
-            callbacks=[NonFiniteGuard(), ProgressCallback("record")],
+            callbacks=[ProgressCallback("record")],
             device="cpu" if self.job.device == "cpu" else "auto",
             precision=self.recipe.finetune.precision,
+            gradient_checkpointing=self.recipe.finetune.gradient_checkpointing,
         )
+        _free(model)
         return {
             "num_steps": trace.num_steps,
             "effective_steps": trace.effective_steps,
@@ -371,7 +387,7 @@ class _Run:
         return {
             "schema_version": 1,
             "gradpruner_version": __version__,
-            "created": self.started,
+            "created": self.directory.manifest["created"],
             "finished": utc_now(),
             "command": job.command,
             "title": self.recipe.title or f"{job.folder.name} on {_task_name(self.recipe)}",
@@ -403,11 +419,11 @@ class _Run:
             "stages": [
                 {
                     "name": name,
-                    "state": "skipped" if entry.pop("skipped", False) else entry["state"],
-                    "seconds": entry.get("seconds"),
-                    "peak_memory_bytes": entry.get("peak_memory_bytes"),
+                    "state": state,
+                    "seconds": stages[name].get("seconds"),
+                    "peak_memory_bytes": stages[name].get("peak_memory_bytes"),
                 }
-                for name, entry in stages.items()
+                for name, state in self.directory.visited.items()
             ],
             "warnings": job.warnings,
         }
@@ -530,8 +546,10 @@ class _Variant:
 
     def tune(self) -> dict[str, Any]:
         options = self.recipe.finetune
+        # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
+        updated = "float32" if options.mode == "full" and self.recipe.model.dtype == "auto" else None
         model, result = finetune(
-            self.job.load(self.source),
+            self.job.load(self.source, dtype=updated),
             self.job.samples,
             collator=self.job.collator,
             seed=self.recipe.seed,
@@ -559,7 +577,10 @@ class _Variant:
     def measure(self, folder: Path, examples: str) -> dict[str, Any]:
         """Evaluates what is on disk: the very folder a user would load."""
         options = self.recipe.evaluate
-        model = self.job.load(folder)
+        if (folder / ADAPTER_FILE).exists():
+            model = load_adapter(self.job.load(self.source), folder)
+        else:
+            model = self.job.load(folder)
         result = evaluate(
             model,
             self.job.tokenizer,
@@ -573,6 +594,34 @@ class _Variant:
         result.write_examples(self.run.path(examples))
         _free(model)
         return result.summary() | {"per_example": examples}
+
+
+def bytes_to_write(job: Job) -> dict[str, int]:
+    """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
+    recipe = job.recipe
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    sizes = savings(job.config, plan.keep)["disk_bytes"]
+    rows = [sizes["before"] if v == "dense" else 2 * sizes["after"] for v in recipe.variants]
+    trace = 0
+    if any(METHODS.find(_method_name(v)).needs_trace for v in recipe.variants if v != "dense"):
+        view = LayeredModel(build_on_meta(job.config))
+        modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
+        per_step = sum(sum(module.weight.shape) for module in modules)
+        trace = 4 * job.record_steps * recipe.record.rank * per_step
+    temporary = 0 if recipe.keep_models == "all" else max(rows)
+    options = recipe.finetune
+    if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
+        # float32 weights and two moments; two checkpoints are kept while a third is written.
+        temporary += 3 * 12 * count_parameters_of(job.config)
+    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+
+
+def bytes_missing(job: Job, folder: Path, until: str) -> int:
+    """What a run has still to write, given what an earlier start left in its directory."""
+    needs = bytes_to_write(job)
+    total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return max(0, total - present)
 
 
 def placeholder_scores(num_layers: int) -> LayerScores:
@@ -595,8 +644,6 @@ def plan_for(job: Job, scores: LayerScores, merging: bool) -> PruningPlan:
 
 def count_parameters_of(config: Any) -> int:
     """Parameters of a model given by its config; tied weights count once."""
-    from gradpruner.cost import build_on_meta
-
     return count_parameters(build_on_meta(config))
 
 
@@ -621,6 +668,7 @@ def _data_facts(examples: ExampleSet) -> dict[str, Any]:
         "rows": len(examples),
         "dropped_rows": examples.num_dropped,
         "sha256": examples.sha256,
+        "notes": list(examples.notes),
     }
 
 
@@ -649,7 +697,8 @@ def _plan_facts(plan: PruningPlan) -> dict[str, Any]:
 
 def _free(model: Any) -> None:
     """Gives the model's memory back before the next one is loaded."""
-    model.to("meta")
+    if not getattr(model, "is_loaded_in_4bit", False):  # bitsandbytes refuses to be moved
+        model.to("meta")
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,9 +13,7 @@ from rich.text import Text
 from gradpruner.config import Recipe
 from gradpruner.cost import build_on_meta, count_parameters, disk_bytes, savings
 from gradpruner.encoding import preview
-from gradpruner.pipeline import LABELS, Job, placeholder_scores, plan_for
-from gradpruner.recording import attach_lora, find_lora_linears
-from gradpruner.trace import factor_bytes
+from gradpruner.pipeline import LABELS, Job, bytes_to_write, placeholder_scores, plan_for
 
 NUM_SAMPLES = 2
 
@@ -30,16 +27,9 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     """
     job = Job(recipe)
     plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
-    model = build_on_meta(job.config)
-    with torch.device("meta"):
-        _, linears = find_lora_linears(attach_lora(model, rank=recipe.record.rank))
-    trace_bytes = factor_bytes(linears, job.record_steps)
+    needs = bytes_to_write(job)
     saved = savings(job.config, plan.keep)
     rows = len(recipe.variants)
-    written = 0
-    if recipe.keep_models == "all":
-        before, after = saved["disk_bytes"]["before"], saved["disk_bytes"]["after"]
-        written = sum(before if v == "dense" else 2 * after for v in recipe.variants)
     weights = count_parameters(build_on_meta(job.config))
     # AdamW in fp32: weight, gradient and two moments; LoRA holds the weights and little else.
     per_weight = 16 if recipe.finetune.mode == "full" else 4
@@ -57,8 +47,9 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "finetune_steps": job.finetune_steps,
         "finetunings": rows,
         "savings": saved,
-        "trace_bytes": trace_bytes,
-        "written_bytes": trace_bytes + written,
+        "trace_bytes": needs["trace"],
+        "written_bytes": needs["trace"] + needs["models"],
+        "temporary_bytes": needs["temporary"],
         "model_bytes": disk_bytes(job.config),
         "training_bytes_estimate": weights * per_weight,
         "warnings": job.warnings,
@@ -84,7 +75,8 @@ def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) ->
         f"each of: {', '.join(facts['variants'])}",
         highlight=False,
     )
-    console.print(savings_table(facts["savings"], f"prune {facts['num_prune']} of {facts['num_layers']} layers"))
+    title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
+    console.print(savings_table(facts["savings"], title))
     console.print(
         f"disk: trace {_size(facts['trace_bytes'])}, everything written "
         f"{_size(facts['written_bytes'])}; weights, gradients and optimizer of the dense model in "

@@ -1,22 +1,25 @@
 """Recording LoRA gradients while a Trainer trains: a plain callback, and a function that runs it.
 
-    recorder = GradientRecorder(steps=40)
-    SFTTrainer(model, args=..., train_dataset=..., peft_config=..., callbacks=[recorder]).train()
-    scores = score_layers(recorder.trace)
+recorder = GradientRecorder(steps=40)
+SFTTrainer(model, args=..., train_dataset=..., peft_config=..., callbacks=[recorder]).train()
+scores = score_layers(recorder.trace)
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from gradpruner.errors import ConfigError, ModelError, NonFiniteError
+from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
 from gradpruner.family import LayeredModel, fingerprint
 from gradpruner.trace import GradientTrace, LinearRef, TraceInfo, TraceWriter
 
@@ -24,6 +27,9 @@ log = logging.getLogger(__name__)
 
 MIN_STEPS = 2
 DEFAULT_STEPS = 40
+WARMUP_RATIO = 0.03
+# The fp16 scaler starts at 2**16 and halves on every overflow: more in a row are not overflow but NaN.
+MAX_OVERFLOWS = 20
 
 
 def default_steps(planned_steps: int) -> int:
@@ -31,17 +37,28 @@ def default_steps(planned_steps: int) -> int:
     return max(DEFAULT_STEPS, math.ceil(planned_steps * 0.01))
 
 
-def check_steps(steps: int) -> None:
-    """Raises ConfigError for a number of steps that cannot tell layers apart."""
+def check_steps(steps: int, *, warmup: bool = False) -> None:
+    """Raises ConfigError for a number of steps that cannot tell layers apart.
+
+    Args:
+        steps: Optimizer steps to record.
+        warmup: Whether the learning rate starts at 0, so that B is zero at the second step too.
+    """
     if steps < MIN_STEPS:
         raise ConfigError(
             f"steps = {steps}; at least {MIN_STEPS} are needed, because LoRA B is zero at the first "
             "step, so that step contributes exactly nothing.",
             hint=f"The default is {DEFAULT_STEPS}.",
         )
+    if warmup and steps == MIN_STEPS:
+        raise ConfigError(
+            f"steps = {steps}; at least {MIN_STEPS + 1} are needed: LoRA B is zero at step 1, and warm-up "
+            "starts from a learning rate of 0, so it still is at step 2.",
+            hint=f"The default is {DEFAULT_STEPS}.",
+        )
 
 
-class GradientRecorder(TrainerCallback):  # type: ignore[misc]
+class GradientRecorder(TrainerCallback):
     """Records the LoRA gradients of the first optimizer steps of any Hugging Face Trainer.
 
     Works with LoRA, rsLoRA, DoRA and QLoRA through PEFT, with gradient accumulation, bf16, the fp16
@@ -56,7 +73,7 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
     Args:
         steps: Optimizer steps to record, >= 2. The default of 40 suits short runs; 1 % of the planned
             steps is the paper's rule.
-        folder: Where the trace is written; None keeps it in host memory.
+        folder: Where the trace is written, new or empty; None keeps it in host memory.
         keep_factors: False keeps only layer energies: enough to score and to drop layers, not to merge.
         stop_training: True ends training after the last recorded step; False lets it go on.
         on_non_finite: "stop" ends training at the first NaN or Inf loss or gradient, keeps what was
@@ -64,7 +81,7 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
             fp16 scaler is about to skip is always just left out.
 
     Raises:
-        ConfigError: If `steps` < 2 or `on_non_finite` is unknown.
+        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder holds something.
     """
 
     def __init__(
@@ -80,16 +97,16 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
         if on_non_finite not in ("stop", "skip"):
             raise ConfigError(f"on_non_finite is '{on_non_finite}'; 'stop' or 'skip' is needed.")
         self.steps = steps
-        self.folder = Path(folder) if folder is not None else None
+        self.folder = _check_folder(Path(folder)) if folder is not None else None
         self.keep_factors = keep_factors
         self.stop_training = stop_training
         self.on_non_finite = on_non_finite
-        self.seen_steps = 0
         self._trace: GradientTrace | None = None
         self._writer: TraceWriter | None = None
         self._losses: list[float] = []
         self._learning_rates: list[float] = []
         self._notes: list[str] = []
+        self._overflows = 0
 
     @property
     def trace(self) -> GradientTrace:
@@ -106,13 +123,18 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds the LoRA linears of every decoder layer."""
+        if self._trace is not None:  # a second train() of the same Trainer goes unrecorded
+            return
         model = kwargs["model"]
         self._pairs, linears = find_lora_linears(model)
-        adapter, alpha = _adapter_kind(model)
+        adapter, alpha, quantised = _adapter_kind(model)
+        if state.global_step:
+            self._notes.append(f"recording began after step {state.global_step}, not at the start")
         self._info = TraceInfo(
             num_layers=LayeredModel(model).num_layers,
             linears=tuple(linears),
-            model=fingerprint(model),
+            # Packed 4-bit weights say nothing about the model they were made from.
+            model="" if quantised else fingerprint(model),
             adapter=adapter,
             alpha=alpha,
             clip=float(args.max_grad_norm) if args.max_grad_norm else None,
@@ -120,21 +142,26 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
         )
         # Every process takes part in gathering sharded gradients; one of them keeps the result.
         folder = self.folder if state.is_world_process_zero else None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # an unfinished recording, see `_check_folder`
         self._writer = TraceWriter(linears, folder, self.keep_factors and state.is_world_process_zero)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes in the gradients of this optimizer step."""
         if self._writer is None or self._trace is not None:
             return
-        overflow = _unscale(kwargs.get("optimizer"))
+        step = state.global_step + 1
+        if _unscale(kwargs.get("optimizer")):
+            self._meet_overflow(step)
+            return
+        self._overflows = 0
         grad_b, grad_a = [], []
         for linear, (weight_a, weight_b) in zip(self._info.linears, self._pairs, strict=True):
             grad_a.append(_full_gradient(weight_a, linear))
             grad_b.append(_full_gradient(weight_b, linear))
-        self.seen_steps += 1
         bad = self._writer.add_step(grad_b, grad_a)
         if bad is not None:
-            self._meet_non_finite(state.global_step + 1, self._info.linears[bad], overflow)
+            self._meet_non_finite(step, self._info.linears[bad])
             return
         self._learning_rates.append(_learning_rate(kwargs.get("optimizer")))
         if self._writer.num_steps >= self.steps:
@@ -160,16 +187,20 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------------
 
-    def _meet_non_finite(self, step: int, linear: LinearRef, overflow: bool) -> None:
+    def _meet_overflow(self, step: int) -> None:
+        """The fp16 scaler finds its scale by overshooting; it skips this optimizer step too."""
+        self._notes.append(f"step {step} left out: fp16 overflow")
+        self._overflows += 1
+        if self._overflows > MAX_OVERFLOWS and self.on_non_finite == "stop":
+            self._stop(f"Gradients overflowed at {self._overflows} steps in a row, the last being {step}.")
+
+    def _meet_non_finite(self, step: int, linear: LinearRef) -> None:
         where = f"the gradient of layer {linear.layer} {linear.name} at step {step} is NaN or Inf"
-        if overflow:
-            # The fp16 scaler finds its scale by overshooting; it skips this optimizer step too.
-            self._notes.append(f"step {step} left out: fp16 overflow")
-        elif self.on_non_finite == "skip":
+        if self.on_non_finite == "skip":
             self._notes.append(f"step {step} left out: {where}")
             log.warning("Left out of the trace: %s.", where)
         else:
-            self._stop(f"{where[0].upper()}{where[1:]}.")
+            self._stop(f"T{where[1:]}.")
 
     def _stop(self, message: str) -> None:
         kept = self._writer.num_steps if self._writer else 0
@@ -183,8 +214,6 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
     def _finish(self) -> None:
         if self._trace is not None or self._writer is None or self._writer.num_steps == 0:
             return
-        from dataclasses import replace
-
         info = replace(
             self._info,
             complete=self._writer.num_steps >= self.steps,
@@ -193,6 +222,18 @@ class GradientRecorder(TrainerCallback):  # type: ignore[misc]
             notes=tuple(self._notes),
         )
         self._trace = self._writer.finish(info)
+
+
+def _check_folder(folder: Path) -> Path:
+    """Refuses a folder with anything but what a killed recording left."""
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {"factors"}:
+        raise ConfigError(
+            f"The trace folder {folder} is not empty.",
+            hint="Nothing is ever overwritten: choose another folder, or delete it yourself.",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"The trace folder {folder} is a file.", hint="Choose another folder.")
+    return folder
 
 
 def find_lora_linears(
@@ -209,10 +250,11 @@ def find_lora_linears(
     for layer in range(view.num_layers):
         for name, module in view.linears(layer).items():
             lora_a: Any = getattr(module, "lora_A", None)
-            if not lora_a:
+            active = [a for a in getattr(module, "active_adapters", ()) if a in (lora_a or ())]
+            if not active:
                 continue
-            active = [a for a in getattr(module, "active_adapters", list(lora_a)) if a in lora_a]
-            weight_a, weight_b = lora_a[active[0]].weight, module.lora_B[active[0]].weight  # type: ignore[index]
+            lora_b: Any = module.lora_B
+            weight_a, weight_b = lora_a[active[0]].weight, lora_b[active[0]].weight
             if not weight_a.requires_grad:
                 continue
             pairs.append((weight_a, weight_b))
@@ -229,20 +271,19 @@ def find_lora_linears(
     return pairs, linears
 
 
-def _adapter_kind(model: Any) -> tuple[str, float]:
+def _adapter_kind(model: Any) -> tuple[str, float, bool]:
+    """Kind of adapter, its alpha, and whether the base is quantised."""
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
     if config is None:
-        return "lora", 0.0
-    quantised = getattr(model, "is_loaded_in_4bit", False) or getattr(
-        model.get_base_model(), "is_loaded_in_4bit", False
-    )
+        return "lora", 0.0, False
+    quantised = bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
     if getattr(config, "use_dora", False):
         kind = "dora"
     elif getattr(config, "use_rslora", False):
         kind = "rslora"
     else:
         kind = "qlora" if quantised else "lora"
-    return kind, float(config.lora_alpha)
+    return kind, float(config.lora_alpha), quantised
 
 
 def _unscale(optimizer: Any) -> bool:
@@ -265,9 +306,7 @@ def _full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
     """The whole, reduced gradient of one LoRA weight."""
     grad = weight.grad
     if grad is None and hasattr(weight, "ds_id"):
-        from deepspeed.utils import safe_get_full_grad
-
-        grad = safe_get_full_grad(weight)
+        grad = import_module("deepspeed.utils").safe_get_full_grad(weight)
     if grad is None:
         raise ModelError(
             f"LoRA of layer {linear.layer} {linear.name} has no gradient at the optimizer step.",
@@ -309,14 +348,14 @@ def attach_lora(
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=LayeredModel(model).lora_target_pattern(),
         use_rslora=adapter == "rslora",
         use_dora=adapter == "dora",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def record_gradients(
@@ -347,7 +386,7 @@ def record_gradients(
         model: The causal LM; its weights are the same afterwards.
         dataset: Encoded samples with `input_ids` and `labels` (-100 where not supervised); repeated
             when there are fewer than steps * batch_size.
-        steps: Optimizer steps, >= 2.
+        steps: Optimizer steps, >= 3: the first two contribute nothing.
         rank: LoRA r.
         alpha: LoRA alpha; the scale of the scores depends on alpha / r.
         dropout: LoRA dropout.
@@ -365,7 +404,8 @@ def record_gradients(
         The trace.
 
     Raises:
-        ConfigError: If `steps` < 2.
+        ConfigError: If `steps` < 3.
+        DataError: If the dataset is empty.
         NonFiniteError: If a loss or gradient is NaN or Inf; the steps before are kept in `folder`.
 
     Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
@@ -373,13 +413,16 @@ def record_gradients(
     from transformers import set_seed
 
     from gradpruner.encoding import Collator
-    from gradpruner.training import CausalTrainer, training_arguments
+    from gradpruner.training import CausalTrainer, resolve_precision, training_arguments
 
-    check_steps(steps)
-    set_seed(seed)
-    # PEFT freezes the base and may change its dtypes; both are put back below.
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    check_steps(steps, warmup=True)
+    if len(dataset) == 0:
+        raise DataError("The dataset is empty; there is nothing to record gradients from.")
     recorder = GradientRecorder(steps, folder, stop_training=True)
+    # Steps the fp16 scaler skips come on top.
+    fp16 = resolve_precision(training.get("precision", "auto"), training.get("device", "auto")) == "fp16"
+    set_seed(seed)
+    before = _state_of(model)
     peft_model = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout, adapter=adapter)
     try:
         trainer = CausalTrainer(
@@ -387,7 +430,8 @@ def record_gradients(
             args=training_arguments(
                 learning_rate=learning_rate,
                 batch_size=batch_size,
-                max_steps=steps,
+                max_steps=steps + (MAX_OVERFLOWS if fp16 else 0),
+                warmup=math.ceil(steps * WARMUP_RATIO),
                 max_grad_norm=clip or 0.0,
                 schedule="constant_with_warmup",
                 seed=seed,
@@ -400,6 +444,33 @@ def record_gradients(
         trainer.train()
     finally:
         peft_model.unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before.get(name, True))
+        _restore(model, before, bool(training.get("gradient_checkpointing")))
     return recorder.trace
+
+
+def _state_of(model: nn.Module) -> tuple[bool, bool, dict[str, tuple[bool, Any]]]:
+    """What PEFT, its preparation for quantised training, and the Trainer change in a model."""
+    config: Any = model.config
+    parameters = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
+    return model.training, bool(getattr(config, "use_cache", True)), parameters
+
+
+def _restore(
+    model: nn.Module, state: tuple[bool, bool, dict[str, tuple[bool, Any]]], checkpointed: bool
+) -> None:
+    training, use_cache, parameters = state
+    # Named gradient_checkpointing_disable before transformers 5.23.
+    uncheckpoint: Any = getattr(model, "activation_checkpointing_disable", None) or getattr(
+        model, "gradient_checkpointing_disable", None
+    )
+    if checkpointed and uncheckpoint is not None:
+        uncheckpoint()
+    if hasattr(model, "peft_config"):  # older PEFT leaves it behind
+        del model.peft_config
+    for name, parameter in model.named_parameters():
+        requires_grad, dtype = parameters[name]
+        parameter.requires_grad_(requires_grad)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    model.config.use_cache = use_cache  # type: ignore[union-attr]
+    model.train(training)

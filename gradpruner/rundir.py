@@ -1,12 +1,13 @@
 """The run directory: one folder, one manifest, stages that are done once.
 
-`manifest.json` holds, per stage, a fingerprint of everything it depends on, its state, cost, result and
-the files it left. A stage whose fingerprint and files are as recorded is skipped when the run is started
-again; anything else is done anew.
+`manifest.json` holds the configuration, the hashes of the inputs and, per stage, a fingerprint of everything
+it depends on, its state, versions, cost, result and the files it left. A stage whose fingerprint and files
+are as recorded is skipped when the run is started again; anything else is done anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -20,11 +21,11 @@ from typing import Any
 import torch
 
 from gradpruner._version import __version__
-from gradpruner.checkpoint import check_output
+from gradpruner.checkpoint import LOCK_FILE, check_output
 from gradpruner.cost import PeakMemory
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ResourceError
-from gradpruner.files import read_json, write_json
-from gradpruner.provenance import sha256_file, sha256_json
+from gradpruner.files import is_write_failure, read_json, write_failure, write_json
+from gradpruner.provenance import package_versions, sha256_file, sha256_json, utc_now
 
 log = logging.getLogger(__name__)
 
@@ -43,34 +44,23 @@ class RunDirectory:
         device: Where stages run, for the memory they report.
 
     Raises:
-        ConfigError: If the folder is not ours, is an input, or another process works in it.
-        IntegrityError: If the manifest is damaged.
+        ConfigError: If the folder is not ours, is an input, or (on entering) another process works in it.
+        IntegrityError: If (on entering) the manifest is damaged.
     """
 
-    def __init__(
-        self, path: str | Path, *, inputs: tuple[Path, ...] = (), device: str | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, *, inputs: tuple[Path, ...] = (), device: str | None = None) -> None:
         self.path = Path(path)
         self.device = device
         check_output(self.path, inputs=inputs, marker=MANIFEST)
-        self.manifest: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "gradpruner_version": __version__,
-            "stages": {},
-        }
-        if (self.path / MANIFEST).exists():
-            self.manifest = read_json(self.path / MANIFEST, "run manifest")
-            if self.manifest.get("format_version") != FORMAT_VERSION:
-                raise IntegrityError(
-                    f"{self.path / MANIFEST} has format version "
-                    f"{self.manifest.get('format_version')}; this gradpruner writes {FORMAT_VERSION}.",
-                    hint="Choose another --out.",
-                )
+        self.manifest: dict[str, Any] = {}
+        self._versions = {"gradpruner": __version__, **package_versions()}
+        self.visited: dict[str, str] = {}
+        """Stages of this start, in order: "done", "skipped" or "failed"."""
 
     def __enter__(self) -> RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            self._lock = (self.path / LOCK_FILE).open("a+")
         except OSError as error:
             raise ResourceError(
                 f"Cannot write to {self.path}: {error.strerror}.", hint="Choose another --out."
@@ -87,13 +77,42 @@ class RunDirectory:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
-        self.save()
+        try:
+            self.manifest = self._read_manifest()
+            self.save()
+        except BaseException:
+            self._lock.close()
+            raise
         return self
+
+    def _read_manifest(self) -> dict[str, Any]:
+        """What earlier starts left; only now, because the lock may have been waited for."""
+        path = self.path / MANIFEST
+        if not path.exists():
+            return {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
+        manifest = read_json(path, "run manifest")
+        found = manifest.get("format_version") if isinstance(manifest, dict) else None
+        if found != FORMAT_VERSION or not isinstance(manifest.get("stages"), dict):
+            raise IntegrityError(
+                f"{path} is not a manifest of format version {FORMAT_VERSION} (found: {found}).",
+                hint="Choose another --out.",
+            )
+        return dict(manifest)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
         self._lock.close()
+
+    def describe(self, config: dict[str, Any], inputs: dict[str, str]) -> None:
+        """Notes what this start works on.
+
+        Args:
+            config: The resolved recipe.
+            inputs: Name of every input -> SHA-256 of its content.
+        """
+        self.manifest |= {"gradpruner_version": __version__, "config": config, "inputs": inputs}
+        self.save()
 
     def save(self) -> None:
         """Writes the manifest."""
@@ -143,7 +162,7 @@ class RunDirectory:
         """
         if self.is_current(name, inputs):
             log.info("%s: done before, skipped", name)
-            self.stages[name]["skipped"] = True
+            self.visited[name] = "skipped"
             result: dict[str, Any] = self.stages[name]["result"]
             return result
         fingerprint = sha256_json(inputs)
@@ -151,7 +170,12 @@ class RunDirectory:
         resumable = keep_partial and interrupted.get("inputs") == fingerprint
         if not resumable or interrupted.get("state") == "done":
             self.remove(outputs)
-        self.stages[name] = {"state": "running", "inputs": fingerprint, "files": {}}
+        self.stages[name] = {
+            "state": "running",
+            "inputs": fingerprint,
+            "versions": self._versions,
+            "files": {},
+        }
         self.save()
         started = time.perf_counter()
         log.info("%s", name)
@@ -159,11 +183,15 @@ class RunDirectory:
             with PeakMemory(self.device) as memory:
                 result = work()
         except BaseException as error:
-            failed = isinstance(error, GradPrunerError)
-            self.stages[name]["state"] = "failed" if failed else "interrupted"
-            self.stages[name]["error"] = str(error)
-            self.save()
-            raise _as_ours(error) from error
+            ours = _as_ours(error, self.path)
+            self.stages[name]["state"] = "interrupted" if _is_interrupt(error) else "failed"
+            self.visited[name] = "failed"
+            self.stages[name]["error"] = str(ours)
+            with contextlib.suppress(ResourceError):  # a full disk; the first error says more
+                self.save()
+            if ours is error:
+                raise
+            raise ours from error
         self.stages[name].update(
             state="done",
             seconds=time.perf_counter() - started,
@@ -171,6 +199,7 @@ class RunDirectory:
             result=result,
             files={relative: self._describe(relative) for relative in self._files(outputs)},
         )
+        self.visited[name] = "done"
         self.save()
         return result
 
@@ -196,14 +225,23 @@ class RunDirectory:
         return {"bytes": size} | ({"sha256": sha256_file(path)} if size <= HASHED_BYTES else {})
 
 
-def _as_ours(error: BaseException) -> BaseException:
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether a person or the system stopped the process, rather than the work failing."""
+    return not isinstance(error, Exception)
+
+
+def _as_ours(error: BaseException, folder: Path) -> BaseException:
     """Out-of-memory and full-disk errors in words; anything else as it is."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+    if isinstance(error, GradPrunerError):
+        return error
+    # torch says "out of memory" on accelerators and "can't allocate memory" on the CPU.
+    allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if allocation or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return ResourceError(
             f"Out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}",
             hint="Lower the batch size (and raise accumulation), shorten max_length, or use "
             "gradient_checkpointing.",
         )
-    if isinstance(error, OSError) and error.errno == 28:
-        return ResourceError(f"The disk is full: {error}.", hint="Free some space and start again.")
+    if is_write_failure(error) and not isinstance(error, FileNotFoundError):
+        return write_failure(folder, error)
     return error

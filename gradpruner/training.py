@@ -6,35 +6,41 @@ import inspect
 import json
 import logging
 import math
+import re
 import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import IGNORED, Collator
-from gradpruner.errors import ConfigError, NonFiniteError
+from gradpruner.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.family import unwrap
 from gradpruner.progress import Progress
 from gradpruner.recording import attach_lora
+from gradpruner.registry import suggest
 
 log = logging.getLogger(__name__)
 
 MODES = ("full", "lora")
 # About this many points make a readable loss curve.
 LOGGED_POINTS = 200
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
-class CausalTrainer(Trainer):  # type: ignore[misc]
+class CausalTrainer(Trainer):
     """A Trainer that computes logits only around the learned tokens.
 
     With the loss on answer tokens alone, most rows of the (tokens, vocabulary) logits are thrown
@@ -50,6 +56,7 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, *, samples: Any, collator: Any, **kwargs: Any) -> None:
         super().__init__(train_dataset=samples, data_collator=collator, **kwargs)
+        self.remove_callback(PrinterCallback)  # would print every loss on standard output
         forward = inspect.signature(unwrap(kwargs["model"]).forward).parameters
         # DataParallel (several GPUs, no launcher) would split the window's labels unevenly.
         self._windowed = "logits_to_keep" in forward and self.args.n_gpu <= 1
@@ -65,6 +72,41 @@ class CausalTrainer(Trainer):  # type: ignore[misc]
         if self._windowed:
             inputs = {**inputs, **answer_window(inputs["labels"])}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's sampler; the one that groups by length made repeatable."""
+        samples = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(samples)
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroups([len(sample["input_ids"]) for sample in samples], group, self.args.seed)
+
+
+class LengthGroups(Sampler[int]):
+    """Samples in groups of similar length, in an order that depends on seed and epoch alone.
+
+    The Trainer's own sampler draws from the global generator, so that a resumed run would see other
+    samples than the interrupted one would have.
+
+    Args:
+        lengths: Tokens of every sample.
+        group: Samples per optimizer step.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
+        self.lengths, self.group, self.seed, self.epoch = list(lengths), group, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.group, generator=generator))
 
 
 def answer_window(labels: Tensor) -> dict[str, Tensor]:
@@ -85,7 +127,7 @@ def answer_window(labels: Tensor) -> dict[str, Tensor]:
     return {"logits_to_keep": positions, "labels": labels[:, first : last + 1]}
 
 
-class ProgressCallback(TrainerCallback):  # type: ignore[misc]
+class ProgressCallback(TrainerCallback):
     """Shows steps, loss and time left."""
 
     def __init__(self, description: str) -> None:
@@ -115,22 +157,35 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc]
             self._progress.__exit__(None, None, None)
 
 
-class NonFiniteGuard(TrainerCallback):  # type: ignore[misc]
-    """Ends training at the first NaN or Inf; the Trainer itself would go on and save the damage."""
+class NonFiniteGuard(TrainerCallback):
+    """Ends training at the first NaN or Inf; the Trainer itself would go on and save the damage.
+
+    Gradients are looked at before the optimizer uses them, so no checkpoint is ever written with
+    damaged weights. That costs one pass over the gradients per optimizer step.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the gradients of this step."""
+        # Gradients of an fp16 step that overflows are Inf by design; the scaler skips it.
+        if args.fp16:
+            return
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
+            self._stop(f"The gradient at step {state.global_step + 1}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Looks at loss and gradient norm wherever the Trainer reports them."""
-        for name in ("loss", "grad_norm"):
-            value = (logs or {}).get(name)
-            # Gradients of an fp16 step that overflows are Inf by design; the scaler skips it.
-            if value is None or (name == "grad_norm" and args.fp16):
-                continue
-            if not math.isfinite(float(value)):
-                raise NonFiniteError(
-                    f"{name} is {value} at step {state.global_step}; training stopped before saving.",
-                    hint="Lower the learning rate, use bf16 or fp32 instead of fp16, or look at the "
-                    "data. Checkpoints written before are kept.",
-                )
+        """Looks at the loss wherever the Trainer reports it."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            self._stop(f"The loss at step {state.global_step}")
+
+    def _stop(self, fault: str) -> None:
+        raise NonFiniteError(
+            f"{fault} is NaN or Inf; training stopped.",
+            hint="Lower the learning rate, use bf16 or fp32 instead of fp16, or look at the data. "
+            "Checkpoints written before are kept.",
+        )
 
 
 def training_arguments(
@@ -142,6 +197,7 @@ def training_arguments(
     accumulation: int = 1,
     weight_decay: float = 0.1,
     warmup_ratio: float = 0.03,
+    warmup: int | None = None,
     max_grad_norm: float = 1.0,
     schedule: str = "linear",
     precision: str = "auto",
@@ -165,6 +221,7 @@ def training_arguments(
         accumulation: Forward passes per optimizer step.
         weight_decay: AdamW weight decay.
         warmup_ratio: Fraction of steps with rising learning rate, in [0, 1).
+        warmup: The same in steps; overrides the ratio.
         max_grad_norm: Clipping norm; 0 turns clipping off.
         schedule: A transformers scheduler name.
         precision: "fp32", "bf16" or "fp16" autocast; "auto" is bf16 on accelerators that have it and
@@ -180,6 +237,9 @@ def training_arguments(
         device: "auto" or "cpu".
     """
     chosen = resolve_precision(precision, device)
+    known = {field.name for field in fields(TrainingArguments)}
+    new, old = "activation_checkpointing", "gradient_checkpointing"  # renamed in transformers 5.23
+    recompute = new if new in known else old
     return TrainingArguments(
         output_dir=str(output) if output else str(Path(tempfile.gettempdir()) / "gradpruner-unused"),
         learning_rate=learning_rate,
@@ -188,13 +248,14 @@ def training_arguments(
         num_train_epochs=epochs,
         max_steps=max_steps,
         weight_decay=weight_decay,
-        warmup_steps=warmup_ratio,  # transformers 5 reads a value below 1 as a ratio
+        # transformers 5 reads a value below 1 as a ratio
+        warmup_steps=warmup_ratio if warmup is None else warmup,
         max_grad_norm=max_grad_norm,
         lr_scheduler_type=schedule,
         optim="adamw_torch_fused",
         bf16=chosen == "bf16",
         fp16=chosen == "fp16",
-        gradient_checkpointing=gradient_checkpointing,
+        **({recompute: True} if gradient_checkpointing else {}),
         train_sampling_strategy="group_by_length" if group_by_length else "random",
         logging_steps=logging_steps,
         logging_first_step=True,
@@ -219,6 +280,25 @@ def resolve_precision(precision: str, device: str = "auto") -> str:
         return precision
     on_gpu = device != "cpu" and torch.cuda.is_available()
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def check_trackers(report_to: str | Sequence[str]) -> None:
+    """Raises ConfigError for a tracker that is unknown or not installed, before anything is trained."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    asked = [report_to] if isinstance(report_to, str) else list(report_to)
+    for name in asked:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"report_to: unknown tracker '{name}'.{suggest(name, INTEGRATION_TO_CALLBACK)}",
+                hint=f"Known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, all or none.",
+            )
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"report_to: tracker '{name}' is not installed.", hint=f"pip install {name}, or use none."
+            )
 
 
 @dataclass(frozen=True)
@@ -306,13 +386,17 @@ def finetune(
         The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result.
 
     Raises:
-        ConfigError: If the mode is unknown.
-        NonFiniteError: If loss or gradient norm become NaN or Inf.
+        ConfigError: If the mode is unknown, a tracker is not installed, or fp16 autocast is asked for
+            weights that are float16 themselves.
+        DataError: If the dataset is empty.
+        NonFiniteError: If a loss or gradient becomes NaN or Inf.
 
     Source: GradPruner, C.2.
     """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}'; one of {', '.join(MODES)} is needed.")
+    if len(dataset) == 0:
+        raise DataError("The dataset is empty; there is nothing to fine-tune on.")
     set_seed(seed)
     steps = max_steps
     if steps <= 0:
@@ -322,6 +406,7 @@ def finetune(
         trained = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout)
     else:
         model.requires_grad_(True)
+    check_trackers(training.get("report_to", "none"))
     arguments = training_arguments(
         learning_rate=learning_rate,
         batch_size=batch_size,
@@ -334,6 +419,11 @@ def finetune(
         logging_steps=max(1, steps // LOGGED_POINTS),
         **training,
     )
+    if arguments.fp16 and any(p.requires_grad and p.dtype == torch.float16 for p in trained.parameters()):
+        raise ConfigError(
+            "fp16 autocast needs float32 weights to update; these are float16.",
+            hint="Set model.dtype to float32, or finetune.precision to bf16 or fp32.",
+        )
     trainer = CausalTrainer(
         model=trained,
         args=arguments,
@@ -341,7 +431,6 @@ def finetune(
         collator=collator,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )
-    trainer.remove_callback(_printer())
     checkpoint = latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None
     if checkpoint is not None:
         log.info("Going on from %s.", checkpoint)
@@ -365,12 +454,6 @@ def finetune(
     return trained, result
 
 
-def _printer() -> type[TrainerCallback]:
-    from transformers.trainer_callback import PrinterCallback
-
-    return PrinterCallback  # type: ignore[no-any-return]
-
-
 def _loss_curve(history: list[dict[str, Any]]) -> tuple[dict[str, float], ...]:
     return tuple(
         {
@@ -389,10 +472,8 @@ def latest_complete_checkpoint(folder: Path) -> Path | None:
     The Trainer writes checkpoints in place: after a kill the newest may be cut short, and one without
     optimizer state would resume silently with a fresh optimizer. Broken ones are reported and removed.
     """
-    candidates = sorted(
-        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2] or 0), reverse=True
-    )
-    for candidate in candidates:
+    steps = [int(found[1]) for p in folder.glob("checkpoint-*") if (found := _CHECKPOINT.match(p.name))]
+    for candidate in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
         fault = _checkpoint_fault(candidate)
         if fault is None:
             return candidate
@@ -419,4 +500,9 @@ def _checkpoint_fault(folder: Path) -> str | None:
                 pass
         except Exception:  # safetensors raises its own type, unrelated to OSError
             return f"{path.name} is cut short"
+    for index in folder.glob("*.safetensors.index.json"):
+        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(named - {path.name for path in weights})
+        if missing:
+            return f"{missing[0]} is missing"
     return None if weights else "weights are missing"

@@ -1,0 +1,241 @@
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import make_project, write_rows
+from transformers import AutoModelForCausalLM
+
+from gradpruner import pipeline, report
+from gradpruner.config import load_recipe
+from gradpruner.errors import ConfigError, NonFiniteError, PlanError, ResourceError
+from gradpruner.pipeline import Job, bytes_to_write, run
+from gradpruner.plan import PruningPlan
+from gradpruner.preview import examine
+from gradpruner.progress import set_mode
+from gradpruner.scores import LayerScores
+from gradpruner.trace import GradientTrace
+
+
+@pytest.fixture(autouse=True)
+def quick_and_quiet(project, monkeypatch):
+    """The report and the clearing of memory, seconds each, are left to the first run."""
+    set_mode("quiet")
+    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    monkeypatch.setattr(pipeline, "_free", lambda model: None)
+    yield
+    set_mode("auto")
+
+
+def figures(record):
+    """What a run found, without when and how fast."""
+    text = json.dumps(
+        {key: record[key] for key in ("recipe", "model", "data", "scores", "plans", "reference", "warnings")}
+    )
+    rows = {}
+    for name, row in record["variants"].items():
+        row = json.loads(json.dumps(row))
+        for part in ("before", "evaluation", "finetune"):
+            for key in ("seconds", "peak_memory_bytes", "tokens_per_second", "resumed_from"):
+                (row[part] or {}).pop(key, None)
+        rows[name] = row
+    return json.loads(text), rows
+
+
+def states(record):
+    return {stage["name"]: stage["state"] for stage in record["stages"]}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A finished run."""
+    set_mode("quiet")
+    path, values = make_project(
+        tmp_path_factory.mktemp("project"), variants=["dense", "merged", "dropped", "random"]
+    )
+    return path, values, run(load_recipe(path), command="gradpruner run recipe.yaml")
+
+
+@pytest.fixture
+def copy(project, tmp_path):
+    """A copy of it, to go on with."""
+    path, _, record = project
+    shutil.copytree(path.parent, tmp_path / "project")
+    return tmp_path / "project" / "recipe.yaml", {"out": str(tmp_path / "project" / "run")}, record
+
+
+def test_a_run_leaves_everything_it_found(project):
+    path, _, record = project
+    out = path.parent / "run"
+    assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(record))
+    assert list(record["variants"]) == ["dense", "merged", "dropped", "random"]
+    assert set(states(record).values()) == {"done"}
+    for name, row in record["variants"].items():
+        assert row["error"] is None
+        assert 0 <= row["evaluation"]["metrics"]["exact_match"]["value"] <= 1
+        assert row["num_layers"] == (4 if name == "dense" else 2)
+        assert row["finetune"]["steps"] == 6 and len(row["finetune"]["losses"]) == 6
+        model = AutoModelForCausalLM.from_pretrained(out / row["finetune"]["output"])
+        assert model.config.num_hidden_layers == row["num_layers"]
+        assert sum(p.numel() for p in model.parameters()) == row["num_parameters"]
+        assert (out / row["evaluation"]["per_example"]).exists()
+    merged, dropped = (PruningPlan.load(out / f"plans/{name}.json") for name in ("merged", "dropped"))
+    assert merged.keep == dropped.keep and sum(map(len, merged.merged.values())) == 1 and not dropped.merged
+    assert GradientTrace.load(out / "trace").num_steps == 4
+    assert LayerScores.load(out / "scores/gradpruner.json").values == tuple(
+        record["scores"]["gradpruner"]["values"]
+    )
+    assert "<html" in (out / "report.html").read_text()
+    assert not list(out.rglob("checkpoint-*")) and not list(out.rglob("*.part"))
+
+
+def test_the_manifest_holds_hashes_configuration_versions_and_states(project):
+    manifest = json.loads((project[0].parent / "run" / "manifest.json").read_text())
+    assert manifest["config"]["plan"]["num_prune"] == 2
+    assert {len(value) for value in manifest["inputs"].values()} == {64}
+    assert set(manifest["inputs"]) == {"model", "train", "eval"}
+    for stage in manifest["stages"].values():
+        assert stage["state"] == "done" and {"gradpruner", "torch", "transformers"} <= set(stage["versions"])
+
+
+def test_a_second_start_does_nothing_and_finds_the_same(copy, monkeypatch):
+    path, given, record = copy
+    first = run(load_recipe(path, (), given))  # the copy's paths are new, its content is not
+    assert set(states(first).values()) == {"skipped"}
+    monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    second = run(load_recipe(path, (), given))
+    assert figures(second) == figures(first) and second["created"] == record["created"]
+    assert figures(first)[1] == figures(record)[1]
+
+
+def test_another_budget_uses_the_same_trace(copy):
+    path, given, _ = copy
+    plan = run(load_recipe(path, ("plan.num_prune=1", "plan.num_merge=0"), given), until="plan")
+    assert states(plan)["record"] == "skipped" and states(plan)["plan merged"] == "done"
+    assert plan["plans"]["merged"]["num_kept"] == 3
+    assert plan["variants"] == {}
+
+
+def test_an_edited_plan_is_carried_out(copy, tmp_path):
+    path, given, _ = copy
+    plan = json.loads((path.parent / "run/plans/merged.json").read_text())
+    plan["actions"] = [
+        {"layer": 0, "action": "keep"}, {"layer": 1, "action": "merge", "into": 0},
+        {"layer": 2, "action": "keep"}, {"layer": 3, "action": "keep"},
+    ]  # fmt: skip
+    (tmp_path / "edited.json").write_text(json.dumps(plan))
+    given |= {"plan.file": str(tmp_path / "edited.json"), "variants": ["merged", "dropped"]}
+    done = run(load_recipe(path, (), given), until="prune")
+    assert states(done)["record"] == "skipped"
+    merged = AutoModelForCausalLM.from_pretrained(path.parent / "run/variants/merged/pruned")
+    dropped = AutoModelForCausalLM.from_pretrained(path.parent / "run/variants/dropped/pruned")
+    dense = AutoModelForCausalLM.from_pretrained(path.parent / "model")
+    same = [
+        torch.equal(model.model.layers[0].mlp.up_proj.weight, dense.model.layers[0].mlp.up_proj.weight)
+        for model in (merged, dropped)
+    ]
+    assert same == [False, True]
+    assert merged.config.num_hidden_layers == dropped.config.num_hidden_layers == 3
+
+
+def test_lora_without_merging_the_adapters(tmp_path):
+    options = {"mode": "lora", "merge_adapter": False, "rank": 2}
+    path, _ = make_project(tmp_path, variants=["merged"], finetune=options)
+    record = run(load_recipe(path))
+    out = tmp_path / "run" / "variants" / "merged"
+    assert (out / "model" / "adapter_config.json").exists()
+    assert record["variants"]["merged"]["evaluation"]["metrics"]["exact_match"]["n"] == 12
+    assert record["warnings"]
+
+
+def test_nothing_is_kept_when_nothing_is_to_be_kept(tmp_path):
+    path, _ = make_project(tmp_path, variants=["dropped"], keep_models="none")
+    first = run(load_recipe(path))
+    assert not list((tmp_path / "run" / "variants").rglob("*.safetensors"))
+    again = run(load_recipe(path))
+    assert figures(first)[1] == figures(again)[1] and "done" not in states(again).values()
+
+
+def test_one_row_that_fails_does_not_take_the_others_along(copy, monkeypatch):
+    path, given, _ = copy
+    shutil.rmtree(path.parent / "run")
+    finetune = pipeline.finetune
+
+    def failing(model, *args, **options):
+        if options["description"] == "finetune merged":
+            raise NonFiniteError("The loss at step 3 is NaN or Inf; training stopped.")
+        return finetune(model, *args, **options)
+
+    monkeypatch.setattr(pipeline, "finetune", failing)
+    given |= {"variants": ["merged", "dropped"]}
+    with pytest.raises(NonFiniteError, match="step 3"):
+        run(load_recipe(path, (), given))
+    record = json.loads((path.parent / "run" / "run.json").read_text())
+    assert "step 3" in record["variants"]["merged"]["error"]
+    assert record["variants"]["dropped"]["evaluation"] is not None
+    assert states(record)["finetune merged"] == "failed"
+    monkeypatch.setattr(pipeline, "finetune", finetune)
+    repaired = run(load_recipe(path, (), given))
+    assert repaired["variants"]["merged"]["error"] is None
+    assert states(repaired)["finetune dropped"] == "skipped"
+
+
+# -- before anything is written --------------------------------------------------------------------------
+
+
+def test_impossible_runs_are_refused_before_anything_is_written(copy, tmp_path, monkeypatch):
+    path, given, _ = copy
+    shutil.rmtree(path.parent / "run")
+    six = {"actions": [{"layer": i, "action": "keep"} for i in range(6)]}
+    (tmp_path / "six.json").write_text(json.dumps(six))
+    usage = SimpleNamespace(free=10_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(ResourceError, match=r"This run needs .* GB in .*; 0\.00 GB are free"):
+            run(load_recipe(path, (), given))
+    for override, error, part in (
+        ("plan.num_prune=3", PlanError, "at least 2 layers must stay"),
+        ("plan.num_prune=9", PlanError, "0 to 2"),
+        ("plan.protect_last=3", PlanError, "not protected"),
+        ("plan={layers: [0], protect_first: 1}", PlanError, "both listed for pruning and protected"),
+        ("plan={layers: [9]}", PlanError, "layers 0 to 3"),
+        (f"plan={{file: {tmp_path / 'six.json'}}}", PlanError, "a model of 6 layers; this one has 4"),
+        ("variants=[merged, randon]", ConfigError, "Did you mean 'random'"),
+        ("model.device=gpu", ConfigError, "Unknown device"),
+        ("finetune.report_to=wandbb", ConfigError, "Did you mean 'wandb'"),
+        (f"out={path.parent / 'model'}", ConfigError, "is the input"),
+        (f"out={path.parent / 'model' / 'run'}", ConfigError, "lies inside it"),
+        (f"out={path.parent}", ConfigError, "not made by gradpruner"),
+    ):
+        with pytest.raises(error, match=part):
+            run(load_recipe(path, (override,), given if not override.startswith("out") else {}))
+    with pytest.raises(ConfigError, match="Unknown stage"):
+        run(load_recipe(path, (), given), until="everything")
+    assert not (path.parent / "run").exists()
+    assert not (path.parent / "model" / "run").exists()
+
+
+def test_the_estimate_is_what_is_written(project):
+    path, _, _ = project
+    job = Job(load_recipe(path))
+    needs = bytes_to_write(job)
+    out = path.parent / "run"
+    factors = sum(p.stat().st_size for p in (out / "trace" / "factors").iterdir())
+    models = sum(p.stat().st_size for p in out.rglob("*.safetensors") if "trace" not in p.parts)
+    assert needs["trace"] == pytest.approx(factors, rel=0.2)
+    assert needs["models"] == pytest.approx(models, rel=0.2)
+    facts = examine(load_recipe(path))
+    assert facts["written_bytes"] == needs["trace"] + needs["models"]
+    learned = "".join(text for text, supervised in facts["samples"][0] if supervised)
+    assert learned.split()[0] in ("red", "blue", "green") and len(facts["samples"]) == 2
+
+
+def test_few_samples_and_overlap_are_warned_about(tmp_path):
+    path, _ = make_project(tmp_path, record={"steps": 8})
+    rows = [{"prompt": "the cat is red :", "completion": " red"}] * 2
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "eval.jsonl", rows)
+    warnings = "\n".join(Job(load_recipe(path)).warnings)
+    assert "2 training samples for 8 recording steps of 4" in warnings
+    assert "2 of 2 evaluation prompts also occur in the training data" in warnings

@@ -1,0 +1,165 @@
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gradpruner.errors import ConfigError, DataError, IntegrityError, ResourceError
+from gradpruner.rundir import MANIFEST, RunDirectory
+
+
+class Work:
+    """A stage that counts how often it is done."""
+
+    def __init__(self, folder, name="a.txt", error=None):
+        self.path, self.count, self.error = folder / name, 0, error
+
+    def __call__(self):
+        self.count += 1
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(f"{self.count}")
+        if self.error is not None:
+            raise self.error
+        return {"value": self.count}
+
+
+def manifest(folder):
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def test_a_stage_is_done_once(tmp_path):
+    work = Work(tmp_path / "run")
+    for state in ("done", "skipped", "skipped"):
+        with RunDirectory(tmp_path / "run") as directory:
+            assert directory.stage("work", {"x": 1}, work, ["a.txt"]) == {"value": 1}
+            assert directory.visited == {"work": state}
+    assert work.count == 1
+
+
+@pytest.mark.parametrize("change", ["inputs", "content", "size", "gone"])
+def test_a_stage_is_done_again_when_anything_changed(tmp_path, change):
+    folder = tmp_path / "run"
+    work = Work(folder)
+    with RunDirectory(folder) as directory:
+        directory.stage("work", {"x": 1}, work, ["a.txt"])
+    if change == "content":
+        (folder / "a.txt").write_text("2")
+    elif change == "size":
+        (folder / "a.txt").write_text("longer")
+    elif change == "gone":
+        (folder / "a.txt").unlink()
+    with RunDirectory(folder) as directory:
+        directory.stage("work", {"x": 2 if change == "inputs" else 1}, work, ["a.txt"])
+    assert work.count == 2
+
+
+def test_the_manifest_says_what_was_done_with_what(tmp_path):
+    with RunDirectory(tmp_path / "run") as directory:
+        directory.describe({"seed": 1}, {"model": "abc"})
+        directory.stage("work", {"x": 1}, Work(tmp_path / "run"), ["a.txt"])
+    found = manifest(tmp_path / "run")
+    assert found["config"] == {"seed": 1} and found["inputs"] == {"model": "abc"}
+    assert found["created"].endswith("Z") and found["gradpruner_version"]
+    stage = found["stages"]["work"]
+    assert stage["state"] == "done" and stage["result"] == {"value": 1}
+    assert stage["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in stage["versions"]["torch"]
+    assert stage["seconds"] >= 0 and stage["peak_memory_bytes"] > 0
+    assert len(stage["inputs"]) == 64 and len(stage["files"]["a.txt"]["sha256"]) == 64
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(DataError("bad"), "failed"), (ValueError("bug"), "failed"), (KeyboardInterrupt(), "interrupted"),
+     (SystemExit(143), "interrupted")],
+)  # fmt: skip
+def test_a_failed_stage_is_marked_and_cleared_before_the_next_try(tmp_path, error, state):
+    folder = tmp_path / "run"
+    with pytest.raises(type(error)), RunDirectory(folder) as directory:
+        directory.stage("work", 1, Work(folder, "out/half.txt", error), ["out"])
+    assert manifest(folder)["stages"]["work"]["state"] == state
+    work = Work(folder, "out/whole.txt")
+    with RunDirectory(folder) as directory:
+        directory.stage("work", 1, work, ["out"])
+    assert [p.name for p in (folder / "out").iterdir()] == ["whole.txt"] and work.count == 1
+
+
+def test_partial_output_stays_for_a_stage_that_can_go_on(tmp_path):
+    for inputs, expected in ((1, ["half.txt", "whole.txt"]), (2, ["whole.txt"])):
+        folder = tmp_path / f"run{inputs}"
+        with pytest.raises(KeyboardInterrupt), RunDirectory(folder) as directory:
+            directory.stage("work", 1, Work(folder, "out/half.txt", KeyboardInterrupt()), ["out"])
+        with RunDirectory(folder) as directory:
+            directory.stage("work", inputs, Work(folder, "out/whole.txt"), ["out"], keep_partial=True)
+        assert sorted(p.name for p in (folder / "out").iterdir()) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "Cannot write"),
+        (MemoryError(), "Lower the batch size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Lower the batch size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), "Lower the batch size"),
+    ],
+)
+def test_disk_and_memory_running_out_are_told_in_words(tmp_path, error, part):
+    with pytest.raises(ResourceError, match=part), RunDirectory(tmp_path / "run") as directory:
+        directory.stage("work", 1, Work(tmp_path / "run", error=error), ["a.txt"])
+
+
+def test_foreign_folders_are_refused_and_untouched(tmp_path):
+    mine, source = tmp_path / "mine", tmp_path / "source"
+    for folder in (mine, source):
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("x")
+    for out, inputs, part in (
+        (mine, (), "not empty and was not made by gradpruner"),
+        (mine / "thesis.tex", (), "is a file"),
+        (source, (source,), "is the input"),
+        (source / "run", (source,), "lies inside it"),
+        (source / ".." / "source" / "run", (source,), "lies inside it"),
+    ):
+        with pytest.raises(ConfigError, match=part) as caught:
+            RunDirectory(out, inputs=inputs)
+        assert "--out" in str(caught.value) and caught.value.exit_code == 2
+    assert [p.name for p in (*mine.iterdir(), *source.iterdir())] == ["thesis.tex"] * 2
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / ".lock").write_text("1")  # killed before its first file was written
+    with RunDirectory(tmp_path / "killed"):
+        pass
+
+
+def test_two_processes_cannot_share_a_run_directory(tmp_path):
+    with RunDirectory(tmp_path / "run"):
+        code = (
+            "import fcntl, sys; f = open(sys.argv[1], 'a+')\n"
+            "try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)\n"
+            "except OSError: sys.exit(7)"
+        )
+        held = subprocess.run([sys.executable, "-c", code, tmp_path / "run" / ".lock"], check=False)
+        assert held.returncode == 7
+        with pytest.raises(ConfigError, match=r"in use by process \d+"):
+            RunDirectory(tmp_path / "run").__enter__()
+    with RunDirectory(tmp_path / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format_version": 99, "stages": {}}', "[]", '{"format_version": 1}', '{"format']
+)
+def test_a_damaged_manifest_is_refused(tmp_path, content):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / MANIFEST).write_text(content)
+    with pytest.raises(IntegrityError, match=r"manifest\.json"):
+        RunDirectory(folder).__enter__()
+    assert (folder / MANIFEST).read_text() == content
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises((ResourceError, ConfigError)):
+        RunDirectory(tmp_path / "file" / "run").__enter__()
