@@ -22,6 +22,8 @@ from gradpruner.registry import Registry
 
 # Rows are visited in blocks of about this many entries: 1 MB in fp32, which stays in the processor's cache.
 BLOCK_ENTRIES = 262_144
+# Entries that are sorted to bracket the threshold of a matrix.
+SAMPLE_ENTRIES = 65_536
 # The kept set of every source is one bit of an integer matrix, which bounds the sources of one target.
 MAX_SOURCES = 63
 
@@ -154,27 +156,45 @@ def kth_largest(values: Tensor, k: int) -> float:
         values: Any shape, float32, no NaN.
         k: 1-based rank from the top, 1 <= k <= values.numel().
     """
+    return _kth_largest(values, k)[0]
+
+
+def _kth_largest(values: Tensor, k: int) -> tuple[float, int]:
+    """The k-th largest entry, and how many entries are above it."""
     flat = values.reshape(-1)
     count = flat.numel()
     if not 1 <= k <= count:
         raise ShapeError(f"k = {k} is outside 1..{count}.")
-    low, high = -torch.inf, torch.inf
-    if count > 65_536:
-        stride = count // 65_536
-        sample = flat[::stride].sort(descending=True).values
-        middle = int((k - 1) / count * sample.numel())
-        # Six standard deviations of the sample rank, so a second look is very rarely needed.
-        margin = int(6 * (sample.numel() * 0.25) ** 0.5) + 1
-        if middle - margin >= 0:
-            high = float(sample[middle - margin])
-        if middle + margin < sample.numel():
-            low = float(sample[middle + margin])
-    above = int((flat > high).sum()) if high < torch.inf else 0
-    inside = flat[(flat >= low) & (flat <= high)] if count > 65_536 else flat
-    rank_inside = k - above
-    if not 1 <= rank_inside <= inside.numel():  # the sample was not representative
-        inside, rank_inside = flat, k
-    return float(inside.kthvalue(inside.numel() - rank_inside + 1).values)
+    low, high = _bracket(flat, k, row_length=values.shape[-1])
+    # Block by block: masks of the whole matrix would take as much memory as the matrix.
+    above, parts = 0, []
+    for block in flat.split(BLOCK_ENTRIES):
+        not_above = block <= high
+        above += block.numel() - int(not_above.count_nonzero())
+        parts.append(block[not_above.logical_and_(block >= low).nonzero()[:, 0]])
+    inside = torch.cat(parts)
+    if not 1 <= k - above <= inside.numel():  # the sample was not representative
+        inside, above = flat, 0
+    kth = inside.kthvalue(inside.numel() - (k - above) + 1).values
+    return float(kth), above + int((inside > kth).count_nonzero())
+
+
+def _bracket(flat: Tensor, k: int, row_length: int) -> tuple[float, float]:
+    """Two values with the k-th largest almost surely between them, from a strided sample."""
+    if flat.numel() <= SAMPLE_ENTRIES:
+        return -math.inf, math.inf
+    stride = flat.numel() // SAMPLE_ENTRIES
+    # A stride that shares a factor with the row length would only ever meet some of the columns, and the
+    # entries of a column resemble each other: the bracket would miss, and the whole matrix be partitioned.
+    while math.gcd(stride, row_length) > 1:
+        stride += 1
+    sample = flat[::stride].sort(descending=True).values
+    middle = int((k - 1) / flat.numel() * sample.numel())
+    # Six standard deviations of the sample rank, so a second look is very rarely needed.
+    margin = int(6 * (sample.numel() * 0.25) ** 0.5) + 1
+    low = float(sample[middle + margin]) if middle + margin < sample.numel() else -math.inf
+    high = float(sample[middle - margin]) if middle >= margin else math.inf
+    return low, high
 
 
 def top_density_mask(importance: Tensor, density: float) -> Tensor:
@@ -191,17 +211,27 @@ def top_density_mask(importance: Tensor, density: float) -> Tensor:
     Source: GradPruner, section 3.2, step 1 (sparsification).
     """
     check_density(density)
+    survived_OI = torch.zeros(importance.shape, dtype=torch.uint8, device=importance.device)
+    _mark_top(importance, density, survived_OI, bit=0)
+    return survived_OI.bool()
+
+
+def _mark_top(importance: Tensor, density: float, survived_OI: Tensor, bit: int) -> None:
+    """Sets one bit of `survived_OI` where `top_density_mask` is true, block by block, in place."""
     # As the decimal number that was asked for: in binary, 0.29 * 100 falls below 29.
     count = math.floor(Fraction(str(density)) * importance.numel())
-    flat = importance.reshape(-1)
     if count == 0:
-        return torch.zeros_like(flat, dtype=torch.bool).view(importance.shape)
-    threshold = kth_largest(flat, count)
-    mask = flat > threshold
-    # Of the entries equal to the threshold only the first ones fit.
-    missing = count - int(mask.sum())
-    mask[(flat == threshold).nonzero()[:missing, 0]] = True
-    return mask.view(importance.shape)
+        return
+    threshold, above = _kth_largest(importance, count)
+    missing = count - above  # of the entries equal to the threshold only the first ones fit
+    blocks = importance.reshape(-1).split(BLOCK_ENTRIES), survived_OI.view(-1).split(BLOCK_ENTRIES)
+    for values, marks in zip(*blocks, strict=True):
+        kept = values > threshold
+        if missing:
+            ties = (values == threshold).nonzero()[:missing, 0]
+            kept[ties] = True
+            missing -= ties.numel()
+        marks |= kept.to(marks.dtype) << bit
 
 
 def check_density(density: float) -> None:
@@ -218,7 +248,7 @@ def signs_agree(weight: Tensor, target: Tensor) -> Tensor:
 
     Source: GradPruner, section 3.2, step 2 (symbol-based merging).
     """
-    return (torch.sign(weight) == torch.sign(target)) & (target != 0)
+    return weight * torch.sign(target) > 0  # weight * target could underflow to zero
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -380,9 +410,7 @@ def _survivors(target: Tensor, sources: Sequence[Source], density: float) -> Ten
     dtype = torch.uint8 if len(sources) <= 8 else torch.int64
     survived_OI = torch.zeros(target.shape, dtype=dtype, device=target.device)
     for bit, source in enumerate(sources):
-        mask = top_density_mask(_Importance(source.factors, target.device).matrix(), density)
-        for start, stop in _row_blocks(*target.shape):
-            survived_OI[start:stop] |= mask[start:stop].to(dtype) << bit
+        _mark_top(_Importance(source.factors, target.device).matrix(), density, survived_OI, bit)
     return survived_OI
 
 
