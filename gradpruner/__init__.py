@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from gradpruner.encoding import encode_all
     from gradpruner.errors import GradPrunerError
     from gradpruner.evaluation import evaluate
-    from gradpruner.merging import element_importance, merge_linear
+    from gradpruner.importance import element_importance
+    from gradpruner.merging import merge_linear
     from gradpruner.pipeline import run
     from gradpruner.plan import PruningPlan, plan_pruning
     from gradpruner.recording import GradientRecorder, record_gradients
@@ -38,7 +39,7 @@ _HOMES = {
     "LayerScores": "scores",
     "PruningPlan": "plan",
     "Recipe": "config",
-    "element_importance": "merging",
+    "element_importance": "importance",
     "encode_all": "encoding",
     "evaluate": "evaluation",
     "finetune": "training",

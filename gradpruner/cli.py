@@ -307,9 +307,7 @@ def _entries(kind: str) -> dict[str, str]:
     from gradpruner.registry import suggest
 
     kinds = ("methods", "tasks", "recipes", "rules")
-    raise ConfigError(
-        f"Unknown kind '{kind}'.{suggest(kind, kinds)}", hint=f"Available: {', '.join(kinds)}."
-    )
+    raise ConfigError(f"Unknown kind '{kind}'.{suggest(kind, kinds)}", hint=f"Available: {', '.join(kinds)}.")
 
 
 def _first_comment(path: Path) -> str:

@@ -6,7 +6,6 @@ what it was taught. Padding is built here, whatever the tokenizer's own padding 
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 import time
@@ -17,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 from transformers import GenerationConfig
 
 from gradpruner.cost import PeakMemory
 from gradpruner.data import Example
 from gradpruner.encoding import answer_ids, encode, prompt_ids
-from gradpruner.errors import ConfigError, DataError, NonFiniteError, ResourceError
+from gradpruner.errors import ConfigError, DataError, ResourceError
 from gradpruner.files import write_text
+from gradpruner.likelihood import OptionRow, inference, score_rows, without_adapters
 from gradpruner.metrics import Interval, bootstrap_interval, exact_match
 from gradpruner.progress import Progress
 from gradpruner.registry import suggest
@@ -113,15 +111,6 @@ class Evaluation:
         write_text(Path(path), text)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One option of one example, ready for scoring."""
-
-    example: int
-    prompt_length: int
-    ids: list[int]
-
-
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -163,7 +152,7 @@ def evaluate(
         ResourceError: If memory runs out.
     """
     use_choices = _check_request(examples, metrics, batch_size)
-    evaluator = _Evaluator(model, tokenizer, examples, batch_size, max_length)
+    evaluator = Evaluator(model, tokenizer, examples, batch_size, max_length)
     use_generation = "exact_match" in metrics
     total = len(examples) * use_generation + use_choices * sum(len(e.choices) for e in examples)
     started = time.perf_counter()
@@ -187,7 +176,7 @@ def evaluate(
     )
 
 
-class _Evaluator:
+class Evaluator:
     """The state of one evaluation: the tokenised prompts and the outputs so far."""
 
     def __init__(
@@ -199,7 +188,7 @@ class _Evaluator:
         max_length: int,
     ) -> None:
         self.model = model
-        self.base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.base = without_adapters(model)
         self.tokenizer = tokenizer
         self.examples = examples
         self.batch_size = batch_size
@@ -257,17 +246,13 @@ class _Evaluator:
 
     def score_choices(self, bar: Progress) -> None:
         """Fills in the log-likelihood of every option of every example."""
-        # Longest prompt first, and the options of one prompt side by side: then the answers of a
-        # batch start at nearly the same position and few logits before them are computed.
-        rows = sorted(self._rows(), key=lambda row: (-row.prompt_length, row.example))
+        rows = list(self.option_rows())
+        scored = score_rows(self.model, rows, self._pad_id(), self.batch_size, bar.advance)
         scores: list[list[float]] = [[] for _ in self.examples]
         lengths: list[list[int]] = [[] for _ in self.examples]
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            for row, score in zip(batch, self._log_likelihoods(batch), strict=True):
-                scores[row.example].append(score)
-                lengths[row.example].append(len(row.ids) - row.prompt_length)
-            bar.advance(len(batch))
+        for row, score in zip(rows, scored, strict=True):
+            scores[row.example].append(score)
+            lengths[row.example].append(len(row.ids) - row.prompt_length)
         for i, example in enumerate(self.examples):
             chosen = example.choices[max(range(len(scores[i])), key=scores[i].__getitem__)]
             self.outputs[i] = replace(
@@ -281,13 +266,13 @@ class _Evaluator:
                 choice_correct=exact_match(chosen, example.answer),
             )
 
-    def _rows(self) -> Iterator[_Row]:
+    def option_rows(self) -> Iterator[OptionRow]:
         """Yields prompt plus option plus end for every option; all options see the same prompt."""
         for i, example in enumerate(self.examples):
             targets = [self._target(i, choice) for choice in example.choices]
             prompt = self._cut_prompt(i, max(map(len, targets)))
             for target in targets:
-                yield _Row(i, len(prompt), prompt + target)
+                yield OptionRow(i, len(prompt), prompt + target)
 
     def _generate(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
         """Returns the new tokens of each prompt; rows that ended early are padded."""
@@ -299,39 +284,12 @@ class _Evaluator:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         device = self.model.device
-        with _inference(self.model), _own_generation_config((self.model, self.base), config):
+        with inference(self.model), _own_generation_config((self.model, self.base), config):
             output = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
         new_tokens: list[list[int]] = output[:, width:].tolist()
         return new_tokens
-
-    def _log_likelihoods(self, rows: list[_Row]) -> list[float]:
-        """Returns the log-probability, in nats, of the tokens after each row's prompt."""
-        # Padded on the right: a causal model cannot see it, and positions need no correction.
-        width = max(len(row.ids) for row in rows)
-        ids = torch.full((len(rows), width), self._pad_id(), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.ids)] = torch.tensor(row.ids)
-            mask[i, : len(row.ids)] = 1
-        device = self.model.device
-        inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        accepted = inspect.signature(self.base.forward).parameters
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = width - min(row.prompt_length for row in rows) + 1
-        if "use_cache" in accepted:
-            inputs["use_cache"] = False
-        with _inference(self.model):
-            logits: Tensor = self.model(**inputs).logits
-            scores = _sum_targets(logits, rows, width)
-        if not torch.isfinite(scores).all():
-            raise NonFiniteError(
-                "The model's log-likelihoods are NaN or infinite.",
-                hint="Its weights are damaged, or its number format is too narrow: try float32.",
-            )
-        values: list[float] = scores.tolist()
-        return values
 
     def _target(self, index: int, answer: str) -> list[int]:
         """Returns the tokens training would teach after the prompt, end included."""
@@ -416,45 +374,6 @@ def _length_limit(config: Any, max_length: int) -> int:
     """Returns `max_length`, or the number of positions the model has if that is fewer."""
     positions = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return min(max_length, positions) if isinstance(positions, int) else max_length
-
-
-def _sum_targets(logits: Tensor, rows: Sequence[_Row], width: int) -> Tensor:
-    """Sums the log-probabilities of each row's tokens after its prompt.
-
-    Args:
-        logits: Logits of the last positions, shape (rows, kept, vocabulary).
-        rows: What was fed, padded on the right to `width` tokens.
-        width: Number of tokens fed per row; the first `width - kept` have no logits.
-
-    Returns:
-        Log-likelihoods in nats, shape (rows,), float64.
-    """
-    skipped = width - logits.shape[1]
-    index, position, target = [], [], []
-    for i, row in enumerate(rows):
-        for place in range(row.prompt_length, len(row.ids)):
-            index.append(i)
-            # The logits for a token stand one place before it.
-            position.append(place - 1 - skipped)
-            target.append(row.ids[place])
-    device = logits.device
-    picked = logits[torch.tensor(index, device=device), torch.tensor(position, device=device)]
-    losses = functional.cross_entropy(picked.float(), torch.tensor(target, device=device), reduction="none")
-    sums = torch.zeros(len(rows), dtype=torch.float64)
-    return sums.index_add_(0, torch.tensor(index), -losses.double().cpu())
-
-
-@contextmanager
-def _inference(model: Any) -> Iterator[None]:
-    """Runs the block in eval mode and without gradients; every module gets its mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

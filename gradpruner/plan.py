@@ -195,7 +195,17 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: str | Path) -> PruningPlan:
-        """Reads and validates a plan file."""
+        """Reads and validates a plan file.
+
+        Raises:
+            PlanError: If there is none, or it says what no plan can.
+            IntegrityError: If it is not JSON.
+        """
+        if not Path(path).is_file():
+            raise PlanError(
+                f"There is no pruning plan at {path}.",
+                hint="`gradpruner plan` writes plans/<variant>.json into the run directory.",
+            )
         return cls.from_dict(read_json(Path(path), "pruning plan"), str(path))
 
     @classmethod
@@ -284,11 +294,7 @@ def plan_pruning(
     if layers is not None:
         if any(b is not None for b in (num_prune, layer_fraction, parameter_fraction)):
             raise PlanError("Give either the layers to prune or a budget, not both.")
-        pruned = _checked_layers(layers, total, "layers")
-        _check_count(len(pruned), total)
-        clash = sorted(set(pruned) - set(free))
-        if clash:
-            raise PlanError(f"Layers {', '.join(map(str, clash))} are both listed for pruning and protected.")
+        pruned = _listed(layers, free, total)
     else:
         count = _budget(
             total, num_prune, layer_fraction, parameter_fraction, layer_parameters, total_parameters
@@ -310,6 +316,16 @@ def _free_layers(total: int, protect_first: int, protect_last: int) -> list[int]
             f"layers; both must be >= 0 and together at most {total}."
         )
     return list(range(protect_first, total - protect_last))
+
+
+def _listed(layers: Sequence[int], free: list[int], total: int) -> list[int]:
+    """The layers given by hand, when they can all go."""
+    pruned = _checked_layers(layers, total, "layers")
+    _check_count(len(pruned), total)
+    clash = sorted(set(pruned) - set(free))
+    if clash:
+        raise PlanError(f"Layers {', '.join(map(str, clash))} are both listed for pruning and protected.")
+    return pruned
 
 
 def _checked_layers(layers: Sequence[int], total: int, name: str) -> list[int]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from gradpruner.config import Recipe
 from gradpruner.cost import build_on_meta, count_parameters, disk_bytes, savings
 from gradpruner.encoding import preview
-from gradpruner.pipeline import LABELS, Job, bytes_to_write, placeholder_scores, plan_for
+from gradpruner.job import LABELS, Job, bytes_to_write, placeholder_scores, plan_for
 
 NUM_SAMPLES = 2
 

@@ -10,18 +10,23 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
+from gradpruner.adapters import adapter_kind, attach_lora, find_lora_linears
+from gradpruner.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
 from gradpruner.family import LayeredModel, fingerprint
-from gradpruner.trace import GradientTrace, LinearRef, TraceInfo, TraceWriter
+from gradpruner.trace import GradientTrace, LinearRef, TraceInfo
+from gradpruner.trace_writer import TraceWriter
+from gradpruner.training import CausalTrainer, resolve_precision, training_arguments
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +132,7 @@ class GradientRecorder(TrainerCallback):
             return
         model = kwargs["model"]
         self._pairs, linears = find_lora_linears(model)
-        adapter, alpha, quantised = _adapter_kind(model)
+        adapter, alpha, quantised = adapter_kind(model)
         if state.global_step:
             self._notes.append(f"recording began after step {state.global_step}, not at the start")
         self._info = TraceInfo(
@@ -236,56 +241,6 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-def find_lora_linears(
-    model: nn.Module,
-) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[LinearRef]]:
-    """The trainable LoRA (A, B) weights of every decoder layer, in order, with their names.
-
-    Raises:
-        ConfigError: If the model has no LoRA, or some decoder layer has none (it could not be scored).
-    """
-    view = LayeredModel(model)
-    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
-    linears: list[LinearRef] = []
-    for layer in range(view.num_layers):
-        for name, module in view.linears(layer).items():
-            lora_a: Any = getattr(module, "lora_A", None)
-            active = [a for a in getattr(module, "active_adapters", ()) if a in (lora_a or ())]
-            if not active:
-                continue
-            lora_b: Any = module.lora_B
-            weight_a, weight_b = lora_a[active[0]].weight, lora_b[active[0]].weight
-            if not weight_a.requires_grad:
-                continue
-            pairs.append((weight_a, weight_b))
-            linears.append(
-                LinearRef(layer, name, module.out_features, module.in_features, weight_a.shape[0])  # type: ignore[arg-type]
-            )
-    bare = sorted(set(range(view.num_layers)) - {ref.layer for ref in linears})
-    if bare:
-        what = "The model has" if len(bare) == view.num_layers else f"Layers {bare} have"
-        raise ConfigError(
-            f"{what} no trainable LoRA linear, so there are no gradients to record.",
-            hint="Use LoraConfig(target_modules='all-linear') on the whole model.",
-        )
-    return pairs, linears
-
-
-def _adapter_kind(model: Any) -> tuple[str, float, bool]:
-    """Kind of adapter, its alpha, and whether the base is quantised."""
-    config = next(iter(getattr(model, "peft_config", {}).values()), None)
-    if config is None:
-        return "lora", 0.0, False
-    quantised = bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
-    if getattr(config, "use_dora", False):
-        kind = "dora"
-    elif getattr(config, "use_rslora", False):
-        kind = "rslora"
-    else:
-        kind = "qlora" if quantised else "lora"
-    return kind, float(config.lora_alpha), quantised
-
-
 def _unscale(optimizer: Any) -> bool:
     """Divides gradients by the fp16 loss scale if nobody has yet; returns whether they overflowed.
 
@@ -320,42 +275,6 @@ def _full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
 def _learning_rate(optimizer: Any) -> float:
     groups = getattr(optimizer, "param_groups", None)
     return float(groups[0]["lr"]) if groups else 0.0
-
-
-def attach_lora(
-    model: nn.Module,
-    *,
-    rank: int = 8,
-    alpha: float = 32,
-    dropout: float = 0.05,
-    adapter: str = "lora",
-) -> Any:
-    """Wraps a causal LM with LoRA on every linear of every decoder layer, and nowhere else.
-
-    Args:
-        model: The causal LM (4-bit quantised for "qlora").
-        rank: LoRA r, >= 1.
-        alpha: LoRA alpha.
-        dropout: LoRA dropout, in [0, 1).
-        adapter: "lora", "rslora", "dora" or "qlora".
-
-    Returns:
-        The PeftModel; `unload()` gives the model back as it was.
-    """
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if adapter == "qlora":
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=LayeredModel(model).lora_target_pattern(),
-        use_rslora=adapter == "rslora",
-        use_dora=adapter == "dora",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
 
 
 def record_gradients(
@@ -410,11 +329,6 @@ def record_gradients(
 
     Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
     """
-    from transformers import set_seed
-
-    from gradpruner.encoding import Collator
-    from gradpruner.training import CausalTrainer, resolve_precision, training_arguments
-
     check_steps(steps, warmup=True)
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to record gradients from.")
@@ -422,9 +336,8 @@ def record_gradients(
     # Steps the fp16 scaler skips come on top.
     fp16 = resolve_precision(training.get("precision", "auto"), training.get("device", "auto")) == "fp16"
     set_seed(seed)
-    before = _state_of(model)
-    peft_model = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout, adapter=adapter)
-    try:
+    options = {"rank": rank, "alpha": alpha, "dropout": dropout, "adapter": adapter}
+    with _adapters(model, bool(training.get("gradient_checkpointing")), **options) as peft_model:
         trainer = CausalTrainer(
             model=peft_model,
             args=training_arguments(
@@ -442,10 +355,19 @@ def record_gradients(
             callbacks=[recorder, *callbacks],
         )
         trainer.train()
+    return recorder.trace
+
+
+@contextmanager
+def _adapters(model: nn.Module, checkpointed: bool, **options: Any) -> Iterator[Any]:
+    """The model with LoRA for the length of the block; afterwards it is as it was, whatever happened."""
+    before = _state_of(model)
+    peft_model = attach_lora(model, **options)
+    try:
+        yield peft_model
     finally:
         peft_model.unload()
-        _restore(model, before, bool(training.get("gradient_checkpointing")))
-    return recorder.trace
+        _restore(model, before, checkpointed)
 
 
 def _state_of(model: nn.Module) -> tuple[bool, bool, dict[str, tuple[bool, Any]]]:

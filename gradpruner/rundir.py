@@ -166,9 +166,9 @@ class RunDirectory:
             result: dict[str, Any] = self.stages[name]["result"]
             return result
         fingerprint = sha256_json(inputs)
-        interrupted = self.stages.get(name, {})
-        resumable = keep_partial and interrupted.get("inputs") == fingerprint
-        if not resumable or interrupted.get("state") == "done":
+        earlier = self.stages.get(name, {})
+        resumable = keep_partial and earlier.get("inputs") == fingerprint
+        if not resumable or earlier.get("state") == "done":
             self.remove(outputs)
         self.stages[name] = {
             "state": "running",
@@ -184,11 +184,7 @@ class RunDirectory:
                 result = work()
         except BaseException as error:
             ours = _as_ours(error, self.path)
-            self.stages[name]["state"] = "interrupted" if _is_interrupt(error) else "failed"
-            self.visited[name] = "failed"
-            self.stages[name]["error"] = str(ours)
-            with contextlib.suppress(ResourceError):  # a full disk; the first error says more
-                self.save()
+            self._note_failure(name, ours, interrupted=_is_interrupt(error))
             if ours is error:
                 raise
             raise ours from error
@@ -202,6 +198,12 @@ class RunDirectory:
         self.visited[name] = "done"
         self.save()
         return result
+
+    def _note_failure(self, name: str, error: BaseException, *, interrupted: bool) -> None:
+        self.stages[name].update(state="interrupted" if interrupted else "failed", error=str(error))
+        self.visited[name] = "failed"
+        with contextlib.suppress(ResourceError):  # a full disk; the first error says more
+            self.save()
 
     def remove(self, outputs: Sequence[str]) -> None:
         """Deletes outputs of a stage."""

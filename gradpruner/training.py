@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
-import re
-import shutil
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from gradpruner.adapters import attach_lora
+from gradpruner.callbacks import NonFiniteGuard, ProgressCallback
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import IGNORED, Collator
-from gradpruner.errors import ConfigError, DataError, NonFiniteError
+from gradpruner.errors import ConfigError, DataError
 from gradpruner.family import unwrap
-from gradpruner.progress import Progress
-from gradpruner.recording import attach_lora
 from gradpruner.registry import suggest
+from gradpruner.resume import latest_complete_checkpoint
 
 log = logging.getLogger(__name__)
 
 MODES = ("full", "lora")
 # About this many points make a readable loss curve.
 LOGGED_POINTS = 200
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 class CausalTrainer(Trainer):
@@ -125,67 +120,6 @@ def answer_window(labels: Tensor) -> dict[str, Tensor]:
     first, last = max(0, int(learned[0]) - 1), int(learned[-1])
     positions = torch.arange(first, last + 1, device=labels.device)
     return {"logits_to_keep": positions, "labels": labels[:, first : last + 1]}
-
-
-class ProgressCallback(TrainerCallback):
-    """Shows steps, loss and time left."""
-
-    def __init__(self, description: str) -> None:
-        self.description = description
-        self._loss: float | None = None
-        self._progress: Progress | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Opens the bar."""
-        self._progress = Progress(int(state.max_steps), self.description)
-        self._progress.__enter__()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Remembers the last loss."""
-        if logs and "loss" in logs:
-            self._loss = float(logs["loss"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Moves the bar."""
-        if self._progress is not None:
-            fields = {"loss": round(self._loss, 4)} if self._loss is not None else {}
-            self._progress.update(int(state.global_step), **fields)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes the bar."""
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
-
-
-class NonFiniteGuard(TrainerCallback):
-    """Ends training at the first NaN or Inf; the Trainer itself would go on and save the damage.
-
-    Gradients are looked at before the optimizer uses them, so no checkpoint is ever written with
-    damaged weights. That costs one pass over the gradients per optimizer step.
-    """
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at the gradients of this step."""
-        # Gradients of an fp16 step that overflows are Inf by design; the scaler skips it.
-        if args.fp16:
-            return
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
-            self._stop(f"The gradient at step {state.global_step + 1}")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Looks at the loss wherever the Trainer reports it."""
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(float(loss)):
-            self._stop(f"The loss at step {state.global_step}")
-
-    def _stop(self, fault: str) -> None:
-        raise NonFiniteError(
-            f"{fault} is NaN or Inf; training stopped.",
-            hint="Lower the learning rate, use bf16 or fp32 instead of fp16, or look at the data. "
-            "Checkpoints written before are kept.",
-        )
 
 
 def training_arguments(
@@ -398,9 +332,7 @@ def finetune(
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to fine-tune on.")
     set_seed(seed)
-    steps = max_steps
-    if steps <= 0:
-        steps = planned_steps(len(dataset), batch_size, accumulation, epochs)
+    steps = max_steps if max_steps > 0 else planned_steps(len(dataset), batch_size, accumulation, epochs)
     trained: Any = model
     if mode == "lora":
         trained = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout)
@@ -431,27 +363,32 @@ def finetune(
         collator=collator,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )
-    checkpoint = latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None
+    result = _train(trainer, mode, latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None)
+    if mode == "lora" and merge_adapter:
+        trained = trained.merge_and_unload()
+    return trained, result
+
+
+def _train(trainer: CausalTrainer, mode: str, checkpoint: Path | None) -> FinetuneResult:
+    """Trains, from the checkpoint on if there is one, and says how it went."""
     if checkpoint is not None:
         log.info("Going on from %s.", checkpoint)
     started = time.perf_counter()
     with PeakMemory(trainer.args.device) as memory:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - started
-    trainable = sum(p.numel() for p in trained.parameters() if p.requires_grad)
-    result = FinetuneResult(
+    model: Any = trainer.model
+    samples: Any = trainer.train_dataset
+    return FinetuneResult(
         mode=mode,
         steps=int(trainer.state.global_step),
         losses=_loss_curve(trainer.state.log_history),
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
-        trainable_parameters=trainable,
-        tokens=int(sum(len(sample["input_ids"]) for sample in dataset) * trainer.state.epoch),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tokens=int(sum(len(sample["input_ids"]) for sample in samples) * trainer.state.epoch),
         resumed_from=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
     )
-    if mode == "lora" and merge_adapter:
-        trained = trained.merge_and_unload()
-    return trained, result
 
 
 def _loss_curve(history: list[dict[str, Any]]) -> tuple[dict[str, float], ...]:
@@ -464,45 +401,3 @@ def _loss_curve(history: list[dict[str, Any]]) -> tuple[dict[str, float], ...]:
         for entry in history
         if "loss" in entry
     )
-
-
-def latest_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest Trainer checkpoint that is whole.
-
-    The Trainer writes checkpoints in place: after a kill the newest may be cut short, and one without
-    optimizer state would resume silently with a fresh optimizer. Broken ones are reported and removed.
-    """
-    steps = [int(found[1]) for p in folder.glob("checkpoint-*") if (found := _CHECKPOINT.match(p.name))]
-    for candidate in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
-        fault = _checkpoint_fault(candidate)
-        if fault is None:
-            return candidate
-        log.warning("Checkpoint %s is not complete (%s); using an older one.", candidate, fault)
-        shutil.rmtree(candidate)
-    return None
-
-
-def _checkpoint_fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "trainer_state.json is missing or cut short"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if not zipfile.is_zipfile(folder / name):  # the zip directory is written last
-            return f"{name} is missing or cut short"
-    if not any(zipfile.is_zipfile(path) for path in folder.glob("rng_state*.pth")):
-        return "rng_state.pth is missing or cut short"
-    weights = [*folder.glob("*.safetensors")]
-    for path in weights:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except Exception:  # safetensors raises its own type, unrelated to OSError
-            return f"{path.name} is cut short"
-    for index in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        missing = sorted(named - {path.name for path in weights})
-        if missing:
-            return f"{missing[0]} is missing"
-    return None if weights else "weights are missing"

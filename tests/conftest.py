@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gradpruner.family import LayeredModel, fingerprint
-from gradpruner.trace import GradientTrace, LinearRef, TraceInfo, TraceWriter
+from gradpruner.trace import GradientTrace, LinearRef, TraceInfo
+from gradpruner.trace_writer import TraceWriter
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import make_llama, make_project, make_rows, write_rows
 
-from gradpruner import cli, training
+from gradpruner import cli, recording, training
 from gradpruner.errors import IntegrityError, PlanError
 from gradpruner.plan import PruningPlan, plan_pruning
 from gradpruner.progress import set_mode
@@ -210,7 +210,7 @@ def test_28_a_nan_while_recording(project, refuse, monkeypatch):
             loss = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.state.global_step == 2 else loss
 
-    monkeypatch.setattr(training, "CausalTrainer", Broken)
+    monkeypatch.setattr(recording, "CausalTrainer", Broken)
     refuse(RESOURCE, ["at step 3 is NaN or Inf", "2 good steps are kept"], "record", project)
     assert GradientTrace.load(project.parent / "run" / "trace").num_steps == 2
     refuse(RESOURCE, ["at step 3"], "run", project)  # half a trace is not taken for a whole one
@@ -267,6 +267,10 @@ def test_a_plan_for_another_depth_or_with_a_fault(project, refuse, tmp_path):
         refuse(USAGE, parts, "run", project, "--plan", path)
     path.write_text('{"actions": [')
     refuse(INTEGRITY, ["plan.json is not a readable pruning plan", "line 1"], "run", project, "--plan", path)
+    path.unlink()
+    refuse(
+        USAGE, ["There is no pruning plan at", "plan.json", "gradpruner plan"], "run", project, "--plan", path
+    )
     assert nothing_left(project)
 
 

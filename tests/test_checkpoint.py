@@ -8,6 +8,7 @@ from builders import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
 
 from gradpruner import checkpoint
+from gradpruner.adapters import attach_lora
 from gradpruner.checkpoint import (
     check_model_folder,
     load_adapter,
@@ -22,7 +23,6 @@ from gradpruner.checkpoint import (
 )
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, ResourceError
 from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.recording import attach_lora
 from gradpruner.surgery import prune_
 
 INPUTS = torch.tensor([[1, 5, 6, 7]])

@@ -8,9 +8,10 @@ import time
 import pytest
 from builders import make_project
 
-from gradpruner import cli, pipeline, report
+from gradpruner import cli, pipeline, report, variant
 from gradpruner.config import load_recipe
 from gradpruner.errors import ConfigError, ResourceError
+from gradpruner.job import Job
 from gradpruner.progress import set_mode
 
 
@@ -141,7 +142,7 @@ def test_stage_by_stage_then_all_at_once(call, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_marks_the_stage(call, tmp_path, monkeypatch, number, code):
     path, _ = make_project(tmp_path, variants=["dense"], evaluate={"before_finetuning": False})
-    monkeypatch.setattr(pipeline, "finetune", lambda *a, **k: os.kill(os.getpid(), number))
+    monkeypatch.setattr(variant, "finetune", lambda *a, **k: os.kill(os.getpid(), number))
     found, _, err = call("run", path)
     assert found == code and "Start the same command again" in err and "Traceback" not in err
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
@@ -174,7 +175,7 @@ def test_a_failed_row_is_shown_with_the_good_ones_and_decides_the_exit_code(call
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_figures(call, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "render_html", lambda record, path: path)
-    monkeypatch.setattr(pipeline, "_free", lambda model: None)
+    monkeypatch.setattr(Job, "release", lambda *a: None)
     options = {
         "variants": ["merged"],
         "finetune": {"epochs": 8, "save_steps": 3},

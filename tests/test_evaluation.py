@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from gradpruner.data import Example, Message
 from gradpruner.encoding import Collator, encode
 from gradpruner.errors import ConfigError, DataError, NonFiniteError, ResourceError
-from gradpruner.evaluation import _Evaluator, evaluate
+from gradpruner.evaluation import Evaluator, evaluate
 from gradpruner.progress import set_mode
 
 TEXT = "the cat sat on a mat dog ran in fog is it true yes no not sure user assistant"
@@ -279,8 +279,8 @@ def test_a_forward_without_logits_to_keep(taught, tokenizer):
 
 def test_a_long_prompt_is_cut_as_in_training(taught, tokenizer):
     long = example(9, "fog " * 200 + "the dog ran", "no", ("yes", "no"))
-    evaluator = _Evaluator(taught, tokenizer, [long], 1, 2048)
-    rows = list(evaluator._rows())
+    evaluator = Evaluator(taught, tokenizer, [long], 1, 2048)
+    rows = list(evaluator.option_rows())
     assert [row.ids for row in rows] == [
         encode(tokenizer, example(9, long.prompt, choice), 64).input_ids for choice in ("yes", "no")
     ]

@@ -29,7 +29,7 @@ class Compiled(nn.Module):
 
 
 def with_lora(model):
-    from gradpruner.recording import attach_lora
+    from gradpruner.adapters import attach_lora
 
     return attach_lora(model, rank=2)
 

@@ -6,14 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner import merging
+from gradpruner import importance, merging
 from gradpruner.errors import ConfigError, ShapeError
+from gradpruner.importance import Factors, element_importance
 from gradpruner.merging import (
     MAX_SOURCES,
     MERGE_RULES,
-    Factors,
     Source,
-    element_importance,
     kth_largest,
     merge_linear,
     signs_agree,
@@ -234,7 +233,8 @@ def test_order_of_sources_does_not_matter_to_the_bit(rule, count):
 def test_row_blocks_make_no_difference(rule, entries, monkeypatch):
     own = factors(seed=5)
     whole = merge_linear(weight(), sources(3), rule=rule, target_factors=own)
-    monkeypatch.setattr(merging, "BLOCK_ENTRIES", entries)
+    for module in (importance, merging):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", entries)
     blocks = merge_linear(weight(), sources(3), rule=rule, target_factors=own)
     if rule in ("fisher", "norm_preserving"):  # sums of rounded numbers, grouped differently
         torch.testing.assert_close(blocks, whole, rtol=1e-5, atol=1e-7)
@@ -251,7 +251,8 @@ def test_more_sources_than_bits_of_a_byte():
 
 
 def test_norm_preserving_keeps_the_norm_of_the_whole_matrix(monkeypatch):
-    monkeypatch.setattr(merging, "BLOCK_ENTRIES", 30)
+    for module in (importance, merging):
+        monkeypatch.setattr(module, "BLOCK_ENTRIES", 30)
     found = merge_linear(weight(), sources(3), rule="norm_preserving")
     assert float(found.norm()) == pytest.approx(float(weight().norm()), rel=1e-6)
     assert float(merge_linear(weight(), sources(3)).norm()) > 1.1 * float(weight().norm())

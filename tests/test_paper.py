@@ -13,20 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradpruner.merging import (
-    Factors,
-    Source,
-    element_importance,
-    merge_linear,
-    signs_agree,
-    simulated_gradient,
-    top_density_mask,
-)
+from gradpruner.adapters import attach_lora, find_lora_linears
+from gradpruner.importance import Factors, element_importance, simulated_gradient
+from gradpruner.merging import Source, merge_linear, signs_agree, top_density_mask
 from gradpruner.plan import PruningPlan, plan_pruning
-from gradpruner.recording import attach_lora, default_steps, find_lora_linears, record_gradients
+from gradpruner.recording import default_steps, record_gradients
 from gradpruner.scores import LayerScores, rank_stability, score_layers
 from gradpruner.surgery import prune_
-from gradpruner.trace import GradientTrace, LinearRef, TraceInfo, TraceWriter, gram_energies
+from gradpruner.trace import GradientTrace, LinearRef, TraceInfo, gram_energies
+from gradpruner.trace_writer import TraceWriter
 
 # One linear of shape (2, 2), rank 1, two recorded steps.
 GRAD_B = torch.tensor([[[1.0], [2.0]], [[1.0], [0.0]]])  # (steps, out, rank)
@@ -336,7 +331,8 @@ def test_everything_named_in_the_documentation_exists():
     assert tests <= set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(encoding="utf-8"), re.M))
     for name, file in re.findall(r"`(test_\w+)` in tests/(\w+\.py)", text):
         assert f"def {name}(" in (root / file).read_text(encoding="utf-8"), name
-    for module, path in re.findall(r"`(merging|trace|scores|plan|surgery|recording)\.([\w.]+)`", text):
+    homes = "importance|merging|trace|scores|plan|surgery|adapters|recording"
+    for module, path in re.findall(rf"`({homes})\.([\w.]+)`", text):
         found = importlib.import_module(f"gradpruner.{module}")
         for part in path.split("."):
             found = getattr(found, part)

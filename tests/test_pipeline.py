@@ -7,10 +7,11 @@ import torch
 from builders import make_project, write_rows
 from transformers import AutoModelForCausalLM
 
-from gradpruner import pipeline, report
+from gradpruner import report, variant
 from gradpruner.config import load_recipe
 from gradpruner.errors import ConfigError, NonFiniteError, PlanError, ResourceError
-from gradpruner.pipeline import Job, bytes_to_write, run
+from gradpruner.job import Job, bytes_to_write
+from gradpruner.pipeline import run
 from gradpruner.plan import PruningPlan
 from gradpruner.preview import examine
 from gradpruner.progress import set_mode
@@ -23,7 +24,7 @@ def quick_and_quiet(project, monkeypatch):
     """The report and the clearing of memory, seconds each, are left to the first run."""
     set_mode("quiet")
     monkeypatch.setattr(report, "render_html", lambda record, path: path)
-    monkeypatch.setattr(pipeline, "_free", lambda model: None)
+    monkeypatch.setattr(Job, "release", lambda *a: None)
     yield
     set_mode("auto")
 
@@ -160,14 +161,14 @@ def test_nothing_is_kept_when_nothing_is_to_be_kept(tmp_path):
 def test_one_row_that_fails_does_not_take_the_others_along(copy, monkeypatch):
     path, given, _ = copy
     shutil.rmtree(path.parent / "run")
-    finetune = pipeline.finetune
+    finetune = variant.finetune
 
     def failing(model, *args, **options):
         if options["description"] == "finetune merged":
             raise NonFiniteError("The loss at step 3 is NaN or Inf; training stopped.")
         return finetune(model, *args, **options)
 
-    monkeypatch.setattr(pipeline, "finetune", failing)
+    monkeypatch.setattr(variant, "finetune", failing)
     given |= {"variants": ["merged", "dropped"]}
     with pytest.raises(NonFiniteError, match="step 3"):
         run(load_recipe(path, (), given))
@@ -175,7 +176,7 @@ def test_one_row_that_fails_does_not_take_the_others_along(copy, monkeypatch):
     assert "step 3" in record["variants"]["merged"]["error"]
     assert record["variants"]["dropped"]["evaluation"] is not None
     assert states(record)["finetune merged"] == "failed"
-    monkeypatch.setattr(pipeline, "finetune", finetune)
+    monkeypatch.setattr(variant, "finetune", finetune)
     repaired = run(load_recipe(path, (), given))
     assert repaired["variants"]["merged"]["error"] is None
     assert states(repaired)["finetune dropped"] == "skipped"

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gradpruner import training
+from gradpruner import recording, training
+from gradpruner.adapters import attach_lora, find_lora_linears
 from gradpruner.checkpoint import load_model
 from gradpruner.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -22,9 +23,7 @@ from gradpruner.progress import set_mode
 from gradpruner.recording import (
     MAX_OVERFLOWS,
     GradientRecorder,
-    attach_lora,
     default_steps,
-    find_lora_linears,
     record_gradients,
 )
 from gradpruner.surgery import prune_
@@ -311,7 +310,7 @@ def test_a_non_finite_loss_stops_record_gradients_and_the_model_is_put_back(tmp_
             loss = super().compute_loss(*args, **kwargs)
             return loss * float("nan") if self.state.global_step == 2 else loss
 
-    monkeypatch.setattr(training, "CausalTrainer", Broken)
+    monkeypatch.setattr(recording, "CausalTrainer", Broken)
     model = make_llama()
     before = {name: w.clone() for name, w in model.state_dict().items()}
     with pytest.raises(NonFiniteError, match="step 3"):

@@ -160,7 +160,7 @@ def test_a_trace_on_disk_serves_as_well(tiny_llama, tiny_trace, tmp_path):
 
 
 def test_the_recorded_model_itself_can_be_pruned(tiny_llama):
-    from gradpruner.recording import attach_lora
+    from gradpruner.adapters import attach_lora
 
     model = tiny_llama()
     attach_lora(model, rank=2).unload()
@@ -179,7 +179,7 @@ def refused(model, plan, trace, message, error=PlanError):
 
 
 def test_model_with_adapters(tiny_llama):
-    from gradpruner.recording import attach_lora
+    from gradpruner.adapters import attach_lora
 
     model = tiny_llama()
     wrapped = attach_lora(model, rank=2)

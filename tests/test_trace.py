@@ -11,13 +11,13 @@ from gradpruner.trace import (
     GradientTrace,
     LinearRef,
     TraceInfo,
-    TraceWriter,
     factor_bytes,
     factor_file,
     gram_energies,
     same_model,
     trace_digest,
 )
+from gradpruner.trace_writer import TraceWriter
 
 # Two layers, two shapes: linears 0 and 2 are one group, 1 and 3 another.
 LINEARS = tuple(

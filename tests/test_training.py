@@ -9,18 +9,18 @@ from builders import make_llama, make_samples
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 
+from gradpruner.adapters import attach_lora
+from gradpruner.callbacks import ProgressCallback
 from gradpruner.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.progress import set_mode
-from gradpruner.recording import attach_lora
+from gradpruner.resume import latest_complete_checkpoint
 from gradpruner.training import (
     CausalTrainer,
     LengthGroups,
-    ProgressCallback,
     answer_window,
     check_trackers,
     finetune,
-    latest_complete_checkpoint,
     planned_steps,
     training_arguments,
 )

@@ -1,0 +1,73 @@
+"""What looks on while a Trainer trains: progress, and a guard against NaN."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from gradpruner.errors import NonFiniteError
+from gradpruner.progress import Progress
+
+
+class ProgressCallback(TrainerCallback):
+    """Shows steps, loss and time left."""
+
+    def __init__(self, description: str) -> None:
+        self.description = description
+        self._loss: float | None = None
+        self._progress: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Opens the bar."""
+        self._progress = Progress(int(state.max_steps), self.description)
+        self._progress.__enter__()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Remembers the last loss."""
+        if logs and "loss" in logs:
+            self._loss = float(logs["loss"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Moves the bar."""
+        if self._progress is not None:
+            fields = {"loss": round(self._loss, 4)} if self._loss is not None else {}
+            self._progress.update(int(state.global_step), **fields)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes the bar."""
+        if self._progress is not None:
+            self._progress.__exit__(None, None, None)
+
+
+class NonFiniteGuard(TrainerCallback):
+    """Ends training at the first NaN or Inf; the Trainer itself would go on and save the damage.
+
+    Gradients are looked at before the optimizer uses them, so no checkpoint is ever written with
+    damaged weights. That costs one pass over the gradients per optimizer step.
+    """
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the gradients of this step."""
+        # Gradients of an fp16 step that overflows are Inf by design; the scaler skips it.
+        if args.fp16:
+            return
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not math.isfinite(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)):
+            self._stop(f"The gradient at step {state.global_step + 1}")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Looks at the loss wherever the Trainer reports it."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            self._stop(f"The loss at step {state.global_step}")
+
+    def _stop(self, fault: str) -> None:
+        raise NonFiniteError(
+            f"{fault} is NaN or Inf; training stopped.",
+            hint="Lower the learning rate, use bf16 or fp32 instead of fp16, or look at the data. "
+            "Checkpoints written before are kept.",
+        )

@@ -1,0 +1,219 @@
+"""A job: a recipe with its inputs opened and checked, before anything is recorded."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradpruner.checkpoint import load_config, load_model, load_tokenizer, locate_model, resolve_device
+from gradpruner.config import Recipe
+from gradpruner.cost import build_on_meta, count_parameters, layer_parameters, savings
+from gradpruner.data import ExampleSet, load_examples, overlap
+from gradpruner.encoding import Collator, EncodedDataset, encode_all
+from gradpruner.family import LayeredModel
+from gradpruner.methods import METHODS
+from gradpruner.plan import PruningPlan, plan_pruning
+from gradpruner.provenance import hash_folder, sha256_json
+from gradpruner.recording import default_steps
+from gradpruner.scores import LayerScores
+from gradpruner.tasks import TASKS, load_task
+from gradpruner.training import check_trackers, planned_steps
+
+STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
+# The rows every run can have; any other row is named after the scoring method it compares with.
+LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
+
+
+@dataclass
+class Job:
+    """A recipe with its inputs opened: what every stage looks at.
+
+    Making one checks the recipe against model and data, and loads no weights.
+    """
+
+    recipe: Recipe
+    command: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        for variant in recipe.variants:
+            if variant not in LABELS:
+                METHODS.find(variant)
+        resolve_device(recipe.model.device)
+        check_trackers(recipe.finetune.report_to)
+        self.folder = locate_model(recipe.model.path)
+        self.config = load_config(self.folder, recipe.model.trust_remote_code)
+        self._check_budget()
+        self.tokenizer = load_tokenizer(self.folder, recipe.model.trust_remote_code)
+        self.train, self.eval = self._load_data("train"), self._load_data("eval")
+        longest = min(recipe.data.max_length, self._max_positions())
+        self.max_length = longest
+        self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
+        self.collator = Collator(self.tokenizer)
+        self._warn()
+
+    def _check_budget(self) -> None:
+        """Finds an impossible budget or plan before anything is recorded."""
+        plan = plan_for(self, placeholder_scores(self.num_layers), merging=False)
+        self.given_plan: PruningPlan | None = None
+        if self.recipe.plan.file is not None:
+            plan = self.given_plan = PruningPlan.load(self.recipe.plan.file)
+            plan.check_model(self.num_layers)
+        self.num_keep = len(plan.keep)
+
+    def _max_positions(self) -> int:
+        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+
+    def _load_data(self, split: str) -> ExampleSet:
+        data, seed = self.recipe.data, self.recipe.seed
+        limit = data.train_limit if split == "train" else data.eval_limit
+        if data.task is not None:
+            task = TASKS.find(data.task)
+            named = task.train_split if split == "train" else task.eval_split
+            return load_task(data.task, data.folder, named, limit, seed)
+        source = data.train if split == "train" else data.eval
+        assert source is not None
+        return load_examples(
+            source, split=split, format=data.format, limit=limit, seed=seed, skip_bad=data.skip_bad
+        )
+
+    def _warn(self) -> None:
+        needed = self.record_steps * self.recipe.record.batch_size
+        if len(self.samples) < needed:
+            self.warnings.append(
+                f"{len(self.samples)} training samples for {self.record_steps} recording steps of "
+                f"{self.recipe.record.batch_size}: samples are used more than once."
+            )
+        self.overlap = overlap(self.train.examples, self.eval.examples)
+        if self.overlap:
+            self.warnings.append(
+                f"{self.overlap} of {len(self.eval)} evaluation prompts also occur in the training data."
+            )
+        if len(self.eval) < 100:
+            self.warnings.append(
+                f"Only {len(self.eval)} evaluation examples: differences of several points are noise."
+            )
+        for name, examples in (("training", self.train), ("evaluation", self.eval)):
+            if examples.num_dropped:
+                self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
+        self.warnings += [f"training data: {note}" for note in self.samples.notes()]
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the dense model."""
+        return int(self.config.num_hidden_layers)
+
+    @property
+    def finetune_steps(self) -> int:
+        """Optimizer steps of every fine-tuning."""
+        options = self.recipe.finetune
+        return planned_steps(len(self.samples), options.batch_size, options.accumulation, options.epochs)
+
+    @property
+    def record_steps(self) -> int:
+        """Optimizer steps that are recorded."""
+        return self.recipe.record.steps or default_steps(self.finetune_steps)
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of config and weights."""
+        return hash_folder([self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))])
+
+    @property
+    def device(self) -> str:
+        """The torch device stages run on."""
+        return str(resolve_device(self.recipe.model.device))
+
+    def input_hashes(self) -> dict[str, str]:
+        """SHA-256 of everything the run reads."""
+        hashes = {"model": self.model_sha256, "train": self.train.sha256, "eval": self.eval.sha256}
+        return hashes | ({"plan": sha256_json(self.given_plan.to_dict())} if self.given_plan else {})
+
+    def load(self, folder: Path, *, dtype: str | None = None, quantise: bool = False) -> nn.Module:
+        """Loads a model folder as the recipe says."""
+        options = self.recipe.model
+        return load_model(
+            folder,
+            dtype=dtype or options.dtype,
+            device=options.device,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+            quantise=quantise,
+        )
+
+    def release(self, model: Any) -> None:
+        """Gives a loaded model's memory back before the next one is loaded."""
+        if not getattr(model, "is_loaded_in_4bit", False):  # bitsandbytes refuses to be moved
+            model.to("meta")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def placeholder_scores(num_layers: int) -> LayerScores:
+    """Scores for asking what a budget comes to; how many layers go does not depend on the scores."""
+    return LayerScores("placeholder", tuple(map(float, range(num_layers))))
+
+
+def plan_for(job: Job, scores: LayerScores, merging: bool) -> PruningPlan:
+    """The recipe's budget applied to scores."""
+    options = job.recipe.plan
+    fractions: dict[str, Any] = {}
+    if options.parameter_fraction is not None:
+        fractions = {
+            "layer_parameters": layer_parameters(job.config),
+            "total_parameters": count_parameters_of(job.config),
+        }
+    chosen = options.model_dump(exclude={"file"}) | ({} if merging else {"num_merge": 0})
+    return plan_pruning(scores, **chosen, **fractions)
+
+
+def count_parameters_of(config: Any) -> int:
+    """Parameters of a model given by its config; tied weights count once."""
+    return count_parameters(build_on_meta(config))
+
+
+def scoring_method(variant: str) -> str:
+    """The method in `METHODS` that scores the layers for a row of the comparison."""
+    return "gradpruner" if variant in LABELS else variant
+
+
+def data_identity(examples: ExampleSet) -> dict[str, Any]:
+    """What makes two sets of examples the same: the bytes they came from and which rows were taken."""
+    ids = [example.id for example in examples.examples]
+    return {"sha256": examples.sha256, "format": examples.format, "rows": ids}
+
+
+def bytes_to_write(job: Job) -> dict[str, int]:
+    """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
+    recipe = job.recipe
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    sizes = savings(job.config, plan.keep)["disk_bytes"]
+    rows = [sizes["before"] if v == "dense" else 2 * sizes["after"] for v in recipe.variants]
+    trace = 0
+    if any(METHODS.find(scoring_method(v)).needs_trace for v in recipe.variants if v != "dense"):
+        view = LayeredModel(build_on_meta(job.config))
+        modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
+        per_step = sum(sum(module.weight.shape) for module in modules)
+        trace = 4 * job.record_steps * recipe.record.rank * per_step
+    temporary = 0 if recipe.keep_models == "all" else max(rows)
+    options = recipe.finetune
+    if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
+        # float32 weights and two moments; two checkpoints are kept while a third is written.
+        temporary += 3 * 12 * count_parameters_of(job.config)
+    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+
+
+def bytes_missing(job: Job, folder: Path, until: str) -> int:
+    """What a run has still to write, given what an earlier start left in its directory."""
+    needs = bytes_to_write(job)
+    total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return max(0, total - present)

@@ -1,0 +1,146 @@
+"""The run record: what run.json says and the report reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradpruner._version import __version__
+from gradpruner.checkpoint import stored_dtype
+from gradpruner.config import Recipe
+from gradpruner.cost import decoder_parameters
+from gradpruner.data import ExampleSet
+from gradpruner.job import Job, count_parameters_of
+from gradpruner.metrics import majority_class
+from gradpruner.plan import PruningPlan
+from gradpruner.provenance import provenance, utc_now
+from gradpruner.rundir import RunDirectory
+from gradpruner.scores import LayerScores
+
+
+def run_record(
+    job: Job,
+    directory: RunDirectory,
+    scores: Mapping[str, LayerScores],
+    plans: Mapping[str, PruningPlan],
+    variants: Mapping[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything measured, as the report reads it.
+
+    Args:
+        job: What was asked for.
+        directory: What was done, stage by stage.
+        scores: By method.
+        plans: By variant.
+        variants: One row of the comparison each, see `variant.Variant`.
+
+    Returns:
+        JSON values.
+    """
+    recipe, stages = job.recipe, directory.stages
+    return {
+        "schema_version": 1,
+        "gradpruner_version": __version__,
+        "created": directory.manifest["created"],
+        "finished": utc_now(),
+        "command": job.command,
+        "title": recipe.title or f"{job.folder.name} on {task_name(recipe)}",
+        "provenance": provenance(recipe.seed),
+        "recipe": recipe.model_dump(mode="json"),
+        "model": model_facts(job),
+        "data": {
+            "train": data_facts(job.train) | {"supervised_tokens": job.samples.supervised_tokens},
+            "eval": data_facts(job.eval),
+            "overlap_rows": job.overlap,
+        },
+        "trace": trace_facts(directory),
+        "scores": {name: score_facts(found) for name, found in scores.items()},
+        "plans": {
+            name: plan_facts(plan) | {"savings": stages[f"plan {name}"]["result"]}
+            for name, plan in plans.items()
+        },
+        "variants": dict(variants),
+        "reference": {"majority_class": majority_class([e.answer for e in job.eval.examples])},
+        "stages": stage_facts(directory),
+        "warnings": job.warnings,
+    }
+
+
+def task_name(recipe: Recipe) -> str:
+    """What a run is about, in a word: its task, or the name of its training file."""
+    return recipe.data.task or Path(str(recipe.data.train).partition("#")[0]).stem
+
+
+def model_facts(job: Job) -> dict[str, Any]:
+    """The dense model."""
+    return {
+        "path": job.recipe.model.path,
+        "model_type": job.config.model_type,
+        "num_layers": job.num_layers,
+        "num_parameters": count_parameters_of(job.config),
+        "decoder_parameters": decoder_parameters(job.config),
+        "dtype": str(stored_dtype(job.folder)).removeprefix("torch."),
+        "sha256": job.model_sha256,
+    }
+
+
+def data_facts(examples: ExampleSet) -> dict[str, Any]:
+    """Where rows came from and how many there are."""
+    return {
+        "source": examples.source,
+        "format": examples.format,
+        "rows": len(examples),
+        "dropped_rows": examples.num_dropped,
+        "sha256": examples.sha256,
+        "notes": list(examples.notes),
+    }
+
+
+def trace_facts(directory: RunDirectory) -> dict[str, Any] | None:
+    """How recording went; None when nothing was recorded."""
+    entry = directory.stages.get("record")
+    if entry is None or entry["state"] != "done":
+        return None
+    facts = {key: value for key, value in entry["result"].items() if key != "notes"}
+    return facts | {
+        "seconds": entry["seconds"],
+        "peak_memory_bytes": entry["peak_memory_bytes"],
+    }
+
+
+def score_facts(scores: LayerScores) -> dict[str, Any]:
+    """The scores with their confidence."""
+    return {
+        "method": scores.method,
+        "norm": scores.evidence.get("norm"),
+        "values": list(scores.values),
+        "low": list(scores.low),
+        "high": list(scores.high),
+        "stability": [{"step": step, "overlap": overlap} for step, overlap in scores.stability],
+    }
+
+
+def plan_facts(plan: PruningPlan) -> dict[str, Any]:
+    """What happens to every layer."""
+    return {
+        "num_layers": plan.num_layers,
+        "actions": [{"layer": i, "action": a.action, "into": a.into} for i, a in enumerate(plan.actions)],
+        "num_kept": len(plan.keep),
+        "rule": plan.rule,
+        "density": plan.density,
+    }
+
+
+def stage_facts(directory: RunDirectory) -> list[dict[str, Any]]:
+    """Every stage this run came by: done or skipped, how long it took, how much memory."""
+    stages = directory.stages
+    return [
+        {
+            "name": name,
+            "state": state,
+            "seconds": stages[name].get("seconds"),
+            "peak_memory_bytes": stages[name].get("peak_memory_bytes"),
+        }
+        for name, state in directory.visited.items()
+    ]

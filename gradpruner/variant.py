@@ -1,0 +1,211 @@
+"""One row of the comparison: a variant is pruned, measured, fine-tuned and measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gradpruner.checkpoint import ADAPTER_FILE, load_adapter, save_model, stored_dtype
+from gradpruner.cost import savings
+from gradpruner.evaluation import evaluate
+from gradpruner.job import LABELS, STAGES, Job, data_identity
+from gradpruner.plan import PruningPlan
+from gradpruner.progress import Progress
+from gradpruner.rundir import RunDirectory
+from gradpruner.surgery import prune_
+from gradpruner.trace import GradientTrace
+from gradpruner.training import finetune
+
+
+class Variant:
+    """One row: prune, measure, fine-tune, measure; each its own stage.
+
+    Args:
+        job: The recipe and its inputs.
+        directory: Where the stages are.
+        name: "dense", "merged", "dropped", or a method of `METHODS`.
+        plan: What is pruned; None for the dense model.
+        trace: Opens the recorded gradients; called only when layers are merged.
+
+    Attributes:
+        row: What the run record says of it, filled in stage by stage.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        directory: RunDirectory,
+        name: str,
+        plan: PruningPlan | None,
+        trace: Callable[[], GradientTrace],
+    ) -> None:
+        self.job, self.recipe, self.directory = job, job.recipe, directory
+        self.name, self.plan, self.trace = name, plan, trace
+        self.row: dict[str, Any] = {
+            "label": LABELS.get(name, name.replace("_", " ")),
+            "plan": name if plan is not None else None,
+            "before": None,
+            "finetune": None,
+            "evaluation": None,
+            "error": None,
+        }
+        base = f"variants/{name}"
+        self.pruned, self.tuned, self.checkpoints = f"{base}/pruned", f"{base}/model", f"{base}/checkpoints"
+        self.before, self.examples = f"{base}/examples_before.jsonl", f"{base}/examples.jsonl"
+        self._fingerprint()
+
+    def _fingerprint(self) -> None:
+        """What the result of each stage depends on."""
+        self.prune_inputs: dict[str, Any] = {
+            "model": self.job.model_sha256,
+            "plan": self.plan.to_dict() if self.plan else None,
+            "loading": self.recipe.model.model_dump(exclude={"path"}),
+        }
+        self.tune_inputs = self.prune_inputs | {
+            "train": data_identity(self.job.train),
+            "max_length": self.job.max_length,
+            "finetune": self.recipe.finetune.model_dump(exclude={"report_to", "save_steps"}),
+            "seed": self.recipe.seed,
+        }
+        measure = {
+            "eval": data_identity(self.job.eval),
+            "evaluate": self.recipe.evaluate.model_dump(exclude={"before_finetuning"}),
+            "max_length": self.job.max_length,
+            "seed": self.recipe.seed,
+        }
+        self.before_inputs = self.prune_inputs | measure
+        self.after_inputs = self.tune_inputs | measure
+
+    def path(self, relative: str) -> Path:
+        """A path inside the run directory."""
+        return self.directory.path / relative
+
+    def up_to(self, depth: int) -> None:
+        """Does the stages up to position `depth` of `STAGES`, except those that are current."""
+        finetunes, evaluates = depth >= STAGES.index("finetune"), depth >= STAGES.index("evaluate")
+        wants_before = self.recipe.evaluate.before_finetuning and evaluates
+        # With keep_models: none the folders are gone once measured; nothing needs them again then.
+        cleared = self.recipe.keep_models == "none" and self._is_measured(wants_before)
+        if self.plan is not None and not cleared:
+            self.stage("prune", self.prune_inputs, self.prune, [self.pruned])
+        if wants_before:
+            self.row["before"] = self.stage(
+                "evaluate",
+                self.before_inputs,
+                lambda: self.measure(self.source, self.before),
+                [self.before],
+                " before",
+            )
+        if finetunes:
+            self.row["finetune"] = self._finetune(cleared)
+        if evaluates:
+            self.row["evaluation"] = self.stage(
+                "evaluate",
+                self.after_inputs,
+                lambda: self.measure(self.path(self.tuned), self.examples),
+                [self.examples],
+            )
+            if self.recipe.keep_models == "none":
+                self.directory.remove([self.pruned, self.tuned, self.checkpoints])
+        self._describe_size()
+
+    def _is_measured(self, wants_before: bool) -> bool:
+        current = self.directory.is_current
+        return current(f"evaluate {self.name}", self.after_inputs) and (
+            not wants_before or current(f"evaluate {self.name} before", self.before_inputs)
+        )
+
+    def _finetune(self, cleared: bool) -> dict[str, Any]:
+        done = self.directory.stages.get(f"finetune {self.name}", {})
+        if cleared and "result" in done:
+            result: dict[str, Any] = done["result"]
+            return result
+        return self.stage("finetune", self.tune_inputs, self.tune, [self.tuned, self.checkpoints])
+
+    def stage(
+        self,
+        verb: str,
+        inputs: dict[str, Any],
+        work: Callable[[], dict[str, Any]],
+        outputs: list[str],
+        suffix: str = "",
+    ) -> dict[str, Any]:
+        """One stage of this row in the run directory."""
+        return self.directory.stage(
+            f"{verb} {self.name}{suffix}", inputs, work, outputs, keep_partial=verb == "finetune"
+        )
+
+    def _describe_size(self) -> None:
+        keep = self.plan.keep if self.plan else range(self.job.num_layers)
+        self.row["num_layers"] = len(keep)
+        self.row["num_parameters"] = savings(self.job.config, list(keep))["parameters"]["after"]
+
+    @property
+    def source(self) -> Path:
+        """The model before fine-tuning."""
+        return self.path(self.pruned) if self.plan is not None else self.job.folder
+
+    def prune(self) -> dict[str, Any]:
+        """Dense model and plan -> pruned model"""
+        assert self.plan is not None
+        model = self.job.load(self.job.folder)
+        trace = self.trace() if self.plan.merged else None
+        linears = sum(len(trace.linear_names(target)) for target in self.plan.merged) if trace else 0
+        with Progress(linears, f"merge {self.name}") as progress:
+            prune_(model, self.plan, trace, lambda _: progress.advance())
+        self._save(model, self.pruned)
+        self.job.release(model)
+        return {}
+
+    def tune(self) -> dict[str, Any]:
+        """Pruned (or dense) model -> fine-tuned model"""
+        options = self.recipe.finetune
+        # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
+        updated = "float32" if options.mode == "full" and self.recipe.model.dtype == "auto" else None
+        model, result = finetune(
+            self.job.load(self.source, dtype=updated),
+            self.job.samples,
+            collator=self.job.collator,
+            seed=self.recipe.seed,
+            checkpoints=self.path(self.checkpoints),
+            description=f"finetune {self.name}",
+            device="cpu" if self.job.device == "cpu" else "auto",
+            **options.model_dump(),
+        )
+        self._save(model, self.tuned, {"finetune": result.to_dict() | {"losses": None}})
+        self.directory.remove([self.checkpoints])
+        self.job.release(model)
+        return result.to_dict() | {"output": self.tuned}
+
+    def _save(self, model: Any, folder: str, facts: dict[str, Any] | None = None) -> None:
+        save_model(
+            model,
+            self.job.tokenizer,
+            self.path(folder),
+            dtype=stored_dtype(self.job.folder),
+            plan=self.plan,
+            source=self.recipe.model.path,
+            facts=facts,
+        )
+
+    def measure(self, folder: Path, examples: str) -> dict[str, Any]:
+        """Evaluates what is on disk: the very folder a user would load."""
+        options = self.recipe.evaluate
+        if (folder / ADAPTER_FILE).exists():
+            model = load_adapter(self.job.load(self.source), folder)
+        else:
+            model = self.job.load(folder)
+        result = evaluate(
+            model,
+            self.job.tokenizer,
+            self.job.eval.examples,
+            metrics=tuple(options.metrics),
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            max_length=self.job.max_length,
+            seed=self.recipe.seed,
+        )
+        result.write_examples(self.path(examples))
+        self.job.release(model)
+        return result.summary() | {"per_example": examples}
