@@ -222,10 +222,16 @@ def _prepare(quiet: bool) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-_stage("run", "Everything: dense, pruned + merged and pruned without merging, side by side, with a report.")
+_stage(
+    "run",
+    "Do everything and write the report.\n\nDense, pruned + merged and pruned without merging, side by side.",
+)
 _stage("record", "Record the LoRA gradients of the first steps.")
 _stage("score", "Record if needed, then score every layer.")
-_stage("plan", "Score if needed, then decide which layers go; run again with other --set plan.* at no cost.")
+_stage(
+    "plan",
+    "Score if needed, then decide which layers go.\n\nRun it again with other --set plan.* options: the recording is kept.",
+)
 _stage("prune", "Plan if needed, then write the pruned models.")
 _stage("finetune", "Prune if needed, then fine-tune every variant.")
 _stage("evaluate", "Fine-tune if needed, then evaluate every variant.")
@@ -237,7 +243,7 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Render report.html again from run.json, and print the table."""
+    """Render report.html again from run.json."""
     from gradpruner.files import read_json
     from gradpruner.report import markdown_table, print_summary, render_html
 
@@ -254,7 +260,7 @@ def report(
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Versions, devices, free disk, and what is missing on this machine."""
+    """Versions, devices, free disk: what is missing here."""
     from gradpruner.doctor import examine, print_findings
 
     findings = examine()

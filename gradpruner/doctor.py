@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gradpruner._version import __version__
@@ -78,7 +79,7 @@ def print_findings(findings: dict[str, Any], console: Console) -> None:
     for name, version in findings["versions"].items():
         table.add_row(name, version or "[red]missing[/red]")
     for name, present in findings["optional"].items():
-        table.add_row(f"{name} (optional)", "installed" if present else f"no; for {OPTIONAL[name]}")
+        table.add_row(f"{name} (optional)", "installed" if present else escape(f"no; for {OPTIONAL[name]}"))
     console.print(table)
     hardware = findings["machine"]
     devices = ", ".join(map(str, hardware["devices"])) or "CPU only"
@@ -89,6 +90,6 @@ def print_findings(findings: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     for problem in findings["problems"]:
-        console.print(f"[bold red]problem:[/bold red] {problem}", highlight=False)
+        console.print(f"[bold red]problem:[/bold red] {escape(problem)}", highlight=False)
     if not findings["problems"]:
         console.print("[green]ready[/green]")

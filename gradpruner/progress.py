@@ -106,7 +106,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._started = self._line_time = self._clock()
-        if _mode == "quiet":
+        if _mode == "quiet" or self.total == 0:  # nothing to do needs no line
             return self
         if _mode == "auto":
             self._bar = self._open_bar()

@@ -66,8 +66,10 @@ def _rich_table(table: Table, console: Console) -> RichTable:
     shown = RichTable(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.columns):
         # Only labels may wrap: a broken number could be misread.
-        shown.add_column(Text(name), justify="right" if i else "left", no_wrap=bool(i),
-                         overflow="fold", min_width=None if i else 12, max_width=None if i else 26)  # fmt: skip
+        if i:
+            shown.add_column(Text(name), justify="right", no_wrap=True, overflow="fold")
+        else:
+            shown.add_column(Text(name), overflow="fold", min_width=12, max_width=26)
     styles = {"failed": "red", "main": "bold", "": ""}
     for row in table.rows:
         cells = [_plain(f"{c.text} {c.detail}".strip(), console) for c in row.cells]
