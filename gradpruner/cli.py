@@ -230,7 +230,8 @@ _stage("record", "Record the LoRA gradients of the first steps.")
 _stage("score", "Record if needed, then score every layer.")
 _stage(
     "plan",
-    "Score if needed, then decide which layers go.\n\nRun it again with other --set plan.* options: the recording is kept.",
+    "Score if needed, then decide which layers go.\n\n"
+    "Run it again with other --set plan.* options: the recording is kept.",
 )
 _stage("prune", "Plan if needed, then write the pruned models.")
 _stage("finetune", "Prune if needed, then fine-tune every variant.")
