@@ -493,6 +493,20 @@ def test_terminal_fits_a_hundred_columns_and_is_plain() -> None:
     assert (strip.count("█"), strip.count("▼"), strip.count("·")) == (48, 3, 29)
 
 
+def test_terminal_before_anything_is_measured_shows_scores_plans_and_savings() -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    run["variants"] = {}
+    shown = printed(run)
+    scores = next(iter(run["scores"].values()))["values"]
+    least = min(range(16), key=lambda layer: (scores[layer], layer))
+    first = next(line.split() for line in shown.splitlines() if line.split()[:1] == [str(least)])
+    assert float(first[1]) == pytest.approx(scores[least], rel=1e-3)
+    assert "▼" in shown and "Savings: merged" in shown and "FLOPs per token" in shown
+    assert "No result" not in shown
+    run["plans"] = {}
+    assert f"{run['trace']['num_steps']} steps recorded" in printed(run)
+
+
 def test_terminal_without_unicode() -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     print_summary(make_run(16, ("dense", "merged"), num_losses=3), Console(file=stream, width=100))

@@ -10,8 +10,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradpruner.report.formats import text, whole
-from gradpruner.report.reading import Plan, RunView, read_run, sequence
-from gradpruner.report.tables import Table, summary_table
+from gradpruner.report.reading import Plan, RunView, mapping, read_run, sequence
+from gradpruner.report.tables import Table, savings_tables, summary_table
 from gradpruner.report.verdict import judge
 
 _STYLES = {
@@ -37,6 +37,19 @@ def print_summary(run: dict[str, Any], console: Console) -> None:
     """
     view = read_run(run)
     _say(console, text(run.get("title") or "GradPruner run", 90), "bold")
+    measured = any(row.get("evaluation") or row.get("before") for row in map(mapping, _rows(run)))
+    if measured or not _print_decisions(view, console):
+        _print_results(view, console)
+    for warning in sequence(run, "warnings"):
+        _say(console, f"Warning: {text(warning)}", "yellow")
+
+
+def _rows(run: dict[str, Any]) -> list[Any]:
+    return list(mapping(run, "variants").values())
+
+
+def _print_results(view: RunView, console: Console) -> None:
+    """What was measured: the table of variants, their layers, the verdict."""
     if view.variants:
         table = summary_table(view)
         console.print(_rich_table(table, console))
@@ -45,15 +58,39 @@ def print_summary(run: dict[str, Any], console: Console) -> None:
                 _say(console, f"{row.cells[0].text} failed: {row.error}", "red")
         if any(cell.text.endswith("*") for row in table.rows for cell in row.cells[4:5]):
             _say(console, "* fewer than 100 examples: read the interval.", "dim")
-    _print_strips(view, console)
+    _print_strips([(v.label, v.plan) for v in view.variants if v.plan is not None], console)
     verdict = judge(view)
     console.print()
     _say(console, verdict.word, _STYLES[verdict.level])
     _say(console, verdict.sentence)
     for note in verdict.notes:
         _say(console, f"- {note}")
-    for warning in sequence(run, "warnings"):
-        _say(console, f"Warning: {text(warning)}", "yellow")
+
+
+def _print_decisions(view: RunView, console: Console) -> bool:
+    """What is known before anything is measured: scores, plans, savings. Returns whether there was any."""
+    for name, scores in mapping(view.run, "scores").items():
+        _print_scores(text(name), sequence(scores, "values"), console)
+    _print_strips([(text(name), plan) for name, plan in view.plans.items()], console)
+    for table in savings_tables(view):
+        _say(console, f"Savings: {table.caption}", "bold")
+        console.print(_rich_table(table, console))
+    facts = mapping(view.run, "trace")
+    if facts and not view.plans:
+        _say(console, f"{facts.get('num_steps')} steps recorded, {facts.get('effective_steps')} with energy.")
+    return bool(facts or view.plans or mapping(view.run, "scores"))
+
+
+def _print_scores(name: str, values: list[Any], console: Console) -> None:
+    """One line per layer, least important first; the bar is the share of the highest score."""
+    numbers = [float(value) for value in values]
+    highest = max(numbers, default=0.0)
+    table = RichTable("layer", "score", "of the highest", title=f"Scores: {name}", title_justify="left")
+    for layer in sorted(range(len(numbers)), key=lambda i: (numbers[i], i)):
+        share = numbers[layer] / highest if highest else 0.0
+        table.add_row(str(layer), f"{numbers[layer]:.3e}", f"{share:.2%}")
+    table.box = box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD
+    console.print(table)
 
 
 def _say(console: Console, line: str, style: str = "") -> None:
@@ -79,9 +116,9 @@ def _rich_table(table: Table, console: Console) -> RichTable:
     return shown
 
 
-def _print_strips(view: RunView, console: Console) -> None:
+def _print_strips(plans: list[tuple[str, Plan]], console: Console) -> None:
     glyphs = _PLAIN_GLYPHS if console.options.ascii_only else _GLYPHS
-    shown = [v for v in view.variants if v.plan is not None and v.plan.actions]
+    shown = [(label, plan) for label, plan in plans if plan.actions]
     if not shown:
         return
     legend = Text("Layers: ")
@@ -89,10 +126,8 @@ def _print_strips(view: RunView, console: Console) -> None:
         legend.append(glyphs[role], style=_GLYPH_STYLES[role])
         legend.append(f" {word}  ")
     console.print(legend)
-    for variant in shown:
-        plan = variant.plan
-        assert plan is not None
-        _say(console, f"{variant.label}{_merge_words(plan)}")
+    for label, plan in shown:
+        _say(console, f"{label}{_merge_words(plan)}")
         for line in _strip_lines(plan, glyphs):
             console.print(line)
 
