@@ -196,30 +196,36 @@ def table(_: argparse.Namespace) -> None:
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
-    """Mean over seeds and their range, a row per variant and a column per task and mode."""
-    found = {(task_of(c), c["recipe"]["finetune"]["mode"]) for c in cells}
-    columns = [(t, m) for t in TASKS for m in MODES if (t, m) in found]
-    head = "| exact match, % | " + " | ".join(f"{t}, {m}" for t, m in columns) + " |"
-    lines = [head, "|---" * (len(columns) + 1) + "|"]
-    for variant in VARIANTS:
-        entries = []
-        for task, mode in columns:
-            values = [
-                100 * score_of(c["variants"][variant])
-                for c in cells
-                if task_of(c) == task
-                and c["recipe"]["finetune"]["mode"] == mode
-                and c["variants"][variant]["error"] is None
+    """Mean over seeds and their range, a row per variant and a column per task and mode measured so far."""
+    columns = [
+        (task, mode, chosen)
+        for task in TASKS
+        for mode in MODES
+        if (
+            chosen := [
+                cell for cell in cells if task_of(cell) == task and cell["recipe"]["finetune"]["mode"] == mode
             ]
-            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-            entries.append(f"{statistics.mean(values):.1f}{spread}" if values else "failed")
-        lines.append(f"| {LABELS[variant]} | " + " | ".join(entries) + " |")
-    majority = []
-    for task, _ in columns:
-        values = [100 * c["reference"]["majority_class"] for c in cells if task_of(c) == task]
-        majority.append(f"{statistics.mean(values):.1f}")
-    lines.append("| always the most frequent answer | " + " | ".join(majority) + " |")
+        )
+    ]
+    names = [f"{task}, {mode} ({len(chosen)} seed{'s'[: len(chosen) > 1]})" for task, mode, chosen in columns]
+    lines = [f"| exact match, % | {' | '.join(names)} |", "|---" * (len(columns) + 1) + "|"]
+    for variant in VARIANTS:
+        entries = [
+            mean_and_range([100 * score_of(c["variants"][variant]) for c in chosen])
+            for _, _, chosen in columns
+        ]
+        lines.append(f"| {LABELS[variant]} | {' | '.join(entries)} |")
+    majority = [
+        mean_and_range([100 * cell["reference"]["majority_class"] for cell in chosen])
+        for _, _, chosen in columns
+    ]
+    lines.append(f"| always the most frequent answer | {' | '.join(majority)} |")
     return "\n".join(lines)
+
+
+def mean_and_range(values: list[float]) -> str:
+    mean, low, high = statistics.mean(values), min(values), max(values)
+    return f"{mean:.1f}" if low == high else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def main() -> None:

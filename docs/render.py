@@ -33,8 +33,9 @@ def real_tasks() -> str:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     cells = module.load_cells()
-    seeds = sorted({cell["recipe"]["seed"] for cell in cells})
-    return f"{module.markdown(cells)}\n\nMean over seeds {seeds} (lowest to highest)."
+    total = len(module.TASKS) * len(module.MODES) * len(module.SEEDS)
+    note = f"Mean over seeds, lowest to highest in brackets. {len(cells)} of {total} cells measured so far."
+    return f"{module.markdown(cells)}\n\n{note}"
 
 
 def learning_rates() -> str:
@@ -46,9 +47,95 @@ def learning_rates() -> str:
     return "\n".join(lines) + f"\n\n{sweep['what'].capitalize()}."
 
 
+def demo() -> str:
+    facts = read(ROOT / "gradpruner" / "demo" / "measure.json")
+    training = read(ROOT / "gradpruner" / "demo" / "pretrain.json")
+    best = max(facts["full_finetuning"], key=lambda run: run["exact_match"])
+    lora = max(facts["lora_finetuning"], key=lambda run: run["exact_match"])
+    rises = facts["single_layer_loss_increase"]
+    dropped = facts["dropped"]["late_middle"]
+    return "\n".join(
+        [
+            f"A Llama of {training['parameters'] / 1e6:.1f} M parameters and 16 layers, pre-trained on "
+            f"{training['tokens'] / 1e6:.1f} M tokens of generated text ({training['seconds'] / 60:.0f} "
+            f"minutes), and a six-way classification task with {facts['rows']['train']} training and "
+            f"{facts['rows']['test']} test rows.",
+            "",
+            "| measured | value |",
+            "|---|---|",
+            f"| held-out loss, against a unigram model's {facts['held_out_loss']['unigram']:.2f} "
+            f"| {facts['held_out_loss']['dense']:.2f} |",
+            f"| zero-shot exact match (most frequent answer: {facts['majority_class']:.2f}) "
+            f"| {facts['zero_shot']['exact_match']:.3f} |",
+            f"| fine-tuned dense, full / LoRA | {best['exact_match']:.3f} / {lora['exact_match']:.3f} |",
+            f"| held-out loss with layers {dropped['layers'][0]}-{dropped['layers'][-1]} dropped, before "
+            f"fine-tuning | {dropped['held_out_loss']:.2f} |",
+            f"| the same, fine-tuned | {dropped['finetuned']['exact_match']:.3f} |",
+            f"| loss increase when one layer is removed, least to most "
+            f"| {min(rises):.3f} to {max(rises):.3f} |",
+        ]
+    )
+
+
+def demo_run() -> str:
+    return str(read(RESULTS / "demo_run.json")["table"])
+
+
+def speed() -> str:
+    recording, scoring, merging = (read(RESULTS / f"{n}.json") for n in ("recording", "scoring", "merging"))
+    recorder, dense = recording["ratios"]["recorder"], recording["ratios"]["dense"]
+    shape = recording["config"]
+    rows = [
+        (
+            f"step time with recording (hidden {shape['hidden']}, "
+            f"{shape['tokens_per_step']:,} tokens a step)",
+            f"{recorder['step_time_inside']:.4f}x of the same LoRA step without",
+            f"<= {recording['goal']['recorder_step_time_inside_at_most']}x",
+            recording["met"],
+        ),
+        (
+            "the same with dense accumulators",
+            f"{dense['step_time_inside']:.4f}x, "
+            f"{dense['kept_tensor_bytes'] / recorder['kept_tensor_bytes']:.0f}x the tensors kept in memory",
+            "",
+            None,
+        ),
+        (
+            "scores of a Llama-3.1-8B layer by Gram matrices",
+            f"{scoring['ratios']['squares_over_gram']:.0f}x faster than forming the products, relative error "
+            f"{scoring['ratios']['largest_relative_error']:.0e}",
+            f">= {scoring['goal']['squares_over_gram_at_least']:.0f}x, "
+            f"<= {scoring['goal']['relative_error_at_most']:.0e}",
+            all(scoring["met"].values()),
+        ),
+    ]
+    for dtype, ratio in merging["ratios"].items():
+        goal = merging["goal"]
+        rows.append(
+            (
+                f"merging three 14336 x 4096 linears, 40 steps, {dtype}",
+                f"{ratio['time']:.1f}x faster than the released code's way, {ratio['extra_memory']:.2f}x the "
+                "fp32 weight in extra memory",
+                f">= {goal['time_ratio_at_least']:.0f}x, <= {goal['extra_memory_over_fp32_weight_at_most']}x",
+                all(merging["met"][dtype].values()),
+            )
+        )
+    lines = ["| what | measured | goal | met |", "|---|---|---|---|"]
+    for what, measured, goal_text, met in rows:
+        lines.append(
+            f"| {what} | {measured} | {goal_text} | {'' if met is None else 'yes' if met else '**no**'} |"
+        )
+    lines.append("")
+    lines.append("Each a ratio within one run, on one CPU thread; scripts and raw figures in `benchmarks/`.")
+    return "\n".join(lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "real_tasks": real_tasks,
     "learning_rates": learning_rates,
+    "demo": demo,
+    "demo_run": demo_run,
+    "speed": speed,
 }
 
 
@@ -60,7 +147,9 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     stale = []
