@@ -77,10 +77,6 @@ def demo() -> str:
     )
 
 
-def demo_run() -> str:
-    return str(read(RESULTS / "demo_run.json")["table"])
-
-
 def speed() -> str:
     recording, scoring, merging = (read(RESULTS / f"{n}.json") for n in ("recording", "scoring", "merging"))
     recorder, dense = recording["ratios"]["recorder"], recording["ratios"]["dense"]
@@ -134,7 +130,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real_tasks": real_tasks,
     "learning_rates": learning_rates,
     "demo": demo,
-    "demo_run": demo_run,
     "speed": speed,
 }
 
