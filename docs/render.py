@@ -77,6 +77,16 @@ def demo() -> str:
     )
 
 
+def demo_run() -> str:
+    result = read(RESULTS / "demo_run.json")
+    return f"{result['table']}\n\nAll stages together: {result['seconds']:.0f} s on {machine(result)}."
+
+
+def machine(result: dict[str, Any]) -> str:
+    facts = result["provenance"]["machine"]
+    return f"{facts['cores']} cores of an {facts['cpu']}"
+
+
 def speed() -> str:
     recording, scoring, merging = (read(RESULTS / f"{n}.json") for n in ("recording", "scoring", "merging"))
     recorder, dense = recording["ratios"]["recorder"], recording["ratios"]["dense"]
@@ -130,6 +140,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real_tasks": real_tasks,
     "learning_rates": learning_rates,
     "demo": demo,
+    "demo_run": demo_run,
     "speed": speed,
 }
 
