@@ -31,7 +31,7 @@ LABELS = {
 }
 MODES = ("full", "lora")
 SEEDS = (0, 1, 2)
-# Rows and epochs are cut to what two slow cores do in about two hours; the same for every variant.
+# Rows and epochs are cut to what two slow cores do in a few hours; the same for every variant.
 TASKS: dict[str, dict[str, Any]] = {
     "trec": {"train_limit": 1000, "eval_limit": 500, "epochs": 3},
     "financial_phrasebank": {"train_limit": 1000, "eval_limit": 400, "epochs": 3},
