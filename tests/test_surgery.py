@@ -236,7 +236,10 @@ def test_trace_of_some_linears_only(tiny_llama, tiny_trace):
 def test_any_lora_rank_will_do(tiny_llama, tiny_trace):
     for rank in (1, 20):
         model = tiny_llama()
+        before = model.model.layers[2].mlp.up_proj.weight.clone()
         prune_(model, MERGING, tiny_trace(model, rank=rank))
+        assert len(LayeredModel(model).layers) == len(MERGING.keep)
+        assert not torch.equal(model.model.layers[MERGING.keep.index(2)].mlp.up_proj.weight, before)
 
 
 def test_trace_whose_files_are_of_another_rank(tiny_llama, tiny_trace, tmp_path):
