@@ -177,7 +177,9 @@ class _Run:
                 norm=self.recipe.score.norm,
                 num_keep=self.job.num_keep,
             )
-            METHODS.find(method).score(context).save(self.path(target))
+            score = METHODS.find(method).score
+            assert score is not None
+            score(context).save(self.path(target))
             return {}
 
         self.directory.stage(f"score {method}", inputs, work, [target])

@@ -13,9 +13,9 @@ PACKAGE = Path(gradpruner.__file__).parent
 # Dependency order is reading order: a module may import only what stands before it.
 READING_ORDER = """
     _version errors registry files metrics
-    importance merging trace trace_writer scores plan selection
+    importance merging trace trace_writer scores plan selection width_plan
     progress provenance cost
-    shards packing family depth layered portability surgery
+    shards packing family depth layered portability surgery width
     formats data encoding tasks
     adapters callbacks resume batching trainer training recording
     likelihood questions generation outputs folder similarity evaluation endpoint harness
@@ -35,6 +35,7 @@ PURE = (
     "scores",
     "plan",
     "selection",
+    "width_plan",
     "portability",
     "metrics",
 )

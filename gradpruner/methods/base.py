@@ -1,31 +1,55 @@
-"""What a layer-importance method is and what it may look at."""
+"""What a pruning method is and what it may look at."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
+from transformers import TrainerCallback
 
+from gradpruner.errors import ConfigError
+from gradpruner.plan import PruningPlan
 from gradpruner.registry import Registry
 from gradpruner.scores import LayerScores
+from gradpruner.selection import Fits
 from gradpruner.trace import GradientTrace
+from gradpruner.width_plan import WidthPlan
+
+
+class MethodOptions(BaseModel):
+    """What can be set about a method (`methods.<name>` in a recipe); this one has nothing to set."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
 class MethodContext:
-    """Everything a method may rest its scores on; expensive parts are made when first asked for.
+    """Everything a method may rest its decision on; expensive parts are made when first asked for.
 
     Attributes:
         num_layers: Decoder layers of the model.
         seed: The run's seed.
         trace: Gives the recorded LoRA gradients.
-        model: Gives the dense model, in evaluation mode; not to be changed.
+        model: Gives the dense model, in evaluation mode, loaded anew at every call; not to be changed by
+            methods that only score or plan.
         samples: Encoded training samples (`input_ids`, `labels`), the calibration data.
         collator: Makes a padded batch of samples.
         norm: GradPruner's norm, "squared" or "frobenius".
-        num_keep: Layers that will be kept.
+        num_keep: Layers that will be kept by a method that prunes layers.
+        num_remove: Parameters to remove by a method that prunes anything else: those of the layers pruned
+            otherwise. The method may miss it by less than one of its units.
+        unit: What `num_remove` counts: "parameters" (of the whole model) or "decoder_parameters" (without
+            embeddings and head).
+        protected: Layers that must stay whole, ascending.
+        fits: Which layer may stand where, see `selection.plan_pruning`; None: any.
+        options: The method's own options, an instance of `Method.options`.
+        finetune: Options of `training.finetune` that later fine-tune the result; methods that train take
+            batch size, precision and device from here.
+        folder: Where a method that trains for long may keep checkpoints; None: nowhere.
     """
 
     num_layers: int
@@ -36,22 +60,77 @@ class MethodContext:
     collator: Callable[[Any], dict[str, Any]]
     norm: str = "squared"
     num_keep: int | None = None
+    num_remove: int | None = None
+    unit: str = "parameters"
+    protected: tuple[int, ...] = ()
+    fits: Fits | None = None
+    options: Any = None
+    finetune: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to say how important every layer is.
+    """A way to make a model smaller, or cheaper to train: one of `score`, `plan`, `shrink`, `callbacks`.
 
     Attributes:
         description: One line for `gradpruner ls methods`.
-        score: Makes the scores; higher is more important, one finite number per layer, the same for
-            the same context.
+        score: Says how important every layer is; higher is more important, one finite number per layer,
+            the same for the same context. Which layers go is then decided by `selection.plan_pruning`.
+        plan: Decides by itself what goes; touches no weights.
+        shrink: Prunes while it trains: gives the pruned, trained model and what it consists of.
+        callbacks: Changes fine-tuning and leaves the model as large as it was: the callbacks of that
+            fine-tuning.
+        recover: Trains the pruned model (second argument, in place) before fine-tuning; what it returns, JSON
+            values, goes into the run record.
+        options: What can be set.
         needs_trace: Whether it reads recorded gradients; also whether its layers can be merged.
+        merges: Whether its plan is made with the recipe's `num_merge`, else all layers are dropped.
+        plan_options: Keys of the recipe's `plan` section that it sets itself.
+        label: What it is called in reports; "" makes it from the name. Ends in "-like" where a method is
+            reconstructed from a paper without code.
     """
 
     description: str
-    score: Callable[[MethodContext], LayerScores]
+    score: Callable[[MethodContext], LayerScores] | None = None
+    plan: Callable[[MethodContext], PruningPlan | WidthPlan] | None = None
+    shrink: Callable[[MethodContext], tuple[nn.Module, WidthPlan]] | None = None
+    callbacks: Callable[[MethodContext], list[TrainerCallback]] | None = None
+    recover: Callable[[MethodContext, nn.Module], dict[str, Any]] | None = None
+    options: type[MethodOptions] = MethodOptions
     needs_trace: bool = False
+    merges: bool = False
+    plan_options: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("score", "plan", "shrink", "callbacks") if getattr(self, name)]
+        if len(given) != 1:
+            raise ConfigError(
+                f"A method is one of score, plan, shrink or callbacks; this one is {given or 'nothing'}."
+            )
+
+    @property
+    def removes(self) -> bool:
+        """Whether the model it leaves is smaller."""
+        return self.callbacks is None
+
+    def read_options(self, name: str, raw: dict[str, Any]) -> MethodOptions:
+        """The options a recipe gives, checked.
+
+        Raises:
+            ConfigError: If one is unknown or not allowed.
+        """
+        try:
+            return self.options.model_validate(raw)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = ".".join(map(str, fault["loc"]))
+            allowed = ", ".join(self.options.model_fields) or "none"
+            raise ConfigError(
+                f"methods.{name}.{key}: {fault['msg']} (given: {fault.get('input')!r}).",
+                hint=f"Options of {name}: {allowed}.",
+            ) from error
 
 
 METHODS: Registry[Method] = Registry("method")
