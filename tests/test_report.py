@@ -387,13 +387,13 @@ def test_a_failed_variant_is_a_row_with_its_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["", *make_run(16, ("dense", "merged"))])
-def test_any_part_may_be_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_part_may_be_missing(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawing is slow and tested above and below; here only that nothing is looked up in vain.
     monkeypatch.setattr(figures, "draw", lambda *_: "<svg></svg>")
     run = make_run(16, ("dense", "merged"), num_losses=3)
     for replacement in (None, [], "odd"):
         changed = {**run, missing: replacement} if missing else {}
-        page = html._environment().get_template("report.html").render(html._context(read_run(changed)))
+        page = render(changed, tmp_path)
         assert [i for i in Page(page).ids if i in SECTIONS] == SECTIONS
         assert printed(changed)
         assert markdown_table(changed).startswith("| Variant |")

@@ -7,7 +7,8 @@ tables    the tables as plain data, and the markdown table
 terminal  the summary on the console
 svg       one matplotlib figure as inline SVG
 figures   the plots
-html      the page (report.html, style.css)
+page      what every page shares (page.html, parts.html, style.css)
+html      the page of a run (report.html)
 """
 
 from __future__ import annotations
