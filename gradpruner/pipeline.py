@@ -109,7 +109,7 @@ class _Run:
         except Exception as error:
             ours = error
             if not isinstance(ours, GradPrunerError):  # a method met something it did not expect
-                ours = ModelError(f"{name} failed: {type(error).__name__}: {error}")
+                ours = ModelError(f"{type(error).__name__}: {error}")
                 log.debug("%s", name, exc_info=error)
             log.error("%s failed: %s", name, ours)
             self.failures[name] = ours
