@@ -301,7 +301,7 @@ def save_model(
 
     Args:
         model: The causal LM (its weights are cast in place).
-        tokenizer: Saved beside it.
+        tokenizer: Saved beside it; None: there is none.
         folder: The target; replaced if it is ours.
         dtype: Stored dtype.
         plan: What was pruned; None for a dense model.
@@ -318,7 +318,8 @@ def save_model(
         model.config.dtype = dtype
         model.config.use_cache = True  # gradient checkpointing turns it off
         model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
         kind = "adapter" if hasattr(model, "peft_config") else "model"
         describe_model(staged, plan=plan, source=source, kind=kind, facts=facts)
     return folder

@@ -45,7 +45,7 @@ def prune_width_checkpoint(
     error = narrow_(model, plan)
     save_model(
         model,
-        load_tokenizer(source),
+        load_tokenizer(source) if any(source.glob("tokenizer*")) else None,
         target,
         dtype=dtype,
         plan=plan,

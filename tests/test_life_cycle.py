@@ -17,6 +17,7 @@ from gradpruner.methods import METHODS, Method, MethodOptions
 from gradpruner.pipeline import run
 from gradpruner.plan import PruningPlan
 from gradpruner.progress import set_mode
+from gradpruner.report import render_html
 from gradpruner.training import finetune
 from gradpruner.width import WidthView, prune_width_
 from gradpruner.width_plan import LayerWidths
@@ -74,6 +75,8 @@ def test_a_width_method_is_one_row_like_any_other(register, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder / "variants/narrow/model")
     assert count_parameters(model) == row["num_parameters"] == plan["savings"]["parameters"]["after"]
     assert model.config.intermediate_size == 8
+    shown = render_html(record, tmp_path / "report.html").read_text()
+    assert "Widths of a layer" in shown and "of 32" in shown
     assert "loads with `AutoModelForCausalLM" in (folder / "variants/narrow/model/README.md").read_text()
 
 
