@@ -157,7 +157,7 @@ def make_sweep(
             make_row(n, value=None if n == "dense" else METHODS[n][1] + 0.006 * i * (n == "merged"))
             for n in names
         ]
-        points.append({"value": value, "label": str(value), "rows": rows})
+        points.append({"value": value, "label": f"merged layers {value}", "rows": rows})
     return study | {
         "kind": "ablation",
         "title": "Merged layers",
@@ -291,6 +291,26 @@ def test_a_seed_that_failed_is_named() -> None:
     row["metrics"]["exact_match"]["per_seed"] = [0.82]
     assert "Last layers: seed 1 failed." in judge_study(read_study(study)).notes
     assert "1 of 3 seeds" in study_markdown(study)
+
+
+def test_what_has_not_run_yet_did_not_fail(tmp_path: Path) -> None:
+    study = make_study(("dense", "merged", "last"))
+    fail(study, "last", "not run yet")
+    study["runs"] = {"planned": 3, "finished": 2, "failed": 0}
+    row_of(study, "merged")["per_seed"][2]["error"] = "not finished"
+    row_of(study, "merged")["metrics"]["exact_match"]["per_seed"][2] = None
+    source = render(study, tmp_path)
+    assert 'class="error"' not in source
+    notes = judge_study(read_study(study)).notes
+    assert "Not complete: 2 of 3 runs are finished." in notes
+    assert not any("failed" in note for note in notes)
+
+
+def test_an_ablation_without_settings_is_shown_as_a_comparison(tmp_path: Path) -> None:
+    study = make_study(("dense", "merged", "dropped", "gradpruner_width")) | {"kind": "ablation"}
+    source = render(study | {"figure": "Figure 9"}, tmp_path)
+    assert 'id="figure-quality"' in source and "Figure 9" in Page(source).words
+    assert judge_study(read_study(study)).word == "Below dense"
 
 
 def test_one_seed_and_few_examples_are_said(tmp_path: Path) -> None:

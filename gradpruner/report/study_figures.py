@@ -133,7 +133,7 @@ def cost_plot(view: StudyView) -> Plot | None:
         for x, y, row in zip(at, values, rows, strict=True):
             hue = colour(hue_of(view, row))
             face = colour("surface") if row.name == "dropped" else hue
-            axes.plot([x], [y], "o", markersize=8, color=hue, markerfacecolor=face, markeredgewidth=1.4,
+            axes.plot([x], [y], "o", markersize=8, color=hue, markerfacecolor=face, markeredgewidth=1.6,
                       zorder=3)  # fmt: skip
         axes.set_xlabel("time the method takes before fine-tuning")
         axes.set_ylabel(name.lower())

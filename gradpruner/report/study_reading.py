@@ -8,6 +8,8 @@ from typing import Any
 from gradpruner.report.formats import number, text
 from gradpruner.report.reading import LayerAction, Measured, Plan, count, mapping, read_plan, sequence
 
+_PENDING = ("not run yet", "not finished")
+"""Errors of rows that did not fail: an unfinished study can be looked at."""
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
 
 
@@ -34,14 +36,15 @@ class Quality:
 class StudyRow:
     """One method at one point of a study.
 
-    `uniform` False means that layers differ in width, so that only gradpruner loads the result.
-    `missing_seeds` are those that failed where others did not.
+    `uniform` False means that layers differ in width, so that only gradpruner loads the result. `pending`
+    rows have not been run yet. `missing_seeds` are those that failed where others did not.
     """
 
     name: str
     label: str
     description: str
     error: str | None
+    pending: bool
     num_parameters: int | None
     removed_parameters: int | None
     removed_share: float | None
@@ -52,7 +55,6 @@ class StudyRow:
     plans: tuple[Plan, ...]
     num_seeds: int
     missing_seeds: tuple[int, ...]
-    curves: tuple[tuple[tuple[float, float], ...], ...]
 
     @property
     def is_dense(self) -> bool:
@@ -84,7 +86,7 @@ class StudyView:
 
     Attributes:
         study: The record itself.
-        kind: 'compare' or 'ablation'.
+        kind: 'compare', or 'ablation' where there are settings to compare.
         points: In recorded order.
         metric: The main metric; `metrics` are all, main first.
         seeds: As asked for.
@@ -137,13 +139,14 @@ class StudyView:
 
 def read_study(study: dict[str, Any]) -> StudyView:
     """Finds points, rows and metrics of one study."""
-    points = tuple(_read_point(mapping(point)) for point in sequence(study, "points"))
+    sweep = mapping(study, "sweep")
+    label = text(sweep.get("label") or sweep.get("key") or "setting", 60)
+    points = tuple(_read_point(mapping(point), label) for point in sequence(study, "points"))
     measured = dict.fromkeys(name for p in points for row in p.rows for name in row.quality)
     named = [str(name) for name in sequence(study, "metrics") if str(name) in measured]
     metrics = tuple(dict.fromkeys((*named, *measured)))
-    sweep = mapping(study, "sweep")
-    label = text(sweep.get("label") or sweep.get("key") or "setting", 60)
-    kind = "ablation" if study.get("kind") == "ablation" or (sweep and len(points) > 1) else "compare"
+    # An ablation without settings (layers or hidden size, Fig. 9) compares methods.
+    kind = "ablation" if sweep or len(points) > 1 else "compare"
     seeds = (count(seed) for seed in sequence(study, "seeds"))
     majority = number(mapping(study, "reference").get("majority_class"))
     return StudyView(
@@ -159,24 +162,30 @@ def read_study(study: dict[str, Any]) -> StudyView:
     )
 
 
-def _read_point(point: dict[str, Any]) -> StudyPoint:
-    value = point.get("value")
-    shown = f"{value:g}" if number(value) is not None else text(value)
+def _read_point(point: dict[str, Any], sweep_label: str) -> StudyPoint:
+    value, label = point.get("value"), text(point.get("label") or "", 60)
+    if number(value) is not None:
+        # The axis and the column say what is varied.
+        label = f"{value:g}"
+    elif sweep_label and label.startswith(f"{sweep_label} "):
+        label = label[len(sweep_label) + 1 :]
     rows = tuple(_read_row(mapping(row)) for row in sequence(point, "rows"))
-    return StudyPoint(value, text(point.get("label") or shown, 60), rows)
+    return StudyPoint(value, label or text(value), rows)
 
 
 def _read_row(row: dict[str, Any]) -> StudyRow:
     name, error = str(row.get("name")), row.get("error")
     qualities = {str(key): _read_quality(mapping(row, "metrics", key)) for key in mapping(row, "metrics")}
     per_seed = [mapping(entry) for entry in sequence(row, "per_seed")]
-    failed = [count(entry.get("seed")) for entry in per_seed if entry.get("error")]
+    broken = [entry for entry in per_seed if entry.get("error")]
+    failed = [count(entry.get("seed")) for entry in broken if entry.get("error") not in _PENDING]
     uniform = row.get("uniform")
     return StudyRow(
         name=name,
         label=text(row.get("label") or name, 80),
         description=text(row.get("description") or ""),
-        error=None if not error else str(error),
+        error=None if not error or error in _PENDING else str(error),
+        pending=error in _PENDING,
         num_parameters=count(row.get("num_parameters")),
         removed_parameters=count(row.get("removed_parameters")),
         removed_share=number(row.get("removed_share")),
@@ -185,9 +194,8 @@ def _read_row(row: dict[str, Any]) -> StudyRow:
         quality={key: quality for key, quality in qualities.items() if quality is not None},
         costs=mapping(row, "costs"),
         plans=tuple(p for p in (_plan(name, entry) for entry in sequence(row, "plans")) if p.actions),
-        num_seeds=len(per_seed) - len(failed),
+        num_seeds=len(per_seed) - len(broken),
         missing_seeds=() if error else tuple(seed for seed in failed if seed is not None),
-        curves=tuple(curve for curve in map(_curve, sequence(row, "scores")) if curve),
     )
 
 
@@ -218,13 +226,6 @@ def _measured(entry: dict[str, Any]) -> Measured | None:
 def _plan(name: str, entry: Any) -> Plan:
     """A seed's plan; one of widths has no actions and shows as nothing."""
     return read_plan(name, mapping(entry)) if mapping(entry) else Plan(name, (), None, {})
-
-
-def _curve(entry: Any) -> tuple[tuple[float, float], ...]:
-    """How early the kept set settled, as recorded with a seed's scores."""
-    found = (mapping(point) for point in sequence(entry, "stability"))
-    pairs = ((number(point.get("step")), number(point.get("overlap"))) for point in found)
-    return tuple((step, overlap) for step, overlap in pairs if step is not None and overlap is not None)
 
 
 def kept_layers(plan: Plan) -> frozenset[int]:

@@ -86,17 +86,13 @@ def kept_plot(view: StudyView) -> Plot | None:
     """
     main = view.main_name
     rows = [(at, point.row(main)) for at, point in _positions(view)] if main is not None else []
-    known = [(at, row) for at, row in rows if row is not None and row.plans]
-    if len(known) < 3:
-        return None
-    final = [kept_layers(plan) for plan in known[-1][1].plans]
-    if not all(final):
+    known = [(at, row.plans) for at, row in rows if row is not None and row.plans]
+    final = [kept_layers(plan) for plan in known[-1][1]] if known else []
+    if len(known) < 3 or not all(final):
         return None
     points = []
-    for at, row in known:
-        shares = [
-            len(kept_layers(plan) & kept) / len(kept) for plan, kept in zip(row.plans, final, strict=False)
-        ]
+    for at, plans in known:
+        shares = [len(kept_layers(plan) & kept) / len(kept) for plan, kept in zip(plans, final, strict=False)]
         points.append((at, Measured(sum(shares) / len(shares), min(shares), max(shares), None)))
 
     def paint(axes: Axes, small: bool) -> None:

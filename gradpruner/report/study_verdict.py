@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gradpruner.report.formats import interval, percent, ratio, short, signed_percent, text, times, whole
+from gradpruner.report.formats import interval, number, percent, short, signed_percent, text, times, whole
 from gradpruner.report.reading import FEW_EXAMPLES, Measured, mapping, metric_label
 from gradpruner.report.study_reading import Quality, StudyPoint, StudyRow, StudyView
 from gradpruner.report.verdict import Tile, Verdict
@@ -275,6 +275,10 @@ def _comparison_notes(view: StudyView, point: StudyPoint, main: StudyRow | None)
 def _size_notes(view: StudyView) -> list[str]:
     """Warns of few seeds, few examples, and seeds that failed."""
     notes = []
+    runs = mapping(view.study, "runs")
+    planned, finished = number(runs.get("planned")), number(runs.get("finished"))
+    if planned is not None and finished is not None and finished < planned:
+        notes.append(f"Not complete: {whole(finished)} of {whole(planned)} runs are finished.")
     seeds = len(view.seeds) or max((row.num_seeds for row in view.rows), default=0)
     if seeds == 1:
         notes.append("One seed: how much another one would change is not known. Run at least three.")
@@ -319,10 +323,3 @@ def _turned(paired: Measured) -> Measured:
     low = None if paired.high is None else -paired.high
     high = None if paired.low is None else -paired.low
     return Measured(-paired.value, low, high, paired.n)
-
-
-def relative(row: StudyRow, dense: StudyRow | None, metric: str) -> float | None:
-    """Returns the row's mean as a share of the dense model's."""
-    if dense is None or metric not in row.quality or metric not in dense.quality:
-        return None
-    return ratio(row.quality[metric].mean.value, dense.quality[metric].mean.value)
