@@ -122,7 +122,8 @@ def _unknown_recipe(name: str) -> NoReturn:
 
 
 def _recipe_names() -> list[str]:
-    return sorted(str(p.relative_to(RECIPES).with_suffix("")) for p in RECIPES.rglob("*.yaml"))
+    names = (str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("ablations/"))  # those are studies
 
 
 def _stage(name: str, summary: str) -> None:
