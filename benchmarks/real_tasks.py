@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "fingpt_sentiment": {"train_limit": 600, "eval_limit": 300, "epochs": 3},
 }
 # The tasks' own prompts list the answers, which instructs a large model and only costs a tiny one time.
-SHORT_PROMPT = {"trec": "Question: ", "financial_phrasebank": "Sentence: "}
+SHORT_PROMPT = {"trec": "Question: ", "financial_phrasebank": "Sentence: ", "sst2": "Sentence: "}
 SWEEP = {"full": (3e-4, 1e-3, 2e-3, 4e-3), "lora": (1e-3, 3e-3, 1e-2)}
 SWEEP_TASK = "trec"
 
@@ -107,13 +108,15 @@ def sweep(args: argparse.Namespace) -> None:
     )
 
 
-def write_rows(args: argparse.Namespace) -> None:
+def write_rows(args: argparse.Namespace, tasks: Iterable[str]) -> None:
     """The tasks' rows as prompt/completion files, with short prompts where the task's own is long."""
+    from gradpruner.tasks import TASKS as KNOWN
     from gradpruner.tasks import load_task
 
-    for task in TASKS:
-        for split in ("train", "test"):
-            path = Path(args.work) / "data" / task / f"{split}.jsonl"
+    for task in tasks:
+        splits = {"train": KNOWN.find(task).train_split, "test": KNOWN.find(task).eval_split}
+        for name, split in splits.items():
+            path = Path(args.work) / "data" / task / f"{name}.jsonl"
             if path.exists():
                 continue
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -243,7 +246,7 @@ def main() -> None:
         parser.error("--model and --data are needed")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.what != "table":
-        write_rows(args)
+        write_rows(args, TASKS)
     {"sweep": sweep, "run": compare, "table": table}[args.what](args)
 
 

@@ -141,6 +141,7 @@ def test_a_plan_keeps_to_the_budget_and_its_model_runs(name, num_prune, unit, ma
     context = make_context(num_keep=6 - num_prune, num_remove=num_prune * LAYER_PARAMETERS, unit=unit)
     plan = plan_by(name, context)
     assert plan.method == name and plan.evidence["num_layers"] == 6
+    assert isinstance(plan, PruningPlan) or plan.uniform or not METHODS.find(name).uniform
     check_budget(plan, context)
     model = tiny_llama()
     trace = context.trace() if METHODS.find(name).needs_trace else None
