@@ -191,7 +191,7 @@ class Variant:
     def prune(self) -> dict[str, Any]:
         """Dense model and plan -> pruned model"""
         assert self.plan is not None
-        trace = self.trace() if self.plan.merged else None
+        trace = self.trace() if self.plan.needs_trace else None
         megabytes = savings(self.job.config, list(self.plan.keep))["disk_bytes"]["after"] // 10**6
         with Progress(max(1, megabytes), f"prune {self.name} [MB]") as progress:
             report = prune_checkpoint(
