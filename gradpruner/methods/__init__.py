@@ -11,12 +11,13 @@ from gradpruner.methods import (
     shortgpt,
     sleb,
 )
-from gradpruner.methods.base import METHODS, Method, MethodContext
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 
 __all__ = [
     "METHODS",
     "Method",
     "MethodContext",
+    "MethodOptions",
     "angular",
     "block_influence",
     "gradpruner",
