@@ -136,4 +136,4 @@ class Method:
             ) from error
 
 
-METHODS: Registry[Method] = Registry("method")
+METHODS: Registry[Method] = Registry("method", renamed={"block_influence": "shortgpt"})
