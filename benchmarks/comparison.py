@@ -130,7 +130,7 @@ def measured(row: dict[str, Any] | None) -> str:
 
 
 def balance(studies: list[dict[str, Any]]) -> str:
-    """Every method against the dense model, dropping the last layers, and GradPruner: wins, ties, losses by seed."""
+    """Every method against the dense model, dropping the last layers, and GradPruner, seed by seed."""
     columns = (("dense", "dense"), ("last", "last layers"), ("merged", "GradPruner"))
     head = " | ".join(f"mean difference to {label}, points | better / equal / worse" for _, label in columns)
     lines = [f"| method | {head} |", "|---" * (1 + 2 * len(columns)) + "|"]
@@ -161,8 +161,8 @@ def by_seed(study: dict[str, Any], name: str, other: str) -> list[tuple[float, f
 def costs(studies: list[dict[str, Any]]) -> str:
     """What every method needs until its pruned model is there, and what that model then costs."""
     lines = [
-        "| method | parameters removed | layers | seconds | peak memory | fine-tuning, of dense | evaluation, of dense "
-        "| plain Hugging Face model |",
+        "| method | parameters removed | layers | seconds | peak memory | fine-tuning, of dense "
+        "| evaluation, of dense | plain Hugging Face model |",
         "|---" * 8 + "|",
     ]
     for name, first in rows_of(studies[0]).items():
@@ -172,12 +172,17 @@ def costs(studies: list[dict[str, Any]]) -> str:
             lines.append(f"| {first['label']} | failed |" + " |" * 6)
             continue
         spent = [row["costs"] for row in rows]
-        lines.append(
-            f"| {first['label']} | {100 * rows[0]['removed_share']:.1f} % | {rows[0]['num_layers']:g} | "
-            f"{mid(spent, 'method_seconds', '{:.1f}')} | {mid(spent, 'method_peak_memory_bytes', '{:.0f} MB', 1e6)} | "
-            f"{mid(spent, 'training_ratio', '{:.2f}x')} | {mid(spent, 'inference_ratio', '{:.2f}x')} | "
-            f"{'yes' if rows[0]['uniform'] is not False else 'no'} |"
+        cells = (
+            first["label"],
+            f"{100 * rows[0]['removed_share']:.1f} %",
+            f"{rows[0]['num_layers']:g}",
+            mid(spent, "method_seconds", "{:.1f}"),
+            mid(spent, "method_peak_memory_bytes", "{:.0f} MB", 1e6),
+            mid(spent, "training_ratio", "{:.2f}x"),
+            mid(spent, "inference_ratio", "{:.2f}x"),
+            "no" if rows[0]["uniform"] is False else "yes",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
