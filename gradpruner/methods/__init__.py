@@ -7,6 +7,7 @@ from gradpruner.methods import (
     last,
     magnitude,
     random_layers,
+    sat,
     sleb,
 )
 from gradpruner.methods.base import METHODS, Method, MethodContext
@@ -21,5 +22,6 @@ __all__ = [
     "last",
     "magnitude",
     "random_layers",
+    "sat",
     "sleb",
 ]
