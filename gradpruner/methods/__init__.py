@@ -2,6 +2,7 @@
 
 from gradpruner.methods import (
     angular,
+    apt,
     block_influence,
     gradpruner,
     last,
@@ -17,6 +18,7 @@ __all__ = [
     "Method",
     "MethodContext",
     "angular",
+    "apt",
     "block_influence",
     "gradpruner",
     "last",

@@ -151,7 +151,7 @@ class SlicedModel:
             for i in range(layered.num_layers)
         ]
         for module in (module for layer in linears for module in layer.values()):
-            _check_linear(module)
+            check_linear(module)
         self.layers = [SlicedLayer(layer, self.view.shape.num_kv_heads) for layer in linears]
 
     def keep(self, groups: Tensor | None, channels: Tensor | None) -> None:
@@ -200,7 +200,8 @@ class SlicedModel:
         return self.view.parameters_of(dense, shape.hidden_size, "decoder_parameters")
 
 
-def _check_linear(module: Any) -> None:
+def check_linear(module: Any) -> None:
+    """Raises ModelError for a quantised linear, or one with an adapter other than LoRA."""
     base = getattr(module, "base_layer", module)
     if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
         raise ModelError(
