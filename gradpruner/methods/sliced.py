@@ -118,11 +118,11 @@ class SlicedLayer:
             if kept is None or not module.training:
                 return whole(inputs)
             if role not in COLUMNS:
-                bias = None if module.bias is None else module.bias[kept]
-                return product(inputs, module.weight[kept], bias)
+                bias = None if module.bias is None else module.bias.index_select(0, kept)
+                return product(inputs, module.weight.index_select(0, kept), bias)
             if counted:
                 self.usage[role].add(inputs, kept)
-            return product(inputs, module.weight[:, kept], module.bias)
+            return product(inputs, module.weight.index_select(1, kept), module.bias)
 
         return forward
 
