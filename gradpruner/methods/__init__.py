@@ -1,12 +1,15 @@
-"""Layer-importance methods, one file each. A new one is one file and one line here."""
+"""Pruning methods, one file each. A new one is one file and one line here."""
 
 from gradpruner.methods import (
     angular,
-    block_influence,
+    apt,
     gradpruner,
+    laco,
     last,
     magnitude,
     random_layers,
+    sat,
+    shortgpt,
     sleb,
 )
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
@@ -17,10 +20,13 @@ __all__ = [
     "MethodContext",
     "MethodOptions",
     "angular",
-    "block_influence",
+    "apt",
     "gradpruner",
+    "laco",
     "last",
     "magnitude",
     "random_layers",
+    "sat",
+    "shortgpt",
     "sleb",
 ]
