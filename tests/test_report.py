@@ -19,6 +19,7 @@ from rich.console import Console
 from gradpruner.report import figures, html, markdown_table, print_summary, render_html, svg, tables
 from gradpruner.report.formats import (
     duration,
+    interval,
     num_bytes,
     percent,
     short,
@@ -523,6 +524,7 @@ def test_plans_with_equal_savings_share_a_table(page: Page, source: str) -> None
         (signed_percent(0.02), "+2.0%"),
         (text("a\x00\u202eb\nc"), "ab c"),
         (text("abcdef", 4), "abc…"),
+        (interval(-0.0001, 0.1), "[0.0, 10.0]"),
     ],
 )
 def test_formats(shown: str, expected: str) -> None:

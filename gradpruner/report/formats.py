@@ -120,7 +120,9 @@ def interval(low: Any, high: Any) -> str:
     low_finite, high_finite = number(low), number(high)
     if low_finite is None or high_finite is None:
         return ""
-    return f"[{100 * low_finite:.1f}, {100 * high_finite:.1f}]"
+    # Adding 0.0 turns -0.0 into 0.0.
+    shown = (f"{round(100 * end, 1) + 0.0:.1f}" for end in (low_finite, high_finite))
+    return f"[{', '.join(shown)}]"
 
 
 def ratio(after: Any, before: Any) -> float | None:

@@ -115,10 +115,10 @@ def cost_plot(view: StudyView) -> Plot | None:
     if len(rows) < 2:
         return None
     seconds = [max(number(row.costs.get("method_seconds")) or 0.0, 0.0) for row in rows]
-    positive = [value for value in seconds if value > 0]
-    floor = max(min(positive) / 2, 0.01) if positive else 0.01
-    at = [max(value, floor) for value in seconds]
-    log = max(at) > 30 * min(at)
+    positive = [value for value in seconds if value > 0] or [1.0]
+    log = max(positive) > 30 * min(positive)
+    # Where the axis has no zero, what takes no time stands at its left end.
+    at = [max(value, min(positive) / 2) for value in seconds] if log else seconds
     values = [row.quality[view.metric].mean.value for row in rows]
     dense = next((r.quality[view.metric].mean.value for r in _measured(view) if r.is_dense), None)
     name = metric_label(view.metric)
@@ -237,8 +237,8 @@ def _time_axis(axes: Axes, seconds: Sequence[float], log: bool, small: bool) -> 
         axes.xaxis.set_major_locator(locator)
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        pad = 0.08 * (max(seconds) - min(seconds)) or 0.1 * max(seconds)
-        axes.set_xlim(max(min(seconds) - pad, 0), max(seconds) + pad)
+        pad = 0.08 * (max(seconds) - min(seconds)) or 0.1 * max(seconds) or 1.0
+        axes.set_xlim(min(seconds) - pad, max(seconds) + pad)
         axes.locator_params(axis="x", nbins=3 if small else _MOST_TICKS)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _brief(value)))
 

@@ -132,7 +132,7 @@ def budget_words(view: StudyView) -> str:
     of = f" of its {whole(total)}" if total else ""
     worth = f", what {whole(layers)}{of} decoder layers hold" if layers else ""
     return (
-        f"Every method removes the same: {whole(removed)} parameters, {percent(share)} of {unit}{worth}. "
+        f"One budget for every method: {whole(removed)} parameters, {percent(share)} of {unit}{worth}. "
         "Methods that cannot meet it exactly stay within one of their units."
     )
 
