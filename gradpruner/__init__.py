@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gradpruner._version import __version__
 
 if TYPE_CHECKING:
+    from gradpruner.checkpoint import load_model
     from gradpruner.config import Recipe, load_recipe
     from gradpruner.costing.comparison import measure_cost
     from gradpruner.costing.workload import Workload
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from gradpruner.trace import GradientTrace
     from gradpruner.training import finetune
     from gradpruner.verify import verify_checkpoint
+    from gradpruner.width import prune_width_
+    from gradpruner.width_plan import WidthPlan
 
 _HOMES = {
     "Example": "data",
@@ -46,6 +49,7 @@ _HOMES = {
     "LayerScores": "scores",
     "PruningPlan": "plan",
     "Recipe": "config",
+    "WidthPlan": "width_plan",
     "Workload": "costing.workload",
     "diff_checkpoint": "delta",
     "element_importance": "importance",
@@ -53,12 +57,14 @@ _HOMES = {
     "evaluate": "evaluation",
     "finetune": "training",
     "load_examples": "data",
+    "load_model": "checkpoint",
     "load_recipe": "config",
     "measure_cost": "costing.comparison",
     "merge_linear": "merging",
     "plan_pruning": "selection",
     "prune_": "surgery",
     "prune_checkpoint": "streaming",
+    "prune_width_": "width",
     "rebuild_checkpoint": "delta",
     "record_gradients": "recording",
     "run": "pipeline",
@@ -74,6 +80,7 @@ __all__ = [
     "LayerScores",
     "PruningPlan",
     "Recipe",
+    "WidthPlan",
     "Workload",
     "__version__",
     "diff_checkpoint",
@@ -82,12 +89,14 @@ __all__ = [
     "evaluate",
     "finetune",
     "load_examples",
+    "load_model",
     "load_recipe",
     "measure_cost",
     "merge_linear",
     "plan_pruning",
     "prune_",
     "prune_checkpoint",
+    "prune_width_",
     "rebuild_checkpoint",
     "record_gradients",
     "run",

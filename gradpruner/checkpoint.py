@@ -13,6 +13,7 @@ from torch import nn
 from gradpruner.depth import text_config
 from gradpruner.errors import ConfigError, IntegrityError, ModelError
 from gradpruner.family import FAMILIES, find_family
+from gradpruner.files import read_json
 from gradpruner.folder import (
     PRUNING_FILE,
     check_config,
@@ -23,6 +24,8 @@ from gradpruner.folder import (
 )
 from gradpruner.plan import PruningPlan
 from gradpruner.registry import suggest
+from gradpruner.width import resized_class
+from gradpruner.width_plan import WidthPlan
 
 ADAPTER_FILE = "adapter_config.json"
 
@@ -111,6 +114,9 @@ def load_structure(folder: Path) -> nn.Module:
     from transformers import AutoConfig
 
     chosen = model_class(AutoConfig.from_pretrained(folder))
+    plan = narrowed_plan(folder)
+    if plan is not None:
+        chosen = resized_class(chosen, plan)
     try:
         model, report = chosen.from_pretrained(
             folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
@@ -145,8 +151,24 @@ def _refuse_gaps(folder: Path, report: Any, config: Any) -> None:
             )
 
 
+def narrowed_plan(folder: Path) -> WidthPlan | None:
+    """The plan of a folder whose layers have different widths, which no config can say; None for others.
+
+    Raises:
+        PlanError: If `pruning.json` holds a width plan that cannot be read.
+        IntegrityError: If it is not JSON.
+    """
+    path = folder / PRUNING_FILE
+    raw = read_json(path, "pruning record") if path.is_file() else {}
+    plan = raw.get("plan") if isinstance(raw, dict) else None
+    if not isinstance(plan, dict) or plan.get("kind") != "width":
+        return None
+    read = WidthPlan.from_dict(plan, str(path))
+    return None if read.uniform else read
+
+
 def load_model(
-    folder: Path,
+    folder: str | Path,
     *,
     dtype: str = "auto",
     device: str = "auto",
@@ -156,6 +178,8 @@ def load_model(
     quantise: bool = False,
 ) -> nn.Module:
     """Loads a causal LM from a checked folder, in evaluation mode, on the device.
+
+    Also one whose layers have different widths (`pruning.json` says which), which plain transformers refuses.
 
     Args:
         folder: The model folder.
@@ -173,6 +197,7 @@ def load_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    folder = Path(folder)
     check_model_folder(folder, trust_remote_code or native)
     target = resolve_device(device)
     options: dict[str, Any] = {}
@@ -182,6 +207,9 @@ def load_model(
         loader = (
             AutoModelForCausalLM if trust_remote_code else model_class(AutoConfig.from_pretrained(folder))
         )
+        plan = narrowed_plan(folder)
+        if plan is not None:
+            loader = resized_class(model_class(AutoConfig.from_pretrained(folder)), plan)
         model, report = loader.from_pretrained(
             folder,
             dtype=resolve_dtype(dtype, target),
@@ -262,7 +290,7 @@ def save_model(
     folder: Path,
     *,
     dtype: torch.dtype,
-    plan: PruningPlan | None,
+    plan: PruningPlan | WidthPlan | None,
     source: str,
     facts: dict[str, Any] | None = None,
 ) -> Path:
@@ -273,7 +301,7 @@ def save_model(
 
     Args:
         model: The causal LM (its weights are cast in place).
-        tokenizer: Saved beside it.
+        tokenizer: Saved beside it; None: there is none.
         folder: The target; replaced if it is ours.
         dtype: Stored dtype.
         plan: What was pruned; None for a dense model.
@@ -290,7 +318,8 @@ def save_model(
         model.config.dtype = dtype
         model.config.use_cache = True  # gradient checkpointing turns it off
         model.save_pretrained(staged)
-        tokenizer.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
         kind = "adapter" if hasattr(model, "peft_config") else "model"
         describe_model(staged, plan=plan, source=source, kind=kind, facts=facts)
     return folder

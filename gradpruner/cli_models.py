@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from gradpruner.plan import PruningPlan
     from gradpruner.trace import GradientTrace
     from gradpruner.verify import VerifyReport
+    from gradpruner.width_plan import WidthPlan
 
 SourceOption = Annotated[str | None, typer.Option("--source", help="The model it was made from.")]
 PlanFileOption = Annotated[
@@ -61,7 +62,8 @@ def prune(
     """Prune a checkpoint on disk: gradpruner prune MODEL NEW --plan PLAN.
 
     The model is never loaded: kept tensors are copied, merged ones computed one by one. The result is
-    verified before it appears. Without a second folder: a recipe or run directory, up to pruning.
+    verified before it appears. (A plan of heads, channels and hidden dimensions does load it.) Without a
+    second folder: a recipe or run directory, up to pruning.
     """
     from gradpruner import cli
 
@@ -93,6 +95,18 @@ class _Choice:
             what = " and ".join(given) or "Neither --plan nor --keep nor --drop"
             raise ConfigError(f"{what} given; exactly one is needed.")
         self.plan_file, self.trace_folder, self.keep, self.drop = plan, trace, keep, drop
+
+    @property
+    def width_plan(self) -> WidthPlan | None:
+        """The plan, if it is one of heads, channels and hidden dimensions."""
+        from gradpruner.files import read_json
+        from gradpruner.width_plan import KIND, WidthPlan
+
+        if self.plan_file is None or not self.plan_file.is_file():
+            return None
+        raw = read_json(self.plan_file, "pruning plan")
+        is_width = isinstance(raw, dict) and raw.get("kind") == KIND
+        return WidthPlan.from_dict(raw, str(self.plan_file)) if is_width else None
 
     def resolve(self, source: Path) -> tuple[PruningPlan, GradientTrace | None]:
         """The plan and, if it merges, the trace."""
@@ -127,6 +141,9 @@ def _prune_folder(
     from gradpruner.streaming import prune_checkpoint
 
     folder = locate_model(source)
+    if choice.width_plan is not None:
+        _prune_widths(folder, source, destination, choice.width_plan, dry_run, as_json)
+        return
     plan, trace = choice.resolve(folder)
     facts = Blueprint(folder, plan, trace).summary()
     if not as_json:
@@ -152,6 +169,46 @@ def _prune_folder(
         typer.echo(f"pruned: {destination}")
 
 
+def _prune_widths(
+    folder: Path, source: str, destination: Path, plan: WidthPlan, dry_run: bool, as_json: bool
+) -> None:
+    from gradpruner.checkpoint import load_config, model_class
+    from gradpruner.folder import PRUNING_FILE, check_output
+    from gradpruner.layered import skeleton
+    from gradpruner.portability import judge_widths
+    from gradpruner.width import WidthView, width_savings
+    from gradpruner.width_checkpoint import prune_width_checkpoint
+
+    config = load_config(folder)
+    dense = skeleton(model_class(config), config)
+    plan.check_model(WidthView(dense).shape)
+    saved = width_savings(dense, plan)
+    facts: dict[str, Any] = {
+        "model_type": config.model_type,
+        "uniform": plan.uniform,
+        "savings": saved,
+        "portability": [vars(verdict) for verdict in judge_widths(plan)],
+    }
+    if not as_json:
+        before, after = saved["parameters"]["before"], saved["parameters"]["after"]
+        typer.echo(f"{config.model_type}: {before:,} -> {after:,} parameters in {plan.num_layers} layers")
+        _print_portability(facts["portability"])
+    if not dry_run:
+        check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
+        report = prune_width_checkpoint(folder, destination, plan, name=source)
+        facts |= {"folder": str(destination), "verified": report.to_dict()}
+        if not as_json:
+            _print_report(report)
+            typer.echo(f"pruned: {destination}")
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+
+
+def _print_portability(verdicts: list[dict[str, Any]]) -> None:
+    for verdict in verdicts:
+        typer.echo(f"  {verdict['engine']}: {verdict['status']}. {verdict['reason']}".rstrip(". ") + ".")
+
+
 def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
     from gradpruner.plan import runs_of
     from gradpruner.report.formats import num_bytes as shown
@@ -162,8 +219,7 @@ def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
         f"{after}; without layers {runs_of(plan.pruned)}"
         + (f", {sum(map(len, plan.merged.values()))} of them merged" if plan.merged else "")
     )
-    for verdict in facts["portability"]:
-        typer.echo(f"  {verdict['engine']}: {verdict['status']}. {verdict['reason']}".rstrip(". ") + ".")
+    _print_portability(facts["portability"])
     for warning in facts["warnings"]:
         typer.echo(f"  warning: {warning}")
 

@@ -113,6 +113,9 @@ class PlanSection(Section):
     """Fraction of all parameters to remove."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Prune exactly these layers."""
+    unit: Literal["parameters", "decoder_parameters"] = "parameters"
+    """What methods that prune no whole layers remove as much of as the layers hold: parameters of the whole
+    model, or without embeddings and head."""
     num_merge: int = Field(default=3, ge=0)
     """How many of the pruned layers, the best-scored, are merged instead of dropped."""
     protect_first: int = Field(default=1, ge=0)
@@ -250,6 +253,8 @@ class Recipe(Section):
     plan: PlanSection = PlanSection()
     finetune: FinetuneSection = FinetuneSection()
     evaluate: EvaluateSection = EvaluateSection()
+    methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Options of single methods: name -> option -> value (`gradpruner ls methods`)."""
     variants: list[str] = Field(default=["dense", "merged", "dropped"], min_length=1)
     """Rows of the comparison: dense; merged and dropped (GradPruner with and without merging); any other
     method's name (`gradpruner ls methods`)."""

@@ -26,6 +26,7 @@ from gradpruner.files import (
 )
 from gradpruner.plan import PruningPlan, runs_of
 from gradpruner.shards import check_inside, open_shards
+from gradpruner.width_plan import WidthPlan
 
 PRUNING_FILE = "pruning.json"
 # Fields that make transformers fetch and run code (CVE-2026-4372 and its sibling).
@@ -210,7 +211,12 @@ def _remove_orphans(folder: Path) -> None:
 
 
 def describe_model(
-    folder: Path, *, plan: PruningPlan | None, source: str, kind: str, facts: dict[str, Any] | None = None
+    folder: Path,
+    *,
+    plan: PruningPlan | WidthPlan | None,
+    source: str,
+    kind: str,
+    facts: dict[str, Any] | None = None,
 ) -> None:
     """Writes the model card, and last of all `pruning.json`, which marks the folder as ours and whole."""
     write_text(folder / "README.md", _model_card(plan, source, (facts or {}).get("portability", ())))
@@ -226,7 +232,10 @@ def describe_model(
     )
 
 
-def _model_card(plan: PruningPlan | None, source: str, portability: Sequence[dict[str, str]] = ()) -> str:
+def _model_card(
+    plan: PruningPlan | WidthPlan | None, source: str, portability: Sequence[dict[str, str]] = ()
+) -> str:
+    kind = "fine-tuned" if plan is None else "pruned" if isinstance(plan, WidthPlan) else "depth-pruned"
     lines = [
         "---",
         "library_name: transformers",
@@ -234,12 +243,19 @@ def _model_card(plan: PruningPlan | None, source: str, portability: Sequence[dic
         f"base_model: {json.dumps(source)}",
         "---",
         "",
-        f"# {Path(source).name}, {'depth-pruned' if plan else 'fine-tuned'} with GradPruner",
+        f"# {Path(source).name}, {kind} with GradPruner",
         "",
     ]
     if plan is None:
         return "\n".join([*lines, "All layers are kept.", ""])
-    lines += [
+    lines += _width_lines(plan) if isinstance(plan, WidthPlan) else _depth_lines(plan)
+    engines = [f"- {entry['engine']}: {entry['status']}. {entry['reason']}".rstrip() for entry in portability]
+    lines += ["", "Where it can be served:", "", *engines] if engines else []
+    return "\n".join([*lines, ""])
+
+
+def _depth_lines(plan: PruningPlan) -> list[str]:
+    lines = [
         f"{len(plan.pruned)} of {plan.num_layers} decoder layers are gone: {runs_of(plan.pruned)}.",
         f"Method: {plan.method}. Kept: {runs_of(plan.keep)}.",
     ]
@@ -248,13 +264,41 @@ def _model_card(plan: PruningPlan | None, source: str, portability: Sequence[dic
             f"Layers {runs_of(layers)} were merged into layer {target} "
             f"(rule {plan.rule}, density {plan.density:g})."
         )
-    engines = [f"- {entry['engine']}: {entry['status']}. {entry['reason']}".rstrip() for entry in portability]
-    lines += ["", "Where it can be served:", "", *engines] if engines else []
-    lines += [
+    return [
+        *lines,
         "",
         "It loads with `AutoModelForCausalLM.from_pretrained`, without custom code. `pruning.json` holds",
         "the complete plan. Depth pruning keeps classification and short answers well; multi-step",
         "reasoning suffers far more, and fine-tuning does not bring all of it back.",
-        "",
     ]
-    return "\n".join(lines)
+
+
+def _width_lines(plan: WidthPlan) -> list[str]:
+    def kept(what: str, numbers: Sequence[int], total: int) -> str:
+        low, high = min(numbers), max(numbers)
+        return f"- {what}: {low if low == high else f'{low} to {high}'} of {total}"
+
+    shape, layers = plan.shape, range(plan.num_layers)
+    lines = [
+        f"All {plan.num_layers} decoder layers stay and become narrower. Method: {plan.method}. Per layer:",
+        "",
+        kept("query heads", [len(w.heads) for w in plan.layers], shape.num_heads),
+        kept("key/value heads", [len(plan.kv_heads(i)) for i in layers], shape.num_kv_heads),
+        kept("MLP channels", [len(w.channels) for w in plan.layers], shape.intermediate_size),
+        kept("hidden dimensions, in all of them,", [len(plan.hidden)], shape.hidden_size),
+        "",
+        "`pruning.json` holds the complete plan.",
+    ]
+    if plan.uniform:
+        return [*lines, "It loads with `AutoModelForCausalLM.from_pretrained`, without custom code."]
+    return [
+        *lines,
+        "No config can say widths that differ between layers. Load the model with GradPruner, which runs no",
+        "code of this folder; plain transformers refuses it by the shapes of its tensors:",
+        "",
+        "```python",
+        "from gradpruner import load_model",
+        "",
+        'model = load_model("this folder")',
+        "```",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +21,23 @@ from gradpruner.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.errors import PlanError
 from gradpruner.evaluation_data import check_evaluation, load_also, load_split, metrics_of
 from gradpruner.family import Family
+from gradpruner.files import read_json
 from gradpruner.folder import locate_model
 from gradpruner.layered import LayeredModel, skeleton
-from gradpruner.methods import METHODS
+from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.plan import PruningPlan
-from gradpruner.portability import layer_facts, slots
+from gradpruner.portability import Verdict, judge, judge_widths, layer_facts, slots
 from gradpruner.provenance import hash_folder, sha256_json
 from gradpruner.questions import Questions
 from gradpruner.recording import default_steps
 from gradpruner.scores import LayerScores
 from gradpruner.selection import Fits, plan_pruning
+from gradpruner.trace import GradientTrace
 from gradpruner.training import check_liger, check_trackers, planned_steps
+from gradpruner.width import width_savings
+from gradpruner.width_plan import WidthPlan
 
+Plan = PruningPlan | WidthPlan
 STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
 # The rows every run can have; any other row is named after the scoring method it compares with.
 LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
@@ -50,9 +56,9 @@ class Job:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
-        for variant in recipe.variants:
-            if variant not in LABELS:
-                METHODS.find(variant)
+        for name in (*recipe.variants, *recipe.methods):
+            if name not in LABELS:
+                self.method_options(name)
         resolve_device(recipe.model.device)
         check_trackers(recipe.finetune.report_to)
         check_evaluation(recipe)
@@ -79,8 +85,60 @@ class Job:
             plan.check_model(self.num_layers)
             self.warnings += check_keep(self.text, self.family, plan)
         self.num_keep = len(plan.keep)
+        removed = savings(self.config, plan.keep)["parameters"]
+        self.num_remove = removed["before"] - removed["after"]
         if "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None:
             self._check_merging()
+
+    def method_options(self, name: str) -> MethodOptions:
+        """What the recipe sets about a method, checked."""
+        return METHODS.find(name).read_options(name, self.recipe.methods.get(name, {}))
+
+    def context(self, name: str, trace: Callable[[], GradientTrace], folder: Path) -> MethodContext:
+        """What a method may look at.
+
+        Args:
+            name: The method.
+            trace: Opens the recorded gradients.
+            folder: Where it may keep checkpoints while it trains.
+        """
+        plan = self.recipe.plan
+        protected = {*plan.protect, *required_layers(self.text, self.family), *range(plan.protect_first)}
+        protected |= set(range(self.num_layers - plan.protect_last, self.num_layers))
+        return MethodContext(
+            num_layers=self.num_layers,
+            seed=self.recipe.seed,
+            trace=trace,
+            model=lambda: self.load(self.folder),
+            samples=self.samples,  # type: ignore[arg-type]
+            collator=self.collator,
+            norm=self.recipe.score.norm,
+            num_keep=self.num_keep,
+            num_remove=self.num_remove,
+            unit=plan.unit,
+            protected=tuple(sorted(protected)),
+            fits=self.slots(),
+            options=self.method_options(name),
+            finetune=self.recipe.finetune.model_dump()
+            | {"device": "cpu" if self.device == "cpu" else "auto"},
+            folder=folder,
+        )
+
+    def savings_of(self, plan: Plan) -> dict[str, dict[str, int]]:
+        """What a plan saves, in every unit."""
+        if isinstance(plan, PruningPlan):
+            return savings(self.config, plan.keep)
+        return width_savings(self.skeleton(), plan)
+
+    def skeleton(self) -> nn.Module:
+        """The dense model without weights, made anew."""
+        return skeleton(model_class(self.config), self.config)
+
+    def portability_of(self, plan: Plan) -> tuple[Verdict, ...]:
+        """How engines serve what a plan leaves."""
+        if isinstance(plan, PruningPlan):
+            return judge(layer_facts(self.config), plan.keep)
+        return judge_widths(plan)
 
     def _check_merging(self) -> None:
         if self.family.no_merge:
@@ -138,7 +196,7 @@ class Job:
     @cached_property
     def structure(self) -> LayeredModel:
         """The dense model's layers, without weights."""
-        return LayeredModel(skeleton(model_class(self.config), self.config))
+        return LayeredModel(self.skeleton())
 
     @property
     def family(self) -> Family:
@@ -220,8 +278,22 @@ def placeholder_scores(num_layers: int) -> LayerScores:
     return LayerScores("placeholder", tuple(map(float, range(num_layers))))
 
 
-def plan_for(job: Job, scores: LayerScores, merging: bool) -> PruningPlan:
-    """The recipe's budget applied to scores."""
+def load_plan(path: Path) -> Plan:
+    """Reads a plan file of either kind.
+
+    Raises:
+        PlanError: If it says what no plan can.
+        IntegrityError: If it is missing or not JSON.
+    """
+    raw = read_json(path, "pruning plan")
+    kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == "width" else PruningPlan
+    return kind.from_dict(raw, str(path))
+
+
+def plan_for(
+    job: Job, scores: LayerScores, merging: bool, chosen_by_method: dict[str, Any] | None = None
+) -> PruningPlan:
+    """The recipe's budget applied to scores; what the method itself chooses comes before the recipe."""
     options = job.recipe.plan
     fractions: dict[str, Any] = {}
     if options.parameter_fraction is not None:
@@ -229,7 +301,10 @@ def plan_for(job: Job, scores: LayerScores, merging: bool) -> PruningPlan:
             "layer_parameters": layer_parameters(job.config),
             "total_parameters": count_parameters_of(job.config),
         }
-    chosen = options.model_dump(exclude={"file", "portable_to"}) | ({} if merging else {"num_merge": 0})
+    chosen = options.model_dump(exclude={"file", "portable_to", "unit"}) | (
+        {} if merging else {"num_merge": 0}
+    )
+    chosen |= chosen_by_method or {}
     chosen["protect"] = sorted({*options.protect, *required_layers(job.text, job.family)})
     if merging:
         chosen["kinds"] = job.layer_kinds
@@ -241,8 +316,8 @@ def count_parameters_of(config: Any) -> int:
     return count_parameters(build_on_meta(config))
 
 
-def scoring_method(variant: str) -> str:
-    """The method in `METHODS` that scores the layers for a row of the comparison."""
+def method_of(variant: str) -> str:
+    """The method in `METHODS` that a pruned row of the comparison comes from."""
     return "gradpruner" if variant in LABELS else variant
 
 
@@ -257,9 +332,9 @@ def bytes_to_write(job: Job) -> dict[str, int]:
     recipe = job.recipe
     plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
     sizes = savings(job.config, plan.keep)["disk_bytes"]
-    rows = [sizes["before"] if v == "dense" else 2 * sizes["after"] for v in recipe.variants]
+    rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
     trace = 0
-    if any(METHODS.find(scoring_method(v)).needs_trace for v in recipe.variants if v != "dense"):
+    if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
         view = LayeredModel(build_on_meta(job.config))
         modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
         per_step = sum(sum(module.weight.shape) for module in modules)
@@ -270,6 +345,14 @@ def bytes_to_write(job: Job) -> dict[str, int]:
         # float32 weights and two moments; two checkpoints are kept while a third is written.
         temporary += 3 * 12 * count_parameters_of(job.config)
     return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+
+
+def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
+    """The pruned model, the recovered one, and the fine-tuned one."""
+    method = METHODS.find(method_of(variant))
+    if not method.removes:
+        return sizes["before"]
+    return (3 if method.recover else 2) * sizes["after"]
 
 
 def bytes_missing(job: Job, folder: Path, until: str) -> int:

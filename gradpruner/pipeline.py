@@ -7,19 +7,28 @@ in docs/design.md; from the plan on, every row of the comparison goes its own wa
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from gradpruner.callbacks import ProgressCallback
 from gradpruner.config import Recipe, recipe_yaml
-from gradpruner.cost import savings
-from gradpruner.errors import ConfigError, GradPrunerError
+from gradpruner.errors import ConfigError, GradPrunerError, ModelError
 from gradpruner.files import check_free_space, write_json, write_text
-from gradpruner.job import LABELS, STAGES, Job, bytes_missing, data_identity, plan_for, scoring_method
+from gradpruner.job import (
+    LABELS,
+    STAGES,
+    Job,
+    Plan,
+    bytes_missing,
+    data_identity,
+    load_plan,
+    method_of,
+    plan_for,
+)
 from gradpruner.methods import METHODS, MethodContext
-from gradpruner.plan import PruningPlan
-from gradpruner.portability import judge, layer_facts
 from gradpruner.provenance import sha256_file
 from gradpruner.recording import record_gradients
 from gradpruner.run_record import run_record
@@ -65,9 +74,9 @@ class _Run:
         self.recipe = job.recipe
         self.record_inputs: dict[str, Any] | None = None
         self.scores: dict[str, LayerScores] = {}
-        self.plans: dict[str, PruningPlan] = {}
+        self.plans: dict[str, Plan] = {}
         self.variants: dict[str, dict[str, Any]] = {}
-        self.first_error: GradPrunerError | None = None
+        self.failures: dict[str, GradPrunerError] = {}
 
     def path(self, *parts: str) -> Path:
         return self.directory.path.joinpath(*parts)
@@ -75,30 +84,57 @@ class _Run:
     def up_to(self, until: str) -> dict[str, Any]:
         depth = STAGES.index(until)
         pruned = [v for v in self.recipe.variants if v != "dense"]
-        if any(METHODS.find(scoring_method(v)).needs_trace for v in pruned) or until == "record":
+        if until == "record":
             self.record()
-        if depth >= STAGES.index("score"):
-            for variant in pruned:
-                self.score(scoring_method(variant))
-        if depth >= STAGES.index("plan"):
-            for variant in pruned:
-                self.plan(variant)
-        if depth >= STAGES.index("prune"):
-            for variant in self.recipe.variants:
-                self.carry_out(variant, depth)
+        for variant in pruned:
+            with self.row(variant):
+                self.decide(variant, depth)
+        for variant in self.recipe.variants:
+            with self.row(variant):
+                if variant not in self.failures:
+                    self.carry_out(variant, depth)
         record = run_record(self.job, self.directory, self.scores, self.plans, self.variants)
         write_json(self.path("run.json"), record)
         if depth >= STAGES.index("evaluate"):
             self.report(record)
-        if self.first_error is not None:
-            raise self.first_error
+        for error in self.failures.values():
+            raise error
         return record
+
+    @contextmanager
+    def row(self, name: str) -> Iterator[None]:
+        """A row that fails says so and does not end the run; the first failure is raised at its end."""
+        try:
+            yield
+        except Exception as error:
+            ours = error
+            if not isinstance(ours, GradPrunerError):  # a method met something it did not expect
+                ours = ModelError(f"{type(error).__name__}: {error}")
+                log.debug("%s", name, exc_info=error)
+            log.error("%s failed: %s", name, ours)
+            self.failures[name] = ours
+            row = self.variants.setdefault(
+                name, Variant(self.job, self.directory, name, None, self.open_trace).row
+            )
+            row["error"] = str(ours)
+
+    def decide(self, variant: str, depth: int) -> None:
+        """What a row prunes, as far as that is known before its model is made."""
+        method = METHODS.find(method_of(variant))
+        if method.needs_trace:
+            self.record()
+        if method.score and depth >= STAGES.index("score"):
+            self.score(method_of(variant))
+        if (method.score or method.plan) and depth >= STAGES.index("plan"):
+            self.plan(variant)
 
     # -- stages --------------------------------------------------------------------------------------
 
     def record(self) -> None:
         """Model + task -> trace/"""
-        self.record_inputs = {
+        if self.record_inputs is not None:
+            return
+        inputs = {
             "model": self.job.model_sha256,
             "train": data_identity(self.job.train),
             "max_length": self.job.max_length,
@@ -108,8 +144,9 @@ class _Run:
             "precision": self.recipe.finetune.precision,
             "seed": self.recipe.seed,
         }
-        result = self.directory.stage("record", self.record_inputs, self._record, ["trace"])
+        result = self.directory.stage("record", inputs, self._record, ["trace"])
         self.job.warnings += result["notes"]
+        self.record_inputs = inputs
 
     def _record(self) -> dict[str, Any]:
         options = self.recipe.record
@@ -150,78 +187,91 @@ class _Run:
     def trace(self) -> GradientTrace:
         return GradientTrace.load(self.path("trace"))
 
-    def score(self, method: str) -> None:
-        """Trace (or model) -> scores/<method>.json"""
-        if method in self.scores:
-            return
-        target = f"scores/{method}.json"
-        inputs = {
+    def open_trace(self) -> GradientTrace:
+        """The recorded gradients, opened once."""
+        return self.trace
+
+    def decision_inputs(self, method: str) -> dict[str, Any]:
+        """What scores or a plan depend on."""
+        options = self.recipe.plan
+        found = METHODS.find(method)
+        return {
             "method": method,
+            "options": self.job.method_options(method).model_dump(mode="json"),
             "score": self.recipe.score.model_dump(),
             "num_keep": self.job.num_keep,
-            "record": self.record_inputs if METHODS.find(method).needs_trace else None,
+            "protect": [options.protect_first, options.protect_last, options.protect],
+            "budget": None if found.score else [self.job.num_remove, options.unit],
+            "record": self.record_inputs if found.needs_trace else None,
             "model": self.job.model_sha256,
             "train": data_identity(self.job.train),
             "max_length": self.job.max_length,
             "seed": self.recipe.seed,
         }
 
+    def score(self, method: str) -> None:
+        """Trace (or model) -> scores/<method>.json"""
+        if method in self.scores:
+            return
+        target = f"scores/{method}.json"
+
         def work() -> dict[str, Any]:
-            context = MethodContext(
-                num_layers=self.job.num_layers,
-                seed=self.recipe.seed,
-                trace=lambda: self.trace,
-                model=lambda: self.job.load(self.job.folder),
-                samples=self.job.samples,  # type: ignore[arg-type]
-                collator=self.job.collator,
-                norm=self.recipe.score.norm,
-                num_keep=self.job.num_keep,
-            )
             score = METHODS.find(method).score
             assert score is not None
-            score(context).save(self.path(target))
+            score(self.context(method)).save(self.path(target))
             return {}
 
-        self.directory.stage(f"score {method}", inputs, work, [target])
+        self.directory.stage(f"score {method}", self.decision_inputs(method), work, [target])
         self.scores[method] = LayerScores.load(self.path(target))
 
+    def context(self, method: str) -> MethodContext:
+        """What a method may look at."""
+        return self.job.context(method, self.open_trace, self.path("variants", method, "method"))
+
     def plan(self, variant: str) -> None:
-        """Scores -> plans/<variant>.json"""
+        """Scores (or model) -> plans/<variant>.json"""
         target = f"plans/{variant}.json"
-        method = scoring_method(variant)
+        name = method_of(variant)
+        method = METHODS.find(name)
         given = self.job.given_plan if variant in LABELS else None
-        inputs = {
-            "scores": sha256_file(self.path("scores", f"{method}.json")),
-            "plan": self.recipe.plan.model_dump(),
-            "given": given.to_dict() if given else None,
-            "variant": variant,
-        }
+        if method.score:
+            inputs: dict[str, Any] = {
+                "scores": sha256_file(self.path("scores", f"{name}.json")),
+                "plan": self.recipe.plan.model_dump() | method.plan_options,
+                "given": given.to_dict() if given else None,
+                "variant": variant,
+            }
+        else:
+            inputs = self.decision_inputs(name)
 
         def work() -> dict[str, Any]:
+            plan: Plan
             if given:
                 plan = given if variant == "merged" else given.without_merging()
+            elif method.plan:
+                plan = method.plan(self.context(name))
             else:
-                plan = plan_for(self.job, self.scores[method], merging=variant == "merged")
+                merging = variant == "merged" or (method.merges and variant not in LABELS)
+                plan = plan_for(self.job, self.scores[name], merging, method.plan_options)
             plan.save(self.path(target))
-            return savings(self.job.config, plan.keep)
+            return self.job.savings_of(plan)
 
         self.directory.stage(f"plan {variant}", inputs, work, [target])
-        plan = self.plans[variant] = PruningPlan.load(self.path(target))
-        for verdict in judge(layer_facts(self.job.config), plan.keep):
+        plan = self.plans[variant] = load_plan(self.path(target))
+        for verdict in self.job.portability_of(plan):
             if verdict.status in ("wrong", "refused") and not verdict.also_unpruned:
                 self.job.warnings.append(f"plan {variant}, served by {verdict.engine}: {verdict.reason}")
                 log.warning("%s", self.job.warnings[-1])
 
     def carry_out(self, name: str, depth: int) -> None:
         """Plan -> pruned model -> fine-tuned model -> figures, for one row of the comparison."""
-        variant = Variant(self.job, self.directory, name, self.plans.get(name), lambda: self.trace)
+        if depth < STAGES.index("prune"):
+            return
+        variant = Variant(self.job, self.directory, name, self.plans.get(name), self.open_trace)
         self.variants[name] = variant.row
-        try:
-            variant.up_to(depth)
-        except GradPrunerError as error:
-            log.error("%s failed: %s", name, error)
-            variant.row["error"] = str(error)
-            self.first_error = self.first_error or error
+        variant.up_to(depth)
+        if variant.plan is not None:
+            self.plans[name] = variant.plan
 
     def report(self, record: dict[str, Any]) -> None:
         """run.json -> report.html"""

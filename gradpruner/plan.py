@@ -157,6 +157,11 @@ class PruningPlan:
         """
         if not isinstance(raw, dict):
             raise PlanError(f"{where} is not a pruning plan: a JSON object is needed.")
+        if raw.get("kind") == "width":
+            raise PlanError(
+                f"{where} is a width plan; a plan that keeps, drops and merges whole layers is needed here.",
+                hint="`gradpruner prune MODEL NEW --plan FILE` takes plans of either kind.",
+            )
         for key in raw:
             if key not in _FIELDS:
                 raise PlanError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,20 @@ from gradpruner.checkpoint import stored_dtype
 from gradpruner.config import Recipe
 from gradpruner.cost import decoder_parameters
 from gradpruner.data import ExampleSet
-from gradpruner.job import Job, count_parameters_of
+from gradpruner.job import Job, Plan, count_parameters_of
 from gradpruner.metrics import majority_class
 from gradpruner.outputs import paired_intervals, read_examples
-from gradpruner.plan import PruningPlan
-from gradpruner.portability import judge, layer_facts
 from gradpruner.provenance import provenance, utc_now
 from gradpruner.rundir import RunDirectory
 from gradpruner.scores import LayerScores
+from gradpruner.width_plan import WidthPlan
 
 
 def run_record(
     job: Job,
     directory: RunDirectory,
     scores: Mapping[str, LayerScores],
-    plans: Mapping[str, PruningPlan],
+    plans: Mapping[str, Plan],
     variants: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
     """Everything measured, as the report reads it.
@@ -40,7 +40,7 @@ def run_record(
     Returns:
         JSON values.
     """
-    recipe, stages = job.recipe, directory.stages
+    recipe = job.recipe
     add_paired_differences(variants, directory.path, recipe.seed)
     return {
         "schema_version": 1,
@@ -62,8 +62,8 @@ def run_record(
         "plans": {
             name: plan_facts(plan)
             | {
-                "savings": stages[f"plan {name}"]["result"],
-                "portability": [vars(v) for v in judge(layer_facts(job.config), plan.keep)],
+                "savings": job.savings_of(plan),
+                "portability": [vars(v) for v in job.portability_of(plan)],
             }
             for name, plan in plans.items()
         },
@@ -149,8 +149,26 @@ def score_facts(scores: LayerScores) -> dict[str, Any]:
     }
 
 
-def plan_facts(plan: PruningPlan) -> dict[str, Any]:
+def plan_facts(plan: Plan) -> dict[str, Any]:
     """What happens to every layer."""
+    if isinstance(plan, WidthPlan):
+        return {
+            "num_layers": plan.num_layers,
+            "actions": [],
+            "num_kept": plan.num_layers,
+            "uniform": plan.uniform,
+            "widths": [
+                {
+                    "layer": i,
+                    "heads": len(w.heads),
+                    "kv_heads": len(plan.kv_heads(i)),
+                    "channels": len(w.channels),
+                }
+                for i, w in enumerate(plan.layers)
+            ],
+            "hidden": len(plan.hidden),
+            "shape": asdict(plan.shape),
+        }
     return {
         "num_layers": plan.num_layers,
         "actions": [{"layer": i, "action": a.action, "into": a.into} for i, a in enumerate(plan.actions)],

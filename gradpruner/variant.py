@@ -13,14 +13,17 @@ from gradpruner.data import ExampleSet
 from gradpruner.evaluation import evaluate
 from gradpruner.evaluation_data import metrics_of_task
 from gradpruner.harness import evaluate_harness
-from gradpruner.job import LABELS, STAGES, Job, data_identity
+from gradpruner.job import LABELS, STAGES, Job, Plan, data_identity
+from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plan import PruningPlan
-from gradpruner.portability import judge, layer_facts
 from gradpruner.progress import Progress, bytes_reporter
 from gradpruner.rundir import RunDirectory
 from gradpruner.streaming import prune_checkpoint
 from gradpruner.trace import GradientTrace
 from gradpruner.training import finetune
+from gradpruner.width import WidthView
+from gradpruner.width_checkpoint import check_narrowed, prune_width_checkpoint
+from gradpruner.width_plan import WidthPlan
 
 
 class Variant:
@@ -30,7 +33,7 @@ class Variant:
         job: The recipe and its inputs.
         directory: Where the stages are.
         name: "dense", "merged", "dropped", or a method of `METHODS`.
-        plan: What is pruned; None for the dense model.
+        plan: What is pruned; None for the dense model, and where that is known only after pruning.
         trace: Opens the recorded gradients; called only when layers are merged.
 
     Attributes:
@@ -42,15 +45,17 @@ class Variant:
         job: Job,
         directory: RunDirectory,
         name: str,
-        plan: PruningPlan | None,
+        plan: Plan | None,
         trace: Callable[[], GradientTrace],
     ) -> None:
         self.job, self.recipe, self.directory = job, job.recipe, directory
         self.name, self.plan, self.trace = name, plan, trace
+        self.method = METHODS.find(name) if name not in LABELS else None
         self.row: dict[str, Any] = {
-            "label": LABELS.get(name, name.replace("_", " ")),
+            "label": LABELS.get(name) or (self.method and self.method.label) or name.replace("_", " "),
             "plan": name if plan is not None else None,
             "pruning": None,
+            "recovery": None,
             "before": None,
             "finetune": None,
             "evaluation": None,
@@ -59,7 +64,8 @@ class Variant:
             "error": None,
         }
         base = f"variants/{name}"
-        self.pruned, self.tuned, self.checkpoints = f"{base}/pruned", f"{base}/model", f"{base}/checkpoints"
+        self.pruned, self.recovered, self.tuned = f"{base}/pruned", f"{base}/recovered", f"{base}/model"
+        self.checkpoints, self.scratch = f"{base}/checkpoints", f"{base}/method"
         self.before, self.examples = f"{base}/examples_before.jsonl", f"{base}/examples.jsonl"
         self._fingerprint()
 
@@ -70,12 +76,18 @@ class Variant:
             "plan": self.plan.to_dict() if self.plan else None,
             "loading": self.recipe.model.model_dump(exclude={"path"}),
         }
-        self.tune_inputs = self.prune_inputs | {
+        learned_from = {
             "train": data_identity(self.job.train),
             "max_length": self.job.max_length,
             "finetune": self.recipe.finetune.model_dump(exclude={"report_to", "save_steps"}),
             "seed": self.recipe.seed,
         }
+        if self.method and (self.shrinks or self.method.recover or self.method.callbacks):
+            chosen = self.job.method_options(self.name).model_dump(mode="json")
+            trains: dict[str, Any] = {"method": self.name, "options": chosen}
+            trains |= {"budget": [self.job.num_remove, self.recipe.plan.unit]}
+            self.prune_inputs |= {"trains": trains} | (learned_from if self.shrinks else {})
+        self.tune_inputs = self.prune_inputs | learned_from
         measure = self.measure_inputs(self.job.eval, self.job.metrics)
         self.before_inputs = self.prune_inputs | measure
         self.after_inputs = self.tune_inputs | measure
@@ -108,9 +120,16 @@ class Variant:
         wants_before = self.recipe.evaluate.before_finetuning and evaluates
         # With keep_models: none the folders are gone once measured; nothing needs them again then.
         cleared = self.recipe.keep_models == "none" and self._is_measured(wants_before)
-        if self.plan is not None:
+        if self.plan is not None or self.shrinks:
             self.row["pruning"] = self._result("prune", cleared) or self.stage(
-                "prune", self.prune_inputs, self.prune, [self.pruned]
+                "prune", self.prune_inputs, self.prune, [self.pruned, self.scratch]
+            )
+        if self.shrinks:
+            self.plan = WidthPlan.from_dict(self.row["pruning"]["plan"])
+            self.row["plan"] = self.name
+        if self.method and self.method.recover:
+            self.row["recovery"] = self._result("recover", cleared) or self.stage(
+                "recover", self.tune_inputs, self.recover, [self.recovered, self.scratch]
             )
         if wants_before:
             self.row["before"] = self.stage(
@@ -127,7 +146,7 @@ class Variant:
         if evaluates:
             self._evaluate()
             if self.recipe.keep_models == "none":
-                self.directory.remove([self.pruned, self.tuned, self.checkpoints])
+                self.directory.remove([self.pruned, self.recovered, self.tuned, self.checkpoints])
         self._describe_size()
 
     def _evaluate(self) -> None:
@@ -175,22 +194,51 @@ class Variant:
     ) -> dict[str, Any]:
         """One stage of this row in the run directory."""
         return self.directory.stage(
-            f"{verb} {self.name}{suffix}", inputs, work, outputs, keep_partial=verb != "prune"
+            f"{verb} {self.name}{suffix}", inputs, work, outputs, keep_partial=verb != "prune" or self.shrinks
         )
 
     def _describe_size(self) -> None:
-        keep = self.plan.keep if self.plan else range(self.job.num_layers)
-        self.row["num_layers"] = len(keep)
-        self.row["num_parameters"] = savings(self.job.config, list(keep))["parameters"]["after"]
+        found = self.job.savings_of(self.plan or PruningPlan.from_keep(self.job.num_layers, self._all_layers))
+        self.row["num_layers"] = found["layers"]["after"]
+        self.row["num_parameters"] = found["parameters"]["after"]
+
+    @property
+    def _all_layers(self) -> range:
+        return range(self.job.num_layers)
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether what is pruned is decided while the model trains."""
+        return self.method is not None and self.method.shrink is not None
+
+    @property
+    def context(self) -> MethodContext:
+        """What the method of this row may look at."""
+        return self.job.context(self.name, self.trace, self.path(self.scratch))
 
     @property
     def source(self) -> Path:
         """The model before fine-tuning."""
+        if self.method and self.method.recover:
+            return self.path(self.recovered)
         return self.path(self.pruned) if self.plan is not None else self.job.folder
 
     def prune(self) -> dict[str, Any]:
         """Dense model and plan -> pruned model"""
+        if self.shrinks:
+            return self._shrink()
         assert self.plan is not None
+        if isinstance(self.plan, WidthPlan):
+            with Progress(1, f"prune {self.name}") as progress:
+                report = prune_width_checkpoint(
+                    self.job.folder,
+                    self.path(self.pruned),
+                    self.plan,
+                    device=self.job.device,
+                    name=self.recipe.model.path,
+                )
+                progress.update(1)
+            return {"verified": report.to_dict()}
         trace = self.trace() if self.plan.merged else None
         megabytes = savings(self.job.config, list(self.plan.keep))["disk_bytes"]["after"] // 10**6
         with Progress(max(1, megabytes), f"prune {self.name} [MB]") as progress:
@@ -204,11 +252,34 @@ class Variant:
             )
         return {"verified": report.to_dict()}
 
+    def _shrink(self) -> dict[str, Any]:
+        """Dense model -> model pruned while it trained"""
+        assert self.method is not None and self.method.shrink is not None
+        model, self.plan = self.method.shrink(self.context)
+        self._save(model, self.pruned)
+        expected = WidthView(self.job.skeleton()).parameters(self.plan)
+        report = check_narrowed(self.path(self.pruned), expected, None)
+        self.job.release(model)
+        self.directory.remove([self.scratch])
+        return {"plan": self.plan.to_dict(), "verified": report.to_dict()}
+
+    def recover(self) -> dict[str, Any]:
+        """Pruned model -> pruned model, trained by its method's own recovery"""
+        assert self.method is not None and self.method.recover is not None
+        updated = "float32" if self.recipe.model.dtype == "auto" else None
+        model = self.job.load(self.path(self.pruned), dtype=updated)
+        result = self.method.recover(self.context, model)
+        self._save(model, self.recovered)
+        self.job.release(model)
+        self.directory.remove([self.scratch])
+        return result
+
     def tune(self) -> dict[str, Any]:
         """Pruned (or dense) model -> fine-tuned model"""
         options = self.recipe.finetune
         # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
         updated = "float32" if options.mode == "full" and self.recipe.model.dtype == "auto" else None
+        callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
         model, result = finetune(
             self.job.load(self.source, dtype=updated),
             self.job.samples,
@@ -217,6 +288,7 @@ class Variant:
             checkpoints=self.path(self.checkpoints),
             description=f"finetune {self.name}",
             device="cpu" if self.job.device == "cpu" else "auto",
+            callbacks=callbacks,
             **options.model_dump(),
         )
         self._save(model, self.tuned, {"finetune": result.to_dict() | {"losses": None}})
@@ -239,7 +311,7 @@ class Variant:
         """How engines take the pruned model, for its card."""
         if self.plan is None:
             return {}
-        return {"portability": [vars(v) for v in judge(layer_facts(self.job.config), self.plan.keep)]}
+        return {"portability": [vars(v) for v in self.job.portability_of(self.plan)]}
 
     def load(self, folder: Path) -> Any:
         """Loads what is on disk: the very folder a user would load."""

@@ -1,15 +1,21 @@
 """prune, verify, diff and rebuild as a user calls them."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
+from builders import make_llama
 from conftest import make_model, make_trace
+from transformers import AutoModelForCausalLM
 
 from gradpruner import cli
 from gradpruner.cli_models import layer_numbers, num_bytes
+from gradpruner.cost import count_parameters
 from gradpruner.errors import ConfigError
 from gradpruner.plan import LayerAction, PruningPlan
+from gradpruner.width import WidthView
+from gradpruner.width_plan import LayerWidths
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 MERGING = PruningPlan((KEEP, DROP, KEEP, LayerAction("merge", 2), KEEP, KEEP))
@@ -41,6 +47,36 @@ def source(tmp_path):
     MERGING.save(tmp_path / "run" / "plans" / "merged.json")
     make_trace(model, folder=tmp_path / "run" / "trace").save(tmp_path / "run" / "trace")
     return tmp_path / "source"
+
+
+def test_a_width_plan_is_carried_out_on_a_folder(call, tmp_path):
+    model = make_llama()
+    model.save_pretrained(tmp_path / "source")
+    whole = WidthView(model).whole()
+    half = LayerWidths((0, 1), tuple(range(8)))
+    plan = dataclasses.replace(whole, layers=(half,) * 4)
+    plan.save(tmp_path / "plan.json")
+    arguments = ("prune", tmp_path / "source", tmp_path / "new", "--plan", tmp_path / "plan.json", "--quiet")
+
+    code, out, err = call(*arguments, "--dry-run", "--json")
+    assert code == 0, err
+    assert not (tmp_path / "new").exists()
+    after = json.loads(out)["savings"]["parameters"]["after"]
+    code, out, err = call(*arguments)
+    assert code == 0, err
+    assert "vllm: ok." in out and "relative error" in out
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+    assert count_parameters(pruned) == after and pruned.config.intermediate_size == 8
+
+    code, _, err = call("verify", tmp_path / "new")
+    assert code == 2 and "width plan" in err
+    make_llama(num_hidden_layers=3).save_pretrained(tmp_path / "other")
+    code, _, err = call("prune", tmp_path / "other", tmp_path / "third", *arguments[3:])
+    assert code == 2 and "is for a model of" in err and not (tmp_path / "third").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    code, _, err = call("prune", tmp_path / "source", tmp_path / "mine", *arguments[3:])
+    assert code == 2 and (tmp_path / "mine" / "notes.txt").read_text() == "keep"
 
 
 def test_the_whole_way_of_a_pruned_model(call, source, tmp_path):

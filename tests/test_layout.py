@@ -19,7 +19,7 @@ READING_ORDER = """
     formats data encoding tasks
     adapters callbacks resume batching trainer training recording
     likelihood questions generation outputs folder similarity evaluation endpoint harness
-    checkpoint blueprint verify streaming delta_record delta
+    checkpoint blueprint verify streaming delta_record delta width_checkpoint
     costing methods
     config evaluation_data rundir job variant run_record report pipeline preview study doctor demo
     cli_options cli cli_evaluate cli_models cli_cost cli_compare

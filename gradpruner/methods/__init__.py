@@ -9,12 +9,13 @@ from gradpruner.methods import (
     random_layers,
     sleb,
 )
-from gradpruner.methods.base import METHODS, Method, MethodContext
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 
 __all__ = [
     "METHODS",
     "Method",
     "MethodContext",
+    "MethodOptions",
     "angular",
     "block_influence",
     "gradpruner",

@@ -140,7 +140,7 @@ def evaluation_table(view: RunView) -> Table:
 
 
 def savings_tables(view: RunView) -> tuple[Table, ...]:
-    """Returns one table per distinct saving; plans that save the same share one."""
+    """Returns one table per distinct saving; plans that save the same share one. Then the widths, if any."""
     groups: dict[tuple[Any, ...], list[Plan]] = {}
     for plan in view.plans.values():
         if plan.savings:
@@ -152,7 +152,28 @@ def savings_tables(view: RunView) -> tuple[Table, ...]:
         rows = [_savings_row(unit, before, after) for unit, (before, after) in plans[0].savings.items()]
         columns = ("Unit", "Before", "After", "Removed", "Ratio")
         tables.append(Table(names, columns, tuple(rows)))
-    return tuple(tables)
+    widths = widths_table(view)
+    return (*tables, *([widths] if widths.rows else []))
+
+
+def widths_table(view: RunView) -> Table:
+    """Returns how wide the layers are that plans of heads, channels and hidden dimensions leave."""
+    rows = []
+    labels = {v.plan.name: v.label for v in reversed(view.variants) if v.plan is not None}
+    for name, plan in mapping(view.run, "plans").items():
+        shape, layers = mapping(plan, "shape"), [mapping(w) for w in sequence(plan, "widths")]
+        if not layers:
+            continue
+        cells = [Cell(labels.get(name, text(name)))]
+        parts = {"heads": "num_heads", "kv_heads": "num_kv_heads", "channels": "intermediate_size"}
+        for key, dense in parts.items():
+            found = [value for layer in layers if (value := number(layer.get(key))) is not None]
+            low, high = (whole(min(found)), whole(max(found))) if found else (MISSING, MISSING)
+            cells.append(Cell(low if low == high else f"{low} to {high}", f"of {whole(shape.get(dense))}"))
+        cells.append(Cell(whole(mapping(plan).get("hidden")), f"of {whole(shape.get('hidden_size'))}"))
+        rows.append(Row(tuple(cells)))
+    columns = ("Plan", "Query heads", "Key/value heads", "MLP channels", "Hidden dimensions")
+    return Table("Widths of a layer", columns, tuple(rows))
 
 
 def stage_table(view: RunView) -> Table:

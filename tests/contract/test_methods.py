@@ -1,42 +1,59 @@
-"""What every registered layer-importance method must do."""
+"""What every registered method must do, whatever its kind."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
+from conftest import make_model
 
+from gradpruner.cost import count_parameters
 from gradpruner.encoding import Collator
-from gradpruner.errors import DataError
+from gradpruner.errors import ConfigError, DataError
+from gradpruner.job import load_plan
 from gradpruner.layered import LayeredModel
 from gradpruner.methods import METHODS, MethodContext
+from gradpruner.plan import PruningPlan
 from gradpruner.scores import LayerScores
 from gradpruner.selection import plan_pruning
 from gradpruner.surgery import prune_
+from gradpruner.training import finetune
+from gradpruner.width import WidthView, prune_width_
 
 SAMPLES = [
     {"input_ids": list(range(3 + i, 8 + 2 * i)), "labels": [-100] * 3 + list(range(6 + i, 8 + 2 * i))}
     for i in range(5)
 ]
-METHOD_NAMES = METHODS.names()
+ALL = METHODS.names()
+
+
+def of_kind(kind):
+    return [name for name in ALL if getattr(METHODS.find(name), kind) is not None]
+
+
+SCORING, PLANNING, SHRINKING, TRAINING = map(of_kind, ("score", "plan", "shrink", "callbacks"))
+LAYER_PARAMETERS = count_parameters(make_model().model.layers[0])
 
 
 @pytest.fixture
-def make_context(tiny_llama, tiny_trace):
-    def make(seed=0, samples=SAMPLES, **options):
-        return MethodContext(
-            num_layers=6,
-            seed=seed,
-            trace=lambda: tiny_trace(tiny_llama()),
-            model=tiny_llama,
-            samples=samples,
-            collator=Collator(),
-            **{"num_keep": 4} | options,
-        )
+def make_context(tiny_llama, tiny_trace, tmp_path):
+    def make(**options):
+        defaults = {
+            "seed": 0,
+            "trace": lambda: tiny_trace(tiny_llama()),
+            "model": tiny_llama,
+            "samples": SAMPLES,
+            "num_keep": 4,
+            "num_remove": 2 * LAYER_PARAMETERS,
+            "finetune": {"batch_size": 2, "accumulation": 1, "precision": "fp32", "device": "cpu"},
+            "folder": tmp_path / "method",
+        }
+        return MethodContext(num_layers=6, collator=Collator(), **defaults | options)
 
     return make
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", SCORING)
 def test_one_finite_score_per_layer(name, make_context):
     scores = METHODS.find(name).score(make_context())
     assert scores.method == name
@@ -45,19 +62,19 @@ def test_one_finite_score_per_layer(name, make_context):
     assert scores.evidence["num_layers"] == 6
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", SCORING)
 def test_the_same_for_the_same_seed(name, make_context):
     method = METHODS.find(name)
     assert method.score(make_context(seed=3)) == method.score(make_context(seed=3))
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", SCORING)
 def test_scores_survive_the_disk(name, make_context, tmp_path):
     scores = METHODS.find(name).score(make_context())
     assert LayerScores.load(scores.save(tmp_path / "scores.json")) == scores
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", SCORING)
 @pytest.mark.parametrize("num_prune", [0, 1, 2, 4])
 def test_plan_at_any_budget_and_the_pruned_model_runs(name, num_prune, make_context, tiny_llama):
     method, context = METHODS.find(name), make_context(num_keep=6 - num_prune)
@@ -71,7 +88,7 @@ def test_plan_at_any_budget_and_the_pruned_model_runs(name, num_prune, make_cont
     assert logits.shape == (1, 10, 64) and bool(torch.isfinite(logits).all())
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", SCORING)
 def test_the_model_is_left_as_it_was(name, make_context, tiny_llama):
     model = tiny_llama()
     context = make_context()
@@ -81,10 +98,124 @@ def test_the_model_is_left_as_it_was(name, make_context, tiny_llama):
     assert not any(layer._forward_hooks for layer in model.model.layers)
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_description_is_one_line(name):
-    assert 10 < len(METHODS.find(name).description) < 90
+    assert 10 < len(METHODS.find(name).description) < 100
     assert "\n" not in METHODS.find(name).description
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_options_survive_the_recipe(name):
+    method = METHODS.find(name)
+    options = method.options()
+    assert method.read_options(name, options.model_dump(mode="json")) == options
+    assert all(field.description for field in method.options.model_fields.values())
+    with pytest.raises(ConfigError, match=f"methods.{name}.no_such_option"):
+        method.read_options(name, {"no_such_option": 1})
+
+
+# --- methods that plan by themselves ------------------------------------------------------------------------
+
+
+def plan_by(name, context):
+    method = METHODS.find(name)
+    return method.plan(dataclasses.replace(context, options=method.options()))
+
+
+def check_budget(plan, context):
+    """Whole layers: exactly as many. Else to one unit: a hidden dimension, or a channel of every layer."""
+    if isinstance(plan, PruningPlan):
+        assert len(plan.keep) == context.num_keep
+        return
+    view = WidthView(make_model())
+    fewer = view.parameters_of([(4, 2, 48)] * 6, view.shape.hidden_size - 1, context.unit)
+    unit = max(view.parameters(view.whole(), context.unit) - fewer, 6 * view.unit_parameters()["channel"])
+    removed = view.parameters(view.whole(), context.unit) - view.parameters(plan, context.unit)
+    assert abs(removed - context.num_remove) <= unit
+
+
+@pytest.mark.parametrize("name", PLANNING)
+@pytest.mark.parametrize("num_prune", [1, 2])
+@pytest.mark.parametrize("unit", ["parameters", "decoder_parameters"])
+def test_a_plan_keeps_to_the_budget_and_its_model_runs(name, num_prune, unit, make_context, tiny_llama):
+    context = make_context(num_keep=6 - num_prune, num_remove=num_prune * LAYER_PARAMETERS, unit=unit)
+    plan = plan_by(name, context)
+    assert plan.method == name and plan.evidence["num_layers"] == 6
+    check_budget(plan, context)
+    model = tiny_llama()
+    trace = context.trace() if METHODS.find(name).needs_trace else None
+    (prune_(model, plan, trace) if isinstance(plan, PruningPlan) else prune_width_(model, plan))
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(3, 13)[None]).logits
+    assert logits.shape == (1, 10, 64) and bool(torch.isfinite(logits).all())
+
+
+@pytest.mark.parametrize("name", PLANNING)
+def test_a_plan_is_the_same_for_the_same_seed_and_survives_the_disk(name, make_context, tmp_path):
+    plan = plan_by(name, make_context(seed=3))
+    assert plan_by(name, make_context(seed=3)) == plan
+    assert load_plan(plan.save(tmp_path / "plan.json")) == plan
+
+
+@pytest.mark.parametrize("name", PLANNING)
+def test_planning_leaves_the_model_as_it_was(name, make_context, tiny_llama):
+    model = tiny_llama()
+    plan_by(name, make_context(model=lambda: model))
+    before = tiny_llama()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", PLANNING)
+def test_planning_without_a_budget_is_refused(name, make_context):
+    with pytest.raises(ConfigError, match=r"num_keep|num_remove"):
+        plan_by(name, make_context(num_keep=None, num_remove=None))
+
+
+# --- methods that prune while they train --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHRINKING)
+def test_shrinking_keeps_to_the_budget_and_gives_what_the_plan_says(name, make_context, tiny_llama):
+    method, context = METHODS.find(name), make_context()
+    context = dataclasses.replace(context, options=method.options())
+    model, plan = method.shrink(context)
+    assert plan.method == name and plan.evidence["num_layers"] == 6
+    check_budget(plan, context)
+    whole = prune_width_(tiny_llama(), plan)
+    shapes = {key: tuple(p.shape) for key, p in whole.named_parameters()}
+    assert {key: tuple(p.shape) for key, p in model.named_parameters()} == shapes
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(input_ids=torch.arange(3, 13)[None]).logits).all())
+    again, same = method.shrink(context)
+    assert same == plan
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# --- methods that change fine-tuning ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TRAINING)
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_training_with_callbacks_leaves_a_plain_model_of_the_same_size(name, mode, make_context, tiny_llama):
+    method, context = METHODS.find(name), make_context()
+    context = dataclasses.replace(context, options=method.options())
+    model, result = finetune(
+        tiny_llama(), SAMPLES, collator=Collator(), mode=mode, batch_size=2, accumulation=1, epochs=4,
+        callbacks=method.callbacks(context), learning_rate=1e-3,
+    )  # fmt: skip
+    assert result.steps == 12
+    plain = tiny_llama()
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in plain.state_dict().items()
+    }
+    assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    plain.load_state_dict(model.state_dict())
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
 
 
 # --- what sets each apart -----------------------------------------------------------------------------------

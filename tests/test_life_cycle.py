@@ -1,0 +1,218 @@
+"""Methods of every kind through the whole run."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from builders import make_project
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from gradpruner import load_model, report
+from gradpruner.config import load_recipe
+from gradpruner.cost import count_parameters
+from gradpruner.errors import ConfigError, ModelError, PlanError
+from gradpruner.job import Job
+from gradpruner.methods import METHODS, Method, MethodOptions
+from gradpruner.pipeline import run
+from gradpruner.plan import PruningPlan
+from gradpruner.progress import set_mode
+from gradpruner.report import render_html
+from gradpruner.training import finetune
+from gradpruner.width import WidthView, prune_width_
+from gradpruner.width_plan import LayerWidths
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    set_mode("quiet")
+    monkeypatch.setattr(Job, "release", lambda *a: None)
+    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    yield
+    set_mode("auto")
+
+
+@pytest.fixture
+def register(monkeypatch):
+    def file(name, method):
+        monkeypatch.setitem(METHODS._entries, name, method)
+
+    return file
+
+
+def widths(model, channels):
+    whole = WidthView(model).whole()
+    layers = tuple(LayerWidths((0, 1), tuple(range(c))) for c in channels)
+    return dataclasses.replace(whole, layers=layers, method="stand-in")
+
+
+class Channels(MethodOptions):
+    channels: tuple[int, int, int, int] = (8, 8, 8, 8)
+
+
+def plan_widths(context):
+    return widths(context.model(), context.options.channels)
+
+
+def carry_out(tmp_path, variants, **recipe):
+    path, _ = make_project(tmp_path, variants=variants, **recipe)
+    return run(load_recipe(path)), tmp_path / "run"
+
+
+def test_a_width_method_is_one_row_like_any_other(register, tmp_path):
+    register(
+        "narrow",
+        Method(
+            "a stand-in that keeps half of everything", plan=plan_widths, options=Channels, label="Narrow"
+        ),
+    )
+    record, folder = carry_out(tmp_path, ["dense", "narrow"])
+    row, plan = record["variants"]["narrow"], record["plans"]["narrow"]
+    assert row["label"] == "Narrow" and row["error"] is None
+    assert row["before"]["metrics"] and row["evaluation"]["metrics"] and row["finetune"]["steps"] == 6
+    assert plan["uniform"] and plan["widths"][3] == {"layer": 3, "heads": 2, "kv_heads": 1, "channels": 8}
+    assert row["pruning"]["verified"]["passed"] and row["pruning"]["verified"]["level"] == "full"
+    model = AutoModelForCausalLM.from_pretrained(folder / "variants/narrow/model")
+    assert count_parameters(model) == row["num_parameters"] == plan["savings"]["parameters"]["after"]
+    assert model.config.intermediate_size == 8
+    shown = render_html(record, tmp_path / "report.html").read_text()
+    assert "Widths of a layer" in shown and "of 32" in shown
+    assert "loads with `AutoModelForCausalLM" in (folder / "variants/narrow/model/README.md").read_text()
+
+
+def test_options_reach_the_method_and_uneven_layers_load_through_the_package(register, tmp_path):
+    register("narrow", Method("a stand-in with options of its own", plan=plan_widths, options=Channels))
+    recipe = {"methods": {"narrow": {"channels": [4, 32, 8, 8]}}, "finetune": {"mode": "lora"}}
+    record, folder = carry_out(tmp_path, ["narrow"], **recipe)
+    row = record["variants"]["narrow"]
+    assert [w["channels"] for w in record["plans"]["narrow"]["widths"]] == [4, 32, 8, 8]
+    assert {v["status"] for v in record["plans"]["narrow"]["portability"]} == {"refused"}
+    tuned = folder / "variants/narrow/model"
+    model = load_model(str(tuned))
+    assert count_parameters(model) == row["num_parameters"]
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [4, 32, 8, 8]
+    assert model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=2, do_sample=False).shape[1] <= 5
+    assert "load_model" in (tuned / "README.md").read_text()
+    with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tuned)
+    # Nothing is done twice.
+    path = tmp_path / "recipe.yaml"
+    assert {stage["state"] for stage in run(load_recipe(path))["stages"]} == {"skipped"}
+
+
+def test_a_method_that_prunes_while_it_trains(register, tmp_path):
+    def shrink(context):
+        model = context.model()
+        plan = widths(model, (4, 8, 16, 32))
+        prune_width_(model, plan)
+        trained, _ = finetune(model, context.samples, collator=context.collator, epochs=1, batch_size=8)
+        return trained, plan
+
+    register("shrinking", Method("a stand-in that prunes and trains", shrink=shrink))
+    record, folder = carry_out(tmp_path, ["dense", "shrinking"], keep_models="none")
+    row = record["variants"]["shrinking"]
+    assert row["error"] is None and row["plan"] == "shrinking"
+    assert [w["channels"] for w in record["plans"]["shrinking"]["widths"]] == [4, 8, 16, 32]
+    assert row["num_parameters"] == record["plans"]["shrinking"]["savings"]["parameters"]["after"]
+    assert not (folder / "variants/shrinking/pruned").exists()
+    again = run(load_recipe(tmp_path / "recipe.yaml"))
+    assert {stage["state"] for stage in again["stages"]} == {"skipped"}
+    assert again["variants"]["shrinking"]["num_parameters"] == row["num_parameters"]
+
+
+def test_recovery_comes_between_pruning_and_fine_tuning(register, tmp_path):
+    def recover(context, model):
+        with torch.no_grad():
+            model.model.norm.weight.fill_(3.0)
+        return {"steps": 7}
+
+    register(
+        "recovering", Method("a stand-in that recovers", plan=plan_widths, options=Channels, recover=recover)
+    )
+    record, folder = carry_out(tmp_path, ["recovering"])
+    assert record["variants"]["recovering"]["recovery"] == {"steps": 7}
+    norms = {
+        name: load_model(folder / "variants/recovering" / name).model.norm.weight
+        for name in ("pruned", "recovered", "model")
+    }
+    assert not torch.equal(norms["pruned"], norms["recovered"]) and (norms["recovered"] == 3).all()
+    assert (norms["model"] - 3).abs().max() < 0.1
+    assert "recover recovering" in {stage["name"] for stage in record["stages"]}
+
+
+def test_callbacks_change_fine_tuning_only(register, tmp_path):
+    steps = []
+
+    class Counting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    register("watching", Method("a stand-in that only looks on", callbacks=lambda context: [Counting()]))
+    record, _ = carry_out(tmp_path, ["dense", "watching"])
+    dense, watching = record["variants"]["dense"], record["variants"]["watching"]
+    assert steps == list(range(1, 7))
+    assert watching["plan"] is None and watching["num_parameters"] == dense["num_parameters"]
+    assert watching["finetune"]["losses"] == dense["finetune"]["losses"]
+
+
+def test_a_method_that_fails_is_a_row_with_its_error(register, tmp_path):
+    def refuse(context):
+        raise PlanError("This cannot be.", hint="Do something else.")
+
+    def stumble(context):
+        return {}["nothing"]
+
+    register("refusing", Method("a stand-in that refuses", plan=refuse))
+    register("stumbling", Method("a stand-in with a fault", score=stumble))
+    path, _ = make_project(tmp_path, variants=["refusing", "stumbling", "last"])
+    with pytest.raises(PlanError, match="This cannot be"):
+        run(load_recipe(path))
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    rows = record["variants"]
+    assert rows["refusing"]["error"] == "This cannot be. Do something else."
+    assert "KeyError: 'nothing'" in rows["stumbling"]["error"]
+    assert rows["last"]["error"] is None and rows["last"]["evaluation"]["metrics"]
+
+
+def test_recording_that_fails_takes_only_the_rows_along_that_need_it(monkeypatch, tmp_path):
+    def failing(*args, **kwargs):
+        raise ModelError("No gradients today.")
+
+    monkeypatch.setattr("gradpruner.pipeline.record_gradients", failing)
+    path, _ = make_project(tmp_path, variants=["merged", "last"])
+    with pytest.raises(ModelError, match="No gradients today"):
+        run(load_recipe(path))
+    rows = json.loads((tmp_path / "run/run.json").read_text())["variants"]
+    assert rows["merged"]["error"] == "No gradients today." and rows["last"]["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("methods", "fault"),
+    [
+        ({"lats": {}}, "Unknown method 'lats'. Did you mean 'last'"),
+        ({"last": {"depth": 3}}, r"methods.last.depth: .*Options of last: none"),
+        ({"narrow": {"channels": "many"}}, "methods.narrow.channels"),
+    ],
+)
+def test_options_are_checked_before_anything_loads(register, methods, fault, tmp_path):
+    register("narrow", Method("a stand-in with options of its own", plan=plan_widths, options=Channels))
+    path, _ = make_project(tmp_path, methods=methods)
+    with pytest.raises(ConfigError, match=fault):
+        run(load_recipe(path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_method_is_of_one_kind():
+    with pytest.raises(ConfigError, match="one of score, plan, shrink or callbacks"):
+        Method("does nothing at all")
+    with pytest.raises(ConfigError, match="'score', 'plan'"):
+        Method("does two things", score=plan_widths, plan=plan_widths)
+
+
+def test_presets_set_keys_of_the_plan(register, tmp_path):
+    score = METHODS.find("gradpruner").score
+    preset = {"contiguous": True, "protect_last": 1}
+    register("preset", Method("a preset", score=score, needs_trace=True, merges=True, plan_options=preset))
+    _, folder = carry_out(tmp_path, ["preset"])
+    plan = PruningPlan.load(folder / "plans/preset.json")
+    assert plan.pruned[1] == plan.pruned[0] + 1 and 3 in plan.keep and len(plan.merged) == 1
