@@ -311,9 +311,10 @@ def _entries(kind: str) -> dict[str, str]:
     if kind == "recipes":
         return {name: _first_comment(RECIPES / f"{name}.yaml") for name in _recipe_names()}
     if kind == "ablations":
-        from gradpruner.cli_compare import ABLATIONS, ablation_names
+        from gradpruner import cli_compare
 
-        return {name: _first_comment(ABLATIONS / f"{name}.yaml") for name in ablation_names()}
+        names = cli_compare.ablation_names()
+        return {name: _first_comment(cli_compare.ABLATIONS / f"{name}.yaml") for name in names}
     if kind == "families":
         from gradpruner.family import FAMILIES
 

@@ -174,7 +174,7 @@ def test_a_study_can_be_written_down_and_read_again(tmp_path):
 
 
 def test_a_comparison_says_of_every_row_what_its_runs_say(compared):
-    folder, plan, outcome = compared
+    folder, _, outcome = compared
     found = json.loads((folder / "study/study.json").read_text())
     assert found == json.loads(json.dumps(outcome.study))
     assert (found["kind"], found["seeds"], found["runs"]["planned"]) == ("compare", [0, 1], 4)
@@ -191,7 +191,8 @@ def test_a_comparison_says_of_every_row_what_its_runs_say(compared):
             assert shown["before"] == pytest.approx(sum(before) / 2)
         seconds = [r["variants"][name]["finetune"]["seconds"] for r in records]
         assert rows[name]["costs"]["training_seconds"] == pytest.approx(sum(seconds) / 2)
-        ratio = [r["variants"][name]["finetune"]["seconds"] / r["variants"]["dense"]["finetune"]["seconds"] for r in records]  # fmt: skip
+        dense_seconds = [r["variants"]["dense"]["finetune"]["seconds"] for r in records]
+        ratio = [mine / dense for mine, dense in zip(seconds, dense_seconds, strict=True)]
         assert rows[name]["costs"]["training_ratio"] == pytest.approx(sum(ratio) / 2)
         assert rows[name]["num_parameters"] == records[0]["variants"][name]["num_parameters"]
         assert [plan["seed"] for plan in rows[name]["plans"]] == ([] if name == "dense" else [0, 1])
@@ -247,7 +248,7 @@ def test_a_smaller_model_is_a_row_with_its_own_size(compared):
 
 
 def test_a_second_start_does_no_work_twice_and_finds_the_same(compared, monkeypatch):
-    folder, plan, outcome = compared
+    _, plan, outcome = compared
     monkeypatch.setitem(METHODS._entries, "broken", Method("Always fails.", score=refuse))
     monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     assert [state_of(plan.out, run) for run in plan.runs()] == ["begun", "done", "begun", "done"]
@@ -257,7 +258,7 @@ def test_a_second_start_does_no_work_twice_and_finds_the_same(compared, monkeypa
 
 
 def test_a_failed_seed_leaves_the_mean_of_the_others(compared, monkeypatch):
-    folder, plan, outcome = compared
+    _, plan, outcome = compared
     monkeypatch.setitem(METHODS._entries, "broken", Method("Always fails.", score=refuse))
     run = pipeline.run
 
@@ -324,7 +325,8 @@ def test_a_sweep_shows_the_dense_row_everywhere_and_records_once(tmp_path, monke
     first, second = (rows_of(found, point) for point in (0, 1))
     assert first["dense"] == second["dense"] and first["dense"]["per_seed"][0]["run"] == "dense/seed-0"
     assert first["dropped"]["metrics"] == second["dropped"]["metrics"]
-    assert first["dropped"]["costs"] == second["dropped"]["costs"]
+    same = [row["dropped"]["costs"]["training_seconds"] for row in (first, second)]
+    assert same[0] == same[1]  # the same training, not another one
     actions = [[a["action"] for a in row["merged"]["plans"][0]["actions"]] for row in (first, second)]
     assert [found.count("merge") for found in actions] == [0, 1]
     assert second["merged"]["scores"][0]["values"] and "One seed" in found["warnings"][0]
@@ -355,7 +357,7 @@ def test_adopted_stages_are_links_and_what_differs_is_done_anew(compared, tmp_pa
         folder / "recipe.yaml", ("seed=5", "variants=[last]"), {"out": str(folder / "adopted")}
     )
     states = {s["name"]: s["state"] for s in pipeline.run(recipe, until="plan")["stages"]}
-    assert set(states.values()) == {"done"}
+    assert states["score last"] == "done"  # of another seed
     assert (source / "scores/last.json").exists() and (folder / "study" / MARKER).exists()
 
 

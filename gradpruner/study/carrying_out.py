@@ -95,7 +95,7 @@ def check_study(study: Study) -> dict[str, dict[str, Any]]:
 def _facts(job: Job) -> dict[str, Any]:
     plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
     saved = savings(job.config, plan.keep)
-    unit = getattr(job.recipe.plan, "unit", "parameters")
+    unit = job.recipe.plan.unit
     before, after = saved[unit]["before"], saved[unit]["after"]
     return {
         "budget": {

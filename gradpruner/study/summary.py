@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradpruner._version import __version__
+from gradpruner.job import method_of
+from gradpruner.methods import METHODS
 from gradpruner.provenance import provenance, utc_now
 from gradpruner.run_record import task_name
-from gradpruner.study.design import DENSE, FIXED_ROWS, GRADPRUNER, Point, Row, Study
+from gradpruner.study.design import DENSE, GRADPRUNER, Point, Row, Study
 from gradpruner.study.pairing import Answers, paired_over_seeds, read_answers
 
 # Work a method needs until the pruned model is there; what comes after is the same for every row.
-METHOD_VERBS = ("score", "plan", "shrink", "prune", "recover")
+METHOD_VERBS = ("score", "plan", "prune", "recover")
 
 
 @dataclass
@@ -130,6 +132,7 @@ class _Point:
         good = {seed: e for seed, e in self.entries[row.name].items() if is_measured(e)}
         per_seed = [self._seed(row, seed) for seed in self.study.seeds]
         errors = [entry["error"] for entry in per_seed if entry["error"]]
+        plans = self._facts(row, good, "plans")
         sizes = [self._size(entry) for entry in good.values()]
         return {
             "name": row.name,
@@ -142,11 +145,11 @@ class _Point:
             },
             "removed_share": _mean(size["removed_share"] for size in sizes),
             "num_layers": _rounded_mean(entry.get("num_layers") for entry in good.values()),
-            "uniform": next((entry["uniform"] for entry in good.values() if "uniform" in entry), None),
+            "uniform": next((plan["uniform"] for plan in plans if "uniform" in plan), None),
             "metrics": {name: self._metric(row, name, good) for name in self._metric_names(good)},
             "costs": self._costs(row, good),
             "per_seed": per_seed,
-            "plans": self._facts(row, good, "plans"),
+            "plans": plans,
             "scores": self._facts(row, good, "scores"),
         }
 
@@ -216,7 +219,7 @@ class _Point:
         return {
             "method_seconds": _mean(sum(s["seconds"] or 0.0 for s in stages) for stages in methods),
             "method_peak_memory_bytes": _rounded_mean(
-                max((s["peak_memory_bytes"] or 0 for s in stages), default=0) for stages in methods
+                max((s["peak_memory_bytes"] or 0 for s in stages), default=None) for stages in methods
             ),
             "training_seconds": _mean(_seconds(entry, "finetune") for entry in good.values()),
             "training_ratio": _mean(ratios["finetune"]),
@@ -233,7 +236,7 @@ class _Point:
 
     def _facts(self, row: Row, good: Mapping[int, dict[str, Any]], part: str) -> list[dict[str, Any]]:
         """The plans, or the scores, of every seed."""
-        name = row.variant if part == "plans" else scored_by(row.variant)
+        name = row.variant if part == "plans" else method_of(row.variant)
         found = []
         for seed in good:
             facts = self.found.records[self.study.folder(self.point, row, seed)].get(part, {}).get(name)
@@ -248,18 +251,11 @@ def is_measured(entry: Mapping[str, Any]) -> bool:
     return not entry.get("error") and bool(entry.get("evaluation"))
 
 
-def scored_by(variant: str) -> str:
-    """The method in the run whose scores a row rests on."""
-    return "gradpruner" if variant in FIXED_ROWS else variant
-
-
 def method_stages(record: Mapping[str, Any], variant: str) -> list[dict[str, Any]]:
     """The stages of a run that a row's pruned model needed: evidence, scores, plan, pruning, recovery."""
-    from gradpruner.methods import METHODS
-
-    method = scored_by(variant)
+    method = method_of(variant)
     wanted = {f"score {method}", *(f"{verb} {variant}" for verb in METHOD_VERBS)}
-    if method in METHODS.names() and METHODS.find(method).needs_trace:
+    if METHODS.find(method).needs_trace:
         wanted.add("record")
     return [stage for stage in record["stages"] if stage["name"] in wanted]
 
