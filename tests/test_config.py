@@ -10,7 +10,8 @@ from gradpruner.config import Recipe, check_recipe, load_recipe, recipe_schema, 
 from gradpruner.errors import ConfigError
 
 GOOD = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
-RECIPES = sorted((Path(__file__).parents[1] / "gradpruner" / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "gradpruner" / "recipes"
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent.name != "ablations")
 
 
 def faults(values):
