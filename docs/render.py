@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import methods
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -479,6 +481,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "shapes": shapes,
     "all_tasks": all_tasks,
     "gguf": gguf,
+    **methods.BLOCKS,
 }
 
 

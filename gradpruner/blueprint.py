@@ -32,12 +32,11 @@ from gradpruner.layered import (
     skeleton,
     slice_layers,
 )
-from gradpruner.merging import Source, merge_linear
 from gradpruner.packing import TORCH_DTYPES, Piece, read_tensor
 from gradpruner.plan import PruningPlan
 from gradpruner.portability import judge, layer_facts
 from gradpruner.shards import Shards, TensorRef, check_inside, open_shards
-from gradpruner.surgery import check_trace
+from gradpruner.surgery import check_alike, check_trace, merge_planned
 from gradpruner.trace import GradientTrace
 
 # What a model folder has beside weights that a reader of the pruned model needs too. Not code (*.py), not
@@ -55,7 +54,7 @@ class Blueprint:
     Args:
         source: The model folder.
         plan: What happens to every layer.
-        trace: The recorded gradients; needed when the plan merges.
+        trace: The recorded gradients; needed when the plan merges by them.
         without_trace: Nothing will be merged: only names, shapes and the config are asked for.
 
     Attributes:
@@ -205,7 +204,9 @@ class Blueprint:
                 name: tuple(reversed(ref.shape)) if self._transposed(layer, name) else ref.shape
                 for name, ref in linears.items()
             }
-        if self.trace is not None or not self.without_trace:
+        if not self.plan.needs_trace:
+            check_alike(self.plan, shapes)
+        elif self.trace is not None or not self.without_trace:
             check_trace(self.plan, self.trace, shapes, self.fingerprint)
 
     def pieces(self) -> list[Piece]:
@@ -252,20 +253,17 @@ class Blueprint:
     @torch.no_grad()
     def _merge(self, target: int, name: str) -> Tensor:
         """One merged linear, exactly as `surgery.prune_` computes it."""
-        assert self.trace is not None
+        assert self.trace is not None or not self.plan.needs_trace
         transposed = self._transposed(target, name)
 
         def weight(layer: int) -> Tensor:
-            tensor = read_tensor(self.linears[layer][name], finite=True)
+            if layer != target and layer in self.plan.merged:  # merged on, after it took in others itself
+                tensor = self._merge(layer, name)
+            else:
+                tensor = read_tensor(self.linears[layer][name], finite=True)
             return tensor.T if transposed else tensor
 
-        merged = merge_linear(
-            weight(target),
-            [Source(weight(layer), self.trace.factors(layer, name)) for layer in self.plan.merged[target]],
-            rule=self.plan.rule,
-            density=self.plan.density,
-            target_factors=self.trace.factors(target, name) if self.plan.rule == "fisher" else None,
-        )
+        merged = merge_planned(self.plan, self.trace, target, name, weight)
         return merged.T if transposed else merged
 
     def new_config(self) -> dict[str, Any]:

@@ -109,7 +109,7 @@ class _Choice:
         return WidthPlan.from_dict(raw, str(self.plan_file)) if is_width else None
 
     def resolve(self, source: Path) -> tuple[PruningPlan, GradientTrace | None]:
-        """The plan and, if it merges, the trace."""
+        """The plan and, if it merges by recorded gradients, the trace."""
         from gradpruner.checkpoint import load_config
         from gradpruner.depth import text_config
         from gradpruner.plan import PruningPlan
@@ -121,9 +121,9 @@ class _Choice:
         plan = PruningPlan.load(self.plan_file)
         folder = self.trace_folder
         beside = self.plan_file.resolve().parent.parent / "trace"
-        if folder is None and plan.merged and beside.is_dir():
+        if folder is None and plan.needs_trace and beside.is_dir():
             folder = beside
-        return plan, GradientTrace.load(folder) if folder is not None and plan.merged else None
+        return plan, GradientTrace.load(folder) if folder is not None and plan.needs_trace else None
 
 
 def _prune_folder(

@@ -3,7 +3,8 @@
 Shape suffixes: O out_features, I in_features.
 
 Two steps: the most important entries of every source are kept (sparsification), then a combine rule puts
-those that agree with the target into it. Importance comes from importance.py.
+those that agree with the target into it. Importance comes from importance.py. LaCo's rules take every entry
+and need no recorded gradients.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class Source:
 
     Attributes:
         weight: Shape (out_features, in_features), any float dtype.
-        factors: Its recorded LoRA gradients.
+        factors: Its recorded LoRA gradients; None for a rule that needs none.
     """
 
     weight: Tensor
-    factors: Factors
+    factors: Factors | None = None
 
 
 def kth_largest(values: Tensor, k: int) -> float:
@@ -145,10 +146,16 @@ def signs_agree(weight: Tensor, target: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------
 # Combine rules. Each sees one block of rows in fp32 and the entries that survived sparsification, and returns
-# the merged block. Sources may come in any order: the result is the same to the bit.
+# the merged block. Sources may come in any order: the result is the same to the bit (`laco_released` apart).
 
 CombineRule = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor] | None], Tensor]
 MERGE_RULES: Registry[CombineRule] = Registry("merge rule")
+_WITHOUT_IMPORTANCE = ("laco", "laco_released")
+
+
+def needs_importance(rule: str) -> bool:
+    """Whether a rule chooses entries by recorded gradients; one that does not takes all of them."""
+    return rule not in _WITHOUT_IMPORTANCE
 
 
 def _ordered_sum(terms: list[Tensor]) -> Tensor:
@@ -243,6 +250,31 @@ def combine_norm_preserving(
     return total * _norm_ratio(target, total)
 
 
+@MERGE_RULES.register("laco")
+def combine_laco(
+    target: Tensor, weights: list[Tensor], _kept: list[Tensor], _importance: list[Tensor] | None
+) -> Tensor:
+    """`W_1 + sum_q (W_q - W_1)`, all entries whatever their sign; LaCo's rule as its paper states it.
+
+    Source: LaCo (Yang et al., 2024), reserving differences while seeking common (RDSC).
+    """
+    if not weights:
+        return target.clone()
+    return target + _ordered_sum([weight - target for weight in weights])
+
+
+@MERGE_RULES.register("laco_released")
+def combine_laco_released(
+    target: Tensor, weights: list[Tensor], _kept: list[Tensor], _importance: list[Tensor] | None
+) -> Tensor:
+    """The last source itself; what LaCo's released code comes to.
+
+    It adds the differences one after another and takes each from what is there by then: the sum telescopes,
+    and of all sources only the last is left. The one rule for which their order matters.
+    """
+    return (weights[-1] if weights else target).clone()
+
+
 def _norm_ratio(old: Tensor, new: Tensor) -> float:
     """`||old||_F / ||new||_F`, accumulated over row blocks; 1 when `new` is all zero."""
     norms = []
@@ -264,7 +296,8 @@ def merge_linear(
     """Merges the same linear of one or more pruned layers into that of a retained layer.
 
     Per source: keep the top `density` entries by importance, of those the ones whose sign agrees with
-    the *original* target, then combine by `rule`. The order of sources does not matter, to the bit.
+    the *original* target, then combine by `rule`. The order of sources does not matter, to the bit. LaCo's
+    rules look at neither gradients nor density, and `laco_released` at the order.
 
     Memory beyond the weights and the result: one float32 matrix (the importance of one source at a
     time), one uint8 matrix (which entries survived; int64 for more than 8 sources) and blocks of rows.
@@ -288,7 +321,9 @@ def merge_linear(
     """
     combine = MERGE_RULES.find(rule)
     check_density(density)
-    _check_sources(target, sources)
+    _check_sources(target, sources, rule)
+    if not needs_importance(rule):
+        return _combine_rows(target, sources, None, combine, None)
     survived_OI = _survivors(target, sources, density)
     if rule == "norm_preserving":  # the only rule that looks at the whole matrix at once
         merged = _combine_rows(target.float(), sources, survived_OI, combine_sum, None)
@@ -301,19 +336,26 @@ def _survivors(target: Tensor, sources: Sequence[Source], density: float) -> Ten
     """Which entries of which source survive sparsification: bit q of an entry stands for source q."""
     dtype = torch.uint8 if len(sources) <= 8 else torch.int64
     survived_OI = torch.zeros(target.shape, dtype=dtype, device=target.device)
-    for bit, source in enumerate(sources):
-        _mark_top(ScaledImportance(source.factors, target.device).matrix(), density, survived_OI, bit)
+    for bit, factors in enumerate(_factors_of(sources)):
+        _mark_top(ScaledImportance(factors, target.device).matrix(), density, survived_OI, bit)
     return survived_OI
 
 
-def _check_sources(target: Tensor, sources: Sequence[Source]) -> None:
+def _factors_of(sources: Sequence[Source]) -> list[Factors]:
+    return [source.factors for source in sources if source.factors is not None]
+
+
+def _check_sources(target: Tensor, sources: Sequence[Source], rule: str) -> None:
     if len(sources) > MAX_SOURCES:
         raise ShapeError(f"{len(sources)} layers into one; at most {MAX_SOURCES} can be merged.")
     for source in sources:
-        if source.weight.shape != target.shape or source.factors.shape != tuple(target.shape):
+        if needs_importance(rule) and source.factors is None:
+            raise ConfigError(f"The {rule} rule needs the recorded gradients of every source.")
+        shape = tuple(source.weight.shape if source.factors is None else source.factors.shape)
+        if source.weight.shape != target.shape or shape != tuple(target.shape):
             raise ShapeError(
-                f"A weight of shape {tuple(source.weight.shape)} with gradients for "
-                f"{source.factors.shape} cannot be merged into one of shape {tuple(target.shape)}."
+                f"A weight of shape {tuple(source.weight.shape)} with gradients for {shape} cannot be "
+                f"merged into one of shape {tuple(target.shape)}."
             )
 
 
@@ -327,7 +369,7 @@ def _comparable_importances(
         raise ShapeError(
             f"Gradients for {target_factors.shape} do not fit a weight of shape {tuple(target.shape)}."
         )
-    history = [target_factors, *(source.factors for source in sources)]
+    history = [target_factors, *_factors_of(sources)]
     parts = [ScaledImportance(factors, target.device) for factors in history]
     largest = max(part.scale for part in parts) or 1.0
     return [(part, part.scale / largest) for part in parts]
@@ -336,14 +378,16 @@ def _comparable_importances(
 def _combine_rows(
     target: Tensor,
     sources: Sequence[Source],
-    survived_OI: Tensor,
+    survived_OI: Tensor | None,
     combine: CombineRule,
     importances: list[tuple[ScaledImportance, float]] | None,
 ) -> Tensor:
     merged = torch.empty_like(target)
     for start, stop in row_blocks(*target.shape):
         rows = slice(start, stop)
-        kept = [(survived_OI[rows] & (1 << bit)) != 0 for bit in range(len(sources))]
+        kept = []
+        if survived_OI is not None:
+            kept = [(survived_OI[rows] & (1 << bit)) != 0 for bit in range(len(sources))]
         weights = [source.weight[rows].to(target.device).float() for source in sources]
         values = [part.rows(start, stop) * unit for part, unit in importances] if importances else None
         merged[rows] = combine(target[rows].float(), weights, kept, values).to(merged.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.files import read_json, write_json
-from gradpruner.merging import MAX_SOURCES, MERGE_RULES, check_density
+from gradpruner.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
 from gradpruner.registry import suggest
 from gradpruner.trace import same_model
 
@@ -28,7 +28,8 @@ class LayerAction:
 
     Attributes:
         action: "keep", "drop" (removed outright) or "merge" (added into a retained layer, then removed).
-        into: The retained layer it is merged into; None unless merged.
+        into: The layer it is merged into, a retained one (see `PruningPlan` for the exception); None unless
+            merged.
     """
 
     action: str
@@ -38,6 +39,10 @@ class LayerAction:
 @dataclass(frozen=True)
 class PruningPlan:
     """Keep, drop or merge, for every decoder layer.
+
+    A layer that has taken in others can itself be merged into an earlier one, but only by a rule that needs
+    no recorded gradients (LaCo's): nobody recorded those of a merged layer. Such a chain is carried out from
+    its last target to its first.
 
     Attributes:
         actions: One per layer, in order.
@@ -84,11 +89,21 @@ class PruningPlan:
             )
         if entry.into is None:
             return
-        if not 0 <= entry.into < self.num_layers or self.actions[entry.into].action != "keep":
+        exists = 0 <= entry.into < self.num_layers
+        if not exists or not self._takes_in(entry.into):
+            chain = exists and self.actions[entry.into].action == "merge"
             raise PlanError(
                 f"Layer {layer} is to be merged into layer {entry.into}, which is not a kept layer.",
-                hint=f"Kept layers: {', '.join(map(str, self.keep))}.",
+                hint=f"Kept layers: {', '.join(map(str, self.keep))}."
+                + (" LaCo's rules alone merge a merged layer, into an earlier one." if chain else ""),
             )
+
+    def _takes_in(self, target: int) -> bool:
+        """Whether others can be merged into a layer: it is kept, or a link of a chain."""
+        found = self.actions[target]
+        if found.action == "keep":
+            return True
+        return found.into is not None and found.into < target and not needs_importance(self.rule)
 
     @property
     def num_layers(self) -> int:
@@ -107,12 +122,25 @@ class PruningPlan:
 
     @property
     def merged(self) -> dict[int, tuple[int, ...]]:
-        """Retained layer -> the layers merged into it, ascending."""
+        """Layer -> the layers merged into it, ascending; also of layers that are merged themselves."""
         out: dict[int, tuple[int, ...]] = {}
         for layer, entry in enumerate(self.actions):
             if entry.into is not None:
                 out[entry.into] = (*out.get(entry.into, ()), layer)
         return out
+
+    @property
+    def merge_order(self) -> tuple[int, ...]:
+        """The targets of `merged` in the order in which they take in others: the last one first.
+
+        What a target takes in has then taken in all it was to.
+        """
+        return tuple(sorted(self.merged, reverse=True))
+
+    @property
+    def needs_trace(self) -> bool:
+        """Whether carrying it out needs the recorded gradients."""
+        return bool(self.merged) and needs_importance(self.rule)
 
     def without_merging(self) -> PruningPlan:
         """The same layers pruned, every one dropped (the paper's "w/o merging")."""

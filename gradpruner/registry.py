@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from gradpruner.errors import ConfigError
@@ -22,10 +22,12 @@ class Registry(Generic[T]):
 
     Args:
         kind: What the entries are called in messages, singular ("task").
+        renamed: Former name -> what the entry is called now; only for messages.
     """
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, renamed: Mapping[str, str] | None = None) -> None:
         self.kind = kind
+        self._renamed = dict(renamed or {})
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -46,8 +48,10 @@ class Registry(Generic[T]):
             ConfigError: If there is none; the message lists the names and the nearest one.
         """
         if name not in self._entries:
+            now = self._renamed.get(name)
+            meant = f" Did you mean '{now}'?" if now else suggest(name, self._entries)
             raise ConfigError(
-                f"Unknown {self.kind} '{name}'.{suggest(name, self._entries)}",
+                f"Unknown {self.kind} '{name}'.{meant}",
                 hint=f"Available: {', '.join(self.names())}.",
             )
         return self._entries[name]

@@ -44,7 +44,7 @@ def prune_checkpoint(
             pruned too, but not merged.
         dst: The folder to make; one of ours is replaced, any other is refused.
         plan: What happens to every layer.
-        trace: The recorded gradients; needed when the plan merges.
+        trace: The recorded gradients; needed when the plan merges by them.
         max_shard_bytes: Largest size of a file of weights, in bytes of data.
         verify: "full" loads source and result and compares what they compute, "structure" checks all but
             that, "auto" is full where memory allows. A model type without a row must be proved in full.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from gradpruner.depth import check_keep
 from gradpruner.errors import ModelError, PlanError
+from gradpruner.importance import Factors
 from gradpruner.layered import LayeredModel, fingerprint
 from gradpruner.merging import Source, merge_linear
 from gradpruner.plan import PruningPlan
-from gradpruner.trace import GradientTrace, same_model
+from gradpruner.trace import QUANTISED, GradientTrace, same_model
 
 log = logging.getLogger("gradpruner.surgery")
 
@@ -36,7 +37,7 @@ def prune_(
     Args:
         model: A Hugging Face causal LM of a known family, without adapters.
         plan: What to do with every layer.
-        trace: The recorded gradients; needed when the plan merges.
+        trace: The recorded gradients; needed when the plan merges by them.
         progress: Called with the name of each linear as it is merged.
 
     Returns:
@@ -77,10 +78,19 @@ def _merge_layers_(
     """Merges what the plan merges, in place, and removes nothing yet; everything is checked first."""
     if not plan.merged:
         return
+    if identity.endswith(QUANTISED):
+        raise PlanError(
+            "The model is quantised; layers of it can be dropped but not merged.",
+            hint="Plan with num_merge: 0, or prune the unquantised model.",
+        )
     shapes = {i: {n: tuple(w.shape) for n, w in view.weights(i).items()} for i in range(view.num_layers)}
-    checked = check_trace(plan, trace, shapes, identity)
-    for target, layers in plan.merged.items():
-        _merge_one_(view, target, layers, plan, checked, progress)
+    checked = None
+    if plan.needs_trace:
+        checked = check_trace(plan, trace, shapes, identity)
+    else:
+        check_alike(plan, shapes)
+    for target in plan.merge_order:
+        _merge_one_(view, target, plan.merged[target], plan, checked, progress)
 
 
 @torch.no_grad()
@@ -120,7 +130,7 @@ def check_trace(
     """Everything that could fail while merging, before the first weight changes.
 
     Args:
-        plan: A plan that merges.
+        plan: A plan that merges by recorded gradients.
         trace: The recorded gradients.
         shapes: Layer -> linear -> (out_features, in_features).
         identity: Fingerprint of the model; "" when it cannot be told.
@@ -150,24 +160,34 @@ def check_trace(
             "The plan merges layers but this trace holds layer energies only.",
             hint="Record again with keep_factors=True, or plan with num_merge=0.",
         )
+    check_alike(plan, shapes)
     for target, layers in plan.merged.items():
-        for layer in layers:
-            _check_linears(shapes, target, layer, trace)
-        if plan.rule == "fisher":
-            _check_linears(shapes, target, target, trace)
+        for layer in (*layers, target) if plan.rule == "fisher" else layers:
+            _check_recorded(shapes, layer, trace)
     trace.check_factors()
     return trace
 
 
-def _check_linears(
-    shapes: Mapping[int, Mapping[str, tuple[int, ...]]], target: int, layer: int, trace: GradientTrace
+def check_alike(plan: PruningPlan, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raises PlanError unless every merged layer has the linears of the layer it goes into.
+
+    Args:
+        plan: A plan that merges.
+        shapes: Layer -> linear -> (out_features, in_features).
+    """
+    for target, layers in plan.merged.items():
+        for layer in layers:
+            if shapes[layer] != shapes[target]:
+                raise PlanError(
+                    f"Layers {layer} and {target} do not have the same linears and cannot be merged.",
+                    hint="Drop the layer instead (action: drop).",
+                )
+
+
+def _check_recorded(
+    shapes: Mapping[int, Mapping[str, tuple[int, ...]]], layer: int, trace: GradientTrace
 ) -> None:
-    """Raises PlanError unless every linear of `layer` fits that of `target` and was recorded."""
-    if shapes[layer] != shapes[target]:
-        raise PlanError(
-            f"Layers {layer} and {target} do not have the same linears and cannot be merged.",
-            hint="Drop the layer instead (action: drop).",
-        )
+    """Raises PlanError unless every linear of a layer was recorded."""
     recorded = {
         ref.name: (ref.out_features, ref.in_features) for ref in trace.info.linears if ref.layer == layer
     }
@@ -186,7 +206,7 @@ def _merge_one_(
     target: int,
     layers: tuple[int, ...],
     plan: PruningPlan,
-    trace: GradientTrace,
+    trace: GradientTrace | None,
     progress: Callable[[str], None] | None,
 ) -> None:
     """Adds the linears of `layers` into those of `target`; sign tests use the original target."""
@@ -194,11 +214,34 @@ def _merge_one_(
     for name, weight in view.weights(target).items():
         if progress is not None:
             progress(f"layer {target} {name}")
-        merged = merge_linear(
-            weight,
-            [Source(sources[layer][name], trace.factors(layer, name)) for layer in layers],
-            rule=plan.rule,
-            density=plan.density,
-            target_factors=trace.factors(target, name) if plan.rule == "fisher" else None,
-        )
-        weight.copy_(merged)
+        given = {target: weight} | {layer: linears[name] for layer, linears in sources.items()}
+        weight.copy_(merge_planned(plan, trace, target, name, given.__getitem__))
+
+
+def merge_planned(
+    plan: PruningPlan,
+    trace: GradientTrace | None,
+    target: int,
+    name: str,
+    weight: Callable[[int], Tensor],
+) -> Tensor:
+    """One linear of a target with everything the plan merges into it.
+
+    Args:
+        plan: What to do with every layer.
+        trace: The recorded gradients; None where the plan needs none.
+        target: The layer that takes in others.
+        name: Path of the linear inside the layer.
+        weight: Gives that linear of a layer; of a layer that is merged on, after it has taken in others.
+    """
+
+    def factors(layer: int) -> Factors | None:
+        return trace.factors(layer, name) if trace is not None and plan.needs_trace else None
+
+    return merge_linear(
+        weight(target),
+        [Source(weight(layer), factors(layer)) for layer in plan.merged[target]],
+        rule=plan.rule,
+        density=plan.density,
+        target_factors=factors(target) if plan.rule == "fisher" else None,
+    )

@@ -239,7 +239,7 @@ class Variant:
                 )
                 progress.update(1)
             return {"verified": report.to_dict()}
-        trace = self.trace() if self.plan.merged else None
+        trace = self.trace() if self.plan.needs_trace else None
         megabytes = savings(self.job.config, list(self.plan.keep))["disk_bytes"]["after"] // 10**6
         with Progress(max(1, megabytes), f"prune {self.name} [MB]") as progress:
             report = prune_checkpoint(

@@ -94,9 +94,9 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """Checks a pruned checkpoint against its plan and its source.
 
-    Merging is repeated in memory and compared to the bit (with a trace). Reference for what the checkpoint
-    computes is the source model with the pruned layers handing on what they were given. Both models are
-    loaded one after the other, in the dtype they are stored in, on the CPU.
+    Merging is repeated in memory and compared to the bit (with a trace where the rule needs one). Reference
+    for what the checkpoint computes is the source model with the pruned layers handing on what they were
+    given. Both models are loaded one after the other, in the dtype they are stored in, on the CPU.
 
     Args:
         folder: The pruned checkpoint.
@@ -251,13 +251,14 @@ class _Gate:
             self.expected = _behaviour(model)
         del model, view
         gc.collect()
-        return f"{len(self.plan.pruned)} layers passed through, {len(self.plan.merged)} with merged weights"
+        targets = self.plan.merged.keys() & set(self.plan.keep)
+        return f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights"
 
     def merged(self) -> str:
         """The merging once more, in memory, against what was written: to the bit."""
         if not self.plan.merged:
             return "not done: no layer was merged"
-        if self.trace is None:
+        if self.plan.needs_trace and self.trace is None:
             return "not done: no trace given"
         here = open_shards(self.folder).tensors
         targets = self.blueprint.merged_names()
@@ -274,7 +275,7 @@ class _Gate:
     @torch.no_grad()
     def _take_merged(self, view: LayeredModel) -> None:
         here = open_shards(self.folder).tensors
-        for target in self.plan.merged:
+        for target in sorted(self.plan.merged.keys() & set(self.plan.keep)):
             for name, module in view.linears(target).items():
                 renamed = self.blueprint.rename(self.blueprint.linears[target][name].name)
                 assert renamed is not None and isinstance(module.weight, Tensor)

@@ -15,11 +15,13 @@ from gradpruner.merging import (
     Source,
     kth_largest,
     merge_linear,
+    needs_importance,
     signs_agree,
     top_density_mask,
 )
 
-RULES = MERGE_RULES.names()
+LACO_RULES = [rule for rule in MERGE_RULES.names() if not needs_importance(rule)]
+RULES = [rule for rule in MERGE_RULES.names() if needs_importance(rule)]
 
 
 def factors(shape=(9, 12), steps=5, rank=3, seed=0, scale=1.0):
@@ -317,6 +319,60 @@ def test_fisher_needs_the_targets_own_gradients():
         MERGE_RULES.find("fisher")(weight(), [], [], None)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES + LACO_RULES)
 def test_every_rule_says_what_it_is(rule):
     assert len((MERGE_RULES.find(rule).__doc__ or "").splitlines()[0]) > 20
+
+
+# --- LaCo's rules: no gradients, no sparsification ----------------------------------------------------------
+
+
+def test_reserving_differences_by_hand():
+    base = torch.tensor([[1.0, -2.0], [0.0, 4.0]])
+    first = torch.tensor([[3.0, -1.0], [5.0, 4.0]])  # differences 2, 1, 5, 0
+    second = torch.tensor([[-1.0, 2.0], [1.0, 0.5]])  # differences -2, 4, 1, -3.5
+    found = merge_linear(base, [Source(first), Source(second)], rule="laco")
+    assert found.tolist() == [[1.0, 3.0], [6.0, 0.5]]
+    assert torch.equal(merge_linear(base, [Source(first)], rule="laco"), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_released_sum_telescopes_to_the_last_source_and_the_papers_does_not(dtype):
+    base = weight(dtype=dtype)
+    group = [Source(weight(seed=10 + q, dtype=dtype)) for q in range(3)]
+    released = merge_linear(base, group, rule="laco_released")
+    assert float((released - group[-1].weight).abs().max()) == 0.0
+    paper = merge_linear(base, group, rule="laco")
+    assert float((paper - group[-1].weight).abs().max()) > 1
+    expected = base.double() + sum(source.weight.double() - base.double() for source in group)
+    torch.testing.assert_close(paper.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_the_norm_of_four_unlike_layers_grows_as_the_formula_says():
+    base, group = weight((300, 300)), [Source(weight((300, 300), seed=10 + q)) for q in range(3)]
+    grown = float(merge_linear(base, group, rule="laco").norm() / base.norm())
+    assert grown == pytest.approx((3 + 2**2) ** 0.5, rel=0.02)  # m + (m - 1)^2 for m = 3
+
+
+def test_the_papers_rule_knows_no_order_and_the_released_one_does():
+    base, group = weight(), [Source(weight(seed=10 + q)) for q in range(3)]
+    paper = [merge_linear(base, list(order), rule="laco") for order in permutations(group)]
+    assert all(torch.equal(paper[0], other) for other in paper[1:])
+    released = [merge_linear(base, list(order), rule="laco_released") for order in permutations(group)]
+    assert not torch.equal(released[0], released[1])
+
+
+@pytest.mark.parametrize("rule", LACO_RULES)
+def test_laco_looks_at_neither_gradients_nor_density_nor_blocks(rule, monkeypatch):
+    plain = merge_linear(weight(), [Source(s.weight) for s in sources(2)], rule=rule, density=0.01)
+    assert torch.equal(merge_linear(weight(), sources(2), rule=rule, density=1.0), plain)
+    monkeypatch.setattr(importance, "BLOCK_ENTRIES", 1)
+    assert torch.equal(merge_linear(weight(), sources(2), rule=rule), plain)
+    assert torch.equal(merge_linear(weight(), [], rule=rule), weight())
+
+
+def test_other_rules_refuse_sources_without_gradients():
+    with pytest.raises(ConfigError, match="sum rule needs the recorded gradients"):
+        merge_linear(weight(), [Source(weight(seed=1))])
+    with pytest.raises(ShapeError, match="cannot be merged"):
+        merge_linear(weight(), [Source(weight((8, 12)))], rule="laco")

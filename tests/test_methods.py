@@ -112,6 +112,26 @@ def test_a_protected_layer_in_the_best_block_is_replaced_by_one_of_the_next_best
     assert plan_pruning(scores, num_prune=3, num_merge=0, protect_first=1).pruned == (1, 2, 3)
 
 
+def test_a_block_that_touches_a_protected_layer_is_no_candidate():
+    distances = [0.1, 0.2, 0.5, 0.4]  # blocks of 3 of 6 layers
+    values = layer_values(distances, 3, protected=(0,))
+    assert values == [2.1, 0.2, 0.2, 0.2, 0.4, 0.4]
+    # Of 0-2, 1-3, 2-4, 3-5 only the last is left; layer 0 is in none, and 1 and 2 may not go.
+    values = layer_values(distances, 3, protected=(1, 2))
+    assert values == [1.1, 2.1, 2.1, 0.4, 0.4, 0.4]
+    # No block is left: the layers go by their own best one, protected ones last.
+    assert layer_values(distances, 3, protected=(2, 3)) == [1.1, 1.1, 2.1, 2.2, 1.4, 1.4]
+
+
+def test_angular_distance_takes_the_best_block_that_may_go(tiny_llama):
+    model = turning(tiny_llama(), [1, 2, 30, 10, 5, 3])
+    for protected, block in [((), (0, 1)), ((0,), (4, 5)), ((0, 5), (3, 4)), ((1, 4), (2, 3))]:
+        scores = score("angular", model, num_keep=4, protected=protected)
+        assert plan_pruning(scores, num_prune=2, num_merge=0, protect=protected).pruned == block
+        assert all(map(math.isfinite, scores.values))
+        assert set(scores.ascending()[6 - len(protected) :]) == set(protected)
+
+
 @pytest.mark.parametrize("padding_side", ["right", "left"])
 def test_angles_are_those_of_the_last_token_between_raw_states(tiny_llama, padding_side):
     model, expected = tiny_llama(), torch.zeros(5, dtype=torch.float64)
@@ -159,7 +179,7 @@ def test_angles_of_a_state_in_several_streams_are_those_of_all_together():
     assert found.evidence["distances"][0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_block_influence_takes_a_state_in_several_streams():
+def test_shortgpt_takes_a_state_in_several_streams():
     from families import make_family_model
 
     model, pairs = make_family_model("gemma3n_text"), []
@@ -172,7 +192,7 @@ def test_block_influence_takes_a_state_in_several_streams():
         torch.nn.functional.cosine_similarity(before[:, 0, t].flatten(), after[:, 0, t].flatten(), dim=0)
         for t in range(before.shape[2])
     ]
-    found = score("block_influence", model, samples=SAMPLES[4:])
+    found = score("shortgpt", model, samples=SAMPLES[4:])
     assert found.values[1] == pytest.approx(float(1 - torch.stack(cosines).mean()), abs=1e-5)
 
 
@@ -238,6 +258,21 @@ def test_sleb_removes_layers_that_do_nothing_first_and_the_later_of_equal_ones(t
 def test_sleb_keeps_first_and_last_layer_though_they_do_nothing(tiny_llama):
     scores = score("sleb", pass_through(tiny_llama(), 0, 5), num_keep=2)
     assert scores.ascending()[4:] == [5, 0] and sorted(scores.evidence["removed"]) == [1, 2, 3, 4]
+
+
+def test_sleb_never_tries_protected_layers(tiny_llama):
+    model, passes = pass_through(tiny_llama(), 1, 3), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    scores = score("sleb", model, samples=answered_by(model), num_keep=4, protected=(0, 3))
+    assert len(passes) - len(SAMPLES) == 1 + 3 + 2
+    assert scores.evidence["removed"][0] == 1 and 3 not in scores.evidence["removed"]
+    assert "3" not in scores.evidence["next_nll"]
+    assert scores.ascending()[3:] == [5, 3, 0] and sorted(scores.values) == [0, 1, 2, 3, 4, 5]
+
+
+def test_sleb_where_nothing_but_the_ends_can_go(tiny_llama):
+    scores = score("sleb", tiny_llama(), num_keep=4, protected=(1, 2, 3, 4))
+    assert scores.ascending() == [5, 0, 4, 3, 2, 1] and scores.evidence["removed"] == []
 
 
 def test_sleb_takes_40_percent_where_no_number_is_known(tiny_llama):
@@ -306,3 +341,37 @@ def test_magnitude_refuses_quantised_weights(tiny_llama):
     linear.weight = torch.nn.Parameter(linear.weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(ModelError, match=r"stored as torch\.uint8"):
         score("magnitude", model)
+
+
+# --- names and presets --------------------------------------------------------------------------------------
+
+
+def test_the_former_name_of_shortgpt_leads_to_it():
+    with pytest.raises(ConfigError, match=r"Unknown method 'block_influence'\. Did you mean 'shortgpt'"):
+        METHODS.find("block_influence")
+
+
+def test_shortgpt_is_block_influence(tiny_llama):
+    from gradpruner.methods.block_influence import block_influence
+
+    model = pass_through(tiny_llama(), 3)
+    values, evidence = block_influence(MethodContext(6, 0, None, lambda: model, SAMPLES, Collator()))
+    assert score("shortgpt", model).values == tuple(values) and evidence["samples"] == 5
+    assert values[3] == pytest.approx(0, abs=1e-6) and min(values[:3] + values[4:]) > 0.01
+
+
+def test_the_released_preset_prunes_one_block_by_frobenius_norms(tiny_llama, tiny_trace):
+    method, trace = METHODS.find("gradpruner_released"), tiny_trace(tiny_llama())
+    context = MethodContext(6, 0, lambda: trace, tiny_llama, SAMPLES, Collator(), num_keep=3)
+    scores = method.score(context)
+    norms = [0.0] * 6
+    for ref in trace.info.linears:
+        factors = trace.factors(ref.layer, ref.name)
+        norms[ref.layer] += float((factors.grad_b_SOR @ factors.grad_a_SRI).flatten(1).norm(dim=1).sum())
+    assert scores.values == pytest.approx(norms, rel=1e-5) and scores.method == "gradpruner_released"
+    assert method.needs_trace and method.merges
+    plan = plan_pruning(scores, num_prune=3, num_merge=2, protect_first=1, **method.plan_options)
+    first = plan.pruned[0]
+    assert plan.pruned == (first, first + 1, first + 2) and 5 in plan.keep
+    best = sorted(plan.pruned, key=lambda layer: scores.values[layer])[1:]
+    assert plan.merged == {first - 1: tuple(sorted(best))}

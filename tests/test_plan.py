@@ -284,6 +284,46 @@ def test_a_short_plan_written_by_hand():
     assert (plan.merged, plan.keep, plan.rule, plan.density) == ({0: (1,)}, (0, 3), "sum", 0.2)
 
 
+def chained(rule, *into):
+    actions = [{"action": "keep"} if i is None else {"action": "merge", "into": i} for i in into]
+    return PruningPlan.from_dict({"actions": actions, "rule": rule}, "my.json")
+
+
+def test_a_chain_is_carried_out_from_its_last_target_on():
+    plan = chained("laco", None, 0, 1, 1, 3, None)
+    assert plan.merged == {0: (1,), 1: (2, 3), 3: (4,)} and plan.merge_order == (3, 1, 0)
+    assert plan.keep == (0, 5) and plan.pruned == (1, 2, 3, 4) and not plan.needs_trace
+    assert PruningPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+
+
+def test_a_merge_by_gradients_needs_the_trace():
+    assert (
+        chained("sum", None, 0, None).needs_trace and not chained("laco_released", None, 0, None).needs_trace
+    )
+    assert not chained("sum", None, None).needs_trace
+
+
+@pytest.mark.parametrize(
+    "rule, into, message",
+    [
+        ("sum", (None, 0, 1, None), "Layer 2 is to be merged into layer 1"),  # nobody recorded a merged layer
+        ("laco", (None, 2, 1, None), "Layer 1 is to be merged into layer 2|Layer 2 is to be merged into"),
+        ("laco", (None, 3, 1, None), "Layer 2 is to be merged into layer 1"),  # 1 goes on to a later layer
+        ("laco", (None, 1, None), "Layer 1 is to be merged into layer 1"),
+    ],
+)
+def test_chains_that_cannot_be(rule, into, message):
+    with pytest.raises(PlanError, match=message) as caught:
+        chained(rule, *into)
+    assert "an earlier one" in str(caught.value)
+
+
+def test_a_chain_does_not_go_through_a_dropped_layer():
+    actions = [{"action": "keep"}, {"action": "drop"}, {"action": "merge", "into": 1}, {"action": "keep"}]
+    with pytest.raises(PlanError, match="Layer 2 is to be merged into layer 1"):
+        PruningPlan.from_dict({"actions": actions, "rule": "laco"})
+
+
 def edited(**changes):
     raw = plan_pruning(SCORES, num_prune=4, num_merge=2).to_dict()
     raw.update(changes)

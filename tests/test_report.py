@@ -39,7 +39,7 @@ LABELS = {
     "dropped": "Pruned, dropped only",
     "random": "Random layers",
     "last": "Last layers",
-    "block_influence": "Block influence",
+    "shortgpt": "ShortGPT",
 }
 LAYER_PARAMETERS = 218_112_000
 OTHER_PARAMETERS = 1_050_939_392
@@ -98,7 +98,7 @@ def make_run(
     """Builds a record such as a finished run leaves; deterministic."""
     rng = random.Random(num_layers)
     accuracy = {"dense": 0.842, "merged": 0.836, "dropped": 0.821, "random": 0.655, "last": 0.702,
-                "block_influence": 0.794, **(values or {})}  # fmt: skip
+                "shortgpt": 0.794, **(values or {})}  # fmt: skip
     plans = {name: make_plan(num_layers, name, rng) for name in names if name != "dense"}
     variants = {}
     for name in names:
@@ -185,7 +185,7 @@ def make_run(
                 "stability": [{"step": i, "overlap": min(1.0, 0.6 + 0.4 * i / 22)}
                               for i in range(2, 41)],
             },
-            "block_influence": {"method": "block_influence", "norm": None, "values": influence,
+            "shortgpt": {"method": "shortgpt", "norm": None, "values": influence,
                                 "low": [], "high": [], "stability": []},
         },
         "plans": plans,
@@ -407,7 +407,7 @@ def test_empty_parts_inside_variants(tmp_path: Path) -> None:
     run["variants"]["merged"] = {"label": None, "plan": "lost", "error": None}
     run["variants"]["dense"].update(before=None, finetune=None)
     run["scores"]["gradient"].update(low=[], high=[], stability=[])
-    run["scores"]["block_influence"] = {"values": []}
+    run["scores"]["shortgpt"] = {"values": []}
     page = Page(render(run, tmp_path))
     assert "Nothing to compare: merged has no exact match." in page.words
     assert "figure-scores-0" in page.ids

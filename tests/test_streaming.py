@@ -39,12 +39,14 @@ from gradpruner.merging import Source, merge_linear
 from gradpruner.plan import LayerAction, PruningPlan
 from gradpruner.shards import INDEX_FILE, open_shards
 from gradpruner.streaming import prune_checkpoint
-from gradpruner.surgery import prune_
+from gradpruner.surgery import check_alike, prune_
 from gradpruner.verify import VerifyReport, verify_checkpoint
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 DROPPING = PruningPlan((KEEP, DROP, KEEP, KEEP, DROP, KEEP))
 MERGING = PruningPlan((KEEP, DROP, KEEP, LayerAction("merge", 2), LayerAction("merge", 2), KEEP))
+# Layer 3 takes in 4, layer 2 then 3, and layer 0 what has become of 2, and layer 1.
+CHAIN = PruningPlan((KEEP, *(LayerAction("merge", i) for i in (0, 0, 2, 3)), KEEP), rule="laco")
 
 
 def tree(folder):
@@ -278,6 +280,15 @@ IDENTICAL = {
         "1GB",
         40_000,
     ),
+    "llama, chain": (make_model, torch.bfloat16, CHAIN, "40KB", 10**9),
+    "llama, chain as released": (
+        make_model,
+        torch.float16,
+        replace(CHAIN, rule="laco_released"),
+        "1GB",
+        10**9,
+    ),
+    "gpt2, chain": (family("gpt2", num_hidden_layers=6), torch.float32, CHAIN, "1GB", 10**9),
     "llama, float16": (make_model, torch.float16, replace(MERGING, rule="fisher", density=0.4), "1GB", 10**9),
     "gemma3, nested": (
         lambda: make_seeing_model("gemma3"),
@@ -301,7 +312,7 @@ def test_on_disk_and_in_memory_give_the_same_bits(tmp_path, case):
     make, dtype, plan, source_shards, max_shard_bytes = IDENTICAL[case]
     make().to(dtype).save_pretrained(tmp_path / "src", max_shard_size=source_shards)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "src", dtype=dtype)
-    trace = make_trace(model) if plan.merged else None
+    trace = make_trace(model) if plan.needs_trace else None
     options = {"max_shard_bytes": max_shard_bytes, "verify": "structure"}
     prune_checkpoint(tmp_path / "src", tmp_path / "dst", plan, trace, **options)
     assert (len(open_shards(tmp_path / "dst").headers) > 1) == (max_shard_bytes < 10**9)
@@ -323,6 +334,28 @@ def test_verified_in_full_and_pruned_again(src, tmp_path, llama_trace):
     prune_checkpoint(src, tmp_path / "direct", PruningPlan.from_keep(6, (0, 5)), verify="structure")
     assert tensors_of(tmp_path / "twice") == tensors_of(tmp_path / "direct")
     assert raw_config(tmp_path / "twice") == raw_config(tmp_path / "direct")
+
+
+def test_a_chain_is_verified_in_full_without_a_trace(src, tmp_path):
+    report = prune_checkpoint(src, tmp_path / "dst", CHAIN, verify="full")
+    details = {check.name: check.detail for check in report.checks}
+    assert report.passed and details["merged tensors"] == "7 tensors merged again in memory: equal to the bit"
+    assert details["source"] == "4 layers passed through, 1 with merged weights"
+    assert verify_checkpoint(tmp_path / "dst", level="full").passed
+    recast(tmp_path / "dst", lambda name, t: t + 1 if name == "model.layers.0.mlp.up_proj.weight" else t)
+    failed = verify_checkpoint(tmp_path / "dst", level="full")
+    assert not failed.passed and failed.checks[-1].name == "merged tensors"
+
+
+def test_layers_of_different_shapes_are_not_merged_without_a_trace_either(src, tmp_path):
+    recast(src, lambda name, tensor: tensor)
+    blueprint = Blueprint(src, replace(CHAIN, rule="laco_released"))
+    shapes = {
+        layer: {name: r.shape for name, r in found.items()} for layer, found in blueprint.linears.items()
+    }
+    shapes[3] = {}
+    with pytest.raises(PlanError, match="Layers 3 and 2 do not have the same linears"):
+        check_alike(CHAIN, shapes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

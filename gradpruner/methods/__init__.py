@@ -4,9 +4,11 @@ from gradpruner.methods import (
     angular,
     block_influence,
     gradpruner,
+    laco,
     last,
     magnitude,
     random_layers,
+    shortgpt,
     sleb,
 )
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
@@ -19,8 +21,10 @@ __all__ = [
     "angular",
     "block_influence",
     "gradpruner",
+    "laco",
     "last",
     "magnitude",
     "random_layers",
+    "shortgpt",
     "sleb",
 ]

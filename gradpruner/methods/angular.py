@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +21,16 @@ from gradpruner.scores import LayerScores
 def score(context: MethodContext) -> LayerScores:
     """`d(l, n) = mean over samples of arccos(cos(x_l, x_{l+n})) / pi`; the block with the smallest d goes.
 
-    `x_l` is what layer l is given, at a sample's last token, and n the number of layers to prune. All
-    blocks of n layers are candidates; `evidence` holds d of every one, `distances[l]` for layers l to
-    l+n-1. A layer's score is the smallest d of the blocks it is part of. So the n lowest scores are the best
-    block and nothing else; of blocks that turn equally little it is the later one (see `layer_values`).
+    `x_l` is what layer l is given, at a sample's last token, and n the number of layers to prune. `evidence`
+    holds d of every block of n layers, `distances[l]` for layers l to l+n-1. A layer's score is the smallest
+    d of the candidates it is part of. So the n lowest scores are the best block and nothing else; of blocks
+    that turn equally little it is the later one (see `layer_values`).
 
-    Which layers are protected is not known here. If the best block touches one, the plan takes the rest of
-    it and, in its place, a layer of the next best block, which is mostly the neighbouring one but need not
-    be: the pruned layers may then be no block (the plan option `contiguous` makes them one). Likewise for a
-    plan that prunes another number of layers than n. When n is 0, blocks of 1 are measured.
+    A block that touches a protected layer is no candidate. Layers that no candidate contains come after all
+    that one does, protected ones last: to their smallest d, which is at most 1, 1 or 2 are added. So where
+    protected layers leave no room for a block, and in a plan that prunes another number of layers than n,
+    the pruned layers may be no block (the plan option `contiguous` makes them one). When n is 0, blocks of 1
+    are measured.
 
     States are read at the layers themselves. `hidden_states[-1]` of transformers comes after the final norm
     and would compare a raw state with a normed one in the block that ends with the last layer. The released
@@ -60,11 +61,11 @@ def score(context: MethodContext) -> LayerScores:
         "block_size": size,
         "distances": distances,
     }
-    return LayerScores("angular", tuple(layer_values(distances, size)), evidence=evidence)
+    return LayerScores("angular", tuple(layer_values(distances, size, context.protected)), evidence=evidence)
 
 
-def layer_values(distances: Sequence[float], size: int) -> list[float]:
-    """The smallest distance of the blocks a layer is part of, for every layer.
+def layer_values(distances: Sequence[float], size: int, protected: Collection[int] = ()) -> list[float]:
+    """The smallest distance of the candidates a layer is part of, for every layer.
 
     The `size` least important layers are then one block with the smallest distance: its layers have just
     that value, and other layers with the same value, being part of an equal block, come before it if it is
@@ -73,12 +74,17 @@ def layer_values(distances: Sequence[float], size: int) -> list[float]:
     Args:
         distances: Of the blocks that begin at layer 0, 1, ...
         size: Layers in a block, >= 1.
+        protected: Layers that no candidate touches.
     """
     last = len(distances) - 1
-    return [
-        min(distances[max(0, layer - size + 1) : min(layer, last) + 1])
-        for layer in range(len(distances) + size - 1)
-    ]
+    free = [not any(layer in protected for layer in range(i, i + size)) for i in range(len(distances))]
+    values = []
+    for layer in range(len(distances) + size - 1):
+        blocks = range(max(0, layer - size + 1), min(layer, last) + 1)
+        candidates = [distances[block] for block in blocks if free[block]]
+        behind = 0 if candidates else 2 if layer in protected else 1
+        values.append(behind + min(candidates or [distances[block] for block in blocks]))
+    return values
 
 
 def _block_size(num_keep: int | None, num_layers: int) -> int:
@@ -123,5 +129,9 @@ def _last_states(view: LayeredModel, batch: dict[str, Tensor]) -> Tensor:
 
 
 METHODS.register("angular")(
-    Method("angular distance: the block of layers that turns the hidden state least", score)
+    Method(
+        "angular distance: the block of layers that turns the hidden state least",
+        score,
+        label="angular distance",
+    )
 )

@@ -86,6 +86,8 @@ class Method:
         options: What can be set.
         needs_trace: Whether it reads recorded gradients; also whether its layers can be merged.
         merges: Whether its plan is made with the recipe's `num_merge`, else all layers are dropped.
+        uniform: Whether the model it leaves is a plain Hugging Face one: whole layers gone, or the same
+            widths in every layer.
         plan_options: Keys of the recipe's `plan` section that it sets itself.
         label: What it is called in reports; "" makes it from the name. Ends in "-like" where a method is
             reconstructed from a paper without code.
@@ -100,6 +102,7 @@ class Method:
     options: type[MethodOptions] = MethodOptions
     needs_trace: bool = False
     merges: bool = False
+    uniform: bool = True
     plan_options: dict[str, Any] = field(default_factory=dict)
     label: str = ""
 
@@ -133,4 +136,4 @@ class Method:
             ) from error
 
 
-METHODS: Registry[Method] = Registry("method")
+METHODS: Registry[Method] = Registry("method", renamed={"block_influence": "shortgpt"})

@@ -1,4 +1,4 @@
-"""Block influence (ShortGPT): how much a layer turns the hidden state."""
+"""Block influence: how much a layer turns the hidden state, on average over tokens."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import torch
 from torch import Tensor
 
 from gradpruner.layered import LayeredModel
-from gradpruner.methods.base import METHODS, Method, MethodContext
+from gradpruner.methods.base import MethodContext
 from gradpruner.methods.calibration import calibration_batches
-from gradpruner.scores import LayerScores
 
 
 @torch.inference_mode()
-def score(context: MethodContext) -> LayerScores:
+def block_influence(context: MethodContext) -> tuple[list[float], dict[str, Any]]:
     """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, x the input and output of layer l.
 
     Inputs and outputs are read at the layers themselves: `hidden_states[-1]` of transformers comes
     after the final norm and would compare the last layer's raw state with a normed one. Calibrated on
     the first 256 training samples, padding left out.
+
+    Returns:
+        One value per layer, from 0 (a layer that leaves every direction as it is) to 2; and what it was
+        measured on, as JSON values: layers, samples, tokens.
 
     Raises:
         DataError: If there are no samples.
@@ -47,7 +50,7 @@ def score(context: MethodContext) -> LayerScores:
         for hook in hooks:
             hook.remove()
     evidence = {"num_layers": view.num_layers, "samples": num_samples, "tokens": num_tokens}
-    return LayerScores("block_influence", tuple((total_L / num_tokens).tolist()), evidence=evidence)
+    return (total_L / num_tokens).tolist(), evidence
 
 
 def _hook(latest_L: list[Tensor], index: int) -> Callable[..., None]:
@@ -63,8 +66,3 @@ def _hook(latest_L: list[Tensor], index: int) -> Callable[..., None]:
 def _one_state(x: Tensor) -> Tensor:
     """Gemma 3n has four streams, in an axis before the samples: together they are the state."""
     return x if x.ndim == 3 else x.movedim(0, -2).flatten(-2)
-
-
-METHODS.register("block_influence")(
-    Method("ShortGPT's block influence: how much a layer turns the hidden state", score)
-)

@@ -1,5 +1,7 @@
 """GradPruner: energy of the first LoRA gradients, summed per layer."""
 
+from dataclasses import replace
+
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.scores import LayerScores, score_layers
 
@@ -9,6 +11,36 @@ def score(context: MethodContext) -> LayerScores:
     return score_layers(context.trace(), norm=context.norm, num_keep=context.num_keep, seed=context.seed)
 
 
+def score_released(context: MethodContext) -> LayerScores:
+    """`sum_k sum_i ||gB_i gA_i||_F` per layer: not squared, unlike the paper's.
+
+    With its plan this is the released code as far as that is a rule: one block of neighbouring layers, the
+    final layer kept, the best-scored layers of the block merged into the layer before it, by the sum of the
+    entries that agree in sign.
+
+    What is no rule there cannot be repeated. The block, 18 to 30 of 32 layers, is typed in by hand, and so
+    are the three of it that are merged (18, 19 and 30); that these are its best-scored ones is a guess, and
+    here it is what decides. The score is printed, and no script reads it. Its gradients are those of 40 steps
+    of 4 samples at learning rate 1e-4, clipped to norm 1, at which they are written; ours are recorded as the
+    recipe says (`record`), the same ones for both rows.
+
+    Source: GradPruner, released code `layer_important.py` and `process_important.py`.
+    """
+    trace = context.trace()
+    scores = score_layers(trace, norm="frobenius", num_keep=context.num_keep, seed=context.seed)
+    return replace(scores, method="gradpruner_released")
+
+
 METHODS.register("gradpruner")(
     Method("early LoRA gradient energy (IGIA), the paper's method", score, needs_trace=True)
+)
+METHODS.register("gradpruner_released")(
+    Method(
+        "GradPruner's released code: Frobenius norms, one block, final layer kept",
+        score_released,
+        needs_trace=True,
+        merges=True,
+        plan_options={"contiguous": True, "protect_last": 1, "target": "preceding", "rule": "sum"},
+        label="GradPruner, released code",
+    )
 )

@@ -26,15 +26,15 @@ MAX_SAMPLES = 128
 def score(context: MethodContext) -> LayerScores:
     """Order of a greedy removal by the mean negative log-likelihood of the learned tokens.
 
-    In every round each layer still there, the first and the last apart, is switched off in turn, and the one
-    without which the likelihood is best is removed; of equal ones the later. There are n rounds, n the
-    number of layers to prune (at least 1; 40 % of the depth when it is unknown). The score is a rank: of the
-    removed layers the round, above them the others by what their removal would have cost in the last round,
-    on top the last and the first layer. If more layers are protected than these two, the plan goes on in
-    that order, though it was found with them removed.
+    In every round each layer still there, protected ones and the first and the last apart, is switched off
+    in turn, and the one without which the likelihood is best is removed; of equal ones the later. There are
+    n rounds, n the number of layers to prune (at least 1; 40 % of the depth when it is unknown), or fewer
+    where fewer layers can go. The score is a rank: of the removed layers the round, above them the others by
+    what their removal would have cost in the last round, then the last and the first layer, on top the
+    protected ones.
 
-    Work: with L layers `1 + n (L - 2) - n (n - 1) / 2` evaluations, 313 for 13 of 32, each of at most
-    8 forward passes of 16 samples. Layers that are switched off still run.
+    Work: with L layers and none protected `1 + n (L - 2) - n (n - 1) / 2` evaluations, 313 for 13 of 32, each
+    of at most 8 forward passes of 16 samples. Layers that are switched off still run.
 
     The source measures on 128 x 2048 tokens of WikiText-2; here it is the first 128 training samples and the
     tokens fine-tuning learns from (labels other than -100), since those are what the pruned model is for.
@@ -48,7 +48,7 @@ def score(context: MethodContext) -> LayerScores:
     view = LayeredModel(context.model())
     device = next(view.model.parameters()).device
     batches = list(calibration_batches(context, device, MAX_SAMPLES))
-    middle = list(range(1, view.num_layers - 1))
+    middle = [layer for layer in range(1, view.num_layers - 1) if layer not in context.protected]
     num_keep = context.num_keep
     num_prune = default_num_prune(view.num_layers) if num_keep is None else view.num_layers - num_keep
     rounds = min(max(1, num_prune), len(middle))
@@ -65,7 +65,8 @@ def score(context: MethodContext) -> LayerScores:
             removed.append(_cheapest_first(costs)[0])
             history.append(costs[removed[-1]])
     others = [layer for layer in _cheapest_first(costs) if layer not in removed]
-    order = list(dict.fromkeys([*removed, *others, view.num_layers - 1, 0]))
+    ends = [layer for layer in (view.num_layers - 1, 0) if layer not in context.protected]
+    order = list(dict.fromkeys([*removed, *others, *ends, *sorted(context.protected, reverse=True)]))
     evidence = {
         "num_layers": view.num_layers,
         "samples": sum(len(batch["labels"]) for batch in batches),
@@ -115,5 +116,5 @@ def _mean_nll(view: LayeredModel, batches: Sequence[dict[str, Tensor]], without:
 
 
 METHODS.register("sleb")(
-    Method("SLEB: the layer whose absence costs least likelihood goes, again and again", score)
+    Method("SLEB: the layer whose absence costs least likelihood goes, again and again", score, label="SLEB")
 )

@@ -141,6 +141,7 @@ def test_a_plan_keeps_to_the_budget_and_its_model_runs(name, num_prune, unit, ma
     context = make_context(num_keep=6 - num_prune, num_remove=num_prune * LAYER_PARAMETERS, unit=unit)
     plan = plan_by(name, context)
     assert plan.method == name and plan.evidence["num_layers"] == 6
+    assert isinstance(plan, PruningPlan) or plan.uniform or not METHODS.find(name).uniform
     check_budget(plan, context)
     model = tiny_llama()
     trace = context.trace() if METHODS.find(name).needs_trace else None
@@ -236,7 +237,7 @@ def test_gradpruner_follows_norm_and_num_keep(make_context):
     assert score(make_context(num_keep=2)).evidence["num_keep"] == 2
 
 
-def test_block_influence_against_hidden_states(make_context, tiny_llama):
+def test_shortgpt_against_hidden_states(make_context, tiny_llama):
     model = tiny_llama()
     sums, tokens = torch.zeros(5, dtype=torch.float64), 0
     for sample in SAMPLES:  # one by one: no padding that could leak in
@@ -248,22 +249,22 @@ def test_block_influence_against_hidden_states(make_context, tiny_llama):
             cosine = torch.nn.functional.cosine_similarity(states[layer], states[layer + 1], dim=-1)
             sums[layer] += (1 - cosine).double().sum()
         tokens += len(sample["input_ids"])
-    scores = METHODS.find("block_influence").score(make_context())
+    scores = METHODS.find("shortgpt").score(make_context())
     assert scores.values[:5] == pytest.approx((sums / tokens).tolist(), rel=1e-4)
     assert scores.evidence["tokens"] == tokens
 
 
-def test_block_influence_of_a_layer_that_does_nothing_is_zero(make_context, tiny_llama):
+def test_shortgpt_of_a_layer_that_does_nothing_is_zero(make_context, tiny_llama):
     model = tiny_llama()
     with torch.no_grad():
         for linear in LayeredModel(model).linears(3).values():
             linear.weight.zero_()
     context = make_context()
     object.__setattr__(context, "model", lambda: model)
-    scores = METHODS.find("block_influence").score(context)
+    scores = METHODS.find("shortgpt").score(context)
     assert scores.values[3] == pytest.approx(0, abs=1e-6) and scores.ascending()[0] == 3
 
 
-def test_block_influence_needs_samples(make_context):
+def test_shortgpt_needs_samples(make_context):
     with pytest.raises(DataError, match="there are none"):
-        METHODS.find("block_influence").score(make_context(samples=[]))
+        METHODS.find("shortgpt").score(make_context(samples=[]))

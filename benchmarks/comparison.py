@@ -1,0 +1,217 @@
+"""Every method at the same budget on real tasks, full fine-tuning and LoRA, three seeds.
+
+    python benchmarks/comparison.py run --model M --data D --work W       one study per task and mode
+    python benchmarks/comparison.py run ... --only trec/lora              some of them
+    python benchmarks/comparison.py table                                 Markdown from the committed JSON
+
+D holds one folder per task in its hub schema. Every study is what `gradpruner compare` does: it can be
+interrupted and goes on where it was; those whose result is committed are skipped. Several processes may share
+W as long as they work on different studies. Learning rates are those of the sweep of `real_tasks.py`, made on
+the training split. Rows and epochs are cut, equally for all, to what two slow cores do in an hour or so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from real_tasks import MODES, RESULTS, SEEDS, write, write_rows
+
+FOLDER = RESULTS / "comparison"
+TASKS: dict[str, dict[str, Any]] = {
+    "trec": {"train_limit": 320, "eval_limit": 300},
+    "sst2": {"train_limit": 320, "eval_limit": 300},
+    "financial_phrasebank": {"train_limit": 160, "eval_limit": 300},
+}
+EPOCHS = 3
+METRIC = "exact_match"
+
+
+def recipe_values(args: argparse.Namespace, task: str, mode: str) -> dict[str, Any]:
+    rates = json.loads((RESULTS / "learning_rates.json").read_text(encoding="utf-8"))["best"]
+    return {
+        "title": f"{task}, {mode}",
+        "model": {"path": str(Path(args.model).resolve())},
+        "data": {
+            "train": str(Path(args.work).resolve() / "data" / task / "train.jsonl"),
+            "eval": str(Path(args.work).resolve() / "data" / task / "test.jsonl"),
+            **TASKS[task],
+            "max_length": 192,
+        },
+        "plan": {"layer_fraction": 0.4},
+        "finetune": {
+            "mode": mode,
+            "learning_rate": rates[mode],
+            "batch_size": 16,
+            "accumulation": 1,
+            "epochs": EPOCHS,
+            "save_steps": None,
+        },
+        "evaluate": {"metrics": [METRIC], "before_finetuning": False},
+        "keep_models": "none",
+    }
+
+
+def run(args: argparse.Namespace) -> None:
+    from gradpruner.study import carry_out, make_study
+
+    from gradpruner.config import check_recipe
+
+    write_rows(args, TASKS)
+    for task in TASKS:
+        for mode in MODES:
+            name = f"{task}/{mode}"
+            target = FOLDER / f"{task}-{mode}.json"
+            if (args.only and name not in args.only) or (target.exists() and not args.again):
+                continue
+            study = make_study(
+                check_recipe(recipe_values(args, task, mode)),
+                out=str(Path(args.work) / f"{task}-{mode}"),
+                methods=["all"],
+                seeds=SEEDS,
+                title=f"{task}, {mode}",
+            )
+            found = carry_out(study, command="benchmarks/comparison.py")
+            write(f"comparison/{target.name}", condensed(found, task))
+
+
+def condensed(study: dict[str, Any], task: str) -> dict[str, Any]:
+    """The study without single plans, and with model and data named, not located."""
+    study = json.loads(json.dumps(study))
+    for point in study["points"]:
+        for row in point["rows"]:
+            row.pop("plans", None)
+    name = Path(study["model"]["path"]).name
+    study["model"]["path"] = study["recipe"]["model"]["path"] = name
+    for part in ("train", "eval"):
+        study["recipe"]["data"][part] = f"{task}/{Path(study['recipe']['data'][part]).name}"
+    study["recipe"]["out"] = Path(study["recipe"]["out"]).name
+    study["task"] = task
+    return study
+
+
+def load_studies() -> list[dict[str, Any]]:
+    """The committed studies, in the order of tasks and modes."""
+    found = []
+    for task in TASKS:
+        for mode in MODES:
+            path = FOLDER / f"{task}-{mode}.json"
+            if path.exists():
+                found.append(json.loads(path.read_text(encoding="utf-8")))
+    return found
+
+
+def rows_of(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in study["points"][0]["rows"]}
+
+
+def markdown(studies: list[dict[str, Any]]) -> str:
+    """Mean over seeds and range, a row per method and a column per study."""
+    names = [f"{study['task']}, {study['mode']}" for study in studies]
+    lines = [f"| exact match, % | {' | '.join(names)} |", "|---" * (len(studies) + 1) + "|"]
+    for name, first in rows_of(studies[0]).items():
+        cells = [measured(rows_of(study).get(name)) for study in studies]
+        lines.append(f"| {first['label']} | {' | '.join(cells)} |")
+    majority = [f"{100 * study['reference']['majority_class']:.1f}" for study in studies]
+    return "\n".join([*lines, f"| always the most frequent answer | {' | '.join(majority)} |"])
+
+
+def measured(row: dict[str, Any] | None) -> str:
+    if row is None or METRIC not in row["metrics"]:
+        return "failed" if row and row["error"] else "-"
+    found = row["metrics"][METRIC]
+    return f"{100 * found['mean']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
+
+
+def balance(studies: list[dict[str, Any]]) -> str:
+    """Every method against the dense model, dropping the last layers, and GradPruner, seed by seed."""
+    columns = (("dense", "dense"), ("last", "last layers"), ("merged", "GradPruner"))
+    head = " | ".join(f"mean difference to {label}, points | better / equal / worse" for _, label in columns)
+    lines = [f"| method | {head} |", "|---" * (1 + 2 * len(columns)) + "|"]
+    for name, first in rows_of(studies[0]).items():
+        cells = []
+        for other, _ in columns:
+            pairs = [pair for study in studies for pair in by_seed(study, name, other)]
+            if name == other or not pairs:
+                cells += ["", ""]
+                continue
+            differences = [100 * (a - b) for a, b in pairs]
+            better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+            mean = statistics.mean(differences)
+            cells += [f"{mean:+.1f}", f"{better} / {len(pairs) - better - worse} / {worse}"]
+        lines.append(f"| {first['label']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def by_seed(study: dict[str, Any], name: str, other: str) -> list[tuple[float, float]]:
+    """What two rows of a study came to, seed by seed."""
+    rows = rows_of(study)
+    found = [
+        rows.get(row, {}).get("metrics", {}).get(METRIC, {}).get("per_seed", []) for row in (name, other)
+    ]
+    return [(a, b) for a, b in zip(*found, strict=False) if a is not None and b is not None]
+
+
+def costs(studies: list[dict[str, Any]]) -> str:
+    """What every method needs until its pruned model is there, and what that model then costs."""
+    lines = [
+        "| method | parameters removed | layers | seconds | peak memory | fine-tuning, of dense "
+        "| evaluation, of dense | plain Hugging Face model |",
+        "|---" * 8 + "|",
+    ]
+    for name, first in rows_of(studies[0]).items():
+        rows = [rows_of(study)[name] for study in studies if name in rows_of(study)]
+        rows = [row for row in rows if not row["error"]]
+        if not rows:
+            lines.append(f"| {first['label']} | failed |" + " |" * 6)
+            continue
+        spent = [row["costs"] for row in rows]
+        cells = (
+            first["label"],
+            f"{100 * rows[0]['removed_share']:.1f} %",
+            f"{rows[0]['num_layers']:g}",
+            mid(spent, "method_seconds", "{:.1f}"),
+            mid(spent, "method_peak_memory_bytes", "{:.0f} MB", 1e6),
+            mid(spent, "training_ratio", "{:.2f}x"),
+            mid(spent, "inference_ratio", "{:.2f}x"),
+            "no" if rows[0]["uniform"] is False else "yes",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def mid(spent: list[dict[str, Any]], key: str, form: str, unit: float = 1) -> str:
+    values = [entry[key] / unit for entry in spent if entry.get(key) is not None]
+    return form.format(statistics.median(values)) if values else "-"
+
+
+def table(_: argparse.Namespace) -> None:
+    studies = load_studies()
+    print("\n\n".join(make(studies) for make in (markdown, balance, costs)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--model")
+    parser.add_argument("--data")
+    parser.add_argument("--work", default="runs/comparison")
+    parser.add_argument("--again", action="store_true", help="also redo studies whose result is committed")
+    parser.add_argument("--only", nargs="*", help="studies such as trec/full")
+    args = parser.parse_args()
+    if args.what == "run" and not (args.model and args.data):
+        parser.error("--model and --data are needed")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    {"run": run, "table": table}[args.what](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""LaCo: runs of layers collapse into their first one, where the model's last state hardly notices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradpruner.depth import required_layers
+from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
+from gradpruner.layered import LayeredModel, fingerprint
+from gradpruner.merging import Source, merge_linear
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.calibration import calibration_batches
+from gradpruner.plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
+from gradpruner.progress import Progress
+
+BISECTIONS = 12
+"""Thresholds tried: the one that is taken is within 2 / 2**12 of the highest that reaches the budget."""
+
+Merge = tuple[int, tuple[int, ...]]  # the layer that stays, and those that go into it
+Linears = Mapping[str, Tensor]
+
+
+class LacoOptions(MethodOptions):
+    """What can be set about LaCo's search."""
+
+    merge_layers: int = Field(default=4, ge=2)
+    """Layers that become one in a merge (C)."""
+
+    interval: int = Field(default=2, ge=1)
+    """How many layers below an accepted merge the next one is tried (I)."""
+
+    num_samples: int = Field(default=10, ge=1)
+    """Training samples on which candidates are compared with the original model."""
+
+
+@torch.no_grad()
+def plan_laco(context: MethodContext, name: str) -> PruningPlan:
+    """Goes down the layers and collapses runs of them, at the highest threshold that reaches the budget.
+
+    A merge puts the C - 1 layers after layer l into it, `laco` as the paper says and `laco_released` as the
+    authors' code does:
+
+        laco:          W_l + sum_k (W_{l+k} - W_l)
+        laco_released: W_{l+C-1}
+
+    for every linear; biases and norms of layer l stay. The search begins C layers before the last one. A
+    candidate is accepted if `s > T`, s the mean over samples of the cosine between the last hidden states
+    (after the final norm, all tokens of a sample as one vector) of candidate and original; then the next
+    candidate is I layers further down, else one. Since I is below C, what one merge made is mostly among the
+    layers of the next: the plan is a chain (see `PruningPlan`).
+
+    The source has a threshold and no budget. Here the layers to prune are given: T is found by bisection,
+    and the merge that reaches the budget takes only as many layers as are missing. Other deviations: the
+    search always ends with a candidate at layer 0, which an interval could step over; what follows a layer
+    is taken up to the first that is protected or of another shape (protected layers take in others, but never
+    go); the sentences are training samples. No copy of the model is made: the linears of a candidate stand in
+    for those of the model while its states are computed, and the layers that went are switched off.
+
+    Work: at most one pass of `num_samples` samples per layer and threshold (12 of these); a candidate that
+    comes up again is not measured again. Memory: beside the model the linears of the merged layers that are
+    there at a time, and the original's last states on the CPU.
+
+    Released with the paper is a notebook with C = 7, I = 1, T = 0.45 and five sentences for Llama-13B. It
+    subtracts the layer as changed by then, so that the sum telescopes to the run's last layer. With weights
+    that have little in common the paper's rule makes the norm of C = 4 layers 2.6 times as large.
+
+    Raises:
+        ConfigError: If the number of layers to keep is unknown or impossible.
+        PlanError: If merges cannot reach the budget, or none found leaves layers that fit.
+        ModelError: If the model is quantised, or its layers can only be dropped.
+        DataError: If there are no samples.
+        NonFiniteError: If the model computes NaN or infinite states.
+
+    Source: LaCo: Large Language Model Pruning via Layer Collapse (Yang et al., 2024).
+    """
+    options = context.options or LacoOptions()
+    view = LayeredModel(context.model())
+    _check_model(view)
+    num_layers = view.num_layers
+    budget = num_layers - _checked_keep(context.num_keep, num_layers)
+    protected = {*context.protected, *required_layers(view.config, view.family)}
+    runs = _Runs(view, options, budget, protected)
+    evidence: dict[str, Any] = {"num_layers": num_layers, "model": fingerprint(view.model)}
+    merges: tuple[Merge, ...] = ()
+    if budget:
+        likeness = _Likeness(view, name, context, options.num_samples)
+        merges, threshold = _search(runs, likeness, context, name)
+        evidence |= likeness.facts(merges) | {"threshold": threshold}
+    actions = [LayerAction("keep")] * num_layers
+    for target, layers in merges:
+        for layer in layers:
+            actions[layer] = LayerAction("merge", target)
+    return PruningPlan(tuple(actions), name, 1.0, name, evidence)
+
+
+def _check_model(view: LayeredModel) -> None:
+    if view.family.no_merge:
+        raise ModelError(
+            f"LaCo merges layers, but those of {view.config.model_type} models can only be dropped: "
+            f"{view.family.no_merge}.",
+            hint="Take a method that drops layers.",
+        )
+    for layer in range(view.num_layers):
+        for name, weight in view.weights(layer).items():
+            if not weight.is_floating_point():
+                raise ModelError(
+                    f"'{name}' of layer {layer} is stored as {weight.dtype} and cannot be merged.",
+                    hint="Prune the model that was quantised, in float32 or bfloat16.",
+                )
+
+
+def _checked_keep(num_keep: int | None, num_layers: int) -> int:
+    if num_keep is None:
+        raise ConfigError(
+            "LaCo merges until as many layers are gone as will be pruned, and how many stay is not known.",
+            hint="Give MethodContext a num_keep.",
+        )
+    if not MIN_KEPT <= num_keep <= num_layers:
+        raise ConfigError(f"num_keep is {num_keep}; {MIN_KEPT} to {num_layers} layers can be kept.")
+    return num_keep
+
+
+def _search(
+    runs: _Runs, likeness: _Likeness, context: MethodContext, name: str
+) -> tuple[tuple[Merge, ...], float | None]:
+    """Merges that remove exactly the budget, and the threshold that led to them; None: whatever comes."""
+    fits = context.fits
+
+    def left_over(merges: Sequence[Merge]) -> list[int]:
+        gone = {layer for _, layers in merges for layer in layers}
+        return [layer for layer in range(context.num_layers) if layer not in gone]
+
+    def stands(merges: Sequence[Merge]) -> bool:
+        kept = left_over(merges)
+        return fits is None or all(fits(old, new, len(kept)) for new, old in enumerate(kept))
+
+    with Progress(1 + BISECTIONS, f"plan {name}") as progress:
+        merges = runs.sweep(lambda _: True)
+        progress.advance()
+        if missing := runs.missing(merges):
+            raise PlanError(
+                f"LaCo can remove {runs.budget - missing} of the {runs.budget} layers that are to go.",
+                hint="Merge more layers at a time (merge_layers), in shorter steps (interval), or protect "
+                "fewer.",
+            )
+        best: tuple[tuple[Merge, ...], float | None] | None = (merges, None) if stands(merges) else None
+        low, high = -1.0, 1.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            merges = runs.sweep(partial(likeness.is_above, middle))
+            progress.advance()
+            if runs.missing(merges):
+                high = middle
+                continue
+            low = middle
+            if stands(merges):
+                best = (merges, middle)
+    if best is None:
+        raise PlanError(
+            f"The layers LaCo leaves ({runs_of(left_over(merges))}) would stand where they do not fit.",
+            hint="Prune another number of layers, or plan without the restriction (portable_to).",
+        )
+    return best
+
+
+class _Runs:
+    """Which runs of layers are candidates, in which order.
+
+    Args:
+        view: The model.
+        options: Length of a run and the steps between them.
+        budget: Layers to remove.
+        protected: Layers that never go.
+    """
+
+    def __init__(self, view: LayeredModel, options: LacoOptions, budget: int, protected: set[int]) -> None:
+        self.options, self.budget, self.protected = options, budget, protected
+        self.num_layers = view.num_layers
+        self.shapes = [
+            {name: weight.shape for name, weight in view.weights(layer).items()}
+            for layer in range(view.num_layers)
+        ]
+
+    def missing(self, merges: Sequence[Merge]) -> int:
+        """Layers that are still to go."""
+        return self.budget - sum(len(layers) for _, layers in merges)
+
+    def sweep(self, accepts: Callable[[tuple[Merge, ...]], bool]) -> tuple[Merge, ...]:
+        """One way down the layers.
+
+        Args:
+            accepts: Is given the merges so far with one more, and says whether it is made.
+
+        Returns:
+            The merges that were made, the last layers' first; no layer takes in others twice.
+        """
+        merges: tuple[Merge, ...] = ()
+        present = list(range(self.num_layers))
+        target: int | None = max(0, self.num_layers - 1 - self.options.merge_layers)
+        while target is not None and self.missing(merges):
+            followers = self._followers(present, target, self.missing(merges))
+            accepted = bool(followers) and accepts((*merges, (target, followers)))
+            if accepted:
+                merges = (*merges, (target, followers))
+                present = [layer for layer in present if layer not in followers]
+            below = target - (self.options.interval if accepted else 1)
+            target = max(0, below) if target else None
+        return merges
+
+    def _followers(self, present: Sequence[int], target: int, most: int) -> tuple[int, ...]:
+        """The layers that go into a target, of which nothing before it has changed yet."""
+        followers: list[int] = []
+        for layer in present[target + 1 : target + min(self.options.merge_layers, 1 + most)]:
+            if layer in self.protected or self.shapes[layer] != self.shapes[target]:
+                break
+            followers.append(layer)
+        return tuple(followers)
+
+
+class _Likeness:
+    """How like the original a model is after some merges; remembers what it has measured.
+
+    Args:
+        view: The original model; it is the same to the bit after every measurement.
+        rule: How layers are merged.
+        context: Gives samples and collator.
+        num_samples: Samples to compare on.
+    """
+
+    def __init__(self, view: LayeredModel, rule: str, context: MethodContext, num_samples: int) -> None:
+        self.view, self.rule = view, rule
+        device = next(view.model.parameters()).device
+        self.batches = list(calibration_batches(context, device, num_samples))
+        self.original = self._states()
+        if not all(bool(torch.isfinite(state).all()) for state in self.original):
+            raise NonFiniteError(
+                "The last hidden states of the training samples are NaN or infinite.",
+                hint="The model's number format is too narrow: try float32.",
+            )
+        self.measured: dict[tuple[Merge, ...], float] = {}
+        self._done: tuple[tuple[Merge, ...], dict[int, Linears]] = ((), {})
+
+    def of(self, merges: tuple[Merge, ...]) -> float:
+        """Mean over samples of the cosine between last states, from -1 to 1."""
+        if merges not in self.measured:
+            weights = self._merged(self._carried_out(merges[:-1]), merges[-1])
+            gone = [layer for _, layers in merges for layer in layers]
+            with _standing_in(self.view, weights), self.view.passed_through(gone):
+                states = self._states()
+            cosines = [_cosine(a, b) for a, b in zip(states, self.original, strict=True)]
+            mean = math.fsum(cosines) / len(cosines)
+            # Weights that leave the range of the format are as far from the original as can be.
+            self.measured[merges] = mean if math.isfinite(mean) else -1.0
+        return self.measured[merges]
+
+    def is_above(self, threshold: float, merges: tuple[Merge, ...]) -> bool:
+        """Whether a model is more like the original than a threshold."""
+        return self.of(merges) > threshold
+
+    def facts(self, merges: tuple[Merge, ...]) -> dict[str, Any]:
+        """What was measured, as JSON values."""
+        return {
+            "samples": len(self.original),
+            "merges": [
+                {"into": target, "layers": list(layers), "similarity": self.of(merges[: i + 1])}
+                for i, (target, layers) in enumerate(merges)
+            ],
+            "candidates": len(self.measured),
+        }
+
+    def _states(self) -> list[Tensor]:
+        """Last state of every sample, its tokens in one vector, on the CPU."""
+        found: list[Tensor] = []
+        for batch in self.batches:
+            ids, mask = batch["input_ids"], batch["attention_mask"]
+            out = self.view.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            last = getattr(out, "last_hidden_state", None)
+            if last is None:
+                kind = type(self.view.model).__name__
+                raise ModelError(f"LaCo compares last hidden states, and {kind} gives none.")
+            found += [state[real].flatten().cpu() for state, real in zip(last, mask.bool(), strict=True)]
+        return found
+
+    def _carried_out(self, merges: tuple[Merge, ...]) -> dict[int, Linears]:
+        """Linears of the layers that have taken in others and are still there."""
+        if not merges:
+            return {}
+        if self._done[0] != merges:
+            self._done = merges, self._merged(self._carried_out(merges[:-1]), merges[-1])
+        return self._done[1]
+
+    def _merged(self, weights: dict[int, Linears], merge: Merge) -> dict[int, Linears]:
+        target, layers = merge
+        sources = [weights.get(layer) or self.view.weights(layer) for layer in layers]
+        merged = {
+            name: merge_linear(weight, [Source(source[name]) for source in sources], rule=self.rule)
+            for name, weight in self.view.weights(target).items()
+        }
+        return {layer: kept for layer, kept in weights.items() if layer not in layers} | {target: merged}
+
+
+def _cosine(one: Tensor, other: Tensor) -> float:
+    one, other = one.double(), other.double()
+    return float(one @ other / (one.norm() * other.norm()))
+
+
+@contextmanager
+def _standing_in(view: LayeredModel, weights: Mapping[int, Linears]) -> Iterator[None]:
+    """While it lasts, layers compute with other linears; afterwards with their own, never touched."""
+    own: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for layer, linears in weights.items():
+            for name, module in view.linears(layer).items():
+                parameter: Any = module.weight
+                own.append((parameter, parameter.data))
+                parameter.data = linears[name].T if isinstance(module, Conv1D) else linears[name]
+        yield
+    finally:
+        for parameter, data in own:
+            parameter.data = data
+
+
+METHODS.register("laco")(
+    Method(
+        "LaCo: runs of layers collapse into their first, by the paper's rule",
+        plan=partial(plan_laco, name="laco"),
+        options=LacoOptions,
+        label="LaCo",
+    )
+)
+METHODS.register("laco_released")(
+    Method(
+        "LaCo as released: of a run of layers the last one's linears stay",
+        plan=partial(plan_laco, name="laco_released"),
+        options=LacoOptions,
+        label="LaCo, as released",
+    )
+)
