@@ -261,13 +261,13 @@ def _carry_out(study: Study, *, dry_run: bool, as_json: bool) -> None:
     from importlib import import_module
 
     from gradpruner import cli
-    from gradpruner.study.carrying_out import REPORT, run_study
+    from gradpruner.study.carrying_out import REPORT, carry_out
     from gradpruner.study.preview import print_study_preview
 
     if dry_run:
         print_study_preview(study, cli.console(), as_json=as_json)
         return
-    outcome = run_study(study, command=cli.command_line())
+    outcome = carry_out(study, command=cli.command_line())
     if as_json:
         typer.echo(json.dumps(outcome.study, indent=2))
     else:

@@ -8,7 +8,7 @@ pairing        differences example by example, over seeds
 preview        what would run
 """
 
-from gradpruner.study.carrying_out import Outcome, run_study
+from gradpruner.study.carrying_out import Outcome, carry_out
 from gradpruner.study.design import Study, make_study
 from gradpruner.study.file import NamedPoint, StudyFile, Sweep, read_study
 
@@ -18,7 +18,7 @@ __all__ = [
     "Study",
     "StudyFile",
     "Sweep",
+    "carry_out",
     "make_study",
     "read_study",
-    "run_study",
 ]

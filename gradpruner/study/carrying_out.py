@@ -46,7 +46,7 @@ class Outcome:
     error: GradPrunerError | None = None
 
 
-def run_study(study: Study, *, command: str = "") -> Outcome:
+def carry_out(study: Study, *, command: str = "") -> Outcome:
     """Carries out every run of a study that is not done yet, and summarises all.
 
     A run that fails becomes rows with its error; the others go on. Started again, the study goes on where it
@@ -63,7 +63,7 @@ def run_study(study: Study, *, command: str = "") -> Outcome:
     check_output(study.out, inputs=_inputs(study), marker=MARKER)
     checks = check_study(study)
     write_text(study.out / MARKER, study.to_yaml())
-    return _Progress(study, checks, command).carry_out()
+    return _Progress(study, checks, command).to_the_end()
 
 
 def _inputs(study: Study) -> tuple[Path, ...]:
@@ -130,7 +130,7 @@ class _Progress:
         if len(study.seeds) == 1:
             self.found.warnings.append("One seed: how much a row changes from seed to seed is not known.")
 
-    def carry_out(self) -> Outcome:
+    def to_the_end(self) -> Outcome:
         runs = self.study.runs()
         for run in runs:
             self._recall(run)

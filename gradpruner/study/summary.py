@@ -56,7 +56,7 @@ def summarise(study: Study, found: Found, command: str = "") -> dict[str, Any]:
     return {
         "schema_version": 1,
         "kind": study.kind,
-        "title": study.title or f"{first.get('title', '')}: methods compared".lstrip(": "),
+        "title": study.title or _title(study, str(first.get("title", ""))),
         "figure": study.figure,
         "what": study.what,
         "command": command,
@@ -258,6 +258,11 @@ def method_stages(record: Mapping[str, Any], variant: str) -> list[dict[str, Any
     if METHODS.find(method).needs_trace:
         wanted.add("record")
     return [stage for stage in record["stages"] if stage["name"] in wanted]
+
+
+def _title(study: Study, of_run: str) -> str:
+    what = study.sweep["label"] if study.sweep is not None else "methods compared"
+    return f"{of_run}: {what}".removeprefix(": ")
 
 
 def _row_of(record: Mapping[str, Any], variant: str) -> dict[str, Any]:
