@@ -10,7 +10,9 @@ from gradpruner.config import Recipe, check_recipe, load_recipe, recipe_schema, 
 from gradpruner.errors import ConfigError
 
 GOOD = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
-RECIPES = sorted((Path(__file__).parents[1] / "gradpruner" / "recipes").rglob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "gradpruner" / "recipes"
+# What is in ablations/ are studies of recipes; see tests/test_ablations.py.
+RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if path.parent != FOLDER / "ablations")
 
 
 def faults(values):
