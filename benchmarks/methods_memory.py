@@ -3,7 +3,7 @@
     python benchmarks/methods_memory.py                          a Llama of 107 M parameters, random weights
     python benchmarks/methods_memory.py --model llama-3.1-8b     a public shape, for a GPU
     python benchmarks/methods_memory.py --model DIR --rows F     a folder, and rows of prompts and answers
-    python benchmarks/methods_memory.py --quick                  whether it runs: a miniature, whose figures are noise
+    python benchmarks/methods_memory.py --quick                  whether it runs at all: figures are noise
 
 Writes benchmarks/results/methods_memory.json, or `--out`. What is measured, each in processes of its own:
 

@@ -50,13 +50,13 @@ def plan(context: MethodContext) -> WidthPlan:
     make up what is left, in Llama-3.1-8B less than 1 % of the parameters. `inner` takes shares of KV heads
     and channels as much alike as that rule and whole KV heads allow, `both` of hidden dimensions too.
 
-    Where the paper is silent or goes another way. It says "we used IGIA-Matrix to compute the importance of
-    each hidden size", at 40 %, and not what is summed; a rate of 40 % removes more or less than 40 % of the
-    layers, so here the budget is the layers' parameters. The embeddings lose their columns with the rest
-    (the unit "parameters" counts that) but have no recorded gradient and no say. The paper then adds the
-    pruned dimensions into kept ones, and does not say which into which: here they are dropped, and
-    the paper names the merging as one cause of this ablation's loss. Widths are the same everywhere, so
-    protected layers cannot be spared.
+    Where the paper is silent or goes another way. It "used IGIA-Matrix to compute the importance of each
+    hidden size" and pruned 40 %, which may mean dimensions or parameters; here the budget is that of the
+    layers pruned otherwise. Embeddings lose their columns with the rest, which the unit "parameters" counts,
+    but have no recorded gradient and no say. The paper then merges the pruned dimensions into kept ones and
+    does not say which into which: here they are dropped. (It names merging so many as one cause of the loss
+    it finds.) Widths are the same everywhere, so protected layers cannot be spared. Linears that were not
+    recorded have no say.
 
     Raises:
         ConfigError: If the number of parameters to remove is unknown, or no step has any energy.
