@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +19,7 @@ def attach_lora(
     alpha: float = 32,
     dropout: float = 0.05,
     adapter: str = "lora",
+    only: Sequence[str] = (),
 ) -> Any:
     """Wraps a causal LM with LoRA on every linear of every decoder layer, and nowhere else.
 
@@ -27,6 +29,7 @@ def attach_lora(
         alpha: LoRA alpha.
         dropout: LoRA dropout, in [0, 1).
         adapter: "lora", "rslora", "dora" or "qlora".
+        only: Names of the linears that get one, such as "q_proj"; all when empty.
 
     Returns:
         The PeftModel; `unload()` gives the model back as it was.
@@ -39,7 +42,7 @@ def attach_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=LayeredModel(model).lora_target_pattern(),
+        target_modules=LayeredModel(model).lora_target_pattern(only),
         use_rslora=adapter == "rslora",
         use_dora=adapter == "dora",
         task_type="CAUSAL_LM",

@@ -1,4 +1,4 @@
-"""What looks on while a Trainer trains: progress, and a guard against NaN."""
+"""What looks on while a Trainer trains: progress, a guard against NaN, and what must be undone afterwards."""
 
 from __future__ import annotations
 
@@ -40,6 +40,20 @@ class ProgressCallback(TrainerCallback):
         """Closes the bar."""
         if self._progress is not None:
             self._progress.__exit__(None, None, None)
+
+
+class ClosingCallback(TrainerCallback):
+    """Changes a model for as long as it trains, and changes it back however training ends.
+
+    The Trainer tells no callback that it failed; `finetune` calls `close` in that case too.
+    """
+
+    def close(self) -> None:
+        """Undoes what was done to the model; nothing the second time."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes."""
+        self.close()
 
 
 class NonFiniteGuard(TrainerCallback):

@@ -146,9 +146,14 @@ class LayeredModel:
             found[name] = module.weight.T if isinstance(module, Conv1D) else module.weight
         return found
 
-    def lora_target_pattern(self) -> str:
-        """Regular expression that matches every linear of every decoder layer and nothing else."""
+    def lora_target_pattern(self, only: Sequence[str] = ()) -> str:
+        """Regular expression that matches every linear of every decoder layer and nothing else.
+
+        Args:
+            only: Last parts of the paths of those that are meant; all when empty.
+        """
         names = sorted({name for i in range(self.num_layers) for name in self.linears(i)})
+        names = [name for name in names if not only or name.rpartition(".")[2] in only]
         inner = "|".join(name.replace(".", r"\.") for name in names)
         prefix = self.family.layers_path.replace(".", r"\.")
         return rf"(.*\.)?{prefix}\.\d+\.({inner})"

@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from gradpruner.adapters import attach_lora
 from gradpruner.batching import BATCHINGS
-from gradpruner.callbacks import NonFiniteGuard, ProgressCallback
+from gradpruner.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import Collator
 from gradpruner.errors import ConfigError, DataError
@@ -246,7 +246,7 @@ def finetune(
         checkpoints: Folder for checkpoints; an interrupted run there is taken up again.
         save_steps: Checkpoint interval; None writes none.
         description: Name for the progress bar.
-        callbacks: Further Trainer callbacks.
+        callbacks: Further Trainer callbacks; a `ClosingCallback` is closed also when training fails.
         **training: Further `training_arguments` options.
 
     Returns:
@@ -301,7 +301,12 @@ def finetune(
         batching=batching,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )
-    result = _train(trainer, mode, latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None)
+    try:
+        result = _train(trainer, mode, latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None)
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, ClosingCallback):
+                callback.close()
     if mode == "lora" and merge_adapter:
         trained = trained.merge_and_unload()
     return trained, result

@@ -4,14 +4,18 @@ import math
 
 import pytest
 import torch
+from builders import make_project
 from conftest import make_model
 from families import make_family_model
 
+from gradpruner import report
+from gradpruner.config import load_recipe
 from gradpruner.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.layered import LayeredModel, fingerprint
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.laco import LacoOptions, _Likeness, _Runs, _standing_in
+from gradpruner.pipeline import run
 from gradpruner.plan import LayerAction, PruningPlan
 from gradpruner.streaming import prune_checkpoint
 from gradpruner.surgery import prune_
@@ -280,3 +284,39 @@ def test_options_are_checked(raw):
         method.read_options("laco", raw)
     assert method.read_options("laco", {"interval": 1}) == LacoOptions(interval=1)
     assert (method.label, METHODS.find("laco_released").label) == ("LaCo", "LaCo, as released")
+
+
+# --- the whole run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Without the report's figures, which take longer than the run."""
+    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+
+
+def test_a_row_of_the_comparison_needs_no_recording(unrendered, tmp_path):
+    path, _ = make_project(
+        tmp_path,
+        variants=["laco"],
+        methods={"laco": {"merge_layers": 3, "interval": 1}},
+        plan={"num_prune": 2, "protect_first": 1},
+    )
+    record = run(load_recipe(path))
+    row, planned = record["variants"]["laco"], record["plans"]["laco"]
+    assert (row["label"], row["num_layers"], row["error"]) == ("LaCo", 2, None)
+    assert row["pruning"]["verified"]["passed"] and row["pruning"]["verified"]["level"] == "full"
+    assert row["evaluation"]["metrics"] and not (tmp_path / "run" / "trace").exists()
+    assert [a["action"] for a in planned["actions"]].count("merge") == 2 and planned["rule"] == "laco"
+
+
+def test_the_released_preset_as_a_row(unrendered, tmp_path):
+    path, _ = make_project(
+        tmp_path, variants=["gradpruner_released"], plan={"num_prune": 2, "num_merge": 1, "protect_first": 1}
+    )
+    record = run(load_recipe(path))
+    row, planned = record["variants"]["gradpruner_released"], record["plans"]["gradpruner_released"]
+    assert row["label"] == "GradPruner, released code" and row["error"] is None
+    actions = [a["action"] for a in planned["actions"]]
+    assert actions[0] == actions[3] == "keep" and sorted(actions[1:3]) == ["drop", "merge"]
+    assert next(a["into"] for a in planned["actions"] if a["action"] == "merge") == 0

@@ -1,13 +1,14 @@
-"""Layer-importance methods, one file each. A new one is one file and one line here."""
+"""Pruning methods, one file each. A new one is one file and one line here."""
 
 from gradpruner.methods import (
     angular,
-    block_influence,
+    apt,
     gradpruner,
     laco,
     last,
     magnitude,
     random_layers,
+    sat,
     shortgpt,
     sleb,
 )
@@ -19,12 +20,13 @@ __all__ = [
     "MethodContext",
     "MethodOptions",
     "angular",
-    "block_influence",
+    "apt",
     "gradpruner",
     "laco",
     "last",
     "magnitude",
     "random_layers",
+    "sat",
     "shortgpt",
     "sleb",
 ]

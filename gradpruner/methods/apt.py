@@ -1,0 +1,336 @@
+"""APT-like pruning: heads and channels go little by little while LoRA adapters train and grow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import set_seed
+
+from gradpruner.adapters import attach_lora
+from gradpruner.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
+from gradpruner.errors import ConfigError, DataError
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.growing_ranks import GrowingRanks
+from gradpruner.methods.salience import UnitMasks
+from gradpruner.methods.sliced import check_linear
+from gradpruner.trainer import CausalTrainer
+from gradpruner.training import LOGGED_POINTS, planned_steps, resolve_precision, training_arguments
+from gradpruner.width import WidthView, prune_width_
+from gradpruner.width_plan import LayerWidths, WidthPlan
+
+ADAPTED = ("q_proj", "v_proj", "gate_proj", "up_proj")
+MASK_STEP = 0.01
+"""How far masks move in an optimizer step, if that is fast enough."""
+LAST_PART = 0.25
+"""Share of the steps that masks may take, at most, to get where the last cut sends them."""
+# What of the recipe's fine-tuning holds here too.
+_SHARED = ("precision", "device", "gradient_checkpointing")
+
+
+class APTOptions(MethodOptions):
+    """The training during which APT prunes."""
+
+    epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training samples."""
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps instead of epochs."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate; cosine decay after 3 % of warm-up."""
+    num_prunings: int = Field(default=16, ge=1)
+    """How often it is decided what goes; fewer where there are fewer steps."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps before the first pruning, in [0, 1)."""
+    rank: int = Field(default=8, ge=1)
+    """LoRA r at first."""
+    alpha: float = Field(default=16, gt=0)
+    """LoRA alpha; alpha / r stays what it is at first."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """LoRA dropout."""
+    growth: float = Field(default=4.0, ge=1)
+    """Parameters of all adapters at the end, in first sizes, at most; 1: they do not grow."""
+
+
+def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
+    """The model, LoRA-trained while heads and channels are masked away, without them and with LoRA merged.
+
+    Units are KV groups (a KV head with all its query heads; the source has no grouped-query attention and
+    prunes single heads) and MLP channels. With H the masked input of o_proj or down_proj,
+
+        S(unit) = sum over its entries of  (sum_{b,t} |H|) (sum_{b,t} |dL/dH|),
+
+    averaged over optimizer steps with weight 0.85 for what was before, to which comes, for every entry,
+    `sqrt(max(kurtosis, 0))` of its column of o_proj or down_proj (`salience.outlier_term`). Divided by the
+    unit's parameters this is its density. At each of `num_prunings` steps all units of all layers are sorted
+    by it, and the lightest go, of those left as many as the cubic schedule (`kept_share`) allows; a group
+    that no longer fits stays and channels fill up, so that the budget is met to less than one channel as
+    long as there are channels. Every layer keeps its best group and channel; `protected` layers keep all.
+    Masks move towards 0 or 1 by 0.01 a step, faster if that would take more than a quarter of the run;
+    what is still on its way at the end is cut.
+
+    LoRA is on q, v, gate and up. At every pruning the more salient half of the adapters grows
+    (`growing_ranks`) until all together have 1 + (growth - 1) (1 - u^3) times their first parameters, u being
+    what the schedule has of its way left; the source says how much, not when.
+
+    Chosen here: one epoch at the recipe's batch size (the source prunes in 5 of 15 epochs, or 0.5 of 2, and
+    trains on; here the common fine-tuning follows); excess kurtosis and its place before the sum over
+    a head's dimensions; all tokens count, padding included. Left out: hidden dimensions as units, and
+    self-distillation, which the released scripts for LLaMA do not use. No checkpoint is written: an
+    interrupted run begins again.
+
+    Raises:
+        ConfigError: If `num_remove` is unknown or more than can go, with fp16, or on several GPUs.
+        DataError: If there are no samples.
+        ModelError: If heads and channels cannot be told apart, or a linear is quantised.
+        NonFiniteError: If a loss or gradient becomes NaN or Inf.
+
+    Source: APT: Adaptive Pruning and Tuning (Zhao et al., 2024), section 4, and its released code.
+    """
+    options = context.options or APTOptions()
+    num_remove = _check(context)
+    view = WidthView(context.model())
+    whole = view.whole()
+    pruning = AdaptivePruning(view, options, num_remove, context.protected, context.seed)
+    set_seed(context.seed)
+    try:
+        adapted = attach_lora(
+            view.model, rank=options.rank, alpha=options.alpha, dropout=options.dropout, only=ADAPTED
+        )
+        trainer = _trainer(adapted, context, options, pruning)
+        trainer.train()
+    finally:
+        pruning.close()
+    model: Any = adapted.merge_and_unload().eval()
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    evidence = whole.evidence | pruning.evidence()
+    plan = dataclasses.replace(whole, layers=pruning.widths(), method="apt", evidence=evidence)
+    # Trained, it is no longer the model whose fingerprint the plan has.
+    prune_width_(model, dataclasses.replace(plan, evidence={}))
+    return model.requires_grad_(True), plan
+
+
+def kept_share(step: float, target: float, warmup: float, end: float) -> float:
+    """Share of the parameters that are kept at a step: `k + (1 - k) u^3`, `u = (end - t) / (end - warmup)`.
+
+    Args:
+        step: t, in optimizer steps.
+        target: k, the share at the end, in [0, 1].
+        warmup: Steps before anything goes.
+        end: Step from which on the share is the target.
+    """
+    u = min(1.0, max(0.0, (end - step) / (end - warmup)))
+    return target + (1 - target) * u**3
+
+
+def pruning_steps(total: int, num_prunings: int, warmup: float) -> tuple[list[int], int, float]:
+    """When units are chosen, and how fast masks follow.
+
+    Args:
+        total: Optimizer steps, >= 1.
+        num_prunings: Prunings, evenly spread.
+        warmup: Share of the steps before the first, in [0, 1).
+
+    Returns:
+        Steps after which there is a pruning, ascending, the last as early as masks need to get to their
+        targets; steps of warm-up; how far masks move in a step.
+    """
+    mask_step = max(MASK_STEP, 1 / max(1.0, LAST_PART * total))
+    end = max(1, total - math.ceil(round(1 / mask_step, 9)))
+    begin = min(end - 1, round(warmup * total))
+    steps = {begin + math.ceil((i + 1) * (end - begin) / num_prunings) for i in range(num_prunings)}
+    return sorted(steps), begin, mask_step
+
+
+def lightest(densities: Tensor, sizes: Tensor, budget: int) -> Tensor:
+    """Units that go: the least dense first, passing over those too large for what is left of the budget.
+
+    Args:
+        densities: Salience per parameter, shape (units,); of equal ones the first goes first.
+        sizes: Parameters, int64, shape (units,).
+        budget: Parameters to remove at most.
+
+    Returns:
+        Indices, in the order in which they go.
+    """
+    order = densities.argsort(stable=True)
+    gone = []
+    while len(order := order[sizes[order] <= budget]):
+        totals = sizes[order].cumsum(0)
+        count = int((totals <= budget).sum())
+        gone.append(order[:count])
+        budget -= int(totals[count - 1])
+        order = order[count:]
+    return torch.cat(gone) if gone else order
+
+
+class AdaptivePruning(ClosingCallback):
+    """Masks away the least dense heads and channels of a model in training, and lets its adapters grow.
+
+    Args:
+        view: The model before it got its adapters; q_proj, v_proj and such may get one, o_proj and down_proj
+            not.
+        options: Schedule and growth.
+        num_remove: Parameters that have gone at the end.
+        protected: Layers of which nothing goes.
+        seed: Seeds new ranks.
+
+    Raises:
+        ConfigError: If so much cannot go.
+        ModelError: If a linear is quantised.
+    """
+
+    def __init__(
+        self, view: WidthView, options: APTOptions, num_remove: int, protected: tuple[int, ...], seed: int
+    ) -> None:
+        self.view, self.options, self.num_remove, self.seed = view, options, num_remove, seed
+        shape, sizes = view.shape, view.unit_parameters()
+        kinds = {"o_proj": (shape.num_kv_heads, "group"), "down_proj": (shape.intermediate_size, "channel")}
+        self._open = [layer for layer in range(shape.num_layers) if layer not in protected]
+        removable = len(self._open) * sum((count - 1) * sizes[name] for count, name in kinds.values())
+        if num_remove > removable:
+            raise ConfigError(
+                f"{num_remove} parameters are to go; without emptying a layer {removable} can, of "
+                f"{len(self._open)} layers that are not protected.",
+                hint="Remove fewer parameters, or protect fewer layers.",
+            )
+        for layer in range(shape.num_layers):
+            for module in vars(view.parts(layer)).values():
+                check_linear(module)
+        self._masks: list[UnitMasks] = []
+        self._sizes: list[int] = []
+        for layer in self._open:
+            for role, (count, name) in kinds.items():
+                self._masks.append(UnitMasks(getattr(view.parts(layer), role), count))
+                self._sizes.append(sizes[name])
+        self._cuts: list[dict[str, Any]] = []
+        self._steps: list[int] = []
+        self._begin, self._mask_step = 0, 1.0
+        self._ranks: GrowingRanks | None = None
+        self._adapters = (0, 0)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Lays out the schedule."""
+        if args.n_gpu > 1 or args.world_size > 1:
+            raise ConfigError(
+                "APT lets adapters grow while they train, which works on one GPU only.",
+                hint="Set CUDA_VISIBLE_DEVICES to one GPU and start without a launcher.",
+            )
+        self._steps, self._begin, self._mask_step = pruning_steps(
+            state.max_steps, self.options.num_prunings, self.options.warmup
+        )
+        self._ranks = GrowingRanks(kwargs["model"], self.seed)
+        self._adapters = (self._ranks.parameters(),) * 2
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Looks at the adapters while they have gradients."""
+        if self._ranks is not None:
+            self._ranks.end_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the step into the saliences, moves the masks, and chooses anew when it is time."""
+        for masks in self._masks:
+            masks.end_step()
+            masks.move(self._mask_step)
+        if state.global_step in self._steps and self._ranks is not None:
+            left = kept_share(state.global_step, 0.0, self._begin, self._steps[-1])
+            self._prune(state.global_step, round(self.num_remove * (1 - left)))
+            self._ranks.grow(1 + (self.options.growth - 1) * (1 - left), kwargs["optimizer"])
+            self._adapters = (self._adapters[0], self._ranks.parameters())
+
+    def close(self) -> None:
+        """Takes the masks off."""
+        for masks in self._masks:
+            masks.close()
+
+    def widths(self) -> tuple[LayerWidths, ...]:
+        """What the last pruning left of every layer."""
+        shape = self.view.shape
+        kept = [tuple(masks.targets.nonzero()[:, 0].tolist()) for masks in self._masks]
+        all_kept = LayerWidths(tuple(range(shape.num_heads)), tuple(range(shape.intermediate_size)))
+        widths = dict.fromkeys(range(shape.num_layers), all_kept)
+        for place, layer in enumerate(self._open):
+            widths[layer] = LayerWidths(shape.heads_of(kept[2 * place]), kept[2 * place + 1])
+        return tuple(widths.values())
+
+    def evidence(self) -> dict[str, Any]:
+        """What happened when, as JSON values."""
+        return {
+            "cuts": self._cuts,
+            "mask_step": self._mask_step,
+            "adapter_parameters": list(self._adapters),
+            "ranks": self._ranks.ranks() if self._ranks else {},
+        }
+
+    def _prune(self, step: int, budget: int) -> None:
+        """Sends the masks of the least dense units to 0 and all others to 1."""
+        densities = [masks.scores() / size for masks, size in zip(self._masks, self._sizes, strict=True)]
+        for density in densities:
+            density[density.argmax()] = math.inf  # no layer is emptied
+        counts = [len(density) for density in densities]
+        sizes = torch.tensor(self._sizes).repeat_interleave(torch.tensor(counts))
+        joined = torch.cat(densities)
+        free = joined.isfinite().nonzero()[:, 0]
+        gone = free[lightest(joined[free], sizes[free], budget)]
+        targets = torch.ones(len(joined))
+        targets[gone] = 0
+        for masks, target in zip(self._masks, targets.split(counts), strict=True):
+            masks.targets = target.to(masks.masks.device)
+        self._cuts.append({"step": step, "removed": int(sizes[gone].sum()), "units": len(gone)})
+
+
+def _check(context: MethodContext) -> int:
+    if context.num_remove is None:
+        raise ConfigError(
+            "APT removes a number of parameters, and how many is not known.",
+            hint="Give MethodContext a num_remove.",
+        )
+    if len(context.samples) == 0:
+        raise DataError("APT trains on training samples and there are none.")
+    chosen = context.finetune
+    if resolve_precision(chosen.get("precision", "auto"), chosen.get("device", "auto")) == "fp16":
+        raise ConfigError(
+            "APT weighs gradients against the shape of weights, and fp16 scales gradients.",
+            hint="Set finetune.precision to bf16 or fp32.",
+        )
+    return context.num_remove
+
+
+def _trainer(
+    model: Any, context: MethodContext, options: APTOptions, pruning: AdaptivePruning
+) -> CausalTrainer:
+    shared = {name: context.finetune[name] for name in _SHARED if name in context.finetune}
+    batch_size = int(context.finetune.get("batch_size", 8))
+    accumulation = int(context.finetune.get("accumulation", 8))
+    steps = options.steps or planned_steps(len(context.samples), batch_size, accumulation, options.epochs)
+    return CausalTrainer(
+        model=model,
+        args=training_arguments(
+            learning_rate=options.learning_rate,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            max_steps=steps,
+            schedule="cosine",
+            seed=context.seed,
+            logging_steps=max(1, steps // LOGGED_POINTS),
+            **shared,
+        ),
+        samples=context.samples,
+        collator=context.collator,
+        batching=context.finetune.get("batching", "packed"),
+        callbacks=[NonFiniteGuard(), ProgressCallback("prune apt"), pruning],
+    )
+
+
+METHODS.register("apt")(
+    Method(
+        "APT-like: the least salient heads and channels go bit by bit in a LoRA training",
+        shrink=shrink,
+        options=APTOptions,
+        label="APT-like",
+    )
+)

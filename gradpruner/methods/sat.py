@@ -1,0 +1,252 @@
+"""SAT-like training: heads and channels are left out of most steps, fewer and fewer, none at the end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import TrainerCallback
+
+from gradpruner.callbacks import ClosingCallback
+from gradpruner.errors import ConfigError
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.sliced import SlicedModel
+
+log = logging.getLogger(__name__)
+
+MAX_RATE = 0.95
+
+
+class SATOptions(MethodOptions):
+    """The staircase of omission rates."""
+
+    stages: int = Field(default=5, ge=2)
+    """Stages of equal length, >= 2; the last one leaves nothing out."""
+    start_rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
+    """Share of the units left out in the first stage, in (0, 0.95]; null: so that on average over training
+    as much of the decoder is left out as the other methods remove."""
+
+
+def callbacks(context: MethodContext) -> list[TrainerCallback]:
+    """The callback that leaves heads and channels out; the model keeps its size and ends dense.
+
+    In stage t = 0 ... S-1 of S equally long ones the omission rate is `r_t = r_0 (1 - t / (S-1))`. In every
+    optimizer step and layer `ceil((1 - r_t) n)` of the n MLP channels are kept, drawn without replacement
+    with probability proportional to `||W_down[:, j]|| mean|a_j|`, where a is the input of down_proj, and
+    likewise KV groups (a KV head with all its query heads), by the sum of the same over their columns of
+    o_proj. Only the kept rows of q, k, v, gate, up and columns of o, down are multiplied, forward and
+    backward; all forward passes of a step keep the same. Evaluation passes are whole.
+
+    Unless `start_rate` is given, r_0 is such that the share of decoder parameters left out, averaged over the
+    steps, comes closest to the share the other methods remove; that is about twice that share. Rounding up
+    to whole units, of which KV groups are large ones, is reckoned with.
+
+    There is no code of the source and its text leaves open what is chosen here: five stages falling evenly,
+    this score (Wanda's, summed over outputs), drawing in proportion to it, one rate for all layers and both
+    kinds of units, LoRA (B sliced like the rows, A like the columns; norms are those of the base weights).
+    Means run over all tokens of the steps in which a unit was kept, padding included; one not yet kept counts
+    as an average one. Norms are taken anew at every stage. `protected` layers are not spared: nothing of
+    them is lost. Weights left out of a step have no gradient, but AdamW's momentum and weight decay still
+    move them. After an interruption the selection of a step depends on its number and the seed as
+    before, but means begin anew, so a resumed run is like, not equal to, an uninterrupted one.
+
+    Raises:
+        ConfigError: If neither `num_remove` nor `start_rate` is known.
+
+    Source: Sparsity-Accelerated Training for Large Language Models (Ma et al., 2024).
+    """
+    options = context.options or SATOptions()
+    if options.start_rate is None and context.num_remove is None:
+        raise ConfigError(
+            "How much SAT leaves out follows from how many parameters other methods remove, and that is not "
+            "known.",
+            hint="Give MethodContext a num_remove, or set methods.sat.start_rate.",
+        )
+    return [OmissionCallback(options, context.num_remove or 0, context.seed)]
+
+
+def ladder(step: int, total_steps: int, start_rate: float, stages: int) -> float:
+    """Omission rate of one optimizer step.
+
+    Args:
+        step: Counted from 0.
+        total_steps: Optimizer steps, >= `stages`.
+        start_rate: Rate of the first stage, in [0, 1].
+        stages: >= 2; the last has rate 0.
+    """
+    stage = min(step * stages // total_steps, stages - 1)
+    return start_rate * (stages - 1 - stage) / (stages - 1)
+
+
+def num_kept(rate: float, units: int) -> int:
+    """Units of a layer that stay at an omission rate: the share 1 - rate rounded up, at least one."""
+    return max(1, math.ceil(round((1 - rate) * units, 9)))
+
+
+def sample_units(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draws without replacement, every next one in proportion to the weights of those left.
+
+    Args:
+        weights: Shape (layers, units), >= 0, on the CPU; units of weight 0 are taken last.
+        count: Units drawn of every layer.
+        generator: On the CPU.
+
+    Returns:
+        Indices of the drawn units, ascending, shape (layers, count).
+
+    Source: Weighted random sampling with a reservoir (Efraimidis and Spirakis, 2006).
+    """
+    uniform = torch.rand(weights.shape, generator=generator, dtype=torch.float64)
+    keys = weights.double().log() - (-(uniform.clamp_min(1e-300)).log()).log()
+    return keys.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(dim=-1).values
+
+
+def mean_omitted(start_rate: float, total_steps: int, stages: int, units: Sequence[tuple[int, int]]) -> float:
+    """Parameters of a layer left out, averaged over the steps.
+
+    Args:
+        start_rate: Rate of the first stage.
+        total_steps: Optimizer steps.
+        stages: Stages of the ladder.
+        units: Number and parameters each, for every kind of unit.
+    """
+    steps = [0] * stages
+    for step in range(total_steps):
+        steps[min(step * stages // total_steps, stages - 1)] += 1
+    rates = [start_rate * (stages - 1 - stage) / (stages - 1) for stage in range(stages)]
+    omitted = [sum((n - num_kept(rate, n)) * size for n, size in units) for rate in rates]
+    return sum(count * value for count, value in zip(steps, omitted, strict=True)) / total_steps
+
+
+def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[tuple[int, int]]) -> float:
+    """The rate of the first stage with which `mean_omitted` comes closest to what is wanted.
+
+    Raises:
+        ConfigError: If that would be above 0.95.
+    """
+
+    def found(rate: float) -> float:
+        return mean_omitted(rate, total_steps, stages, units)
+
+    low, high = 0.0, MAX_RATE
+    if found(high) < wanted:
+        raise ConfigError(
+            f"To leave out {wanted:.0f} parameters of a layer on average, the omission rate would have to "
+            f"begin above {MAX_RATE}: it falls to 0, so that its average is about half of that.",
+            hint="Remove fewer parameters (plan.num_prune), or set methods.sat.start_rate.",
+        )
+    # What is left out grows in steps with the rate; the two sides of one are as close as it gets.
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if found(middle) < wanted else (low, middle)
+    return min((high, low), key=lambda rate: abs(found(rate) - wanted))
+
+
+class OmissionCallback(ClosingCallback):
+    """Leaves heads and channels out of every step as the ladder says; for any Trainer.
+
+    Args:
+        options: The staircase.
+        num_remove: Parameters left out on average; not read when the options have a `start_rate`.
+        seed: Seed of the selection.
+
+    Attributes:
+        start_rate: Rate of the first stage, once training has begun.
+        omitted_fraction: Share of the decoder's parameters left out on average over the steps, as planned.
+        rates: Omission rate of every step so far.
+
+    Raises:
+        ConfigError: At the beginning of training, if the rate would have to be above 0.95, there are fewer
+            than two steps, the model is compiled, or is split over several GPUs.
+        ModelError: Likewise, if heads and channels cannot be told apart, or a linear is quantised or has an
+            adapter other than LoRA.
+    """
+
+    def __init__(self, options: SATOptions, num_remove: int, seed: int) -> None:
+        self.options, self.num_remove, self.seed = options, num_remove, seed
+        self.start_rate, self.omitted_fraction = 0.0, 0.0
+        self.rates: list[float] = []
+        self._sliced: SlicedModel | None = None
+        self._norms: tuple[float, dict[str, Tensor]] | None = None
+        self._stages = options.stages
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Chooses the rate of the first stage and prepares the linears."""
+        _check_arguments(args, state.max_steps)
+        self.close()
+        self._stages = min(self.options.stages, state.max_steps)
+        self.rates, self._norms = [], None
+        self._sliced = sliced = SlicedModel(kwargs["model"])
+        units, layers = list(sliced.unit_sizes()), len(sliced.layers)
+        try:
+            self.start_rate = self.options.start_rate or matched_rate(
+                self.num_remove / layers, state.max_steps, self._stages, units
+            )
+        except ConfigError:
+            self.close()
+            raise
+        omitted = layers * mean_omitted(self.start_rate, state.max_steps, self._stages, units)
+        self.omitted_fraction = omitted / sliced.decoder_parameters
+        log.info(
+            "SAT: %d stages from an omission rate of %.3f; %.1f %% of the decoder left out on average.",
+            self._stages,
+            self.start_rate,
+            100 * self.omitted_fraction,
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draws what this step computes with."""
+        if self._sliced is None:
+            return
+        rate = ladder(state.global_step, state.max_steps, self.start_rate, self._stages)
+        self.rates.append(rate)
+        kept = [num_kept(rate, units) for units, _ in self._sliced.unit_sizes()]
+        if kept == [units for units, _ in self._sliced.unit_sizes()]:
+            self._sliced.keep(None, None)
+            return
+        if self._norms is None or self._norms[0] != rate:
+            self._norms = (rate, self._sliced.column_norms())
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + state.global_step)
+        groups, channels = self._sliced.importance(self._norms[1])
+        self._sliced.keep(
+            sample_units(groups, kept[0], generator), sample_units(channels, kept[1], generator)
+        )
+
+    def close(self) -> None:
+        """Gives the linears their own forward back."""
+        if self._sliced is not None:
+            self._sliced.restore()
+        self._sliced = None
+
+
+def _check_arguments(args: Any, steps: int) -> None:
+    if steps < 2:
+        raise ConfigError(
+            f"SAT leaves less and less out from step to step, and there is {steps} step.",
+            hint="Train longer, or with smaller batches.",
+        )
+    if args.torch_compile:
+        raise ConfigError(
+            "SAT changes what a linear computes at every step; compiled, each would be compiled anew.",
+            hint="Set finetune.compile to false.",
+        )
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"SAT cannot train on {args.n_gpu} GPUs without a launcher.",
+            hint="Set CUDA_VISIBLE_DEVICES to one GPU.",
+        )
+
+
+METHODS.register("sat")(
+    Method(
+        "SAT-like: heads and channels left out while training, fewer with every stage; ends dense",
+        callbacks=callbacks,
+        options=SATOptions,
+        label="SAT-like",
+    )
+)

@@ -1,0 +1,215 @@
+"""A model that computes with some of its KV groups and MLP channels, others from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear as product
+
+from gradpruner.errors import ModelError
+from gradpruner.layered import LayeredModel, skeleton
+from gradpruner.width import ATTENTION, MLP, WidthView
+
+COLUMNS = ("o_proj", "down_proj")
+
+
+class Usage:
+    """Running mean of the absolute input of a linear, entry by entry.
+
+    Args:
+        entries: Inputs of the linear.
+        device: Where it is kept.
+    """
+
+    def __init__(self, entries: int, device: torch.device) -> None:
+        self._sums = torch.zeros(entries, device=device)
+        self._tokens = torch.zeros(entries, device=device)
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, kept: Tensor) -> None:
+        """Counts the inputs of one forward pass, shape (..., len(kept)), padding included."""
+        flat = inputs.detach().flatten(0, -2)
+        seen = torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=torch.float32)
+        self._sums.index_add_(0, kept, seen)
+        self._tokens.index_add_(0, kept, torch.full_like(seen, len(flat)))
+
+    def means(self) -> Tensor:
+        """The means, on the CPU, float64; an entry never seen has the mean of those that were, 1 at first."""
+        sums, tokens = self._sums.cpu().double(), self._tokens.cpu().double()
+        seen = tokens > 0
+        found = sums[seen] / tokens[seen]
+        means = torch.full_like(sums, float(found.mean()) if len(found) else 1.0)
+        means[seen] = found
+        return means
+
+
+class SlicedLayer:
+    """The linears of one layer, which multiply the kept rows and columns only, while the model trains.
+
+    q, k, v, gate and up give the outputs of what is kept, o and down take them as input; gradients of the
+    rest are zero. Of a LoRA adapter, B is sliced like the rows and A like the columns. In evaluation mode
+    all of it is there.
+
+    Args:
+        linears: The seven linears by role, plain or with LoRA.
+        num_groups: KV heads.
+    """
+
+    def __init__(self, linears: dict[str, Any], num_groups: int) -> None:
+        self._kept: dict[str, Tensor] = {}
+        self._num_groups = num_groups
+        self._patched: list[tuple[nn.Module, Any]] = []
+        self.bases = {role: getattr(module, "base_layer", module) for role, module in linears.items()}
+        weight = self.bases["down_proj"].weight
+        self.usage = {role: Usage(self.bases[role].weight.shape[1], weight.device) for role in COLUMNS}
+        for role, module in linears.items():
+            adapters = getattr(module, "lora_A" if role in COLUMNS else "lora_B", {})
+            for part in (self.bases[role], *adapters.values()):
+                self._patch(part, role, part is self.bases[role])
+
+    def keep(self, groups: Tensor | None, channels: Tensor | None) -> None:
+        """Sets what is computed with from now on.
+
+        Args:
+            groups: KV heads, ascending, on the CPU; None keeps all.
+            channels: MLP channels, likewise.
+        """
+        self._kept = {}
+        for roles, units, total in (
+            (ATTENTION, groups, self._num_groups),
+            (MLP, channels, self.bases["down_proj"].in_features),
+        ):
+            if units is None or len(units) == total:
+                continue
+            for role in roles:
+                weight = self.bases[role].weight
+                width = weight.shape[1 if role in COLUMNS else 0] // total
+                entries = units[:, None] * width + torch.arange(width)
+                self._kept[role] = entries.flatten().to(weight.device)
+
+    def column_norms(self, role: str) -> Tensor:
+        """Norm of every column of o_proj or down_proj, without adapters, float64, on the CPU."""
+        weight = self.bases[role].weight.detach()
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
+        return norms.cpu().double()
+
+    def restore(self) -> None:
+        """Gives the linears their own forward back."""
+        for module, before in self._patched:
+            if before is None:
+                del module.__dict__["forward"]
+            else:
+                module.forward = before
+        self._patched, self._kept = [], {}
+
+    def _patch(self, module: Any, role: str, counted: bool) -> None:
+        whole = module.forward
+        self._patched.append((module, vars(module).get("forward")))
+        module.forward = self._sliced(module, role, whole, counted)
+
+    def _sliced(
+        self, module: Any, role: str, whole: Callable[..., Tensor], counted: bool
+    ) -> Callable[..., Tensor]:
+        def forward(inputs: Tensor) -> Tensor:
+            kept = self._kept.get(role)
+            if kept is None or not module.training:
+                return whole(inputs)
+            if role not in COLUMNS:
+                bias = None if module.bias is None else module.bias.index_select(0, kept)
+                return product(inputs, module.weight.index_select(0, kept), bias)
+            if counted:
+                self.usage[role].add(inputs, kept)
+            return product(inputs, module.weight.index_select(1, kept), module.bias)
+
+        return forward
+
+
+class SlicedModel:
+    """A causal LM, plain or with LoRA, of which any KV groups and channels can be left out while it trains.
+
+    Args:
+        model: The model; its linears' `forward` is replaced until `restore`.
+
+    Attributes:
+        view: Its widths, of a model without weights.
+        layers: One per decoder layer.
+
+    Raises:
+        ModelError: If heads and channels cannot be told apart, or a linear is quantised or has an adapter
+            other than LoRA.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layered = LayeredModel(model)
+        # Adapters and their base do not matter for the widths; a skeleton has neither.
+        self.view = WidthView(skeleton(type(layered.model), layered.model.config))
+        linears = [
+            {name.rpartition(".")[2]: module for name, module in layered.linears(i).items()}
+            for i in range(layered.num_layers)
+        ]
+        for module in (module for layer in linears for module in layer.values()):
+            check_linear(module)
+        self.layers = [SlicedLayer(layer, self.view.shape.num_kv_heads) for layer in linears]
+
+    def keep(self, groups: Tensor | None, channels: Tensor | None) -> None:
+        """Sets what every layer computes with; shapes (layers, kept), or None for all."""
+        for index, layer in enumerate(self.layers):
+            layer.keep(*(None if units is None else units[index] for units in (groups, channels)))
+
+    def importance(self, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`||column|| * mean|input|` of every channel, and summed over their entries of every KV group.
+
+        Args:
+            norms: What `column_norms` gave.
+
+        Returns:
+            Shapes (layers, KV heads) and (layers, channels), float64, >= 0.
+        """
+        found = {
+            role: norms[role] * torch.stack([layer.usage[role].means() for layer in self.layers])
+            for role in COLUMNS
+        }
+        groups = found["o_proj"].unflatten(1, (self.view.shape.num_kv_heads, -1)).sum(-1)
+        return groups, found["down_proj"]
+
+    def column_norms(self) -> dict[str, Tensor]:
+        """Norms of the columns of o_proj and down_proj, (layers, inputs)."""
+        return {role: torch.stack([layer.column_norms(role) for layer in self.layers]) for role in COLUMNS}
+
+    def restore(self) -> None:
+        """Makes the model what it was, apart from what it learned."""
+        for layer in self.layers:
+            layer.restore()
+
+    def unit_sizes(self) -> Iterator[tuple[int, int]]:
+        """Number in a layer, and parameters each, of KV groups and of channels."""
+        sizes, shape = self.view.unit_parameters(), self.view.shape
+        yield shape.num_kv_heads, sizes["group"]
+        yield shape.intermediate_size, sizes["channel"]
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters of all layers."""
+        shape = self.view.shape
+        dense: Sequence[tuple[int, int, int]] = [
+            (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
+        ] * shape.num_layers
+        return self.view.parameters_of(dense, shape.hidden_size, "decoder_parameters")
+
+
+def check_linear(module: Any) -> None:
+    """Raises ModelError for a quantised linear, or one with an adapter other than LoRA."""
+    base = getattr(module, "base_layer", module)
+    if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
+        raise ModelError(
+            f"Parts of a {type(base).__name__} cannot be left out: its weights are quantised.",
+            hint="Load the model without quantisation.",
+        )
+    if base is not module and (not hasattr(module, "lora_A") or getattr(module, "lora_variant", None)):
+        raise ModelError(
+            f"Parts of a linear with the adapter {type(module).__name__} cannot be left out.",
+            hint="Use plain LoRA or full fine-tuning.",
+        )
