@@ -117,7 +117,7 @@ def test_a_failed_method_decides_the_exit_code_after_everything_is_written(call,
     command = ("compare", path, "--methods", "broken,last", "--seeds", "0", "--out", tmp_path / "s", *QUICK)
     code, shown, err = call(*command)
     assert code == ModelError.exit_code and "study done" in shown
-    assert err.rstrip().endswith("error: This method cannot work here.")
+    assert err.rstrip().endswith("error: broken, seed 0: This method cannot work here.")
     rows = {
         row["name"]: row for row in json.loads((tmp_path / "s/study.json").read_text())["points"][0]["rows"]
     }

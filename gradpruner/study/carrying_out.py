@@ -86,8 +86,7 @@ def check_study(study: Study) -> dict[str, dict[str, Any]]:
                 found[run.folder] = _facts(Job(run.recipe))
             except GradPrunerError as error:
                 if len(study.points) > 1 or run.recipe.model.path != study.recipe.model.path:
-                    error.message = f"{run.title}: {error.message}"
-                    error.args = (error.message,)
+                    raise named(error, run.title) from error
                 raise
     return found
 
@@ -155,7 +154,6 @@ class _Progress:
             pipeline.run(run.recipe, command=self.command)
         except GradPrunerError as failure:
             error = failure
-            self.first_error = self.first_error or failure
         # A run whose rows failed one by one has a record; one that failed as a whole has not.
         record = stored_record(folder) if error is None or _written(path) != before else None
         self.found.records.pop(run.folder, None)
@@ -163,10 +161,20 @@ class _Progress:
         if record is not None:
             self.found.records[run.folder] = record
         if error is not None:
-            self.found.errors[run.folder] = str(error)
-            log.error("%s failed: %s", run.title, error)
+            self._note(run, record, error)
         for line in _lines(record):
             log.info("  %s", line)
+
+    def _note(self, run: StudyRun, record: dict[str, Any] | None, error: GradPrunerError) -> None:
+        """Keeps why a run, or a row of it, failed."""
+        self.found.errors[run.folder] = str(error)
+        if record is None:
+            log.error("%s failed: %s", run.title, error)
+        if self.first_error is None:
+            rows = (record or {}).get("variants", {})
+            failed = next((name for name, row in rows.items() if row["error"]), None)
+            where = f"{failed}, {run.title}" if failed else run.title
+            self.first_error = named(error, where)
 
     def _adopt(self, run: StudyRun) -> None:
         """Starts a run with what another one of its seed has done; stages that differ are done anew."""
@@ -184,6 +192,11 @@ class _Progress:
         write_json(self.study.out / STUDY, found)
         write_report(found, self.study.out)
         return found
+
+
+def named(error: GradPrunerError, where: str) -> GradPrunerError:
+    """The same error, saying where it happened."""
+    return type(error)(f"{where}: {error.message}", error.hint)
 
 
 def write_report(study: dict[str, Any], out: Path) -> None:
