@@ -8,12 +8,12 @@ import json
 import math
 import random
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
+from pages import Page
 from rich.console import Console
 
 from gradpruner.report import figures, html, markdown_table, print_summary, render_html, svg, tables
@@ -206,36 +206,6 @@ HEAVY_NAMES = tuple(LABELS)
 NASTY = "<script>alert(1)</script>\"&'{{ 7*7 }}$x_1$ ]]> 日本"
 
 
-class Page(HTMLParser):
-    """Collects what the tests ask about."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.tags: list[str] = []
-        self.references: list[str] = []
-        self.labels: list[str] = []
-        self.words = ""
-        self._silent = False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self._silent = tag == "style"
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value or "")
-            if name in ("href", "src", "xlink:href", "srcset", "data", "action"):
-                self.references.append(value or "")
-            if name == "aria-label":
-                self.labels.append(value or "")
-            assert not name.startswith("on"), f"script attribute {name}"
-
-    def handle_data(self, data: str) -> None:
-        if not self._silent:
-            self.words += data
-
-
 def render(run: dict[str, Any], folder: Path) -> str:
     return render_html(run, folder / "report.html").read_text(encoding="utf-8")
 
@@ -387,13 +357,13 @@ def test_a_failed_variant_is_a_row_with_its_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("missing", ["", *make_run(16, ("dense", "merged"))])
-def test_any_part_may_be_missing(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_part_may_be_missing(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawing is slow and tested above and below; here only that nothing is looked up in vain.
     monkeypatch.setattr(figures, "draw", lambda *_: "<svg></svg>")
     run = make_run(16, ("dense", "merged"), num_losses=3)
     for replacement in (None, [], "odd"):
         changed = {**run, missing: replacement} if missing else {}
-        page = html._environment().get_template("report.html").render(html._context(read_run(changed)))
+        page = render(changed, tmp_path)
         assert [i for i in Page(page).ids if i in SECTIONS] == SECTIONS
         assert printed(changed)
         assert markdown_table(changed).startswith("| Variant |")

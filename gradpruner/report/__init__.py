@@ -1,4 +1,4 @@
-"""run.json -> one self-contained HTML page, terminal tables, a markdown table. Never recomputes.
+"""run.json or study.json -> one self-contained HTML page, terminal and markdown tables. Never recomputes.
 
 formats   numbers as people read them
 reading   run.json as typed, forgiving views
@@ -7,7 +7,10 @@ tables    the tables as plain data, and the markdown table
 terminal  the summary on the console
 svg       one matplotlib figure as inline SVG
 figures   the plots
-html      the page (report.html, style.css)
+page      what every page shares (page.html, parts.html, style.css)
+html      the page of a run (report.html)
+study     a study of many runs: page (study.html), markdown, terminal; study_reading, study_verdict,
+          study_tables, study_figures, study_sweep and study_labels are to it what the above are to a run
 """
 
 from __future__ import annotations
@@ -19,7 +22,14 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-__all__ = ["markdown_table", "print_summary", "render_html"]
+__all__ = [
+    "markdown_table",
+    "print_study",
+    "print_summary",
+    "render_html",
+    "render_study",
+    "study_markdown",
+]
 
 
 def render_html(run: dict[str, Any], out: Path) -> Path:
@@ -42,3 +52,24 @@ def markdown_table(run: dict[str, Any]) -> str:
     from gradpruner.report import tables
 
     return tables.markdown_table(run)
+
+
+def render_study(study: dict[str, Any], out: str | Path) -> Path:
+    """Writes the page of a study; see `gradpruner.report.study.render_study`."""
+    from gradpruner.report import study as page
+
+    return page.render_study(study, out)
+
+
+def print_study(study: dict[str, Any], console: Console) -> None:
+    """Prints a study in the terminal; see `gradpruner.report.study.print_study`."""
+    from gradpruner.report import study as page
+
+    page.print_study(study, console)
+
+
+def study_markdown(study: dict[str, Any]) -> str:
+    """Returns a study as a markdown table; see `gradpruner.report.study.study_markdown`."""
+    from gradpruner.report import study as page
+
+    return page.study_markdown(study)

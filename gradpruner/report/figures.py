@@ -22,7 +22,7 @@ from gradpruner.report.reading import (
 from gradpruner.report.svg import Margins, colour, draw, house_style, plain_ticks, whole_ticks
 
 WIDE, NARROW = 840, 350
-_HALF = 420
+HALF = 420
 _MOST_POINTS = 120
 _LOG_SPREAD = 30.0
 _DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
@@ -108,7 +108,7 @@ def accuracy_plot(view: RunView) -> Plot | None:
         f"{name} with 95% intervals",
         "Dots are the measured values, lines their 95% bootstrap intervals.",
         f"{name} after fine-tuning. {'; '.join(said)}.",
-        _both("accuracy", wide, narrow, paint, margins=(Margins(left=labels), Margins(left=8))),
+        both("accuracy", wide, narrow, paint, margins=(Margins(left=labels), Margins(left=8))),
         tuple(legend),
     )
 
@@ -158,7 +158,7 @@ def loss_plot(view: RunView) -> Plot | None:
         "Fine-tuning loss",
         f"Loss on the answer tokens of the training data.{averaged}",
         f"Fine-tuning loss, first and last value. {'; '.join(said)}.",
-        _both("losses", 340, 260, paint),
+        both("losses", 340, 260, paint),
         tuple(legend),
     )
 
@@ -191,7 +191,7 @@ def stability_plot(view: RunView) -> Plot | None:
         "Rank stability",
         f"Share of the finally kept layers that would be kept already at this step. {'; '.join(said)}.",
         f"Overlap of the kept set at each step with the final one. {'; '.join(said)}.",
-        _both("stability", 280, 240, paint, _HALF),
+        both("stability", 280, 240, paint, HALF),
         tuple(legend) if len(legend) > 1 else (),
     )
 
@@ -219,7 +219,7 @@ def recording_plot(view: RunView) -> Plot | None:
         "Loss while recording",
         f"{used}{why}".strip(),
         f"Recording loss, from {points[0][1]:.3g} to {points[-1][1]:.3g}.",
-        _both("recording", 280, 240, paint, _HALF),
+        both("recording", 280, 240, paint, HALF),
     )
 
 
@@ -262,7 +262,7 @@ def _score_plot(
         " ".join(caption.split()),
         f"Scores of {len(values)} layers, from {min(known):.3g} to {max(known):.3g}. "
         + (f"Layers {'; '.join(groups)}." if plan else ""),
-        _both(
+        both(
             f"scores-{index}",
             330 + room,
             280 + room,
@@ -372,7 +372,7 @@ def _paint_measured(axes: Axes, measured: Measured, y: float, hue: str, filled: 
     return extent
 
 
-def _both(
+def both(
     name: str,
     wide: int,
     narrow: int,

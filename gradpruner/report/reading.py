@@ -156,7 +156,7 @@ def count(value: Any) -> int | None:
 
 def read_run(run: dict[str, Any]) -> RunView:
     """Finds the variants, the plans and the metrics of one run."""
-    plans = {name: _read_plan(name, mapping(run, "plans", name)) for name in mapping(run, "plans")}
+    plans = {name: read_plan(name, mapping(run, "plans", name)) for name in mapping(run, "plans")}
     recorded = mapping(run, "variants")
     variants = tuple(_read_variant(name, mapping(recorded, name), plans) for name in recorded)
     dense = next((v for v in variants if v.is_dense), None)
@@ -189,7 +189,8 @@ def pairs(rows: list[Any], x: str, y: str) -> list[tuple[float, float]]:
     return [(a, b) for a, b in found if a is not None and b is not None]
 
 
-def _read_plan(name: str, recorded: dict[str, Any]) -> Plan:
+def read_plan(name: str, recorded: dict[str, Any]) -> Plan:
+    """Reads a pruning plan; what is no layer's action is left out."""
     actions = []
     for entry in sequence(recorded, "actions"):
         layer = count(mapping(entry).get("layer"))

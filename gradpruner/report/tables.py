@@ -114,7 +114,7 @@ def finetune_table(view: RunView) -> Table:
             _short_cell(tuned.get("trainable_parameters")),
             Cell(whole(tuned.get("steps"))),
             _short_cell(tuned.get("tokens")),
-            Cell(duration(tuned.get("seconds")), exact=_exact(tuned.get("seconds"), "s")),
+            Cell(duration(tuned.get("seconds")), exact=exact_of(tuned.get("seconds"), "s")),
             Cell(relative_time(view, variant)),
             _bytes_cell(tuned.get("peak_memory_bytes")),
         ]
@@ -130,7 +130,7 @@ def evaluation_table(view: RunView) -> Table:
         evaluated = variant.evaluation
         cells = [
             Cell(variant.label),
-            Cell(duration(evaluated.get("seconds")), exact=_exact(evaluated.get("seconds"), "s")),
+            Cell(duration(evaluated.get("seconds")), exact=exact_of(evaluated.get("seconds"), "s")),
             Cell(short(evaluated.get("tokens_per_second"))),
             _bytes_cell(evaluated.get("peak_memory_bytes")),
         ]
@@ -187,7 +187,7 @@ def stage_table(view: RunView) -> Table:
         cells = (
             Cell(text(stage.get("name")).replace("_", " ")),
             Cell(state),
-            Cell(duration(stage.get("seconds")), exact=_exact(stage.get("seconds"), "s")),
+            Cell(duration(stage.get("seconds")), exact=exact_of(stage.get("seconds"), "s")),
             Cell(percent(share), share=share),
             _bytes_cell(stage.get("peak_memory_bytes")),
         )
@@ -253,14 +253,18 @@ def markdown_table(run: dict[str, Any]) -> str:
         GitHub-flavoured markdown; a failed variant has its error in the place of its accuracy.
     """
     table = summary_table(read_run(run))
-    rule = ["---", *("---:" for _ in table.columns[1:])]
-    lines = [list(table.columns), rule]
-    quality = next(i for i, name in enumerate(table.columns) if name.endswith("[95%]"))
+    return markdown_of(table, next(i for i, name in enumerate(table.columns) if name.endswith("[95%]")))
+
+
+def markdown_of(table: Table, error_at: int) -> str:
+    """Returns a table as GitHub-flavoured markdown; a failed row has its error in column `error_at`."""
+    rule = ["---", *("---" if name in table.words else "---:" for name in table.columns[1:])]
+    lines = [[markdown_cell(name) for name in table.columns], rule]
     for row in table.rows:
         cells = [f"{c.text} {c.detail}".strip() for c in row.cells]
         if row.kind == "failed":
-            cells[quality] = f"failed: {row.error}"
-        lines.append([_markdown(cell) for cell in cells])
+            cells[error_at] = f"failed: {row.error}"
+        lines.append([markdown_cell(cell) for cell in cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -301,14 +305,14 @@ def _size_cells(view: RunView, variant: Variant) -> list[Cell]:
     parameters = variant.num_parameters
     return [
         Cell(whole(variant.num_layers), detail=details[0]),
-        Cell(short(parameters), detail=details[1], exact=_exact(parameters)),
+        Cell(short(parameters), detail=details[1], exact=exact_of(parameters)),
     ]
 
 
 def _measured_cell(measured: Measured | None) -> Cell:
     if measured is None:
         return Cell(MISSING)
-    exact = _exact(measured.value)
+    exact = exact_of(measured.value)
     return Cell(percent(measured.value), interval(measured.low, measured.high), exact)
 
 
@@ -317,7 +321,7 @@ def _paired_cell(difference: Measured | None) -> Cell:
     if difference is None:
         return Cell(MISSING)
     shown = signed_percent(difference.value)[:-1]
-    return Cell(shown, interval(difference.low, difference.high), _exact(difference.value))
+    return Cell(shown, interval(difference.low, difference.high), exact_of(difference.value))
 
 
 def _count_cell(variant: Variant) -> Cell:
@@ -335,8 +339,8 @@ def _savings_row(unit: str, before: float | None, after: float | None) -> Row:
     kept = ratio(after, before)
     cells = (
         Cell(_UNITS.get(unit, text(unit).replace("_", " ").capitalize())),
-        Cell(show(before), exact=_exact(before)),
-        Cell(show(after), exact=_exact(after)),
+        Cell(show(before), exact=exact_of(before)),
+        Cell(show(after), exact=exact_of(after)),
         Cell(signed_percent(None if kept is None else kept - 1)),
         Cell(times(kept), share=None if kept is None else min(max(kept, 0.0), 1.0)),
     )
@@ -344,14 +348,15 @@ def _savings_row(unit: str, before: float | None, after: float | None) -> Row:
 
 
 def _short_cell(value: Any) -> Cell:
-    return Cell(short(value), exact=_exact(value))
+    return Cell(short(value), exact=exact_of(value))
 
 
 def _bytes_cell(value: Any) -> Cell:
-    return Cell(num_bytes(value), exact=_exact(value, "bytes"))
+    return Cell(num_bytes(value), exact=exact_of(value, "bytes"))
 
 
-def _exact(value: Any, unit: str = "") -> str:
+def exact_of(value: Any, unit: str = "") -> str:
+    """Returns the unrounded value, for those who hover; '' when there is none."""
     finite = number(value)
     if finite is None:
         return ""
@@ -359,7 +364,7 @@ def _exact(value: Any, unit: str = "") -> str:
     return f"{shown} {unit}".strip()
 
 
-def _markdown(cell: str) -> str:
+def markdown_cell(cell: str) -> str:
     """Escapes what would end the cell or start markup."""
     for character in ("\\", "|", "*", "_", "`", "<", "["):
         # An interval such as "[80.1, 86.3]" is no link, since no "(" follows it.

@@ -14,7 +14,7 @@ from gradpruner.report.reading import Plan, RunView, mapping, read_run, sequence
 from gradpruner.report.tables import Table, savings_tables, summary_table
 from gradpruner.report.verdict import judge
 
-_STYLES = {
+VERDICT_STYLES = {
     "even": "bold cyan",
     "unclear": "bold yellow",
     "better": "bold green",
@@ -36,12 +36,12 @@ def print_summary(run: dict[str, Any], console: Console) -> None:
         console: Where to; no colours when it is no terminal, no symbols when it cannot show them.
     """
     view = read_run(run)
-    _say(console, text(run.get("title") or "GradPruner run", 90), "bold")
+    say(console, text(run.get("title") or "GradPruner run", 90), "bold")
     measured = any(row.get("evaluation") or row.get("before") for row in map(mapping, _rows(run)))
     if measured or not _print_decisions(view, console):
         _print_results(view, console)
     for warning in sequence(run, "warnings"):
-        _say(console, f"Warning: {text(warning)}", "yellow")
+        say(console, f"Warning: {text(warning)}", "yellow")
 
 
 def _rows(run: dict[str, Any]) -> list[Any]:
@@ -52,19 +52,19 @@ def _print_results(view: RunView, console: Console) -> None:
     """What was measured: the table of variants, their layers, the verdict."""
     if view.variants:
         table = summary_table(view)
-        console.print(_rich_table(table, console))
+        console.print(rich_table(table, console))
         for row in table.rows:
             if row.kind == "failed":
-                _say(console, f"{row.cells[0].text} failed: {row.error}", "red")
+                say(console, f"{row.cells[0].text} failed: {row.error}", "red")
         if any(cell.text.endswith("*") for row in table.rows for cell in row.cells[4:5]):
-            _say(console, "* fewer than 100 examples: read the interval.", "dim")
+            say(console, "* fewer than 100 examples: read the interval.", "dim")
     _print_strips([(v.label, v.plan) for v in view.variants if v.plan is not None], console)
     verdict = judge(view)
     console.print()
-    _say(console, verdict.word, _STYLES[verdict.level])
-    _say(console, verdict.sentence)
+    say(console, verdict.word, VERDICT_STYLES[verdict.level])
+    say(console, verdict.sentence)
     for note in verdict.notes:
-        _say(console, f"- {note}")
+        say(console, f"- {note}")
 
 
 def _print_decisions(view: RunView, console: Console) -> bool:
@@ -73,11 +73,11 @@ def _print_decisions(view: RunView, console: Console) -> bool:
         _print_scores(text(name), sequence(scores, "values"), console)
     _print_strips([(text(name), plan) for name, plan in view.plans.items()], console)
     for table in savings_tables(view):
-        _say(console, f"Savings: {table.caption}", "bold")
-        console.print(_rich_table(table, console))
+        say(console, f"Savings: {table.caption}", "bold")
+        console.print(rich_table(table, console))
     facts = mapping(view.run, "trace")
     if facts and not view.plans:
-        _say(console, f"{facts.get('num_steps')} steps recorded, {facts.get('effective_steps')} with energy.")
+        say(console, f"{facts.get('num_steps')} steps recorded, {facts.get('effective_steps')} with energy.")
     return bool(facts or view.plans or mapping(view.run, "scores"))
 
 
@@ -93,12 +93,14 @@ def _print_scores(name: str, values: list[Any], console: Console) -> None:
     console.print(table)
 
 
-def _say(console: Console, line: str, style: str = "") -> None:
+def say(console: Console, line: str, style: str = "") -> None:
+    """Prints one line as it is, without symbols the console cannot show."""
     # Text, not a string: a label such as "[red]" is no markup.
     console.print(Text(_plain(line, console), style=style))
 
 
-def _rich_table(table: Table, console: Console) -> RichTable:
+def rich_table(table: Table, console: Console, error_at: int = 3) -> RichTable:
+    """Returns a table for the console; a failed row says so in column `error_at`."""
     ascii_only = console.options.ascii_only
     shown = RichTable(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.columns):
@@ -111,7 +113,7 @@ def _rich_table(table: Table, console: Console) -> RichTable:
     for row in table.rows:
         cells = [_plain(f"{c.text} {c.detail}".strip(), console) for c in row.cells]
         if row.kind == "failed":
-            cells[3] = "failed"
+            cells[error_at] = "failed"
         shown.add_row(*(Text(cell) for cell in cells), style=styles[row.kind])
     return shown
 
@@ -127,7 +129,7 @@ def _print_strips(plans: list[tuple[str, Plan]], console: Console) -> None:
         legend.append(f" {word}  ")
     console.print(legend)
     for label, plan in shown:
-        _say(console, f"{label}{_merge_words(plan)}")
+        say(console, f"{label}{_merge_words(plan)}")
         for line in _strip_lines(plan, glyphs):
             console.print(line)
 
