@@ -59,9 +59,8 @@ def recipe_values(args: argparse.Namespace, task: str, mode: str) -> dict[str, A
 
 
 def run(args: argparse.Namespace) -> None:
-    from gradpruner.study import carry_out, make_study
-
     from gradpruner.config import check_recipe
+    from gradpruner.study import carry_out, make_study
 
     write_rows(args, TASKS)
     for task in TASKS:
@@ -77,16 +76,17 @@ def run(args: argparse.Namespace) -> None:
                 seeds=SEEDS,
                 title=f"{task}, {mode}",
             )
-            found = carry_out(study, command="benchmarks/comparison.py")
+            found = carry_out(study, command="benchmarks/comparison.py").study
             write(f"comparison/{target.name}", condensed(found, task))
 
 
 def condensed(study: dict[str, Any], task: str) -> dict[str, Any]:
-    """The study without single plans, and with model and data named, not located."""
+    """The study without single plans and scores, and with model and data named, not located."""
     study = json.loads(json.dumps(study))
     for point in study["points"]:
         for row in point["rows"]:
-            row.pop("plans", None)
+            for part in ("plans", "scores"):
+                row.pop(part, None)
     name = Path(study["model"]["path"]).name
     study["model"]["path"] = study["recipe"]["model"]["path"] = name
     for part in ("train", "eval"):

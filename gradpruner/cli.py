@@ -14,6 +14,24 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gradpruner._version import __version__
+from gradpruner.cli_options import (
+    DataOption,
+    DryOption,
+    EvalOption,
+    FolderOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    PlanOption,
+    PortableOption,
+    QuietOption,
+    RecipeArgument,
+    SeedOption,
+    SetOption,
+    SkipOption,
+    TaskOption,
+    TrustOption,
+)
 from gradpruner.errors import ConfigError, GradPrunerError
 
 if TYPE_CHECKING:
@@ -35,47 +53,6 @@ app = typer.Typer(
     help="Make an open LLM about 40 % smaller for your own task: record early LoRA gradients, score "
     f"layers, prune and merge, fine-tune, evaluate, report.\n\n{EXIT_CODES}",
 )
-
-RecipeArgument = Annotated[
-    str | None, typer.Argument(help="Recipe: a YAML file or the name of one (`gradpruner ls recipes`).")
-]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Model folder or hub id.")]
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="Training data: file, folder or hub dataset; #N samples.")
-]
-EvalOption = Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")]
-TaskOption = Annotated[
-    str | None, typer.Option("--task", help="A named task (`gradpruner ls tasks`) instead of files.")
-]
-FolderOption = Annotated[
-    str | None, typer.Option("--task-folder", help="Local folder with the named task's splits.")
-]
-OutOption = Annotated[str | None, typer.Option("--out", help="Run directory.")]
-PlanOption = Annotated[
-    str | None, typer.Option("--plan", help="A plan file, perhaps edited, instead of the scores.")
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key, e.g. plan.num_prune=13."),
-]
-PortableOption = Annotated[
-    str | None,
-    typer.Option(
-        "--portable-to",
-        metavar="ENGINES",
-        help="Choose layers so that these serve the result right: vllm, sglang, llama.cpp, with commas.",
-    ),
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
-]
-SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Drop unusable rows instead of stopping.")]
-DryOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, show what would happen, load no weights.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 def resolve(
@@ -184,7 +161,7 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
     path = Path(recipe.out) / "run.json"
     before = _written(path)
     try:
-        record = run(recipe, until=until, command=_command_line())
+        record = run(recipe, until=until, command=command_line())
     except GradPrunerError as failure:
         # When only some rows failed, the record of the others was written.
         if _written(path) == before or not _has_good_row(path):
@@ -218,7 +195,8 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 110)
 
 
-def _command_line() -> str:
+def command_line() -> str:
+    """How the user called this process."""
     import shlex
 
     return shlex.join(["gradpruner", *sys.argv[1:]])
@@ -302,7 +280,9 @@ def schema() -> None:
 
 @app.command("ls")
 def list_entries(
-    kind: Annotated[str, typer.Argument(help="methods, tasks, recipes, rules, families or shapes")],
+    kind: Annotated[
+        str, typer.Argument(help="methods, tasks, recipes, ablations, rules, families or shapes")
+    ],
     as_json: JsonOption = False,
 ) -> None:
     """What a recipe can name."""
@@ -310,7 +290,7 @@ def list_entries(
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
         return
-    width = max(map(len, entries))
+    width = max(map(len, entries), default=0)
     for name, description in entries.items():
         typer.echo(f"{name:<{width}}  {description}")
 
@@ -330,6 +310,11 @@ def _entries(kind: str) -> dict[str, str]:
         return {n: (MERGE_RULES.find(n).__doc__ or "").splitlines()[0] for n in MERGE_RULES.names()}
     if kind == "recipes":
         return {name: _first_comment(RECIPES / f"{name}.yaml") for name in _recipe_names()}
+    if kind == "ablations":
+        from gradpruner import cli_compare
+
+        names = cli_compare.ablation_names()
+        return {name: _first_comment(cli_compare.ABLATIONS / f"{name}.yaml") for name in names}
     if kind == "families":
         from gradpruner.family import FAMILIES
 
@@ -340,7 +325,7 @@ def _entries(kind: str) -> dict[str, str]:
         return {name: describe_shape(name) for name in shape_names()}
     from gradpruner.registry import suggest
 
-    kinds = ("methods", "tasks", "recipes", "rules", "families", "shapes")
+    kinds = ("methods", "tasks", "recipes", "ablations", "rules", "families", "shapes")
     raise ConfigError(f"Unknown kind '{kind}'.{suggest(kind, kinds)}", hint=f"Available: {', '.join(kinds)}.")
 
 
@@ -364,11 +349,12 @@ def _root(
 
 
 def _add_model_commands() -> None:
-    from gradpruner import cli_cost, cli_evaluate, cli_models
+    from gradpruner import cli_compare, cli_cost, cli_evaluate, cli_models
 
     cli_evaluate.add_to(app)
     cli_models.add_to(app)
     cli_cost.add_to(app)
+    cli_compare.add_to(app)
 
 
 _add_model_commands()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -271,6 +271,9 @@ class Recipe(Section):
         return self
 
 
+S = TypeVar("S", bound=Section)
+
+
 def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of the recipe."""
     out = []
@@ -295,31 +298,40 @@ def load_recipe(
     """
     raw: dict[str, Any] = {}
     if path is not None:
-        raw = _read_yaml(Path(path))
-        _resolve_paths(raw, Path(path).parent)
+        raw = read_yaml(Path(path))
+        resolve_paths(raw, Path(path).parent)
     for key, value in (values or {}).items():
-        _assign(raw, key, value)
+        assign(raw, key, value)
     for item in overrides:
         key, found, text = item.partition("=")
         if not found or not key:
             raise ConfigError(f"--set {item}: the form is --set section.key=value.")
-        _assign(raw, key.strip(), _parse_value(item, text))
+        assign(raw, key.strip(), _parse_value(item, text))
     # The run directory keeps the recipe: what was typed must mean the same from elsewhere.
-    _resolve_paths(raw, Path())
+    resolve_paths(raw, Path())
     return check_recipe(raw, str(path) if path is not None else "recipe")
 
 
 def check_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validates a recipe given as plain values; see `load_recipe`."""
+    return check_section(Recipe, raw, where, "\n`gradpruner schema` lists every key.")
+
+
+def check_section(kind: type[S], raw: dict[str, Any], where: str, hint: str | None = None) -> S:
+    """Validates plain values as a section, or as a file that consists of sections.
+
+    Raises:
+        ConfigError: Naming every fault at once.
+    """
     try:
-        return Recipe.model_validate(raw)
+        return kind.model_validate(raw)
     except ValidationError as error:
-        known = _paths(Recipe)
+        known = _paths(kind)
         faults = [_fault(entry, known) for entry in error.errors()]
         raise ConfigError(
             f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n"
             + "\n".join(f"  - {fault}" for fault in faults),
-            hint="\n`gradpruner schema` lists every key.",
+            hint=hint,
         ) from None
 
 
@@ -362,7 +374,12 @@ def _elsewhere(key: str, known: list[str]) -> str:
     return f" Did you mean '{homes[close[0]]}'?" if close else ""
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of sections as plain values.
+
+    Raises:
+        ConfigError: If it is missing, no YAML, or gives a key twice; with line and column.
+    """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -380,7 +397,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _assign(raw: dict[str, Any], key: str, value: Any) -> None:
+def assign(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key in nested values."""
     *sections, last = key.split(".")
     for section in sections:
         inner = raw.setdefault(section, {})
@@ -408,7 +426,7 @@ _PATHS = (
 )
 
 
-def _resolve_paths(raw: dict[str, Any], base: Path) -> None:
+def resolve_paths(raw: dict[str, Any], base: Path) -> None:
     """Makes paths that begin with ./ or ../ absolute."""
     sections = [(raw.get(section), key) for section, key in _PATHS]
     measured = raw.get("evaluate")

@@ -86,6 +86,51 @@ def element_importance(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
     return (importance.matrix().double() * importance.scale).float()
 
 
+def row_energies(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
+    """Squared simulated gradient at every step, summed along the rows of one linear weight.
+
+    With `G = gB gA` the sum over row o is `gB[o] (gA gA^T) gB[o]^T`: an R x R matrix a step, and no G.
+    Computed in double precision, whose range the squares need. The mean over steps is the sum of the IGIA
+    matrix along rows; `column_energies` is the sum along columns.
+
+    Args:
+        grad_b_SOR: Gradients of LoRA B, shape (steps, out_features, rank), any float dtype.
+        grad_a_SRI: Gradients of LoRA A, shape (steps, rank, in_features).
+
+    Returns:
+        Shape (steps, out_features), float64, >= 0.
+
+    Raises:
+        ShapeError: If the two disagree on steps or rank.
+
+    Source: GradPruner, Eq. 2-3.
+    """
+    Factors(grad_b_SOR, grad_a_SRI)
+    b_SOR, a_SRI = grad_b_SOR.double(), grad_a_SRI.double()
+    # Where the product vanishes, rounding can fall a hair below zero.
+    return ((b_SOR @ (a_SRI @ a_SRI.mT)) * b_SOR).sum(dim=2).clamp_min(0)
+
+
+def column_energies(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
+    """Squared simulated gradient at every step, summed along the columns; see `row_energies`.
+
+    Args:
+        grad_b_SOR: Gradients of LoRA B, shape (steps, out_features, rank), any float dtype.
+        grad_a_SRI: Gradients of LoRA A, shape (steps, rank, in_features).
+
+    Returns:
+        Shape (steps, in_features), float64, >= 0.
+
+    Raises:
+        ShapeError: If the two disagree on steps or rank.
+
+    Source: GradPruner, Eq. 2-3.
+    """
+    Factors(grad_b_SOR, grad_a_SRI)
+    b_SOR, a_SRI = grad_b_SOR.double(), grad_a_SRI.double()
+    return (((b_SOR.mT @ b_SOR) @ a_SRI) * a_SRI).sum(dim=1).clamp_min(0)
+
+
 class ScaledImportance:
     """IGIA matrix of one linear, row block by row block, in units of `scale`, on one device.
 

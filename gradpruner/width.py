@@ -304,6 +304,7 @@ def narrow_(model: nn.Module, plan: WidthPlan) -> float | None:
     """
     view = WidthView(model)
     plan.check_model(view.shape, fingerprint(model))
+    _check_config(view, plan)
     whole_hidden = len(plan.hidden) == plan.shape.hidden_size
     on_meta = next(model.parameters()).device.type == "meta"
     expected = None
@@ -404,13 +405,32 @@ def _cut_embeddings_(model: Any, kept: Tensor) -> None:
 
 def _describe_(view: WidthView, plan: WidthPlan) -> None:
     """Brings the config to the new widths, as far as a config can say them."""
-    config = view.layered.config
-    config.head_dim = view.shape.head_dim  # no longer hidden_size / heads
-    config.hidden_size = len(plan.hidden)
+    for name, value in _config_values(plan).items():
+        setattr(view.layered.config, name, value)
+
+
+def _config_values(plan: WidthPlan) -> dict[str, int]:
+    values = {
+        "head_dim": plan.shape.head_dim,
+        "hidden_size": len(plan.hidden),
+    }  # one no longer gives the other
     if plan.uniform:
-        config.num_attention_heads = plan.widths.num_heads
-        config.num_key_value_heads = plan.widths.num_kv_heads
-        config.intermediate_size = plan.widths.intermediate_size
+        values["num_attention_heads"] = plan.widths.num_heads
+        values["num_key_value_heads"] = plan.widths.num_kv_heads
+        values["intermediate_size"] = plan.widths.intermediate_size
+    return values
+
+
+def _check_config(view: WidthView, plan: WidthPlan) -> None:
+    """Refuses what transformers would refuse on load: for many types heads must divide the hidden size."""
+    config = view.layered.config
+    try:
+        type(config).from_dict(config.to_dict() | _config_values(plan))
+    except Exception as error:  # strict config classes raise their own types
+        raise PlanError(
+            f"No '{config.model_type}' model can have these widths ({_config_values(plan)}): {error}",
+            hint="Keep another number of heads or hidden dimensions.",
+        ) from error
 
 
 def _cut_(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

@@ -21,8 +21,8 @@ READING_ORDER = """
     likelihood questions generation outputs folder similarity evaluation endpoint harness
     checkpoint blueprint verify streaming delta_record delta width_checkpoint
     costing methods
-    config evaluation_data rundir job variant run_record report pipeline preview doctor demo
-    cli cli_evaluate cli_models cli_cost
+    config evaluation_data rundir job variant run_record report pipeline preview study doctor demo
+    cli_options cli cli_evaluate cli_models cli_cost cli_compare
 """
 ORDER = READING_ORDER.split()
 # Named here with the reason; each is an import inside a function.

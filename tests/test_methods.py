@@ -355,9 +355,11 @@ def test_shortgpt_is_block_influence(tiny_llama):
     from gradpruner.methods.block_influence import block_influence
 
     model = pass_through(tiny_llama(), 3)
-    values, evidence = block_influence(MethodContext(6, 0, None, lambda: model, SAMPLES, Collator()))
-    assert score("shortgpt", model).values == tuple(values) and evidence["samples"] == 5
-    assert values[3] == pytest.approx(0, abs=1e-6) and min(values[:3] + values[4:]) > 0.01
+    context = MethodContext(6, 0, None, lambda: model, SAMPLES, Collator())
+    found = block_influence(context)
+    assert score("shortgpt", model).values == found.values and found.evidence["samples"] == 5
+    assert found.values[3] == pytest.approx(0, abs=1e-6) and min(found.values[:3] + found.values[4:]) > 0.01
+    assert block_influence(context, 2).evidence["samples"] == 2
 
 
 def test_the_released_preset_prunes_one_block_by_frobenius_norms(tiny_llama, tiny_trace):

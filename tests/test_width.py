@@ -174,6 +174,14 @@ def test_uneven_groups_are_refused():
         plan_of(make_llama(), (0, 2, 3), range(32))
 
 
+def test_widths_that_transformers_would_not_load_are_refused():
+    model = make_llama()
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    with pytest.raises(PlanError, match="can have these widths"):
+        prune_width_(model, plan_of(model, range(4), range(32), hidden=range(14)))  # 4 heads
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == before
+
+
 def test_a_plan_for_another_model_is_refused():
     plan = plan_of(make_llama(), (0, 1), range(32))
     with pytest.raises(PlanError, match="was made from model"):

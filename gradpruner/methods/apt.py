@@ -332,5 +332,6 @@ METHODS.register("apt")(
         shrink=shrink,
         options=APTOptions,
         label="APT-like",
+        uniform=False,
     )
 )

@@ -10,20 +10,24 @@ from torch import Tensor
 
 from gradpruner.layered import LayeredModel
 from gradpruner.methods.base import MethodContext
-from gradpruner.methods.calibration import calibration_batches
+from gradpruner.methods.calibration import MAX_SAMPLES, calibration_batches
+from gradpruner.scores import LayerScores
 
 
 @torch.inference_mode()
-def block_influence(context: MethodContext) -> tuple[list[float], dict[str, Any]]:
+def block_influence(context: MethodContext, max_samples: int = MAX_SAMPLES) -> LayerScores:
     """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, x the input and output of layer l.
 
     Inputs and outputs are read at the layers themselves: `hidden_states[-1]` of transformers comes
     after the final norm and would compare the last layer's raw state with a normed one. Calibrated on
-    the first 256 training samples, padding left out.
+    the first training samples, padding left out.
+
+    Args:
+        context: Gives the model and the samples.
+        max_samples: Samples taken at most.
 
     Returns:
-        One value per layer, from 0 (a layer that leaves every direction as it is) to 2; and what it was
-        measured on, as JSON values: layers, samples, tokens.
+        Scores from 0 (a layer that turns no state) to 2.
 
     Raises:
         DataError: If there are no samples.
@@ -40,7 +44,7 @@ def block_influence(context: MethodContext) -> tuple[list[float], dict[str, Any]
         for index, layer in enumerate(view.layers)
     ]
     try:
-        for batch in calibration_batches(context, device):
+        for batch in calibration_batches(context, device, max_samples):
             real = batch["attention_mask"].bool().cpu()
             num_samples += len(real)
             num_tokens += int(real.sum())
@@ -50,7 +54,7 @@ def block_influence(context: MethodContext) -> tuple[list[float], dict[str, Any]
         for hook in hooks:
             hook.remove()
     evidence = {"num_layers": view.num_layers, "samples": num_samples, "tokens": num_tokens}
-    return (total_L / num_tokens).tolist(), evidence
+    return LayerScores("block_influence", tuple((total_L / num_tokens).tolist()), evidence=evidence)
 
 
 def _hook(latest_L: list[Tensor], index: int) -> Callable[..., None]:

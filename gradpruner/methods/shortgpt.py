@@ -1,5 +1,7 @@
 """ShortGPT: the layers that turn the hidden state least go."""
 
+from dataclasses import replace
+
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.methods.block_influence import block_influence
 from gradpruner.scores import LayerScores
@@ -10,15 +12,14 @@ def score(context: MethodContext) -> LayerScores:
 
     The released code reads states where transformers hands them out, the last one after the final norm,
     which favours the last layer; and takes windows of 256 tokens of PG19. Here states are read at the layers,
-    on training samples.
+    on the first 256 training samples.
 
     Raises:
         DataError: If there are no samples.
 
     Source: ShortGPT (Men et al., 2025).
     """
-    values, evidence = block_influence(context)
-    return LayerScores("shortgpt", tuple(values), evidence=evidence)
+    return replace(block_influence(context), method="shortgpt")
 
 
 METHODS.register("shortgpt")(

@@ -1,0 +1,233 @@
+"""GradPruner's importance, applied to hidden dimensions (or heads and channels) instead of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradpruner.errors import ConfigError, PlanError
+from gradpruner.importance import column_energies, row_energies
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.width_choice import (
+    BY_ROW,
+    UnitScores,
+    most_important,
+    required_budget,
+    unit_scores,
+)
+from gradpruner.registry import suggest
+from gradpruner.scores import NORMS
+from gradpruner.trace import GradientTrace, same_model, trace_digest
+from gradpruner.width import ATTENTION, MLP, WidthView
+from gradpruner.width_plan import LayerWidths, WidthPlan
+
+Sizes = tuple[int, int, int]
+"""KV heads and channels of every layer, and hidden dimensions."""
+
+
+class GradPrunerWidthOptions(MethodOptions):
+    """What can be set about GradPruner on widths."""
+
+    axis: Literal["hidden", "inner", "both"] = "hidden"
+    """What goes: hidden dimensions, as in the paper; KV heads and channels inside the layers; or both."""
+
+
+def plan(context: MethodContext) -> WidthPlan:
+    """Removes the units with the least `1/t sum_i sum_entries (gB_i gA_i)**2` over the entries they own.
+
+    That is the IGIA matrix summed per unit instead of per layer. A hidden dimension owns its column of q, k,
+    v, gate and up and its row of o and down, in all layers. A channel owns its rows of gate and up and its
+    column of down; a KV head its rows of q, k, v and columns of o (`unit_scores`). All layers keep equally
+    many, so the result is a plain model of smaller widths. The sums need R x R matrices, not the IGIA matrix
+    (`row_energies`). With the norm "frobenius" the root of each step's and linear's sum is added up.
+
+    The budget is met to half a channel of every layer (`widths_of`). Hidden dimensions go in multiples of the
+    query heads that stay, because configs of Llama and others are refused otherwise: with `hidden` channels
+    make up what is left, in Llama-3.1-8B less than 1 % of the parameters. `inner` takes shares of KV heads
+    and channels as much alike as that rule and whole KV heads allow, `both` of hidden dimensions too.
+
+    Where the paper is silent or goes another way. It "used IGIA-Matrix to compute the importance of each
+    hidden size" and pruned 40 %, which may mean dimensions or parameters; here the budget is that of the
+    layers pruned otherwise. Embeddings lose their columns with the rest, which the unit "parameters" counts,
+    but have no recorded gradient and no say. The paper then merges the pruned dimensions into kept ones and
+    does not say which into which: here they are dropped. (It names merging so many as one cause of the loss
+    it finds.) Widths are the same everywhere, so protected layers cannot be spared. Linears that were not
+    recorded have no say.
+
+    Raises:
+        ConfigError: If the number of parameters to remove is unknown, or no step has any energy.
+        PlanError: If the trace is of another model, holds no factors, or the budget cannot be met.
+        ModelError: If heads and channels of the model cannot be told apart.
+
+    Source: GradPruner, appendix D, "Replacing Layer Pruning with Kernel Pruning", Fig. 9; Eq. 2-4.
+    """
+    options: GradPrunerWidthOptions = context.options or GradPrunerWidthOptions()
+    num_remove = required_budget(context.num_remove)
+    view, trace = WidthView(context.model()), context.trace()
+    whole = view.whole()
+    _check(context, trace, whole, options.axis)
+    kv_heads, channels, hidden = widths_of(view, options.axis, num_remove, context.unit)
+    layer_scores, hidden_H = _scores(view, trace, context.norm)
+    heads = view.shape.heads_of
+    result = replace(
+        whole,
+        layers=tuple(
+            LayerWidths(heads(most_important(s.kv_heads_K, kv_heads)), most_important(s.channels_C, channels))
+            for s in layer_scores
+        ),
+        hidden=most_important(hidden_H, hidden),
+        method="gradpruner_width",
+    )
+    removed = view.parameters(whole, context.unit) - view.parameters(result, context.unit)
+    evidence = {
+        **whole.evidence,
+        "axis": options.axis,
+        "norm": context.norm,
+        "num_steps": trace.num_steps,
+        "trace": trace_digest(trace),
+        "num_remove": num_remove,
+        "removed": removed,
+        "unit": context.unit,
+        "hidden_scores": hidden_H.tolist() if options.axis != "inner" else [],
+    }
+    return replace(result, evidence=evidence)
+
+
+def _check(context: MethodContext, trace: GradientTrace, whole: WidthPlan, axis: str) -> None:
+    if context.norm not in NORMS:
+        raise ConfigError(
+            f"Unknown norm '{context.norm}'.{suggest(context.norm, NORMS)}",
+            hint=f"Available: {', '.join(NORMS)}.",
+        )
+    model = str(whole.evidence["model"])
+    if trace.info.num_layers != whole.num_layers or not (
+        trace.info.model == "" or same_model(trace.info.model, model)
+    ):
+        raise PlanError(
+            f"The trace was recorded on model {trace.info.model or 'of unknown weights'} with "
+            f"{trace.info.num_layers} layers; this is {model}.",
+            hint="Record gradients of this model.",
+        )
+    if not trace.has_factors:
+        raise PlanError(
+            "This trace holds layer energies only; those of rows and columns need the factor history.",
+            hint="Record again with keep_factors=True.",
+        )
+    names = {ref.name.rpartition(".")[2] for ref in trace.info.linears}
+    unknown = [kind for kind in (ATTENTION, MLP) if not names & {*kind}]
+    if unknown and axis != "hidden":
+        raise PlanError(
+            f"The trace holds no gradients of {', '.join(unknown[0])}: their units cannot be told apart.",
+            hint="Record with LoRA on all linears, or set methods.gradpruner_width.axis to hidden.",
+        )
+    if trace.effective_steps == 0:
+        raise ConfigError(
+            f"None of the {trace.num_steps} recorded steps has any energy, so nothing can be told apart.",
+            hint="Record more steps or shorten the warm-up.",
+        )
+
+
+def widths_of(view: WidthView, axis: str, num_remove: int, unit: str = "parameters") -> Sizes:
+    """The uniform widths that meet a budget, to half a channel of every layer.
+
+    Args:
+        view: The model.
+        axis: "hidden", "inner" or "both".
+        num_remove: Parameters to remove.
+        unit: What they count, see `WidthView.parameters`.
+
+    Returns:
+        KV heads, channels and hidden dimensions that stay.
+
+    Raises:
+        PlanError: If the budget cannot be met.
+    """
+    shape = view.shape
+    whole = (shape.num_kv_heads, shape.intermediate_size, shape.hidden_size)
+    dense = _parameters(view, whole, unit)
+
+    def skew(sizes: Sizes) -> tuple[float, int]:
+        shares = [size / all_ for size, all_ in zip(sizes, whole, strict=True)]
+        if axis == "hidden":
+            return 1 - shares[1], 0
+        shares = shares if axis == "both" else shares[:2]
+        return max(shares) - min(shares), -sizes[0]
+
+    found = _meeting(view, axis, dense - num_remove, unit)
+    chosen = min(found, key=skew, default=None)
+    if chosen is None:
+        raise PlanError(
+            f"{num_remove:,} of {dense:,} {unit.replace('_', ' ')} cannot be removed from "
+            f"{'heads and channels' if axis == 'inner' else 'the widths'} of all layers alike.",
+            hint="Remove less.",
+        )
+    return chosen
+
+
+def _meeting(view: WidthView, axis: str, target: int, unit: str) -> Iterator[Sizes]:
+    """Every choice of KV heads and hidden dimensions with the number of channels that meets the target."""
+    shape = view.shape
+    for kv_heads in [shape.num_kv_heads] if axis == "hidden" else range(1, shape.num_kv_heads + 1):
+        heads = kv_heads * shape.group_size
+        # Transformers' configs and engines want whole hidden dimensions per head, even if heads have others.
+        step = 1 if shape.hidden_size % shape.num_heads else heads
+        for hidden in range(step, shape.hidden_size + 1, step):
+            if axis == "inner" and hidden < shape.hidden_size:
+                continue
+            rest = target - _parameters(view, (kv_heads, 0, hidden), unit)
+            channels = round(rest / (shape.num_layers * view.unit_parameters(hidden)["channel"]))
+            if 1 <= channels <= shape.intermediate_size:
+                yield kv_heads, channels, hidden
+
+
+def _parameters(view: WidthView, sizes: Sizes, unit: str) -> int:
+    kv_heads, channels, hidden = sizes
+    one = (kv_heads * view.shape.group_size, kv_heads, channels)
+    return view.parameters_of([one] * view.shape.num_layers, hidden, unit)
+
+
+def _scores(view: WidthView, trace: GradientTrace, norm: str) -> tuple[list[UnitScores], Tensor]:
+    """Of every layer's KV heads and channels, and of the hidden dimensions; one linear is read at a time."""
+    hidden_H = torch.zeros(view.shape.hidden_size, dtype=torch.float64)
+    layers = []
+    for layer in range(view.shape.num_layers):
+        inner = {}
+        for path in trace.linear_names(layer):
+            name = path.rpartition(".")[2]
+            factors = trace.factors(layer, path)
+            linear = getattr(view.parts(layer), name, None)
+            shape = " x ".join(map(str, factors.shape))
+            if linear is None or factors.shape != tuple(linear.weight.shape):
+                raise PlanError(
+                    f"The trace has a linear {path} of {shape} in layer {layer}; the model has not.",
+                    hint="Record gradients of this model.",
+                )
+            rows, columns = (
+                _over_steps(energies(factors.grad_b_SOR, factors.grad_a_SRI), norm)
+                for energies in (row_energies, column_energies)
+            )
+            by_row = name in BY_ROW
+            inner[name] = rows if by_row else columns
+            hidden_H += columns if by_row else rows
+        layers.append(unit_scores(view.shape, inner))
+    return layers, hidden_H
+
+
+def _over_steps(energy: Tensor, norm: str) -> Tensor:
+    """Shape (steps, units) to (units,), as `scores.score_layers` does it for layers."""
+    return energy.mean(dim=0) if norm == "squared" else energy.sqrt().sum(dim=0)
+
+
+METHODS.register("gradpruner_width")(
+    Method(
+        "GradPruner's importance on hidden dimensions instead of layers (Fig. 9)",
+        plan=plan,
+        options=GradPrunerWidthOptions,
+        needs_trace=True,
+        label="GradPruner-width-like",
+    )
+)

@@ -1,0 +1,183 @@
+"""What the loss would lose with each head and channel, by its Taylor expansion in the weights.
+
+Full gradients, without ever holding them: each is reduced to one number per row or column while the backward
+pass goes on, and freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.importance import row_blocks
+from gradpruner.methods.width_choice import BY_ROW, UnitScores, unit_scores
+from gradpruner.progress import Progress
+from gradpruner.width import WidthView
+
+TAYLOR = ("param_first", "param_second", "param_mix")
+Hook = Callable[[nn.Parameter], None]
+Batch = dict[str, Tensor]
+
+
+class TaylorSalience:
+    """Salience of the heads and channels of some layers.
+
+    Of every weight w with gradient g of the mean loss of all samples, and a the mean over samples of the
+    squared gradient of one sample's loss: |w g| (`param_first`), |w a w| (`param_second`), or
+    |w g - 0.5 w a w| (`param_mix`). A unit's salience is the sum over its rows and columns; biases that go
+    with a unit count as a further column.
+
+    Memory beyond the model and the activations of one pass: of `param_first` and `param_second` the gradient
+    of one linear, whatever the depth. The first is one pass over all samples. The second is a pass per
+    sample; since w a w is the mean of (w g)**2, no `a` is kept. In `param_mix` the absolute value stands
+    outside the sum over samples, so `a` must be there in full, in fp32: it is formed for `layers_at_once`
+    layers at a time, with a pass per sample and one over all for every such slice.
+
+    Args:
+        view: The model.
+        taylor: One of `TAYLOR`.
+        layers_at_once: Layers of which `param_mix` holds `a` at a time, >= 1.
+    """
+
+    def __init__(self, view: WidthView, taylor: str, layers_at_once: int = 1) -> None:
+        self.view, self.taylor, self.layers_at_once = view, taylor, layers_at_once
+        self._sums: dict[tuple[int, str], Tensor] = {}
+        self._squares: dict[int, Tensor] = {}
+
+    def measure(self, layers: Sequence[int], batch: Batch, singles: Sequence[Batch]) -> list[UnitScores]:
+        """Salience of the units of every layer given.
+
+        Args:
+            layers: The layers.
+            batch: All samples, with labels.
+            singles: Each sample as a batch.
+
+        Returns:
+            One per layer, in the order given.
+
+        Raises:
+            NonFiniteError: If a gradient is NaN or infinite.
+        """
+        self._sums.clear()
+        size = self.layers_at_once if self.taylor == "param_mix" else max(1, len(layers))
+        slices = [layers[start : start + size] for start in range(0, len(layers), size)]
+        passes = {"param_first": 1, "param_second": len(singles), "param_mix": len(singles) + 1}
+        with Progress(passes[self.taylor] * len(slices), "measure gradients") as progress:
+            for some in slices:
+                if self.taylor != "param_first":
+                    add = self._add_squares if self.taylor == "param_mix" else self._add_second
+                    hook = partial(add, share=1 / len(singles))
+                    for single in singles:
+                        self._backward(some, hook, single)
+                        progress.advance()
+                if self.taylor != "param_second":
+                    self._backward(some, self._add_mixed, batch)
+                    progress.advance()
+                self._squares.clear()
+        shape = self.view.shape
+        found = [unit_scores(shape, {n: v for (i, n), v in self._sums.items() if i == k}) for k in layers]
+        self._sums.clear()
+        return found
+
+    def _backward(self, layers: Sequence[int], hook: Callable[..., None], batch: Batch) -> None:
+        """One pass forward and back; the gradient of every weight of the layers goes through the hook."""
+        with gradients_through(self.view, layers, hook):
+            self.view.model(**batch, use_cache=False).loss.backward()
+
+    def _add_mixed(self, weight: nn.Parameter, layer: int, name: str) -> None:
+        squares = self._squares.pop(id(weight), None)
+        self._add(
+            weight, layer, name, lambda w, g, a: w * g if a is None else w * g - 0.5 * w * a * w, squares
+        )
+
+    def _add_second(self, weight: nn.Parameter, layer: int, name: str, share: float) -> None:
+        self._add(weight, layer, name, lambda w, g, _: (w * g).square() * share)
+
+    def _add_squares(self, weight: nn.Parameter, layer: int, name: str, share: float) -> None:
+        assert weight.grad is not None
+        if id(weight) not in self._squares:
+            self._squares[id(weight)] = torch.zeros_like(weight, dtype=torch.float32)
+        squares, grad = _matrix(self._squares[id(weight)]), _matrix(weight.grad)
+        for start, stop in row_blocks(*grad.shape):
+            part = grad[start:stop].float()
+            squares[start:stop].addcmul_(part, part, value=share)
+
+    def _add(
+        self,
+        weight: nn.Parameter,
+        layer: int,
+        name: str,
+        salience: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        squares: Tensor | None = None,
+    ) -> None:
+        """Adds the sums of |salience| over the other axis; in fp32, some rows at a time."""
+        assert weight.grad is not None
+        values, grad = _matrix(weight.detach()), _matrix(weight.grad)
+        by_row = name in BY_ROW
+        total = self._sums.get((layer, name))
+        if total is None:
+            total = values.new_zeros(values.shape[0 if by_row else 1], dtype=torch.float32)
+            self._sums[layer, name] = total
+        for start, stop in row_blocks(*values.shape):
+            extra = None if squares is None else _matrix(squares)[start:stop]
+            found = salience(values[start:stop].float(), grad[start:stop].float(), extra).abs()
+            if by_row:
+                total[start:stop] += found.sum(dim=1)
+            else:
+                total += found.sum(dim=0)
+
+
+def _mixed(w: Tensor, g: Tensor, a: Tensor | None) -> Tensor:
+    """The expansion to first order, and to second where there is a curvature."""
+    return w * g if a is None else w * g - 0.5 * w * a * w
+
+
+def _matrix(values: Tensor) -> Tensor:
+    """A bias as a matrix of one column."""
+    return values if values.ndim == 2 else values[:, None]
+
+
+@contextmanager
+def gradients_through(view: WidthView, layers: Sequence[int], hook: Callable[..., None]) -> Iterator[None]:
+    """While it lasts, backward passes hand the gradients of some layers' linears to a hook and free them.
+
+    Nothing else of the model needs gradients meanwhile, so a pass also ends at the first of the layers.
+    Afterwards parameters need gradients, and have them, as before.
+
+    Args:
+        view: The model.
+        layers: The layers.
+        hook: Called with a parameter that has a gradient, its layer and the role of its linear; of
+            biases with those that go with a head or channel.
+    """
+    before = [(p, p.requires_grad, p.grad) for p in view.model.parameters()]
+    handles = []
+
+    def receive(parameter: Tensor, layer: int, name: str) -> None:
+        with torch.no_grad():
+            hook(parameter, layer, name)
+        parameter.grad = None
+
+    try:
+        for parameter, _, _ in before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for layer in layers:
+            for name, linear in vars(view.parts(layer)).items():
+                for parameter in linear.parameters():
+                    if parameter.ndim == 2 or name in BY_ROW:
+                        parameter.requires_grad_(True)
+                        receiver = partial(receive, layer=layer, name=name)
+                        handles.append(parameter.register_post_accumulate_grad_hook(receiver))
+        with torch.enable_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, needed, grad in before:
+            parameter.requires_grad_(needed)
+            parameter.grad = grad

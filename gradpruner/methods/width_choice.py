@@ -1,0 +1,144 @@
+"""From a score per row and column of a layer's linears to the KV heads and channels that stay.
+
+Shape suffixes: K KV heads, C MLP channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
+from gradpruner.width import WidthView
+from gradpruner.width_plan import WidthShape
+
+BY_ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+"""Linears of which heads and channels are rows; of the other two they are columns."""
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """Scores of one layer's units, float64 on the CPU; higher is more important.
+
+    Attributes:
+        kv_heads_K: Of every KV head with all its query heads.
+        channels_C: Of every MLP channel.
+    """
+
+    kv_heads_K: Tensor
+    channels_C: Tensor
+
+
+def unit_scores(shape: WidthShape, vectors: Mapping[str, Tensor]) -> UnitScores:
+    """Adds up what belongs to one KV head or one channel.
+
+    KV head g has its rows of k_proj and v_proj, and of its query heads g*q to g*q+q-1 the rows of q_proj and
+    columns of o_proj: the heads that `repeat_kv` makes share it. Channel j has row j of gate_proj and up_proj
+    and column j of down_proj.
+
+    Args:
+        shape: The model's widths.
+        vectors: By role of a linear ("q_proj" ...) a score for every row, of o_proj and down_proj for every
+            column. A linear that is missing adds nothing.
+
+    Raises:
+        NonFiniteError: If a score is NaN or infinite.
+    """
+    kv_heads_K = torch.zeros(shape.num_kv_heads, dtype=torch.float64)
+    channels_C = torch.zeros(shape.intermediate_size, dtype=torch.float64)
+    for name, vector in vectors.items():
+        values = vector.cpu().double()
+        if not bool(torch.isfinite(values).all()):
+            raise NonFiniteError(
+                f"The scores of {name} are NaN or infinite.",
+                hint="The model's number format is too narrow: try float32.",
+            )
+        if name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            kv_heads_K += values.reshape(shape.num_kv_heads, -1).sum(dim=1)
+        else:
+            channels_C += values
+    return UnitScores(kv_heads_K, channels_C)
+
+
+def most_important(scores: Sequence[float] | Tensor, num_keep: int) -> tuple[int, ...]:
+    """The units with the highest scores, ascending; of equal ones the lower index stays."""
+    return tuple(sorted(descending(scores)[:num_keep]))
+
+
+def descending(scores: Sequence[float] | Tensor) -> list[int]:
+    """Units from most to least important; of equal ones the lower index comes first."""
+    values = scores.tolist() if isinstance(scores, Tensor) else scores
+    return sorted(range(len(values)), key=lambda unit: (-values[unit], unit))
+
+
+def required_budget(num_remove: int | None) -> int:
+    """The parameters to remove.
+
+    Raises:
+        ConfigError: If it is unknown.
+        PlanError: If it is negative.
+    """
+    if num_remove is None:
+        raise ConfigError(
+            "A method that prunes heads, channels or hidden dimensions is given its budget in parameters, "
+            "and how many go is not known.",
+            hint="Give MethodContext a num_remove.",
+        )
+    if num_remove < 0:
+        raise PlanError(f"num_remove is {num_remove}; 0 or more parameters can be removed.")
+    return num_remove
+
+
+def share_out(
+    shape: WidthShape, units: Mapping[str, int], num_layers: int, num_remove: int
+) -> tuple[int, int]:
+    """How much goes of layers that each lose the same share of their KV heads and of their channels.
+
+    The share is p = num_remove / (parameters of all heads and channels of these layers). Of K KV heads
+    floor(p * K) go, with all their query heads; channels make up the rest, rounded to the nearest. Where the
+    channels cannot, further KV heads go until they can. One KV head and one channel stay in every layer.
+
+    Args:
+        shape: The model's widths.
+        units: Parameters of a "group" and a "channel", see `WidthView.unit_parameters`.
+        num_layers: Layers that are pruned.
+        num_remove: Parameters to remove from them.
+
+    Returns:
+        KV heads that go from each layer; channels that go from all of them together, within half a
+        channel of `num_remove`.
+
+    Raises:
+        PlanError: If the layers do not have so many parameters to lose.
+    """
+    group, channel = units["group"], units["channel"]
+    all_units = num_layers * (shape.num_kv_heads * group + shape.intermediate_size * channel)
+    most = num_layers * (shape.intermediate_size - 1)
+    first = num_remove * shape.num_kv_heads // all_units if all_units else 0
+    for kv_heads in range(first, shape.num_kv_heads):
+        rest = num_remove - num_layers * kv_heads * group
+        channels = round(rest / channel)
+        if 0 <= channels <= most:
+            return kv_heads, channels
+    largest = num_layers * ((shape.num_kv_heads - 1) * group + (shape.intermediate_size - 1) * channel)
+    raise PlanError(
+        f"{num_remove:,} parameters are to be removed from {num_layers} of {shape.num_layers} layers, whose "
+        f"heads and channels have {largest:,} that can go.",
+        hint="Let more layers be pruned, or remove less.",
+    )
+
+
+def check_floating(view: WidthView) -> None:
+    """Raises ModelError when a linear's weights are stored in a format nothing can be computed with."""
+    for layer in range(view.shape.num_layers):
+        for name, linear in vars(view.parts(layer)).items():
+            weight: Any = linear.weight
+            if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+                raise ModelError(
+                    f"{name} of layer {layer} is stored as {weight.dtype}: it has no gradient.",
+                    hint="Prune the model that was quantised, in float32 or bfloat16.",
+                )
