@@ -157,6 +157,7 @@ def make_sweep(
             make_row(n, value=None if n == "dense" else METHODS[n][1] + 0.006 * i * (n == "merged"))
             for n in names
         ]
+        rows[0]["metrics"]["exact_match"]["paired_gradpruner"] = difference(0.02 - 0.006 * i)
         points.append({"value": value, "label": f"merged layers {value}", "rows": rows})
     return study | {
         "kind": "ablation",

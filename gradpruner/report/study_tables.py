@@ -174,6 +174,11 @@ def _any_before(view: StudyView) -> bool:
 
 
 def _shared_dense(view: StudyView) -> bool:
-    """Whether every setting has one and the same dense row."""
-    dense = [point.row("dense") for point in view.points]
-    return len(dense) > 1 and dense[0] is not None and all(row == dense[0] for row in dense)
+    """Whether every setting has one and the same dense model; its difference to GradPruner may change."""
+    rows = [point.row("dense") for point in view.points]
+    found = [
+        (row.costs, {name: (q.per_seed, q.before) for name, q in row.quality.items()})
+        for row in rows
+        if row is not None and row.quality
+    ]
+    return len(found) == len(rows) > 1 and all(entry == found[0] for entry in found)
