@@ -10,16 +10,22 @@ from torch import Tensor
 
 from gradpruner.layered import LayeredModel
 from gradpruner.methods.base import MethodContext
-from gradpruner.methods.calibration import calibration_batches
+from gradpruner.methods.calibration import MAX_SAMPLES, calibration_batches
 
 
 @torch.inference_mode()
-def block_influence(context: MethodContext) -> tuple[list[float], dict[str, Any]]:
+def block_influence(
+    context: MethodContext, max_samples: int = MAX_SAMPLES
+) -> tuple[list[float], dict[str, Any]]:
     """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, x the input and output of layer l.
 
     Inputs and outputs are read at the layers themselves: `hidden_states[-1]` of transformers comes
     after the final norm and would compare the last layer's raw state with a normed one. Calibrated on
-    the first 256 training samples, padding left out.
+    the first training samples, padding left out.
+
+    Args:
+        context: Gives the model and the samples.
+        max_samples: Samples taken at most.
 
     Returns:
         One value per layer, from 0 (a layer that leaves every direction as it is) to 2; and what it was
@@ -40,7 +46,7 @@ def block_influence(context: MethodContext) -> tuple[list[float], dict[str, Any]
         for index, layer in enumerate(view.layers)
     ]
     try:
-        for batch in calibration_batches(context, device):
+        for batch in calibration_batches(context, device, max_samples):
             real = batch["attention_mask"].bool().cpu()
             num_samples += len(real)
             num_tokens += int(real.sum())
