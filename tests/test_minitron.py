@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConf
 from gradpruner.cost import count_parameters
 from gradpruner.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
+from gradpruner.layered import skeleton
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.methods.minitron_depth import MinitronOptions
@@ -251,7 +252,7 @@ def test_the_pruned_model_is_a_plain_one_of_the_size_asked_for(make, tmp_path):
     assert plan.evidence["removed"] == removed
     assert abs(removed - num_remove) <= shape.num_layers * 3 * shape.hidden_size // 2
     assert plan.widths.num_kv_heads == shape.num_kv_heads
-    assert width_savings(make().to("meta"), plan)["parameters"] == {"before": dense, "after": dense - removed}
+    assert width_savings(skeleton(type(model), make().config), plan)["parameters"] == {"before": dense, "after": dense - removed}
     pruned.save_pretrained(tmp_path / "model")
     ids = torch.tensor([SAMPLES[0]["input_ids"]])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
