@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -211,6 +211,7 @@ def distil(
             raise ConfigError(f"{name} is '{value}'; one of {', '.join(allowed)} is needed.")
     if not temperature > 0:
         raise ConfigError(f"temperature is {temperature}; above 0 is needed.")
+    _check_trainable(student)
     learned = _learned(samples, tokens)
     if batching == "packed" and packing_fault(teacher, learned):
         batching = "grouped"
@@ -232,7 +233,9 @@ def distil(
         logging_steps=max(1, steps // LOGGED_POINTS),
         **training,
     )
-    teacher.eval().to(arguments.device)
+    teacher.eval()
+    if next(teacher.parameters()).device != arguments.device:  # quantised models refuse to be moved
+        teacher.to(arguments.device)
     with _in_float32(student):
         trainer = DistillationTrainer(
             teacher=teacher,
@@ -269,18 +272,20 @@ def _learned(samples: Sequence[dict[str, list[int]]], tokens: str) -> list[dict[
     return learned
 
 
-@contextmanager
-def _in_float32(model: nn.Module) -> Iterator[None]:
-    """While it lasts, 16-bit parameters are float32; buffers stay what they are."""
-    # A tensor's own method moves parameters alone: model.to() would round the angles of the positions too.
-    parameters = cast(list[nn.Parameter], list(model.parameters()))
-    if not all(p.is_floating_point() for p in parameters):
+def _check_trainable(model: nn.Module) -> None:
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
         raise ModelError(
             "The student's weights are quantised and cannot be trained.",
             hint="Load it in float32 or bfloat16.",
         )
+
+
+@contextmanager
+def _in_float32(model: nn.Module) -> Iterator[None]:
+    """While it lasts, 16-bit parameters are float32; buffers stay what they are."""
+    # Parameter by parameter, because model.to() would round the angles of the positions too.
     model.requires_grad_(True)
-    halves = [(p, p.dtype) for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
+    halves = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     for parameter, _ in halves:
         parameter.data = parameter.data.float()
     try:

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import torch
 from builders import make_llama, make_samples
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from gradpruner.cost import count_parameters
 from gradpruner.encoding import IGNORED, Collator
@@ -199,6 +199,21 @@ def parameters(view, size, unit="parameters"):
     return view.parameters_of([(2 * size["heads"], 2, size["ffn"])] * 4, size["hidden"], unit)
 
 
+def test_a_config_is_asked_what_it_can_say():
+    llama, gemma = WidthView(make_llama(**WIDE)), WidthView(make_gemma())
+    for view in (llama, gemma):
+        assert view.config_takes(24, 6, 2) and not view.config_takes(32, 6, 2)
+    config = llama.layered.config
+    assert (config.hidden_size, config.num_attention_heads) == (32, 8)
+    qwen = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "qwen3", hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=8,
+            num_key_value_heads=2, head_dim=4, vocab_size=23,
+        )
+    )  # fmt: skip
+    assert WidthView(qwen).config_takes(32, 6, 2)
+
+
 def test_heads_alone_meet_a_budget_where_the_config_can_say_so():
     model = make_llama(**WIDE | {"hidden_size": 24})  # a multiple of 8 heads and of 6
     view = WidthView(model)
@@ -252,7 +267,10 @@ def test_the_pruned_model_is_a_plain_one_of_the_size_asked_for(make, tmp_path):
     assert plan.evidence["removed"] == removed
     assert abs(removed - num_remove) <= shape.num_layers * 3 * shape.hidden_size // 2
     assert plan.widths.num_kv_heads == shape.num_kv_heads
-    assert width_savings(skeleton(type(model), make().config), plan)["parameters"] == {"before": dense, "after": dense - removed}
+    assert width_savings(skeleton(type(model), make().config), plan)["parameters"] == {
+        "before": dense,
+        "after": dense - removed,
+    }
     pruned.save_pretrained(tmp_path / "model")
     ids = torch.tensor([SAMPLES[0]["input_ids"]])
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()

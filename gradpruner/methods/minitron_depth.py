@@ -25,7 +25,8 @@ class MinitronOptions(MethodOptions):
     """Whether the pruned model learns from the dense one's logits before it is fine-tuned."""
     distil_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of distillation; null: one pass over the training samples, in steps as large as
-    fine-tuning's. A pass costs what one epoch of fine-tuning does, and a forward pass of the dense model."""
+    fine-tuning's. A pass costs an epoch of fine-tuning and the dense model's forward passes; with 40 %
+    removed, one and a half epochs in all."""
     distil_batch_size: int | None = Field(default=None, ge=1)
     """Samples per forward pass; null: as many as fine-tuning."""
     distil_learning_rate: float = Field(default=1e-4, gt=0)
