@@ -45,6 +45,7 @@ def training_arguments(
     warmup: int | None = None,
     max_grad_norm: float = 1.0,
     schedule: str = "linear",
+    schedule_options: dict[str, Any] | None = None,
     precision: str = "auto",
     gradient_checkpointing: bool = False,
     compile: bool = False,
@@ -70,6 +71,7 @@ def training_arguments(
         warmup: The same in steps; overrides the ratio.
         max_grad_norm: Clipping norm; 0 turns clipping off.
         schedule: A transformers scheduler name.
+        schedule_options: What that scheduler needs besides, such as its lowest learning rate.
         precision: "fp32", "bf16" or "fp16" autocast; "auto" is bf16 on accelerators that have it and
             fp32 elsewhere (bf16 is emulated, and slow, on CPUs without the instructions).
         gradient_checkpointing: Trade time for activation memory.
@@ -99,6 +101,7 @@ def training_arguments(
         warmup_steps=warmup_ratio if warmup is None else warmup,
         max_grad_norm=max_grad_norm,
         lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_options,
         optim="adamw_torch_fused",
         bf16=chosen == "bf16",
         fp16=chosen == "fp16",
@@ -301,8 +304,9 @@ def finetune(
         batching=batching,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )
+    found = latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None
     try:
-        result = _train(trainer, mode, latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None)
+        result = run_trainer(trainer, mode, found)
     finally:
         for callback in callbacks:
             if isinstance(callback, ClosingCallback):
@@ -312,8 +316,14 @@ def finetune(
     return trained, result
 
 
-def _train(trainer: CausalTrainer, mode: str, checkpoint: Path | None) -> FinetuneResult:
-    """Trains, from the checkpoint on if there is one, and says how it went."""
+def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = None) -> FinetuneResult:
+    """Trains, and says how it went.
+
+    Args:
+        trainer: What is to be run.
+        mode: "full" or "lora", for the result.
+        checkpoint: Where to go on from; None begins anew.
+    """
     if checkpoint is not None:
         log.info("Going on from %s.", checkpoint)
     started = time.perf_counter()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from gradpruner.cost import count_parameters, disk_bytes, flops_per_token
@@ -137,7 +140,7 @@ class WidthView:
         """What the number of parameters is made of."""
         first = self._parts[0]
         embeddings = {id(p): p for p in self._embeddings()}
-        layer_norms = sum(len(vector.weight) for vector in self._hidden_vectors(self.layered.layers[0]))
+        layer_norms = sum(len(vector.weight) for vector in self.hidden_vectors(self.layered.layers[0]))
         seven = sum(count_parameters(module) for module in vars(first).values())
         decoder = sum(count_parameters(layer) for layer in self.layered.layers)
         outside = count_parameters(self.model) - decoder - sum(p.numel() for p in embeddings.values())
@@ -214,11 +217,28 @@ class WidthView:
         vectors = counts["embedding_columns"] + counts["outside_vectors"]
         return decoder + vectors * hidden + counts["outside_rest"]
 
+    def config_takes(self, hidden: int, heads: int, kv_heads: int) -> bool:
+        """Whether a config of the family can say so; that of a Llama wants hidden to be a multiple of heads.
+
+        Args:
+            hidden: Hidden dimensions.
+            heads: Query heads of every layer.
+            kv_heads: KV heads of every layer.
+        """
+        config = copy.deepcopy(self.layered.config)
+        config.head_dim, config.hidden_size = self.shape.head_dim, hidden
+        config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
+        try:
+            config.validate()  # what transformers does before it saves or loads one
+        except StrictDataclassError:
+            return False
+        return True
+
     def _embeddings(self) -> list[nn.Parameter]:
         modules = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         return [module.weight for module in modules if module is not None]
 
-    def _hidden_vectors(self, root: nn.Module) -> Iterator[Any]:
+    def hidden_vectors(self, root: nn.Module) -> Iterator[Any]:
         """Modules of which every parameter is a vector along the hidden state: the norms."""
         for module in root.modules():
             own = dict(module.named_parameters(recurse=False))
@@ -365,7 +385,7 @@ def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
     """Cuts everything along the hidden state; refuses a model with parameters it cannot place."""
     model, kept = view.model, torch.tensor(plan.hidden)
     linears = [m for i in range(plan.num_layers) for m in vars(view.parts(i)).values()]
-    norms = list(view._hidden_vectors(model))
+    norms = list(view.hidden_vectors(model))
     known = {id(p) for m in [*linears, *norms] for p in m.parameters()}
     known |= {id(p) for p in view._embeddings()}
     along_head = ("q_norm", "k_norm")
@@ -394,9 +414,13 @@ def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
 
 def _cut_embeddings_(model: Any, kept: Tensor) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embedding.weight
+    tied, whole = head is not None and head.weight is embedding.weight, embedding.embedding_dim
     embedding.weight = _parameter(embedding.weight, embedding.weight[:, kept.to(embedding.weight.device)])
     embedding.embedding_dim = len(kept)
+    if math.isclose(getattr(embedding, "scalar_embed_scale", 0.0), math.sqrt(whole)):
+        # Gemma's. A model that is loaded takes it from the config, so this one must do the same.
+        embedding.scalar_embed_scale = math.sqrt(len(kept))
+        embedding.embed_scale = torch.full_like(embedding.embed_scale, math.sqrt(len(kept)))
     if head is not None:
         weight = head.weight[:, kept.to(head.weight.device)] if not tied else None
         head.weight = embedding.weight if weight is None else _parameter(head.weight, weight)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from gradpruner.errors import DataError
+from gradpruner.encoding import IGNORED
+from gradpruner.errors import DataError, NonFiniteError
 from gradpruner.methods.base import MethodContext
+from gradpruner.trainer import answer_window
 
 MAX_SAMPLES = 256
 BATCH_SIZE = 16
@@ -35,3 +41,43 @@ def calibration_batches(
     for start in range(0, len(samples), BATCH_SIZE):
         batch = context.collator(samples[start : start + BATCH_SIZE])
         yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def mean_nll(model: Any, batches: Iterable[dict[str, Tensor]], which: str) -> float:
+    """Mean negative log-likelihood of the learned tokens of all batches, in nats.
+
+    Args:
+        model: The causal LM, without wrappers.
+        batches: Padded, on the device of the model.
+        which: What sets this model apart, for the error: "without layers [3]".
+
+    Raises:
+        DataError: If no batch has a learned token.
+        NonFiniteError: If it is NaN or infinite.
+    """
+    windowed = "logits_to_keep" in inspect.signature(model.forward).parameters
+    total, num_tokens = 0.0, 0
+    for batch in batches:
+        window = answer_window(batch["labels"]) if windowed else {"labels": batch["labels"]}
+        targets = window.pop("labels")[:, 1:]
+        learned = targets != IGNORED
+        if not learned.any():
+            continue
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **window
+        ).logits
+        nll = cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
+        total += float(nll.cpu().double().sum())
+        num_tokens += len(nll)
+    if num_tokens == 0:
+        raise DataError(
+            "This method measures the likelihood of learned tokens and the calibration samples have none.",
+            hint="At least one label has to differ from -100.",
+        )
+    if not math.isfinite(total):
+        raise NonFiniteError(
+            f"The likelihood of the training samples {which} is NaN or infinite.",
+            hint="The model's number format is too narrow: try float32.",
+        )
+    return total / num_tokens

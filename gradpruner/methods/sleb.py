@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from gradpruner.encoding import IGNORED
-from gradpruner.errors import DataError, NonFiniteError
 from gradpruner.layered import LayeredModel
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.methods.calibration import calibration_batches
+from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.progress import Progress
 from gradpruner.scores import LayerScores, default_num_prune
-from gradpruner.trainer import answer_window
 
 MAX_SAMPLES = 128
 
@@ -84,35 +78,8 @@ def _cheapest_first(costs: dict[int, float]) -> list[int]:
 
 def _mean_nll(view: LayeredModel, batches: Sequence[dict[str, Tensor]], without: Sequence[int]) -> float:
     """Mean negative log-likelihood of the learned tokens, in nats, with some layers switched off."""
-    windowed = "logits_to_keep" in inspect.signature(view.model.forward).parameters
-    total, num_tokens = 0.0, 0
     with view.passed_through(without):
-        for batch in batches:
-            window = answer_window(batch["labels"]) if windowed else {"labels": batch["labels"]}
-            targets = window.pop("labels")[:, 1:]
-            learned = targets != IGNORED
-            if not learned.any():
-                continue
-            logits = view.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                use_cache=False,
-                **window,
-            ).logits
-            nll = cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
-            total += float(nll.cpu().double().sum())
-            num_tokens += len(nll)
-    if num_tokens == 0:
-        raise DataError(
-            "SLEB measures the likelihood of learned tokens and the calibration samples have none.",
-            hint="At least one label has to differ from -100.",
-        )
-    if not math.isfinite(total):
-        raise NonFiniteError(
-            f"The likelihood of the training samples without layers {sorted(without)} is NaN or infinite.",
-            hint="The model's number format is too narrow: try float32.",
-        )
-    return total / num_tokens
+        return mean_nll(view.model, batches, f"without layers {sorted(without)}")
 
 
 METHODS.register("sleb")(

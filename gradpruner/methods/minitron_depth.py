@@ -1,0 +1,109 @@
+"""Minitron, depth: layers of little block influence go, then the model is distilled from the dense one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from gradpruner.distillation import distil
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.block_influence import block_influence
+from gradpruner.scores import LayerScores
+
+# Of the fine-tuning that follows; what else it sets (learning rate, mode ...) distillation sets itself.
+_SHARED = ("accumulation", "batching", "device", "gradient_checkpointing", "max_grad_norm", "precision")
+
+
+class MinitronOptions(MethodOptions):
+    """How evidence is gathered and the pruned model distilled."""
+
+    calibration_samples: int = Field(default=1024, ge=1)
+    """Training samples on which activations are measured; the source takes 512 to 1024."""
+    distil: bool = True
+    """Whether the pruned model learns from the dense one's logits before it is fine-tuned."""
+    distil_steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of distillation; null: one pass over the training samples, in steps as large as
+    fine-tuning's. A pass costs an epoch of fine-tuning and the dense model's forward passes; with 40 %
+    removed, one and a half epochs in all."""
+    distil_batch_size: int | None = Field(default=None, ge=1)
+    """Samples per forward pass; null: as many as fine-tuning."""
+    distil_learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate; a cosine leads down to a tenth of it."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both models."""
+    distil_tokens: Literal["all", "answers"] = "all"
+    """Where it learns: at all tokens, or those of the answers alone."""
+
+
+def score(context: MethodContext) -> LayerScores:
+    """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, as `shortgpt`; what differs is the recovery.
+
+    The paper also tries perplexity and contiguous blocks; the released code (ModelOpt) has this alone. There
+    a batch's mean is summed over batches; here every token counts alike, so that padding and the size of
+    batches do not matter. The samples are the task's own instead of a pre-training corpus.
+
+    Raises:
+        DataError: If there are no samples.
+
+    Source: LLM Pruning and Distillation in Practice: The Minitron Approach (Sreenivas et al., 2024).
+    """
+    found = block_influence(context, _options(context).calibration_samples)
+    return replace(found, method="minitron_depth")
+
+
+def recover(context: MethodContext, model: nn.Module) -> dict[str, Any]:
+    """Distils the pruned model, in place, from the dense one on the training samples.
+
+    The source distils on 80 to 100 billion tokens, in steps of 768 x 8192, after it has corrected the teacher
+    by some training when its pre-training data are missing. Here the data are the task's training samples,
+    the steps those of fine-tuning, and the teacher is the model as it was given. GradPruner's authors had no
+    pre-training data either, took Alpaca and do not say for how long.
+
+    Returns:
+        What the training did; nothing if the options leave it out.
+
+    Raises:
+        DataError: If there are no samples.
+        ModelError: If the model is quantised.
+        NonFiniteError: If a loss or gradient becomes NaN or Inf.
+    """
+    options = _options(context)
+    if not options.distil:
+        return {}
+    settings: dict[str, Any] = {k: v for k, v in context.finetune.items() if k in _SHARED}
+    collator: Any = context.collator
+    return distil(
+        model,
+        context.model(),
+        context.samples,
+        collator=collator,
+        learning_rate=options.distil_learning_rate,
+        batch_size=options.distil_batch_size or context.finetune.get("batch_size", 8),
+        max_steps=options.distil_steps or -1,
+        temperature=options.temperature,
+        tokens=options.distil_tokens,
+        seed=context.seed,
+        checkpoints=context.folder,
+        save_steps=context.finetune.get("save_steps"),
+        **settings,
+    )
+
+
+def _options(context: MethodContext) -> MinitronOptions:
+    options = MinitronOptions() if context.options is None else context.options
+    assert isinstance(options, MinitronOptions)
+    return options
+
+
+METHODS.register("minitron_depth")(
+    Method(
+        "Minitron: layers that turn the hidden state least go; logit distillation",
+        score,
+        recover=recover,
+        options=MinitronOptions,
+        label="Minitron (depth)",
+    )
+)

@@ -1,0 +1,368 @@
+"""Minitron, width: channels, heads within their group and hidden dimensions of small activations go."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
+from gradpruner.methods.base import METHODS, Method, MethodContext
+from gradpruner.methods.calibration import calibration_batches, mean_nll
+from gradpruner.methods.minitron_depth import MinitronOptions, recover
+from gradpruner.progress import track
+from gradpruner.width import WidthView, prune_width_
+from gradpruner.width_plan import LayerWidths, WidthPlan
+
+Axis = Literal["ffn", "heads", "hidden"]
+# The axis that meets the budget exactly: the first of these that may be pruned.
+AXES: tuple[Axis, ...] = ("ffn", "hidden", "heads")
+# Largest steps of the grid, and the least number of steps an axis has; both where a width allows.
+_DIVISORS: dict[Axis, int] = {"hidden": 256, "ffn": 512, "heads": 1}
+_STEPS = 16
+_RANKED_SAMPLES = 128
+
+# Width of every axis: channels, query heads of a KV head, hidden dimensions.
+Size = dict[Axis, int]
+
+
+class MinitronWidthOptions(MinitronOptions):
+    """What may go, and how the widths are searched."""
+
+    axes: list[Axis] = Field(default=["ffn", "heads", "hidden"], min_length=1)
+    """What is pruned: MLP channels, query heads (inside their KV group), hidden dimensions."""
+    max_prune: float = Field(default=0.4, gt=0, lt=1)
+    """Largest share of an axis that goes."""
+    top_k: int = Field(default=5, ge=1)
+    """Combinations of widths that are tried on the training samples; the likeliest answers win."""
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    """How large activations are, fp32 on the CPU; higher is more important.
+
+    Attributes:
+        channels_LF: MLP channels of every layer, shape (layers, channels).
+        heads_LQ: Query heads of every layer, shape (layers, heads).
+        hidden_H: Hidden dimensions, shape (hidden,); zeros if they were not asked for.
+        samples: Samples measured.
+    """
+
+    channels_LF: Tensor
+    heads_LQ: Tensor
+    hidden_H: Tensor
+    samples: int
+
+
+def plan(context: MethodContext) -> WidthPlan:
+    """Keeps what has the largest activations, in the widths under which the training answers are likeliest.
+
+    For entry j of an activation a, `s_j = sqrt(sum over samples of (mean over tokens of |a_j|)^2)`, padding
+    left out, in fp32. The score of
+
+    - an MLP channel is s of the input of down_proj;
+    - a query head is the L2 norm, over the head's entries, of s of the input of o_proj. Heads are ranked
+      inside their KV group; KV heads never go, so models with one query head a group keep them all;
+    - a hidden dimension is the sum of s over the outputs of all norms in the layers (not the final one).
+
+    All layers keep the same numbers, and the same hidden dimensions, so the result is a plain Hugging Face
+    model. The numbers come from a grid over hidden, ffn and heads in multiples of 256, 512 and 1 (at most a
+    sixteenth of the width, down to a power of two: smaller models get finer grids), at most `max_prune` of an
+    axis, without those a config of the family cannot say (hidden dimensions of a Llama are a multiple of its
+    heads). The `top_k` combinations nearest to `num_remove` are taken; the channels of each are then set to
+    meet it to half a unit, a unit being one channel in every layer (without the axis ffn the next possible
+    number of hidden dimensions, without both of heads). Each is built from the loaded weights and the one
+    whose training answers are likeliest is the plan. Memory beyond the model: one pruned model.
+
+    The source ranks ten candidates, of the sizes on the grid, by MMLU; here all are of one size, so that
+    methods can be compared, and are ranked on the task. It prunes depth in the same search; here that is
+    `minitron_depth`. Its statistics are from 512 to 1024 samples of a corpus, here from as many training
+    samples. Norms are all those that a layer has, where the source knows two. Protected layers, which stay as
+    a whole where layers are pruned, do become narrower with all others.
+
+    Raises:
+        ConfigError: If the number of parameters to remove is unknown.
+        PlanError: If so many cannot be removed.
+        DataError: If there are no samples, or there is a choice and none has an answer.
+        ModelError: If the model is quantised, or heads and channels cannot be told apart.
+        NonFiniteError: If activations or likelihoods are NaN or infinite.
+
+    Source: Minitron (Muralidharan et al., 2024), section 2; released code (NVIDIA ModelOpt).
+    """
+    if context.num_remove is None:
+        raise ConfigError(
+            "Minitron's widths follow from the number of parameters to remove, and it is not known.",
+            hint="Give MethodContext a num_remove.",
+        )
+    options = MinitronWidthOptions() if context.options is None else context.options
+    view = WidthView(context.model())
+    _check_weights(view)
+    sizes = candidates(view, options, context.num_remove, context.unit)
+    device = next(view.model.parameters()).device
+    batches = calibration_batches(context, device, options.calibration_samples)
+    found = channel_statistics(view, batches, "hidden" in options.axes)
+    plans = [_plan_of(view, found, size) for size in sizes]
+    losses: list[float | None] = [None]
+    if len(plans) > 1:
+        ranked_on = list(calibration_batches(context, device, _RANKED_SAMPLES))
+        losses = [_loss(view, one, ranked_on) for one in track(plans, "plan minitron_width")]
+    best = min(range(len(plans)), key=lambda i: (losses[i] or 0.0, i))
+    dense = view.parameters(view.whole(), context.unit)
+    evidence = plans[best].evidence | {
+        "samples": found.samples,
+        "unit": context.unit,
+        "num_remove": context.num_remove,
+        "removed": dense - view.parameters(plans[best], context.unit),
+        "candidates": [{**size, "nll": loss} for size, loss in zip(sizes, losses, strict=True)],
+    }
+    return replace(plans[best], method="minitron_width", evidence=evidence)
+
+
+def _check_weights(view: WidthView) -> None:
+    for parameter in view.model.parameters():
+        if not parameter.is_floating_point():
+            raise ModelError(
+                f"The weights are stored as {parameter.dtype}; quantised models cannot be made narrower.",
+                hint="Prune the model that was quantised, in float32 or bfloat16.",
+            )
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def channel_statistics(
+    view: WidthView, batches: Iterable[dict[str, Tensor]], hidden: bool = True
+) -> ChannelStatistics:
+    """Measures activations in forward passes; see `plan` for the formulas.
+
+    Args:
+        view: The dense model, in evaluation mode.
+        batches: Padded, on the device of the model.
+        hidden: Whether the norms are measured too.
+
+    Raises:
+        ModelError: If hidden dimensions are asked for and the layers have no norms with weights.
+        NonFiniteError: If an activation is NaN or infinite.
+    """
+    shape, layers = view.shape, view.layered.layers
+    inputs = [m for i in range(shape.num_layers) for m in (view.parts(i).down_proj, view.parts(i).o_proj)]
+    norms = [m for layer in layers for m in view.hidden_vectors(layer)] if hidden else []
+    if hidden and not norms:
+        raise ModelError(
+            f"The norms of a '{view.layered.config.model_type}' model have no weights; hidden dimensions are "
+            "measured and cut there.",
+            hint="Set methods.minitron_width.axes to [ffn, heads].",
+        )
+    samples = 0
+    with _squared_means(inputs, norms) as (squares, weight_BT):
+        for batch in batches:
+            real = batch["attention_mask"].float()
+            weight_BT[:] = [real / real.sum(dim=1, keepdim=True)]
+            samples += len(real)
+            view.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    sizes = {module: total.sqrt().cpu() for module, total in squares.items()}
+    channels = torch.stack([sizes[m] for m in inputs[::2]])
+    heads = torch.stack([sizes[m].view(-1, shape.head_dim).norm(dim=1) for m in inputs[1::2]])
+    dimensions = (
+        torch.stack([sizes[m] for m in norms]).sum(dim=0) if norms else torch.zeros(shape.hidden_size)
+    )
+    for values in (channels, heads, dimensions):
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(
+                "Activations on the training samples are NaN or infinite.",
+                hint="The model's number format is too narrow: try float32.",
+            )
+    return ChannelStatistics(channels, heads, dimensions, samples)
+
+
+@contextmanager
+def _squared_means(
+    inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]
+) -> Iterator[tuple[dict[nn.Module, Tensor], list[Tensor]]]:
+    """While it lasts, sums up the squared means of what modules are given, or give.
+
+    Yields:
+        Module -> sum over samples of the squared mean over tokens of |activation|; and a list whose one entry
+        weighs the tokens of the batch that runs, shape (samples, tokens).
+    """
+    totals: dict[nn.Module, Tensor] = {}
+    weight_BT: list[Tensor] = []
+
+    def add(module: nn.Module, x_BTC: Tensor) -> None:
+        means = (x_BTC.detach().abs().float() * weight_BT[0][..., None]).sum(dim=1)
+        total = means.square().sum(dim=0)
+        totals[module] = totals[module] + total if module in totals else total
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> None:
+        add(module, args[0])
+
+    def after(module: nn.Module, _: Any, output: Tensor) -> None:
+        add(module, output)
+
+    hooks = [module.register_forward_pre_hook(before) for module in inputs]
+    hooks += [module.register_forward_hook(after) for module in outputs]
+    try:
+        yield totals, weight_BT
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- budget -------------------------------------------------------------------------------------------------
+
+
+def candidates(view: WidthView, options: MinitronWidthOptions, num_remove: int, unit: str) -> list[Size]:
+    """The widths to choose from, the ones nearest to the budget on the grid first; at most `top_k`.
+
+    Args:
+        view: The dense model.
+        options: Axes, largest share, and number of candidates.
+        num_remove: Parameters to remove; every candidate does so to half of the finest axis' unit.
+        unit: See `WidthView.parameters`.
+
+    Raises:
+        PlanError: If so many cannot be removed; it says how many can.
+    """
+    search = _Search(view, options.axes, options.max_prune, unit)
+    target = search.counted(search.whole) - num_remove
+    found = []
+    for size in search.on_grid():
+        fitted = search.fitted(size, target)
+        if fitted is not None:
+            gap = min(abs(search.counted({**size, search.fine: n}) - target) for n in search.fine_grid)
+            found.append((gap, fitted))
+    if not found:
+        shares = (n / 100 for n in range(5, 100, 5))
+        reach = ((share, _Search(view, options.axes, share, unit).most()) for share in shares)
+        enough = next((share for share, most in reach if share > options.max_prune and most >= num_remove), 0)
+        raised = f"Set methods.minitron_width.max_prune to {enough:g}, or remove less."
+        raise PlanError(
+            f"{num_remove:,} {unit.replace('_', ' ')} are to be removed; with at most "
+            f"{options.max_prune:.0%} of {', '.join(options.axes)} 0 to {search.most():,} can be.",
+            hint=raised if enough else "Prune more axes, or remove less.",
+        )
+    return [size for _, size in sorted(found, key=lambda entry: entry[0])[: options.top_k]]
+
+
+class _Search:
+    """Which widths there are to choose from.
+
+    Attributes:
+        whole: The dense model's.
+        fine: The axis that meets the budget; all others stay on their grids.
+        fine_grid: Its grid, by which combinations are put in order.
+    """
+
+    def __init__(self, view: WidthView, axes: Sequence[Axis], max_prune: float, unit: str) -> None:
+        self.view, self.max_prune, self.unit, shape = view, max_prune, unit, view.shape
+        self.whole: Size = {
+            "ffn": shape.intermediate_size, "hidden": shape.hidden_size, "heads": shape.group_size
+        }  # fmt: skip
+        self.fine = next(axis for axis in AXES if axis in axes)
+        self.fine_grid = _grid(self.fine, self.whole[self.fine], max_prune)
+        self._grids: dict[Axis, list[int]] = {
+            axis: _grid(axis, n, max_prune) if axis in axes else [n]
+            for axis, n in self.whole.items()
+            if axis != self.fine
+        }
+
+    def counted(self, size: Size) -> int:
+        """Parameters of a model of some widths: a straight line along each axis."""
+        shape = self.view.shape
+        layer = (size["heads"] * shape.num_kv_heads, shape.num_kv_heads, size["ffn"])
+        return self.view.parameters_of([layer] * shape.num_layers, size["hidden"], self.unit)
+
+    def on_grid(self) -> Iterator[Size]:
+        """Combinations of all axes but the fine one, the widest first."""
+        for widths in product(*map(reversed, self._grids.values())):
+            yield {**self.whole, **dict(zip(self._grids, widths, strict=True))}
+
+    def allowed(self, size: Size) -> list[int]:
+        """Widths of the fine axis, ascending, that the model's config can say."""
+        widths = range(_lowest(self.whole[self.fine], self.max_prune), self.whole[self.fine] + 1)
+        if self.fine == "ffn":
+            return list(widths) if self._can_say(size) else []
+        return [n for n in widths if self._can_say({**size, self.fine: n})]
+
+    def _can_say(self, size: Size) -> bool:
+        kv_heads = self.view.shape.num_kv_heads
+        return self.view.config_takes(size["hidden"], size["heads"] * kv_heads, kv_heads)
+
+    def fitted(self, size: Size, target: int) -> Size | None:
+        """The widths with the fine axis such that the target is met best; None if it is out of reach."""
+        step = self.counted(size) - self.counted({**size, self.fine: self.whole[self.fine] - 1})
+        counts = {n: self.counted(size) - step * (self.whole[self.fine] - n) for n in self.allowed(size)}
+        if not counts or not 2 * min(counts.values()) - step <= 2 * target <= 2 * max(counts.values()) + step:
+            return None
+        return {**size, self.fine: min(counts, key=lambda n: abs(counts[n] - target))}
+
+    def most(self) -> int:
+        """The largest number of parameters that can go."""
+        least = [{**size, self.fine: n} for size in self.on_grid() for n in self.allowed(size)[:1]]
+        return self.counted(self.whole) - min(map(self.counted, least))
+
+
+def _lowest(total: int, max_prune: float) -> int:
+    """What at least stays of an axis."""
+    return max(1, math.ceil(total * (1 - max_prune) - 1e-9))
+
+
+def _grid(axis: Axis, total: int, max_prune: float) -> list[int]:
+    """Widths of an axis, ascending: multiples of its divisor, and the whole."""
+    divisor = 1
+    while divisor < _DIVISORS[axis] and 2 * divisor * _STEPS <= total:
+        divisor *= 2
+    lowest = _lowest(total, max_prune)
+    return [*range(math.ceil(lowest / divisor) * divisor, total, divisor), total]
+
+
+# --- choice -------------------------------------------------------------------------------------------------
+
+
+def _plan_of(view: WidthView, found: ChannelStatistics, size: Size) -> WidthPlan:
+    """The plan that keeps the most important units of every axis."""
+    shape, whole = view.shape, view.whole()
+    layers = []
+    for channels, heads in zip(found.channels_LF, found.heads_LQ, strict=True):
+        groups = heads.view(shape.num_kv_heads, shape.group_size)
+        kept = [
+            shape.group(kv_head)[place]
+            for kv_head, group in enumerate(groups)
+            for place in _largest(group, size["heads"])
+        ]
+        layers.append(LayerWidths(tuple(kept), _largest(channels, size["ffn"])))
+    return replace(whole, layers=tuple(layers), hidden=_largest(found.hidden_H, size["hidden"]))
+
+
+def _largest(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Indices of the `count` largest, ascending; of equal ones the first."""
+    return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
+
+
+def _loss(view: WidthView, plan: WidthPlan, batches: Sequence[dict[str, Tensor]]) -> float:
+    """Mean negative log-likelihood of the answers under the pruned model."""
+    # A copy of the modules only: pruning gives the copy weights of its own and leaves those it shares alone.
+    model = view.model
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    pruned: Any = prune_width_(copy.deepcopy(model, shared), plan)
+    return mean_nll(pruned, batches, f"with {len(plan.hidden)} hidden dimensions and narrower layers")
+
+
+METHODS.register("minitron_width")(
+    Method(
+        "Minitron: channels, heads and hidden dimensions of small activations go; distilled",
+        plan=plan,
+        recover=recover,
+        options=MinitronWidthOptions,
+        label="Minitron (width)",
+    )
+)
