@@ -132,6 +132,6 @@ METHODS.register("angular")(
     Method(
         "angular distance: the block of layers that turns the hidden state least",
         score,
-        label="angular distance",
+        label="Angular distance",
     )
 )

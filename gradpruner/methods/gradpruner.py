@@ -32,7 +32,9 @@ def score_released(context: MethodContext) -> LayerScores:
 
 
 METHODS.register("gradpruner")(
-    Method("early LoRA gradient energy (IGIA), the paper's method", score, needs_trace=True)
+    Method(
+        "early LoRA gradient energy (IGIA), the paper's method", score, needs_trace=True, label="GradPruner"
+    )
 )
 METHODS.register("gradpruner_released")(
     Method(

@@ -12,4 +12,4 @@ def score(context: MethodContext) -> LayerScores:
     return LayerScores("last", tuple(values), evidence={"num_layers": context.num_layers})
 
 
-METHODS.register("last")(Method("control: the last layers before the final one", score))
+METHODS.register("last")(Method("control: the last layers before the final one", score, label="Last layers"))

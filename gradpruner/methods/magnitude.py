@@ -46,4 +46,6 @@ def _absolute_sum(weight: Tensor) -> float:
     return float(rows.cpu().double().sum())
 
 
-METHODS.register("magnitude")(Method("mean absolute weight of a layer's linears; needs no data", score))
+METHODS.register("magnitude")(
+    Method("mean absolute weight of a layer's linears; needs no data", score, label="Magnitude")
+)

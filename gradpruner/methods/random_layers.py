@@ -14,4 +14,6 @@ def score(context: MethodContext) -> LayerScores:
     return LayerScores("random", tuple(values.tolist()), evidence=evidence)
 
 
-METHODS.register("random")(Method("control: random layers, drawn with the seed", score))
+METHODS.register("random")(
+    Method("control: random layers, drawn with the seed", score, label="Random layers")
+)
