@@ -5,15 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gradpruner.layered import LayeredModel
-from gradpruner.methods.base import METHODS, Method, MethodContext
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.progress import Progress
 from gradpruner.scores import LayerScores, default_num_prune
 
-MAX_SAMPLES = 128
+
+class SlebOptions(MethodOptions):
+    """What can be set about SLEB."""
+
+    num_samples: int = Field(default=128, ge=1)
+    """Training samples whose likelihood is compared; the work is proportional to it."""
 
 
 @torch.inference_mode()
@@ -28,7 +34,7 @@ def score(context: MethodContext) -> LayerScores:
     protected ones.
 
     Work: with L layers and none protected `1 + n (L - 2) - n (n - 1) / 2` evaluations, 313 for 13 of 32, each
-    of at most 8 forward passes of 16 samples. Layers that are switched off still run.
+    of `num_samples / 16` forward passes of 16 samples. Layers that are switched off still run.
 
     The source measures on 128 x 2048 tokens of WikiText-2; here it is the first 128 training samples and the
     tokens fine-tuning learns from (labels other than -100), since those are what the pruned model is for.
@@ -39,9 +45,10 @@ def score(context: MethodContext) -> LayerScores:
 
     Source: SLEB (Song et al., 2024).
     """
+    options: SlebOptions = context.options or SlebOptions()
     view = LayeredModel(context.model())
     device = next(view.model.parameters()).device
-    batches = list(calibration_batches(context, device, MAX_SAMPLES))
+    batches = list(calibration_batches(context, device, options.num_samples))
     middle = [layer for layer in range(1, view.num_layers - 1) if layer not in context.protected]
     num_keep = context.num_keep
     num_prune = default_num_prune(view.num_layers) if num_keep is None else view.num_layers - num_keep
@@ -83,5 +90,10 @@ def _mean_nll(view: LayeredModel, batches: Sequence[dict[str, Tensor]], without:
 
 
 METHODS.register("sleb")(
-    Method("SLEB: the layer whose absence costs least likelihood goes, again and again", score, label="SLEB")
+    Method(
+        "SLEB: the layer whose absence costs least likelihood goes, again and again",
+        score,
+        options=SlebOptions,
+        label="SLEB",
+    )
 )
