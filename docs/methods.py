@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,79 @@ def comparison_costs() -> str:
     return str(module.costs(module.load_studies()))
 
 
+def methods_memory() -> str:
+    """What deciding takes, measured in processes of their own."""
+    result = json.loads((BENCHMARKS / "results" / "methods_memory.json").read_text(encoding="utf-8"))
+    lines = ["| what | peak memory | of a plain LoRA training | time, of the same |", "|---|---|---|---|"]
+    for row in result["rows"]:
+        name = " ".join([row["what"], *(f"{k} = {v}" for k, v in row["options"].items())])
+        if "error" in row:
+            lines.append(f"| {name} | {row['error']} | | |")
+            continue
+        ratios = f"{row['peak_over_lora']:.3f}x | {row['seconds_over_lora']:.2f}x"
+        lines.append(f"| {name} | {row['peak_bytes'] / 1e6:.0f} MB | {ratios} |")
+    met = "met" if result["met"] else "**not met**"
+    return "\n".join([*lines, "", f"Goal: evidence at most {result['goal']}x the peak of lora: {met}."])
+
+
+def draw_comparison() -> str:
+    """The difference of every method to the dense model in every cell, as SVG."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    module = benchmark()
+    studies = module.load_studies()
+    names = [name for name in module.rows_of(studies[0]) if name != "dense"]
+    labels = [module.rows_of(studies[0])[name]["label"] for name in names]
+    colours = {
+        task: colour for task, colour in zip(module.TASKS, ("#2563a8", "#b4552d", "#4d7c2e"), strict=True)
+    }
+    matplotlib.rcParams.update({"svg.hashsalt": "gradpruner", "svg.fonttype": "none", "font.size": 9})
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(names) + 1.2), sharey=True, sharex=True)
+    for axes, mode in zip(panels, module.MODES, strict=True):
+        axes.axvline(0, color="#888", linewidth=0.8)
+        for y, name in enumerate(names):
+            means = []
+            for place, task in enumerate(module.TASKS):
+                for study in studies:
+                    pairs = module.by_seed(study, name, "dense")
+                    if study["task"] == task and study["mode"] == mode and pairs:
+                        points = [100 * (a - b) for a, b in pairs]
+                        means += points
+                        level = [y + 0.22 * (place - 1)] * len(points)
+                        axes.plot(points, level, "o", markersize=3, color=colours[task], alpha=0.75)
+            if means:
+                axes.plot(sum(means) / len(means), y, "|", markersize=13, color="black", markeredgewidth=1.6)
+        axes.set_title({"full": "full fine-tuning", "lora": "LoRA"}[mode], fontsize=10)
+        axes.set_xlabel("exact match, points above or below dense")
+        axes.grid(axis="y", linewidth=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(names)), labels)
+    panels[0].invert_yaxis()
+    for task, colour in colours.items():
+        panels[1].plot([], [], "o", markersize=4, color=colour, label=task)
+    panels[1].plot([], [], "|", markersize=11, color="black", label="mean of all", markeredgewidth=1.6)
+    figure.legend(loc="lower center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    pyplot.close(figure)
+    return buffer.getvalue() + f"<!-- {comparison_digest()} -->\n"
+
+
+def comparison_digest() -> str:
+    """Of the data the plot shows, which it carries as a comment; how it is drawn may differ by version."""
+    module = benchmark()
+    shown = [
+        [study["task"], study["mode"], name, module.by_seed(study, name, "dense")]
+        for study in module.load_studies()
+        for name in module.rows_of(study)
+    ]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
 def benchmark() -> Any:
     """benchmarks/comparison.py as a module."""
     spec = importlib.util.spec_from_file_location("comparison", BENCHMARKS / "comparison.py")
@@ -74,4 +150,5 @@ BLOCKS = {
     "comparison": comparison,
     "comparison_balance": comparison_balance,
     "comparison_costs": comparison_costs,
+    "methods_memory": methods_memory,
 }

@@ -506,6 +506,11 @@ def main() -> int:
             stale.append(str(path.relative_to(ROOT)))
             if not args.check:
                 path.write_text(new, encoding="utf-8")
+    plot = ROOT / "docs" / "comparison.svg"
+    if not plot.exists() or methods.comparison_digest() not in plot.read_text(encoding="utf-8"):
+        stale.append(str(plot.relative_to(ROOT)))
+        if not args.check:
+            plot.write_text(methods.draw_comparison(), encoding="utf-8")
     if stale and args.check:
         print(f"Out of date: {', '.join(stale)}. Run: make docs", file=sys.stderr)
         return 1

@@ -305,9 +305,10 @@ def _entries(kind: str) -> dict[str, str]:
 
         return {name: TASKS.find(name).description for name in TASKS.names()}
     if kind == "rules":
-        from gradpruner.merging import MERGE_RULES
+        from gradpruner.merging import MERGE_RULES, needs_importance
 
-        return {n: (MERGE_RULES.find(n).__doc__ or "").splitlines()[0] for n in MERGE_RULES.names()}
+        rules = [name for name in MERGE_RULES.names() if needs_importance(name)]  # the others are LaCo's own
+        return {name: (MERGE_RULES.find(name).__doc__ or "").splitlines()[0] for name in rules}
     if kind == "recipes":
         return {name: _first_comment(RECIPES / f"{name}.yaml") for name in _recipe_names()}
     if kind == "ablations":

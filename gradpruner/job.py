@@ -316,6 +316,11 @@ def count_parameters_of(config: Any) -> int:
     return count_parameters(build_on_meta(config))
 
 
+def label_of(variant: str) -> str:
+    """What reports call a row of the comparison."""
+    return LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
+
+
 def method_of(variant: str) -> str:
     """The method in `METHODS` that a pruned row of the comparison comes from."""
     return "gradpruner" if variant in LABELS else variant

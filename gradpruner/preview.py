@@ -13,7 +13,7 @@ from rich.text import Text
 from gradpruner.config import Recipe
 from gradpruner.cost import build_on_meta, count_parameters, disk_bytes, savings
 from gradpruner.encoding import preview
-from gradpruner.job import LABELS, Job, bytes_to_write, placeholder_scores, plan_for
+from gradpruner.job import Job, bytes_to_write, label_of, placeholder_scores, plan_for
 
 NUM_SAMPLES = 2
 
@@ -37,7 +37,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "model": str(job.folder),
         "num_layers": job.num_layers,
         "num_prune": len(plan.pruned),
-        "variants": [LABELS.get(v, v) for v in recipe.variants],
+        "variants": [label_of(v) for v in recipe.variants],
         "train_rows": len(job.train),
         "eval_rows": len(job.eval),
         "format": job.train.format,

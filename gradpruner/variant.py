@@ -13,7 +13,7 @@ from gradpruner.data import ExampleSet
 from gradpruner.evaluation import evaluate
 from gradpruner.evaluation_data import metrics_of_task
 from gradpruner.harness import evaluate_harness
-from gradpruner.job import LABELS, STAGES, Job, Plan, data_identity
+from gradpruner.job import LABELS, STAGES, Job, Plan, data_identity, label_of
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plan import PruningPlan
 from gradpruner.progress import Progress, bytes_reporter
@@ -52,7 +52,7 @@ class Variant:
         self.name, self.plan, self.trace = name, plan, trace
         self.method = METHODS.find(name) if name not in LABELS else None
         self.row: dict[str, Any] = {
-            "label": LABELS.get(name) or (self.method and self.method.label) or name.replace("_", " "),
+            "label": label_of(name),
             "plan": name if plan is not None else None,
             "pruning": None,
             "recovery": None,
