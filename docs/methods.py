@@ -88,9 +88,7 @@ def draw_comparison() -> str:
     studies = module.load_studies()
     names = [name for name in module.rows_of(studies[0]) if name != "dense"]
     labels = [module.rows_of(studies[0])[name]["label"] for name in names]
-    colours = {
-        task: colour for task, colour in zip(module.TASKS, ("#2563a8", "#b4552d", "#4d7c2e"), strict=True)
-    }
+    colours = dict(zip(module.TASKS, ("#2563a8", "#b4552d", "#4d7c2e"), strict=True))
     matplotlib.rcParams.update({"svg.hashsalt": "gradpruner", "svg.fonttype": "none", "font.size": 9})
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(names) + 1.2), sharey=True, sharex=True)
     for axes, mode in zip(panels, module.MODES, strict=True):
