@@ -36,7 +36,7 @@ METRIC = "exact_match"
 def method_options(rates: dict[str, float]) -> dict[str, dict[str, Any]]:
     """Where a default does not suit this model, or this budget of time."""
     return {
-        # It measures one set of samples some eighty times; with its own 128 it would take longer than the rest.
+        # It measures its samples some eighty times; with its own 128 it would take longer than the rest.
         "sleb": {"num_samples": 32},
         # Rates for models of billions do nothing to one of millions.
         "minitron_depth": {"distil_learning_rate": rates["full"]},

@@ -13,9 +13,19 @@ from gradpruner.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.layered import fingerprint
 from gradpruner.methods import METHODS, MethodContext
-from gradpruner.methods.apt import ADAPTED, APTOptions, kept_share, lightest, pruning_steps, shrink
+from gradpruner.methods.apt import (
+    ADAPTED,
+    AdaptivePruning,
+    APTOptions,
+    SelfDistillationTrainer,
+    kept_share,
+    lightest,
+    pruning_steps,
+    shrink,
+)
 from gradpruner.methods.growing_ranks import GrowingRanks
 from gradpruner.methods.salience import UnitMasks, outlier_term
+from gradpruner.training import training_arguments
 from gradpruner.width import WidthView, resized_class
 from gradpruner.width_plan import WidthPlan
 
@@ -344,3 +354,52 @@ def test_what_cannot_work_is_refused():
     with pytest.raises(ModelError, match="quantised"):
         shrink(context(lambda: quantised))
     assert METHODS.find("apt").label == "APT-like" and len(METHODS.find("apt").description) < 90
+
+
+# -- self-distillation ---------------------------------------------------------------------------------------
+
+
+def test_self_distillation_learns_from_the_model_with_its_masks_off():
+    model, samples = make_llama(), make_samples(8)
+    view = WidthView(model)
+    pruning = AdaptivePruning(view, APTOptions(), 3500, (), seed=0)
+    adapted = attach_lora(model, rank=2, alpha=4, dropout=0.0, only=ADAPTED)
+    trainer = SelfDistillationTrainer(
+        pruning=pruning,
+        model=adapted,
+        args=training_arguments(learning_rate=1e-3, batch_size=8, max_steps=4, device="cpu"),
+        samples=samples,
+        collator=Collator(),
+        batching="padded",
+    )
+    pruning._begin, pruning._steps = 0, [4]
+    batch = Collator()(samples)
+    with torch.no_grad():
+        whole = adapted(**batch).logits
+        for masks in pruning._masks:
+            masks.targets[0] = 0
+            masks.move(1.0)
+        masked = adapted(**batch)
+    learned = batch["labels"][:, 1:] != -100
+    p, log_q = whole[:, :-1][learned].softmax(-1), masked.logits[:, :-1][learned].log_softmax(-1)
+    divergence = float((p * (p.log() - log_q)).sum(-1).mean())
+    assert divergence > 1e-4
+    adapted.train()
+    for step, mu in ((0, 0.0), (1, 0.25), (4, 1.0)):
+        trainer.state.global_step = step
+        loss = trainer.compute_loss(adapted, dict(batch), num_items_in_batch=int(learned.sum()))
+        assert loss.item() == pytest.approx(mu * divergence + (1 - mu) * float(masked.loss), rel=1e-4)
+        assert adapted.training and not any(masks.paused for masks in pruning._masks)
+    pruning.close()
+
+
+def test_shrinking_with_self_distillation_meets_the_budget_too():
+    model, plan = shrink(context(options=APTOptions(steps=8, distil=True)))
+    plain, _ = shrink(context(options=APTOptions(steps=8)))
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [
+        len(widths.channels) for widths in plan.layers
+    ]
+    assert any(
+        a.shape != b.shape or not torch.equal(a, b)
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    )

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
 from gradpruner.adapters import attach_lora
 from gradpruner.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
+from gradpruner.distillation import DistillationTrainer
+from gradpruner.encoding import IGNORED
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.growing_ranks import GrowingRanks
@@ -53,6 +59,8 @@ class APTOptions(MethodOptions):
     """LoRA dropout."""
     growth: float = Field(default=4.0, ge=1)
     """Parameters of all adapters at the end, in first sizes, at most; 1: they do not grow."""
+    distil: bool = False
+    """Self-distillation: learn, more and more, what the model predicts with nothing masked."""
 
 
 def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
@@ -78,9 +86,13 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
 
     Chosen here: one epoch at the recipe's batch size (the source prunes in 5 of 15 epochs, or 0.5 of 2, and
     trains on; here the common fine-tuning follows); excess kurtosis and its place before the sum over
-    a head's dimensions; all tokens count, padding included. Left out: hidden dimensions as units, and
-    self-distillation, which the released scripts for LLaMA do not use. No checkpoint is written: an
-    interrupted run begins again.
+    a head's dimensions; all tokens count, padding included. Left out: hidden dimensions as units. No
+    checkpoint is written: an interrupted run begins again.
+
+    With `distil`, which the released scripts for LLaMA leave out, the loss is `mu KL + (1 - mu) L`, L the
+    task's and KL the divergence from the same model with the masks off (`SelfDistillationTrainer`), which
+    costs a second forward pass and no memory for a teacher; mu rises linearly from 0 to 1 while units go.
+    The source adds the squared distance of hidden states through a learned transform; that is left out.
 
     Raises:
         ConfigError: If `num_remove` is unknown or more than can go, with fp16, or on several GPUs.
@@ -257,6 +269,21 @@ class AdaptivePruning(ClosingCallback):
             widths[layer] = LayerWidths(shape.heads_of(kept[2 * place]), kept[2 * place + 1])
         return tuple(widths.values())
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While it lasts, nothing is masked."""
+        for masks in self._masks:
+            masks.paused = True
+        try:
+            yield
+        finally:
+            for masks in self._masks:
+                masks.paused = False
+
+    def distilled_share(self, step: int) -> float:
+        """mu: how much of the loss is distillation, 0 at the end of warm-up and 1 at the last pruning."""
+        return min(1.0, max(0.0, (step - self._begin) / max(1, self._steps[-1] - self._begin)))
+
     def evidence(self) -> dict[str, Any]:
         """What happened when, as JSON values."""
         return {
@@ -300,14 +327,47 @@ def _check(context: MethodContext) -> int:
     return context.num_remove
 
 
+class SelfDistillationTrainer(DistillationTrainer):
+    """A `DistillationTrainer` that learns from its own model with the masks off, and from the labels.
+
+    Args:
+        pruning: Has the masks, and says how much of the loss is distillation.
+        **kwargs: As for `CausalTrainer`.
+    """
+
+    def __init__(self, *, pruning: AdaptivePruning, **kwargs: Any) -> None:
+        super().__init__(teacher=self._whole, **kwargs)
+        self.pruning = pruning
+
+    def _whole(self, **inputs: Any) -> Any:
+        """What the model says with nothing masked, and without dropout."""
+        model: Any = self.model
+        with self.pruning.paused():
+            model.eval()
+            try:
+                return model(**inputs)
+            finally:
+                model.train()
+
+    def _divergence(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        mu = self.pruning.distilled_share(self.state.global_step)
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        targets = labels[:, 1:]
+        learned = targets != IGNORED
+        nll = cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="sum")
+        task = nll / (learned.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+        return mu * super()._divergence(outputs, labels, num_items_in_batch) + (1 - mu) * task
+
+
 def _trainer(
     model: Any, context: MethodContext, options: APTOptions, pruning: AdaptivePruning
 ) -> CausalTrainer:
+    made: Any = partial(SelfDistillationTrainer, pruning=pruning) if options.distil else CausalTrainer
     shared = {name: context.finetune[name] for name in _SHARED if name in context.finetune}
     batch_size = int(context.finetune.get("batch_size", 8))
     accumulation = int(context.finetune.get("accumulation", 8))
     steps = options.steps or planned_steps(len(context.samples), batch_size, accumulation, options.epochs)
-    return CausalTrainer(
+    trainer: CausalTrainer = made(
         model=model,
         args=training_arguments(
             learning_rate=options.learning_rate,
@@ -324,6 +384,7 @@ def _trainer(
         batching=context.finetune.get("batching", "packed"),
         callbacks=[NonFiniteGuard(), ProgressCallback("prune apt"), pruning],
     )
+    return trainer
 
 
 METHODS.register("apt")(

@@ -46,6 +46,7 @@ class UnitMasks:
         masks: What every unit is multiplied with, in [0, 1], shape (units,).
         targets: Where the masks are going, 0 or 1.
         salience: Moving average of S, shape (units,), float64; zeros before the first step.
+        paused: While True, nothing is masked: the whole model's answer, to learn from.
     """
 
     def __init__(self, linear: nn.Linear, units: int) -> None:
@@ -55,7 +56,7 @@ class UnitMasks:
         self.salience = torch.zeros(units, dtype=torch.float64)
         self._width = linear.in_features // units
         self._outliers = self._per_unit(outlier_term(weight).cpu().double())
-        self._steps, self._masked = 0, False
+        self._steps, self._masked, self.paused = 0, False, False
         self._inputs, self._gradients = (torch.zeros(linear.in_features, device=weight.device) for _ in "ab")
         self._latest = self._inputs
         self._hook = linear.register_forward_pre_hook(self._apply)
@@ -85,7 +86,7 @@ class UnitMasks:
 
     def _apply(self, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs: Tensor = args[0]
-        if self._masked:
+        if self._masked and not self.paused:
             inputs = inputs * self.masks.repeat_interleave(self._width).to(inputs.dtype)
         if linear.training and inputs.requires_grad:
             self._latest = _sum_of_absolutes(inputs)
