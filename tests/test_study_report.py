@@ -480,3 +480,12 @@ def test_costs_can_be_what_a_sweep_draws(tmp_path: Path) -> None:
     study["plot"] = {"kind": "line", "y": "training_seconds"}
     labels = Page(render(study, tmp_path)).labels
     assert any("Training time over merged layers" in label and "0 63.0\u00a0s" in label for label in labels)
+
+
+def test_a_dense_model_no_better_than_the_most_frequent_answer_decides_nothing() -> None:
+    study = make_study()
+    assert judge_study(read_study(study)).level != "unclear"
+    study["reference"]["majority_class"] = METHODS["dense"][1]
+    found = judge_study(read_study(study))
+    assert found.level == "unclear" and found.word == "Too little learned to tell"
+    assert any(note.startswith("Even the dense model") for note in found.notes)

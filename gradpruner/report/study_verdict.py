@@ -35,6 +35,8 @@ def judge_comparison(view: StudyView) -> Verdict:
         level, word, against = _against_last(main, last, view.metric)
     elif quality.paired is not None:
         level, word = _level(quality.paired, ("Better than dense", "No clear difference", "Below dense"))
+    if _unlearned(view, point) is not None:
+        level, word = "unclear", "Too little learned to tell"
     merging = _merging(point, view.metric)
     tally = tally_words(view, point)
     parts += [words for words in (against, tally, merging) if words]
@@ -233,14 +235,12 @@ def _level(gain: Measured, words: tuple[str, str, str]) -> tuple[str, str]:
 def _comparison_notes(view: StudyView, point: StudyPoint, main: StudyRow | None) -> tuple[str, ...]:
     """Returns what a careful reader would object."""
     notes = _size_notes(view)
-    dense = _measured_row(point, "dense", view.metric)
-    if dense is not None and view.majority is not None:
-        value = dense.quality[view.metric].mean.value
-        if value <= view.majority:
-            notes.append(
-                f"Even the dense model ({percent(value)}) is not above always giving the most frequent "
-                f"answer ({percent(view.majority)}): this study says little about pruning."
-            )
+    unlearned = _unlearned(view, point)
+    if unlearned is not None:
+        notes.append(
+            f"Even the dense model ({percent(unlearned)}) is not above always giving the most frequent "
+            f"answer ({percent(view.majority)}): this study says little about pruning."
+        )
     if main is not None:
         mine = main.quality[view.metric].mean.value
         better = [
@@ -270,6 +270,15 @@ def _comparison_notes(view: StudyView, point: StudyPoint, main: StudyRow | None)
             f"{compared} rows are compared at 95%: about one interval in twenty excludes zero by chance."
         )
     return tuple(notes)
+
+
+def _unlearned(view: StudyView, point: StudyPoint) -> float | None:
+    """What the dense model scores, if that is no more than always giving the most frequent answer."""
+    dense = _measured_row(point, "dense", view.metric)
+    if dense is None or view.majority is None:
+        return None
+    value = dense.quality[view.metric].mean.value
+    return value if value <= view.majority else None
 
 
 def _size_notes(view: StudyView) -> list[str]:
