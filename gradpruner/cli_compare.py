@@ -258,8 +258,6 @@ def _cleared(recipe: Recipe) -> Recipe:
 
 
 def _carry_out(study: Study, *, dry_run: bool, as_json: bool) -> None:
-    from importlib import import_module
-
     from gradpruner import cli
     from gradpruner.study.carrying_out import REPORT, carry_out
     from gradpruner.study.preview import print_study_preview
@@ -271,7 +269,9 @@ def _carry_out(study: Study, *, dry_run: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome.study, indent=2))
     else:
-        import_module("gradpruner.report.study").print_study(outcome.study, cli.console())
+        from gradpruner.report.study import print_study
+
+        print_study(outcome.study, cli.console())
         cli.console().print(f"study done: {study.out / REPORT}", highlight=False)
     if outcome.error is not None:
         raise outcome.error

@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +200,10 @@ def named(error: GradPrunerError, where: str) -> GradPrunerError:
 
 def write_report(study: dict[str, Any], out: Path) -> None:
     """study.json -> report.html and table.md"""
-    rendering = import_module("gradpruner.report.study")  # matplotlib and jinja2 load here
-    rendering.render_study(study, out / REPORT)
-    write_text(out / TABLE, rendering.study_markdown(study) + "\n")
+    from gradpruner.report.study import render_study, study_markdown  # matplotlib and jinja2 load here
+
+    render_study(study, out / REPORT)
+    write_text(out / TABLE, study_markdown(study) + "\n")
 
 
 def stored_record(folder: Path) -> dict[str, Any] | None:
