@@ -19,7 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.checkpoint import ADAPTER_FILE, load_config, load_structure, model_class
+from gradpruner.checkpoint import (
+    ADAPTER_FILE,
+    load_config,
+    load_structure,
+    model_class,
+    refuse_narrowed,
+)
 from gradpruner.depth import check_keep, layer_pattern, patch_config, rename_modules
 from gradpruner.errors import IntegrityError, ModelError, PlanError
 from gradpruner.folder import PRUNING_FILE, check_model_folder
@@ -84,6 +90,7 @@ class Blueprint:
                 f"{self.source} holds adapters beside its weights.",
                 hint=f"Merge them into the weights, or move {ADAPTER_FILE} out of the folder.",
             )
+        refuse_narrowed(self.source)
         self.quantised = "quantization_config" in self.raw
         self.shards: Shards = open_shards(self.source)
         self.config: Any = load_config(self.source, native=True)

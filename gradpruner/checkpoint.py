@@ -167,6 +167,16 @@ def narrowed_plan(folder: Path) -> WidthPlan | None:
     return None if read.uniform else read
 
 
+def refuse_narrowed(folder: Path) -> None:
+    """Raises ModelError for a folder whose layers have different widths: sizes are read from its config."""
+    if narrowed_plan(folder) is not None:
+        raise ModelError(
+            f"The layers of {folder} have different widths, which its config does not say.",
+            hint="It can be loaded (`gradpruner.load_model`), trained and evaluated (`gradpruner evaluate`), "
+            "but not pruned or sized again; start from the model before pruning.",
+        )
+
+
 def load_model(
     folder: str | Path,
     *,

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.checkpoint import load_config, load_model, load_tokenizer, model_class, resolve_device
+from gradpruner.checkpoint import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_class,
+    refuse_narrowed,
+    resolve_device,
+)
 from gradpruner.config import Recipe
 from gradpruner.cost import build_on_meta, count_parameters, layer_parameters, savings
 from gradpruner.data import ExampleSet, overlap
@@ -65,6 +72,7 @@ class Job:
         if recipe.finetune.liger:
             check_liger(recipe.model.device)
         self.folder = locate_model(recipe.model.path)
+        refuse_narrowed(self.folder)
         self.config = load_config(self.folder, recipe.model.trust_remote_code)
         self._check_budget()
         self.tokenizer = load_tokenizer(self.folder, recipe.model.trust_remote_code)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradpruner.checkpoint import load_model, load_structure, load_tokenizer, save_model, stored_dtype
+from gradpruner.checkpoint import (
+    load_model,
+    load_structure,
+    load_tokenizer,
+    refuse_narrowed,
+    save_model,
+    stored_dtype,
+)
 from gradpruner.cost import count_parameters
 from gradpruner.errors import IntegrityError
 from gradpruner.portability import judge_widths
@@ -39,6 +46,7 @@ def prune_width_checkpoint(
         ModelError: If heads and channels of the model cannot be told apart, or the proof fails.
         IntegrityError: If the folder does not hold what it should.
     """
+    refuse_narrowed(source)
     dtype = stored_dtype(source)
     model = load_model(source, dtype=str(dtype).removeprefix("torch."), device=device)
     expected = WidthView(model).parameters(plan)

@@ -8,9 +8,10 @@ import torch
 from builders import make_project
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gradpruner import load_model, report
+from gradpruner import load_model, prune_checkpoint, report
 from gradpruner.config import load_recipe
 from gradpruner.cost import count_parameters
+from gradpruner.costing.subject import find_subject
 from gradpruner.errors import ConfigError, ModelError, PlanError
 from gradpruner.job import Job
 from gradpruner.methods import METHODS, Method, MethodOptions
@@ -95,6 +96,16 @@ def test_options_reach_the_method_and_uneven_layers_load_through_the_package(reg
     assert "load_model" in (tuned / "README.md").read_text()
     with pytest.raises(RuntimeError, match=r"size mismatch|ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tuned)
+    # Where sizes come from the config, such a folder is refused before anything is written.
+    elsewhere = ("out=" + str(tmp_path / "elsewhere"),)
+    for refused in (
+        lambda: run(load_recipe(tmp_path / "recipe.yaml", elsewhere, {"model.path": str(tuned)})),
+        lambda: prune_checkpoint(tuned, tmp_path / "elsewhere", PruningPlan.from_keep(4, [0, 1])),
+        lambda: find_subject(tuned),
+    ):
+        with pytest.raises(ModelError, match="different widths"):
+            refused()
+    assert not (tmp_path / "elsewhere").exists()
     # Nothing is done twice.
     path = tmp_path / "recipe.yaml"
     assert {stage["state"] for stage in run(load_recipe(path))["stages"]} == {"skipped"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradpruner.checkpoint import load_config
+from gradpruner.checkpoint import load_config, refuse_narrowed
 from gradpruner.costing.shapes import shape_folder, shape_names
 from gradpruner.depth import check_keep, patch_config, text_config
 from gradpruner.errors import ConfigError, ModelError, PlanError
@@ -75,6 +75,7 @@ def find_subject(model: str | Path, *, random: bool = False) -> Subject:
     random = random or not has_weights
     # Code that comes with a model is never run here; quantised weights cannot be trained or cast.
     (check_config if random else check_model_folder)(folder, True)
+    refuse_narrowed(folder)
     config = text_config(load_config(folder, native=True, weights=not random))
     if not getattr(config, "num_hidden_layers", None):
         raise ModelError(
