@@ -16,7 +16,7 @@ import argparse
 import json
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "fingpt_sentiment": {"train_limit": 600, "eval_limit": 300, "epochs": 3},
 }
 # The tasks' own prompts list the answers, which instructs a large model and only costs a tiny one time.
-SHORT_PROMPT = {"trec": "Question: ", "financial_phrasebank": "Sentence: ", "sst2": "Sentence: "}
+SHORT_PROMPT = {"trec": "Question: ", "financial_phrasebank": "Sentence: "}
 SWEEP = {"full": (3e-4, 1e-3, 2e-3, 4e-3), "lora": (1e-3, 3e-3, 1e-2)}
 SWEEP_TASK = "trec"
 
@@ -110,7 +110,15 @@ def sweep(args: argparse.Namespace) -> None:
     )
 
 
-def write_rows(args: argparse.Namespace, tasks: Iterable[str]) -> None:
+def short_prompt(task: str, prompt: str) -> str:
+    """The prompt without the list of answers."""
+    marker = SHORT_PROMPT.get(task, "")
+    return marker + prompt.rpartition(marker)[2] if marker else prompt
+
+
+def write_rows(
+    args: argparse.Namespace, tasks: Iterable[str], shorten: Callable[[str, str], str] = short_prompt
+) -> None:
     """The tasks' rows as prompt/completion files, with short prompts where the task's own is long."""
     from gradpruner.tasks import TASKS as KNOWN
     from gradpruner.tasks import load_task
@@ -124,8 +132,7 @@ def write_rows(args: argparse.Namespace, tasks: Iterable[str]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             rows = []
             for example in load_task(task, Path(args.data) / task, split).examples:
-                marker = SHORT_PROMPT.get(task, "")
-                prompt = marker + example.prompt.rpartition(marker)[2] if marker else example.prompt
+                prompt = shorten(task, example.prompt)
                 rows.append({"prompt": prompt, "completion": example.answer, "choices": example.choices})
             staged = path.with_suffix(f".{os.getpid()}")
             staged.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
