@@ -28,7 +28,9 @@ FOLDER = RESULTS / "comparison"
 # held-out part of TREC's and FinGPT's training rows. The tasks differ, the methods do not.
 TASKS: dict[str, dict[str, Any]] = {
     "trec": {"rows": 512, "batch_size": {"full": 8, "lora": 8}, "rate": {"full": 2e-3, "lora": 3e-3}},
-    "fingpt_sentiment": {"rows": 192, "batch_size": {"full": 4, "lora": 2}, "rate": {"full": 1e-3, "lora": 2e-3}},
+    "fingpt_sentiment": {
+        "rows": 192, "batch_size": {"full": 4, "lora": 2}, "rate": {"full": 1e-3, "lora": 2e-3}
+    },
     "financial_phrasebank": {
         "rows": 128, "batch_size": {"full": 4, "lora": 2}, "rate": {"full": 1e-3, "lora": 2e-3}
     },
