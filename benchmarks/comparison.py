@@ -32,7 +32,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "rows": 192, "batch_size": {"full": 4, "lora": 2}, "rate": {"full": 1e-3, "lora": 2e-3}
     },
     "financial_phrasebank": {
-        "rows": 128, "batch_size": {"full": 4, "lora": 2}, "rate": {"full": 1e-3, "lora": 2e-3}
+        "rows": 64, "batch_size": {"full": 4, "lora": 4}, "rate": {"full": 1e-3, "lora": 3e-3}
     },
 }  # fmt: skip
 EVAL_ROWS = 200
