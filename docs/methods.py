@@ -105,14 +105,14 @@ def draw_comparison() -> str:
                 for study in studies:
                     pairs = module.by_seed(study, name, "dense")
                     if study["task"] == task and study["mode"] == mode and pairs:
-                        points = [100 * (a - b) for a, b in pairs]
+                        points = [100 * (a - b) / b for a, b in pairs]
                         means += points
                         level = [y + 0.22 * (place - 1)] * len(points)
                         axes.plot(points, level, "o", markersize=3, color=colours[task], alpha=0.75)
             if means:
                 axes.plot(sum(means) / len(means), y, "|", markersize=13, color="black", markeredgewidth=1.6)
         axes.set_title({"full": "full fine-tuning", "lora": "LoRA"}[mode], fontsize=10)
-        axes.set_xlabel("exact match, points above or below dense")
+        axes.set_xlabel("above or below dense, % of its value")
         axes.grid(axis="y", linewidth=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(names)), labels)
