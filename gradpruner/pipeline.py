@@ -201,7 +201,7 @@ class _Run:
             "score": self.recipe.score.model_dump(),
             "num_keep": self.job.num_keep,
             "protect": [options.protect_first, options.protect_last, options.protect],
-            "budget": None if found.score else [self.job.num_remove, options.unit],
+            "budget": None if found.score else [self.job.num_remove, options.unit, options.portable_to],
             "record": self.record_inputs if found.needs_trace else None,
             "model": self.job.model_sha256,
             "train": data_identity(self.job.train),

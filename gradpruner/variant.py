@@ -89,7 +89,8 @@ class Variant:
             self.prune_inputs |= {"trains": trains} | (learned_from if self.shrinks else {})
         self.tune_inputs = self.prune_inputs | learned_from
         measure = self.measure_inputs(self.job.eval, self.job.metrics)
-        self.before_inputs = self.prune_inputs | measure
+        recovers = self.method is not None and self.method.recover is not None
+        self.before_inputs = (self.tune_inputs if recovers else self.prune_inputs) | measure
         self.after_inputs = self.tune_inputs | measure
         self.also_inputs = {
             name: self.tune_inputs | self.measure_inputs(found, metrics_of_task(name))
