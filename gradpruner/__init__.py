@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gradpruner.evaluation import evaluate
     from gradpruner.importance import element_importance
     from gradpruner.merging import merge_linear
+    from gradpruner.narrowing import prune_width_
     from gradpruner.pipeline import run
     from gradpruner.plan import PruningPlan
     from gradpruner.recording import GradientRecorder, record_gradients
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from gradpruner.trace import GradientTrace
     from gradpruner.training import finetune
     from gradpruner.verify import verify_checkpoint
-    from gradpruner.width import prune_width_
     from gradpruner.width_plan import WidthPlan
 
 _HOMES = {
@@ -64,7 +64,7 @@ _HOMES = {
     "plan_pruning": "selection",
     "prune_": "surgery",
     "prune_checkpoint": "streaming",
-    "prune_width_": "width",
+    "prune_width_": "narrowing",
     "rebuild_checkpoint": "delta",
     "record_gradients": "recording",
     "run": "pipeline",

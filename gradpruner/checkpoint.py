@@ -22,9 +22,9 @@ from gradpruner.folder import (
     describe_model,
     staged_folder,
 )
+from gradpruner.narrowing import resized_class
 from gradpruner.plan import PruningPlan
 from gradpruner.registry import suggest
-from gradpruner.width import resized_class
 from gradpruner.width_plan import WidthPlan
 
 ADAPTER_FILE = "adapter_config.json"

@@ -175,8 +175,9 @@ def _prune_widths(
     from gradpruner.checkpoint import load_config, model_class
     from gradpruner.folder import PRUNING_FILE, check_output
     from gradpruner.layered import skeleton
+    from gradpruner.narrowing import width_savings
     from gradpruner.portability import judge_widths
-    from gradpruner.width import WidthView, width_savings
+    from gradpruner.width import WidthView
     from gradpruner.width_checkpoint import prune_width_checkpoint
 
     config = load_config(folder)

@@ -32,6 +32,7 @@ from gradpruner.files import read_json
 from gradpruner.folder import locate_model
 from gradpruner.layered import LayeredModel, skeleton
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
+from gradpruner.narrowing import width_savings
 from gradpruner.plan import PruningPlan
 from gradpruner.portability import Verdict, judge, judge_widths, layer_facts, slots
 from gradpruner.provenance import hash_folder, sha256_json
@@ -41,7 +42,6 @@ from gradpruner.scores import LayerScores
 from gradpruner.selection import Fits, plan_pruning
 from gradpruner.trace import GradientTrace
 from gradpruner.training import check_liger, check_trackers, planned_steps
-from gradpruner.width import width_savings
 from gradpruner.width_plan import WidthPlan
 
 Plan = PruningPlan | WidthPlan

@@ -73,6 +73,7 @@ class _Run:
         self.job, self.directory = job, directory
         self.recipe = job.recipe
         self.record_inputs: dict[str, Any] | None = None
+        self.record_failure: Exception | None = None
         self.scores: dict[str, LayerScores] = {}
         self.plans: dict[str, Plan] = {}
         self.variants: dict[str, dict[str, Any]] = {}
@@ -134,6 +135,8 @@ class _Run:
         """Model + task -> trace/"""
         if self.record_inputs is not None:
             return
+        if self.record_failure is not None:  # not once more for every row that needs the trace
+            raise self.record_failure
         inputs = {
             "model": self.job.model_sha256,
             "train": data_identity(self.job.train),
@@ -144,7 +147,11 @@ class _Run:
             "precision": self.recipe.finetune.precision,
             "seed": self.recipe.seed,
         }
-        result = self.directory.stage("record", inputs, self._record, ["trace"])
+        try:
+            result = self.directory.stage("record", inputs, self._record, ["trace"])
+        except Exception as error:
+            self.record_failure = error
+            raise
         self.job.warnings += result["notes"]
         self.record_inputs = inputs
 

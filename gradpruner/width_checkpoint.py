@@ -15,9 +15,10 @@ from gradpruner.checkpoint import (
 )
 from gradpruner.cost import count_parameters
 from gradpruner.errors import IntegrityError
+from gradpruner.narrowing import narrow_
 from gradpruner.portability import judge_widths
 from gradpruner.verify import Check, VerifyReport
-from gradpruner.width import WidthView, narrow_
+from gradpruner.width import WidthView
 from gradpruner.width_plan import WidthPlan
 
 

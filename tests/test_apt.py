@@ -25,8 +25,9 @@ from gradpruner.methods.apt import (
 )
 from gradpruner.methods.growing_ranks import GrowingRanks
 from gradpruner.methods.salience import UnitMasks, outlier_term
+from gradpruner.narrowing import resized_class
 from gradpruner.training import training_arguments
-from gradpruner.width import WidthView, resized_class
+from gradpruner.width import WidthView
 from gradpruner.width_plan import WidthPlan
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 2]])

@@ -15,8 +15,9 @@ from gradpruner.errors import ConfigError, PlanError, ShapeError
 from gradpruner.importance import column_energies, element_importance, row_energies
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.gradpruner_width import widths_of
+from gradpruner.narrowing import prune_width_
 from gradpruner.trace import GradientTrace
-from gradpruner.width import WidthView, prune_width_
+from gradpruner.width import WidthView
 from gradpruner.width_plan import WidthPlan
 
 METHOD = METHODS.find("gradpruner_width")

@@ -15,12 +15,13 @@ from gradpruner.costing.subject import find_subject
 from gradpruner.errors import ConfigError, ModelError, PlanError
 from gradpruner.job import Job
 from gradpruner.methods import METHODS, Method, MethodOptions
+from gradpruner.narrowing import prune_width_
 from gradpruner.pipeline import run
 from gradpruner.plan import PruningPlan
 from gradpruner.progress import set_mode
 from gradpruner.report import render_html
 from gradpruner.training import finetune
-from gradpruner.width import WidthView, prune_width_
+from gradpruner.width import WidthView
 from gradpruner.width_plan import LayerWidths
 
 
@@ -149,6 +150,11 @@ def test_recovery_comes_between_pruning_and_fine_tuning(register, tmp_path):
     assert not torch.equal(norms["pruned"], norms["recovered"]) and (norms["recovered"] == 3).all()
     assert (norms["model"] - 3).abs().max() < 0.1
     assert "recover recovering" in {stage["name"] for stage in record["stages"]}
+    # What is measured before fine-tuning is the recovered model: recovered anew, measured anew.
+    again = run(load_recipe(tmp_path / "recipe.yaml", ("finetune.learning_rate=2e-3",)))
+    states = {stage["name"]: stage["state"] for stage in again["stages"]}
+    assert states["prune recovering"] == "skipped"
+    assert states["recover recovering"] == states["evaluate recovering before"] == "done"
 
 
 def test_callbacks_change_fine_tuning_only(register, tmp_path):
@@ -186,15 +192,19 @@ def test_a_method_that_fails_is_a_row_with_its_error(register, tmp_path):
 
 
 def test_recording_that_fails_takes_only_the_rows_along_that_need_it(monkeypatch, tmp_path):
+    tried = []
+
     def failing(*args, **kwargs):
+        tried.append(1)
         raise ModelError("No gradients today.")
 
     monkeypatch.setattr("gradpruner.pipeline.record_gradients", failing)
-    path, _ = make_project(tmp_path, variants=["merged", "last"])
+    path, _ = make_project(tmp_path, variants=["merged", "dropped", "last"])
     with pytest.raises(ModelError, match="No gradients today"):
         run(load_recipe(path))
     rows = json.loads((tmp_path / "run/run.json").read_text())["variants"]
-    assert rows["merged"]["error"] == "No gradients today." and rows["last"]["error"] is None
+    assert rows["merged"]["error"] == rows["dropped"]["error"] == "No gradients today."
+    assert rows["last"]["error"] is None and len(tried) == 1
 
 
 @pytest.mark.parametrize(

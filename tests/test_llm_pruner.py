@@ -15,7 +15,8 @@ from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.llm_pruner import LLMPrunerOptions, layers_to_prune
 from gradpruner.methods.taylor import TAYLOR, TaylorSalience
 from gradpruner.methods.width_choice import descending, most_important, share_out, unit_scores
-from gradpruner.width import WidthView, prune_width_
+from gradpruner.narrowing import prune_width_
+from gradpruner.width import WidthView
 from gradpruner.width_plan import WidthPlan, WidthShape
 
 SAMPLES = make_samples(6)

@@ -25,9 +25,10 @@ from gradpruner.methods.minitron_width import (
     candidates,
     channel_statistics,
 )
+from gradpruner.narrowing import prune_width_, width_savings
 from gradpruner.selection import plan_pruning
 from gradpruner.surgery import prune_
-from gradpruner.width import WidthView, prune_width_, width_savings
+from gradpruner.width import WidthView
 from gradpruner.width_plan import WidthPlan
 
 SAMPLES = make_samples(6)

@@ -270,6 +270,15 @@ def test_layers_are_chosen_for_the_engines_asked_for(tmp_path):
         run(load_recipe(path, ("plan.num_prune=4", "plan.protect=[0, 2]", *wanted[1:])), until="plan")
 
 
+def test_a_method_that_searches_plans_anew_for_other_engines(tmp_path):
+    laco = {"merge_layers": 2, "interval": 1}
+    path = other_family(tmp_path, "gemma2", variants=["laco"], methods={"laco": laco})
+    for engines in ([], ["sglang", "llama.cpp"], []):
+        recipe = load_recipe(path, ("plan.num_prune=2", f"plan.portable_to={engines}"))
+        stages = {s["name"]: s["state"] for s in run(recipe, until="plan")["stages"]}
+        assert stages["plan laco"] == "done"
+
+
 def test_experts_are_dropped_and_never_merged(tmp_path):
     path = other_family(tmp_path, "mixtral", variants=["dropped"])
     with pytest.raises(PlanError, match="can only be dropped"):

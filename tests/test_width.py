@@ -15,7 +15,8 @@ from transformers import (
 
 from gradpruner.cost import count_parameters
 from gradpruner.errors import ModelError, PlanError
-from gradpruner.width import WidthView, prune_width_, resized_class, width_savings
+from gradpruner.narrowing import prune_width_, resized_class, width_savings
+from gradpruner.width import WidthView
 from gradpruner.width_plan import LayerWidths, WidthPlan, WidthShape
 
 IDS = torch.arange(3, 13)[None]

@@ -24,9 +24,10 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 from gradpruner.methods.growing_ranks import GrowingRanks
 from gradpruner.methods.salience import UnitMasks
 from gradpruner.methods.sliced import check_linear
+from gradpruner.narrowing import prune_width_
 from gradpruner.trainer import CausalTrainer
 from gradpruner.training import LOGGED_POINTS, planned_steps, resolve_precision, training_arguments
-from gradpruner.width import WidthView, prune_width_
+from gradpruner.width import WidthView
 from gradpruner.width_plan import LayerWidths, WidthPlan
 
 ADAPTED = ("q_proj", "v_proj", "gate_proj", "up_proj")

@@ -18,8 +18,9 @@ from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.methods.minitron_depth import MinitronOptions, recover
+from gradpruner.narrowing import prune_width_
 from gradpruner.progress import track
-from gradpruner.width import WidthView, prune_width_
+from gradpruner.width import WidthView
 from gradpruner.width_plan import LayerWidths, WidthPlan
 
 Axis = Literal["ffn", "heads", "hidden"]

@@ -13,12 +13,13 @@ from gradpruner.errors import ConfigError, DataError
 from gradpruner.job import load_plan
 from gradpruner.layered import LayeredModel
 from gradpruner.methods import METHODS, MethodContext
+from gradpruner.narrowing import prune_width_
 from gradpruner.plan import PruningPlan
 from gradpruner.scores import LayerScores
 from gradpruner.selection import plan_pruning
 from gradpruner.surgery import prune_
 from gradpruner.training import finetune
-from gradpruner.width import WidthView, prune_width_
+from gradpruner.width import WidthView
 
 SAMPLES = [
     {"input_ids": list(range(3 + i, 8 + 2 * i)), "labels": [-100] * 3 + list(range(6 + i, 8 + 2 * i))}
