@@ -154,12 +154,7 @@ class PruningPlan:
                 f"The plan is for a model of {self.num_layers} layers; this one has {num_layers}.",
                 hint="Make a plan from this model's own scores.",
             )
-        planned = self.evidence.get("model")
-        if planned and fingerprint and not same_model(str(planned), fingerprint):
-            raise PlanError(
-                f"The plan was made from model {planned}; this is {fingerprint}.",
-                hint="Record and plan on this model.",
-            )
+        check_origin(self.evidence, fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -190,14 +185,7 @@ class PruningPlan:
                 f"{where} is a width plan; a plan that keeps, drops and merges whole layers is needed here.",
                 hint="`gradpruner prune MODEL NEW --plan FILE` takes plans of either kind.",
             )
-        for key in raw:
-            if key not in _FIELDS:
-                raise PlanError(
-                    f"{where}: unknown field '{key}'.{suggest(key, _FIELDS)}",
-                    hint=f"Allowed: {', '.join(_FIELDS)}.",
-                )
-        if raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise PlanError(f"{where}: format_version {raw['format_version']!r} is not {FORMAT_VERSION}.")
+        check_fields(raw, _FIELDS, where)
         entries = raw.get("actions")
         if not isinstance(entries, list) or not entries:
             raise PlanError(f"{where}: 'actions' must list every layer, in order.")
@@ -243,6 +231,28 @@ class PruningPlan:
         """A plan for people who know which layers they want; the others are dropped."""
         pruned = set(range(num_layers)) - set(checked_layers(keep, num_layers, "keep"))
         return cls(tuple(LayerAction("drop" if i in pruned else "keep") for i in range(num_layers)))
+
+
+def check_fields(raw: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises PlanError when a plan's JSON object has a field that none has, or is of another version."""
+    for key in raw:
+        if key not in known:
+            raise PlanError(
+                f"{where}: unknown field '{key}'.{suggest(key, known)}",
+                hint=f"Allowed: {', '.join(known)}.",
+            )
+    if raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise PlanError(f"{where}: format_version {raw['format_version']!r} is not {FORMAT_VERSION}.")
+
+
+def check_origin(evidence: dict[str, Any], fingerprint: str) -> None:
+    """Raises PlanError when what a plan rests on was found on another model than this one."""
+    planned = evidence.get("model")
+    if planned and fingerprint and not same_model(str(planned), fingerprint):
+        raise PlanError(
+            f"The plan was made from model {planned}; this is {fingerprint}.",
+            hint="Make a plan on this model.",
+        )
 
 
 def _read_action(entry: Any, layer: int, where: str) -> LayerAction:

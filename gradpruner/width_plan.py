@@ -14,9 +14,7 @@ from typing import Any
 
 from gradpruner.errors import PlanError
 from gradpruner.files import read_json, write_json
-from gradpruner.plan import FORMAT_VERSION, runs_of
-from gradpruner.registry import suggest
-from gradpruner.trace import same_model
+from gradpruner.plan import FORMAT_VERSION, check_fields, check_origin, runs_of
 
 KIND = "width"
 _FIELDS = ("format_version", "kind", "shape", "layers", "hidden", "method", "evidence")
@@ -173,12 +171,7 @@ class WidthPlan:
                 f"The plan is for a model of {asdict(self.shape)}; this one has {asdict(shape)}.",
                 hint="Make a plan for this model.",
             )
-        planned = self.evidence.get("model")
-        if planned and fingerprint and not same_model(str(planned), fingerprint):
-            raise PlanError(
-                f"The plan was made from model {planned}; this is {fingerprint}.",
-                hint="Plan on this model.",
-            )
+        check_origin(self.evidence, fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; kept units as text with runs joined, "0-5, 7"."""
@@ -204,14 +197,7 @@ class WidthPlan:
         """
         if not isinstance(raw, dict) or raw.get("kind") != KIND:
             raise PlanError(f"{where} is not a width plan: a JSON object of kind '{KIND}' is needed.")
-        for key in raw:
-            if key not in _FIELDS:
-                raise PlanError(
-                    f"{where}: unknown field '{key}'.{suggest(key, _FIELDS)}",
-                    hint=f"Allowed: {', '.join(_FIELDS)}.",
-                )
-        if raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise PlanError(f"{where}: format_version {raw['format_version']!r} is not {FORMAT_VERSION}.")
+        check_fields(raw, _FIELDS, where)
         evidence, entries = raw.get("evidence", {}), raw.get("layers")
         if not isinstance(evidence, dict) or not isinstance(entries, list):
             raise PlanError(f"{where}: 'layers' must be a list and 'evidence' an object.")

@@ -1,6 +1,7 @@
 """Shared by all tests: one thread, no network, and models small enough to be made in memory."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -89,6 +90,25 @@ def tiny_llama():
 def tiny_trace():
     """Factory: `tiny_trace(model, steps=4, folder=None)`."""
     return make_trace
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Runs the command line in this process; returns exit code, standard output and standard error."""
+    from gradpruner import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gradpruner", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return run
 
 
 @pytest.fixture(params=sorted(FAMILY_OPTIONS))

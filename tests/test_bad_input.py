@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -35,36 +34,30 @@ def project(tmp_path):
 
 
 @pytest.fixture
-def show(capsys, monkeypatch):
+def show(call):
     """Calls the command line, which must succeed; returns standard output."""
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradpruner", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        assert not end.value.code
-        return capsys.readouterr().out
+    def run(*arguments):
+        code, out, _ = call(*arguments)
+        assert not code
+        return out
 
-    return call
+    return run
 
 
 @pytest.fixture
-def refuse(capsys, monkeypatch):
+def refuse(call):
     """Calls the command line, which must refuse: `refuse(code, parts, *arguments)`."""
 
-    def call(code, parts, *arguments):
-        monkeypatch.setattr(sys, "argv", ["gradpruner", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        shown = capsys.readouterr()
-        assert end.value.code == code, shown.err
+    def run(code, parts, *arguments):
+        found, out, err = call(*arguments)
+        assert found == code, err
         for part in parts:
-            assert part in shown.err
-        assert shown.out == "" and "Traceback" not in shown.err
-        return shown.err
+            assert part in err
+        assert out == "" and "Traceback" not in err
+        return err
 
-    return call
+    return run
 
 
 def nothing_left(path):

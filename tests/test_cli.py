@@ -8,7 +8,7 @@ import time
 import pytest
 from builders import make_project
 
-from gradpruner import cli, pipeline, report, variant
+from gradpruner import pipeline, report, variant
 from gradpruner.config import load_recipe
 from gradpruner.errors import ConfigError, ResourceError
 from gradpruner.job import Job
@@ -22,24 +22,6 @@ def as_it_was():
     for number, handler in handlers.items():
         signal.signal(number, handler)
     set_mode("auto")
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradpruner", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
 
 
 def rows_of(record):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from builders import make_project
 
-from gradpruner import cli, cli_compare, pipeline, report
+from gradpruner import cli_compare, pipeline, report
 from gradpruner.errors import ModelError
 from gradpruner.job import Job
 from gradpruner.methods import METHODS, Method
@@ -33,24 +33,6 @@ def as_it_was(monkeypatch):
     for number, handler in handlers.items():
         signal.signal(number, handler)
     set_mode("auto")
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    """Runs the command line in this process; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradpruner", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
 
 
 QUICK = ("--set", "evaluate.before_finetuning=false", "--set", "evaluate.metrics=[exact_match]")

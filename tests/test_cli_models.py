@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 from builders import make_llama
 from conftest import make_model, make_trace
 from transformers import AutoModelForCausalLM
 
-from gradpruner import cli
 from gradpruner.cli_models import layer_numbers, num_bytes
 from gradpruner.cost import count_parameters
 from gradpruner.errors import ConfigError
@@ -19,24 +17,6 @@ from gradpruner.width_plan import LayerWidths
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 MERGING = PruningPlan((KEEP, DROP, KEEP, LayerAction("merge", 2), KEEP, KEEP))
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Runs the command line; returns exit code, standard output and standard error."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradpruner", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return run
 
 
 @pytest.fixture
