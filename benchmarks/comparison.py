@@ -37,7 +37,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "batch_size": {"full": 4, "lora": 2}, "rate": {"full": 1e-3, "lora": 2e-3},
     },
     "scitldr": {
-        "rows": 256, "epochs": 1, "eval_rows": 100, "max_length": 128, "metric": "rouge_l",
+        "rows": 192, "epochs": 1, "eval_rows": 100, "max_length": 128, "metric": "rouge_l",
         "batch_size": {"full": 4, "lora": 4}, "rate": {"full": 1e-3, "lora": 3e-3},
     },
 }  # fmt: skip
