@@ -175,7 +175,8 @@ def _prune_widths(
     from gradpruner.checkpoint import load_config, model_class
     from gradpruner.folder import PRUNING_FILE, check_output
     from gradpruner.layered import skeleton
-    from gradpruner.portability import judge_widths
+    from gradpruner.portability import layer_facts
+    from gradpruner.portability_widths import judge_widths
     from gradpruner.width import WidthView, width_savings
     from gradpruner.width_checkpoint import prune_width_checkpoint
 
@@ -187,7 +188,7 @@ def _prune_widths(
         "model_type": config.model_type,
         "uniform": plan.uniform,
         "savings": saved,
-        "portability": [vars(verdict) for verdict in judge_widths(plan)],
+        "portability": [vars(verdict) for verdict in judge_widths(plan, layer_facts(config))],
     }
     if not as_json:
         before, after = saved["parameters"]["before"], saved["parameters"]["after"]
