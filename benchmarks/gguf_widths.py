@@ -19,6 +19,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import tempfile
 import traceback
@@ -65,9 +66,29 @@ def make_plan(whole: Any, name: str) -> Any:
 
 
 def narrowed(
-    engine: Any, source: Path, config: Any, whole: Any, folder: Path, prompts: list[Any], **how: Any
+    engine: Any,
+    source: Path,
+    bare: Path,
+    vocabulary: list[Path],
+    config: Any,
+    whole: Any,
+    folder: Path,
+    prompts: list[Any],
+    **how: Any,
 ) -> Iterator[dict[str, Any]]:
-    """One record for the unpruned model and for every plan that the family takes."""
+    """One record for the unpruned model and for every plan that the family takes.
+
+    Args:
+        engine: The other interpreter.
+        source: The unpruned checkpoint.
+        bare: The same, to be pruned; without a tokenizer that transformers cannot load.
+        vocabulary: Files of that tokenizer, added after pruning.
+        config: Of the unpruned model.
+        whole: The plan that keeps everything.
+        folder: For pruned checkpoints.
+        prompts: As for `base.compare`.
+        how: Likewise.
+    """
     from gradpruner.errors import GradPrunerError
     from gradpruner.portability import layer_facts
     from gradpruner.portability_widths import judge_widths
@@ -78,13 +99,12 @@ def narrowed(
         try:
             plan = whole if name == "unpruned" else make_plan(whole, name)
             if name != "unpruned":
-                prune_width_checkpoint(source, target, plan, name="source")
+                prune_width_checkpoint(bare, target, plan, name="source")
+                for path in vocabulary:
+                    shutil.copy(path, target)
         except GradPrunerError as error:
-            yield {
-                "plan": name,
-                "outcome": "not pruned",
-                "error": type(error).__name__ + ": " + str(error)[:160],
-            }
+            fault = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")[:160]
+            yield {"plan": name, "outcome": "not pruned", "error": fault}
             continue
         if not plan.uniform:  # transformers does not load it either, so only whether llama.cpp does is asked
             found = loads(engine, target, prompts, **how)
@@ -137,13 +157,18 @@ def one_family(
         return
     how = {"options": list(base.OPTIONS.get(model_type, ()))}
     config = source.model.config
-    for row in narrowed(engine, source.folder, config, whole, folder, source.prompts[-1:], **how):
+    names = [path.name for path in source.vocabulary]
+    bare = shutil.copytree(source.folder, folder / "bare", ignore=lambda *_: names)
+    places = (source.folder, bare, source.vocabulary)
+    for row in narrowed(engine, *places, config, whole, folder, source.prompts[-1:], **how):
         yield head | row
 
 
 def families(engine: Any, only: list[str]) -> list[dict[str, Any]]:
     rows = []
     for model_type, options in base.subjects(only):
+        if options.get("query_pre_attn_scalar"):
+            continue  # Gemmas that are deep, but not as deep as the ones told by their depth
         with tempfile.TemporaryDirectory(dir=engine.folder) as folder:
             try:
                 for row in one_family(engine, model_type, options, Path(folder)):
@@ -160,11 +185,9 @@ def trained(engine: Any, model: Path, pre: str, folder: Path) -> list[dict[str, 
     from gradpruner.width import WidthView
 
     loaded = load_model(model)
-    rows = []
-    for row in narrowed(engine, model, loaded.config, WidthView(loaded).whole(), folder, base.TEXTS, pre=pre):
-        rows.append(
-            {"model_type": loaded.config.model_type, "layers": loaded.config.num_hidden_layers, **row}
-        )
+    config, whole, rows = loaded.config, WidthView(loaded).whole(), []
+    for row in narrowed(engine, model, model, [], config, whole, folder, base.TEXTS, pre=pre):
+        rows.append({"model_type": config.model_type, "layers": config.num_hidden_layers, **row})
         show(rows[-1])
     return rows
 

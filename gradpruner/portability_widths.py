@@ -73,6 +73,7 @@ WIDTH_RULES = (
     WidthRule("vllm", "qwen2", _head_size, _HEADS, "wrong", "refused"),
     WidthRule("vllm", "stablelm", _exact_head_size, _HEADS, "wrong", "refused"),
     # SGLang 0.5.23, python/sglang/srt/models/commandr.py, olmo.py, stablelm.py; layers/linear.py likewise
+    # (its cache has heads of the config's size, so that the first token may fail instead)
     WidthRule("sglang", "cohere cohere2", _head_size, _HEADS, "wrong", "refused"),
     WidthRule("sglang", "olmo stablelm", _exact_head_size, _HEADS, "wrong", "refused"),
     # models/olmo.py hands no number of KV heads to QKVParallelLinear
