@@ -477,13 +477,60 @@ def expected_outcomes(status: str) -> tuple[str, ...]:
     }[status]
 
 
+class Source:
+    """A tiny random model of one type, saved as published models are.
+
+    Args:
+        engine: The other interpreter.
+        model_type: A type of tests/families.py.
+        options: Fields of its config beside those of tests/families.py.
+        folder: Where to put it.
+
+    Attributes:
+        model: The model.
+        folder: The checkpoint.
+        vocabulary: Files of its tokenizer.
+        prompts: Random tokens.
+    """
+
+    def __init__(self, engine: Engine, model_type: str, options: dict[str, Any], folder: Path) -> None:
+        sys.path.insert(0, str(ROOT / "tests"))
+        import torch
+        from families import make_config, make_family_model
+
+        options = dict(options)
+        kind = "spm" if model_type in SENTENCEPIECE else "pieces" if model_type == "gemma4_text" else "bpe"
+        vocab = BPE_VOCAB if kind == "bpe" else SPM_VOCAB
+        if model_type in ("gemma3n_text", "gemma4_text"):
+            options["vocab_size_per_layer_input"] = vocab
+        rope = getattr(make_config(model_type, **options), "rope_parameters", None) or {}
+        # not the default, which readers would assume
+        if "rope_theta" in rope and model_type not in DEFAULT_THETA:
+            options["rope_parameters"] = rope | {"rope_theta": ROPE_THETA}
+        self.model = make_family_model(model_type, seed=SEED, vocab_size=vocab, **options)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if re.search(r"[qk]_proj\.weight$", name):
+                    parameter.mul_(4)  # so that attention looks at something
+        self.folder = folder
+        self.model.save_pretrained(folder)
+        as_published(folder, model_type)
+        self.vocabulary = list((engine.folder / kind).iterdir())
+        self.add_tokenizer(folder)
+        generator = torch.Generator().manual_seed(SEED)
+        tokens = torch.randint(300, 500, (PROMPT_TOKENS[-1],), generator=generator).tolist()
+        self.prompts = [tokens[:length] for length in PROMPT_TOKENS]
+
+    def add_tokenizer(self, folder: Path) -> None:
+        """Puts the tokenizer into another folder."""
+        for path in self.vocabulary:
+            (folder / path.name).write_bytes(path.read_bytes())
+
+
 def one_family(
     engine: Engine, model_type: str, options: dict[str, Any], folder: Path
 ) -> Iterator[dict[str, Any]]:
     """One record for every plan."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import torch
-    from families import make_config, make_family_model
     from transformers import AutoModelForCausalLM
 
     from gradpruner.plan import PruningPlan
@@ -491,34 +538,13 @@ def one_family(
 
     options = dict(options)
     count, dropped = options.pop("PRUNED", PRUNED), options.pop("DROP", ())
-    kind = "spm" if model_type in SENTENCEPIECE else "pieces" if model_type == "gemma4_text" else "bpe"
-    vocab = BPE_VOCAB if kind == "bpe" else SPM_VOCAB
-    if model_type in ("gemma3n_text", "gemma4_text"):
-        options["vocab_size_per_layer_input"] = vocab
-    rope = getattr(make_config(model_type, **options), "rope_parameters", None) or {}
-    if (
-        "rope_theta" in rope and model_type not in DEFAULT_THETA
-    ):  # not the default, which readers would assume
-        options["rope_parameters"] = rope | {"rope_theta": ROPE_THETA}
-    model = make_family_model(model_type, seed=SEED, vocab_size=vocab, **options)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if re.search(r"[qk]_proj\.weight$", name):
-                parameter.mul_(4)  # so that attention looks at something
-    source, target, again = folder / "source", folder / "pruned", folder / "again"
-    model.save_pretrained(source)
-    as_published(source, model_type)
-    vocabulary = list((engine.folder / kind).iterdir())
-    for path in vocabulary:
-        (source / path.name).write_bytes(path.read_bytes())
-    generator = torch.Generator().manual_seed(SEED)
-    tokens = torch.randint(300, 500, (PROMPT_TOKENS[-1],), generator=generator).tolist()
-    prompts = [tokens[:length] for length in PROMPT_TOKENS]
-    depth = model.config.num_hidden_layers
+    source = Source(engine, model_type, options, folder / "source")
+    target, again = folder / "pruned", folder / "again"
+    config, depth = source.model.config, source.model.config.num_hidden_layers
 
     def row(name: str, keep: tuple[int, ...], model_folder: Path) -> dict[str, Any]:
-        verdict = verdict_of(model.config, keep)
-        found = compare(engine, model_folder, prompts, options=OPTIONS.get(model_type, ()))
+        verdict = verdict_of(config, keep)
+        found = compare(engine, model_folder, source.prompts, options=OPTIONS.get(model_type, ()))
         return {
             "model_type": model_type,
             "layers": depth,
@@ -531,14 +557,13 @@ def one_family(
             "as_said": found["outcome"] in expected_outcomes(verdict.status),
         }
 
-    for name, keep in plans(model.config, count, dropped).items():
+    for name, keep in plans(config, count, dropped).items():
         if name != "unpruned":
-            prune_checkpoint(source, target, PruningPlan.from_keep(depth, keep), verify="structure")
-        yield row(name, keep, source if name == "unpruned" else target)
-    if verdict_of(model.config, keep).status == "ok":
+            prune_checkpoint(source.folder, target, PruningPlan.from_keep(depth, keep), verify="structure")
+        yield row(name, keep, source.folder if name == "unpruned" else target)
+    if verdict_of(config, keep).status == "ok":
         AutoModelForCausalLM.from_pretrained(target, dtype="float32").save_pretrained(again)
-        for path in vocabulary:
-            (again / path.name).write_bytes(path.read_bytes())
+        source.add_tokenizer(again)
         yield row("saved again", keep, again)
 
 
@@ -597,17 +622,46 @@ def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return old | {key: new[key] for key in ("trained",) if key in new} | {"families": rows}
 
 
+def engine_options(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark of llama.cpp asks for."""
+    parser.add_argument("--converter", type=Path, help="source tree of llama.cpp")
+    parser.add_argument("--python", type=Path, help="interpreter with xllamacpp")
+    parser.add_argument("--converter-name", default="", help="which llama.cpp it is, to be recorded")
+    parser.add_argument("--json", type=Path, help="file to write")
+
+
+@contextlib.contextmanager
+def running(args: argparse.Namespace) -> Iterator[Engine]:
+    """The other interpreter, with a folder of its own and tokenizers in it."""
+    with tempfile.TemporaryDirectory() as name:
+        engine = Engine(args.python, args.converter, Path(name))
+        fault = engine.do("tokenizers", folder=name, text=str(ROOT / "LICENSE"))
+        if fault:
+            sys.exit(fault)
+        yield engine
+        engine.close()
+
+
+def versions_of(engine: Engine, converter_name: str) -> dict[str, str]:
+    """What was run."""
+    from gradpruner.portability import VERSIONS
+
+    return {
+        "converter": converter_name,
+        "engine": f"xllamacpp {engine.versions['xllamacpp']}",
+        "converter_transformers": engine.versions["transformers"],
+        "rules_read_in": VERSIONS["llama.cpp"],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--converter", type=Path, help="source tree of llama.cpp")
-    parser.add_argument("--python", type=Path, help="interpreter with xllamacpp")
+    engine_options(parser)
     parser.add_argument("--model", type=Path, help="a trained model of 16 layers or so")
-    parser.add_argument("--converter-name", default="", help="which llama.cpp it is, to be recorded")
     parser.add_argument("--pre", default="gpt-2", help="pre-tokenizer of --model, as llama.cpp calls it")
     parser.add_argument("--only", nargs="*", default=[], help="these families; 'none' for no family")
-    parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--update", action="store_true", help="replace only what was run in that file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -619,30 +673,17 @@ def main() -> None:
         return
     if not args.converter or not args.python:
         parser.error("--converter and --python are needed")
-    from gradpruner.portability import VERSIONS
     from gradpruner.provenance import provenance
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        engine = Engine(args.python, args.converter, folder)
-        text = str(ROOT / "LICENSE")
-        fault = engine.do("tokenizers", folder=str(folder), text=text)
-        if fault:
-            sys.exit(fault)
+    with running(args) as engine:
         result: dict[str, Any] = {
             "what": "pruned checkpoints converted to GGUF and run by llama.cpp, against transformers",
-            "versions": {
-                "converter": args.converter_name,
-                "engine": f"xllamacpp {engine.versions['xllamacpp']}",
-                "converter_transformers": engine.versions["transformers"],
-                "rules_read_in": VERSIONS["llama.cpp"],
-            },
+            "versions": versions_of(engine, args.converter_name),
             "config": {"prompt_tokens": list(PROMPT_TOKENS), "same_up_to": AGREES},
         }
         if args.model:
-            result["trained"] = trained(engine, args.model, args.pre, folder)
+            result["trained"] = trained(engine, args.model, args.pre, engine.folder)
         result["families"] = [] if args.only == ["none"] else families(engine, args.only)
-        engine.close()
     result["provenance"] = provenance(SEED)
     if args.json and args.update:
         result = updated(json.loads(args.json.read_text(encoding="utf-8")), result)

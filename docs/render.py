@@ -426,6 +426,36 @@ def gguf() -> str:
     return "\n".join([*lines, "", f"{result['versions']['engine']}; {result['versions']['converter']}."])
 
 
+def gguf_widths() -> str:
+    result = read(RESULTS / "gguf_widths.json")
+    plans = ["unpruned", *result["config"]["plans"]]
+    subjects: dict[str, dict[str, Any]] = {}
+    for row, kind in [(r, ", trained") for r in result["trained"]] + [(r, "") for r in result["families"]]:
+        if row["plan"] in plans:
+            name = f"{row['model_type']}, {row['layers']} layers{kind}"
+            subjects.setdefault(name, {})[row["plan"]] = row
+    rows = [row for subject in subjects.values() for row in subject.values() if "verdict" in row]
+    agreeing = sum(row["as_said"] for row in rows)
+    lines = [
+        f"{len(rows)} cases; in {agreeing} llama.cpp did what the verdict says.",
+        "",
+        f"| llama.cpp | {' | '.join(plans)} |",
+        "|---" * (len(plans) + 1) + "|",
+    ]
+    for name, subject in subjects.items():
+        cells = [_width_cell(subject[plan]) for plan in plans]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"{result['versions']['engine']}; {result['versions']['converter']}."])
+
+
+def _width_cell(row: dict[str, Any]) -> str:
+    if row["outcome"] == "same":
+        return f"{row['relative_error']:.0e}"
+    if row["outcome"] == "differs":
+        return f"wrong: {row['relative_error']:.0e}"
+    return "-" if row["outcome"] == "not pruned" else "refused"
+
+
 def amount(value: float, unit: str) -> str:
     """A value as people read it."""
     if unit == "bytes":
@@ -481,6 +511,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "shapes": shapes,
     "all_tasks": all_tasks,
     "gguf": gguf,
+    "gguf_widths": gguf_widths,
     **methods.BLOCKS,
 }
 

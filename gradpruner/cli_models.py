@@ -176,7 +176,8 @@ def _prune_widths(
     from gradpruner.folder import PRUNING_FILE, check_output
     from gradpruner.layered import skeleton
     from gradpruner.narrowing import width_savings
-    from gradpruner.portability import judge_widths
+    from gradpruner.portability import layer_facts
+    from gradpruner.portability_widths import judge_widths
     from gradpruner.width import WidthView
     from gradpruner.width_checkpoint import prune_width_checkpoint
 
@@ -188,7 +189,7 @@ def _prune_widths(
         "model_type": config.model_type,
         "uniform": plan.uniform,
         "savings": saved,
-        "portability": [vars(verdict) for verdict in judge_widths(plan)],
+        "portability": [vars(verdict) for verdict in judge_widths(plan, layer_facts(config))],
     }
     if not as_json:
         before, after = saved["parameters"]["before"], saved["parameters"]["after"]

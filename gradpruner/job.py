@@ -34,7 +34,8 @@ from gradpruner.layered import LayeredModel, skeleton
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.narrowing import width_savings
 from gradpruner.plan import PruningPlan
-from gradpruner.portability import Verdict, judge, judge_widths, layer_facts, slots
+from gradpruner.portability import Verdict, judge, layer_facts, slots
+from gradpruner.portability_widths import judge_widths
 from gradpruner.provenance import hash_folder, sha256_json
 from gradpruner.questions import Questions
 from gradpruner.recording import default_steps
@@ -144,9 +145,8 @@ class Job:
 
     def portability_of(self, plan: Plan) -> tuple[Verdict, ...]:
         """How engines serve what a plan leaves."""
-        if isinstance(plan, PruningPlan):
-            return judge(layer_facts(self.config), plan.keep)
-        return judge_widths(plan)
+        facts = layer_facts(self.config)
+        return judge(facts, plan.keep) if isinstance(plan, PruningPlan) else judge_widths(plan, facts)
 
     def _check_merging(self) -> None:
         if self.family.no_merge:

@@ -15,7 +15,6 @@ from typing import Any
 from gradpruner.errors import ConfigError
 from gradpruner.plan import runs_of
 from gradpruner.registry import suggest
-from gradpruner.width_plan import WidthPlan
 
 ENGINES = ("vllm", "sglang", "llama.cpp")
 # llama.cpp is the commit inside llama-cpp-python 0.3.36, with its convert_hf_to_gguf.py.
@@ -36,7 +35,7 @@ class Verdict:
         engine: A name in `ENGINES`.
         status: "ok"; "wrong" (loads, and computes something else than transformers); "refused" (does not
             load); "unknown" (not read, or the engine does not know the architecture).
-        reason: Why, for people; "" when ok.
+        reason: Why, for people; "" when ok, unless there is something to know.
         also_unpruned: The same holds for the model before pruning.
     """
 
@@ -274,19 +273,6 @@ def judge(facts: LayerFacts, keep: Sequence[int]) -> tuple[Verdict, ...]:
         keep: Kept layers, ascending.
     """
     return tuple(_judge_one(engine, facts, tuple(keep)) for engine in ENGINES)
-
-
-def judge_widths(plan: WidthPlan) -> tuple[Verdict, ...]:
-    """How every engine serves a model some heads, channels or hidden dimensions of which were removed.
-
-    Args:
-        plan: What stays. Engines read one width for all layers from the config, so only a uniform one is
-            served.
-    """
-    if plan.uniform:
-        return tuple(Verdict(engine, "ok", "") for engine in ENGINES)
-    reason = "layers have different widths; engines read one for all from the config"
-    return tuple(Verdict(engine, "refused", reason) for engine in ENGINES)
 
 
 def _judge_one(engine: str, facts: LayerFacts, keep: tuple[int, ...]) -> Verdict:

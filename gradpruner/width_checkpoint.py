@@ -16,7 +16,8 @@ from gradpruner.checkpoint import (
 from gradpruner.cost import count_parameters
 from gradpruner.errors import IntegrityError
 from gradpruner.narrowing import narrow_
-from gradpruner.portability import judge_widths
+from gradpruner.portability import layer_facts
+from gradpruner.portability_widths import judge_widths
 from gradpruner.verify import Check, VerifyReport
 from gradpruner.width import WidthView
 from gradpruner.width_plan import WidthPlan
@@ -51,6 +52,7 @@ def prune_width_checkpoint(
     dtype = stored_dtype(source)
     model = load_model(source, dtype=str(dtype).removeprefix("torch."), device=device)
     expected = WidthView(model).parameters(plan)
+    verdicts = judge_widths(plan, layer_facts(model.config))  # of the config before it is changed
     error = narrow_(model, plan)
     save_model(
         model,
@@ -59,7 +61,7 @@ def prune_width_checkpoint(
         dtype=dtype,
         plan=plan,
         source=name or str(source),
-        facts={"portability": [vars(verdict) for verdict in judge_widths(plan)]},
+        facts={"portability": [vars(verdict) for verdict in verdicts]},
     )
     return check_narrowed(target, expected, error)
 

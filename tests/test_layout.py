@@ -15,7 +15,7 @@ READING_ORDER = """
     _version errors registry files metrics
     importance merging trace trace_writer scores plan selection width_plan
     progress provenance cost
-    shards packing family depth layered portability surgery width narrowing
+    shards packing family depth layered portability portability_widths surgery width narrowing
     formats data encoding tasks
     adapters callbacks resume batching trainer training distillation recording
     likelihood questions generation outputs folder similarity evaluation endpoint harness
@@ -37,6 +37,7 @@ PURE = (
     "selection",
     "width_plan",
     "portability",
+    "portability_widths",
     "metrics",
 )
 
