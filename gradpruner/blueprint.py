@@ -28,7 +28,7 @@ from gradpruner.checkpoint import (
 )
 from gradpruner.depth import check_keep, layer_pattern, patch_config, rename_modules
 from gradpruner.errors import IntegrityError, ModelError, PlanError
-from gradpruner.folder import PRUNING_FILE, check_model_folder
+from gradpruner.folder import check_model_folder
 from gradpruner.layered import (
     SAMPLES,
     LayeredModel,
@@ -41,16 +41,9 @@ from gradpruner.layered import (
 from gradpruner.packing import TORCH_DTYPES, Piece, read_tensor
 from gradpruner.plan import PruningPlan
 from gradpruner.portability import judge, layer_facts
-from gradpruner.shards import Shards, TensorRef, check_inside, open_shards
+from gradpruner.shards import Shards, TensorRef, open_shards
 from gradpruner.surgery import check_alike, check_trace, merge_planned
 from gradpruner.trace import GradientTrace
-
-# What a model folder has beside weights that a reader of the pruned model needs too. Not code (*.py), not
-# other formats of the same weights, not the source's own card; licences stay with the weights.
-_CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab")
-_CARRIED_NAMES = ("license", "licence", "notice", "use_policy", "copying")
-_CARRIED_FOLDERS = ("additional_chat_templates",)
-_LEFT_BEHIND = ("config.json", "params.json", "readme.md", PRUNING_FILE)
 
 
 @dataclass
@@ -279,26 +272,6 @@ class Blueprint:
         if self.quantised:
             patched["quantization_config"] = rename_modules(patched["quantization_config"], self.rename)
         return patched
-
-    def carried_files(self) -> list[Path]:
-        """Tokenizer, generation config, chat template, licence: carried byte for byte."""
-        found = []
-        for path in sorted(self.source.iterdir()):
-            name = path.name.lower()
-            if path.is_dir() and path.name in _CARRIED_FOLDERS:
-                found += sorted(path.glob("[!.]*.jinja"))
-            elif (
-                not (path.is_file() or path.is_symlink())  # a broken link is refused below
-                or name.startswith((".", "consolidated"))
-                or name in _LEFT_BEHIND
-                or name.endswith((".index.json", ".py"))
-            ):
-                continue
-            elif name.startswith(_CARRIED_NAMES) or name.endswith(_CARRIED_SUFFIXES):
-                found.append(path)
-        for path in found:
-            check_inside(self.source, path)
-        return found
 
     def summary(self) -> dict[str, Any]:
         """What would come out, as JSON values: for the dry run and `pruning.json`."""

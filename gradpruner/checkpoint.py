@@ -16,6 +16,8 @@ from gradpruner.family import FAMILIES, find_family
 from gradpruner.files import read_json
 from gradpruner.folder import (
     PRUNING_FILE,
+    carried_files,
+    carry,
     check_config,
     check_model_folder,
     check_output,
@@ -303,6 +305,7 @@ def save_model(
     plan: PruningPlan | WidthPlan | None,
     source: str,
     facts: dict[str, Any] | None = None,
+    carried_from: Path | None = None,
 ) -> Path:
     """Writes a model folder that plain transformers loads: all of it, or nothing.
 
@@ -311,12 +314,14 @@ def save_model(
 
     Args:
         model: The causal LM (its weights are cast in place).
-        tokenizer: Saved beside it; None: there is none.
+        tokenizer: Saved beside it; None: there is none, or it is carried.
         folder: The target; replaced if it is ours.
         dtype: Stored dtype.
         plan: What was pruned; None for a dense model.
         source: Where the model came from, for the card.
         facts: Further lines for `pruning.json`.
+        carried_from: Model folder whose tokenizer, chat template, generation config and licence are carried
+            over byte for byte.
 
     Raises:
         ConfigError: If the target holds something that is not ours.
@@ -330,6 +335,8 @@ def save_model(
         model.save_pretrained(staged)
         if tokenizer is not None:
             tokenizer.save_pretrained(staged)
+        if carried_from is not None:
+            carry(carried_from, carried_files(carried_from), staged)
         kind = "adapter" if hasattr(model, "peft_config") else "model"
         describe_model(staged, plan=plan, source=source, kind=kind, facts=facts)
     return folder

@@ -33,6 +33,12 @@ PRUNING_FILE = "pruning.json"
 _CODE_FIELDS = ("_attn_implementation_internal", "_experts_implementation_internal")
 # Everything a model folder needs besides weights; weights are asked for by pattern.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+# What a model folder has beside weights that a reader of the pruned model needs too. Not code (*.py), not
+# other formats of the same weights, not the source's own card; licences stay with the weights.
+_CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab")
+_CARRIED_NAMES = ("license", "licence", "notice", "use_policy", "copying")
+_CARRIED_FOLDERS = ("additional_chat_templates",)
+_LEFT_BEHIND = ("config.json", "params.json", "readme.md", PRUNING_FILE)
 # The lock that a run directory holds while its first file is not yet written.
 LOCK_FILE = ".lock"
 
@@ -302,3 +308,36 @@ def _width_lines(plan: WidthPlan) -> list[str]:
         'model = load_model("this folder")',
         "```",
     ]
+
+
+def carried_files(source: Path) -> list[Path]:
+    """Tokenizer, generation config, chat template and licence of a model folder.
+
+    Raises:
+        IntegrityError: If one of them leads out of the folder.
+    """
+    found = []
+    for path in sorted(source.iterdir()):
+        name = path.name.lower()
+        if path.is_dir() and path.name in _CARRIED_FOLDERS:
+            found += sorted(path.glob("[!.]*.jinja"))
+        elif (
+            not (path.is_file() or path.is_symlink())  # a broken link is refused below
+            or name.startswith((".", "consolidated"))
+            or name in _LEFT_BEHIND
+            or name.endswith((".index.json", ".py"))
+        ):
+            continue
+        elif name.startswith(_CARRIED_NAMES) or name.endswith(_CARRIED_SUFFIXES):
+            found.append(path)
+    for path in found:
+        check_inside(source, path)
+    return found
+
+
+def carry(source: Path, files: Sequence[Path], staged: Path) -> None:
+    """Copies files of a model folder into another one, byte for byte."""
+    for path in files:
+        target = staged / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(check_inside(source, path), target)

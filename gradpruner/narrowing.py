@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.cost import count_parameters, disk_bytes, flops_per_token
+from gradpruner.depth import text_config
 from gradpruner.errors import ModelError, PlanError
-from gradpruner.layered import fingerprint
-from gradpruner.width import WidthView, head_entries
+from gradpruner.layered import fingerprint, skeleton
+from gradpruner.width import HEAD_NORMS, WidthView, head_entries
 from gradpruner.width_plan import WidthPlan
 
 PROOF_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -117,10 +119,9 @@ def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
     norms = list(view.hidden_vectors(model))
     known = {id(p) for m in [*linears, *norms] for p in m.parameters()}
     known |= {id(p) for p in view.embeddings()}
-    along_head = ("q_norm", "k_norm")
     others = [name for name, p in model.named_parameters() if id(p) not in known and p.ndim > 0]
-    odd = [name for name in others if not any(part in along_head for part in name.split("."))]
-    odd += [n for n, m in model.named_modules() if n.rpartition(".")[2] in along_head and m in norms]
+    odd = [name for name in others if not any(part in HEAD_NORMS for part in name.split("."))]
+    odd += [n for n, m in model.named_modules() if n.rpartition(".")[2] in HEAD_NORMS and m in norms]
     if odd:
         raise ModelError(
             f"Hidden dimensions of a '{view.layered.config.model_type}' model cannot be pruned: it is not "
@@ -136,8 +137,9 @@ def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
     for norm in norms:
         for name, vector in list(norm.named_parameters(recurse=False)):
             setattr(norm, name, _parameter(vector, vector[kept.to(vector.device)]))
-        if hasattr(norm, "normalized_shape"):
-            norm.normalized_shape = (len(kept),)
+    for module in model.modules():  # also those without parameters, such as OLMo's
+        if getattr(module, "normalized_shape", None) == (plan.shape.hidden_size,):
+            module.normalized_shape = (len(kept),)
     _cut_embeddings_(model, kept)
 
 
@@ -175,14 +177,27 @@ def _config_values(plan: WidthPlan) -> dict[str, int]:
 
 
 def _check_config(view: WidthView, plan: WidthPlan) -> None:
-    """Refuses what transformers would refuse on load: for many types heads must divide the hidden size."""
-    config = view.layered.config
+    """Refuses what transformers would not load: for many types heads must divide the hidden size."""
+    config, values = view.layered.config, _config_values(plan)
     try:
-        type(config).from_dict(config.to_dict() | _config_values(plan))
+        type(config).from_dict(config.to_dict() | values)
     except Exception as error:  # strict config classes raise their own types
         raise PlanError(
-            f"No '{config.model_type}' model can have these widths ({_config_values(plan)}): {error}",
+            f"No '{config.model_type}' model can have these widths ({values}): {error}",
             hint="Keep another number of heads or hidden dimensions.",
+        ) from error
+    if not plan.uniform:
+        return
+    # Some types take the size of a head from others, whatever the config says of it.
+    whole = copy.deepcopy(view.model.config)
+    for name, value in values.items():
+        setattr(text_config(whole), name, value)
+    try:
+        WidthView(skeleton(type(view.model), whole))
+    except ModelError as error:
+        raise PlanError(
+            f"transformers would not build these widths ({values}) from the config: {error.message}",
+            hint="Keep hidden size / heads as it is, or prune channels only.",
         ) from error
 
 

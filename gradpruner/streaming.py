@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,15 @@ from typing import Any
 from gradpruner.blueprint import Blueprint
 from gradpruner.errors import ConfigError
 from gradpruner.files import check_free_space, read_json, write_failure, write_text
-from gradpruner.folder import PRUNING_FILE, check_output, describe_model, locate_model, staged_folder
+from gradpruner.folder import (
+    PRUNING_FILE,
+    carried_files,
+    carry,
+    check_output,
+    describe_model,
+    locate_model,
+    staged_folder,
+)
 from gradpruner.packing import WrittenShard, pack, write_shards
 from gradpruner.plan import PruningPlan
 from gradpruner.shards import check_inside
@@ -68,7 +75,7 @@ def prune_checkpoint(
     _check_request(source, target, max_shard_bytes, verify)
     blueprint = Blueprint(source, plan, trace)
     compares_fully(verify, blueprint)  # refuses now what could not be trusted later
-    pieces, carried, previous = blueprint.pieces(), blueprint.carried_files(), _previous(source)
+    pieces, carried, previous = blueprint.pieces(), carried_files(source), _previous(source)
     needed = sum(piece.num_bytes for piece in pieces) + sum(path.stat().st_size for path in carried)
     check_free_space(target.parent, int(needed * 1.01) + (16 << 20), "The pruned checkpoint")
     metadata = next((h.metadata for h in blueprint.shards.headers if h.metadata), {})
@@ -76,7 +83,7 @@ def prune_checkpoint(
         files = pack(pieces, max_shard_bytes)
         written = write_shards(staged, files, {"format": "pt", **metadata}, progress)
         write_text(staged / "config.json", _config_text(blueprint.new_config()))
-        _carry(source, carried, staged)
+        carry(source, carried, staged)
         report = verify_checkpoint(staged, source, plan, trace, level=verify)
         report = replace(report, folder=str(target))
         report.raise_on_failure()
@@ -111,13 +118,6 @@ def _previous(source: Path) -> Any:
 def _config_text(config: dict[str, Any]) -> str:
     """As transformers writes it; some configs hold Infinity, which strict JSON has not."""
     return json.dumps(config, indent=2) + "\n"
-
-
-def _carry(source: Path, carried: Sequence[Path], staged: Path) -> None:
-    for path in carried:
-        target = staged / path.relative_to(source)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(check_inside(source, path), target)
 
 
 def _facts(

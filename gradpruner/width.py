@@ -20,6 +20,8 @@ from gradpruner.width_plan import LayerWidths, WidthPlan, WidthShape
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
+HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
+"""Norms along a head, not along the hidden state."""
 UNITS = ("parameters", "decoder_parameters")
 
 
@@ -90,7 +92,7 @@ class WidthView:
         for name, module in self.layered.layers[layer].named_modules():
             weight: Any = getattr(module, "weight", None)
             one_head = weight is None or len(weight) == getattr(self.layered.config, "head_dim", None)
-            if name.rpartition(".")[2] in ("q_norm", "k_norm") and not one_head:
+            if name.rpartition(".")[2] in HEAD_NORMS and not one_head:
                 raise ModelError(
                     f"Heads of a '{self.layered.config.model_type}' model share their norm ({name}): "
                     "without some of them the others would change.",
@@ -132,7 +134,7 @@ class WidthView:
         """What the number of parameters is made of."""
         first = self._parts[0]
         embeddings = {id(p): p for p in self.embeddings()}
-        layer_norms = sum(len(vector.weight) for vector in self.hidden_vectors(self.layered.layers[0]))
+        layer_norms = sum(map(count_parameters, self.hidden_vectors(self.layered.layers[0])))
         seven = sum(count_parameters(module) for module in vars(first).values())
         decoder = sum(count_parameters(layer) for layer in self.layered.layers)
         outside = count_parameters(self.model) - decoder - sum(p.numel() for p in embeddings.values())

@@ -8,7 +8,6 @@ from typing import Any
 from gradpruner.checkpoint import (
     load_model,
     load_structure,
-    load_tokenizer,
     refuse_narrowed,
     save_model,
     stored_dtype,
@@ -56,12 +55,13 @@ def prune_width_checkpoint(
     error = narrow_(model, plan)
     save_model(
         model,
-        load_tokenizer(source) if any(source.glob("tokenizer*")) else None,
+        None,
         target,
         dtype=dtype,
         plan=plan,
         source=name or str(source),
         facts={"portability": [vars(verdict) for verdict in verdicts]},
+        carried_from=source,
     )
     return check_narrowed(target, expected, error)
 

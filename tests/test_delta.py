@@ -21,7 +21,7 @@ from gradpruner.delta import diff_checkpoint, rebuild_checkpoint
 from gradpruner.delta_record import read_record
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, PlanError, ResourceError
 from gradpruner.files import write_json
-from gradpruner.folder import describe_model
+from gradpruner.folder import carried_files, describe_model
 from gradpruner.packing import header_of, pack, write_shards
 from gradpruner.plan import LayerAction, PruningPlan
 from gradpruner.provenance import sha256_json
@@ -54,7 +54,7 @@ def write_pruned(source, folder, plan, trace=None, max_bytes=10**9):
     blueprint = Blueprint(source, plan, trace)
     write_shards(folder, pack(blueprint.pieces(), max_bytes), {"format": "pt"})
     write_json(folder / "config.json", blueprint.new_config())
-    for path in blueprint.carried_files():
+    for path in carried_files(blueprint.source):
         (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, folder / path.relative_to(source))
     describe_model(folder, plan=plan, source=str(source), kind="model")

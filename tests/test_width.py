@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from builders import make_llama
+from families import make_family_model
 from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
@@ -16,7 +17,9 @@ from transformers import (
 from gradpruner.cost import count_parameters
 from gradpruner.errors import ModelError, PlanError
 from gradpruner.narrowing import prune_width_, resized_class, width_savings
+from gradpruner.portability_widths import _WIDTHS_READ
 from gradpruner.width import WidthView
+from gradpruner.width_checkpoint import prune_width_checkpoint
 from gradpruner.width_plan import LayerWidths, WidthPlan, WidthShape
 
 IDS = torch.arange(3, 13)[None]
@@ -124,6 +127,45 @@ def test_remaining_parameters_are_counted_without_building(make, unit):
     pruned = prune_width_(model, plan)
     layers = sum(map(count_parameters, pruned.model.layers))
     assert foretold == (count_parameters(pruned) if unit == "parameters" else layers)
+
+
+@pytest.mark.parametrize("kind", _WIDTHS_READ.split())
+def test_every_family_is_narrowed_and_loads_again(kind, tmp_path):
+    model = make_family_model(kind, vocab_size=32)
+    view = WidthView(model)
+    shape = view.shape
+    # As many heads as hidden dimensions, because some families take the size of a head from the two.
+    heads, hidden = shape.heads_of(range(shape.num_kv_heads // 2)), shape.hidden_size // 2
+    plan = plan_of(model, heads, range(shape.intermediate_size // 3), range(hidden))
+    foretold = view.parameters(plan)
+    pruned = prune_width_(model, plan)
+    assert count_parameters(pruned) == foretold
+    pruned.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(pruned))
+
+
+def test_sizes_a_config_cannot_say_are_refused():
+    model = make_family_model("stablelm", vocab_size=32)  # heads are hidden size / heads, whatever it says
+    plan = plan_of(model, range(model.config.num_attention_heads // 2), range(8))
+    before = logits(model)
+    with pytest.raises(PlanError, match=r"transformers would not build these widths .* from the config"):
+        prune_width_(model, plan)
+    assert torch.equal(logits(model), before)
+
+
+def test_what_stands_beside_the_weights_is_carried_as_it_is(tmp_path):
+    model = make_llama()
+    model.save_pretrained(tmp_path / "source")
+    beside = {
+        "tokenizer.model": "no tokenizer that loads",
+        "LICENSE": "mine",
+        "chat_template.jinja": "{{ x }}",
+    }
+    for name, text in beside.items():
+        (tmp_path / "source" / name).write_text(text)
+    plan = plan_of(model, heads=(0, 1), channels=range(8))
+    assert prune_width_checkpoint(tmp_path / "source", tmp_path / "new", plan).passed
+    assert {name: (tmp_path / "new" / name).read_text() for name in beside} == beside
 
 
 def test_unit_parameters_of_a_llama():
