@@ -1,11 +1,11 @@
-"""The paper's ablations on the embedded miniature: every study that `gradpruner ls ablations` lists, as it comes.
+"""The paper's ablations on the embedded miniature: what `gradpruner ls ablations` lists, as it comes.
 
     python benchmarks/ablations.py run --work W                     all of them
     python benchmarks/ablations.py run --work W --only table3_merged_layers
     python benchmarks/ablations.py table                            Markdown from the committed JSON
 
-Each is `gradpruner ablate NAME` in a process of its own in folder W: what was done there is not done again, and
-studies whose result is committed are skipped.
+Each is `gradpruner ablate NAME` in a process of its own in folder W: what was done there is not done again,
+and studies whose result is committed are skipped.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def quality(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def agreement(study: dict[str, Any]) -> list[tuple[float, float, float]]:
-    """Share of the layers kept at the last setting that each setting keeps too: mean, lowest and highest seed."""
+    """Share of the layers kept at the last setting that each setting keeps too: mean and range of seeds."""
     rows = [next(row for row in point["rows"] if row["kept"]) for point in study["points"]]
     final = [set(kept) for kept in rows[-1]["kept"]]
     shares = [
