@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import io
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from drawing import BENCHMARKS, as_svg, digest, plotting, script
+
 KINDS = {
     "score": "scores layers",
     "plan": "plans by itself",
@@ -46,19 +42,19 @@ def shown(default: Any) -> str:
 
 def comparison() -> str:
     """Every method on every task, mode and seed measured."""
-    module = benchmark()
+    module = script("comparison")
     return str(module.markdown(module.load_studies()))
 
 
 def comparison_balance() -> str:
     """Wins and losses of every method."""
-    module = benchmark()
+    module = script("comparison")
     return str(module.balance(module.load_studies()))
 
 
 def comparison_costs() -> str:
     """What every method costs, before and after."""
-    module = benchmark()
+    module = script("comparison")
     return str(module.costs(module.load_studies()))
 
 
@@ -85,17 +81,13 @@ def methods_memory() -> str:
 
 def draw_comparison() -> str:
     """The difference of every method to the dense model in every cell, as SVG."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    module = benchmark()
+    pyplot = plotting()
+    pyplot.rcParams["font.size"] = 9
+    module = script("comparison")
     studies = module.load_studies()
     names = [name for name in module.rows_of(studies[0]) if name != "dense"]
     labels = [module.rows_of(studies[0])[name]["label"] for name in names]
     colours = dict(zip(module.TASKS, ("#2563a8", "#b4552d", "#4d7c2e"), strict=True))
-    matplotlib.rcParams.update({"svg.hashsalt": "gradpruner", "svg.fonttype": "none", "font.size": 9})
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 0.3 * len(names) + 1.2), sharey=True, sharex=True)
     for axes, mode in zip(panels, module.MODES, strict=True):
         axes.axvline(0, color="#888", linewidth=0.8)
@@ -122,31 +114,19 @@ def draw_comparison() -> str:
     panels[1].plot([], [], "|", markersize=11, color="black", label="mean of all", markeredgewidth=1.6)
     figure.legend(loc="lower center", ncols=4, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
-    pyplot.close(figure)
-    return buffer.getvalue() + f"<!-- {comparison_digest()} -->\n"
+    return as_svg(figure, comparison_digest())
 
 
 def comparison_digest() -> str:
-    """Of the data the plot shows, which it carries as a comment; how it is drawn may differ by version."""
-    module = benchmark()
-    shown = [
-        [study["task"], study["mode"], name, module.by_seed(study, name, "dense")]
-        for study in module.load_studies()
-        for name in module.rows_of(study)
-    ]
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
-
-
-def benchmark() -> Any:
-    """benchmarks/comparison.py as a module."""
-    spec = importlib.util.spec_from_file_location("comparison", BENCHMARKS / "comparison.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["comparison"] = module
-    spec.loader.exec_module(module)
-    return module
+    """Of what the plot shows."""
+    module = script("comparison")
+    return digest(
+        [
+            [study["task"], study["mode"], name, module.by_seed(study, name, "dense")]
+            for study in module.load_studies()
+            for name in module.rows_of(study)
+        ]
+    )
 
 
 BLOCKS = {

@@ -10,7 +10,6 @@ between the two is written by hand.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import re
@@ -20,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ablation_blocks
 import methods
+from drawing import script
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -468,15 +469,6 @@ def amount(value: float, unit: str) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def script(name: str) -> Any:
-    """A benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def dig(value: Any, path: str) -> Any:
     """The entry under a path of keys; None where one is missing."""
     for key in path.split("."):
@@ -513,7 +505,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gguf": gguf,
     "gguf_widths": gguf_widths,
     **methods.BLOCKS,
+    **ablation_blocks.BLOCKS,
 }
+DRAWINGS = {
+    "comparison.svg": (methods.comparison_digest, methods.draw_comparison),
+    "ablations.svg": (ablation_blocks.shown, ablation_blocks.draw),
+}
+"""File -> digest of what it is to show, and what draws it."""
 
 
 def render(text: str) -> str:
@@ -537,11 +535,12 @@ def main() -> int:
             stale.append(str(path.relative_to(ROOT)))
             if not args.check:
                 path.write_text(new, encoding="utf-8")
-    plot = ROOT / "docs" / "comparison.svg"
-    if not plot.exists() or methods.comparison_digest() not in plot.read_text(encoding="utf-8"):
-        stale.append(str(plot.relative_to(ROOT)))
-        if not args.check:
-            plot.write_text(methods.draw_comparison(), encoding="utf-8")
+    for name, (shown, draw) in DRAWINGS.items():
+        plot = ROOT / "docs" / name
+        if not plot.exists() or shown() not in plot.read_text(encoding="utf-8"):
+            stale.append(str(plot.relative_to(ROOT)))
+            if not args.check:
+                plot.write_text(draw(), encoding="utf-8")
     if stale and args.check:
         print(f"Out of date: {', '.join(stale)}. Run: make docs", file=sys.stderr)
         return 1

@@ -1,0 +1,47 @@
+"""What the blocks of the documents share: benchmarks as modules, drawings that say what they show."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def script(name: str) -> Any:
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def digest(value: Any) -> str:
+    """Of the data a drawing shows, which it carries as a comment; how it is drawn may differ by version."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def plotting() -> Any:
+    """matplotlib.pyplot, set so that the same data makes the same file."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"svg.hashsalt": "gradpruner", "svg.fonttype": "none"})
+    return pyplot
+
+
+def as_svg(figure: Any, shown: str) -> str:
+    """A figure as SVG, with the digest of its data; the figure is closed."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
+    plotting().close(figure)
+    return buffer.getvalue() + f"<!-- {shown} -->\n"
