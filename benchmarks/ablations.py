@@ -89,11 +89,16 @@ def markdown(study: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for number, point in enumerate(study["points"]):
         rows = {row["name"]: row for row in point["rows"]}
-        cells = [str(point["label"] or "-"), *(shown(rows.get(name)) for name, _ in names)]
+        cells = [setting(study, point), *(shown(rows.get(name)) for name, _ in names)]
         if settles:
             cells.append(span(*agreement(study)[number]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def setting(study: dict[str, Any], point: dict[str, Any]) -> str:
+    """What a point is called where the sweep is named already."""
+    return str(point["value"] if study.get("sweep") else point["label"] or "-")
 
 
 def shown(row: dict[str, Any] | None) -> str:

@@ -52,7 +52,8 @@ def draw() -> str:
     for axes in grid.flat[len(studies) :]:
         axes.axis("off")
     for axes, study in zip(grid.flat, studies, strict=False):
-        names = [str(point["label"] or "") for point in study["points"]]
+        names = [module.setting(study, point) for point in study["points"]]
+        joined = "" if study["plot"]["kind"] == "bars" else "-"
         found = points(module, study)
         colour = iter(COLOURS)
         for shift, (label, values) in enumerate(found.items()):
@@ -65,15 +66,17 @@ def draw() -> str:
             ]
             axes.errorbar(
                 level, means, yerr=reach, label=label, markersize=3.5, linewidth=1.0, capsize=2,
-                marker="_" if dense else "o", linestyle=":" if dense else "-",
+                marker="_" if dense else "o", linestyle=":" if dense else joined,
                 color="black" if dense else next(colour),
             )  # fmt: skip
         axes.set_title(f"{study['figure']}: {study['title'].lower()}", fontsize=8.5)
-        axes.set_xticks(range(len(names)), names, rotation=20 if max(map(len, names)) > 6 else 0)
+        slanted = {"rotation": 20, "ha": "right"} if max(map(len, names)) > 6 else {}
+        axes.set_xticks(range(len(names)), names, **slanted)
         axes.set_xlabel(study["sweep"]["label"] if study["sweep"] else "")
         axes.grid(axis="y", linewidth=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=7)
+        axes.margins(y=0.22)
+        axes.legend(frameon=False, fontsize=6.5, loc="upper left", ncols=len(found), handlelength=1.2)
     for axes in grid[:, 0]:
         axes.set_ylabel("exact match, %")
     figure.tight_layout()
