@@ -175,7 +175,7 @@ def _prune_widths(
     from gradpruner.checkpoint import load_config, model_class
     from gradpruner.folder import PRUNING_FILE, check_output
     from gradpruner.layered import skeleton
-    from gradpruner.narrowing import width_savings
+    from gradpruner.narrowing import check_widths, width_savings
     from gradpruner.portability import layer_facts
     from gradpruner.portability_widths import judge_widths
     from gradpruner.width import WidthView
@@ -183,7 +183,9 @@ def _prune_widths(
 
     config = load_config(folder)
     dense = skeleton(model_class(config), config)
-    plan.check_model(WidthView(dense).shape)
+    view = WidthView(dense)
+    plan.check_model(view.shape)
+    check_widths(view, plan)
     saved = width_savings(dense, plan)
     facts: dict[str, Any] = {
         "model_type": config.model_type,

@@ -55,7 +55,7 @@ def narrow_(model: nn.Module, plan: WidthPlan) -> float | None:
     """
     view = WidthView(model)
     plan.check_model(view.shape, fingerprint(model))
-    _check_config(view, plan)
+    check_widths(view, plan)
     whole_hidden = len(plan.hidden) == plan.shape.hidden_size
     on_meta = next(model.parameters()).device.type == "meta"
     expected = None
@@ -176,8 +176,16 @@ def _config_values(plan: WidthPlan) -> dict[str, int]:
     return values
 
 
-def _check_config(view: WidthView, plan: WidthPlan) -> None:
-    """Refuses what transformers would not load: for many types heads must divide the hidden size."""
+def check_widths(view: WidthView, plan: WidthPlan) -> None:
+    """Refuses what transformers would not load: for many types heads must divide the hidden size.
+
+    Args:
+        view: The dense model, with or without weights.
+        plan: What stays.
+
+    Raises:
+        PlanError: If no config of the family says these widths, or the family does not build them from it.
+    """
     config, values = view.layered.config, _config_values(plan)
     try:
         type(config).from_dict(config.to_dict() | values)

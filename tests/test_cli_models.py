@@ -6,6 +6,7 @@ import json
 import pytest
 from builders import make_llama
 from conftest import make_model, make_trace
+from families import make_family_model
 from transformers import AutoModelForCausalLM
 
 from gradpruner.cli_models import layer_numbers, num_bytes
@@ -77,6 +78,21 @@ def test_the_whole_way_of_a_pruned_model(call, source, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     card = (tmp_path / "new" / "README.md").read_text()
     assert "- llama.cpp: wrong." in card and "- vllm: ok." in card
+
+
+def test_widths_that_would_not_load_are_refused_before_weights_are_read(call, tmp_path, monkeypatch):
+    model = make_family_model("stablelm", vocab_size=32)  # takes the size of a head from hidden and heads
+    whole = WidthView(model).whole()
+    half = LayerWidths(whole.layers[0].heads[: whole.shape.num_heads // 2], whole.layers[0].channels)
+    plan = dataclasses.replace(whole, layers=(half,) * whole.num_layers)
+    model.save_pretrained(tmp_path / "source")
+    plan.save(tmp_path / "plan.json")
+    monkeypatch.setattr("gradpruner.width_checkpoint.load_model", None)
+    arguments = ("prune", tmp_path / "source", tmp_path / "new", "--plan", tmp_path / "plan.json")
+    for more in ((), ("--dry-run",)):
+        code, out, err = call(*arguments, *more)
+        assert code == 2 and "would not build these widths" in err and "prune channels only" in err
+        assert out == "" and not (tmp_path / "new").exists()
 
 
 def test_layers_by_hand_and_a_dry_run(call, source, tmp_path):
