@@ -25,8 +25,8 @@ from real_tasks import MODES, RESULTS, SEEDS, short_prompt, write, write_rows
 
 FOLDER = RESULTS / "comparison"
 # Rows, epochs and rates (full, LoRA) with which the dense model learns something in the time there is; tried
-# on held-out parts of the training rows. The tasks differ, the methods do not. Classes of questions,
-# sentiment in two sets of answers, and a summary, which is written freely.
+# on held-out parts of the training rows (docs/comparison.md says where not). The tasks differ, the methods
+# do not. Classes of questions, sentiment in two sets of answers, and a summary, which is written freely.
 TASKS: dict[str, dict[str, Any]] = {
     "trec": {
         "rows": 600, "epochs": 2, "eval_rows": 200, "max_length": 192, "metric": "exact_match",
