@@ -67,13 +67,20 @@ def test_the_two_commands_come_first_and_are_make_targets() -> None:
     assert (README.parent / ".ci" / "run").read_text(encoding="utf-8").strip().endswith("make test")
 
 
-def test_every_gradpruner_command_runs_in_order(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-    ran = [command for command in commands() if command[0] == "gradpruner"]
+@pytest.fixture(scope="module")
+def ran(place: Path) -> list[list[str]]:
+    """The commands, carried out in order; a fixture, because tests may run in different processes."""
+    found = [command for command in commands() if command[0] == "gradpruner"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        for command in found:
+            done = CliRunner().invoke(app, command[1:], catch_exceptions=False)
+            assert done.exit_code == 0, (command, done.output)
+    return found
+
+
+def test_every_gradpruner_command_runs_in_order(place: Path, ran: list[list[str]]) -> None:
     assert len(ran) >= 6
-    for command in ran:
-        done = CliRunner().invoke(app, command[1:], catch_exceptions=False)
-        assert done.exit_code == 0, (command, done.output)
     for name in ("run.json", "report.html", "manifest.json", "variants/merged/model/model.safetensors"):
         assert (place / "runs" / "mine" / name).is_file()
 
@@ -84,6 +91,7 @@ def test_the_listed_kinds_exist(kind: str) -> None:
     assert done.exit_code == 0 and done.output.strip()
 
 
+@pytest.mark.usefixtures("ran")
 def test_the_python_blocks_run(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(place)
     base_model = LlamaForCausalLM.from_pretrained("my-model")
