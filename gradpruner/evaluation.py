@@ -39,6 +39,7 @@ METRICS = ("exact_match", "choice_likelihood", "rouge_l", "bert_score", "final_n
 
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
     "accuracy": ("exact_match", "choice_likelihood"),
+    "exact_match": ("exact_match",),
     "similarity": ("bert_score", "rouge_l", "exact_match", "choice_likelihood"),
     "final_number": ("final_number",),
 }

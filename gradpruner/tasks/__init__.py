@@ -2,6 +2,7 @@
 
 from gradpruner.tasks import (  # noqa: F401
     arc,
+    banking77,
     billsum,
     financial_phrasebank,
     fingpt_sentiment,

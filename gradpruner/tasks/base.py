@@ -22,7 +22,7 @@ from gradpruner.errors import ConfigError, DataError
 from gradpruner.formats import read_hub, read_rows
 from gradpruner.registry import Registry, suggest
 
-METRICS = ("accuracy", "similarity", "final_number")
+METRICS = ("accuracy", "exact_match", "similarity", "final_number")
 """What a task can be scored by."""
 
 TASKS: Registry[Task] = Registry("task")
@@ -52,8 +52,10 @@ class Task:
         hub_files: File pattern per split, for repositories that have to be read file by file.
         hold_out: Rows kept out of the hub's only split for evaluation; 0 where the hub has its own
             evaluation split.
-        metric: "accuracy": the answer must match exactly, up to surrounding space and case. "similarity":
-            the mean of BERTScore F1 and ROUGE-L F1. "final_number": the last number must be the right one.
+        metric: "accuracy": the answer must match exactly, up to surrounding space and case. "exact_match":
+            the same where the options are so many that scoring each would cost more than the answer.
+            "similarity": the mean of BERTScore F1 and ROUGE-L F1. "final_number": the last number must be
+            the right one.
         train_split: Split to learn from.
         eval_split: Split to measure on; one whose answers are public.
         other_splits: Further splits on the hub that hold answers.

@@ -10,6 +10,7 @@ import pytest
 
 from gradpruner.data import Example, load_examples, overlap
 from gradpruner.errors import ConfigError, DataError
+from gradpruner.evaluation import TASK_METRICS
 from gradpruner.tasks import TASKS, Task, load_task
 from gradpruner.tasks.base import METRICS
 
@@ -18,6 +19,7 @@ SHARED = Path(__file__).parents[3] / "shared" / "data"
 LOCAL_ROWS = {
     "arc_challenge": (1119, 1172),
     "arc_easy": (2251, 2376),
+    "banking77": (10003, 3080),
     "financial_phrasebank": (3846, 1000),
     "fingpt_sentiment": (6382, 1500),
     "gsm8k": (7473, 1319),
@@ -271,6 +273,46 @@ def test_arc_looks_the_key_up():
         example("arc_easy", row | {"choices": choices | {"label": ["A"]}})
     with pytest.raises(DataError, match="'choices' holds None, not a list of options"):
         example("arc_easy", row | {"choices": ["ice", "steam"]})
+
+
+def test_banking77_prompt_is_short_and_names_no_intent():
+    made = example("banking77", {"text": " Where is my card? ", "label": 11})
+    assert (made.prompt, made.answer) == ("Customer message: Where is my card?\nIntent:", " card arrival")
+    assert len(made.choices) == 77
+    assert list(made.choices) == sorted(made.choices), "the hub numbers them in alphabetical order"
+
+
+def test_banking77_takes_the_name_before_the_number():
+    # Sorted by code point, as some copies are, 12 is "card_arrival" and 0 is "Refund_not_showing_up".
+    row = {"text": "x", "label": 12}
+    assert example("banking77", row).answer == " card delivery estimate"
+    assert example("banking77", row | {"label_text": "card_arrival"}).answer == " card arrival"
+    refund = {"text": "x", "label": 0, "label_text": "Refund not showing up"}
+    assert example("banking77", refund).answer == " refund not showing up"
+    reverted = {"text": "x", "label": 53, "label_text": "reverted_card_payment?"}
+    assert example("banking77", reverted).answer == example("banking77", {"text": "x", "label": 53}).answer
+    with pytest.raises(DataError, match="label 'label_text' is 'parking'; allowed: the name of one of"):
+        example("banking77", row | {"label_text": "parking"})
+
+
+def test_banking77_names_fit_real_rows():
+    folder = SHARED / "banking77"
+    if not folder.is_dir():
+        pytest.skip("the dataset is not here")
+    names = set()
+    for split in ("train", "test"):
+        lines = (folder / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        examples = load_task("banking77", folder, split).examples
+        for row, made in zip(rows, examples, strict=True):
+            assert made.answer == " " + row["label_text"].lower().removesuffix("?")
+            names.add(made.answer)
+    assert names == set(examples[0].choices)
+
+
+def test_banking77_is_measured_without_scoring_77_options():
+    assert TASK_METRICS[TASKS.find("banking77").metric] == ("exact_match",)
+    assert "choice_likelihood" in TASK_METRICS[TASKS.find("trec").metric]
 
 
 def test_billsum_asks_behind_the_bill():
