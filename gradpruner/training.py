@@ -6,8 +6,9 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from gradpruner.batching import BATCHINGS
 from gradpruner.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
 from gradpruner.cost import PeakMemory
 from gradpruner.encoding import Collator
-from gradpruner.errors import ConfigError, DataError
+from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.registry import suggest
 from gradpruner.resume import latest_complete_checkpoint
+from gradpruner.teacher import DistillationOptions, DistillationTrainer, check_teacher
 from gradpruner.trainer import CausalTrainer
 
 log = logging.getLogger(__name__)
@@ -170,7 +172,8 @@ class FinetuneResult:
     Attributes:
         mode: "full" or "lora".
         steps: Optimizer steps.
-        losses: Dicts of step, loss (mean over the logging interval) and learning_rate.
+        losses: Dicts of step, loss (mean over the logging interval) and learning_rate; with a teacher, also
+            ce, the part of the loss that is cross entropy, unweighted, if it has a weight.
         seconds: Wall time of training, without loading and saving.
         peak_memory_bytes: Peak during training: device memory on CUDA, resident memory on CPU.
         trainable_parameters: Parameters with a gradient.
@@ -219,6 +222,8 @@ def finetune(
     alpha: float = 32,
     dropout: float = 0.05,
     merge_adapter: bool = True,
+    teacher: nn.Module | None = None,
+    distillation: DistillationOptions | None = None,
     checkpoints: str | Path | None = None,
     save_steps: int | None = None,
     description: str = "finetune",
@@ -246,6 +251,10 @@ def finetune(
         alpha: LoRA alpha.
         dropout: LoRA dropout.
         merge_adapter: Add the adapters into the weights at the end.
+        teacher: A causal LM of the same vocabulary to learn from besides the labels. It is put into
+            evaluation mode and moved to the device that trains; its weights stay as they are. A step costs
+            its forward pass more.
+        distillation: How labels and teacher are weighed; None takes `DistillationOptions()`.
         checkpoints: Folder for checkpoints; an interrupted run there is taken up again.
         save_steps: Checkpoint interval; None writes none.
         description: Name for the progress bar.
@@ -256,12 +265,15 @@ def finetune(
         The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result.
 
     Raises:
-        ConfigError: If the mode or batching is unknown, a tracker or Liger is not installed, or fp16
-            autocast is asked for weights that are float16 themselves.
+        ConfigError: If the mode or batching is unknown, a tracker or Liger is not installed, fp16 autocast
+            is asked for weights that are float16 themselves, the teacher shares weights with the model, or
+            there are options of distillation but no teacher.
         DataError: If the dataset is empty.
+        ModelError: If every weight is to be trained and they are quantised.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
+        ShapeError: If the teacher has another vocabulary.
 
-    Source: GradPruner, C.2.
+    Source: GradPruner, C.2; for the teacher see `DistillationOptions`.
     """
     if mode not in MODES:
         raise ConfigError(f"mode is '{mode}'; one of {', '.join(MODES)} is needed.")
@@ -271,12 +283,14 @@ def finetune(
         check_liger(training.get("device", "auto"))
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to fine-tune on.")
+    trainer_class = _trainer_class(model, teacher, distillation)
     set_seed(seed)
     steps = max_steps if max_steps > 0 else planned_steps(len(dataset), batch_size, accumulation, epochs)
     trained: Any = model
     if mode == "lora":
         trained = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout)
     else:
+        _check_trainable(model)
         model.requires_grad_(True)
     check_trackers(training.get("report_to", "none"))
     arguments = training_arguments(
@@ -296,7 +310,7 @@ def finetune(
             "fp16 autocast needs float32 weights to update; these are float16.",
             hint="Set model.dtype to float32, or finetune.precision to bf16 or fp32.",
         )
-    trainer = CausalTrainer(
+    trainer = trainer_class(
         model=trained,
         args=arguments,
         samples=dataset,
@@ -314,6 +328,27 @@ def finetune(
     if mode == "lora" and merge_adapter:
         trained = trained.merge_and_unload()
     return trained, result
+
+
+def _trainer_class(
+    model: nn.Module, teacher: nn.Module | None, distillation: DistillationOptions | None
+) -> Callable[..., CausalTrainer]:
+    if teacher is not None:
+        check_teacher(teacher, model)
+        return partial(DistillationTrainer, teacher=teacher, options=distillation or DistillationOptions())
+    if distillation is not None:
+        raise ConfigError(
+            "There are options of distillation, but no teacher.", hint="Give a teacher, or leave them out."
+        )
+    return CausalTrainer
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ModelError(
+            "The model's weights are quantised and cannot be trained.",
+            hint="Load it in float32 or bfloat16, or train adapters: mode lora.",
+        )
 
 
 def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = None) -> FinetuneResult:
@@ -353,6 +388,7 @@ def _loss_curve(history: list[dict[str, Any]]) -> tuple[dict[str, float], ...]:
             "loss": float(entry["loss"]),
             "learning_rate": float(entry.get("learning_rate", 0.0)),
         }
+        | ({"ce": float(entry["ce"])} if "ce" in entry else {})
         for entry in history
         if "loss" in entry
     )

@@ -7,7 +7,7 @@ import torch
 from builders import make_llama, make_samples
 from torch.nn import functional
 
-from gradpruner import distillation
+from gradpruner import teacher as teaching
 from gradpruner.distillation import DistillationTrainer, distil, distillation_loss
 from gradpruner.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
@@ -53,7 +53,7 @@ def test_two_classes_at_temperature_two_by_hand():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("chunk", [1, 14, 2**24])
 def test_loss_and_gradient_are_those_of_torch(temperature, chunk, monkeypatch):
-    monkeypatch.setattr(distillation, "_CHUNK", chunk)  # one, two and all positions at a time
+    monkeypatch.setattr(teaching, "_CHUNK", chunk)  # one, two and all positions at a time
     ours, theirs = (random_logits(0).requires_grad_() for _ in range(2))
     teacher = random_logits(1)
     loss = distillation_loss(ours, teacher, COUNTED, temperature)
@@ -230,8 +230,9 @@ def test_the_teacher_too_makes_logits_only_where_something_is_learned():
 
 def test_a_teacher_that_cannot_be_packed_decides_the_layout(monkeypatch):
     student, teacher = student_and_teacher()
-    monkeypatch.setattr(distillation, "packing_fault", lambda model, _: "x" if model is teacher else "")
-    assert distil(student, teacher, make_samples(4), **OPTIONS, max_steps=1)["batching"] == "grouped"
+    monkeypatch.setattr(teaching, "packing_fault", lambda model, *_: "x" if model is teacher else "")
+    found = distil(student, teacher, make_samples(4), **OPTIONS, max_steps=1)
+    assert found["batching"] == "grouped (the teacher: x)"
 
 
 @pytest.mark.parametrize(

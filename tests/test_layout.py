@@ -17,7 +17,7 @@ READING_ORDER = """
     progress provenance cost
     shards packing family depth layered portability portability_widths surgery width narrowing
     formats data encoding tasks
-    adapters callbacks resume batching trainer training distillation recording
+    adapters callbacks resume batching trainer teacher training distillation recording
     likelihood questions generation outputs folder similarity evaluation endpoint harness
     checkpoint blueprint verify streaming delta_record delta width_checkpoint
     costing methods
