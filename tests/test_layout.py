@@ -12,7 +12,7 @@ import gradpruner
 PACKAGE = Path(gradpruner.__file__).parent
 # Dependency order is reading order: a module may import only what stands before it.
 READING_ORDER = """
-    _version errors registry files metrics
+    _version errors registry files metrics certification
     importance merging trace trace_writer scores plan selection width_plan
     progress provenance cost
     shards packing family depth layered portability portability_widths surgery width narrowing
@@ -39,6 +39,7 @@ PURE = (
     "portability",
     "portability_widths",
     "metrics",
+    "certification",
 )
 
 
