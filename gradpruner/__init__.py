@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gradpruner.evaluation import evaluate
     from gradpruner.importance import element_importance
     from gradpruner.merging import merge_linear
+    from gradpruner.methods.gate import score_gates
     from gradpruner.narrowing import prune_width_
     from gradpruner.pipeline import run
     from gradpruner.plan import PruningPlan
@@ -68,6 +69,7 @@ _HOMES = {
     "rebuild_checkpoint": "delta",
     "record_gradients": "recording",
     "run": "pipeline",
+    "score_gates": "methods.gate",
     "score_layers": "scores",
     "verify_checkpoint": "verify",
 }
@@ -100,6 +102,7 @@ __all__ = [
     "rebuild_checkpoint",
     "record_gradients",
     "run",
+    "score_gates",
     "score_layers",
     "verify_checkpoint",
 ]

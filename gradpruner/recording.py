@@ -10,20 +10,23 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import TrainerCallback, set_seed
+from torch import nn
+from transformers import set_seed
 
 from gradpruner.adapters import adapter_kind, attach_lora, find_lora_linears
+from gradpruner.callbacks import ClosingCallback
 from gradpruner.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
+from gradpruner.errors import ConfigError, DataError, NonFiniteError
+from gradpruner.gates import GateHooks
 from gradpruner.layered import LayeredModel, fingerprint
+from gradpruner.step_gradients import full_gradient, learning_rate, loss_scale, unscale
 from gradpruner.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.trace_writer import TraceWriter
 from gradpruner.trainer import CausalTrainer
@@ -64,13 +67,18 @@ def check_steps(steps: int, *, warmup: bool = False) -> None:
         )
 
 
-class GradientRecorder(TrainerCallback):
+class GradientRecorder(ClosingCallback):
     """Records the LoRA gradients of the first optimizer steps of any Hugging Face Trainer.
 
     Works with LoRA, rsLoRA, DoRA and QLoRA through PEFT, with gradient accumulation, bf16, the fp16
     scaler, DDP and FSDP2. Reads gradients where the Trainer calls `on_pre_optimizer_step`: once per
     optimizer step, accumulated, reduced, un-scaled, and clipped when `max_grad_norm` is set (as in the
     released code; clipping by c scales that step's energy by c**4).
+
+    The same backward passes also give the gates of every decoder layer and example (`gates.GateHooks`), not
+    clipped, of the same steps. Models whose layers do not hand on one hidden state of shape (rows, tokens,
+    hidden size), such as Gemma 3n, and several GPUs without a launcher get none, and a note says so. Hooks
+    leave the model when recording ends or fails; after a training that failed elsewhere, call `close`.
 
     Memory: layer energies are kilobytes. Factors are float32 on the host, `trace.factor_bytes` in all;
     with a `folder` they go to disk and at most two steps' worth is in memory. Nothing stays on the
@@ -109,6 +117,7 @@ class GradientRecorder(TrainerCallback):
         self.on_non_finite = on_non_finite
         self._trace: GradientTrace | None = None
         self._writer: TraceWriter | None = None
+        self._gates = GateHooks((), "recording has not begun")
         self._losses: list[float] = []
         self._learning_rates: list[float] = []
         self._notes: list[str] = []
@@ -128,7 +137,7 @@ class GradientRecorder(TrainerCallback):
     # -- Trainer events ----------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finds the LoRA linears of every decoder layer."""
+        """Finds the LoRA linears of every decoder layer, and puts a hook on the layer."""
         if self._trace is not None:  # a second train() of the same Trainer goes unrecorded
             return
         model = kwargs["model"]
@@ -136,8 +145,9 @@ class GradientRecorder(TrainerCallback):
         adapter, alpha, quantised = adapter_kind(model)
         if state.global_step:
             self._notes.append(f"recording began after step {state.global_step}, not at the start")
+        view = LayeredModel(model)
         self._info = TraceInfo(
-            num_layers=LayeredModel(model).num_layers,
+            num_layers=view.num_layers,
             linears=tuple(linears),
             # Packed 4-bit weights say nothing about the model they were made from.
             model="" if quantised else fingerprint(model),
@@ -151,30 +161,21 @@ class GradientRecorder(TrainerCallback):
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)  # an unfinished recording, see `_check_folder`
         self._writer = TraceWriter(linears, folder, self.keep_factors and state.is_world_process_zero)
+        self.close()  # a Trainer that looks for its batch size begins again and again
+        # DataParallel runs copies of the layers in threads, so rows would come in any order.
+        parallel = getattr(args, "n_gpu", 1) > 1
+        self._gates = GateHooks(view.layers, "several GPUs without a launcher" if parallel else "")
+        weakref.finalize(self, self._gates.close)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Takes in the gradients of this optimizer step."""
         if self._writer is None or self._trace is not None:
             return
-        step = state.global_step + 1
-        if _unscale(kwargs.get("optimizer")):
-            self._meet_overflow(step)
-            return
-        self._overflows = 0
-        grad_b, grad_a = [], []
-        for linear, (weight_a, weight_b) in zip(self._info.linears, self._pairs, strict=True):
-            grad_a.append(_full_gradient(weight_a, linear))
-            grad_b.append(_full_gradient(weight_b, linear))
-        bad = self._writer.add_step(grad_b, grad_a)
-        if bad is not None:
-            self._meet_non_finite(step, self._info.linears[bad])
-            return
-        self._learning_rates.append(_learning_rate(kwargs.get("optimizer")))
-        if self._writer.num_steps >= self.steps:
-            if self.stop_training:
-                control.should_training_stop = True
-            else:
-                self._finish()
+        try:
+            self._take_in(self._writer, state.global_step + 1, kwargs.get("optimizer"), control)
+        except BaseException:
+            self.close()
+            raise
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Notes the loss the Trainer reports."""
@@ -191,7 +192,32 @@ class GradientRecorder(TrainerCallback):
         """Completes the trace when training ends, early or not."""
         self._finish()
 
+    def close(self) -> None:
+        """Takes the hooks off the model; what was recorded stays."""
+        self._gates.close()
+
     # ------------------------------------------------------------------------------------------------
+
+    def _take_in(self, writer: TraceWriter, step: int, optimizer: Any, control: Any) -> None:
+        gates_EL = self._gates.step(loss_scale(optimizer))
+        if unscale(optimizer):
+            self._meet_overflow(step)
+            return
+        self._overflows = 0
+        grad_b, grad_a = [], []
+        for linear, (weight_a, weight_b) in zip(self._info.linears, self._pairs, strict=True):
+            grad_a.append(full_gradient(weight_a, linear))
+            grad_b.append(full_gradient(weight_b, linear))
+        bad = writer.add_step(grad_b, grad_a, gates_EL)
+        if bad is not None:
+            self._meet_non_finite(step, self._info.linears[bad])
+            return
+        self._learning_rates.append(learning_rate(optimizer))
+        if writer.num_steps >= self.steps:
+            if self.stop_training:
+                control.should_training_stop = True
+            else:
+                self._finish()
 
     def _meet_overflow(self, step: int) -> None:
         """The fp16 scaler finds its scale by overshooting; it skips this optimizer step too."""
@@ -218,8 +244,11 @@ class GradientRecorder(TrainerCallback):
         )
 
     def _finish(self) -> None:
+        self.close()
         if self._trace is not None or self._writer is None or self._writer.num_steps == 0:
             return
+        if self._gates.fault:
+            self._notes.append(f"no gates: {self._gates.fault}")
         info = replace(
             self._info,
             complete=self._writer.num_steps >= self.steps,
@@ -240,42 +269,6 @@ def _check_folder(folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"The trace folder {folder} is a file.", hint="Choose another folder.")
     return folder
-
-
-def _unscale(optimizer: Any) -> bool:
-    """Divides gradients by the fp16 loss scale if nobody has yet; returns whether they overflowed.
-
-    The Trainer un-scales only when it clips. `GradScaler.unscale_` remembers that it ran, so the
-    optimizer step that follows does not divide again.
-    """
-    scaler = getattr(optimizer, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return False
-    inner = getattr(optimizer, "optimizer", optimizer)
-    state = scaler._per_optimizer_states[id(inner)]
-    if state["stage"].name == "READY":
-        scaler.unscale_(inner)
-    return any(float(found) > 0 for found in state["found_inf_per_device"].values())
-
-
-def _full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
-    """The whole, reduced gradient of one LoRA weight."""
-    grad = weight.grad
-    if grad is None and hasattr(weight, "ds_id"):
-        grad = import_module("deepspeed.utils").safe_get_full_grad(weight)
-    if grad is None:
-        raise ModelError(
-            f"LoRA of layer {linear.layer} {linear.name} has no gradient at the optimizer step.",
-            hint="Under DeepSpeed ZeRO use stage 0 or 1 for recording, or torchrun with DDP or FSDP2.",
-        )
-    # FSDP2 shards parameters as DTensors; gathering is collective, so every process does it.
-    full: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
-    return full
-
-
-def _learning_rate(optimizer: Any) -> float:
-    groups = getattr(optimizer, "param_groups", None)
-    return float(groups[0]["lr"]) if groups else 0.0
 
 
 def record_gradients(
@@ -355,7 +348,10 @@ def record_gradients(
             collator=collator or Collator(),
             callbacks=[recorder, *callbacks],
         )
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            recorder.close()
     return recorder.trace
 
 

@@ -7,7 +7,8 @@ The energy of a linear at a step is `||G||_F**2`, the squared Frobenius norm of 
 `G = grad_B @ grad_A`. It is `<grad_B^T grad_B, grad_A grad_A^T>`, two R x R products, so a layer score never
 needs an (out, in) matrix. The factors themselves are kept for merging: one safetensors file a step.
 
-On disk a trace is a folder: `trace.json`, `energies.safetensors` and `factors/step-00001.safetensors` ...
+On disk a trace is a folder: `trace.json`, `energies.safetensors`, `gates.safetensors` (where there are gates)
+and `factors/step-00001.safetensors` ...
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from torch import Tensor
 
 from gradpruner.errors import IntegrityError, PlanError, ShapeError
 from gradpruner.files import read_json, save_tensors, write_json
+from gradpruner.gates import Gates
 from gradpruner.importance import Factors
 
 TRACE_FILE = "trace.json"
 ENERGIES_FILE = "energies.safetensors"
+GATES_FILE = "gates.safetensors"
 FORMAT_VERSION = 1
 # Stands in a fingerprint for the hash of weights that are not there in full.
 QUANTISED = "-quantised"
@@ -140,6 +143,7 @@ class GradientTrace:
         energies_SK: Squared Frobenius norm of every simulated gradient, shape (steps, linears), fp64.
         folder: Where the factor files are, or None.
         factors: Factors per step in host memory, used when there is no folder.
+        gates: Gates of the examples of these steps; None when they were not recorded.
     """
 
     def __init__(
@@ -148,6 +152,7 @@ class GradientTrace:
         energies_SK: Tensor,
         folder: Path | None = None,
         factors: Sequence[dict[str, Tensor]] | None = None,
+        gates: Gates | None = None,
     ) -> None:
         if energies_SK.ndim != 2 or energies_SK.shape[1] != len(info.linears):
             raise ShapeError(
@@ -159,7 +164,14 @@ class GradientTrace:
             raise ShapeError(
                 f"'{outside[0].name}' is said to be in layer {outside[0].layer} of {info.num_layers}."
             )
+        shape = (len(gates.per_step), gates.values_EL.shape[1]) if gates else None
+        if shape not in (None, (len(energies_SK), info.num_layers)):
+            raise ShapeError(
+                f"Gates of {shape[0]} steps and {shape[1]} layers for {len(energies_SK)} steps and "
+                f"{info.num_layers} layers."
+            )
         self.info = info
+        self.gates = gates
         self.energies_SK = energies_SK.double()
         self.folder = folder
         self._factors = factors
@@ -193,6 +205,22 @@ class GradientTrace:
         layers_K = torch.tensor([ref.layer for ref in self.info.linears])
         out_SL = torch.zeros(self.num_steps, self.info.num_layers, dtype=torch.float64)
         return out_SL.index_add_(1, layers_K, self.energies_SK**power)
+
+    def gate_rows(self) -> Tensor:
+        """Gate gradients of every recorded example, shape (examples, layers), float64.
+
+        Raises:
+            PlanError: If the trace holds none.
+        """
+        if self.gates is None:
+            why = [note for note in self.info.notes if "gates" in note]
+            raise PlanError(
+                f"This trace holds no gates{f' ({why[0]})' if why else ''}.",
+                hint="Take a method that does without them."
+                if why
+                else "Earlier versions recorded none: delete the trace folder and record again.",
+            )
+        return self.gates.values_EL
 
     def linear_names(self, layer: int) -> list[str]:
         """Names of the recorded linears of one layer."""
@@ -259,7 +287,7 @@ class GradientTrace:
             return file.get_slice(f"grad_b.{group}")[row], file.get_slice(f"grad_a.{group}")[row]
 
     def save(self, folder: Path) -> Path:
-        """Writes `trace.json`, the energies and the factors, unless these are in `folder` already."""
+        """Writes `trace.json`, energies, gates and the factors, unless these are in `folder` already."""
         if self._factors is not None:
             for step, tensors in enumerate(self._factors):
                 save_tensors(factor_file(folder, step), tensors, {})
@@ -268,6 +296,11 @@ class GradientTrace:
                 factor_file(folder, step).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._factor_file(step), factor_file(folder, step))
         save_tensors(folder / ENERGIES_FILE, {"energies": self.energies_SK}, {})
+        if self.gates is not None:
+            steps = torch.tensor(self.gates.per_step)
+            save_tensors(folder / GATES_FILE, {"gates": self.gates.values_EL, "examples": steps}, {})
+        else:
+            (folder / GATES_FILE).unlink(missing_ok=True)
         write_json(folder / TRACE_FILE, {"format_version": FORMAT_VERSION, **asdict(self.info)})
         return folder / TRACE_FILE
 
@@ -289,7 +322,8 @@ class GradientTrace:
                 raw[key] = tuple(raw[key])
             with safe_open(folder / ENERGIES_FILE, framework="pt") as file:
                 energies_SK = file.get_tensor("energies")
-            trace = cls(TraceInfo(linears=linears, **raw), energies_SK, folder)
+            gates = _load_gates(folder / GATES_FILE)
+            trace = cls(TraceInfo(linears=linears, **raw), energies_SK, folder, gates=gates)
         except Exception as error:  # whatever a damaged or foreign file leads to
             raise IntegrityError(
                 f"{folder} does not hold a usable gradient trace: {error}.", hint="Record again."
@@ -298,6 +332,8 @@ class GradientTrace:
             raise IntegrityError(
                 f"The trace in {folder} holds NaN, Inf or negative energies.", hint="Record again."
             )
+        if gates is not None and not bool(torch.isfinite(gates.values_EL).all()):
+            raise IntegrityError(f"The trace in {folder} holds NaN or Inf gates.", hint="Record again.")
         return trace
 
     def bytes_on_disk(self) -> int:
@@ -305,6 +341,17 @@ class GradientTrace:
         if self.folder is None:
             return 0
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def _load_gates(path: Path) -> Gates | None:
+    """The gates of a trace; None where there is no file, as in traces of earlier versions."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        values_EL, steps = file.get_tensor("gates"), file.get_tensor("examples")
+    if values_EL.dtype != torch.float64:
+        raise ValueError(f"gates of type {values_EL.dtype}")
+    return Gates(values_EL, tuple(map(int, steps)))
 
 
 @contextmanager

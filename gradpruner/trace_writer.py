@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from gradpruner.errors import IntegrityError
 from gradpruner.files import save_tensors
+from gradpruner.gates import Gates
 from gradpruner.trace import (
     ENERGIES_FILE,
+    GATES_FILE,
     TRACE_FILE,
     GradientTrace,
     LinearRef,
@@ -45,6 +48,7 @@ class TraceWriter:
         self.keep_factors = keep_factors
         self._groups = self.info.groups()
         self._energies: list[Tensor] = []
+        self._gates: list[Tensor | None] = []
         self._memory: list[dict[str, Tensor]] = []
         self._pool = ThreadPoolExecutor(max_workers=1) if folder and keep_factors else None
         self._pending: Future[None] | None = None
@@ -52,6 +56,7 @@ class TraceWriter:
             stale = [
                 folder / TRACE_FILE,
                 folder / ENERGIES_FILE,
+                folder / GATES_FILE,
                 *factor_file(folder, 0).parent.glob("step-*"),
             ]
             for path in stale:
@@ -62,8 +67,16 @@ class TraceWriter:
         """Steps taken in so far."""
         return len(self._energies)
 
-    def add_step(self, grad_b: Sequence[Tensor], grad_a: Sequence[Tensor]) -> int | None:
+    def add_step(
+        self, grad_b: Sequence[Tensor], grad_a: Sequence[Tensor], gates_EL: Tensor | None = None
+    ) -> int | None:
         """Takes in one step's gradients, one pair per linear, on any device.
+
+        Args:
+            grad_b: Gradients of LoRA B, each (out_features, rank).
+            grad_a: Gradients of LoRA A, each (rank, in_features).
+            gates_EL: Gates of the step's examples, shape (examples, layers); the trace has gates when every
+                step brings some.
 
         Returns:
             None when all are finite; else the position of the first linear that is not, and the step
@@ -82,6 +95,7 @@ class TraceWriter:
             return int((~torch.isfinite(energy_K)).nonzero()[0])
         self._store(host)
         self._energies.append(energy_K)
+        self._gates.append(gates_EL)
         return None
 
     def _store(self, host: dict[str, Tensor]) -> None:
@@ -112,7 +126,24 @@ class TraceWriter:
             raise IntegrityError("No step was recorded.", hint="See the messages above.")
         energies_SK = torch.stack(self._energies)
         memory = self._memory if self._memory else None
-        trace = GradientTrace(info, energies_SK, self.folder, memory)
+        gates, note = self._joined_gates()
+        if note:
+            info = replace(info, notes=(*info.notes, note))
+        trace = GradientTrace(info, energies_SK, self.folder, memory, gates)
         if self.folder is not None:
             trace.save(self.folder)
         return trace
+
+    def _joined_gates(self) -> tuple[Gates | None, str]:
+        """Gates of all steps, and what is to be said of them."""
+        steps = [gates_EL for gates_EL in self._gates if gates_EL is not None]
+        if len(steps) < len(self._gates):
+            return None, ""
+        # Weights with finite gradients may still go with a loss of which no gate is finite.
+        finite = [gates_EL[torch.isfinite(gates_EL).all(dim=1)] for gates_EL in steps]
+        lost = sum(map(len, steps)) - sum(map(len, finite))
+        note = f"gates of {lost} examples left out: NaN or Inf" if lost else ""
+        gates_EL = torch.cat(finite).double()
+        if len(gates_EL) == 0:
+            return None, note or "no gates: no backward pass went through the layers"
+        return Gates(gates_EL, tuple(map(len, finite))), note

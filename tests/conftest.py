@@ -56,7 +56,7 @@ def make_model(model_type="llama", seed=0, **options):
 
 
 def make_trace(model, steps=4, rank=2, seed=0, folder=None, scale=1.0, keep_factors=True) -> GradientTrace:
-    """Random factors for every linear of a model; as in life, the first step has none of A."""
+    """Random factors for every linear of a model, and gates; as in life, the first step has no factor A."""
     view = LayeredModel(model)
     linears = [
         LinearRef(layer, name, *weight.shape, rank)
@@ -64,13 +64,15 @@ def make_trace(model, steps=4, rank=2, seed=0, folder=None, scale=1.0, keep_fact
         for name, weight in view.weights(layer).items()
     ]
     generator = torch.Generator().manual_seed(seed)
+    gates = torch.Generator().manual_seed(seed)
     writer = TraceWriter(linears, Path(folder) if folder else None, keep_factors)
     for step in range(steps):
         grad_b = [torch.randn(ref.out_features, rank, generator=generator) * scale for ref in linears]
         grad_a = [
             torch.randn(rank, ref.in_features, generator=generator) * scale * (step > 0) for ref in linears
         ]
-        assert writer.add_step(grad_b, grad_a) is None
+        gates_EL = torch.randn(3, view.num_layers, generator=gates, dtype=torch.float64)
+        assert writer.add_step(grad_b, grad_a, gates_EL) is None
     return writer.finish(TraceInfo(view.num_layers, tuple(linears), model=fingerprint(model)))
 
 

@@ -13,11 +13,11 @@ PACKAGE = Path(gradpruner.__file__).parent
 # Dependency order is reading order: a module may import only what stands before it.
 READING_ORDER = """
     _version errors registry files metrics certification
-    importance merging trace trace_writer scores plan selection width_plan
+    importance merging gates trace trace_writer scores plan selection repair width_plan
     progress provenance cost
-    shards packing family depth layered portability portability_widths surgery width narrowing
+    shards packing family depth layered portability portability_widths surgery walking refitting width narrowing
     formats data encoding tasks
-    adapters callbacks resume batching trainer teacher training distillation recording
+    adapters callbacks resume batching trainer teacher training distillation step_gradients recording
     likelihood questions generation outputs folder similarity evaluation endpoint harness
     checkpoint blueprint verify streaming delta_record delta width_checkpoint
     costing methods
@@ -30,11 +30,13 @@ ALLOWED = {("data", "tasks"): "a hint that rows look like those of a named task"
 PURE = (
     "importance",
     "merging",
+    "gates",
     "trace",
     "trace_writer",
     "scores",
     "plan",
     "selection",
+    "repair",
     "width_plan",
     "portability",
     "portability_widths",

@@ -239,7 +239,10 @@ def test_scaled_gradients_are_unscaled_exactly_once(clipped):
     recorder.on_train_end(loop.args, loop.state, loop.control)
     trace = recorder.trace
     assert trace.num_steps == 3
-    assert trace.info.notes == ("step 2 left out: fp16 overflow",)
+    assert trace.info.notes == (
+        "step 2 left out: fp16 overflow",
+        "no gates: no backward pass went through the layers",
+    )
     assert not trace.info.complete
 
     position = {id(w): i for i, w in enumerate(loop.weights)}
@@ -462,7 +465,8 @@ def test_two_processes_record_the_global_batch(tmp_path):
         if worker.is_alive():
             worker.kill()
     assert [worker.exitcode for worker in workers] == [0, 0]
-    one = record(make_samples(16))
-    torch.testing.assert_close(
-        GradientTrace.load(tmp_path / "trace").energies_SK, one.energies_SK, rtol=1e-4, atol=0
-    )
+    one, two = record(make_samples(16)), GradientTrace.load(tmp_path / "trace")
+    torch.testing.assert_close(two.energies_SK, one.energies_SK, rtol=1e-4, atol=0)
+    # Processes take batches in turn, so in the order of the processes rows are in the order of the data.
+    assert two.gates.per_step == one.gates.per_step == (4, 4, 4, 4)
+    torch.testing.assert_close(two.gate_rows(), one.gate_rows(), rtol=1e-3, atol=1e-5)

@@ -3,6 +3,7 @@
 from gradpruner.methods import (
     angular,
     apt,
+    gate,
     gradpruner,
     gradpruner_width,
     laco,
@@ -25,6 +26,7 @@ __all__ = [
     "MethodOptions",
     "angular",
     "apt",
+    "gate",
     "gradpruner",
     "gradpruner_width",
     "laco",

@@ -1,0 +1,170 @@
+"""Gate: layers whose leaving out, by derivatives of the task's loss, costs least."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gradpruner.errors import ConfigError
+from gradpruner.gates import bootstrap_mean, choose_pairwise, first_order, predicted_rise, second_order
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.scores import LayerScores, default_num_prune, rank_stability
+from gradpruner.trace import GradientTrace, trace_digest
+
+ORDERS = ("second", "first")
+
+
+class GateOptions(MethodOptions):
+    """What can be set about gates."""
+
+    order: Literal["second", "first"] = "second"
+    """What a layer is judged by on its own: the mean square of its gate's gradient, or minus the mean."""
+
+    pairwise: bool = False
+    """Choose the layers together, by both derivatives and all pairs; `order` then has no part in it."""
+
+
+def score(context: MethodContext) -> LayerScores:
+    """Scores by the gates in the recorded trace, see `score_gates`."""
+    options = context.options or GateOptions()
+    return score_gates(
+        context.trace(),
+        order=options.order,
+        pairwise=options.pairwise,
+        num_keep=context.num_keep,
+        protected=context.protected,
+        seed=context.seed,
+    )
+
+
+def score_gates(
+    trace: GradientTrace,
+    *,
+    order: str = "second",
+    pairwise: bool = False,
+    num_keep: int | None = None,
+    protected: Collection[int] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> LayerScores:
+    """Scores layers by how much the loss is expected to rise when they are left out.
+
+    With g_el the gradient of example e's loss with respect to a gate on what layer l adds:
+
+        second:   mean_e g_el**2      (empirical Fisher)
+        first:    -mean_e g_el
+        pairwise: the set S of n layers that minimises -sum_l mean(g_l) + 1/2 sum_{l,m} mean(g_l g_m)
+
+    In pairwise scores a layer outside S has the rise it would add to S, a layer of S the rise that ends when
+    it comes back. Where the layers of S would not all come before the others, the others are raised by one
+    amount: so the n lowest scores are S. A plan that prunes another number than n, or must leave a layer of S
+    where it is, takes the next lowest. Such scores have no interval; the others have one over examples.
+
+    Unlike energies (`score_layers`), gates count from the first step on, since they need no LoRA that has
+    already moved.
+
+    Args:
+        trace: What was recorded, with gates.
+        order: "second" or "first".
+        pairwise: Choose together.
+        num_keep: Layers that will be kept; default 60 % of the depth.
+        protected: Layers that are not chosen in a set.
+        resamples: Bootstrap resamples of examples for the 95 % interval, >= 1.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Scores with interval, stability curve and evidence (`examples`; pairwise also `chosen` and
+        `predicted_rise`, in units of the loss).
+
+    Raises:
+        PlanError: If the trace holds no gates.
+        ConfigError: If the order is unknown, or `num_keep` or `resamples` is out of range.
+    """
+    gates_EL = trace.gate_rows()
+    num_layers = gates_EL.shape[1]
+    keep = num_keep if num_keep is not None else num_layers - default_num_prune(num_layers)
+    if order not in ORDERS:
+        raise ConfigError(f"Unknown order '{order}'.", hint=f"Available: {', '.join(ORDERS)}.")
+    if resamples < 1 or not 1 <= keep <= num_layers:
+        raise ConfigError(
+            f"resamples is {resamples} and num_keep {keep}; 1 or more resamples are needed, and 1 to "
+            f"{num_layers} layers can be kept."
+        )
+    evidence = {
+        "num_layers": num_layers,
+        "num_steps": trace.num_steps,
+        "num_keep": keep,
+        "examples": gates_EL.shape[0],
+        "pairwise": pairwise,
+        "model": trace.info.model,
+        "trace": trace_digest(trace),
+    }
+    if pairwise:
+        free = set(range(num_layers)) - set(protected)
+        chosen = choose_pairwise(gates_EL, min(num_layers - keep, len(free)), free)
+        evidence |= {"chosen": chosen, "predicted_rise": predicted_rise(gates_EL, chosen)}
+        return LayerScores("gate", tuple(set_values(gates_EL, chosen)), evidence=evidence)
+    evidence |= {"order": order, "resamples": resamples, "seed": seed}
+    terms_EL = gates_EL.square() if order == "second" else -gates_EL
+    values_L = second_order(gates_EL) if order == "second" else first_order(gates_EL)
+    low_L, high_L = bootstrap_mean(terms_EL, resamples, seed)
+    return LayerScores(
+        method="gate",
+        values=tuple(values_L.tolist()),
+        low=tuple(low_L.tolist()),
+        high=tuple(high_L.tolist()),
+        stability=rank_stability(_sums_of_steps(trace, terms_EL), keep),
+        evidence=evidence,
+    )
+
+
+def set_values(gates_EL: Tensor, chosen: Collection[int]) -> list[float]:
+    """One value per layer, those of the chosen set below all others; see `score_gates`.
+
+    Args:
+        gates_EL: Shape (examples, layers).
+        chosen: Layers of the set.
+    """
+    inside = set(chosen)
+    rise = predicted_rise(gates_EL, inside)
+    layers = range(gates_EL.shape[1])
+    values = [
+        rise - predicted_rise(gates_EL, inside - {layer})
+        if layer in inside
+        else predicted_rise(gates_EL, inside | {layer}) - rise
+        for layer in layers
+    ]
+    outside = [layer for layer in layers if layer not in inside]
+    if not inside or not outside:
+        return values
+    highest = max(values[layer] for layer in inside)
+    overlap = highest - min(values[layer] for layer in outside)
+    if overlap >= 0:
+        # Beyond the overlap by something that is not lost in rounding.
+        raised = overlap + (max(map(abs, values)) or 1.0)
+        for layer in outside:
+            values[layer] += raised
+    return values
+
+
+def _sums_of_steps(trace: GradientTrace, terms_EL: Tensor) -> Tensor:
+    """Sums over the examples of every step, shape (steps, layers)."""
+    assert trace.gates is not None
+    per_step = torch.tensor(trace.gates.per_step)
+    steps_E = torch.repeat_interleave(torch.arange(len(per_step)), per_step)
+    sums_SL = torch.zeros(len(per_step), terms_EL.shape[1], dtype=torch.float64)
+    return sums_SL.index_add_(0, steps_E, terms_EL)
+
+
+METHODS.register("gate")(
+    Method(
+        "gate: derivatives of the task's loss by what a layer adds; least expected rise goes",
+        score,
+        options=GateOptions,
+        needs_trace=True,
+        label="Gate",
+    )
+)
