@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,9 +37,10 @@ from gradpruner.layered import (
     skeleton,
     slice_layers,
 )
-from gradpruner.packing import TORCH_DTYPES, Piece, read_tensor
+from gradpruner.packing import TORCH_DTYPES, Piece, read_tensor, sha256_tensor
 from gradpruner.plan import PruningPlan
 from gradpruner.portability import judge, layer_facts
+from gradpruner.repair import Repair
 from gradpruner.shards import Shards, TensorRef, open_shards
 from gradpruner.surgery import check_alike, check_trace, merge_planned
 from gradpruner.trace import GradientTrace
@@ -55,6 +55,7 @@ class Blueprint:
         plan: What happens to every layer.
         trace: The recorded gradients; needed when the plan merges by them.
         without_trace: Nothing will be merged: only names, shapes and the config are asked for.
+        repair: What was fitted for the plan; its weights replace those of the layers before the cuts.
 
     Attributes:
         shards: The tensors of the source.
@@ -75,6 +76,7 @@ class Blueprint:
     plan: PruningPlan
     trace: GradientTrace | None = None
     without_trace: bool = False
+    repair: Repair | None = None
 
     def __post_init__(self) -> None:
         self.raw = check_model_folder(self.source, trust_remote_code=True, quantised=True)
@@ -95,6 +97,8 @@ class Blueprint:
         self.warnings = check_keep(self.view.config, self.view.family, self.plan)
         if self.plan.merged:
             self._check_merging()
+        if self.repair is not None:
+            self._check_repair(self.repair)
         self._check_layers()
 
     def _structure(self) -> nn.Module:
@@ -185,13 +189,31 @@ class Blueprint:
     def _transposed(self, layer: int, name: str) -> bool:
         return isinstance(self.view.linears(layer)[name], Conv1D)
 
+    def _check_repair(self, repair: Repair) -> None:
+        if self.quantised:
+            raise PlanError(
+                f"{self.source} is quantised; its linears cannot be repaired.",
+                hint="Prune it without repair, or the unquantised model.",
+            )
+        repair.check(self.plan, self.fingerprint)
+        repair.check_shapes(self._linear_shapes())
+
+    def _linear_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        """Layer -> linear on disk -> (out_features, in_features)."""
+        return {
+            layer: {
+                name: tuple(reversed(ref.shape)) if self._transposed(layer, name) else ref.shape
+                for name, ref in linears.items()
+            }
+            for layer, linears in self.linears.items()
+        }
+
     def _check_merging(self) -> None:
         if self.quantised:
             raise PlanError(
                 f"{self.source} is quantised; layers of it can be dropped but not merged.",
                 hint="Plan with num_merge: 0, or prune the unquantised model.",
             )
-        shapes: dict[int, Mapping[str, tuple[int, ...]]] = {}
         for layer, linears in self.linears.items():
             involved = layer in self.plan.merged or any(layer in v for v in self.plan.merged.values())
             missing = sorted(self.view.linears(layer).keys() - linears.keys())
@@ -200,10 +222,7 @@ class Blueprint:
                     f"'{missing[0]}' of layer {layer} is stored in another form than it is computed with.",
                     hint="Merge in memory: prune_(model, plan, trace), then save_pretrained.",
                 )
-            shapes[layer] = {
-                name: tuple(reversed(ref.shape)) if self._transposed(layer, name) else ref.shape
-                for name, ref in linears.items()
-            }
+        shapes = self._linear_shapes()
         if not self.plan.needs_trace:
             check_alike(self.plan, shapes)
         elif self.trace is not None or not self.without_trace:
@@ -211,19 +230,21 @@ class Blueprint:
 
     def pieces(self) -> list[Piece]:
         """The tensors of the pruned checkpoint, in the order of the source."""
-        merged = {
+        computed = {
             ref.name: partial(self._merge, target, name)
             for target in self.plan.merged
             for name, ref in self.linears[target].items()
         }
+        for layer, linear in (self.repair.linears if self.repair else {}).items():
+            computed[self.linears[layer][linear].name] = partial(self._repaired, layer, linear)
         wide = self._wide_on_disk()
         pieces = []
         for ref in self.shards.tensors.values():
             name = self.rename(ref.name)
             if name is None:
                 continue
-            if ref.name in merged:
-                pieces.append(Piece(name, ref.dtype, ref.shape, ref.num_bytes, make=merged[ref.name]))
+            if ref.name in computed:
+                pieces.append(Piece(name, ref.dtype, ref.shape, ref.num_bytes, make=computed[ref.name]))
             elif ref.name in wide:
                 pieces.append(self._cut(ref, wide[ref.name]))
             else:
@@ -234,6 +255,12 @@ class Blueprint:
         """Names in the pruned checkpoint of the tensors that others are merged into."""
         refs = (ref for target in self.plan.merged for ref in self.linears[target].values())
         return {name for ref in refs if (name := self.rename(ref.name)) is not None}
+
+    def repaired_name(self, layer: int, linear: str) -> str:
+        """Name in the pruned checkpoint of a linear that a repair refits."""
+        renamed = self.rename(self.linears[layer][linear].name)
+        assert renamed is not None  # a kept layer's
+        return renamed
 
     def _wide_on_disk(self) -> dict[str, int]:
         """Tensors that hold a slice per layer, by the name they have on disk."""
@@ -266,6 +293,21 @@ class Blueprint:
         merged = merge_planned(self.plan, self.trace, target, name, weight)
         return merged.T if transposed else merged
 
+    def _repaired(self, layer: int, name: str) -> Tensor:
+        """A refitted linear in the dtype and layout of the source, exactly as `surgery.prune_` puts it in."""
+        assert self.repair is not None
+        weight = self.repair.weights[layer].to(TORCH_DTYPES[self.linears[layer][name].dtype])
+        return weight.T if self._transposed(layer, name) else weight
+
+    def repair_facts(self) -> dict[str, Any] | None:
+        """What `pruning.json` says of the repair: how it was fitted, and name and hash of every tensor."""
+        if self.repair is None:
+            return None
+        tensors = {}
+        for layer, name in self.repair.linears.items():
+            tensors[self.repaired_name(layer, name)] = sha256_tensor(self._repaired(layer, name))
+        return self.repair.facts() | {"tensors": tensors}
+
     def new_config(self) -> dict[str, Any]:
         """The content of the pruned model's config.json."""
         patched = patch_config(self.raw, self.config, self.view.family, self.plan.keep)
@@ -280,7 +322,7 @@ class Blueprint:
             "layers": [self.view.num_layers, len(self.plan.keep)],
             "bytes": [self.shards.total_bytes, sum(piece.num_bytes for piece in pieces)],
             "tensors": [len(self.shards.tensors), len(pieces)],
-            "merged_tensors": sum(1 for piece in pieces if piece.make is not None),
+            "merged_tensors": len(self.merged_names()),
             "model_type": self.view.config.model_type,
             "fingerprint": self.fingerprint,
             "portability": [vars(v) for v in judge(layer_facts(self.config), self.plan.keep)],

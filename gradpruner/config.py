@@ -135,6 +135,11 @@ class PlanSection(Section):
     """Combine rule (`gradpruner ls rules`)."""
     density: float = Field(default=0.2, gt=0, le=1)
     """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
+    repair: Literal["none", "linear", "least_squares"] = "none"
+    """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
+    hidden size (linear), or the linear itself (least_squares). Looks at training samples, at no labels."""
+    repair_rows: int = Field(default=512, ge=2)
+    """Training samples a repair is fitted on, at most."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanSection:
@@ -196,6 +201,31 @@ class FinetuneSection(Section):
     """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, all or none."""
 
 
+class RecoverSection(Section):
+    """Training after pruning a model that is tuned already (start: tuned or given)."""
+
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps; 0: the pruned model stays as it is."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate; null: that of finetune."""
+
+
+class DistilSection(Section):
+    """What pruned models learn from the dense model tuned on the same task, while they are trained."""
+
+    teacher: Literal["none", "tuned"] = "none"
+    """none: pruned models learn from the answers alone. tuned: also from the logits of the tuned dense model,
+    which needs the row dense, or start: given."""
+    answers: float = Field(default=0.3, ge=0)
+    """Weight of the answers themselves (cross entropy)."""
+    answer_logits: float = Field(default=0.7, ge=0)
+    """Weight of the teacher's logits on answer tokens."""
+    prompt_logits: float = Field(default=0.1, ge=0)
+    """Weight of the teacher's logits on prompt tokens; 0 saves computing them."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both models."""
+
+
 class AlsoSection(Section):
     """A further task every variant is measured on, without being trained on it."""
 
@@ -246,12 +276,18 @@ class Recipe(Section):
     """Run directory."""
     seed: int = Field(default=0, ge=0)
     """Seeds data sampling, LoRA, data order, dropout and bootstrap."""
+    start: Literal["base", "tuned", "given"] = "base"
+    """What is pruned. base: the model, which is then fine-tuned. tuned: the dense model after fine-tuning.
+    given: the model is tuned on the task already. After tuned and given the pruned model is trained further as
+    `recover` says."""
     model: ModelSection
     data: DataSection
     record: RecordSection = RecordSection()
     score: ScoreSection = ScoreSection()
     plan: PlanSection = PlanSection()
     finetune: FinetuneSection = FinetuneSection()
+    recover: RecoverSection = RecoverSection()
+    distil: DistilSection = DistilSection()
     evaluate: EvaluateSection = EvaluateSection()
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """Options of single methods: name -> option -> value (`gradpruner ls methods`)."""
@@ -269,6 +305,27 @@ class Recipe(Section):
         if len(set(self.variants)) != len(self.variants):
             raise ValueError("variants lists a row more than once")
         return self
+
+    @model_validator(mode="after")
+    def _dense_comes_first(self) -> Recipe:
+        needs = "start: tuned" if self.start == "tuned" else "distil.teacher: tuned" if self.distils else ""
+        if needs and self.start != "given" and "dense" not in self.variants:
+            raise ValueError(f"{needs} needs the row dense: it is the model that is tuned first")
+        if (
+            needs
+            and self.start != "given"
+            and self.finetune.mode == "lora"
+            and not self.finetune.merge_adapter
+        ):
+            raise ValueError(
+                f"{needs} needs finetune.merge_adapter: true, so that the tuned model is a plain one"
+            )
+        return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether pruned models learn from the tuned dense one."""
+        return self.distil.teacher == "tuned"
 
 
 S = TypeVar("S", bound=Section)

@@ -225,7 +225,9 @@ def describe_model(
     facts: dict[str, Any] | None = None,
 ) -> None:
     """Writes the model card, and last of all `pruning.json`, which marks the folder as ours and whole."""
-    write_text(folder / "README.md", _model_card(plan, source, (facts or {}).get("portability", ())))
+    facts = facts or {}
+    card = _model_card(plan, source, facts.get("portability", ()), facts.get("repair"))
+    write_text(folder / "README.md", card)
     write_json(
         folder / PRUNING_FILE,
         {
@@ -233,13 +235,16 @@ def describe_model(
             "source": source,
             "kind": kind,
             "plan": plan.to_dict() if plan else None,
-            **(facts or {}),
+            **facts,
         },
     )
 
 
 def _model_card(
-    plan: PruningPlan | WidthPlan | None, source: str, portability: Sequence[dict[str, str]] = ()
+    plan: PruningPlan | WidthPlan | None,
+    source: str,
+    portability: Sequence[dict[str, str]] = (),
+    repair: dict[str, Any] | None = None,
 ) -> str:
     kind = "fine-tuned" if plan is None else "pruned" if isinstance(plan, WidthPlan) else "depth-pruned"
     lines = [
@@ -254,13 +259,13 @@ def _model_card(
     ]
     if plan is None:
         return "\n".join([*lines, "All layers are kept.", ""])
-    lines += _width_lines(plan) if isinstance(plan, WidthPlan) else _depth_lines(plan)
+    lines += _width_lines(plan) if isinstance(plan, WidthPlan) else _depth_lines(plan, repair)
     engines = [f"- {entry['engine']}: {entry['status']}. {entry['reason']}".rstrip() for entry in portability]
     lines += ["", "Where it can be served:", "", *engines] if engines else []
     return "\n".join([*lines, ""])
 
 
-def _depth_lines(plan: PruningPlan) -> list[str]:
+def _depth_lines(plan: PruningPlan, repair: dict[str, Any] | None) -> list[str]:
     lines = [
         f"{len(plan.pruned)} of {plan.num_layers} decoder layers are gone: {runs_of(plan.pruned)}.",
         f"Method: {plan.method}. Kept: {runs_of(plan.keep)}.",
@@ -269,6 +274,13 @@ def _depth_lines(plan: PruningPlan) -> list[str]:
         lines.append(
             f"Layers {runs_of(layers)} were merged into layer {target} "
             f"(rule {plan.rule}, density {plan.density:g})."
+        )
+    if repair is not None:
+        refitted = [cut["layer"] for cut in repair["cuts"] if cut["ridge"] is not None]
+        how = repair["kind"].replace("_", " ")
+        lines.append(
+            f"Repaired ({how}, {repair['rows']} rows of the task): the last linear of layers "
+            f"{runs_of(refitted)} was refitted to make up for the layers that are gone behind it."
         )
     return [
         *lines,

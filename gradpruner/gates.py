@@ -200,8 +200,8 @@ class GateHooks:
 
     A forward hook on a layer asks autograd for the gradient at the layer's output y; where it comes along,
     `sum (dL/dy) (y - x)` over the tokens and hidden dimensions of a row is that row's gate gradient. x and y
-    are not copied: autograd holds them anyway. Products are formed in fp32 (fp64 for fp64 models), sums in
-    fp64. Nothing is measured where no gradient flows, such as in an evaluation. With activations
+    are not copied: autograd holds them anyway. Products and their sums over the hidden dimension are formed
+    in fp32 (fp64 for fp64 models), sums over tokens in fp64. Nothing is measured where no gradient flows, such as in an evaluation. With activations
     checkpointed, recomputing a layer measures nothing a second time, reentrant or not.
 
     A row of the batch counts as one example; where several samples share a row (packing, padding-free
@@ -303,7 +303,8 @@ def _gate_gradients(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
     dtype = torch.promote_types(y.dtype, torch.float32)
     change = y.to(dtype) - x.to(device=y.device, dtype=dtype)
     wide = torch.float32 if y.device.type == "mps" else torch.float64  # mps has no double precision
-    return (change * grad.to(dtype)).sum(dim=(1, 2), dtype=wide)
+    # In two steps, because a sum in fp64 over everything would first make an fp64 copy of it.
+    return change.mul_(grad.to(dtype)).sum(dim=2).sum(dim=1, dtype=wide)
 
 
 def _joined(rows: list[Tensor]) -> Tensor:

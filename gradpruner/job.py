@@ -73,6 +73,7 @@ class Job:
         if recipe.finetune.liger:
             check_liger(recipe.model.device)
         self.folder = locate_model(recipe.model.path)
+        self.origin = self.folder
         refuse_narrowed(self.folder)
         self.config = load_config(self.folder, recipe.model.trust_remote_code)
         self._check_budget()
@@ -118,7 +119,7 @@ class Job:
             num_layers=self.num_layers,
             seed=self.recipe.seed,
             trace=trace,
-            model=lambda: self.load(self.folder),
+            model=lambda: self.load(self.origin),
             samples=self.samples,  # type: ignore[arg-type]
             collator=self.collator,
             norm=self.recipe.score.norm,
@@ -249,6 +250,23 @@ class Job:
     def model_sha256(self) -> str:
         """Hash of config and weights."""
         return hash_folder([self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))])
+
+    @property
+    def needs_tuned(self) -> bool:
+        """Whether other rows need the dense model after its fine-tuning."""
+        return self.recipe.start == "tuned" or (self.recipe.distils and self.recipe.start == "base")
+
+    def prune_from(self, folder: Path) -> None:
+        """Says that what is recorded on and pruned from now on is the dense model tuned before (start: tuned)."""
+        self.origin = folder
+        self.__dict__.pop("origin_sha256", None)
+
+    @cached_property
+    def origin_sha256(self) -> str:
+        """Hash of config and weights of the model that is pruned."""
+        if self.origin == self.folder:
+            return self.model_sha256
+        return hash_folder([self.origin / "config.json", *sorted(self.origin.glob("*.safetensors"))])
 
     @property
     def device(self) -> str:

@@ -279,6 +279,11 @@ def _bytes_of(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
+def sha256_tensor(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, as they stand in a file."""
+    return hashlib.sha256(_bytes_of(tensor.contiguous()).data).hexdigest()
+
+
 def _write_all(out: int, data: bytes | memoryview) -> None:
     view = memoryview(data)
     while view:

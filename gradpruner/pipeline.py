@@ -35,7 +35,7 @@ from gradpruner.run_record import run_record
 from gradpruner.rundir import RunDirectory
 from gradpruner.scores import LayerScores
 from gradpruner.trace import GradientTrace
-from gradpruner.variant import Variant
+from gradpruner.variant import Variant, tuned_folder
 
 log = logging.getLogger(__name__)
 
@@ -85,15 +85,19 @@ class _Run:
     def up_to(self, until: str) -> dict[str, Any]:
         depth = STAGES.index(until)
         pruned = [v for v in self.recipe.variants if v != "dense"]
+        if self.recipe.start == "tuned":
+            self.tune_dense(depth)
         if until == "record":
             self.record()
         for variant in pruned:
             with self.row(variant):
                 self.decide(variant, depth)
-        for variant in self.recipe.variants:
+        for variant in sorted(self.recipe.variants, key=lambda name: name != "dense"):  # teacher first
             with self.row(variant):
-                if variant not in self.failures:
+                if variant not in self.failures and variant not in self.variants:
                     self.carry_out(variant, depth)
+        if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
+            self.directory.remove([tuned_folder("dense")])  # kept until now for the other rows
         record = run_record(self.job, self.directory, self.scores, self.plans, self.variants)
         write_json(self.path("run.json"), record)
         if depth >= STAGES.index("evaluate"):
@@ -101,6 +105,14 @@ class _Run:
         for error in self.failures.values():
             raise error
         return record
+
+    def tune_dense(self, depth: int) -> None:
+        """Fine-tunes the dense model, which everything after this is recorded on and pruned from."""
+        with self.row("dense"):
+            self.carry_out("dense", max(depth, STAGES.index("finetune")))
+        if "dense" in self.failures:
+            raise self.failures["dense"]
+        self.job.prune_from(self.path(tuned_folder("dense")))
 
     @contextmanager
     def row(self, name: str) -> Iterator[None]:
@@ -138,7 +150,7 @@ class _Run:
         if self.record_failure is not None:  # not once more for every row that needs the trace
             raise self.record_failure
         inputs = {
-            "model": self.job.model_sha256,
+            "model": self.job.origin_sha256,
             "train": data_identity(self.job.train),
             "max_length": self.job.max_length,
             "record": self.recipe.record.model_dump(),
@@ -157,7 +169,7 @@ class _Run:
 
     def _record(self) -> dict[str, Any]:
         options = self.recipe.record
-        model = self.job.load(self.job.folder, quantise=options.adapter == "qlora")
+        model = self.job.load(self.job.origin, quantise=options.adapter == "qlora")
         trace = record_gradients(
             model,
             self.job.samples,  # type: ignore[arg-type]
@@ -210,7 +222,7 @@ class _Run:
             "protect": [options.protect_first, options.protect_last, options.protect],
             "budget": None if found.score else [self.job.num_remove, options.unit, options.portable_to],
             "record": self.record_inputs if found.needs_trace else None,
-            "model": self.job.model_sha256,
+            "model": self.job.origin_sha256,
             "train": data_identity(self.job.train),
             "max_length": self.job.max_length,
             "seed": self.recipe.seed,

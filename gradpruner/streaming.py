@@ -22,6 +22,7 @@ from gradpruner.folder import (
 )
 from gradpruner.packing import WrittenShard, pack, write_shards
 from gradpruner.plan import PruningPlan
+from gradpruner.repair import Repair
 from gradpruner.shards import check_inside
 from gradpruner.trace import GradientTrace
 from gradpruner.verify import LEVELS, VerifyReport, compares_fully, verify_checkpoint
@@ -38,6 +39,7 @@ def prune_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     verify: str = "auto",
     progress: Callable[[int], None] | None = None,
+    repair: Repair | None = None,
 ) -> VerifyReport:
     """Prunes a checkpoint on disk; the model is never built.
 
@@ -56,6 +58,8 @@ def prune_checkpoint(
         verify: "full" loads source and result and compares what they compute, "structure" checks all but
             that, "auto" is full where memory allows. A model type without a row must be proved in full.
         progress: Called with the number of bytes written since the last call.
+        repair: What was fitted for this very plan (`fit_repair`); its weights, in the dtype of the source,
+            replace those of the layers before the cuts.
 
     Returns:
         What was verified, see `verify.verify_checkpoint`.
@@ -63,7 +67,7 @@ def prune_checkpoint(
     Raises:
         ConfigError: If `dst` is the source, lies inside it or around it, or holds something not ours; for a
             file size below 1 and an unknown level.
-        PlanError: If the plan does not fit the model.
+        PlanError: If the plan, or the repair, does not fit the model.
         ModelError: If the source cannot be pruned.
         IntegrityError: If a file of it is damaged or unsafe, holds NaN or Inf, or the result is not what the
             plan says.
@@ -73,7 +77,7 @@ def prune_checkpoint(
     """
     source, target = locate_model(src), Path(dst).expanduser()
     _check_request(source, target, max_shard_bytes, verify)
-    blueprint = Blueprint(source, plan, trace)
+    blueprint = Blueprint(source, plan, trace, repair=repair)
     compares_fully(verify, blueprint)  # refuses now what could not be trusted later
     pieces, carried, previous = blueprint.pieces(), carried_files(source), _previous(source)
     needed = sum(piece.num_bytes for piece in pieces) + sum(path.stat().st_size for path in carried)
@@ -84,7 +88,7 @@ def prune_checkpoint(
         written = write_shards(staged, files, {"format": "pt", **metadata}, progress)
         write_text(staged / "config.json", _config_text(blueprint.new_config()))
         carry(source, carried, staged)
-        report = verify_checkpoint(staged, source, plan, trace, level=verify)
+        report = verify_checkpoint(staged, source, plan, trace, level=verify, repair=repair)
         report = replace(report, folder=str(target))
         report.raise_on_failure()
         facts = _facts(blueprint, written, report, previous)
@@ -127,5 +131,6 @@ def _facts(
         **blueprint.summary(),
         "files": {shard.name: {"sha256": shard.sha256, "bytes": shard.num_bytes} for shard in written},
         "verified": report.to_dict(),
+        "repair": blueprint.repair_facts(),
         "previous": previous,
     }

@@ -15,6 +15,7 @@ from gradpruner.importance import Factors
 from gradpruner.layered import LayeredModel, fingerprint
 from gradpruner.merging import Source, merge_linear
 from gradpruner.plan import PruningPlan
+from gradpruner.repair import Repair
 from gradpruner.trace import QUANTISED, GradientTrace, same_model
 
 log = logging.getLogger("gradpruner.surgery")
@@ -28,8 +29,9 @@ def prune_(
     plan: PruningPlan,
     trace: GradientTrace | None = None,
     progress: Callable[[str], None] | None = None,
+    repair: Repair | None = None,
 ) -> nn.Module:
-    """Merges and removes layers of a model in place.
+    """Merges, repairs and removes layers of a model in place.
 
     Only linears are merged; biases, layer norms and q/k norms of the retained layer stay as they are.
     Memory beyond the model: about 1.5 times the largest linear in float32, see `merge_linear`.
@@ -39,12 +41,15 @@ def prune_(
         plan: What to do with every layer.
         trace: The recorded gradients; needed when the plan merges by them.
         progress: Called with the name of each linear as it is merged.
+        repair: What was fitted for this very plan (`fit_repair`); its weights replace those of the layers
+            before the cuts.
 
     Returns:
         The same model object, with fewer layers and a config that says so.
 
     Raises:
-        PlanError: If the plan is for another model or depth, or merges without a fitting trace.
+        PlanError: If the plan is for another model or depth, or merges without a fitting trace; if the repair
+            was fitted for another plan or model.
         IntegrityError: If a file of the trace is missing or damaged. Either is raised before the
             first weight changes.
 
@@ -60,7 +65,13 @@ def prune_(
     plan.check_model(view.num_layers, identity)
     for warning in check_keep(view.config, view.family, plan):
         log.warning("%s", warning)
-    _merge_layers_(view, plan, trace, identity, progress)
+    shapes = shapes_of(view)
+    if repair is not None:
+        repair.check(plan, identity)
+        repair.check_shapes(shapes)
+    _merge_layers_(view, plan, trace, identity, shapes, progress)
+    if repair is not None:
+        _repair_(view, repair)
     if view.family.proven:
         view.keep_layers(plan)
     else:
@@ -73,6 +84,7 @@ def _merge_layers_(
     plan: PruningPlan,
     trace: GradientTrace | None,
     identity: str,
+    shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
     progress: Callable[[str], None] | None = None,
 ) -> None:
     """Merges what the plan merges, in place, and removes nothing yet; everything is checked first."""
@@ -83,7 +95,6 @@ def _merge_layers_(
             "The model is quantised; layers of it can be dropped but not merged.",
             hint="Plan with num_merge: 0, or prune the unquantised model.",
         )
-    shapes = {i: {n: tuple(w.shape) for n, w in view.weights(i).items()} for i in range(view.num_layers)}
     checked = None
     if plan.needs_trace:
         checked = check_trace(plan, trace, shapes, identity)
@@ -91,6 +102,18 @@ def _merge_layers_(
         check_alike(plan, shapes)
     for target in plan.merge_order:
         _merge_one_(view, target, plan.merged[target], plan, checked, progress)
+
+
+def shapes_of(view: LayeredModel) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Layer -> path of a linear -> (out_features, in_features)."""
+    return {i: {n: tuple(w.shape) for n, w in view.weights(i).items()} for i in range(view.num_layers)}
+
+
+@torch.no_grad()
+def _repair_(view: LayeredModel, repair: Repair) -> None:
+    """Gives the layers before the cuts their fitted weights."""
+    for layer, name in repair.linears.items():
+        view.weights(layer)[name].copy_(repair.weights[layer])
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from gradpruner.job import LABELS, STAGES, Job, Plan, data_identity, label_of
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plan import PruningPlan
 from gradpruner.progress import Progress, bytes_reporter
+from gradpruner.refitting import fit_repair
+from gradpruner.repair import Repair
 from gradpruner.rundir import RunDirectory
 from gradpruner.streaming import prune_checkpoint
 from gradpruner.trace import GradientTrace
@@ -54,6 +56,7 @@ class Variant:
         self.row: dict[str, Any] = {
             "label": label_of(name),
             "plan": name if plan is not None else None,
+            "repair": None,
             "pruning": None,
             "recovery": None,
             "before": None,
@@ -64,24 +67,32 @@ class Variant:
             "error": None,
         }
         base = f"variants/{name}"
-        self.pruned, self.recovered, self.tuned = f"{base}/pruned", f"{base}/recovered", f"{base}/model"
+        self.pruned, self.recovered, self.tuned = f"{base}/pruned", f"{base}/recovered", tuned_folder(name)
+        self.repaired = f"{base}/repair"
         self.checkpoints, self.scratch = f"{base}/checkpoints", f"{base}/method"
         self.before, self.examples = f"{base}/examples_before.jsonl", f"{base}/examples.jsonl"
         self._fingerprint()
 
     def _fingerprint(self) -> None:
         """What the result of each stage depends on."""
+        recipe = self.recipe
         self.prune_inputs: dict[str, Any] = {
-            "model": self.job.model_sha256,
+            "model": self.job.model_sha256 if self.is_dense else self.job.origin_sha256,
             "plan": self.plan.to_dict() if self.plan else None,
-            "loading": self.recipe.model.model_dump(exclude={"path"}),
+            "loading": recipe.model.model_dump(exclude={"path"}),
         }
-        learned_from = {
+        samples = {
             "train": data_identity(self.job.train),
             "max_length": self.job.max_length,
-            "finetune": self.recipe.finetune.model_dump(exclude={"report_to", "save_steps"}),
-            "seed": self.recipe.seed,
+            "seed": recipe.seed,
         }
+        if self.repairs:
+            self.prune_inputs["repair"] = [recipe.plan.repair, recipe.plan.repair_rows, samples]
+        learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude={"report_to", "save_steps"})}
+        if not self.is_dense and recipe.start != "base":
+            learned_from["recover"] = recipe.recover.model_dump()
+        if not self.is_dense and recipe.distils:
+            learned_from["distil"] = recipe.distil.model_dump() | {"model": self.job.model_sha256}
         if self.method and (self.shrinks or self.method.recover or self.method.callbacks):
             chosen = self.job.method_options(self.name).model_dump(mode="json")
             trains: dict[str, Any] = {"method": self.name, "options": chosen}
@@ -117,10 +128,15 @@ class Variant:
 
     def up_to(self, depth: int) -> None:
         """Does the stages up to position `depth` of `STAGES`, except those that are current."""
-        finetunes, evaluates = depth >= STAGES.index("finetune"), depth >= STAGES.index("evaluate")
-        wants_before = self.recipe.evaluate.before_finetuning and evaluates
+        finetunes = depth >= STAGES.index("finetune") and self.trains
+        evaluates = depth >= STAGES.index("evaluate")
+        wants_before = self.recipe.evaluate.before_finetuning and evaluates and self.trains
         # With keep_models: none the folders are gone once measured; nothing needs them again then.
         cleared = self.recipe.keep_models == "none" and self._is_measured(wants_before)
+        if self.repairs:
+            self.row["repair"] = self._result("repair", cleared) or self.stage(
+                "repair", self.prune_inputs, self.repair, [self.repaired]
+            )
         if self.plan is not None or self.shrinks:
             self.row["pruning"] = self._result("prune", cleared) or self.stage(
                 "prune", self.prune_inputs, self.prune, [self.pruned, self.scratch]
@@ -147,12 +163,14 @@ class Variant:
         if evaluates:
             self._evaluate()
             if self.recipe.keep_models == "none":
-                self.directory.remove([self.pruned, self.recovered, self.tuned, self.checkpoints])
+                self.directory.remove([self.repaired, self.pruned, self.recovered, self.checkpoints])
+                if not (self.is_dense and self.job.needs_tuned):  # the pipeline removes it after all rows
+                    self.directory.remove([self.tuned])
         self._describe_size()
 
     def _evaluate(self) -> None:
         """Measures the fine-tuned model on its task, on further ones, and by lm-eval."""
-        tuned = self.path(self.tuned)
+        tuned = self.path(self.tuned) if self.trains else self.source
         self.row["evaluation"] = self.stage(
             "evaluate",
             self.after_inputs,
@@ -208,6 +226,24 @@ class Variant:
         return range(self.job.num_layers)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether this is the model as it was given."""
+        return self.name == "dense"
+
+    @property
+    def trains(self) -> bool:
+        """Whether this row is trained: tuned, or after pruning a tuned model trained a little further."""
+        if self.is_dense:
+            return self.recipe.start != "given"
+        return self.recipe.start == "base" or self.recipe.recover.steps > 0
+
+    @property
+    def repairs(self) -> bool:
+        """Whether linears before the cuts are refitted."""
+        wanted = self.recipe.plan.repair != "none"
+        return wanted and isinstance(self.plan, PruningPlan) and bool(self.plan.pruned)
+
+    @property
     def shrinks(self) -> bool:
         """Whether what is pruned is decided while the model trains."""
         return self.method is not None and self.method.shrink is not None
@@ -222,7 +258,30 @@ class Variant:
         """The model before fine-tuning."""
         if self.method and self.method.recover:
             return self.path(self.recovered)
-        return self.path(self.pruned) if self.plan is not None else self.job.folder
+        if self.plan is not None:
+            return self.path(self.pruned)
+        return self.job.folder if self.is_dense else self.job.origin
+
+    def repair(self) -> dict[str, Any]:
+        """Dense model, plan and samples -> refitted linears"""
+        assert isinstance(self.plan, PruningPlan)
+        options = self.recipe.plan
+        model = self.job.load(self.job.origin)
+        with Progress(self.job.num_layers, f"repair {self.name} [layers]") as progress:
+            found = fit_repair(
+                model,
+                self.plan,
+                self.job.samples,  # type: ignore[arg-type]
+                self.job.collator,
+                kind=options.repair,
+                rows=options.repair_rows,
+                trace=self.trace() if self.plan.needs_trace else None,
+                seed=self.recipe.seed,
+                progress=progress.advance,
+            )
+        found.save(self.path(self.repaired))
+        self.job.release(model)
+        return found.facts()
 
     def prune(self) -> dict[str, Any]:
         """Dense model and plan -> pruned model"""
@@ -232,7 +291,7 @@ class Variant:
         if isinstance(self.plan, WidthPlan):
             with Progress(1, f"prune {self.name}") as progress:
                 report = prune_width_checkpoint(
-                    self.job.folder,
+                    self.job.origin,
                     self.path(self.pruned),
                     self.plan,
                     device=self.job.device,
@@ -244,12 +303,13 @@ class Variant:
         megabytes = savings(self.job.config, list(self.plan.keep))["disk_bytes"]["after"] // 10**6
         with Progress(max(1, megabytes), f"prune {self.name} [MB]") as progress:
             report = prune_checkpoint(
-                self.job.folder,
+                self.job.origin,
                 self.path(self.pruned),
                 self.plan,
                 trace,
                 verify=self.recipe.verify,
                 progress=bytes_reporter(progress),
+                repair=Repair.load(self.path(self.repaired)) if self.repairs else None,
             )
         return {"verified": report.to_dict()}
 
@@ -348,7 +408,7 @@ class Variant:
     def run_harness(self) -> dict[str, Any]:
         """Fine-tuned model -> scores of lm-evaluation-harness"""
         options = self.recipe.evaluate
-        model = self.load(self.path(self.tuned))
+        model = self.load(self.path(self.tuned) if self.trains else self.source)
         found = evaluate_harness(
             model,
             self.job.tokenizer,
@@ -360,6 +420,11 @@ class Variant:
         )
         self.job.release(model)
         return found
+
+
+def tuned_folder(name: str) -> str:
+    """Where the fine-tuned model of a row is, relative to the run directory."""
+    return f"variants/{name}/model"
 
 
 def journal(file: str) -> str:

@@ -19,8 +19,9 @@ from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, Mode
 from gradpruner.files import read_json
 from gradpruner.folder import PRUNING_FILE, locate_model
 from gradpruner.layered import LayeredModel
-from gradpruner.packing import TORCH_DTYPES, read_tensor
+from gradpruner.packing import TORCH_DTYPES, read_tensor, sha256_tensor
 from gradpruner.plan import PruningPlan
+from gradpruner.repair import Repair
 from gradpruner.shards import open_shards
 from gradpruner.surgery import relative_error
 from gradpruner.trace import GradientTrace
@@ -91,12 +92,15 @@ def verify_checkpoint(
     trace: GradientTrace | None = None,
     *,
     level: str = "auto",
+    repair: Repair | None = None,
 ) -> VerifyReport:
     """Checks a pruned checkpoint against its plan and its source.
 
-    Merging is repeated in memory and compared to the bit (with a trace where the rule needs one). Reference
+    Merging is repeated in memory and compared to the bit (with a trace where the rule needs one); repaired
+    linears must be those of the repair or, without it, have the hashes that `pruning.json` states. Reference
     for what the checkpoint computes is the source model with the pruned layers handing on what they were
-    given. Both models are loaded one after the other, in the dtype they are stored in, on the CPU.
+    given, and with the merged and repaired linears of the checkpoint. Both models are loaded one after the
+    other, in the dtype they are stored in, on the CPU.
 
     Args:
         folder: The pruned checkpoint.
@@ -105,6 +109,7 @@ def verify_checkpoint(
         trace: The recorded gradients; repeats the merging in memory.
         level: "full", "structure" (nothing is loaded), or "auto": full where the larger model takes at most
             70 % of the free memory.
+        repair: What was fitted for the plan; None for what `pruning.json` says of it.
 
     Returns:
         Every check with what was found; look at `passed`, or call `raise_on_failure`.
@@ -119,9 +124,10 @@ def verify_checkpoint(
     facts = _facts_of(target, plan)
     plan = plan or PruningPlan.from_dict(facts["plan"], str(target / PRUNING_FILE))
     origin = locate_model(source if source is not None else facts["source"])
-    blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True)
+    blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
     full = compares_fully(level, blueprint)
-    gate = _Gate(target, blueprint, trace, tuned="finetune" in facts)
+    repaired = blueprint.repair_facts() or _repair_of(facts, target)
+    gate = _Gate(target, blueprint, trace, tuned="finetune" in facts, repaired=repaired)
     checks: list[Check] = []
     for name, work in gate.steps(full):
         try:
@@ -144,6 +150,22 @@ def _facts_of(folder: Path, plan: PruningPlan | None) -> dict[str, Any]:
     if plan is None and not facts.get("plan"):
         raise ConfigError(f"{folder} was not pruned: its {PRUNING_FILE} holds no plan.")
     return facts
+
+
+def _repair_of(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What `pruning.json` says of the repair; nothing if there was none."""
+    raw = facts.get("repair")
+    try:
+        if raw is None:
+            return {}
+        cuts = [(int(cut["layer"]), str(cut["linear"])) for cut in raw["cuts"] if cut["ridge"] is not None]
+        tensors = {str(name): str(digest) for name, digest in raw["tensors"].items()}
+        return {"cuts": [{"layer": i, "linear": n, "ridge": 0.0} for i, n in cuts], "tensors": tensors}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{folder / PRUNING_FILE} does not say what was repaired: {type(error).__name__} {error}.",
+            hint="Download or copy the folder again.",
+        ) from error
 
 
 def compares_fully(level: str, blueprint: Blueprint) -> bool:
@@ -172,9 +194,18 @@ class _Gate:
     """The checks, in order; what one loads the next ones use."""
 
     def __init__(
-        self, folder: Path, blueprint: Blueprint, trace: GradientTrace | None, *, tuned: bool
+        self,
+        folder: Path,
+        blueprint: Blueprint,
+        trace: GradientTrace | None,
+        *,
+        tuned: bool,
+        repaired: dict[str, Any],
     ) -> None:
         self.folder, self.blueprint, self.trace, self.tuned = folder, blueprint, trace, tuned
+        self.hashes: dict[str, str] = repaired.get("tensors", {})
+        cuts = repaired.get("cuts", ())
+        self.linears = {cut["layer"]: cut["linear"] for cut in cuts if cut["ridge"] is not None}
         self.plan = blueprint.plan
         self.dtype = _computing_dtype(folder)
         self.tolerance = TOLERANCE.get(self.dtype, COARSE_TOLERANCE)
@@ -188,6 +219,7 @@ class _Gate:
             ("tensors", self.tensors),
             ("config", self.config),
             ("loading", self.structure),
+            *([("repaired tensors", self.repaired)] if self.hashes else []),
         ]
         if not full:
             reason = "not done: quantised" if self.blueprint.quantised else "not done: structure only"
@@ -246,13 +278,30 @@ class _Gate:
             return "not compared: this model was fine-tuned after pruning"
         model = load_model(self.blueprint.source, dtype=_name(self.dtype), device="cpu", native=True)
         view = LayeredModel(model)
-        self._take_merged(view)
+        self._take_computed(view)
         with view.passed_through(self.plan.pruned):
             self.expected = _behaviour(model)
         del model, view
         gc.collect()
         targets = self.plan.merged.keys() & set(self.plan.keep)
-        return f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights"
+        return f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights" + (
+            f", {len(self.linears)} with a repaired linear" if self.linears else ""
+        )
+
+    def repaired(self) -> str:
+        """Refitted linears against the repair, or against the hashes noted when it was carried out."""
+        if self.tuned:
+            return "not compared: this model was fine-tuned after the repair"
+        here = open_shards(self.folder).tensors
+        named = {self.blueprint.repaired_name(layer, name) for layer, name in self.linears.items()}
+        if named != set(self.hashes):
+            raise _Failed(
+                f"the repair names the tensors {sorted(self.hashes)}; {sorted(named)} would be refitted"
+            )
+        for name, digest in self.hashes.items():
+            if sha256_tensor(read_tensor(here[name])) != digest:
+                raise _Failed(f"'{name}' is not what the repair gave")
+        return f"{len(self.hashes)} tensors have the hashes of the repair"
 
     def merged(self) -> str:
         """The merging once more, in memory, against what was written: to the bit."""
@@ -264,7 +313,7 @@ class _Gate:
         targets = self.blueprint.merged_names()
         count = 0
         for piece in self.blueprint.pieces():
-            if piece.name not in targets:
+            if piece.name not in targets or piece.name in self.hashes:
                 continue
             assert piece.make is not None
             if not torch.equal(_bits(read_tensor(here[piece.name])), _bits(piece.make())):
@@ -273,13 +322,17 @@ class _Gate:
         return f"{count} tensors merged again in memory: equal to the bit"
 
     @torch.no_grad()
-    def _take_merged(self, view: LayeredModel) -> None:
+    def _take_computed(self, view: LayeredModel) -> None:
+        """Gives the source the merged and the repaired linears of the checkpoint."""
         here = open_shards(self.folder).tensors
-        for target in sorted(self.plan.merged.keys() & set(self.plan.keep)):
-            for name, module in view.linears(target).items():
-                renamed = self.blueprint.rename(self.blueprint.linears[target][name].name)
-                assert renamed is not None and isinstance(module.weight, Tensor)
-                module.weight.copy_(read_tensor(here[renamed]))
+        wanted = [
+            (t, n) for t in sorted(self.plan.merged.keys() & set(self.plan.keep)) for n in view.linears(t)
+        ]
+        for layer, name in dict.fromkeys([*wanted, *self.linears.items()]):
+            renamed = self.blueprint.rename(self.blueprint.linears[layer][name].name)
+            weight = view.linears(layer)[name].weight
+            assert renamed is not None and isinstance(weight, Tensor)
+            weight.copy_(read_tensor(here[renamed]))
 
     def run_pruned(self) -> str:
         """The checkpoint itself, loaded as its user will."""

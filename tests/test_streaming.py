@@ -611,7 +611,7 @@ def quick(saved, tmp_path, llama_trace, unverified, monkeypatch):
     write_all(source, {"tokenizer.json": b"{}", "LICENSE": b"x", "additional_chat_templates/a.jinja": b"y"})
     blueprint = Blueprint(source, MERGING, llama_trace)
     blueprint._merge = functools.cache(blueprint._merge)
-    monkeypatch.setattr(streaming, "Blueprint", lambda *args: blueprint)
+    monkeypatch.setattr(streaming, "Blueprint", lambda *args, **options: blueprint)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # of use in a power cut only, and slow
 
     def run(target):

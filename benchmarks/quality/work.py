@@ -53,6 +53,12 @@ class Work:
     def facts(self) -> Any:
         return TASKS[self.task]
 
+    @cached_property
+    def num_layers(self) -> int:
+        from gradpruner.checkpoint import load_config
+
+        return int(load_config(self.model).num_hidden_layers)
+
     @property
     def journal(self) -> Path:
         return self.results / f"{self.task}.jsonl"
@@ -122,35 +128,64 @@ class Work:
 
     def measure(self, model: Any, *names: str) -> dict[str, Any]:
         """Score, its values row by row, and mean likelihood, on validation or test rows."""
-        import torch
-
-        from gradpruner.evaluation import evaluate
-        from gradpruner.methods.calibration import mean_nll
-
         found = {}
         for name in names or ("validation", "test"):
-            result = evaluate(
-                model,
-                self.tokenizer,
-                self.rows[name],
-                metrics=(self.facts.metric,),
-                batch_size=64,
-                max_length=self.facts.max_length,
-                progress="",
-            )
-            scores = values(result, self.facts.metric)
-            samples = sorted(self.encoded[name], key=lambda sample: len(sample["input_ids"]))
-            batches = [self.collator(samples[i : i + 64]) for i in range(0, len(samples), 64)]
-            with torch.inference_mode():
-                nll = mean_nll(model, batches, name)
+            scores, nll = answered(model, self.encoded[name], self.collator)
+            if self.facts.metric != "exact_match":
+                scores = self.written(model, name)
             found[name] = {"score": sum(scores) / len(scores), "nll": nll, "rows": pack(scores)}
         return found
 
+    def written(self, model: Any, name: str) -> list[float]:
+        """The metric of the greedy answers, row by row."""
+        from gradpruner.evaluation import evaluate
+        from gradpruner.outputs import values_of
 
-def values(result: Any, metric: str) -> list[float]:
-    from gradpruner.outputs import values_of
+        result = evaluate(
+            model,
+            self.tokenizer,
+            self.rows[name],
+            metrics=(self.facts.metric,),
+            batch_size=64,
+            max_length=self.facts.max_length,
+            progress="",
+        )
+        return [float(value) for value in values_of(result.outputs)[self.facts.metric]]
 
-    return [float(value) for value in values_of(result.outputs)[metric]]
+
+def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[list[float], float]:
+    """Whether the greedy answer is the right one, row by row, and nats per answer token; in one pass.
+
+    A greedy answer equals the right one, end token included, exactly if every token of the right one is the
+    likeliest after those before it. So no answer has to be generated.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from gradpruner.encoding import IGNORED
+    from gradpruner.trainer import answer_window
+
+    order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
+    right, total, count = [0.0] * len(order), 0.0, 0
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        batch = collator([samples[i] for i in chosen])
+        window = answer_window(batch["labels"])
+        targets = window["labels"][:, 1:]
+        with torch.inference_mode():
+            logits = model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                logits_to_keep=window["logits_to_keep"],
+                use_cache=False,
+            ).logits[:, :-1]
+            learned = targets != IGNORED
+            total += float(cross_entropy(logits[learned].float(), targets[learned], reduction="sum"))
+            count += int(learned.sum())
+            same = ((logits.argmax(-1) == targets) | ~learned).all(dim=1)
+        for i, hit in zip(chosen, same.tolist(), strict=True):
+            right[i] = float(hit)
+    return right, total / count
 
 
 def pack(scores: list[float]) -> Any:

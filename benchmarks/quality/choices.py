@@ -1,0 +1,62 @@
+"""Which layers go: every choice of the study, made on the model that is pruned and its training rows."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from work import Work
+
+CHOICES = ("gate", "gate_pairwise", "igia", "shortgpt", "last", "random")
+RECORD_STEPS, RECORD_BATCH = 40, 8
+
+
+def trace_of(work: Work, folder: Path) -> Any:
+    """The recording on a model, made once and kept beside it."""
+    from gradpruner.recording import record_gradients
+    from gradpruner.trace import GradientTrace
+
+    kept = work.scratch / f"trace-{folder.name}-{work.task}-{work.seed}"
+    if not (kept / "trace.json").exists():
+        started = time.perf_counter()
+        trace = record_gradients(
+            work.load(folder),
+            work.encoded["train"],
+            steps=RECORD_STEPS,
+            batch_size=RECORD_BATCH,
+            collator=work.collator,
+            folder=kept,
+            seed=work.seed,
+            device="cpu",
+            precision="fp32",
+        )
+        print("recorded", folder.name, trace.num_steps, f"{time.perf_counter() - started:.0f} s", flush=True)
+    return GradientTrace.load(kept)
+
+
+def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[str, Any]]:
+    """The plan without merging that a choice makes for a model, and what it rests on, briefly."""
+    from gradpruner.methods import METHODS, MethodContext
+    from gradpruner.selection import plan_pruning
+
+    name, _, option = choice.partition("_")
+    method = METHODS.find({"igia": "gradpruner"}.get(name, name))
+    num_layers = work.num_layers
+    options = method.read_options(name, {"pairwise": True} if option == "pairwise" else {})
+    context = MethodContext(
+        num_layers=num_layers,
+        seed=work.seed,
+        trace=lambda: trace_of(work, folder),
+        model=lambda: work.load(folder),
+        samples=work.encoded["train"],
+        collator=work.collator,
+        num_keep=num_layers - gone,
+        protected=(0,),
+        options=options,
+    )
+    started = time.perf_counter()
+    assert method.score is not None
+    scores = method.score(context)
+    plan = plan_pruning(scores, num_prune=gone, num_merge=0, protect_first=1)
+    return plan, {"scores": list(scores.values), "seconds": round(time.perf_counter() - started, 1)}
