@@ -201,8 +201,9 @@ class GateHooks:
     A forward hook on a layer asks autograd for the gradient at the layer's output y; where it comes along,
     `sum (dL/dy) (y - x)` over the tokens and hidden dimensions of a row is that row's gate gradient. x and y
     are not copied: autograd holds them anyway. Products and their sums over the hidden dimension are formed
-    in fp32 (fp64 for fp64 models), sums over tokens in fp64. Nothing is measured where no gradient flows, such as in an evaluation. With activations
-    checkpointed, recomputing a layer measures nothing a second time, reentrant or not.
+    in fp32 (fp64 for fp64 models), sums over tokens in fp64. Nothing is measured where no gradient flows,
+    such as in an evaluation. With activations checkpointed, recomputing a layer measures nothing a second
+    time, reentrant or not.
 
     A row of the batch counts as one example; where several samples share a row (packing, padding-free
     batches) they count as one together.
