@@ -350,8 +350,9 @@ def _root(
 
 
 def _add_model_commands() -> None:
-    from gradpruner import cli_compare, cli_cost, cli_evaluate, cli_models
+    from gradpruner import cli_compare, cli_cost, cli_evaluate, cli_models, cli_shrink
 
+    cli_shrink.add_to(app)
     cli_evaluate.add_to(app)
     cli_models.add_to(app)
     cli_cost.add_to(app)

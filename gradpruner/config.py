@@ -57,6 +57,10 @@ class DataSection(Section):
     """Evaluate on this many randomly chosen rows."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Ask a named task through the tokenizer's chat template; auto: where it has one."""
+    validation: str | None = None
+    """Rows on which choices are made (plan.max_loss); null holds them out of the training rows."""
+    validation_limit: int = Field(default=500, ge=1)
+    """Validation rows at most; held out, they are at most a fifth of the training rows."""
     max_length: int = Field(default=2048, ge=2)
     """Tokens per sample; longer prompts are cut from the left."""
     skip_bad: bool = False
@@ -113,6 +117,11 @@ class PlanSection(Section):
     """Fraction of all parameters to remove."""
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Prune exactly these layers."""
+    max_loss: float | None = Field(default=None, gt=0, lt=1)
+    """Prune as many layers as lose at most this share of the dense model's score, certified on validation
+    rows before any recovery: 0.01 allows 1 %. Needs start: tuned or given."""
+    confidence: float = Field(default=0.9, gt=0.5, lt=1)
+    """Probability with which the loss is within max_loss."""
     unit: Literal["parameters", "decoder_parameters"] = "parameters"
     """What methods that prune no whole layers remove as much of as the layers hold: parameters of the whole
     model, or without embeddings and head."""
@@ -143,7 +152,7 @@ class PlanSection(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanSection:
-        names = ("num_prune", "layer_fraction", "parameter_fraction", "layers")
+        names = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
         given = [name for name in names if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are all budgets; give one")
@@ -204,10 +213,17 @@ class FinetuneSection(Section):
 class RecoverSection(Section):
     """Training after pruning a model that is tuned already (start: tuned or given)."""
 
-    steps: int = Field(default=0, ge=0)
-    """Optimizer steps; 0: the pruned model stays as it is."""
+    epochs: float = Field(default=0.0, ge=0)
+    """Passes over the training data; 0: the pruned model stays as it is."""
+    steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps instead; 0: none."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate; null: that of finetune."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the pruned model is trained at all."""
+        return self.epochs > 0 if self.steps is None else self.steps > 0
 
 
 class DistilSection(Section):
@@ -216,12 +232,12 @@ class DistilSection(Section):
     teacher: Literal["none", "tuned"] = "none"
     """none: pruned models learn from the answers alone. tuned: also from the logits of the tuned dense model,
     which needs the row dense, or start: given."""
-    answers: float = Field(default=0.3, ge=0)
+    ce: float = Field(default=0.3, ge=0)
     """Weight of the answers themselves (cross entropy)."""
-    answer_logits: float = Field(default=0.7, ge=0)
-    """Weight of the teacher's logits on answer tokens."""
-    prompt_logits: float = Field(default=0.1, ge=0)
-    """Weight of the teacher's logits on prompt tokens; 0 saves computing them."""
+    answers: float = Field(default=0.7, ge=0)
+    """Weight of the divergence from the teacher on answer tokens."""
+    prompts: float = Field(default=0.1, ge=0)
+    """Weight of the divergence from the teacher on prompt tokens; 0 saves computing logits there."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of both models."""
 
@@ -278,8 +294,8 @@ class Recipe(Section):
     """Seeds data sampling, LoRA, data order, dropout and bootstrap."""
     start: Literal["base", "tuned", "given"] = "base"
     """What is pruned. base: the model, which is then fine-tuned. tuned: the dense model after fine-tuning.
-    given: the model is tuned on the task already. After tuned and given the pruned model is trained further as
-    `recover` says."""
+    given: the model is tuned on the task already. After tuned and given the pruned model is trained as
+    `recover` says, by default not at all."""
     model: ModelSection
     data: DataSection
     record: RecordSection = RecordSection()
@@ -304,6 +320,14 @@ class Recipe(Section):
     def _known_variants(self) -> Recipe:
         if len(set(self.variants)) != len(self.variants):
             raise ValueError("variants lists a row more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _tuned_before_certified(self) -> Recipe:
+        if self.plan.max_loss is not None and self.start == "base":
+            raise ValueError(
+                "plan.max_loss needs start: tuned or given; a model not tuned yet has no score to keep"
+            )
         return self
 
     @model_validator(mode="after")
@@ -476,6 +500,7 @@ _PATHS = (
     ("model", "path"),
     ("data", "train"),
     ("data", "eval"),
+    ("data", "validation"),
     ("data", "folder"),
     ("plan", "file"),
     ("evaluate", "encoder"),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
 from gradpruner.config import Recipe
 from gradpruner.data import ExampleSet, as_conversation, load_examples
-from gradpruner.errors import ConfigError
+from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation import TASK_METRICS
 from gradpruner.tasks import TASKS, load_task
 
@@ -70,6 +71,38 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any) -> ExampleSet:
     return load_examples(
         source, split=split, format=data.format, limit=limit, seed=seed, skip_bad=data.skip_bad
     )
+
+
+def with_validation(recipe: Recipe, train: ExampleSet) -> tuple[ExampleSet, ExampleSet]:
+    """Training rows and the rows on which choices are made, which are no training rows.
+
+    Raises:
+        DataError: If there are too few rows to hold any out.
+    """
+    data = recipe.data
+    if data.validation is not None:
+        found = load_examples(
+            data.validation,
+            split="validation",
+            format=data.format,
+            limit=data.validation_limit,
+            seed=recipe.seed,
+            skip_bad=data.skip_bad,
+        )
+        return train, found
+    count = min(data.validation_limit, len(train) // 5)
+    if count == 0:
+        raise DataError(
+            f"{len(train)} training rows are too few to hold validation rows out of them.",
+            hint="Give data.validation: a file of rows that the model was not tuned on.",
+        )
+    held_out = set(random.Random(recipe.seed).sample(range(len(train)), count))
+
+    def part(wanted: bool, note: str) -> ExampleSet:
+        rows = tuple(row for i, row in enumerate(train.examples) if (i in held_out) == wanted)
+        return replace(train, examples=rows, notes=(*train.notes, note))
+
+    return part(False, f"{count} rows held out for validation"), part(True, f"{count} of {len(train)} rows")
 
 
 def load_also(recipe: Recipe, tokenizer: Any) -> dict[str, ExampleSet]:

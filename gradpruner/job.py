@@ -26,7 +26,7 @@ from gradpruner.data import ExampleSet, overlap
 from gradpruner.depth import check_keep, family_slots, required_layers, text_config
 from gradpruner.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.errors import PlanError
-from gradpruner.evaluation_data import check_evaluation, load_also, load_split, metrics_of
+from gradpruner.evaluation_data import check_evaluation, load_also, load_split, metrics_of, with_validation
 from gradpruner.family import Family
 from gradpruner.files import read_json
 from gradpruner.folder import locate_model
@@ -47,6 +47,8 @@ from gradpruner.width_plan import WidthPlan
 
 Plan = PruningPlan | WidthPlan
 STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
+# Keys of the recipe's plan section that say nothing about which layers go.
+REPAIR_KEYS = frozenset({"repair", "repair_rows", "max_loss", "confidence"})
 # The rows every run can have; any other row is named after the scoring method it compares with.
 LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
 
@@ -79,6 +81,9 @@ class Job:
         self._check_budget()
         self.tokenizer = load_tokenizer(self.folder, recipe.model.trust_remote_code)
         self.train, self.eval = (load_split(recipe, split, self.tokenizer) for split in ("train", "eval"))
+        self.validation: ExampleSet | None = None
+        if recipe.plan.max_loss is not None:
+            self.train, self.validation = with_validation(recipe, self.train)
         self.also = load_also(recipe, self.tokenizer)
         longest = min(recipe.data.max_length, self._max_positions())
         self.max_length = longest
@@ -186,6 +191,15 @@ class Job:
             if examples.num_dropped:
                 self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
         self.warnings += [f"training data: {note}" for note in self.samples.notes()]
+        if (
+            self.validation is not None
+            and self.recipe.start == "given"
+            and self.recipe.data.validation is None
+        ):
+            self.warnings.append(
+                "Validation rows are held out of the training rows, on which the model may have been tuned: "
+                "give data.validation, rows it has not seen."
+            )
 
     def _warn_of_cut_prompts(self) -> None:
         for name, found in {"evaluation": self.eval, **self.also}.items():
@@ -257,7 +271,7 @@ class Job:
         return self.recipe.start == "tuned" or (self.recipe.distils and self.recipe.start == "base")
 
     def prune_from(self, folder: Path) -> None:
-        """Says that what is recorded on and pruned from now on is the dense model tuned before (start: tuned)."""
+        """Makes the dense model tuned before (start: tuned) what is recorded on and pruned from now on."""
         self.origin = folder
         self.__dict__.pop("origin_sha256", None)
 
@@ -317,9 +331,21 @@ def load_plan(path: Path) -> Plan:
 
 
 def plan_for(
-    job: Job, scores: LayerScores, merging: bool, chosen_by_method: dict[str, Any] | None = None
+    job: Job,
+    scores: LayerScores,
+    merging: bool,
+    chosen_by_method: dict[str, Any] | None = None,
+    num_prune: int | None = None,
 ) -> PruningPlan:
-    """The recipe's budget applied to scores; what the method itself chooses comes before the recipe."""
+    """The recipe's budget applied to scores; what the method itself chooses comes before the recipe.
+
+    Args:
+        job: The recipe and its inputs.
+        scores: Of the layers.
+        merging: Whether layers are merged as the recipe says; else all are dropped.
+        chosen_by_method: Keys of the plan section a method sets itself.
+        num_prune: Another number of layers than the recipe's budget.
+    """
     options = job.recipe.plan
     fractions: dict[str, Any] = {}
     if options.parameter_fraction is not None:
@@ -327,10 +353,13 @@ def plan_for(
             "layer_parameters": layer_parameters(job.config),
             "total_parameters": count_parameters_of(job.config),
         }
-    chosen = options.model_dump(exclude={"file", "portable_to", "unit"}) | (
+    chosen = options.model_dump(exclude={"file", "portable_to", "unit", *REPAIR_KEYS}) | (
         {} if merging else {"num_merge": 0}
     )
     chosen |= chosen_by_method or {}
+    if num_prune is not None:
+        chosen |= {"num_prune": num_prune, "layer_fraction": None, "parameter_fraction": None, "layers": None}
+        fractions = {}
     chosen["protect"] = sorted({*options.protect, *required_layers(job.text, job.family)})
     if merging:
         chosen["kinds"] = job.layer_kinds

@@ -15,10 +15,12 @@ from typing import Any
 
 from gradpruner.callbacks import ProgressCallback
 from gradpruner.config import Recipe, recipe_yaml
+from gradpruner.depth_search import refuse_uncertified, search_depth
 from gradpruner.errors import ConfigError, GradPrunerError, ModelError
 from gradpruner.files import check_free_space, write_json, write_text
 from gradpruner.job import (
     LABELS,
+    REPAIR_KEYS,
     STAGES,
     Job,
     Plan,
@@ -29,6 +31,7 @@ from gradpruner.job import (
     plan_for,
 )
 from gradpruner.methods import METHODS, MethodContext
+from gradpruner.plan import PruningPlan
 from gradpruner.provenance import sha256_file
 from gradpruner.recording import record_gradients
 from gradpruner.run_record import run_record
@@ -76,6 +79,7 @@ class _Run:
         self.record_failure: Exception | None = None
         self.scores: dict[str, LayerScores] = {}
         self.plans: dict[str, Plan] = {}
+        self.searches: dict[str, dict[str, Any]] = {}
         self.variants: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, GradPrunerError] = {}
 
@@ -98,7 +102,7 @@ class _Run:
                     self.carry_out(variant, depth)
         if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
             self.directory.remove([tuned_folder("dense")])  # kept until now for the other rows
-        record = run_record(self.job, self.directory, self.scores, self.plans, self.variants)
+        record = run_record(self.job, self.directory, self.scores, self.plans, self.variants, self.searches)
         write_json(self.path("run.json"), record)
         if depth >= STAGES.index("evaluate"):
             self.report(record)
@@ -256,12 +260,16 @@ class _Run:
         if method.score:
             inputs: dict[str, Any] = {
                 "scores": sha256_file(self.path("scores", f"{name}.json")),
-                "plan": self.recipe.plan.model_dump() | method.plan_options,
+                "plan": self.recipe.plan.model_dump(exclude=set(REPAIR_KEYS)) | method.plan_options,
                 "given": given.to_dict() if given else None,
                 "variant": variant,
             }
         else:
             inputs = self.decision_inputs(name)
+
+        if method.score and given is None and self.recipe.plan.max_loss is not None:
+            self.searches[variant] = self.search(variant, inputs)
+            inputs["num_prune"] = refuse_uncertified(self.searches[variant])
 
         def work() -> dict[str, Any]:
             plan: Plan
@@ -270,8 +278,7 @@ class _Run:
             elif method.plan:
                 plan = method.plan(self.context(name))
             else:
-                merging = variant == "merged" or (method.merges and variant not in LABELS)
-                plan = plan_for(self.job, self.scores[name], merging, method.plan_options)
+                plan = self.planned(variant, self.searches.get(variant, {}).get("best"))
             plan.save(self.path(target))
             return self.job.savings_of(plan)
 
@@ -281,6 +288,32 @@ class _Run:
             if verdict.status in ("wrong", "refused") and not verdict.also_unpruned:
                 self.job.warnings.append(f"plan {variant}, served by {verdict.engine}: {verdict.reason}")
                 log.warning("%s", self.job.warnings[-1])
+
+    def planned(self, variant: str, num_prune: int | None = None) -> PruningPlan:
+        """The plan of a row whose layers have scores."""
+        name = method_of(variant)
+        method = METHODS.find(name)
+        merging = variant == "merged" or (method.merges and variant not in LABELS)
+        return plan_for(self.job, self.scores[name], merging, method.plan_options, num_prune)
+
+    def search(self, variant: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Tuned model, scores and validation rows -> how many layers may go"""
+        options = self.recipe.plan
+        validation = self.job.validation
+        assert validation is not None
+        inputs = inputs | {
+            "model": self.job.origin_sha256,
+            "train": data_identity(self.job.train),
+            "validation": data_identity(validation),
+            "limit": [options.max_loss, options.confidence, options.repair, options.repair_rows],
+            "metrics": list(self.job.metrics),
+            "seed": self.recipe.seed,
+        }
+
+        def work() -> dict[str, Any]:
+            return search_depth(self.job, lambda count: self.planned(variant, count), self.open_trace)
+
+        return self.directory.stage(f"search {variant}", inputs, work)
 
     def carry_out(self, name: str, depth: int) -> None:
         """Plan -> pruned model -> fine-tuned model -> figures, for one row of the comparison."""

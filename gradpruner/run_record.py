@@ -27,6 +27,7 @@ def run_record(
     scores: Mapping[str, LayerScores],
     plans: Mapping[str, Plan],
     variants: Mapping[str, dict[str, Any]],
+    searches: Mapping[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Everything measured, as the report reads it.
 
@@ -36,6 +37,7 @@ def run_record(
         scores: By method.
         plans: By variant.
         variants: One row of the comparison each, see `variant.Variant`.
+        searches: How many layers may go, by variant, see `depth_search.search_depth`.
 
     Returns:
         JSON values.
@@ -64,6 +66,7 @@ def run_record(
             | {
                 "savings": job.savings_of(plan),
                 "portability": [vars(v) for v in job.portability_of(plan)],
+                "search": (searches or {}).get(name),
             }
             for name, plan in plans.items()
         },

@@ -21,6 +21,7 @@ from gradpruner.refitting import fit_repair
 from gradpruner.repair import Repair
 from gradpruner.rundir import RunDirectory
 from gradpruner.streaming import prune_checkpoint
+from gradpruner.teacher import DistillationOptions
 from gradpruner.trace import GradientTrace
 from gradpruner.training import finetune
 from gradpruner.width import WidthView
@@ -235,7 +236,7 @@ class Variant:
         """Whether this row is trained: tuned, or after pruning a tuned model trained a little further."""
         if self.is_dense:
             return self.recipe.start != "given"
-        return self.recipe.start == "base" or self.recipe.recover.steps > 0
+        return self.recipe.start == "base" or self.recipe.recover.trains
 
     @property
     def repairs(self) -> bool:
@@ -337,9 +338,9 @@ class Variant:
 
     def tune(self) -> dict[str, Any]:
         """Pruned (or dense) model -> fine-tuned model"""
-        options = self.recipe.finetune
+        options = self._training_options()
         # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
-        updated = "float32" if options.mode == "full" and self.recipe.model.dtype == "auto" else None
+        updated = "float32" if options["mode"] == "full" and self.recipe.model.dtype == "auto" else None
         callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
         model, result = finetune(
             self.job.load(self.source, dtype=updated),
@@ -350,12 +351,30 @@ class Variant:
             description=f"finetune {self.name}",
             device="cpu" if self.job.device == "cpu" else "auto",
             callbacks=callbacks,
-            **options.model_dump(),
+            **self._teacher(),
+            **options,
         )
         self._save(model, self.tuned, {"finetune": result.to_dict() | {"losses": None}})
         self.directory.remove([self.checkpoints])
         self.job.release(model)
         return result.to_dict() | {"output": self.tuned}
+
+    def _training_options(self) -> dict[str, Any]:
+        """The recipe's fine-tuning; of a pruned model that was tuned before, the shorter one of `recover`."""
+        options = self.recipe.finetune.model_dump()
+        recover = self.recipe.recover
+        if not self.is_dense and self.recipe.start != "base":
+            options["learning_rate"] = recover.learning_rate or options["learning_rate"]
+            options |= {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
+        return options
+
+    def _teacher(self) -> dict[str, Any]:
+        """The tuned dense model and how it is learned from, as options of `finetune`; none for itself."""
+        if self.is_dense or not self.recipe.distils:
+            return {}
+        folder = self.job.folder if self.recipe.start == "given" else self.path(tuned_folder("dense"))
+        weights = self.recipe.distil.model_dump(exclude={"teacher"})
+        return {"teacher": self.job.load(folder), "distillation": DistillationOptions(**weights)}
 
     def _save(self, model: Any, folder: str, facts: dict[str, Any] | None = None) -> None:
         save_model(

@@ -13,7 +13,7 @@ PACKAGE = Path(gradpruner.__file__).parent
 # Dependency order is reading order: a module may import only what stands before it.
 READING_ORDER = """
     _version errors registry files metrics certification
-    importance merging gates trace trace_writer scores plan selection repair width_plan
+    importance merging gates ridge trace trace_writer scores plan selection repair width_plan
     progress provenance cost
     shards packing family depth layered portability portability_widths surgery walking refitting width narrowing
     formats data encoding tasks
@@ -21,8 +21,8 @@ READING_ORDER = """
     likelihood questions generation outputs folder similarity evaluation endpoint harness
     checkpoint blueprint verify streaming delta_record delta width_checkpoint
     costing methods
-    config evaluation_data rundir job variant run_record report pipeline preview study doctor demo
-    cli_options cli cli_evaluate cli_models cli_cost cli_compare
+    config evaluation_data rundir job depth_search variant run_record report pipeline preview study doctor demo
+    cli_options cli cli_shrink cli_evaluate cli_models cli_cost cli_compare
 """
 ORDER = READING_ORDER.split()
 # Named here with the reason; each is an import inside a function.
