@@ -187,16 +187,32 @@ class Blueprint:
         return f"{identity_of(self.view.config)}-{digest.hexdigest()[:12]}"
 
     def _transposed(self, layer: int, name: str) -> bool:
-        return isinstance(self.view.linears(layer)[name], Conv1D)
+        return isinstance(self.view.linears(layer).get(name), Conv1D)
 
     def _check_repair(self, repair: Repair) -> None:
         if self.quantised:
             raise PlanError(
-                f"{self.source} is quantised; its linears cannot be repaired.",
+                f"{self.source} is quantised; its weights cannot be repaired.",
                 hint="Prune it without repair, or the unquantised model.",
             )
         repair.check(self.plan, self.fingerprint)
-        repair.check_shapes(self._linear_shapes())
+        shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+        for layer, name in repair.linears.items():
+            ref = self._repairable(layer, name)
+            if ref is not None:
+                turned = tuple(reversed(ref.shape)) if self._transposed(layer, name) else ref.shape
+                shapes[layer] = {name: turned}
+        repair.check_shapes(shapes)
+
+    def _repairable(self, layer: int, name: str) -> TensorRef | None:
+        """The weight on disk of a linear or norm of a kept layer; None if there is none of that name."""
+        weight = self.view.weight(layer, name)
+        if weight is None or layer not in self.plan.keep:
+            return None
+        if weight.ndim != 1:
+            return self.linears[layer].get(name)
+        ref = self.shards.tensors.get(f"{self.prefix}.{layer}.{name}.weight")
+        return ref if ref is not None and ref.shape == tuple(weight.shape) else None
 
     def _linear_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
         """Layer -> linear on disk -> (out_features, in_features)."""
@@ -235,8 +251,8 @@ class Blueprint:
             for target in self.plan.merged
             for name, ref in self.linears[target].items()
         }
-        for layer, linear in (self.repair.linears if self.repair else {}).items():
-            computed[self.linears[layer][linear].name] = partial(self._repaired, layer, linear)
+        for layer, path in (self.repair.linears if self.repair else {}).items():
+            computed[self.repaired_ref(layer, path).name] = partial(self._repaired, layer, path)
         wide = self._wide_on_disk()
         pieces = []
         for ref in self.shards.tensors.values():
@@ -256,9 +272,20 @@ class Blueprint:
         refs = (ref for target in self.plan.merged for ref in self.linears[target].values())
         return {name for ref in refs if (name := self.rename(ref.name)) is not None}
 
-    def repaired_name(self, layer: int, linear: str) -> str:
-        """Name in the pruned checkpoint of a linear that a repair refits."""
-        renamed = self.rename(self.linears[layer][linear].name)
+    def repaired_ref(self, layer: int, name: str) -> TensorRef:
+        """The weight in the source that a repair refits: of a linear or norm of a kept layer.
+
+        Raises:
+            IntegrityError: If there is none of that name.
+        """
+        ref = self._repairable(layer, name)
+        if ref is None:
+            raise IntegrityError(f"{self.source} has no '{name}' in layer {layer} that could be repaired.")
+        return ref
+
+    def repaired_name(self, layer: int, name: str) -> str:
+        """The name of that weight in the pruned checkpoint."""
+        renamed = self.rename(self.repaired_ref(layer, name).name)
         assert renamed is not None  # a kept layer's
         return renamed
 
@@ -294,9 +321,9 @@ class Blueprint:
         return merged.T if transposed else merged
 
     def _repaired(self, layer: int, name: str) -> Tensor:
-        """A refitted linear in the dtype and layout of the source, exactly as `surgery.prune_` puts it in."""
+        """A refitted weight in the dtype and layout of the source, exactly as `surgery.prune_` puts it in."""
         assert self.repair is not None
-        weight = self.repair.weights[layer].to(TORCH_DTYPES[self.linears[layer][name].dtype])
+        weight = self.repair.weights[layer].to(TORCH_DTYPES[self.repaired_ref(layer, name).dtype])
         return weight.T if self._transposed(layer, name) else weight
 
     def repair_facts(self) -> dict[str, Any] | None:

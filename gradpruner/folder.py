@@ -279,8 +279,8 @@ def _depth_lines(plan: PruningPlan, repair: dict[str, Any] | None) -> list[str]:
         refitted = [cut["layer"] for cut in repair["cuts"] if cut["ridge"] is not None]
         how = repair["kind"].replace("_", " ")
         lines.append(
-            f"Repaired ({how}, {repair['rows']} rows of the task): the last linear of layers "
-            f"{runs_of(refitted)} was refitted to make up for the layers that are gone behind it."
+            f"Repaired ({how}, {repair['rows']} rows of the task): the last weights of layers "
+            f"{runs_of(refitted)} were refitted to make up for the layers that are gone behind them."
         )
     return [
         *lines,

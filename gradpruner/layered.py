@@ -146,6 +146,27 @@ class LayeredModel:
             found[name] = module.weight.T if isinstance(module, Conv1D) else module.weight
         return found
 
+    def weight(self, layer: int, name: str) -> Tensor | None:
+        """The weight of one linear or norm of a layer; None when there is no such module.
+
+        Args:
+            layer: Which layer.
+            name: Path of the module inside the layer.
+
+        Returns:
+            Shape (out_features, in_features) of a linear, (features,) of a norm.
+        """
+        if not 0 <= layer < self.num_layers:
+            return None
+        linears = self.weights(layer)
+        if name in linears:
+            return linears[name]
+        try:
+            weight = getattr(self.layers[layer].get_submodule(name), "weight", None)
+        except AttributeError:
+            return None
+        return weight if isinstance(weight, Tensor) and weight.ndim == 1 else None
+
     def lora_target_pattern(self, only: Sequence[str] = ()) -> str:
         """Regular expression that matches every linear of every decoder layer and nothing else.
 

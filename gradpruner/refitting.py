@@ -4,8 +4,6 @@ Dense and pruned model walk side by side through the layers (`walking.Walk`): at
 through the layers that go, and the kept layer before them is refitted so that the pruned one hands on what
 the dense one does. Each cut is fitted on what the pruned model itself computes up to there, repairs before
 it included. No label is looked at.
-
-Shape suffixes: T tokens, D hidden size, P regressors (in_features of the refitted linear, or D).
 """
 
 from __future__ import annotations
@@ -13,94 +11,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradpruner.errors import NonFiniteError, PlanError
+from gradpruner.errors import ConfigError, DataError, NonFiniteError, PlanError
 from gradpruner.layered import LayeredModel, fingerprint
 from gradpruner.plan import PruningPlan, runs_of
 from gradpruner.repair import Repair, RepairedCut, check_kind, cuts_of, unrepaired
+from gradpruner.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update, ridge_update
 from gradpruner.surgery import check_alike, check_trace, merge_planned, shapes_of
 from gradpruner.trace import QUANTISED, GradientTrace
-from gradpruner.walking import BATCH_SIZE, Walk, drawn, output_linear, sample_batches
+from gradpruner.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches, weight_set
 
-RIDGES = (0.01, 0.1, 1.0, 10.0)
+__all__ = ["HELD_OUT", "MAX_REGRESSORS", "RIDGES", "Sums", "choose_update", "fit_repair", "ridge_update"]
+
 HELD_OUT = 5
 """One sample in so many is not fitted on: the ridge is chosen by it."""
 MAX_REGRESSORS = 16_384
-"""Largest least-squares system: four matrices of 2 GB in float64. Above it the linear form is fitted."""
+"""Largest least-squares system: four matrices of 2.1 GB in float64. Above it the linear form is fitted."""
 TOKENS_PER_REGRESSOR = 10
-
-
-@dataclass
-class Sums:
-    """Weighted sums over tokens of everything a ridge regression needs, in float64.
-
-    Attributes:
-        gram_PP: sum of w x x^T.
-        cross_DP: sum of w r x^T, r what is missing in the residual stream.
-        energy: sum of w |r|^2.
-        tokens: How many.
-    """
-
-    gram_PP: Tensor
-    cross_DP: Tensor
-    energy: float = 0.0
-    tokens: int = 0
-
-    @classmethod
-    def empty(cls, regressors: int, outputs: int, device: torch.device) -> Sums:
-        """No tokens yet."""
-        zeros = {"dtype": torch.float64, "device": device}
-        return cls(torch.zeros(regressors, regressors, **zeros), torch.zeros(outputs, regressors, **zeros))  # type: ignore[call-overload]
-
-    def add(self, x_TP: Tensor, missing_TD: Tensor, weight_T: Tensor) -> None:
-        """Takes in tokens: regressors, what is missing, and how much each counts."""
-        root_T1 = weight_T.sqrt()[:, None]
-        x_TP, missing_TD = x_TP * root_T1, missing_TD * root_T1
-        self.gram_PP.addmm_(x_TP.T, x_TP)
-        self.cross_DP.addmm_(missing_TD.T, x_TP)
-        self.energy += float(missing_TD.square().sum())
-        self.tokens += len(x_TP)
-
-    def error(self, update_DP: Tensor | None) -> float:
-        """Mean weighted |r - U x|^2 over the tokens; |r|^2 without an update."""
-        if update_DP is None:
-            return self.energy / max(1, self.tokens)
-        explained = 2 * float((update_DP * self.cross_DP).sum())
-        own = float(((update_DP @ self.gram_PP) * update_DP).sum())
-        return max(0.0, self.energy - explained + own) / max(1, self.tokens)
-
-
-def ridge_update(sums: Sums, ridge: float) -> Tensor:
-    """`U = argmin sum w |r - U x|^2 + rho |U|^2`, shape (D, P), float64: U = C (G + rho I)^-1.
-
-    Args:
-        sums: Of the tokens that are fitted.
-        ridge: rho in units of the mean diagonal of G, > 0. As it grows U goes to 0: the old weights.
-    """
-    system = sums.gram_PP.clone()
-    diagonal = system.diagonal()
-    diagonal += ridge * diagonal.mean().clamp_min(torch.finfo(torch.float64).tiny)
-    factor = torch.linalg.cholesky(system)
-    return torch.cholesky_solve(sums.cross_DP.T, factor).T
-
-
-def choose_update(
-    fitted: Sums, held_out: Sums, ridges: Sequence[float] = RIDGES
-) -> tuple[float | None, float]:
-    """The ridge that is best on tokens that were not fitted on, and the error there.
-
-    Returns:
-        (None, the error without an update) when no ridge lowers it.
-    """
-    found = [(held_out.error(ridge_update(fitted, ridge)), ridge) for ridge in ridges]
-    error, ridge = min(found)
-    before = held_out.error(None)
-    return (ridge, error) if error < before else (None, before)
 
 
 @torch.no_grad()
@@ -115,56 +46,70 @@ def fit_repair(
     trace: GradientTrace | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
+    ridges: Sequence[float] = RIDGES,
 ) -> Repair:
     """Fits what the kept layers before the cuts must add so that the layers that go are missed least.
 
     For a run of layers that goes behind a kept layer, with A the input of that layer's last linear W in the
-    pruned model, y what the layer hands on, h what the dense model hands on after the run, and w = 1 / |h|^2
-    (so that tokens with massive activations do not decide):
+    pruned model, y what the layer hands on, h what the dense model hands on after the run, f the factor the
+    layer multiplies what it adds with (1 but for Granite), and w = 1 / |h|^2 (so that tokens with massive
+    activations do not decide):
 
-        least_squares   W' = W + argmin_U sum w |h - y - U A|^2 + rho |U|^2
+        least_squares   W' = W + argmin_U sum w |h - y - f U A|^2 + rho |U|^2
         linear          W' = (I + U) W,  U of the regression on W A instead of A (ReplaceMe's map)
 
-    The ridge rho is chosen on samples that are not fitted on, then all are fitted. Where no ridge helps
-    there, the linear stays as it is, so that the error on held-out tokens never rises.
+    Where a norm follows the last linear (Gemma 2 and 3, OLMo 2) either kind fits one factor per channel of
+    the norm's output n instead, and puts it into the norm's weight: n_c becomes (1 + u_c) n_c.
 
-    Cost: about two forward passes over the samples, whatever the number of cuts, and one solve per cut.
-    Memory beyond the model: the hidden states of all tokens twice, and four P x P matrices of float64, with
-    P = in_features (least_squares, at most `MAX_REGRESSORS`, else linear is fitted) or the hidden size.
+    The ridge rho is chosen on samples that are not fitted on, then all are fitted. Where no ridge helps
+    there, the linear stays as it is, so that the error on held-out tokens never rises. Left out are padding
+    and the first token of each sample; biases stay as they are.
+
+    Cost: the dense and the pruned model's layers up to the last cut once each, two more runs of every layer
+    that is refitted, and per cut tokens x P^2 multiplications and six solves of a P x P system; P is the
+    in_features of the linear (least_squares, at most `MAX_REGRESSORS`, else linear is fitted) or the hidden
+    size. Memory beyond the model: the hidden states of all tokens twice, one layer's linears, and in float64
+    four P x P and six hidden x P matrices: 9.4 GB for Llama-3.1-8B (P 14336), 0.8 GB in the linear form.
 
     Args:
         model: The dense causal LM, without adapters; not changed.
         plan: Which layers go; merged ones are merged first, which needs the trace where the rule does.
-        samples: Encoded samples (`input_ids`, `labels`); labels are not looked at.
-        collator: Makes padded batches of them.
+        samples: Encoded samples (`input_ids`, `labels`), at least two; labels are not looked at.
+        collator: Makes batches of them, padded on the right.
         kind: "linear" or "least_squares".
         rows: Samples used at most, >= 2.
         trace: The recorded gradients, for a plan that merges by them.
         seed: Of drawing the samples.
         progress: Called with 1 after every layer.
+        ridges: What is tried, in units of the mean diagonal of the regressors' second moments, > 0.
 
     Raises:
-        ConfigError: If the kind is unknown.
-        PlanError: If the plan is for another model, or the model is quantised.
-        ModelError: If the layers cannot be refitted: a norm follows the last linear, or it is one of experts.
-        DataError: If there are no samples.
-        NonFiniteError: If hidden states are NaN or infinite.
+        ConfigError: If the kind is unknown or "none", or rows or ridges are outside their range.
+        PlanError: If the plan is for another model, or the model is quantised or carries adapters.
+        ModelError: If the layers cannot be refitted: they are mixtures of experts, depend on more than the
+            hidden state, or end in neither a linear nor a norm.
+        DataError: If there are fewer than two samples.
+        NonFiniteError: If hidden states or refitted weights are NaN or infinite.
 
     Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form carried over to the linear
-    itself.
+    itself and to a norm's weight.
     """
-    check_kind(kind)
+    _check_request(kind, rows, ridges)
     started = time.perf_counter()
     view = LayeredModel(model)
     _check(view, plan, trace)
     device = next(model.parameters()).device
-    chosen = drawn(samples, max(2, rows), seed)
+    chosen = drawn(samples, rows, seed)
+    if len(chosen) < 2:
+        raise DataError(
+            "There is one sample; a repair needs one to fit on and one to choose by.", hint="Give more rows."
+        )
     batches = list(sample_batches(chosen, collator, device, BATCH_SIZE))
     was_training = model.training
     model.eval()
     try:
         walk = Walk(view, batches)
-        fitting = _Fitting(view, plan, walk, kind, trace)
+        fitting = _Fitting(view, plan, walk, kind, trace, ridges)
         fitting.go(progress)
     finally:
         model.train(was_training)
@@ -182,7 +127,23 @@ def fit_repair(
     )
 
 
+def _check_request(kind: str, rows: int, ridges: Sequence[float]) -> None:
+    check_kind(kind)
+    if kind == "none":
+        raise ConfigError(
+            "There is nothing to fit for repair 'none'.", hint="Allowed: linear, least_squares."
+        )
+    if rows < 2:
+        raise ConfigError(f"{rows} rows cannot be fitted and chosen by.", hint="Use 2 rows or more.")
+    check_ridges(ridges)
+
+
 def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -> None:
+    if any(hasattr(module, "base_layer") for module in view.model.modules()):
+        raise PlanError(
+            "The model carries adapters; a repair is fitted to the weights without them.",
+            hint="Call merge_and_unload() or unload() first.",
+        )
     identity = fingerprint(view.model)
     if identity.endswith(QUANTISED):
         raise PlanError(
@@ -203,9 +164,16 @@ class _Fitting:
     """One walk from input to output: dense states and pruned states, and what was fitted on the way."""
 
     def __init__(
-        self, view: LayeredModel, plan: PruningPlan, walk: Walk, kind: str, trace: GradientTrace | None
+        self,
+        view: LayeredModel,
+        plan: PruningPlan,
+        walk: Walk,
+        kind: str,
+        trace: GradientTrace | None,
+        ridges: Sequence[float],
     ) -> None:
         self.view, self.plan, self.walk, self.kind, self.trace = view, plan, walk, kind, trace
+        self.ridges = ridges
         self.cuts: list[RepairedCut] = []
         self.weights: dict[int, Tensor] = {}
         self.notes: list[str] = []
@@ -217,70 +185,99 @@ class _Fitting:
     def go(self, progress: Callable[[int], None] | None) -> None:
         """Takes both states through all layers up to the last cut."""
         runs = dict(cuts_of(self.plan))
-        dense, pruned = self.walk.start, self.walk.start
+        dense, self.walk.start = self.walk.start, []  # what is replaced is then free
+        pruned = dense  # one list as long as the states are the same
         last = max((run[-1] for run in runs.values()), default=-1)
         layer = 0
         while layer <= last:
             run = runs.get(layer, ())
-            behind = self.walk.layer(layer, dense)
-            for gone in run:
-                behind = self.walk.layer(gone, behind)
-            if layer in self.plan.keep:
-                alike = pruned is dense and not run and layer not in self.plan.merged
-                pruned = behind if alike else self._kept(layer, run, pruned, behind)
-            dense = behind
+            if run or layer in self.plan.pruned or layer in self.plan.merged:
+                pruned = list(pruned)
+            before = pruned
+            self._advance((layer, *run), dense)
+            if layer in self.plan.keep and before is not dense:
+                self._keep(layer, run, pruned, dense)
             layer += 1 + len(run)
             if progress is not None:
                 progress(1 + len(run))
 
-    def _kept(
-        self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]
-    ) -> list[Tensor]:
-        """The pruned model's states after a kept layer, which is refitted first if a run goes behind it."""
-        with self._merged(layer):
-            if not run:
-                return self.walk.layer(layer, pruned)
-            name, factor = output_linear(self.view, self.walk, layer, pruned[0])
-            weight = self.view.weights(layer)[name]
-            fitted, held_out = self._sums(layer, name, factor, pruned, dense)
-            before = held_out.error(None)
-            ridge, after = choose_update(fitted, held_out)
-            self.cuts.append(RepairedCut(layer, name, run, ridge, before, after))
-            if ridge is None:
-                return self.walk.layer(layer, pruned)
-            update = ridge_update(_both(fitted, held_out), ridge).to(weight.device)
-            old = weight.detach().double()
-            new = old + (update @ old if self._is_linear(old) else update)
-            if not bool(torch.isfinite(new).all()):
-                raise NonFiniteError(
-                    f"Refitting '{name}' of layer {layer} gives NaN or Inf.",
-                    hint="The model's number format is too narrow: try float32.",
-                )
-            self.weights[layer] = new.float().cpu()
-            with _weight_of(weight, new):
-                return self.walk.layer(layer, pruned)
+    def _advance(self, layers: Sequence[int], states: list[Tensor]) -> None:
+        """Takes states through layers, in place, so that one batch at most is there twice."""
+        for batch, state in enumerate(states):
+            for layer in layers:
+                state = self.walk.layer_on(layer, batch, state)
+            states[batch] = state
 
-    def _is_linear(self, weight: Tensor) -> bool:
-        """Whether the map of the linear form is fitted, also because the other system would be too large."""
-        too_large = weight.shape[1] > MAX_REGRESSORS
-        if too_large and self.kind == "least_squares":
-            self.notes.append(
-                f"the linear form was fitted, because {weight.shape[1]} regressors are more than "
-                f"{MAX_REGRESSORS}"
+    def _keep(self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]) -> None:
+        """Takes the pruned states through a kept layer, which is refitted first if a run goes behind it."""
+        with self._merged(layer):
+            new = self._refitted(layer, run, pruned, dense) if run else None
+            if new is None:
+                self._advance((layer,), pruned)
+                return
+            weight = self.view.weight(layer, self.cuts[-1].linear)
+            assert weight is not None
+            self.weights[layer] = new
+            with weight_set(weight, new):
+                self._advance((layer,), pruned)
+
+    def _refitted(
+        self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]
+    ) -> Tensor | None:
+        """The refitted weight of a layer before a cut, float32 on the CPU; None if none is better."""
+        output = output_of(self.view, self.walk, layer, pruned[0])
+        form = self._form(output)
+        fitted, held_out = self._sums(layer, output, form, pruned, dense)
+        before = held_out.error(None)
+        ridge, after = choose_update(fitted, held_out, self.ridges)
+        self.cuts.append(RepairedCut(layer, output.name, run, ridge, before, after))
+        if ridge is None:
+            return None
+        fitted.take(held_out)
+        update = ridge_update(fitted, ridge)
+        old = output.weight.detach().to(update)
+        if form == "scale":
+            update = update * (old + (output.offset or 0.0))
+        new = (old + (update @ old if form == "linear" else update)).float().cpu()
+        if not bool(torch.isfinite(new.to(output.weight.dtype)).all()):
+            raise NonFiniteError(
+                f"Refitting '{output.name}' of layer {layer} gives NaN or Inf.",
+                hint="The model's number format is too narrow: try float32.",
             )
-        return self.kind == "linear" or too_large
+        return new
+
+    def _form(self, output: Output) -> str:
+        """What is fitted: "linear" or "least_squares", or "scale" where a norm follows the last linear."""
+        if output.offset is not None:
+            self.notes.append(
+                "a norm follows the last linear of each layer: its scale per channel was refitted instead"
+            )
+            return "scale"
+        regressors = output.weight.shape[1]
+        if self.kind == "least_squares" and regressors > MAX_REGRESSORS:
+            self.notes.append(
+                f"the linear form was fitted, because {regressors} regressors are more than {MAX_REGRESSORS}"
+            )
+            return "linear"
+        return self.kind
 
     def _sums(
-        self, layer: int, name: str, factor: float, pruned: list[Tensor], dense: list[Tensor]
-    ) -> tuple[Sums, Sums]:
+        self, layer: int, output: Output, form: str, pruned: list[Tensor], dense: list[Tensor]
+    ) -> tuple[AnySums, AnySums]:
         """Sums over the tokens that are fitted and over those held out, from one run of the layer."""
-        module = self.view.linears(layer)[name]
-        weight = self.view.weights(layer)[name].detach()
-        linear = self._is_linear(weight)
-        regressors = weight.shape[0] if linear else weight.shape[1]
-        sums = [Sums.empty(regressors, weight.shape[0], _sums_device(weight)) for _ in range(2)]
+        weight = output.weight.detach()
+        device = _sums_device(weight)
+        width = weight.shape[0]
+        regressors = {"scale": 1, "linear": width}.get(form, weight.shape[-1])
+        sums: list[AnySums] = [
+            ChannelSums.empty(width, device) if form == "scale" else Sums.empty(regressors, width, device)
+            for _ in range(2)
+        ]
+        wide = weight.to(device, torch.float64) if form == "linear" else None
         caught: dict[str, Tensor] = {}
-        hook = module.register_forward_pre_hook(lambda _, args: caught.update(given=args[0]))
+        hook = output.module.register_forward_hook(
+            lambda _, args, out: caught.update(x=out if form == "scale" else args[0])
+        )
         number = 0  # of the sample, over all batches
         try:
             for batch, state in enumerate(pruned):
@@ -289,22 +286,23 @@ class _Fitting:
                 numbers = torch.arange(number, number + len(counted)).to(counted.device)
                 is_held_out = (numbers % HELD_OUT == 0)[:, None].expand_as(counted)
                 for part, chosen in zip(sums, (counted & ~is_held_out, counted & is_held_out), strict=True):
-                    device = part.gram_PP.device
                     target = dense[batch][chosen].to(device, torch.float64)
-                    missing = (target - handed[chosen].to(device, torch.float64)) / factor
-                    given = caught["given"].view(*handed.shape[:2], -1)[chosen].to(device, torch.float64)
-                    x = given @ weight.to(device, torch.float64).T if linear else given
+                    missing = target - handed[chosen].to(device, torch.float64)
+                    x = caught["x"].view(*handed.shape[:2], -1)[chosen].to(device, torch.float64)
+                    x = (x if wide is None else x @ wide.T) * output.factor
                     part.add(x, missing, 1 / target.square().sum(dim=1).clamp_min(1e-12))
                 number += len(counted)
         finally:
             hook.remove()
-        tokens = sums[0].tokens + sums[1].tokens
+        self._note_tokens(sums[0].tokens + sums[1].tokens, regressors)
+        return sums[0], sums[1]
+
+    def _note_tokens(self, tokens: int, regressors: int) -> None:
         if tokens < TOKENS_PER_REGRESSOR * regressors:
             self.notes.append(
                 f"{tokens} tokens for {regressors} regressors; at least "
                 f"{TOKENS_PER_REGRESSOR * regressors} determine the repair better"
             )
-        return sums[0], sums[1]
 
     @contextmanager
     def _merged(self, layer: int) -> Iterator[None]:
@@ -332,25 +330,5 @@ class _Fitting:
         return merge_planned(self.plan, self.trace, target, name, weight)
 
 
-def _both(one: Sums, other: Sums) -> Sums:
-    return Sums(
-        one.gram_PP + other.gram_PP,
-        one.cross_DP + other.cross_DP,
-        one.energy + other.energy,
-        one.tokens + other.tokens,
-    )
-
-
 def _sums_device(weight: Tensor) -> torch.device:
     return torch.device("cpu") if weight.device.type == "mps" else weight.device  # no double precision there
-
-
-@contextmanager
-def _weight_of(weight: Tensor, new: Tensor) -> Iterator[None]:
-    """While it lasts, a weight has other numbers."""
-    original = weight.clone()
-    weight.copy_(new)
-    try:
-        yield
-    finally:
-        weight.copy_(original)

@@ -1,4 +1,4 @@
-"""Repair: linears refitted so that what stands after a cut sees what it saw before the layers went.
+"""Repair: weights refitted so that what stands after a cut sees what it saw before the layers went.
 
 A repair is made for one plan of one model (`refitting.fit_repair`) and carried out with it:
 `prune_(model, plan, repair=...)` in memory and `prune_checkpoint(..., repair=...)` on disk put in the same
@@ -42,11 +42,11 @@ class RepairedCut:
     """What was done about one run of layers that go.
 
     Attributes:
-        layer: The kept layer before the run; one of its linears is refitted.
-        linear: Path of that linear inside the layer.
+        layer: The kept layer before the run; its last linear is refitted, or the norm that follows it.
+        linear: Path of that linear or norm inside the layer.
         gone: The layers of the run, neighbours, ascending.
         ridge: The chosen multiple of the mean diagonal of the regressors' second moments; None when no
-            ridge lowered the error on held-out samples and the linear stays as it was.
+            ridge lowered the error on held-out samples and the weight stays as it was.
         error_before: Mean over held-out tokens of |h - y|^2 / |h|^2: h what the dense model hands to the
             layer behind the run, y what the pruned model hands it without this refit.
         error_after: The same with the refit that was fitted on the other samples.
@@ -62,14 +62,14 @@ class RepairedCut:
 
 @dataclass(frozen=True)
 class Repair:
-    """The refitted linears of one plan of one model.
+    """The refitted weights of one plan of one model.
 
     Attributes:
         kind: "linear" or "least_squares".
         pruned: The layers that go, ascending.
         cuts: One per run of layers that go behind a kept layer, from input to output.
-        weights: Layer -> the refitted weight of its linear, (out_features, in_features), float32; without the
-            cuts whose ridge is None.
+        weights: Layer -> the refitted weight, float32: (out_features, in_features) of a linear, (hidden,) of
+            a norm; without the cuts whose ridge is None.
         model: Fingerprint of the dense model; "" if it cannot be told.
         rows: Samples it was fitted on.
         tokens: Tokens of theirs that counted.
@@ -97,7 +97,7 @@ class Repair:
 
     @property
     def linears(self) -> dict[int, str]:
-        """Layer -> path of the linear in it that gets another weight."""
+        """Layer -> path of the linear, or norm, in it that gets another weight."""
         return {cut.layer: cut.linear for cut in self.cuts if cut.ridge is not None}
 
     def check(self, plan: PruningPlan, fingerprint: str = "") -> None:
@@ -108,6 +108,13 @@ class Repair:
                 f"{runs_of(plan.pruned)}.",
                 hint="Fit a repair for this plan.",
             )
+        wrong = {(cut.layer, cut.gone) for cut in self.cuts}.symmetric_difference(cuts_of(plan))
+        if wrong:
+            layer, gone = min(wrong)
+            raise PlanError(
+                f"Repair and plan do not have the same cuts: layers {runs_of(gone)} behind layer {layer}.",
+                hint="Fit a repair for this plan.",
+            )
         if self.model and fingerprint and not same_model(self.model, fingerprint):
             raise PlanError(
                 f"The repair was fitted on model {self.model}; this is {fingerprint}.",
@@ -115,10 +122,10 @@ class Repair:
             )
 
     def check_shapes(self, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
-        """Raises PlanError unless the model has every refitted linear, in the fitted shape.
+        """Raises PlanError unless the model has every refitted weight, in the fitted shape.
 
         Args:
-            shapes: Layer -> linear -> (out_features, in_features).
+            shapes: Layer -> linear or norm -> shape of its weight, (out_features, in_features) or (hidden,).
         """
         for layer, name in self.linears.items():
             found, fitted = shapes.get(layer, {}).get(name), tuple(self.weights[layer].shape)

@@ -68,7 +68,8 @@ def prune_(
     shapes = shapes_of(view)
     if repair is not None:
         repair.check(plan, identity)
-        repair.check_shapes(shapes)
+        found = {layer: (name, view.weight(layer, name)) for layer, name in repair.linears.items()}
+        repair.check_shapes({i: {n: tuple(w.shape)} for i, (n, w) in found.items() if w is not None})
     _merge_layers_(view, plan, trace, identity, shapes, progress)
     if repair is not None:
         _repair_(view, repair)
@@ -113,7 +114,9 @@ def shapes_of(view: LayeredModel) -> dict[int, dict[str, tuple[int, ...]]]:
 def _repair_(view: LayeredModel, repair: Repair) -> None:
     """Gives the layers before the cuts their fitted weights."""
     for layer, name in repair.linears.items():
-        view.weights(layer)[name].copy_(repair.weights[layer])
+        weight = view.weight(layer, name)
+        assert weight is not None  # its shape was checked
+        weight.copy_(repair.weights[layer])
 
 
 @torch.no_grad()

@@ -285,11 +285,11 @@ class _Gate:
         gc.collect()
         targets = self.plan.merged.keys() & set(self.plan.keep)
         return f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights" + (
-            f", {len(self.linears)} with a repaired linear" if self.linears else ""
+            f", {len(self.linears)} repaired" if self.linears else ""
         )
 
     def repaired(self) -> str:
-        """Refitted linears against the repair, or against the hashes noted when it was carried out."""
+        """Refitted weights against the repair, or against the hashes noted when it was carried out."""
         if self.tuned:
             return "not compared: this model was fine-tuned after the repair"
         here = open_shards(self.folder).tensors
@@ -323,15 +323,15 @@ class _Gate:
 
     @torch.no_grad()
     def _take_computed(self, view: LayeredModel) -> None:
-        """Gives the source the merged and the repaired linears of the checkpoint."""
+        """Gives the source the merged and the repaired weights of the checkpoint."""
         here = open_shards(self.folder).tensors
         wanted = [
             (t, n) for t in sorted(self.plan.merged.keys() & set(self.plan.keep)) for n in view.linears(t)
         ]
         for layer, name in dict.fromkeys([*wanted, *self.linears.items()]):
-            renamed = self.blueprint.rename(self.blueprint.linears[layer][name].name)
-            weight = view.linears(layer)[name].weight
-            assert renamed is not None and isinstance(weight, Tensor)
+            renamed = self.blueprint.repaired_name(layer, name)
+            weight = view.layers[layer].get_submodule(name).weight
+            assert isinstance(weight, Tensor)
             weight.copy_(read_tensor(here[renamed]))
 
     def run_pruned(self) -> str:
