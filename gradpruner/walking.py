@@ -22,9 +22,14 @@ from gradpruner.errors import DataError, ModelError, NonFiniteError
 from gradpruner.layered import LayeredModel
 
 BATCH_SIZE = 32
+PROOF_ROWS = 4
+"""Samples a walk is proved on: those of the first batch, whose longest come first."""
 # The same operations on the same numbers: what differs is the order of sums in other kernels.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 3e-2
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What goes into a layer beside the hidden state: by position, and by name."""
 
 
 def sample_batches(
@@ -77,13 +82,14 @@ class Walk:
         if not self.batches:
             raise DataError("There are no training samples to look at.")
         self.start: list[Tensor] = []
-        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._calls: list[list[_Call]] = []
         self.counted = [_counted(batch) for batch in self.batches]
+        if not any(bool(counted.any()) for counted in self.counted):
+            raise DataError("Every sample is a single token; at least two are needed.")
         with torch.no_grad():
-            reached, is_tuple = self._catch_first()
-            for batch in self.batches[1:]:
+            is_tuple = self._prove({name: t[:PROOF_ROWS] for name, t in self.batches[0].items()})
+            for batch in self.batches:
                 self._catch(batch, is_tuple)
-            self._prove(reached)
 
     @torch.no_grad()
     def layer(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
@@ -118,9 +124,53 @@ class Walk:
         decoder = getattr(model, model.base_model_prefix, model)
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
-    def _catch_first(self) -> tuple[Tensor, bool]:
-        """Calls and states of the first batch, whose layers really run; whether layers return tuples."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    def _catch(self, batch: dict[str, Tensor], is_tuple: bool) -> None:
+        """Calls and first states of a batch, whose layers need not run for that."""
+        calls: list[_Call] = []
+        start: list[Tensor] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state, rest, named = _split(args, kwargs)
+            start.append(state)
+            calls.append((rest, named))
+            return (state,) if is_tuple else state
+
+        with self._replaced([forward] * self.view.num_layers):
+            self._run(batch)
+        self.start.append(start[0])
+        self._calls.append(calls)
+
+    def _prove(self, batch: dict[str, Tensor]) -> bool:
+        """Some samples, walked, must come to what the model came to; whether layers return tuples.
+
+        Other states take each step too, right after. What a layer keeps for a later one (keys that are
+        shared, say) is then that of the other states, and the walk arrives somewhere else.
+        """
+        calls, seen = self._watched(batch)
+        start, reached = seen["start"], seen["last"]
+        mask = batch["attention_mask"].bool()
+        expected = reached[mask].float()
+        if not bool(torch.isfinite(expected).all()):
+            raise NonFiniteError(
+                "The model computes NaN or Inf on these samples.",
+                hint="The model's number format is too narrow: try float32.",
+            )
+        state, other = start, start.flip(-1)
+        for module, (args, kwargs) in zip(self.view.layers, calls, strict=True):
+            given = state[mask].clone()
+            state, before = _state_of(module(state, *args, **kwargs)), state
+            if not torch.equal(before[mask], given):  # the layer has overwritten what it was given
+                raise _cannot(self.view)
+            other = _state_of(module(other, *args, **kwargs))
+        lengths = expected.norm(dim=-1).clamp_min(1e-12)  # token by token: some are a thousand times longer
+        error = float(((state[mask].float() - expected).norm(dim=-1) / lengths).max())
+        if not error <= _TOLERANCE.get(reached.dtype, _COARSE_TOLERANCE):
+            raise _cannot(self.view)
+        return bool(seen["tuple"])
+
+    def _watched(self, batch: dict[str, Tensor]) -> tuple[list[_Call], dict[str, Any]]:
+        """What the layers are called with in a pass of the model; first and last states, kind of output."""
+        calls: list[_Call] = []
         seen: dict[str, Any] = {}
 
         def watched(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,52 +185,10 @@ class Walk:
             return forward
 
         with self._replaced([watched(module.forward) for module in self.view.layers]):
-            self._run(self.batches[0])
+            self._run(batch)
         if len(calls) != self.view.num_layers or seen["start"].ndim != 3:
             raise _cannot(self.view)
-        self.start.append(seen["start"])
-        self._calls.append(calls)
-        return seen["last"], seen["tuple"]
-
-    def _catch(self, batch: dict[str, Tensor], is_tuple: bool) -> None:
-        """Calls and first states of a further batch, whose layers need not run for that."""
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        start: list[Tensor] = []
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            state, rest, named = _split(args, kwargs)
-            start.append(state)
-            calls.append((rest, named))
-            return (state,) if is_tuple else state
-
-        with self._replaced([forward] * self.view.num_layers):
-            self._run(batch)
-        self.start.append(start[0])
-        self._calls.append(calls)
-
-    def _prove(self, reached: Tensor) -> None:
-        """The first batch, walked, must come to what the model came to.
-
-        Other states take each step too, right after. What a layer keeps for a later one (keys that are
-        shared, say) is then that of the other states, and the walk arrives somewhere else.
-        """
-        mask = self.batches[0]["attention_mask"].bool()
-        expected = reached[mask].float()
-        if not bool(torch.isfinite(expected).all()):
-            raise NonFiniteError(
-                "The model computes NaN or Inf on these samples.",
-                hint="The model's number format is too narrow: try float32.",
-            )
-        state, other = self.start[0], self.start[0].flip(-1)
-        for index in range(self.view.num_layers):
-            given = state[mask].clone()
-            state, before = self.layer_on(index, 0, state), state
-            if not torch.equal(before[mask], given):  # the layer has overwritten what it was given
-                raise _cannot(self.view)
-            other = self.layer_on(index, 0, other)
-        error = float((state[mask].float() - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-        if not error <= _TOLERANCE.get(reached.dtype, _COARSE_TOLERANCE):
-            raise _cannot(self.view)
+        return calls, seen
 
 
 def _cannot(view: LayeredModel) -> ModelError:
@@ -194,8 +202,6 @@ def _cannot(view: LayeredModel) -> ModelError:
 def _counted(batch: dict[str, Tensor]) -> Tensor:
     counted = batch["attention_mask"].bool().clone()
     counted[:, 0] = False
-    if not bool(counted.any()):
-        raise DataError("Every sample is a single token; at least two are needed.")
     return counted
 
 
