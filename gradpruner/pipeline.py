@@ -197,6 +197,8 @@ class _Run:
         return {
             "num_steps": trace.num_steps,
             "effective_steps": trace.effective_steps,
+            "tokens": round(sum(self.job.samples.lengths) / len(self.job.samples) * trace.num_steps)
+            * options.batch_size,
             "losses": list(trace.info.losses),
             "learning_rates": list(trace.info.learning_rates),
             "rank": trace.info.rank,

@@ -12,7 +12,8 @@ from gradpruner.checkpoint import stored_dtype
 from gradpruner.config import Recipe
 from gradpruner.cost import decoder_parameters
 from gradpruner.data import ExampleSet
-from gradpruner.job import Job, Plan, count_parameters_of
+from gradpruner.job import Job, Plan, count_parameters_of, method_of
+from gradpruner.methods import METHODS
 from gradpruner.metrics import majority_class
 from gradpruner.outputs import paired_intervals, read_examples
 from gradpruner.provenance import provenance, utc_now
@@ -44,6 +45,7 @@ def run_record(
     """
     recipe = job.recipe
     add_paired_differences(variants, directory.path, recipe.seed)
+    add_costs(variants, recipe, directory.stages)
     return {
         "schema_version": 1,
         "gradpruner_version": __version__,
@@ -96,6 +98,43 @@ def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path,
                 for task, path in answered(row).items()
                 if task in dense
             }
+
+
+def add_costs(
+    variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Mapping[str, dict[str, Any]]
+) -> None:
+    """Says of each row what it took in all: `cost`, with `seconds` by part and in total, and `tokens`.
+
+    Parts: tuning (of the dense model, where the row is made from it or learns from it), recording, choosing
+    (scores, plan, search), repairing, pruning, training. Measuring is not counted, and neither is what only
+    another row needs.
+    """
+
+    def spent(*names: str) -> float:
+        return sum(float(stages.get(name, {}).get("seconds") or 0.0) for name in names)
+
+    def trained(name: str) -> int:
+        found = [variants.get(name, {}).get(part) or {} for part in ("finetune", "recovery")]
+        return sum(int(part.get("tokens") or 0) for part in found)
+
+    for name, row in variants.items():
+        seconds = {"training": spent(f"finetune {name}", f"recover {name}")}
+        tokens = trained(name)
+        if name != "dense":
+            method = method_of(name)
+            needs_dense = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")
+            records = METHODS.find(method).needs_trace
+            seconds = {
+                "tuning": spent("finetune dense") if needs_dense else 0.0,
+                "recording": spent("record") if records else 0.0,
+                "choosing": spent(f"score {method}", f"plan {name}", f"search {name}"),
+                "repairing": spent(f"repair {name}"),
+                "pruning": spent(f"prune {name}"),
+                **seconds,
+            }
+            tokens += trained("dense") if needs_dense else 0
+            tokens += int((stages.get("record", {}).get("result") or {}).get("tokens") or 0) if records else 0
+        row["cost"] = {"seconds": {**seconds, "total": sum(seconds.values())}, "tokens": tokens}
 
 
 def task_name(recipe: Recipe) -> str:

@@ -18,7 +18,9 @@ from gradpruner.report.page import (
     write_page,
 )
 from gradpruner.report.reading import RunView, mapping, read_run, sequence
+from gradpruner.report.repairs import depth_table, draw_depths, repair_table
 from gradpruner.report.verdict import judge, tiles
+from gradpruner.report.whole_cost import whole_cost_table
 
 
 def render_html(run: dict[str, Any], out: Path) -> Path:
@@ -72,7 +74,14 @@ def _context(view: RunView) -> dict[str, Any]:
         "other_tasks": [table for table in (other_tasks_table(view), harness_table(view)) if table.rows],
         "serving": tables.serving_table(view),
         "gate": tables.gate_table(view),
-        "costs": [tables.finetune_table(view), tables.evaluation_table(view)],
+        "costs": [
+            *(table for table in (whole_cost_table(view),) if table.rows),
+            tables.finetune_table(view),
+            tables.evaluation_table(view),
+        ],
+        "depths": depth_table(view),
+        "repairs": repair_table(view),
+        "depth_plot": inline(draw_depths(view)),
         "stages": tables.stage_table(view),
         "data": tables.data_table(view),
         "overlap_rows": int(number(mapping(run, "data").get("overlap_rows")) or 0),

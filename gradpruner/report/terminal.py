@@ -13,6 +13,7 @@ from gradpruner.report.formats import text, whole
 from gradpruner.report.reading import Plan, RunView, mapping, read_run, sequence
 from gradpruner.report.tables import Table, savings_tables, summary_table
 from gradpruner.report.verdict import judge
+from gradpruner.report.whole_cost import whole_cost_table
 
 VERDICT_STYLES = {
     "even": "bold cyan",
@@ -58,6 +59,10 @@ def _print_results(view: RunView, console: Console) -> None:
                 say(console, f"{row.cells[0].text} failed: {row.error}", "red")
         if any(cell.text.endswith("*") for row in table.rows for cell in row.cells[4:5]):
             say(console, "* fewer than 100 examples: read the interval.", "dim")
+    costs = whole_cost_table(view)
+    if costs.rows:
+        say(console, "Whole cost of every row: all that had to be done for it", "dim")
+        console.print(rich_table(costs, console))
     _print_strips([(v.label, v.plan) for v in view.variants if v.plan is not None], console)
     verdict = judge(view)
     console.print()
