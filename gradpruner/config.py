@@ -283,6 +283,30 @@ class EvaluateSection(Section):
     """Also measure every variant before fine-tuning."""
 
 
+EFFORTS: dict[str, dict[str, Any]] = {
+    "fast": {"start": "base", "variants": ["dense", "dropped"], "plan": {"repair": "least_squares"}},
+    "best": {
+        "start": "tuned",
+        "variants": ["dense", "dropped"],
+        "plan": {"repair": "least_squares"},
+        "recover": {"epochs": 1.0},
+        "distil": {"teacher": "tuned", "prompts": 0.0},
+    },
+}
+"""What a level of effort sets, by its name."""
+
+
+def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """The given values, and the defaults for what is not given, section by section."""
+    filled = dict(given)
+    for key, value in defaults.items():
+        if isinstance(value, dict) and isinstance(filled.get(key), dict):
+            filled[key] = _filled(filled[key], value)
+        else:
+            filled.setdefault(key, value)
+    return filled
+
+
 class Recipe(Section):
     """A complete run."""
 
@@ -292,6 +316,10 @@ class Recipe(Section):
     """Run directory."""
     seed: int = Field(default=0, ge=0)
     """Seeds data sampling, LoRA, data order, dropout and bootstrap."""
+    effort: Literal["fast", "best"] | None = None
+    """Sets what is not set otherwise. fast: prune and repair the base model, then fine-tune, which is cheaper
+    than tuning the dense model. best: tune the dense model, prune and repair that, then recover with it as
+    the teacher."""
     start: Literal["base", "tuned", "given"] = "base"
     """What is pruned. base: the model, which is then fine-tuned. tuned: the dense model after fine-tuning.
     given: the model is tuned on the task already. After tuned and given the pruned model is trained as
@@ -315,6 +343,13 @@ class Recipe(Section):
     structure loads nothing, auto is full where memory allows."""
     keep_models: Literal["all", "none"] = "all"
     """Whether pruned and fine-tuned models stay on disk after evaluation (none: for sweeps)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_effort(cls, raw: Any) -> Any:
+        """Puts in what the effort stands for, wherever the recipe says nothing itself."""
+        effort = raw.get("effort") if isinstance(raw, dict) else None
+        return _filled(raw, EFFORTS[effort]) if effort in EFFORTS else raw
 
     @model_validator(mode="after")
     def _known_variants(self) -> Recipe:

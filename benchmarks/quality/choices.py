@@ -36,12 +36,12 @@ def trace_of(work: Work, folder: Path) -> Any:
 
 
 def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[str, Any]]:
-    """The plan without merging that a choice makes for a model, and what it rests on, briefly."""
+    """The plan a choice makes for a model ("paper" merges, others drop), and what it rests on, briefly."""
     from gradpruner.methods import METHODS, MethodContext
     from gradpruner.selection import plan_pruning
 
     name, _, option = choice.partition("_")
-    method = METHODS.find({"igia": "gradpruner"}.get(name, name))
+    method = METHODS.find({"igia": "gradpruner", "paper": "gradpruner"}.get(name, name))
     num_layers = work.num_layers
     options = method.read_options(name, {"pairwise": True} if option == "pairwise" else {})
     context = MethodContext(
@@ -58,5 +58,6 @@ def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[
     started = time.perf_counter()
     assert method.score is not None
     scores = method.score(context)
-    plan = plan_pruning(scores, num_prune=gone, num_merge=0, protect_first=1)
+    num_merge = 3 if choice == "paper" else 0
+    plan = plan_pruning(scores, num_prune=gone, num_merge=num_merge, protect_first=1)
     return plan, {"scores": list(scores.values), "seconds": round(time.perf_counter() - started, 1)}

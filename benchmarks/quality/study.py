@@ -3,6 +3,7 @@
     python benchmarks/quality/study.py tune   --model M --data D --scratch S  the dense model, rates swept
     ...                                shrink                                 pruned after tuning, not trained
     ...                                depth                                  the same, 3 to 18 layers
+    ...                                train                                  pruned models that are trained
     ... --task trec banking77 --seed 0 1 2                                    restricts it
 
 Every cell is one line in `benchmarks/results/quality/<task>.jsonl`; cells that are there are skipped, so an
@@ -14,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from choices import CHOICES, choose
+from choices import CHOICES, choose, trace_of
 from tasks import TASKS
 from work import Work, with_plain_memory
 
@@ -67,20 +69,24 @@ def tune(work: Work) -> Path:
     return tuned(work, best_rate(work))[1]
 
 
+def repaired(work: Work, model: Any, plan: Any, kind: str) -> Any:
+    """A repair of a plan, fitted on training rows."""
+    from gradpruner.refitting import fit_repair
+
+    rows = work.encoded["train"]
+    return fit_repair(model, plan, rows, work.collator, kind=kind, rows=REPAIR_ROWS, seed=work.seed)
+
+
 def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str) -> None:
     """One way of shrinking a tuned model, without training it."""
 
     def make() -> dict[str, Any]:
-        from gradpruner.refitting import fit_repair
         from gradpruner.surgery import prune_
 
         plan, evidence = choose(work, folder, choice, gone)
         model, fitted = work.load(folder), None
         if repair != "none":
-            rows = work.encoded["train"]
-            fitted = fit_repair(
-                model, plan, rows, work.collator, kind=repair, rows=REPAIR_ROWS, seed=work.seed
-            )
+            fitted = repaired(work, model, plan, repair)
         prune_(model, plan, repair=fitted)
         facts = fitted.facts() if fitted else None
         return {"gone": list(plan.pruned), "evidence": evidence, "repair": facts, **work.measure(model)}
@@ -106,8 +112,83 @@ def depth(work: Work) -> None:
             pruned(work, folder, choice, gone, "least_squares")
 
 
+@dataclass(frozen=True)
+class Row:
+    """One way to a smaller model that is trained.
+
+    Attributes:
+        start: "base", or "tuned": the dense model tuned on the same rows before.
+        choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
+        repair: "none" or "least_squares".
+        distil: Whether it learns from the tuned dense model too.
+    """
+
+    start: str
+    choice: str
+    repair: str
+    distil: bool = False
+
+    @property
+    def name(self) -> str:
+        """The row's part of a cell's key."""
+        return f"{self.start}/{self.choice}/{self.repair}/{'distil' if self.distil else 'labels'}"
+
+
+TRAINED = (
+    Row("base", "igia", "least_squares"),
+    Row("tuned", "igia", "least_squares", distil=True),
+    Row("base", "igia", "none"),
+    Row("tuned", "igia", "least_squares"),
+    Row("base", "paper", "none"),
+    Row("base", "last", "none"),
+    Row("tuned", "igia", "none"),
+    Row("base", "gate", "least_squares"),
+    Row("base", "shortgpt", "none"),
+    Row("base", "random", "none"),
+    Row("base", "last", "least_squares"),
+    Row("base", "igia", "least_squares", distil=True),
+)
+"""In the order in which they are measured."""
+
+
+def trained(work: Work, row: Row, rate: float, teacher: Path) -> dict[str, Any]:
+    """One row trained at one rate, on the rows and for the steps the dense model was tuned with."""
+
+    def make() -> dict[str, Any]:
+        from gradpruner.surgery import prune_
+        from gradpruner.teacher import DistillationOptions
+
+        folder = teacher if row.start == "tuned" else work.model
+        plan, evidence = choose(work, folder, row.choice, NUM_GONE)
+        trace = trace_of(work, folder) if plan.needs_trace else None
+        model, fitted = work.load(folder), None
+        if row.repair != "none":
+            fitted = repaired(work, model, plan, row.repair)
+        prune_(model, plan, trace, repair=fitted)
+        before = work.measure(model, "validation")["validation"]
+        learns: dict[str, Any] = {}
+        if row.distil:
+            learns = {"teacher": work.load(teacher), "distillation": DistillationOptions(prompts=0.0)}
+        result = work.tune(model, rate, **learns)
+        facts = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
+        facts["repair_seconds"] = round(fitted.seconds, 1) if fitted else 0.0
+        return {**facts, "before": {k: before[k] for k in ("score", "nll")}, **work.measure(model)}
+
+    return work.cell(f"train/{row.name}/{NUM_GONE}/{rate:g}", make)
+
+
+def train(work: Work) -> None:
+    """Every row, at the rate with the lowest loss on validation rows of seed 0 among three."""
+    teacher, dense = tune(work), best_rate(work)
+    first = Work(work.model, work.data, work.scratch, work.results, work.task, 0) if work.seed else work
+    for row in TRAINED:
+        rates = (dense / 2, dense) if row.start == "tuned" else (dense, dense * 2)
+        found = {rate: trained(first, row, rate, tune(first))["validation"]["nll"] for rate in rates}
+        trained(work, row, min(found, key=lambda rate: found[rate]), teacher)
+
+
 def main() -> None:
-    parts = {"tune": tune, "shrink": shrink, "depth": depth}
+    parts = {"tune": tune, "shrink": shrink, "depth": depth, "train": train}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
