@@ -16,6 +16,7 @@ from gradpruner.methods import (
     sat,
     shortgpt,
     sleb,
+    task_loss,
 )
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 
@@ -39,4 +40,5 @@ __all__ = [
     "sat",
     "shortgpt",
     "sleb",
+    "task_loss",
 ]
