@@ -94,7 +94,8 @@ def accuracy_plot(view: RunView) -> Plot | None:
     labels = 24 + 7 * max(len(_row_label(v, view.metric, 34)) for v in variants)
     after = any(view.metric in v.after for v in variants)
     before = any(view.metric in v.before for v in variants)
-    legend = [Key("series-1", "after fine-tuning", "dot")] if after else []
+    trained = any(v.finetune for v in variants)
+    legend = [Key("series-1", "after fine-tuning" if trained else "measured", "dot")] if after else []
     legend += [Key("muted", "before fine-tuning", "ring")] if before else []
     if view.dense is not None and (d := view.dense.after.get(view.metric)) and d.has_interval:
         legend.append(Key("grid", "interval of dense"))

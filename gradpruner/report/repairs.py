@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 
 from gradpruner.plan import runs_of
 from gradpruner.report.figures import Key, Plot, both, series
-from gradpruner.report.formats import MISSING, number, percent, signed_percent, text, whole
+from gradpruner.report.formats import MISSING, number, percent, short, signed_percent, text, whole
 from gradpruner.report.reading import RunView, count, mapping, sequence
 from gradpruner.report.svg import colour, house_style, whole_ticks
 from gradpruner.report.tables import Cell, Row, Table
@@ -48,13 +48,14 @@ def depth_table(view: RunView) -> Table:
             cells = (
                 Cell(variant.label),
                 Cell(whole(point["num_prune"])),
+                Cell(short(number(point["parameters"]))),
                 Cell(signed_percent(-point["loss"])),
                 Cell(signed_percent(-point["upper"])),
                 Cell(whole(point["rows"])),
                 Cell(text(point["verdict"])),
             )
             rows.append(Row(cells, kind="main" if chosen else ""))
-    columns = ("Variant", "Layers gone", "Measured", "At worst", "Rows", "Verdict")
+    columns = ("Variant", "Layers gone", "Parameters left", "Measured", "At worst", "Rows", "Verdict")
     return Table("How many layers may go", columns, tuple(rows), words=("Verdict",))
 
 
@@ -112,5 +113,6 @@ def _points(search: dict[str, Any]) -> list[dict[str, Any]]:
     for entry in map(mapping, sequence(search, "curve")):
         values = {name: number(entry.get(name)) for name in ("num_prune", "loss", "upper", "rows")}
         if None not in values.values():
-            points.append({**values, "verdict": entry.get("verdict") or MISSING})
+            others = {"verdict": entry.get("verdict") or MISSING, "parameters": entry.get("parameters")}
+            points.append({**values, **others})
     return points
