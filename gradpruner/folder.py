@@ -275,8 +275,8 @@ def _depth_lines(plan: PruningPlan, repair: dict[str, Any] | None) -> list[str]:
             f"Layers {runs_of(layers)} were merged into layer {target} "
             f"(rule {plan.rule}, density {plan.density:g})."
         )
-    if repair is not None:
-        refitted = [cut["layer"] for cut in repair["cuts"] if cut["ridge"] is not None]
+    refitted = [cut["layer"] for cut in (repair or {}).get("cuts", ()) if cut["ridge"] is not None]
+    if repair is not None and refitted:
         how = repair["kind"].replace("_", " ")
         lines.append(
             f"Repaired ({how}, {repair['rows']} rows of the task): the last weights of layers "

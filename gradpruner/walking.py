@@ -359,11 +359,12 @@ def _offset(walk: Walk, layer: int, state: Tensor, module: nn.Module) -> float |
     weight = module.weight
     assert isinstance(weight, Tensor)
     with weight_set(weight, torch.zeros_like(weight)):
-        at_zero = module(caught[0])[walk.counted[0]]
+        at_zero = module(caught[0])[walk.counted[0]].float()
     with weight_set(weight, torch.ones_like(weight)):
-        at_one = module(caught[0])[walk.counted[0]]
+        at_one = module(caught[0])[walk.counted[0]].float()
+    size = float(at_one.norm())
     for offset in (0.0, 1.0):
-        if torch.allclose(at_zero * (1 + offset), at_one * offset) and bool(at_one.any()):
+        if size > 0 and float((at_zero * (1 + offset) - at_one * offset).norm()) <= 1e-2 * size:
             return offset
     return None
 
