@@ -3,7 +3,8 @@
     trace = gradpruner.record_gradients(model, dataset, steps=40)   # or GradientRecorder() in any Trainer
     scores = gradpruner.score_layers(trace)
     plan = gradpruner.plan_pruning(scores, num_prune=13, num_merge=3)
-    gradpruner.prune_(model, plan, trace)                            # in memory, in place
+    repair = gradpruner.fit_repair(model, plan, dataset, collator)   # the linears before the cuts, refitted
+    gradpruner.prune_(model, plan, trace, repair=repair)             # in memory, in place
     gradpruner.prune_checkpoint("src", "dst", plan, trace)           # streaming, on disk
 
 Names are loaded when first used; importing the package imports nothing else.
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from gradpruner.pipeline import run
     from gradpruner.plan import PruningPlan
     from gradpruner.recording import GradientRecorder, record_gradients
+    from gradpruner.refitting import fit_repair
+    from gradpruner.repair import Repair
     from gradpruner.scores import LayerScores, score_layers
     from gradpruner.selection import plan_pruning
     from gradpruner.streaming import prune_checkpoint
@@ -50,6 +53,7 @@ _HOMES = {
     "LayerScores": "scores",
     "PruningPlan": "plan",
     "Recipe": "config",
+    "Repair": "repair",
     "WidthPlan": "width_plan",
     "Workload": "costing.workload",
     "diff_checkpoint": "delta",
@@ -57,6 +61,7 @@ _HOMES = {
     "encode_all": "encoding",
     "evaluate": "evaluation",
     "finetune": "training",
+    "fit_repair": "refitting",
     "load_examples": "data",
     "load_model": "checkpoint",
     "load_recipe": "config",
@@ -82,6 +87,7 @@ __all__ = [
     "LayerScores",
     "PruningPlan",
     "Recipe",
+    "Repair",
     "WidthPlan",
     "Workload",
     "__version__",
@@ -90,6 +96,7 @@ __all__ = [
     "encode_all",
     "evaluate",
     "finetune",
+    "fit_repair",
     "load_examples",
     "load_model",
     "load_recipe",

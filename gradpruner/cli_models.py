@@ -13,6 +13,7 @@ from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradpruner.plan import PruningPlan
+    from gradpruner.repair import Repair
     from gradpruner.trace import GradientTrace
     from gradpruner.verify import VerifyReport
     from gradpruner.width_plan import WidthPlan
@@ -49,6 +50,10 @@ def prune(
     trace: TraceOption = None,
     keep: Annotated[str | None, typer.Option("--keep", help="Keep these layers instead: 0-17,30,31.")] = None,
     drop: Annotated[str | None, typer.Option("--drop", help="Drop these layers instead: 18-29.")] = None,
+    repair: Annotated[
+        Path | None,
+        typer.Option("--repair", help="A fitted repair of that plan: variants/<variant>/repair of a run."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB.")] = "5GB",
     level: LevelOption = "auto",
     out: Annotated[str | None, typer.Option("--out", help="Run directory, to do it up to pruning.")] = None,
@@ -78,7 +83,7 @@ def prune(
     _prune_folder(
         source,
         destination,
-        _Choice(plan, trace, keep, drop),
+        _Choice(plan, trace, keep, drop, repair),
         num_bytes(max_shard_size),
         level,
         dry_run,
@@ -89,12 +94,27 @@ def prune(
 class _Choice:
     """Which layers go, however it was said."""
 
-    def __init__(self, plan: Path | None, trace: Path | None, keep: str | None, drop: str | None) -> None:
+    def __init__(
+        self,
+        plan: Path | None,
+        trace: Path | None,
+        keep: str | None,
+        drop: str | None,
+        repair: Path | None = None,
+    ) -> None:
         given = [name for name, value in (("--plan", plan), ("--keep", keep), ("--drop", drop)) if value]
         if len(given) != 1:
             what = " and ".join(given) or "Neither --plan nor --keep nor --drop"
             raise ConfigError(f"{what} given; exactly one is needed.")
         self.plan_file, self.trace_folder, self.keep, self.drop = plan, trace, keep, drop
+        self.repair_folder = repair
+
+    @property
+    def repair(self) -> Repair | None:
+        """The fitted repair, if there is one."""
+        from gradpruner.repair import Repair
+
+        return Repair.load(self.repair_folder) if self.repair_folder is not None else None
 
     @property
     def width_plan(self) -> WidthPlan | None:
@@ -145,7 +165,8 @@ def _prune_folder(
         _prune_widths(folder, source, destination, choice.width_plan, dry_run, as_json)
         return
     plan, trace = choice.resolve(folder)
-    facts = Blueprint(folder, plan, trace).summary()
+    repair = choice.repair
+    facts = Blueprint(folder, plan, trace, repair=repair).summary()
     if not as_json:
         _print_summary(facts, plan)
     if dry_run:
@@ -161,6 +182,7 @@ def _prune_folder(
             max_shard_bytes=shard_bytes,
             verify=level,
             progress=bytes_reporter(progress),
+            repair=repair,
         )
     if as_json:
         typer.echo(json.dumps(facts | {"folder": str(destination), "verified": report.to_dict()}, indent=2))
