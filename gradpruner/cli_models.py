@@ -73,6 +73,11 @@ def prune(
     from gradpruner import cli
 
     if destination is None:
+        if repair is not None:
+            raise ConfigError(
+                "--repair belongs to a model folder that is pruned into a second one.",
+                hint="A run fits its own: --set plan.repair=least_squares.",
+            )
         values = {"plan.file": str(plan) if plan else None}
         recipe = cli.resolve(source, out, overrides, values)
         cli.carry_out(recipe, "prune", dry_run=dry_run, as_json=as_json, quiet=quiet)
@@ -162,6 +167,8 @@ def _prune_folder(
 
     folder = locate_model(source)
     if choice.width_plan is not None:
+        if choice.repair_folder is not None:
+            raise ConfigError("A plan of heads, channels and hidden dimensions has no repair.")
         _prune_widths(folder, source, destination, choice.width_plan, dry_run, as_json)
         return
     plan, trace = choice.resolve(folder)
