@@ -117,6 +117,8 @@ _COSTS: dict[str, tuple[str, Any]] = {
     "method_peak_memory_bytes": ("Method memory", num_bytes),
     "training_ratio": ("Training", times),
     "inference_ratio": ("Inference", times),
+    "total_ratio": ("In all", times),
+    "trained_tokens": ("Trained tokens", short),
 }
 
 

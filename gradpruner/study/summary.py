@@ -15,7 +15,7 @@ from gradpruner.study.design import DENSE, GRADPRUNER, Point, Row, Study
 from gradpruner.study.pairing import Answers, paired_over_seeds, read_answers
 
 # Work a method needs until the pruned model is there; what comes after is the same for every row.
-METHOD_VERBS = ("score", "plan", "prune", "recover")
+METHOD_VERBS = ("score", "search", "plan", "repair", "prune", "recover")
 
 
 @dataclass
@@ -216,7 +216,18 @@ class _Point:
                 whole = _seconds(dense.get(seed), part)
                 mine = _seconds(entry, part)
                 found.append(mine / whole if mine is not None and whole else None)
+        totals = {seed: _total(entry) for seed, entry in good.items()}
+        wholes = {seed: _total(dense.get(seed)) for seed in good}
         return {
+            "total_seconds": _mean(totals.values()),
+            "total_ratio": _mean(
+                total / whole
+                for seed, total in totals.items()
+                if total is not None and (whole := wholes[seed])
+            ),
+            "trained_tokens": _rounded_mean(
+                (entry.get("cost") or {}).get("tokens") for entry in good.values()
+            ),
             "method_seconds": _mean(sum(s["seconds"] or 0.0 for s in stages) for stages in methods),
             "method_peak_memory_bytes": _rounded_mean(
                 max((s["peak_memory_bytes"] or 0 for s in stages), default=None) for stages in methods
@@ -252,7 +263,7 @@ def is_measured(entry: Mapping[str, Any]) -> bool:
 
 
 def method_stages(record: Mapping[str, Any], variant: str) -> list[dict[str, Any]]:
-    """The stages of a run that a row's pruned model needed: evidence, scores, plan, pruning, recovery."""
+    """The stages of a run that a row's pruned model needed, from evidence to recovery."""
     method = method_of(variant)
     wanted = {f"score {method}", *(f"{verb} {variant}" for verb in METHOD_VERBS)}
     if METHODS.find(method).needs_trace:
@@ -283,6 +294,12 @@ def _warnings(found: Found) -> list[str]:
 
 def _seconds(entry: Mapping[str, Any] | None, part: str) -> float | None:
     found = ((entry or {}).get(part) or {}).get("seconds")
+    return None if found is None else float(found)
+
+
+def _total(entry: Mapping[str, Any] | None) -> float | None:
+    """Everything a row took, see `run_record.add_costs`."""
+    found = (((entry or {}).get("cost") or {}).get("seconds") or {}).get("total")
     return None if found is None else float(found)
 
 
