@@ -256,6 +256,14 @@ class Job:
         return planned_steps(len(self.samples), options.batch_size, options.accumulation, options.epochs)
 
     @property
+    def recover_steps(self) -> int:
+        """Optimizer steps after a tuned model was pruned; 0 for none."""
+        recover, options = self.recipe.recover, self.recipe.finetune
+        if recover.steps is not None or recover.epochs == 0:
+            return recover.steps or 0
+        return planned_steps(len(self.samples), options.batch_size, options.accumulation, recover.epochs)
+
+    @property
     def record_steps(self) -> int:
         """Optimizer steps that are recorded."""
         return self.recipe.record.steps or default_steps(self.finetune_steps)

@@ -45,6 +45,13 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "longest_sample_tokens": max(job.samples.lengths),
         "record_steps": job.record_steps,
         "finetune_steps": job.finetune_steps,
+        "start": recipe.start,
+        "repair": recipe.plan.repair,
+        "repair_rows": min(recipe.plan.repair_rows, len(job.samples)),
+        "recover_steps": job.recover_steps,
+        "teacher": recipe.distil.teacher,
+        "max_loss": recipe.plan.max_loss,
+        "validation_rows": len(job.validation) if job.validation is not None else None,
         "finetunings": rows,
         "savings": saved,
         "trace_bytes": needs["trace"],
@@ -70,9 +77,7 @@ def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) ->
     console.print(
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"supervised tokens, longest sample {facts['longest_sample_tokens']}), "
-        f"{facts['eval_rows']} evaluation rows\n"
-        f"record {facts['record_steps']} steps, then {facts['finetune_steps']} fine-tuning steps for "
-        f"each of: {', '.join(facts['variants'])}",
+        f"{facts['eval_rows']} evaluation rows\n{_course(facts)}",
         highlight=False,
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
@@ -93,6 +98,29 @@ def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) ->
     console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
     for warning in facts["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _course(facts: dict[str, Any]) -> str:
+    """What is done, in order, in a sentence or two."""
+    rows, steps = ", ".join(facts["variants"]), facts["finetune_steps"]
+    parts = [f"fine-tune dense for {steps} steps"] if facts["start"] == "tuned" else []
+    parts.append(f"record {facts['record_steps']} steps")
+    if facts["max_loss"] is not None:
+        parts.append(
+            f"find how many layers lose at most {facts['max_loss']:.2%} on {facts['validation_rows']} "
+            "validation rows"
+        )
+    if facts["repair"] != "none":
+        kind = facts["repair"].replace("_", " ")
+        parts.append(f"prune and repair ({kind}, {facts['repair_rows']} rows)")
+    if facts["start"] == "base":
+        parts.append(f"then {steps} fine-tuning steps for each of: {rows}")
+    else:
+        trained = facts["recover_steps"]
+        parts.append(f"recover for {trained} steps" if trained else "nothing is trained after that")
+        parts[-1] += f"; rows: {rows}"
+    teacher = "; pruned models also learn from the tuned dense one" if facts["teacher"] != "none" else ""
+    return ", ".join(parts) + teacher
 
 
 def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:

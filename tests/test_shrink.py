@@ -1,0 +1,271 @@
+"""Models pruned after tuning: start, repair, recovery, certified depth, effort, and what it all took."""
+
+import json
+
+import pytest
+import torch
+from builders import make_project, make_rows, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from gradpruner import report
+from gradpruner.cli import app
+from gradpruner.config import check_recipe, load_recipe
+from gradpruner.depth_search import possible_numbers, refuse_uncertified
+from gradpruner.errors import ConfigError, DataError, PlanError
+from gradpruner.evaluation_data import with_validation
+from gradpruner.folder import PRUNING_FILE
+from gradpruner.job import Job
+from gradpruner.pipeline import run
+from gradpruner.progress import set_mode
+from gradpruner.repair import Repair
+from gradpruner.report import render_html
+from gradpruner.rundir import RunDirectory
+from gradpruner.verify import verify_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    set_mode("quiet")
+    monkeypatch.setattr(Job, "release", lambda *a: None)
+    yield
+    set_mode("auto")
+
+
+def carry_out(tmp_path, **recipe):
+    path, _ = make_project(tmp_path, **recipe)
+    return run(load_recipe(path)), tmp_path / "run"
+
+
+REPAIRED = {"num_prune": 2, "num_merge": 0, "repair": "least_squares", "repair_rows": 12}
+
+
+def test_a_tuned_model_is_pruned_and_repaired_without_training(tmp_path):
+    record, folder = carry_out(tmp_path, start="tuned", variants=["gate", "dense"], plan=REPAIRED)
+    dense, row = record["variants"]["dense"], record["variants"]["gate"]
+    assert dense["finetune"]["steps"] == 6 and row["finetune"] is None and row["before"] is None
+    assert row["error"] is None and row["evaluation"]["metrics"]["exact_match"]["n"] == 12
+    assert not (folder / "variants/gate/model").exists()
+    # What was pruned is the tuned model, not the one that was given.
+    tuned = load_file(folder / "variants/dense/model/model.safetensors")
+    pruned = load_file(folder / "variants/gate/pruned/model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tuned[name], pruned[name])
+    assert not torch.equal(tuned[name], load_file(tmp_path / "model/model.safetensors")[name])
+    facts = json.loads((folder / "variants/gate/pruned" / PRUNING_FILE).read_text())
+    assert facts["repair"]["kind"] == "least_squares" and row["repair"]["rows"] == 12
+    assert verify_checkpoint(folder / "variants/gate/pruned", level="full").passed
+    # The refitted weights of the folder are those of the repair that is kept beside it.
+    repair = Repair.load(folder / "variants/gate/repair")
+    for tensor in facts["repair"]["tensors"]:
+        assert any(torch.equal(pruned[tensor], weight) for weight in repair.weights.values())
+    assert "Repair (least squares)" in render_html(record, tmp_path / "r.html").read_text()
+
+
+def test_a_second_start_does_nothing_and_another_repair_keeps_recording_and_plan(tmp_path):
+    path, _ = make_project(tmp_path, start="tuned", variants=["dense", "gate"], plan=REPAIRED)
+    first = run(load_recipe(path))
+    again = run(load_recipe(path))
+    assert {stage["state"] for stage in again["stages"]} == {"skipped"}
+    assert again["variants"]["gate"]["cost"] == first["variants"]["gate"]["cost"]
+    other = run(load_recipe(path, ("plan.repair=linear",)))
+    states = {stage["name"]: stage["state"] for stage in other["stages"]}
+    assert states["record"] == states["plan gate"] == states["finetune dense"] == "skipped"
+    assert states["repair gate"] == states["prune gate"] == "done"
+
+
+def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
+    record, folder = carry_out(
+        tmp_path,
+        start="tuned",
+        variants=["dense", "dropped"],
+        plan=REPAIRED,
+        recover={"steps": 2, "learning_rate": 5e-4},
+        distil={"teacher": "tuned", "prompts": 0.0},
+    )
+    tuning, recovery = (record["variants"][name]["finetune"] for name in ("dense", "dropped"))
+    assert (tuning["steps"], recovery["steps"]) == (6, 2)
+    assert max(entry["learning_rate"] for entry in recovery["losses"]) <= 5e-4
+    assert "ce" in recovery["losses"][0] and "ce" not in tuning["losses"][0]
+    model = AutoModelForCausalLM.from_pretrained(folder / "variants/dropped/model")
+    assert model.config.num_hidden_layers == 2
+
+
+def test_a_given_model_is_measured_as_it_is(tmp_path):
+    record, folder = carry_out(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
+    dense = record["variants"]["dense"]
+    assert dense["finetune"] is None and dense["evaluation"]["metrics"]
+    assert not (folder / "variants/dense/model").exists()
+    stages = [stage["name"] for stage in record["stages"]]
+    assert "repair dropped" in stages and not any(name.startswith("finetune") for name in stages)
+
+
+def test_nothing_is_kept_of_the_tuned_model_either(tmp_path):
+    _, folder = carry_out(
+        tmp_path, start="tuned", variants=["dense", "dropped"], plan=REPAIRED, keep_models="none"
+    )
+    assert not list((folder / "variants").rglob("*.safetensors"))
+
+
+def test_costs_count_everything_a_row_needed(tmp_path):
+    record, _ = carry_out(
+        tmp_path, start="tuned", variants=["dense", "gate", "last"], plan=REPAIRED, recover={"steps": 1}
+    )
+    stages = {stage["name"]: stage["seconds"] for stage in record["stages"]}
+    gate, last = (record["variants"][name]["cost"] for name in ("gate", "last"))
+    expected = ["finetune dense", "record", "score gate", "plan gate", "repair gate", "prune gate"]
+    assert gate["seconds"]["total"] == pytest.approx(sum(stages[n] for n in [*expected, "finetune gate"]))
+    assert last["seconds"]["recording"] == 0 and last["seconds"]["tuning"] == stages["finetune dense"]
+    dense = record["variants"]["dense"]["cost"]
+    assert dense["seconds"]["total"] == pytest.approx(stages["finetune dense"])
+    assert gate["tokens"] > last["tokens"] > dense["tokens"] > 0
+    assert "Whole cost" in render_html(record, tmp_path / "r.html").read_text()
+
+
+# -- how many layers -------------------------------------------------------------------------------------
+
+
+def fake_scores(monkeypatch, lost):
+    """Every row right but for `lost(layers)` of them: what a model of so many layers scores."""
+    from gradpruner import depth_search
+
+    def scores(job, model):
+        wrong = lost(model.config.num_hidden_layers)
+        return {"exact_match": [float(i >= wrong) for i in range(len(job.validation))]}
+
+    monkeypatch.setattr(depth_search, "_scores_of", scores)
+
+
+def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch):
+    fake_scores(monkeypatch, lambda layers: {4: 0, 3: 0, 2: 30}[layers])
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
+    write_rows(tmp_path / "validation.jsonl", make_rows(80, seed=3))
+    recipe = load_recipe(
+        path, ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.1", "plan.repair=linear"),
+        {"data.validation": str(tmp_path / "validation.jsonl")},
+    )  # fmt: skip
+    record = run(recipe)
+    search = record["plans"]["gate"]["search"]
+    assert search["best"] == 1 and record["variants"]["gate"]["num_layers"] == 3
+    assert {p["num_prune"]: p["verdict"] for p in search["curve"]} == {1: "certified", 2: "not certified"}
+    assert search["rows"] == 80 and search["metric"] == "exact_match"
+    sizes = {p["num_prune"]: p["parameters"] for p in search["curve"]}
+    assert sizes[1] > sizes[2] and sizes[1] == record["variants"]["gate"]["num_parameters"]
+    shown = render_html(record, tmp_path / "r.html").read_text()
+    assert "How many layers may go" in shown and "1 layers certified" in shown
+    again = run(recipe)
+    assert {s["state"] for s in again["stages"] if s["name"].startswith("search")} == {"skipped"}
+
+
+def test_too_few_rows_are_said_and_nothing_is_pruned(tmp_path, monkeypatch):
+    fake_scores(monkeypatch, lambda layers: 0)
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
+    overrides = ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.01")
+    with pytest.raises(PlanError, match=r"4 validation rows.*too few rows.*About \d+ rows are needed"):
+        run(load_recipe(path, overrides))
+    assert not (tmp_path / "run/variants/gate").exists()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["variants"]["gate"]["error"] and not record["variants"]["dense"]["error"]
+    assert any("held out of the training rows" in warning for warning in record["warnings"])
+
+
+def test_validation_rows_are_no_training_rows(tmp_path):
+    path, _ = make_project(tmp_path, start="given")
+    job = Job(load_recipe(path, ("plan.num_prune=null", "plan.max_loss=0.05")))
+    train = {example.id for example in job.train.examples}
+    held_out = {example.id for example in job.validation.examples}
+    assert (len(train), len(held_out)) == (20, 4) and not train & held_out
+    assert len(job.samples) == 20
+    assert possible_numbers(job) == [1, 2]
+    again = Job(load_recipe(path, ("plan.num_prune=null", "plan.max_loss=0.05")))
+    assert {example.id for example in again.validation.examples} == held_out
+
+
+def test_rows_too_few_to_hold_any_out_are_refused(tmp_path):
+    path, _ = make_project(tmp_path, start="given")
+    write_rows(tmp_path / "train.jsonl", make_rows(4))
+    recipe = load_recipe(path, ("plan.num_prune=null", "plan.max_loss=0.05"))
+    with pytest.raises(DataError, match="too few to hold validation rows out"):
+        Job(recipe)
+    with pytest.raises(DataError, match="too few"):
+        with_validation(recipe, Job(load_recipe(path)).train)
+
+
+def test_a_search_without_a_result_names_rows_and_limit():
+    point = {"num_prune": 1, "loss": 0.0, "upper": 0.02, "verdict": "too few rows", "rows_needed": 300}
+    found = {"best": None, "limit": 0.01, "metric": "exact_match", "rows": 150, "curve": [point]}
+    with pytest.raises(PlanError, match=r"150 validation rows.*300 rows are needed"):
+        refuse_uncertified(found)
+    assert refuse_uncertified(found | {"best": 3}) == 3
+
+
+# -- recipes ---------------------------------------------------------------------------------------------
+
+PLAIN = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
+
+
+def test_an_effort_sets_what_the_recipe_leaves_open():
+    best = check_recipe(PLAIN | {"effort": "best", "plan": {"num_prune": 3}, "recover": {"steps": 7}})
+    assert (best.start, best.plan.repair, best.plan.num_prune) == ("tuned", "least_squares", 3)
+    assert best.recover.steps == 7 and best.distils and best.variants == ["dense", "dropped"]
+    fast = check_recipe(PLAIN | {"effort": "fast", "variants": ["dense", "gate"]})
+    assert (fast.start, fast.plan.repair, fast.variants) == ("base", "least_squares", ["dense", "gate"])
+    assert not fast.distils and check_recipe(fast.model_dump(mode="json")) == fast
+    assert check_recipe(PLAIN).plan.repair == "none"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"start": "tuned", "variants": ["gate"]}, "start: tuned needs the row dense"),
+        ({"distil": {"teacher": "tuned"}, "variants": ["gate"]}, "teacher: tuned needs the row dense"),
+        ({"plan": {"max_loss": 0.01}}, "needs start: tuned or given"),
+        ({"start": "given", "plan": {"max_loss": 0.01, "num_prune": 3}}, "are all budgets"),
+        ({"start": "given", "plan": {"max_loss": 1.5}}, "less than 1"),
+        ({"plan": {"repair": "magic"}}, "least_squares"),
+        ({"effort": "most"}, "'fast' or 'best'"),
+        (
+            {"start": "tuned", "finetune": {"mode": "lora", "merge_adapter": False}},
+            "merge_adapter: true",
+        ),
+    ],
+)
+def test_recipes_that_cannot_be_carried_out_are_refused(recipe, said):
+    with pytest.raises(ConfigError, match=said):
+        check_recipe(PLAIN | recipe)
+
+
+# -- the command -----------------------------------------------------------------------------------------
+
+
+def test_shrink_is_one_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    make_project(tmp_path)
+    arguments = ["shrink", tmp_path / "model", "--data", tmp_path / "train.jsonl"]
+    arguments += ["--eval-data", tmp_path / "eval.jsonl", "--out", tmp_path / "out", "--num-prune", 2]
+    arguments += ["--set", "record.steps=4", "--set", "evaluate.metrics=[exact_match]", "--json", "--quiet"]
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0
+    row = json.loads(result.stdout)["variants"]["gate"]
+    assert row["num_layers"] == 2 and row["repair"]["kind"] == "least_squares" and row["finetune"] is None
+    assert (tmp_path / "out/variants/gate/pruned/model.safetensors").is_file()
+
+
+def test_shrink_dry_run_loads_nothing(tmp_path):
+    make_project(tmp_path)
+    arguments = ["shrink", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--dry-run", "--quiet"]
+    arguments += ["--eval-data", tmp_path / "eval.jsonl", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0 and not (tmp_path / "out").exists()
+    assert "repair" in result.stdout and "nothing is trained after that" in result.stdout
+
+
+def test_a_model_of_another_start_is_recorded_anew(tmp_path):
+    path, _ = make_project(tmp_path, variants=["dense", "gate"], plan=REPAIRED)
+    run(load_recipe(path))
+    record = run(load_recipe(path, ("start=tuned",)))
+    states = {stage["name"]: stage["state"] for stage in record["stages"]}
+    assert states["finetune dense"] == "skipped" and states["record"] == states["prune gate"] == "done"
+    with RunDirectory(tmp_path / "run") as directory:
+        assert directory.stages["record"]["state"] == "done"
