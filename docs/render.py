@@ -21,6 +21,7 @@ from typing import Any
 
 import ablation_blocks
 import methods
+import quality_blocks
 from drawing import script
 
 ROOT = Path(__file__).parent.parent
@@ -506,10 +507,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gguf_widths": gguf_widths,
     **methods.BLOCKS,
     **ablation_blocks.BLOCKS,
+    **quality_blocks.BLOCKS,
 }
 DRAWINGS = {
     "comparison.svg": (methods.comparison_digest, methods.draw_comparison),
     "ablations.svg": (ablation_blocks.shown, ablation_blocks.draw),
+    "quality.svg": (quality_blocks.shown, quality_blocks.draw),
 }
 """File -> digest of what it is to show, and what draws it."""
 

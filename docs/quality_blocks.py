@@ -1,0 +1,262 @@
+"""The figures of docs/quality.md: what a smaller model keeps, from the lines of `benchmarks/results/quality`."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from drawing import as_svg, digest, plotting
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
+TASKS = {"trec": "TREC", "banking77": "Banking77", "sst2": "SST-2", "scitldr": "SciTLDR (ROUGE-L)"}
+CHOICES = {
+    "igia": "IGIA (GradPruner)",
+    "gate": "gate, second order",
+    "gate_pairwise": "gate, pairwise",
+    "shortgpt": "ShortGPT",
+    "last": "last layers",
+    "random": "random layers",
+    "paper": "GradPruner, merged",
+}
+REPAIRS = {"none": "none", "linear": "linear", "least_squares": "least squares"}
+USUAL = 12
+RESAMPLES = 2000
+
+
+@lru_cache(maxsize=1)
+def cells() -> dict[str, dict[str, Any]]:
+    """Every measured cell, by key."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            found[entry["key"]] = entry
+    return found
+
+
+def dense_of(task: str, seed: int) -> dict[str, Any] | None:
+    """The tuned dense model, at the rate with the lowest loss on validation rows of seed 0."""
+    swept = {
+        key.rpartition("/")[2]: entry["validation"]["nll"]
+        for key, entry in cells().items()
+        if key.startswith(f"{task}/0/dense/") and "untrained" not in key
+    }
+    if not swept:
+        return None
+    return cells().get(f"{task}/{seed}/dense/{min(swept, key=lambda rate: swept[rate])}")
+
+
+def rows_of(entry: dict[str, Any], split: str = "test") -> list[float]:
+    """Score of every row."""
+    packed = entry[split]["rows"]
+    return [float(score) for score in packed]
+
+
+def pairs(name: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """(task, seed, dense, cell) wherever the cell `name` and its dense model are measured."""
+    found = []
+    for entry in cells().values():
+        dense = dense_of(entry["task"], entry["seed"])
+        if entry["cell"] == name and dense is not None:
+            found.append((entry["task"], entry["seed"], dense, entry))
+    return found
+
+
+def trained(row: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """The same for a trained row, at the rate with the lowest loss on validation rows of seed 0."""
+    found = []
+    prefix = f"train/{row}/{USUAL}/"
+    for task in TASKS:
+        rates = {
+            entry["cell"]: entry["validation"]["nll"]
+            for key, entry in cells().items()
+            if key.startswith(f"{task}/0/{prefix}")
+        }
+        if rates:
+            best = min(rates, key=lambda cell: rates[cell])
+            found += [pair for pair in pairs(best) if pair[0] == task]
+    return found
+
+
+def loss(found: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> tuple[float, float, float]:
+    """Mean relative change against dense on test rows, and its 95 % interval.
+
+    A hierarchical bootstrap: runs (task and seed) are drawn, then rows of each, dense and pruned together.
+    """
+    draw = random.Random(0)
+    runs = [(rows_of(dense), rows_of(entry)) for _, _, dense, entry in found]
+
+    def change(sample: Iterable[tuple[list[float], list[float]]]) -> float:
+        return statistics.mean(sum(small) / max(sum(whole), 1e-9) - 1 for whole, small in sample)
+
+    means = []
+    for _ in range(RESAMPLES if runs else 0):
+        sample = []
+        for whole, small in draw.choices(runs, k=len(runs)):
+            at = draw.choices(range(len(whole)), k=len(whole))
+            sample.append(([whole[i] for i in at], [small[i] for i in at]))
+        means.append(change(sample))
+    means.sort()
+    return change(runs), means[int(0.025 * len(means))], means[int(0.975 * len(means))]
+
+
+def _by_task(found: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> list[str]:
+    """One entry per task: mean score in per cent and seeds; a dash where nothing is measured."""
+    texts = []
+    for task in measured_tasks():
+        scores = [100 * entry["test"]["score"] for name, _, _, entry in found if name == task]
+        texts.append(f"{statistics.mean(scores):.1f}" + f" ({len(scores)})" if scores else "–")
+    return texts
+
+
+def measured_tasks() -> list[str]:
+    """Tasks whose dense model is measured, in order."""
+    return [task for task in TASKS if dense_of(task, 0) is not None]
+
+
+def _line(label: str, found: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> str:
+    mean, low, high = loss(found)
+    change = f"{100 * mean:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"| {label} | {' | '.join(_by_task(found))} | {change} |"
+
+
+def _head(first: str) -> list[str]:
+    names = [TASKS[task] for task in measured_tasks()]
+    columns = f"| {first} | {' | '.join(names)} | against dense [95 %] |"
+    return [columns, "|---" * (len(names) + 2) + "|"]
+
+
+def _dense_line() -> str:
+    found = [
+        (task, seed, dense, dense)
+        for task in measured_tasks()
+        for seed in range(3)
+        if (dense := dense_of(task, seed)) is not None
+    ]
+    return f"| dense, tuned | {' | '.join(_by_task(found))} | |"
+
+
+def shrunk() -> str:
+    """Layers removed from tuned models, nothing trained."""
+    lines = [*_head(f"{USUAL} of 30 layers gone"), _dense_line()]
+    for repair, how in (("least_squares", "least squares"), ("linear", "linear"), ("none", "no repair")):
+        for choice, label in CHOICES.items():
+            found = pairs(f"shrink/{choice}/{USUAL}/{repair}")
+            if found:
+                lines.append(_line(f"{label}, {how}", found))
+    return "\n".join([*lines, "", _note()])
+
+
+def depths() -> str:
+    """How many layers can go from tuned models, least squares, nothing trained."""
+    lines = [*_head("layers gone, IGIA, least squares"), _dense_line()]
+    for gone in (3, 6, 9, 12, 15, 18):
+        found = pairs(f"shrink/igia/{gone}/least_squares")
+        if found:
+            lines.append(_line(f"{gone} of 30", found))
+    return "\n".join(lines)
+
+
+ROWS = {
+    "tuned/igia/least_squares/distil": "from tuned: IGIA, repaired, recovered with the teacher",
+    "tuned/igia/least_squares/labels": "from tuned: IGIA, repaired, recovered",
+    "tuned/igia/none/labels": "from tuned: IGIA, dropped, recovered",
+    "base/igia/least_squares/distil": "from base: IGIA, repaired, tuned with the teacher",
+    "base/igia/least_squares/labels": "from base: IGIA, repaired, tuned (fast)",
+    "base/gate/least_squares/labels": "from base: gate, repaired, tuned",
+    "base/last/least_squares/labels": "from base: last layers, repaired, tuned",
+    "base/igia/none/labels": "from base: IGIA, dropped, tuned",
+    "base/paper/none/labels": "from base: GradPruner as in the paper (3 merged), tuned",
+    "base/shortgpt/none/labels": "from base: ShortGPT, dropped, tuned",
+    "base/last/none/labels": "from base: last layers, dropped, tuned",
+    "base/random/none/labels": "from base: random layers, dropped, tuned",
+}
+
+
+def tuned() -> str:
+    """Pruned models that are trained on the rows and for the steps of the dense model."""
+    lines = [*_head(f"{USUAL} of 30 layers gone, then trained"), _dense_line()]
+    lines += [_line(label, found) for row, label in ROWS.items() if (found := trained(row))]
+    return "\n".join(lines)
+
+
+def headline() -> str:
+    """One sentence for the README."""
+    found = pairs(f"shrink/igia/{USUAL}/least_squares")
+    mean, low, high = loss(found)
+    runs, names = len(found), ", ".join(TASKS[task] for task in dict.fromkeys(task for task, *_ in found))
+    return (
+        f"SmolLM2-135M-Instruct tuned on {names}: {USUAL} of 30 layers removed and repaired, nothing trained: "
+        f"{100 * mean:+.1f} % of the dense score (95 % interval {100 * low:+.1f} to {100 * high:+.1f}, {runs} "
+        f"run{'s'[: runs != 1]})."
+    )
+
+
+def _note() -> str:
+    machines = {entry["provenance"]["machine"]["cpu"] for entry in cells().values()}
+    commits = {str(entry["provenance"]["commit"])[:7] for entry in cells().values()}
+    return (
+        "Test score in per cent, mean over seeds, their number in brackets. Intervals: bootstrap over runs and "
+        f"rows. {len(cells())} cells so far, commits {', '.join(sorted(commits))}; {', '.join(sorted(machines))}."
+    )
+
+
+def draw() -> str:
+    """Left: relative change of every way, against dense. Right: by number of layers."""
+    pyplot = plotting()
+    pyplot.rcParams["font.size"] = 8
+    ways = _ways()
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10.5, 0.27 * len(ways) + 1.6), width_ratios=(1.5, 1), layout="constrained"
+    )
+    for place, (_, (mean, low, high)) in enumerate(ways):
+        left.plot([100 * low, 100 * high], [place, place], color="#356a9a", linewidth=1.4)
+        left.plot([100 * mean], [place], "o", color="#356a9a", markersize=4)
+    left.axvline(0, color="black", linewidth=0.8)
+    left.set_yticks(range(len(ways)), [label for label, _ in ways])
+    left.invert_yaxis()
+    left.set_xlim(left=max(left.get_xlim()[0], -30))
+    left.set_xlabel("test score against dense, %")
+    for task in measured_tasks():
+        line = []
+        for gone in (3, 6, 9, 12, 15, 18):
+            found = [pair for pair in pairs(f"shrink/igia/{gone}/least_squares") if pair[0] == task]
+            if found:
+                line.append((gone, 100 * loss(found)[0]))
+        right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=TASKS[task])
+    right.axhline(0, color="black", linewidth=0.8)
+    right.set_xlabel("layers gone of 30, repaired, nothing trained")
+    right.set_ylabel("test score against dense, %")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", linewidth=0.3)
+    return as_svg(figure, shown())
+
+
+def _ways() -> list[tuple[str, tuple[float, float, float]]]:
+    """Label, mean and interval of every way that is measured: repaired, then trained ones."""
+    found = []
+    for choice, label in CHOICES.items():
+        here = pairs(f"shrink/{choice}/{USUAL}/least_squares")
+        if here:
+            found.append((f"not trained: {label}, repaired", loss(here)))
+    return found + [(label, loss(here)) for row, label in ROWS.items() if (here := trained(row))]
+
+
+def shown() -> str:
+    """A digest of what the drawing shows."""
+    return digest([[key, entry["test"]["score"]] for key, entry in sorted(cells().items())])
+
+
+BLOCKS = {
+    "quality_shrunk": shrunk,
+    "quality_depths": depths,
+    "quality_tuned": tuned,
+    "quality_headline": headline,
+}
