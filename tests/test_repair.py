@@ -49,8 +49,9 @@ ROWS = 40
 KINDS = ("linear", "least_squares")
 
 
-def fit(model, plan, kind="least_squares", rows=None, **options):
-    return fit_repair(model, plan, rows or make_ids(ROWS), collate, kind=kind, seed=SEED, **options)
+def fit(model, plan, kind="least_squares", rows=None, count=512, **options):
+    rows = make_ids(ROWS) if rows is None else rows
+    return fit_repair(model, plan, rows, collate, kind=kind, rows=count, seed=SEED, **options)
 
 
 def is_fitted(number):
@@ -184,27 +185,20 @@ def test_a_ridge_too_small_for_the_system_is_refused():
 # ----- one cut against numpy -------------------------------------------------------------------------------
 
 
-def numpy_repair(model, layer, name, gone, kind, ridge, rows, chosen=is_fitted, factor=1.0):
+def numpy_repair(dense, handed, given, weight, kind, ridge, factor, chosen):
     """The refitted linear as quality.md and ReplaceMe state it, from states measured sample by sample."""
-    dense = states_behind(model, gone[-1], rows)
-    handed = states_behind(model, layer, rows)
-    given = inputs_of(model, layer, name, rows)
     h, y, a = (without_first(part, chosen) for part in (dense, handed, given))
-    weight = LayeredModel(model).weight(layer, name).detach().double().numpy()
     o = 1 / (h**2).sum(1)
-    if kind == "linear":  # T = (M'OM + rho I)^-1 (M'O (M + h - y) / f + rho I), the old linear being T = I
+    if kind == "linear":  # T = (M'OM + rho I)^-1 (M'O (M + (h - y) / f) + rho I); the old linear is T = I
         m = a @ weight.T
         gram = (o[:, None] * m).T @ m
-        rho = ridge * np.trace(gram) / len(gram)
-        wanted = m + (h - y) / factor
-        t = np.linalg.solve(
-            gram + rho * np.eye(len(gram)), (o[:, None] * m).T @ wanted + rho * np.eye(len(gram))
-        )
+        rho = ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
+        t = np.linalg.solve(gram + rho, (o[:, None] * m).T @ (m + (h - y) / factor) + rho)
         return t.T @ weight
     gram = (o[:, None] * a).T @ a
-    rho = ridge * np.trace(gram) / len(gram)
+    rho = ridge * np.trace(gram) / len(gram) * np.eye(len(gram))
     wanted = a @ weight.T + (h - y) / factor
-    return np.linalg.solve(gram + rho * np.eye(len(gram)), (o[:, None] * a).T @ wanted + rho * weight.T).T
+    return np.linalg.solve(gram + rho, (o[:, None] * a).T @ wanted + rho @ weight.T).T
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -218,26 +212,23 @@ def numpy_repair(model, layer, name, gone, kind, ridge, rows, chosen=is_fitted, 
     ],
 )
 def test_one_cut_is_what_numpy_gives(kind, model_type, options, name, factor):
-    model = make_family_model(model_type, **options)
-    rows = in_order(make_ids(ROWS), 30)
-    repair = fit(model, dropping([4, 5], depth=12), kind, rows=make_ids(ROWS), ridges=(0.3,))
-    assert repair.rows == ROWS
-    repair = fit_repair(
-        model, dropping([4, 5], 12), make_ids(ROWS), collate, kind=kind, rows=30, seed=SEED, ridges=(0.3,)
-    )
+    model = make_family_model(model_type, num_hidden_layers=5, **options)
+    rows, plan = in_order(make_ids(ROWS), 25), dropping([2, 3], depth=5)
+    repair = fit(model, plan, kind, count=25, ridges=(0.3,))
     (cut,) = repair.cuts
-    assert (cut.layer, cut.linear, cut.gone, cut.ridge) == (3, name, (4, 5), 0.3)
-    assert repair.rows == 30 and repair.tokens == sum(len(row["input_ids"]) - 1 for row in rows)
-    everything = numpy_repair(model, 3, name, (4, 5), kind, 0.3, rows, lambda n: True, factor)
-    np.testing.assert_allclose(repair.weights[3], everything, rtol=2e-3, atol=2e-4)
-    dense = states_behind(model, 5, rows)
-    before = relative_errors(dense, states_behind(model, 3, rows), is_held_out)
-    assert cut.error_before == pytest.approx(before, rel=1e-4)
-    without_held_out = numpy_repair(model, 3, name, (4, 5), kind, 0.3, rows, is_fitted, factor)
-    trial = copy.deepcopy(model)
+    assert (cut.layer, cut.linear, cut.gone, cut.ridge) == (1, name, (2, 3), 0.3)
+    assert repair.rows == 25 and repair.tokens == sum(len(row["input_ids"]) - 1 for row in rows)
+    dense, handed = (states_behind(model, layer, rows) for layer in (3, 1))
+    weight = LayeredModel(model).weight(1, name)
+    old = weight.detach().double().numpy().copy()
+    measured = (dense, handed, inputs_of(model, 1, name, rows), old, kind, 0.3, factor)
+    np.testing.assert_allclose(
+        repair.weights[1], numpy_repair(*measured, lambda number: True), rtol=2e-3, atol=2e-4
+    )
+    assert cut.error_before == pytest.approx(relative_errors(dense, handed, is_held_out), rel=1e-4)
     with torch.no_grad():
-        LayeredModel(trial).weight(3, name).copy_(torch.from_numpy(without_held_out))
-    after = relative_errors(dense, states_behind(trial, 3, rows), is_held_out)
+        weight.copy_(torch.from_numpy(numpy_repair(*measured, is_fitted)))
+    after = relative_errors(dense, states_behind(model, 1, rows), is_held_out)
     assert cut.error_after == pytest.approx(after, rel=1e-3)
 
 
