@@ -3,6 +3,7 @@
 from gradpruner.methods import (
     angular,
     apt,
+    auto,
     gate,
     gradpruner,
     gradpruner_width,
@@ -27,6 +28,7 @@ __all__ = [
     "MethodOptions",
     "angular",
     "apt",
+    "auto",
     "gate",
     "gradpruner",
     "gradpruner_width",

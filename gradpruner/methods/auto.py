@@ -1,0 +1,342 @@
+"""Auto: many plans, each repaired, the best trained a little, the best of these a little longer."""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import nn
+
+from gradpruner.errors import ConfigError, DataError, PlanError
+from gradpruner.layered import fingerprint
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.calibration import mean_nll
+from gradpruner.methods.candidates import FAMILIES, FAULTS, Candidate, Failure, Family, make_pool
+from gradpruner.plan import MIN_KEPT, PruningPlan, runs_of
+from gradpruner.progress import Progress
+from gradpruner.refitting import fit_repair
+from gradpruner.repair import Repair
+from gradpruner.surgery import prune_
+from gradpruner.training import finetune, planned_steps
+from gradpruner.walking import BATCH_SIZE, sample_batches
+
+_GROWTH = 3  # of the steps, from round to round
+_LEFT_OUT = ("epochs", "max_steps", "save_steps", "report_to", "merge_adapter", "seed", "output")
+
+
+class AutoOptions(MethodOptions):
+    """What can be set about the search."""
+
+    pool: int = Field(default=12, ge=1)
+    """Plans to choose from, at most."""
+    families: list[Family] = Field(default=list(FAMILIES), min_length=1)
+    """Where plans come from; the first ones where the pool is too small for all."""
+    validation_samples: int = Field(default=128, ge=1)
+    """Training samples put aside to choose by, at most a quarter of all."""
+    repair: Literal["none", "linear", "least_squares"] = "least_squares"
+    """How every candidate is repaired before it is judged and trained."""
+    repair_rows: int = Field(default=384, ge=2)
+    """Training samples a repair is fitted on, at most."""
+    rounds: int = Field(default=2, ge=0, le=3)
+    """Rounds of training; 0: the choice is made without any."""
+    share: float = Field(default=0.05, gt=0, le=1)
+    """Steps of the first round, as a share of those of the fine-tuning to come; three times as many in each
+    further round."""
+    task_loss_samples: int = Field(default=32, ge=1)
+    """Samples on which the family task_loss searches."""
+
+
+def plan(context: MethodContext) -> PruningPlan:
+    """The plan whose repaired model has the lowest loss on samples put aside, after some training.
+
+    1. `validation_samples` of the training samples, drawn with the seed, at most a quarter of all, are put
+       aside. Nothing below is fitted, measured for a choice within a family, or trained on them. (The trace
+       was recorded before; the steps it was recorded in may have seen some of them.)
+    2. A pool of plans is made, see `candidates.make_pool`.
+    3. Every candidate is pruned and repaired and its loss on the samples put aside is measured: mean negative
+       log-likelihood of the learned tokens, in nats.
+    4. In round r = 1 ... `rounds` the best ceil(candidates / 2^r) are trained for `share` * 3^(r - 1) of the
+       steps of the fine-tuning to come, each anew from its repaired state and with the options of that
+       fine-tuning (its schedule runs to the end within these steps), and their losses measured again. A round
+       with a single candidate is left out.
+
+    The best of the last round is the plan, of equal ones the first in the pool. A candidate or family that
+    fails is noted; it is an error only if no candidate is left. `evidence["candidates"]` is the whole table.
+
+    Cost with the default options: 12 repairs (see `fit_repair`), 12 evaluations, the search of `task_loss`
+    (see there), a forward pass of 256 samples for each of shortgpt and window, and 6 * 5 % + 3 * 15 % = 75 %
+    of the steps of the fine-tuning to come; with `rounds: 0` no training. Memory: the model, a pruned copy in
+    training (float32 where every weight is trained), and on the CPU the refitted weights of the best half of
+    the pool.
+
+    The plan holds no repair: set `plan.repair` to what candidates were judged with.
+
+    Raises:
+        ConfigError: If the number of layers to keep is unknown or impossible.
+        PlanError: If no candidate is left, naming what each failed with.
+        DataError: If there are fewer than two samples, or those put aside have no learned token.
+
+    Source: successive halving (Jamieson and Talwalkar, 2016).
+    """
+    options: AutoOptions = context.options or AutoOptions()
+    num_prune = context.num_layers - _checked_keep(context)
+    validation, rest = put_aside(context.samples, options.validation_samples, context.seed)
+    _check_learned(validation)
+    search = _Search(replace(context, samples=rest), options, validation)
+    if num_prune:
+        search.fill(num_prune)
+    else:
+        whole = PruningPlan.from_keep(context.num_layers, range(context.num_layers))
+        search.rows = [_Row(Candidate(("whole",), whole))]
+    search.judge()
+    search.halve()
+    best = search.best()
+    return replace(best.candidate.plan, method="auto", evidence=search.evidence(best))
+
+
+def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """Samples to choose by, and all others.
+
+    Args:
+        samples: The training samples, at least two.
+        count: How many to choose by; never more than a quarter of all, and at least one.
+        seed: Of the draw.
+
+    Raises:
+        DataError: If there are fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise DataError(
+            f"There are {len(samples)} training samples; one to train on and one to judge by are needed.",
+            hint="Give more rows.",
+        )
+    order = random.Random(seed).sample(range(len(samples)), len(samples))
+    number = max(1, min(count, len(samples) // 4))
+    chosen = set(order[:number])
+    aside = [samples[i] for i in range(len(samples)) if i in chosen]
+    return aside, [samples[i] for i in range(len(samples)) if i not in chosen]
+
+
+def _checked_keep(context: MethodContext) -> int:
+    if context.num_keep is None:
+        raise ConfigError(
+            "Plans can be compared only if they remove equally many layers, and how many stay is not known.",
+            hint="Give MethodContext a num_keep.",
+        )
+    if not MIN_KEPT <= context.num_keep <= context.num_layers:
+        raise ConfigError(
+            f"num_keep is {context.num_keep}; {MIN_KEPT} to {context.num_layers} layers can be kept."
+        )
+    return context.num_keep
+
+
+def _check_learned(validation: Sequence[Any]) -> None:
+    if not any(label != -100 for sample in validation for label in sample["labels"][1:]):
+        raise DataError(
+            f"None of the {len(validation)} samples put aside to choose by has a learned token.",
+            hint="At least one label has to differ from -100.",
+        )
+
+
+@dataclass
+class _Row:
+    """A candidate and what has been found out about it.
+
+    Attributes:
+        candidate: Which.
+        losses: On the samples put aside: repaired, after the first round ...
+        steps: Training steps before each of these losses.
+        seconds: Wall time spent on it.
+        repair: As long as it may be needed again.
+        error: Why it is out, in words.
+    """
+
+    candidate: Candidate
+    losses: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    repair: Repair | None = None
+    error: str = ""
+
+    def facts(self) -> dict[str, Any]:
+        """JSON values."""
+        found: dict[str, Any] = {
+            "names": list(self.candidate.names),
+            "pruned": list(self.candidate.plan.pruned),
+            "losses": self.losses,
+            "steps": self.steps,
+            "seconds": round(self.seconds, 2),
+        }
+        return found | ({"error": self.error} if self.error else {})
+
+
+class _Search:
+    """The candidates and their way through the rounds.
+
+    Args:
+        context: Its samples are those that may be fitted and trained on.
+        options: Of the search.
+        validation: The samples put aside.
+    """
+
+    def __init__(self, context: MethodContext, options: AutoOptions, validation: list[Any]) -> None:
+        self.context, self.options, self.validation = context, options, validation
+        self.rows: list[_Row] = []
+        self.failures: list[Failure] = []
+        self.rounds: list[dict[str, int]] = []
+        self.dense: Any = context.model()
+        self.model = fingerprint(self.dense)
+        tuning = context.finetune
+        self.steps: int = max(0, tuning.get("max_steps", -1)) or planned_steps(
+            len(context.samples) + len(validation),
+            tuning.get("batch_size", 8),
+            tuning.get("accumulation", 8),
+            tuning.get("epochs", 3.0),
+        )
+
+    def fill(self, num_prune: int) -> None:
+        """Makes the pool."""
+        options = self.options
+        with Progress(len(set(options.families)), "plan auto: pool") as progress:
+            pool, self.failures = make_pool(
+                self.context,
+                num_prune,
+                options.pool,
+                options.families,
+                options.task_loss_samples,
+                report=lambda name: progress.advance(),
+            )
+        self.rows = [_Row(candidate) for candidate in pool]
+
+    def judge(self) -> None:
+        """Repairs and measures every candidate; keeps the repairs of those that may be trained."""
+        with Progress(len(self.rows), "plan auto: repair") as progress:
+            for row in self.rows:
+                self._try(row, 0)
+                for beaten in self._ranked()[self._number(1) if self.options.rounds else 0 :]:
+                    beaten.repair = None
+                progress.advance()
+        self.dense = None if self.options.rounds == 0 else self.dense
+
+    def halve(self) -> None:
+        """Trains the best, then fewer for longer."""
+        for number in range(1, self.options.rounds + 1):
+            chosen = self._ranked()[: self._number(number)]
+            if len(chosen) < 2:
+                break
+            share = self.options.share * _GROWTH ** (number - 1)
+            steps = max(1, round(min(1.0, share) * self.steps))
+            for row in chosen:
+                self._try(row, steps)
+            self.rounds.append({"candidates": len(chosen), "steps": steps})
+            for beaten in self._ranked()[self._number(number + 1) :]:
+                beaten.repair = None
+
+    def best(self) -> _Row:
+        """The winner.
+
+        Raises:
+            PlanError: If every candidate failed.
+        """
+        ranked = self._ranked()
+        if ranked:
+            return ranked[0]
+        reasons = [*self.failures, *(Failure(row.candidate.names, row.error) for row in self.rows)]
+        told = "; ".join(f"{', '.join(each.names)}: {each.error}" for each in reasons)
+        raise PlanError(
+            f"None of the plans can be used. {told}",
+            hint="Take a method by name, or set methods.auto.repair to none.",
+        )
+
+    def evidence(self, best: _Row) -> dict[str, Any]:
+        """Everything that was found, as JSON values."""
+        return {
+            "num_layers": self.context.num_layers,
+            "model": self.model,
+            "repair": self.options.repair,
+            "training_samples": len(self.context.samples),
+            "validation_samples": len(self.validation),
+            "finetune_steps": self.steps,
+            "rounds": self.rounds,
+            "winner": list(best.candidate.names),
+            "candidates": [row.facts() for row in self.rows],
+            "failed": [{"names": list(each.names), "error": each.error} for each in self.failures],
+        }
+
+    def _number(self, number: int) -> int:
+        """Candidates trained in a round."""
+        return -(-len(self.rows) // (1 << number))
+
+    def _ranked(self) -> list[_Row]:
+        """Those that have come as far as any, best first; of equal ones the first in the pool."""
+        fit = [(row, place) for place, row in enumerate(self.rows) if row.losses and not row.error]
+        furthest = max((len(row.losses) for row, _ in fit), default=0)
+        fit = [(row, place) for row, place in fit if len(row.losses) == furthest]
+        return [row for row, _ in sorted(fit, key=lambda pair: (pair[0].losses[-1], pair[1]))]
+
+    def _try(self, row: _Row, steps: int) -> None:
+        """Adds the loss after so many steps, or what went wrong."""
+        started = time.perf_counter()
+        try:
+            row.losses.append(self._loss(row, steps))
+            row.steps.append(steps)
+        except FAULTS as error:
+            row.error = f"{error}"
+            row.repair = None
+        row.seconds += time.perf_counter() - started
+
+    def _loss(self, row: _Row, steps: int) -> float:
+        plan, context = row.candidate.plan, self.context
+        if steps == 0 and self.options.repair != "none" and plan.pruned:
+            row.repair = fit_repair(
+                self.dense,
+                plan,
+                context.samples,
+                context.collator,
+                kind=self.options.repair,
+                rows=self.options.repair_rows,
+                seed=context.seed,
+            )
+        model: Any = prune_(copy.deepcopy(self.dense), plan, repair=row.repair)
+        if steps:
+            model = self._trained(model, steps, row.candidate.names[0])
+        model.eval()
+        device = next(model.parameters()).device
+        batches = sample_batches(self.validation, context.collator, device, BATCH_SIZE)
+        return mean_nll(model, batches, f"without layers {runs_of(plan.pruned)}")
+
+    def _trained(self, model: nn.Module, steps: int, name: str) -> Any:
+        options = {key: value for key, value in self.context.finetune.items() if key not in _LEFT_OUT}
+        if options.get("mode", "full") == "full":
+            model = model.float()  # updates of AdamW are below the resolution of 16 bits
+        # The Trainer rounds warm-up up: of a single step nothing would be left.
+        warmup = int(steps * options.pop("warmup_ratio", 0.0))
+        collator: Any = self.context.collator
+        trained, _ = finetune(
+            model,
+            self.context.samples,
+            collator=collator,
+            max_steps=steps,
+            warmup=warmup,
+            seed=self.context.seed,
+            merge_adapter=True,
+            description=f"auto {name}",
+            **options,
+        )
+        return trained
+
+
+METHODS.register("auto")(
+    Method(
+        "auto: plans of many methods, each repaired, the best trained on; validation loss decides",
+        plan=plan,
+        options=AutoOptions,
+        needs_trace=True,
+        label="Auto",
+    )
+)
