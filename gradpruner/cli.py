@@ -67,7 +67,7 @@ def resolve(
     path: Path | None = None
     if recipe is not None:
         path = Path(recipe)
-        if not path.exists() and not recipe.endswith((".yaml", ".yml")):
+        if not path.is_file() and not recipe.endswith((".yaml", ".yml")):
             path = RECIPES / f"{recipe}.yaml"
             if not path.exists():
                 _unknown_recipe(recipe)
