@@ -27,7 +27,7 @@ METRIC = "exact_match"
 
 
 def run(args: argparse.Namespace) -> None:
-    from gradpruner.cli_compare import ablation_names
+    from gradpruner.cli.studies import ablation_names
 
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)

@@ -93,8 +93,8 @@ def shorten(task: str, prompt: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    from gradpruner.config import check_recipe
-    from gradpruner.study import carry_out, make_study
+    from gradpruner.runs.recipe import check_recipe
+    from gradpruner.runs.study import carry_out, make_study
 
     write_rows(args, TASKS, shorten)
     for task in TASKS:

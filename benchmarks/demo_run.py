@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gradpruner.config import load_recipe
-from gradpruner.pipeline import run
-from gradpruner.report import markdown_table
+from gradpruner.reports import markdown_table
+from gradpruner.runs.pipeline import run
+from gradpruner.runs.recipe import load_recipe
 
 RESULT = Path(__file__).parent / "results" / "demo_run.json"
 RECIPE = Path(__file__).parents[1] / "gradpruner" / "recipes" / "demo.yaml"

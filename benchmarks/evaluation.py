@@ -52,7 +52,7 @@ class Contest:
         self.harness = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size)
 
     def our_choices(self, examples: list[Any]) -> list[list[float]]:
-        from gradpruner.evaluation import evaluate
+        from gradpruner.evaluation.quality import evaluate
 
         found = evaluate(
             self.model, self.tokenizer, examples, metrics=["choice_likelihood"],
@@ -61,8 +61,8 @@ class Contest:
         return [list(o.choice_scores or ()) for o in found.outputs]
 
     def our_choices_alone(self, examples: list[Any]) -> list[list[float]]:
-        from gradpruner.likelihood import OptionScorer
-        from gradpruner.questions import Questions
+        from gradpruner.evaluation.likelihood import OptionScorer
+        from gradpruner.evaluation.questions import Questions
 
         questions = Questions(self.tokenizer, examples, 2048, score_ends=False)
         scorer = OptionScorer(self.model, 0, self.batch_size)
@@ -78,7 +78,7 @@ class Contest:
         return [[next(values) for _ in e.choices] for e in examples]
 
     def our_texts(self, examples: list[Any]) -> list[str]:
-        from gradpruner.evaluation import evaluate
+        from gradpruner.evaluation.quality import evaluate
 
         found = evaluate(
             self.model, self.tokenizer, examples, metrics=["exact_match"], batch_size=self.batch_size,
@@ -136,9 +136,9 @@ def main() -> None:
 
     from torch import get_num_threads
 
+    from gradpruner.data.tasks import load_task
     from gradpruner.progress import set_mode
     from gradpruner.provenance import provenance
-    from gradpruner.tasks import load_task
 
     set_mode("quiet")
     contest = Contest(args.model, args.batch_size)

@@ -35,7 +35,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gradpruner.data import Example
+from gradpruner.data.examples import Example
 from gradpruner.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "finetuning.json"
@@ -89,8 +89,8 @@ def load_examples(data: str, task: str, count: int) -> list[Example]:
 
 def load_samples(args: argparse.Namespace, tokenizer: Any) -> Any:
     """What one path is trained on, in as many batches as there are steps."""
-    from gradpruner.batching import LengthGroups
-    from gradpruner.encoding import EncodedDataset, encode_all
+    from gradpruner.data.encoding import EncodedDataset, encode_all
+    from gradpruner.training.batching import LengthGroups
 
     encoded = encode_all(tokenizer, load_examples(args.data, args.task, POOL), MAX_LENGTH)
     if args.path != "grouped":
@@ -106,10 +106,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
-    from gradpruner.encoding import Collator
+    from gradpruner.data.encoding import Collator
     from gradpruner.progress import set_mode
-    from gradpruner.trainer import CausalTrainer
-    from gradpruner.training import training_arguments
+    from gradpruner.training.finetuning import training_arguments
+    from gradpruner.training.trainer import CausalTrainer
 
     set_mode("quiet")
     tokenizer = AutoTokenizer.from_pretrained(args.model)

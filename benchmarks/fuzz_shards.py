@@ -1,4 +1,4 @@
-"""Random damage to safetensors headers and weight indexes: gradpruner.shards against safetensors' own parser.
+"""Random damage to safetensors headers and weight indexes: our reader against safetensors' own parser.
 
     python benchmarks/fuzz_shards.py --cases 1000000 --seed 0 --json out.json
     python benchmarks/fuzz_shards.py --first 4711 --cases 1 --seed 0          one case again
@@ -28,8 +28,8 @@ from typing import Any
 from safetensors import SafetensorError, deserialize, safe_open
 
 from gradpruner.errors import GradPrunerError
+from gradpruner.models.shards import DTYPE_BYTES, INDEX_FILE, open_shards, read_header
 from gradpruner.provenance import provenance
-from gradpruner.shards import DTYPE_BYTES, INDEX_FILE, open_shards, read_header
 
 SECONDS = 1.0
 # What safetensors accepts and we refuse, each on purpose. A part of our message, and why.
@@ -434,7 +434,7 @@ def main() -> int:
     print(*failures[:20], sep="\n")
     if args.json:
         result = {
-            "what": "gradpruner.shards against safetensors on randomly damaged headers and indexes",
+            "what": "gradpruner.models.shards against safetensors on randomly damaged headers and indexes",
             "config": {"cases": args.cases, "seed": args.seed, "first": args.first},
             "failures": len(failures),
             "first_failures": failures[:20],

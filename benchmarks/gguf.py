@@ -10,7 +10,7 @@ benchmark itself runs where gradpruner is installed. Two parts:
 1. A trained model (`--model`; skipped without), unpruned, with layers dropped, and with layers merged, in
    several file types. If its tokenizer is none of those that the converter knows by a hash, the converter
    refuses, which is tried first and recorded; `--pre` names the pre-tokenizer it is then told to believe in.
-2. A tiny random model of every family that `gradpruner.portability` has read: unpruned, with layers chosen
+2. A tiny random model of every family that `gradpruner.models.engines` has read: unpruned, with layers chosen
    freely, with layers chosen for llama.cpp, and the last of these loaded and saved by transformers (which is
    what fine-tuning leaves), beside the verdict the table gives. "ok" has to compute what transformers
    computes, "wrong" has to differ, "refused" must not load. Their tokenizers are GPT-2's, out of the
@@ -307,8 +307,8 @@ def trained(engine: Engine, model: Path, pre: str, folder: Path) -> dict[str, An
     from conftest import make_trace
     from transformers import AutoModelForCausalLM
 
-    from gradpruner.plan import LayerAction, PruningPlan
-    from gradpruner.streaming import prune_checkpoint
+    from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+    from gradpruner.pruning.on_disk import prune_checkpoint
 
     loaded = AutoModelForCausalLM.from_pretrained(model)
     depth = loaded.config.num_hidden_layers
@@ -416,7 +416,7 @@ OPTIONS = {"qwen3_5_text": ("--no-mtp",), "qwen3_next": ("--no-mtp",)}
 
 
 def subjects(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    from gradpruner.portability import _READ
+    from gradpruner.models.engines import _READ
 
     unknown = set(only) - set(_READ.split())
     if unknown:
@@ -429,12 +429,12 @@ def subjects(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def plans(config: Any, count: int, dropped: Sequence[int]) -> dict[str, Any]:
     """Kept layers: all; chosen freely, so that the verdict is bad if it can be; chosen for llama.cpp."""
-    from gradpruner.depth import family_slots, required_layers, text_config
     from gradpruner.errors import PlanError
-    from gradpruner.family import FAMILIES
-    from gradpruner.portability import layer_facts, slots
-    from gradpruner.scores import LayerScores
-    from gradpruner.selection import plan_pruning
+    from gradpruner.gradients.scores import LayerScores
+    from gradpruner.models.config_patch import family_slots, required_layers, text_config
+    from gradpruner.models.engines import layer_facts, slots
+    from gradpruner.models.families import FAMILIES
+    from gradpruner.plans.selection import plan_pruning
 
     text = text_config(config)
     family, depth = FAMILIES[text.model_type], text.num_hidden_layers
@@ -463,7 +463,7 @@ def plans(config: Any, count: int, dropped: Sequence[int]) -> dict[str, Any]:
 
 
 def verdict_of(config: Any, keep: tuple[int, ...]) -> Any:
-    from gradpruner.portability import judge, layer_facts
+    from gradpruner.models.engines import judge, layer_facts
 
     return next(v for v in judge(layer_facts(config), keep) if v.engine == "llama.cpp")
 
@@ -533,8 +533,8 @@ def one_family(
     """One record for every plan."""
     from transformers import AutoModelForCausalLM
 
-    from gradpruner.plan import PruningPlan
-    from gradpruner.streaming import prune_checkpoint
+    from gradpruner.plans.layer_plan import PruningPlan
+    from gradpruner.pruning.on_disk import prune_checkpoint
 
     options = dict(options)
     count, dropped = options.pop("PRUNED", PRUNED), options.pop("DROP", ())
@@ -644,7 +644,7 @@ def running(args: argparse.Namespace) -> Iterator[Engine]:
 
 def versions_of(engine: Engine, converter_name: str) -> dict[str, str]:
     """What was run."""
-    from gradpruner.portability import VERSIONS
+    from gradpruner.models.engines import VERSIONS
 
     return {
         "converter": converter_name,

@@ -4,8 +4,8 @@
     python benchmarks/gguf_widths.py --converter llama.cpp --python engine/bin/python --only granite olmo
 
 `--converter` and `--python` are those of `gguf.py`, which does the converting, running and comparing. A tiny
-random model of every family that `gradpruner.portability` has read and whose heads and channels can be told
-apart is run unpruned and by the plans of `PLANS`, beside the verdict of `gradpruner.portability_widths`: "ok"
+random model of every family that `gradpruner.models.engines` has read and whose heads and channels can be
+told apart is run unpruned and by the plans of `PLANS`, beside the verdict of `models.engine_widths`: "ok"
 has to compute what transformers computes, "wrong" has to differ, "refused" must not load. Hidden size / heads
 is the size of a head in the unpruned model and in "heads and hidden"; the other plans show who derives it.
 Families that llama.cpp gets wrong unpruned (attention windows) are left to `gguf.py`. A trained Llama
@@ -45,7 +45,7 @@ def make_plan(whole: Any, name: str) -> Any:
         PlanError: If attention has no two KV heads, or no two query heads for each.
     """
     from gradpruner.errors import PlanError
-    from gradpruner.width_plan import LayerWidths
+    from gradpruner.plans.width_plan import LayerWidths
 
     shape, full = whole.shape, whole.layers[0]
     groups = shape.heads_of(range(shape.num_kv_heads // 2, shape.num_kv_heads))
@@ -90,9 +90,9 @@ def narrowed(
         how: Likewise.
     """
     from gradpruner.errors import GradPrunerError
-    from gradpruner.portability import layer_facts
-    from gradpruner.portability_widths import judge_widths
-    from gradpruner.width_checkpoint import prune_width_checkpoint
+    from gradpruner.models.engine_widths import judge_widths
+    from gradpruner.models.engines import layer_facts
+    from gradpruner.pruning.widths_on_disk import prune_width_checkpoint
 
     for name in ("unpruned", *PLANS):
         target = source if name == "unpruned" else folder / name.replace(" ", "-")
@@ -140,7 +140,7 @@ def one_family(
 ) -> Iterator[dict[str, Any]]:
     """Its records, or the one that says why there are none."""
     from gradpruner.errors import GradPrunerError
-    from gradpruner.width import WidthView
+    from gradpruner.models.widths import WidthView
 
     options = {key: value for key, value in options.items() if key not in ("PRUNED", "DROP")}
     source = base.Source(engine, model_type, options, folder / "source")
@@ -181,8 +181,8 @@ def families(engine: Any, only: list[str]) -> list[dict[str, Any]]:
 
 def trained(engine: Any, model: Path, pre: str, folder: Path) -> list[dict[str, Any]]:
     """A trained model, in float32 throughout."""
-    from gradpruner.checkpoint import load_model
-    from gradpruner.width import WidthView
+    from gradpruner.models.loading import load_model
+    from gradpruner.models.widths import WidthView
 
     loaded = load_model(model)
     config, whole, rows = loaded.config, WidthView(loaded).whole(), []

@@ -3,9 +3,9 @@
     python benchmarks/merging.py            writes benchmarks/results/merging.json; about six minutes
     python benchmarks/merging.py --quick    a smaller matrix, seconds, writes nothing
 
-Ours is `gradpruner.merging.merge_linear`. The released way adds up the squared products of every step, sorts
-all entries, marks the top fifth by index, multiplies weights for the sign test and adds. Its time for three
-sources is three times that for one, because its sources share nothing; the two are measured in turns
+Ours is `gradpruner.plans.merging.merge_linear`. The released way adds up the squared products of every step,
+sorts all entries, marks the top fifth by index, multiplies weights for the sign test and adds. Its time for
+three sources is three times that for one, because its sources share nothing; the two are measured in turns
 (ours, released, ours, ...) on one thread. Memory is the rise of the resident set size of a fresh process that
 already holds the inputs; the result counts, inputs do not. The released way's memory does not depend on steps
 or sources, so two steps and one source are enough for it.
@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from torch import Tensor
 
-from gradpruner.cost import PeakMemory
-from gradpruner.merging import Factors, Source, merge_linear
+from gradpruner.models.sizes import PeakMemory
+from gradpruner.plans.merging import Factors, Source, merge_linear
 from gradpruner.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "merging.json"

@@ -43,21 +43,21 @@ import psutil
 import torch
 from transformers import LlamaConfig
 
-from gradpruner.checkpoint import load_tokenizer, resolve_device, resolve_dtype
-from gradpruner.cost import PeakMemory, build_on_meta, count_parameters, layer_parameters
-from gradpruner.costing.subject import Subject, find_subject
-from gradpruner.costing.worker import worker_environment
-from gradpruner.costing.worker_process import build
-from gradpruner.costing.workload import Workload
-from gradpruner.data import load_examples
-from gradpruner.encoding import Collator, encode_all
+from gradpruner.data.encoding import Collator, encode_all
+from gradpruner.data.examples import load_examples
+from gradpruner.evaluation.costing.subject import Subject, find_subject
+from gradpruner.evaluation.costing.worker import worker_environment
+from gradpruner.evaluation.costing.worker_process import build
+from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.gradients.scores import default_num_prune
+from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
+from gradpruner.models.loading import load_tokenizer, resolve_device, resolve_dtype
+from gradpruner.models.sizes import PeakMemory, build_on_meta, count_parameters, layer_parameters
 from gradpruner.progress import set_mode
 from gradpruner.provenance import provenance
-from gradpruner.recording import record_gradients
-from gradpruner.scores import default_num_prune
-from gradpruner.trace import GradientTrace
-from gradpruner.training import finetune
+from gradpruner.training.finetuning import finetune
+from gradpruner.training.recording import record_gradients
 
 RESULT = Path(__file__).parent / "results" / "methods_memory.json"
 SEED, GOAL = 0, 1.05

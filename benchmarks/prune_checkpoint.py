@@ -12,7 +12,7 @@ layers are neighbours and little can be copied in one go. Steps take turns for `
 turning too:
 
     cp          `cp -r` of a finished pruned folder, then fsync of every file
-    drop        gradpruner.streaming.prune_checkpoint, 13 layers dropped, verify="structure"
+    drop        gradpruner.pruning.on_disk.prune_checkpoint, 13 layers dropped, verify="structure"
     merge       the same, 10 dropped and 3 merged into the layer before them
     naive       from_pretrained, a shorter ModuleList, save_pretrained; then fsync
     mergekit    a passthrough merge of slices; then fsync
@@ -78,7 +78,7 @@ def write_source(folder: str, shape: Json) -> Json:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gradpruner.packing import Piece, pack, write_shards
+    from gradpruner.pruning.writer import Piece, pack, write_shards
 
     config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     Path(folder).mkdir(parents=True)
@@ -104,9 +104,9 @@ def write_trace(source: str, target: str, layers: list[list[Any]], steps: int) -
     """Random gradients of the layers that are merged; rows and columns differ in size, as real ones do."""
     import torch
 
-    from gradpruner.blueprint import Blueprint
-    from gradpruner.trace import LinearRef, TraceInfo
-    from gradpruner.trace_writer import TraceWriter
+    from gradpruner.gradients.trace import LinearRef, TraceInfo
+    from gradpruner.gradients.trace_writer import TraceWriter
+    from gradpruner.pruning.blueprint import Blueprint
 
     plan = make_plan(layers)
     blueprint = Blueprint(Path(source), plan, without_trace=True)
@@ -128,7 +128,7 @@ def write_trace(source: str, target: str, layers: list[list[Any]], steps: int) -
 
 
 def make_plan(layers: list[list[Any]]) -> Any:
-    from gradpruner.plan import LayerAction, PruningPlan
+    from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 
     return PruningPlan(tuple(LayerAction(action, into) for action, into in layers))
 
@@ -141,8 +141,9 @@ def import_llama() -> None:
 def run_ours(source: str, target: str, layers: list[list[Any]], trace: str | None = None) -> Json:
     """Wall time of prune_checkpoint, and what its parts took."""
     begin = time.perf_counter()
-    from gradpruner import blueprint, streaming
-    from gradpruner.trace import GradientTrace
+    from gradpruner.gradients.trace import GradientTrace
+    from gradpruner.pruning import blueprint
+    from gradpruner.pruning import on_disk as streaming
 
     import_llama()
     imported = time.perf_counter() - begin
@@ -242,7 +243,7 @@ def mergekit_versions() -> Json:
 
 def compare(one: str, other: str) -> Json:
     """Whether two checkpoints hold the same tensors, to the bit."""
-    from gradpruner.shards import open_shards
+    from gradpruner.models.shards import open_shards
 
     first, second = open_shards(Path(one)).tensors, open_shards(Path(other)).tensors
     names = first.keys() | second.keys()
@@ -307,9 +308,9 @@ def families_by_mergekit(folder: str) -> Json:
 
 def families_by_us(folder: str) -> Json:
     """Prunes and verifies in full; verifies in the same way what mergekit made."""
-    from gradpruner.plan import PruningPlan
-    from gradpruner.streaming import prune_checkpoint
-    from gradpruner.verify import verify_checkpoint
+    from gradpruner.plans.layer_plan import PruningPlan
+    from gradpruner.pruning.on_disk import prune_checkpoint
+    from gradpruner.pruning.verification import verify_checkpoint
 
     plan = PruningPlan.from_keep(FAMILY_LAYERS, family_keep(True))
     rows: Json = {}

@@ -74,8 +74,8 @@ def recipe_values(args: argparse.Namespace, task: str, mode: str, seed: int, rat
 
 
 def carry_out(values: dict[str, Any]) -> dict[str, Any]:
-    from gradpruner.config import check_recipe
-    from gradpruner.pipeline import run
+    from gradpruner.runs.pipeline import run
+    from gradpruner.runs.recipe import check_recipe
 
     return run(check_recipe(values), command="benchmarks/real_tasks.py")
 
@@ -120,8 +120,8 @@ def write_rows(
     args: argparse.Namespace, tasks: Iterable[str], shorten: Callable[[str, str], str] = short_prompt
 ) -> None:
     """The tasks' rows as prompt/completion files, with short prompts where the task's own is long."""
-    from gradpruner.tasks import TASKS as KNOWN
-    from gradpruner.tasks import load_task
+    from gradpruner.data.tasks import TASKS as KNOWN
+    from gradpruner.data.tasks import load_task
 
     for task in tasks:
         splits = {"train": KNOWN.find(task).train_split, "test": KNOWN.find(task).eval_split}

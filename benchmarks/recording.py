@@ -7,7 +7,7 @@ Four variants of the same step (forward, backward, clipping, AdamW; a Llama with
 its linears):
 
     plain      nothing recorded
-    recorder   gradpruner.recording.GradientRecorder with a folder
+    recorder   gradpruner.training.recording.GradientRecorder with a folder
     dense      an (out, in) fp32 accumulator of the squared product for every linear
     saved      torch.save of every LoRA gradient at every step, two files a step, as the released code does
 
@@ -40,10 +40,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradpruner.cost import PeakMemory
+from gradpruner.gradients.trace import LinearRef, factor_bytes, factor_file
+from gradpruner.models.sizes import PeakMemory
 from gradpruner.provenance import provenance
-from gradpruner.recording import GradientRecorder, attach_lora, find_lora_linears
-from gradpruner.trace import LinearRef, factor_bytes, factor_file
+from gradpruner.training.recording import GradientRecorder, attach_lora, find_lora_linears
 
 RESULT = Path(__file__).parent / "results" / "recording.json"
 SEED, RANK = 0, 8

@@ -4,8 +4,9 @@
     python benchmarks/scoring.py --quick    two pairs, writes nothing
 
 The seven linears of one Llama-3.1-8B layer, LoRA rank 8, one step, one thread. Ours is
-`gradpruner.trace.gram_energies`. It is so short that one turn scores many layers, each with gradients of its
-own (in training they are not in cache either), and is divided by their number; the ways are timed in turns.
+`gradpruner.gradients.trace.gram_energies`. It is so short that one turn scores many layers, each with
+gradients of its own (in training they are not in cache either), and is divided by their number; the ways are
+timed in turns.
 The dense way is given in two spellings: square, then sum; and the Frobenius norm of the released code, which
 needs no second matrix. Agreement is with dense products in double precision.
 """
@@ -26,8 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from torch import Tensor
 
+from gradpruner.gradients.trace import gram_energies
 from gradpruner.provenance import provenance
-from gradpruner.trace import gram_energies
 
 RESULT = Path(__file__).parent / "results" / "scoring.json"
 SEED, RANK, LAYERS = 0, 8, 32

@@ -22,9 +22,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradpruner.encoding import IGNORED
+from gradpruner.data.encoding import IGNORED
 from gradpruner.provenance import provenance
-from gradpruner.trainer import answer_window
+from gradpruner.training.trainer import answer_window
 
 RESULT = Path(__file__).parent / "results" / "training_step.json"
 SEED, ROUNDS, SAMPLES, TOKENS, LEARNED = 0, 5, 32, 48, 4

@@ -151,7 +151,7 @@ def speed() -> str:
 
 def families() -> str:
     """The table of families."""
-    from gradpruner.family import FAMILIES
+    from gradpruner.models.families import FAMILIES
 
     merged = [name for name, row in FAMILIES.items() if not row.no_merge]
     dropped = [name for name, row in FAMILIES.items() if row.no_merge]
@@ -164,7 +164,7 @@ def families() -> str:
 
 def tasks() -> str:
     """The table of tasks."""
-    from gradpruner.tasks import TASKS
+    from gradpruner.data.tasks import TASKS
 
     head = ("task", "hub dataset", "learn / measure", "answer", "metric", "paper", "version")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]

@@ -18,65 +18,65 @@ from typing import TYPE_CHECKING, Any
 from gradpruner._version import __version__
 
 if TYPE_CHECKING:
-    from gradpruner.checkpoint import load_model
-    from gradpruner.config import Recipe, load_recipe
-    from gradpruner.costing.comparison import measure_cost
-    from gradpruner.costing.workload import Workload
-    from gradpruner.data import Example, load_examples
-    from gradpruner.delta import diff_checkpoint, rebuild_checkpoint
-    from gradpruner.encoding import encode_all
+    from gradpruner.data.encoding import encode_all
+    from gradpruner.data.examples import Example, load_examples
     from gradpruner.errors import GradPrunerError
-    from gradpruner.evaluation import evaluate
-    from gradpruner.importance import element_importance
-    from gradpruner.merging import merge_linear
+    from gradpruner.evaluation.costing.comparison import measure_cost
+    from gradpruner.evaluation.costing.workload import Workload
+    from gradpruner.evaluation.quality import evaluate
+    from gradpruner.gradients.importance import element_importance
+    from gradpruner.gradients.scores import LayerScores, score_layers
+    from gradpruner.gradients.trace import GradientTrace
     from gradpruner.methods.gate import score_gates
-    from gradpruner.narrowing import prune_width_
-    from gradpruner.pipeline import run
-    from gradpruner.plan import PruningPlan
-    from gradpruner.recording import GradientRecorder, record_gradients
-    from gradpruner.refitting import fit_repair
-    from gradpruner.repair import Repair
-    from gradpruner.scores import LayerScores, score_layers
-    from gradpruner.selection import plan_pruning
-    from gradpruner.streaming import prune_checkpoint
-    from gradpruner.surgery import prune_
-    from gradpruner.trace import GradientTrace
-    from gradpruner.training import finetune
-    from gradpruner.verify import verify_checkpoint
-    from gradpruner.width_plan import WidthPlan
+    from gradpruner.models.loading import load_model
+    from gradpruner.models.narrowing import prune_width_
+    from gradpruner.plans.layer_plan import PruningPlan
+    from gradpruner.plans.merging import merge_linear
+    from gradpruner.plans.repair import Repair
+    from gradpruner.plans.selection import plan_pruning
+    from gradpruner.plans.width_plan import WidthPlan
+    from gradpruner.pruning.delta import diff_checkpoint, rebuild_checkpoint
+    from gradpruner.pruning.in_memory import prune_
+    from gradpruner.pruning.on_disk import prune_checkpoint
+    from gradpruner.pruning.refitting import fit_repair
+    from gradpruner.pruning.verification import verify_checkpoint
+    from gradpruner.runs.pipeline import run
+    from gradpruner.runs.recipe import Recipe, load_recipe
+    from gradpruner.training.finetuning import finetune
+    from gradpruner.training.recording import GradientRecorder, record_gradients
 
 _HOMES = {
-    "Example": "data",
+    "Example": "data.examples",
     "GradPrunerError": "errors",
-    "GradientRecorder": "recording",
-    "GradientTrace": "trace",
-    "LayerScores": "scores",
-    "PruningPlan": "plan",
-    "Recipe": "config",
-    "Repair": "repair",
-    "WidthPlan": "width_plan",
-    "Workload": "costing.workload",
-    "diff_checkpoint": "delta",
-    "element_importance": "importance",
-    "encode_all": "encoding",
-    "evaluate": "evaluation",
-    "finetune": "training",
-    "fit_repair": "refitting",
-    "load_examples": "data",
-    "load_model": "checkpoint",
-    "load_recipe": "config",
-    "measure_cost": "costing.comparison",
-    "merge_linear": "merging",
-    "plan_pruning": "selection",
-    "prune_": "surgery",
-    "prune_checkpoint": "streaming",
-    "prune_width_": "narrowing",
-    "rebuild_checkpoint": "delta",
-    "record_gradients": "recording",
-    "run": "pipeline",
+    "GradientRecorder": "training.recording",
+    "GradientTrace": "gradients.trace",
+    "LayerScores": "gradients.scores",
+    "PruningPlan": "plans.layer_plan",
+    "Recipe": "runs.recipe",
+    "Repair": "plans.repair",
+    "WidthPlan": "plans.width_plan",
+    "Workload": "evaluation.costing.workload",
+    "diff_checkpoint": "pruning.delta",
+    "element_importance": "gradients.importance",
+    "encode_all": "data.encoding",
+    "evaluate": "evaluation.quality",
+    "finetune": "training.finetuning",
+    "fit_repair": "pruning.refitting",
+    "load_examples": "data.examples",
+    "load_model": "models.loading",
+    "load_recipe": "runs.recipe",
+    "measure_cost": "evaluation.costing.comparison",
+    "merge_linear": "plans.merging",
+    "plan_pruning": "plans.selection",
+    "prune_": "pruning.in_memory",
+    "prune_checkpoint": "pruning.on_disk",
+    "prune_width_": "models.narrowing",
+    "rebuild_checkpoint": "pruning.delta",
+    "record_gradients": "training.recording",
+    "run": "runs.pipeline",
     "score_gates": "methods.gate",
-    "score_layers": "scores",
-    "verify_checkpoint": "verify",
+    "score_layers": "gradients.scores",
+    "verify_checkpoint": "pruning.verification",
 }
 
 __all__ = [

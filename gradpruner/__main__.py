@@ -1,5 +1,5 @@
 """`python -m gradpruner`."""
 
-from gradpruner.cli import main
+from gradpruner.cli.main import main
 
 main()

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradpruner.layered import LayeredModel, fingerprint
-from gradpruner.trace import GradientTrace, LinearRef, TraceInfo
-from gradpruner.trace_writer import TraceWriter
+from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
+from gradpruner.gradients.trace_writer import TraceWriter
+from gradpruner.models.layers import LayeredModel, fingerprint
 
 torch.set_num_threads(1)
 
@@ -97,7 +97,7 @@ def tiny_trace():
 @pytest.fixture
 def call(capsys, monkeypatch):
     """Runs the command line in this process; returns exit code, standard output and standard error."""
-    from gradpruner import cli
+    from gradpruner.cli import main as cli
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["gradpruner", *map(str, arguments)])

@@ -4,9 +4,9 @@ import random
 
 import torch
 
-from gradpruner.layered import LayeredModel
-from gradpruner.plan import PruningPlan
-from gradpruner.walking import drawn
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.walking import drawn
+from gradpruner.plans.layer_plan import PruningPlan
 
 SEED = 3
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import gradpruner
-from gradpruner.config import Recipe, _paths, load_recipe
+from gradpruner.runs.recipe import Recipe, _paths, load_recipe
 
 PACKAGE = Path(gradpruner.__file__).parent
 ABLATIONS = PACKAGE / "recipes" / "ablations"
@@ -79,7 +79,7 @@ def test_the_document_names_every_file_and_no_other() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_makes_a_study(path: Path, tmp_path: Path) -> None:
-    study_package = pytest.importorskip("gradpruner.study")
+    study_package = pytest.importorskip("gradpruner.runs.study")
     file = study_package.read_study(path)
     recipe = load_recipe(base(yaml.safe_load(path.read_text(encoding="utf-8")), tmp_path))
     study = study_package.make_study(

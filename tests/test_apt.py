@@ -7,11 +7,8 @@ import torch
 from builders import make_llama, make_samples
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from gradpruner.adapters import attach_lora
-from gradpruner.cost import count_parameters
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError
-from gradpruner.layered import fingerprint
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.apt import (
     ADAPTED,
@@ -25,10 +22,13 @@ from gradpruner.methods.apt import (
 )
 from gradpruner.methods.growing_ranks import GrowingRanks
 from gradpruner.methods.salience import UnitMasks, outlier_term
-from gradpruner.narrowing import resized_class
-from gradpruner.training import training_arguments
-from gradpruner.width import WidthView
-from gradpruner.width_plan import WidthPlan
+from gradpruner.models.layers import fingerprint
+from gradpruner.models.narrowing import resized_class
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.training.adapters import attach_lora
+from gradpruner.training.finetuning import training_arguments
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 2]])
 GROUP, CHANNEL = 384, 48  # of the tiny Llama: see test_width.py

@@ -9,15 +9,15 @@ from builders import make_llama, make_samples
 from conftest import make_trace
 from torch.nn.functional import cross_entropy
 
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext, auto
 from gradpruner.methods.auto import AutoOptions, put_aside
 from gradpruner.methods.candidates import FAMILIES, Candidate, make_pool
-from gradpruner.plan import PruningPlan
-from gradpruner.refitting import fit_repair
-from gradpruner.selection import plan_pruning
-from gradpruner.surgery import prune_
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.refitting import fit_repair
 
 L = 6
 SAMPLES = make_samples(24)

@@ -8,15 +8,17 @@ import pytest
 import torch
 from builders import make_llama, make_project, make_rows, write_rows
 
-from gradpruner import cli, recording, training
+from gradpruner.cli import main as cli
 from gradpruner.errors import IntegrityError, PlanError
-from gradpruner.plan import PruningPlan
+from gradpruner.gradients.scores import score_layers
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.selection import plan_pruning
 from gradpruner.progress import set_mode
-from gradpruner.recording import record_gradients
-from gradpruner.scores import score_layers
-from gradpruner.selection import plan_pruning
-from gradpruner.surgery import prune_
-from gradpruner.trace import GradientTrace
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.training import finetuning as training
+from gradpruner.training import recording
+from gradpruner.training.recording import record_gradients
 
 USAGE, DATA, MODEL, RESOURCE, INTEGRITY = 2, 3, 4, 5, 6
 

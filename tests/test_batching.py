@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import Trainer
 
-from gradpruner.adapters import attach_lora
-from gradpruner.batching import (
+from gradpruner.data.encoding import IGNORED, Collator
+from gradpruner.progress import set_mode
+from gradpruner.training.adapters import attach_lora
+from gradpruner.training.batching import (
     PackedCollator,
     attention_tokens,
     choose_rows,
@@ -18,10 +20,8 @@ from gradpruner.batching import (
     packing_fault,
     spread,
 )
-from gradpruner.encoding import IGNORED, Collator
-from gradpruner.progress import set_mode
-from gradpruner.trainer import CausalTrainer
-from gradpruner.training import finetune, training_arguments
+from gradpruner.training.finetuning import finetune, training_arguments
+from gradpruner.training.trainer import CausalTrainer
 
 I = IGNORED  # noqa: E741
 SAMPLES = [

@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from gradpruner.certification import (
+from gradpruner.errors import ConfigError, DataError, ShapeError
+from gradpruner.plans.certification import (
     _limits,
     _margin,
     certify,
@@ -15,7 +16,6 @@ from gradpruner.certification import (
     largest_certified,
     relative_loss_bound,
 )
-from gradpruner.errors import ConfigError, DataError, ShapeError
 
 
 def rows_of(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

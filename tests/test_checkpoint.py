@@ -7,9 +7,10 @@ import torch
 from builders import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from gradpruner import folder as folder_module
-from gradpruner.adapters import attach_lora
-from gradpruner.checkpoint import (
+from gradpruner.errors import ConfigError, IntegrityError, ModelError, ResourceError
+from gradpruner.models import folder as folder_module
+from gradpruner.models.folder import check_model_folder, locate_model
+from gradpruner.models.loading import (
     load_adapter,
     load_config,
     load_model,
@@ -19,10 +20,9 @@ from gradpruner.checkpoint import (
     save_model,
     stored_dtype,
 )
-from gradpruner.errors import ConfigError, IntegrityError, ModelError, ResourceError
-from gradpruner.folder import check_model_folder, locate_model
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.surgery import prune_
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.training.adapters import attach_lora
 
 INPUTS = torch.tensor([[1, 5, 6, 7]])
 

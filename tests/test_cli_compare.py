@@ -11,11 +11,13 @@ import pytest
 import yaml
 from builders import make_project
 
-from gradpruner import cli_compare, pipeline, report
+from gradpruner import reports as report
+from gradpruner.cli import studies as cli_compare
 from gradpruner.errors import ModelError
-from gradpruner.job import Job
 from gradpruner.methods import METHODS, Method
 from gradpruner.progress import set_mode
+from gradpruner.runs import pipeline
+from gradpruner.runs.job import Job
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +28,7 @@ def as_it_was(monkeypatch):
         study_markdown=lambda found: found["kind"],
         print_study=lambda found, console: console.print(f"table of {len(found['points'])} points"),
     )
-    monkeypatch.setitem(sys.modules, "gradpruner.report.study", rendering)
+    monkeypatch.setitem(sys.modules, "gradpruner.reports.study", rendering)
     monkeypatch.setattr(report, "render_html", lambda record, path: path)
     monkeypatch.setattr(Job, "release", lambda *a: None)
     yield

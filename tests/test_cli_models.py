@@ -9,12 +9,12 @@ from conftest import make_model, make_trace
 from families import make_family_model
 from transformers import AutoModelForCausalLM
 
-from gradpruner.cli_models import layer_numbers, num_bytes
-from gradpruner.cost import count_parameters
+from gradpruner.cli.models import layer_numbers, num_bytes
 from gradpruner.errors import ConfigError
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.width import WidthView
-from gradpruner.width_plan import LayerWidths
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.plans.width_plan import LayerWidths
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 MERGING = PruningPlan((KEEP, DROP, KEEP, LayerAction("merge", 2), KEEP, KEEP))
@@ -87,7 +87,7 @@ def test_widths_that_would_not_load_are_refused_before_weights_are_read(call, tm
     plan = dataclasses.replace(whole, layers=(half,) * whole.num_layers)
     model.save_pretrained(tmp_path / "source")
     plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr("gradpruner.width_checkpoint.load_model", None)
+    monkeypatch.setattr("gradpruner.pruning.widths_on_disk.load_model", None)
     arguments = ("prune", tmp_path / "source", tmp_path / "new", "--plan", tmp_path / "plan.json")
     for more in ((), ("--dry-run",)):
         code, out, err = call(*arguments, *more)

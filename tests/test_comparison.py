@@ -10,18 +10,18 @@ from conftest import COMMON, make_model
 from typer.testing import CliRunner
 
 from gradpruner import progress
-from gradpruner.cli import app
-from gradpruner.cli_cost import shown
-from gradpruner.costing import comparison as comparison_module
-from gradpruner.costing import pairing, worker_process
-from gradpruner.costing import worker as worker_module
-from gradpruner.costing.comparison import measure_cost
-from gradpruner.costing.figures import Figure, time_floors
-from gradpruner.costing.subject import find_subject
-from gradpruner.costing.worker import worker_environment
-from gradpruner.costing.workload import Workload
+from gradpruner.cli.cost import shown
+from gradpruner.cli.main import app
 from gradpruner.errors import ConfigError, PlanError, ResourceError
-from gradpruner.plan import PruningPlan
+from gradpruner.evaluation.costing import comparison as comparison_module
+from gradpruner.evaluation.costing import pairing, worker_process
+from gradpruner.evaluation.costing import worker as worker_module
+from gradpruner.evaluation.costing.comparison import measure_cost
+from gradpruner.evaluation.costing.figures import Figure, time_floors
+from gradpruner.evaluation.costing.subject import find_subject
+from gradpruner.evaluation.costing.worker import worker_environment
+from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.plans.layer_plan import PruningPlan
 
 SMALL = Workload(batch_size=2, tokens=8, new_tokens=4, repeats=2, warmup=1, device="cpu")
 OPTIONS = ["--batch-size", "2", "--tokens", "8", "--new-tokens", "4", "--repeats", "2", "--warmup", "0"]

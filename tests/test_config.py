@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradpruner.config import Recipe, check_recipe, load_recipe, recipe_schema, recipe_yaml
 from gradpruner.errors import ConfigError
+from gradpruner.runs.recipe import Recipe, check_recipe, load_recipe, recipe_schema, recipe_yaml
 
 GOOD = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
 FOLDER = Path(__file__).parents[1] / "gradpruner" / "recipes"
@@ -194,5 +194,5 @@ def test_the_schema_is_json_schema_and_documents_every_key():
 
 
 def test_reading_a_recipe_imports_no_torch():
-    code = "import sys, gradpruner.config, gradpruner.cli; sys.exit('torch' in sys.modules)"
+    code = "import sys, gradpruner.runs.recipe, gradpruner.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

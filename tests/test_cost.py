@@ -13,8 +13,8 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from gradpruner import cost
 from gradpruner.errors import ModelError, PlanError
+from gradpruner.models import sizes as cost
 
 LLAMA_8B = LlamaConfig(
     hidden_size=4096,

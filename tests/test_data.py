@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner.data import (
+from gradpruner.data.examples import (
     ALPACA_WITH_INPUT,
     ALPACA_WITHOUT_INPUT,
     FORMATS,

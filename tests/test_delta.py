@@ -14,19 +14,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import gradpruner.delta as module
-import gradpruner.delta_record as record_module
-from gradpruner.blueprint import Blueprint
-from gradpruner.delta import diff_checkpoint, rebuild_checkpoint
-from gradpruner.delta_record import read_record
+import gradpruner.pruning.delta as module
+import gradpruner.pruning.delta_record as record_module
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, PlanError, ResourceError
 from gradpruner.files import write_json
-from gradpruner.folder import carried_files, describe_model
-from gradpruner.packing import header_of, pack, write_shards
-from gradpruner.plan import LayerAction, PruningPlan
+from gradpruner.models.folder import carried_files, describe_model
+from gradpruner.models.shards import open_shards
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.provenance import sha256_json
-from gradpruner.shards import open_shards
-from gradpruner.streaming import prune_checkpoint
+from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.delta import diff_checkpoint, rebuild_checkpoint
+from gradpruner.pruning.delta_record import read_record
+from gradpruner.pruning.on_disk import prune_checkpoint
+from gradpruner.pruning.writer import header_of, pack, write_shards
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 DROPPING = PruningPlan((KEEP, DROP, KEEP, KEEP, DROP, KEEP))

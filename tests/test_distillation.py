@@ -7,11 +7,11 @@ import torch
 from builders import make_llama, make_samples
 from torch.nn import functional
 
-from gradpruner import teacher as teaching
-from gradpruner.distillation import DistillationTrainer, distil, distillation_loss
-from gradpruner.encoding import IGNORED, Collator
+from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
-from gradpruner.training import training_arguments
+from gradpruner.training import teacher as teaching
+from gradpruner.training.distillation import DistillationTrainer, distil, distillation_loss
+from gradpruner.training.finetuning import training_arguments
 
 COUNTED = torch.tensor([[True, True, False, True], [False, True, False, False]])
 

@@ -13,8 +13,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from gradpruner.data import Example, Message
-from gradpruner.encoding import (
+from gradpruner.data.encoding import (
     IGNORED,
     Collator,
     Encoded,
@@ -25,8 +24,9 @@ from gradpruner.encoding import (
     preview,
     prompt_ids,
 )
+from gradpruner.data.examples import Example, Message
+from gradpruner.data.tasks import TASKS
 from gradpruner.errors import ConfigError, DataError
-from gradpruner.tasks import TASKS
 
 CORPUS = [
     "What is the sentiment of this news? Answer: positive",

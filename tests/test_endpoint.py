@@ -8,10 +8,10 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
-from gradpruner.data import Example
-from gradpruner.endpoint import Endpoint
+from gradpruner.data.examples import Example
 from gradpruner.errors import ConfigError, ResourceError
-from gradpruner.evaluation import evaluate
+from gradpruner.evaluation.endpoint import Endpoint
+from gradpruner.evaluation.quality import evaluate
 
 EXAMPLES = [
     Example("a", "the red cat", " sat", (" sat", " ran away")),

@@ -11,12 +11,12 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from gradpruner.data import Example, Message
-from gradpruner.encoding import Collator, encode
+from gradpruner.data.encoding import Collator, encode
+from gradpruner.data.examples import Example, Message
 from gradpruner.errors import ConfigError, DataError, NonFiniteError, ResourceError
-from gradpruner.evaluation import evaluate
+from gradpruner.evaluation.quality import evaluate
+from gradpruner.evaluation.questions import Questions
 from gradpruner.progress import set_mode
-from gradpruner.questions import Questions
 
 TEXT = "the cat sat on a mat dog ran in fog is it true yes no not sure user assistant"
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "<turn>", *TEXT.split()]
@@ -393,7 +393,7 @@ def test_bad_requests(taught, tokenizer, changes, error, message):
 
 
 def test_empty_prompt(taught, tokenizer, monkeypatch):
-    monkeypatch.setattr("gradpruner.questions.prompt_ids", lambda *_: [])
+    monkeypatch.setattr("gradpruner.evaluation.questions.prompt_ids", lambda *_: [])
     with pytest.raises(DataError, match="t:0, t:1, t:2"):
         evaluate(taught, tokenizer, EXAMPLES)
 

@@ -6,18 +6,18 @@ import pytest
 from builders import make_project, make_tokenizer, write_rows
 from typer.testing import CliRunner
 
-from gradpruner import report
-from gradpruner.cli import app
-from gradpruner.config import check_recipe, load_recipe
-from gradpruner.data import Example, Message, as_conversation
+from gradpruner import reports as report
+from gradpruner.cli.main import app
+from gradpruner.data.examples import Example, Message, as_conversation
+from gradpruner.data.tasks import TASKS
 from gradpruner.errors import ConfigError, GradPrunerError
-from gradpruner.evaluation import TASK_METRICS
-from gradpruner.evaluation_data import check_evaluation, load_split, metrics_of
-from gradpruner.job import Job
-from gradpruner.pipeline import run
+from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.progress import set_mode
-from gradpruner.report.other_tasks import PROBE_TASKS
-from gradpruner.tasks import TASKS
+from gradpruner.reports.other_tasks import PROBE_TASKS
+from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of
+from gradpruner.runs.job import Job
+from gradpruner.runs.pipeline import run
+from gradpruner.runs.recipe import check_recipe, load_recipe
 
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
@@ -135,8 +135,8 @@ def test_tasks_of_the_harness_in_a_run(project, monkeypatch):
         "tasks": {"t": {"version": 1, "n": 9, "metrics": {"acc": {"value": 0.5, "stderr": 0.1}}}},
     }
     asked = []
-    monkeypatch.setattr("gradpruner.harness.check_harness", lambda *a: asked.append(a))
-    monkeypatch.setattr("gradpruner.variant.evaluate_harness", lambda *a, **k: asked.append(k) or found)
+    monkeypatch.setattr("gradpruner.evaluation.harness.check_harness", lambda *a: asked.append(a))
+    monkeypatch.setattr("gradpruner.runs.variant.evaluate_harness", lambda *a, **k: asked.append(k) or found)
     record = run(
         load_recipe(project, ("evaluate.lm_eval=[t]", "evaluate.also=[]", "evaluate.lm_eval_limit=9"))
     )
@@ -191,7 +191,7 @@ def test_an_interrupted_measurement_is_taken_up_for_the_same_model_only(folder, 
 
     command = ("--eval-data", folder / "eval.jsonl", "--out", folder / "scores", "--quiet")
     with monkeypatch.context() as patched:
-        patched.setattr("gradpruner.evaluation._grade", stop)
+        patched.setattr("gradpruner.evaluation.quality._grade", stop)
         assert invoke(folder / "model", *command).exit_code != 0
     (first,) = parts()
     lines = [json.loads(line) for line in first.read_text().splitlines() if line]
@@ -202,7 +202,7 @@ def test_an_interrupted_measurement_is_taken_up_for_the_same_model_only(folder, 
     for path in (folder / "model").iterdir():
         (folder / "other" / path.name).write_bytes(path.read_bytes())
     with monkeypatch.context() as patched:
-        patched.setattr("gradpruner.evaluation._grade", stop)
+        patched.setattr("gradpruner.evaluation.quality._grade", stop)
         assert invoke(folder / "other", *command).exit_code != 0
     assert len(parts()) == 2
     assert invoke(folder / "model", *command).exit_code == 0

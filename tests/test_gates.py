@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, IntegrityError, NonFiniteError, PlanError, ShapeError
-from gradpruner.gates import (
+from gradpruner.gradients.gates import (
     GateHooks,
     Gates,
     bootstrap_mean,
@@ -23,13 +23,13 @@ from gradpruner.gates import (
     predicted_rise,
     second_order,
 )
-from gradpruner.layered import LayeredModel
+from gradpruner.gradients.trace import GATES_FILE, TRACE_FILE, GradientTrace
 from gradpruner.methods.base import METHODS, MethodContext
 from gradpruner.methods.gate import GateOptions, score_gates, set_values
-from gradpruner.recording import GradientRecorder, record_gradients
-from gradpruner.step_gradients import loss_scale
-from gradpruner.trace import GATES_FILE, TRACE_FILE, GradientTrace
-from gradpruner.training import finetune
+from gradpruner.models.layers import LayeredModel
+from gradpruner.training.finetuning import finetune
+from gradpruner.training.recording import GradientRecorder, record_gradients
+from gradpruner.training.step_gradients import loss_scale
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 2], [1, 9, 4, 4, 10, 2], [1, 12, 13, 5, 6, 2]])
 
@@ -423,7 +423,7 @@ def test_a_trace_of_an_earlier_version_loads_without(tiny_llama, tiny_trace, tmp
 
 
 def test_a_new_recording_leaves_no_gates_of_an_old_one(tiny_llama, tiny_trace, tmp_path):
-    from gradpruner.trace_writer import TraceWriter
+    from gradpruner.gradients.trace_writer import TraceWriter
 
     trace = tiny_trace(tiny_llama(), folder=tmp_path)
     TraceWriter(trace.info.linears, tmp_path)

@@ -9,16 +9,16 @@ from builders import make_llama
 from conftest import make_trace
 from transformers import AutoModelForCausalLM
 
-from gradpruner.cost import count_parameters
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, PlanError, ShapeError
-from gradpruner.importance import column_energies, element_importance, row_energies
+from gradpruner.gradients.importance import column_energies, element_importance, row_energies
+from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.gradpruner_width import widths_of
-from gradpruner.narrowing import prune_width_
-from gradpruner.trace import GradientTrace
-from gradpruner.width import WidthView
-from gradpruner.width_plan import WidthPlan
+from gradpruner.models.narrowing import prune_width_
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import WidthPlan
 
 METHOD = METHODS.find("gradpruner_width")
 

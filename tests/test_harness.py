@@ -6,10 +6,10 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
-from gradpruner.data import Example
+from gradpruner.data.examples import Example
 from gradpruner.errors import ConfigError
-from gradpruner.evaluation import evaluate
-from gradpruner.harness import check_harness, evaluate_harness
+from gradpruner.evaluation.harness import check_harness, evaluate_harness
+from gradpruner.evaluation.quality import evaluate
 
 pytest.importorskip("lm_eval")
 
@@ -71,7 +71,9 @@ def test_what_is_missing_is_found_before_any_model_loads(folder, monkeypatch):
     with pytest.raises(ConfigError, match="no folder"):
         check_harness(["tiny_choice"], str(folder / "none"))
     own = type("Manager", (), {"all_tasks": ["tiny_choice"]})()
-    monkeypatch.setattr("gradpruner.harness._manager", lambda tasks, where: own)  # the real one takes long
+    monkeypatch.setattr(
+        "gradpruner.evaluation.harness._manager", lambda tasks, where: own
+    )  # the real one takes long
     with pytest.raises(ConfigError, match=r"knows no task 'tiny_choise'\. Did you mean 'tiny_choice'"):
         check_harness(["tiny_choise"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

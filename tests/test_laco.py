@@ -8,17 +8,17 @@ from builders import make_project
 from conftest import make_model
 from families import make_family_model
 
-from gradpruner import report
-from gradpruner.config import load_recipe
-from gradpruner.encoding import Collator
+from gradpruner import reports as report
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
-from gradpruner.layered import LayeredModel, fingerprint
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.laco import LacoOptions, _Likeness, _Runs, _standing_in
-from gradpruner.pipeline import run
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.streaming import prune_checkpoint
-from gradpruner.surgery import prune_
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.on_disk import prune_checkpoint
+from gradpruner.runs.pipeline import run
+from gradpruner.runs.recipe import load_recipe
 
 NAMES = ["laco", "laco_released"]
 SAMPLES = [

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from gradpruner.depth import depth_fields
 from gradpruner.errors import ModelError
-from gradpruner.family import FAMILIES
-from gradpruner.layered import LayeredModel, fingerprint, unwrap
-from gradpruner.plan import PruningPlan
+from gradpruner.models.config_patch import depth_fields
+from gradpruner.models.families import FAMILIES
+from gradpruner.models.layers import LayeredModel, fingerprint, unwrap
+from gradpruner.plans.layer_plan import PruningPlan
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 MLP = {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
@@ -32,7 +32,7 @@ class Compiled(nn.Module):
 
 
 def with_lora(model):
-    from gradpruner.adapters import attach_lora
+    from gradpruner.training.adapters import attach_lora
 
     return attach_lora(model, rank=2)
 

@@ -8,21 +8,22 @@ import torch
 from builders import make_project
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from gradpruner import load_model, prune_checkpoint, report
-from gradpruner.config import load_recipe
-from gradpruner.cost import count_parameters
-from gradpruner.costing.subject import find_subject
+from gradpruner import load_model, prune_checkpoint
+from gradpruner import reports as report
 from gradpruner.errors import ConfigError, ModelError, PlanError
-from gradpruner.job import Job
+from gradpruner.evaluation.costing.subject import find_subject
 from gradpruner.methods import METHODS, Method, MethodOptions
-from gradpruner.narrowing import prune_width_
-from gradpruner.pipeline import run
-from gradpruner.plan import PruningPlan
+from gradpruner.models.narrowing import prune_width_
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.width_plan import LayerWidths
 from gradpruner.progress import set_mode
-from gradpruner.report import render_html
-from gradpruner.training import finetune
-from gradpruner.width import WidthView
-from gradpruner.width_plan import LayerWidths
+from gradpruner.reports import render_html
+from gradpruner.runs.job import Job
+from gradpruner.runs.pipeline import run
+from gradpruner.runs.recipe import load_recipe
+from gradpruner.training.finetuning import finetune
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +199,7 @@ def test_recording_that_fails_takes_only_the_rows_along_that_need_it(monkeypatch
         tried.append(1)
         raise ModelError("No gradients today.")
 
-    monkeypatch.setattr("gradpruner.pipeline.record_gradients", failing)
+    monkeypatch.setattr("gradpruner.runs.pipeline.record_gradients", failing)
     path, _ = make_project(tmp_path, variants=["merged", "dropped", "last"])
     with pytest.raises(ModelError, match="No gradients today"):
         run(load_recipe(path))

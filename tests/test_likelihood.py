@@ -6,7 +6,7 @@ from families import make_family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner.likelihood import OptionScorer, OptionSet, Rows
+from gradpruner.evaluation.likelihood import OptionScorer, OptionSet, Rows
 
 SETS = [
     OptionSet([5, 9, 3, 7], [[4, 6, 2], [8, 2], [11, 12, 13, 2]]),

@@ -8,16 +8,16 @@ import torch
 from builders import make_llama, make_samples
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
-from gradpruner.cost import count_parameters
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.llm_pruner import LLMPrunerOptions, layers_to_prune
 from gradpruner.methods.taylor import TAYLOR, TaylorSalience
 from gradpruner.methods.width_choice import descending, most_important, share_out, unit_scores
-from gradpruner.narrowing import prune_width_
-from gradpruner.width import WidthView
-from gradpruner.width_plan import WidthPlan, WidthShape
+from gradpruner.models.narrowing import prune_width_
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import WidthPlan, WidthShape
 
 SAMPLES = make_samples(6)
 METHOD = METHODS.find("llm_pruner")
@@ -145,7 +145,9 @@ def naive_scores(model, taylor):
 @pytest.mark.parametrize("taylor", TAYLOR)
 @pytest.mark.parametrize("layers_at_once", [1, 3])
 def test_salience_is_that_of_whole_gradients(make, taylor, layers_at_once, monkeypatch):
-    monkeypatch.setattr("gradpruner.importance.BLOCK_ENTRIES", 100)  # several blocks of rows a weight
+    monkeypatch.setattr(
+        "gradpruner.gradients.importance.BLOCK_ENTRIES", 100
+    )  # several blocks of rows a weight
     expected = naive_scores(make(), taylor)
     salience = TaylorSalience(WidthView(make()), taylor, layers_at_once)
     found = salience.measure([0, 1, 2, 3], *batches())

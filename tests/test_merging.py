@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner import importance, merging
 from gradpruner.errors import ConfigError, ShapeError
-from gradpruner.importance import Factors, element_importance
-from gradpruner.merging import (
+from gradpruner.gradients import importance
+from gradpruner.gradients.importance import Factors, element_importance
+from gradpruner.plans import merging
+from gradpruner.plans.merging import (
     MAX_SOURCES,
     MERGE_RULES,
     Source,

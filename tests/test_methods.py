@@ -6,14 +6,14 @@ import random
 import pytest
 import torch
 
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
-from gradpruner.layered import LayeredModel
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.angular import layer_values
-from gradpruner.scores import LayerScores
-from gradpruner.selection import plan_pruning
-from gradpruner.surgery import prune_
+from gradpruner.models.layers import LayeredModel
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.pruning.in_memory import prune_
 
 SAMPLES = [
     {"input_ids": list(range(3 + i, 8 + 2 * i)), "labels": [-100] * 3 + list(range(6 + i, 8 + 2 * i))}

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from gradpruner.errors import DataError, ShapeError
-from gradpruner.metrics import (
+from gradpruner.evaluation.metrics import (
     Interval,
     accuracy,
     bootstrap_interval,
@@ -174,7 +174,7 @@ def test_interval_without_spread():
 
 
 def test_interval_in_blocks_covers_every_resample(monkeypatch):
-    monkeypatch.setattr("gradpruner.metrics._BLOCK_ENTRIES", 64)
+    monkeypatch.setattr("gradpruner.evaluation.metrics._BLOCK_ENTRIES", 64)
     interval = bootstrap_interval([float(i % 2) for i in range(40)], resamples=101)
     assert 0.3 < interval.low < 0.5 < interval.high < 0.7
 

@@ -10,10 +10,8 @@ import torch
 from builders import make_llama, make_samples
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
-from gradpruner.cost import count_parameters
-from gradpruner.encoding import IGNORED, Collator
+from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
-from gradpruner.layered import skeleton
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.methods.minitron_depth import MinitronOptions
@@ -25,11 +23,13 @@ from gradpruner.methods.minitron_width import (
     candidates,
     channel_statistics,
 )
-from gradpruner.narrowing import prune_width_, width_savings
-from gradpruner.selection import plan_pruning
-from gradpruner.surgery import prune_
-from gradpruner.width import WidthView
-from gradpruner.width_plan import WidthPlan
+from gradpruner.models.layers import skeleton
+from gradpruner.models.narrowing import prune_width_, width_savings
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.pruning.in_memory import prune_
 
 SAMPLES = make_samples(6)
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 8, "head_dim": 4}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
-from gradpruner.data import Example
-from gradpruner.evaluation import evaluate
-from gradpruner.outputs import Output, paired_intervals, read_examples, values_of
+from gradpruner.data.examples import Example
+from gradpruner.evaluation.outputs import Output, paired_intervals, read_examples, values_of
+from gradpruner.evaluation.quality import evaluate
 
 WORDS = ["the red cat", "a dog in the big house", "the dog", "the cat sat", "a red house", "in the house"]
 EXAMPLES = [Example(f"e{i}", text, " sat", (" sat", " ran away")) for i, text in enumerate(WORDS)]
@@ -136,7 +136,7 @@ class Scorer:
 
 
 def test_text_metrics_look_at_the_greedy_answer(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("gradpruner.evaluation.bert_scorer", lambda encoder, layer: Scorer())
+    monkeypatch.setattr("gradpruner.evaluation.quality.bert_scorer", lambda encoder, layer: Scorer())
     found = evaluate(
         model,
         tokenizer,

@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gradpruner import packing
 from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.packing import Piece, header_of, pack, read_tensor, shard_names, write_file, write_shards
-from gradpruner.shards import DTYPE_BYTES, INDEX_FILE, open_shards, read_header
+from gradpruner.models.shards import DTYPE_BYTES, INDEX_FILE, open_shards, read_header
+from gradpruner.pruning import writer as packing
+from gradpruner.pruning.writer import (
+    Piece,
+    header_of,
+    pack,
+    read_tensor,
+    shard_names,
+    write_file,
+    write_shards,
+)
 
 METADATA = {"format": "pt"}
 WORDS = {"F64": np.uint64, "F32": np.uint32, "BF16": np.uint16, "F16": np.uint16, "F8_E5M2": np.uint8,

@@ -8,16 +8,17 @@ from builders import make_project, make_tokenizer, write_rows
 from families import make_family_model
 from transformers import AutoModelForCausalLM
 
-from gradpruner import report, variant
-from gradpruner.config import load_recipe
+from gradpruner import reports as report
 from gradpruner.errors import ConfigError, NonFiniteError, PlanError, ResourceError
-from gradpruner.job import Job, bytes_to_write
-from gradpruner.pipeline import run
-from gradpruner.plan import PruningPlan
-from gradpruner.preview import examine
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import set_mode
-from gradpruner.scores import LayerScores
-from gradpruner.trace import GradientTrace
+from gradpruner.runs import variant
+from gradpruner.runs.job import Job, bytes_to_write
+from gradpruner.runs.pipeline import run
+from gradpruner.runs.preview import examine
+from gradpruner.runs.recipe import load_recipe
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gradpruner.errors import ConfigError, PlanError
-from gradpruner.merging import MAX_SOURCES, MERGE_RULES
-from gradpruner.plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
-from gradpruner.scores import LayerScores
-from gradpruner.selection import plan_pruning
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
+from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES
+from gradpruner.plans.selection import plan_pruning
 
 SCORES = LayerScores("m", (9.0, 8.0, 1.0, 2.0, 7.0, 3.0, 6.0, 10.0), evidence={"model": "x", "num_layers": 8})
 

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from gradpruner.errors import ConfigError, PlanError
-from gradpruner.portability import _ABSENT, _READ, ENGINES, RULES, VERSIONS, judge, layer_facts, slots
-from gradpruner.scores import LayerScores
-from gradpruner.selection import plan_pruning
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.models.engines import _ABSENT, _READ, ENGINES, RULES, VERSIONS, judge, layer_facts, slots
+from gradpruner.plans.selection import plan_pruning
 
 FULL, SLIDING, CHUNKED, LINEAR = (
     "full_attention",

@@ -8,9 +8,9 @@ import pytest
 from families import make_config
 from transformers import AutoConfig
 
-from gradpruner.portability import _ABSENT, _READ, ENGINES, layer_facts
-from gradpruner.portability_widths import _WIDTHS_READ, WIDTH_RULES, judge_widths
-from gradpruner.width_plan import LayerWidths, WidthPlan, WidthShape
+from gradpruner.models.engine_widths import _WIDTHS_READ, WIDTH_RULES, judge_widths
+from gradpruner.models.engines import _ABSENT, _READ, ENGINES, layer_facts
+from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "gguf_widths.json"
 SHAPE = WidthShape(

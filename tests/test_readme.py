@@ -15,8 +15,8 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
-from gradpruner.cli import app
-from gradpruner.encoding import Collator
+from gradpruner.cli.main import app
+from gradpruner.data.encoding import Collator
 
 README = Path(__file__).parents[1] / "README.md"
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "sky", "sea", "is", "blue", "deep", "the", ":"]

@@ -12,22 +12,23 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gradpruner import recording, training
-from gradpruner.adapters import attach_lora, find_lora_linears
-from gradpruner.checkpoint import load_model
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
-from gradpruner.layered import fingerprint
-from gradpruner.plan import PruningPlan
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.models.layers import fingerprint
+from gradpruner.models.loading import load_model
+from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import set_mode
-from gradpruner.recording import (
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.training import finetuning as training
+from gradpruner.training import recording
+from gradpruner.training.adapters import attach_lora, find_lora_linears
+from gradpruner.training.recording import (
     MAX_OVERFLOWS,
     GradientRecorder,
     default_steps,
     record_gradients,
 )
-from gradpruner.surgery import prune_
-from gradpruner.trace import GradientTrace
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from repairs import (
 )
 from torch import nn
 
-import gradpruner.refitting as module
+import gradpruner.pruning.refitting as module
 from gradpruner.errors import (
     ConfigError,
     DataError,
@@ -36,14 +36,14 @@ from gradpruner.errors import (
     PlanError,
     ShapeError,
 )
-from gradpruner.family import FAMILIES
-from gradpruner.layered import LayeredModel, fingerprint
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.refitting import HELD_OUT, fit_repair
-from gradpruner.repair import REPAIR_FILE, WEIGHTS_FILE, Repair, RepairedCut, cuts_of, unrepaired
-from gradpruner.ridge import ChannelSums, Sums, choose_update, ridge_update
-from gradpruner.surgery import prune_
-from gradpruner.trace import QUANTISED
+from gradpruner.gradients.trace import QUANTISED
+from gradpruner.models.families import FAMILIES
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.plans.repair import REPAIR_FILE, WEIGHTS_FILE, Repair, RepairedCut, cuts_of, unrepaired
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.refitting import HELD_OUT, fit_repair
+from gradpruner.pruning.ridge import ChannelSums, Sums, choose_update, ridge_update
 
 ROWS = 40
 KINDS = ("linear", "least_squares")

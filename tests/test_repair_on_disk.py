@@ -12,16 +12,16 @@ from repairs import SEED, collate, dropping, make_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gradpruner.blueprint import Blueprint
-from gradpruner.delta import diff_checkpoint, rebuild_checkpoint
 from gradpruner.errors import IntegrityError, PlanError
-from gradpruner.folder import PRUNING_FILE
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.refitting import fit_repair
-from gradpruner.repair import Repair
-from gradpruner.streaming import prune_checkpoint
-from gradpruner.surgery import prune_
-from gradpruner.verify import verify_checkpoint
+from gradpruner.models.folder import PRUNING_FILE
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.plans.repair import Repair
+from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.delta import diff_checkpoint, rebuild_checkpoint
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.on_disk import prune_checkpoint
+from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.verification import verify_checkpoint
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 TWO_CUTS = dropping([1, 4])

@@ -16,8 +16,8 @@ import pytest
 from pages import Page
 from rich.console import Console
 
-from gradpruner.report import figures, html, markdown_table, print_summary, render_html, svg, tables
-from gradpruner.report.formats import (
+from gradpruner.reports import figures, html, markdown_table, print_summary, render_html, svg, tables
+from gradpruner.reports.formats import (
     duration,
     interval,
     num_bytes,
@@ -27,8 +27,8 @@ from gradpruner.report.formats import (
     text,
     times,
 )
-from gradpruner.report.reading import read_run
-from gradpruner.report.verdict import judge
+from gradpruner.reports.reading import read_run
+from gradpruner.reports.verdict import judge
 
 SECTIONS = [
     "headline", "accuracy", "layers", "losses", "recording",

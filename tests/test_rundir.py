@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradpruner.errors import ConfigError, DataError, IntegrityError, ResourceError
-from gradpruner.rundir import MANIFEST, RunDirectory
+from gradpruner.runs.directory import MANIFEST, RunDirectory
 
 
 class Work:

@@ -9,8 +9,7 @@ from builders import make_llama, make_samples
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
-from gradpruner.adapters import attach_lora
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, ModelError, NonFiniteError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.sat import (
@@ -23,9 +22,10 @@ from gradpruner.methods.sat import (
     sample_units,
 )
 from gradpruner.methods.sliced import SlicedModel
-from gradpruner.training import finetune
-from gradpruner.width import WidthView
-from gradpruner.width_plan import LayerWidths
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import LayerWidths
+from gradpruner.training.adapters import attach_lora
+from gradpruner.training.finetuning import finetune
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 2]])
 DECODER = 4 * (16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 32)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradpruner.errors import ConfigError, IntegrityError
-from gradpruner.scores import LayerScores, default_num_prune, rank_stability, score_layers
-from gradpruner.trace import GradientTrace, LinearRef, TraceInfo
+from gradpruner.gradients.scores import LayerScores, default_num_prune, rank_stability, score_layers
+from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 
 
 def trace_of(energies, linears_per_layer=1):

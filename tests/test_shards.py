@@ -16,9 +16,9 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradpruner import shards
 from gradpruner.errors import GradPrunerError, IntegrityError, ModelError
-from gradpruner.shards import DTYPE_BYTES, check_inside, open_shards, read_header
+from gradpruner.models import shards
+from gradpruner.models.shards import DTYPE_BYTES, check_inside, open_shards, read_header
 
 _SCRIPT = Path(__file__).parents[1] / "benchmarks" / "fuzz_shards.py"
 _SPEC = importlib.util.spec_from_file_location("fuzz_shards", _SCRIPT)

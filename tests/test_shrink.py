@@ -9,20 +9,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from gradpruner import report
-from gradpruner.cli import app
-from gradpruner.config import check_recipe, load_recipe
-from gradpruner.depth_search import possible_numbers, refuse_uncertified
+from gradpruner import reports as report
+from gradpruner.cli.main import app
 from gradpruner.errors import ConfigError, DataError, PlanError
-from gradpruner.evaluation_data import with_validation
-from gradpruner.folder import PRUNING_FILE
-from gradpruner.job import Job
-from gradpruner.pipeline import run
+from gradpruner.models.folder import PRUNING_FILE
+from gradpruner.plans.repair import Repair
 from gradpruner.progress import set_mode
-from gradpruner.repair import Repair
-from gradpruner.report import render_html
-from gradpruner.rundir import RunDirectory
-from gradpruner.verify import verify_checkpoint
+from gradpruner.pruning.verification import verify_checkpoint
+from gradpruner.reports import render_html
+from gradpruner.runs.depth_search import possible_numbers, refuse_uncertified
+from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.evaluation_data import with_validation
+from gradpruner.runs.job import Job
+from gradpruner.runs.pipeline import run
+from gradpruner.runs.recipe import check_recipe, load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -128,7 +128,7 @@ def test_costs_count_everything_a_row_needed(tmp_path):
 
 def fake_scores(monkeypatch, lost):
     """Every row right but for `lost(layers)` of them: what a model of so many layers scores."""
-    from gradpruner import depth_search
+    from gradpruner.runs import depth_search
 
     def scores(job, model):
         wrong = lost(model.config.num_hidden_layers)

@@ -20,9 +20,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from gradpruner import similarity
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, ShapeError
-from gradpruner.similarity import BertScorer, check_encoder
+from gradpruner.evaluation import bertscore as similarity
+from gradpruner.evaluation.bertscore import BertScorer, check_encoder
 
 bert_score = pytest.importorskip("bert_score")
 

@@ -5,11 +5,11 @@ import torch
 from conftest import COMMON
 from transformers import AutoConfig, LlamaConfig, MixtralConfig
 
-from gradpruner.costing.shapes import describe_shape, shape_folder, shape_names
-from gradpruner.costing.sizing import depth_alone, held_bytes, size_model, time_floor
-from gradpruner.costing.subject import find_subject, plan_by_count, shorten
-from gradpruner.costing.workload import Workload, checked_modes
 from gradpruner.errors import ConfigError
+from gradpruner.evaluation.costing.shapes import describe_shape, shape_folder, shape_names
+from gradpruner.evaluation.costing.sizing import depth_alone, held_bytes, size_model, time_floor
+from gradpruner.evaluation.costing.subject import find_subject, plan_by_count, shorten
+from gradpruner.evaluation.costing.workload import Workload, checked_modes
 
 # One layer by hand: q and o 32x32, k and v 16x32, three 32x64 in the MLP; two norms of 32. Head 100x32.
 LINEAR = 2 * 1024 + 2 * 512 + 3 * 2048
@@ -108,8 +108,8 @@ def test_a_config_of_several_kinds_of_layers_is_cut_like_a_checkpoint():
     config = AutoConfig.for_model(
         "gemma3_text", **COMMON, head_dim=8, layer_types=["sliding_attention", "full_attention"] * 3
     )
-    from gradpruner.costing.subject import Subject
-    from gradpruner.plan import PruningPlan
+    from gradpruner.evaluation.costing.subject import Subject
+    from gradpruner.plans.layer_plan import PruningPlan
 
     pruned = shorten(Subject("g", config), PruningPlan.from_keep(6, [0, 2, 5]))
     assert pruned.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]

@@ -22,9 +22,6 @@ from families import make_family_model, make_seeing_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradpruner import folder as folder_module
-from gradpruner import streaming
-from gradpruner.blueprint import Blueprint
 from gradpruner.errors import (
     ConfigError,
     GradPrunerError,
@@ -33,14 +30,17 @@ from gradpruner.errors import (
     PlanError,
     ResourceError,
 )
-from gradpruner.folder import PRUNING_FILE, staged_folder
-from gradpruner.layered import fingerprint
-from gradpruner.merging import Source, merge_linear
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.shards import INDEX_FILE, open_shards
-from gradpruner.streaming import prune_checkpoint
-from gradpruner.surgery import check_alike, prune_
-from gradpruner.verify import VerifyReport, verify_checkpoint
+from gradpruner.models import folder as folder_module
+from gradpruner.models.folder import PRUNING_FILE, staged_folder
+from gradpruner.models.layers import fingerprint
+from gradpruner.models.shards import INDEX_FILE, open_shards
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.plans.merging import Source, merge_linear
+from gradpruner.pruning import on_disk as streaming
+from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.in_memory import check_alike, prune_
+from gradpruner.pruning.on_disk import prune_checkpoint
+from gradpruner.pruning.verification import VerifyReport, verify_checkpoint
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 DROPPING = PruningPlan((KEEP, DROP, KEEP, KEEP, DROP, KEEP))

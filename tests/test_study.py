@@ -7,16 +7,17 @@ from types import SimpleNamespace
 import pytest
 from builders import make_llama, make_project, make_tokenizer
 
-from gradpruner import pipeline, report
-from gradpruner.config import load_recipe
+from gradpruner import reports as report
 from gradpruner.errors import ConfigError, ModelError, PlanError
-from gradpruner.job import Job
 from gradpruner.methods import METHODS, Method
 from gradpruner.progress import set_mode
-from gradpruner.study import NamedPoint, Sweep, carry_out, make_study, read_study
-from gradpruner.study.carrying_out import MARKER, adopt, state_of
-from gradpruner.study.pairing import Answers, paired_over_seeds
-from gradpruner.study.preview import examine_study
+from gradpruner.runs import pipeline
+from gradpruner.runs.job import Job
+from gradpruner.runs.recipe import load_recipe
+from gradpruner.runs.study import NamedPoint, Sweep, carry_out, make_study, read_study
+from gradpruner.runs.study.carrying_out import MARKER, adopt, state_of
+from gradpruner.runs.study.pairing import Answers, paired_over_seeds
+from gradpruner.runs.study.preview import examine_study
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -30,7 +31,7 @@ def quick_and_quiet():
             render_study=lambda found, out: out.write_text(found["title"]),
             study_markdown=lambda found: found["kind"],
         )
-        patch.setitem(sys.modules, "gradpruner.report.study", rendering)
+        patch.setitem(sys.modules, "gradpruner.reports.study", rendering)
         yield
     set_mode("auto")
 

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from pages import Page
 from rich.console import Console
 
-from gradpruner.report import print_study, render_study, study_markdown
-from gradpruner.report.study_labels import Label, place_labels
-from gradpruner.report.study_reading import read_study
-from gradpruner.report.study_tables import study_table
-from gradpruner.report.study_verdict import judge_study
-from gradpruner.report.svg import house_style
+from gradpruner.reports import print_study, render_study, study_markdown
+from gradpruner.reports.study_labels import Label, place_labels
+from gradpruner.reports.study_reading import read_study
+from gradpruner.reports.study_tables import study_table
+from gradpruner.reports.study_verdict import judge_study
+from gradpruner.reports.svg import house_style
 
 NUM_LAYERS = 16
 METHODS = {
@@ -364,7 +364,7 @@ def test_any_part_may_be_missing(
     missing: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drawing is slow and tested elsewhere; here only that nothing is looked up in vain.
-    monkeypatch.setattr("gradpruner.report.figures.draw", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("gradpruner.reports.figures.draw", lambda *_: "<svg></svg>")
     study = make_study(("dense", "merged", "last")) if kind == "compare" else make_sweep((1, 2, 3))
     for replacement in (None, [], "odd", [{}]):
         changed = {**study, missing: replacement}

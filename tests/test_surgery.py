@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gradpruner.errors import IntegrityError, PlanError
-from gradpruner.layered import LayeredModel
-from gradpruner.merging import Source, merge_linear
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.surgery import prune_
-from gradpruner.trace import GradientTrace, factor_file
+from gradpruner.gradients.trace import GradientTrace, factor_file
+from gradpruner.models.layers import LayeredModel
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.plans.merging import Source, merge_linear
+from gradpruner.pruning.in_memory import prune_
 
 IDS = torch.arange(3, 27).reshape(2, 12)  # longer than the sliding window of 4
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
@@ -160,7 +160,7 @@ def test_a_trace_on_disk_serves_as_well(tiny_llama, tiny_trace, tmp_path):
 
 
 def test_the_recorded_model_itself_can_be_pruned(tiny_llama):
-    from gradpruner.adapters import attach_lora
+    from gradpruner.training.adapters import attach_lora
 
     model = tiny_llama()
     attach_lora(model, rank=2).unload()
@@ -179,7 +179,7 @@ def refused(model, plan, trace, message, error=PlanError):
 
 
 def test_model_with_adapters(tiny_llama):
-    from gradpruner.adapters import attach_lora
+    from gradpruner.training.adapters import attach_lora
 
     model = tiny_llama()
     wrapped = attach_lora(model, rank=2)

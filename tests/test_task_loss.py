@@ -12,16 +12,16 @@ from conftest import make_model
 from families import make_family_model
 from torch.nn.functional import cross_entropy
 
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import DataError, ModelError, NonFiniteError
-from gradpruner.layered import LayeredModel
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.task_loss import TaskLossOptions, _Pruned
-from gradpruner.plan import PruningPlan
-from gradpruner.repair import Repair, RepairedCut, cuts_of
-from gradpruner.selection import plan_pruning
-from gradpruner.surgery import prune_
-from gradpruner.walking import Output, Walk, drawn, sample_batches
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.walking import Output, Walk, drawn, sample_batches
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.repair import Repair, RepairedCut, cuts_of
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.pruning.in_memory import prune_
 
 SAMPLES = make_samples(40)
 NONE = TaskLossOptions(repair="none", num_samples=12)

@@ -9,12 +9,12 @@ from builders import make_llama, make_samples
 from torch.nn import functional
 from transformers import TrainerCallback
 
-from gradpruner import teacher as teaching
-from gradpruner.encoding import IGNORED, Collator
+from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
 from gradpruner.progress import set_mode
-from gradpruner.teacher import DistillationOptions, DistillationTrainer
-from gradpruner.training import finetune, training_arguments
+from gradpruner.training import teacher as teaching
+from gradpruner.training.finetuning import finetune, training_arguments
+from gradpruner.training.teacher import DistillationOptions, DistillationTrainer
 
 I = IGNORED  # noqa: E741
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from gradpruner.errors import IntegrityError, PlanError, ShapeError
-from gradpruner.trace import (
+from gradpruner.gradients.trace import (
     ENERGIES_FILE,
     TRACE_FILE,
     GradientTrace,
@@ -17,7 +17,7 @@ from gradpruner.trace import (
     same_model,
     trace_digest,
 )
-from gradpruner.trace_writer import TraceWriter
+from gradpruner.gradients.trace_writer import TraceWriter
 
 # Two layers, two shapes: linears 0 and 2 are one group, 1 and 3 another.
 LINEARS = tuple(

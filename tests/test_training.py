@@ -9,21 +9,21 @@ from builders import make_llama, make_samples
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 
-from gradpruner.adapters import attach_lora
-from gradpruner.batching import LengthGroups
-from gradpruner.callbacks import ProgressCallback
-from gradpruner.encoding import IGNORED, Collator
+from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.progress import set_mode
-from gradpruner.resume import latest_complete_checkpoint
-from gradpruner.trainer import CausalTrainer, answer_window
-from gradpruner.training import (
+from gradpruner.training.adapters import attach_lora
+from gradpruner.training.batching import LengthGroups
+from gradpruner.training.callbacks import ProgressCallback
+from gradpruner.training.finetuning import (
     check_liger,
     check_trackers,
     finetune,
     planned_steps,
     training_arguments,
 )
+from gradpruner.training.resume import latest_complete_checkpoint
+from gradpruner.training.trainer import CausalTrainer, answer_window
 
 
 @pytest.fixture(autouse=True)
@@ -339,11 +339,11 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ConfigError, match="needs a GPU"):
         check_liger("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("gradpruner.training.find_spec", lambda name: None)
+    monkeypatch.setattr("gradpruner.training.finetuning.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="liger-kernel is not installed") as caught:
         check_liger("auto")
     assert "gradpruner[gpu]" in str(caught.value.hint)
-    monkeypatch.setattr("gradpruner.training.find_spec", lambda name: object())
+    monkeypatch.setattr("gradpruner.training.finetuning.find_spec", lambda name: object())
     check_liger("auto")
 
 

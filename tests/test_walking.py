@@ -10,9 +10,9 @@ from repairs import collate, dropping, make_ids
 from torch import nn
 
 from gradpruner.errors import DataError, ModelError, NonFiniteError
-from gradpruner.layered import LayeredModel
-from gradpruner.surgery import prune_
-from gradpruner.walking import Walk, drawn, output_linear, output_of, sample_batches
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.walking import Walk, drawn, output_linear, output_of, sample_batches
+from gradpruner.pruning.in_memory import prune_
 
 CPU = torch.device("cpu")
 

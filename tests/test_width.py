@@ -14,13 +14,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gradpruner.cost import count_parameters
 from gradpruner.errors import ModelError, PlanError
-from gradpruner.narrowing import prune_width_, resized_class, width_savings
-from gradpruner.portability_widths import _WIDTHS_READ
-from gradpruner.width import WidthView
-from gradpruner.width_checkpoint import prune_width_checkpoint
-from gradpruner.width_plan import LayerWidths, WidthPlan, WidthShape
+from gradpruner.models.engine_widths import _WIDTHS_READ
+from gradpruner.models.narrowing import prune_width_, resized_class, width_savings
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
+from gradpruner.pruning.widths_on_disk import prune_width_checkpoint
 
 IDS = torch.arange(3, 13)[None]
 

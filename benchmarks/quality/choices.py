@@ -14,8 +14,8 @@ RECORD_STEPS, RECORD_BATCH = 40, 8
 
 def trace_of(work: Work, folder: Path) -> Any:
     """The recording on a model, made once and kept beside it."""
-    from gradpruner.recording import record_gradients
-    from gradpruner.trace import GradientTrace
+    from gradpruner.gradients.trace import GradientTrace
+    from gradpruner.training.recording import record_gradients
 
     kept = work.scratch / f"trace-{folder.name}-{work.task}-{work.seed}"
     if not (kept / "trace.json").exists():
@@ -38,7 +38,7 @@ def trace_of(work: Work, folder: Path) -> Any:
 def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[str, Any]]:
     """The plan a choice makes for a model ("paper" merges, others drop), and what it rests on, briefly."""
     from gradpruner.methods import METHODS, MethodContext
-    from gradpruner.selection import plan_pruning
+    from gradpruner.plans.selection import plan_pruning
 
     name, _, option = choice.partition("_")
     method = METHODS.find({"igia": "gradpruner", "paper": "gradpruner"}.get(name, name))

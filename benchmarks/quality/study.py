@@ -71,7 +71,7 @@ def tune(work: Work) -> Path:
 
 def repaired(work: Work, model: Any, plan: Any, kind: str) -> Any:
     """A repair of a plan, fitted on training rows."""
-    from gradpruner.refitting import fit_repair
+    from gradpruner.pruning.refitting import fit_repair
 
     rows = work.encoded["train"]
     return fit_repair(model, plan, rows, work.collator, kind=kind, rows=REPAIR_ROWS, seed=work.seed)
@@ -81,7 +81,7 @@ def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str) -> Non
     """One way of shrinking a tuned model, without training it."""
 
     def make() -> dict[str, Any]:
-        from gradpruner.surgery import prune_
+        from gradpruner.pruning.in_memory import prune_
 
         plan, evidence = choose(work, folder, choice, gone)
         model, fitted = work.load(folder), None
@@ -155,8 +155,8 @@ def trained(work: Work, row: Row, rate: float, teacher: Path) -> dict[str, Any]:
     """One row trained at one rate, on the rows and for the steps the dense model was tuned with."""
 
     def make() -> dict[str, Any]:
-        from gradpruner.surgery import prune_
-        from gradpruner.teacher import DistillationOptions
+        from gradpruner.pruning.in_memory import prune_
+        from gradpruner.training.teacher import DistillationOptions
 
         folder = teacher if row.start == "tuned" else work.model
         plan, evidence = choose(work, folder, row.choice, NUM_GONE)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradpruner.data import Example
+from gradpruner.data.examples import Example
 
 NUM_VALIDATION = 500
 _SPLIT_SEED = 20261128

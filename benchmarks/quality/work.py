@@ -38,8 +38,8 @@ class Work:
     rows: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        from gradpruner.checkpoint import load_tokenizer
-        from gradpruner.encoding import Collator, EncodedDataset, encode_all
+        from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
+        from gradpruner.models.loading import load_tokenizer
 
         self.rows = splits(self.data, self.task, self.seed)
         self.tokenizer = load_tokenizer(self.model)
@@ -55,7 +55,7 @@ class Work:
 
     @cached_property
     def num_layers(self) -> int:
-        from gradpruner.checkpoint import load_config
+        from gradpruner.models.loading import load_config
 
         return int(load_config(self.model).num_hidden_layers)
 
@@ -94,13 +94,13 @@ class Work:
         return found
 
     def load(self, folder: Path | None = None) -> Any:
-        from gradpruner.checkpoint import load_model
+        from gradpruner.models.loading import load_model
 
         return load_model(folder or self.model, dtype="float32", device="cpu")
 
     def tune(self, model: Any, rate: float, **options: Any) -> dict[str, Any]:
         """Full fine-tuning in place; seconds, tokens and the last losses."""
-        from gradpruner.training import finetune
+        from gradpruner.training.finetuning import finetune
 
         settings = {"mode": "full", "epochs": self.facts.epochs, "batch_size": BATCH, "accumulation": 1}
         _, result = finetune(
@@ -138,8 +138,8 @@ class Work:
 
     def written(self, model: Any, name: str) -> list[float]:
         """The metric of the greedy answers, row by row."""
-        from gradpruner.evaluation import evaluate
-        from gradpruner.outputs import values_of
+        from gradpruner.evaluation.outputs import values_of
+        from gradpruner.evaluation.quality import evaluate
 
         result = evaluate(
             model,
@@ -162,8 +162,8 @@ def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[l
     import torch
     from torch.nn.functional import cross_entropy
 
-    from gradpruner.encoding import IGNORED
-    from gradpruner.trainer import answer_window
+    from gradpruner.data.encoding import IGNORED
+    from gradpruner.training.trainer import answer_window
 
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
     right, total, count = [0.0] * len(order), 0.0, 0

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from gradpruner.errors import ConfigError
-from gradpruner.layered import LayeredModel
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.methods.calibration import calibration_batches
-from gradpruner.scores import LayerScores
+from gradpruner.models.layers import LayeredModel
 
 
 @torch.inference_mode()

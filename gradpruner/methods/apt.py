@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
-from gradpruner.adapters import attach_lora
-from gradpruner.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
-from gradpruner.distillation import DistillationTrainer
-from gradpruner.encoding import IGNORED
+from gradpruner.data.encoding import IGNORED
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.growing_ranks import GrowingRanks
 from gradpruner.methods.salience import UnitMasks
 from gradpruner.methods.sliced import check_linear
-from gradpruner.narrowing import prune_width_
-from gradpruner.trainer import CausalTrainer
-from gradpruner.training import LOGGED_POINTS, planned_steps, resolve_precision, training_arguments
-from gradpruner.width import WidthView
-from gradpruner.width_plan import LayerWidths, WidthPlan
+from gradpruner.models.narrowing import prune_width_
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import LayerWidths, WidthPlan
+from gradpruner.training.adapters import attach_lora
+from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
+from gradpruner.training.distillation import DistillationTrainer
+from gradpruner.training.finetuning import LOGGED_POINTS, planned_steps, resolve_precision, training_arguments
+from gradpruner.training.trainer import CausalTrainer
 
 ADAPTED = ("q_proj", "v_proj", "gate_proj", "up_proj")
 MASK_STEP = 0.01

@@ -13,17 +13,17 @@ from pydantic import Field
 from torch import nn
 
 from gradpruner.errors import ConfigError, DataError, PlanError
-from gradpruner.layered import fingerprint
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import mean_nll
 from gradpruner.methods.candidates import FAMILIES, FAULTS, Candidate, Failure, Family, make_pool
-from gradpruner.plan import MIN_KEPT, PruningPlan, runs_of
+from gradpruner.models.layers import fingerprint
+from gradpruner.models.walking import BATCH_SIZE, sample_batches
+from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan, runs_of
+from gradpruner.plans.repair import Repair
 from gradpruner.progress import Progress
-from gradpruner.refitting import fit_repair
-from gradpruner.repair import Repair
-from gradpruner.surgery import prune_
-from gradpruner.training import finetune, planned_steps
-from gradpruner.walking import BATCH_SIZE, sample_batches
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.refitting import fit_repair
+from gradpruner.training.finetuning import finetune, planned_steps
 
 _GROWTH = 3  # of the steps, from round to round
 _LEFT_OUT = ("epochs", "max_steps", "save_steps", "report_to", "merge_adapter", "seed", "output")

@@ -12,12 +12,12 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gradpruner.errors import ConfigError
-from gradpruner.plan import PruningPlan
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.selection import Fits
+from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.registry import Registry
-from gradpruner.scores import LayerScores
-from gradpruner.selection import Fits
-from gradpruner.trace import GradientTrace
-from gradpruner.width_plan import WidthPlan
 
 
 class MethodOptions(BaseModel):
@@ -47,7 +47,7 @@ class MethodContext:
         protected: Layers that must stay whole, ascending.
         fits: Which layer may stand where, see `selection.plan_pruning`; None: any.
         options: The method's own options, an instance of `Method.options`.
-        finetune: Options of `training.finetune` that later fine-tune the result; methods that train take
+        finetune: Options of `finetuning.finetune` that later fine-tune the result; methods that train take
             batch size, precision and device from here.
         folder: Where a method that trains for long may keep checkpoints; None: nowhere.
     """

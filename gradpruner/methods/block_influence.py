@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradpruner.layered import LayeredModel
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import MethodContext
 from gradpruner.methods.calibration import MAX_SAMPLES, calibration_batches
-from gradpruner.scores import LayerScores
+from gradpruner.models.layers import LayeredModel
 
 
 @torch.inference_mode()

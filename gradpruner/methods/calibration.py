@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gradpruner.encoding import IGNORED
+from gradpruner.data.encoding import IGNORED
 from gradpruner.errors import DataError, NonFiniteError
 from gradpruner.methods.base import MethodContext
-from gradpruner.trainer import answer_window
+from gradpruner.training.trainer import answer_window
 
 MAX_SAMPLES = 256
 BATCH_SIZE = 16

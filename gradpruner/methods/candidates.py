@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from gradpruner.errors import GradPrunerError, PlanError
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, MethodContext
-from gradpruner.plan import PruningPlan
-from gradpruner.scores import LayerScores
-from gradpruner.selection import plan_pruning
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.selection import plan_pruning
 
 Family = Literal["gate", "gate_pairwise", "gradpruner", "shortgpt", "task_loss", "last", "random", "window"]
 FAMILIES: tuple[Family, ...] = get_args(Family)

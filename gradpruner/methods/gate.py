@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError
-from gradpruner.gates import bootstrap_mean, choose_pairwise, first_order, predicted_rise, second_order
+from gradpruner.gradients.gates import (
+    bootstrap_mean,
+    choose_pairwise,
+    first_order,
+    predicted_rise,
+    second_order,
+)
+from gradpruner.gradients.scores import LayerScores, default_num_prune, rank_stability
+from gradpruner.gradients.trace import GradientTrace, trace_digest
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.scores import LayerScores, default_num_prune, rank_stability
-from gradpruner.trace import GradientTrace, trace_digest
 
 ORDERS = ("second", "first")
 

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
+from gradpruner.gradients.scores import LayerScores, score_layers
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.scores import LayerScores, score_layers
 
 
 def score(context: MethodContext) -> LayerScores:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, PlanError
-from gradpruner.importance import column_energies, row_energies
+from gradpruner.gradients.importance import column_energies, row_energies
+from gradpruner.gradients.scores import NORMS
+from gradpruner.gradients.trace import GradientTrace, same_model, trace_digest
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.width_choice import (
     BY_ROW,
@@ -19,11 +21,9 @@ from gradpruner.methods.width_choice import (
     required_budget,
     unit_scores,
 )
+from gradpruner.models.widths import ATTENTION, MLP, WidthView
+from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 from gradpruner.registry import suggest
-from gradpruner.scores import NORMS
-from gradpruner.trace import GradientTrace, same_model, trace_digest
-from gradpruner.width import ATTENTION, MLP, WidthView
-from gradpruner.width_plan import LayerWidths, WidthPlan
 
 Sizes = tuple[int, int, int]
 """KV heads and channels of every layer, and hidden dimensions."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.layered import LayeredModel
 from gradpruner.methods.salience import EMA
+from gradpruner.models.layers import LayeredModel
 
 MAX_GROWTH = 8
 """An adapter's rank becomes at most this many times what it was at first."""

@@ -13,13 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.depth import required_layers
 from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
-from gradpruner.layered import LayeredModel, fingerprint
-from gradpruner.merging import Source, merge_linear
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches
-from gradpruner.plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
+from gradpruner.models.config_patch import required_layers
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
+from gradpruner.plans.merging import Source, merge_linear
 from gradpruner.progress import Progress
 
 BISECTIONS = 12

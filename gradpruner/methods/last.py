@@ -1,7 +1,7 @@
 """Control: the last layers before the final one go first."""
 
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.scores import LayerScores
 
 
 def score(context: MethodContext) -> LayerScores:

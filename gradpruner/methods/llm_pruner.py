@@ -19,8 +19,8 @@ from gradpruner.methods.width_choice import (
     required_budget,
     share_out,
 )
-from gradpruner.width import WidthView
-from gradpruner.width_plan import LayerWidths, WidthPlan
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 
 
 class LLMPrunerOptions(MethodOptions):

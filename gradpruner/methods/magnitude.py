@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ModelError
-from gradpruner.layered import LayeredModel
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.scores import LayerScores
+from gradpruner.models.layers import LayeredModel
 
 
 @torch.inference_mode()

@@ -8,10 +8,10 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from gradpruner.distillation import distil
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.block_influence import block_influence
-from gradpruner.scores import LayerScores
+from gradpruner.training.distillation import distil
 
 # Of the fine-tuning that follows; what else it sets (learning rate, mode ...) distillation sets itself.
 _SHARED = ("accumulation", "batching", "device", "gradient_checkpointing", "max_grad_norm", "precision")

@@ -18,10 +18,10 @@ from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.methods.minitron_depth import MinitronOptions, recover
-from gradpruner.narrowing import prune_width_
+from gradpruner.models.narrowing import prune_width_
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 from gradpruner.progress import track
-from gradpruner.width import WidthView
-from gradpruner.width_plan import LayerWidths, WidthPlan
 
 Axis = Literal["ffn", "heads", "hidden"]
 # The axis that meets the budget exactly: the first of these that may be pruned.

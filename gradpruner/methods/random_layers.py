@@ -2,8 +2,8 @@
 
 import torch
 
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.scores import LayerScores
 
 
 def score(context: MethodContext) -> LayerScores:

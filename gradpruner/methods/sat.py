@@ -12,10 +12,10 @@ from pydantic import Field
 from torch import Tensor
 from transformers import TrainerCallback
 
-from gradpruner.callbacks import ClosingCallback
 from gradpruner.errors import ConfigError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.sliced import SlicedModel
+from gradpruner.training.callbacks import ClosingCallback
 
 log = logging.getLogger(__name__)
 

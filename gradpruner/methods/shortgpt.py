@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.methods.block_influence import block_influence
-from gradpruner.scores import LayerScores
 
 
 def score(context: MethodContext) -> LayerScores:

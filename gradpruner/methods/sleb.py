@@ -8,11 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradpruner.layered import LayeredModel
+from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches, mean_nll
+from gradpruner.models.layers import LayeredModel
 from gradpruner.progress import Progress
-from gradpruner.scores import LayerScores, default_num_prune
 
 
 class SlebOptions(MethodOptions):

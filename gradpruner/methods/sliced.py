@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
 from gradpruner.errors import ModelError
-from gradpruner.layered import LayeredModel, skeleton
-from gradpruner.width import ATTENTION, MLP, WidthView
+from gradpruner.models.layers import LayeredModel, skeleton
+from gradpruner.models.widths import ATTENTION, MLP, WidthView
 
 COLUMNS = ("o_proj", "down_proj")
 

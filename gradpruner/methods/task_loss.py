@@ -14,15 +14,15 @@ from pydantic import Field
 from torch import Tensor
 
 from gradpruner.errors import ModelError, NonFiniteError, PlanError
-from gradpruner.layered import LayeredModel, fingerprint
+from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import mean_nll
-from gradpruner.plan import MIN_KEPT
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches
+from gradpruner.plans.layer_plan import MIN_KEPT
+from gradpruner.plans.selection import plan_pruning
 from gradpruner.progress import Progress
-from gradpruner.ridge import AnySums, ChannelSums, Sums, ridge_update
-from gradpruner.scores import LayerScores, default_num_prune
-from gradpruner.selection import plan_pruning
-from gradpruner.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches
+from gradpruner.pruning.ridge import AnySums, ChannelSums, Sums, ridge_update
 
 States = list[Tensor]
 """Hidden states of all samples, batch by batch, each (samples, tokens, D)."""

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gradpruner.importance import row_blocks
+from gradpruner.gradients.importance import row_blocks
 from gradpruner.methods.width_choice import BY_ROW, UnitScores, unit_scores
+from gradpruner.models.widths import WidthView
 from gradpruner.progress import Progress
-from gradpruner.width import WidthView
 
 TAYLOR = ("param_first", "param_second", "param_mix")
 Hook = Callable[[nn.Parameter], None]

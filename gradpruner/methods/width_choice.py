@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
-from gradpruner.width import WidthView
-from gradpruner.width_plan import WidthShape
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.width_plan import WidthShape
 
 BY_ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Linears of which heads and channels are rows; of the other two they are columns."""

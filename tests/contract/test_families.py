@@ -20,17 +20,17 @@ from families import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradpruner.blueprint import Blueprint
-from gradpruner.depth import check_keep, family_slots, required_layers, text_config
 from gradpruner.errors import IntegrityError, ModelError, PlanError
-from gradpruner.family import FAMILIES
-from gradpruner.layered import LayeredModel, fingerprint
-from gradpruner.plan import LayerAction, PruningPlan
-from gradpruner.scores import LayerScores
-from gradpruner.selection import plan_pruning
-from gradpruner.streaming import prune_checkpoint
-from gradpruner.surgery import prune_, relative_error
-from gradpruner.verify import verify_checkpoint
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.models.config_patch import check_keep, family_slots, required_layers, text_config
+from gradpruner.models.families import FAMILIES
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.in_memory import prune_, relative_error
+from gradpruner.pruning.on_disk import prune_checkpoint
+from gradpruner.pruning.verification import verify_checkpoint
 
 LAYERS = COMMON["num_hidden_layers"]
 IDS = torch.arange(8, 32).reshape(2, 12)  # longer than the sliding window of 4
@@ -279,7 +279,7 @@ def test_an_unknown_type_is_tried_and_proved(unknown, model_type, tmp_path):
 
 def test_an_unknown_type_is_not_trusted_without_proof(unknown, tmp_path):
     unknown("granite").save_pretrained(tmp_path / "source")
-    with pytest.raises(ModelError, match=r"no row in the table.*family\.py"):
+    with pytest.raises(ModelError, match=r"no row in the table.*families\.py"):
         prune_checkpoint(tmp_path / "source", tmp_path / "pruned", plan_of(KEEP), verify="structure")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
@@ -297,9 +297,9 @@ def test_an_unknown_type_that_needs_a_row_is_refused(unknown, model_type, tmp_pa
 
 def test_recording_works_on_transposed_and_fused_linears(tmp_path):
     """GPT-2 keeps its weights transposed; Phi-3 fuses query, key and value."""
-    from gradpruner.encoding import Encoded, EncodedDataset
-    from gradpruner.recording import record_gradients
-    from gradpruner.scores import score_layers
+    from gradpruner.data.encoding import Encoded, EncodedDataset
+    from gradpruner.gradients.scores import score_layers
+    from gradpruner.training.recording import record_gradients
 
     rows = [Encoded(list(range(3, 15)), list(range(3, 15))) for _ in range(8)]
     for model_type in ("gpt2", "phi3"):

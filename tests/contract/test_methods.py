@@ -7,19 +7,19 @@ import pytest
 import torch
 from conftest import make_model
 
-from gradpruner.cost import count_parameters
-from gradpruner.encoding import Collator
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError
-from gradpruner.job import load_plan
-from gradpruner.layered import LayeredModel
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
-from gradpruner.narrowing import prune_width_
-from gradpruner.plan import PruningPlan
-from gradpruner.scores import LayerScores
-from gradpruner.selection import plan_pruning
-from gradpruner.surgery import prune_
-from gradpruner.training import finetune
-from gradpruner.width import WidthView
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.narrowing import prune_width_
+from gradpruner.models.sizes import count_parameters
+from gradpruner.models.widths import WidthView
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.runs.job import load_plan
+from gradpruner.training.finetuning import finetune
 
 SAMPLES = [
     {"input_ids": list(range(3 + i, 8 + 2 * i)), "labels": [-100] * 3 + list(range(6 + i, 8 + 2 * i))}

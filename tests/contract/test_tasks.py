@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from gradpruner.data import Example, load_examples, overlap
+from gradpruner.data.examples import Example, load_examples, overlap
+from gradpruner.data.tasks import TASKS, Task, load_task
+from gradpruner.data.tasks.base import METRICS
 from gradpruner.errors import ConfigError, DataError
-from gradpruner.evaluation import TASK_METRICS
-from gradpruner.tasks import TASKS, Task, load_task
-from gradpruner.tasks.base import METRICS
+from gradpruner.evaluation.quality import TASK_METRICS
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 # Rows of the local copies of the sets, as their manifest lists them: to learn from, and to measure on.

@@ -1,0 +1,10 @@
+"""The command line: one file per group of commands, everything heavy imported inside.
+
+main      the app, the stage commands, ls, report; options: what several commands share
+models    prune, verify, diff, rebuild
+shrink    shrink
+evaluate  evaluate
+studies   compare, ablate
+cost      cost
+doctor    what is missing here
+"""

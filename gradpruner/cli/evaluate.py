@@ -1,0 +1,231 @@
+"""`gradpruner evaluate`: a model folder on a task, or the variants of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradpruner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradpruner.data.examples import ExampleSet
+    from gradpruner.runs.recipe import Recipe
+
+SCORES, ANSWERS = "evaluation.json", "examples.jsonl"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command()(evaluate)
+
+
+def evaluate(
+    what: Annotated[
+        str | None, typer.Argument(help="Model folder; or a recipe, done up to evaluation.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="A named task (`gradpruner ls tasks`).")] = None,
+    task_folder: Annotated[
+        str | None, typer.Option("--task-folder", help="Local folder with the named task's splits.")
+    ] = None,
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Rows of your own instead.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="This many random rows.")] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, with commas."),
+    ] = None,
+    lm_eval_folder: Annotated[
+        str | None, typer.Option("--lm-eval-folder", help="Folder with lm-eval task files of your own.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint", metavar="URL", help="Ask a server instead (vLLM: http://localhost:8000/v1)."
+        ),
+    ] = None,
+    served_name: Annotated[str | None, typer.Option(help="What the server calls the model.")] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Run directory; for a model folder, where results go.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model of a run: folder or hub id.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Training data of a run.")] = None,
+    plan: Annotated[str | None, typer.Option("--plan", help="Plan file of a run.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key: evaluate.batch_size=8."),
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Drop unusable rows.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Evaluate a model folder on a task: gradpruner evaluate MODEL --task arc_easy.
+
+    With --lm-eval, on tasks of lm-evaluation-harness too. Without a model folder: a recipe or run directory,
+    fine-tuned if needed, then every variant evaluated.
+    """
+    from gradpruner.cli import main as cli
+
+    values: dict[str, Any] = {
+        "data.task": task,
+        "data.folder": task_folder,
+        "data.eval": eval_data,
+        "data.eval_limit": limit,
+        "evaluate.lm_eval": lm_eval.split(",") if lm_eval else None,
+        "evaluate.lm_eval_folder": lm_eval_folder,
+        "seed": seed,
+        "model.trust_remote_code": trust_remote_code or None,
+        "data.skip_bad": skip_bad or None,
+    }
+    if what is None or not (Path(what) / "config.json").exists():
+        if endpoint is not None or served_name is not None:
+            raise ConfigError("--endpoint needs the folder of the model that is served, for its tokenizer.")
+        run_values = values | {"model.path": model, "data.train": data, "plan.file": plan}
+        recipe = cli.resolve(what, out, overrides, run_values)
+        cli.carry_out(recipe, "evaluate", dry_run=dry_run, as_json=as_json, quiet=quiet)
+        return
+    if model is not None or data is not None or plan is not None:
+        raise ConfigError("--model, --data and --plan belong to a run; a model folder is only measured.")
+    if task is None and eval_data is None and not lm_eval:
+        raise ConfigError(
+            f"What should {what} be measured on?", hint="Give --task, --eval-data or --lm-eval."
+        )
+    cli.prepare(quiet)
+    measures_task = task is not None or eval_data is not None
+    given = {key: value for key, value in values.items() if value is not None}
+    # A recipe needs data; rows that are not there are never read.
+    stand_in = {} if task is not None else {"data.train": eval_data or "-", "data.eval": eval_data or "-"}
+    recipe = cli.resolve(None, None, overrides, {"model.path": what, **stand_in, **given})
+    found = _measure(recipe, measures_task, endpoint, served_name, Path(out) if out else None, dry_run)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _show(found)
+
+
+def _measure(
+    recipe: Recipe,
+    measures_task: bool,
+    endpoint: str | None,
+    served_name: str | None,
+    out: Path | None,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Measures one model folder as a recipe's `evaluate` section says; returns what is to be shown."""
+    from gradpruner.evaluation.endpoint import Endpoint
+    from gradpruner.evaluation.harness import evaluate_harness
+    from gradpruner.evaluation.quality import evaluate as measure
+    from gradpruner.files import write_json
+    from gradpruner.models.folder import locate_model
+    from gradpruner.models.loading import load_model, load_tokenizer
+    from gradpruner.provenance import provenance
+    from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of
+
+    options, choice = recipe.evaluate, recipe.model
+    check_evaluation(recipe)
+    folder = locate_model(choice.path)
+    tokenizer = load_tokenizer(folder, choice.trust_remote_code)
+    rows = load_split(recipe, "eval", tokenizer) if measures_task else None
+    found: dict[str, Any] = {"model": str(folder), "endpoint": endpoint}
+    if rows is not None:
+        found |= {"source": rows.source, "format": rows.format, "rows": len(rows), "sha256": rows.sha256}
+        found["metrics_asked"] = list(metrics_of(recipe))
+    if dry_run:
+        return found
+    journal = _journal(out, folder, recipe, endpoint, served_name, rows) if out and rows else None
+    model: Any
+    if endpoint is not None:
+        if options.lm_eval:
+            raise ConfigError("--lm-eval needs the model loaded here; it does not go with --endpoint.")
+        model = Endpoint(endpoint, served_name, options.batch_size)
+    else:
+        model = load_model(
+            folder,
+            dtype=choice.dtype,
+            device=choice.device,
+            attn_implementation=choice.attn_implementation,
+            trust_remote_code=choice.trust_remote_code,
+        )
+    if rows is not None:
+        result = measure(
+            model,
+            tokenizer,
+            rows.examples,
+            metrics=metrics_of(recipe),
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            max_length=recipe.data.max_length,
+            encoder=options.encoder,
+            encoder_layer=options.encoder_layer,
+            seed=recipe.seed,
+            journal=journal,
+        )
+        found |= result.summary(ANSWERS if out else None)
+        if out:
+            result.write_examples(out / ANSWERS)
+    if options.lm_eval:
+        found["lm_eval"] = evaluate_harness(
+            model,
+            tokenizer,
+            options.lm_eval,
+            folder=options.lm_eval_folder,
+            batch_size=options.batch_size,
+            limit=options.lm_eval_limit,
+            seed=recipe.seed,
+        )
+    found["provenance"] = provenance(recipe.seed)
+    if out:
+        write_json(out / SCORES, found)
+        for part in out.glob(f"{ANSWERS}.*.part"):
+            part.unlink()
+    return found
+
+
+def _journal(
+    out: Path, folder: Path, recipe: Recipe, endpoint: str | None, served_name: str | None, rows: ExampleSet
+) -> Path:
+    """Where answers are kept until all are there: a file of its own for every model, server and question."""
+    from gradpruner.provenance import sha256_json
+
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    asked = {
+        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "model": recipe.model.model_dump() | {"path": str(folder.resolve())},
+        "server": [endpoint, served_name],
+        "rows": [rows.sha256, rows.format, [example.id for example in rows.examples]],
+        "evaluate": recipe.evaluate.model_dump(),
+        "max_length": recipe.data.max_length,
+    }
+    return out / f"{ANSWERS}.{sha256_json(asked)[:12]}.part"
+
+
+def _show(found: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    from gradpruner.cli.main import console
+    from gradpruner.reports.formats import interval, percent
+    from gradpruner.reports.reading import FEW_EXAMPLES, metric_label
+
+    screen = console()
+    if "metrics_asked" in found and "metrics" not in found:
+        screen.print(f"{found['rows']} rows of {found['source']}: {', '.join(found['metrics_asked'])}")
+    table = Table("Metric", "Value", "95 % interval or ± standard error", "n")
+    for name, entry in found.get("metrics", {}).items():
+        mark = "*" if entry["n"] < FEW_EXAMPLES else ""
+        shown = interval(entry["low"], entry["high"])
+        table.add_row(metric_label(name), percent(entry["value"]), shown, f"{entry['n']}{mark}")
+    for task, scored in found.get("lm_eval", {}).get("tasks", {}).items():
+        for name, entry in scored["metrics"].items():
+            spread = f"± {entry['stderr']:.4f}" if entry["stderr"] is not None else ""
+            table.add_row(f"{task}: {name} (lm-eval)", f"{entry['value']:.4f}", spread, str(scored["n"]))
+    if table.rows:
+        screen.print(table)
+    if any(entry["n"] < FEW_EXAMPLES for entry in found.get("metrics", {}).values()):
+        screen.print(f"* fewer than {FEW_EXAMPLES} examples: differences of several points are noise")

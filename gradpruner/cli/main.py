@@ -1,0 +1,399 @@
+"""The command line: one short function per command; everything heavy is imported inside."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from gradpruner._version import __version__
+from gradpruner.cli.options import (
+    DataOption,
+    DryOption,
+    EvalOption,
+    FolderOption,
+    JsonOption,
+    ModelOption,
+    OutOption,
+    PlanOption,
+    PortableOption,
+    QuietOption,
+    RecipeArgument,
+    SeedOption,
+    SetOption,
+    SkipOption,
+    TaskOption,
+    TrustOption,
+)
+from gradpruner.errors import ConfigError, GradPrunerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gradpruner.runs.recipe import Recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+EXIT_CODES = (
+    "Exit codes: 0 done, 2 command line, recipe or plan, 3 data, 4 model, 5 disk, memory or NaN, "
+    "6 damaged or unsafe file, 130 or 143 interrupted."
+)
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make an open LLM about 40 % smaller for your own task: record early LoRA gradients, score "
+    f"layers, prune and merge, fine-tune, evaluate, report.\n\n{EXIT_CODES}",
+)
+
+
+def resolve(
+    recipe: str | None,
+    out: str | None,
+    overrides: list[str] | None,
+    values: dict[str, Any],
+) -> Recipe:
+    """The recipe from a file, a name, or the run directory that holds one, with all overrides."""
+    from gradpruner.runs.recipe import load_recipe
+
+    path: Path | None = None
+    if recipe is not None:
+        path = Path(recipe)
+        if not path.is_file() and not recipe.endswith((".yaml", ".yml")):
+            path = RECIPES / f"{recipe}.yaml"
+            if not path.exists():
+                _unknown_recipe(recipe)
+    elif out is not None and values.get("model.path") is None:
+        stored = Path(out) / "recipe.yaml"
+        path = stored if stored.exists() else None
+    given = {key: value for key, value in {**values, "out": out}.items() if value is not None}
+    if path is None and "model.path" not in given:
+        raise ConfigError(
+            "Nothing to run: give a recipe, or --model with --data and --eval-data (or --task).",
+            hint="`gradpruner run demo` runs the embedded miniature.",
+        )
+    return load_recipe(path, tuple(overrides or ()), given)
+
+
+def _unknown_recipe(name: str) -> NoReturn:
+    from gradpruner.registry import suggest
+
+    names = _recipe_names()
+    if "/" in name and not any(known.startswith(name.split("/")[0]) for known in names):
+        raise ConfigError(
+            f"There is no recipe, model folder or other file at {name}.",
+            hint=f"Recipes that come along: {', '.join(names)}.",
+        )
+    raise ConfigError(
+        f"There is no recipe file or built-in recipe '{name}'.{suggest(name, names)}",
+        hint=f"Built in: {', '.join(names)}.",
+    )
+
+
+def _recipe_names() -> list[str]:
+    names = (str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("ablations/"))  # those are studies
+
+
+def _stage(name: str, summary: str) -> None:
+    """Adds the command for one stage; all share their options, because all read one recipe."""
+
+    def command(
+        recipe: RecipeArgument = None,
+        model: ModelOption = None,
+        data: DataOption = None,
+        eval_data: EvalOption = None,
+        task: TaskOption = None,
+        task_folder: FolderOption = None,
+        out: OutOption = None,
+        plan: PlanOption = None,
+        seed: SeedOption = None,
+        overrides: SetOption = None,
+        trust_remote_code: TrustOption = False,
+        portable_to: PortableOption = None,
+        skip_bad: SkipOption = False,
+        dry_run: DryOption = False,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+    ) -> None:
+        values = {
+            "model.path": model,
+            "data.train": data,
+            "data.eval": eval_data,
+            "data.task": task,
+            "data.folder": task_folder,
+            "plan.file": plan,
+            "seed": seed,
+            "model.trust_remote_code": trust_remote_code or None,
+            "data.skip_bad": skip_bad or None,
+            "plan.portable_to": portable_to.split(",") if portable_to else None,
+        }
+        resolved = resolve(recipe, out, overrides, values)
+        carry_out(resolved, name, dry_run=dry_run, as_json=as_json, quiet=quiet)
+
+    command.__doc__ = summary
+    app.command(name)(command)
+
+
+def carry_out(recipe: Recipe, name: str, *, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """Does a recipe up to the stage `name`, or says what it would do."""
+    prepare(quiet)
+    if dry_run:
+        from gradpruner.runs.preview import print_preview
+
+        print_preview(recipe, console(), as_json=as_json)
+        return
+    _run(recipe, "report" if name == "run" else name, as_json)
+
+
+def _run(recipe: Recipe, until: str, as_json: bool) -> None:
+    from gradpruner.runs.pipeline import run
+
+    error: GradPrunerError | None = None
+    path = Path(recipe.out) / "run.json"
+    before = _written(path)
+    try:
+        record = run(recipe, until=until, command=command_line())
+    except GradPrunerError as failure:
+        # When only some rows failed, the record of the others was written.
+        if _written(path) == before or not _has_good_row(path):
+            raise
+        record, error = json.loads(path.read_text(encoding="utf-8")), failure
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        from gradpruner.reports import print_summary
+
+        print_summary(record, console())
+        where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
+        console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
+    if error is not None:
+        raise error
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _has_good_row(path: Path) -> bool:
+    rows = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
+    return not all(row["error"] for row in rows)
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables where nothing says how wide it is."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def command_line() -> str:
+    """How the user called this process."""
+    import shlex
+
+    return shlex.join(["gradpruner", *sys.argv[1:]])
+
+
+def prepare(quiet: bool) -> None:
+    """Progress and log lines of the process; libraries speak only when something is wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from gradpruner.progress import set_mode
+
+    if quiet:
+        set_mode("quiet")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
+    logging.getLogger("gradpruner").setLevel(logging.WARNING if quiet else logging.INFO)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+_stage(
+    "run",
+    "Do everything and write the report.\n\nDense, pruned + merged and pruned without merging, side by side.",
+)
+_stage("record", "Record the LoRA gradients of the first steps.")
+_stage("score", "Record if needed, then score every layer.")
+_stage(
+    "plan",
+    "Score if needed, then decide which layers go.\n\n"
+    "Run it again with other --set plan.* options: the recording is kept.",
+)
+_stage("finetune", "Prune if needed, then fine-tune every variant.")
+
+
+@app.command()
+def report(
+    run_directory: Annotated[Path, typer.Argument(help="A run directory with run.json.")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Render report.html again from run.json."""
+    from gradpruner.files import read_json
+    from gradpruner.reports import markdown_table, print_summary, render_html
+
+    record = read_json(run_directory / "run.json", "run record")
+    path = render_html(record, run_directory / "report.html")
+    if as_json:
+        typer.echo(json.dumps({"report": str(path)}))
+    elif markdown:
+        typer.echo(markdown_table(record))
+    else:
+        print_summary(record, console())
+        typer.echo(f"report: {path}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Versions, devices, free disk: what is missing here."""
+    from gradpruner.cli.doctor import examine, print_findings
+
+    findings = examine()
+    if as_json:
+        typer.echo(json.dumps(findings, indent=2))
+    else:
+        print_findings(findings, console())
+    if findings["problems"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """The recipe's JSON schema, for editors and scripts."""
+    from gradpruner.runs.recipe import recipe_schema
+
+    typer.echo(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command("ls")
+def list_entries(
+    kind: Annotated[
+        str, typer.Argument(help="methods, tasks, recipes, ablations, rules, families or shapes")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """What a recipe can name."""
+    entries = _entries(kind)
+    if as_json:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    width = max(map(len, entries), default=0)
+    for name, description in entries.items():
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+def _entries(kind: str) -> dict[str, str]:
+    if kind == "methods":
+        from gradpruner.methods import METHODS
+
+        return {name: METHODS.find(name).description for name in METHODS.names()}
+    if kind == "tasks":
+        from gradpruner.data.tasks import TASKS
+
+        return {name: TASKS.find(name).description for name in TASKS.names()}
+    if kind == "rules":
+        from gradpruner.plans.merging import MERGE_RULES, needs_importance
+
+        rules = [name for name in MERGE_RULES.names() if needs_importance(name)]  # the others are LaCo's own
+        return {name: (MERGE_RULES.find(name).__doc__ or "").splitlines()[0] for name in rules}
+    if kind == "recipes":
+        return {name: _first_comment(RECIPES / f"{name}.yaml") for name in _recipe_names()}
+    if kind == "ablations":
+        from gradpruner.cli import studies as cli_compare
+
+        names = cli_compare.ablation_names()
+        return {name: _first_comment(cli_compare.ABLATIONS / f"{name}.yaml") for name in names}
+    if kind == "families":
+        from gradpruner.models.families import FAMILIES
+
+        return {name: f"drop only: {row.no_merge}" if row.no_merge else "" for name, row in FAMILIES.items()}
+    if kind == "shapes":
+        from gradpruner.evaluation.costing.shapes import describe_shape, shape_names
+
+        return {name: describe_shape(name) for name in shape_names()}
+    from gradpruner.registry import suggest
+
+    kinds = ("methods", "tasks", "recipes", "ablations", "rules", "families", "shapes")
+    raise ConfigError(f"Unknown kind '{kind}'.{suggest(kind, kinds)}", hint=f"Available: {', '.join(kinds)}.")
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _add_model_commands() -> None:
+    from gradpruner.cli import cost as cli_cost
+    from gradpruner.cli import evaluate as cli_evaluate
+    from gradpruner.cli import models as cli_models
+    from gradpruner.cli import shrink as cli_shrink
+    from gradpruner.cli import studies as cli_compare
+
+    cli_shrink.add_to(app)
+    cli_evaluate.add_to(app)
+    cli_models.add_to(app)
+    cli_cost.add_to(app)
+    cli_compare.add_to(app)
+
+
+_add_model_commands()
+
+
+def main() -> None:
+    """Entry point: our errors become one clear message and their exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app()
+    except GradPrunerError as error:
+        _complain(error)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
+    print("Interrupted. Start the same command again to go on.", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+def _complain(error: GradPrunerError) -> None:
+    from rich.console import Console
+
+    out = Console(stderr=True)
+    out.print("[bold red]error:[/bold red]", end=" ")
+    out.print(error.message, markup=False, highlight=False, soft_wrap=True)
+    if error.hint:
+        out.print(error.hint.lstrip("\n"), markup=False, highlight=False, soft_wrap=True, style="dim")
+
+
+if __name__ == "__main__":
+    main()

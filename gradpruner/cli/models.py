@@ -1,0 +1,376 @@
+"""Commands that work on model folders, without recipe or data: prune, verify, diff, rebuild."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradpruner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradpruner.gradients.trace import GradientTrace
+    from gradpruner.plans.layer_plan import PruningPlan
+    from gradpruner.plans.repair import Repair
+    from gradpruner.plans.width_plan import WidthPlan
+    from gradpruner.pruning.verification import VerifyReport
+
+SourceOption = Annotated[str | None, typer.Option("--source", help="The model it was made from.")]
+PlanFileOption = Annotated[
+    Path | None, typer.Option("--plan", help="Plan file (plans/<variant>.json of a run).")
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option("--trace", help="Recorded gradients; for a plan in a run directory, that run's by default."),
+]
+LevelOption = Annotated[
+    str,
+    typer.Option("--verify", help="full, structure (loads nothing), or auto (full if memory allows)."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    for command in (prune, verify, diff, rebuild):
+        app.command()(command)
+
+
+def prune(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="Model folder or hub id; or a recipe, done up to pruning."),
+    ] = None,
+    destination: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
+    plan: PlanFileOption = None,
+    trace: TraceOption = None,
+    keep: Annotated[str | None, typer.Option("--keep", help="Keep these layers instead: 0-17,30,31.")] = None,
+    drop: Annotated[str | None, typer.Option("--drop", help="Drop these layers instead: 18-29.")] = None,
+    repair: Annotated[
+        Path | None,
+        typer.Option("--repair", help="A fitted repair of that plan: variants/<variant>/repair of a run."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB.")] = "5GB",
+    level: LevelOption = "auto",
+    out: Annotated[str | None, typer.Option("--out", help="Run directory, to do it up to pruning.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Prune a checkpoint on disk: gradpruner prune MODEL NEW --plan PLAN.
+
+    The model is never loaded: kept tensors are copied, merged ones computed one by one. The result is
+    verified before it appears. (A plan of heads, channels and hidden dimensions does load it.) Without a
+    second folder: a recipe or run directory, up to pruning.
+    """
+    from gradpruner.cli import main as cli
+
+    if destination is None:
+        if repair is not None:
+            raise ConfigError(
+                "--repair belongs to a model folder that is pruned into a second one.",
+                hint="A run fits its own: --set plan.repair=least_squares.",
+            )
+        values = {"plan.file": str(plan) if plan else None}
+        recipe = cli.resolve(source, out, overrides, values)
+        cli.carry_out(recipe, "prune", dry_run=dry_run, as_json=as_json, quiet=quiet)
+        return
+    if source is None or out is not None or overrides:
+        raise ConfigError("--out and --set belong to a run; a model folder is pruned into the second folder.")
+    cli.prepare(quiet)
+    _prune_folder(
+        source,
+        destination,
+        _Choice(plan, trace, keep, drop, repair),
+        num_bytes(max_shard_size),
+        level,
+        dry_run,
+        as_json,
+    )
+
+
+class _Choice:
+    """Which layers go, however it was said."""
+
+    def __init__(
+        self,
+        plan: Path | None,
+        trace: Path | None,
+        keep: str | None,
+        drop: str | None,
+        repair: Path | None = None,
+    ) -> None:
+        given = [name for name, value in (("--plan", plan), ("--keep", keep), ("--drop", drop)) if value]
+        if len(given) != 1:
+            what = " and ".join(given) or "Neither --plan nor --keep nor --drop"
+            raise ConfigError(f"{what} given; exactly one is needed.")
+        self.plan_file, self.trace_folder, self.keep, self.drop = plan, trace, keep, drop
+        self.repair_folder = repair
+
+    @property
+    def repair(self) -> Repair | None:
+        """The fitted repair, if there is one."""
+        from gradpruner.plans.repair import Repair
+
+        return Repair.load(self.repair_folder) if self.repair_folder is not None else None
+
+    @property
+    def width_plan(self) -> WidthPlan | None:
+        """The plan, if it is one of heads, channels and hidden dimensions."""
+        from gradpruner.files import read_json
+        from gradpruner.plans.width_plan import KIND, WidthPlan
+
+        if self.plan_file is None or not self.plan_file.is_file():
+            return None
+        raw = read_json(self.plan_file, "pruning plan")
+        is_width = isinstance(raw, dict) and raw.get("kind") == KIND
+        return WidthPlan.from_dict(raw, str(self.plan_file)) if is_width else None
+
+    def resolve(self, source: Path) -> tuple[PruningPlan, GradientTrace | None]:
+        """The plan and, if it merges by recorded gradients, the trace."""
+        from gradpruner.gradients.trace import GradientTrace
+        from gradpruner.models.config_patch import text_config
+        from gradpruner.models.loading import load_config
+        from gradpruner.plans.layer_plan import PruningPlan
+
+        if self.plan_file is None:
+            depth = text_config(load_config(source, native=True)).num_hidden_layers
+            return PruningPlan.from_keep(depth, kept_layers(self.keep, self.drop, depth)), None
+        plan = PruningPlan.load(self.plan_file)
+        folder = self.trace_folder
+        beside = self.plan_file.resolve().parent.parent / "trace"
+        if folder is None and plan.needs_trace and beside.is_dir():
+            folder = beside
+        return plan, GradientTrace.load(folder) if folder is not None and plan.needs_trace else None
+
+
+def _prune_folder(
+    source: str,
+    destination: Path,
+    choice: _Choice,
+    shard_bytes: int,
+    level: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    from gradpruner.models.folder import locate_model
+    from gradpruner.progress import Progress, bytes_reporter
+    from gradpruner.pruning.blueprint import Blueprint
+    from gradpruner.pruning.on_disk import prune_checkpoint
+
+    folder = locate_model(source)
+    if choice.width_plan is not None:
+        if choice.repair_folder is not None:
+            raise ConfigError("A plan of heads, channels and hidden dimensions has no repair.")
+        _prune_widths(folder, source, destination, choice.width_plan, dry_run, as_json)
+        return
+    plan, trace = choice.resolve(folder)
+    repair = choice.repair
+    facts = Blueprint(folder, plan, trace, repair=repair).summary()
+    if not as_json:
+        _print_summary(facts, plan)
+    if dry_run:
+        if as_json:
+            typer.echo(json.dumps(facts, indent=2))
+        return
+    with Progress(max(1, facts["bytes"][1] // 10**6), "prune [MB]") as progress:
+        report = prune_checkpoint(
+            source,
+            destination,
+            plan,
+            trace,
+            max_shard_bytes=shard_bytes,
+            verify=level,
+            progress=bytes_reporter(progress),
+            repair=repair,
+        )
+    if as_json:
+        typer.echo(json.dumps(facts | {"folder": str(destination), "verified": report.to_dict()}, indent=2))
+    else:
+        _print_report(report)
+        typer.echo(f"pruned: {destination}")
+
+
+def _prune_widths(
+    folder: Path, source: str, destination: Path, plan: WidthPlan, dry_run: bool, as_json: bool
+) -> None:
+    from gradpruner.models.engine_widths import judge_widths
+    from gradpruner.models.engines import layer_facts
+    from gradpruner.models.folder import PRUNING_FILE, check_output
+    from gradpruner.models.layers import skeleton
+    from gradpruner.models.loading import load_config, model_class
+    from gradpruner.models.narrowing import check_widths, width_savings
+    from gradpruner.models.widths import WidthView
+    from gradpruner.pruning.widths_on_disk import prune_width_checkpoint
+
+    config = load_config(folder)
+    dense = skeleton(model_class(config), config)
+    view = WidthView(dense)
+    plan.check_model(view.shape)
+    check_widths(view, plan)
+    saved = width_savings(dense, plan)
+    facts: dict[str, Any] = {
+        "model_type": config.model_type,
+        "uniform": plan.uniform,
+        "savings": saved,
+        "portability": [vars(verdict) for verdict in judge_widths(plan, layer_facts(config))],
+    }
+    if not as_json:
+        before, after = saved["parameters"]["before"], saved["parameters"]["after"]
+        typer.echo(f"{config.model_type}: {before:,} -> {after:,} parameters in {plan.num_layers} layers")
+        _print_portability(facts["portability"])
+    if not dry_run:
+        check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
+        report = prune_width_checkpoint(folder, destination, plan, name=source)
+        facts |= {"folder": str(destination), "verified": report.to_dict()}
+        if not as_json:
+            _print_report(report)
+            typer.echo(f"pruned: {destination}")
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+
+
+def _print_portability(verdicts: list[dict[str, Any]]) -> None:
+    for verdict in verdicts:
+        typer.echo(f"  {verdict['engine']}: {verdict['status']}. {verdict['reason']}".rstrip(". ") + ".")
+
+
+def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
+    from gradpruner.plans.layer_plan import runs_of
+    from gradpruner.reports.formats import num_bytes as shown
+
+    before, after = (shown(size) for size in facts["bytes"])
+    typer.echo(
+        f"{facts['model_type']}: {facts['layers'][0]} -> {facts['layers'][1]} layers, {before} -> "
+        f"{after}; without layers {runs_of(plan.pruned)}"
+        + (f", {sum(map(len, plan.merged.values()))} of them merged" if plan.merged else "")
+    )
+    _print_portability(facts["portability"])
+    for warning in facts["warnings"]:
+        typer.echo(f"  warning: {warning}")
+
+
+def _print_report(report: VerifyReport) -> None:
+    from rich.table import Table
+
+    from gradpruner.cli.main import console
+
+    table = Table("check", "", "found", title=f"{report.folder} ({report.level})", title_justify="left")
+    marks = {True: "[green]ok[/green]", False: "[red]FAILED[/red]", None: "-"}
+    for check in report.checks:
+        table.add_row(check.name, marks[check.passed], check.detail)
+    console().print(table)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A pruned model folder.")],
+    source: SourceOption = None,
+    plan: PlanFileOption = None,
+    trace: TraceOption = None,
+    level: LevelOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Check a pruned model against its plan and its source: files, shapes, logits, cache, generation."""
+    from gradpruner.cli import main as cli
+    from gradpruner.gradients.trace import GradientTrace
+    from gradpruner.plans.layer_plan import PruningPlan
+    from gradpruner.pruning.verification import verify_checkpoint
+
+    cli.prepare(True)
+    report = verify_checkpoint(
+        folder,
+        source,
+        PruningPlan.load(plan) if plan else None,
+        GradientTrace.load(trace) if trace else None,
+        level=level,
+    )
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), **report.to_dict()}, indent=2))
+    else:
+        _print_report(report)
+    report.raise_on_failure()
+
+
+def diff(
+    source: Annotated[str, typer.Argument(help="The model before pruning: folder or hub id.")],
+    pruned: Annotated[Path, typer.Argument(help="The pruned model folder.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Store a pruned model as its difference from the source: plan, merged tensors, hashes."""
+    from gradpruner.cli import main as cli
+    from gradpruner.pruning.delta import diff_checkpoint
+
+    cli.prepare(quiet)
+    summary = diff_checkpoint(source, pruned, destination)
+    if as_json:
+        typer.echo(json.dumps(vars(summary), indent=2, default=str))
+    else:
+        from gradpruner.reports.formats import num_bytes as shown
+
+        typer.echo(
+            f"delta: {summary.folder}, {shown(summary.num_bytes)} for a checkpoint of "
+            f"{shown(summary.checkpoint_bytes)}; {summary.copied} tensors are the source's, {summary.stored} "
+            "are stored"
+        )
+
+
+def rebuild(
+    source: Annotated[str, typer.Argument(help="The model before pruning: folder or hub id.")],
+    delta: Annotated[Path, typer.Argument(help="A folder made by `gradpruner diff`.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    quiet: QuietOption = False,
+) -> None:
+    """Make the pruned model again from its source and the difference; every hash is checked."""
+    from gradpruner.cli import main as cli
+    from gradpruner.pruning.delta import rebuild_checkpoint
+
+    cli.prepare(quiet)
+    typer.echo(f"rebuilt: {rebuild_checkpoint(source, delta, destination)}")
+
+
+def num_bytes(size: str) -> int:
+    """A size such as 5GB, 500MB or 1000000 in bytes (decimal units, as file sizes are given).
+
+    Raises:
+        ConfigError: If it is not a positive size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", size.strip().lower())
+    count = int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else 0
+    if count < 1:
+        raise ConfigError(f"'{size}' is not a size.", hint="Write 5GB, 500MB or a number of bytes.")
+    return count
+
+
+def kept_layers(keep: str | None, drop: str | None, depth: int) -> list[int]:
+    """The layers that stay, said as those to keep or as those to drop (`layer_numbers`)."""
+    named = layer_numbers(keep or drop or "", depth)
+    return named if keep else [i for i in range(depth) if i not in set(named)]
+
+
+def layer_numbers(text: str, depth: int) -> list[int]:
+    """Layers given as text: '0-17,30,31'.
+
+    Raises:
+        ConfigError: If a part is neither a number nor a rising range, or a layer does not exist.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first = int(match[1]) if match else 0
+        last = int(match[2] or match[1]) if match else -1
+        if last < first or last >= depth:
+            raise ConfigError(
+                f"'{part.strip()}' is not a layer or range of layers of this model.",
+                hint=f"Write layers of 0 to {depth - 1} as 0-17,30,31.",
+            )
+        numbers += range(first, last + 1)
+    return numbers

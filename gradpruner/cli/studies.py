@@ -1,0 +1,277 @@
+"""The commands `compare` and `ablate`: many methods, settings and seeds, one table."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradpruner.cli.options import (
+    DataOption,
+    DryOption,
+    EvalOption,
+    FolderOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    RecipeArgument,
+    SetOption,
+    SkipOption,
+    TaskOption,
+    TrustOption,
+)
+from gradpruner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gradpruner.runs.recipe import Recipe
+    from gradpruner.runs.study import Study, StudyFile
+
+ABLATIONS = Path(__file__).parents[1] / "recipes" / "ablations"
+DEFAULT_METHODS = "gradpruner,last,random"
+DEFAULT_SEEDS = "0,1,2"
+
+SeedsOption = Annotated[
+    str | None, typer.Option("--seeds", help="One run each, with commas.", show_default=DEFAULT_SEEDS)
+]
+SmallerOption = Annotated[
+    list[str] | None,
+    typer.Option("--smaller", metavar="MODEL", help="A smaller model to fine-tune beside them; repeatable."),
+]
+OutOption = Annotated[
+    str | None, typer.Option("--out", help="Folder of the study; the same again goes on there.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command()(compare)
+    app.command()(ablate)
+
+
+def compare(
+    recipe: RecipeArgument = None,
+    model: ModelOption = None,
+    data: DataOption = None,
+    eval_data: EvalOption = None,
+    task: TaskOption = None,
+    task_folder: FolderOption = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            "--methods",
+            help="Rows, with commas (`gradpruner ls methods`), or all. gradpruner: with and without merging.",
+            show_default=DEFAULT_METHODS,
+        ),
+    ] = None,
+    smaller: SmallerOption = None,
+    seeds: SeedsOption = None,
+    unit: Annotated[
+        str | None,
+        typer.Option(
+            "--unit", help="Match removed parameters or decoder_parameters.", show_default="parameters"
+        ),
+    ] = None,
+    mode: Annotated[str | None, typer.Option("--mode", help="Fine-tuning: full or lora.")] = None,
+    out: OutOption = "runs/compare",
+    overrides: SetOption = None,
+    trust_remote_code: TrustOption = False,
+    skip_bad: SkipOption = False,
+    dry_run: DryOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare pruning methods at the same budget: gradpruner compare RECIPE --methods gradpruner,last.
+
+    The dense model, every method and every seed, fine-tuned and evaluated alike; paired differences and costs
+    in one table. A method that fails is a row with its error. Start it again to go on.
+    """
+    from gradpruner.cli import main as cli
+    from gradpruner.runs.study import make_study
+
+    values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
+    values |= {key: value for key, value in {"plan.unit": unit, "finetune.mode": mode}.items() if value}
+    cli.prepare(quiet)
+    resolved = cli.resolve(recipe, None, _one_source(values, overrides), values)
+    study = make_study(
+        _cleared(resolved),
+        out=out or "runs/compare",
+        methods=_words(methods if methods is not None else DEFAULT_METHODS, "--methods"),
+        smaller=smaller or (),
+        seeds=parsed_seeds(seeds if seeds is not None else DEFAULT_SEEDS),
+        title=resolved.title and f"{resolved.title}: methods compared",
+    )
+    _carry_out(study, dry_run=dry_run, as_json=as_json)
+
+
+def ablate(
+    study: Annotated[
+        str, typer.Argument(help="Study: a YAML file or the name of one (`gradpruner ls ablations`).")
+    ],
+    model: ModelOption = None,
+    data: DataOption = None,
+    eval_data: EvalOption = None,
+    task: TaskOption = None,
+    task_folder: FolderOption = None,
+    methods: Annotated[str | None, typer.Option("--methods", help="Other rows, with commas.")] = None,
+    smaller: SmallerOption = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="Other seeds, with commas.", show_default="the study's")
+    ] = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder of the study.", show_default="runs/NAME")
+    ] = None,
+    overrides: SetOption = None,
+    trust_remote_code: TrustOption = False,
+    skip_bad: SkipOption = False,
+    dry_run: DryOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Repeat an ablation of the paper, or your own: gradpruner ablate NAME --model ... --data ...
+
+    A sweep over recipe keys, with seeds; one table and one figure. Start it again to go on.
+    """
+    from gradpruner.cli import main as cli
+    from gradpruner.runs.study import make_study, read_study
+
+    path = _study_path(study)
+    cli.prepare(quiet)
+    file = read_study(path)
+    values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
+    recipe = _base_recipe(file, path, values, _one_source(values, overrides))
+    plan = make_study(
+        _cleared(recipe),
+        out=out or f"runs/{path.stem}",
+        methods=_words(methods, "--methods") if methods is not None else file.methods,
+        smaller=smaller or file.smaller,
+        seeds=parsed_seeds(seeds) if seeds is not None else file.seeds,
+        sweep=file.sweep,
+        points=file.points,
+        kind="ablation",
+        title=file.title,
+        figure=file.figure,
+        what=file.what,
+        plot=file.plot,
+        base_folder=path.parent,
+    )
+    _carry_out(plan, dry_run=dry_run, as_json=as_json)
+
+
+def parsed_seeds(text: str) -> list[int]:
+    """Seeds from "0,1,2".
+
+    Raises:
+        ConfigError: If one is no whole number of at least 0.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    for word in words:
+        if not word.isdecimal():
+            raise ConfigError(
+                f"--seeds {text}: '{word}' is no seed.",
+                hint="Seeds are whole numbers from 0 on: --seeds 0,1,2.",
+            )
+    return [int(word) for word in words]
+
+
+def ablation_names() -> list[str]:
+    """Studies that come along."""
+    return sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
+
+
+def _given(
+    model: str | None,
+    data: str | None,
+    eval_data: str | None,
+    task: str | None,
+    task_folder: str | None,
+    trust_remote_code: bool,
+    skip_bad: bool,
+) -> dict[str, Any]:
+    """Recipe keys that were given as options of their own."""
+    values = {
+        "model.path": model,
+        "data.train": data,
+        "data.eval": eval_data,
+        "data.task": task,
+        "data.folder": task_folder,
+        "model.trust_remote_code": trust_remote_code or None,
+        "data.skip_bad": skip_bad or None,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _one_source(values: dict[str, Any], overrides: list[str] | None) -> list[str]:
+    """Overrides that take the recipe's own data out where others are given."""
+    gone: list[str] = []
+    if "data.task" in values and not {"data.train", "data.eval"} & set(values):
+        gone = ["data.train=null", "data.eval=null"]
+    elif {"data.train", "data.eval"} & set(values) and "data.task" not in values:
+        gone = ["data.task=null", "data.folder=null"]
+    return [*gone, *(overrides or ())]
+
+
+def _words(text: str, option: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ConfigError(f"{option} names nothing.", hint="`gradpruner ls methods` lists what there is.")
+    return words
+
+
+def _study_path(name: str) -> Path:
+    from gradpruner.registry import suggest
+
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = ABLATIONS / f"{name}.yaml"
+    if known.is_file():
+        return known
+    names = ablation_names()
+    raise ConfigError(
+        f"There is no study file or built-in study '{name}'.{suggest(name, names)}",
+        hint=f"Built in: {', '.join(names) or 'none'}.",
+    )
+
+
+def _base_recipe(file: StudyFile, path: Path, values: dict[str, Any], overrides: list[str]) -> Recipe:
+    """The recipe a study starts from."""
+    from gradpruner.cli import main as cli
+    from gradpruner.runs.recipe import load_recipe, resolve_paths
+
+    if file.base is not None:
+        beside = path.parent / file.base
+        named = file.base.endswith((".yaml", ".yml")) and beside.is_file()
+        return cli.resolve(str(beside) if named else file.base, None, overrides, values)
+    raw = copy.deepcopy(file.recipe or {})
+    resolve_paths(raw, path.parent)
+    return load_recipe(None, tuple(overrides), raw | values)
+
+
+def _cleared(recipe: Recipe) -> Recipe:
+    """Models of a study go once they are measured, unless the recipe says otherwise."""
+    if "keep_models" in recipe.model_fields_set:
+        return recipe
+    return recipe.model_copy(update={"keep_models": "none"})
+
+
+def _carry_out(study: Study, *, dry_run: bool, as_json: bool) -> None:
+    from gradpruner.cli import main as cli
+    from gradpruner.runs.study.carrying_out import REPORT, carry_out
+    from gradpruner.runs.study.preview import print_study_preview
+
+    if dry_run:
+        print_study_preview(study, cli.console(), as_json=as_json)
+        return
+    outcome = carry_out(study, command=cli.command_line())
+    if as_json:
+        typer.echo(json.dumps(outcome.study, indent=2))
+    else:
+        from gradpruner.reports.study import print_study
+
+        print_study(outcome.study, cli.console())
+        cli.console().print(f"study done: {study.out / REPORT}", highlight=False)
+    if outcome.error is not None:
+        raise outcome.error

@@ -1,0 +1,8 @@
+"""From a file or the hub to token ids.
+
+rows      files and hub datasets as rows
+examples  rows as examples: prompt, answer, choices
+encoding  examples as token ids and labels
+numbers   the number a worked answer ends with
+tasks     named tasks, one file each
+"""

@@ -1,0 +1,331 @@
+"""Examples as token ids, with the loss on the answer and nowhere else.
+
+A plain example is prompt ids (with whatever start token the tokenizer adds) + answer ids + end
+token. Prompt and answer are tokenised separately, so that the prompt evaluation sees is, token for
+token, the one training saw. A conversation is rendered by the tokenizer's chat template and cut
+into the same two kinds of piece. Labels are `IGNORED` on every prompt token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from gradpruner.data.examples import Example, Message
+from gradpruner.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of a token that carries no loss (torch's cross entropy default)."""
+
+_EXAMPLES_NAMED = 3  # in an error about many examples
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as the model sees it.
+
+    Attributes:
+        input_ids: Token ids.
+        labels: As long as `input_ids`; the token id where it is learned, else `IGNORED`.
+        cut_prompt_tokens: Tokens removed from the left of the prompt to fit, >= 0.
+        cut_answer_tokens: Tokens removed from the right of the sample to fit, >= 0.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    cut_prompt_tokens: int = 0
+    cut_answer_tokens: int = 0
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens with a loss; the first token of a sequence is never predicted, so never one."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+class EncodedDataset(Dataset[dict[str, list[int]]]):
+    """Encoded examples as the dictionaries a Trainer takes.
+
+    Args:
+        encoded: What `encode_all` returned.
+    """
+
+    def __init__(self, encoded: Sequence[Encoded]) -> None:
+        self.encoded = tuple(encoded)
+        self.lengths = [len(one.input_ids) for one in self.encoded]
+        self.supervised_tokens = sum(one.num_supervised for one in self.encoded)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        one = self.encoded[index]
+        return {"input_ids": one.input_ids, "labels": one.labels}
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return (self[index] for index in range(len(self)))
+
+    def notes(self) -> tuple[str, ...]:
+        """What truncation did, in sentences for the user; () if nothing was cut."""
+        prompts = sum(one.cut_prompt_tokens > 0 for one in self.encoded)
+        answers = sum(one.cut_answer_tokens > 0 for one in self.encoded)
+        notes = []
+        if prompts:
+            notes.append(f"{prompts} of {len(self)} prompts were cut from the left to fit")
+        if answers:
+            notes.append(f"{answers} of {len(self)} answers were cut from the right to fit")
+        return tuple(notes)
+
+
+class Collator:
+    """Pads a batch on the right.
+
+    Args:
+        tokenizer: Gives the padding token, or the end token if it has none. Without a tokenizer
+            token 0 pads. Any is harmless: padding is neither attended to nor learned.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        pad = None
+        if tokenizer is not None:
+            pad = tokenizer.pad_token_id
+            pad = tokenizer.eos_token_id if pad is None else pad
+        self.pad_token_id = 0 if pad is None else int(pad)
+
+    def __call__(self, features: Sequence[Encoded | Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Returns input_ids, attention_mask and labels, each (batch, longest), int64."""
+        ids, labels = [], []
+        for feature in features:
+            if isinstance(feature, Encoded):
+                ids.append(feature.input_ids)
+                labels.append(feature.labels)
+            else:
+                ids.append(list(feature["input_ids"]))
+                labels.append(list(feature["labels"]))
+        longest = max(len(row) for row in ids)
+
+        def pad(row: list[int], value: int) -> list[int]:
+            return row + [value] * (longest - len(row))
+
+        return {
+            "input_ids": torch.tensor([pad(row, self.pad_token_id) for row in ids]),
+            "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in ids]),
+            "labels": torch.tensor([pad(row, IGNORED) for row in labels]),
+        }
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
+    """Returns everything before the (last) answer, exactly as training sees it, uncut.
+
+    Raises:
+        DataError: If the example is a conversation and the tokenizer cannot render it.
+    """
+    return _head_and_answer(tokenizer, example)[0]
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Returns the ids of an answer or a choice, without start and end tokens.
+
+    Some tokenizers of the SentencePiece kind (Llama 2, Mistral) put a space before any text; an
+    answer that brings its own leading space would get two, so one is taken off there.
+    """
+    if text.startswith(" ") and _adds_leading_space(tokenizer):
+        text = text[1:]
+    return _ids(tokenizer, text)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
+    """Returns one example as ids and labels of at most `max_length` tokens.
+
+    What does not fit is cut from the left of the prompt, behind the start token, so that the
+    question next to the answer and the whole answer stay. Only when the answer alone is too long is
+    the sample cut from the right; nothing supervised may then be left (`encode_all` refuses that).
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        example: Prompt and answer, or a conversation.
+        max_length: In tokens, >= 2.
+
+    Raises:
+        ConfigError: If `max_length` is below 2.
+        DataError: If the example is a conversation and the tokenizer cannot render it.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length is {max_length}.", hint="Give at least 2 tokens.")
+    head, head_labels, answer = _labelled(tokenizer, example)
+    ids, labels = head + answer, head_labels + answer
+    excess = len(ids) - max_length
+    if excess <= 0:
+        return Encoded(ids, labels)
+    start = int(bool(head) and head[0] == tokenizer.bos_token_id)
+    # One token must stand before the answer, or its first token is never predicted.
+    if len(answer) + max(1, start) > max_length:
+        return Encoded(ids[:max_length], labels[:max_length], cut_answer_tokens=excess)
+    keep = slice(start + excess, None)
+    return Encoded(ids[:start] + ids[keep], labels[:start] + labels[keep], cut_prompt_tokens=excess)
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> list[Encoded]:
+    """Encodes every example and refuses to go on if one teaches nothing.
+
+    Raises:
+        DataError: If a sample has no supervised token (count and first ids are named), or a
+            conversation cannot be rendered.
+        ConfigError: If `max_length` is below 2.
+    """
+    encoded = [encode(tokenizer, example, max_length) for example in examples]
+    empty = [example.id for example, one in zip(examples, encoded, strict=True) if one.num_supervised == 0]
+    if empty:
+        raise DataError(
+            f"0 supervised tokens in {len(empty)} of {len(encoded)} samples "
+            f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): their prompts alone fill "
+            f"{max_length} tokens.",
+            hint=f"Raise --max-length (now {max_length}) or shorten the texts.",
+        )
+    return encoded
+
+
+def preview(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[str, bool]]:
+    """Returns the sample as pieces of text, each with whether it is learned."""
+    pieces: list[tuple[list[int], bool]] = []
+    for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
+        learned = label != IGNORED
+        if not pieces or pieces[-1][1] != learned:
+            pieces.append(([], learned))
+        pieces[-1][0].append(token)
+    return [
+        (str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)), learned) for ids, learned in pieces
+    ]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # verbose=False: a long text is cut by us, so the tokenizer need not warn about its length.
+    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def _adds_leading_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer writes "a" as "▁a", and " a" with a space too many."""
+    bare = _ids(tokenizer, "a")
+    first = tokenizer.convert_ids_to_tokens(bare[:1])
+    return bool(first) and str(first[0]).startswith("▁") and _ids(tokenizer, " a") != bare
+
+
+def _plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids = list(tokenizer.encode(text, add_special_tokens=True, verbose=False))
+    # Some tokenizers also close the text; a prompt is not the end of it.
+    if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        bare = _ids(tokenizer, text)
+        return ids[:-1] if ids[-1:] != bare[-1:] else ids
+    return ids
+
+
+def _head_and_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
+    head, _, answer = _labelled(tokenizer, example)
+    return head, answer
+
+
+def _labelled(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int], list[int]]:
+    """Returns head ids, head labels (earlier assistant turns are learned) and the last answer."""
+    if example.messages:
+        return _labelled_chat(tokenizer, example)
+    head = _plain_prompt(tokenizer, example.prompt)
+    answer = answer_ids(tokenizer, example.answer)
+    end = tokenizer.eos_token_id
+    return head, [IGNORED] * len(head), answer if end is None else [*answer, int(end)]
+
+
+def _labelled_chat(
+    tokenizer: PreTrainedTokenizerBase, example: Example
+) -> tuple[list[int], list[int], list[int]]:
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{example.id}: the data are conversations, but the tokenizer has no chat template.",
+            hint="Use the tokenizer of an instruction-tuned model, or write the rows as prompt/completion.",
+        )
+    *earlier, (last, _) = _chat_pieces(tokenizer, example)
+    head: list[int] = []
+    labels: list[int] = []
+    for text, learned in earlier:
+        ids = _ids(tokenizer, text)
+        end = (_turn_end(tokenizer, ids) or len(ids)) if learned else 0
+        head += ids
+        labels += ids[:end] + [IGNORED] * (len(ids) - end)
+    answer = _ids(tokenizer, last)
+    end = _turn_end(tokenizer, answer)
+    if end:
+        return head, labels, answer[:end]
+    # A template that does not close its turns: without an end token the model never stops.
+    eos = tokenizer.eos_token_id
+    return head, labels, answer if eos is None else [*answer, int(eos)]
+
+
+def _chat_pieces(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[tuple[str, bool]]:
+    """Returns the rendered conversation in pieces (text, learned?); the last one is the answer.
+
+    Every assistant turn is learned when the template renders turn by turn, so that what was written
+    before a turn does not change after it. Templates that rewrite earlier turns (dropping their
+    reasoning, for example) leave only the last turn to learn.
+    """
+    messages = example.messages
+    pieces: list[tuple[str, bool]] = []
+    written = ""
+    for index, message in enumerate(messages):
+        if message.role != "assistant":
+            continue
+        before = _render(tokenizer, example, messages[:index], generation=True)
+        after = _render(tokenizer, example, messages[: index + 1])
+        if not before.startswith(written) or not after.startswith(before) or after == before:
+            break
+        pieces += [(before[len(written) :], False), (after[len(before) :], True)]
+        written = after
+    else:
+        return pieces
+    before = _render(tokenizer, example, messages[:-1], generation=True)
+    after = _render(tokenizer, example, messages)
+    answer = after[len(before) :] if after.startswith(before) else ""
+    # Where the prompt for generating is not how the turn is then written, the bare answer follows.
+    return [(before, False), (answer or example.answer, True)]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    messages: Sequence[Message],
+    generation: bool = False,
+) -> str:
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+    except Exception as error:  # templates are programs and raise what they like
+        raise DataError(
+            f"{example.id}: the tokenizer's chat template refuses this conversation: {error}",
+            hint="Many templates want user and assistant in turn, some no system turn.",
+        ) from error
+    return str(text)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """Returns the number of tokens up to and with the one that closes the turn; 0 if none does.
+
+    Templates often write a line break behind the closing token; it is not for the model to say.
+    """
+    special = _special_ids(tokenizer)
+    for index in range(len(ids) - 1, -1, -1):
+        if ids[index] in special:
+            behind = str(tokenizer.decode(list(ids[index + 1 :])))
+            return 0 if behind.strip() else index + 1
+    return 0

@@ -1,0 +1,276 @@
+"""What a pruned model costs against the dense one, measured side by side: the paper's Tables 2 and 11."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from gradpruner.errors import ConfigError, ResourceError
+from gradpruner.evaluation.costing.figures import HELD, LABELS, Figure, measured_figures, size_figures
+from gradpruner.evaluation.costing.pairing import VISITS, Cell, measure_pair
+from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, held_bytes, size_model
+from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
+from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
+from gradpruner.models.loading import resolve_device, resolve_dtype
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.progress import Progress
+from gradpruner.provenance import provenance, utc_now
+
+# Python and the libraries, before there is a model.
+_PROCESS_BYTES = 700_000_000
+# Both models are held at once when that leaves this much room for activations.
+_ROOM = 1.5
+_SIDES = ("dense", "pruned")
+
+
+@dataclass(frozen=True)
+class CostComparison:
+    """What `measure_cost` found.
+
+    Attributes:
+        names: Of the dense and the pruned model.
+        sizes: Sizes of the two.
+        workload: What was run.
+        device: Where, in words.
+        random_weights: Whether the weights were random.
+        figures: Every quantity.
+        dtypes: Mode -> type of the weights.
+        errors: "dense, full fine-tuning" -> why it could not be measured.
+        warnings: What the reader should know.
+        interleaved: Mode -> whether the two took turns step by step (else in blocks); none after a dry run.
+    """
+
+    names: tuple[str, str]
+    sizes: tuple[Sizes, Sizes]
+    workload: Workload
+    device: str
+    random_weights: bool
+    figures: tuple[Figure, ...]
+    dtypes: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    interleaved: dict[str, bool] = field(default_factory=dict)
+
+    def find(self, name: str) -> Figure:
+        """The figure called `name`.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        for figure in self.figures:
+            if figure.name == name:
+                return figure
+        raise ConfigError(
+            f"No figure '{name}'.", hint=f"There are {', '.join(f.name for f in self.figures)}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with where they come from."""
+        return {
+            "what": "cost of a pruned model against the dense one; ratio = pruned / dense",
+            "when": utc_now(),
+            "dense": {"name": self.names[0], **self.sizes[0].to_dict()},
+            "pruned": {"name": self.names[1], **self.sizes[1].to_dict()},
+            "workload": self.workload.to_dict(),
+            "device": self.device,
+            "random_weights": self.random_weights,
+            "dtypes": self.dtypes,
+            "interleaved": self.interleaved,
+            "figures": [figure.to_dict() for figure in self.figures],
+            "errors": self.errors,
+            "warnings": list(self.warnings),
+            "provenance": provenance(self.workload.seed),
+        }
+
+
+def measure_cost(
+    dense: str | Path | Subject,
+    pruned: str | Path | Subject | PruningPlan,
+    workload: Workload | None = None,
+    *,
+    modes: Sequence[str] = MODES,
+    random: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> CostComparison:
+    """Measures time and memory of a dense and a pruned model in turns, and says what depth alone allows.
+
+    Args:
+        dense: Model folder, hub id or name of a shape (`gradpruner ls shapes`).
+        pruned: The same; or a plan, which leaves out layers of the dense model.
+        workload: What is run, and how often.
+        modes: Which of "full", "lora" (a training step) and "inference" to run.
+        random: Use random weights even where there are others. Both models get them as soon as one has no
+            others: time and memory do not depend on weights (but for experts, which data chooses).
+        force: Try what the memory check refuses; what does not fit becomes an entry of `errors`.
+        dry_run: Load nothing: sizes, operations and floors alone, of models of any size.
+
+    Raises:
+        ConfigError: If an option is out of range, or the pruned model is the deeper one.
+        PlanError: If the plan does not fit the dense model.
+        ModelError: If a model cannot be found or used.
+        ResourceError: If a model would not fit into memory; nothing has been loaded then.
+
+    Source: GradPruner, Tables 2 and 11.
+    """
+    workload = workload or Workload()
+    wanted = checked_modes(modes)
+    pair = _find_pair(dense, pruned, random or dry_run)
+    sizes = (_size(pair[0], workload), _size(pair[1], workload))
+    differs = depth_alone(*sizes)
+    _check_pair(pair, sizes, workload)
+    device = resolve_device(workload.device)
+    dtypes = {mode: weight_dtype(mode, workload, device) for mode in wanted}
+    together: dict[str, bool] = {}
+    if not dry_run:
+        available = available_bytes(device)
+        if not force:
+            _check_memory(sizes, wanted, workload, device, available)
+        together = {mode: _fit_together(sizes, mode, workload, device, available) for mode in wanted}
+    figures = size_figures(sizes, (_stored(pair[0], sizes[0]), _stored(pair[1], sizes[1])), workload)
+    errors: dict[str, str] = {}
+    with Progress(sum(_steps(workload, both) for both in together.values()), "cost") as progress:
+        for mode in wanted:
+            cells = (Cell({}), Cell({}))
+            if not dry_run:
+                progress.update(progress.completed, mode=mode)
+                both = together[mode]
+                cells = measure_pair(pair, mode, workload, together=both, advance=progress.advance)
+            figures += measured_figures(cells, mode, sizes, workload, dtypes[mode], with_floors=not differs)
+            for side, cell in zip(_SIDES, cells, strict=True):
+                if cell.error:
+                    errors[f"{side}, {LABELS[mode]}"] = cell.error
+    return CostComparison(
+        names=(pair[0].name, pair[1].name),
+        sizes=sizes,
+        workload=workload,
+        device=_device_name(device),
+        random_weights=pair[0].folder is None,
+        figures=tuple(figures),
+        dtypes={mode: str(dtype).removeprefix("torch.") for mode, dtype in dtypes.items()},
+        errors=errors,
+        warnings=_warnings(differs, sizes),
+        interleaved=together,
+    )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a device; of the machine, unless it is CUDA."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def weight_dtype(mode: str, workload: Workload, device: torch.device) -> torch.dtype:
+    """Type of the weights in a mode, chosen as in a run: weights that are updated are float32."""
+    if mode == "full" and workload.dtype == "auto":
+        return torch.float32
+    return resolve_dtype(workload.dtype, device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _find_pair(
+    dense: str | Path | Subject, pruned: str | Path | Subject | PruningPlan, random: bool
+) -> tuple[Subject, Subject]:
+    """Both models, with weights of the same kind."""
+    first = dense if isinstance(dense, Subject) else find_subject(dense, random=random)
+    if isinstance(pruned, PruningPlan):
+        second = shorten(first, pruned)
+    else:
+        second = pruned if isinstance(pruned, Subject) else find_subject(pruned, random=random)
+    if random or first.folder is None or second.folder is None:
+        return first.with_random_weights(), second.with_random_weights()
+    return first, second
+
+
+def _size(subject: Subject, workload: Workload) -> Sizes:
+    return size_model(subject.config, tokens=workload.tokens, rank=workload.rank)
+
+
+def _stored(subject: Subject, sizes: Sizes) -> int:
+    stored = subject.stored_bytes
+    return sizes.disk_bytes if stored is None else stored
+
+
+def _check_pair(pair: tuple[Subject, Subject], sizes: tuple[Sizes, Sizes], workload: Workload) -> None:
+    """Refuses two models that are the wrong way round, and sequences longer than either can take."""
+    if sizes[1].layers > sizes[0].layers:
+        raise ConfigError(
+            f"The pruned model has {sizes[1].layers} layers, the dense one {sizes[0].layers}.",
+            hint="The dense model comes first: gradpruner cost DENSE PRUNED.",
+        )
+    longest = workload.tokens + workload.new_tokens
+    for subject in pair:
+        limit = getattr(subject.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and longest > limit:
+            raise ConfigError(
+                f"{workload.tokens} tokens and {workload.new_tokens} new ones are more than the {limit} "
+                f"positions of {subject.name}.",
+                hint="Give smaller --tokens and --new-tokens.",
+            )
+
+
+def _warnings(differs: str, sizes: tuple[Sizes, Sizes]) -> tuple[str, ...]:
+    """What the reader of the figures should know."""
+    warnings = []
+    if differs:
+        warnings.append(
+            f"The second model is not the first one with fewer layers ({differs}): the ratios are not those "
+            "of depth alone, and there are no floors."
+        )
+    if any(one.flops is None for one in sizes):
+        warnings.append("torch cannot count the FLOPs of this family without weights; the row is left out.")
+    return tuple(warnings)
+
+
+def _needed_bytes(sizes: Sizes, mode: str, workload: Workload, device: torch.device) -> int:
+    """What a mode needs at the least."""
+    process = 0 if device.type == "cuda" else _PROCESS_BYTES
+    return process + held_bytes(sizes, mode, workload, weight_dtype(mode, workload, device))
+
+
+def _fit_together(
+    sizes: tuple[Sizes, Sizes], mode: str, workload: Workload, device: torch.device, available: int
+) -> bool:
+    """Whether both models may be held at once."""
+    return _ROOM * sum(_needed_bytes(one, mode, workload, device) for one in sizes) <= available
+
+
+def _steps(workload: Workload, together: bool) -> int:
+    """Steps of both models in one mode, warm-up included."""
+    visits = 1 if together else min(VISITS, workload.repeats)
+    return 2 * (visits * workload.warmup + workload.repeats)
+
+
+def _check_memory(
+    sizes: tuple[Sizes, Sizes],
+    modes: Sequence[str],
+    workload: Workload,
+    device: torch.device,
+    available: int,
+) -> None:
+    """Refuses before anything is loaded, and says what would fit."""
+    needs = {mode: _needed_bytes(sizes[0], mode, workload, device) for mode in modes}
+    too_big = [mode for mode in modes if needs[mode] > available]
+    if not too_big:
+        return
+    fitting = [mode for mode in modes if mode not in too_big]
+    hints = [f"--mode {','.join(fitting)}"] if fitting else []
+    half = replace(workload, dtype="bfloat16")
+    if all(_needed_bytes(sizes[0], mode, half, device) <= available for mode in modes):
+        hints.append("--dtype bfloat16")
+    hints.append("--dry-run" if not hints else "--dry-run for sizes and floors")
+    mode = too_big[0]
+    raise ResourceError(
+        f"{LABELS[mode].capitalize()} of the dense model takes at least {needs[mode] / 1e9:.1f} GB "
+        f"({HELD[mode]}); {available / 1e9:.1f} GB are available.",
+        hint=f"What fits: {'; '.join(hints)}. --force tries all the same.",
+    )

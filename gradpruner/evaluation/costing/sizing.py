@@ -1,0 +1,194 @@
+"""What the cost of two models must come to: sizes, operations, and the floor that depth alone allows.
+
+Nothing is loaded: models are built on the meta device. A floor is a ratio pruned / dense. It counts what
+depth leaves as it is (the projection to the vocabulary, the embeddings) and nothing else, so what a
+measurement has above it are fixed costs: launching, the optimizer's bookkeeping, Python.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from gradpruner.errors import ModelError
+from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.sizes import (
+    build_on_meta,
+    count_parameters,
+    disk_bytes,
+    kv_bytes_per_token,
+    layer_parameters,
+    macs_linear,
+)
+
+log = logging.getLogger(__name__)
+
+# Of weights that are updated: the weight, its gradient and AdamW's two moments, all of the weight's type.
+_COPIES_IN_TRAINING = 4
+# PEFT keeps adapters in float32 whatever the model's type is.
+_ADAPTER_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is known of a model's cost without running it.
+
+    Attributes:
+        model_type: Of its decoder.
+        layers: Number of decoder layers.
+        parameters: All parameters; tied ones once.
+        parameters_without_head: The same without the projection to the vocabulary.
+        decoder_parameters: Those in decoder layers.
+        layer_kinds: Parameter counts of one layer that occur, ascending.
+        adapter_parameters: Of LoRA adapters on every linear of every layer.
+        layer_macs: Multiply-accumulates of all layers' linears for one token.
+        head_macs: Those of the projection to the vocabulary for one token.
+        flops: Counted by torch for one prompt, attention included, head left out; None when the model cannot
+            be counted without weights (experts, which data chooses).
+        kv_entries_per_token: Numbers the cache grows by with every token.
+        kv_bytes_per_token: The same in bytes of the checkpoint's type.
+        disk_bytes: Size of the weights in a checkpoint.
+    """
+
+    model_type: str
+    layers: int
+    parameters: int
+    parameters_without_head: int
+    decoder_parameters: int
+    layer_kinds: tuple[int, ...]
+    adapter_parameters: int
+    layer_macs: int
+    head_macs: int
+    flops: int | None
+    kv_entries_per_token: int
+    kv_bytes_per_token: int
+    disk_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def size_model(config: Any, *, tokens: int = 128, rank: int = 8) -> Sizes:
+    """Sizes of the model a config describes.
+
+    Args:
+        config: A transformers config of any decoder family.
+        tokens: Length of the prompt whose operations torch counts.
+        rank: LoRA r of the adapters that are counted.
+
+    Raises:
+        ModelError: If transformers has no causal language model for the config.
+    """
+    model: Any = build_on_meta(config)
+    per_layer = layer_parameters(model)
+    layer_macs = macs_linear(model, tokens=1)
+    return Sizes(
+        model_type=str(model.config.model_type),
+        layers=len(per_layer),
+        parameters=count_parameters(model),
+        parameters_without_head=count_parameters(model.base_model),
+        decoder_parameters=sum(per_layer),
+        layer_kinds=tuple(sorted(set(per_layer))),
+        adapter_parameters=_adapter_parameters(model, rank),
+        layer_macs=layer_macs,
+        head_macs=macs_linear(model, tokens=1, lm_head=True) - layer_macs,
+        flops=count_flops(model, tokens=tokens),
+        kv_entries_per_token=kv_bytes_per_token(config, torch.int8),  # one byte an entry
+        kv_bytes_per_token=kv_bytes_per_token(config),
+        disk_bytes=disk_bytes(model),
+    )
+
+
+def count_flops(model: Any, *, tokens: int = 128) -> int | None:
+    """FLOPs torch counts in one forward pass of a model on the meta device, head left out.
+
+    Matrix products of linears and of attention (all pairs of tokens: a causal kernel computes about half of
+    these); what works entry by entry counts nothing.
+
+    Args:
+        model: A causal LM on the meta device; its attention becomes "eager".
+        tokens: Length of the one sequence.
+
+    Returns:
+        The count; None when the model's forward pass depends on data, as with experts.
+    """
+    weight = next(model.parameters())
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    # The mask must be a finished one: to make it from lengths, transformers reads data, which meta has not.
+    mask = torch.zeros(1, 1, tokens, tokens, dtype=weight.dtype, device="meta")
+    try:
+        model.set_attn_implementation("eager")
+        with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+    except Exception as error:  # whatever an architecture does with data it has not
+        log.debug("FLOPs of %s cannot be counted without weights: %s", type(model).__name__, error)
+        return None
+    counted = int(counter.get_total_flops())
+    # Experts are left out where no token can be sent to them.
+    return counted if counted >= 2 * macs_linear(model, tokens=tokens) else None
+
+
+def depth_alone(dense: Sizes, pruned: Sizes) -> str:
+    """Why two models differ in more than their number of layers; "" when they do not."""
+    if dense.model_type != pruned.model_type:
+        return f"{pruned.model_type} instead of {dense.model_type}"
+    if not set(pruned.layer_kinds) <= set(dense.layer_kinds):
+        return "layers of another size"
+    outside = [sizes.parameters - sizes.decoder_parameters for sizes in (dense, pruned)]
+    # A few families hold a slice for every layer outside the layers, so less there is no other model.
+    if outside[1] > outside[0] or dense.head_macs != pruned.head_macs:
+        return "another vocabulary or embeddings of another size"
+    return ""
+
+
+def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) -> float:
+    """Ratio of the operations of two models: what depth leaves of the time of work that computing bounds.
+
+    It is also what it leaves of the weights read, which bound the decoding of small batches.
+
+    Args:
+        dense: Sizes of the dense model.
+        pruned: Sizes of the pruned model.
+        tokens: Tokens that pass through the layers.
+        head_tokens: Tokens that are projected to the vocabulary.
+
+    Returns:
+        (L' c + h) / (L c + h), with c the multiply-accumulates of one layer and h those of the head.
+    """
+    work = [tokens * sizes.layer_macs + head_tokens * sizes.head_macs for sizes in (dense, pruned)]
+    return work[1] / work[0]
+
+
+def held_bytes(sizes: Sizes, mode: str, workload: Workload, dtype: torch.dtype) -> int:
+    """Bytes a mode holds for sure: weights, what updates them, the cache. Activations come on top.
+
+    Args:
+        sizes: Sizes of the model.
+        mode: "full" (weight, gradient and two moments for every parameter), "lora" (the weights, and the same
+            for adapters in float32) or "inference" (the weights and the cache at its longest).
+        workload: Batch and lengths.
+        dtype: Type of the weights.
+    """
+    weights = sizes.parameters * dtype.itemsize
+    if mode == "full":
+        return _COPIES_IN_TRAINING * weights
+    if mode == "lora":
+        return weights + _COPIES_IN_TRAINING * sizes.adapter_parameters * _ADAPTER_BYTES
+    cached = workload.batch_size * (workload.tokens + workload.new_tokens - 1)
+    return weights + cached * sizes.kv_entries_per_token * dtype.itemsize
+
+
+def _adapter_parameters(model: Any, rank: int) -> int:
+    """Parameters of LoRA on every linear: r rows of the input's width and r columns of the output's."""
+    try:
+        view = LayeredModel(model)
+    except ModelError:
+        return 0
+    layers = range(view.num_layers)
+    return rank * sum(sum(weight.shape) for layer in layers for weight in view.weights(layer).values())

@@ -1,0 +1,165 @@
+"""What a model answered, example by example: kept on disk while it is asked, compared afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradpruner.evaluation.metrics import paired_difference, paper_score
+from gradpruner.evaluation.questions import Questions
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the model did with one example; a field is None when its metric was not asked for.
+
+    Attributes:
+        id: The example's id.
+        prompt_tail: The end of the prompt as the model saw it.
+        answer: The right answer.
+        generated: The greedy answer, up to the end-of-text token.
+        finished: Whether the model ended the answer itself, within the token budget.
+        correct: Whether `generated` matches `answer`, see `metrics.exact_match`.
+        rouge_l: ROUGE-L F1 of `generated` against `answer`, 0 to 1.
+        bert_score: BERTScore F1 of the same.
+        number_correct: Whether both end in the same number, see `metrics.same_number`.
+        choices: The options, in the example's order.
+        choice_scores: Log-likelihood in nats of each option, its end included unless asked otherwise.
+        chosen: The option with the highest score; the first of equals.
+        choice_correct: Whether `chosen` matches `answer`.
+        normalised_correct: The same for the highest score per character of the option.
+    """
+
+    id: str
+    prompt_tail: str
+    answer: str
+    generated: str | None = None
+    finished: bool | None = None
+    correct: bool | None = None
+    rouge_l: float | None = None
+    bert_score: float | None = None
+    number_correct: bool | None = None
+    choices: tuple[str, ...] | None = None
+    choice_scores: tuple[float, ...] | None = None
+    chosen: str | None = None
+    choice_correct: bool | None = None
+    normalised_correct: bool | None = None
+
+
+class Journal:
+    """The outputs so far, in memory and, if a path is given, on disk line by line.
+
+    Args:
+        path: A file that may hold what an interrupted evaluation found; None keeps nothing.
+        questions: What is asked.
+    """
+
+    def __init__(self, path: str | Path | None, questions: Questions) -> None:
+        self._path = Path(path) if path is not None else None
+        self._file: Any = None
+        self._outputs = [
+            Output(e.id, questions.prompt_tail(i), e.answer) for i, e in enumerate(questions.examples)
+        ]
+        if self._path is not None and self._path.exists():
+            self._recall(self._path)
+
+    def _recall(self, path: Path) -> None:
+        """Takes up the whole lines of an interrupted evaluation; what does not fit is asked again."""
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                index, row = json.loads(line)
+                found, known = _output(row), self._outputs[index]
+            except (ValueError, TypeError, AttributeError, IndexError):
+                continue  # cut off, or of other examples
+            if (found.id, found.prompt_tail, found.answer) == (known.id, known.prompt_tail, known.answer):
+                self._outputs[index] = found
+
+    def __enter__(self) -> Journal:
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._file.write("\n")  # ends a line that was cut off
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __getitem__(self, index: int) -> Output:
+        return self._outputs[index]
+
+    def all(self) -> list[Output]:
+        """Every output, in the order of the examples."""
+        return list(self._outputs)
+
+    def note(self, index: int, **found: Any) -> None:
+        """Adds what was found of an example."""
+        self._outputs[index] = replace(self._outputs[index], **found)
+        if self._file is not None:
+            self._file.write(f"[{index}, {output_line(self._outputs[index]).rstrip()}]\n")
+
+    def flush(self) -> None:
+        """Hands a finished batch to the operating system."""
+        if self._file is not None:
+            self._file.flush()
+
+
+def values_of(outputs: Sequence[Output]) -> dict[str, list[float]]:
+    """One number per example of every metric that all of them have, the most telling first."""
+    columns: dict[str, list[Any]] = {
+        "similarity": [
+            None if o.bert_score is None or o.rouge_l is None else paper_score(o.bert_score, o.rouge_l)
+            for o in outputs
+        ],
+        "final_number": [o.number_correct for o in outputs],
+        "exact_match": [o.correct for o in outputs],
+        "choice_accuracy": [o.choice_correct for o in outputs],
+        "choice_accuracy_normalised": [o.normalised_correct for o in outputs],
+        "bert_score": [o.bert_score for o in outputs],
+        "rouge_l": [o.rouge_l for o in outputs],
+    }
+    return {
+        name: [float(value) for value in values] for name, values in columns.items() if None not in values
+    }
+
+
+def paired_intervals(
+    dense: Sequence[Output], other: Sequence[Output], seed: int = 0
+) -> dict[str, dict[str, float | int]]:
+    """Difference of every metric both have, example by example, with its 95 % interval.
+
+    Args:
+        dense: Outputs of the one model.
+        other: Outputs of the other on the same examples, in the same order.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Metric -> mean of `other - dense` as value, low, high and n; {} if the examples differ.
+    """
+    if [one.id for one in dense] != [one.id for one in other]:
+        return {}
+    first, second = values_of(dense), values_of(other)
+    return {
+        name: paired_difference(second[name], first[name], seed=seed).as_dict()
+        for name in first
+        if name in second
+    }
+
+
+def read_examples(path: Path) -> list[Output]:
+    """Reads a file of output lines."""
+    return [_output(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def output_line(output: Output) -> str:
+    """One output as a line of JSON; what was not measured is left out."""
+    row = {name: value for name, value in asdict(output).items() if value is not None}
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _output(row: dict[str, Any]) -> Output:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    return Output(**fields)

@@ -1,0 +1,200 @@
+"""LayerScores: one number per decoder layer, with its confidence.
+
+Shape suffixes: S recorded steps, L decoder layers, B bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradpruner.errors import ConfigError, IntegrityError
+from gradpruner.files import read_json, write_json
+from gradpruner.gradients.trace import GradientTrace, trace_digest
+from gradpruner.registry import suggest
+
+NORMS = ("squared", "frobenius")
+
+
+@dataclass(frozen=True)
+class LayerScores:
+    """Importance of every decoder layer; higher is more important, always.
+
+    Attributes:
+        method: Name of the method that produced them.
+        values: One score per layer, finite; only comparisons within one object mean anything.
+        low: Lower end of the 95 % bootstrap interval over steps, or () when there is none.
+        high: Upper end, likewise.
+        stability: (step, overlap) pairs: the fraction of the finally kept layers that are also kept
+            by the scores of the first `step` steps (paper Fig. 2); () when there is none.
+        evidence: What the scores rest on (steps, norm, digest of the trace ...), JSON values only.
+    """
+
+    method: str
+    values: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    stability: tuple[tuple[int, float], ...] = ()
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.values or not all(map(math.isfinite, self.values)):
+            raise IntegrityError(f"The scores of method '{self.method}' are not all finite numbers.")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.values)
+
+    def ascending(self) -> list[int]:
+        """Layers from least to most important; of equal ones the lower index counts as more important.
+
+        Early layers are the harder ones to miss, and a kept early layer can take in merged later ones.
+        """
+        return _ascending(self.values)
+
+    def save(self, path: Path) -> Path:
+        """Writes the scores as JSON."""
+        write_json(path, asdict(self))
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> LayerScores:
+        """Reads scores.
+
+        Raises:
+            IntegrityError: If the file is missing or is not a score file.
+        """
+        raw = read_json(Path(path), "score file")
+        try:
+            raw["stability"] = tuple((int(s), float(o)) for s, o in raw.get("stability", ()))
+            for key in ("values", "low", "high"):
+                raw[key] = tuple(float(v) for v in raw.get(key, ()))
+            return cls(**raw)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise IntegrityError(f"{path} is not a score file: {error}.") from error
+
+
+def default_num_prune(num_layers: int, fraction: float = 0.4) -> int:
+    """Layers that make up `fraction` of the depth: 13 of 32, 16 of 40, 6 of 16."""
+    return round(fraction * num_layers)
+
+
+def score_layers(
+    trace: GradientTrace,
+    *,
+    norm: str = "squared",
+    num_keep: int | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> LayerScores:
+    """Sums recorded gradient energy per layer.
+
+    `squared` (the paper): `1/t * sum_i sum_k ||G_ik||_F**2`. `frobenius` (the released code):
+    `sum_i sum_k ||G_ik||_F`.
+
+    Args:
+        trace: What was recorded; at least one step must have energy, which step 1 never has.
+        norm: "squared" or "frobenius".
+        num_keep: Layers that will be kept, for the rank-stability curve; default 60 % of the depth.
+        resamples: Bootstrap resamples of steps for the 95 % interval.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Scores with interval, stability curve and evidence.
+
+    Raises:
+        ConfigError: If the norm is unknown, `num_keep` or `resamples` is out of range, or no step of the
+            trace has any energy.
+
+    Source: GradPruner, Eq. 3-4, Algorithm 1 step 3, Fig. 2.
+    """
+    if norm not in NORMS:
+        raise ConfigError(
+            f"Unknown norm '{norm}'.{suggest(norm, NORMS)}", hint=f"Available: {', '.join(NORMS)}."
+        )
+    if resamples < 1:
+        raise ConfigError(f"resamples is {resamples}; 1 or more is needed.")
+    if trace.effective_steps == 0:
+        raise ConfigError(
+            f"None of the {trace.num_steps} recorded steps has any energy, so layers cannot be told "
+            "apart. LoRA B is zero at the first step and stays zero while warm-up leaves the learning "
+            "rate at zero.",
+            hint="Record more steps or shorten the warm-up.",
+        )
+    energy_SL = trace.layer_energies(1.0 if norm == "squared" else 0.5)
+    divisor = trace.num_steps if norm == "squared" else 1
+    values_L = energy_SL.sum(dim=0) / divisor
+    low_L, high_L = _bootstrap(energy_SL, divisor, resamples, seed)
+    num_layers = trace.info.num_layers
+    keep = num_keep if num_keep is not None else num_layers - default_num_prune(num_layers)
+    return LayerScores(
+        method="gradpruner",
+        values=tuple(values_L.tolist()),
+        low=tuple(low_L.tolist()),
+        high=tuple(high_L.tolist()),
+        stability=rank_stability(energy_SL, keep),
+        evidence={
+            "norm": norm,
+            "num_steps": trace.num_steps,
+            "effective_steps": trace.effective_steps,
+            "num_keep": keep,
+            "resamples": resamples,
+            "seed": seed,
+            "model": trace.info.model,
+            "num_layers": num_layers,
+            "trace": trace_digest(trace),
+        },
+    )
+
+
+def _bootstrap(energy_SL: Tensor, divisor: int, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """95 % percentile interval of the per-layer total when steps are drawn with replacement."""
+    steps = energy_SL.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    drawn_BS = torch.randint(steps, (resamples, steps), generator=generator)
+    counts_BS = torch.zeros(resamples, steps, dtype=torch.float64)
+    counts_BS.scatter_add_(1, drawn_BS, torch.ones_like(drawn_BS, dtype=torch.float64))
+    totals_BL = counts_BS @ energy_SL / divisor
+    quantiles = torch.quantile(totals_BL, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+    return quantiles[0], quantiles[1]
+
+
+def rank_stability(energy_SL: Tensor, num_keep: int) -> tuple[tuple[int, float], ...]:
+    """How early the kept set is what it will be.
+
+    Args:
+        energy_SL: Per-step layer energies, shape (steps, layers).
+        num_keep: Size of the kept set, 1 <= num_keep <= layers.
+
+    Returns:
+        For every step with any energy so far: (step, fraction of the final kept set that the scores
+        up to this step also keep), step from 1, fraction in [0, 1].
+
+    Raises:
+        ConfigError: If `num_keep` is out of range.
+
+    Source: GradPruner, Fig. 2 (there with 20 of 32 layers).
+    """
+    cumulative_SL = energy_SL.cumsum(dim=0)
+    if not 1 <= num_keep <= energy_SL.shape[1]:
+        raise ConfigError(f"num_keep is {num_keep}; 1 to {energy_SL.shape[1]} layers can be kept.")
+    rows: list[list[float]] = cumulative_SL.tolist()
+    final = _kept(rows[-1], num_keep)
+    return tuple(
+        (step, len(_kept(row, num_keep) & final) / num_keep) for step, row in enumerate(rows, 1) if any(row)
+    )
+
+
+def _kept(values: Sequence[float], num_keep: int) -> set[int]:
+    return set(_ascending(values)[len(values) - num_keep :])
+
+
+def _ascending(values: Sequence[float]) -> list[int]:
+    return sorted(range(len(values)), key=lambda layer: (values[layer], -layer))

@@ -1,0 +1,394 @@
+"""GradientTrace: the LoRA gradients of the first steps, as layer energies and as factors.
+
+Shape suffixes: S steps, K linears (of all layers), N linears of one shape, O out_features, I in_features,
+R LoRA rank.
+
+The energy of a linear at a step is `||G||_F**2`, the squared Frobenius norm of the simulated gradient
+`G = grad_B @ grad_A`. It is `<grad_B^T grad_B, grad_A grad_A^T>`, two R x R products, so a layer score never
+needs an (out, in) matrix. The factors themselves are kept for merging: one safetensors file a step.
+
+On disk a trace is a folder: `trace.json`, `energies.safetensors`, `gates.safetensors` (where there are gates)
+and `factors/step-00001.safetensors` ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gradpruner.errors import IntegrityError, PlanError, ShapeError
+from gradpruner.files import read_json, save_tensors, write_json
+from gradpruner.gradients.gates import Gates
+from gradpruner.gradients.importance import Factors
+
+TRACE_FILE = "trace.json"
+ENERGIES_FILE = "energies.safetensors"
+GATES_FILE = "gates.safetensors"
+FORMAT_VERSION = 1
+# Stands in a fingerprint for the hash of weights that are not there in full.
+QUANTISED = "-quantised"
+
+
+@dataclass(frozen=True)
+class LinearRef:
+    """One linear of one decoder layer.
+
+    Attributes:
+        layer: Index of the decoder layer, from 0.
+        name: Its path inside the layer, e.g. "self_attn.q_proj".
+        out_features: Rows of the weight.
+        in_features: Columns of the weight.
+        rank: LoRA rank r.
+    """
+
+    layer: int
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """What was recorded and under which conditions.
+
+    Attributes:
+        num_layers: Decoder layers of the model.
+        linears: The recorded linears; the order of every K dimension.
+        model: Fingerprint of the model (see `layers.fingerprint`).
+        adapter: "lora", "rslora", "dora" or "qlora".
+        alpha: LoRA alpha.
+        clip: Norm the gradients were clipped to before recording, or None for raw gradients.
+        seed: Seed of the run.
+        complete: False when recording stopped before the asked number of steps.
+        losses: Training loss per logged step; may be shorter than the steps.
+        learning_rates: Learning rate of every recorded step.
+        notes: Anything unusual, in words.
+        data_sha256: Hash of the training data, when known.
+    """
+
+    num_layers: int
+    linears: tuple[LinearRef, ...]
+    model: str = ""
+    adapter: str = "lora"
+    alpha: float = 0.0
+    clip: float | None = None
+    seed: int | None = None
+    complete: bool = True
+    losses: tuple[float, ...] = ()
+    learning_rates: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
+    data_sha256: str = ""
+
+    @property
+    def rank(self) -> int:
+        """The LoRA rank, the largest when linears differ."""
+        return max(ref.rank for ref in self.linears)
+
+    def groups(self) -> list[list[int]]:
+        """Positions of the linears that share one shape, in order of first appearance."""
+        by_shape: dict[tuple[int, int, int], list[int]] = {}
+        for k, ref in enumerate(self.linears):
+            by_shape.setdefault((ref.out_features, ref.in_features, ref.rank), []).append(k)
+        return list(by_shape.values())
+
+
+def gram_energies(grad_b_NOR: Tensor, grad_a_NRI: Tensor) -> Tensor:
+    """Squared Frobenius norms of N simulated gradients, without forming one.
+
+    `||B A||_F**2 = <B^T B, A A^T>`. Computed in double precision, because squares of real gradients
+    (1e-20 is common) leave the range of fp32; two R x R products per linear cost next to nothing.
+
+    Args:
+        grad_b_NOR: Gradients of LoRA B, shape (N, out_features, rank), any float dtype.
+        grad_a_NRI: Gradients of LoRA A, shape (N, rank, in_features).
+
+    Returns:
+        `||G_n||_F**2`, shape (N,), float64, >= 0, on the CPU. Not finite for a linear with a NaN or Inf
+        in either factor.
+
+    Raises:
+        ShapeError: If the two disagree on N or rank.
+
+    Source: GradPruner, Eq. 2 and 4.
+    """
+    if grad_b_NOR.shape[0] != grad_a_NRI.shape[0] or grad_b_NOR.shape[2] != grad_a_NRI.shape[1]:
+        raise ShapeError(
+            f"LoRA gradients of shape {tuple(grad_b_NOR.shape)} and {tuple(grad_a_NRI.shape)} do not belong "
+            "together; (linears, out_features, rank) and (linears, rank, in_features) are needed."
+        )
+    if grad_b_NOR.device.type == "mps":  # has no double precision
+        grad_b_NOR, grad_a_NRI = grad_b_NOR.cpu(), grad_a_NRI.cpu()
+    b_NOR, a_NRI = grad_b_NOR.double(), grad_a_NRI.double()
+    energy_N = ((b_NOR.mT @ b_NOR) * (a_NRI @ a_NRI.mT)).sum(dim=(1, 2))
+    # Where the product vanishes, rounding can fall a hair below zero.
+    return energy_N.clamp_min(0).cpu()
+
+
+class GradientTrace:
+    """Immutable evidence of the first fine-tuning steps.
+
+    Args:
+        info: What was recorded.
+        energies_SK: Squared Frobenius norm of every simulated gradient, shape (steps, linears), fp64.
+        folder: Where the factor files are, or None.
+        factors: Factors per step in host memory, used when there is no folder.
+        gates: Gates of the examples of these steps; None when they were not recorded.
+    """
+
+    def __init__(
+        self,
+        info: TraceInfo,
+        energies_SK: Tensor,
+        folder: Path | None = None,
+        factors: Sequence[dict[str, Tensor]] | None = None,
+        gates: Gates | None = None,
+    ) -> None:
+        if energies_SK.ndim != 2 or energies_SK.shape[1] != len(info.linears):
+            raise ShapeError(
+                f"Energies of shape {tuple(energies_SK.shape)} for {len(info.linears)} linears; "
+                "(steps, linears) is needed."
+            )
+        outside = [ref for ref in info.linears if not 0 <= ref.layer < info.num_layers]
+        if outside:
+            raise ShapeError(
+                f"'{outside[0].name}' is said to be in layer {outside[0].layer} of {info.num_layers}."
+            )
+        shape = (len(gates.per_step), gates.values_EL.shape[1]) if gates else None
+        if shape not in (None, (len(energies_SK), info.num_layers)):
+            raise ShapeError(
+                f"Gates of {shape[0]} steps and {shape[1]} layers for {len(energies_SK)} steps and "
+                f"{info.num_layers} layers."
+            )
+        self.info = info
+        self.gates = gates
+        self.energies_SK = energies_SK.double()
+        self.folder = folder
+        self._factors = factors
+        self._position = {k: (g, i) for g, members in enumerate(info.groups()) for i, k in enumerate(members)}
+        self._index = {(ref.layer, ref.name): k for k, ref in enumerate(info.linears)}
+
+    @property
+    def num_steps(self) -> int:
+        """Recorded optimizer steps t, those that contributed nothing included."""
+        return self.energies_SK.shape[0]
+
+    @property
+    def effective_steps(self) -> int:
+        """Steps with any energy. LoRA B starts at zero, so the first step never has any."""
+        return int((self.energies_SK.sum(dim=1) > 0).sum())
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether element importance can be formed, hence layers merged."""
+        return self._factors is not None or (self.folder is not None and self._factor_file(0).exists())
+
+    def layer_energies(self, power: float = 1.0) -> Tensor:
+        """Energies summed over the linears of every layer.
+
+        Args:
+            power: Applied to each linear's energy before summing; 0.5 gives Frobenius norms.
+
+        Returns:
+            Shape (steps, layers), float64.
+        """
+        layers_K = torch.tensor([ref.layer for ref in self.info.linears])
+        out_SL = torch.zeros(self.num_steps, self.info.num_layers, dtype=torch.float64)
+        return out_SL.index_add_(1, layers_K, self.energies_SK**power)
+
+    def gate_rows(self) -> Tensor:
+        """Gate gradients of every recorded example, shape (examples, layers), float64.
+
+        Raises:
+            PlanError: If the trace holds none.
+        """
+        if self.gates is None:
+            why = [note for note in self.info.notes if "gates" in note]
+            raise PlanError(
+                f"This trace holds no gates{f' ({why[0]})' if why else ''}.",
+                hint="Take a method that does without them."
+                if why
+                else "Earlier versions recorded none: delete the trace folder and record again.",
+            )
+        return self.gates.values_EL
+
+    def linear_names(self, layer: int) -> list[str]:
+        """Names of the recorded linears of one layer."""
+        return [ref.name for ref in self.info.linears if ref.layer == layer]
+
+    def factors(self, layer: int, name: str) -> Factors:
+        """The LoRA gradients of one linear over all steps, float32 on the CPU.
+
+        Raises:
+            PlanError: If this linear was not recorded, or the trace holds energies only.
+        """
+        if (layer, name) not in self._index:
+            raise PlanError(
+                f"The trace holds no gradients of '{name}' in layer {layer}.",
+                hint=f"Recorded there: {', '.join(self.linear_names(layer)) or 'nothing'}.",
+            )
+        if not self.has_factors:
+            raise PlanError(
+                "This trace holds layer energies only; merging needs the factor history.",
+                hint="Record again with keep_factors=True, or plan with num_merge=0.",
+            )
+        group, row = self._position[self._index[layer, name]]
+        grad_b, grad_a = [], []
+        for step in range(self.num_steps):
+            b, a = self._read_step(step, group, row)
+            grad_b.append(b)
+            grad_a.append(a)
+        return Factors(torch.stack(grad_b).float(), torch.stack(grad_a).float())
+
+    def check_factors(self) -> None:
+        """Reads the header of every factor file: all there, whole, and of the shapes the index says.
+
+        Cheap; for before weights are changed, where a damaged file would leave a model half merged.
+
+        Raises:
+            IntegrityError: Naming the file that is missing, truncated or of other shapes.
+        """
+        for step in range(self.num_steps) if self._factors is None else ():
+            path = self._factor_file(step)
+            with _opened(path) as file:
+                for group, members in enumerate(self.info.groups()):
+                    ref = self.info.linears[members[0]]
+                    expected = {
+                        f"grad_b.{group}": [len(members), ref.out_features, ref.rank],
+                        f"grad_a.{group}": [len(members), ref.rank, ref.in_features],
+                    }
+                    for name, shape in expected.items():
+                        found = file.get_slice(name).get_shape() if name in file.keys() else "nothing"  # noqa: SIM118
+                        if found != shape:
+                            raise IntegrityError(
+                                f"{path} holds {found} under '{name}'; {shape} is what the trace says.",
+                                hint="Delete the trace folder and record again.",
+                            )
+
+    def _factor_file(self, step: int) -> Path:
+        assert self.folder is not None
+        return factor_file(self.folder, step)
+
+    def _read_step(self, step: int, group: int, row: int) -> tuple[Tensor, Tensor]:
+        if self._factors is not None:
+            tensors = self._factors[step]
+            return tensors[f"grad_b.{group}"][row], tensors[f"grad_a.{group}"][row]
+        with _opened(self._factor_file(step)) as file:  # memory-mapped: only this row is read
+            return file.get_slice(f"grad_b.{group}")[row], file.get_slice(f"grad_a.{group}")[row]
+
+    def save(self, folder: Path) -> Path:
+        """Writes `trace.json`, energies, gates and the factors, unless these are in `folder` already."""
+        if self._factors is not None:
+            for step, tensors in enumerate(self._factors):
+                save_tensors(factor_file(folder, step), tensors, {})
+        elif self.has_factors and self.folder is not None and folder.resolve() != self.folder.resolve():
+            for step in range(self.num_steps):
+                factor_file(folder, step).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._factor_file(step), factor_file(folder, step))
+        save_tensors(folder / ENERGIES_FILE, {"energies": self.energies_SK}, {})
+        if self.gates is not None:
+            steps = torch.tensor(self.gates.per_step)
+            save_tensors(folder / GATES_FILE, {"gates": self.gates.values_EL, "examples": steps}, {})
+        else:
+            (folder / GATES_FILE).unlink(missing_ok=True)
+        write_json(folder / TRACE_FILE, {"format_version": FORMAT_VERSION, **asdict(self.info)})
+        return folder / TRACE_FILE
+
+    @classmethod
+    def load(cls, folder: str | Path) -> GradientTrace:
+        """Reads a trace folder.
+
+        Raises:
+            IntegrityError: If a file is missing, damaged or disagrees with the others.
+        """
+        folder = Path(folder)
+        raw = read_json(folder / TRACE_FILE, "gradient trace")
+        try:
+            version = raw.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
+            linears = tuple(LinearRef(**ref) for ref in raw.pop("linears"))
+            for key in ("losses", "learning_rates", "notes"):
+                raw[key] = tuple(raw[key])
+            with safe_open(folder / ENERGIES_FILE, framework="pt") as file:
+                energies_SK = file.get_tensor("energies")
+            gates = _load_gates(folder / GATES_FILE)
+            trace = cls(TraceInfo(linears=linears, **raw), energies_SK, folder, gates=gates)
+        except Exception as error:  # whatever a damaged or foreign file leads to
+            raise IntegrityError(
+                f"{folder} does not hold a usable gradient trace: {error}.", hint="Record again."
+            ) from error
+        if not bool((torch.isfinite(energies_SK) & (energies_SK >= 0)).all()):
+            raise IntegrityError(
+                f"The trace in {folder} holds NaN, Inf or negative energies.", hint="Record again."
+            )
+        if gates is not None and not bool(torch.isfinite(gates.values_EL).all()):
+            raise IntegrityError(f"The trace in {folder} holds NaN or Inf gates.", hint="Record again.")
+        return trace
+
+    def bytes_on_disk(self) -> int:
+        """Size of the trace folder in bytes; 0 when the trace lives in memory."""
+        if self.folder is None:
+            return 0
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def _load_gates(path: Path) -> Gates | None:
+    """The gates of a trace; None where there is no file, as in traces of earlier versions."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        values_EL, steps = file.get_tensor("gates"), file.get_tensor("examples")
+    if values_EL.dtype != torch.float64:
+        raise ValueError(f"gates of type {values_EL.dtype}")
+    return Gates(values_EL, tuple(map(int, steps)))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file; IntegrityError when it is missing, damaged or lacks what is read from it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise IntegrityError(
+            f"The recorded gradients in {path} cannot be read: {error}.",
+            hint="Delete the trace folder and record again.",
+        ) from error
+
+
+def factor_file(folder: Path, step: int) -> Path:
+    """Path of the factors of one step (0-based in code, 1-based in the name)."""
+    return folder / "factors" / f"step-{step + 1:05d}.safetensors"
+
+
+def factor_bytes(linears: Sequence[LinearRef], steps: int) -> int:
+    """Bytes of the factor history in float32: 4 * rank * (in + out) per linear and step."""
+    return 4 * steps * sum(ref.rank * (ref.in_features + ref.out_features) for ref in linears)
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two `layers.fingerprint`s can be those of one model.
+
+    A quantised model has lost its weights' exact values, so only type, depth and width are compared then.
+    """
+    if one.endswith(QUANTISED) or other.endswith(QUANTISED):
+        return one.rpartition("-")[0] == other.rpartition("-")[0]
+    return one == other
+
+
+def trace_digest(trace: GradientTrace) -> str:
+    """SHA-256 over the recorded energies and what they belong to."""
+    digest = hashlib.sha256(json.dumps(asdict(trace.info), sort_keys=True).encode())
+    digest.update(trace.energies_SK.numpy().tobytes())
+    return digest.hexdigest()

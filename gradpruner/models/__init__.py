@@ -1,0 +1,14 @@
+"""All that knows a model or its folder.
+
+families       how every model type keeps its layers: one row a type
+config_patch   the config of a model with fewer layers
+layers         LayeredModel: a causal LM as its ordered decoder layers and their linears
+walking        Walk: layers run one by one on hidden states
+widths         WidthView: heads, channels and hidden dimensions of a model
+narrowing      a model made narrower in memory, and classes for layers of different widths
+sizes          parameters, operations, bytes; peak memory of a block of code
+engines        what vLLM, SGLang and llama.cpp assume of layers; engine_widths: of widths
+folder         model folders: what may be read from them, what we leave in ours
+shards         safetensors headers and indexes, read with distrust
+loading        models from folders and back
+"""

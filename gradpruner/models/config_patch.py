@@ -1,0 +1,227 @@
+"""Fewer layers in a config: every field that numbers or counts layers, rewritten for the kept ones.
+
+A config says more about depth than `num_hidden_layers`. Lists that transformers derives on load (sliding or
+full attention, rotary or not, experts or not) are derived by position; after pruning the positions mean other
+layers, so what was derived from the whole model is written down before anything is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradpruner.errors import ModelError, PlanError
+from gradpruner.models.families import Family
+from gradpruner.plans.layer_plan import PruningPlan, runs_of
+
+# What makes transformers fetch or run code that came with the source; the pruned model needs none of it.
+_CODE_FIELDS = ("auto_map", "custom_pipelines")
+
+
+def text_config(config: Any) -> Any:
+    """The part of a model's config that describes its decoder; the config itself for text models."""
+    return config.get_text_config(decoder=True)
+
+
+def depth_fields(config: Any, family: Family, keep: Sequence[int]) -> dict[str, Any]:
+    """The decoder's config fields that change when only the layers `keep` stay, with their new values.
+
+    Args:
+        config: The decoder's config as transformers reads it, so with all lists materialised.
+        family: Its row.
+        keep: Kept layers, ascending.
+    """
+    fields: dict[str, Any] = {"num_hidden_layers": len(keep)}
+    depth = config.num_hidden_layers
+    for name in family.lists:
+        values = getattr(config, name, None)
+        if isinstance(getattr(type(config), name, None), property):
+            continue  # derived whenever it is read (jamba): cannot be set
+        if isinstance(values, Sequence) and not isinstance(values, str):
+            fields[name] = [values[i] for i in keep]
+    for name in family.indices:
+        numbers = getattr(config, name, None)
+        if numbers is not None:
+            fields[name] = [new for new, old in enumerate(keep) if old in numbers]
+    for name in family.leading:
+        count = getattr(config, name, None)
+        if count is not None:
+            fields[name] = sum(1 for i in keep if i < count)
+    for name in family.trailing:
+        count = getattr(config, name, None)
+        if count is not None:
+            fields[name] = sum(1 for i in keep if i >= depth - count)
+    if family.dense_layers is not None:
+        dense = set(family.dense_layers(config))
+        fields["mlp_only_layers"] = [new for new, old in enumerate(keep) if old in dense]
+    for name in family.beyond:
+        if getattr(config, name, None):
+            fields[name] = 0
+    return fields | family.fixed
+
+
+def patch_config(raw: dict[str, Any], config: Any, family: Family, keep: Sequence[int]) -> dict[str, Any]:
+    """The content of config.json for the kept layers; fields it does not know stay as they are.
+
+    Args:
+        raw: The content of the source's config.json, or `config.to_dict()`.
+        config: The same as transformers reads it.
+        family: Its row.
+        keep: Kept layers, ascending.
+
+    Returns:
+        A new dictionary. Fields keep the spelling they have; `rope_theta` and `rope_scaling` are added
+        beside a flat `rope_parameters`, which older readers do not know (they silently assume 10000);
+        references to remote code are left out.
+    """
+    patched = {key: value for key, value in raw.items() if key not in _CODE_FIELDS}
+    part = patched
+    text = text_config(config)
+    if family.nested:
+        part = patched[family.nested] = dict(patched.get(family.nested) or {})
+        for name in _CODE_FIELDS:
+            part.pop(name, None)
+    for name, value in depth_fields(text, family, keep).items():
+        spelled = (text.attribute_map or {}).get(name, name)
+        names = [n for n in (name, spelled) if n in part]
+        part.update(dict.fromkeys(names or [spelled], value))
+    for name in family.keyed:
+        if isinstance(part.get(name), dict):
+            part[name] = _renumber_keys(part[name], keep)
+    _spell_rope_twice(part)
+    return patched
+
+
+def _renumber_keys(values: dict[Any, Any], keep: Sequence[int]) -> dict[Any, Any]:
+    """Layer numbers as keys ("05" or 5), renumbered; other keys stay."""
+    place = {old: new for new, old in enumerate(keep)}
+    width = len(str(len(keep) - 1))
+    out: dict[Any, Any] = {}
+    for key, value in values.items():
+        if not str(key).isdigit():
+            out[key] = value
+        elif int(key) in place:
+            new = place[int(key)]
+            out[f"{new:0{width}d}" if isinstance(key, str) else new] = value
+    return out
+
+
+def _spell_rope_twice(part: dict[str, Any]) -> None:
+    rope = part.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    part.setdefault("rope_theta", rope["rope_theta"])
+    if rope.get("rope_type", "default") != "default":
+        part.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+
+
+def rename_modules(section: Any, rename: Callable[[str], str | None]) -> Any:
+    """A config section (quantization_config) with the module names in it renumbered.
+
+    Args:
+        section: Any JSON value.
+        rename: New name of a tensor or module, None when its layer is gone.
+    """
+    if isinstance(section, dict):
+        renamed_keys = {rename(key): value for key, value in section.items()}
+        return {key: rename_modules(value, rename) for key, value in renamed_keys.items() if key is not None}
+    if isinstance(section, list):
+        # What named a layer that is gone goes too; what was null before stays.
+        pairs = [(value, rename_modules(value, rename)) for value in section]
+        return [new for old, new in pairs if new is not None or old is None]
+    return rename(section) if isinstance(section, str) else section
+
+
+def layer_pattern(path: str) -> re.Pattern[str]:
+    """Matches names inside a numbered layer: the number is group 1, what follows group 2."""
+    return re.compile(rf"{re.escape(path)}\.(\d+)(\..*)?$", re.DOTALL)
+
+
+def required_layers(config: Any, family: Family) -> tuple[int, ...]:
+    """Layers that must stay because later ones reuse their keys and values."""
+    count = getattr(config, family.trailing[0], 0) or 0 if family.shared_kv else 0
+    first = config.num_hidden_layers - count
+    if not count:
+        return ()
+    types = config.layer_types
+    return tuple(sorted({max(i for i in range(first) if types[i] == kind) for kind in set(types[first:])}))
+
+
+def family_slots(config: Any, family: Family) -> Callable[[int, int, int], bool] | None:
+    """Where a layer may stand in the pruned model as far as transformers itself is concerned.
+
+    Returns:
+        `fits(old, new, kept)`: whether layer `old` may become layer `new` of `kept`; None when any may.
+    """
+    rules = [
+        (getattr(config, period), getattr(config, offset))
+        for period, offset in family.periodic
+        if getattr(config, period, None)
+    ]
+    if not rules and not family.last_type:
+        return None
+
+    def fits(old: int, new: int, kept: int) -> bool:
+        if family.last_type and new == kept - 1 and config.layer_types[old] != family.last_type:
+            return False
+        return all((old % period == offset) == (new % period == offset) for period, offset in rules)
+
+    return fits
+
+
+def check_keep(config: Any, family: Family, plan: PruningPlan) -> list[str]:
+    """Whether transformers can express the model that a plan leaves.
+
+    Returns:
+        Warnings, in words.
+
+    Raises:
+        ModelError: If models with this config cannot be pruned at all.
+        PlanError: If this plan cannot be carried out on them, with what to change.
+    """
+    kind, keep = config.model_type, plan.keep
+    for flag, reason in family.refused.items():
+        if getattr(config, flag, False):
+            raise ModelError(f"A {kind} model with {flag} cannot be pruned: {reason}.")
+    if plan.merged and family.no_merge:
+        merged = sorted(layer for layers in plan.merged.values() for layer in layers)
+        raise PlanError(
+            f"The plan merges layers {runs_of(merged)}, but layers of {kind} models can only be dropped: "
+            f"{family.no_merge}.",
+            hint="Plan with num_merge: 0.",
+        )
+    missing = sorted(set(required_layers(config, family)) - set(keep))
+    last_shared = max(keep) >= config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    if missing and last_shared:
+        raise PlanError(
+            f"Layers {runs_of(missing)} must stay: later layers of this {kind} model reuse their keys and "
+            "values.",
+            hint="Keep them (plan.protect, or edit the plan).",
+        )
+    fits = family_slots(config, family)
+    wrong = [old for new, old in enumerate(keep) if fits is not None and not fits(old, new, len(keep))]
+    if wrong and family.last_type and wrong == [keep[-1]]:
+        raise PlanError(
+            f"Layer {wrong[0]} would be the last, but {kind} models must end with a layer of "
+            f"{family.last_type}.",
+            hint="Keep a later layer of that type as the last.",
+        )
+    if wrong:
+        raise PlanError(
+            f"Layer {wrong[0]} would become layer {keep.index(wrong[0])}, where {kind} models have another "
+            "kind of layer: their config knows only a fixed rhythm, no list.",
+            hint="Prune whole periods: "
+            + ", ".join(f"{p} = {getattr(config, p)}" for p, _ in family.periodic)
+            + ".",
+        )
+    return _vanishing_types(config, keep)
+
+
+def _vanishing_types(config: Any, keep: Sequence[int]) -> list[str]:
+    types = getattr(config, "layer_types", None) or []
+    gone = sorted(set(types) - {types[i] for i in keep}) if types else []
+    return [
+        f"No layer of type '{kind}' is left ({types.count(kind)} before): the model loses what only these do."
+        for kind in gone
+    ]

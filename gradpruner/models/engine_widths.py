@@ -1,0 +1,163 @@
+"""Whether inference engines serve a model some heads, channels or hidden dimensions of which were removed.
+
+Its config says every width, the size of a head among them, because hidden size / heads no longer gives it.
+An engine that derives a size nevertheless loads the wrong part of a tensor, or none. What they derive is the
+table `WIDTH_RULES`, read in the sources of `engines.VERSIONS`; for llama.cpp it was run as well
+(`benchmarks/gguf_widths.py`). Which sizes a kernel takes, and into how many parts tensor parallelism divides
+heads, is no part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from gradpruner.models.engines import LayerFacts, Verdict, judge
+from gradpruner.plans.width_plan import WidthPlan, WidthShape
+
+# The size an engine derives and the one the model has; None where it derives none.
+Sizes = Callable[[LayerFacts, WidthShape], tuple[float, float] | None]
+
+
+@dataclass(frozen=True)
+class WidthRule:
+    """A size that one engine derives from others instead of reading it.
+
+    Attributes:
+        engine: A name in `engines.ENGINES`.
+        models: Model types, separated by spaces.
+        sizes: What it derives, and what is right.
+        claim: The assumption in words; `{size}` is the derived one.
+        below: Status of a model when the derived size is too small.
+        above: When it is too large.
+    """
+
+    engine: str
+    models: str
+    sizes: Sizes
+    claim: str
+    below: str = "wrong"
+    above: str = "wrong"
+
+
+def _head_size(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
+    return widths.hidden_size // widths.num_heads, widths.head_dim
+
+
+def _exact_head_size(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
+    """Where heads have to divide the hidden size."""
+    return widths.hidden_size / widths.num_heads, widths.head_dim
+
+
+def _kv_heads(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
+    return widths.num_heads, widths.num_kv_heads
+
+
+def _query_scale(depth: int) -> Sizes:
+    """Of models of one depth alone."""
+
+    def sizes(facts: LayerFacts, widths: WidthShape) -> tuple[float, float] | None:
+        scale = facts.attributes.get("query_scale")
+        return (*_head_size(facts, widths)[:1], scale[0]) if scale and facts.num_layers == depth else None
+
+    return sizes
+
+
+_HEADS = "heads of {model} have hidden size / heads = {size:g} entries"
+_SCALE = "a {model} model of this depth scales attention by hidden size / heads = {size:g}"
+_MULTI_HEAD = "{model} has as many KV heads as query heads, {size:g}"
+
+WIDTH_RULES = (
+    # vLLM 0.33.0, vllm/model_executor/models/qwen2.py, stablelm.py; a tensor that is larger than expected is
+    # cut short without a word by layers/linear.py and parameter.py (narrow), one that is smaller is refused
+    WidthRule("vllm", "qwen2", _head_size, _HEADS, "wrong", "refused"),
+    WidthRule("vllm", "stablelm", _exact_head_size, _HEADS, "wrong", "refused"),
+    # SGLang 0.5.23, python/sglang/srt/models/commandr.py, olmo.py, stablelm.py; layers/linear.py likewise
+    # (its cache has heads of the config's size, so that the first token may fail instead)
+    WidthRule("sglang", "cohere cohere2", _head_size, _HEADS, "wrong", "refused"),
+    WidthRule("sglang", "olmo stablelm", _exact_head_size, _HEADS, "wrong", "refused"),
+    # models/olmo.py hands no number of KV heads to QKVParallelLinear
+    WidthRule("sglang", "olmo", _kv_heads, _MULTI_HEAD, "wrong", "refused"),
+    # llama.cpp 0c1e570, conversion/granite.py drops head_dim, and then src/llama-model.cpp divides
+    WidthRule("llama.cpp", "granite", _head_size, _HEADS, "refused", "refused"),
+    # src/models/command-r.cpp, cohere2.cpp, olmo.cpp, qwen2.cpp, stablelm.cpp: queries are n_embd x n_embd
+    WidthRule(
+        "llama.cpp", "cohere cohere2 olmo qwen2 stablelm", _exact_head_size, _HEADS, "refused", "refused"
+    ),
+    # src/models/gemma2.cpp, gemma3.cpp: 27B, told by its depth, scales by n_embd / n_head
+    WidthRule("llama.cpp", "gemma2", _query_scale(46), _SCALE),
+    WidthRule("llama.cpp", "gemma3_text", _query_scale(62), _SCALE),
+)
+
+# Model types whose widths can be pruned, read for them in vLLM and SGLang and run in llama.cpp, where those
+# engines have them; without a rule above every size comes from the config.
+_WIDTHS_READ = """
+    cohere cohere2 ernie4_5 gemma gemma2 gemma3_text granite hunyuan_v1_dense llama ministral ministral3
+    mistral olmo qwen2 qwen3 seed_oss smollm3 stablelm
+"""
+# SGLang builds these from transformers' layers, whose loader pads nothing.
+_SGLANG_BY_TRANSFORMERS = "ministral seed_oss smollm3"
+
+
+def judge_widths(plan: WidthPlan, facts: LayerFacts) -> tuple[Verdict, ...]:
+    """How every engine serves the model that a width plan leaves, in the order of `ENGINES`.
+
+    Args:
+        plan: What stays.
+        facts: The unpruned model (`engines.layer_facts`); what engines get wrong of it they get wrong of
+            the pruned one.
+    """
+    before = judge(facts, plan.keep)
+    return tuple(_judge_one(verdict, plan, facts) for verdict in before)
+
+
+def _judge_one(before: Verdict, plan: WidthPlan, facts: LayerFacts) -> Verdict:
+    engine, kind = before.engine, facts.model_type
+    if before.status == "unknown":
+        return before
+    if kind not in _WIDTHS_READ.split():
+        return Verdict(
+            engine, "unknown", f"How {engine} derives the widths of {kind} models has not been read."
+        )
+    found = [before, *_faults(engine, plan, facts)]
+    if not plan.uniform:
+        found.append(_uneven(engine, plan, kind))
+    order = ("refused", "wrong", "ok")
+    return min(
+        found, key=lambda verdict: (order.index(verdict.status), verdict.also_unpruned, not verdict.reason)
+    )
+
+
+def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Verdict]:
+    """The rules that the pruned model breaks."""
+    after = plan.widths if plan.uniform else replace(plan.shape, hidden_size=len(plan.hidden))
+    faults = []
+    for rule in WIDTH_RULES:
+        if rule.engine != engine or facts.model_type not in rule.models.split():
+            continue
+        if (sizes := rule.sizes(facts, after)) is None or sizes[0] == sizes[1]:
+            continue
+        derived, right = sizes
+        status = rule.below if derived < right else rule.above
+        intact = rule.sizes(facts, plan.shape)
+        before = intact is not None and intact[0] != intact[1]
+        claim = rule.claim.format(model=facts.model_type, size=derived)
+        reason = (
+            f"{engine} assumes that {claim}; here it is {right:g}"
+            + (" and it does not load" if status == "refused" else "")
+            + (", like the unpruned model." if before else ".")
+        )
+        faults.append(Verdict(engine, status, reason, before))
+    return faults
+
+
+def _uneven(engine: str, plan: WidthPlan, kind: str) -> Verdict:
+    """Layers of different widths: the config goes on saying those of the unpruned model."""
+    whole_heads = all(len(widths.heads) == plan.shape.num_heads for widths in plan.layers)
+    if engine == "sglang" and whole_heads and kind not in _SGLANG_BY_TRANSFORMERS.split():
+        # layers/linear.py pads gate, up and down projections that are too small, but no queries, keys, values
+        return Verdict(
+            engine, "ok", "sglang fills channels up with zeros to the unpruned width; none are saved."
+        )
+    reason = f"layers have different widths; {engine} reads one for all from the config and does not load it."
+    return Verdict(engine, "refused", reason)

@@ -1,0 +1,355 @@
+"""Model folders: what may be read from them, and what we leave in ours."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gradpruner._version import __version__
+from gradpruner.errors import ConfigError, IntegrityError, ModelError
+from gradpruner.files import (
+    is_write_failure,
+    make_durable,
+    sync_folder,
+    write_failure,
+    write_json,
+    write_text,
+)
+from gradpruner.models.shards import check_inside, open_shards
+from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.width_plan import WidthPlan
+
+PRUNING_FILE = "pruning.json"
+# Fields that make transformers fetch and run code (CVE-2026-4372 and its sibling).
+_CODE_FIELDS = ("_attn_implementation_internal", "_experts_implementation_internal")
+# Everything a model folder needs besides weights; weights are asked for by pattern.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+# What a model folder has beside weights that a reader of the pruned model needs too. Not code (*.py), not
+# other formats of the same weights, not the source's own card; licences stay with the weights.
+_CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab")
+_CARRIED_NAMES = ("license", "licence", "notice", "use_policy", "copying")
+_CARRIED_FOLDERS = ("additional_chat_templates",)
+_LEFT_BEHIND = ("config.json", "params.json", "readme.md", PRUNING_FILE)
+# The lock that a run directory holds while its first file is not yet written.
+LOCK_FILE = ".lock"
+
+
+def locate_model(model: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a model given as a folder or a hub id.
+
+    Args:
+        model: Folder or hub id.
+        weights: Fetch everything from the hub; else config.json alone.
+
+    Raises:
+        ModelError: If it is neither a folder nor to be had from the hub; the message lists what was tried.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    name = str(model)
+    if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ModelError(
+            f"There is no model folder at {folder}.",
+            hint="Give a folder with config.json and *.safetensors, or a hub id such as org/name.",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = _HUB_FILES if weights else ["config.json"]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
+    except Exception as error:  # offline, unknown, gated: many types, one meaning here
+        raise ModelError(
+            f"'{name}' is neither a folder ({folder.resolve()}) nor a model the hub could give: "
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            hint="Check the name, the network, HF_HUB_OFFLINE and, for gated models, your token.",
+        ) from error
+
+
+def check_model_folder(
+    folder: Path, trust_remote_code: bool = False, quantised: bool = False
+) -> dict[str, Any]:
+    """Looks at a model folder before anything is loaded; returns its raw config.
+
+    Args:
+        folder: The folder.
+        trust_remote_code: Accept a config that asks for code from its folder.
+        quantised: Accept a checkpoint whose weights are quantised.
+
+    Raises:
+        ModelError: If config.json is missing or invalid, weights are not safetensors, the checkpoint
+            is quantised, or wants remote code.
+        IntegrityError: If the config carries a field that makes transformers run foreign code, or the
+            files of the weights are damaged, missing, outside the folder or contradict each other.
+    """
+    config = check_config(folder, trust_remote_code, quantised)
+    open_shards(folder)
+    return config
+
+
+def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool = False) -> dict[str, Any]:
+    """What `check_model_folder` does, for a folder whose weights are not there or do not matter."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json.", hint="Give the folder of a Hugging Face model.")
+    try:
+        config = json.loads(check_inside(folder, path).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not valid JSON: {error}.") from error
+    for key in config:
+        if key.startswith(_CODE_FIELDS):
+            raise IntegrityError(
+                f"{path} sets '{key}', which makes transformers fetch and run code.",
+                hint="No genuine checkpoint needs it: remove the field, or do not use this model.",
+            )
+    if "auto_map" in config and not trust_remote_code:
+        raise ModelError(
+            f"{path} asks for remote code (auto_map).",
+            hint="If you trust its author, pass --trust-remote-code.",
+        )
+    if "quantization_config" in config and not quantised:
+        section = config["quantization_config"]
+        kind = section.get("quant_method", "unknown") if isinstance(section, dict) else "unknown"
+        raise ModelError(
+            f"{folder} is quantised ({kind}); merging and fine-tuning need the real weights.",
+            hint="Use the unquantised model; adapter: qlora quantises it on the fly for recording.",
+        )
+    return config
+
+
+def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) -> None:
+    """Refuses an output folder that holds something we did not put there.
+
+    Args:
+        folder: Where output is to go.
+        inputs: Folders that must not be written to or into.
+        marker: The file that shows a folder is ours.
+
+    Raises:
+        ConfigError: If the folder is not empty and not ours, is an input, or lies inside one.
+    """
+    resolved = folder.resolve()
+    for source in inputs:
+        if resolved == source.resolve() or source.resolve() in resolved.parents:
+            raise ConfigError(
+                f"The output {folder} is the input {source} or lies inside it.",
+                hint="Choose another --out.",
+            )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"The output {folder} is a file.", hint="Choose another --out.")
+    entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if entries - {LOCK_FILE} and marker not in entries:
+        raise ConfigError(
+            f"The output folder {folder} is not empty and was not made by gradpruner.",
+            hint="Nothing is ever overwritten: choose another --out, or empty it yourself.",
+        )
+
+
+@contextmanager
+def staged_folder(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place, durably, when the block ends without an error.
+
+    So a reader, or a run after a crash at any moment, finds the old folder, none, or a complete new one.
+    After an error it is the old one. What a killed process left behind is removed by the next one.
+
+    Raises:
+        ConfigError: If somebody else wrote to the target meanwhile.
+        ResourceError: If the disk is full or not writable.
+    """
+    folder = folder.resolve()  # a link stays one, and "." has a name
+    staged = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_orphans(folder)
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        yield staged
+        for path in (staged, *staged.rglob("*")):
+            (sync_folder if path.is_dir() else make_durable)(path)
+        _take_place(staged, folder)
+    except BaseException as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        if is_write_failure(error):
+            raise write_failure(folder, error) from error
+        raise
+
+
+def _take_place(staged: Path, folder: Path) -> None:
+    """Renames; a folder of ours that stands there steps aside, and back if that fails."""
+    aside = folder.with_name(f".{folder.name}.old.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        if (folder / PRUNING_FILE).exists():
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(folder, aside)
+        os.replace(staged, folder)  # also over an empty folder
+        sync_folder(folder.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            os.replace(aside, folder)
+        if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ConfigError(
+                f"{folder} was written by somebody else meanwhile.", hint="Choose another --out."
+            ) from error
+        raise
+    finally:
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Removes what processes that are no more had staged for this folder."""
+    for orphan in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        pid = orphan.name.split(".")[-2]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(orphan, ignore_errors=True)
+
+
+def describe_model(
+    folder: Path,
+    *,
+    plan: PruningPlan | WidthPlan | None,
+    source: str,
+    kind: str,
+    facts: dict[str, Any] | None = None,
+) -> None:
+    """Writes the model card, and last of all `pruning.json`, which marks the folder as ours and whole."""
+    facts = facts or {}
+    card = _model_card(plan, source, facts.get("portability", ()), facts.get("repair"))
+    write_text(folder / "README.md", card)
+    write_json(
+        folder / PRUNING_FILE,
+        {
+            "gradpruner_version": __version__,
+            "source": source,
+            "kind": kind,
+            "plan": plan.to_dict() if plan else None,
+            **facts,
+        },
+    )
+
+
+def _model_card(
+    plan: PruningPlan | WidthPlan | None,
+    source: str,
+    portability: Sequence[dict[str, str]] = (),
+    repair: dict[str, Any] | None = None,
+) -> str:
+    kind = "fine-tuned" if plan is None else "pruned" if isinstance(plan, WidthPlan) else "depth-pruned"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [gradpruner, pruning]",
+        f"base_model: {json.dumps(source)}",
+        "---",
+        "",
+        f"# {Path(source).name}, {kind} with GradPruner",
+        "",
+    ]
+    if plan is None:
+        return "\n".join([*lines, "All layers are kept.", ""])
+    lines += _width_lines(plan) if isinstance(plan, WidthPlan) else _depth_lines(plan, repair)
+    engines = [f"- {entry['engine']}: {entry['status']}. {entry['reason']}".rstrip() for entry in portability]
+    lines += ["", "Where it can be served:", "", *engines] if engines else []
+    return "\n".join([*lines, ""])
+
+
+def _depth_lines(plan: PruningPlan, repair: dict[str, Any] | None) -> list[str]:
+    lines = [
+        f"{len(plan.pruned)} of {plan.num_layers} decoder layers are gone: {runs_of(plan.pruned)}.",
+        f"Method: {plan.method}. Kept: {runs_of(plan.keep)}.",
+    ]
+    for target, layers in plan.merged.items():
+        lines.append(
+            f"Layers {runs_of(layers)} were merged into layer {target} "
+            f"(rule {plan.rule}, density {plan.density:g})."
+        )
+    refitted = [cut["layer"] for cut in (repair or {}).get("cuts", ()) if cut["ridge"] is not None]
+    if repair is not None and refitted:
+        how = repair["kind"].replace("_", " ")
+        lines.append(
+            f"Repaired ({how}, {repair['rows']} rows of the task): the last weights of layers "
+            f"{runs_of(refitted)} were refitted to make up for the layers that are gone behind them."
+        )
+    return [
+        *lines,
+        "",
+        "It loads with `AutoModelForCausalLM.from_pretrained`, without custom code. `pruning.json` holds",
+        "the complete plan. Depth pruning keeps classification and short answers well; multi-step",
+        "reasoning suffers far more, and fine-tuning does not bring all of it back.",
+    ]
+
+
+def _width_lines(plan: WidthPlan) -> list[str]:
+    def kept(what: str, numbers: Sequence[int], total: int) -> str:
+        low, high = min(numbers), max(numbers)
+        return f"- {what}: {low if low == high else f'{low} to {high}'} of {total}"
+
+    shape, layers = plan.shape, range(plan.num_layers)
+    lines = [
+        f"All {plan.num_layers} decoder layers stay and become narrower. Method: {plan.method}. Per layer:",
+        "",
+        kept("query heads", [len(w.heads) for w in plan.layers], shape.num_heads),
+        kept("key/value heads", [len(plan.kv_heads(i)) for i in layers], shape.num_kv_heads),
+        kept("MLP channels", [len(w.channels) for w in plan.layers], shape.intermediate_size),
+        kept("hidden dimensions, in all of them,", [len(plan.hidden)], shape.hidden_size),
+        "",
+        "`pruning.json` holds the complete plan.",
+    ]
+    if plan.uniform:
+        return [*lines, "It loads with `AutoModelForCausalLM.from_pretrained`, without custom code."]
+    return [
+        *lines,
+        "No config can say widths that differ between layers. Load the model with GradPruner, which runs no",
+        "code of this folder; plain transformers refuses it by the shapes of its tensors:",
+        "",
+        "```python",
+        "from gradpruner import load_model",
+        "",
+        'model = load_model("this folder")',
+        "```",
+    ]
+
+
+def carried_files(source: Path) -> list[Path]:
+    """Tokenizer, generation config, chat template and licence of a model folder.
+
+    Raises:
+        IntegrityError: If one of them leads out of the folder.
+    """
+    found = []
+    for path in sorted(source.iterdir()):
+        name = path.name.lower()
+        if path.is_dir() and path.name in _CARRIED_FOLDERS:
+            found += sorted(path.glob("[!.]*.jinja"))
+        elif (
+            not (path.is_file() or path.is_symlink())  # a broken link is refused below
+            or name.startswith((".", "consolidated"))
+            or name in _LEFT_BEHIND
+            or name.endswith((".index.json", ".py"))
+        ):
+            continue
+        elif name.startswith(_CARRIED_NAMES) or name.endswith(_CARRIED_SUFFIXES):
+            found.append(path)
+    for path in found:
+        check_inside(source, path)
+    return found
+
+
+def carry(source: Path, files: Sequence[Path], staged: Path) -> None:
+    """Copies files of a model folder into another one, byte for byte."""
+    for path in files:
+        target = staged / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(check_inside(source, path), target)

@@ -1,0 +1,358 @@
+"""LayeredModel: a thin view of a causal LM, its decoder layers and the linears in each."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from gradpruner.errors import ModelError
+from gradpruner.gradients.trace import QUANTISED
+from gradpruner.models.config_patch import check_keep, patch_config, text_config
+from gradpruner.models.families import Family, find_family, generic_family, nested_family
+from gradpruner.plans.layer_plan import PruningPlan
+
+# Chosen for a model by whoever loaded it, not by its depth; a rebuilt config must not lose them.
+_CHOSEN = (
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "_commit_hash",
+)
+_PLAIN_VALUES = (bool, int, float, str, type(None))
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal LM inside PEFT, DDP or compile wrappers."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        elif isinstance(getattr(inner, "module", None), nn.Module):
+            inner = inner.module
+        elif isinstance(getattr(inner, "_orig_mod", None), nn.Module):
+            inner = inner._orig_mod
+        else:
+            module: nn.Module = inner
+            return module
+
+
+def skeleton(model_class: Any, config: Any) -> nn.Module:
+    """A model with shapes and no numbers, on torch's meta device: a second's work at any size."""
+    with torch.device("meta"):
+        model: nn.Module = model_class._from_config(copy.deepcopy(config))
+    return model
+
+
+class LayeredModel:
+    """A thin view of a causal LM: ordered decoder layers and the linears in each.
+
+    Args:
+        model: Any Hugging Face causal LM, also inside PEFT, DDP or compile wrappers.
+
+    Raises:
+        ModelError: If its decoder layers cannot be found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = cast(Any, unwrap(model))
+        self.config: Any = text_config(self.model.config)
+        self.family = self._find_family()
+        *parents, self._name = self.family.layers_path.split(".")
+        try:
+            self._parent = self.model.get_submodule(".".join(parents))
+            layers: nn.ModuleList = getattr(self._parent, self._name)
+        except AttributeError as error:
+            raise ModelError(
+                f"No decoder layers at '{self.family.layers_path}' in {type(self.model).__name__}.",
+                hint="Load the model with AutoModelForCausalLM.",
+            ) from error
+        if len(layers) != self.config.num_hidden_layers:
+            raise ModelError(
+                f"The model has {len(layers)} layers but its config says {self.config.num_hidden_layers}."
+            )
+
+    def _find_family(self) -> Family:
+        """The row of the decoder's type, told where the layers are when the model is more than a decoder."""
+        whole = self.model.config
+        row = find_family(self.config)
+        if row is not None and whole is self.config:
+            return row
+        parts = [name for name in vars(whole) if getattr(whole, name, None) is self.config]
+        path = self._layers_path()
+        if whole is self.config:
+            return replace(generic_family(self.config), layers_path=path)
+        if not parts:
+            raise ModelError(
+                f"The decoder's config is not a direct part of that of a '{whole.model_type}' model.",
+                hint="Prune the language model on its own.",
+            )
+        return nested_family(row or generic_family(self.config), path, parts[0])
+
+    def _layers_path(self) -> str:
+        """Where a list of as many layers as the decoder has is, vision and audio towers apart."""
+        depth = getattr(self.config, "num_hidden_layers", None)
+        modules: list[tuple[str, nn.Module]] = list(self.model.named_modules())
+        lists = [name for name, m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
+        found = [name for name in lists if "language_model." in name] or lists
+        if len(found) != 1 or not depth:
+            what = f"{len(found)} lists of {depth} layers" if depth else "no num_hidden_layers in its config"
+            raise ModelError(
+                f"The decoder layers of a '{self.model.config.model_type}' model cannot be told: {what}.",
+                hint="Add a row to gradpruner/models/families.py that says where they are.",
+            )
+        return found[0]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order."""
+        layers: nn.ModuleList = getattr(self._parent, self._name)
+        return layers
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    def linears(self, layer: int) -> dict[str, nn.Module]:
+        """Path inside the layer -> linear module, for every linear of one layer.
+
+        LoRA-wrapped linears count once, under their own path.
+        """
+        found: dict[str, nn.Module] = {}
+        for name, module in self.layers[layer].named_modules():
+            if any(name.startswith(f"{outer}.") for outer in found):
+                continue
+            if isinstance(module, nn.Linear | Conv1D) or hasattr(module, "lora_A"):
+                found[name] = module
+        return found
+
+    def weights(self, layer: int) -> dict[str, Tensor]:
+        """The weights of the linears of one layer, each as (out_features, in_features).
+
+        GPT-2 keeps them transposed; what is returned is then a transposed view.
+        """
+        found: dict[str, Tensor] = {}
+        for name, module in self.linears(layer).items():
+            assert isinstance(module.weight, Tensor)
+            found[name] = module.weight.T if isinstance(module, Conv1D) else module.weight
+        return found
+
+    def weight(self, layer: int, name: str) -> Tensor | None:
+        """The weight of one linear or norm of a layer; None when there is no such module.
+
+        Args:
+            layer: Which layer.
+            name: Path of the module inside the layer.
+
+        Returns:
+            Shape (out_features, in_features) of a linear, (features,) of a norm.
+        """
+        if not 0 <= layer < self.num_layers:
+            return None
+        linears = self.weights(layer)
+        if name in linears:
+            return linears[name]
+        try:
+            weight = getattr(self.layers[layer].get_submodule(name), "weight", None)
+        except AttributeError:
+            return None
+        return weight if isinstance(weight, Tensor) and weight.ndim == 1 else None
+
+    def lora_target_pattern(self, only: Sequence[str] = ()) -> str:
+        """Regular expression that matches every linear of every decoder layer and nothing else.
+
+        Args:
+            only: Last parts of the paths of those that are meant; all when empty.
+        """
+        names = sorted({name for i in range(self.num_layers) for name in self.linears(i)})
+        names = [name for name in names if not only or name.rpartition(".")[2] in only]
+        inner = "|".join(name.replace(".", r"\.") for name in names)
+        prefix = self.family.layers_path.replace(".", r"\.")
+        return rf"(.*\.)?{prefix}\.\d+\.({inner})"
+
+    def wide_tensors(self) -> dict[str, int]:
+        """Name -> axis of the tensors outside the layers that hold a slice for every layer."""
+        parent = self.family.layers_path.rpartition(".")[0]
+        present = {name for name, _ in self.model.named_parameters()}
+        full = {f"{parent}.{name}": axis for name, axis in self.family.wide_tensors.items()}
+        return {name: axis for name, axis in full.items() if name in present}
+
+    @contextmanager
+    def passed_through(self, layers: Sequence[int]) -> Iterator[None]:
+        """While it lasts, these layers hand on what they were given; what pruning them must amount to.
+
+        They still run, so that a cache keeps its places.
+        """
+
+        def hand_on(forward: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*args: Any, **kwargs: Any) -> Any:
+                out = forward(*args, **kwargs)
+                given = args[0] if args else kwargs["hidden_states"]
+                return (given, *out[1:]) if isinstance(out, tuple) else given
+
+            return wrapped
+
+        modules = [self.layers[i] for i in layers]
+        for module in modules:
+            module.forward = hand_on(module.forward)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.__dict__["forward"]
+
+    def keep_layers(self, plan: PruningPlan) -> None:
+        """Removes all layers a plan does not keep: modules, their numbers and the config, always all three.
+
+        What the model becomes is decided by building it from the new config without weights. The kept
+        layers must have the parameters of that skeleton, by name and shape, and take over from it every
+        plain attribute that depends on depth (`layer_idx`, the kind of attention, who shares keys).
+
+        Raises:
+            ModelError: If the config cannot describe the kept layers; nothing is changed then.
+        """
+        check_keep(self.config, self.family, plan)
+        old = self._skeleton(self.model.config)
+        config = self._new_config(plan.keep)
+        new = self._skeleton(config)
+        self._check_same_parameters(old, new, plan.keep)
+        kept = [self.layers[i] for i in plan.keep]
+        setattr(self._parent, self._name, nn.ModuleList(kept))
+        for name, axis in self.wide_tensors().items():
+            self._cut(name, axis, plan)
+        self._take_over(old, new, plan.keep)
+        self._replace_configs(config)
+
+    def _skeleton(self, config: Any) -> nn.Module:
+        return skeleton(type(self.model), config)
+
+    def _new_config(self, keep: Sequence[int]) -> Any:
+        old = self.model.config
+        return type(old).from_dict(patch_config(old.to_dict(), old, self.family, keep))
+
+    def _check_same_parameters(self, old: nn.Module, new: nn.Module, keep: Sequence[int]) -> None:
+        shapes = {name: tuple(p.shape) for name, p in new.named_parameters()}
+        expected = {
+            renamed: tuple(p.shape)
+            for name, p in old.named_parameters()
+            if (renamed := self._renamed(name, keep)) is not None
+        }
+        for name in self.wide_tensors():
+            expected[name] = shapes.get(name, ())
+        wrong = sorted(
+            name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name)
+        )
+        if wrong:
+            raise ModelError(
+                f"The config of a {self.config.model_type} model with layers {list(keep)} would describe "
+                f"other layers than these: '{wrong[0]}' would be {shapes.get(wrong[0], 'missing')}, it is "
+                f"{expected.get(wrong[0], 'missing')}.",
+                hint="If the family is new, add a row to gradpruner/models/families.py.",
+            )
+
+    def _renamed(self, name: str, keep: Sequence[int]) -> str | None:
+        """Name of a parameter or module after pruning; None when it goes."""
+        prefix = self.family.layers_path + "."
+        if not name.startswith(prefix):
+            return name
+        number, dot, rest = name[len(prefix) :].partition(".")
+        return f"{prefix}{keep.index(int(number))}{dot}{rest}" if int(number) in keep else None
+
+    def _cut(self, name: str, axis: int, plan: PruningPlan) -> None:
+        path, _, attribute = name.rpartition(".")
+        module: Any = self.model.get_submodule(path)
+        old: nn.Parameter = getattr(module, attribute)
+        cut = slice_layers(old.detach(), axis, plan.num_layers, plan.keep)
+        setattr(module, attribute, nn.Parameter(cut, requires_grad=old.requires_grad))
+
+    def _take_over(self, old: nn.Module, new: nn.Module, keep: Sequence[int]) -> None:
+        """Gives the modules the plain attributes in which the two skeletons differ, and only these."""
+        before = {
+            renamed: module
+            for name, module in old.named_modules()
+            if (renamed := self._renamed(name, keep)) is not None
+        }
+        for name, module in new.named_modules():
+            if name not in before:
+                continue
+            present = self.model.get_submodule(name)
+            for key, value in vars(module).items():
+                if isinstance(value, _PLAIN_VALUES) and vars(before[name]).get(key, module) != value:
+                    setattr(present, key, value)
+
+    def _replace_configs(self, config: Any) -> None:
+        """Brings the config of the model and that of its decoder to the new depth, in place.
+
+        In place, because every module holds a reference to one of them.
+        """
+        parts = {type(config): config, type(text_config(config)): text_config(config)}
+        held = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
+        for one in held.values():
+            if type(one) not in parts:
+                continue
+            stay = {k: v for k, v in vars(one).items() if k in _CHOSEN or isinstance(v, PreTrainedConfig)}
+            vars(one).clear()
+            vars(one).update(copy.deepcopy(vars(parts[type(one)])) | stay)
+        self.config = text_config(self.model.config)
+
+
+def slice_layers(tensor: Tensor, axis: int, num_layers: int, keep: Sequence[int]) -> Tensor:
+    """The slices of the kept layers of a tensor that is `num_layers` equal slices along `axis`."""
+    parts = tensor.chunk(num_layers, dim=axis)
+    return torch.cat([parts[i] for i in keep], dim=axis)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Short identity of a model's decoder weights: '<type>-<layers>x<hidden>-<hash>'.
+
+    Hashes shapes and 64 entries of every linear in every layer, so that a trace or plan from another
+    model, or from the same architecture with other weights, is recognised without reading it all. Entries
+    are rounded to bfloat16 first: a checkpoint has one fingerprint whether it is loaded in bfloat16 or
+    float32, with adapters or without. Quantised weights are not what the checkpoint holds; the hash of such
+    a model is 'quantised' (see `trace.same_model`).
+    """
+    view = LayeredModel(model)
+    identity = identity_of(view.config)
+    digest = hashlib.sha256()
+    for layer, name, weight in _base_weights(view):
+        if not weight.is_floating_point():
+            return identity + QUANTISED
+        flat = weight.detach().reshape(-1)
+        add_sample(digest, layer, name, tuple(weight.shape), flat[:: sample_step(flat.numel())][:SAMPLES])
+    return f"{identity}-{digest.hexdigest()[:12]}"
+
+
+SAMPLES = 64
+"""Entries of every linear that go into a fingerprint."""
+
+
+def identity_of(config: Any) -> str:
+    """The readable part of a fingerprint, from the decoder's config."""
+    return f"{config.model_type}-{config.num_hidden_layers}x{config.hidden_size}"
+
+
+def sample_step(entries: int) -> int:
+    """Distance between the entries of a weight that go into a fingerprint."""
+    return max(1, entries // SAMPLES)
+
+
+def add_sample(digest: Any, layer: int, name: str, shape: tuple[int, ...], sample: Tensor) -> None:
+    """Adds one linear to the hash of a fingerprint."""
+    digest.update(f"{layer}.{name}{shape}".encode())
+    digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+
+
+def _base_weights(view: LayeredModel) -> Iterator[tuple[int, str, Tensor]]:
+    for index in range(view.num_layers):
+        for name, module in view.linears(index).items():
+            linear: Any = getattr(module, "base_layer", module)
+            yield index, name, linear.weight

@@ -1,0 +1,342 @@
+"""Models from folders and back: loading what has been checked, saving all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradpruner.errors import ConfigError, IntegrityError, ModelError
+from gradpruner.files import read_json
+from gradpruner.models.config_patch import text_config
+from gradpruner.models.families import FAMILIES, find_family
+from gradpruner.models.folder import (
+    PRUNING_FILE,
+    carried_files,
+    carry,
+    check_config,
+    check_model_folder,
+    check_output,
+    describe_model,
+    staged_folder,
+)
+from gradpruner.models.narrowing import resized_class
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.registry import suggest
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def load_config(
+    folder: Path, trust_remote_code: bool = False, *, native: bool = False, weights: bool = True
+) -> Any:
+    """The transformers config of a checked model folder.
+
+    Args:
+        folder: The model folder.
+        trust_remote_code: Run config code that comes with the folder.
+        native: The caller reads tensors, not a model: quantised weights, and code that comes with the folder
+            but is not run because transformers knows the model type, are no obstacle.
+        weights: The folder must hold weights, and they are checked; else its config.json is enough.
+    """
+    import transformers
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    check = check_model_folder if weights else check_config
+    check(folder, trust_remote_code or native, quantised=native)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # strict config classes raise their own types
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
+            raise ModelError(
+                f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type "
+                f"{kind!r}.{suggest(str(kind), FAMILIES)}",
+                hint="Upgrade transformers if the model is newer than it; `gradpruner ls families` lists "
+                "what is known to work.",
+            ) from error
+        raise ModelError(f"transformers rejects {folder / 'config.json'}: {error}") from error
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"No usable tokenizer in {folder}: {str(error).splitlines()[0]}",
+            hint="A tokenizer.json (or tokenizer.model) must stand beside config.json.",
+        ) from error
+
+
+def model_class(config: Any) -> Any:
+    """The class that plain transformers loads a config as: the named architecture, else the causal LM.
+
+    Raises:
+        ModelError: If transformers has none.
+    """
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+            found = getattr(transformers, name, None)
+            if found is not None:
+                return found
+    try:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise ModelError(
+            f"transformers has no causal language model of type '{config.model_type}'.",
+            hint="Only decoder-only language models that transformers knows can be used.",
+        ) from None
+
+
+def load_structure(folder: Path) -> nn.Module:
+    """The model of a checked folder without its weights, its parameters checked against the files.
+
+    transformers itself matches the names, conversions between stored and computed forms included; no tensor
+    is read.
+
+    Raises:
+        ModelError: If transformers cannot load the folder.
+        IntegrityError: If tensors are missing, left over, or of another shape than the config says.
+    """
+    from transformers import AutoConfig
+
+    chosen = model_class(AutoConfig.from_pretrained(folder))
+    plan = narrowed_plan(folder)
+    if plan is not None:
+        chosen = resized_class(chosen, plan)
+    try:
+        model, report = chosen.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except Exception as error:  # conversions raise types of their own
+        raise IntegrityError(
+            f"{folder}: the weights do not fit its config: {type(error).__name__}: {str(error).strip()}"
+        ) from error
+    _refuse_gaps(folder, report, model.config)
+    module: nn.Module = model.eval()
+    return module
+
+
+def _refuse_gaps(folder: Path, report: Any, config: Any) -> None:
+    """IntegrityError when transformers would fill gaps with random numbers, or leave tensors out.
+
+    Layers behind the last one, for predicting several tokens, are left out on purpose.
+    """
+    text = text_config(config)
+    family = find_family(text)
+    extra = any(getattr(text, name, None) for name in (family.beyond if family else ()))
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(map(str, report.get(what, ())))
+        if what == "unexpected_keys" and extra:
+            numbered = ((name, re.search(r"\blayers\.(\d+)\.", name)) for name in names)
+            names = [n for n, match in numbered if not match or int(match[1]) < text.num_hidden_layers]
+        if names:
+            raise IntegrityError(
+                f"{folder}: {len(names)} {what.replace('_', ' ')} against its config, such as "
+                f"{', '.join(names[:3])}.",
+                hint="The weights do not belong to this config.json.",
+            )
+
+
+def narrowed_plan(folder: Path) -> WidthPlan | None:
+    """The plan of a folder whose layers have different widths, which no config can say; None for others.
+
+    Raises:
+        PlanError: If `pruning.json` holds a width plan that cannot be read.
+        IntegrityError: If it is not JSON.
+    """
+    path = folder / PRUNING_FILE
+    raw = read_json(path, "pruning record") if path.is_file() else {}
+    plan = raw.get("plan") if isinstance(raw, dict) else None
+    if not isinstance(plan, dict) or plan.get("kind") != "width":
+        return None
+    read = WidthPlan.from_dict(plan, str(path))
+    return None if read.uniform else read
+
+
+def refuse_narrowed(folder: Path) -> None:
+    """Raises ModelError for a folder whose layers have different widths: sizes are read from its config."""
+    if narrowed_plan(folder) is not None:
+        raise ModelError(
+            f"The layers of {folder} have different widths, which its config does not say.",
+            hint="It can be loaded (`gradpruner.load_model`), trained and evaluated (`gradpruner evaluate`), "
+            "but not pruned or sized again; start from the model before pruning.",
+        )
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    native: bool = False,
+    quantise: bool = False,
+) -> nn.Module:
+    """Loads a causal LM from a checked folder, in evaluation mode, on the device.
+
+    Also one whose layers have different widths (`pruning.json` says which), which plain transformers refuses.
+
+    Args:
+        folder: The model folder.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on accelerators that have it,
+            float32 elsewhere.
+        device: "auto" (an accelerator when there is one) or a torch device.
+        attn_implementation: "sdpa", "eager", "flash_attention_2"; None leaves it to transformers.
+        trust_remote_code: Run model code that comes with the folder.
+        native: Ignore model code that comes with the folder instead of refusing it.
+        quantise: Load in 4 bit (bitsandbytes), for QLoRA recording.
+
+    Raises:
+        ModelError: If weights are missing, unexpected or of the wrong shape: transformers would fill
+            the gaps with random numbers and only warn.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = Path(folder)
+    check_model_folder(folder, trust_remote_code or native)
+    target = resolve_device(device)
+    options: dict[str, Any] = {}
+    if quantise:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+    try:
+        loader = (
+            AutoModelForCausalLM if trust_remote_code else model_class(AutoConfig.from_pretrained(folder))
+        )
+        plan = narrowed_plan(folder)
+        if plan is not None:
+            loader = resized_class(model_class(AutoConfig.from_pretrained(folder)), plan)
+        model, report = loader.from_pretrained(
+            folder,
+            dtype=resolve_dtype(dtype, target),
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, by name
+            **options,
+        )
+    except Exception as error:
+        raise ModelError(f"{folder} does not load: {type(error).__name__}: {str(error).strip()}") from error
+    _refuse_gaps(folder, report, model.config)
+    if not quantise:
+        model = model.to(target)
+    module: nn.Module = model.eval()
+    return module
+
+
+def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """The model with the adapters of a folder merged in.
+
+    Raises:
+        ModelError: If the folder holds no adapters for this model.
+    """
+    from peft import PeftModel
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # shapes, names, safetensors: many types, one meaning here
+        raise ModelError(f"The adapters in {folder} do not fit the model: {error}") from error
+    merged: nn.Module = adapted.merge_and_unload().eval()
+    return merged
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turns "auto" into the accelerator when there is one, else the CPU.
+
+    Raises:
+        ConfigError: If torch does not know the device or it is not there.
+    """
+    if device != "auto":
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            raise ConfigError(f"Unknown device '{device}'.", hint="Use auto, cpu or cuda.") from None
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"device is '{device}' but torch sees no CUDA device.", hint="Use auto or cpu.")
+        return chosen
+    if torch.accelerator.is_available():
+        current = torch.accelerator.current_accelerator()
+        assert current is not None
+        return current
+    return torch.device("cpu")
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Turns "auto" into bfloat16 on CUDA devices that have it, else float32."""
+    if dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise ConfigError(f"Unknown dtype '{dtype}'; float32, bfloat16 or float16 is needed.")
+        return named
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype a checkpoint is stored in, from its config (float32 when it does not say)."""
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
+    return named if isinstance(named, torch.dtype) else torch.float32
+
+
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    plan: PruningPlan | WidthPlan | None,
+    source: str,
+    facts: dict[str, Any] | None = None,
+    carried_from: Path | None = None,
+) -> Path:
+    """Writes a model folder that plain transformers loads: all of it, or nothing.
+
+    Weights, config, tokenizer, chat template, `pruning.json` and a model card are written to a staged
+    folder beside the target, made durable, and renamed. `dtype` is that of the source checkpoint.
+
+    Args:
+        model: The causal LM (its weights are cast in place).
+        tokenizer: Saved beside it; None: there is none, or it is carried.
+        folder: The target; replaced if it is ours.
+        dtype: Stored dtype.
+        plan: What was pruned; None for a dense model.
+        source: Where the model came from, for the card.
+        facts: Further lines for `pruning.json`.
+        carried_from: Model folder whose tokenizer, chat template, generation config and licence are carried
+            over byte for byte.
+
+    Raises:
+        ConfigError: If the target holds something that is not ours.
+        ResourceError: If the disk is full; the staged folder is removed, the old one untouched.
+    """
+    check_output(folder, marker=PRUNING_FILE)
+    with staged_folder(folder) as staged:
+        model = model.to(dtype)
+        model.config.dtype = dtype
+        model.config.use_cache = True  # gradient checkpointing turns it off
+        model.save_pretrained(staged)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staged)
+        if carried_from is not None:
+            carry(carried_from, carried_files(carried_from), staged)
+        kind = "adapter" if hasattr(model, "peft_config") else "model"
+        describe_model(staged, plan=plan, source=source, kind=kind, facts=facts)
+    return folder

@@ -1,0 +1,274 @@
+"""Carrying out a width plan: heads, MLP channels and hidden dimensions leave a model in memory."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.errors import ModelError, PlanError
+from gradpruner.models.config_patch import text_config
+from gradpruner.models.layers import fingerprint, skeleton
+from gradpruner.models.sizes import count_parameters, disk_bytes, flops_per_token
+from gradpruner.models.widths import HEAD_NORMS, WidthView, head_entries
+from gradpruner.plans.width_plan import WidthPlan
+
+PROOF_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Relative error allowed between a pruned model and its source with what goes set to zero, by dtype."""
+_PROOF_TOLERANCE_16_BIT = 5e-2
+_PROOF_TOKENS = 12
+
+
+@torch.no_grad()
+def prune_width_(model: nn.Module, plan: WidthPlan) -> nn.Module:
+    """Removes heads, channels and hidden dimensions of a model in place.
+
+    See `narrow_`; this one returns the model.
+    """
+    narrow_(model, plan)
+    return model
+
+
+@torch.no_grad()
+def narrow_(model: nn.Module, plan: WidthPlan) -> float | None:
+    """Removes heads, channels and hidden dimensions of a model in place, and says how well that went.
+
+    Where no hidden dimension goes, the result is proved: it must compute what the model computed with the
+    removed heads and channels set to zero. Memory beyond the model: one linear.
+
+    Args:
+        model: A Hugging Face causal LM without adapters.
+        plan: What stays.
+
+    Returns:
+        Relative error of the proof; None when hidden dimensions go, or the model has no weights. The model
+        has narrower linears. Its config says so if the plan is uniform; else it can be saved, and loaded
+        through this package only (`loading.load_model`).
+
+    Raises:
+        PlanError: If the plan is for another model.
+        ModelError: If heads and channels of the model cannot be told apart, or the proof fails.
+    """
+    view = WidthView(model)
+    plan.check_model(view.shape, fingerprint(model))
+    check_widths(view, plan)
+    whole_hidden = len(plan.hidden) == plan.shape.hidden_size
+    on_meta = next(model.parameters()).device.type == "meta"
+    expected = None
+    if whole_hidden and not on_meta:
+        with view.masked(plan):
+            expected = _logits(view.model)
+    if not whole_hidden:
+        _cut_hidden_(view, plan)
+    _cut_layers_(view, plan)
+    _describe_(view, plan)
+    if expected is None:
+        return None
+    error = float((_logits(view.model) - expected).norm() / expected.norm())
+    if not error <= PROOF_TOLERANCE.get(next(model.parameters()).dtype, _PROOF_TOLERANCE_16_BIT):
+        raise ModelError(
+            f"The pruned '{view.layered.config.model_type}' model does not compute what it did with the "
+            f"removed parts set to zero (relative error {error:.2g}).",
+            hint="Use a method that prunes whole layers (`gradpruner ls methods`).",
+        )
+    return error
+
+
+def _logits(model: Any) -> Tensor:
+    config = model.get_input_embeddings()
+    ids = torch.arange(_PROOF_TOKENS, device=config.weight.device)[None] % config.weight.shape[0]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
+def _cut_layers_(view: WidthView, plan: WidthPlan) -> None:
+    """Cuts the seven linears of every layer to the plan's heads and channels."""
+    dim = view.shape.head_dim
+    for layer, widths in enumerate(plan.layers):
+        parts = view.parts(layer)
+        queries, keys = head_entries(widths.heads, dim), head_entries(plan.kv_heads(layer), dim)
+        channels = torch.tensor(widths.channels)
+        _cut_(parts.q_proj, rows=queries)
+        _cut_(parts.k_proj, rows=keys)
+        _cut_(parts.v_proj, rows=keys)
+        _cut_(parts.o_proj, columns=queries)
+        _cut_(parts.gate_proj, rows=channels)
+        _cut_(parts.up_proj, rows=channels)
+        _cut_(parts.down_proj, columns=channels)
+        numbers = {
+            "num_heads": len(widths.heads),
+            "num_attention_heads": len(widths.heads),
+            "num_key_value_heads": len(plan.kv_heads(layer)),
+            "num_key_value_groups": len(widths.heads) // len(plan.kv_heads(layer)),
+            "intermediate_size": len(widths.channels),
+        }
+        for module in view.layered.layers[layer].modules():
+            for name, value in numbers.items():
+                if isinstance(vars(module).get(name), int):
+                    setattr(module, name, value)
+
+
+def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
+    """Cuts everything along the hidden state; refuses a model with parameters it cannot place."""
+    model, kept = view.model, torch.tensor(plan.hidden)
+    linears = [m for i in range(plan.num_layers) for m in vars(view.parts(i)).values()]
+    norms = list(view.hidden_vectors(model))
+    known = {id(p) for m in [*linears, *norms] for p in m.parameters()}
+    known |= {id(p) for p in view.embeddings()}
+    others = [name for name, p in model.named_parameters() if id(p) not in known and p.ndim > 0]
+    odd = [name for name in others if not any(part in HEAD_NORMS for part in name.split("."))]
+    odd += [n for n, m in model.named_modules() if n.rpartition(".")[2] in HEAD_NORMS and m in norms]
+    if odd:
+        raise ModelError(
+            f"Hidden dimensions of a '{view.layered.config.model_type}' model cannot be pruned: it is not "
+            f"known how '{odd[0]}' depends on them.",
+            hint="Prune heads, channels or layers instead.",
+        )
+    for layer in range(plan.num_layers):
+        parts = view.parts(layer)
+        for module in (parts.q_proj, parts.k_proj, parts.v_proj, parts.gate_proj, parts.up_proj):
+            _cut_(module, columns=kept)
+        for module in (parts.o_proj, parts.down_proj):
+            _cut_(module, rows=kept)
+    for norm in norms:
+        for name, vector in list(norm.named_parameters(recurse=False)):
+            setattr(norm, name, _parameter(vector, vector[kept.to(vector.device)]))
+    for module in model.modules():  # also those without parameters, such as OLMo's
+        if getattr(module, "normalized_shape", None) == (plan.shape.hidden_size,):
+            module.normalized_shape = (len(kept),)
+    _cut_embeddings_(model, kept)
+
+
+def _cut_embeddings_(model: Any, kept: Tensor) -> None:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied, whole = head is not None and head.weight is embedding.weight, embedding.embedding_dim
+    embedding.weight = _parameter(embedding.weight, embedding.weight[:, kept.to(embedding.weight.device)])
+    embedding.embedding_dim = len(kept)
+    if math.isclose(getattr(embedding, "scalar_embed_scale", 0.0), math.sqrt(whole)):
+        # Gemma's. A model that is loaded takes it from the config, so this one must do the same.
+        embedding.scalar_embed_scale = math.sqrt(len(kept))
+        embedding.embed_scale = torch.full_like(embedding.embed_scale, math.sqrt(len(kept)))
+    if head is not None:
+        weight = head.weight[:, kept.to(head.weight.device)] if not tied else None
+        head.weight = embedding.weight if weight is None else _parameter(head.weight, weight)
+        head.in_features = len(kept)
+
+
+def _describe_(view: WidthView, plan: WidthPlan) -> None:
+    """Brings the config to the new widths, as far as a config can say them."""
+    for name, value in _config_values(plan).items():
+        setattr(view.layered.config, name, value)
+
+
+def _config_values(plan: WidthPlan) -> dict[str, int]:
+    values = {
+        "head_dim": plan.shape.head_dim,
+        "hidden_size": len(plan.hidden),
+    }  # one no longer gives the other
+    if plan.uniform:
+        values["num_attention_heads"] = plan.widths.num_heads
+        values["num_key_value_heads"] = plan.widths.num_kv_heads
+        values["intermediate_size"] = plan.widths.intermediate_size
+    return values
+
+
+def check_widths(view: WidthView, plan: WidthPlan) -> None:
+    """Refuses what transformers would not load: for many types heads must divide the hidden size.
+
+    Args:
+        view: The dense model, with or without weights.
+        plan: What stays.
+
+    Raises:
+        PlanError: If no config of the family says these widths, or the family does not build them from it.
+    """
+    config, values = view.layered.config, _config_values(plan)
+    try:
+        type(config).from_dict(config.to_dict() | values)
+    except Exception as error:  # strict config classes raise their own types
+        raise PlanError(
+            f"No '{config.model_type}' model can have these widths ({values}): {error}",
+            hint="Keep another number of heads or hidden dimensions.",
+        ) from error
+    if not plan.uniform:
+        return
+    # Some types take the size of a head from others, whatever the config says of it.
+    whole = copy.deepcopy(view.model.config)
+    for name, value in values.items():
+        setattr(text_config(whole), name, value)
+    try:
+        WidthView(skeleton(type(view.model), whole))
+    except ModelError as error:
+        raise PlanError(
+            f"transformers would not build these widths ({values}) from the config: {error.message}",
+            hint="Keep hidden size / heads as it is, or prune channels only.",
+        ) from error
+
+
+def _cut_(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    weight = linear.weight
+    if rows is not None and len(rows) != linear.out_features:
+        linear.weight = _parameter(weight, weight[rows.to(weight.device)])
+        if linear.bias is not None:
+            linear.bias = _parameter(linear.bias, linear.bias[rows.to(weight.device)])
+        linear.out_features = len(rows)
+    if columns is not None and len(columns) != linear.in_features:
+        linear.weight = _parameter(linear.weight, linear.weight[:, columns.to(weight.device)])
+        linear.in_features = len(columns)
+
+
+def _parameter(old: Tensor, values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.detach().clone(), requires_grad=old.requires_grad)
+
+
+def resized_class(base: Any, plan: WidthPlan) -> Any:
+    """The model class `base` with the layers of a plan of differing widths, as `from_pretrained` needs it.
+
+    Args:
+        base: The class the config names.
+        plan: What the folder was pruned to; its hidden dimensions are in the config already.
+    """
+
+    class Resized(base):
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            with torch.no_grad():
+                _cut_layers_(WidthView(self), plan)
+
+    # The saved config names the class.
+    Resized.__name__, Resized.__qualname__ = base.__name__, base.__qualname__
+    Resized.__module__ = base.__module__
+    return Resized
+
+
+def width_savings(model: nn.Module, plan: WidthPlan) -> dict[str, dict[str, int]]:
+    """What a width plan saves, in the units of `sizes.savings`.
+
+    Args:
+        model: The dense model without weights (`layers.skeleton`); pruned in place.
+        plan: What stays.
+    """
+    before = _figures(WidthView(model), plan.shape.num_layers * [plan.shape.num_kv_heads])
+    view = WidthView(model)
+    if len(plan.hidden) < plan.shape.hidden_size:
+        _cut_hidden_(view, plan)
+    _cut_layers_(view, plan)
+    after = _figures(view, [len(plan.kv_heads(i)) for i in plan.keep])
+    return {name: {"before": before[name], "after": after[name]} for name in before}
+
+
+def _figures(view: WidthView, kv_heads: Sequence[int]) -> dict[str, int]:
+    parameters, on_disk = count_parameters(view.model), disk_bytes(view.model)
+    itemsize = on_disk // parameters
+    return {
+        "layers": view.shape.num_layers,
+        "decoder_parameters": sum(count_parameters(layer) for layer in view.layered.layers),
+        "parameters": parameters,
+        "kv_bytes_per_token": 2 * sum(kv_heads) * view.shape.head_dim * itemsize,
+        "flops_per_token": flops_per_token(view.model),
+        "disk_bytes": on_disk,
+    }

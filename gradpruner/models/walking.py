@@ -1,0 +1,380 @@
+"""Walking: hidden states of samples carried through the decoder one layer at a time.
+
+What goes into a layer beside the hidden state (masks, angles of the positions) is caught once, from the
+model's own forward pass. After that any layer can be run on any state: the layers of a dense and a pruned
+model side by side, or a suffix without its prefix. Whether a model can be walked is tried, not listed: the
+walk must arrive where the model does.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.errors import DataError, ModelError, NonFiniteError
+from gradpruner.models.layers import LayeredModel
+
+BATCH_SIZE = 32
+PROOF_ROWS = 4
+"""Samples a walk is proved on: those of the first batch, whose longest come first."""
+# The same operations on the same numbers: what differs is the order of sums in other kernels.
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+_COARSE_TOLERANCE = 3e-2
+
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""What goes into a layer beside the hidden state: by position, and by name."""
+
+
+def sample_batches(
+    samples: Sequence[Any], collator: Callable[[Any], dict[str, Tensor]], device: torch.device, size: int
+) -> Iterator[dict[str, Tensor]]:
+    """Padded batches of samples on a device, alike lengths together, the longest first.
+
+    Alike lengths pad least; with the longest first, too little memory shows in the first batch.
+    """
+    ordered = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
+    for start in range(0, len(ordered), size):
+        batch = collator(ordered[start : start + size])
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def drawn(samples: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """At most `count` samples, drawn without repetition.
+
+    Raises:
+        DataError: If there are none.
+    """
+    if len(samples) == 0:
+        raise DataError("There are no training samples to look at.")
+    return [samples[i] for i in random.Random(seed).sample(range(len(samples)), min(count, len(samples)))]
+
+
+class Walk:
+    """Batches of samples, ready to be taken through a model's layers.
+
+    Memory: the hidden states of all tokens wherever they are held, and one mask per batch.
+
+    Args:
+        view: The model, in evaluation mode.
+        batches: `input_ids`, `attention_mask` (1 for real tokens) and `labels`, padded on the right.
+
+    Attributes:
+        start: Per batch, the states that enter layer 0, shape (samples, tokens, hidden).
+        counted: Per batch, which tokens count: real, and not the first of their sample (which attention
+            treats apart). Shape (samples, tokens), bool.
+
+    Raises:
+        DataError: If there are no samples, or only samples of one token.
+        ModelError: If the layers cannot be run one by one: what they compute rests on more than their
+            arguments.
+        NonFiniteError: If the states after the last layer are NaN or infinite.
+    """
+
+    def __init__(self, view: LayeredModel, batches: Sequence[dict[str, Tensor]]) -> None:
+        self.view, self.batches = view, list(batches)
+        if not self.batches:
+            raise DataError("There are no training samples to look at.")
+        self.start: list[Tensor] = []
+        self._calls: list[list[_Call]] = []
+        self.counted = [_counted(batch) for batch in self.batches]
+        if not any(bool(counted.any()) for counted in self.counted):
+            raise DataError("Every sample is a single token; at least two are needed.")
+        with torch.no_grad():
+            is_tuple = self._prove({name: t[:PROOF_ROWS] for name, t in self.batches[0].items()})
+            for batch in self.batches:
+                self._catch(batch, is_tuple)
+
+    @torch.no_grad()
+    def layer(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states after one layer, batch by batch."""
+        return [self.layer_on(index, number, state) for number, state in enumerate(states)]
+
+    @torch.no_grad()
+    def layer_on(self, index: int, batch: int, state: Tensor) -> Tensor:
+        """The states of one batch after one layer."""
+        args, kwargs = self._calls[batch][index]
+        output = self.view.layers[index](state, *args, **kwargs)
+        return _state_of(output)
+
+    @contextmanager
+    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+        modules = list(self.view.layers)
+        own = [module.__dict__.get("forward") for module in modules]  # put there by accelerate, for one
+        for module, forward in zip(modules, forwards, strict=True):
+            module.forward = forward
+        try:
+            yield
+        finally:
+            for module, before in zip(modules, own, strict=True):
+                if before is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = before
+
+    def _run(self, batch: dict[str, Tensor]) -> None:
+        """The decoder's own forward pass, without the head where the model names its decoder."""
+        model: Any = self.view.model
+        decoder = getattr(model, model.base_model_prefix, model)
+        decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+
+    def _catch(self, batch: dict[str, Tensor], is_tuple: bool) -> None:
+        """Calls and first states of a batch, whose layers need not run for that."""
+        calls: list[_Call] = []
+        start: list[Tensor] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state, rest, named = _split(args, kwargs)
+            start.append(state)
+            calls.append((rest, named))
+            return (state,) if is_tuple else state
+
+        with self._replaced([forward] * self.view.num_layers):
+            self._run(batch)
+        self.start.append(start[0])
+        self._calls.append(calls)
+
+    def _prove(self, batch: dict[str, Tensor]) -> bool:
+        """Some samples, walked, must come to what the model came to; whether layers return tuples.
+
+        Other states take each step too, right after. What a layer keeps for a later one (keys that are
+        shared, say) is then that of the other states, and the walk arrives somewhere else.
+        """
+        calls, seen = self._watched(batch)
+        start, reached = seen["start"], seen["last"]
+        mask = batch["attention_mask"].bool()
+        expected = reached[mask].float()
+        if not bool(torch.isfinite(expected).all()):
+            raise NonFiniteError(
+                "The model computes NaN or Inf on these samples.",
+                hint="The model's number format is too narrow: try float32.",
+            )
+        state, other = start, start.flip(-1)
+        for module, (args, kwargs) in zip(self.view.layers, calls, strict=True):
+            given = state[mask].clone()
+            state, before = _state_of(module(state, *args, **kwargs)), state
+            if not torch.equal(before[mask], given):  # the layer has overwritten what it was given
+                raise _cannot(self.view)
+            other = _state_of(module(other, *args, **kwargs))
+        lengths = expected.norm(dim=-1).clamp_min(1e-12)  # token by token: some are a thousand times longer
+        error = float(((state[mask].float() - expected).norm(dim=-1) / lengths).max())
+        if not error <= _TOLERANCE.get(reached.dtype, _COARSE_TOLERANCE):
+            raise _cannot(self.view)
+        return bool(seen["tuple"])
+
+    def _watched(self, batch: dict[str, Tensor]) -> tuple[list[_Call], dict[str, Any]]:
+        """What the layers are called with in a pass of the model; first and last states, kind of output."""
+        calls: list[_Call] = []
+        seen: dict[str, Any] = {}
+
+        def watched(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                state, rest, named = _split(args, kwargs)
+                seen.setdefault("start", state)
+                calls.append((rest, named))
+                output = original(*args, **kwargs)
+                seen["tuple"], seen["last"] = isinstance(output, tuple), _state_of(output)
+                return output
+
+            return forward
+
+        with self._replaced([watched(module.forward) for module in self.view.layers]):
+            self._run(batch)
+        if len(calls) != self.view.num_layers or seen["start"].ndim != 3:
+            raise _cannot(self.view)
+        return calls, seen
+
+
+def _cannot(view: LayeredModel) -> ModelError:
+    return ModelError(
+        f"Layers of {view.config.model_type} models cannot be run one by one: what they compute depends on "
+        "more than the hidden state.",
+        hint="Use repair: none, and a method that does not need it.",
+    )
+
+
+def _counted(batch: dict[str, Tensor]) -> Tensor:
+    counted = batch["attention_mask"].bool().clone()
+    counted[:, 0] = False
+    return counted
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return args[0], args[1:], kwargs
+    rest = dict(kwargs)
+    return rest.pop("hidden_states"), (), rest
+
+
+def _state_of(output: Any) -> Tensor:
+    state: Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
+@dataclass(frozen=True)
+class Output:
+    """The module whose output a layer adds to the residual stream last.
+
+    Attributes:
+        name: Its path inside the layer.
+        module: A linear, or a norm that follows the last linear (Gemma 2 and 3, OLMo 2).
+        weight: Its weight: (out_features, in_features), or (hidden,) of a norm.
+        factor: What arrives in the stream is this times the output (Granite multiplies it).
+        offset: None for a linear. The output of a norm is x (weight + offset), x what it has normalised: 0,
+            or 1 where the weight is kept around 0 (Gemma).
+    """
+
+    name: str
+    module: nn.Module
+    weight: Tensor
+    factor: float
+    offset: float | None = None
+
+
+@torch.no_grad()
+def output_of(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> Output:
+    """The module whose output a layer adds to the residual stream last.
+
+    Found by trial on the first batch: what is added to its output must appear in the layer's output, times
+    one factor. The last linear is tried, then the last norm.
+
+    Args:
+        view: The model.
+        walk: Samples.
+        layer: Which layer.
+        state: What enters it, of the first batch.
+
+    Raises:
+        ModelError: If there is none, or the layers are mixtures of experts.
+    """
+    linears, norms = _candidates(view, walk, layer, state)
+    if not view.family.no_merge:
+        plain = walk.layer_on(layer, 0, state)
+        for name in (*linears[-1:], *norms[-1:]):
+            module = view.layers[layer].get_submodule(name)
+            weight = view.weight(layer, name)
+            factor = _factor(walk, layer, state, plain, module)
+            offset = _offset(walk, layer, state, module) if name in norms else None
+            if weight is not None and factor is not None and (name in linears or offset is not None):
+                return Output(name, module, weight, factor, offset)
+    raise ModelError(
+        f"Layer {layer} of a {view.config.model_type} model cannot be repaired: "
+        + (
+            "it is a mixture of experts."
+            if view.family.no_merge
+            else "what it adds to the residual stream is the output neither of one linear nor of one norm."
+        ),
+        hint="Use plan.repair: none.",
+    )
+
+
+def output_linear(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> tuple[str, float]:
+    """`output_of`, where it is a linear: its path and factor.
+
+    Raises:
+        ModelError: If it is a norm, or there is none.
+    """
+    found = output_of(view, walk, layer, state)
+    if found.offset is None:
+        return found.name, found.factor
+    raise ModelError(
+        f"In layer {layer} of a {view.config.model_type} model a norm follows the last linear.",
+        hint="Use plan.repair: none.",
+    )
+
+
+def _candidates(
+    view: LayeredModel, walk: Walk, layer: int, state: Tensor
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Linears and norms that run once and give vectors of the hidden size, in the order they run."""
+    order: list[str] = []
+    width, linears = state.shape[-1], view.linears(layer)
+    names = {name: view.weight(layer, name) for name, _ in view.layers[layer].named_modules()}
+    found = {name: weight for name, weight in names.items() if weight is not None}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda module, args, output: order.append(name)
+
+    hooks = [
+        view.layers[layer].get_submodule(name).register_forward_hook(watch(name))
+        for name, weight in found.items()
+        if weight.shape[0] == width
+    ]
+    try:
+        walk.layer_on(layer, 0, state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    once = [name for name in order if order.count(name) == 1]
+    return tuple(n for n in once if n in linears), tuple(n for n in once if n not in linears)
+
+
+def _factor(walk: Walk, layer: int, state: Tensor, plain: Tensor, module: nn.Module) -> float | None:
+    """How a change of the module's output shows in the layer's: its factor; None if not just as one.
+
+    Judged by nine tenths of the entries: in 16 bits the few channels with massive activations round away
+    more than the change.
+    """
+    generator = torch.Generator().manual_seed(0)
+    counted = walk.counted[0]
+    scale = float(plain[counted].float().abs().mean())
+    noise = (torch.randn(plain.shape, generator=generator) * scale).to(plain)
+    fits: list[bool] = []
+
+    def move(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        fits.append(output.numel() == noise.numel())
+        return output + noise.view_as(output) if fits[-1] else output
+
+    hook = module.register_forward_hook(move)
+    try:
+        moved = walk.layer_on(layer, 0, state)
+    finally:
+        hook.remove()
+    if fits != [True]:
+        return None
+    given, shown = noise[counted].float().cpu(), (moved.float() - plain.float())[counted].cpu()
+    factor = float((given.double() * shown.double()).sum() / given.double().square().sum())
+    rest = (shown - factor * given).abs().flatten()
+    typical = float(rest.kthvalue(math.ceil(0.9 * rest.numel())).values) / scale
+    allowed = 1e-3 if plain.dtype in _TOLERANCE else 5e-2
+    if abs(factor - 1) < 1e-3:
+        factor = 1.0  # estimated: in 16 bits only to about four digits
+    return factor if abs(factor) > 1e-6 and typical <= allowed * abs(factor) else None
+
+
+def _offset(walk: Walk, layer: int, state: Tensor, module: nn.Module) -> float | None:
+    """What a norm adds to its weight before it multiplies: 0 or 1; None if it does something else."""
+    caught: list[Tensor] = []
+    hook = module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    try:
+        walk.layer_on(layer, 0, state)
+    finally:
+        hook.remove()
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    with weight_set(weight, torch.zeros_like(weight)):
+        at_zero = module(caught[0])[walk.counted[0]].float()
+    with weight_set(weight, torch.ones_like(weight)):
+        at_one = module(caught[0])[walk.counted[0]].float()
+    size = float(at_one.norm())
+    for offset in (0.0, 1.0):
+        if size > 0 and float((at_zero * (1 + offset) - at_one * offset).norm()) <= 1e-2 * size:
+            return offset
+    return None
+
+
+@contextmanager
+def weight_set(weight: Tensor, new: Tensor) -> Iterator[None]:
+    """While it lasts, a weight has other numbers."""
+    original = weight.detach().clone()
+    weight.copy_(new)
+    try:
+        yield
+    finally:
+        weight.copy_(original)

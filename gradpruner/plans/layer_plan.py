@@ -1,0 +1,294 @@
+"""PruningPlan: what happens to every layer, decided before any weight is touched.
+
+A plan is a small JSON file a person can read and edit; everything about it is checked on load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradpruner.errors import ConfigError, PlanError
+from gradpruner.files import read_json, write_json
+from gradpruner.gradients.trace import same_model
+from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
+from gradpruner.registry import suggest
+
+ACTIONS = ("keep", "drop", "merge")
+MIN_KEPT = 2
+FORMAT_VERSION = 1
+_FIELDS = ("format_version", "num_layers", "actions", "rule", "density", "method", "evidence")
+
+
+@dataclass(frozen=True)
+class LayerAction:
+    """What happens to one layer.
+
+    Attributes:
+        action: "keep", "drop" (removed outright) or "merge" (added into a retained layer, then removed).
+        into: The layer it is merged into, a retained one (see `PruningPlan` for the exception); None unless
+            merged.
+    """
+
+    action: str
+    into: int | None = None
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Keep, drop or merge, for every decoder layer.
+
+    A layer that has taken in others can itself be merged into an earlier one, but only by a rule that needs
+    no recorded gradients (LaCo's): nobody recorded those of a merged layer. Such a chain is carried out from
+    its last target to its first.
+
+    Attributes:
+        actions: One per layer, in order.
+        rule: How merged layers are combined; a name in `merging.MERGE_RULES`.
+        density: Fraction of a merged layer's entries that survive sparsification, in (0, 1].
+        method: The method whose scores were used, or "explicit".
+        evidence: Where the scores came from, JSON values only (copied from `LayerScores.evidence`).
+    """
+
+    actions: tuple[LayerAction, ...]
+    rule: str = "sum"
+    density: float = 0.2
+    method: str = "explicit"
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        MERGE_RULES.find(self.rule)
+        check_density(self.density)
+        for layer, entry in enumerate(self.actions):
+            self._check_action(layer, entry)
+        if len(self.keep) < MIN_KEPT:
+            raise PlanError(
+                f"The plan leaves {len(self.keep)} of {self.num_layers} layers; at least {MIN_KEPT} "
+                "must stay.",
+                hint=f"Prune at most {max(0, self.num_layers - MIN_KEPT)} layers.",
+            )
+        for target, layers in self.merged.items():
+            if len(layers) > MAX_SOURCES:
+                raise PlanError(
+                    f"{len(layers)} layers are to be merged into layer {target}; at most {MAX_SOURCES} can.",
+                    hint="Drop some of them (action: drop).",
+                )
+
+    def _check_action(self, layer: int, entry: LayerAction) -> None:
+        if entry.action not in ACTIONS:
+            raise PlanError(
+                f"Layer {layer}: unknown action '{entry.action}'.{suggest(entry.action, ACTIONS)}",
+                hint=f"Allowed: {', '.join(ACTIONS)}.",
+            )
+        if (entry.action == "merge") != (entry.into is not None):
+            raise PlanError(
+                f"Layer {layer}: action '{entry.action}' with into = {entry.into}.",
+                hint="'merge' needs the retained layer it goes into; 'keep' and 'drop' need none.",
+            )
+        if entry.into is None:
+            return
+        exists = 0 <= entry.into < self.num_layers
+        if not exists or not self._takes_in(entry.into):
+            chain = exists and self.actions[entry.into].action == "merge"
+            raise PlanError(
+                f"Layer {layer} is to be merged into layer {entry.into}, which is not a kept layer.",
+                hint=f"Kept layers: {', '.join(map(str, self.keep))}."
+                + (" LaCo's rules alone merge a merged layer, into an earlier one." if chain else ""),
+            )
+
+    def _takes_in(self, target: int) -> bool:
+        """Whether others can be merged into a layer: it is kept, or a link of a chain."""
+        found = self.actions[target]
+        if found.action == "keep":
+            return True
+        return found.into is not None and found.into < target and not needs_importance(self.rule)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model before pruning."""
+        return len(self.actions)
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        """Kept layers, ascending."""
+        return tuple(i for i, entry in enumerate(self.actions) if entry.action == "keep")
+
+    @property
+    def pruned(self) -> tuple[int, ...]:
+        """Dropped and merged layers, ascending."""
+        return tuple(i for i, entry in enumerate(self.actions) if entry.action != "keep")
+
+    @property
+    def merged(self) -> dict[int, tuple[int, ...]]:
+        """Layer -> the layers merged into it, ascending; also of layers that are merged themselves."""
+        out: dict[int, tuple[int, ...]] = {}
+        for layer, entry in enumerate(self.actions):
+            if entry.into is not None:
+                out[entry.into] = (*out.get(entry.into, ()), layer)
+        return out
+
+    @property
+    def merge_order(self) -> tuple[int, ...]:
+        """The targets of `merged` in the order in which they take in others: the last one first.
+
+        What a target takes in has then taken in all it was to.
+        """
+        return tuple(sorted(self.merged, reverse=True))
+
+    @property
+    def needs_trace(self) -> bool:
+        """Whether carrying it out needs the recorded gradients."""
+        return bool(self.merged) and needs_importance(self.rule)
+
+    def without_merging(self) -> PruningPlan:
+        """The same layers pruned, every one dropped (the paper's "w/o merging")."""
+        actions = tuple(LayerAction("keep" if a.action == "keep" else "drop") for a in self.actions)
+        return PruningPlan(actions, self.rule, self.density, self.method, self.evidence)
+
+    def check_model(self, num_layers: int, fingerprint: str = "") -> None:
+        """Raises PlanError when the plan was made for another depth or another model."""
+        if self.num_layers != num_layers:
+            raise PlanError(
+                f"The plan is for a model of {self.num_layers} layers; this one has {num_layers}.",
+                hint="Make a plan from this model's own scores.",
+            )
+        check_origin(self.evidence, fingerprint)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "num_layers": self.num_layers,
+            "method": self.method,
+            "rule": self.rule,
+            "density": self.density,
+            "actions": [
+                {"layer": i, "action": a.action} | ({"into": a.into} if a.into is not None else {})
+                for i, a in enumerate(self.actions)
+            ],
+            "evidence": self.evidence,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "plan") -> PruningPlan:
+        """Reads a plan, possibly edited by hand.
+
+        Raises:
+            PlanError: Naming the field that is wrong and what is allowed.
+        """
+        if not isinstance(raw, dict):
+            raise PlanError(f"{where} is not a pruning plan: a JSON object is needed.")
+        if raw.get("kind") == "width":
+            raise PlanError(
+                f"{where} is a width plan; a plan that keeps, drops and merges whole layers is needed here.",
+                hint="`gradpruner prune MODEL NEW --plan FILE` takes plans of either kind.",
+            )
+        check_fields(raw, _FIELDS, where)
+        entries = raw.get("actions")
+        if not isinstance(entries, list) or not entries:
+            raise PlanError(f"{where}: 'actions' must list every layer, in order.")
+        actions = tuple(_read_action(entry, layer, where) for layer, entry in enumerate(entries))
+        if raw.get("num_layers", len(actions)) != len(actions):
+            raise PlanError(
+                f"{where}: num_layers is {raw['num_layers']} but {len(actions)} actions are listed."
+            )
+        density = raw.get("density", 0.2)
+        if not isinstance(density, int | float) or isinstance(density, bool) or not -1e9 < density < 1e9:
+            raise PlanError(f"{where}: density is {density!r}; a number is needed.")
+        evidence = raw.get("evidence", {})
+        if not isinstance(evidence, dict):
+            raise PlanError(f"{where}: evidence is {evidence!r}; a JSON object is needed.")
+        rule, method = str(raw.get("rule", "sum")), str(raw.get("method", "explicit"))
+        try:
+            return cls(actions, rule, float(density), method, evidence)
+        except ConfigError as error:
+            raise PlanError(f"{where}: {error.message}", error.hint) from error
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan as JSON."""
+        write_json(Path(path), self.to_dict())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningPlan:
+        """Reads and validates a plan file.
+
+        Raises:
+            PlanError: If there is none, or it says what no plan can.
+            IntegrityError: If it is not JSON.
+        """
+        if not Path(path).is_file():
+            raise PlanError(
+                f"There is no pruning plan at {path}.",
+                hint="`gradpruner plan` writes plans/<variant>.json into the run directory.",
+            )
+        return cls.from_dict(read_json(Path(path), "pruning plan"), str(path))
+
+    @classmethod
+    def from_keep(cls, num_layers: int, keep: Sequence[int]) -> PruningPlan:
+        """A plan for people who know which layers they want; the others are dropped."""
+        pruned = set(range(num_layers)) - set(checked_layers(keep, num_layers, "keep"))
+        return cls(tuple(LayerAction("drop" if i in pruned else "keep") for i in range(num_layers)))
+
+
+def check_fields(raw: dict[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises PlanError when a plan's JSON object has a field that none has, or is of another version."""
+    for key in raw:
+        if key not in known:
+            raise PlanError(
+                f"{where}: unknown field '{key}'.{suggest(key, known)}",
+                hint=f"Allowed: {', '.join(known)}.",
+            )
+    if raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise PlanError(f"{where}: format_version {raw['format_version']!r} is not {FORMAT_VERSION}.")
+
+
+def check_origin(evidence: dict[str, Any], fingerprint: str) -> None:
+    """Raises PlanError when what a plan rests on was found on another model than this one."""
+    planned = evidence.get("model")
+    if planned and fingerprint and not same_model(str(planned), fingerprint):
+        raise PlanError(
+            f"The plan was made from model {planned}; this is {fingerprint}.",
+            hint="Make a plan on this model.",
+        )
+
+
+def _read_action(entry: Any, layer: int, where: str) -> LayerAction:
+    if not isinstance(entry, dict) or entry.get("layer", layer) != layer:
+        raise PlanError(
+            f"{where}: entry {layer} of 'actions' is {entry!r}; the entry of layer {layer} is needed.",
+            hint="List every layer once, in order.",
+        )
+    for key in entry:
+        if key not in ("layer", "action", "into"):
+            raise PlanError(
+                f"{where}: layer {layer}: unknown field '{key}'.{suggest(key, ('action', 'into'))}",
+                hint="Allowed: layer, action, into.",
+            )
+    into = entry.get("into")
+    if into is not None and (isinstance(into, bool) or not isinstance(into, int)):
+        raise PlanError(f"{where}: layer {layer}: into is {into!r}; a layer number is needed.")
+    return LayerAction(str(entry.get("action")), into)
+
+
+def checked_layers(layers: Sequence[int], total: int, name: str) -> list[int]:
+    """The layers sorted, when they exist and are listed once; `name` says in errors where they are from."""
+    outside = [layer for layer in layers if not 0 <= layer < total]
+    repeated = sorted({layer for layer in layers if list(layers).count(layer) > 1})
+    if outside or repeated:
+        fault = f"{outside} do not exist" if outside else f"{repeated} are listed more than once"
+        raise PlanError(f"{name}: layers {fault}; the model has layers 0 to {total - 1}.")
+    return sorted(layers)
+
+
+def runs_of(layers: Sequence[int]) -> str:
+    """Layers as text with runs joined: '3, 7-9'."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts) or "none"

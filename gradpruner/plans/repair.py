@@ -1,0 +1,203 @@
+"""Repair: weights refitted so that what stands after a cut sees what it saw before the layers went.
+
+A repair is made for one plan of one model (`refitting.fit_repair`) and carried out with it:
+`prune_(model, plan, repair=...)` in memory and `prune_checkpoint(..., repair=...)` on disk put in the same
+numbers.
+
+On disk a repair is a folder: `repair.json` (what was fitted, and how well) and `repair.safetensors`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gradpruner.errors import ConfigError, IntegrityError, PlanError, ShapeError
+from gradpruner.files import read_json, save_tensors, write_json
+from gradpruner.gradients.trace import same_model
+from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.registry import suggest
+
+KINDS = ("none", "linear", "least_squares")
+REPAIR_FILE, WEIGHTS_FILE = "repair.json", "repair.safetensors"
+FORMAT_VERSION = 1
+
+
+def check_kind(kind: str) -> None:
+    """Raises ConfigError for a repair that does not exist."""
+    if kind not in KINDS:
+        raise ConfigError(
+            f"Unknown repair '{kind}'.{suggest(kind, KINDS)}", hint=f"Allowed: {', '.join(KINDS)}."
+        )
+
+
+@dataclass(frozen=True)
+class RepairedCut:
+    """What was done about one run of layers that go.
+
+    Attributes:
+        layer: The kept layer before the run; its last linear is refitted, or the norm that follows it.
+        linear: Path of that linear or norm inside the layer.
+        gone: The layers of the run, neighbours, ascending.
+        ridge: The chosen multiple of the mean diagonal of the regressors' second moments; None when no
+            ridge lowered the error on held-out samples and the weight stays as it was.
+        error_before: Mean over held-out tokens of |h - y|^2 / |h|^2: h what the dense model hands to the
+            layer behind the run, y what the pruned model hands it without this refit.
+        error_after: The same with the refit that was fitted on the other samples.
+    """
+
+    layer: int
+    linear: str
+    gone: tuple[int, ...]
+    ridge: float | None
+    error_before: float
+    error_after: float
+
+
+@dataclass(frozen=True)
+class Repair:
+    """The refitted weights of one plan of one model.
+
+    Attributes:
+        kind: "linear" or "least_squares".
+        pruned: The layers that go, ascending.
+        cuts: One per run of layers that go behind a kept layer, from input to output.
+        weights: Layer -> the refitted weight, float32: (out_features, in_features) of a linear, (hidden,) of
+            a norm; without the cuts whose ridge is None.
+        model: Fingerprint of the dense model; "" if it cannot be told.
+        rows: Samples it was fitted on.
+        tokens: Tokens of theirs that counted.
+        seconds: Wall time of fitting.
+        notes: Anything unusual, in words.
+    """
+
+    kind: str
+    pruned: tuple[int, ...]
+    cuts: tuple[RepairedCut, ...]
+    weights: Mapping[int, Tensor]
+    model: str = ""
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        refitted = {cut.layer for cut in self.cuts if cut.ridge is not None}
+        if refitted != set(self.weights):
+            raise ShapeError(
+                f"The cuts name refitted linears in layers {sorted(refitted)}; weights are there for "
+                f"{sorted(self.weights)}."
+            )
+
+    @property
+    def linears(self) -> dict[int, str]:
+        """Layer -> path of the linear, or norm, in it that gets another weight."""
+        return {cut.layer: cut.linear for cut in self.cuts if cut.ridge is not None}
+
+    def check(self, plan: PruningPlan, fingerprint: str = "") -> None:
+        """Raises PlanError when it was fitted for other layers or on another model."""
+        if self.pruned != plan.pruned:
+            raise PlanError(
+                f"The repair was fitted for a model without layers {runs_of(self.pruned)}; the plan removes "
+                f"{runs_of(plan.pruned)}.",
+                hint="Fit a repair for this plan.",
+            )
+        wrong = {(cut.layer, cut.gone) for cut in self.cuts}.symmetric_difference(cuts_of(plan))
+        if wrong:
+            layer, gone = min(wrong)
+            raise PlanError(
+                f"Repair and plan do not have the same cuts: layers {runs_of(gone)} behind layer {layer}.",
+                hint="Fit a repair for this plan.",
+            )
+        if self.model and fingerprint and not same_model(self.model, fingerprint):
+            raise PlanError(
+                f"The repair was fitted on model {self.model}; this is {fingerprint}.",
+                hint="Fit a repair on this model.",
+            )
+
+    def check_shapes(self, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
+        """Raises PlanError unless the model has every refitted weight, in the fitted shape.
+
+        Args:
+            shapes: Layer -> linear or norm -> shape of its weight, (out_features, in_features) or (hidden,).
+        """
+        for layer, name in self.linears.items():
+            found, fitted = shapes.get(layer, {}).get(name), tuple(self.weights[layer].shape)
+            if found != fitted:
+                raise PlanError(
+                    f"The repair holds a weight of shape {fitted} for '{name}' of layer {layer}; the model's "
+                    f"is {found or 'missing'}.",
+                    hint="Fit a repair on this model.",
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the weights, as JSON values."""
+        found = asdict(self)
+        del found["weights"]
+        return found
+
+    def save(self, folder: Path) -> Path:
+        """Writes the two files; `repair.json` last, so that a folder that has one is whole."""
+        tensors = {f"{layer}.{self.linears[layer]}": w.contiguous() for layer, w in self.weights.items()}
+        save_tensors(folder / WEIGHTS_FILE, tensors, {})
+        write_json(folder / REPAIR_FILE, {"format_version": FORMAT_VERSION, **self.facts()})
+        return folder / REPAIR_FILE
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Repair:
+        """Reads a repair folder.
+
+        Raises:
+            IntegrityError: If a file is missing, damaged, or the two do not belong together.
+        """
+        folder = Path(folder)
+        raw = read_json(folder / REPAIR_FILE, "repair")
+        try:
+            version = raw.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
+            cuts = tuple(RepairedCut(**{**cut, "gone": tuple(cut["gone"])}) for cut in raw.pop("cuts"))
+            named = {f"{cut.layer}.{cut.linear}": cut.layer for cut in cuts if cut.ridge is not None}
+            with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+                weights = {named[name]: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            raw["pruned"], raw["notes"] = tuple(raw["pruned"]), tuple(raw["notes"])
+            repair = cls(cuts=cuts, weights=weights, **raw)
+        except (
+            OSError,
+            SafetensorError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ShapeError,
+        ) as error:
+            raise IntegrityError(
+                f"{folder} does not hold a usable repair: {error}.", hint="Fit the repair again."
+            ) from error
+        if not all(bool(torch.isfinite(w).all()) for w in repair.weights.values()):
+            raise IntegrityError(f"The repair in {folder} holds NaN or Inf.", hint="Fit the repair again.")
+        return repair
+
+
+def cuts_of(plan: PruningPlan) -> list[tuple[int, tuple[int, ...]]]:
+    """Every run of layers that go behind a kept layer: (that layer, the run), from input to output."""
+    found: list[tuple[int, list[int]]] = []
+    for layer in plan.pruned:
+        if found and found[-1][1][-1] == layer - 1:
+            found[-1][1].append(layer)
+        elif layer > 0:
+            found.append((layer - 1, [layer]))
+        else:
+            found.append((-1, [layer]))  # at the input: no kept layer before it
+    return [(layer, tuple(run)) for layer, run in found if layer >= 0]
+
+
+def unrepaired(plan: PruningPlan) -> Sequence[int]:
+    """The layers that go at the very input, before which there is nothing to refit."""
+    return [layer for layer in plan.pruned if all(before in plan.pruned for before in range(layer))]

@@ -1,0 +1,262 @@
+"""WidthPlan: which heads, channels and hidden dimensions stay, decided before any weight is touched.
+
+Like a `PruningPlan` it is a JSON file a person can read and edit; everything about it is checked on load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from gradpruner.errors import PlanError
+from gradpruner.files import read_json, write_json
+from gradpruner.plans.layer_plan import FORMAT_VERSION, check_fields, check_origin, runs_of
+
+KIND = "width"
+_FIELDS = ("format_version", "kind", "shape", "layers", "hidden", "method", "evidence")
+
+
+@dataclass(frozen=True)
+class WidthShape:
+    """The widths of a dense decoder, the same in every layer.
+
+    Attributes:
+        num_layers: Decoder layers.
+        hidden_size: Entries of a hidden state.
+        num_heads: Query heads of a layer.
+        num_kv_heads: Key/value heads of a layer; query heads g*q to g*q+q-1 belong to KV head g, where q is
+            `num_heads / num_kv_heads` (transformers' `repeat_kv`).
+        head_dim: Entries of a head.
+        intermediate_size: MLP channels of a layer.
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise PlanError(f"shape.{entry.name} is {value!r}; a whole number of 1 or more is needed.")
+        if self.num_heads % self.num_kv_heads:
+            raise PlanError(
+                f"{self.num_heads} query heads cannot be shared out evenly to {self.num_kv_heads} KV heads."
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of a KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    def group(self, kv_head: int) -> tuple[int, ...]:
+        """The query heads of a KV head."""
+        return tuple(range(kv_head * self.group_size, (kv_head + 1) * self.group_size))
+
+    def heads_of(self, kv_heads: Sequence[int]) -> tuple[int, ...]:
+        """The query heads of several KV heads."""
+        return tuple(head for kv_head in kv_heads for head in self.group(kv_head))
+
+
+@dataclass(frozen=True)
+class LayerWidths:
+    """What stays of one layer.
+
+    Attributes:
+        heads: Kept query heads, ascending, numbered as in the dense model. A KV head stays when one of its
+            query heads does; every KV head that stays must keep equally many.
+        channels: Kept MLP channels, ascending.
+    """
+
+    heads: tuple[int, ...]
+    channels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class WidthPlan:
+    """What stays of every layer, and of the hidden state that all layers share.
+
+    Attributes:
+        shape: The dense model's widths.
+        layers: One per decoder layer.
+        hidden: Kept hidden dimensions, ascending; all of them when the hidden state is not pruned.
+        method: The method that chose.
+        evidence: What the choice rests on, JSON values only; "model" is the fingerprint, if known.
+    """
+
+    shape: WidthShape
+    layers: tuple[LayerWidths, ...]
+    hidden: tuple[int, ...]
+    method: str = "explicit"
+    evidence: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        if len(self.layers) != shape.num_layers:
+            raise PlanError(f"The plan has {len(self.layers)} layers; its shape says {shape.num_layers}.")
+        _check_kept(self.hidden, shape.hidden_size, "hidden")
+        for layer, widths in enumerate(self.layers):
+            _check_kept(widths.heads, shape.num_heads, f"layer {layer}: heads")
+            _check_kept(widths.channels, shape.intermediate_size, f"layer {layer}: channels")
+            sizes = {len(set(widths.heads) & set(shape.group(g))) for g in self.kv_heads(layer)}
+            if len(sizes) > 1:
+                raise PlanError(
+                    f"Layer {layer}: the kept KV heads have {' and '.join(map(str, sorted(sizes)))} query "
+                    "heads; attention needs equally many for each.",
+                    hint="Remove whole KV heads, or equally many query heads of each.",
+                )
+
+    def kv_heads(self, layer: int) -> tuple[int, ...]:
+        """Kept KV heads of a layer, ascending."""
+        return tuple(sorted({head // self.shape.group_size for head in self.layers[layer].heads}))
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers, all of which stay."""
+        return self.shape.num_layers
+
+    @property
+    def keep(self) -> tuple[int, ...]:
+        """All layers: none is pruned as a whole."""
+        return tuple(range(self.num_layers))
+
+    @property
+    def pruned(self) -> tuple[int, ...]:
+        """No layer."""
+        return ()
+
+    @property
+    def merged(self) -> dict[int, tuple[int, ...]]:
+        """No layer."""
+        return {}
+
+    @cached_property
+    def uniform(self) -> bool:
+        """Whether all layers keep equally many heads, KV heads and channels: what a config can say."""
+        counts = {
+            (len(widths.heads), len(self.kv_heads(i)), len(widths.channels))
+            for i, widths in enumerate(self.layers)
+        }
+        return len(counts) == 1
+
+    @property
+    def widths(self) -> WidthShape:
+        """The widths of the pruned model.
+
+        Raises:
+            PlanError: If they differ between layers.
+        """
+        if not self.uniform:
+            raise PlanError("The layers of this plan keep different widths; there is no one shape.")
+        return WidthShape(
+            num_layers=self.num_layers,
+            hidden_size=len(self.hidden),
+            num_heads=len(self.layers[0].heads),
+            num_kv_heads=len(self.kv_heads(0)),
+            head_dim=self.shape.head_dim,
+            intermediate_size=len(self.layers[0].channels),
+        )
+
+    def check_model(self, shape: WidthShape, fingerprint: str = "") -> None:
+        """Raises PlanError when the plan was made for other widths or another model."""
+        if shape != self.shape:
+            raise PlanError(
+                f"The plan is for a model of {asdict(self.shape)}; this one has {asdict(shape)}.",
+                hint="Make a plan for this model.",
+            )
+        check_origin(self.evidence, fingerprint)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values; kept units as text with runs joined, "0-5, 7"."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "kind": KIND,
+            "method": self.method,
+            "shape": asdict(self.shape),
+            "hidden": runs_of(self.hidden),
+            "layers": [
+                {"layer": i, "heads": runs_of(w.heads), "channels": runs_of(w.channels)}
+                for i, w in enumerate(self.layers)
+            ],
+            "evidence": self.evidence,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "plan") -> WidthPlan:
+        """Reads a plan, possibly edited by hand.
+
+        Raises:
+            PlanError: Naming the field that is wrong and what is allowed.
+        """
+        if not isinstance(raw, dict) or raw.get("kind") != KIND:
+            raise PlanError(f"{where} is not a width plan: a JSON object of kind '{KIND}' is needed.")
+        check_fields(raw, _FIELDS, where)
+        evidence, entries = raw.get("evidence", {}), raw.get("layers")
+        if not isinstance(evidence, dict) or not isinstance(entries, list):
+            raise PlanError(f"{where}: 'layers' must be a list and 'evidence' an object.")
+        try:
+            shape = WidthShape(**raw["shape"])
+        except (TypeError, KeyError) as error:
+            names = ", ".join(entry.name for entry in fields(WidthShape))
+            raise PlanError(f"{where}: 'shape' needs exactly {names}.") from error
+        layers = tuple(_read_layer(entry, layer, where) for layer, entry in enumerate(entries))
+        hidden = _read_runs(raw.get("hidden"), f"{where}: hidden")
+        return cls(shape, layers, hidden, str(raw.get("method", "explicit")), evidence)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan as JSON."""
+        write_json(Path(path), self.to_dict())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> WidthPlan:
+        """Reads and validates a plan file.
+
+        Raises:
+            PlanError: If there is none, or it says what no plan can.
+            IntegrityError: If it is not JSON.
+        """
+        if not Path(path).is_file():
+            raise PlanError(f"There is no width plan at {path}.")
+        return cls.from_dict(read_json(Path(path), "width plan"), str(path))
+
+
+def _check_kept(kept: Sequence[int], total: int, name: str) -> None:
+    if not kept:
+        raise PlanError(f"{name}: nothing is kept; at least one of {total} must stay.")
+    if any(b <= a for a, b in pairwise(kept)):
+        raise PlanError(f"{name}: the kept ones must be listed once and in order.")
+    if kept[0] < 0 or kept[-1] >= total:
+        raise PlanError(f"{name}: {kept[0] if kept[0] < 0 else kept[-1]} is not in 0 to {total - 1}.")
+
+
+def _read_layer(entry: Any, layer: int, where: str) -> LayerWidths:
+    known = {"layer", "heads", "channels"}
+    if not isinstance(entry, dict) or entry.get("layer", layer) != layer or not entry.keys() <= known:
+        raise PlanError(
+            f"{where}: entry {layer} of 'layers' is {entry!r}; layer, heads and channels of layer "
+            f"{layer} are needed.",
+            hint="List every layer once, in order.",
+        )
+    return LayerWidths(
+        *(_read_runs(entry.get(name), f"{where}: layer {layer}: {name}") for name in ("heads", "channels"))
+    )
+
+
+def _read_runs(text: Any, where: str) -> tuple[int, ...]:
+    """The numbers in a text such as "0-5, 7"."""
+    try:
+        parts = [part.strip().partition("-") for part in str(text).split(",")]
+        ranges = [range(int(low), int(high or low) + 1) for low, _, high in parts]
+    except ValueError as error:
+        raise PlanError(f"{where} is {text!r}; numbers and runs such as '0-5, 7' are needed.") from error
+    if sum(map(len, ranges)) > 10_000_000:
+        raise PlanError(f"{where}: {text!r} is longer than any model is wide.")
+    return tuple(number for one in ranges for number in one)

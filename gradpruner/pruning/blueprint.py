@@ -1,0 +1,371 @@
+"""Blueprint: a pruned checkpoint, decided before anything is written. The model is never built.
+
+Which tensors stay and under which names, which are computed, what the new config says: writing it is then a
+copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradpruner.errors import IntegrityError, ModelError, PlanError
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.models.config_patch import check_keep, layer_pattern, patch_config, rename_modules
+from gradpruner.models.engines import judge, layer_facts
+from gradpruner.models.folder import check_model_folder
+from gradpruner.models.layers import (
+    SAMPLES,
+    LayeredModel,
+    add_sample,
+    identity_of,
+    sample_step,
+    skeleton,
+    slice_layers,
+)
+from gradpruner.models.loading import (
+    ADAPTER_FILE,
+    load_config,
+    load_structure,
+    model_class,
+    refuse_narrowed,
+)
+from gradpruner.models.shards import Shards, TensorRef, open_shards
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.repair import Repair
+from gradpruner.pruning.in_memory import check_alike, check_trace, merge_planned
+from gradpruner.pruning.writer import TORCH_DTYPES, Piece, read_tensor, sha256_tensor
+
+
+@dataclass
+class Blueprint:
+    """A pruned checkpoint, decided but not written.
+
+    Args:
+        source: The model folder.
+        plan: What happens to every layer.
+        trace: The recorded gradients; needed when the plan merges by them.
+        without_trace: Nothing will be merged: only names, shapes and the config are asked for.
+        repair: What was fitted for the plan; its weights replace those of the layers before the cuts.
+
+    Attributes:
+        shards: The tensors of the source.
+        raw: The content of its config.json.
+        config: The same as transformers reads it.
+        view: Its layers, without weights.
+        prefix: Under which name the layers are on disk.
+        warnings: What the user should know, in words.
+
+    Raises:
+        PlanError: If the plan is for another model or depth, merges what cannot be merged, or leaves what no
+            config can express.
+        ModelError: If the folder is not a model that can be pruned.
+        IntegrityError: If a file is damaged, unsafe, or not what the config says.
+    """
+
+    source: Path
+    plan: PruningPlan
+    trace: GradientTrace | None = None
+    without_trace: bool = False
+    repair: Repair | None = None
+
+    def __post_init__(self) -> None:
+        self.raw = check_model_folder(self.source, trust_remote_code=True, quantised=True)
+        if (self.source / ADAPTER_FILE).is_file():  # transformers would load both
+            raise ModelError(
+                f"{self.source} holds adapters beside its weights.",
+                hint=f"Merge them into the weights, or move {ADAPTER_FILE} out of the folder.",
+            )
+        refuse_narrowed(self.source)
+        self.quantised = "quantization_config" in self.raw
+        self.shards: Shards = open_shards(self.source)
+        self.config: Any = load_config(self.source, native=True)
+        self.view = LayeredModel(self._structure())
+        self.prefix = self._find_prefix()
+        self._pattern = layer_pattern(self.prefix)
+        self._place = {old: new for new, old in enumerate(self.plan.keep)}
+        self.plan.check_model(self.view.num_layers, self.fingerprint)
+        self.warnings = check_keep(self.view.config, self.view.family, self.plan)
+        if self.plan.merged:
+            self._check_merging()
+        if self.repair is not None:
+            self._check_repair(self.repair)
+        self._check_layers()
+
+    def _structure(self) -> nn.Module:
+        """The model without weights, its parameters checked against the files by transformers itself."""
+        if not self.quantised:
+            return load_structure(self.source)
+        config = copy.deepcopy(self.config)
+        del config.quantization_config  # a quantised skeleton needs the hardware it was made for
+        return skeleton(model_class(self.config), config)
+
+    def _find_prefix(self) -> str:
+        """Under which prefix the layers are on disk: not always the path they have in memory."""
+        path, base = self.view.family.layers_path, self.view.model.base_model_prefix
+        candidates = [path, path.removeprefix(f"{base}."), f"{base}.{path}", *self.view.family.disk_paths]
+        wanted = set(range(self.view.num_layers))
+        for candidate in candidates:
+            pattern = layer_pattern(candidate)
+            numbers = {int(m[1]) for name in self.shards.tensors if (m := pattern.match(name))}
+            if wanted <= numbers:
+                return candidate
+        raise IntegrityError(
+            f"{self.source} has no tensors for {self.view.num_layers} layers under "
+            f"{' or '.join(dict.fromkeys(candidates))}.",
+            hint="Does its config.json belong to these weights?",
+        )
+
+    def rename(self, name: str) -> str | None:
+        """Name of a tensor or module in the pruned checkpoint; None when it goes."""
+        match = self._pattern.match(name)
+        if match is None:
+            return name
+        new = self._place.get(int(match[1]))
+        return None if new is None else f"{self.prefix}.{new}{match[2] or ''}"
+
+    def _check_layers(self) -> None:
+        """Refuses layers behind the last one unless the config counts them, and uneven quantised layers."""
+        depth, family = self.view.num_layers, self.view.family
+        numbers = {int(m[1]) for name in self.shards.tensors if (m := self._pattern.match(name))}
+        extra = sorted(numbers - set(range(depth)))
+        if extra and not any(getattr(self.view.config, name, None) for name in family.beyond):
+            raise IntegrityError(
+                f"{self.source} holds tensors of layer {extra[0]}, but its config says {depth} layers.",
+                hint="Does its config.json belong to these weights?",
+            )
+        if not self.quantised:
+            return
+        kinds = getattr(self.view.config, "layer_types", None) or [""] * depth
+        modules: dict[int, set[str]] = {i: set() for i in range(depth)}
+        for name in self.shards.tensors:
+            match = self._pattern.match(name)
+            if match and int(match[1]) < depth:  # not its tensors: some modules may be left unquantised
+                modules[int(match[1])].add((match[2] or "").rpartition(".")[0])
+        for layer in range(depth):
+            first = kinds.index(kinds[layer])
+            if modules[layer] != modules[first] and not family.no_merge:
+                odd = sorted(modules[layer] ^ modules[first])[0]
+                raise IntegrityError(
+                    f"{self.source}: layers {first} and {layer} do not have the same modules ('{odd}').",
+                    hint="Is the download complete?",
+                )
+
+    @cached_property
+    def linears(self) -> dict[int, dict[str, TensorRef]]:
+        """Layer -> linear -> its weight on disk; without those stored in another form."""
+        found: dict[int, dict[str, TensorRef]] = {}
+        for layer in range(self.view.num_layers):
+            found[layer] = {}
+            for name, module in self.view.linears(layer).items():
+                ref = self.shards.tensors.get(f"{self.prefix}.{layer}.{name}.weight")
+                weight: Any = module.weight
+                if ref is not None and ref.shape == tuple(weight.shape) and ref.dtype in TORCH_DTYPES:
+                    found[layer][name] = ref
+        return found
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same identity `layers.fingerprint` gives the loaded model, from 64 entries of every linear."""
+        if self.quantised:
+            return ""
+        digest = hashlib.sha256()
+        for layer, linears in self.linears.items():
+            if len(linears) != len(self.view.linears(layer)):
+                return ""
+            for name, ref in linears.items():
+                add_sample(digest, layer, name, ref.shape, _sample(ref))
+        return f"{identity_of(self.view.config)}-{digest.hexdigest()[:12]}"
+
+    def _transposed(self, layer: int, name: str) -> bool:
+        return isinstance(self.view.linears(layer).get(name), Conv1D)
+
+    def _check_repair(self, repair: Repair) -> None:
+        if self.quantised:
+            raise PlanError(
+                f"{self.source} is quantised; its weights cannot be repaired.",
+                hint="Prune it without repair, or the unquantised model.",
+            )
+        repair.check(self.plan, self.fingerprint)
+        shapes: dict[int, dict[str, tuple[int, ...]]] = {}
+        for layer, name in repair.linears.items():
+            ref = self._repairable(layer, name)
+            if ref is not None:
+                turned = tuple(reversed(ref.shape)) if self._transposed(layer, name) else ref.shape
+                shapes[layer] = {name: turned}
+        repair.check_shapes(shapes)
+
+    def _repairable(self, layer: int, name: str) -> TensorRef | None:
+        """The weight on disk of a linear or norm of a kept layer; None if there is none of that name."""
+        weight = self.view.weight(layer, name)
+        if weight is None or layer not in self.plan.keep:
+            return None
+        if weight.ndim != 1:
+            return self.linears[layer].get(name)
+        ref = self.shards.tensors.get(f"{self.prefix}.{layer}.{name}.weight")
+        return ref if ref is not None and ref.shape == tuple(weight.shape) else None
+
+    def _linear_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
+        """Layer -> linear on disk -> (out_features, in_features)."""
+        return {
+            layer: {
+                name: tuple(reversed(ref.shape)) if self._transposed(layer, name) else ref.shape
+                for name, ref in linears.items()
+            }
+            for layer, linears in self.linears.items()
+        }
+
+    def _check_merging(self) -> None:
+        if self.quantised:
+            raise PlanError(
+                f"{self.source} is quantised; layers of it can be dropped but not merged.",
+                hint="Plan with num_merge: 0, or prune the unquantised model.",
+            )
+        for layer, linears in self.linears.items():
+            involved = layer in self.plan.merged or any(layer in v for v in self.plan.merged.values())
+            missing = sorted(self.view.linears(layer).keys() - linears.keys())
+            if missing and involved:
+                raise ModelError(
+                    f"'{missing[0]}' of layer {layer} is stored in another form than it is computed with.",
+                    hint="Merge in memory: prune_(model, plan, trace), then save_pretrained.",
+                )
+        shapes = self._linear_shapes()
+        if not self.plan.needs_trace:
+            check_alike(self.plan, shapes)
+        elif self.trace is not None or not self.without_trace:
+            check_trace(self.plan, self.trace, shapes, self.fingerprint)
+
+    def pieces(self) -> list[Piece]:
+        """The tensors of the pruned checkpoint, in the order of the source."""
+        computed = {
+            ref.name: partial(self._merge, target, name)
+            for target in self.plan.merged
+            for name, ref in self.linears[target].items()
+        }
+        for layer, path in (self.repair.linears if self.repair else {}).items():
+            computed[self.repaired_ref(layer, path).name] = partial(self._repaired, layer, path)
+        wide = self._wide_on_disk()
+        pieces = []
+        for ref in self.shards.tensors.values():
+            name = self.rename(ref.name)
+            if name is None:
+                continue
+            if ref.name in computed:
+                pieces.append(Piece(name, ref.dtype, ref.shape, ref.num_bytes, make=computed[ref.name]))
+            elif ref.name in wide:
+                pieces.append(self._cut(ref, wide[ref.name]))
+            else:
+                pieces.append(Piece.copied(name, ref))
+        return pieces
+
+    def merged_names(self) -> set[str]:
+        """Names in the pruned checkpoint of the tensors that others are merged into."""
+        refs = (ref for target in self.plan.merged for ref in self.linears[target].values())
+        return {name for ref in refs if (name := self.rename(ref.name)) is not None}
+
+    def repaired_ref(self, layer: int, name: str) -> TensorRef:
+        """The weight in the source that a repair refits: of a linear or norm of a kept layer.
+
+        Raises:
+            IntegrityError: If there is none of that name.
+        """
+        ref = self._repairable(layer, name)
+        if ref is None:
+            raise IntegrityError(f"{self.source} has no '{name}' in layer {layer} that could be repaired.")
+        return ref
+
+    def repaired_name(self, layer: int, name: str) -> str:
+        """The name of that weight in the pruned checkpoint."""
+        renamed = self.rename(self.repaired_ref(layer, name).name)
+        assert renamed is not None  # a kept layer's
+        return renamed
+
+    def _wide_on_disk(self) -> dict[str, int]:
+        """Tensors that hold a slice per layer, by the name they have on disk."""
+        parent = self.prefix.rpartition(".")[0]
+        dot = "." if parent else ""
+        return {f"{parent}{dot}{name}": axis for name, axis in self.view.family.wide_tensors.items()}
+
+    def _cut(self, ref: TensorRef, axis: int) -> Piece:
+        kept, depth = len(self.plan.keep), self.view.num_layers
+        shape = tuple(n // depth * kept if i == axis else n for i, n in enumerate(ref.shape))
+        size = ref.num_bytes // depth * kept
+        return Piece(ref.name, ref.dtype, shape, size, make=partial(self._slice, ref, axis))
+
+    def _slice(self, ref: TensorRef, axis: int) -> Tensor:
+        return slice_layers(read_tensor(ref), axis, self.view.num_layers, self.plan.keep)
+
+    @torch.no_grad()
+    def _merge(self, target: int, name: str) -> Tensor:
+        """One merged linear, exactly as `in_memory.prune_` computes it."""
+        assert self.trace is not None or not self.plan.needs_trace
+        transposed = self._transposed(target, name)
+
+        def weight(layer: int) -> Tensor:
+            if layer != target and layer in self.plan.merged:  # merged on, after it took in others itself
+                tensor = self._merge(layer, name)
+            else:
+                tensor = read_tensor(self.linears[layer][name], finite=True)
+            return tensor.T if transposed else tensor
+
+        merged = merge_planned(self.plan, self.trace, target, name, weight)
+        return merged.T if transposed else merged
+
+    def _repaired(self, layer: int, name: str) -> Tensor:
+        """A refitted weight in dtype and layout of the source, exactly as `in_memory.prune_` puts it in."""
+        assert self.repair is not None
+        weight = self.repair.weights[layer].to(TORCH_DTYPES[self.repaired_ref(layer, name).dtype])
+        return weight.T if self._transposed(layer, name) else weight
+
+    def repair_facts(self) -> dict[str, Any] | None:
+        """What `pruning.json` says of the repair: how it was fitted, and name and hash of every tensor."""
+        if self.repair is None:
+            return None
+        tensors = {}
+        for layer, name in self.repair.linears.items():
+            tensors[self.repaired_name(layer, name)] = sha256_tensor(self._repaired(layer, name))
+        return self.repair.facts() | {"tensors": tensors}
+
+    def new_config(self) -> dict[str, Any]:
+        """The content of the pruned model's config.json."""
+        patched = patch_config(self.raw, self.config, self.view.family, self.plan.keep)
+        if self.quantised:
+            patched["quantization_config"] = rename_modules(patched["quantization_config"], self.rename)
+        return patched
+
+    def summary(self) -> dict[str, Any]:
+        """What would come out, as JSON values: for the dry run and `pruning.json`."""
+        pieces = self.pieces()
+        return {
+            "layers": [self.view.num_layers, len(self.plan.keep)],
+            "bytes": [self.shards.total_bytes, sum(piece.num_bytes for piece in pieces)],
+            "tensors": [len(self.shards.tensors), len(pieces)],
+            "merged_tensors": len(self.merged_names()),
+            "model_type": self.view.config.model_type,
+            "fingerprint": self.fingerprint,
+            "portability": [vars(v) for v in judge(layer_facts(self.config), self.plan.keep)],
+            "warnings": self.warnings,
+        }
+
+
+def _sample(ref: TensorRef) -> Tensor:
+    """The entries of a tensor that go into a fingerprint, read one by one."""
+    entries = 1
+    for extent in ref.shape:
+        entries *= extent
+    dtype = TORCH_DTYPES[ref.dtype]
+    step, size = sample_step(entries), dtype.itemsize
+    with ref.file.open("rb") as file:
+        parts = []
+        for index in range(0, entries, step)[:SAMPLES]:
+            parts.append(os.pread(file.fileno(), size, ref.start + index * size))
+    return torch.frombuffer(bytearray(b"".join(parts)), dtype=dtype) if parts else torch.empty(0, dtype=dtype)

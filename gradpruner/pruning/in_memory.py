@@ -1,0 +1,274 @@
+"""Carrying out a plan on a model in memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.errors import ModelError, PlanError
+from gradpruner.gradients.importance import Factors
+from gradpruner.gradients.trace import QUANTISED, GradientTrace, same_model
+from gradpruner.models.config_patch import check_keep
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.merging import Source, merge_linear
+from gradpruner.plans.repair import Repair
+
+log = logging.getLogger("gradpruner.pruning.in_memory")
+
+PROOF_TOLERANCE = 1e-3
+"""Relative error allowed between a pruned model and its source with the dropped layers passed through."""
+
+
+def prune_(
+    model: nn.Module,
+    plan: PruningPlan,
+    trace: GradientTrace | None = None,
+    progress: Callable[[str], None] | None = None,
+    repair: Repair | None = None,
+) -> nn.Module:
+    """Merges, repairs and removes layers of a model in place.
+
+    Only linears are merged; biases, layer norms and q/k norms of the retained layer stay as they are.
+    Memory beyond the model: about 1.5 times the largest linear in float32, see `merge_linear`.
+
+    Args:
+        model: A Hugging Face causal LM of a known family, without adapters.
+        plan: What to do with every layer.
+        trace: The recorded gradients; needed when the plan merges by them.
+        progress: Called with the name of each linear as it is merged.
+        repair: What was fitted for this very plan (`fit_repair`); its weights replace those of the layers
+            before the cuts.
+
+    Returns:
+        The same model object, with fewer layers and a config that says so.
+
+    Raises:
+        PlanError: If the plan is for another model or depth, or merges without a fitting trace; if the repair
+            was fitted for another plan or model.
+        IntegrityError: If a file of the trace is missing or damaged. Either is raised before the
+            first weight changes.
+
+    Source: GradPruner, section 3.2; released code `process_important.py`.
+    """
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise PlanError(
+            "The model carries adapters; pruning under them would silently misplace them.",
+            hint="Call merge_and_unload() or unload() first.",
+        )
+    view = LayeredModel(model)
+    identity = fingerprint(model)
+    plan.check_model(view.num_layers, identity)
+    for warning in check_keep(view.config, view.family, plan):
+        log.warning("%s", warning)
+    shapes = shapes_of(view)
+    if repair is not None:
+        repair.check(plan, identity)
+        found = {layer: (name, view.weight(layer, name)) for layer, name in repair.linears.items()}
+        repair.check_shapes({i: {n: tuple(w.shape)} for i, (n, w) in found.items() if w is not None})
+    _merge_layers_(view, plan, trace, identity, shapes, progress)
+    if repair is not None:
+        _repair_(view, repair)
+    if view.family.proven:
+        view.keep_layers(plan)
+    else:
+        _keep_proven(view, plan)
+    return model
+
+
+def _merge_layers_(
+    view: LayeredModel,
+    plan: PruningPlan,
+    trace: GradientTrace | None,
+    identity: str,
+    shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Merges what the plan merges, in place, and removes nothing yet; everything is checked first."""
+    if not plan.merged:
+        return
+    if identity.endswith(QUANTISED):
+        raise PlanError(
+            "The model is quantised; layers of it can be dropped but not merged.",
+            hint="Plan with num_merge: 0, or prune the unquantised model.",
+        )
+    checked = None
+    if plan.needs_trace:
+        checked = check_trace(plan, trace, shapes, identity)
+    else:
+        check_alike(plan, shapes)
+    for target in plan.merge_order:
+        _merge_one_(view, target, plan.merged[target], plan, checked, progress)
+
+
+def shapes_of(view: LayeredModel) -> dict[int, dict[str, tuple[int, ...]]]:
+    """Layer -> path of a linear -> (out_features, in_features)."""
+    return {i: {n: tuple(w.shape) for n, w in view.weights(i).items()} for i in range(view.num_layers)}
+
+
+@torch.no_grad()
+def _repair_(view: LayeredModel, repair: Repair) -> None:
+    """Gives the layers before the cuts their fitted weights."""
+    for layer, name in repair.linears.items():
+        weight = view.weight(layer, name)
+        assert weight is not None  # its shape was checked
+        weight.copy_(repair.weights[layer])
+
+
+@torch.no_grad()
+def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
+    """For a model type without a row: kept layers must compute what they did with the others passed by."""
+    embedding: Any = view.model.get_input_embeddings().weight
+    ids = torch.arange(1, 17, device=embedding.device).remainder(embedding.shape[0])[None]
+    was_training = view.model.training
+    view.model.eval()
+    with view.passed_through(plan.pruned):
+        expected = view.model(input_ids=ids, use_cache=False).logits
+    view.keep_layers(plan)
+    found = view.model(input_ids=ids, use_cache=False).logits
+    view.model.train(was_training)
+    error = relative_error(found, expected)
+    if not error <= PROOF_TOLERANCE:
+        raise ModelError(
+            f"Model type '{view.config.model_type}' is not known, and pruning it by the general rule changes "
+            f"what the kept layers compute (relative error {error:.1e}). The model in memory is spoilt.",
+            hint="Add a row to gradpruner/models/families.py that names the config fields which depend on "
+            "position.",
+        )
+    log.info("Model type '%s' has no row; pruning it was checked: %.1e.", view.config.model_type, error)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value; NaN when either is not finite."""
+    found, expected = found.float(), expected.float()
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def check_trace(
+    plan: PruningPlan,
+    trace: GradientTrace | None,
+    shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
+    identity: str,
+) -> GradientTrace:
+    """Everything that could fail while merging, before the first weight changes.
+
+    Args:
+        plan: A plan that merges by recorded gradients.
+        trace: The recorded gradients.
+        shapes: Layer -> linear -> (out_features, in_features).
+        identity: Fingerprint of the model; "" when it cannot be told.
+
+    Raises:
+        PlanError: If there is no trace, or it does not fit the model and the plan.
+        IntegrityError: If a file of the trace is missing or damaged.
+    """
+    if trace is None:
+        count = sum(map(len, plan.merged.values()))
+        raise PlanError(
+            f"The plan merges {count} layers, which needs the recorded gradients.",
+            hint="Pass the trace, or plan with num_merge=0.",
+        )
+    if trace.info.num_layers != len(shapes):
+        raise PlanError(
+            f"The trace was recorded on {trace.info.num_layers} layers; this model has {len(shapes)}.",
+            hint="Record on this model.",
+        )
+    if trace.info.model and identity and not same_model(trace.info.model, identity):
+        raise PlanError(
+            f"The trace was recorded on model {trace.info.model}; this is {identity}.",
+            hint="Record on this model.",
+        )
+    if not trace.has_factors:
+        raise PlanError(
+            "The plan merges layers but this trace holds layer energies only.",
+            hint="Record again with keep_factors=True, or plan with num_merge=0.",
+        )
+    check_alike(plan, shapes)
+    for target, layers in plan.merged.items():
+        for layer in (*layers, target) if plan.rule == "fisher" else layers:
+            _check_recorded(shapes, layer, trace)
+    trace.check_factors()
+    return trace
+
+
+def check_alike(plan: PruningPlan, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raises PlanError unless every merged layer has the linears of the layer it goes into.
+
+    Args:
+        plan: A plan that merges.
+        shapes: Layer -> linear -> (out_features, in_features).
+    """
+    for target, layers in plan.merged.items():
+        for layer in layers:
+            if shapes[layer] != shapes[target]:
+                raise PlanError(
+                    f"Layers {layer} and {target} do not have the same linears and cannot be merged.",
+                    hint="Drop the layer instead (action: drop).",
+                )
+
+
+def _check_recorded(
+    shapes: Mapping[int, Mapping[str, tuple[int, ...]]], layer: int, trace: GradientTrace
+) -> None:
+    """Raises PlanError unless every linear of a layer was recorded."""
+    recorded = {
+        ref.name: (ref.out_features, ref.in_features) for ref in trace.info.linears if ref.layer == layer
+    }
+    for name, shape in shapes[layer].items():
+        if recorded.get(name) != shape:
+            raise PlanError(
+                f"The model's '{name}' of layer {layer} has shape {shape}; the trace holds gradients for "
+                f"{recorded.get(name, 'no such linear')}.",
+                hint="Record on this model with LoRA on every linear of every layer.",
+            )
+
+
+@torch.no_grad()
+def _merge_one_(
+    view: LayeredModel,
+    target: int,
+    layers: tuple[int, ...],
+    plan: PruningPlan,
+    trace: GradientTrace | None,
+    progress: Callable[[str], None] | None,
+) -> None:
+    """Adds the linears of `layers` into those of `target`; sign tests use the original target."""
+    sources = {layer: view.weights(layer) for layer in layers}
+    for name, weight in view.weights(target).items():
+        if progress is not None:
+            progress(f"layer {target} {name}")
+        given = {target: weight} | {layer: linears[name] for layer, linears in sources.items()}
+        weight.copy_(merge_planned(plan, trace, target, name, given.__getitem__))
+
+
+def merge_planned(
+    plan: PruningPlan,
+    trace: GradientTrace | None,
+    target: int,
+    name: str,
+    weight: Callable[[int], Tensor],
+) -> Tensor:
+    """One linear of a target with everything the plan merges into it.
+
+    Args:
+        plan: What to do with every layer.
+        trace: The recorded gradients; None where the plan needs none.
+        target: The layer that takes in others.
+        name: Path of the linear inside the layer.
+        weight: Gives that linear of a layer; of a layer that is merged on, after it has taken in others.
+    """
+
+    def factors(layer: int) -> Factors | None:
+        return trace.factors(layer, name) if trace is not None and plan.needs_trace else None
+
+    return merge_linear(
+        weight(target),
+        [Source(weight(layer), factors(layer)) for layer in plan.merged[target]],
+        rule=plan.rule,
+        density=plan.density,
+        target_factors=factors(target) if plan.rule == "fisher" else None,
+    )

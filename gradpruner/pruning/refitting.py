@@ -1,0 +1,346 @@
+"""Fitting a repair: one linear before every cut, by least squares on hidden states of the task's own samples.
+
+Dense and pruned model walk side by side through the layers (`walking.Walk`): at a cut the dense one goes on
+through the layers that go, and the kept layer before them is refitted so that the pruned one hands on what
+the dense one does. Each cut is fitted on what the pruned model itself computes up to there, repairs before
+it included. No label is looked at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpruner.errors import ConfigError, DataError, NonFiniteError, PlanError
+from gradpruner.gradients.trace import QUANTISED, GradientTrace
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches, weight_set
+from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.repair import Repair, RepairedCut, check_kind, cuts_of, unrepaired
+from gradpruner.pruning.in_memory import check_alike, check_trace, merge_planned, shapes_of
+from gradpruner.pruning.ridge import (
+    RIDGES,
+    AnySums,
+    ChannelSums,
+    Sums,
+    check_ridges,
+    choose_update,
+    ridge_update,
+)
+
+__all__ = ["HELD_OUT", "MAX_REGRESSORS", "RIDGES", "Sums", "choose_update", "fit_repair", "ridge_update"]
+
+HELD_OUT = 5
+"""One sample in so many is not fitted on: the ridge is chosen by it."""
+MAX_REGRESSORS = 16_384
+"""Largest least-squares system: four matrices of 2.1 GB in float64. Above it the linear form is fitted."""
+TOKENS_PER_REGRESSOR = 10
+TOKENS_AT_ONCE = 2048
+"""Tokens that are there in float64 at the same time."""
+
+
+@torch.no_grad()
+def fit_repair(
+    model: nn.Module,
+    plan: PruningPlan,
+    samples: Sequence[dict[str, list[int]]],
+    collator: Callable[[Any], dict[str, Tensor]],
+    *,
+    kind: str = "least_squares",
+    rows: int = 512,
+    trace: GradientTrace | None = None,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    ridges: Sequence[float] = RIDGES,
+) -> Repair:
+    """Fits what the kept layers before the cuts must add so that the layers that go are missed least.
+
+    For a run of layers that goes behind a kept layer, with A the input of that layer's last linear W in the
+    pruned model, y what the layer hands on, h what the dense model hands on after the run, f the factor the
+    layer multiplies what it adds with (1 but for Granite), and w = 1 / |h|^2 (so that tokens with massive
+    activations do not decide):
+
+        least_squares   W' = W + argmin_U sum w |h - y - f U A|^2 + rho |U|^2
+        linear          W' = (I + U) W,  U of the regression on W A instead of A (ReplaceMe's map)
+
+    Where a norm follows the last linear (Gemma 2 and 3, OLMo 2) either kind fits one factor per channel of
+    the norm's output n instead, and puts it into the norm's weight: n_c becomes (1 + u_c) n_c.
+
+    The ridge rho is chosen on samples that are not fitted on, then all are fitted. Where no ridge helps
+    there, the linear stays as it is, so that the error on held-out tokens never rises. Left out are padding
+    and the first token of each sample; biases stay as they are.
+
+    Cost: the dense and the pruned model's layers up to the last cut once each, two more runs of every layer
+    that is refitted, and per cut tokens x P^2 multiplications and six solves of a P x P system; P is the
+    in_features of the linear (least_squares, at most `MAX_REGRESSORS`, else linear is fitted) or the hidden
+    size. Memory beyond the model: the hidden states of all tokens twice, one layer's linears, and in float64
+    four P x P and four hidden x P matrices and the linear three times: about 9 GB for Llama-3.1-8B (P 14336),
+    2.5 GB in the linear form.
+
+    Args:
+        model: The dense causal LM, without adapters; not changed.
+        plan: Which layers go; merged ones are merged first, which needs the trace where the rule does.
+        samples: Encoded samples (`input_ids`, `labels`), at least two; labels are not looked at.
+        collator: Makes batches of them, padded on the right.
+        kind: "linear" or "least_squares".
+        rows: Samples used at most, >= 2.
+        trace: The recorded gradients, for a plan that merges by them.
+        seed: Of drawing the samples.
+        progress: Called with 1 after every layer.
+        ridges: What is tried, in units of the mean diagonal of the regressors' second moments, > 0.
+
+    Raises:
+        ConfigError: If the kind is unknown or "none", or rows or ridges are outside their range.
+        PlanError: If the plan is for another model, or the model is quantised or carries adapters.
+        ModelError: If the layers cannot be refitted: they are mixtures of experts, depend on more than the
+            hidden state, or end in neither a linear nor a norm.
+        DataError: If there are fewer than two samples.
+        NonFiniteError: If hidden states or refitted weights are NaN or infinite.
+
+    Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form carried over to the linear
+    itself and to a norm's weight.
+    """
+    _check_request(kind, rows, ridges)
+    started = time.perf_counter()
+    view = LayeredModel(model)
+    _check(view, plan, trace)
+    device = next(model.parameters()).device
+    chosen = drawn(samples, rows, seed)
+    if len(chosen) < 2:
+        raise DataError(
+            "There is one sample; a repair needs one to fit on and one to choose by.", hint="Give more rows."
+        )
+    batches = list(sample_batches(chosen, collator, device, BATCH_SIZE))
+    was_training = model.training
+    model.eval()
+    try:
+        walk = Walk(view, batches)
+        fitting = _Fitting(view, plan, walk, kind, trace, ridges)
+        fitting.go(progress)
+    finally:
+        model.train(was_training)
+    tokens = sum(int(counted.sum()) for counted in walk.counted)
+    return Repair(
+        kind=kind,
+        pruned=plan.pruned,
+        cuts=tuple(fitting.cuts),
+        weights=fitting.weights,
+        model=fingerprint(model),
+        rows=len(chosen),
+        tokens=tokens,
+        seconds=time.perf_counter() - started,
+        notes=tuple(dict.fromkeys(fitting.notes)),
+    )
+
+
+def _check_request(kind: str, rows: int, ridges: Sequence[float]) -> None:
+    check_kind(kind)
+    if kind == "none":
+        raise ConfigError(
+            "There is nothing to fit for repair 'none'.", hint="Allowed: linear, least_squares."
+        )
+    if rows < 2:
+        raise ConfigError(f"{rows} rows cannot be fitted and chosen by.", hint="Use 2 rows or more.")
+    check_ridges(ridges)
+
+
+def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -> None:
+    if any(hasattr(module, "base_layer") for module in view.model.modules()):
+        raise PlanError(
+            "The model carries adapters; a repair is fitted to the weights without them.",
+            hint="Call merge_and_unload() or unload() first.",
+        )
+    identity = fingerprint(view.model)
+    if identity.endswith(QUANTISED):
+        raise PlanError(
+            "The model is quantised; its linears cannot be refitted.",
+            hint="Use plan.repair: none, or the unquantised model.",
+        )
+    plan.check_model(view.num_layers, identity)
+    if not plan.merged:
+        return
+    shapes = shapes_of(view)
+    if plan.needs_trace:
+        check_trace(plan, trace, shapes, identity)
+    else:
+        check_alike(plan, shapes)
+
+
+class _Fitting:
+    """One walk from input to output: dense states and pruned states, and what was fitted on the way."""
+
+    def __init__(
+        self,
+        view: LayeredModel,
+        plan: PruningPlan,
+        walk: Walk,
+        kind: str,
+        trace: GradientTrace | None,
+        ridges: Sequence[float],
+    ) -> None:
+        self.view, self.plan, self.walk, self.kind, self.trace = view, plan, walk, kind, trace
+        self.ridges = ridges
+        self.cuts: list[RepairedCut] = []
+        self.weights: dict[int, Tensor] = {}
+        self.notes: list[str] = []
+        if unrepaired(plan):
+            self.notes.append(
+                f"layers {runs_of(unrepaired(plan))} go at the input, where no layer is left to repair"
+            )
+
+    def go(self, progress: Callable[[int], None] | None) -> None:
+        """Takes both states through all layers up to the last cut."""
+        runs = dict(cuts_of(self.plan))
+        dense, self.walk.start = self.walk.start, []  # what is replaced is then free
+        pruned = dense  # one list as long as the states are the same
+        last = max((run[-1] for run in runs.values()), default=-1)
+        layer = 0
+        while layer <= last:
+            run = runs.get(layer, ())
+            if run or layer in self.plan.pruned or layer in self.plan.merged:
+                pruned = list(pruned)
+            before = pruned
+            self._advance((layer, *run), dense)
+            if layer in self.plan.keep and before is not dense:
+                self._keep(layer, run, pruned, dense)
+            layer += 1 + len(run)
+            if progress is not None:
+                progress(1 + len(run))
+
+    def _advance(self, layers: Sequence[int], states: list[Tensor]) -> None:
+        """Takes states through layers, in place, so that one batch at most is there twice."""
+        for batch, state in enumerate(states):
+            for layer in layers:
+                state = self.walk.layer_on(layer, batch, state)
+            states[batch] = state
+
+    def _keep(self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]) -> None:
+        """Takes the pruned states through a kept layer, which is refitted first if a run goes behind it."""
+        with self._merged(layer):
+            new = self._refitted(layer, run, pruned, dense) if run else None
+            if new is None:
+                self._advance((layer,), pruned)
+                return
+            weight = self.view.weight(layer, self.cuts[-1].linear)
+            assert weight is not None
+            self.weights[layer] = new
+            with weight_set(weight, new):
+                self._advance((layer,), pruned)
+
+    def _refitted(
+        self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]
+    ) -> Tensor | None:
+        """The refitted weight of a layer before a cut, float32 on the CPU; None if none is better."""
+        output = output_of(self.view, self.walk, layer, pruned[0])
+        form = self._form(output)
+        fitted, held_out = self._sums(layer, output, form, pruned, dense)
+        before = held_out.error(None)
+        ridge, after = choose_update(fitted, held_out, self.ridges)
+        self.cuts.append(RepairedCut(layer, output.name, run, ridge, before, after))
+        if ridge is None:
+            return None
+        fitted.take(held_out)
+        update = ridge_update(fitted, ridge)
+        old = output.weight.detach().to(update)
+        if form == "scale":
+            update = update * (old + (output.offset or 0.0))
+        new = (old + (update @ old if form == "linear" else update)).float().cpu()
+        if not bool(torch.isfinite(new.to(output.weight.dtype)).all()):
+            raise NonFiniteError(
+                f"Refitting '{output.name}' of layer {layer} gives NaN or Inf.",
+                hint="The model's number format is too narrow: try float32.",
+            )
+        return new
+
+    def _form(self, output: Output) -> str:
+        """What is fitted: "linear" or "least_squares", or "scale" where a norm follows the last linear."""
+        if output.offset is not None:
+            self.notes.append(
+                "a norm follows the last linear of each layer: its scale per channel was refitted instead"
+            )
+            return "scale"
+        regressors = output.weight.shape[1]
+        if self.kind == "least_squares" and regressors > MAX_REGRESSORS:
+            self.notes.append(
+                f"the linear form was fitted, because {regressors} regressors are more than {MAX_REGRESSORS}"
+            )
+            return "linear"
+        return self.kind
+
+    def _sums(
+        self, layer: int, output: Output, form: str, pruned: list[Tensor], dense: list[Tensor]
+    ) -> tuple[AnySums, AnySums]:
+        """Sums over the tokens that are fitted and over those held out, from one run of the layer."""
+        weight = output.weight.detach()
+        device = _sums_device(weight)
+        width = weight.shape[0]
+        regressors = {"scale": 1, "linear": width}.get(form, weight.shape[-1])
+        sums: list[AnySums] = [
+            ChannelSums.empty(width, device) if form == "scale" else Sums.empty(regressors, width, device)
+            for _ in range(2)
+        ]
+        wide = weight.to(device, torch.float64) if form == "linear" else None
+        caught: dict[str, Tensor] = {}
+        hook = output.module.register_forward_hook(
+            lambda _, args, out: caught.update(x=out if form == "scale" else args[0])
+        )
+        number = 0  # of the sample, over all batches
+        try:
+            for batch, state in enumerate(pruned):
+                handed = self.walk.layer_on(layer, batch, state)
+                counted = self.walk.counted[batch]
+                numbers = torch.arange(number, number + len(counted)).to(counted.device)
+                is_held_out = (numbers % HELD_OUT == 0)[:, None].expand_as(counted)
+                for part, chosen in zip(sums, (counted & ~is_held_out, counted & is_held_out), strict=True):
+                    for sample, token in (t.unbind(1) for t in chosen.nonzero().split(TOKENS_AT_ONCE)):
+                        target = dense[batch][sample, token].to(device, torch.float64)
+                        missing = target - handed[sample, token].to(device, torch.float64)
+                        x = caught["x"].view(*handed.shape[:2], -1)[sample, token].to(device, torch.float64)
+                        x = (x if wide is None else x @ wide.T) * output.factor
+                        part.add(x, missing, 1 / target.square().sum(dim=1).clamp_min(1e-12))
+                number += len(counted)
+        finally:
+            hook.remove()
+        self._note_tokens(sums[0].tokens + sums[1].tokens, regressors)
+        return sums[0], sums[1]
+
+    def _note_tokens(self, tokens: int, regressors: int) -> None:
+        if tokens < TOKENS_PER_REGRESSOR * regressors:
+            self.notes.append(
+                f"{tokens} tokens for {regressors} regressors; at least "
+                f"{TOKENS_PER_REGRESSOR * regressors} determine the repair better"
+            )
+
+    @contextmanager
+    def _merged(self, layer: int) -> Iterator[None]:
+        """While it lasts, a kept layer has taken in those that the plan merges into it."""
+        if layer not in self.plan.merged:
+            yield
+            return
+        originals = {name: weight.clone() for name, weight in self.view.weights(layer).items()}
+        try:
+            for name, weight in self.view.weights(layer).items():
+                weight.copy_(self._taken_in(layer, name))
+            yield
+        finally:
+            for name, weight in self.view.weights(layer).items():
+                weight.copy_(originals[name])
+
+    def _taken_in(self, target: int, name: str) -> Tensor:
+        """One linear of a layer with everything the plan merges into it, chains included."""
+
+        def weight(layer: int) -> Tensor:
+            if layer != target and layer in self.plan.merged:
+                return self._taken_in(layer, name)
+            return self.view.weights(layer)[name]
+
+        return merge_planned(self.plan, self.trace, target, name, weight)
+
+
+def _sums_device(weight: Tensor) -> torch.device:
+    return torch.device("cpu") if weight.device.type == "mps" else weight.device  # no double precision there

@@ -1,0 +1,414 @@
+"""The export gate: a pruned checkpoint is what its plan says, and computes what it should."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
+from gradpruner.files import read_json
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.models.config_patch import text_config
+from gradpruner.models.folder import PRUNING_FILE, locate_model
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.loading import load_config, load_model, load_structure
+from gradpruner.models.shards import open_shards
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.repair import Repair
+from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.in_memory import relative_error
+from gradpruner.pruning.writer import TORCH_DTYPES, read_tensor, sha256_tensor
+
+LEVELS = ("auto", "full", "structure")
+PROMPT_TOKENS = 16
+NEW_TOKENS = 8
+# Relative error allowed between logits of the pruned model and of its source with the pruned layers passed
+# through. The same operations run in the same order, so what is measured is almost always zero.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
+COARSE_TOLERANCE = 1e-2
+_MEMORY_SHARE = 0.7  # of what is free: a model loaded once, its activations, and what else goes on
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: What, in a few words.
+        passed: Whether it is as it should be; None when it was not looked at.
+        detail: What was found, or why it was not looked at.
+    """
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was verified of a checkpoint.
+
+    Attributes:
+        folder: The checkpoint.
+        level: "full" or "structure".
+        checks: In the order they were made; none is made after one failed.
+    """
+
+    folder: str
+    level: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing that was looked at is wrong."""
+        return all(check.passed is not False for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {"level": self.level, "passed": self.passed, "checks": [asdict(c) for c in self.checks]}
+
+    def raise_on_failure(self) -> None:
+        """Raises IntegrityError with the first check that failed."""
+        for check in self.checks:
+            if check.passed is False:
+                raise IntegrityError(f"{self.folder} failed verification: {check.name}: {check.detail}")
+
+
+class _Failed(Exception):
+    pass
+
+
+def verify_checkpoint(
+    folder: str | Path,
+    source: str | Path | None = None,
+    plan: PruningPlan | None = None,
+    trace: GradientTrace | None = None,
+    *,
+    level: str = "auto",
+    repair: Repair | None = None,
+) -> VerifyReport:
+    """Checks a pruned checkpoint against its plan and its source.
+
+    Merging is repeated in memory and compared to the bit (with a trace where the rule needs one); repaired
+    linears must be those of the repair or, without it, have the hashes that `pruning.json` states. Reference
+    for what the checkpoint computes is the source model with the pruned layers handing on what they were
+    given, and with the merged and repaired linears of the checkpoint. Both models are loaded one after the
+    other, in the dtype they are stored in, on the CPU.
+
+    Args:
+        folder: The pruned checkpoint.
+        source: The model it was made from; None for what its `pruning.json` says.
+        plan: What was pruned; None for what its `pruning.json` says.
+        trace: The recorded gradients; repeats the merging in memory.
+        level: "full", "structure" (nothing is loaded), or "auto": full where the larger model takes at most
+            70 % of the free memory.
+        repair: What was fitted for the plan; None for what `pruning.json` says of it.
+
+    Returns:
+        Every check with what was found; look at `passed`, or call `raise_on_failure`.
+
+    Raises:
+        ConfigError: If level is unknown, or the folder does not say what was pruned and no plan is given.
+        ModelError: If a model type without a row in the table of families cannot be verified in full.
+    """
+    if level not in LEVELS:
+        raise ConfigError(f"Unknown level '{level}'.", hint=f"Allowed: {', '.join(LEVELS)}.")
+    target = Path(folder)
+    facts = _facts_of(target, plan)
+    plan = plan or PruningPlan.from_dict(facts["plan"], str(target / PRUNING_FILE))
+    origin = locate_model(source if source is not None else facts["source"])
+    blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
+    full = compares_fully(level, blueprint)
+    repaired = blueprint.repair_facts() or _repair_of(facts, target)
+    gate = _Gate(target, blueprint, trace, tuned="finetune" in facts, repaired=repaired)
+    checks: list[Check] = []
+    for name, work in gate.steps(full):
+        try:
+            detail = work()
+        except (_Failed, GradPrunerError) as failure:
+            checks.append(Check(name, False, str(failure)))
+            break
+        checks.append(Check(name, None if detail.startswith("not") else True, detail))
+    return VerifyReport(str(target), "full" if full else "structure", tuple(checks))
+
+
+def _facts_of(folder: Path, plan: PruningPlan | None) -> dict[str, Any]:
+    path = folder / PRUNING_FILE
+    if plan is None and not path.is_file():
+        raise ConfigError(
+            f"{folder} has no {PRUNING_FILE}, so what was pruned is not known.",
+            hint="Pass --plan and --source.",
+        )
+    facts: dict[str, Any] = read_json(path, "pruning record") if path.is_file() else {}
+    if plan is None and not facts.get("plan"):
+        raise ConfigError(f"{folder} was not pruned: its {PRUNING_FILE} holds no plan.")
+    return facts
+
+
+def _repair_of(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What `pruning.json` says of the repair; nothing if there was none."""
+    raw = facts.get("repair")
+    try:
+        if raw is None:
+            return {}
+        cuts = [(int(cut["layer"]), str(cut["linear"])) for cut in raw["cuts"] if cut["ridge"] is not None]
+        tensors = {str(name): str(digest) for name, digest in raw["tensors"].items()}
+        return {"cuts": [{"layer": i, "linear": n, "ridge": 0.0} for i, n in cuts], "tensors": tensors}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"{folder / PRUNING_FILE} does not say what was repaired: {type(error).__name__} {error}.",
+            hint="Download or copy the folder again.",
+        ) from error
+
+
+def compares_fully(level: str, blueprint: Blueprint) -> bool:
+    """Whether a level means that both models are loaded and compared, on this machine.
+
+    Raises:
+        ModelError: If a model type without a row in the table of families would not be.
+    """
+    unknown = not blueprint.view.family.proven
+    if level == "structure" or blueprint.quantised:
+        full = False
+    else:
+        needed = blueprint.shards.total_bytes
+        full = level == "full" or needed <= _MEMORY_SHARE * psutil.virtual_memory().available
+    if unknown and not full:
+        raise ModelError(
+            f"Model type '{blueprint.view.config.model_type}' has no row in the table of families, so a "
+            "pruned one must be loaded and compared before it can be trusted; that was not asked for, or "
+            "does not fit into memory.",
+            hint="Verify in full on a machine with more memory, or add a row to "
+            "gradpruner/models/families.py.",
+        )
+    return full
+
+
+class _Gate:
+    """The checks, in order; what one loads the next ones use."""
+
+    def __init__(
+        self,
+        folder: Path,
+        blueprint: Blueprint,
+        trace: GradientTrace | None,
+        *,
+        tuned: bool,
+        repaired: dict[str, Any],
+    ) -> None:
+        self.folder, self.blueprint, self.trace, self.tuned = folder, blueprint, trace, tuned
+        self.hashes: dict[str, str] = repaired.get("tensors", {})
+        cuts = repaired.get("cuts", ())
+        self.linears = {cut["layer"]: cut["linear"] for cut in cuts if cut["ridge"] is not None}
+        self.plan = blueprint.plan
+        self.dtype = _computing_dtype(folder)
+        self.tolerance = TOLERANCE.get(self.dtype, COARSE_TOLERANCE)
+        self.expected: dict[str, Tensor] = {}
+        self.found: dict[str, Tensor] = {}
+
+    def steps(self, full: bool) -> list[tuple[str, Callable[[], str]]]:
+        """Name and work of every check."""
+        steps = [
+            ("files", self.files),
+            ("tensors", self.tensors),
+            ("config", self.config),
+            ("loading", self.structure),
+            *([("repaired tensors", self.repaired)] if self.hashes else []),
+        ]
+        if not full:
+            reason = "not done: quantised" if self.blueprint.quantised else "not done: structure only"
+            return [*steps, ("computing", lambda: reason)]
+        return [
+            *steps,
+            ("merged tensors", self.merged),
+            ("source", self.run_source),
+            ("weights", self.run_pruned),
+            ("logits", lambda: self.compare("logits", "without cache")),
+            ("cached logits", lambda: self.compare("cached", f"{NEW_TOKENS} steps with cache")),
+            ("generation", self.generation),
+        ]
+
+    def files(self) -> str:
+        """Headers, extents, index."""
+        shards = open_shards(self.folder)
+        return (
+            f"{len(shards.tensors)} tensors, {len(shards.headers)} file(s), {shards.total_bytes / 1e9:.3f} GB"
+        )
+
+    def tensors(self) -> str:
+        """Names, shapes and dtypes against plan and source."""
+        found = {name: (ref.dtype, ref.shape) for name, ref in open_shards(self.folder).tensors.items()}
+        wanted = {piece.name: (piece.dtype, piece.shape) for piece in self.blueprint.pieces()}
+        wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
+        if wrong:
+            name = wrong[0]
+            raise _Failed(
+                f"{len(wrong)} tensors are not what plan and source say, such as '{name}': "
+                f"{found.get(name, 'missing')} instead of {wanted.get(name, 'nothing')}"
+            )
+        return f"names, shapes and dtypes of {len(found)} tensors as planned"
+
+    def config(self) -> str:
+        """Depth, and that transformers writes back what it read."""
+        config = load_config(self.folder, native=True)
+        depth = text_config(config).num_hidden_layers
+        if depth != len(self.plan.keep):
+            raise _Failed(f"{depth} layers in config.json, {len(self.plan.keep)} in the plan")
+        again = type(config).from_dict(config.to_dict())
+        if again.to_dict() != config.to_dict():
+            raise _Failed("config.json changes when it is saved and read again")
+        return f"{depth} layers; saved and read again without a change"
+
+    def structure(self) -> str:
+        """Missing, unexpected and mismatched tensors, asked of transformers."""
+        if self.blueprint.quantised:
+            return "not done: a quantised model is only built on the hardware it is made for"
+        load_structure(self.folder)
+        return "plain from_pretrained: nothing missing, unexpected or mismatched"
+
+    def run_source(self) -> str:
+        """The reference."""
+        if self.tuned:
+            return "not compared: this model was fine-tuned after pruning"
+        model = load_model(self.blueprint.source, dtype=_name(self.dtype), device="cpu", native=True)
+        view = LayeredModel(model)
+        self._take_computed(view)
+        with view.passed_through(self.plan.pruned):
+            self.expected = _behaviour(model)
+        del model, view
+        gc.collect()
+        targets = self.plan.merged.keys() & set(self.plan.keep)
+        return f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights" + (
+            f", {len(self.linears)} repaired" if self.linears else ""
+        )
+
+    def repaired(self) -> str:
+        """Refitted weights against the repair, or against the hashes noted when it was carried out."""
+        if self.tuned:
+            return "not compared: this model was fine-tuned after the repair"
+        here = open_shards(self.folder).tensors
+        named = {self.blueprint.repaired_name(layer, name) for layer, name in self.linears.items()}
+        if named != set(self.hashes):
+            raise _Failed(
+                f"the repair names the tensors {sorted(self.hashes)}; {sorted(named)} would be refitted"
+            )
+        for name, digest in self.hashes.items():
+            if sha256_tensor(read_tensor(here[name])) != digest:
+                raise _Failed(f"'{name}' is not what the repair gave")
+        return f"{len(self.hashes)} tensors have the hashes of the repair"
+
+    def merged(self) -> str:
+        """The merging once more, in memory, against what was written: to the bit."""
+        if not self.plan.merged:
+            return "not done: no layer was merged"
+        if self.plan.needs_trace and self.trace is None:
+            return "not done: no trace given"
+        here = open_shards(self.folder).tensors
+        targets = self.blueprint.merged_names()
+        count = 0
+        for piece in self.blueprint.pieces():
+            if piece.name not in targets or piece.name in self.hashes:
+                continue
+            assert piece.make is not None
+            if not torch.equal(_bits(read_tensor(here[piece.name])), _bits(piece.make())):
+                raise _Failed(f"'{piece.name}' is not what merging gives")
+            count += 1
+        return f"{count} tensors merged again in memory: equal to the bit"
+
+    @torch.no_grad()
+    def _take_computed(self, view: LayeredModel) -> None:
+        """Gives the source the merged and the repaired weights of the checkpoint."""
+        here = open_shards(self.folder).tensors
+        wanted = [
+            (t, n) for t in sorted(self.plan.merged.keys() & set(self.plan.keep)) for n in view.linears(t)
+        ]
+        for layer, name in dict.fromkeys([*wanted, *self.linears.items()]):
+            renamed = self.blueprint.repaired_name(layer, name)
+            weight = view.layers[layer].get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(read_tensor(here[renamed]))
+
+    def run_pruned(self) -> str:
+        """The checkpoint itself, loaded as its user will."""
+        model = load_model(self.folder, dtype=_name(self.dtype), device="cpu", native=True)
+        tied = _tied(model)
+        if tied is False:
+            raise _Failed("the embeddings are tied in the config but not in the loaded model")
+        self.found = _behaviour(model)
+        if not all(bool(torch.isfinite(t).all()) for t in self.found.values()):
+            raise _Failed("the loaded model computes NaN or Inf")
+        return f"loaded in {_name(self.dtype)}" + (", embeddings tied" if tied else "")
+
+    def compare(self, what: str, how: str) -> str:
+        """One kind of logits of both."""
+        if not self.expected:
+            return "not compared: no reference"
+        error = relative_error(self.found[what], self.expected[what])
+        if not error <= self.tolerance:
+            raise _Failed(
+                f"relative error {error:.1e} against the source with the pruned layers passed through; at "
+                f"most {self.tolerance:.0e} is allowed"
+            )
+        return f"relative error {error:.1e} ({how})"
+
+    def generation(self) -> str:
+        """Greedy tokens of both."""
+        tokens = self.found["tokens"].tolist()
+        if self.expected and tokens != self.expected["tokens"].tolist():
+            raise _Failed(f"greedy tokens differ: {tokens} instead of {self.expected['tokens'].tolist()}")
+        return f"{NEW_TOKENS} greedy tokens" + (" as the reference" if self.expected else "")
+
+
+def _computing_dtype(folder: Path) -> torch.dtype:
+    """The dtype most weights are stored in, so that loading rounds nothing; bfloat16 for 8-bit floats."""
+    sizes: dict[str, int] = {}
+    for ref in open_shards(folder).tensors.values():
+        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.num_bytes
+    dtype = TORCH_DTYPES.get(max(sizes, key=lambda name: sizes[name], default="F32"), torch.float32)
+    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tied(model: Any) -> bool | None:
+    """Whether input and output embeddings are one tensor, where the config says so; None elsewhere."""
+    if not getattr(text_config(model.config), "tie_word_embeddings", False):
+        return None
+    head = model.get_output_embeddings()
+    return head is None or head.weight is model.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def _behaviour(model: nn.Module) -> dict[str, Tensor]:
+    """Logits without a cache, and greedy tokens with their logits computed with one."""
+    lm: Any = model
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(PROMPT_TOKENS) * 37 + 11).remainder(vocabulary)[None]
+    logits = lm(input_ids=ids, use_cache=False).logits
+    out = lm.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        use_cache=True,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = out.sequences[0, PROMPT_TOKENS:]
+    return {"logits": logits, "cached": torch.stack(out.logits), "tokens": tokens}

@@ -1,0 +1,238 @@
+"""The plots of an ablation: what is measured over the values of one key, and which layers stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from gradpruner.reports.figures import Key, Plot, both
+from gradpruner.reports.formats import duration, num_bytes, number, percent, short, times
+from gradpruner.reports.reading import Measured, mapping, metric_label
+from gradpruner.reports.study_reading import StudyRow, StudyView, kept_layers
+from gradpruner.reports.svg import Margins, colour, plain_ticks
+
+_DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
+_MOST_SERIES = 6
+_MOST_NUMBERS = 16
+_COSTS: dict[str, tuple[str, Any]] = {
+    "method_seconds": ("Method time", duration),
+    "method_peak_memory_bytes": ("Method memory", num_bytes),
+    "training_seconds": ("Training time", duration),
+    "training_ratio": ("Training time against dense", times),
+    "training_peak_memory_bytes": ("Training memory", num_bytes),
+    "inference_seconds": ("Evaluation time", duration),
+    "inference_ratio": ("Evaluation time against dense", times),
+}
+
+Series = tuple[str, str, list[tuple[float, Measured]]]
+"""Row name, label, (position on the horizontal axis, what was measured)."""
+
+
+def sweep_plot(view: StudyView) -> Plot | None:
+    """Draws the main metric, or the cost the study asks for, over the settings: lines, or bars for names."""
+    found = _series(view)
+    if not any(points for _, _, points in found):
+        return None
+    wanted = str(mapping(view.study, "plot").get("y") or "quality")
+    name, show = _COSTS.get(wanted, (metric_label(view.metric), percent))
+    bars = _is_categorical(view)
+    reference = _flat_dense(found)
+    drawn = [s for s in found if reference is None or s[0] != "dense"]
+
+    def paint(axes: Axes, small: bool) -> None:
+        if bars:
+            _paint_bars(axes, view, drawn, show, small)
+        else:
+            _paint_lines(axes, view, drawn, small)
+            _line_limits(axes, drawn, reference)
+        if reference is not None:
+            axes.axhline(reference, color=colour("series-0"), linewidth=1.4, dashes=(4, 3), zorder=1)
+        axes.set_ylabel(name.lower())
+        if show is percent:
+            low, high = axes.get_ylim()
+            axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0 if high - low > 0.05 else 1))
+        else:
+            axes.yaxis.set_major_formatter(lambda value, _: show(value))
+        axes.set_xlabel(view.sweep_label)
+
+    legend = [
+        Key(_hue(i, row), label, "box" if bars else "line", "" if bars else _css(i))
+        for i, (row, label, _) in enumerate(drawn)
+    ]
+    if reference is not None:
+        legend.append(Key("series-0", f"dense ({show(reference)})", "line", "5 4"))
+    said = [f"{label}: {', '.join(_said(view, points, show))}" for _, label, points in drawn]
+    seeds = max((len(q.per_seed) for row in view.rows for q in row.quality.values()), default=0)
+    how = {True: "Bars are means over seeds", False: "Points are means over seeds"}[bars]
+    reach = ", thin lines" if bars else ", the shaded band"
+    caption = f"{how}{reach} from the lowest to the highest seed." if seeds > 1 else "One seed."
+    return Plot(
+        "sweep",
+        f"{name} over {view.sweep_label}",
+        caption,
+        f"{name} over {view.sweep_label}. {'; '.join(said)}.",
+        both("sweep", 400, 320, paint, margins=(Margins(left=74), Margins(left=62))),
+        tuple(legend),
+    )
+
+
+def kept_plot(view: StudyView) -> Plot | None:
+    """Draws how many of the finally kept layers are kept at every setting (paper, Fig. 2).
+
+    Final is the last setting of the sweep, seed by seed.
+    """
+    main = view.main_name
+    rows = [(at, point.row(main)) for at, point in _positions(view)] if main is not None else []
+    known = [(at, row.plans) for at, row in rows if row is not None and row.plans]
+    final = [kept_layers(plan) for plan in known[-1][1]] if known else []
+    if len(known) < 3 or not all(final):
+        return None
+    points = []
+    for at, plans in known:
+        shares = [len(kept_layers(plan) & kept) / len(kept) for plan, kept in zip(plans, final, strict=False)]
+        points.append((at, Measured(sum(shares) / len(shares), min(shares), max(shares), None)))
+
+    def paint(axes: Axes, small: bool) -> None:
+        _paint_lines(axes, view, [(str(main), "", points)], small)
+        axes.set_ylim(min(0.5, *(m.value for _, m in points)) - 0.05, 1.04)
+        axes.set_xlabel(view.sweep_label)
+        axes.set_ylabel("kept layers agreeing with the last")
+        axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
+
+    seeds = f", mean over {len(final)} seeds with their range" if len(final) > 1 else ""
+    return Plot(
+        "stability",
+        "How early the kept layers settle",
+        f"Share of the layers kept at the last setting that are kept at this one{seeds}.",
+        f"Agreement with the layers kept at the last setting: {', '.join(_said(view, points, percent))}.",
+        both("stability", 340, 280, paint, margins=(Margins(left=74), Margins(left=62))),
+    )
+
+
+def _series(view: StudyView) -> list[Series]:
+    wanted = str(mapping(view.study, "plot").get("y") or "quality")
+    found: list[Series] = []
+    for name, label in list(view.names.items())[: _MOST_SERIES + 1]:
+        points = []
+        for at, point in _positions(view):
+            row = point.row(name)
+            measured = _value(row, view, wanted) if row is not None else None
+            if measured is not None:
+                points.append((at, measured))
+        if points:
+            found.append((name, label, points))
+    return found
+
+
+def _value(row: StudyRow, view: StudyView, wanted: str) -> Measured | None:
+    if wanted in _COSTS:
+        value = number(row.costs.get(wanted))
+        return None if value is None else Measured(value, None, None, None)
+    quality = row.quality.get(view.metric)
+    return quality.mean if quality is not None else None
+
+
+def _positions(view: StudyView) -> list[tuple[float, Any]]:
+    """Where every setting stands: at its value, or in order where values are names."""
+    if _is_categorical(view):
+        return [(float(i), point) for i, point in enumerate(view.points)]
+    return [(number(point.value) or 0.0, point) for point in view.points]
+
+
+def _is_categorical(view: StudyView) -> bool:
+    names = any(number(point.value) is None for point in view.points)
+    return names or mapping(view.study, "plot").get("kind") == "bars"
+
+
+def _flat_dense(found: Sequence[Series]) -> float | None:
+    """The dense model's value where it is one for all settings."""
+    values = [measured.value for name, _, points in found if name == "dense" for _, measured in points]
+    return values[0] if values and len(set(values)) == 1 else None
+
+
+def _paint_lines(axes: Axes, view: StudyView, found: Sequence[Series], small: bool) -> None:
+    for i, (name, _, points) in enumerate(found):
+        hue = colour(_hue(i, name))
+        xs = [at for at, _ in points]
+        lows = [m.value if m.low is None else m.low for _, m in points]
+        highs = [m.value if m.high is None else m.high for _, m in points]
+        if lows != highs:
+            axes.fill_between(xs, lows, highs, color=hue, alpha=0.16, linewidth=0, zorder=1)
+        (curve,) = axes.plot(xs, [m.value for _, m in points], "o-", color=hue, linewidth=1.8, markersize=6,
+                             zorder=3)  # fmt: skip
+        if _DASHES[i % 5]:
+            curve.set_dashes(_DASHES[i % 5])
+    _setting_axis(axes, view, small)
+    plain_ticks(axes)
+
+
+def _setting_axis(axes: Axes, view: StudyView, small: bool) -> None:
+    """Labels every setting; where there are many, those that would run into the one before are left out."""
+    at = _positions(view)
+    if view.log and min(x for x, _ in at) > 0:
+        axes.set_xscale("log")
+    width, unit = axes.bbox.width, axes.figure.dpi / 72
+    low, high = axes.get_xlim()
+    ticks, labels, end = [], [], -1e9
+    for x, point in at:
+        pixel = axes.transData.transform((x, axes.get_ylim()[0]))[0] - axes.bbox.x0
+        shown = point.label[:14] if small else point.label[:24]
+        half = 3.6 * unit * len(shown)
+        if pixel - half > end and -1 <= pixel <= width + 1:
+            ticks.append(x)
+            labels.append(shown)
+            end = pixel + half + 6
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FixedFormatter(labels))
+
+
+def _paint_bars(axes: Axes, view: StudyView, found: Sequence[Series], show: Any, small: bool) -> None:
+    """Bars from zero: a difference looks as large as it is; the numbers tell small ones apart."""
+    width = (0.6 if len(found) == 1 else 0.8) / max(len(found), 1)
+    total = sum(len(points) for _, _, points in found)
+    top = max(m.value if m.high is None else m.high for _, _, points in found for _, m in points)
+    for i, (name, _, points) in enumerate(found):
+        offset = (i - (len(found) - 1) / 2) * width
+        xs = [at + offset for at, _ in points]
+        axes.bar(xs, [m.value for _, m in points], width=0.92 * width, color=colour(_hue(i, name)), zorder=2)
+        for x, (_, m) in zip(xs, points, strict=True):
+            if m.low is not None and m.high is not None:
+                axes.vlines(x, m.low, m.high, color=colour("ink"), linewidth=1.2, zorder=3)
+            if total <= (_MOST_NUMBERS if not small else 6):
+                # Inside the bar: above it would be where the dense model's line is.
+                y = m.value if m.low is None else min(m.low, m.value)
+                axes.annotate(show(m.value), (x, y), (0, -18), textcoords="offset points", ha="center",
+                              fontsize=12, color=colour("surface"), zorder=4)  # fmt: skip
+    axes.set_ylim(0, 1.1 * top if top > 0 else 1)
+    axes.set_xlim(-0.6, len(view.points) - 0.4)
+    plain_ticks(axes)
+    _setting_axis(axes, view, small)
+
+
+def _line_limits(axes: Axes, found: Sequence[Series], reference: float | None) -> None:
+    shown = [v for _, _, points in found for _, m in points for v in (m.low, m.value, m.high)]
+    known = [v for v in (*shown, reference) if v is not None]
+    pad = max(0.1 * (max(known) - min(known)), 0.01 * abs(max(known)), 1e-9)
+    axes.set_ylim(min(known) - pad, max(known) + pad)
+
+
+def _hue(index: int, name: str) -> str:
+    """Orange is GradPruner on every page of a study; grey the dense model."""
+    if name == "dense":
+        return "series-0"
+    order = ("series-2", "series-1", "series-3", "series-4", "series-5", "series-6")
+    return order[index % len(order)] if name != "merged" else "series-2"
+
+
+def _css(index: int) -> str:
+    return " ".join(f"{1.8 * length:g}" for length in _DASHES[index % 5])
+
+
+def _said(view: StudyView, points: Sequence[tuple[float, Measured]], show: Any) -> list[str]:
+    labels = {at: point.label for at, point in _positions(view)}
+    return [f"{labels.get(at, short(at))} {show(measured.value)}" for at, measured in points]

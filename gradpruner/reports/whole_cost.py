@@ -1,0 +1,35 @@
+"""What every row took in all: not its fine-tuning alone, but everything that had to be done for it."""
+
+from __future__ import annotations
+
+from gradpruner.reports.formats import MISSING, duration, number, ratio, times, whole
+from gradpruner.reports.reading import RunView, mapping
+from gradpruner.reports.tables import Cell, Row, Table
+
+PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
+
+
+def whole_cost_table(view: RunView) -> Table:
+    """Seconds of every part by row, their sum, and the sum as a multiple of the dense row's."""
+    rows = []
+    dense = _seconds(view, "dense")
+    for variant in view.variants:
+        found = _seconds(view, variant.name)
+        if not found:
+            continue
+        total = found.get("total")
+        cells = [
+            Cell(variant.label),
+            *(Cell(duration(found[part]) if found.get(part) else MISSING) for part in PARTS),
+            Cell(duration(total)),
+            Cell(MISSING if variant.is_dense else times(ratio(total, dense.get("total")))),
+            Cell(whole(number(mapping(view.run, "variants", variant.name, "cost").get("tokens")))),
+        ]
+        rows.append(Row(tuple(cells), kind="main" if variant is view.main else ""))
+    columns = ("Variant", *(part.capitalize() for part in PARTS), "In all", "vs dense", "Trained tokens")
+    return Table("Whole cost", columns, tuple(rows))
+
+
+def _seconds(view: RunView, name: str) -> dict[str, float | None]:
+    recorded = mapping(view.run, "variants", name, "cost", "seconds")
+    return {str(part): number(value) for part, value in recorded.items()}

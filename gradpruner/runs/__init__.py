@@ -1,0 +1,13 @@
+"""A recipe carried out, resumed, repeated over seeds and settings.
+
+recipe           Recipe: everything a run depends on, checked at once
+job              a recipe with its inputs opened
+pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
+variant          one row of the comparison
+directory        the run directory: stages, fingerprints, lock
+evaluation_data  rows and metrics a recipe asks for
+depth_search     how many layers may go
+preview          what a dry run says
+run_record       what run.json says
+study            several runs compared
+"""

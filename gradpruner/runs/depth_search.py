@@ -1,0 +1,139 @@
+"""How many layers may go: plans of a tuned model, repaired and measured on validation rows.
+
+Nothing is trained: each number of layers costs one repair and one evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gradpruner.errors import PlanError
+from gradpruner.evaluation.outputs import values_of
+from gradpruner.evaluation.quality import evaluate
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.plans.certification import Search, largest_certified
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.refitting import fit_repair
+from gradpruner.runs.job import Job, placeholder_scores, plan_for
+
+
+def search_depth(
+    job: Job, make_plan: Callable[[int], PruningPlan], trace: Callable[[], GradientTrace]
+) -> dict[str, Any]:
+    """The largest number of layers whose loss on validation rows is certified, see `largest_certified`.
+
+    Args:
+        job: The recipe and its inputs; `plan.max_loss` is the limit.
+        make_plan: The plan that removes so many layers.
+        trace: Opens the recorded gradients; called only when layers are merged.
+
+    Returns:
+        JSON values: `best` (None if no number was certified), `metric`, `rows`, `limit`, `confidence`, and
+        `curve`, one certificate for each number that was measured, with `parameters` left.
+    """
+    options = job.recipe.plan
+    assert options.max_loss is not None and job.validation is not None
+    dense = _scores_of(job, job.load(job.origin))
+    metric = next(iter(dense))
+
+    def measure(count: int) -> tuple[list[float], list[float]]:
+        plan = make_plan(count)
+        model = job.load(job.origin)
+        recorded = trace() if plan.needs_trace else None
+        repair = None
+        if options.repair != "none":
+            repair = fit_repair(
+                model,
+                plan,
+                job.samples,  # type: ignore[arg-type]
+                job.collator,
+                kind=options.repair,
+                rows=options.repair_rows,
+                trace=recorded,
+                seed=job.recipe.seed,
+            )
+        prune_(model, plan, recorded, repair=repair)
+        return dense[metric], _scores_of(job, model)[metric]
+
+    numbers = possible_numbers(job)
+    usual = job.num_layers - job.num_keep
+    found = largest_certified(
+        measure,
+        numbers,
+        options.max_loss,
+        confidence=options.confidence,
+        first=usual if usual in numbers else None,
+    )
+    return _facts(job, found, metric)
+
+
+def possible_numbers(job: Job) -> list[int]:
+    """Numbers of layers that can go, given the family, protected layers and engines."""
+    found = []
+    for count in range(1, job.num_layers):
+        try:
+            plan_for(job, placeholder_scores(job.num_layers), merging=False, num_prune=count)
+        except PlanError:
+            continue
+        found.append(count)
+    return found
+
+
+def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
+    """Score of every validation row, by metric, the most telling first."""
+    assert job.validation is not None
+    options = job.recipe.evaluate
+    result = evaluate(
+        model,
+        job.tokenizer,
+        job.validation.examples,
+        metrics=job.metrics,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        max_length=job.max_length,
+        encoder=options.encoder,
+        encoder_layer=options.encoder_layer,
+        seed=job.recipe.seed,
+        progress="validate",
+    )
+    job.release(model)
+    return values_of(result.outputs)
+
+
+def _facts(job: Job, found: Search, metric: str) -> dict[str, Any]:
+    def left(count: int) -> int:
+        plan = plan_for(job, placeholder_scores(job.num_layers), merging=False, num_prune=count)
+        return job.savings_of(plan)["parameters"]["after"]
+
+    return {
+        "best": found.best,
+        "metric": metric,
+        "rows": len(job.validation.examples) if job.validation else 0,
+        "limit": job.recipe.plan.max_loss,
+        "confidence": found.confidence,
+        "curve": [
+            {"num_prune": count, "parameters": left(count), **certificate.as_dict()}
+            for count, certificate in found.curve
+        ],
+    }
+
+
+def refuse_uncertified(found: dict[str, Any]) -> int:
+    """The number of layers a search found.
+
+    Raises:
+        PlanError: If it found none; the message says what was measured and what would help.
+    """
+    if found["best"] is not None:
+        return int(found["best"])
+    least = found["curve"][0]
+    needed = f" About {least['rows_needed']} rows are needed." if least["rows_needed"] else ""
+    raise PlanError(
+        f"No number of layers is certified to lose at most {found['limit']:.2%} of {found['metric']} on "
+        f"{found['rows']} validation rows: removing {least['num_prune']} loses {least['loss']:.2%}, at most "
+        f"{least['upper']:.2%} with confidence ({least['verdict']}).{needed}",
+        hint="Give more validation rows (data.validation, data.validation_limit), a higher plan.max_loss, or "
+        "a number of layers (plan.num_prune).",
+    )

@@ -1,0 +1,137 @@
+"""What a recipe asks models to be measured on: rows, wording, metrics; checked before anything is loaded."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+from gradpruner.data.examples import ExampleSet, as_conversation, load_examples
+from gradpruner.data.tasks import TASKS, load_task
+from gradpruner.errors import ConfigError, DataError
+from gradpruner.evaluation.quality import TASK_METRICS
+from gradpruner.runs.recipe import Recipe
+
+
+def metrics_of(recipe: Recipe) -> tuple[str, ...]:
+    """What is measured on the recipe's own data: as it says, else as the task does."""
+    named, task = recipe.evaluate.metrics, recipe.data.task
+    if named is not None:
+        return tuple(named)
+    return TASK_METRICS[TASKS.find(task).metric if task is not None else "accuracy"]
+
+
+def metrics_of_task(name: str) -> tuple[str, ...]:
+    """What is measured on a further task."""
+    return TASK_METRICS[TASKS.find(name).metric]
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """Finds metrics that cannot be computed here before data and model are read.
+
+    Raises:
+        ConfigError: If a library, an encoder or a task of lm-eval is missing, or the wording cannot be
+            chosen.
+        ModelError: If the encoder is no model that can be read.
+    """
+    options = recipe.evaluate
+    asked = [metrics_of(recipe), *(metrics_of_task(entry.task) for entry in options.also)]
+    if any("bert_score" in metrics for metrics in asked):
+        from gradpruner.evaluation.bertscore import check_encoder
+
+        check_encoder(options.encoder)
+    if options.lm_eval:
+        from gradpruner.evaluation.harness import check_harness
+
+        check_harness(options.lm_eval, options.lm_eval_folder)
+    if recipe.data.chat == "always" and recipe.data.task is None:
+        raise ConfigError(
+            "data.chat is 'always', but only named tasks can be asked either way.",
+            hint="Rows of your own are conversations when they have 'messages'.",
+        )
+
+
+def load_split(recipe: Recipe, split: str, tokenizer: Any) -> ExampleSet:
+    """The recipe's rows to learn from ("train") or to be measured on ("eval").
+
+    Raises:
+        ConfigError: If the task or a limit is unknown or out of range.
+        DataError: If rows are missing or unusable.
+    """
+    data, seed = recipe.data, recipe.seed
+    limit = data.train_limit if split == "train" else data.eval_limit
+    if data.task is not None:
+        task = TASKS.find(data.task)
+        if split == "train" and limit is None:
+            limit = task.train_limit
+        named = task.train_split if split == "train" else task.eval_split
+        return worded(load_task(data.task, data.folder, named, limit, seed), tokenizer, data.chat)
+    source = data.train if split == "train" else data.eval
+    assert source is not None
+    return load_examples(
+        source, split=split, format=data.format, limit=limit, seed=seed, skip_bad=data.skip_bad
+    )
+
+
+def with_validation(recipe: Recipe, train: ExampleSet) -> tuple[ExampleSet, ExampleSet]:
+    """Training rows and the rows on which choices are made, which are no training rows.
+
+    Raises:
+        DataError: If there are too few rows to hold any out.
+    """
+    data = recipe.data
+    if data.validation is not None:
+        found = load_examples(
+            data.validation,
+            split="validation",
+            format=data.format,
+            limit=data.validation_limit,
+            seed=recipe.seed,
+            skip_bad=data.skip_bad,
+        )
+        return train, found
+    count = min(data.validation_limit, len(train) // 5)
+    if count == 0:
+        raise DataError(
+            f"{len(train)} training rows are too few to hold validation rows out of them.",
+            hint="Give data.validation: a file of rows that the model was not tuned on.",
+        )
+    held_out = set(random.Random(recipe.seed).sample(range(len(train)), count))
+
+    def part(wanted: bool, note: str) -> ExampleSet:
+        rows = tuple(row for i, row in enumerate(train.examples) if (i in held_out) == wanted)
+        return replace(train, examples=rows, notes=(*train.notes, note))
+
+    return part(False, f"{count} rows held out for validation"), part(True, f"{count} of {len(train)} rows")
+
+
+def load_also(recipe: Recipe, tokenizer: Any) -> dict[str, ExampleSet]:
+    """The rows of every further task, by its name."""
+    found = {}
+    for entry in recipe.evaluate.also:
+        split = TASKS.find(entry.task).eval_split
+        rows = load_task(entry.task, entry.folder, split, entry.limit, recipe.seed)
+        found[entry.task] = worded(rows, tokenizer, recipe.data.chat)
+    return found
+
+
+def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:
+    """A named task asked as the model is used to: in a conversation, if it has a template for one.
+
+    Args:
+        found: The task's rows.
+        tokenizer: Of the model.
+        chat: "auto", "always" or "never", see `recipe.DataSection`.
+
+    Raises:
+        ConfigError: If a conversation is wanted and the tokenizer has no template.
+    """
+    if chat == "always" and not tokenizer.chat_template:
+        raise ConfigError(
+            "data.chat is 'always', and the tokenizer has no chat template.",
+            hint="Use 'auto' or 'never', or an instruction-tuned model.",
+        )
+    if chat == "never" or not tokenizer.chat_template:
+        return found
+    examples = tuple(map(as_conversation, found.examples))
+    return replace(found, examples=examples, format=f"{found.format}, chat template")

@@ -1,0 +1,437 @@
+"""A job: a recipe with its inputs opened and checked, before anything is recorded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
+from gradpruner.data.examples import ExampleSet, overlap
+from gradpruner.errors import PlanError
+from gradpruner.evaluation.questions import Questions
+from gradpruner.files import read_json
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.methods import METHODS, MethodContext, MethodOptions
+from gradpruner.models.config_patch import check_keep, family_slots, required_layers, text_config
+from gradpruner.models.engine_widths import judge_widths
+from gradpruner.models.engines import Verdict, judge, layer_facts, slots
+from gradpruner.models.families import Family
+from gradpruner.models.folder import locate_model
+from gradpruner.models.layers import LayeredModel, skeleton
+from gradpruner.models.loading import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_class,
+    refuse_narrowed,
+    resolve_device,
+)
+from gradpruner.models.narrowing import width_savings
+from gradpruner.models.sizes import build_on_meta, count_parameters, layer_parameters, savings
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.selection import Fits, plan_pruning
+from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.provenance import hash_folder, sha256_json
+from gradpruner.runs.evaluation_data import (
+    check_evaluation,
+    load_also,
+    load_split,
+    metrics_of,
+    with_validation,
+)
+from gradpruner.runs.recipe import Recipe
+from gradpruner.training.finetuning import check_liger, check_trackers, planned_steps
+from gradpruner.training.recording import default_steps
+
+Plan = PruningPlan | WidthPlan
+STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
+# Keys of the recipe's plan section that say nothing about which layers go.
+REPAIR_KEYS = frozenset({"repair", "repair_rows", "max_loss", "confidence"})
+# The rows every run can have; any other row is named after the scoring method it compares with.
+LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
+
+
+@dataclass
+class Job:
+    """A recipe with its inputs opened: what every stage looks at.
+
+    Making one checks the recipe against model and data, and loads no weights.
+    """
+
+    recipe: Recipe
+    command: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        for name in (*recipe.variants, *recipe.methods):
+            if name not in LABELS:
+                self.method_options(name)
+        resolve_device(recipe.model.device)
+        check_trackers(recipe.finetune.report_to)
+        check_evaluation(recipe)
+        if recipe.finetune.liger:
+            check_liger(recipe.model.device)
+        self.folder = locate_model(recipe.model.path)
+        self.origin = self.folder
+        refuse_narrowed(self.folder)
+        self.config = load_config(self.folder, recipe.model.trust_remote_code)
+        self._check_budget()
+        self.tokenizer = load_tokenizer(self.folder, recipe.model.trust_remote_code)
+        self.train, self.eval = (load_split(recipe, split, self.tokenizer) for split in ("train", "eval"))
+        self.validation: ExampleSet | None = None
+        if recipe.plan.max_loss is not None:
+            self.train, self.validation = with_validation(recipe, self.train)
+        self.also = load_also(recipe, self.tokenizer)
+        longest = min(recipe.data.max_length, self._max_positions())
+        self.max_length = longest
+        self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
+        self.collator = Collator(self.tokenizer)
+        self._warn()
+
+    def _check_budget(self) -> None:
+        """Finds an impossible budget or plan before anything is recorded."""
+        plan = plan_for(self, placeholder_scores(self.num_layers), merging=False)
+        self.given_plan: PruningPlan | None = None
+        if self.recipe.plan.file is not None:
+            plan = self.given_plan = PruningPlan.load(self.recipe.plan.file)
+            plan.check_model(self.num_layers)
+            self.warnings += check_keep(self.text, self.family, plan)
+        self.num_keep = len(plan.keep)
+        removed = savings(self.config, plan.keep)["parameters"]
+        self.num_remove = removed["before"] - removed["after"]
+        if "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None:
+            self._check_merging()
+
+    def method_options(self, name: str) -> MethodOptions:
+        """What the recipe sets about a method, checked."""
+        return METHODS.find(name).read_options(name, self.recipe.methods.get(name, {}))
+
+    def context(self, name: str, trace: Callable[[], GradientTrace], folder: Path) -> MethodContext:
+        """What a method may look at.
+
+        Args:
+            name: The method.
+            trace: Opens the recorded gradients.
+            folder: Where it may keep checkpoints while it trains.
+        """
+        plan = self.recipe.plan
+        protected = {*plan.protect, *required_layers(self.text, self.family), *range(plan.protect_first)}
+        protected |= set(range(self.num_layers - plan.protect_last, self.num_layers))
+        return MethodContext(
+            num_layers=self.num_layers,
+            seed=self.recipe.seed,
+            trace=trace,
+            model=lambda: self.load(self.origin),
+            samples=self.samples,  # type: ignore[arg-type]
+            collator=self.collator,
+            norm=self.recipe.score.norm,
+            num_keep=self.num_keep,
+            num_remove=self.num_remove,
+            unit=plan.unit,
+            protected=tuple(sorted(protected)),
+            fits=self.slots(),
+            options=self.method_options(name),
+            finetune=self.recipe.finetune.model_dump()
+            | {"device": "cpu" if self.device == "cpu" else "auto"},
+            folder=folder,
+        )
+
+    def savings_of(self, plan: Plan) -> dict[str, dict[str, int]]:
+        """What a plan saves, in every unit."""
+        if isinstance(plan, PruningPlan):
+            return savings(self.config, plan.keep)
+        return width_savings(self.skeleton(), plan)
+
+    def skeleton(self) -> nn.Module:
+        """The dense model without weights, made anew."""
+        return skeleton(model_class(self.config), self.config)
+
+    def portability_of(self, plan: Plan) -> tuple[Verdict, ...]:
+        """How engines serve what a plan leaves."""
+        facts = layer_facts(self.config)
+        return judge(facts, plan.keep) if isinstance(plan, PruningPlan) else judge_widths(plan, facts)
+
+    def _check_merging(self) -> None:
+        if self.family.no_merge:
+            raise PlanError(
+                f"plan.num_merge is {self.recipe.plan.num_merge}, but layers of {self.text.model_type} "
+                f"models can only be dropped: {self.family.no_merge}.",
+                hint="Use --set plan.num_merge=0 and --set 'variants=[dense, dropped]'.",
+            )
+
+    def _max_positions(self) -> int:
+        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is measured on the evaluation data."""
+        return metrics_of(self.recipe)
+
+    def _warn(self) -> None:
+        needed = self.record_steps * self.recipe.record.batch_size
+        if len(self.samples) < needed:
+            self.warnings.append(
+                f"{len(self.samples)} training samples for {self.record_steps} recording steps of "
+                f"{self.recipe.record.batch_size}: samples are used more than once."
+            )
+        self.overlap = overlap(self.train.examples, self.eval.examples)
+        self._warn_of_cut_prompts()
+        if self.overlap:
+            self.warnings.append(
+                f"{self.overlap} of {len(self.eval)} evaluation prompts also occur in the training data."
+            )
+        if len(self.eval) < 100:
+            self.warnings.append(
+                f"Only {len(self.eval)} evaluation examples: differences of several points are noise."
+            )
+        for name, examples in (("training", self.train), ("evaluation", self.eval)):
+            if examples.num_dropped:
+                self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
+        self.warnings += [f"training data: {note}" for note in self.samples.notes()]
+        if (
+            self.validation is not None
+            and self.recipe.start == "given"
+            and self.recipe.data.validation is None
+        ):
+            self.warnings.append(
+                "Validation rows are held out of the training rows, on which the model may have been tuned: "
+                "give data.validation, rows it has not seen."
+            )
+
+    def _warn_of_cut_prompts(self) -> None:
+        for name, found in {"evaluation": self.eval, **self.also}.items():
+            questions = Questions(self.tokenizer, found.examples, self.max_length)
+            cut = questions.num_cut(questions.most_new_tokens())
+            if cut:
+                self.warnings.append(
+                    f"{name} data: {cut} of {len(found)} prompts are cut from the left to fit into "
+                    f"{self.max_length} tokens beside the answer."
+                )
+
+    @property
+    def text(self) -> Any:
+        """The config of the decoder: the model's own, or a part of it."""
+        return text_config(self.config)
+
+    @cached_property
+    def structure(self) -> LayeredModel:
+        """The dense model's layers, without weights."""
+        return LayeredModel(self.skeleton())
+
+    @property
+    def family(self) -> Family:
+        """How the model keeps its layers."""
+        return self.structure.family
+
+    @cached_property
+    def layer_kinds(self) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
+        """Names and shapes of the linears of every layer: only equal ones can be merged."""
+        view = self.structure
+        return [
+            tuple((name, tuple(weight.shape)) for name, weight in view.weights(i).items())
+            for i in range(view.num_layers)
+        ]
+
+    def slots(self) -> Fits | None:
+        """Where a layer may stand in the pruned model, for transformers and for the engines asked for."""
+        rules = [
+            family_slots(self.text, self.family),
+            slots(layer_facts(self.config), self.recipe.plan.portable_to),
+        ]
+        given = [rule for rule in rules if rule is not None]
+        return (lambda old, new, kept: all(fits(old, new, kept) for fits in given)) if given else None
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the dense model."""
+        return int(self.text.num_hidden_layers)
+
+    @property
+    def finetune_steps(self) -> int:
+        """Optimizer steps of every fine-tuning."""
+        options = self.recipe.finetune
+        return planned_steps(len(self.samples), options.batch_size, options.accumulation, options.epochs)
+
+    @property
+    def recover_steps(self) -> int:
+        """Optimizer steps after a tuned model was pruned; 0 for none."""
+        recover, options = self.recipe.recover, self.recipe.finetune
+        if recover.steps is not None or recover.epochs == 0:
+            return recover.steps or 0
+        return planned_steps(len(self.samples), options.batch_size, options.accumulation, recover.epochs)
+
+    @property
+    def record_steps(self) -> int:
+        """Optimizer steps that are recorded."""
+        return self.recipe.record.steps or default_steps(self.finetune_steps)
+
+    @cached_property
+    def model_sha256(self) -> str:
+        """Hash of config and weights."""
+        return hash_folder([self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))])
+
+    @property
+    def needs_tuned(self) -> bool:
+        """Whether other rows need the dense model after its fine-tuning."""
+        return self.recipe.start == "tuned" or (self.recipe.distils and self.recipe.start == "base")
+
+    def prune_from(self, folder: Path) -> None:
+        """Makes the dense model tuned before (start: tuned) what is recorded on and pruned from now on."""
+        self.origin = folder
+        self.__dict__.pop("origin_sha256", None)
+
+    @cached_property
+    def origin_sha256(self) -> str:
+        """Hash of config and weights of the model that is pruned."""
+        if self.origin == self.folder:
+            return self.model_sha256
+        return hash_folder([self.origin / "config.json", *sorted(self.origin.glob("*.safetensors"))])
+
+    @property
+    def device(self) -> str:
+        """The torch device stages run on."""
+        return str(resolve_device(self.recipe.model.device))
+
+    def input_hashes(self) -> dict[str, str]:
+        """SHA-256 of everything the run reads."""
+        hashes = {"model": self.model_sha256, "train": self.train.sha256, "eval": self.eval.sha256}
+        return hashes | ({"plan": sha256_json(self.given_plan.to_dict())} if self.given_plan else {})
+
+    def load(self, folder: Path, *, dtype: str | None = None, quantise: bool = False) -> nn.Module:
+        """Loads a model folder as the recipe says."""
+        options = self.recipe.model
+        return load_model(
+            folder,
+            dtype=dtype or options.dtype,
+            device=options.device,
+            attn_implementation=options.attn_implementation,
+            trust_remote_code=options.trust_remote_code,
+            quantise=quantise,
+        )
+
+    def release(self, model: Any) -> None:
+        """Gives a loaded model's memory back before the next one is loaded."""
+        if not getattr(model, "is_loaded_in_4bit", False):  # bitsandbytes refuses to be moved
+            model.to("meta")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def placeholder_scores(num_layers: int) -> LayerScores:
+    """Scores for asking what a budget comes to; how many layers go does not depend on the scores."""
+    return LayerScores("placeholder", tuple(map(float, range(num_layers))))
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads a plan file of either kind.
+
+    Raises:
+        PlanError: If it says what no plan can.
+        IntegrityError: If it is missing or not JSON.
+    """
+    raw = read_json(path, "pruning plan")
+    kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == "width" else PruningPlan
+    return kind.from_dict(raw, str(path))
+
+
+def plan_for(
+    job: Job,
+    scores: LayerScores,
+    merging: bool,
+    chosen_by_method: dict[str, Any] | None = None,
+    num_prune: int | None = None,
+) -> PruningPlan:
+    """The recipe's budget applied to scores; what the method itself chooses comes before the recipe.
+
+    Args:
+        job: The recipe and its inputs.
+        scores: Of the layers.
+        merging: Whether layers are merged as the recipe says; else all are dropped.
+        chosen_by_method: Keys of the plan section a method sets itself.
+        num_prune: Another number of layers than the recipe's budget.
+    """
+    options = job.recipe.plan
+    fractions: dict[str, Any] = {}
+    if options.parameter_fraction is not None:
+        fractions = {
+            "layer_parameters": layer_parameters(job.config),
+            "total_parameters": count_parameters_of(job.config),
+        }
+    chosen = options.model_dump(exclude={"file", "portable_to", "unit", *REPAIR_KEYS}) | (
+        {} if merging else {"num_merge": 0}
+    )
+    chosen |= chosen_by_method or {}
+    if num_prune is not None:
+        chosen |= {"num_prune": num_prune, "layer_fraction": None, "parameter_fraction": None, "layers": None}
+        fractions = {}
+    chosen["protect"] = sorted({*options.protect, *required_layers(job.text, job.family)})
+    if merging:
+        chosen["kinds"] = job.layer_kinds
+    return plan_pruning(scores, **chosen, **fractions, fits=job.slots())
+
+
+def count_parameters_of(config: Any) -> int:
+    """Parameters of a model given by its config; tied weights count once."""
+    return count_parameters(build_on_meta(config))
+
+
+def label_of(variant: str) -> str:
+    """What reports call a row of the comparison."""
+    return LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
+
+
+def method_of(variant: str) -> str:
+    """The method in `METHODS` that a pruned row of the comparison comes from."""
+    return "gradpruner" if variant in LABELS else variant
+
+
+def data_identity(examples: ExampleSet) -> dict[str, Any]:
+    """What makes two sets of examples the same: the bytes they came from and which rows were taken."""
+    ids = [example.id for example in examples.examples]
+    return {"sha256": examples.sha256, "format": examples.format, "rows": ids}
+
+
+def bytes_to_write(job: Job) -> dict[str, int]:
+    """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
+    recipe = job.recipe
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    sizes = savings(job.config, plan.keep)["disk_bytes"]
+    rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
+    trace = 0
+    if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
+        view = LayeredModel(build_on_meta(job.config))
+        modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
+        per_step = sum(sum(module.weight.shape) for module in modules)
+        trace = 4 * job.record_steps * recipe.record.rank * per_step
+    temporary = 0 if recipe.keep_models == "all" else max(rows)
+    options = recipe.finetune
+    if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
+        # float32 weights and two moments; two checkpoints are kept while a third is written.
+        temporary += 3 * 12 * count_parameters_of(job.config)
+    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+
+
+def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
+    """The pruned model, the recovered one, and the fine-tuned one."""
+    method = METHODS.find(method_of(variant))
+    if not method.removes:
+        return sizes["before"]
+    return (3 if method.recover else 2) * sizes["after"]
+
+
+def bytes_missing(job: Job, folder: Path, until: str) -> int:
+    """What a run has still to write, given what an earlier start left in its directory."""
+    needs = bytes_to_write(job)
+    total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return max(0, total - present)

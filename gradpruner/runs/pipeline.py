@@ -1,0 +1,334 @@
+"""run(recipe): record -> score -> plan -> prune -> fine-tune -> evaluate -> report.
+
+Every arrow is a stage of the run directory, with a file on disk. Reads from top to bottom like the picture
+in docs/design.md; from the plan on, every row of the comparison goes its own way (variant.py).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from gradpruner.errors import ConfigError, GradPrunerError, ModelError
+from gradpruner.files import check_free_space, write_json, write_text
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.methods import METHODS, MethodContext
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.provenance import sha256_file
+from gradpruner.runs.depth_search import refuse_uncertified, search_depth
+from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.job import (
+    LABELS,
+    REPAIR_KEYS,
+    STAGES,
+    Job,
+    Plan,
+    bytes_missing,
+    data_identity,
+    load_plan,
+    method_of,
+    plan_for,
+)
+from gradpruner.runs.recipe import Recipe, recipe_yaml
+from gradpruner.runs.run_record import run_record
+from gradpruner.runs.variant import Variant, tuned_folder
+from gradpruner.training.callbacks import ProgressCallback
+from gradpruner.training.recording import record_gradients
+
+log = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, *, until: str = "report", command: str = "") -> dict[str, Any]:
+    """Carries out a recipe in its run directory, skipping what is already done there.
+
+    Args:
+        recipe: What to do.
+        until: Last stage to do, one of `STAGES`.
+        command: How the user called it, for the report.
+
+    Returns:
+        The run record (also `run.json`).
+
+    Raises:
+        GradPrunerError: The first fault of recipe, data, model or machine. A variant that fails while
+            others succeed is a row of the report, and raises after the report is written.
+    """
+    if until not in STAGES:
+        raise ConfigError(f"Unknown stage '{until}'.", hint=f"Stages: {', '.join(STAGES)}.")
+    job = Job(recipe, command)
+    directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
+    check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
+    with directory:
+        directory.describe(recipe.model_dump(mode="json"), job.input_hashes())
+        write_text(directory.path / "recipe.yaml", recipe_yaml(recipe))
+        return _Run(job, directory).up_to(until)
+
+
+class _Run:
+    """One pass over the stages; holds what later stages need of earlier ones."""
+
+    def __init__(self, job: Job, directory: RunDirectory) -> None:
+        self.job, self.directory = job, directory
+        self.recipe = job.recipe
+        self.record_inputs: dict[str, Any] | None = None
+        self.record_failure: Exception | None = None
+        self.scores: dict[str, LayerScores] = {}
+        self.plans: dict[str, Plan] = {}
+        self.searches: dict[str, dict[str, Any]] = {}
+        self.variants: dict[str, dict[str, Any]] = {}
+        self.failures: dict[str, GradPrunerError] = {}
+
+    def path(self, *parts: str) -> Path:
+        return self.directory.path.joinpath(*parts)
+
+    def up_to(self, until: str) -> dict[str, Any]:
+        depth = STAGES.index(until)
+        pruned = [v for v in self.recipe.variants if v != "dense"]
+        if self.recipe.start == "tuned":
+            self.tune_dense(depth)
+        if until == "record":
+            self.record()
+        for variant in pruned:
+            with self.row(variant):
+                self.decide(variant, depth)
+        for variant in sorted(self.recipe.variants, key=lambda name: name != "dense"):  # teacher first
+            with self.row(variant):
+                if variant not in self.failures and variant not in self.variants:
+                    self.carry_out(variant, depth)
+        if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
+            self.directory.remove([tuned_folder("dense")])  # kept until now for the other rows
+        record = run_record(self.job, self.directory, self.scores, self.plans, self.variants, self.searches)
+        write_json(self.path("run.json"), record)
+        if depth >= STAGES.index("evaluate"):
+            self.report(record)
+        for error in self.failures.values():
+            raise error
+        return record
+
+    def tune_dense(self, depth: int) -> None:
+        """Fine-tunes the dense model, which everything after this is recorded on and pruned from."""
+        with self.row("dense"):
+            self.carry_out("dense", max(depth, STAGES.index("finetune")))
+        if "dense" in self.failures:
+            raise self.failures["dense"]
+        self.job.prune_from(self.path(tuned_folder("dense")))
+
+    @contextmanager
+    def row(self, name: str) -> Iterator[None]:
+        """A row that fails says so and does not end the run; the first failure is raised at its end."""
+        try:
+            yield
+        except Exception as error:
+            ours = error
+            if not isinstance(ours, GradPrunerError):  # a method met something it did not expect
+                ours = ModelError(f"{type(error).__name__}: {error}")
+                log.debug("%s", name, exc_info=error)
+            log.error("%s failed: %s", name, ours)
+            self.failures[name] = ours
+            row = self.variants.setdefault(
+                name, Variant(self.job, self.directory, name, None, self.open_trace).row
+            )
+            row["error"] = str(ours)
+
+    def decide(self, variant: str, depth: int) -> None:
+        """What a row prunes, as far as that is known before its model is made."""
+        method = METHODS.find(method_of(variant))
+        if method.needs_trace:
+            self.record()
+        if method.score and depth >= STAGES.index("score"):
+            self.score(method_of(variant))
+        if (method.score or method.plan) and depth >= STAGES.index("plan"):
+            self.plan(variant)
+
+    # -- stages --------------------------------------------------------------------------------------
+
+    def record(self) -> None:
+        """Model + task -> trace/"""
+        if self.record_inputs is not None:
+            return
+        if self.record_failure is not None:  # not once more for every row that needs the trace
+            raise self.record_failure
+        inputs = {
+            "model": self.job.origin_sha256,
+            "train": data_identity(self.job.train),
+            "max_length": self.job.max_length,
+            "record": self.recipe.record.model_dump(),
+            "steps": self.job.record_steps,
+            "loading": self.recipe.model.model_dump(exclude={"path"}),
+            "precision": self.recipe.finetune.precision,
+            "seed": self.recipe.seed,
+        }
+        try:
+            result = self.directory.stage("record", inputs, self._record, ["trace"])
+        except Exception as error:
+            self.record_failure = error
+            raise
+        self.job.warnings += result["notes"]
+        self.record_inputs = inputs
+
+    def _record(self) -> dict[str, Any]:
+        options = self.recipe.record
+        model = self.job.load(self.job.origin, quantise=options.adapter == "qlora")
+        trace = record_gradients(
+            model,
+            self.job.samples,  # type: ignore[arg-type]
+            steps=self.job.record_steps,
+            rank=options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            adapter=options.adapter,
+            learning_rate=options.learning_rate,
+            batch_size=options.batch_size,
+            clip=options.clip,
+            folder=self.path("trace"),
+            seed=self.recipe.seed,
+            collator=self.job.collator,
+            callbacks=[ProgressCallback("record")],
+            device="cpu" if self.job.device == "cpu" else "auto",
+            precision=self.recipe.finetune.precision,
+            gradient_checkpointing=self.recipe.finetune.gradient_checkpointing,
+        )
+        self.job.release(model)
+        return {
+            "num_steps": trace.num_steps,
+            "effective_steps": trace.effective_steps,
+            "tokens": round(sum(self.job.samples.lengths) / len(self.job.samples) * trace.num_steps)
+            * options.batch_size,
+            "losses": list(trace.info.losses),
+            "learning_rates": list(trace.info.learning_rates),
+            "rank": trace.info.rank,
+            "adapter": trace.info.adapter,
+            "clip": trace.info.clip,
+            "bytes_on_disk": trace.bytes_on_disk(),
+            "notes": [f"recording: {note}" for note in trace.info.notes],
+        }
+
+    @cached_property
+    def trace(self) -> GradientTrace:
+        return GradientTrace.load(self.path("trace"))
+
+    def open_trace(self) -> GradientTrace:
+        """The recorded gradients, opened once."""
+        return self.trace
+
+    def decision_inputs(self, method: str) -> dict[str, Any]:
+        """What scores or a plan depend on."""
+        options = self.recipe.plan
+        found = METHODS.find(method)
+        return {
+            "method": method,
+            "options": self.job.method_options(method).model_dump(mode="json"),
+            "score": self.recipe.score.model_dump(),
+            "num_keep": self.job.num_keep,
+            "protect": [options.protect_first, options.protect_last, options.protect],
+            "budget": None if found.score else [self.job.num_remove, options.unit, options.portable_to],
+            "record": self.record_inputs if found.needs_trace else None,
+            "model": self.job.origin_sha256,
+            "train": data_identity(self.job.train),
+            "max_length": self.job.max_length,
+            "seed": self.recipe.seed,
+        }
+
+    def score(self, method: str) -> None:
+        """Trace (or model) -> scores/<method>.json"""
+        if method in self.scores:
+            return
+        target = f"scores/{method}.json"
+
+        def work() -> dict[str, Any]:
+            score = METHODS.find(method).score
+            assert score is not None
+            score(self.context(method)).save(self.path(target))
+            return {}
+
+        self.directory.stage(f"score {method}", self.decision_inputs(method), work, [target])
+        self.scores[method] = LayerScores.load(self.path(target))
+
+    def context(self, method: str) -> MethodContext:
+        """What a method may look at."""
+        return self.job.context(method, self.open_trace, self.path("variants", method, "method"))
+
+    def plan(self, variant: str) -> None:
+        """Scores (or model) -> plans/<variant>.json"""
+        target = f"plans/{variant}.json"
+        name = method_of(variant)
+        method = METHODS.find(name)
+        given = self.job.given_plan if variant in LABELS else None
+        if method.score:
+            inputs: dict[str, Any] = {
+                "scores": sha256_file(self.path("scores", f"{name}.json")),
+                "plan": self.recipe.plan.model_dump(exclude=set(REPAIR_KEYS)) | method.plan_options,
+                "given": given.to_dict() if given else None,
+                "variant": variant,
+            }
+        else:
+            inputs = self.decision_inputs(name)
+
+        if method.score and given is None and self.recipe.plan.max_loss is not None:
+            self.searches[variant] = self.search(variant, inputs)
+            inputs["num_prune"] = refuse_uncertified(self.searches[variant])
+
+        def work() -> dict[str, Any]:
+            plan: Plan
+            if given:
+                plan = given if variant == "merged" else given.without_merging()
+            elif method.plan:
+                plan = method.plan(self.context(name))
+            else:
+                plan = self.planned(variant, self.searches.get(variant, {}).get("best"))
+            plan.save(self.path(target))
+            return self.job.savings_of(plan)
+
+        self.directory.stage(f"plan {variant}", inputs, work, [target])
+        plan = self.plans[variant] = load_plan(self.path(target))
+        for verdict in self.job.portability_of(plan):
+            if verdict.status in ("wrong", "refused") and not verdict.also_unpruned:
+                self.job.warnings.append(f"plan {variant}, served by {verdict.engine}: {verdict.reason}")
+                log.warning("%s", self.job.warnings[-1])
+
+    def planned(self, variant: str, num_prune: int | None = None) -> PruningPlan:
+        """The plan of a row whose layers have scores."""
+        name = method_of(variant)
+        method = METHODS.find(name)
+        merging = variant == "merged" or (method.merges and variant not in LABELS)
+        return plan_for(self.job, self.scores[name], merging, method.plan_options, num_prune)
+
+    def search(self, variant: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Tuned model, scores and validation rows -> how many layers may go"""
+        options = self.recipe.plan
+        validation = self.job.validation
+        assert validation is not None
+        inputs = inputs | {
+            "model": self.job.origin_sha256,
+            "train": data_identity(self.job.train),
+            "validation": data_identity(validation),
+            "limit": [options.max_loss, options.confidence, options.repair, options.repair_rows],
+            "metrics": list(self.job.metrics),
+            "seed": self.recipe.seed,
+        }
+
+        def work() -> dict[str, Any]:
+            return search_depth(self.job, lambda count: self.planned(variant, count), self.open_trace)
+
+        return self.directory.stage(f"search {variant}", inputs, work)
+
+    def carry_out(self, name: str, depth: int) -> None:
+        """Plan -> pruned model -> fine-tuned model -> figures, for one row of the comparison."""
+        if depth < STAGES.index("prune"):
+            return
+        variant = Variant(self.job, self.directory, name, self.plans.get(name), self.open_trace)
+        self.variants[name] = variant.row
+        variant.up_to(depth)
+        if variant.plan is not None:
+            self.plans[name] = variant.plan
+
+    def report(self, record: dict[str, Any]) -> None:
+        """run.json -> report.html"""
+        from gradpruner.reports import render_html
+
+        render_html(record, self.path("report.html"))

@@ -1,0 +1,141 @@
+"""`--dry-run`: what a run would do, from config and data alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradpruner.data.encoding import preview
+from gradpruner.models.sizes import build_on_meta, count_parameters, disk_bytes, savings
+from gradpruner.runs.job import Job, bytes_to_write, label_of, placeholder_scores, plan_for
+from gradpruner.runs.recipe import Recipe
+
+NUM_SAMPLES = 2
+
+
+def examine(recipe: Recipe) -> dict[str, Any]:
+    """Checks a recipe against model and data and says what it comes to.
+
+    Returns:
+        JSON values: data counts, steps, savings of the budget (the layers themselves are known only
+        after recording), bytes of the trace and of the models written, and label-mask previews.
+    """
+    job = Job(recipe)
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    needs = bytes_to_write(job)
+    saved = savings(job.config, plan.keep)
+    rows = len(recipe.variants)
+    weights = count_parameters(build_on_meta(job.config))
+    # AdamW in fp32: weight, gradient and two moments; LoRA holds the weights and little else.
+    per_weight = 16 if recipe.finetune.mode == "full" else 4
+    return {
+        "model": str(job.folder),
+        "num_layers": job.num_layers,
+        "num_prune": len(plan.pruned),
+        "variants": [label_of(v) for v in recipe.variants],
+        "train_rows": len(job.train),
+        "eval_rows": len(job.eval),
+        "format": job.train.format,
+        "supervised_tokens": job.samples.supervised_tokens,
+        "longest_sample_tokens": max(job.samples.lengths),
+        "record_steps": job.record_steps,
+        "finetune_steps": job.finetune_steps,
+        "start": recipe.start,
+        "repair": recipe.plan.repair,
+        "repair_rows": min(recipe.plan.repair_rows, len(job.samples)),
+        "recover_steps": job.recover_steps,
+        "teacher": recipe.distil.teacher,
+        "max_loss": recipe.plan.max_loss,
+        "validation_rows": len(job.validation) if job.validation is not None else None,
+        "finetunings": rows,
+        "savings": saved,
+        "trace_bytes": needs["trace"],
+        "written_bytes": needs["trace"] + needs["models"],
+        "temporary_bytes": needs["temporary"],
+        "model_bytes": disk_bytes(job.config),
+        "training_bytes_estimate": weights * per_weight,
+        "warnings": job.warnings,
+        "samples": [
+            [[text, supervised] for text, supervised in preview(job.tokenizer, one)]
+            for one in job.samples.encoded[:NUM_SAMPLES]
+        ],
+    }
+
+
+def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) -> None:
+    """Prints what `examine` finds."""
+    facts = examine(recipe)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    console.print(f"[bold]Dry run[/bold] of {recipe.title or Path(facts['model']).name}", highlight=False)
+    console.print(
+        f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
+        f"supervised tokens, longest sample {facts['longest_sample_tokens']}), "
+        f"{facts['eval_rows']} evaluation rows\n{_course(facts)}",
+        highlight=False,
+    )
+    title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
+    console.print(savings_table(facts["savings"], title))
+    console.print(
+        f"disk: trace {_size(facts['trace_bytes'])}, everything written "
+        f"{_size(facts['written_bytes'])}; weights, gradients and optimizer of the dense model in "
+        f"training: about {_size(facts['training_bytes_estimate'])} (activations come on top)",
+        highlight=False,
+    )
+    for number, pieces in enumerate(facts["samples"], start=1):
+        line = Text(f"sample {number}: ")
+        for text, supervised in pieces:
+            # Brackets too, so that the mask also shows where colours do not.
+            shown, style = (f"⟦{text}⟧", "bold green") if supervised else (text, "dim")
+            line.append(shown, style=style)
+        console.print(line)
+    console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
+    for warning in facts["warnings"]:
+        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _course(facts: dict[str, Any]) -> str:
+    """What is done, in order, in a sentence or two."""
+    rows, steps = ", ".join(facts["variants"]), facts["finetune_steps"]
+    parts = [f"fine-tune dense for {steps} steps"] if facts["start"] == "tuned" else []
+    parts.append(f"record {facts['record_steps']} steps")
+    if facts["max_loss"] is not None:
+        parts.append(
+            f"find how many layers lose at most {facts['max_loss']:.2%} on {facts['validation_rows']} "
+            "validation rows"
+        )
+    if facts["repair"] != "none":
+        kind = facts["repair"].replace("_", " ")
+        parts.append(f"prune and repair ({kind}, {facts['repair_rows']} rows)")
+    if facts["start"] == "base":
+        parts.append(f"then {steps} fine-tuning steps for each of: {rows}")
+    else:
+        trained = facts["recover_steps"]
+        parts.append(f"recover for {trained} steps" if trained else "nothing is trained after that")
+        parts[-1] += f"; rows: {rows}"
+    teacher = "; pruned models also learn from the tuned dense one" if facts["teacher"] != "none" else ""
+    return ", ".join(parts) + teacher
+
+
+def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:
+    """Before, after and ratio of every unit of cost."""
+    table = Table("", "before", "after", "ratio", title=title, title_justify="left")
+    for name, change in saved.items():
+        before, after = change["before"], change["after"]
+        show = _size if name in ("disk_bytes", "kv_bytes_per_token") else "{:,}".format
+        table.add_row(name.replace("_", " "), show(before), show(after), f"{after / before:.3f}")
+    return table
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

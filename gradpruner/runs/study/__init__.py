@@ -1,0 +1,24 @@
+"""Studies: one comparison of methods, or a sweep over a setting, with seeds.
+
+file           a study as it is written down
+design         rows, points and seeds -> runs
+carrying_out   every run, one after the other; a run that fails is rows with an error
+summary        the run.json files -> study.json
+pairing        differences example by example, over seeds
+preview        what would run
+"""
+
+from gradpruner.runs.study.carrying_out import Outcome, carry_out
+from gradpruner.runs.study.design import Study, make_study
+from gradpruner.runs.study.file import NamedPoint, StudyFile, Sweep, read_study
+
+__all__ = [
+    "NamedPoint",
+    "Outcome",
+    "Study",
+    "StudyFile",
+    "Sweep",
+    "carry_out",
+    "make_study",
+    "read_study",
+]

@@ -1,0 +1,298 @@
+"""A study is carried out run by run; after each, study.json, report.html and table.md say what is known."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradpruner.errors import GradPrunerError, IntegrityError
+from gradpruner.files import read_json, write_json, write_text
+from gradpruner.models.folder import check_output, locate_model, staged_folder
+from gradpruner.models.sizes import savings
+from gradpruner.provenance import utc_now
+from gradpruner.runs import pipeline
+from gradpruner.runs.directory import MANIFEST
+from gradpruner.runs.job import Job, bytes_to_write, placeholder_scores, plan_for
+from gradpruner.runs.recipe import Recipe
+from gradpruner.runs.study.design import DENSE, Study, StudyRun
+from gradpruner.runs.study.summary import Found, is_measured, summarise
+
+log = logging.getLogger(__name__)
+
+STUDY, REPORT, TABLE = "study.json", "report.html", "table.md"
+# Shows that a folder is a study's, before the first run is finished.
+MARKER = "study.yaml"
+# Keys of a recipe that change no figure.
+_INDIFFERENT = ("out", "title", "keep_models")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study came to.
+
+    Attributes:
+        study: What study.json says.
+        error: The first fault of any row; None when all rows are there.
+    """
+
+    study: dict[str, Any]
+    error: GradPrunerError | None = None
+
+
+def carry_out(study: Study, *, command: str = "") -> Outcome:
+    """Carries out every run of a study that is not done yet, and summarises all.
+
+    A run that fails becomes rows with its error; the others go on. Started again, the study goes on where it
+    was. Processes may share a folder if each works on seeds of its own; the last one, given all seeds,
+    summarises.
+
+    Args:
+        study: What to run.
+        command: How the user called it, for the report.
+
+    Raises:
+        GradPrunerError: A fault of recipe, data, model or folder that is found before the first run.
+    """
+    check_output(study.out, inputs=_inputs(study), marker=MARKER)
+    checks = check_study(study)
+    write_text(study.out / MARKER, study.to_yaml())
+    return _Progress(study, checks, command).to_the_end()
+
+
+def _inputs(study: Study) -> tuple[Path, ...]:
+    return tuple({locate_model(run.recipe.model.path) for run in study.runs()})
+
+
+def check_study(study: Study) -> dict[str, dict[str, Any]]:
+    """Opens the inputs of every point once, for its first seed; loads no weights.
+
+    Returns:
+        Folder of a run -> its "budget", "savings", counts of rows and steps, bytes to write and warnings.
+
+    Raises:
+        GradPrunerError: The first fault, with the point it belongs to.
+    """
+    found = {}
+    for run in study.runs():
+        if run.seed == study.seeds[0]:
+            try:
+                found[run.folder] = _facts(Job(run.recipe))
+            except GradPrunerError as error:
+                if len(study.points) > 1 or run.recipe.model.path != study.recipe.model.path:
+                    raise named(error, run.title) from error
+                raise
+    return found
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    saved = savings(job.config, plan.keep)
+    unit = job.recipe.plan.unit
+    before, after = saved[unit]["before"], saved[unit]["after"]
+    return {
+        "budget": {
+            "unit": unit,
+            "removed": before - after,
+            "share": (before - after) / before,
+            "layers": len(plan.pruned),
+        },
+        "savings": saved,
+        "num_layers": job.num_layers,
+        "train_rows": len(job.train),
+        "eval_rows": len(job.eval),
+        "record_steps": job.record_steps,
+        "finetune_steps": job.finetune_steps,
+        "bytes": bytes_to_write(job),
+        "warnings": job.warnings,
+    }
+
+
+class _Progress:
+    """One start of a study."""
+
+    def __init__(self, study: Study, checks: dict[str, dict[str, Any]], command: str) -> None:
+        self.study, self.command = study, command
+        self.first_error: GradPrunerError | None = None
+        self.found = Found(created=_created(study.out / STUDY))
+        for point in study.points:
+            for row in study.rows:
+                folder = study.folder(point, row, study.seeds[0])
+                if row.name != DENSE and row.model is None:
+                    self.found.budgets[point.folder] = checks[folder]["budget"]
+        if len(study.seeds) == 1:
+            self.found.warnings.append("One seed: how much a row changes from seed to seed is not known.")
+
+    def to_the_end(self) -> Outcome:
+        runs = self.study.runs()
+        for run in runs:
+            self._recall(run)
+        for number, run in enumerate(runs, start=1):
+            log.info("run %d of %d: %s", number, len(runs), run.title)
+            self._adopt(run)
+            self._carry_out(run)
+            written = self._write()
+        return Outcome(written, self.first_error)
+
+    def _recall(self, run: StudyRun) -> None:
+        """Takes up what an earlier start left of exactly this run, so that it is shown meanwhile."""
+        record = stored_record(self.study.out / run.folder)
+        if record is not None and is_of(record, run.recipe):
+            self.found.records[run.folder] = record
+
+    def _carry_out(self, run: StudyRun) -> None:
+        folder, path = self.study.out / run.folder, self.study.out / run.folder / "run.json"
+        before = _written(path)
+        error: GradPrunerError | None = None
+        try:
+            pipeline.run(run.recipe, command=self.command)
+        except GradPrunerError as failure:
+            error = failure
+        # A run whose rows failed one by one has a record; one that failed as a whole has not.
+        record = stored_record(folder) if error is None or _written(path) != before else None
+        self.found.records.pop(run.folder, None)
+        self.found.errors.pop(run.folder, None)
+        if record is not None:
+            self.found.records[run.folder] = record
+        if error is not None:
+            self._note(run, record, error)
+        for line in _lines(record):
+            log.info("  %s", line)
+
+    def _note(self, run: StudyRun, record: dict[str, Any] | None, error: GradPrunerError) -> None:
+        """Keeps why a run, or a row of it, failed."""
+        self.found.errors[run.folder] = str(error)
+        if record is None:
+            log.error("%s failed: %s", run.title, error)
+        if self.first_error is None:
+            rows = (record or {}).get("variants", {})
+            failed = next((name for name, row in rows.items() if row["error"]), None)
+            where = f"{failed}, {run.title}" if failed else run.title
+            self.first_error = named(error, where)
+
+    def _adopt(self, run: StudyRun) -> None:
+        """Starts a run with what another one of its seed has done; stages that differ are done anew."""
+        folder = self.study.out / run.folder
+        if folder.exists():
+            return
+        for other in self.study.runs():
+            same = other.seed == run.seed and other.recipe.variants == run.recipe.variants
+            if same and other.folder in self.found.records:
+                adopt(self.study.out / other.folder, folder)
+                return
+
+    def _write(self) -> dict[str, Any]:
+        found = summarise(self.study, self.found, self.command)
+        write_json(self.study.out / STUDY, found)
+        write_report(found, self.study.out)
+        return found
+
+
+def named(error: GradPrunerError, where: str) -> GradPrunerError:
+    """The same error, saying where it happened."""
+    return type(error)(f"{where}: {error.message}", error.hint)
+
+
+def write_report(study: dict[str, Any], out: Path) -> None:
+    """study.json -> report.html and table.md"""
+    from gradpruner.reports.study import render_study, study_markdown  # matplotlib and jinja2 load here
+
+    render_study(study, out / REPORT)
+    write_text(out / TABLE, study_markdown(study) + "\n")
+
+
+def stored_record(folder: Path) -> dict[str, Any] | None:
+    """The run record in a folder, with every stage ever done there; None if there is none."""
+    if not (folder / "run.json").exists():
+        return None
+    try:
+        record: dict[str, Any] = read_json(folder / "run.json", "run record")
+        stages = read_json(folder / MANIFEST, "run manifest")["stages"]
+    except IntegrityError:
+        return None  # the run itself will say so
+    # run.json lists what its start came by: not, once models are cleared, what had made them.
+    record["stages"] = [
+        {"name": name, **{key: stage.get(key) for key in ("state", "seconds", "peak_memory_bytes")}}
+        for name, stage in stages.items()
+    ]
+    return record
+
+
+def is_of(record: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a run record is that of a recipe, wherever it was written."""
+    wanted = json.loads(recipe.model_dump_json())
+    return all(record.get("recipe", {}).get(key) == wanted[key] for key in wanted if key not in _INDIFFERENT)
+
+
+def state_of(out: Path, run: StudyRun) -> str:
+    """How far a run is: "done", "begun" or "new"."""
+    folder = out / run.folder
+    if not (folder / MANIFEST).exists():
+        return "new"
+    record = stored_record(folder)
+    if record is None or not is_of(record, run.recipe):
+        return "begun"
+    rows = record["variants"]
+    return "done" if all(is_measured(rows.get(name, {})) for name in run.recipe.variants) else "begun"
+
+
+def adopt(source: Path, folder: Path) -> None:
+    """Makes a run directory that begins with the finished stages of another.
+
+    Every stage is fingerprinted by what it depends on, so the new run uses only those that are the same for
+    it: the recording, say, in a sweep over what is merged. Files are hard links: nothing in a run directory
+    is ever changed in place.
+
+    Args:
+        source: A run directory nobody works in.
+        folder: A folder that does not exist yet.
+    """
+    manifest = read_json(source / MANIFEST, "run manifest")
+    done = {name: stage for name, stage in manifest["stages"].items() if stage["state"] == "done"}
+    with staged_folder(folder) as staged:
+        for relative in _present(source, done.values()):
+            target = staged / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _link(source / relative, target)
+        write_json(staged / MANIFEST, manifest | {"created": utc_now(), "stages": done})
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _present(folder: Path, stages: Iterable[dict[str, Any]]) -> list[str]:
+    files = {relative for stage in stages for relative in stage["files"]}
+    return sorted(relative for relative in files if (folder / relative).is_file())
+
+
+def _created(path: Path) -> str:
+    """When an earlier start began the study; now, if there was none."""
+    try:
+        return str(read_json(path, "study")["created"])
+    except (IntegrityError, KeyError, TypeError):
+        return utc_now()
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _lines(record: dict[str, Any] | None) -> list[str]:
+    """What a run found, a line per row."""
+    lines = []
+    for name, row in (record or {}).get("variants", {}).items():
+        if not is_measured(row):
+            lines.append(f"{name}: failed: {row.get('error')}")
+            continue
+        metrics = row["evaluation"]["metrics"]
+        lines.append(f"{name}: " + ", ".join(f"{k} {m['value']:.4f}" for k, m in metrics.items()))
+    return lines

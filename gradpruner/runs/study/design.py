@@ -1,0 +1,351 @@
+"""What a study runs: its rows, points and seeds, worked out before anything is loaded.
+
+A row is one line of the table, a point one setting the rows are compared in (a sweep has many, a plain
+comparison one). Every point is an ordinary run per seed. Rows that no point can change have a run of their
+own and are shown at every point.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gradpruner.errors import ConfigError
+from gradpruner.methods import METHODS
+from gradpruner.registry import suggest
+from gradpruner.runs.recipe import Recipe, assign, check_recipe, resolve_paths
+from gradpruner.runs.study.file import NamedPoint, Sweep
+
+# What these sections say is no business of a model that is not pruned.
+PRUNING_SECTIONS = ("plan", "record", "score", "methods")
+BUDGETS = ("file", "num_prune", "layer_fraction", "parameter_fraction", "layers")
+# The study itself decides these.
+OWN_KEYS = ("out", "seed", "variants", "title")
+DENSE, GRADPRUNER = "dense", "merged"
+GRADPRUNER_ROWS = (GRADPRUNER, "dropped")
+# Rows that are no method's: name -> label and description.
+FIXED_ROWS = {
+    DENSE: ("Dense", "The whole model, fine-tuned."),
+    GRADPRUNER: ("GradPruner", "Layers with the least LoRA-gradient energy go; the best of them are merged."),
+    "dropped": ("GradPruner, no merging", "The same layers go; none is merged."),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting in which rows are compared.
+
+    Attributes:
+        value: Of the swept key; None where there is none.
+        label: What it is called; "" for the only point of a plain comparison.
+        changes: Dotted recipe keys -> values.
+        folder: Of its runs, relative to the study's; "" for the study's own.
+    """
+
+    value: Any = None
+    label: str = ""
+    changes: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: Unique in the study: "dense", "merged", "last", "smaller:qwen".
+        label: What reports call it.
+        description: One sentence.
+        variant: What it is called in its runs.
+        part: Folder of runs of its own; "" where it belongs to the run of its point.
+        model: Its own model, folder or hub id; None for that of the recipe.
+    """
+
+    name: str
+    label: str
+    description: str
+    variant: str
+    part: str = ""
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of the pipeline.
+
+    Attributes:
+        folder: Relative to the study's.
+        seed: Its seed.
+        recipe: What it does.
+        title: What it is called in progress and messages.
+    """
+
+    folder: str
+    seed: int
+    recipe: Recipe
+    title: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a study runs.
+
+    Attributes:
+        kind: "compare" or "ablation".
+        recipe: What all runs start from.
+        rows: Lines of the table, dense first.
+        points: At least one.
+        seeds: At least one.
+        out: The study's folder.
+        title: Headline.
+        figure: The table or figure of the paper it repeats, or "".
+        what: What is done, in a sentence, or "".
+        sweep: "key", "label", "values" and "log" of the swept key; None without one.
+        plot: Hints for the figure.
+        base_folder: What relative paths in the points are relative to.
+    """
+
+    kind: str
+    recipe: Recipe
+    rows: tuple[Row, ...]
+    points: tuple[Point, ...]
+    seeds: tuple[int, ...]
+    out: Path
+    title: str = ""
+    figure: str = ""
+    what: str = ""
+    sweep: dict[str, Any] | None = None
+    plot: dict[str, Any] = field(default_factory=dict)
+    base_folder: Path = Path()
+
+    @property
+    def only_pruning_changes(self) -> bool:
+        """Whether no point changes anything a model that is not pruned depends on."""
+        return all(
+            key.partition(".")[0] in PRUNING_SECTIONS for point in self.points for key in point.changes
+        )
+
+    def folder(self, point: Point, row: Row, seed: int) -> str:
+        """The run that has a row at a point, relative to the study's folder."""
+        parts = ["" if self.is_shared(row) else point.folder, row.part, f"seed-{seed}"]
+        return "/".join(part for part in parts if part)
+
+    def is_shared(self, row: Row) -> bool:
+        """Whether one run per seed has the row for all points."""
+        return bool(row.part) and self.only_pruning_changes
+
+    def runs(self) -> list[StudyRun]:
+        """Every run once; all points of the first seed come first.
+
+        Raises:
+            ConfigError: If a point makes a recipe that is none.
+        """
+        found: dict[str, StudyRun] = {}
+        for seed in self.seeds:
+            for point in self.points:
+                for row in self.rows:
+                    folder = self.folder(point, row, seed)
+                    if folder not in found:
+                        found[folder] = self._run(folder, point, row, seed)
+        return list(found.values())
+
+    def _run(self, folder: str, point: Point, row: Row, seed: int) -> StudyRun:
+        raw = self.recipe.model_dump(mode="json")
+        if not self.is_shared(row):
+            change(raw, point.changes)
+        if row.model is not None:
+            # Nothing is pruned here, and the budget of a larger model may be none for this one.
+            raw["model"]["path"], raw["plan"] = row.model, {"num_prune": 0}
+        raw |= {
+            "variants": [other.variant for other in self.rows if other.part == row.part],
+            "seed": seed,
+            "out": str(self.out / folder),
+        }
+        resolve_paths(raw, self.base_folder)
+        where = [text for text in ("" if self.is_shared(row) else point.label, row.part) if text]
+        recipe = check_recipe(raw, " ".join(["The recipe", *(f"({text})" for text in where)]))
+        return StudyRun(folder, seed, recipe, ", ".join([*where, f"seed {seed}"]))
+
+    def to_yaml(self) -> str:
+        """The study as a file for `gradpruner ablate`, to be repeated elsewhere."""
+        named = [{"label": p.label, "set": p.changes} for p in self.points if p.changes]
+        values = {
+            "title": self.title,
+            "figure": self.figure,
+            "what": self.what,
+            "methods": [row.name for row in self.rows if row.model is None],
+            "smaller": [row.model for row in self.rows if row.model is not None],
+            "seeds": list(self.seeds),
+            "sweep": self.sweep,
+            "points": named if self.sweep is None and named else None,
+            "plot": self.plot,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        text: str = yaml.safe_dump(values, sort_keys=False, width=100)
+        return text
+
+
+def change(raw: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Sets dotted keys in a recipe's values; a budget among them replaces the one that is there."""
+    if any(key == f"plan.{name}" for key in changes for name in BUDGETS):
+        for name in BUDGETS:
+            assign(raw, f"plan.{name}", None)
+    for key, value in changes.items():
+        assign(raw, key, value)
+
+
+def make_study(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    methods: Sequence[str] | None = None,
+    smaller: Sequence[str] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    sweep: Sweep | None = None,
+    points: Sequence[NamedPoint] | None = None,
+    kind: str = "compare",
+    title: str = "",
+    figure: str = "",
+    what: str = "",
+    plot: dict[str, Any] | None = None,
+    base_folder: Path = Path(),
+) -> Study:
+    """Works out what a study runs, and checks every recipe of it.
+
+    Args:
+        recipe: What all runs start from; its `out`, `seed` and `variants` are replaced.
+        out: The study's folder.
+        methods: Rows: "gradpruner" makes two, with and without merging; "all" is every method; None takes
+            the recipe's variants. The dense model is always the first row.
+        smaller: Smaller models to fine-tune and show beside them: folders or hub ids.
+        seeds: One run each at every point.
+        sweep: Values of one recipe key, a point each.
+        points: Points with several changes, instead.
+        kind: "compare" or "ablation".
+        title: Headline; "" makes one.
+        figure: See `Study`.
+        what: See `Study`.
+        plot: See `Study`.
+        base_folder: What relative paths in the points are relative to.
+
+    Raises:
+        ConfigError: If a method, a key or a value is unknown, or something is listed twice.
+    """
+    study = Study(
+        kind=kind,
+        recipe=recipe,
+        rows=_rows(methods if methods is not None else recipe.variants, smaller),
+        points=_points(sweep, points),
+        seeds=checked_seeds(seeds),
+        out=Path(out),
+        title=title,
+        figure=figure,
+        what=what,
+        sweep=sweep.model_dump() | {"label": sweep.label or sweep.key} if sweep is not None else None,
+        plot=plot or {},
+        base_folder=base_folder,
+    )
+    if len(study.points) > 1 and study.only_pruning_changes:
+        own = tuple(replace(row, part=DENSE) if row.name == DENSE else row for row in study.rows)
+        study = replace(study, rows=own)
+    study.runs()
+    return study
+
+
+def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Seeds as given, if there are any, each once.
+
+    Raises:
+        ConfigError: If there are none, or one comes twice.
+    """
+    if not seeds:
+        raise ConfigError("A study needs seeds.", hint="Give one or more: --seeds 0,1,2.")
+    twice = sorted({seed for seed in seeds if list(seeds).count(seed) > 1})
+    if twice:
+        raise ConfigError(
+            f"Seed {', '.join(map(str, twice))} is given more than once.",
+            hint="The same seed gives the same numbers again; give different ones: --seeds 0,1,2.",
+        )
+    return tuple(seeds)
+
+
+def _rows(methods: Sequence[str], smaller: Sequence[str]) -> tuple[Row, ...]:
+    names = [DENSE]
+    for method in methods:
+        names += _row_names(method)
+    rows = [_row(name) for name in dict.fromkeys(names)]
+    for model in smaller:
+        name = Path(model).name
+        description = f"A smaller model fine-tuned instead: {model}."
+        part = f"smaller-{_slug(name)}"
+        rows.append(Row(f"smaller:{name}", f"{name}, fine-tuned", description, DENSE, part, model))
+    doubled = [row.name for row in rows if sum(row.part == other.part != "" for other in rows) > 1]
+    if doubled:  # their runs would share a folder
+        raise ConfigError(
+            f"Two smaller models are called {doubled[0].partition(':')[2]}.",
+            hint="Give each once, or rename one of the folders.",
+        )
+    return tuple(rows)
+
+
+def _row_names(method: str) -> Sequence[str]:
+    """The rows a word of `--methods` stands for."""
+    if method == "gradpruner":
+        return GRADPRUNER_ROWS
+    if method == "all":
+        return [row for name in ("gradpruner", *METHODS.names()) for row in _row_names(name)]
+    if method not in FIXED_ROWS and method not in METHODS.names():
+        known = [*METHODS.names(), *FIXED_ROWS, "all"]
+        raise ConfigError(
+            f"Unknown method '{method}'.{suggest(method, known)}", hint=f"Available: {', '.join(known)}."
+        )
+    return [method]
+
+
+def _row(name: str) -> Row:
+    if name in FIXED_ROWS:
+        label, description = FIXED_ROWS[name]
+        return Row(name, label, description, name)
+    method = METHODS.find(name)
+    return Row(name, method.label or name.replace("_", " "), method.description, name)
+
+
+def _points(sweep: Sweep | None, named: Sequence[NamedPoint] | None) -> tuple[Point, ...]:
+    if sweep is not None:
+        key, name = sweep.key, sweep.label or sweep.key
+        shown = [(value, _shown(value)) for value in sweep.values]
+        given = [
+            Point(value, f"{name} {text}", {key: value}, _slug(f"{key}={text}")) for value, text in shown
+        ]
+    elif named is not None:
+        given = [Point(None, point.label, point.changes, f"point-{_slug(point.label)}") for point in named]
+    else:
+        return (Point(),)
+    for point in given:
+        for key in point.changes:
+            if key.partition(".")[0] in OWN_KEYS:
+                raise ConfigError(
+                    f"A study cannot sweep over {key}.",
+                    hint="Seeds and rows are the study's own: `seeds`, `methods`. Any other key will do.",
+                )
+    folders = [point.folder for point in given]
+    for point in given:
+        if folders.count(point.folder) > 1:
+            raise ConfigError(
+                f"The study has the point '{point.label}' more than once.", hint="Name each once."
+            )
+    return tuple(given)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _slug(text: str) -> str:
+    """A name that is a folder's on every system."""
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._") or "point"

@@ -1,0 +1,85 @@
+"""`--dry-run` of a study: runs, rows, budget and disk, from configs and data alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from gradpruner.reports.formats import num_bytes
+from gradpruner.runs.preview import savings_table
+from gradpruner.runs.study.carrying_out import check_study, state_of
+from gradpruner.runs.study.design import DENSE, Study
+
+
+def examine_study(study: Study) -> dict[str, Any]:
+    """Checks a study against models and data and says what it comes to.
+
+    Returns:
+        JSON values: "runs" with the state and the rows of each, "rows", "budgets" and "savings" by point,
+        the number of fine-tunings, "disk_bytes", and the warnings of all points.
+    """
+    facts = check_study(study)
+    runs = [
+        {
+            "folder": run.folder,
+            "title": run.title,
+            "state": state_of(study.out, run),
+            "variants": list(run.recipe.variants),
+        }
+        for run in study.runs()
+    ]
+    pruned = {}
+    for point in study.points:
+        for row in study.rows:
+            if row.name != DENSE and row.model is None:
+                pruned[point.label] = facts[study.folder(point, row, study.seeds[0])]
+    per_seed = [fact["bytes"] for fact in facts.values()]
+    first = next(iter(pruned.values()), next(iter(facts.values())))
+    return {
+        "out": str(study.out),
+        "seeds": list(study.seeds),
+        "points": [point.label for point in study.points],
+        "rows": [vars(row) for row in study.rows],
+        "runs": runs,
+        "finetunings": sum(len(run["variants"]) for run in runs),
+        "finetunings_left": sum(len(run["variants"]) for run in runs if run["state"] != "done"),
+        "budgets": {label: fact["budget"] for label, fact in pruned.items()},
+        "savings": {label: fact["savings"] for label, fact in pruned.items()},
+        **{key: first[key] for key in ("train_rows", "eval_rows", "record_steps", "finetune_steps")},
+        "disk_bytes": len(study.seeds) * sum(size["trace"] + size["models"] for size in per_seed)
+        + max(size["temporary"] for size in per_seed),
+        "warnings": list(dict.fromkeys(text for fact in facts.values() for text in fact["warnings"])),
+    }
+
+
+def print_study_preview(study: Study, console: Console, *, as_json: bool = False) -> None:
+    """Prints what `examine_study` finds."""
+    facts = examine_study(study)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    console.print(f"[bold]Dry run[/bold] of a study in {facts['out']}", highlight=False)
+    console.print(
+        f"{len(facts['runs'])} runs ({len(facts['seeds'])} seeds, {len(facts['points'])} points), "
+        f"{facts['finetunings']} fine-tunings of {facts['finetune_steps']} steps on {facts['train_rows']} "
+        f"rows, of which {facts['finetunings_left']} are left; {facts['eval_rows']} evaluation rows",
+        highlight=False,
+    )
+    table = Table("row", "", title="rows", title_justify="left")
+    for row in facts["rows"]:
+        table.add_row(Text(row["label"]), Text(row["description"]))
+    console.print(table)
+    table = Table("run", "state", "rows", title="runs", title_justify="left")
+    for run in facts["runs"]:
+        table.add_row(Text(run["folder"]), run["state"], Text(", ".join(run["variants"])))
+    console.print(table)
+    for label, saved in facts["savings"].items():
+        layers = facts["budgets"][label]["layers"]
+        console.print(savings_table(saved, f"budget{' of ' + label if label else ''}: {layers} layers"))
+    console.print(f"disk: about {num_bytes(facts['disk_bytes'])}", highlight=False)
+    for warning in facts["warnings"]:
+        console.print(Text(f"warning: {warning}", style="yellow"))

@@ -1,0 +1,313 @@
+"""The run.json files of a study -> study.json. Computes means, ranges and differences; runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradpruner._version import __version__
+from gradpruner.methods import METHODS
+from gradpruner.provenance import provenance, utc_now
+from gradpruner.runs.job import method_of
+from gradpruner.runs.run_record import task_name
+from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Row, Study
+from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers
+
+# Work a method needs until the pruned model is there; what comes after is the same for every row.
+METHOD_VERBS = ("score", "search", "plan", "repair", "prune", "recover")
+
+
+@dataclass
+class Found:
+    """What is known of the runs of a study.
+
+    Attributes:
+        records: Folder of a run -> its run record.
+        errors: Folder of a run -> why it has none, or not all of its rows.
+        budgets: Folder of a point -> what its budget comes to.
+        created: When the study was first started.
+        warnings: Of the study itself.
+    """
+
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    created: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+
+def summarise(study: Study, found: Found, command: str = "") -> dict[str, Any]:
+    """What study.json says and the report of a study reads.
+
+    Args:
+        study: What was to be run.
+        found: What is known of it so far.
+        command: How the user called it.
+
+    Returns:
+        JSON values.
+    """
+    runs = study.runs()
+    finished = [run for run in runs if run.folder in found.records]
+    first = next((found.records[run.folder] for run in finished), {})
+    base = next((r for r in found.records.values() if _row_of(r, DENSE).get("evaluation")), first)
+    points = [_Point(study, point, found) for point in study.points]
+    return {
+        "schema_version": 1,
+        "kind": study.kind,
+        "title": study.title or _title(study, str(first.get("title", ""))),
+        "figure": study.figure,
+        "what": study.what,
+        "command": command,
+        "gradpruner_version": __version__,
+        "created": found.created or utc_now(),
+        "finished": utc_now(),
+        "runs": {
+            "planned": len(runs),
+            "finished": len(finished),
+            "failed": sum(run.folder in found.errors for run in runs),
+        },
+        "provenance": provenance(study.seeds[0]) | {"seed": list(study.seeds)},
+        "recipe": study.recipe.model_dump(mode="json"),
+        "seeds": list(study.seeds),
+        "mode": study.recipe.finetune.mode,
+        "sweep": study.sweep,
+        "plot": study.plot,
+        "task": task_name(study.recipe),
+        "model": base.get("model"),
+        "budget": next(iter(found.budgets.values()), None),
+        "metrics": _metric_names(found.records.values()),
+        "points": [point.summary() for point in points if point.is_begun],
+        "reference": first.get("reference", {}),
+        "warnings": _warnings(found),
+    }
+
+
+class _Point:
+    """The rows of one point, over the seeds."""
+
+    def __init__(self, study: Study, point: Point, found: Found) -> None:
+        self.study, self.point, self.found = study, point, found
+        self.entries = {row.name: self._entries(row) for row in study.rows}
+        self.answers = {row.name: self._answers(row) for row in study.rows}
+
+    def _entries(self, row: Row) -> dict[int, dict[str, Any]]:
+        """Seed -> the row in that seed's run, if the run has been made."""
+        found = {}
+        for seed in self.study.seeds:
+            record = self.found.records.get(self.study.folder(self.point, row, seed))
+            if record is not None and _row_of(record, row.variant):
+                found[seed] = _row_of(record, row.variant)
+        return found
+
+    def _answers(self, row: Row) -> dict[int, Answers]:
+        found = {}
+        for seed, entry in self.entries[row.name].items():
+            file = (entry.get("evaluation") or {}).get("per_example")
+            if file and not entry.get("error"):
+                folder = self.study.folder(self.point, row, seed)
+                answers = read_answers(self.study.out / folder / file)
+                if answers is not None:
+                    found[seed] = answers
+        return found
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether any row of the point's own has been tried."""
+        rows = [row for row in self.study.rows if not self.study.is_shared(row)] or self.study.rows
+        folders = [self.study.folder(self.point, row, seed) for row in rows for seed in self.study.seeds]
+        return any(folder in self.found.records or folder in self.found.errors for folder in folders)
+
+    def summary(self) -> dict[str, Any]:
+        """The point as study.json has it."""
+        return {
+            "value": self.point.value,
+            "label": self.point.label,
+            "budget": self.found.budgets.get(self.point.folder),
+            "rows": [self._row(row) for row in self.study.rows],
+        }
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        good = {seed: e for seed, e in self.entries[row.name].items() if is_measured(e)}
+        per_seed = [self._seed(row, seed) for seed in self.study.seeds]
+        errors = [entry["error"] for entry in per_seed if entry["error"]]
+        plans = self._facts(row, good, "plans")
+        sizes = [self._size(entry) for entry in good.values()]
+        return {
+            "name": row.name,
+            "label": row.label,
+            "description": row.description,
+            "error": (errors[0] if errors else None) if not good else None,
+            **{
+                key: _rounded_mean(size[key] for size in sizes)
+                for key in ("num_parameters", "removed_parameters")
+            },
+            "removed_share": _mean(size["removed_share"] for size in sizes),
+            "num_layers": _rounded_mean(entry.get("num_layers") for entry in good.values()),
+            "uniform": next((plan["uniform"] for plan in plans if "uniform" in plan), None),
+            "metrics": {name: self._metric(row, name, good) for name in self._metric_names(good)},
+            "costs": self._costs(row, good),
+            "per_seed": per_seed,
+            "plans": plans,
+            "scores": self._facts(row, good, "scores"),
+        }
+
+    def _seed(self, row: Row, seed: int) -> dict[str, Any]:
+        folder = self.study.folder(self.point, row, seed)
+        entry = self.entries[row.name].get(seed)
+        if entry is not None:
+            error = entry.get("error") or (None if is_measured(entry) else "not finished")
+        else:
+            error = self.found.errors.get(folder, "not run yet")
+        return {"seed": seed, "run": folder, "error": error}
+
+    def _size(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """Parameters against the dense model of the study, also for a row that is another model."""
+        dense, left = self.dense_parameters, entry["num_parameters"]
+        gone = None if dense is None else dense - left
+        share = None if dense is None or gone is None else gone / dense
+        return {"num_parameters": left, "removed_parameters": gone, "removed_share": share}
+
+    @property
+    def dense_parameters(self) -> int | None:
+        """Parameters of the model the study prunes."""
+        for row in self.study.rows:
+            for seed in self.study.seeds if row.model is None else ():
+                record = self.found.records.get(self.study.folder(self.point, row, seed))
+                if record is not None:
+                    return int(record["model"]["num_parameters"])
+        return None
+
+    def _metric_names(self, entries: Mapping[int, dict[str, Any]]) -> list[str]:
+        return list(dict.fromkeys(name for e in entries.values() for name in e["evaluation"]["metrics"]))
+
+    def _metric(self, row: Row, name: str, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        def value(entry: dict[str, Any] | None, part: str) -> float | None:
+            measured = ((entry or {}).get(part) or {}).get("metrics", {}).get(name)
+            return None if measured is None else float(measured["value"])
+
+        per_seed = [value(good.get(seed), "evaluation") for seed in self.study.seeds]
+        there = [found for found in per_seed if found is not None]
+        dense = [value(entry, "evaluation") for entry in self.entries[DENSE].values() if is_measured(entry)]
+        mean, whole = _mean(there), _mean(dense)
+        return {
+            "mean": mean,
+            "low": min(there),
+            "high": max(there),
+            "per_seed": per_seed,
+            "before": _mean(value(entry, "before") for entry in good.values()),
+            "recovery": mean / whole if mean is not None and whole else None,
+            "paired": self._paired(row, DENSE, name),
+            "paired_gradpruner": self._paired(row, GRADPRUNER, name),
+        }
+
+    def _paired(self, row: Row, other: str, metric: str) -> dict[str, Any] | None:
+        if row.name == other or other not in self.answers:
+            return None
+        return paired_over_seeds(self.answers[row.name], self.answers[other], metric)
+
+    def _costs(self, row: Row, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        dense = self.entries[DENSE]
+        methods = [self._method_stages(row, seed) for seed in good] if row.variant != DENSE else []
+        ratios: dict[str, list[float | None]] = {"finetune": [], "evaluation": []}
+        for part, found in ratios.items():
+            for seed, entry in good.items():
+                whole = _seconds(dense.get(seed), part)
+                mine = _seconds(entry, part)
+                found.append(mine / whole if mine is not None and whole else None)
+        totals = {seed: _total(entry) for seed, entry in good.items()}
+        wholes = {seed: _total(dense.get(seed)) for seed in good}
+        return {
+            "total_seconds": _mean(totals.values()),
+            "total_ratio": _mean(
+                total / whole
+                for seed, total in totals.items()
+                if total is not None and (whole := wholes[seed])
+            ),
+            "trained_tokens": _rounded_mean(
+                (entry.get("cost") or {}).get("tokens") for entry in good.values()
+            ),
+            "method_seconds": _mean(sum(s["seconds"] or 0.0 for s in stages) for stages in methods),
+            "method_peak_memory_bytes": _rounded_mean(
+                max((s["peak_memory_bytes"] or 0 for s in stages), default=None) for stages in methods
+            ),
+            "training_seconds": _mean(_seconds(entry, "finetune") for entry in good.values()),
+            "training_ratio": _mean(ratios["finetune"]),
+            "training_peak_memory_bytes": _rounded_mean(
+                (entry.get("finetune") or {}).get("peak_memory_bytes") for entry in good.values()
+            ),
+            "inference_seconds": _mean(_seconds(entry, "evaluation") for entry in good.values()),
+            "inference_ratio": _mean(ratios["evaluation"]),
+        }
+
+    def _method_stages(self, row: Row, seed: int) -> list[dict[str, Any]]:
+        record = self.found.records[self.study.folder(self.point, row, seed)]
+        return method_stages(record, row.variant)
+
+    def _facts(self, row: Row, good: Mapping[int, dict[str, Any]], part: str) -> list[dict[str, Any]]:
+        """The plans, or the scores, of every seed."""
+        name = row.variant if part == "plans" else method_of(row.variant)
+        found = []
+        for seed in good:
+            facts = self.found.records[self.study.folder(self.point, row, seed)].get(part, {}).get(name)
+            if facts is not None and row.variant != DENSE:
+                kept = {k: v for k, v in facts.items() if k not in ("savings", "portability")}
+                found.append({"seed": seed, **kept})
+        return found
+
+
+def is_measured(entry: Mapping[str, Any]) -> bool:
+    """Whether a row of a run has everything the table needs."""
+    return not entry.get("error") and bool(entry.get("evaluation"))
+
+
+def method_stages(record: Mapping[str, Any], variant: str) -> list[dict[str, Any]]:
+    """The stages of a run that a row's pruned model needed, from evidence to recovery."""
+    method = method_of(variant)
+    wanted = {f"score {method}", *(f"{verb} {variant}" for verb in METHOD_VERBS)}
+    if METHODS.find(method).needs_trace:
+        wanted.add("record")
+    return [stage for stage in record["stages"] if stage["name"] in wanted]
+
+
+def _title(study: Study, of_run: str) -> str:
+    what = study.sweep["label"] if study.sweep is not None else "methods compared"
+    return f"{of_run}: {what}".removeprefix(": ")
+
+
+def _row_of(record: Mapping[str, Any], variant: str) -> dict[str, Any]:
+    row: dict[str, Any] = record.get("variants", {}).get(variant, {})
+    return row
+
+
+def _metric_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every metric that was measured, the main one first."""
+    rows = [row for record in records for row in record["variants"].values() if is_measured(row)]
+    return list(dict.fromkeys(name for row in rows for name in row["evaluation"]["metrics"]))
+
+
+def _warnings(found: Found) -> list[str]:
+    said = [warning for record in found.records.values() for warning in record.get("warnings", [])]
+    return list(dict.fromkeys([*found.warnings, *said]))
+
+
+def _seconds(entry: Mapping[str, Any] | None, part: str) -> float | None:
+    found = ((entry or {}).get(part) or {}).get("seconds")
+    return None if found is None else float(found)
+
+
+def _total(entry: Mapping[str, Any] | None) -> float | None:
+    """Everything a row took, see `run_record.add_costs`."""
+    found = (((entry or {}).get("cost") or {}).get("seconds") or {}).get("total")
+    return None if found is None else float(found)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None
+
+
+def _rounded_mean(values: Iterable[float | None] | Sequence[int]) -> int | None:
+    mean = _mean(values)
+    return None if mean is None else round(mean)

@@ -1,0 +1,12 @@
+"""Through the Trainer: recording, fine-tuning, distillation.
+
+trainer         a Trainer that computes only the logits that are learned from
+batching        layouts of a batch: packed, grouped, padded
+callbacks       progress, and a guard against NaN; resume: the last complete checkpoint
+adapters        LoRA and its kin on every linear of every layer
+finetuning      finetune: full or LoRA, with a teacher or without
+teacher         the loss of a student, and the Trainer that computes it
+distillation    a student trained by its teacher alone
+recording       GradientRecorder and record_gradients
+step_gradients  gradients as the optimizer is about to see them
+"""

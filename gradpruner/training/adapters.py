@@ -1,0 +1,100 @@
+"""LoRA adapters on the decoder layers of a model: putting them there and finding them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from gradpruner.errors import ConfigError
+from gradpruner.gradients.trace import LinearRef
+from gradpruner.models.layers import LayeredModel
+
+
+def attach_lora(
+    model: nn.Module,
+    *,
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    adapter: str = "lora",
+    only: Sequence[str] = (),
+) -> Any:
+    """Wraps a causal LM with LoRA on every linear of every decoder layer, and nowhere else.
+
+    Args:
+        model: The causal LM (4-bit quantised for "qlora").
+        rank: LoRA r, >= 1.
+        alpha: LoRA alpha.
+        dropout: LoRA dropout, in [0, 1).
+        adapter: "lora", "rslora", "dora" or "qlora".
+        only: Names of the linears that get one, such as "q_proj"; all when empty.
+
+    Returns:
+        The PeftModel; `unload()` gives the model back as it was.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if adapter == "qlora":
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=LayeredModel(model).lora_target_pattern(only),
+        use_rslora=adapter == "rslora",
+        use_dora=adapter == "dora",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def find_lora_linears(
+    model: nn.Module,
+) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[LinearRef]]:
+    """The trainable LoRA (A, B) weights of every decoder layer, in order, with their names.
+
+    Raises:
+        ConfigError: If the model has no LoRA, or some decoder layer has none (it could not be scored).
+    """
+    view = LayeredModel(model)
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    linears: list[LinearRef] = []
+    for layer in range(view.num_layers):
+        for name, module in view.linears(layer).items():
+            lora_a: Any = getattr(module, "lora_A", None)
+            active = [a for a in getattr(module, "active_adapters", ()) if a in (lora_a or ())]
+            if not active:
+                continue
+            lora_b: Any = module.lora_B
+            weight_a, weight_b = lora_a[active[0]].weight, lora_b[active[0]].weight
+            if not weight_a.requires_grad:
+                continue
+            pairs.append((weight_a, weight_b))
+            linears.append(
+                LinearRef(layer, name, module.out_features, module.in_features, weight_a.shape[0])  # type: ignore[arg-type]
+            )
+    bare = sorted(set(range(view.num_layers)) - {ref.layer for ref in linears})
+    if bare:
+        what = "The model has" if len(bare) == view.num_layers else f"Layers {bare} have"
+        raise ConfigError(
+            f"{what} no trainable LoRA linear, so there are no gradients to record.",
+            hint="Use LoraConfig(target_modules='all-linear') on the whole model.",
+        )
+    return pairs, linears
+
+
+def adapter_kind(model: Any) -> tuple[str, float, bool]:
+    """Kind of adapter, its alpha, and whether the base is quantised."""
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is None:
+        return "lora", 0.0, False
+    quantised = bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
+    if getattr(config, "use_dora", False):
+        kind = "dora"
+    elif getattr(config, "use_rslora", False):
+        kind = "rslora"
+    else:
+        kind = "qlora" if quantised else "lora"
+    return kind, float(config.lora_alpha), quantised

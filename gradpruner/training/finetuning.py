@@ -1,0 +1,394 @@
+"""Fine-tuning through `transformers.Trainer`: full or LoRA, loss on answer tokens only."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from gradpruner.data.encoding import Collator
+from gradpruner.errors import ConfigError, DataError, ModelError
+from gradpruner.models.sizes import PeakMemory
+from gradpruner.registry import suggest
+from gradpruner.training.adapters import attach_lora
+from gradpruner.training.batching import BATCHINGS
+from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
+from gradpruner.training.resume import latest_complete_checkpoint
+from gradpruner.training.teacher import DistillationOptions, DistillationTrainer, check_teacher
+from gradpruner.training.trainer import CausalTrainer
+
+log = logging.getLogger(__name__)
+
+MODES = ("full", "lora")
+# About this many points make a readable loss curve.
+LOGGED_POINTS = 200
+
+
+def training_arguments(
+    *,
+    learning_rate: float,
+    batch_size: int,
+    epochs: float = 3.0,
+    max_steps: int = -1,
+    accumulation: int = 1,
+    weight_decay: float = 0.1,
+    warmup_ratio: float = 0.03,
+    warmup: int | None = None,
+    max_grad_norm: float = 1.0,
+    schedule: str = "linear",
+    schedule_options: dict[str, Any] | None = None,
+    precision: str = "auto",
+    gradient_checkpointing: bool = False,
+    compile: bool = False,
+    liger: bool = False,
+    seed: int = 0,
+    output: str | Path | None = None,
+    save_steps: int | None = None,
+    logging_steps: int = 1,
+    report_to: str | list[str] = "none",
+    run_name: str | None = None,
+    device: str = "auto",
+) -> TrainingArguments:
+    """Our options as the Trainer's, with nothing it does by default that surprises here.
+
+    Args:
+        learning_rate: Peak learning rate.
+        batch_size: Samples per forward pass and device.
+        epochs: Passes over the data, unless `max_steps` > 0.
+        max_steps: Optimizer steps.
+        accumulation: Forward passes per optimizer step.
+        weight_decay: AdamW weight decay.
+        warmup_ratio: Fraction of steps with rising learning rate, in [0, 1).
+        warmup: The same in steps; overrides the ratio.
+        max_grad_norm: Clipping norm; 0 turns clipping off.
+        schedule: A transformers scheduler name.
+        schedule_options: What that scheduler needs besides, such as its lowest learning rate.
+        precision: "fp32", "bf16" or "fp16" autocast; "auto" is bf16 on accelerators that have it and
+            fp32 elsewhere (bf16 is emulated, and slow, on CPUs without the instructions).
+        gradient_checkpointing: Trade time for activation memory.
+        compile: Compile the model with torch.compile.
+        liger: Use Liger's fused kernels (NVIDIA and AMD GPUs).
+        seed: Seeds data order and dropout.
+        output: Folder for checkpoints.
+        save_steps: Checkpoint interval in steps; None writes none.
+        logging_steps: Interval of loss values.
+        report_to: Trackers ("tensorboard", "wandb", "trackio", ...) or "none".
+        run_name: Name of the run for trackers.
+        device: "auto" or "cpu".
+    """
+    chosen = resolve_precision(precision, device)
+    known = {field.name for field in fields(TrainingArguments)}
+    new, old = "activation_checkpointing", "gradient_checkpointing"  # renamed in transformers 5.23
+    recompute = new if new in known else old
+    return TrainingArguments(
+        output_dir=str(output) if output else str(Path(tempfile.gettempdir()) / "gradpruner-unused"),
+        learning_rate=learning_rate,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        weight_decay=weight_decay,
+        # transformers 5 reads a value below 1 as a ratio
+        warmup_steps=warmup_ratio if warmup is None else warmup,
+        max_grad_norm=max_grad_norm,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_options,
+        optim="adamw_torch_fused",
+        bf16=chosen == "bf16",
+        fp16=chosen == "fp16",
+        **({recompute: True} if gradient_checkpointing else {}),
+        torch_compile=compile,
+        use_liger_kernel=liger,
+        logging_steps=logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or 500,
+        save_total_limit=2,
+        report_to=report_to,
+        run_name=run_name,
+        seed=seed,
+        data_seed=seed,
+        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+
+
+def resolve_precision(precision: str, device: str = "auto") -> str:
+    """Turns "auto" into what this machine is good at; see `training_arguments`."""
+    if precision != "auto":
+        return precision
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def check_trackers(report_to: str | Sequence[str]) -> None:
+    """Raises ConfigError for a tracker that is unknown or not installed, before anything is trained."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    asked = [report_to] if isinstance(report_to, str) else list(report_to)
+    for name in asked:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"report_to: unknown tracker '{name}'.{suggest(name, INTEGRATION_TO_CALLBACK)}",
+                hint=f"Known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, all or none.",
+            )
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"report_to: tracker '{name}' is not installed.", hint=f"pip install {name}, or use none."
+            )
+
+
+def check_liger(device: str = "auto") -> None:
+    """Raises ConfigError where Liger's kernels cannot run, before anything is trained."""
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError("finetune.liger needs a GPU.", hint="Leave it out; nothing else changes.")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "finetune.liger is asked for, but liger-kernel is not installed.",
+            hint="pip install 'gradpruner[gpu]', or leave it out.",
+        )
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning did.
+
+    Attributes:
+        mode: "full" or "lora".
+        steps: Optimizer steps.
+        losses: Dicts of step, loss (mean over the logging interval) and learning_rate; with a teacher, also
+            ce, the part of the loss that is cross entropy, unweighted, if it has a weight.
+        seconds: Wall time of training, without loading and saving.
+        peak_memory_bytes: Peak during training: device memory on CUDA, resident memory on CPU.
+        trainable_parameters: Parameters with a gradient.
+        tokens: Input tokens seen, padding not counted.
+        batching: "packed", "grouped" or "padded", with the reason where packing was asked for in vain.
+        padding_fraction: Share of the computed token positions that were padding, in [0, 1]; measured.
+        resumed_from: Step of the checkpoint training went on from; 0 for a fresh start.
+    """
+
+    mode: str
+    steps: int
+    losses: tuple[dict[str, float], ...]
+    seconds: float
+    peak_memory_bytes: int
+    trainable_parameters: int
+    tokens: int
+    batching: str = "padded"
+    padding_fraction: float = 0.0
+    resumed_from: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def planned_steps(num_samples: int, batch_size: int, accumulation: int, epochs: float) -> int:
+    """Optimizer steps of a fine-tuning."""
+    per_epoch = math.ceil(math.ceil(num_samples / batch_size) / accumulation)
+    return max(1, math.ceil(per_epoch * epochs))
+
+
+def finetune(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    collator: Collator,
+    mode: str = "full",
+    learning_rate: float = 1e-5,
+    batch_size: int = 8,
+    accumulation: int = 8,
+    epochs: float = 3.0,
+    max_steps: int = -1,
+    batching: str = "packed",
+    seed: int = 0,
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    merge_adapter: bool = True,
+    teacher: nn.Module | None = None,
+    distillation: DistillationOptions | None = None,
+    checkpoints: str | Path | None = None,
+    save_steps: int | None = None,
+    description: str = "finetune",
+    callbacks: Sequence[Any] = (),
+    **training: Any,
+) -> tuple[Any, FinetuneResult]:
+    """Fine-tunes a causal LM on encoded samples. The paper's defaults: AdamW, lr 1e-5, batch 64
+    (here 8 x 8 accumulated), 3 epochs, weight decay 0.1, warm-up 0.03.
+
+    Args:
+        model: The causal LM, pruned or not; trained in place.
+        dataset: Encoded samples with `input_ids` and `labels`.
+        collator: Makes batches.
+        mode: "full" trains every weight; "lora" trains adapters on every linear of every layer.
+        learning_rate: Peak learning rate.
+        batch_size: Samples per forward pass and device.
+        accumulation: Forward passes per optimizer step.
+        epochs: Passes over the data.
+        max_steps: Optimizer steps instead of epochs when > 0.
+        batching: Layout of a batch; every one learns the same. "packed" lays random samples end to end,
+            and falls back to grouping where packing would change what the model computes; "grouped" pads
+            samples of similar length; "padded" pads random ones.
+        seed: Seeds LoRA initialisation, data order and dropout.
+        rank: LoRA r.
+        alpha: LoRA alpha.
+        dropout: LoRA dropout.
+        merge_adapter: Add the adapters into the weights at the end.
+        teacher: A causal LM of the same vocabulary to learn from besides the labels. It is put into
+            evaluation mode and moved to the device that trains; its weights stay as they are. A step costs
+            its forward pass more.
+        distillation: How labels and teacher are weighed; None takes `DistillationOptions()`.
+        checkpoints: Folder for checkpoints; an interrupted run there is taken up again.
+        save_steps: Checkpoint interval; None writes none.
+        description: Name for the progress bar.
+        callbacks: Further Trainer callbacks; a `ClosingCallback` is closed also when training fails.
+        **training: Further `training_arguments` options.
+
+    Returns:
+        The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result.
+
+    Raises:
+        ConfigError: If the mode or batching is unknown, a tracker or Liger is not installed, fp16 autocast
+            is asked for weights that are float16 themselves, the teacher shares weights with the model, or
+            there are options of distillation but no teacher.
+        DataError: If the dataset is empty.
+        ModelError: If every weight is to be trained and they are quantised.
+        NonFiniteError: If a loss or gradient becomes NaN or Inf.
+        ShapeError: If the teacher has another vocabulary.
+
+    Source: GradPruner, C.2; for the teacher see `DistillationOptions`.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"mode is '{mode}'; one of {', '.join(MODES)} is needed.")
+    if batching not in BATCHINGS:
+        raise ConfigError(f"batching is '{batching}'; one of {', '.join(BATCHINGS)} is needed.")
+    if training.get("liger"):
+        check_liger(training.get("device", "auto"))
+    if len(dataset) == 0:
+        raise DataError("The dataset is empty; there is nothing to fine-tune on.")
+    trainer_class = _trainer_class(model, teacher, distillation)
+    set_seed(seed)
+    steps = max_steps if max_steps > 0 else planned_steps(len(dataset), batch_size, accumulation, epochs)
+    trained: Any = model
+    if mode == "lora":
+        trained = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout)
+    else:
+        _check_trainable(model)
+        model.requires_grad_(True)
+    check_trackers(training.get("report_to", "none"))
+    arguments = training_arguments(
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        epochs=epochs,
+        max_steps=max_steps,
+        seed=seed,
+        output=checkpoints,
+        save_steps=save_steps if checkpoints else None,
+        logging_steps=max(1, steps // LOGGED_POINTS),
+        **training,
+    )
+    if arguments.fp16 and any(p.requires_grad and p.dtype == torch.float16 for p in trained.parameters()):
+        raise ConfigError(
+            "fp16 autocast needs float32 weights to update; these are float16.",
+            hint="Set model.dtype to float32, or finetune.precision to bf16 or fp32.",
+        )
+    trainer = trainer_class(
+        model=trained,
+        args=arguments,
+        samples=dataset,
+        collator=collator,
+        batching=batching,
+        callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
+    )
+    found = latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None
+    try:
+        result = run_trainer(trainer, mode, found)
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, ClosingCallback):
+                callback.close()
+    if mode == "lora" and merge_adapter:
+        trained = trained.merge_and_unload()
+    return trained, result
+
+
+def _trainer_class(
+    model: nn.Module, teacher: nn.Module | None, distillation: DistillationOptions | None
+) -> Callable[..., CausalTrainer]:
+    if teacher is not None:
+        check_teacher(teacher, model)
+        return partial(DistillationTrainer, teacher=teacher, options=distillation or DistillationOptions())
+    if distillation is not None:
+        raise ConfigError(
+            "There are options of distillation, but no teacher.", hint="Give a teacher, or leave them out."
+        )
+    return CausalTrainer
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+        raise ModelError(
+            "The model's weights are quantised and cannot be trained.",
+            hint="Load it in float32 or bfloat16, or train adapters: mode lora.",
+        )
+
+
+def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = None) -> FinetuneResult:
+    """Trains, and says how it went.
+
+    Args:
+        trainer: What is to be run.
+        mode: "full" or "lora", for the result.
+        checkpoint: Where to go on from; None begins anew.
+    """
+    if checkpoint is not None:
+        log.info("Going on from %s.", checkpoint)
+    started = time.perf_counter()
+    with PeakMemory(trainer.args.device) as memory:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - started
+    model: Any = trainer.model
+    samples: Any = trainer.train_dataset
+    return FinetuneResult(
+        mode=mode,
+        steps=int(trainer.state.global_step),
+        losses=_loss_curve(trainer.state.log_history),
+        seconds=seconds,
+        peak_memory_bytes=memory.peak_bytes,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tokens=int(sum(len(sample["input_ids"]) for sample in samples) * trainer.state.epoch),
+        batching=trainer.batching + (f" ({trainer.packing_fault})" if trainer.packing_fault else ""),
+        padding_fraction=trainer.padding_fraction,
+        resumed_from=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+    )
+
+
+def _loss_curve(history: list[dict[str, Any]]) -> tuple[dict[str, float], ...]:
+    return tuple(
+        {
+            "step": int(entry["step"]),
+            "loss": float(entry["loss"]),
+            "learning_rate": float(entry.get("learning_rate", 0.0)),
+        }
+        | ({"ce": float(entry["ce"])} if "ce" in entry else {})
+        for entry in history
+        if "loss" in entry
+    )

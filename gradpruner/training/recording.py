@@ -1,0 +1,395 @@
+"""Recording LoRA gradients while a Trainer trains: a plain callback, and a function that runs it.
+
+recorder = GradientRecorder(steps=40)
+SFTTrainer(model, args=..., train_dataset=..., peft_config=..., callbacks=[recorder]).train()
+scores = score_layers(recorder.trace)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from gradpruner.data.encoding import Collator
+from gradpruner.errors import ConfigError, DataError, NonFiniteError
+from gradpruner.gradients.gates import GateHooks
+from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
+from gradpruner.gradients.trace_writer import TraceWriter
+from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.training.adapters import adapter_kind, attach_lora, find_lora_linears
+from gradpruner.training.callbacks import ClosingCallback
+from gradpruner.training.finetuning import resolve_precision, training_arguments
+from gradpruner.training.step_gradients import full_gradient, learning_rate, loss_scale, unscale
+from gradpruner.training.trainer import CausalTrainer
+
+log = logging.getLogger(__name__)
+
+MIN_STEPS = 2
+DEFAULT_STEPS = 40
+WARMUP_RATIO = 0.03
+# The fp16 scaler starts at 2**16 and halves on every overflow: more in a row are not overflow but NaN.
+MAX_OVERFLOWS = 20
+
+
+def default_steps(planned_steps: int) -> int:
+    """Optimizer steps to record: 1 % of the planned fine-tuning steps, at least 40."""
+    return max(DEFAULT_STEPS, math.ceil(planned_steps * 0.01))
+
+
+def check_steps(steps: int, *, warmup: bool = False) -> None:
+    """Raises ConfigError for a number of steps that cannot tell layers apart.
+
+    Args:
+        steps: Optimizer steps to record.
+        warmup: Whether the learning rate starts at 0, so that B is zero at the second step too.
+    """
+    if steps < MIN_STEPS:
+        raise ConfigError(
+            f"steps = {steps}; at least {MIN_STEPS} are needed, because LoRA B is zero at the first "
+            "step, so that step contributes exactly nothing.",
+            hint=f"The default is {DEFAULT_STEPS}.",
+        )
+    if warmup and steps == MIN_STEPS:
+        raise ConfigError(
+            f"steps = {steps}; at least {MIN_STEPS + 1} are needed: LoRA B is zero at step 1, and warm-up "
+            "starts from a learning rate of 0, so it still is at step 2.",
+            hint=f"The default is {DEFAULT_STEPS}.",
+        )
+
+
+class GradientRecorder(ClosingCallback):
+    """Records the LoRA gradients of the first optimizer steps of any Hugging Face Trainer.
+
+    Works with LoRA, rsLoRA, DoRA and QLoRA through PEFT, with gradient accumulation, bf16, the fp16
+    scaler, DDP and FSDP2. Reads gradients where the Trainer calls `on_pre_optimizer_step`: once per
+    optimizer step, accumulated, reduced, un-scaled, and clipped when `max_grad_norm` is set (as in the
+    released code; clipping by c scales that step's energy by c**4).
+
+    The same backward passes also give the gates of every decoder layer and example (`gates.GateHooks`), not
+    clipped, of the same steps. Models whose layers do not hand on one hidden state of shape (rows, tokens,
+    hidden size), such as Gemma 3n, and several GPUs without a launcher get none, and a note says so. Hooks
+    leave the model when recording ends or fails; after a training that failed elsewhere, call `close`.
+
+    Memory: layer energies are kilobytes. Factors are float32 on the host, `trace.factor_bytes` in all;
+    with a `folder` they go to disk and at most two steps' worth is in memory. Nothing stays on the
+    training device.
+
+    Args:
+        steps: Optimizer steps to record, >= 2. The default of 40 suits short runs; 1 % of the planned
+            steps is the paper's rule.
+        folder: Where the trace is written, new or empty; None keeps it in host memory.
+        keep_factors: False keeps only layer energies: enough to score and to drop layers, not to merge.
+        stop_training: True ends training after the last recorded step; False lets it go on.
+        on_non_finite: "stop" ends training at the first NaN or Inf loss or gradient, keeps what was
+            recorded and raises NonFiniteError; "skip" leaves that step out and goes on. A step the
+            fp16 scaler is about to skip is always just left out.
+
+    Raises:
+        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder holds something.
+    """
+
+    def __init__(
+        self,
+        steps: int = DEFAULT_STEPS,
+        folder: str | Path | None = None,
+        *,
+        keep_factors: bool = True,
+        stop_training: bool = False,
+        on_non_finite: str = "stop",
+    ) -> None:
+        check_steps(steps)
+        if on_non_finite not in ("stop", "skip"):
+            raise ConfigError(f"on_non_finite is '{on_non_finite}'; 'stop' or 'skip' is needed.")
+        self.steps = steps
+        self.folder = _check_folder(Path(folder)) if folder is not None else None
+        self.keep_factors = keep_factors
+        self.stop_training = stop_training
+        self.on_non_finite = on_non_finite
+        self._trace: GradientTrace | None = None
+        self._writer: TraceWriter | None = None
+        self._gates = GateHooks((), "recording has not begun")
+        self._losses: list[float] = []
+        self._learning_rates: list[float] = []
+        self._notes: list[str] = []
+        self._overflows = 0
+
+    @property
+    def trace(self) -> GradientTrace:
+        """The finished trace.
+
+        Raises:
+            ConfigError: If nothing has been recorded yet.
+        """
+        if self._trace is None:
+            raise ConfigError("Nothing has been recorded yet.", hint="Call trainer.train() first.")
+        return self._trace
+
+    # -- Trainer events ----------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finds the LoRA linears of every decoder layer, and puts a hook on the layer."""
+        if self._trace is not None:  # a second train() of the same Trainer goes unrecorded
+            return
+        model = kwargs["model"]
+        self._pairs, linears = find_lora_linears(model)
+        adapter, alpha, quantised = adapter_kind(model)
+        if state.global_step:
+            self._notes.append(f"recording began after step {state.global_step}, not at the start")
+        view = LayeredModel(model)
+        self._info = TraceInfo(
+            num_layers=view.num_layers,
+            linears=tuple(linears),
+            # Packed 4-bit weights say nothing about the model they were made from.
+            model="" if quantised else fingerprint(model),
+            adapter=adapter,
+            alpha=alpha,
+            clip=float(args.max_grad_norm) if args.max_grad_norm else None,
+            seed=int(args.seed),
+        )
+        # Every process takes part in gathering sharded gradients; one of them keeps the result.
+        folder = self.folder if state.is_world_process_zero else None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)  # an unfinished recording, see `_check_folder`
+        self._writer = TraceWriter(linears, folder, self.keep_factors and state.is_world_process_zero)
+        self.close()  # a Trainer that looks for its batch size begins again and again
+        # DataParallel runs copies of the layers in threads, so rows would come in any order.
+        parallel = getattr(args, "n_gpu", 1) > 1
+        self._gates = GateHooks(view.layers, "several GPUs without a launcher" if parallel else "")
+        weakref.finalize(self, self._gates.close)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes in the gradients of this optimizer step."""
+        if self._writer is None or self._trace is not None:
+            return
+        try:
+            self._take_in(self._writer, state.global_step + 1, kwargs.get("optimizer"), control)
+        except BaseException:
+            self.close()
+            raise
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Notes the loss the Trainer reports."""
+        loss = (logs or {}).get("loss")
+        if loss is None or self._trace is not None:
+            return
+        if not math.isfinite(float(loss)):
+            if self.on_non_finite == "stop":
+                self._stop(f"The loss at step {state.global_step} is {loss}.")
+            return
+        self._losses.append(float(loss))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Completes the trace when training ends, early or not."""
+        self._finish()
+
+    def close(self) -> None:
+        """Takes the hooks off the model; what was recorded stays."""
+        self._gates.close()
+
+    # ------------------------------------------------------------------------------------------------
+
+    def _take_in(self, writer: TraceWriter, step: int, optimizer: Any, control: Any) -> None:
+        gates_EL = self._gates.step(loss_scale(optimizer))
+        if unscale(optimizer):
+            self._meet_overflow(step)
+            return
+        self._overflows = 0
+        grad_b, grad_a = [], []
+        for linear, (weight_a, weight_b) in zip(self._info.linears, self._pairs, strict=True):
+            grad_a.append(full_gradient(weight_a, linear))
+            grad_b.append(full_gradient(weight_b, linear))
+        bad = writer.add_step(grad_b, grad_a, gates_EL)
+        if bad is not None:
+            self._meet_non_finite(step, self._info.linears[bad])
+            return
+        self._learning_rates.append(learning_rate(optimizer))
+        if writer.num_steps >= self.steps:
+            if self.stop_training:
+                control.should_training_stop = True
+            else:
+                self._finish()
+
+    def _meet_overflow(self, step: int) -> None:
+        """The fp16 scaler finds its scale by overshooting; it skips this optimizer step too."""
+        self._notes.append(f"step {step} left out: fp16 overflow")
+        self._overflows += 1
+        if self._overflows > MAX_OVERFLOWS and self.on_non_finite == "stop":
+            self._stop(f"Gradients overflowed at {self._overflows} steps in a row, the last being {step}.")
+
+    def _meet_non_finite(self, step: int, linear: LinearRef) -> None:
+        where = f"the gradient of layer {linear.layer} {linear.name} at step {step} is NaN or Inf"
+        if self.on_non_finite == "skip":
+            self._notes.append(f"step {step} left out: {where}")
+            log.warning("Left out of the trace: %s.", where)
+        else:
+            self._stop(f"T{where[1:]}.")
+
+    def _stop(self, message: str) -> None:
+        kept = self._writer.num_steps if self._writer else 0
+        self._notes.append(message)
+        self._finish()
+        raise NonFiniteError(
+            f"{message} Recording stopped; {kept} good steps are kept.",
+            hint="Lower the learning rate, use bf16 or fp32 instead of fp16, or look at the data.",
+        )
+
+    def _finish(self) -> None:
+        self.close()
+        if self._trace is not None or self._writer is None or self._writer.num_steps == 0:
+            return
+        if self._gates.fault:
+            self._notes.append(f"no gates: {self._gates.fault}")
+        info = replace(
+            self._info,
+            complete=self._writer.num_steps >= self.steps,
+            losses=tuple(self._losses),
+            learning_rates=tuple(self._learning_rates),
+            notes=tuple(self._notes),
+        )
+        self._trace = self._writer.finish(info)
+
+
+def _check_folder(folder: Path) -> Path:
+    """Refuses a folder with anything but what a killed recording left."""
+    if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {"factors"}:
+        raise ConfigError(
+            f"The trace folder {folder} is not empty.",
+            hint="Nothing is ever overwritten: choose another folder, or delete it yourself.",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"The trace folder {folder} is a file.", hint="Choose another folder.")
+    return folder
+
+
+def record_gradients(
+    model: nn.Module,
+    dataset: Sequence[dict[str, list[int]]],
+    *,
+    steps: int = DEFAULT_STEPS,
+    rank: int = 8,
+    alpha: float = 32,
+    dropout: float = 0.05,
+    adapter: str = "lora",
+    learning_rate: float = 1e-4,
+    batch_size: int = 4,
+    clip: float | None = 1.0,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    collator: Any = None,
+    callbacks: Sequence[Any] = (),
+    **training: Any,
+) -> GradientTrace:
+    """Runs the first steps of LoRA fine-tuning and records their gradients.
+
+    Defaults are the released code's: r=8, alpha=32, dropout 0.05, learning rate 1e-4, batch 4, AdamW
+    with weight decay 0.1, warm-up ratio 0.03, clipping to 1.0. The learning rate is constant after
+    warm-up: these are the first steps of a longer run, not a short run that decays.
+
+    Args:
+        model: The causal LM; its weights are the same afterwards.
+        dataset: Encoded samples with `input_ids` and `labels` (-100 where not supervised); repeated
+            when there are fewer than steps * batch_size.
+        steps: Optimizer steps, >= 3: the first two contribute nothing.
+        rank: LoRA r.
+        alpha: LoRA alpha; the scale of the scores depends on alpha / r.
+        dropout: LoRA dropout.
+        adapter: "lora", "rslora", "dora" or "qlora".
+        learning_rate: Peak learning rate.
+        batch_size: Samples per optimizer step and device.
+        clip: Gradient norm clipping; None records raw gradients.
+        folder: Where the trace is written; None keeps it in host memory.
+        seed: Seeds LoRA initialisation, dropout and the order of samples.
+        collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.
+        callbacks: Further Trainer callbacks (progress).
+        **training: Further `finetuning.training_arguments` options.
+
+    Returns:
+        The trace.
+
+    Raises:
+        ConfigError: If `steps` < 3.
+        DataError: If the dataset is empty.
+        NonFiniteError: If a loss or gradient is NaN or Inf; the steps before are kept in `folder`.
+
+    Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
+    """
+    check_steps(steps, warmup=True)
+    if len(dataset) == 0:
+        raise DataError("The dataset is empty; there is nothing to record gradients from.")
+    recorder = GradientRecorder(steps, folder, stop_training=True)
+    # Steps the fp16 scaler skips come on top.
+    fp16 = resolve_precision(training.get("precision", "auto"), training.get("device", "auto")) == "fp16"
+    set_seed(seed)
+    options = {"rank": rank, "alpha": alpha, "dropout": dropout, "adapter": adapter}
+    with _adapters(model, bool(training.get("gradient_checkpointing")), **options) as peft_model:
+        trainer = CausalTrainer(
+            model=peft_model,
+            args=training_arguments(
+                learning_rate=learning_rate,
+                batch_size=batch_size,
+                max_steps=steps + (MAX_OVERFLOWS if fp16 else 0),
+                warmup=math.ceil(steps * WARMUP_RATIO),
+                max_grad_norm=clip or 0.0,
+                schedule="constant_with_warmup",
+                seed=seed,
+                **training,
+            ),
+            samples=dataset,
+            collator=collator or Collator(),
+            callbacks=[recorder, *callbacks],
+        )
+        try:
+            trainer.train()
+        finally:
+            recorder.close()
+    return recorder.trace
+
+
+@contextmanager
+def _adapters(model: nn.Module, checkpointed: bool, **options: Any) -> Iterator[Any]:
+    """The model with LoRA for the length of the block; afterwards it is as it was, whatever happened."""
+    before = _state_of(model)
+    peft_model = attach_lora(model, **options)
+    try:
+        yield peft_model
+    finally:
+        peft_model.unload()
+        _restore(model, before, checkpointed)
+
+
+def _state_of(model: nn.Module) -> tuple[bool, bool, dict[str, tuple[bool, Any]]]:
+    """What PEFT, its preparation for quantised training, and the Trainer change in a model."""
+    config: Any = model.config
+    parameters = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
+    return model.training, bool(getattr(config, "use_cache", True)), parameters
+
+
+def _restore(
+    model: nn.Module, state: tuple[bool, bool, dict[str, tuple[bool, Any]]], checkpointed: bool
+) -> None:
+    training, use_cache, parameters = state
+    # Named gradient_checkpointing_disable before transformers 5.23.
+    uncheckpoint: Any = getattr(model, "activation_checkpointing_disable", None) or getattr(
+        model, "gradient_checkpointing_disable", None
+    )
+    if checkpointed and uncheckpoint is not None:
+        uncheckpoint()
+    if hasattr(model, "peft_config"):  # older PEFT leaves it behind
+        del model.peft_config
+    for name, parameter in model.named_parameters():
+        requires_grad, dtype = parameters[name]
+        parameter.requires_grad_(requires_grad)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
+    model.config.use_cache = use_cache  # type: ignore[union-attr]
+    model.train(training)

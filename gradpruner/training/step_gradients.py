@@ -1,0 +1,63 @@
+"""Reading gradients at the moment before an optimizer step: un-scaled, whole, whoever trains."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor, nn
+
+from gradpruner.errors import ModelError
+from gradpruner.gradients.trace import LinearRef
+
+
+def unscale(optimizer: Any) -> bool:
+    """Divides gradients by the fp16 loss scale if nobody has yet; returns whether they overflowed.
+
+    The Trainer un-scales only when it clips. `GradScaler.unscale_` remembers that it ran, so the
+    optimizer step that follows does not divide again.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return False
+    inner = getattr(optimizer, "optimizer", optimizer)
+    state = scaler._per_optimizer_states[id(inner)]
+    if state["stage"].name == "READY":
+        scaler.unscale_(inner)
+    return any(float(found) > 0 for found in state["found_inf_per_device"].values())
+
+
+def loss_scale(optimizer: Any) -> float:
+    """What the fp16 scaler multiplied this step's losses with; 1 where there is none.
+
+    DeepSpeed's optimizers scale by themselves and say by how much.
+    """
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is not None and scaler.is_enabled():
+        return float(scaler.get_scale())
+    return float(getattr(getattr(optimizer, "optimizer", None), "loss_scale", 1.0))
+
+
+def full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
+    """The whole, reduced gradient of one LoRA weight.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    grad = weight.grad
+    if grad is None and hasattr(weight, "ds_id"):
+        grad = import_module("deepspeed.utils").safe_get_full_grad(weight)
+    if grad is None:
+        raise ModelError(
+            f"LoRA of layer {linear.layer} {linear.name} has no gradient at the optimizer step.",
+            hint="Under DeepSpeed ZeRO use stage 0 or 1 for recording, or torchrun with DDP or FSDP2.",
+        )
+    # FSDP2 shards parameters as DTensors; gathering is collective, so every process does it.
+    full: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return full
+
+
+def learning_rate(optimizer: Any) -> float:
+    """Learning rate of the first parameter group; 0 without an optimizer."""
+    groups = getattr(optimizer, "param_groups", None)
+    return float(groups[0]["lr"]) if groups else 0.0

@@ -1,0 +1,308 @@
+"""Learning from a teacher: what a student's loss is made of, and the Trainer that computes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
+
+from gradpruner.data.encoding import IGNORED
+from gradpruner.errors import ConfigError, ShapeError
+from gradpruner.models.layers import unwrap
+from gradpruner.training.batching import packing_fault
+from gradpruner.training.trainer import CausalTrainer, answer_window
+
+PROMPT = -101
+"""Label of a prompt token whose distribution the student takes over from its teacher."""
+
+# Entries of the logits of which both distributions exist at a time, in fp32: 64 MB each.
+_CHUNK = 2**24
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature is {temperature}; above 0 is needed.")
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """What the loss of a student is made of.
+
+    With T the temperature, p the teacher's distribution at T and q the student's,
+
+        loss = ce * mean -log q(label) + answers * T^2 mean KL(p || q) + prompts * T^2 mean KL(p || q).
+
+    The first two means are over the answer tokens of an optimizer step, those with a label (the cross entropy
+    knows no temperature); the third is over its prompt tokens, which are all others but padding and the first
+    of every sample: that one is predicted from nothing. The weights need not add up to 1.
+
+    Attributes:
+        ce: Weight of the labels' cross entropy, >= 0.
+        answers: Weight of the divergence where answer tokens are predicted, >= 0.
+        prompts: Weight of the divergence where prompt tokens are predicted, >= 0. With 0 no logits are
+            computed there.
+        temperature: T > 0.
+
+    Raises:
+        ConfigError: If a weight is negative, all three are 0, or the temperature is not above 0.
+
+    Source: Distilling the Knowledge in a Neural Network (Hinton et al., 2015), section 2, for soft and hard
+    targets together and for T^2. That prompt tokens have a weight of their own is this project's.
+    """
+
+    ce: float = 0.3
+    answers: float = 0.7
+    prompts: float = 0.1
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("ce", "answers", "prompts"):
+            weight = getattr(self, name)
+            if not (math.isfinite(weight) and weight >= 0):
+                raise ConfigError(f"The weight {name} is {weight}; a number of 0 or more is needed.")
+        if self.ce + self.answers + self.prompts == 0:
+            raise ConfigError(
+                "The weights ce, answers and prompts are all 0, so nothing would be learned.",
+                hint="Set at least one of them above 0.",
+            )
+        _check_temperature(self.temperature)
+
+
+ANSWERS_ALONE = DistillationOptions(ce=0, answers=1, prompts=0)
+"""The divergence where there are labels and nothing else."""
+
+
+def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
+    """Refuses a teacher that cannot teach this student.
+
+    Raises:
+        ShapeError: If their vocabularies differ in size.
+        ConfigError: If they share weights, which would make the teacher change while it teaches.
+    """
+    models: list[Any] = [unwrap(teacher), unwrap(student)]
+    theirs, ours = (model.config.get_text_config().vocab_size for model in models)
+    if theirs != ours:
+        raise ShapeError(
+            f"The student predicts {ours:,} tokens and its teacher {theirs:,}; a student has the teacher's "
+            "vocabulary.",
+            hint="Take a teacher of the same family with the same tokenizer.",
+        )
+    if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
+        raise ConfigError(
+            "The teacher shares weights with the model that is trained, so it would change with it.",
+            hint="Load the teacher as a model of its own.",
+        )
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    counted: Tensor,
+    temperature: float = 1.0,
+    num_counted: Tensor | int | None = None,
+) -> Tensor:
+    """`T^2 / n * sum over positions of c * sum_v p_v (log p_v - log q_v)`: KL(p || q).
+
+    p is `softmax(teacher / T)`, q `softmax(student / T)`; T^2 keeps the size of gradients the same for every
+    temperature. Computed in fp32 (in fp64 for fp64 logits), a chunk of positions at a time; the gradient,
+    whose form is known, is formed on the way. So memory beyond the logits is one tensor like the student's.
+
+    Args:
+        student_logits: Shape (..., vocabulary).
+        teacher_logits: The same shape; no gradient goes there.
+        counted: Shape (...). c, bool: which positions count; or floating point, >= 0: how much.
+        temperature: T > 0.
+        num_counted: n; None takes the number of positions that count at all.
+
+    Returns:
+        A number >= 0 in nats; 0 if nothing counts.
+
+    Raises:
+        ShapeError: If the shapes disagree.
+        ConfigError: If the temperature is not above 0.
+
+    Source: Distilling the Knowledge in a Neural Network (Hinton et al., 2015); Minitron (Muralidharan et
+    al., 2024), logit-based loss.
+    """
+    if student_logits.shape != teacher_logits.shape or student_logits.shape[:-1] != counted.shape:
+        raise ShapeError(
+            f"Logits of the student are {tuple(student_logits.shape)}, of the teacher "
+            f"{tuple(teacher_logits.shape)}, and {tuple(counted.shape)} positions are marked; a student has "
+            "the teacher's vocabulary and sees the same tokens."
+        )
+    _check_temperature(temperature)
+    weights = counted.reshape(-1)
+    positions = weights.nonzero()[:, 0]
+    vocabulary = student_logits.shape[-1]
+    total: Tensor = _Divergence.apply(  # type: ignore[no-untyped-call]
+        student_logits.reshape(-1, vocabulary),
+        teacher_logits.detach().reshape(-1, vocabulary),
+        weights.to(torch.promote_types(student_logits.dtype, torch.float32)),
+        positions,
+        temperature,
+    )
+    return total / (max(1, len(positions)) if num_counted is None else num_counted)
+
+
+class _Divergence(torch.autograd.Function):
+    """Sum of c T^2 KL(p || q) over rows; its gradient by a logit of the student is c T (q - p)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor, positions: Tensor, temperature: float
+    ) -> Tensor:
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=weights.dtype, device=student.device)
+        for rows in positions.split(max(1, _CHUNK // student.shape[-1])):
+            log_q = (student[rows].to(weights.dtype) / temperature).log_softmax(-1)
+            log_p = (teacher[rows].to(weights.dtype) / temperature).log_softmax(-1)
+            p = log_p.exp()
+            total += (p * log_p.sub_(log_q)).sum(-1) @ weights[rows]
+            if gradient is not None:
+                gradient[rows] = (log_q.exp_().sub_(p) * temperature).to(student.dtype)
+        if gradient is not None:
+            # Weights come in with the upstream gradient: in fp16, before loss scaling, they could underflow.
+            ctx.save_for_backward(gradient, weights)
+        return total * temperature**2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        gradient, weights = ctx.saved_tensors
+        return gradient * (upstream * weights).to(gradient.dtype)[:, None], None, None, None, None
+
+
+class DistillationTrainer(CausalTrainer):
+    """A `CausalTrainer` whose loss also, or only, says how far the student is from a teacher.
+
+    Logits of student and teacher are computed only where a counted token is predicted, whatever the batch's
+    layout: at answer tokens, and at prompt tokens if those have a weight. In the log, `loss` is the whole
+    loss and `ce` its cross entropy alone, unweighted, if that has a weight.
+
+    Args:
+        teacher: Gives the logits to learn: a model, which is put into evaluation mode and moved to the device
+            that trains, or a function that takes a model's inputs. Rows are packed only if it takes them.
+        options: What the loss is made of.
+        **kwargs: As for `CausalTrainer`.
+    """
+
+    def __init__(self, *, teacher: Any, options: DistillationOptions = ANSWERS_ALONE, **kwargs: Any) -> None:
+        self.teacher, self.options = teacher, options
+        if isinstance(teacher, nn.Module):
+            teacher.eval()
+            if next(teacher.parameters()).device != kwargs["args"].device:  # quantised models refuse to move
+                teacher.to(kwargs["args"].device)
+        if options.prompts:
+            kwargs["samples"] = _with_prompts_marked(kwargs["samples"])
+        super().__init__(compute_loss_func=self._loss, **kwargs)
+        self._teacher_logits: Tensor | None = None
+        self._prompt_tokens: Tensor | None = None
+        self._ce, self._ce_from = torch.zeros(()), -1
+
+    def _packing_fault(self, model: nn.Module) -> str:
+        fault = super()._packing_fault(model)
+        if not fault and isinstance(self.teacher, nn.Module):
+            fault = packing_fault(self.teacher, self.train_dataset, self.accelerator.autocast)
+            fault = fault and f"the teacher: {fault}"
+        return fault
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The batches of an optimizer step and how many answer tokens they have; counts prompt tokens too."""
+        batches, _ = super().get_batch_samples(*args, **kwargs)
+        counts = torch.zeros(2, dtype=torch.int64)
+        for batch in batches:
+            counts += torch.stack([(kind != 0).sum() for kind in _kinds(batch["labels"])]).cpu()
+        counts = counts.to(self.args.device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        self._prompt_tokens = counts[1]
+        return batches, counts[0]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Asks the teacher first; the rest is the Trainer's way with a loss of one's own."""
+        inputs = {**inputs, "use_cache": False}
+        seen = {name: value for name, value in inputs.items() if name not in ("labels", "padding")}
+        if self._windowed:
+            window = answer_window(inputs["labels"])
+            seen |= {name: value for name, value in window.items() if name != "labels"}
+        with torch.no_grad(), self.accelerator.autocast():
+            self._teacher_logits = self.teacher(**seen).logits
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._teacher_logits = None
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """The weighted sum; `num_items_in_batch` is the number of answer tokens of the optimizer step."""
+        loss = self._divergence(outputs, labels, num_items_in_batch)
+        if not self.options.ce:
+            return loss
+        answers = _kinds(labels)[0]
+        nll = cross_entropy(
+            _logits(outputs)[:, :-1][answers].float(), labels[:, 1:][answers], reduction="sum"
+        )
+        ce: Tensor = nll / _count(answers, num_items_in_batch)
+        if self._ce_from < 0:
+            self._ce_from = self.state.global_step
+        self._ce = self._ce.to(ce.device) + ce.detach()
+        return loss + self.options.ce * ce
+
+    def _divergence(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """The two divergences, weighted, in one pass over the logits."""
+        assert self._teacher_logits is not None
+        answers, prompts = _kinds(labels)
+        prompt_tokens = None if num_items_in_batch is None else self._prompt_tokens
+        weights = torch.zeros(labels.shape, device=labels.device)
+        weights[:, :-1] = self.options.answers / _count(answers, num_items_in_batch) * answers
+        if self.options.prompts:
+            weights[:, :-1] += self.options.prompts / _count(prompts, prompt_tokens) * prompts
+        return distillation_loss(
+            _logits(outputs), self._teacher_logits, weights, self.options.temperature, num_counted=1
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean cross entropy since the last entry."""
+        if "loss" in logs and self._ce_from >= 0:
+            total = float(self.accelerator.reduce(self._ce, "sum"))
+            logs["ce"] = total / max(1, self.state.global_step - self._ce_from)
+            self._ce, self._ce_from = torch.zeros(()), self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+
+def _with_prompts_marked(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples with `PROMPT` as the label of every token that had none, but for the first."""
+    # Said by labels, it holds in every layout: a collator knows what is padding and where a sample begins.
+    return [
+        sample
+        | {"labels": [IGNORED, *(PROMPT if label == IGNORED else label for label in sample["labels"][1:])]}
+        for sample in samples
+    ]
+
+
+def _kinds(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Where answer and where prompt tokens are predicted: two times (rows, tokens - 1), bool."""
+    targets = labels[:, 1:]
+    return targets >= 0, targets == PROMPT
+
+
+def _count(marked: Tensor, of_step: Any) -> Any:
+    """The number of tokens a mean is over, at least 1: those of the whole step if it is known."""
+    count = marked.sum() if of_step is None else torch.as_tensor(of_step)
+    return count.clamp_min(1)
+
+
+def _logits(outputs: Any) -> Tensor:
+    logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+    return logits

@@ -1,0 +1,121 @@
+"""A `transformers.Trainer` that computes little that is thrown away."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
+
+from gradpruner.data.encoding import IGNORED
+from gradpruner.models.layers import unwrap
+from gradpruner.training.batching import LengthGroups, PackedCollator, attention_tokens, packing_fault
+
+log = logging.getLogger(__name__)
+
+
+class CausalTrainer(Trainer):
+    """A Trainer that computes little that is thrown away: logits of learned tokens only, and packed rows.
+
+    With the loss on answer tokens alone, most rows of the (tokens, vocabulary) logits are thrown
+    away; they are the largest activation of a small-batch step. The base model runs on everything,
+    the head on the positions that predict a label in any row of the batch. Packed, the samples of a
+    batch share rows (`training/batching.py`). The loss is the same number.
+
+    Args:
+        samples: Encoded samples with `input_ids` and `labels`.
+        collator: Makes a padded batch of them.
+        batching: "packed", "grouped" or "padded"; see `finetune`.
+        **kwargs: As for `transformers.Trainer`.
+
+    Attributes:
+        batching: What is done: "grouped" instead of "packed" for models that cannot be.
+        packing_fault: Why they cannot; "" otherwise.
+        padding_fraction: Share of the token positions computed so far that were padding, in [0, 1].
+    """
+
+    def __init__(self, *, samples: Any, collator: Any, batching: str = "padded", **kwargs: Any) -> None:
+        super().__init__(train_dataset=samples, data_collator=collator, **kwargs)
+        self.remove_callback(PrinterCallback)  # would print every loss on standard output
+        model = kwargs["model"]
+        forward = inspect.signature(unwrap(model).forward).parameters
+        # DataParallel (several GPUs, no launcher) would split the window's labels unevenly.
+        self._windowed = "logits_to_keep" in forward and self.args.n_gpu <= 1
+        self._places, self._padding = 0, torch.zeros((), dtype=torch.int64)
+        self.batching, self.packing_fault = batching, ""
+        if batching == "packed":
+            self.packing_fault = self._packing_fault(model)
+            if self.packing_fault:
+                self.batching = "grouped"
+                log.info("Samples are not packed: %s.", self.packing_fault)
+            else:
+                self.data_collator = PackedCollator(attention_tokens(model.config), collator.pad_token_id)
+
+    def _packing_fault(self, model: nn.Module) -> str:
+        if self.args.n_gpu > 1:
+            return "several GPUs without a launcher split a batch by rows"
+        return packing_fault(model, self.train_dataset, self.accelerator.autocast)
+
+    @property
+    def padding_fraction(self) -> float:
+        """Share of the computed positions that were padding."""
+        return int(self._padding) / max(1, self._places)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The Trainer's loss, with logits restricted to the positions that have labels."""
+        inputs = dict(inputs)
+        self._count(inputs)
+        if self._windowed:
+            inputs = {**inputs, **answer_window(inputs["labels"])}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _count(self, inputs: dict[str, Any]) -> None:
+        """Counts places and padding; on the device, because looking at the number would wait for it."""
+        self._places += inputs["input_ids"].numel()
+        if "padding" in inputs:
+            padding = inputs.pop("padding")
+            inputs["use_cache"] = False  # with a cache no model looks for packed samples
+        elif "attention_mask" in inputs:
+            padding = (inputs["attention_mask"] == 0).sum()
+        else:
+            return
+        self._padding = self._padding.to(padding.device) + padding
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's sampler; the one that groups by length made repeatable."""
+        samples = self.train_dataset if train_dataset is None else train_dataset
+        if self.batching != "grouped":
+            return super()._get_train_sampler(samples)
+        group = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroups([len(sample["input_ids"]) for sample in samples], group, self.args.seed)
+
+
+def answer_window(labels: Tensor) -> dict[str, Tensor]:
+    """Positions whose logits are needed for a batch's labels, and the labels that go with them.
+
+    Args:
+        labels: Shape (rows, tokens), `IGNORED` where nothing is learned.
+
+    Returns:
+        `logits_to_keep`, the positions just before those learned in any row and, last, the last learned
+        one; and `labels` as the model wants them: it shifts them by one itself.
+    """
+    learned = (labels[:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0]
+    if len(learned) == 0:
+        return {"labels": labels}
+    targets = labels[:, learned + 1]
+    unused = torch.full_like(targets[:, :1], IGNORED)
+    return {
+        "logits_to_keep": torch.cat([learned, learned[-1:] + 1]),
+        "labels": torch.cat([unused, targets], dim=1),
+    }
