@@ -4,6 +4,7 @@
     ...                                shrink                                 pruned after tuning, not trained
     ...                                depth                                  the same, 3 to 18 layers
     ...                                train                                  pruned models that are trained
+    ...                                vary                                   rows of the repair, LoRA
     ... --task trec banking77 --seed 0 1 2                                    restricts it
 
 Every cell is one line in `benchmarks/results/quality/<task>.jsonl`; cells that are there are skipped, so an
@@ -69,15 +70,17 @@ def tune(work: Work) -> Path:
     return tuned(work, best_rate(work))[1]
 
 
-def repaired(work: Work, model: Any, plan: Any, kind: str) -> Any:
-    """A repair of a plan, fitted on training rows."""
+def repaired(
+    work: Work, model: Any, plan: Any, kind: str, count: int = REPAIR_ROWS, source: Work | None = None
+) -> Any:
+    """A repair of a plan, fitted on training rows, of the task itself unless another one is the source."""
     from gradpruner.pruning.refitting import fit_repair
 
-    rows = work.encoded["train"]
-    return fit_repair(model, plan, rows, work.collator, kind=kind, rows=REPAIR_ROWS, seed=work.seed)
+    rows = (source or work).encoded["train"]
+    return fit_repair(model, plan, rows, work.collator, kind=kind, rows=count, seed=work.seed)
 
 
-def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str) -> None:
+def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str, tuned_by: str = "") -> None:
     """One way of shrinking a tuned model, without training it."""
 
     def make() -> dict[str, Any]:
@@ -91,7 +94,7 @@ def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str) -> Non
         facts = fitted.facts() if fitted else None
         return {"gone": list(plan.pruned), "evidence": evidence, "repair": facts, **work.measure(model)}
 
-    work.cell(f"shrink/{choice}/{gone}/{repair}", make)
+    work.cell(f"shrink/{tuned_by}{choice}/{gone}/{repair}", make)
 
 
 def shrink(work: Work) -> None:
@@ -110,6 +113,49 @@ def depth(work: Work) -> None:
     for gone in DEPTHS:
         for choice in ("gate", "igia"):
             pruned(work, folder, choice, gone, "least_squares")
+
+
+def vary(work: Work) -> None:
+    """What the repair rests on: how many rows, of which task, and how the model was tuned."""
+    folder = tune(work)
+    for count in (64, 128, 1200):
+        varied(work, folder, f"rows-{count}", count=count)
+    for name in ("sst2", "banking77"):
+        if name != work.task:
+            other = Work(work.model, work.data, work.scratch, work.results, name, work.seed)
+            varied(work, folder, f"rows-of-{name}", source=other)
+    adapted = lora_tuned(work)
+    for repair in ("least_squares", "none"):
+        pruned(work, adapted, "igia", NUM_GONE, repair, tuned_by="lora/")
+
+
+def varied(work: Work, folder: Path, name: str, **options: Any) -> None:
+    """One variation of the repair of IGIA's layers."""
+
+    def make() -> dict[str, Any]:
+        from gradpruner.pruning.in_memory import prune_
+
+        plan, _ = choose(work, folder, "igia", NUM_GONE)
+        model = work.load(folder)
+        fitted = repaired(work, model, plan, "least_squares", **options)
+        prune_(model, plan, repair=fitted)
+        return {"gone": list(plan.pruned), "repair": fitted.facts(), **work.measure(model)}
+
+    work.cell(f"vary/igia/{NUM_GONE}/{name}", make)
+
+
+def lora_tuned(work: Work) -> Path:
+    """The model tuned with LoRA instead, adapters merged; its rate is ten times that of full fine-tuning."""
+    folder = work.scratch / f"{work.task}-{work.seed}-lora"
+    rate = 10 * best_rate(work)
+
+    def make() -> dict[str, Any]:
+        model, result = work.tuned(work.load(), rate, mode="lora")
+        model.save_pretrained(folder)
+        return {"training": result, **work.measure(model)}
+
+    work.cell("dense/lora", make)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -188,7 +234,7 @@ def train(work: Work) -> None:
 
 
 def main() -> None:
-    parts = {"tune": tune, "shrink": shrink, "depth": depth, "train": train}
+    parts = {"tune": tune, "shrink": shrink, "depth": depth, "train": train, "vary": vary}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -100,10 +100,14 @@ class Work:
 
     def tune(self, model: Any, rate: float, **options: Any) -> dict[str, Any]:
         """Full fine-tuning in place; seconds, tokens and the last losses."""
+        return self.tuned(model, rate, **options)[1]
+
+    def tuned(self, model: Any, rate: float, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """The model fine-tuned, with LoRA another object than was given, and how it went."""
         from gradpruner.training.finetuning import finetune
 
         settings = {"mode": "full", "epochs": self.facts.epochs, "batch_size": BATCH, "accumulation": 1}
-        _, result = finetune(
+        trained, result = finetune(
             model,
             self.encoded["train"],
             collator=self.collator,
@@ -116,9 +120,9 @@ class Work:
             description=f"{self.task} {self.seed}",
             **(settings | options),
         )
-        model.eval()
+        trained.eval()
         tail = [entry["loss"] for entry in result.losses[-10:]]
-        return {
+        return trained, {
             "rate": rate,
             "steps": result.steps,
             "tokens": result.tokens,
