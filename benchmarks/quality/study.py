@@ -26,6 +26,7 @@ from work import Work, with_plain_memory
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RATES = (1e-4, 2e-4)
+LARGEST_RATE = 4e-4
 NUM_GONE = 12
 DEPTHS = (3, 6, 9, 15, 18)
 REPAIR_ROWS = 384
@@ -52,14 +53,14 @@ def tuned(work: Work, rate: float) -> tuple[dict[str, Any], Path]:
 def best_rate(work: Work) -> float:
     """The rate at which the dense model has the lowest loss on validation rows of seed 0.
 
-    Rates are doubled or halved until the best one has a worse one on either side.
+    Rates are doubled or halved until the best one has a worse one on either side, up to `LARGEST_RATE`.
     """
     first = Work(work.model, work.data, work.scratch, work.results, work.task, 0) if work.seed else work
     losses = {rate: tuned(first, rate)[0]["validation"]["nll"] for rate in RATES}
     while True:
         best = min(losses, key=lambda rate: losses[rate])
         further = best * 2 if best == max(losses) else best / 2 if best == min(losses) else None
-        if further is None or further > 1e-3:
+        if further is None or further > LARGEST_RATE:
             return best
         losses[further] = tuned(first, further)[0]["validation"]["nll"]
 
