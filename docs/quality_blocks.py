@@ -181,8 +181,45 @@ ROWS = {
 def tuned() -> str:
     """Pruned models that are trained on the rows and for the steps of the dense model."""
     lines = [*_head(f"{USUAL} of 30 layers gone, then trained"), _dense_line()]
+    twice = [pair for task in measured_tasks() for pair in _twice(task)]
+    lines += [_line("dense, tuned for twice as long", twice)] if twice else []
     lines += [_line(label, found) for row, label in ROWS.items() if (found := trained(row))]
     return "\n".join(lines)
+
+
+def _twice(task: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """The dense model tuned for twice the epochs, at the dense model's rate."""
+    names = {entry["cell"] for entry in cells().values() if entry["cell"].startswith("dense-twice/")}
+    return [pair for name in sorted(names) for pair in pairs(name) if pair[0] == task]
+
+
+def varied() -> str:
+    """IGIA's layers removed from tuned models and repaired, by what the repair rests on."""
+    usual = "384 rows of the task"
+    names = {
+        f"shrink/igia/{USUAL}/least_squares": usual,
+        f"vary/igia/{USUAL}/rows-64": "64 rows of the task",
+        f"vary/igia/{USUAL}/rows-128": "128 rows of the task",
+        f"vary/igia/{USUAL}/rows-1200": "1,200 rows of the task",
+        f"vary/igia/{USUAL}/rows-of-sst2": "384 rows of SST-2",
+        f"vary/igia/{USUAL}/rows-of-banking77": "384 rows of Banking77",
+    }
+    lines = [*_head("repair fitted on")]
+    lines += [_line(label, found) for name, label in names.items() if (found := pairs(name))]
+    adapted = []
+    for task in measured_tasks():
+        for seed in range(3):
+            dense = cells().get(f"{task}/{seed}/dense/lora")
+            for how in ("least_squares", "none"):
+                small = cells().get(f"{task}/{seed}/shrink/lora/igia/{USUAL}/{how}")
+                if dense and small:
+                    adapted.append(
+                        f"{TASKS[task]}, seed {seed}: dense {100 * dense['test']['score']:.1f} %, {USUAL} layers "
+                        f"gone, {REPAIRS[how]}{' repair' if how == 'none' else ''}: "
+                        f"{100 * small['test']['score']:.1f} %"
+                    )
+    said = f"\n\nTuned with LoRA, adapters merged. {'; '.join(adapted)}." if adapted else ""
+    return "\n".join(lines) + said
 
 
 def headline() -> str:
@@ -258,5 +295,6 @@ BLOCKS = {
     "quality_shrunk": shrunk,
     "quality_depths": depths,
     "quality_tuned": tuned,
+    "quality_varied": varied,
     "quality_headline": headline,
 }

@@ -232,6 +232,14 @@ def train(work: Work) -> None:
         rates = (dense / 2, dense) if row.start == "tuned" else (dense, dense * 2)
         found = {rate: trained(first, row, rate, tune(first))["validation"]["nll"] for rate in rates}
         trained(work, row, min(found, key=lambda rate: found[rate]), teacher)
+    work.cell(f"dense-twice/{dense:g}", lambda: tuned_twice(work, dense))
+
+
+def tuned_twice(work: Work, rate: float) -> dict[str, Any]:
+    """The dense model tuned for twice the epochs: what the compute of a teacher and a recovery also buys."""
+    model = work.load()
+    result = work.tune(model, rate, epochs=2 * work.facts.epochs)
+    return {"training": result, **work.measure(model)}
 
 
 def main() -> None:
