@@ -265,7 +265,8 @@ def draw() -> str:
             found = [pair for pair in pairs(f"shrink/igia/{gone}/least_squares") if pair[0] == task]
             if found:
                 line.append((gone, 100 * loss(found)[0]))
-        right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=TASKS[task])
+        if line:
+            right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=TASKS[task])
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xlabel("layers gone of 30, repaired, nothing trained")
     right.set_ylabel("test score against dense, %")
