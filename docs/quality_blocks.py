@@ -18,6 +18,7 @@ CHOICES = {
     "igia": "IGIA (GradPruner)",
     "gate": "gate, second order",
     "gate_pairwise": "gate, pairwise",
+    "task_loss": "task loss after repair, greedy",
     "shortgpt": "ShortGPT",
     "last": "last layers",
     "random": "random layers",

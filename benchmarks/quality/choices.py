@@ -40,10 +40,10 @@ def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[
     from gradpruner.methods import METHODS, MethodContext
     from gradpruner.plans.selection import plan_pruning
 
-    name, _, option = choice.partition("_")
-    method = METHODS.find({"igia": "gradpruner", "paper": "gradpruner"}.get(name, name))
+    name = {"igia": "gradpruner", "paper": "gradpruner", "gate_pairwise": "gate"}.get(choice, choice)
+    method = METHODS.find(name)
     num_layers = work.num_layers
-    options = method.read_options(name, {"pairwise": True} if option == "pairwise" else {})
+    options = method.read_options(name, {"pairwise": True} if choice == "gate_pairwise" else {})
     context = MethodContext(
         num_layers=num_layers,
         seed=work.seed,

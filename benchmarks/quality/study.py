@@ -106,6 +106,7 @@ def shrink(work: Work) -> None:
             pruned(work, folder, choice, NUM_GONE, repair)
     for choice in ("gate", "igia", "last"):
         pruned(work, folder, choice, NUM_GONE, "linear")
+    pruned(work, folder, "task_loss", NUM_GONE, "least_squares")
 
 
 def depth(work: Work) -> None:
