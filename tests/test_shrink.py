@@ -20,7 +20,7 @@ from gradpruner.reports import render_html
 from gradpruner.runs.depth_search import possible_numbers, refuse_uncertified
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import with_validation
-from gradpruner.runs.job import Job
+from gradpruner.runs.job import Job, check_methods
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import check_recipe, load_recipe
 
@@ -234,6 +234,19 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
 def test_recipes_that_cannot_be_carried_out_are_refused(recipe, said):
     with pytest.raises(ConfigError, match=said):
         check_recipe(PLAIN | recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"start": "given", "variants": ["dense", "sat"]}, "sat changes how a model is fine-tuned"),
+        ({"start": "given", "variants": ["auto"], "plan": {"max_loss": 0.1}}, "auto decides by itself"),
+    ],
+)
+def test_methods_that_cannot_do_what_is_asked_are_refused(recipe, said):
+    with pytest.raises(ConfigError, match=said):
+        check_methods(check_recipe(PLAIN | recipe))
+    check_methods(check_recipe(PLAIN | recipe | {"start": "tuned", "variants": ["dense", "gate"]}))
 
 
 # -- the command -----------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch import nn
 
 from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.data.examples import ExampleSet, overlap
-from gradpruner.errors import PlanError
+from gradpruner.errors import ConfigError, PlanError
 from gradpruner.evaluation.questions import Questions
 from gradpruner.files import read_json
 from gradpruner.gradients.scores import LayerScores
@@ -75,6 +75,7 @@ class Job:
         for name in (*recipe.variants, *recipe.methods):
             if name not in LABELS:
                 self.method_options(name)
+        check_methods(recipe)
         resolve_device(recipe.model.device)
         check_trackers(recipe.finetune.report_to)
         check_evaluation(recipe)
@@ -325,6 +326,24 @@ class Job:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Raises ConfigError for a row whose method cannot do what the recipe asks of it."""
+    for name in recipe.variants:
+        method = METHODS.find(method_of(name)) if name != "dense" else None
+        if method is None:
+            continue
+        if method.callbacks and recipe.start != "base" and not recipe.recover.trains:
+            raise ConfigError(
+                f"The method {name} changes how a model is fine-tuned; with start: {recipe.start} none is.",
+                hint="Use start: base, or let the model recover: --set recover.epochs=1.",
+            )
+        if recipe.plan.max_loss is not None and not method.score:
+            raise ConfigError(
+                f"plan.max_loss needs methods that score layers; {name} decides by itself what goes.",
+                hint="Give plan.num_prune instead, or take another method: gate, gradpruner, shortgpt.",
+            )
 
 
 def placeholder_scores(num_layers: int) -> LayerScores:
