@@ -59,7 +59,7 @@ def _print_results(view: RunView, console: Console) -> None:
                 say(console, f"{row.cells[0].text} failed: {row.error}", "red")
         if any(cell.text.endswith("*") for row in table.rows for cell in row.cells[4:5]):
             say(console, "* fewer than 100 examples: read the interval.", "dim")
-    costs = whole_cost_table(view)
+    costs = whole_cost_table(view, tokens=False)
     if costs.rows:
         say(console, "Whole cost of every row: all that had to be done for it", "dim")
         console.print(rich_table(costs, console))

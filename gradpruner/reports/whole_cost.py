@@ -9,8 +9,13 @@ from gradpruner.reports.tables import Cell, Row, Table
 PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
 
 
-def whole_cost_table(view: RunView) -> Table:
-    """Seconds of every part by row, their sum, and the sum as a multiple of the dense row's."""
+def whole_cost_table(view: RunView, *, tokens: bool = True) -> Table:
+    """Seconds of every part by row, their sum, and the sum as a multiple of the dense row's.
+
+    Args:
+        view: The run.
+        tokens: Whether the tokens that were trained on are shown too, for which a terminal has no room.
+    """
     rows = []
     dense = _seconds(view, "dense")
     for variant in view.variants:
@@ -23,11 +28,13 @@ def whole_cost_table(view: RunView) -> Table:
             *(Cell(duration(found[part]) if found.get(part) else MISSING) for part in PARTS),
             Cell(duration(total)),
             Cell(MISSING if variant.is_dense else times(ratio(total, dense.get("total")))),
-            Cell(whole(number(mapping(view.run, "variants", variant.name, "cost").get("tokens")))),
         ]
+        if tokens:
+            trained = number(mapping(view.run, "variants", variant.name, "cost").get("tokens"))
+            cells.append(Cell(whole(trained)))
         rows.append(Row(tuple(cells), kind="main" if variant is view.main else ""))
-    columns = ("Variant", *(part.capitalize() for part in PARTS), "In all", "vs dense", "Trained tokens")
-    return Table("Whole cost", columns, tuple(rows))
+    columns = ("Variant", *(part.capitalize() for part in PARTS), "In all", "vs dense")
+    return Table("Whole cost", (*columns, *(("Trained tokens",) if tokens else ())), tuple(rows))
 
 
 def _seconds(view: RunView, name: str) -> dict[str, float | None]:
