@@ -11,7 +11,7 @@ from builders import make_project
 from gradpruner import reports as report
 from gradpruner.errors import ConfigError, ResourceError
 from gradpruner.progress import set_mode
-from gradpruner.runs import pipeline, variant
+from gradpruner.runs import pipeline, work
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
 
@@ -126,7 +126,7 @@ def test_stage_by_stage_then_all_at_once(call, tmp_path):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupt_marks_the_stage(call, tmp_path, monkeypatch, number, code):
     path, _ = make_project(tmp_path, variants=["dense"], evaluate={"before_finetuning": False})
-    monkeypatch.setattr(variant, "finetune", lambda *a, **k: os.kill(os.getpid(), number))
+    monkeypatch.setattr(work, "finetune", lambda *a, **k: os.kill(os.getpid(), number))
     found, _, err = call("run", path)
     assert found == code and "Start the same command again" in err and "Traceback" not in err
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

@@ -14,7 +14,7 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import set_mode
-from gradpruner.runs import variant
+from gradpruner.runs import work
 from gradpruner.runs.job import Job, bytes_to_write
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.preview import examine
@@ -163,14 +163,14 @@ def test_nothing_is_kept_when_nothing_is_to_be_kept(tmp_path):
 def test_one_row_that_fails_does_not_take_the_others_along(copy, monkeypatch):
     path, given, _ = copy
     shutil.rmtree(path.parent / "run")
-    finetune = variant.finetune
+    finetune = work.finetune
 
     def failing(model, *args, **options):
         if options["description"] == "finetune merged":
             raise NonFiniteError("The loss at step 3 is NaN or Inf; training stopped.")
         return finetune(model, *args, **options)
 
-    monkeypatch.setattr(variant, "finetune", failing)
+    monkeypatch.setattr(work, "finetune", failing)
     given |= {"variants": ["merged", "dropped"]}
     with pytest.raises(NonFiniteError, match="step 3"):
         run(load_recipe(path, (), given))
@@ -178,7 +178,7 @@ def test_one_row_that_fails_does_not_take_the_others_along(copy, monkeypatch):
     assert "step 3" in record["variants"]["merged"]["error"]
     assert record["variants"]["dropped"]["evaluation"] is not None
     assert states(record)["finetune merged"] == "failed"
-    monkeypatch.setattr(variant, "finetune", finetune)
+    monkeypatch.setattr(work, "finetune", finetune)
     repaired = run(load_recipe(path, (), given))
     assert repaired["variants"]["merged"]["error"] is None
     assert states(repaired)["finetune dropped"] == "skipped"

@@ -3,7 +3,7 @@
 recipe           Recipe: everything a run depends on, checked at once
 job              a recipe with its inputs opened
 pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
-variant          one row of the comparison
+variant          one row of the comparison, stage by stage; work: what each stage does
 directory        the run directory: stages, fingerprints, lock
 evaluation_data  rows and metrics a recipe asks for
 depth_search     how many layers may go

@@ -36,7 +36,8 @@ from gradpruner.runs.job import (
 )
 from gradpruner.runs.recipe import Recipe, recipe_yaml
 from gradpruner.runs.run_record import run_record
-from gradpruner.runs.variant import Variant, tuned_folder
+from gradpruner.runs.variant import Variant
+from gradpruner.runs.work import tuned_folder
 from gradpruner.training.callbacks import ProgressCallback
 from gradpruner.training.recording import record_gradients
 

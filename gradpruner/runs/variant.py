@@ -4,59 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from gradpruner.data.examples import ExampleSet
-from gradpruner.evaluation.harness import evaluate_harness
-from gradpruner.evaluation.quality import evaluate
-from gradpruner.gradients.trace import GradientTrace
-from gradpruner.methods import METHODS, MethodContext
-from gradpruner.models.loading import ADAPTER_FILE, load_adapter, save_model, stored_dtype
-from gradpruner.models.sizes import savings
-from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.repair import Repair
 from gradpruner.plans.width_plan import WidthPlan
-from gradpruner.progress import Progress, bytes_reporter
-from gradpruner.pruning.on_disk import prune_checkpoint
-from gradpruner.pruning.refitting import fit_repair
-from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
-from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import metrics_of_task
-from gradpruner.runs.job import LABELS, STAGES, Job, Plan, data_identity, label_of
-from gradpruner.training.finetuning import finetune
-from gradpruner.training.teacher import DistillationOptions
+from gradpruner.runs.job import STAGES, data_identity, label_of
+from gradpruner.runs.work import Work, journal
 
 
-class Variant:
-    """One row: prune, measure, fine-tune, measure; each its own stage.
-
-    Args:
-        job: The recipe and its inputs.
-        directory: Where the stages are.
-        name: "dense", "merged", "dropped", or a method of `METHODS`.
-        plan: What is pruned; None for the dense model, and where that is known only after pruning.
-        trace: Opens the recorded gradients; called only when layers are merged.
+class Variant(Work):
+    """One row: repair, prune, measure, fine-tune, measure; each its own stage. Arguments as for `work.Work`.
 
     Attributes:
         row: What the run record says of it, filled in stage by stage.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        directory: RunDirectory,
-        name: str,
-        plan: Plan | None,
-        trace: Callable[[], GradientTrace],
-    ) -> None:
-        self.job, self.recipe, self.directory = job, job.recipe, directory
-        self.name, self.plan, self.trace = name, plan, trace
-        self.method = METHODS.find(name) if name not in LABELS else None
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
         self.row: dict[str, Any] = {
-            "label": label_of(name),
-            "plan": name if plan is not None else None,
+            "label": label_of(self.name),
+            "plan": self.name if self.plan is not None else None,
             "repair": None,
             "pruning": None,
             "recovery": None,
@@ -67,11 +36,6 @@ class Variant:
             "lm_eval": None,
             "error": None,
         }
-        base = f"variants/{name}"
-        self.pruned, self.recovered, self.tuned = f"{base}/pruned", f"{base}/recovered", tuned_folder(name)
-        self.repaired = f"{base}/repair"
-        self.checkpoints, self.scratch = f"{base}/checkpoints", f"{base}/method"
-        self.before, self.examples = f"{base}/examples_before.jsonl", f"{base}/examples.jsonl"
         self._fingerprint()
 
     def _fingerprint(self) -> None:
@@ -122,10 +86,6 @@ class Variant:
             "max_length": self.job.max_length,
             "seed": self.recipe.seed,
         }
-
-    def path(self, relative: str) -> Path:
-        """A path inside the run directory."""
-        return self.directory.path / relative
 
     def up_to(self, depth: int) -> None:
         """Does the stages up to position `depth` of `STAGES`, except those that are current."""
@@ -225,227 +185,3 @@ class Variant:
     @property
     def _all_layers(self) -> range:
         return range(self.job.num_layers)
-
-    @property
-    def is_dense(self) -> bool:
-        """Whether this is the model as it was given."""
-        return self.name == "dense"
-
-    @property
-    def trains(self) -> bool:
-        """Whether this row is trained: tuned, or after pruning a tuned model trained a little further."""
-        if self.is_dense:
-            return self.recipe.start != "given"
-        return self.recipe.start == "base" or self.recipe.recover.trains
-
-    @property
-    def repairs(self) -> bool:
-        """Whether linears before the cuts are refitted."""
-        wanted = self.recipe.plan.repair != "none"
-        return wanted and isinstance(self.plan, PruningPlan) and bool(self.plan.pruned)
-
-    @property
-    def shrinks(self) -> bool:
-        """Whether what is pruned is decided while the model trains."""
-        return self.method is not None and self.method.shrink is not None
-
-    @property
-    def context(self) -> MethodContext:
-        """What the method of this row may look at."""
-        return self.job.context(self.name, self.trace, self.path(self.scratch))
-
-    @property
-    def source(self) -> Path:
-        """The model before fine-tuning."""
-        if self.method and self.method.recover:
-            return self.path(self.recovered)
-        if self.plan is not None:
-            return self.path(self.pruned)
-        return self.job.folder if self.is_dense else self.job.origin
-
-    def repair(self) -> dict[str, Any]:
-        """Dense model, plan and samples -> refitted linears"""
-        assert isinstance(self.plan, PruningPlan)
-        options = self.recipe.plan
-        model = self.job.load(self.job.origin)
-        with Progress(self.job.num_layers, f"repair {self.name} [layers]") as progress:
-            found = fit_repair(
-                model,
-                self.plan,
-                self.job.samples,  # type: ignore[arg-type]
-                self.job.collator,
-                kind=options.repair,
-                rows=options.repair_rows,
-                trace=self.trace() if self.plan.needs_trace else None,
-                seed=self.recipe.seed,
-                progress=progress.advance,
-            )
-        found.save(self.path(self.repaired))
-        self.job.release(model)
-        return found.facts()
-
-    def prune(self) -> dict[str, Any]:
-        """Dense model and plan -> pruned model"""
-        if self.shrinks:
-            return self._shrink()
-        assert self.plan is not None
-        if isinstance(self.plan, WidthPlan):
-            with Progress(1, f"prune {self.name}") as progress:
-                report = prune_width_checkpoint(
-                    self.job.origin,
-                    self.path(self.pruned),
-                    self.plan,
-                    device=self.job.device,
-                    name=self.recipe.model.path,
-                )
-                progress.update(1)
-            return {"verified": report.to_dict()}
-        trace = self.trace() if self.plan.needs_trace else None
-        megabytes = savings(self.job.config, list(self.plan.keep))["disk_bytes"]["after"] // 10**6
-        with Progress(max(1, megabytes), f"prune {self.name} [MB]") as progress:
-            report = prune_checkpoint(
-                self.job.origin,
-                self.path(self.pruned),
-                self.plan,
-                trace,
-                verify=self.recipe.verify,
-                progress=bytes_reporter(progress),
-                repair=Repair.load(self.path(self.repaired)) if self.repairs else None,
-            )
-        return {"verified": report.to_dict()}
-
-    def _shrink(self) -> dict[str, Any]:
-        """Dense model -> model pruned while it trained"""
-        assert self.method is not None and self.method.shrink is not None
-        model, self.plan = self.method.shrink(self.context)
-        self._save(model, self.pruned)
-        expected = WidthView(self.job.skeleton()).parameters(self.plan)
-        report = check_narrowed(self.path(self.pruned), expected, None)
-        self.job.release(model)
-        self.directory.remove([self.scratch])
-        return {"plan": self.plan.to_dict(), "verified": report.to_dict()}
-
-    def recover(self) -> dict[str, Any]:
-        """Pruned model -> pruned model, trained by its method's own recovery"""
-        assert self.method is not None and self.method.recover is not None
-        updated = "float32" if self.recipe.model.dtype == "auto" else None
-        model = self.job.load(self.path(self.pruned), dtype=updated)
-        result = self.method.recover(self.context, model)
-        self._save(model, self.recovered)
-        self.job.release(model)
-        self.directory.remove([self.scratch])
-        return result
-
-    def tune(self) -> dict[str, Any]:
-        """Pruned (or dense) model -> fine-tuned model"""
-        options = self._training_options()
-        # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
-        updated = "float32" if options["mode"] == "full" and self.recipe.model.dtype == "auto" else None
-        callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
-        model, result = finetune(
-            self.job.load(self.source, dtype=updated),
-            self.job.samples,
-            collator=self.job.collator,
-            seed=self.recipe.seed,
-            checkpoints=self.path(self.checkpoints),
-            description=f"finetune {self.name}",
-            device="cpu" if self.job.device == "cpu" else "auto",
-            callbacks=callbacks,
-            **self._teacher(),
-            **options,
-        )
-        self._save(model, self.tuned, {"finetune": result.to_dict() | {"losses": None}})
-        self.directory.remove([self.checkpoints])
-        self.job.release(model)
-        return result.to_dict() | {"output": self.tuned}
-
-    def _training_options(self) -> dict[str, Any]:
-        """The recipe's fine-tuning; of a pruned model that was tuned before, the shorter one of `recover`."""
-        options = self.recipe.finetune.model_dump()
-        recover = self.recipe.recover
-        if not self.is_dense and self.recipe.start != "base":
-            options["learning_rate"] = recover.learning_rate or options["learning_rate"]
-            options |= {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
-        return options
-
-    def _teacher(self) -> dict[str, Any]:
-        """The tuned dense model and how it is learned from, as options of `finetune`; none for itself."""
-        if self.is_dense or not self.recipe.distils:
-            return {}
-        folder = self.job.folder if self.recipe.start == "given" else self.path(tuned_folder("dense"))
-        weights = self.recipe.distil.model_dump(exclude={"teacher"})
-        return {"teacher": self.job.load(folder), "distillation": DistillationOptions(**weights)}
-
-    def _save(self, model: Any, folder: str, facts: dict[str, Any] | None = None) -> None:
-        save_model(
-            model,
-            self.job.tokenizer,
-            self.path(folder),
-            dtype=stored_dtype(self.job.folder),
-            plan=self.plan,
-            source=self.recipe.model.path,
-            facts=(facts or {}) | self._served(),
-        )
-
-    def _served(self) -> dict[str, Any]:
-        """How engines take the pruned model, for its card."""
-        if self.plan is None:
-            return {}
-        return {"portability": [vars(v) for v in self.job.portability_of(self.plan)]}
-
-    def load(self, folder: Path) -> Any:
-        """Loads what is on disk: the very folder a user would load."""
-        if (folder / ADAPTER_FILE).exists():
-            return load_adapter(self.job.load(self.source), folder)
-        return self.job.load(folder)
-
-    def measure(
-        self, folder: Path, file: str, examples: ExampleSet, metrics: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """Evaluates a model folder on examples; what it answered goes to `file`."""
-        options = self.recipe.evaluate
-        model = self.load(folder)
-        result = evaluate(
-            model,
-            self.job.tokenizer,
-            examples.examples,
-            metrics=metrics,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            max_length=self.job.max_length,
-            encoder=options.encoder,
-            encoder_layer=options.encoder_layer,
-            seed=self.recipe.seed,
-            progress=f"evaluate {self.name}",
-            journal=self.path(journal(file)),
-        )
-        result.write_examples(self.path(file))
-        self.directory.remove([journal(file)])
-        self.job.release(model)
-        return result.summary() | {"per_example": file, "source": examples.source}
-
-    def run_harness(self) -> dict[str, Any]:
-        """Fine-tuned model -> scores of lm-evaluation-harness"""
-        options = self.recipe.evaluate
-        model = self.load(self.path(self.tuned) if self.trains else self.source)
-        found = evaluate_harness(
-            model,
-            self.job.tokenizer,
-            options.lm_eval,
-            folder=options.lm_eval_folder,
-            batch_size=options.batch_size,
-            limit=options.lm_eval_limit,
-            seed=self.recipe.seed,
-        )
-        self.job.release(model)
-        return found
-
-
-def tuned_folder(name: str) -> str:
-    """Where the fine-tuned model of a row is, relative to the run directory."""
-    return f"variants/{name}/model"
-
-
-def journal(file: str) -> str:
-    """Where an evaluation keeps what it has done until it is whole."""
-    return f"{file}.part"
