@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
 from gradpruner.files import read_json
@@ -22,13 +22,19 @@ from gradpruner.models.loading import load_config, load_model, load_structure
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
+from gradpruner.pruning.behaviour import (
+    NEW_TOKENS,
+    behaviour,
+    bits,
+    computing_dtype,
+    dtype_name,
+    is_tied,
+)
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.in_memory import relative_error
-from gradpruner.pruning.writer import TORCH_DTYPES, read_tensor, sha256_tensor
+from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
 LEVELS = ("auto", "full", "structure")
-PROMPT_TOKENS = 16
-NEW_TOKENS = 8
 # Relative error allowed between logits of the pruned model and of its source with the pruned layers passed
 # through. The same operations run in the same order, so what is measured is almost always zero.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
@@ -208,7 +214,7 @@ class _Gate:
         cuts = repaired.get("cuts", ())
         self.linears = {cut["layer"]: cut["linear"] for cut in cuts if cut["ridge"] is not None}
         self.plan = blueprint.plan
-        self.dtype = _computing_dtype(folder)
+        self.dtype = computing_dtype(folder)
         self.tolerance = TOLERANCE.get(self.dtype, COARSE_TOLERANCE)
         self.expected: dict[str, Tensor] = {}
         self.found: dict[str, Tensor] = {}
@@ -277,11 +283,11 @@ class _Gate:
         """The reference."""
         if self.tuned:
             return "not compared: this model was fine-tuned after pruning"
-        model = load_model(self.blueprint.source, dtype=_name(self.dtype), device="cpu", native=True)
+        model = load_model(self.blueprint.source, dtype=dtype_name(self.dtype), device="cpu", native=True)
         view = LayeredModel(model)
         self._take_computed(view)
         with view.passed_through(self.plan.pruned):
-            self.expected = _behaviour(model)
+            self.expected = behaviour(model)
         del model, view
         gc.collect()
         targets = self.plan.merged.keys() & set(self.plan.keep)
@@ -317,7 +323,7 @@ class _Gate:
             if piece.name not in targets or piece.name in self.hashes:
                 continue
             assert piece.make is not None
-            if not torch.equal(_bits(read_tensor(here[piece.name])), _bits(piece.make())):
+            if not torch.equal(bits(read_tensor(here[piece.name])), bits(piece.make())):
                 raise _Failed(f"'{piece.name}' is not what merging gives")
             count += 1
         return f"{count} tensors merged again in memory: equal to the bit"
@@ -337,14 +343,14 @@ class _Gate:
 
     def run_pruned(self) -> str:
         """The checkpoint itself, loaded as its user will."""
-        model = load_model(self.folder, dtype=_name(self.dtype), device="cpu", native=True)
-        tied = _tied(model)
+        model = load_model(self.folder, dtype=dtype_name(self.dtype), device="cpu", native=True)
+        tied = is_tied(model)
         if tied is False:
             raise _Failed("the embeddings are tied in the config but not in the loaded model")
-        self.found = _behaviour(model)
+        self.found = behaviour(model)
         if not all(bool(torch.isfinite(t).all()) for t in self.found.values()):
             raise _Failed("the loaded model computes NaN or Inf")
-        return f"loaded in {_name(self.dtype)}" + (", embeddings tied" if tied else "")
+        return f"loaded in {dtype_name(self.dtype)}" + (", embeddings tied" if tied else "")
 
     def compare(self, what: str, how: str) -> str:
         """One kind of logits of both."""
@@ -364,51 +370,3 @@ class _Gate:
         if self.expected and tokens != self.expected["tokens"].tolist():
             raise _Failed(f"greedy tokens differ: {tokens} instead of {self.expected['tokens'].tolist()}")
         return f"{NEW_TOKENS} greedy tokens" + (" as the reference" if self.expected else "")
-
-
-def _computing_dtype(folder: Path) -> torch.dtype:
-    """The dtype most weights are stored in, so that loading rounds nothing; bfloat16 for 8-bit floats."""
-    sizes: dict[str, int] = {}
-    for ref in open_shards(folder).tensors.values():
-        sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.num_bytes
-    dtype = TORCH_DTYPES.get(max(sizes, key=lambda name: sizes[name], default="F32"), torch.float32)
-    return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _tied(model: Any) -> bool | None:
-    """Whether input and output embeddings are one tensor, where the config says so; None elsewhere."""
-    if not getattr(text_config(model.config), "tie_word_embeddings", False):
-        return None
-    head = model.get_output_embeddings()
-    return head is None or head.weight is model.get_input_embeddings().weight
-
-
-@torch.no_grad()
-def _behaviour(model: nn.Module) -> dict[str, Tensor]:
-    """Logits without a cache, and greedy tokens with their logits computed with one."""
-    lm: Any = model
-    vocabulary = lm.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(PROMPT_TOKENS) * 37 + 11).remainder(vocabulary)[None]
-    logits = lm(input_ids=ids, use_cache=False).logits
-    out = lm.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        use_cache=True,
-        pad_token_id=0,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    tokens = out.sequences[0, PROMPT_TOKENS:]
-    return {"logits": logits, "cached": torch.stack(out.logits), "tokens": tokens}
