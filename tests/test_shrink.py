@@ -123,6 +123,38 @@ def test_costs_count_everything_a_row_needed(tmp_path):
     assert "Whole cost" in render_html(record, tmp_path / "r.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        # 6 steps of 4 samples; 4 steps of 4 are recorded; 2 of 4 layers stay.
+        ({"plan": REPAIRED | {"repair": "none"}}, 0.5 + 16 / 24),
+        ({"plan": REPAIRED}, 0.5 + 16 / 24 + 12 * 2.5 / 3 / 24),
+        ({"plan": REPAIRED | {"repair": "none"}, "start": "tuned", "recover": {"steps": 3}}, 1.25 + 16 / 24),
+        ({"plan": REPAIRED | {"repair": "none"}, "distil": {"teacher": "tuned"}}, 1.5 + 1 / 3 + 16 / 24),
+    ],
+)
+def test_the_work_of_a_pruned_row_is_counted_in_dense_fine_tunings(tmp_path, recipe, expected):
+    path, _ = make_project(tmp_path, **recipe)
+    assert Job(load_recipe(path)).pruned_work == pytest.approx(expected)
+
+
+def test_the_dense_model_is_shown_tuned_for_the_same_work(tmp_path):
+    record, _ = carry_out(
+        tmp_path,
+        start="tuned",
+        variants=["dense", "longer", "dropped"],
+        plan=REPAIRED | {"repair": "none"},
+        recover={"steps": 3},
+        evaluate={"before_finetuning": False},
+    )
+    steps = {name: row["finetune"]["steps"] for name, row in record["variants"].items()}
+    assert steps == {"dense": 6, "longer": 12, "dropped": 3}  # ceil(1.92 * 6)
+    longer = record["variants"]["longer"]
+    assert longer["label"] == "dense, same work" and longer["num_layers"] == 4
+    seconds = longer["cost"]["seconds"]
+    assert seconds["total"] == seconds["training"] > 0
+
+
 # -- how many layers -------------------------------------------------------------------------------------
 
 

@@ -47,6 +47,8 @@ class MethodContext:
         protected: Layers that must stay whole, ascending.
         fits: Which layer may stand where, see `selection.plan_pruning`; None: any.
         options: The method's own options, an instance of `Method.options`.
+        pruned_work: What a pruned row takes in all, in units of the dense model's fine-tuning: recording,
+            repair, teacher and training, estimated from steps and layers.
         finetune: Options of `finetuning.finetune` that later fine-tune the result; methods that train take
             batch size, precision and device from here.
         folder: Where a method that trains for long may keep checkpoints; None: nowhere.
@@ -65,6 +67,7 @@ class MethodContext:
     protected: tuple[int, ...] = ()
     fits: Fits | None = None
     options: Any = None
+    pruned_work: float = 1.0
     finetune: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = None
 
@@ -81,6 +84,8 @@ class Method:
         shrink: Prunes while it trains: gives the pruned, trained model and what it consists of.
         callbacks: Changes fine-tuning and leaves the model as large as it was: the callbacks of that
             fine-tuning.
+        training: Keys of the recipe's `finetune` section that a method with `callbacks` sets itself. The row
+            is then the dense model as it was given, also where others start from the tuned one.
         recover: Trains the pruned model (second argument, in place) before fine-tuning; what it returns, JSON
             values, goes into the run record.
         options: What can be set.
@@ -98,6 +103,7 @@ class Method:
     plan: Callable[[MethodContext], PruningPlan | WidthPlan] | None = None
     shrink: Callable[[MethodContext], tuple[nn.Module, WidthPlan]] | None = None
     callbacks: Callable[[MethodContext], list[TrainerCallback]] | None = None
+    training: Callable[[MethodContext], dict[str, Any]] | None = None
     recover: Callable[[MethodContext, nn.Module], dict[str, Any]] | None = None
     options: type[MethodOptions] = MethodOptions
     needs_trace: bool = False

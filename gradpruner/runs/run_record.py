@@ -13,7 +13,7 @@ from gradpruner.evaluation.metrics import majority_class
 from gradpruner.evaluation.outputs import paired_intervals, read_examples
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS
-from gradpruner.models.loading import stored_dtype
+from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.sizes import decoder_parameters
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.provenance import provenance, utc_now
@@ -120,7 +120,7 @@ def add_costs(
     for name, row in variants.items():
         seconds = {"training": spent(f"finetune {name}", f"recover {name}")}
         tokens = trained(name)
-        if name != "dense":
+        if name != "dense" and METHODS.find(method_of(name)).training is None:
             method = method_of(name)
             needs_dense = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")
             records = METHODS.find(method).needs_trace

@@ -63,6 +63,8 @@ class Variant(Work):
             trains: dict[str, Any] = {"method": self.name, "options": chosen}
             trains |= {"budget": [self.job.num_remove, self.recipe.plan.unit]}
             self.prune_inputs |= {"trains": trains} | (learned_from if self.shrinks else {})
+        if self.method and self.method.training:
+            learned_from["training"] = self.method.training(self.context)
         self.tune_inputs = self.prune_inputs | learned_from
         measure = self.measure_inputs(self.job.eval, self.job.metrics)
         recovers = self.method is not None and self.method.recover is not None
@@ -125,7 +127,9 @@ class Variant(Work):
             self._evaluate()
             if self.recipe.keep_models == "none":
                 self.directory.remove([self.repaired, self.pruned, self.recovered, self.checkpoints])
-                if not (self.is_dense and self.job.needs_tuned):  # the pipeline removes it after all rows
+                if not (
+                    self.name == "dense" and self.job.needs_tuned
+                ):  # the pipeline removes it after all rows
                     self.directory.remove([self.tuned])
         self._describe_size()
 

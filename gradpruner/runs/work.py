@@ -63,8 +63,8 @@ class Work:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it was given."""
-        return self.name == "dense"
+        """Whether this is the model as it was given, tuned for as long as the recipe says or for longer."""
+        return self.name == "dense" or (self.method is not None and self.method.training is not None)
 
     @property
     def trains(self) -> bool:
@@ -201,6 +201,8 @@ class Work:
         if not self.is_dense and self.recipe.start != "base":
             options["learning_rate"] = recover.learning_rate or options["learning_rate"]
             options |= {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
+        if self.method and self.method.training:
+            options |= self.method.training(self.context)
         return options
 
     def _teacher(self) -> dict[str, Any]:
