@@ -27,7 +27,7 @@ from gradpruner.models.families import Family
 from gradpruner.models.folder import locate_model
 from gradpruner.models.layers import LayeredModel, skeleton
 from gradpruner.models.loading import (
-    load_config,
+    check_loadable,
     load_model,
     load_tokenizer,
     model_class,
@@ -84,7 +84,7 @@ class Job:
         self.folder = locate_model(recipe.model.path)
         self.origin = self.folder
         refuse_narrowed(self.folder)
-        self.config = load_config(self.folder, recipe.model.trust_remote_code)
+        self.config = check_loadable(self.folder, recipe.model.trust_remote_code)
         self._check_budget()
         self.tokenizer = load_tokenizer(self.folder, recipe.model.trust_remote_code)
         self.train, self.eval = (load_split(recipe, split, self.tokenizer) for split in ("train", "eval"))
@@ -138,6 +138,7 @@ class Job:
             num_keep=self.num_keep,
             num_remove=self.num_remove,
             unit=plan.unit,
+            pruned_work=self.pruned_work,
             protected=tuple(sorted(protected)),
             fits=self.slots(),
             options=self.method_options(name),
@@ -271,6 +272,25 @@ class Job:
         return planned_steps(len(self.samples), options.batch_size, options.accumulation, recover.epochs)
 
     @property
+    def pruned_work(self) -> float:
+        """What a pruned row takes in all, in units of the dense model's fine-tuning; estimated.
+
+        Steps count by their samples and layers. A repair passes its samples about two and a half times
+        forward, a teacher passes them once; a forward pass is a third of a training step.
+        """
+        recipe, options = self.recipe, self.recipe.finetune
+        whole = self.finetune_steps * options.batch_size * options.accumulation
+        kept = self.num_keep / self.num_layers
+        share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
+        work = share * kept + self.record_steps * recipe.record.batch_size / whole
+        if recipe.plan.repair != "none":
+            work += min(recipe.plan.repair_rows, len(self.samples)) * 2.5 / 3 / whole
+        if recipe.distils:
+            work += share / 3
+        tuned_first = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")
+        return work + (1.0 if tuned_first else 0.0)
+
+    @property
     def record_steps(self) -> int:
         """Optimizer steps that are recorded."""
         return self.recipe.record.steps or default_steps(self.finetune_steps)
@@ -334,7 +354,8 @@ def check_methods(recipe: Recipe) -> None:
         method = METHODS.find(method_of(name)) if name != "dense" else None
         if method is None:
             continue
-        if method.callbacks and recipe.start != "base" and not recipe.recover.trains:
+        tunes = recipe.start == "base" or (recipe.start == "tuned" and method.training is not None)
+        if method.callbacks and not tunes and not recipe.recover.trains:
             raise ConfigError(
                 f"The method {name} changes how a model is fine-tuned; with start: {recipe.start} none is.",
                 hint="Use start: base, or let the model recover: --set recover.epochs=1.",
