@@ -1,19 +1,39 @@
-"""Writing files so that a reader sees the old content or the new one, never half of it."""
+"""Writing files so that a reader sees the old content or the new one, never half of it; reading them back.
+
+What is not finished yet has a random name (`.NAME.RANDOM.part`) and a lock that its writer holds. A process
+number would not do: two containers that share a disk may have the same one. What nobody holds is an orphan.
+"""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import json
+import math
 import os
+import re
+import secrets
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from gradpruner.errors import IntegrityError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
+# No file of ours comes near; a larger one is not ours and would only fill the memory.
+JSON_LIMIT = 512 * 2**20
+MAX_DEPTH = 64
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_STAGED = re.compile(r"\..+\.[0-9a-f]+\.part", re.DOTALL)
+# Bytes of a name that are kept in that of its staged file; a file system allows 255 for the whole.
+_NAME_BYTES = 200
 
 
 def make_durable(path: Path) -> None:
@@ -41,27 +61,265 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _short(name: str) -> str:
+    """A file name, or its hash where a staged name made of it would be too long."""
+    raw = os.fsencode(name)
+    return name if len(raw) <= _NAME_BYTES else hashlib.sha256(raw).hexdigest()[:32]
+
+
+def staging_name(name: str, kind: str = "") -> str:
+    """A new name, never used before, for something that is to become `name`."""
+    return f".{_short(name)}{kind}.{secrets.token_hex(8)}.part"
+
+
+def _hold(descriptor: int) -> bool:
+    """Locks an open file or folder; False if somebody else holds it, or the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except OSError:
+        return False
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Holds an existing file or folder, so that no sweep takes it for an orphan.
+
+    Raises:
+        OSError: If it cannot be opened, or is a link.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        _hold(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A new, empty file or folder beside `path`, held until the block ends; what is left of it then goes.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    while True:
+        staged = path.with_name(staging_name(path.name))
+        if folder:
+            staged.mkdir()
+            descriptor = os.open(staged, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        else:
+            descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        _hold(descriptor)
+        if _is_at(descriptor, staged):
+            break
+        os.close(descriptor)  # swept between the making and the holding
+    try:
+        yield staged
+    finally:
+        remove(staged)
+        os.close(descriptor)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, a link (not what it points at) or a folder; nothing happens if there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def sweep(folder: Path, name: str | None = None) -> list[Path]:
+    """Removes staged files and folders that nobody holds: what killed processes left behind.
+
+    Args:
+        folder: Where to look, not below.
+        name: Only what was to become this name; None takes all.
+
+    Returns:
+        What was removed.
+    """
+    pattern = _STAGED
+    if name is not None:
+        pattern = re.compile(rf"\.{re.escape(_short(name))}(\.old)?\.[0-9a-f]+\.part")
+    removed = []
+    for entry in sorted(folder.iterdir()):
+        if not pattern.fullmatch(entry.name):
+            continue
+        try:
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:  # a link, or not ours to read
+            continue
+        try:
+            if _hold(descriptor) and _is_at(descriptor, entry):
+                remove(entry)
+                removed.append(entry)
+        finally:
+            os.close(descriptor)
+    return removed
+
+
+def open_private(path: Path) -> IO[str]:
+    """Opens a text file for reading and writing at its end, if it is a plain file with this one name.
+
+    A folder may come from somebody else. A link in it, or a second name of another file, would make us write
+    where nobody asked us to.
+
+    Raises:
+        IntegrityError: If it is a link, a device, a pipe, or has a second name.
+        OSError: If it cannot be opened.
+    """
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise _not_plain(path, "a link or no plain file") from None
+        raise
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(descriptor)
+        raise _not_plain(path, "no plain file" if found.st_nlink <= 1 else "a second name of another file")
+    return os.fdopen(descriptor, "a+", encoding="utf-8")
+
+
+def _not_plain(path: Path, what: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} is {what}; nothing is written through it.",
+        hint="Delete it, if you know the folder it is in; else choose another --out.",
+    )
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises IntegrityError if something below a folder is a link that leads out of it.
+
+    Whoever writes into the folder would write there.
+    """
+    root = os.path.realpath(folder)
+    for where, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = os.path.join(where, name)
+            if not os.path.islink(path):
+                continue
+            target = os.path.realpath(path)
+            if target != root and os.path.commonpath((root, target)) != root:
+                raise IntegrityError(
+                    f"{path} is a link out of the folder, to {target}; nothing is written through it.",
+                    hint="Delete the link, or put what it points at in its place.",
+                )
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one step (UTF-8).
 
     Raises:
         ResourceError: If it cannot be written; what stood there before is untouched.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
+    data = text.encode("utf-8")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        _commit(staged, path)
-    except BaseException as error:
-        staged.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise write_failure(path, error) from error
-        raise
+        with staging(path) as staged:
+            staged.write_bytes(data)
+            _commit(staged, path)
+    except OSError as error:
+        raise write_failure(path, error) from error
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file in one step; NaN and Inf are refused because JSON has neither."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON as one may trust it.
+
+    Everything that some later step could not take is refused here: NaN and Inf, numbers of more than 64 bits,
+    half a surrogate pair, a key that is there twice, lists in lists in lists.
+
+    Raises:
+        ValueError: Saying what is wrong.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8-sig")
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_unique, parse_int=_integer, parse_float=_number, parse_constant=_number
+        )
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
+    check_json(value)
+    return value
+
+
+def check_json(value: Any) -> None:
+    """Raises ValueError if a JSON value holds text that is no text, NaN, or is nested too deeply."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                if _SURROGATE.search(item):
+                    raise ValueError(f"it holds half a surrogate pair, which is no character: {item[:40]!r}")
+            elif isinstance(item, dict):
+                below += [*item, *item.values()]
+            elif isinstance(item, list | tuple):
+                below += item
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise ValueError(f"it holds {item}, which is no JSON number")
+        level = below
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:80]!r} is there twice")
+    return found
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"it holds a number of {len(text)} digits; 64 bits are allowed")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text[:40]}, which is not a finite number")
+    return value
+
+
+def read_plain(path: Path, limit: int = JSON_LIMIT) -> bytes:
+    """The content of a plain file, links to one included.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is a folder, a pipe or a device, or has more than `limit` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody feeds would be waited for
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError("it is no plain file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > limit:
+        raise ValueError(f"it has more than {limit} bytes")
+    return data
 
 
 def read_json(path: Path, kind: str) -> Any:
@@ -72,14 +330,59 @@ def read_json(path: Path, kind: str) -> Any:
         kind: What it is, for the message ("pruning plan").
 
     Raises:
-        IntegrityError: If it is missing or not JSON; the message gives line and column.
+        IntegrityError: If it is missing or not JSON as `parse_json` takes it; where it is not JSON at all the
+            message gives line and column.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_plain(path))
     except FileNotFoundError:
         raise IntegrityError(f"There is no {kind} at {path}.") from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers too long, nested too deeply
+    except OSError as error:
+        raise IntegrityError(f"{path} is not a readable {kind}: {error.strerror}.") from error
+    except ValueError as error:
         raise IntegrityError(f"{path} is not a readable {kind}: {error}.") from error
+
+
+def read_object(path: Path, kind: str, shape: type[T]) -> T:
+    """Reads a JSON file this package wrote and checks the type of every value.
+
+    Args:
+        path: The file.
+        kind: What it is, for the message ("score file").
+        shape: A dataclass or TypedDict that says which fields there are, and of which types.
+
+    Raises:
+        IntegrityError: As `read_json`, or naming the first field that is missing, unknown or of another type.
+    """
+    return typed(read_json(path, kind), shape, f"{path} is not a readable {kind}")
+
+
+def typed(value: Any, shape: type[T], fault: str) -> T:
+    """A JSON value as what it has to be.
+
+    Args:
+        value: JSON values, as `parse_json` gives them.
+        shape: A type that pydantic understands; types are exact (no "1" for 1), lists stand for tuples.
+        fault: The beginning of the message.
+
+    Raises:
+        IntegrityError: Naming the first field that is missing or of another type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(shape).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        given = "" if first["type"] == "missing" else f" (given: {shown(first['input'])})"
+        raise IntegrityError(f"{fault}: {where}: {first['msg']}{given}.") from None
+
+
+def shown(value: Any, length: int = 60) -> str:
+    """A value somebody gave, in a message: one line, not endless, nothing a terminal would act on."""
+    text = ascii(value) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -90,13 +393,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
     """
     from safetensors.torch import save_file
 
-    staged = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), staged, metadata=metadata)
-        _commit(staged, path)
+        # In a folder of its own: safetensors itself writes to a file of another name first.
+        with staging(path, folder=True) as staged:
+            save_file(dict(tensors), staged / "tensors", metadata=metadata)
+            _commit(staged / "tensors", path)
     except BaseException as error:
-        staged.unlink(missing_ok=True)
         if is_write_failure(error):
             raise write_failure(path, error) from error
         raise
@@ -118,6 +421,8 @@ def write_failure(path: Path, error: BaseException) -> ResourceError:
     reason = str(getattr(error, "strerror", None) or error).rstrip(".")
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in reason
     hint = "The disk is full: free some space and start again." if full else "Is the folder writable?"
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        hint = "Choose a shorter name: most disks allow 255 bytes."
     return ResourceError(f"Cannot write {path}: {reason}.", hint=hint)
 
 

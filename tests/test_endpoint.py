@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -10,6 +11,7 @@ from builders import make_llama, make_tokenizer
 
 from gradpruner.data.examples import Example
 from gradpruner.errors import ConfigError, ResourceError
+from gradpruner.evaluation import connection
 from gradpruner.evaluation.endpoint import Endpoint
 from gradpruner.evaluation.quality import evaluate
 
@@ -121,10 +123,26 @@ def test_which_model(served):
     assert Endpoint(served.url, "two").name == "two"
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "file:///etc/passwd", "http://", "ftp://x/v1"])
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "file:///etc/passwd", "http://", "ftp://x/v1", "http://[::1", "http://x:none/v1",
+     "http://x/v1 ", "http://x/\nv1", "http://x/v1?a=b", "http://x/v1#a"],
+)  # fmt: skip
 def test_what_is_no_address(url):
-    with pytest.raises(ConfigError, match="is no address"):
+    with pytest.raises(ConfigError, match=r"is no address|more than a path"):
         Endpoint(url)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
+        Endpoint("http://me:hunter2@localhost:8000/v1")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_that_no_header_can_hold(served, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "two\r\nlines: x")
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        Endpoint(served.url)
 
 
 def test_nobody_answers(served):
@@ -143,3 +161,187 @@ def test_a_server_that_refuses(served, monkeypatch):
     monkeypatch.setattr(Handler, "do_POST", refuse)
     with pytest.raises(ResourceError, match="answered 400"):
         evaluate(Endpoint(served.url), served.tokenizer, EXAMPLES, metrics=["exact_match"], max_length=64)
+
+
+class Questions:
+    """Two questions, as far as an endpoint looks at them: prompts of two tokens, two options of one."""
+
+    class tokenizer:
+        encode = staticmethod(lambda text, add_special_tokens: list(text))
+
+    def cut_prompt(self, index, max_new_tokens):
+        return [1, 2]
+
+    def option_set(self, index):
+        return type("Set", (), {"prompt": [1, 2], "targets": [[3], [4]]})
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Says, byte for byte, what the server's `said` lists: one entry a request, the last one ever after."""
+
+    def answer(self):
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.seen.append((self.command, self.headers.get("Authorization")))
+        said = self.server.said
+        try:
+            for part in said.pop(0) if len(said) > 1 else said[0]:
+                self.wfile.write(part)
+        except OSError:
+            pass
+        self.close_connection = True
+
+    do_GET = do_POST = answer
+
+    def log_message(self, *_):
+        pass
+
+
+def reply(body, status=200, *more):
+    head = [f"HTTP/1.1 {status} Said", f"Content-Length: {len(body)}", "Connection: close", *more]
+    return ["\r\n".join([*head, "", ""]).encode() + body]
+
+
+MODELS = reply(b'{"data": [{"id": "x"}]}')
+
+
+@pytest.fixture
+def stranger(monkeypatch):
+    """Factory: a server that says this; pauses between tries are short."""
+    monkeypatch.setattr(connection, "_pause", lambda attempt: 0.01)
+    servers = []
+
+    def make(*said):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
+        server.daemon_threads = True
+        server.said, server.seen = list(said), []
+        server.url = f"http://127.0.0.1:{server.server_port}/v1"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(server):
+    return list(Endpoint(server.url).answers(Questions(), [0, 1], 4))
+
+
+def score(server):
+    return list(Endpoint(server.url).option_scores(Questions(), [0]))
+
+
+def choices(*entries):
+    return reply(json.dumps({"choices": list(entries)}).encode())
+
+
+def endless():
+    yield b"HTTP/1.1 200 OK\r\n\r\n"
+    while True:
+        yield b" " * 65536
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        reply(b'{"data": null}'), reply(b'{"data": "abc"}'), reply(b'{"data": [1]}'), reply(b"[]"),
+        reply(b"null"),
+        reply(b'{"data": [{"id": 5}]}'), reply(b'{"data": [{"id": ""}]}'), reply(b'{"data": [], "data": []}'),
+        reply(b"<html>"), reply(b""), reply(b"\xff\xfe{}"), reply(b"[" * 200_000), reply(b"9" * 5000),
+        reply(b'{"data": [{"id": "\\ud800"}]}'), reply(b'{"a": NaN}'), reply(b'{"a": 1e999}'),
+        [b"hello\r\n\r\n"], [], [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n{}"],
+        [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n"],
+        [b"HTTP/1.1 200 OK\r\n" + b"X: " + b"x" * 500_000 + b"\r\n\r\n{}"],
+        reply(b"{}", 200, "Content-Encoding: gzip"), reply(b"{}", 204), reply(b"no", 404),
+        reply(b"\xff", 401),
+    ],
+)  # fmt: skip
+def test_a_list_of_models_that_is_none(stranger, said):
+    with pytest.raises(ResourceError):
+        Endpoint(stranger(said).url)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [], [{"index": 0, "text": "a"}], [{"index": i, "text": "a"} for i in range(3)],
+        [{"index": 0}, {"index": 1}], [{"index": 0, "text": None}, {"index": 1, "text": "a"}],
+        [{"index": 0, "text": "a"}, {"index": "b", "text": "a"}], [{"index": 0, "text": "a"}] * 2,
+        [{"text": "a"}, {"text": "b"}], [{"index": 0, "text": "a"}, {"index": True, "text": "a"}],
+        [{"index": 1, "text": "a"}, {"index": 2, "text": "a"}], [{"index": 0, "text": 5}, None], ["a", "b"],
+    ],
+)  # fmt: skip
+def test_answers_that_are_none(stranger, entries):
+    with pytest.raises(ResourceError, match="did not answer as it should"):
+        ask(stranger(MODELS, choices(*entries)))
+
+
+@pytest.mark.parametrize("value", [None, "a", True, 0.5, [], -(10**400)])
+def test_log_probabilities_that_are_none(stranger, value):
+    entries = [{"index": i, "text": "", "logprobs": {"token_logprobs": [None, -1, value]}} for i in (0, 1)]
+    with pytest.raises(ResourceError, match=r"log-probability|64 bits"):
+        score(stranger(MODELS, choices(*entries)))
+
+
+def test_answers_are_put_in_order_and_log_probabilities_of_the_prompt_may_be_missing(stranger):
+    two = [{"index": 1, "text": "b"}, {"index": 0, "text": "a", "finish_reason": "stop"}]
+    ((indices, found),) = ask(stranger(MODELS, choices(*two)))
+    assert indices == [0, 1] and [(a.text, a.finished) for a in found] == [("a", True), ("b", False)]
+    held = [{"index": i, "text": "", "logprobs": {"token_logprobs": [None, None, -i - 0.5]}} for i in (0, 1)]
+    assert score(stranger(MODELS, choices(*held))) == [([0], [[-0.5, -1.5]])]
+
+
+def test_a_key_goes_to_no_other_host(stranger, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    other = stranger(MODELS)
+    for status in (301, 302, 303, 307, 308):
+        one = stranger(reply(b"", status, f"Location: http://localhost:{other.server_port}/models"))
+        with pytest.raises(ResourceError, match="No redirect is followed"):
+            Endpoint(one.url)
+        assert one.seen == [("GET", "Bearer secret")]
+    assert other.seen == []
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_what_fails_in_passing_is_tried_again(stranger, status):
+    server = stranger(reply(b"busy", status), reply(b"busy", status), MODELS)
+    assert Endpoint(server.url).name == "x" and len(server.seen) == 3
+    never = stranger(reply(b"busy", status))
+    with pytest.raises(ResourceError, match=f"answered {status}: busy .tried {connection.TRIES} times"):
+        Endpoint(never.url)
+    assert len(never.seen) == connection.TRIES
+
+
+def test_what_is_wrong_is_not_tried_again(stranger):
+    server = stranger(reply(b"bad", 400))
+    with pytest.raises(ResourceError, match="answered 400: bad"):
+        Endpoint(server.url)
+    assert len(server.seen) == 1
+
+
+def test_pauses_grow_and_keep_to_what_the_server_asks():
+    for attempt, most in ((1, 0.5), (2, 1), (3, 2), (4, 4), (20, 60)):
+        assert most / 2 <= connection._pause(attempt) <= most
+
+
+def test_a_body_without_an_end_is_cut_off(stranger, monkeypatch):
+    monkeypatch.setattr("gradpruner.evaluation.endpoint._MODELS_LIMIT", 10**6)
+    with pytest.raises(ResourceError, match="more than 1000000 bytes"):
+        Endpoint(stranger(endless()).url)
+
+
+def test_one_deadline_holds_for_headers_that_never_end(stranger, monkeypatch):
+    def drip():
+        yield b"HTTP/1.1 200 OK\r\nX: "
+        while True:
+            time.sleep(0.05)
+            yield b"x"
+
+    monkeypatch.setattr(connection, "DEADLINE_SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match=r"within 0\.5 seconds"):
+        Endpoint(stranger(drip()).url)
+    assert time.monotonic() - started < 10

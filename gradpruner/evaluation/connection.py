@@ -1,0 +1,200 @@
+"""Asking a server that nobody vouches for: JSON there and back, one deadline, one host, a bounded reply.
+
+The key goes to the host that was named and nowhere else: no redirect is followed. What fails in passing
+(429, 5xx) is tried again, ever more slowly, until the deadline; a connection that broke, once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import re
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+
+from gradpruner.errors import ConfigError, ResourceError
+from gradpruner.files import parse_json, shown
+
+log = logging.getLogger(__name__)
+
+API_KEY = "OPENAI_API_KEY"
+DEADLINE_SECONDS = 600.0
+"""For one request, everything included: connecting, waiting, reading, trying again."""
+TRIES = 5
+_CONNECT_SECONDS = 30.0
+_LONGEST_PAUSE = 60.0
+_AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504, 529))
+_RUNNING = "Is the server running? vLLM: vllm serve FOLDER --port 8000."
+
+
+class Connection:
+    """A server that answers JSON with JSON.
+
+    Args:
+        url: Base of the API, checked by the caller.
+
+    Raises:
+        ConfigError: If the key in the environment cannot be sent.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        key = os.environ.get(API_KEY, "").strip()
+        if not re.fullmatch(r"[\x21-\x7e]*", key):
+            raise ConfigError(
+                f"The environment variable {API_KEY} holds blanks or characters that no key has.",
+                hint="Set it again, without line breaks.",
+            )
+        # Compression is not asked for, so that a few bytes cannot become gigabytes here.
+        self._headers = {"Accept-Encoding": "identity", "Accept": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
+        # Over plain http a proxy would read the key; over https it only passes it on.
+        self._use_environment = urlsplit(url).scheme == "https" or not key
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: httpx.AsyncClient | None = None
+
+    def call(self, path: str, body: dict[str, Any] | None = None, *, limit: int) -> Any:
+        """Sends a request (GET without a body, else POST) and returns the JSON that comes back.
+
+        Args:
+            path: Behind the base.
+            body: JSON values.
+            limit: Bytes the reply may have.
+
+        Raises:
+            ResourceError: If there is no answer in time, or it is an error, too long or no JSON.
+        """
+        # A loop in a thread of its own: only so a deadline holds for whatever a server does, also where the
+        # caller has a loop running (notebooks).
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
+        future = asyncio.run_coroutine_threadsafe(self._within_deadline(path, body, limit), self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _within_deadline(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
+        try:
+            return await asyncio.wait_for(self._until_it_works(path, body, limit), DEADLINE_SECONDS)
+        except TimeoutError:
+            raise ResourceError(
+                f"No answer from {self.url}{path} within {DEADLINE_SECONDS:g} seconds.",
+                hint="Is the server overloaded? A smaller evaluate.batch_size sends fewer prompts at a time.",
+            ) from None
+
+    async def _until_it_works(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
+        """Tries again what may be better in a moment, until there have been TRIES or the time is up."""
+        end = time.monotonic() + DEADLINE_SECONDS
+        for attempt in range(1, TRIES + 1):
+            try:
+                return await self._once(path, body, limit)
+            except _Passing as failure:
+                pause = max(_pause(attempt), min(failure.wait, _LONGEST_PAUSE))
+                if attempt >= failure.tries or time.monotonic() + pause >= end:
+                    raise ResourceError(
+                        f"{failure.message} (tried {attempt} times).", hint=_RUNNING
+                    ) from failure.__cause__
+                log.warning("%s; trying again in %.1f s", failure.message, pause)
+                await asyncio.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    async def _once(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
+        where = self.url + path
+        if self._client is None:
+            self._client = self._new_client()
+        content = None if body is None else json.dumps(body).encode()
+        headers = self._headers | ({"Content-Type": "application/json"} if body is not None else {})
+        try:
+            async with self._client.stream(
+                "GET" if body is None else "POST", where, headers=headers, content=content
+            ) as reply:
+                data = await _read(reply, where, limit if reply.status_code == 200 else 2000)
+        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError, OSError) as error:
+            # A server may close a connection it had kept, or be starting again. Once more will do.
+            raise _Passing(f"No answer from {where}: {_reason(error)}", tries=2) from error
+        return self._understood(reply, data, where)
+
+    def _new_client(self) -> httpx.AsyncClient:
+        timeout = httpx.Timeout(DEADLINE_SECONDS, connect=_CONNECT_SECONDS)
+        return httpx.AsyncClient(
+            timeout=timeout,
+            follow_redirects=False,
+            trust_env=self._use_environment,
+            limits=httpx.Limits(max_connections=4),
+        )
+
+    def _understood(self, reply: httpx.Response, data: bytes, where: str) -> Any:
+        status = reply.status_code
+        if 300 <= status < 400:
+            raise ResourceError(
+                f"{where} answered {status}: it sends us to {shown(reply.headers.get('location', ''), 120)}.",
+                hint="No redirect is followed, because the key would go with it: give the final address.",
+            )
+        if status != 200:
+            said = " ".join(data.decode(errors="replace").split())[:300]
+            message = f"{where} answered {status}: {shown(said, 300)[1:-1] or reply.reason_phrase}"
+            if status in _AGAIN:
+                raise _Passing(message, _retry_after(reply))
+            hint = f"The key is read from {API_KEY}." if status in (401, 403) else None
+            raise ResourceError(f"{message}.", hint=hint)
+        try:
+            return parse_json(data)
+        except ValueError as error:
+            raise ResourceError(
+                f"{where} answered what is no JSON: {error}.", hint="Is this the address of a model server?"
+            ) from error
+
+
+class _Passing(Exception):
+    """A failure that may be over in a moment."""
+
+    def __init__(self, message: str, wait: float = 0.0, tries: int = TRIES) -> None:
+        super().__init__(message)
+        self.message, self.wait, self.tries = message, wait, tries
+
+
+async def _read(reply: httpx.Response, where: str, limit: int) -> bytes:
+    """The body of a reply, of an error only its beginning."""
+    coding = reply.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):
+        raise ResourceError(f"{where} answered in the coding {shown(coding)}, which was not asked for.")
+    data = bytearray()
+    async for chunk in reply.aiter_raw():
+        data += chunk
+        if len(data) > limit:
+            if reply.status_code != 200:
+                return bytes(data[:limit])
+            raise ResourceError(
+                f"{where} answered with more than {limit} bytes, far more than was asked for.",
+                hint="Is this the address of a model server?",
+            )
+    return bytes(data)
+
+
+def _pause(attempt: int) -> float:
+    """Seconds before the next try: 0.5, 1, 2 ... doubled each time, shortened by chance by up to a half.
+
+    Chance, so that several clients of one overloaded server do not all come back at the same moment.
+    """
+    return float(min(0.5 * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0))
+
+
+def _retry_after(reply: httpx.Response) -> float:
+    """Seconds the server asks us to wait; 0 if it does not say, or says it as a date."""
+    said = reply.headers.get("retry-after", "")
+    return float(said) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", said) else 0.0
+
+
+def _reason(error: BaseException) -> str:
+    return shown(str(error), 200)[1:-1] or type(error).__name__
