@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gradpruner.errors import IntegrityError
 from gradpruner.evaluation.metrics import paired_difference, paper_score
 from gradpruner.evaluation.questions import Questions
+from gradpruner.files import open_private, parse_json, read_plain, shown
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class Output:
     normalised_correct: bool | None = None
 
 
+_NUMBER = (int, float)
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("id", "prompt_tail", "answer", "generated", "chosen"), str),
+    **dict.fromkeys(("finished", "correct", "number_correct", "choice_correct", "normalised_correct"), bool),
+    **dict.fromkeys(("rouge_l", "bert_score"), _NUMBER),
+    **dict.fromkeys(("choices", "choice_scores"), tuple),
+}
+
+
 class Journal:
     """The outputs so far, in memory and, if a path is given, on disk line by line.
 
@@ -68,9 +79,12 @@ class Journal:
 
     def _recall(self, path: Path) -> None:
         """Takes up the whole lines of an interrupted evaluation; what does not fit is asked again."""
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        open_private(path).close()  # refuses what is no plain file of ours
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
-                index, row = json.loads(line)
+                index, row = parse_json(line)
+                if type(index) is not int or index < 0:
+                    continue
                 found, known = _output(row), self._outputs[index]
             except (ValueError, TypeError, AttributeError, IndexError):
                 continue  # cut off, or of other examples
@@ -80,7 +94,7 @@ class Journal:
     def __enter__(self) -> Journal:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = open_private(self._path)
             self._file.write("\n")  # ends a line that was cut off
         return self
 
@@ -150,8 +164,21 @@ def paired_intervals(
 
 
 def read_examples(path: Path) -> list[Output]:
-    """Reads a file of output lines."""
-    return [_output(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Reads a file of output lines.
+
+    Raises:
+        IntegrityError: If it is missing, or a line is none; with its number.
+    """
+    number = 0
+    try:
+        found = []
+        for line in read_plain(path).decode().split("\n"):
+            number += 1
+            if line:
+                found.append(_output(parse_json(line)))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path}, line {number}: not an evaluated example: {error}.") from error
+    return found
 
 
 def output_line(output: Output) -> str:
@@ -161,5 +188,15 @@ def output_line(output: Output) -> str:
 
 
 def _output(row: dict[str, Any]) -> Output:
+    """An output from JSON values; TypeError if a field is unknown, missing or of another type."""
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
+    for name, value in fields.items():
+        if value is None or not (allowed := _TYPES.get(name)):
+            continue
+        if not isinstance(value, allowed) or (allowed is _NUMBER and isinstance(value, bool)):
+            raise TypeError(f"{name} is {shown(value)}")
+        if name == "choices" and not all(isinstance(v, str) for v in value):
+            raise TypeError("choices holds what is no text")
+        if name == "choice_scores" and not all(type(v) in (int, float) for v in value):
+            raise TypeError("choice_scores holds what is no number")
     return Output(**fields)

@@ -22,7 +22,16 @@ import torch
 
 from gradpruner._version import __version__
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ResourceError
-from gradpruner.files import is_write_failure, read_json, write_failure, write_json
+from gradpruner.files import (
+    is_write_failure,
+    open_private,
+    read_json,
+    refuse_links,
+    shown,
+    sweep,
+    write_failure,
+    write_json,
+)
 from gradpruner.models.folder import LOCK_FILE, check_output
 from gradpruner.models.sizes import PeakMemory
 from gradpruner.provenance import package_versions, sha256_file, sha256_json, utc_now
@@ -31,6 +40,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+STATES = ("running", "done", "failed", "interrupted")
 # Larger files are recognised by size alone: hashing tens of gigabytes on every start is not worth it.
 HASHED_BYTES = 64 * 2**20
 
@@ -45,7 +55,7 @@ class RunDirectory:
 
     Raises:
         ConfigError: If the folder is not ours, is an input, or (on entering) another process works in it.
-        IntegrityError: If (on entering) the manifest is damaged.
+        IntegrityError: If (on entering) the manifest is damaged, or the folder holds a link that leads out.
     """
 
     def __init__(self, path: str | Path, *, inputs: tuple[Path, ...] = (), device: str | None = None) -> None:
@@ -60,7 +70,7 @@ class RunDirectory:
     def __enter__(self) -> RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / LOCK_FILE).open("a+")
+            self._lock = open_private(self.path / LOCK_FILE)
         except OSError as error:
             raise ResourceError(
                 f"Cannot write to {self.path}: {error.strerror}.", hint="Choose another --out."
@@ -74,14 +84,19 @@ class RunDirectory:
             raise ConfigError(
                 f"{self.path} is in use by process {holder}.", hint="Wait for it, or choose another --out."
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
         try:
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            refuse_links(self.path)
             self.manifest = self._read_manifest()
+            for folder, _, _ in os.walk(self.path):
+                sweep(Path(folder))
             self.save()
-        except BaseException:
+        except BaseException as error:
             self._lock.close()
+            if isinstance(error, OSError):
+                raise write_failure(self.path, error) from error
             raise
         return self
 
@@ -92,11 +107,17 @@ class RunDirectory:
             return {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
         manifest = read_json(path, "run manifest")
         found = manifest.get("format_version") if isinstance(manifest, dict) else None
-        if found != FORMAT_VERSION or not isinstance(manifest.get("stages"), dict):
+        if type(found) is not int or found != FORMAT_VERSION:
             raise IntegrityError(
-                f"{path} is not a manifest of format version {FORMAT_VERSION} (found: {found}).",
+                f"{path} is not a manifest of format version {FORMAT_VERSION} (found: {shown(found)}).",
                 hint="Choose another --out.",
             )
+        stages = manifest.get("stages")
+        fault = None if isinstance(stages, dict) else f"stages is {shown(stages)}; an object is needed"
+        for name, entry in stages.items() if isinstance(stages, dict) else ():
+            fault = fault or _stage_fault(name, entry)
+        if fault:
+            raise IntegrityError(f"{path} is not a manifest: {fault}.", hint="Choose another --out.")
         return dict(manifest)
 
     def __exit__(
@@ -225,6 +246,27 @@ class RunDirectory:
         path = self.path / relative
         size = path.stat().st_size
         return {"bytes": size} | ({"sha256": sha256_file(path)} if size <= HASHED_BYTES else {})
+
+
+def _stage_fault(name: str, entry: Any) -> str | None:
+    """What is wrong with a manifest's entry of a stage, or None."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("inputs"), str):
+        return f"stage {shown(name)} is {shown(entry)}; an object with state, inputs and files is needed"
+    state, files = entry.get("state"), entry.get("files")
+    if state not in STATES:
+        return f"stage {shown(name)}: state is {shown(state)}; one of {', '.join(STATES)} is needed"
+    if state == "done" and not isinstance(entry.get("result"), dict):
+        return f"stage {shown(name)}: result is {shown(entry.get('result'))}; an object is needed"
+    if not isinstance(files, dict):
+        return f"stage {shown(name)}: files is {shown(files)}; an object is needed"
+    for relative, seen in files.items():
+        if ".." in Path(relative).parts or Path(relative).is_absolute() or "\0" in relative:
+            return f"stage {shown(name)} names the file {shown(relative)}, which is not in the folder"
+        if not isinstance(seen, dict) or type(seen.get("bytes")) is not int:
+            return f"stage {shown(name)}: the file {shown(relative)} has no size"
+        if not isinstance(seen.get("sha256", ""), str):
+            return f"stage {shown(name)}: the file {shown(relative)} has a hash that is none"
+    return None
 
 
 def _is_interrupt(error: BaseException) -> bool:
