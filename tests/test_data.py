@@ -488,6 +488,6 @@ def test_bad_parquet_and_unknown_type(tmp_path):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 not really")
     assert f"{path}: not a readable parquet file" in str(refusal(path))
-    path = tmp_path / "a.jsonl.gz"
+    path = tmp_path / "a.txt.gz"
     path.write_bytes(b"x")
     assert "cannot tell the file type from '.gz'" in str(refusal(path))

@@ -141,20 +141,21 @@ def load_examples(
             hint=f"Allowed: auto, {', '.join(FORMATS)}.",
         )
     path, sample_size = _split_sample_suffix(str(source), limit)
-    rows = read_rows(path, split)
+    rows = read_rows(path, split, skip_bad=skip_bad)
     name = _detect(rows) if format == "auto" else format
     shape = FORMATS[name]
     examples: list[Example] = []
-    faults: list[tuple[str, str]] = []
+    faults = list(rows.faults)
     for row in rows.rows:
         try:
             examples.append(shape.build(row.id, row.fields))
         except _BadRow as fault:
             faults.append((row.id, str(fault)))
+    total = len(rows.rows) + len(rows.faults)
     _check_faults(rows, name, faults, skip_bad)
     notes = [_unused_note(rows.rows, shape)]
     if faults:
-        notes.append(f"{rows.source}: dropped {len(faults)} of {len(rows.rows)} rows as unusable")
+        notes.append(f"{rows.source}: dropped {len(faults)} of {total} rows as unusable")
     chosen, note = sample(examples, sample_size, seed)
     notes.append(note)
     return ExampleSet(tuple(chosen), rows.source, name, rows.sha256, len(faults), tuple(filter(None, notes)))
@@ -229,15 +230,16 @@ def _detect(rows: RowSet) -> str:
 
 
 def _check_faults(rows: RowSet, name: str, faults: Sequence[tuple[str, str]], skip_bad: bool) -> None:
-    if not faults or (skip_bad and len(faults) < len(rows.rows)):
+    total = len(rows.rows) + len(rows.faults)
+    if not faults or (skip_bad and len(faults) < total):
         return
     named = "; ".join(f"{row_id}: {reason}" for row_id, reason in faults[:_ROWS_NAMED])
     more = len(faults) - _ROWS_NAMED
     named += f"; and {more} more" if more > 0 else ""
     hint = "Fix these rows" + ("." if skip_bad else ", or drop them with --skip-bad.")
-    if len(faults) == len(rows.rows):
+    if len(faults) == total:
         hint = f"No row can be read as {name}; its columns are {FORMATS[name].columns()}."
-    raise DataError(f"{rows.source}: {len(faults)} of {len(rows.rows)} rows cannot be used: {named}.", hint)
+    raise DataError(f"{rows.source}: {len(faults)} of {total} rows cannot be used: {named}.", hint)
 
 
 def _unused_note(rows: Sequence[Row], shape: _Shape) -> str:

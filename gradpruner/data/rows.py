@@ -1,46 +1,38 @@
 """Files, folders and hub datasets, read into rows that remember where they came from.
 
-Own readers for JSON Lines, JSON and CSV, because a user who has one bad line in ten thousand needs
-its file, line and column, and because an empty file, a ragged row or a field written twice must be
-an error and not a guess. Parquet is read by pyarrow, hub datasets by `datasets`; both are imported
-only when they are needed. What the columns mean is decided in data.py.
+What is inside one file is read by parsing.py, which files a folder has for a split is found by
+folders.py, and what the columns mean is decided in shapes.py. Hub datasets and folders of
+`save_to_disk` are read by `datasets`, imported only when it is needed.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gradpruner.data.folders import is_saved_dataset, saved_split, split_files
+from gradpruner.data.parsing import (
+    PACKED,
+    SUFFIXES,
+    Faults,
+    Row,
+    class_names,
+    kind_of,
+    rows_of,
+    type_of,
+    unpacked,
+)
 from gradpruner.errors import DataError
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-"""File types that can be read."""
+__all__ = ["SUFFIXES", "Row", "RowSet", "kind_of", "read_file", "read_hub", "read_rows"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-_BOM = b"\xef\xbb\xbf"  # the byte order mark some editors write; not part of the text
-_FIELD_LIMIT = 1 << 30  # bytes in one CSV field; Python's own limit of 128 KiB cuts long documents
-
-
-@dataclass(frozen=True)
-class Row:
-    """One record and where it stands.
-
-    Attributes:
-        id: "file:line" for JSON Lines and CSV (first line is 1), "file[index]" for JSON, parquet
-            and the hub (first row is 0).
-        fields: The columns as read; text is never stripped.
-    """
-
-    id: str
-    fields: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -50,31 +42,42 @@ class RowSet:
     Attributes:
         rows: At least one.
         source: The path or hub id, for reports.
-        sha256: Hex digest of the file's bytes; for the hub, of the rows as canonical JSON lines.
+        sha256: Hex digest of the file's bytes; of several files, of their digests; for the hub and for
+            `save_to_disk`, of the rows as canonical JSON lines.
+        faults: Id and reason of every row that could not be read, where such rows are skipped.
+        label_names: Names of the numbers in a column of classes, by column, where the source says them.
     """
 
     rows: tuple[Row, ...]
     source: str
     sha256: str
+    faults: tuple[tuple[str, str], ...] = ()
+    label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def read_rows(source: str | Path, split: str = "train") -> RowSet:
-    """Reads a file, the `split` file of a folder, or a split of a hub dataset.
+def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = False) -> RowSet:
+    """Reads a file, the files of `split` in a folder, or a split of a hub dataset.
 
     Args:
         source: Path of a file or folder, or a hub id: "owner/name", "name", "owner/name:config".
-        split: Which file of a folder, which key of a JSON object, which split of a hub dataset.
+        split: Which files of a folder, which key of a JSON object, which split of a hub dataset.
+        skip_bad: Keep lines that cannot be read in `RowSet.faults` instead of refusing the file.
 
     Raises:
-        DataError: If nothing is found (with every place tried), or the file cannot be read.
+        DataError: If nothing is found (with every place tried), or a file cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        return read_file(_split_file(path, split), split)
+        if is_saved_dataset(path):
+            return _read_saved(path, split)
+        files = split_files(path, split)
+        if len(files) == 1:
+            return read_file(files[0], split, skip_bad=skip_bad)
+        return _joined(path, [read_file(file, split, skip_bad=skip_bad, root=path) for file in files])
     if path.exists():
-        return read_file(path, split)
+        return read_file(path, split, skip_bad=skip_bad)
     name = str(source)
-    if _HUB_ID.fullmatch(name) and path.suffix.lower() not in SUFFIXES:
+    if _HUB_ID.fullmatch(name) and not type_of(path):
         hub_id, _, config = name.partition(":")
         return read_hub(hub_id, split, config=config or None, tried=(str(path.absolute()),))
     raise DataError(
@@ -84,38 +87,96 @@ def read_rows(source: str | Path, split: str = "train") -> RowSet:
     )
 
 
-def read_file(path: Path, split: str = "train") -> RowSet:
-    """Reads one data file, its type told by the suffix.
+def read_file(
+    path: Path, split: str = "train", *, skip_bad: bool = False, root: Path | None = None
+) -> RowSet:
+    """Reads one data file, its type and compression told by the name.
+
+    Args:
+        path: The file.
+        split: The key of a JSON object whose list is read.
+        skip_bad: Keep rows that cannot be read in `RowSet.faults` instead of refusing the file.
+        root: Folder that row ids are relative to; None names the file alone.
 
     Raises:
-        DataError: If the type is unknown, the file is empty, not UTF-8, or malformed.
+        DataError: If the type is unknown, or the file is empty, in no encoding that can be told, or
+            malformed.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if not type_of(path):
         raise DataError(
             f"{path}: cannot tell the file type from '{path.suffix or path.name}'.",
-            hint=f"Name it with one of {', '.join(SUFFIXES)}; unpack compressed files first.",
+            hint=f"Name it with one of {', '.join(SUFFIXES)}, with {', '.join(PACKED)} behind it if packed.",
+        )
+    if not path.is_file():
+        raise DataError(
+            f"{path} is no regular file.", hint="Write the rows to a file first; pipes cannot be read twice."
         )
     try:
-        content = path.read_bytes()
+        packed = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-    if not content.removeprefix(_BOM).strip():
-        raise DataError(f"{path} is empty.", hint="Write at least one row.")
-    if suffix == ".parquet":
-        rows = _parquet_rows(path, content)
-    else:
-        text = _decode(path, content)
-        if suffix == ".json":
-            rows = _json_rows(path, text, split)
-        elif suffix in (".csv", ".tsv"):
-            rows = _csv_rows(path, text, "\t" if suffix == ".tsv" else ",")
-        else:
-            rows = _jsonl_rows(path, text)
-    found = tuple(rows)
+    content = unpacked(path, packed)
+    faults = Faults(skip_bad)
+    found = tuple(rows_of(path, content, split, faults))
+    if not found and faults.found:
+        raise DataError(f"{path}: no row can be read. First: {faults.found[0][1]}", hint="Fix the file.")
     if not found:
         raise DataError(f"{path} holds no rows.", hint="Write at least one row.")
-    return RowSet(found, str(path), hashlib.sha256(content).hexdigest())
+    bad = faults.found
+    if root is not None:
+        place = path.relative_to(root).parent.as_posix()
+        prefix = "" if place == "." else f"{place}/"
+        found = tuple(Row(prefix + row.id, row.fields) for row in found)
+        bad = [(prefix + row_id, reason) for row_id, reason in bad]
+    names = class_names(content) if type_of(path) == ".parquet" else {}
+    return RowSet(found, str(path), hashlib.sha256(packed).hexdigest(), tuple(bad), names)
+
+
+def _joined(folder: Path, parts: Sequence[RowSet]) -> RowSet:
+    """The files of one split, one behind the other."""
+    digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+    return RowSet(
+        tuple(row for part in parts for row in part.rows),
+        f"{folder} ({len(parts)} files)",
+        digest,
+        tuple(fault for part in parts for fault in part.faults),
+        parts[0].label_names,
+    )
+
+
+def _read_saved(folder: Path, split: str) -> RowSet:
+    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    import datasets
+
+    part = saved_split(folder, split)
+    try:
+        table = datasets.load_from_disk(str(part))
+        rows, names = [dict(row) for row in table], _names_of(table)
+    except Exception as error:  # what is missing or damaged there comes as types of four packages
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{part}: a folder of save_to_disk that load_from_disk cannot read ({cause}).",
+            hint="Save it again, or write it with to_json(...) or to_parquet(...).",
+        ) from error
+    if not rows:
+        raise DataError(f"{part} holds no rows.", hint="Write at least one row.")
+    found = tuple(Row(f"{part.name}[{index}]", row) for index, row in enumerate(rows))
+    return RowSet(found, str(part), _digest(rows), label_names=names)
+
+
+def _names_of(table: Any) -> dict[str, tuple[str, ...]]:
+    features = getattr(table, "features", None) or {}
+    named = {column: getattr(feature, "names", None) for column, feature in features.items()}
+    return {column: tuple(names) for column, names in named.items() if names}
+
+
+def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of rows as canonical JSON lines."""
+    digest = hashlib.sha256()
+    for row in rows:
+        line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
 
 
 def read_hub(
@@ -146,18 +207,14 @@ def read_hub(
     files = {split: data_files} if data_files else None
     try:
         table = datasets.load_dataset(hub_id, config, split=split, revision=revision, data_files=files)
-        rows = [dict(row) for row in table]
+        rows, names = [dict(row) for row in table], _names_of(table)
     except Exception as error:  # the library raises some thirty types from six packages here
         _refuse_hub(hub_id, split, config, tried, error)
     if not rows:
         raise DataError(f"Hub dataset '{hub_id}', split '{split}', holds no rows.")
-    digest = hashlib.sha256()
-    for row in rows:
-        line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
-        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     name = f"{hub_id}:{config}" if config else hub_id
     found = tuple(Row(f"{name}/{split}[{index}]", row) for index, row in enumerate(rows))
-    return RowSet(found, f"{name} ({split})", digest.hexdigest())
+    return RowSet(found, f"{name} ({split})", _digest(rows), label_names=names)
 
 
 def _refuse_hub(
@@ -176,176 +233,3 @@ def _refuse_hub(
     if offline:
         hint += " Unset HF_HUB_OFFLINE to look on the hub."
     raise DataError(f"No data at '{hub_id}'. Tried: {places} ({cause}).", hint=hint) from error
-
-
-def _split_file(folder: Path, split: str) -> Path:
-    """The one data file of `split` in `folder`."""
-    found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(
-            f"{folder}: several files for split '{split}': {', '.join(p.name for p in found)}.",
-            hint="Pass the file you mean, or remove the others.",
-        )
-    present = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    raise DataError(
-        f"{folder}: no file for split '{split}'. Tried: "
-        f"{', '.join(split + suffix for suffix in SUFFIXES)}. "
-        f"Data files there: {', '.join(present[:8]) or 'none'}.",
-        hint="Rename a file, or pass the file itself.",
-    )
-
-
-def _decode(path: Path, content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # With a byte order mark the decoder counts from behind it.
-        offset = error.start + (3 if content.startswith(_BOM) else 0)
-        line = content.count(b"\n", 0, offset) + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8: byte 0x{content[offset]:02x} at byte offset {offset}.",
-            hint=f"Convert it, for example: iconv -f LATIN1 -t UTF-8 '{path.name}'.",
-        ) from error
-
-
-def _parse_json(path: Path, text: str, first_line: int) -> Any:
-    """Parses one JSON document that starts on `first_line` of the file."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise DataError(
-                f"{path}:{first_line}: field '{twice}' appears twice in one object.",
-                hint="Keep one of the two.",
-            )
-        return fields
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(
-            f"{path}:{line}:{error.colno}: malformed JSON: {error.msg}.",
-            hint="Fix this line; JSON needs double quotes, escaped line breaks and no trailing commas.",
-        ) from error
-    except (RecursionError, ValueError) as error:
-        fault = "nested too deeply" if isinstance(error, RecursionError) else "a number too long"
-        raise DataError(
-            f"{path}:{first_line}: malformed JSON: {fault}.", hint="Fix or remove this line."
-        ) from error
-
-
-def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list"}
-    return names.get(type(value), "an object" if isinstance(value, Mapping) else "not JSON")
-
-
-def _jsonl_rows(path: Path, text: str) -> Iterator[Row]:
-    # Only \n ends a line: U+2028 and its kin are legal inside JSON strings.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        value = _parse_json(path, line, number)
-        if not isinstance(value, dict):
-            hint = "Each line is one object: {...}."
-            if isinstance(value, list):
-                hint += " For one list of all rows, name the file .json."
-            raise DataError(f"{path}:{number}: expected an object, found {kind_of(value)}.", hint)
-        yield Row(f"{path.name}:{number}", value)
-
-
-def _json_rows(path: Path, text: str, split: str) -> Iterator[Row]:
-    first, _, rest = text.strip().partition("\n")
-    if rest and first.startswith("{") and first.rstrip().endswith("}"):
-        # JSON Lines under the name .json, as many tools write it.
-        yield from _jsonl_rows(path, text)
-        return
-    value = _parse_json(path, text, 1)
-    if isinstance(value, dict):
-        keys = [key for key in (split, "data") if isinstance(value.get(key), list)]
-        if not keys and not any(isinstance(part, list) for part in value.values()):
-            value = [value]
-        elif not keys:
-            raise DataError(
-                f"{path}: no list of rows under '{split}' or 'data'. Found: {', '.join(map(str, value))}.",
-                hint=f'Write a list of objects, {{"data": [...]}} or {{"{split}": [...]}}.',
-            )
-        else:
-            value = value[keys[0]]
-    if not isinstance(value, list):
-        raise DataError(
-            f"{path}: expected a list of objects, found {kind_of(value)}.",
-            hint='Write [{...}, {...}], {"data": [...]} or one object a line in a .jsonl file.',
-        )
-    for index, item in enumerate(value):
-        if not isinstance(item, dict):
-            raise DataError(
-                f"{path}[{index}]: expected an object, found {kind_of(item)}.",
-                hint="Every element of the list is one row: {...}.",
-            )
-        yield Row(f"{path.name}[{index}]", item)
-
-
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[Row]:
-    limit = csv.field_size_limit(_FIELD_LIMIT)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    line = 1
-    try:
-        for values in reader:
-            if not any(value.strip() for value in values):
-                pass  # a blank line
-            elif header is None:
-                header = _csv_header(path, line, values)
-            elif len(values) != len(header):
-                raise DataError(
-                    f"{path}:{line}: {len(values)} fields, but the header has {len(header)} "
-                    f"({', '.join(header)}).",
-                    hint='Put texts with commas or line breaks in double quotes; write " as "".',
-                )
-            else:
-                yield Row(f"{path.name}:{line}", dict(zip(header, values, strict=True)))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}:{line}: malformed CSV: {error}.", hint="Check the double quotes of this row."
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_header(path: Path, line: int, values: list[str]) -> list[str]:
-    header = [value.strip() for value in values]
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
-        raise DataError(
-            f"{path}:{line}: one column '{header[0]}'; the fields are not separated by commas.",
-            hint="Save it with commas, or with tabs under the suffix .tsv.",
-        )
-    for name in header:
-        if not name or header.count(name) > 1:
-            fault = f"column '{name}' appears twice" if name else "a column has no name"
-            raise DataError(f"{path}:{line}: {fault} in the header.", hint="Name each column once.")
-    return header
-
-
-def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
-    try:
-        records: list[dict[str, Any]] = pq.read_table(io.BytesIO(content)).to_pylist()
-    except (pa.ArrowException, OSError, ValueError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"{path}: not a readable parquet file ({cause}).",
-            hint="Write it again, or pass JSON Lines.",
-        ) from error
-    for index, record in enumerate(records):
-        yield Row(f"{path.name}[{index}]", record)

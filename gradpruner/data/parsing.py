@@ -1,0 +1,341 @@
+"""The content of one data file as rows: JSON Lines, JSON, CSV and parquet.
+
+Own readers for JSON Lines, JSON and CSV, because a user who has one bad line in ten thousand needs
+its file, line and column, and because an empty file, a ragged row or a field written twice must be
+an error and not a guess. Parquet is read by pyarrow, imported only when it is needed.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gradpruner.errors import DataError
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+"""File types that can be read."""
+
+PACKED = (".gz", ".bz2", ".xz")
+"""Compressions that a file name may end with, behind the type."""
+
+_OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_MOST_UNPACKED = 4 << 30  # bytes; a small file may unpack to more than any memory
+_BLOCK = 1 << 24  # bytes unpacked at a time
+_BOM = b"\xef\xbb\xbf"  # the byte order mark some editors write; not part of the text
+# UTF-32 first: its mark begins with that of UTF-16.
+_WIDE_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_FIELD_LIMIT = 1 << 30  # bytes in one CSV field; Python's own limit of 128 KiB cuts long documents
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record and where it stands.
+
+    Attributes:
+        id: "file:line" for JSON Lines and CSV (first line is 1), "file[index]" for JSON, parquet
+            and the hub (first row is 0).
+        fields: The columns as read; text is never stripped.
+    """
+
+    id: str
+    fields: Mapping[str, Any]
+
+
+@dataclass
+class Faults:
+    """What cannot be read of a file: raised at once, or kept for those who skip bad rows.
+
+    Attributes:
+        skip: Whether bad rows are kept here instead of raised.
+        found: Row id and reason, in the order of the file.
+    """
+
+    skip: bool = False
+    found: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, row_id: str, error: DataError) -> None:
+        """Raises the error, or keeps it where bad rows are skipped."""
+        if not self.skip:
+            raise error
+        self.found.append((row_id, str(error).splitlines()[0].removeprefix(f"{row_id}: ")))
+
+
+def type_of(path: Path) -> str:
+    """The type a file's name says it has, e.g. ".jsonl" for "train.jsonl.gz"; "" for any other."""
+    name = path.name.lower()
+    packed = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
+    suffix = Path(name.removesuffix(packed)).suffix
+    return suffix if suffix in SUFFIXES else ""
+
+
+def rows_of(path: Path, content: bytes, split: str, faults: Faults) -> Iterator[Row]:
+    """Yields the rows of a file's unpacked content.
+
+    Args:
+        path: Says the type and is named in messages.
+        content: What the file holds.
+        split: The key of a JSON object whose list is read.
+        faults: What happens to a row that cannot be read.
+
+    Raises:
+        DataError: If the file is empty, in no encoding that can be told, or malformed.
+    """
+    kind = type_of(path)
+    if not content.removeprefix(_BOM).strip():
+        raise DataError(f"{path} is empty.", hint="Write at least one row.")
+    if kind == ".parquet":
+        yield from _parquet_rows(path, content)
+        return
+    text = _decode(path, content)
+    if not text.strip():
+        raise DataError(f"{path} is empty.", hint="Write at least one row.")
+    if kind == ".json":
+        yield from _json_rows(path, text, split, faults)
+    elif kind in (".csv", ".tsv"):
+        yield from _csv_rows(path, text, "\t" if kind == ".tsv" else ",", faults)
+    else:
+        yield from _jsonl_rows(path, text, faults)
+
+
+def unpacked(path: Path, content: bytes) -> bytes:
+    """Returns what a compressed file holds; the content itself where the name says no compression.
+
+    Raises:
+        DataError: If it is damaged, not compressed after all, or unpacks to more than 4 GiB.
+    """
+    packed = path.suffix.lower()
+    if packed not in PACKED:
+        return content
+    parts: list[bytes] = []
+    size = 0
+    try:
+        with _OPENERS[packed](io.BytesIO(content)) as stream:
+            while block := stream.read(_BLOCK):
+                size += len(block)
+                if size > _MOST_UNPACKED:
+                    raise DataError(
+                        f"{path}: unpacks to more than {_MOST_UNPACKED >> 30} GiB.",
+                        hint="Split it into several files, or write parquet.",
+                    )
+                parts.append(block)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise DataError(
+            f"{path}: cannot be unpacked ({error}).",
+            hint=f"Is it really a {packed} file, and complete? Unpack it by hand to see.",
+        ) from error
+    return b"".join(parts)
+
+
+def _decode(path: Path, content: bytes) -> str:
+    """UTF-8, or UTF-16 and UTF-32 where a mark or the zero bytes of ASCII text show it."""
+    wide = next((name for mark, name in _WIDE_MARKS if content.startswith(mark)), None) or _unmarked(content)
+    if wide is not None:
+        try:
+            return content.decode(wide)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}: begins as {wide.upper()} text, but is not: {error.reason} at byte {error.start}.",
+                hint=f"Convert it, for example: iconv -f {wide.upper()} -t UTF-8 '{path.name}'.",
+            ) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # With a byte order mark the decoder counts from behind it.
+        offset = error.start + (3 if content.startswith(_BOM) else 0)
+        line = content.count(b"\n", 0, offset) + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8: byte 0x{content[offset]:02x} at byte offset {offset}.",
+            hint="Convert it from the encoding it is in, for Western European text for example: "
+            f"iconv -f CP1252 -t UTF-8 '{path.name}'.",
+        ) from error
+
+
+def _unmarked(content: bytes) -> str | None:
+    """UTF-16 without a mark: the first two characters of our files are ASCII ({", [{, a column name)."""
+    zeros = "".join("0" if byte == 0 else "x" for byte in content[:4])
+    return {"x0x0": "utf-16-le", "0x0x": "utf-16-be"}.get(zeros)
+
+
+def _parse_json(path: Path, text: str, first_line: int) -> Any:
+    """Parses one JSON document that starts on `first_line` of the file."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise DataError(
+                f"{path}:{first_line}: field '{twice}' appears twice in one object.",
+                hint="Keep one of the two.",
+            )
+        return fields
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise DataError(
+            f"{path}:{line}:{error.colno}: malformed JSON: {error.msg}.",
+            hint="Fix this line; JSON needs double quotes, escaped line breaks and no trailing commas.",
+        ) from error
+    except (RecursionError, ValueError) as error:
+        fault = "nested too deeply" if isinstance(error, RecursionError) else "a number too long"
+        raise DataError(
+            f"{path}:{first_line}: malformed JSON: {fault}.", hint="Fix or remove this line."
+        ) from error
+
+
+def kind_of(value: object) -> str:
+    """What a JSON value is, in words."""
+    if value is None:
+        return "null"
+    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, Mapping) else "not JSON")
+
+
+def _jsonl_rows(path: Path, text: str, faults: Faults) -> Iterator[Row]:
+    # Only \n ends a line: U+2028 and its kin are legal inside JSON strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        row_id = f"{path.name}:{number}"
+        try:
+            value = _parse_json(path, line, number)
+            if not isinstance(value, dict):
+                hint = "Each line is one object: {...}."
+                if isinstance(value, list):
+                    hint += " For one list of all rows, name the file .json."
+                raise DataError(f"{path}:{number}: expected an object, found {kind_of(value)}.", hint)
+        except DataError as error:
+            faults.add(row_id, error)
+            continue
+        yield Row(row_id, value)
+
+
+def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Row]:
+    first, _, rest = text.strip().partition("\n")
+    if rest and first.startswith("{") and first.rstrip().endswith("}"):
+        # JSON Lines under the name .json, as many tools write it.
+        yield from _jsonl_rows(path, text, faults)
+        return
+    value = _parse_json(path, text, 1)
+    if isinstance(value, dict):
+        keys = [key for key in (split, "data") if isinstance(value.get(key), list)]
+        if not keys and not any(isinstance(part, list) for part in value.values()):
+            value = [value]
+        elif not keys:
+            raise DataError(
+                f"{path}: no list of rows under '{split}' or 'data'. Found: {', '.join(map(str, value))}.",
+                hint=f'Write a list of objects, {{"data": [...]}} or {{"{split}": [...]}}.',
+            )
+        else:
+            value = value[keys[0]]
+    if not isinstance(value, list):
+        raise DataError(
+            f"{path}: expected a list of objects, found {kind_of(value)}.",
+            hint='Write [{...}, {...}], {"data": [...]} or one object a line in a .jsonl file.',
+        )
+    for index, item in enumerate(value):
+        row_id = f"{path.name}[{index}]"
+        if isinstance(item, dict):
+            yield Row(row_id, item)
+            continue
+        error = DataError(
+            f"{path}[{index}]: expected an object, found {kind_of(item)}.",
+            hint="Every element of the list is one row: {...}.",
+        )
+        faults.add(row_id, error)
+
+
+def _csv_rows(path: Path, text: str, delimiter: str, faults: Faults) -> Iterator[Row]:
+    limit = csv.field_size_limit(_FIELD_LIMIT)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    line = 1
+    try:
+        for values in reader:
+            if not any(value.strip() for value in values):
+                pass  # a blank line
+            elif header is None:
+                header = _csv_header(path, line, values)
+            elif len(values) != len(header):
+                error = DataError(
+                    f"{path}:{line}: {len(values)} fields, but the header has {len(header)} "
+                    f"({', '.join(header)}).",
+                    hint='Put texts with commas or line breaks in double quotes; write " as "".',
+                )
+                faults.add(f"{path.name}:{line}", error)
+            else:
+                yield Row(f"{path.name}:{line}", dict(zip(header, values, strict=True)))
+            line = reader.line_num + 1
+    except csv.Error as fault:
+        raise DataError(
+            f"{path}:{line}: malformed CSV: {fault}.", hint="Check the double quotes of this row."
+        ) from fault
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_header(path: Path, line: int, values: list[str]) -> list[str]:
+    header = [value.strip() for value in values]
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t|"):
+        raise DataError(
+            f"{path}:{line}: one column '{header[0]}'; the fields are not separated by commas.",
+            hint="Save it with commas, or with tabs under the suffix .tsv.",
+        )
+    for name in header:
+        if not name or header.count(name) > 1:
+            fault = f"column '{name}' appears twice" if name else "a column has no name"
+            raise DataError(f"{path}:{line}: {fault} in the header.", hint="Name each column once.")
+    return header
+
+
+def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        records: list[dict[str, Any]] = pq.read_table(io.BytesIO(content)).to_pylist()
+    except (pa.ArrowException, OSError, ValueError) as error:
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"{path}: not a readable parquet file ({cause}).",
+            hint="Write it again, or pass JSON Lines.",
+        ) from error
+    for index, record in enumerate(records):
+        yield Row(f"{path.name}[{index}]", record)
+
+
+def class_names(content: bytes) -> dict[str, tuple[str, ...]]:
+    """Returns the label names that `datasets` wrote into a parquet file's schema, by column; {} for none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        written = (pq.read_schema(io.BytesIO(content)).metadata or {}).get(b"huggingface")
+        features = json.loads(written)["info"]["features"] if written else {}
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    if not isinstance(features, dict):
+        return {}
+    found = {}
+    for name, feature in features.items():
+        names = feature.get("names") if isinstance(feature, dict) else None
+        if isinstance(names, list) and names and all(isinstance(one, str) for one in names):
+            found[name] = tuple(names)
+    return found
