@@ -18,6 +18,7 @@ import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -370,6 +371,10 @@ def typed(value: Any, shape: type[T], fault: str) -> T:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    if is_dataclass(shape) and isinstance(value, dict):
+        unknown = sorted(value.keys() - {entry.name for entry in fields(shape)})
+        if unknown:
+            raise IntegrityError(f"{fault}: unknown field {shown(unknown[0])}.")
     try:
         return TypeAdapter(shape).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
@@ -377,6 +382,22 @@ def typed(value: Any, shape: type[T], fault: str) -> T:
         where = ".".join(map(str, first["loc"])) or "the whole"
         given = "" if first["type"] == "missing" else f" (given: {shown(first['input'])})"
         raise IntegrityError(f"{fault}: {where}: {first['msg']}{given}.") from None
+
+
+def path_fault(path: Path) -> str | None:
+    """Why nothing can have this path, in a few words (a name too long, NUL, a circle of links); else None."""
+    try:
+        str(path).encode("utf-8")
+        path.lstat()
+        path.exists()
+    except UnicodeEncodeError:
+        return "its name is no UTF-8 text"
+    except ValueError:
+        return "its name holds a NUL character"
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return str(error.strerror)
+    return None
 
 
 def shown(value: Any, length: int = 60) -> str:

@@ -30,8 +30,9 @@ from gradpruner.errors import (
     PlanError,
     ResourceError,
 )
+from gradpruner.files import held
 from gradpruner.models import folder as folder_module
-from gradpruner.models.folder import PRUNING_FILE, staged_folder
+from gradpruner.models.folder import PRUNING_FILE, check_output, staged_folder
 from gradpruner.models.layers import fingerprint
 from gradpruner.models.shards import INDEX_FILE, open_shards
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
@@ -856,14 +857,6 @@ def fill(folder, content=b"new"):
     write_all(folder, {"weights": content, "deep/er": content, PRUNING_FILE: b"{}"})
 
 
-def dead_pid():
-    child = os.fork()
-    if child == 0:
-        os._exit(0)
-    os.waitpid(child, 0)
-    return child
-
-
 def test_every_file_and_folder_is_durable_before_the_rename(tmp_path, monkeypatch):
     events = []
     for name in ("make_durable", "sync_folder"):
@@ -876,22 +869,44 @@ def test_every_file_and_folder_is_durable_before_the_rename(tmp_path, monkeypatc
     assert events[len(names) :] == ["replace", tmp_path.name]
 
 
-def test_leftovers_of_dead_processes_go_and_those_of_living_ones_stay(tmp_path):
-    name, dead = "a[b]*.c", dead_pid()
-    gone = [f".{name}.{dead}.part", f".{name}.old.{dead}.part", f".{name}.{os.getpid()}.part"]
-    stay = [
-        f".{name}.{os.getppid()}.part",
-        f".{name}.x.part",
-        f".ab.c.{dead}.part",
-        f".{name}.{dead}",
-        "a[b]",
-    ]
+def test_leftovers_that_nobody_holds_go_and_those_of_living_writers_stay(tmp_path):
+    name, dead = "a[b]*.c", 4711
+    random = "0123456789abcdef"
+    gone = [f".{name}.{random}.part", f".{name}.old.{random}.part", f".{name}.{dead}.part"]
+    stay = [f".{name}.{random}f.part", f".{name}.x.part", f".ab.c.{random}.part", f".{name}.{dead}", "a[b]"]
     for folder in (*gone, *stay):
         (tmp_path / folder).mkdir()
         fill(tmp_path / folder)
-    with staged_folder(tmp_path / name) as staged:
+    (tmp_path / f".{name}.{random}e.part").symlink_to(tmp_path / "a[b]")  # not ours: we make no links
+    with held(tmp_path / stay[0]), staged_folder(tmp_path / name) as staged:
         fill(staged)
-    assert sorted(os.listdir(tmp_path)) == sorted([name, *stay])
+    assert sorted(os.listdir(tmp_path)) == sorted([name, *stay, f".{name}.{random}e.part"])
+    assert (tmp_path / "a[b]" / "weights").exists()
+
+
+def test_two_writers_of_one_process_do_not_mix_their_folders(tmp_path):
+    target = tmp_path / "dst"
+    with staged_folder(target) as first:
+        (first / "one").write_text("A")
+        with staged_folder(target) as second:
+            assert second != first and first.exists()
+            (second / "two").write_text("B")
+            fill(second)
+        assert sorted(os.listdir(target)) == sorted(["two", "weights", "deep", PRUNING_FILE])
+        fill(first)
+    assert sorted(os.listdir(target)) == sorted(["one", "weights", "deep", PRUNING_FILE])
+    assert os.listdir(tmp_path) == ["dst"]
+
+
+def test_the_staged_folder_of_the_longest_name_a_disk_allows(tmp_path):
+    target = tmp_path / ("x" * 255)
+    with staged_folder(target) as staged:
+        fill(staged)
+    assert os.listdir(tmp_path) == [target.name]
+    with pytest.raises(ConfigError, match="cannot be used: File name too long"):
+        check_output(tmp_path / ("x" * 256), marker=PRUNING_FILE)
+    with pytest.raises(ConfigError, match="cannot be used"):
+        check_output(tmp_path / "a\0b", marker=PRUNING_FILE)
 
 
 def test_an_error_inside_leaves_the_old_folder(tmp_path):

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from gradpruner._version import __version__
 from gradpruner.errors import ConfigError, IntegrityError, ModelError
 from gradpruner.files import (
+    held,
     is_write_failure,
     make_durable,
+    path_fault,
+    remove,
+    shown,
+    staging,
+    staging_name,
+    sweep,
     sync_folder,
     write_failure,
     write_json,
@@ -54,6 +59,9 @@ def locate_model(model: str | Path, *, weights: bool = True) -> Path:
         ModelError: If it is neither a folder nor to be had from the hub; the message lists what was tried.
     """
     folder = Path(model).expanduser()
+    fault = path_fault(folder)
+    if fault:
+        raise ModelError(f"The model {shown(str(model))} cannot be used: {fault}.", hint="Give another path.")
     if folder.is_dir():
         return folder
     name = str(model)
@@ -139,6 +147,12 @@ def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) ->
     Raises:
         ConfigError: If the folder is not empty and not ours, is an input, or lies inside one.
     """
+    fault = path_fault(folder)
+    if fault:
+        raise ConfigError(
+            f"The output {shown(str(folder))} cannot be used: {fault}.",
+            hint="Choose another --out; every part of its path may have 255 bytes.",
+        )
     resolved = folder.resolve()
     for source in inputs:
         if resolved == source.resolve() or source.resolve() in resolved.parents:
@@ -161,25 +175,23 @@ def staged_folder(folder: Path) -> Iterator[Path]:
     """A new folder beside `folder` that takes its place, durably, when the block ends without an error.
 
     So a reader, or a run after a crash at any moment, finds the old folder, none, or a complete new one.
-    After an error it is the old one. What a killed process left behind is removed by the next one.
+    After an error it is the old one. What a killed process left behind is removed by the next one; what
+    another one is still writing is held by it, and left alone.
 
     Raises:
         ConfigError: If somebody else wrote to the target meanwhile.
         ResourceError: If the disk is full or not writable.
     """
     folder = folder.resolve()  # a link stays one, and "." has a name
-    staged = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(folder)
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        yield staged
-        for path in (staged, *staged.rglob("*")):
-            (sync_folder if path.is_dir() else make_durable)(path)
-        _take_place(staged, folder)
+        sweep(folder.parent, folder.name)
+        with staging(folder, folder=True) as staged:
+            yield staged
+            for path in (staged, *staged.rglob("*")):
+                (sync_folder if path.is_dir() else make_durable)(path)
+            _take_place(staged, folder)
     except BaseException as error:
-        shutil.rmtree(staged, ignore_errors=True)
         if is_write_failure(error):
             raise write_failure(folder, error) from error
         raise
@@ -187,33 +199,26 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 
 def _take_place(staged: Path, folder: Path) -> None:
     """Renames; a folder of ours that stands there steps aside, and back if that fails."""
-    aside = folder.with_name(f".{folder.name}.old.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        if (folder / PRUNING_FILE).exists():
-            with suppress(FileNotFoundError):  # another process was faster
-                os.replace(folder, aside)
-        os.replace(staged, folder)  # also over an empty folder
-        sync_folder(folder.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            os.replace(aside, folder)
-        if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise ConfigError(
-                f"{folder} was written by somebody else meanwhile.", hint="Choose another --out."
-            ) from error
-        raise
-    finally:
-        if folder.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_orphans(folder: Path) -> None:
-    """Removes what processes that are no more had staged for this folder."""
-    for orphan in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
-        pid = orphan.name.split(".")[-2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(orphan, ignore_errors=True)
+    aside = folder.with_name(staging_name(folder.name, ".old"))
+    with ExitStack() as holding:
+        try:
+            if (folder / PRUNING_FILE).exists():
+                with suppress(FileNotFoundError):  # another process was faster
+                    holding.enter_context(held(folder))
+                    os.replace(folder, aside)
+            os.replace(staged, folder)  # also over an empty folder
+            sync_folder(folder.parent)
+        except BaseException as error:
+            with suppress(OSError):
+                os.replace(aside, folder)
+            if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ConfigError(
+                    f"{folder} was written by somebody else meanwhile.", hint="Choose another --out."
+                ) from error
+            raise
+        finally:
+            if folder.exists():
+                remove(aside)
 
 
 def describe_model(
@@ -254,21 +259,30 @@ def _model_card(
         f"base_model: {json.dumps(source)}",
         "---",
         "",
-        f"# {Path(source).name}, {kind} with GradPruner",
+        f"# {_plain(Path(source).name)}, {kind} with GradPruner",
         "",
     ]
     if plan is None:
         return "\n".join([*lines, "All layers are kept.", ""])
     lines += _width_lines(plan) if isinstance(plan, WidthPlan) else _depth_lines(plan, repair)
-    engines = [f"- {entry['engine']}: {entry['status']}. {entry['reason']}".rstrip() for entry in portability]
+    engines = [
+        f"- {entry['engine']}: {entry['status']}. {entry['reason'].replace('<', '&lt;')}".rstrip()
+        for entry in portability
+    ]
     lines += ["", "Where it can be served:", "", *engines] if engines else []
     return "\n".join([*lines, ""])
+
+
+def _plain(value: Any) -> str:
+    """A name somebody gave as one line of Markdown that means itself: no tags, links or headings."""
+    line = "".join(c if c.isprintable() else " " for c in str(value))
+    return re.sub(r"([\\`*\[\]|~#!])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def _depth_lines(plan: PruningPlan, repair: dict[str, Any] | None) -> list[str]:
     lines = [
         f"{len(plan.pruned)} of {plan.num_layers} decoder layers are gone: {runs_of(plan.pruned)}.",
-        f"Method: {plan.method}. Kept: {runs_of(plan.keep)}.",
+        f"Method: {_plain(plan.method)}. Kept: {runs_of(plan.keep)}.",
     ]
     for target, layers in plan.merged.items():
         lines.append(
@@ -277,9 +291,9 @@ def _depth_lines(plan: PruningPlan, repair: dict[str, Any] | None) -> list[str]:
         )
     refitted = [cut["layer"] for cut in (repair or {}).get("cuts", ()) if cut["ridge"] is not None]
     if repair is not None and refitted:
-        how = repair["kind"].replace("_", " ")
+        how = _plain(repair["kind"]).replace("_", " ")
         lines.append(
-            f"Repaired ({how}, {repair['rows']} rows of the task): the last weights of layers "
+            f"Repaired ({how}, {_plain(repair['rows'])} rows of the task): the last weights of layers "
             f"{runs_of(refitted)} were refitted to make up for the layers that are gone behind them."
         )
     return [
@@ -298,7 +312,8 @@ def _width_lines(plan: WidthPlan) -> list[str]:
 
     shape, layers = plan.shape, range(plan.num_layers)
     lines = [
-        f"All {plan.num_layers} decoder layers stay and become narrower. Method: {plan.method}. Per layer:",
+        f"All {plan.num_layers} decoder layers stay and become narrower. Method: {_plain(plan.method)}. "
+        "Per layer:",
         "",
         kept("query heads", [len(w.heads) for w in plan.layers], shape.num_heads),
         kept("key/value heads", [len(plan.kv_heads(i)) for i in layers], shape.num_kv_heads),
