@@ -292,9 +292,9 @@ def test_shrink_is_one_command(tmp_path, monkeypatch):
     arguments += ["--set", "record.steps=4", "--set", "evaluate.metrics=[exact_match]", "--json", "--quiet"]
     result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0
-    row = json.loads(result.stdout)["variants"]["gate"]
+    row = json.loads(result.stdout)["variants"]["gradpruner"]
     assert row["num_layers"] == 2 and row["repair"]["kind"] == "least_squares" and row["finetune"] is None
-    assert (tmp_path / "out/variants/gate/pruned/model.safetensors").is_file()
+    assert (tmp_path / "out/variants/gradpruner/pruned/model.safetensors").is_file()
 
 
 def test_shrink_dry_run_loads_nothing(tmp_path):

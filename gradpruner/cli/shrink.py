@@ -50,7 +50,7 @@ def shrink(
     ] = None,
     method: Annotated[
         str, typer.Option("--method", help="How layers are chosen (`gradpruner ls methods`).")
-    ] = "gate",
+    ] = "gradpruner",
     repair: Annotated[str, typer.Option("--repair", help="least_squares, linear or none.")] = "least_squares",
     recover: Annotated[
         int | None,
