@@ -1,6 +1,7 @@
 import json
 import math
 import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +23,7 @@ from gradpruner.training.finetuning import (
     planned_steps,
     training_arguments,
 )
-from gradpruner.training.resume import latest_complete_checkpoint
+from gradpruner.training.resume import TALLY, latest_complete_checkpoint, tally_of
 from gradpruner.training.trainer import CausalTrainer, answer_window
 
 
@@ -209,6 +210,16 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Slow(TrainerCallback):
+    """Takes so many seconds for every step."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(self.seconds)
+
+
 @pytest.mark.parametrize("batching", ["packed", "grouped"])
 @pytest.mark.parametrize("options", [{}, {"mode": "lora", "rank": 2}], ids=["full", "lora"])
 def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, options, batching):
@@ -221,10 +232,28 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     newest = tmp_path / "checkpoint-6"
     weights = next(newest.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    resumed, result = tune(**options)
-    assert result.resumed_from == 4
+    earlier = tally_of(tmp_path / "checkpoint-4")
+    resumed, result = tune(callbacks=[Slow(0.05)], **options)
+    assert result.resumed_from == 4 and result.measured_from == 0
     assert result.losses == expected.losses
+    # Time, tokens and padding are those of the whole training.
+    assert result.padding_fraction == expected.padding_fraction and result.tokens == expected.tokens
+    assert earlier.seconds > 0 and result.seconds >= earlier.seconds + 5 * 0.05
     assert same_weights(straight, resumed)
+
+
+def test_a_checkpoint_that_does_not_say_what_was_counted(tmp_path, caplog):
+    options = {"max_steps": 4, "checkpoints": tmp_path, "save_steps": 2}
+    with pytest.raises(KeyboardInterrupt):
+        tune(callbacks=[Stop(3)], **options)
+    state = tmp_path / "checkpoint-2" / "trainer_state.json"
+    for tally in ({"seconds": -1.0, "places": 1, "padding": 0}, {"seconds": "x"}, None):
+        raw = json.loads(state.read_text())
+        raw["stateful_callbacks"][TALLY] = {"args": {}, "attributes": tally}
+        state.write_text(json.dumps(raw))
+        assert tally_of(state.parent) is None
+    result = tune(**options)[1]
+    assert (result.resumed_from, result.measured_from) == (2, 2) and "steps 1 to 2" in caplog.text
 
 
 def make_checkpoint(folder, step):

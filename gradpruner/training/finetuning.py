@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -24,7 +23,7 @@ from gradpruner.registry import suggest
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.batching import BATCHINGS
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
-from gradpruner.training.resume import latest_complete_checkpoint
+from gradpruner.training.resume import latest_complete_checkpoint, tally_of
 from gradpruner.training.teacher import DistillationOptions, DistillationTrainer, check_teacher
 from gradpruner.training.trainer import CausalTrainer
 
@@ -174,13 +173,15 @@ class FinetuneResult:
         steps: Optimizer steps.
         losses: Dicts of step, loss (mean over the logging interval) and learning_rate; with a teacher, also
             ce, the part of the loss that is cross entropy, unweighted, if it has a weight.
-        seconds: Wall time of training, without loading and saving.
+        seconds: Wall time of training, without loading and saving, interrupted starts included.
         peak_memory_bytes: Peak during training: device memory on CUDA, resident memory on CPU.
         trainable_parameters: Parameters with a gradient.
         tokens: Input tokens seen, padding not counted.
         batching: "packed", "grouped" or "padded", with the reason where packing was asked for in vain.
         padding_fraction: Share of the computed token positions that were padding, in [0, 1]; measured.
         resumed_from: Step of the checkpoint training went on from; 0 for a fresh start.
+        measured_from: Step behind which `seconds` and `padding_fraction` count; above 0 where it is not known
+            what was before.
     """
 
     mode: str
@@ -193,6 +194,7 @@ class FinetuneResult:
     batching: str = "padded"
     padding_fraction: float = 0.0
     resumed_from: int = 0
+    measured_from: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -361,10 +363,14 @@ def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = Non
     """
     if checkpoint is not None:
         log.info("Going on from %s.", checkpoint)
-    started = time.perf_counter()
+    resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+    earlier = tally_of(checkpoint) if checkpoint else None
+    if checkpoint and earlier is None:
+        log.warning("Time and padding of steps 1 to %d are not known: the figures leave them out.", resumed)
+    trainer.start_counting(earlier)
     with PeakMemory(trainer.args.device) as memory:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.perf_counter() - started
+    seconds = trainer.seconds
     model: Any = trainer.model
     samples: Any = trainer.train_dataset
     return FinetuneResult(
@@ -377,7 +383,8 @@ def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = Non
         tokens=int(sum(len(sample["input_ids"]) for sample in samples) * trainer.state.epoch),
         batching=trainer.batching + (f" ({trainer.packing_fault})" if trainer.packing_fault else ""),
         padding_fraction=trainer.padding_fraction,
-        resumed_from=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
+        resumed_from=resumed,
+        measured_from=resumed if earlier is None else 0,
     )
 
 

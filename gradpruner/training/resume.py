@@ -7,13 +7,44 @@ import logging
 import re
 import shutil
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import safe_open
 
+from gradpruner.errors import IntegrityError
+from gradpruner.files import read_json, typed
+
 log = logging.getLogger(__name__)
 
+# Where trainer_state.json keeps what was counted, among the states of callbacks.
+TALLY = "GradPrunerTally"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was counted of a training up to a checkpoint, over all its starts.
+
+    Attributes:
+        seconds: Wall time.
+        places: Token positions computed.
+        padding: How many of them were padding.
+    """
+
+    seconds: float
+    places: int
+    padding: int
+
+
+def tally_of(checkpoint: Path) -> Tally | None:
+    """What was counted up to a checkpoint; None where it does not say (it was written by another program)."""
+    try:
+        raw = read_json(checkpoint / "trainer_state.json", "checkpoint")
+        found = typed(raw["stateful_callbacks"][TALLY]["attributes"], Tally, str(checkpoint))
+    except (IntegrityError, KeyError, TypeError):
+        return None
+    return found if min(found.seconds, found.places, found.padding) >= 0 else None
 
 
 def latest_complete_checkpoint(folder: Path) -> Path | None:
@@ -36,7 +67,7 @@ def _checkpoint_fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "trainer_state.json is missing or cut short"
     for name in ("optimizer.pt", "scheduler.pt"):
         if not zipfile.is_zipfile(folder / name):  # the zip directory is written last
@@ -51,7 +82,10 @@ def _checkpoint_fault(folder: Path) -> str | None:
         except Exception:  # safetensors raises its own type, unrelated to OSError
             return f"{path.name} is cut short"
     for index in folder.glob("*.safetensors.index.json"):
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            return f"{index.name} is cut short"
         missing = sorted(named - {path.name for path in weights})
         if missing:
             return f"{missing[0]} is missing"

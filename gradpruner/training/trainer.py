@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from gradpruner.data.encoding import IGNORED
 from gradpruner.models.layers import unwrap
 from gradpruner.training.batching import LengthGroups, PackedCollator, attention_tokens, packing_fault
+from gradpruner.training.resume import TALLY, Tally
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class CausalTrainer(Trainer):
         batching: What is done: "grouped" instead of "packed" for models that cannot be.
         packing_fault: Why they cannot; "" otherwise.
         padding_fraction: Share of the token positions computed so far that were padding, in [0, 1].
+        seconds: Wall time of training so far, that of interrupted starts up to their checkpoints included.
     """
 
     def __init__(self, *, samples: Any, collator: Any, batching: str = "padded", **kwargs: Any) -> None:
@@ -46,6 +50,7 @@ class CausalTrainer(Trainer):
         # DataParallel (several GPUs, no launcher) would split the window's labels unevenly.
         self._windowed = "logits_to_keep" in forward and self.args.n_gpu <= 1
         self._places, self._padding = 0, torch.zeros((), dtype=torch.int64)
+        self._earlier_seconds, self._started = 0.0, time.perf_counter()
         self.batching, self.packing_fault = batching, ""
         if batching == "packed":
             self.packing_fault = self._packing_fault(model)
@@ -64,6 +69,24 @@ class CausalTrainer(Trainer):
     def padding_fraction(self) -> float:
         """Share of the computed positions that were padding."""
         return int(self._padding) / max(1, self._places)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of training, over all starts."""
+        return self._earlier_seconds + time.perf_counter() - self._started
+
+    def start_counting(self, earlier: Tally | None) -> None:
+        """Begins to measure; `earlier` is what was counted up to the checkpoint that is gone on from."""
+        if earlier is not None:
+            self._places, self._padding = earlier.places, torch.tensor(earlier.padding)
+            self._earlier_seconds = earlier.seconds
+        self._started = time.perf_counter()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with what was counted so far in trainer_state.json."""
+        counted = Tally(self.seconds, self._places, int(self._padding))
+        self.state.stateful_callbacks[TALLY] = {"args": {}, "attributes": asdict(counted)}
+        super()._save_checkpoint(*args, **kwargs)
 
     def compute_loss(
         self,
