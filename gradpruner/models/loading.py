@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
-from gradpruner.errors import ConfigError, IntegrityError, ModelError
+from gradpruner.errors import ConfigError, IntegrityError, ModelError, NonFiniteError
 from gradpruner.files import read_json
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.families import FAMILIES, find_family
@@ -325,6 +326,7 @@ def save_model(
 
     Raises:
         ConfigError: If the target holds something that is not ours.
+        NonFiniteError: If a weight is NaN or Inf as it would be stored; the tensor is named.
         ResourceError: If the disk is full; the staged folder is removed, the old one untouched.
     """
     check_output(folder, marker=PRUNING_FILE)
@@ -337,6 +339,27 @@ def save_model(
             tokenizer.save_pretrained(staged)
         if carried_from is not None:
             carry(carried_from, carried_files(carried_from), staged)
+        _refuse_non_finite(staged)
         kind = "adapter" if hasattr(model, "peft_config") else "model"
         describe_model(staged, plan=plan, source=source, kind=kind, facts=facts)
     return folder
+
+
+def _refuse_non_finite(staged: Path) -> None:
+    """NonFiniteError if a tensor that was just written holds NaN or Inf: no such model gets its name.
+
+    A row of an embedding that no example uses, or a value too large for its dtype, shows in no loss.
+    """
+    for path in sorted(staged.rglob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                if not tensor.is_floating_point():
+                    continue
+                if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
+                    raise NonFiniteError(
+                        f"The tensor '{name}' holds NaN or Inf; a model with such weights is not saved.",
+                        hint="If the source holds them too, it is damaged: take another copy. Else train "
+                        "with a lower learning rate, or store in a wider dtype than "
+                        f"{str(tensor.dtype).removeprefix('torch.')}.",
+                    )
