@@ -7,15 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner.data.examples import (
-    ALPACA_WITH_INPUT,
-    ALPACA_WITHOUT_INPUT,
-    FORMATS,
-    Example,
-    Message,
-    load_examples,
-    overlap,
-)
+from gradpruner.data.examples import FORMATS, Example, Message, load_examples, overlap
+from gradpruner.data.shapes import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from gradpruner.errors import ConfigError, DataError
 
 PAIR = {"prompt": "2 + 2 =", "completion": " 4"}
@@ -73,7 +66,7 @@ def test_alpaca_uses_the_standard_prompts(tmp_path):
     assert "### Input:\n2 {and} 2\n\n### Response:\n" in found.examples[0].prompt
     assert found.examples[1].prompt == ALPACA_WITHOUT_INPUT.format(instruction="Greet.")
     assert found.examples[2].prompt == found.examples[1].prompt
-    assert found.notes == ("columns not used: note",)
+    assert found.notes == ("columns not used: note (1 rows)",)
 
 
 def test_messages_keep_every_turn(tmp_path):

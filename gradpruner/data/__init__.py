@@ -3,7 +3,9 @@
 rows      files and hub datasets as rows
 folders   which files of a folder hold a split
 parsing   the content of one file as rows
-examples  rows as examples: prompt, answer, choices
+shapes    a row as an example: prompt, answer, choices, turns
+examples  the usable rows of a file as examples
+chat      conversations through a chat template, and what a template must do
 encoding  examples as token ids and labels
 numbers   the number a worked answer ends with
 tasks     named tasks, one file each

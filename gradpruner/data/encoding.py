@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from gradpruner.data.examples import Example, Message
+from gradpruner.data.chat import conversation_ids, text_ids
+from gradpruner.data.examples import Example
 from gradpruner.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """
     if text.startswith(" ") and _adds_leading_space(tokenizer):
         text = text[1:]
-    return _ids(tokenizer, text)
+    return text_ids(tokenizer, text)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
@@ -160,7 +161,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
     if max_length < 2:
         raise ConfigError(f"max_length is {max_length}.", hint="Give at least 2 tokens.")
     head, head_labels, answer = _labelled(tokenizer, example)
-    ids, labels = head + answer, head_labels + answer
+    last = not example.messages or example.messages[-1].learned
+    ids, labels = head + answer, head_labels + (answer if last else [IGNORED] * len(answer))
     excess = len(ids) - max_length
     if excess <= 0:
         return Encoded(ids, labels)
@@ -207,23 +209,26 @@ def preview(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[
     ]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: a long text is cut by us, so the tokenizer need not warn about its length.
-    return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+def closed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Returns the ids with the end token behind them, once: an answer may bring its own."""
+    end = tokenizer.eos_token_id
+    return ids if end is None or ids[-1:] == [int(end)] else [*ids, int(end)]
 
 
 def _adds_leading_space(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer writes "a" as "▁a", and " a" with a space too many."""
-    bare = _ids(tokenizer, "a")
+    bare = text_ids(tokenizer, "a")
     first = tokenizer.convert_ids_to_tokens(bare[:1])
-    return bool(first) and str(first[0]).startswith("▁") and _ids(tokenizer, " a") != bare
+    return bool(first) and str(first[0]).startswith("▁") and text_ids(tokenizer, " a") != bare
 
 
 def _plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = list(tokenizer.encode(text, add_special_tokens=True, verbose=False))
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids = ids[1:]  # the text brings the start token that the tokenizer adds as well
     # Some tokenizers also close the text; a prompt is not the end of it.
     if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        bare = _ids(tokenizer, text)
+        bare = text_ids(tokenizer, text)
         return ids[:-1] if ids[-1:] != bare[-1:] else ids
     return ids
 
@@ -236,96 +241,7 @@ def _head_and_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> tu
 def _labelled(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int], list[int]]:
     """Returns head ids, head labels (earlier assistant turns are learned) and the last answer."""
     if example.messages:
-        return _labelled_chat(tokenizer, example)
+        head, learned, answer = conversation_ids(tokenizer, example)
+        return head, [token if kept else IGNORED for token, kept in zip(head, learned, strict=True)], answer
     head = _plain_prompt(tokenizer, example.prompt)
-    answer = answer_ids(tokenizer, example.answer)
-    end = tokenizer.eos_token_id
-    return head, [IGNORED] * len(head), answer if end is None else [*answer, int(end)]
-
-
-def _labelled_chat(
-    tokenizer: PreTrainedTokenizerBase, example: Example
-) -> tuple[list[int], list[int], list[int]]:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{example.id}: the data are conversations, but the tokenizer has no chat template.",
-            hint="Use the tokenizer of an instruction-tuned model, or write the rows as prompt/completion.",
-        )
-    *earlier, (last, _) = _chat_pieces(tokenizer, example)
-    head: list[int] = []
-    labels: list[int] = []
-    for text, learned in earlier:
-        ids = _ids(tokenizer, text)
-        end = (_turn_end(tokenizer, ids) or len(ids)) if learned else 0
-        head += ids
-        labels += ids[:end] + [IGNORED] * (len(ids) - end)
-    answer = _ids(tokenizer, last)
-    end = _turn_end(tokenizer, answer)
-    if end:
-        return head, labels, answer[:end]
-    # A template that does not close its turns: without an end token the model never stops.
-    eos = tokenizer.eos_token_id
-    return head, labels, answer if eos is None else [*answer, int(eos)]
-
-
-def _chat_pieces(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[tuple[str, bool]]:
-    """Returns the rendered conversation in pieces (text, learned?); the last one is the answer.
-
-    Every assistant turn is learned when the template renders turn by turn, so that what was written
-    before a turn does not change after it. Templates that rewrite earlier turns (dropping their
-    reasoning, for example) leave only the last turn to learn.
-    """
-    messages = example.messages
-    pieces: list[tuple[str, bool]] = []
-    written = ""
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before = _render(tokenizer, example, messages[:index], generation=True)
-        after = _render(tokenizer, example, messages[: index + 1])
-        if not before.startswith(written) or not after.startswith(before) or after == before:
-            break
-        pieces += [(before[len(written) :], False), (after[len(before) :], True)]
-        written = after
-    else:
-        return pieces
-    before = _render(tokenizer, example, messages[:-1], generation=True)
-    after = _render(tokenizer, example, messages)
-    answer = after[len(before) :] if after.startswith(before) else ""
-    # Where the prompt for generating is not how the turn is then written, the bare answer follows.
-    return [(before, False), (answer or example.answer, True)]
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase,
-    example: Example,
-    messages: Sequence[Message],
-    generation: bool = False,
-) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
-    except Exception as error:  # templates are programs and raise what they like
-        raise DataError(
-            f"{example.id}: the tokenizer's chat template refuses this conversation: {error}",
-            hint="Many templates want user and assistant in turn, some no system turn.",
-        ) from error
-    return str(text)
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    added = tokenizer.added_tokens_decoder.items()
-    return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
-
-
-def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
-    """Returns the number of tokens up to and with the one that closes the turn; 0 if none does.
-
-    Templates often write a line break behind the closing token; it is not for the model to say.
-    """
-    special = _special_ids(tokenizer)
-    for index in range(len(ids) - 1, -1, -1):
-        if ids[index] in special:
-            behind = str(tokenizer.decode(list(ids[index + 1 :])))
-            return 0 if behind.strip() else index + 1
-    return 0
+    return head, [IGNORED] * len(head), closed(tokenizer, answer_ids(tokenizer, example.answer))

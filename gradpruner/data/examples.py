@@ -1,75 +1,31 @@
-"""The rows of a task as prompt and answer, whatever shape they were written in.
-
-    prompt/completion         text and text; optionally "choices", a list of all completions
-    instruction/input/output  the Alpaca shape; "input" may be missing or empty
-    conversations             the ShareGPT shape: [{"from": human|gpt|system, "value": text}]
-    messages                  [{"role": user|assistant|system, "content": text}]
-
-The shape is told from the columns of the first rows. prompt/completion is taken as it stands:
-nothing is added and nothing is stripped, so the completion carries its own leading space. Nothing
-here knows a tokenizer; that is encoding.py.
-"""
+"""The usable rows of a file as examples, sampled, with what the user should know of them."""
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from gradpruner.data.rows import Row, RowSet, kind_of, read_rows
+from gradpruner.data.rows import Row, RowSet, read_rows
+from gradpruner.data.shapes import FORMATS, BadRow, Example, Message, Shape
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.registry import suggest
 
-ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-ALPACA_WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
+__all__ = [
+    "FORMATS",
+    "Example",
+    "ExampleSet",
+    "Message",
+    "as_conversation",
+    "load_examples",
+    "overlap",
+    "sample",
+]
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
 _ROWS_LOOKED_AT = 20  # to tell the shape; more than one, because the first may be the bad one
 _ROWS_NAMED = 3  # in an error about many rows
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation; `role` is system, user or assistant."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn: after this prompt, this answer.
-
-    Attributes:
-        id: Stable within the source, e.g. "train.jsonl:17".
-        prompt: Text before the answer; "" when `messages` is given.
-        answer: Text to be learned and compared, without an end-of-text token.
-        choices: Every possible answer, written like `answer`; () for free text.
-        messages: The conversation, the last turn the assistant's, equal to `answer`; () otherwise.
-    """
-
-    id: str
-    prompt: str
-    answer: str
-    choices: tuple[str, ...] = ()
-    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,20 +50,6 @@ class ExampleSet:
 
     def __len__(self) -> int:
         return len(self.examples)
-
-
-class _BadRow(Exception):
-    """Why one row cannot be used."""
-
-
-@dataclass(frozen=True)
-class _Shape:
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-    build: Callable[[str, Mapping[str, Any]], Example]
-
-    def columns(self) -> str:
-        return ", ".join([*self.required, *(f"[{name}]" for name in self.optional)])
 
 
 def load_examples(
@@ -149,7 +91,7 @@ def load_examples(
     for row in rows.rows:
         try:
             examples.append(shape.build(row.id, row.fields))
-        except _BadRow as fault:
+        except BadRow as fault:
             faults.append((row.id, str(fault)))
     total = len(rows.rows) + len(rows.faults)
     _check_faults(rows, name, faults, skip_bad)
@@ -242,142 +184,12 @@ def _check_faults(rows: RowSet, name: str, faults: Sequence[tuple[str, str]], sk
     raise DataError(f"{rows.source}: {len(faults)} of {total} rows cannot be used: {named}.", hint)
 
 
-def _unused_note(rows: Sequence[Row], shape: _Shape) -> str:
-    found: dict[str, None] = {}
+def _unused_note(rows: Sequence[Row], shape: Shape) -> str:
+    """Names the columns that hold something and are not looked at, and in how many rows they do."""
+    counts: dict[str, int] = {}
     for row in rows:
-        found.update(dict.fromkeys(row.fields))
-    unused = [str(name) for name in found if name not in shape.required + shape.optional]
-    return f"columns not used: {', '.join(unused)}" if unused else ""
-
-
-def _text(fields: Mapping[str, Any], name: str, *, blank: bool = False) -> str:
-    """The text of one field; `blank` says whether missing and empty are fine."""
-    if name not in fields and not blank:
-        raise _BadRow(f"field '{name}' is missing")
-    value = fields.get(name)
-    if value is None:
-        if blank:
-            return ""
-        raise _BadRow(f"field '{name}' is null")
-    if not isinstance(value, str):
-        shown = json.dumps(value, default=str, ensure_ascii=False)
-        shown = shown if len(shown) <= 40 else shown[:37] + "..."
-        raise _BadRow(f"field '{name}' is {kind_of(value)} ({shown}), not text")
-    if not value.strip() and not blank:
-        raise _BadRow(f"field '{name}' is empty")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _BadRow(f"field '{name}' holds half a surrogate pair, which is no character")
-    return value
-
-
-def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
-    """The list in one field; a CSV cell holds it as JSON."""
-    value = fields.get(name)
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise _BadRow(f"field '{name}' is not a JSON list") from error
-    if not isinstance(value, list):
-        if name not in fields:
-            raise _BadRow(f"field '{name}' is missing")
-        raise _BadRow(f"field '{name}' is {kind_of(value)}, not a list")
-    if not value:
-        raise _BadRow(f"field '{name}' is empty")
-    return value
-
-
-def _choices(fields: Mapping[str, Any], answer: str) -> tuple[str, ...]:
-    if fields.get("choices") in (None, "", []):
-        return ()
-    choices = tuple(_list(fields, "choices"))
-    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise _BadRow("field 'choices' holds something that is not text, or is empty")
-    if len(set(choices)) != len(choices):
-        raise _BadRow("field 'choices' names a choice twice")
-    if answer not in choices:
-        raise _BadRow(f"the answer {answer!r} is not one of the choices {list(choices)!r}")
-    return choices
-
-
-def _from_completion(row_id: str, fields: Mapping[str, Any]) -> Example:
-    if isinstance(fields.get("prompt"), list):  # the conversational variant of TRL
-        turns = _list(fields, "prompt") + _list(fields, "completion")
-        if fields.get("choices"):
-            raise _BadRow("field 'choices' goes with a text prompt, not with conversation turns")
-        return _from_turns(row_id, turns)
-    answer = _text(fields, "completion")
-    prompt = _text(fields, "prompt")
-    return Example(row_id, prompt, answer, _choices(fields, answer))
-
-
-def _from_alpaca(row_id: str, fields: Mapping[str, Any]) -> Example:
-    instruction = _text(fields, "instruction")
-    answer = _text(fields, "output")
-    given = _text(fields, "input", blank=True)
-    template = ALPACA_WITH_INPUT if given.strip() else ALPACA_WITHOUT_INPUT
-    prompt = template.format(instruction=instruction, input=given)
-    return Example(row_id, prompt, answer, _choices(fields, answer))
-
-
-def _from_conversations(row_id: str, fields: Mapping[str, Any]) -> Example:
-    turns = _list(fields, "conversations")
-    system = _text(fields, "system", blank=True)
-    if system.strip():
-        turns = [{"from": "system", "value": system}, *turns]
-    return _from_turns(row_id, turns)
-
-
-def _from_messages(row_id: str, fields: Mapping[str, Any]) -> Example:
-    return _from_turns(row_id, _list(fields, "messages"))
-
-
-def _from_turns(row_id: str, turns: Sequence[Any]) -> Example:
-    messages = tuple(_message(turn, number) for number, turn in enumerate(turns, start=1))
-    roles = [message.role for message in messages]
-    if "system" in roles[1:]:
-        raise _BadRow("a system turn stands after the first turn")
-    if roles[0] == "assistant" or "user" not in roles:
-        raise _BadRow("the conversation does not start with a user turn")
-    if roles[-1] != "assistant":
-        raise _BadRow(f"the conversation ends with a {roles[-1]} turn; the last must be the answer")
-    return Example(row_id, "", messages[-1].content, messages=messages)
-
-
-def _message(turn: Any, number: int) -> Message:
-    """One turn in either spelling: role/content or from/value."""
-    if not isinstance(turn, Mapping):
-        raise _BadRow(f"turn {number} is {kind_of(turn)}, not an object")
-    spelled = ("role", "content") if turn.get("role") is not None else ("from", "value")
-    if spelled[0] not in turn:
-        raise _BadRow(f"turn {number} has no 'role' (or 'from'); found: {', '.join(turn)}")
-    role = turn[spelled[0]]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise _BadRow(f"turn {number} has the unknown role {role!r} (known: {', '.join(_ROLES)})")
-    content = turn.get(spelled[1])
-    if isinstance(content, list):
-        content = _joined_parts(content, number)
-    try:
-        return Message(_ROLES[role], _text({spelled[1]: content}, spelled[1]))
-    except _BadRow as fault:
-        raise _BadRow(f"turn {number} ({role}): {fault}") from fault
-
-
-def _joined_parts(parts: Sequence[Any], number: int) -> str:
-    """The text of a content list such as [{"type": "text", "text": "Hi"}]."""
-    texts = []
-    for part in parts:
-        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
-            raise _BadRow(f"turn {number} has content that is not text (images are not supported)")
-        texts.append(part["text"])
-    return "".join(texts)
-
-
-# Order matters: a table that has both is the richer shape, which stands first.
-FORMATS: Mapping[str, _Shape] = {
-    "messages": _Shape(("messages",), (), _from_messages),
-    "sharegpt": _Shape(("conversations",), ("system",), _from_conversations),
-    "prompt_completion": _Shape(("prompt", "completion"), ("choices",), _from_completion),
-    "alpaca": _Shape(("instruction", "output"), ("input", "choices"), _from_alpaca),
-}
-"""The four shapes by name."""
+        for name, value in row.fields.items():
+            if name not in shape.used(row.fields) and value not in (None, "", [], {}):
+                counts[str(name)] = counts.get(str(name), 0) + 1
+    named = ", ".join(f"{name} ({count} rows)" for name, count in counts.items())
+    return f"columns not used: {named}" if named else ""

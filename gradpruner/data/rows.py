@@ -29,6 +29,7 @@ from gradpruner.data.parsing import (
     unpacked,
 )
 from gradpruner.errors import DataError
+from gradpruner.files import path_fault, shown
 
 __all__ = ["SUFFIXES", "Row", "RowSet", "kind_of", "read_file", "read_hub", "read_rows"]
 
@@ -67,6 +68,8 @@ def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = Fals
         DataError: If nothing is found (with every place tried), or a file cannot be read.
     """
     path = Path(source).expanduser()
+    if fault := path_fault(path):
+        raise DataError(f"The data {shown(str(source))} cannot be read: {fault}.", hint="Give another path.")
     if path.is_dir():
         if is_saved_dataset(path):
             return _read_saved(path, split)

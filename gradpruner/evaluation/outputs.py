@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import IntegrityError
+from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.evaluation.metrics import paired_difference, paper_score
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import open_private, parse_json, read_plain, shown
+from gradpruner.files import is_held, open_private, parse_json, read_plain, shown
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Output:
     Attributes:
         id: The example's id.
         prompt_tail: The end of the prompt as the model saw it.
-        answer: The right answer.
+        answer: The right answer, as a model writes it (`Questions.reference`).
         generated: The greedy answer, up to the end-of-text token.
         finished: Whether the model ended the answer itself, within the token budget.
         correct: Whether `generated` matches `answer`, see `metrics.exact_match`.
@@ -72,7 +72,8 @@ class Journal:
         self._path = Path(path) if path is not None else None
         self._file: Any = None
         self._outputs = [
-            Output(e.id, questions.prompt_tail(i), e.answer) for i, e in enumerate(questions.examples)
+            Output(e.id, questions.prompt_tail(i), questions.reference(i))
+            for i, e in enumerate(questions.examples)
         ]
         if self._path is not None and self._path.exists():
             self._recall(self._path)
@@ -95,6 +96,12 @@ class Journal:
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open_private(self._path)
+            if is_held(self._file.fileno()):
+                self._file.close()
+                raise ConfigError(
+                    f"{self._path} is being written by another process.",
+                    hint="Wait for it, or choose another --out.",
+                )
             self._file.write("\n")  # ends a line that was cut off
         return self
 

@@ -213,8 +213,9 @@ def _ask(
             matches = [o.correct for o in outputs.all() if o.correct is not None]
             for batch, answers in answering.answers(questions, unanswered, budget):
                 for i, answer in zip(batch, answers, strict=True):
-                    correct = _is_right(answer.text, examples[i])
-                    outputs.note(i, generated=answer.text, finished=answer.finished, correct=correct)
+                    text = questions.reading(i, answer.text)
+                    correct = _is_right(text, examples[i], questions.reference(i))
+                    outputs.note(i, generated=text, finished=answer.finished, correct=correct)
                     matches.append(correct)
                     num_tokens += answer.num_tokens
                 outputs.flush()
@@ -229,11 +230,11 @@ def _ask(
     return speed
 
 
-def _is_right(text: str, example: Example) -> bool:
+def _is_right(text: str, example: Example, answer: str) -> bool:
     """Whether a text is the answer; case counts where options differ in nothing else (genotypes: Bb, BB)."""
     if len(set(map(normalise_answer, example.choices))) < len(example.choices):
-        return " ".join(text.split()) == " ".join(example.answer.split())
-    return exact_match(text, example.answer)
+        return " ".join(text.split()) == " ".join(answer.split())
+    return exact_match(text, answer)
 
 
 def _chosen(example: Example, scores: Sequence[float]) -> dict[str, Any]:
@@ -248,8 +249,8 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict[str, Any]:
         "choices": example.choices,
         "choice_scores": tuple(scores),
         "chosen": chosen,
-        "choice_correct": _is_right(chosen, example),
-        "normalised_correct": _is_right(best(per_character), example),
+        "choice_correct": _is_right(chosen, example, example.answer),
+        "normalised_correct": _is_right(best(per_character), example, example.answer),
     }
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from gradpruner.data.encoding import answer_ids, encode, prompt_ids
+from gradpruner.data.chat import special_ids
+from gradpruner.data.encoding import answer_ids, closed, encode, prompt_ids
 from gradpruner.data.examples import Example
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.likelihood import OptionSet
@@ -65,8 +67,7 @@ class Questions:
         """The tokens training would teach after the prompt, end included."""
         example = self.examples[index]
         if not example.messages:
-            eos = self.tokenizer.eos_token_id
-            return answer_ids(self.tokenizer, answer) + ([] if eos is None else [eos])
+            return closed(self.tokenizer, answer_ids(self.tokenizer, answer))
         # In a conversation the template says what stands around the answer and what ends it.
         turns = (*example.messages[:-1], replace(example.messages[-1], content=answer))
         told = encode(self.tokenizer, replace(example, answer=answer, messages=turns), sys.maxsize)
@@ -110,10 +111,60 @@ class Questions:
         """
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         chats = (i for i, example in enumerate(self.examples) if example.messages)
-        ends.update(self.target(i, self.examples[i].answer)[-1] for i in chats)
+        last = {self.target(i, self.examples[i].answer)[-1] for i in chats}
+        # Without an end token a conversation may stop at a word, and a word ends nothing.
+        ends.update(last & self._special)
         return sorted(ends - {None})
 
     def text(self, ids: list[int]) -> str:
-        """Generated tokens as text."""
-        decoded = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return str(decoded)
+        """Generated tokens as text; special tokens only where right answers hold them too."""
+        kept = [token for token in ids if token not in self._special or token in self._answer_tokens]
+        return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+
+    def reading(self, index: int, text: str) -> str:
+        """A generated answer without what the chat template writes around every reply."""
+        _, before, behind = self._references[index]
+        return text.strip().removeprefix(before).removesuffix(behind).strip() if before or behind else text
+
+    def reference(self, index: int) -> str:
+        """The right answer as it reads when a model has written it, token for token.
+
+        An answer is learned through the tokenizer and, in a conversation, through its template: text behind
+        an end token is never written, and what the tokenizer or the template changes reads otherwise.
+        """
+        return self._references[index][0]
+
+    @cached_property
+    def _special(self) -> set[int]:
+        return special_ids(self.tokenizer)
+
+    @cached_property
+    def _written(self) -> list[list[int]]:
+        """The tokens of every right answer, up to the first that ends it."""
+        written = []
+        ends = set(self.ends(None))
+        for i, example in enumerate(self.examples):
+            ids = self.target(i, example.answer)
+            length = next((k for k, token in enumerate(ids) if token in ends), len(ids))
+            written.append(ids[:length])
+        return written
+
+    @cached_property
+    def _answer_tokens(self) -> set[int]:
+        return {token for ids in self._written for token in ids}
+
+    @cached_property
+    def _references(self) -> list[tuple[str, str, str]]:
+        """Every right answer, with what stands before and behind it when it is written."""
+        return [self._reference(i, ids) for i, ids in enumerate(self._written)]
+
+    def _reference(self, index: int, ids: list[int]) -> tuple[str, str, str]:
+        answer = self.examples[index].answer
+        bare, text = answer.strip(), self.text(ids).strip()
+        # Two different answers with unknown tokens would read the same.
+        if self.tokenizer.unk_token_id in ids or not text or text == bare:
+            return answer, "", ""
+        place = text.rfind(bare) if bare else -1
+        if place < 0:
+            return text, "", ""
+        return answer, text[:place].strip(), text[place + len(bare) :].strip()

@@ -1,0 +1,271 @@
+"""The rows of a task as prompt and answer, whatever shape they were written in.
+
+    prompt/completion         text and text; optionally "choices", a list of all completions
+    instruction/input/output  the Alpaca shape; "input" may be missing or empty
+    conversations             the ShareGPT shape: [{"from": human|gpt|system, "value": text}]
+    messages                  [{"role": user|assistant|system, "content": text}]
+
+The shape is told from the columns of the first rows. prompt/completion is taken as it stands:
+nothing is added and nothing is stripped, so the completion carries its own leading space. Nothing
+here knows a tokenizer; that is encoding.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gradpruner.data.parsing import kind_of
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+_ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "tool": "tool",
+}
+# Ways to say that an assistant turn is (1, true) or is not (0, false) to be learned.
+_WEIGHTS = ("weight", "loss", "train")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: system, user, assistant or tool.
+        content: Its text.
+        extra: What else the row says of the turn (reasoning_content, tool_calls, name ...), as a JSON object;
+            the chat template sees it. "" for nothing.
+        learned: Whether an assistant turn is learned; a turn of weight 0 is only read.
+    """
+
+    role: str
+    content: str
+    extra: str = ""
+    learned: bool = True
+
+    def as_turn(self) -> dict[str, Any]:
+        """The turn as a chat template takes it."""
+        return {"role": self.role, "content": self.content} | (json.loads(self.extra) if self.extra else {})
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn: after this prompt, this answer.
+
+    Attributes:
+        id: Stable within the source, e.g. "train.jsonl:17".
+        prompt: Text before the answer; "" when `messages` is given.
+        answer: Text to be learned and compared, without an end-of-text token.
+        choices: Every possible answer, written like `answer`; () for free text.
+        messages: The conversation, the last turn the assistant's, equal to `answer`; () otherwise.
+        tools: The tools of a conversation, as a JSON list; "" for none.
+    """
+
+    id: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
+    tools: str = ""
+
+
+class BadRow(Exception):
+    """Why one row cannot be used."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One way to write rows: its columns, and how a row becomes an example."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    build: Callable[[str, Mapping[str, Any]], Example]
+
+    def used(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
+        """The columns that are looked at in a row."""
+        turns = ("system", "tools") if isinstance(fields.get("prompt"), list) else ()
+        return (*self.required, *self.optional, *turns)
+
+    def columns(self) -> str:
+        """The columns in words, optional ones in brackets."""
+        return ", ".join([*self.required, *(f"[{name}]" for name in self.optional)])
+
+
+def _text(fields: Mapping[str, Any], name: str, *, blank: bool = False) -> str:
+    """The text of one field; `blank` says whether missing and empty are fine."""
+    if name not in fields and not blank:
+        raise BadRow(f"field '{name}' is missing")
+    value = fields.get(name)
+    if value is None:
+        if blank:
+            return ""
+        raise BadRow(f"field '{name}' is null")
+    if not isinstance(value, str):
+        shown = json.dumps(value, default=str, ensure_ascii=False)
+        shown = shown if len(shown) <= 40 else shown[:37] + "..."
+        raise BadRow(f"field '{name}' is {kind_of(value)} ({shown}), not text")
+    if not value.strip() and not blank:
+        raise BadRow(f"field '{name}' is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadRow(f"field '{name}' holds half a surrogate pair, which is no character")
+    return value
+
+
+def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
+    """The list in one field; a CSV cell holds it as JSON."""
+    value = fields.get(name)
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"field '{name}' is not a JSON list") from error
+    if not isinstance(value, list):
+        if name not in fields:
+            raise BadRow(f"field '{name}' is missing")
+        raise BadRow(f"field '{name}' is {kind_of(value)}, not a list")
+    if not value:
+        raise BadRow(f"field '{name}' is empty")
+    return value
+
+
+def _choices(fields: Mapping[str, Any], answer: str) -> tuple[str, ...]:
+    if fields.get("choices") in (None, "", []):
+        return ()
+    choices = tuple(_list(fields, "choices"))
+    if not all(isinstance(choice, str) and choice.strip() for choice in choices):
+        raise BadRow("field 'choices' holds something that is not text, or is empty")
+    if len(set(choices)) != len(choices):
+        raise BadRow("field 'choices' names a choice twice")
+    if answer not in choices:
+        raise BadRow(f"the answer {answer!r} is not one of the choices {list(choices)!r}")
+    return choices
+
+
+def _from_completion(row_id: str, fields: Mapping[str, Any]) -> Example:
+    if isinstance(fields.get("prompt"), list):  # the conversational variant of TRL
+        if fields.get("choices"):
+            raise BadRow("field 'choices' goes with a text prompt, not with conversation turns")
+        asked, completion = _list(fields, "prompt"), _list(fields, "completion")
+        return _from_turns(row_id, [*asked, *completion], fields, only_read=len(asked))
+    answer = _text(fields, "completion")
+    prompt = _text(fields, "prompt")
+    return Example(row_id, prompt, answer, _choices(fields, answer))
+
+
+def _from_alpaca(row_id: str, fields: Mapping[str, Any]) -> Example:
+    instruction = _text(fields, "instruction")
+    answer = _text(fields, "output")
+    given = _text(fields, "input", blank=True)
+    template = ALPACA_WITH_INPUT if given.strip() else ALPACA_WITHOUT_INPUT
+    prompt = template.format(instruction=instruction, input=given)
+    return Example(row_id, prompt, answer, _choices(fields, answer))
+
+
+def _from_conversations(row_id: str, fields: Mapping[str, Any]) -> Example:
+    return _from_turns(row_id, _list(fields, "conversations"), fields)
+
+
+def _from_messages(row_id: str, fields: Mapping[str, Any]) -> Example:
+    return _from_turns(row_id, _list(fields, "messages"), fields)
+
+
+def _from_turns(row_id: str, turns: Sequence[Any], fields: Mapping[str, Any], only_read: int = 0) -> Example:
+    """A conversation; the first `only_read` turns are never learned."""
+    system = _text(fields, "system", blank=True)
+    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    messages[:only_read] = [
+        replace(message, learned=message.role != "assistant") for message in messages[:only_read]
+    ]
+    if system.strip():
+        messages.insert(0, Message("system", system))
+    roles = [message.role for message in messages]
+    if "system" in roles[1:]:
+        raise BadRow("a system turn stands after the first turn")
+    if "user" not in roles or roles[roles[0] == "system"] != "user":
+        raise BadRow("the conversation does not start with a user turn")
+    if roles[-1] != "assistant":
+        raise BadRow(f"the conversation ends with a {roles[-1]} turn; the last must be the answer")
+    if not any(message.learned for message in messages if message.role == "assistant"):
+        raise BadRow("every assistant turn has weight 0: nothing is to be learned")
+    return Example(row_id, "", messages[-1].content, messages=tuple(messages), tools=_tools(fields))
+
+
+def _tools(fields: Mapping[str, Any]) -> str:
+    if fields.get("tools") in (None, "", []):
+        return ""
+    return json.dumps(_list(fields, "tools"), ensure_ascii=False, sort_keys=True, default=str)
+
+
+def _message(turn: Any, number: int) -> Message:
+    """One turn in either spelling: role/content or from/value."""
+    if not isinstance(turn, Mapping):
+        raise BadRow(f"turn {number} is {kind_of(turn)}, not an object")
+    spelled = ("role", "content") if turn.get("role") is not None else ("from", "value")
+    if spelled[0] not in turn:
+        raise BadRow(f"turn {number} has no 'role' (or 'from'); found: {', '.join(turn)}")
+    role = turn[spelled[0]]
+    if not isinstance(role, str) or role not in _ROLES:
+        raise BadRow(f"turn {number} has the unknown role {role!r} (known: {', '.join(_ROLES)})")
+    content = turn.get(spelled[1])
+    if isinstance(content, list):
+        content = _joined_parts(content, number)
+    # Tables of turns give every turn all keys; one that is null or empty says nothing.
+    extra = {
+        str(key): value
+        for key, value in turn.items()
+        if key not in (*spelled, *_WEIGHTS) and value not in (None, "", [], {})
+    }
+    try:
+        # A turn that only calls tools has no text.
+        text = _text({spelled[1]: content}, spelled[1], blank="tool_calls" in extra)
+    except BadRow as fault:
+        raise BadRow(f"turn {number} ({role}): {fault}") from fault
+    kept = json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str) if extra else ""
+    return Message(_ROLES[role], text, kept, _is_learned(turn, number))
+
+
+def _is_learned(turn: Mapping[str, Any], number: int) -> bool:
+    for name in _WEIGHTS:
+        value = turn.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise BadRow(f"turn {number} has the {name} {value!r}; allowed: 0 (not learned), 1 (learned)")
+        if not value:
+            return False
+    return True
+
+
+def _joined_parts(parts: Sequence[Any], number: int) -> str:
+    """The text of a content list such as [{"type": "text", "text": "Hi"}]."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            raise BadRow(f"turn {number} has content that is not text (images are not supported)")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+# Order matters: a table that has both is the richer shape, which stands first.
+FORMATS: Mapping[str, Shape] = {
+    "messages": Shape(("messages",), ("system", "tools"), _from_messages),
+    "sharegpt": Shape(("conversations",), ("system", "tools"), _from_conversations),
+    "prompt_completion": Shape(("prompt", "completion"), ("choices",), _from_completion),
+    "alpaca": Shape(("instruction", "output"), ("input", "choices"), _from_alpaca),
+}
+"""The four shapes by name."""
