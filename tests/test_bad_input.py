@@ -146,7 +146,10 @@ def test_16_22_24_models(project, refuse):
     for content, parts in (
         ("{", ["config.json is not valid JSON"]),
         (json.dumps({**json.loads(config), "model_type": "lama"}), ["knows no model type 'lama'", "'llama'"]),
-        (json.dumps({**json.loads(config), "auto_map": {"a": "b"}}), ["--trust-remote-code"]),
+        (
+            json.dumps({**json.loads(config), "auto_map": {"a": "b"}, "model_type": "newllm"}),
+            ["--trust-remote-code"],
+        ),
     ):
         (model / "config.json").write_text(content)
         refuse(MODEL, parts, "run", project)

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, ResourceError
 from gradpruner.models import folder as folder_module
-from gradpruner.models.folder import check_model_folder, locate_model
+from gradpruner.models.checking import check_model_folder
+from gradpruner.models.folder import locate_model
+from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.loading import (
     load_adapter,
     load_config,
@@ -18,7 +20,6 @@ from gradpruner.models.loading import (
     resolve_device,
     resolve_dtype,
     save_model,
-    stored_dtype,
 )
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.pruning.in_memory import prune_
@@ -166,7 +167,7 @@ def test_configs_that_are_not_loaded(folder):
     for changes, error, part in (
         ({"model_type": "lama"}, ModelError, "Did you mean 'llama'"),
         ({"model_type": None}, ModelError, "knows no model type None"),
-        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}}, ModelError, "--trust-remote-code"),
+        ({"auto_map": {"AutoModelForCausalLM": "x.Y"}, "model_type": "y"}, ModelError, "--trust-remote-code"),
         ({"_attn_implementation_internal": "evil/kernel"}, IntegrityError, "fetch and run code"),
         ({"_experts_implementation_internal": "evil/kernel"}, IntegrityError, "fetch and run code"),
         ({"quantization_config": {"quant_method": "gptq"}}, ModelError, r"quantised \(gptq\)"),

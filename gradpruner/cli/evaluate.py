@@ -72,6 +72,7 @@ def evaluate(
     fine-tuned if needed, then every variant evaluated.
     """
     from gradpruner.cli import main as cli
+    from gradpruner.models.checking import is_model_folder
 
     values: dict[str, Any] = {
         "data.task": task,
@@ -84,7 +85,7 @@ def evaluate(
         "model.trust_remote_code": trust_remote_code or None,
         "data.skip_bad": skip_bad or None,
     }
-    if what is None or not (Path(what) / "config.json").exists():
+    if what is None or not is_model_folder(what):
         if endpoint is not None or served_name is not None:
             raise ConfigError("--endpoint needs the folder of the model that is served, for its tokenizer.")
         run_values = values | {"model.path": model, "data.train": data, "plan.file": plan}
@@ -124,13 +125,15 @@ def _measure(
     from gradpruner.evaluation.quality import evaluate as measure
     from gradpruner.files import write_json
     from gradpruner.models.folder import locate_model
-    from gradpruner.models.loading import load_model, load_tokenizer
+    from gradpruner.models.loading import check_loadable, load_model, load_tokenizer
     from gradpruner.provenance import provenance
     from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of
 
     options, choice = recipe.evaluate, recipe.model
     check_evaluation(recipe)
     folder = locate_model(choice.path)
+    if endpoint is None:  # of a model that is served elsewhere only the tokenizer is read
+        check_loadable(folder, choice.trust_remote_code)
     tokenizer = load_tokenizer(folder, choice.trust_remote_code)
     rows = load_split(recipe, "eval", tokenizer) if measures_task else None
     found: dict[str, Any] = {"model": str(folder), "endpoint": endpoint}

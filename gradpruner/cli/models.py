@@ -201,11 +201,12 @@ def _prune_folder(
 def _prune_widths(
     folder: Path, source: str, destination: Path, plan: WidthPlan, dry_run: bool, as_json: bool
 ) -> None:
+    from gradpruner.models.classes import model_class
     from gradpruner.models.engine_widths import judge_widths
     from gradpruner.models.engines import layer_facts
     from gradpruner.models.folder import PRUNING_FILE, check_output
     from gradpruner.models.layers import skeleton
-    from gradpruner.models.loading import load_config, model_class
+    from gradpruner.models.loading import load_config
     from gradpruner.models.narrowing import check_widths, width_savings
     from gradpruner.models.widths import WidthView
     from gradpruner.pruning.widths_on_disk import prune_width_checkpoint

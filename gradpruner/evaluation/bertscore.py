@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ConfigError, ModelError, ShapeError
-from gradpruner.models.folder import check_model_folder, locate_model
+from gradpruner.models.checking import check_model_folder
+from gradpruner.models.folder import locate_model
 from gradpruner.provenance import hash_folder
 
 DEFAULT_ENCODER = "roberta-large"

@@ -13,6 +13,7 @@ from typing import Any
 
 from gradpruner.errors import ModelError, PlanError
 from gradpruner.models.families import Family
+from gradpruner.models.raw_config import beyond_fields
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 
 # What makes transformers fetch or run code that came with the source; the pruned model needs none of it.
@@ -22,6 +23,15 @@ _CODE_FIELDS = ("auto_map", "custom_pipelines")
 def text_config(config: Any) -> Any:
     """The part of a model's config that describes its decoder; the config itself for text models."""
     return config.get_text_config(decoder=True)
+
+
+def parts_of(config: Any) -> list[Any]:
+    """A model's config and every config in it, each once: of its decoder, vision and audio towers."""
+    found = [config]
+    for value in list(vars(config).values()):
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            found += parts_of(value)
+    return found
 
 
 def depth_fields(config: Any, family: Family, keep: Sequence[int]) -> dict[str, Any]:
@@ -55,9 +65,7 @@ def depth_fields(config: Any, family: Family, keep: Sequence[int]) -> dict[str, 
     if family.dense_layers is not None:
         dense = set(family.dense_layers(config))
         fields["mlp_only_layers"] = [new for new, old in enumerate(keep) if old in dense]
-    for name in family.beyond:
-        if getattr(config, name, None):
-            fields[name] = 0
+    fields |= dict.fromkeys(beyond_fields(config), 0)
     return fields | family.fixed
 
 
@@ -76,6 +84,8 @@ def patch_config(raw: dict[str, Any], config: Any, family: Family, keep: Sequenc
         references to remote code are left out.
     """
     patched = {key: value for key, value in raw.items() if key not in _CODE_FIELDS}
+    if not patched.get("quantization_config", True):  # null: nothing is quantised
+        del patched["quantization_config"]
     part = patched
     text = text_config(config)
     if family.nested:
@@ -86,6 +96,8 @@ def patch_config(raw: dict[str, Any], config: Any, family: Family, keep: Sequenc
         spelled = (text.attribute_map or {}).get(name, name)
         names = [n for n in (name, spelled) if n in part]
         part.update(dict.fromkeys(names or [spelled], value))
+    for where in (patched, part):
+        where.update(dict.fromkeys(beyond_fields(where), 0))
     for name in family.keyed:
         if isinstance(part.get(name), dict):
             part[name] = _renumber_keys(part[name], keep)
@@ -111,9 +123,10 @@ def _spell_rope_twice(part: dict[str, Any]) -> None:
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return
-    part.setdefault("rope_theta", rope["rope_theta"])
-    if rope.get("rope_type", "default") != "default":
-        part.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    if part.get("rope_theta") is None:  # null says as little as no key
+        part["rope_theta"] = rope["rope_theta"]
+    if rope.get("rope_type", "default") != "default" and part.get("rope_scaling") is None:
+        part["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
 
 
 def rename_modules(section: Any, rename: Callable[[str], str | None]) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner._version import __version__
-from gradpruner.errors import ConfigError, IntegrityError, ModelError
+from gradpruner.errors import ConfigError, ModelError
 from gradpruner.files import (
     held,
     is_write_failure,
@@ -29,13 +29,11 @@ from gradpruner.files import (
     write_json,
     write_text,
 )
-from gradpruner.models.shards import check_inside, open_shards
+from gradpruner.models.shards import check_inside
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.width_plan import WidthPlan
 
 PRUNING_FILE = "pruning.json"
-# Fields that make transformers fetch and run code (CVE-2026-4372 and its sibling).
-_CODE_FIELDS = ("_attn_implementation_internal", "_experts_implementation_internal")
 # Everything a model folder needs besides weights; weights are asked for by pattern.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
 # What a model folder has beside weights that a reader of the pruned model needs too. Not code (*.py), not
@@ -81,59 +79,6 @@ def locate_model(model: str | Path, *, weights: bool = True) -> Path:
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             hint="Check the name, the network, HF_HUB_OFFLINE and, for gated models, your token.",
         ) from error
-
-
-def check_model_folder(
-    folder: Path, trust_remote_code: bool = False, quantised: bool = False
-) -> dict[str, Any]:
-    """Looks at a model folder before anything is loaded; returns its raw config.
-
-    Args:
-        folder: The folder.
-        trust_remote_code: Accept a config that asks for code from its folder.
-        quantised: Accept a checkpoint whose weights are quantised.
-
-    Raises:
-        ModelError: If config.json is missing or invalid, weights are not safetensors, the checkpoint
-            is quantised, or wants remote code.
-        IntegrityError: If the config carries a field that makes transformers run foreign code, or the
-            files of the weights are damaged, missing, outside the folder or contradict each other.
-    """
-    config = check_config(folder, trust_remote_code, quantised)
-    open_shards(folder)
-    return config
-
-
-def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool = False) -> dict[str, Any]:
-    """What `check_model_folder` does, for a folder whose weights are not there or do not matter."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(f"{folder} has no config.json.", hint="Give the folder of a Hugging Face model.")
-    try:
-        config = json.loads(check_inside(folder, path).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not valid JSON: {error}.") from error
-    for key in config:
-        if key.startswith(_CODE_FIELDS):
-            raise IntegrityError(
-                f"{path} sets '{key}', which makes transformers fetch and run code.",
-                hint="No genuine checkpoint needs it: remove the field, or do not use this model.",
-            )
-    if "auto_map" in config and not trust_remote_code:
-        raise ModelError(
-            f"{path} asks for remote code (auto_map).",
-            hint="If you trust its author, pass --trust-remote-code.",
-        )
-    if "quantization_config" in config and not quantised:
-        section = config["quantization_config"]
-        kind = section.get("quant_method", "unknown") if isinstance(section, dict) else "unknown"
-        raise ModelError(
-            f"{folder} is quantised ({kind}); merging and fine-tuning need the real weights.",
-            hint="Use the unquantised model; adapter: qlora quantises it on the fly for recording.",
-        )
-    return config
 
 
 def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) -> None:

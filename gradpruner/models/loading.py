@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +9,26 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from gradpruner.errors import ConfigError, IntegrityError, ModelError, NonFiniteError
+from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError, NonFiniteError
 from gradpruner.files import read_json
-from gradpruner.models.config_patch import text_config
-from gradpruner.models.families import FAMILIES, find_family
+from gradpruner.models.checking import check_config, check_model_folder, refuse_embedding_model
+from gradpruner.models.classes import model_class
+from gradpruner.models.config_patch import parts_of, text_config
+from gradpruner.models.dtypes import cast_like, majority_dtype
+from gradpruner.models.families import FAMILIES
 from gradpruner.models.folder import (
     PRUNING_FILE,
     carried_files,
     carry,
-    check_config,
-    check_model_folder,
     check_output,
     describe_model,
     staged_folder,
 )
 from gradpruner.models.narrowing import resized_class
+from gradpruner.models.raw_config import BEYOND_SIGNS, CONFIG_FILE, beyond_fields, is_beyond, read_raw_config
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.registry import suggest
-
-ADAPTER_FILE = "adapter_config.json"
 
 
 def load_config(
@@ -45,16 +43,54 @@ def load_config(
             but is not run because transformers knows the model type, are no obstacle.
         weights: The folder must hold weights, and they are checked; else its config.json is enough.
     """
+    check = check_model_folder if weights else check_config
+    check(folder, trust_remote_code or native, quantised=native)
+    refuse_embedding_model(folder)
+    config = _read_config(folder, trust_remote_code)
+    if not trust_remote_code:
+        model_class(config)
+    if weights and (stored := majority_dtype(folder)) is not None:
+        for part in (config, text_config(config)):
+            part.dtype = stored
+    return config
+
+
+def check_loadable(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The config of a model folder that `load_model` will load: everything it checks, but no weight is read.
+
+    Args:
+        folder: The model folder.
+        trust_remote_code: Code that comes with the folder may be run; names and shapes of the weights are
+            then checked only when they are loaded.
+
+    Raises:
+        ModelError: If it is not a model that can be used, as `load_config` says.
+        IntegrityError: If tensors are missing, left over, or of another shape than the config says.
+    """
+    config = load_config(folder, trust_remote_code)
+    if not trust_remote_code:
+        load_structure(folder)
+    return config
+
+
+def _read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The config of a folder as transformers reads it, without what only its author's machine needed.
+
+    How attention is computed is for the caller to choose: a flash attention that the config names would be
+    fetched as a kernel from the hub where it is not installed. A `quantization_config` that is null or empty
+    says that nothing is quantised.
+
+    Raises:
+        ModelError: If transformers rejects it.
+    """
     import transformers
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    check = check_model_folder if weights else check_config
-    check(folder, trust_remote_code or native, quantised=native)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # strict config classes raise their own types
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+        kind = read_raw_config(folder / CONFIG_FILE).get("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
             raise ModelError(
                 f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type "
@@ -63,6 +99,12 @@ def load_config(
                 "what is known to work.",
             ) from error
         raise ModelError(f"transformers rejects {folder / 'config.json'}: {error}") from error
+    for part in parts_of(config):
+        if str(getattr(part, "_attn_implementation", None)).removeprefix("paged|").startswith("flash"):
+            part._attn_implementation = None
+        if not getattr(part, "quantization_config", True):
+            del part.quantization_config
+    return config
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -82,28 +124,6 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def model_class(config: Any) -> Any:
-    """The class that plain transformers loads a config as: the named architecture, else the causal LM.
-
-    Raises:
-        ModelError: If transformers has none.
-    """
-    import transformers
-
-    for name in getattr(config, "architectures", None) or ():
-        if name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-            found = getattr(transformers, name, None)
-            if found is not None:
-                return found
-    try:
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError:
-        raise ModelError(
-            f"transformers has no causal language model of type '{config.model_type}'.",
-            hint="Only decoder-only language models that transformers knows can be used.",
-        ) from None
-
-
 def load_structure(folder: Path) -> nn.Module:
     """The model of a checked folder without its weights, its parameters checked against the files.
 
@@ -114,15 +134,15 @@ def load_structure(folder: Path) -> nn.Module:
         ModelError: If transformers cannot load the folder.
         IntegrityError: If tensors are missing, left over, or of another shape than the config says.
     """
-    from transformers import AutoConfig
-
-    chosen = model_class(AutoConfig.from_pretrained(folder))
+    check_config(folder, trust_remote_code=True)
+    config = _read_config(folder)
+    chosen = model_class(config)
     plan = narrowed_plan(folder)
     if plan is not None:
         chosen = resized_class(chosen, plan)
     try:
         model, report = chosen.from_pretrained(
-            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+            folder, config=config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except Exception as error:  # conversions raise types of their own
         raise IntegrityError(
@@ -139,19 +159,27 @@ def _refuse_gaps(folder: Path, report: Any, config: Any) -> None:
     Layers behind the last one, for predicting several tokens, are left out on purpose.
     """
     text = text_config(config)
-    family = find_family(text)
-    extra = any(getattr(text, name, None) for name in (family.beyond if family else ()))
+    counted = beyond_fields(text) or beyond_fields(config)
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(map(str, report.get(what, ())))
-        if what == "unexpected_keys" and extra:
-            numbered = ((name, re.search(r"\blayers\.(\d+)\.", name)) for name in names)
-            names = [n for n, match in numbered if not match or int(match[1]) < text.num_hidden_layers]
+        names = sorted(map(_key_name, report.get(what, ())))
+        if what == "unexpected_keys":
+            signs = any(name.endswith(BEYOND_SIGNS) for name in names)
+            if counted or signs:
+                names = [name for name in names if not is_beyond(name, text.num_hidden_layers)]
         if names:
             raise IntegrityError(
                 f"{folder}: {len(names)} {what.replace('_', ' ')} against its config, such as "
                 f"{', '.join(names[:3])}.",
                 hint="The weights do not belong to this config.json.",
             )
+
+
+def _key_name(entry: Any) -> str:
+    """The name of a tensor in a loading report, with both shapes if these are what is wrong."""
+    if isinstance(entry, tuple) and len(entry) == 3:
+        name, stored, wanted = entry
+        return f"{name} ({tuple(stored)} in the file, {tuple(wanted)} by the config)"
+    return str(entry)
 
 
 def narrowed_plan(folder: Path) -> WidthPlan | None:
@@ -208,23 +236,23 @@ def load_model(
         ModelError: If weights are missing, unexpected or of the wrong shape: transformers would fill
             the gaps with random numbers and only warn.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = Path(folder)
     check_model_folder(folder, trust_remote_code or native)
+    config = _read_config(folder, trust_remote_code)
     target = resolve_device(device)
     options: dict[str, Any] = {}
     if quantise:
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
     try:
-        loader = (
-            AutoModelForCausalLM if trust_remote_code else model_class(AutoConfig.from_pretrained(folder))
-        )
+        loader = AutoModelForCausalLM if trust_remote_code else model_class(config)
         plan = narrowed_plan(folder)
         if plan is not None:
-            loader = resized_class(model_class(AutoConfig.from_pretrained(folder)), plan)
+            loader = resized_class(model_class(config), plan)
         model, report = loader.from_pretrained(
             folder,
+            config=config,
             dtype=resolve_dtype(dtype, target),
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
@@ -232,6 +260,8 @@ def load_model(
             ignore_mismatched_sizes=True,  # reported below, by name
             **options,
         )
+    except GradPrunerError:
+        raise
     except Exception as error:
         raise ModelError(f"{folder} does not load: {type(error).__name__}: {str(error).strip()}") from error
     _refuse_gaps(folder, report, model.config)
@@ -290,13 +320,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype a checkpoint is stored in, from its config (float32 when it does not say)."""
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    named = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype")), None)
-    return named if isinstance(named, torch.dtype) else torch.float32
-
-
 def save_model(
     model: Any,
     tokenizer: Any,
@@ -307,6 +330,7 @@ def save_model(
     source: str,
     facts: dict[str, Any] | None = None,
     carried_from: Path | None = None,
+    like: Path | None = None,
 ) -> Path:
     """Writes a model folder that plain transformers loads: all of it, or nothing.
 
@@ -323,6 +347,8 @@ def save_model(
         facts: Further lines for `pruning.json`.
         carried_from: Model folder whose tokenizer, chat template, generation config and licence are carried
             over byte for byte.
+        like: Model folder whose tensors say the dtype of each parameter, for sources that store some in
+            another one than the rest.
 
     Raises:
         ConfigError: If the target holds something that is not ours.
@@ -331,8 +357,12 @@ def save_model(
     """
     check_output(folder, marker=PRUNING_FILE)
     with staged_folder(folder) as staged:
-        model = model.to(dtype)
-        model.config.dtype = dtype
+        if like is None:
+            model = model.to(dtype)
+        else:
+            cast_like(model, like, dtype)
+        for part in parts_of(model.config):
+            part.dtype = dtype
         model.config.use_cache = True  # gradient checkpointing turns it off
         model.save_pretrained(staged)
         if tokenizer is not None:

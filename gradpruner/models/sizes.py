@@ -11,12 +11,12 @@ import copy
 import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import psutil
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from gradpruner.errors import ModelError, PlanError
@@ -41,13 +41,30 @@ def build_on_meta(config: Any) -> nn.Module:
     text = copy.deepcopy(config.get_text_config(decoder=True))
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(text)
+            if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
+                return cast(nn.Module, AutoModelForCausalLM.from_config(text))
+            return _Decoder(text)
     except ValueError as error:
         raise ModelError(
             f"Cannot size a model of type '{text.model_type}': {str(error).splitlines()[0]}",
             hint="Only decoder-only language models that transformers knows can be used.",
         ) from error
-    return model
+
+
+class _Decoder(nn.Module):
+    """The decoder of a model that also sees or hears, with a language head: none of its own exists."""
+
+    def __init__(self, text: Any) -> None:
+        super().__init__()
+        self.config = text
+        self.model = AutoModel.from_config(text)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        if getattr(text, "tie_word_embeddings", False):
+            self.lm_head.weight = self.model.get_input_embeddings().weight
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """As transformers' own models have it."""
+        return self.lm_head
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -1,7 +1,7 @@
 """Carrying a plan out, in memory and on disk, and proving the result.
 
 in_memory       prune_: a plan carried out on a loaded model
-blueprint       a pruned checkpoint, decided before anything is written
+blueprint       a pruned checkpoint, decided before anything is written; disk_names: names it finds layers by
 on_disk         prune_checkpoint: the model is never built; widths_on_disk: for plans of widths
 writer          safetensors files written from pieces of others
 verification    the gate every pruned checkpoint passes; behaviour: what a model computes there

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,9 +21,16 @@ from transformers.pytorch_utils import Conv1D
 
 from gradpruner.errors import IntegrityError, ModelError, PlanError
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.models.config_patch import check_keep, layer_pattern, patch_config, rename_modules
+from gradpruner.models.checking import check_model_folder, is_quantised
+from gradpruner.models.classes import model_class
+from gradpruner.models.config_patch import (
+    check_keep,
+    layer_pattern,
+    parts_of,
+    patch_config,
+    rename_modules,
+)
 from gradpruner.models.engines import judge, layer_facts
-from gradpruner.models.folder import check_model_folder
 from gradpruner.models.layers import (
     SAMPLES,
     LayeredModel,
@@ -32,16 +40,12 @@ from gradpruner.models.layers import (
     skeleton,
     slice_layers,
 )
-from gradpruner.models.loading import (
-    ADAPTER_FILE,
-    load_config,
-    load_structure,
-    model_class,
-    refuse_narrowed,
-)
+from gradpruner.models.loading import load_config, load_structure, refuse_narrowed
+from gradpruner.models.raw_config import is_beyond, quantised_parts
 from gradpruner.models.shards import Shards, TensorRef, open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
+from gradpruner.pruning.disk_names import count_beyond, find_prefix
 from gradpruner.pruning.in_memory import check_alike, check_trace, merge_planned
 from gradpruner.pruning.writer import TORCH_DTYPES, Piece, read_tensor, sha256_tensor
 
@@ -80,18 +84,15 @@ class Blueprint:
 
     def __post_init__(self) -> None:
         self.raw = check_model_folder(self.source, trust_remote_code=True, quantised=True)
-        if (self.source / ADAPTER_FILE).is_file():  # transformers would load both
-            raise ModelError(
-                f"{self.source} holds adapters beside its weights.",
-                hint=f"Merge them into the weights, or move {ADAPTER_FILE} out of the folder.",
-            )
         refuse_narrowed(self.source)
-        self.quantised = "quantization_config" in self.raw
         self.shards: Shards = open_shards(self.source)
+        self.quantised = is_quantised(self.source, self.raw, self.shards.tensors)
         self.config: Any = load_config(self.source, native=True)
         self.view = LayeredModel(self._structure())
-        self.prefix = self._find_prefix()
+        self.prefix = find_prefix(self.view, self.shards)
         self._pattern = layer_pattern(self.prefix)
+        self.beyond = count_beyond(self.view, self.shards, self.prefix)
+        self._in_memory = {name for name, _ in self.view.model.named_parameters()}
         self._place = {old: new for new, old in enumerate(self.plan.keep)}
         self.plan.check_model(self.view.num_layers, self.fingerprint)
         self.warnings = check_keep(self.view.config, self.view.family, self.plan)
@@ -106,42 +107,45 @@ class Blueprint:
         if not self.quantised:
             return load_structure(self.source)
         config = copy.deepcopy(self.config)
-        del config.quantization_config  # a quantised skeleton needs the hardware it was made for
+        for part in parts_of(config):  # a quantised skeleton needs the hardware it was made for
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
         return skeleton(model_class(self.config), config)
 
-    def _find_prefix(self) -> str:
-        """Under which prefix the layers are on disk: not always the path they have in memory."""
-        path, base = self.view.family.layers_path, self.view.model.base_model_prefix
-        candidates = [path, path.removeprefix(f"{base}."), f"{base}.{path}", *self.view.family.disk_paths]
-        wanted = set(range(self.view.num_layers))
-        for candidate in candidates:
-            pattern = layer_pattern(candidate)
-            numbers = {int(m[1]) for name in self.shards.tensors if (m := pattern.match(name))}
-            if wanted <= numbers:
-                return candidate
-        raise IntegrityError(
-            f"{self.source} has no tensors for {self.view.num_layers} layers under "
-            f"{' or '.join(dict.fromkeys(candidates))}.",
-            hint="Does its config.json belong to these weights?",
-        )
+    def _beyond(self, name: str) -> bool:
+        """Whether a tensor belongs to what predicts several tokens at once: it is left behind."""
+        return (
+            bool(self.beyond) and is_beyond(name, self.view.num_layers) and name not in self._in_memory
+        ) or self._number(name) >= self.view.num_layers
+
+    def _number(self, name: str) -> int:
+        """The layer that a tensor is part of; -1 for those outside the layers."""
+        match = self._pattern.match(name)
+        return int(match[1]) if match else -1
 
     def rename(self, name: str) -> str | None:
         """Name of a tensor or module in the pruned checkpoint; None when it goes."""
         match = self._pattern.match(name)
         if match is None:
-            return name
+            return None if self._beyond(name) else name
         new = self._place.get(int(match[1]))
         return None if new is None else f"{self.prefix}.{new}{match[2] or ''}"
 
     def _check_layers(self) -> None:
         """Refuses layers behind the last one unless the config counts them, and uneven quantised layers."""
         depth, family = self.view.num_layers, self.view.family
-        numbers = {int(m[1]) for name in self.shards.tensors if (m := self._pattern.match(name))}
-        extra = sorted(numbers - set(range(depth)))
-        if extra and not any(getattr(self.view.config, name, None) for name in family.beyond):
+        extra = sorted({self._number(name) for name in self.shards.tensors} - set(range(-1, depth)))
+        if extra and (not self.beyond or extra[-1] >= depth + self.beyond):
             raise IntegrityError(
-                f"{self.source} holds tensors of layer {extra[0]}, but its config says {depth} layers.",
+                f"{self.source} holds tensors of layer {extra[-1]}, but its config says {depth} layers"
+                + (f" and {self.beyond} behind them." if self.beyond else "."),
                 hint="Does its config.json belong to these weights?",
+            )
+        left = sum(self._beyond(name) for name in self.shards.tensors)
+        if left:
+            self.warnings.append(
+                f"{left} tensors for predicting several tokens at once (MTP) are left behind: they were "
+                "trained on the output of all layers. Engines must not use them for speculative decoding."
             )
         if not self.quantised:
             return
@@ -339,7 +343,8 @@ class Blueprint:
         """The content of the pruned model's config.json."""
         patched = patch_config(self.raw, self.config, self.view.family, self.plan.keep)
         if self.quantised:
-            patched["quantization_config"] = rename_modules(patched["quantization_config"], self.rename)
+            for where in quantised_parts(patched):
+                _replace(patched, where.split("."), self.rename)
         return patched
 
     def summary(self) -> dict[str, Any]:
@@ -355,6 +360,15 @@ class Blueprint:
             "portability": [vars(v) for v in judge(layer_facts(self.config), self.plan.keep)],
             "warnings": self.warnings,
         }
+
+
+def _replace(config: dict[str, Any], where: list[str], rename: Callable[[str], str | None]) -> None:
+    """Renames the modules in a section of a config, however deep it lies; what is changed is copied."""
+    *above, last = where
+    for name in above:
+        config[name] = dict(config[name])
+        config = config[name]
+    config[last] = rename_modules(config[last], rename)
 
 
 def _sample(ref: TensorRef) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import IntegrityError
+from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.engine_widths import judge_widths
 from gradpruner.models.engines import layer_facts
 from gradpruner.models.loading import (
@@ -13,7 +14,6 @@ from gradpruner.models.loading import (
     load_structure,
     refuse_narrowed,
     save_model,
-    stored_dtype,
 )
 from gradpruner.models.narrowing import narrow_
 from gradpruner.models.sizes import count_parameters
@@ -62,6 +62,7 @@ def prune_width_checkpoint(
         source=name or str(source),
         facts={"portability": [vars(verdict) for verdict in verdicts]},
         carried_from=source,
+        like=source,
     )
     return check_narrowed(target, expected, error)
 

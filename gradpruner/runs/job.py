@@ -12,14 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
+from gradpruner.data.chat import template_notes
+from gradpruner.data.encoding import Collator, EncodedDataset, encode_all, usable
 from gradpruner.data.examples import ExampleSet, overlap
+from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.evaluation.questions import Questions
 from gradpruner.files import read_json
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
+from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import check_keep, family_slots, required_layers, text_config
 from gradpruner.models.engine_widths import judge_widths
 from gradpruner.models.engines import Verdict, judge, layer_facts, slots
@@ -30,7 +33,6 @@ from gradpruner.models.loading import (
     check_loadable,
     load_model,
     load_tokenizer,
-    model_class,
     refuse_narrowed,
     resolve_device,
 )
@@ -93,6 +95,9 @@ class Job:
             self.train, self.validation = with_validation(recipe, self.train)
         self.also = load_also(recipe, self.tokenizer)
         longest = min(recipe.data.max_length, self._max_positions())
+        skip = recipe.data.skip_bad
+        self.train = usable(self.tokenizer, self.train, longest, skip_bad=skip)
+        self.eval = usable(self.tokenizer, self.eval, longest, skip_bad=skip)
         self.max_length = longest
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
         self.collator = Collator(self.tokenizer)
@@ -198,6 +203,13 @@ class Job:
         for name, examples in (("training", self.train), ("evaluation", self.eval)):
             if examples.num_dropped:
                 self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
+            notes = [note for note in examples.notes if "not used" in note or "dropped" in note]
+            notes += template_notes(self.tokenizer, examples.examples)
+            self.warnings += [f"{name} data: {note}" for note in notes]
+        ends = {one.input_ids[-1] for one in self.samples.encoded if not one.cut_answer_tokens}
+        self.warnings += [
+            f"{n[0].upper()}{n[1:]}." for n in vocabulary_notes(self.tokenizer, self.text, ends)
+        ]
         self.warnings += [f"training data: {note}" for note in self.samples.notes()]
         if (
             self.validation is not None
@@ -210,8 +222,11 @@ class Job:
             )
 
     def _warn_of_cut_prompts(self) -> None:
+        vocabulary = int(self.text.vocab_size)
+        check_vocabulary(self.tokenizer, vocabulary, (one.input_ids for one in self.samples.encoded))
         for name, found in {"evaluation": self.eval, **self.also}.items():
             questions = Questions(self.tokenizer, found.examples, self.max_length)
+            check_vocabulary(self.tokenizer, vocabulary, questions.prompts)
             cut = questions.num_cut(questions.most_new_tokens())
             if cut:
                 self.warnings.append(

@@ -9,10 +9,11 @@ from typing import Any
 
 from gradpruner.errors import ConfigError, ModelError, PlanError
 from gradpruner.evaluation.costing.shapes import shape_folder, shape_names
+from gradpruner.models.checking import check_config
 from gradpruner.models.config_patch import check_keep, patch_config, text_config
 from gradpruner.models.families import find_family, generic_family
-from gradpruner.models.folder import check_config, check_model_folder, locate_model
-from gradpruner.models.loading import load_config, refuse_narrowed
+from gradpruner.models.folder import locate_model
+from gradpruner.models.loading import check_loadable, load_config, refuse_narrowed
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.registry import suggest
@@ -74,9 +75,10 @@ def find_subject(model: str | Path, *, random: bool = False) -> Subject:
     has_weights = any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
     random = random or not has_weights
     # Code that comes with a model is never run here; quantised weights cannot be trained or cast.
-    (check_config if random else check_model_folder)(folder, True)
+    check_config(folder, True)
     refuse_narrowed(folder)
-    config = text_config(load_config(folder, native=True, weights=not random))
+    whole = load_config(folder, native=True, weights=False) if random else check_loadable(folder)
+    config = text_config(whole)
     if not getattr(config, "num_hidden_layers", None):
         raise ModelError(
             f"{folder / 'config.json'} does not say how many layers its decoder has.",
