@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+_ADAPTERS: dict[Any, Any] = {}
 # No file of ours comes near; a larger one is not ours and would only fill the memory.
 JSON_LIMIT = 512 * 2**20
 MAX_DEPTH = 64
@@ -80,6 +81,17 @@ def _hold(descriptor: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def is_held(descriptor: int) -> bool:
+    """Whether somebody else holds an open file; if not, it is held from now on, until it is closed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks cannot say
+        return False
+    return False
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -375,8 +387,11 @@ def typed(value: Any, shape: type[T], fault: str) -> T:
         unknown = sorted(value.keys() - {entry.name for entry in fields(shape)})
         if unknown:
             raise IntegrityError(f"{fault}: unknown field {shown(unknown[0])}.")
+    if shape not in _ADAPTERS:
+        _ADAPTERS[shape] = TypeAdapter(shape)
     try:
-        return TypeAdapter(shape).validate_json(json.dumps(value), strict=True)
+        found: T = _ADAPTERS[shape].validate_json(json.dumps(value), strict=True)
+        return found
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, IntegrityError
-from gradpruner.files import read_json, write_json
+from gradpruner.files import read_object, shown, write_json
 from gradpruner.gradients.trace import GradientTrace, trace_digest
 from gradpruner.registry import suggest
 
@@ -45,7 +45,7 @@ class LayerScores:
 
     def __post_init__(self) -> None:
         if not self.values or not all(map(math.isfinite, self.values)):
-            raise IntegrityError(f"The scores of method '{self.method}' are not all finite numbers.")
+            raise IntegrityError(f"The scores of method {shown(self.method)} are not all finite numbers.")
 
     @property
     def num_layers(self) -> int:
@@ -71,14 +71,10 @@ class LayerScores:
         Raises:
             IntegrityError: If the file is missing or is not a score file.
         """
-        raw = read_json(Path(path), "score file")
-        try:
-            raw["stability"] = tuple((int(s), float(o)) for s, o in raw.get("stability", ()))
-            for key in ("values", "low", "high"):
-                raw[key] = tuple(float(v) for v in raw.get(key, ()))
-            return cls(**raw)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise IntegrityError(f"{path} is not a score file: {error}.") from error
+        found = read_object(Path(path), "score file", cls)
+        if any(len(ends) not in (0, found.num_layers) for ends in (found.low, found.high)):
+            raise IntegrityError(f"{path} is not a score file: an interval per layer is needed, or none.")
+        return found
 
 
 def default_num_prune(num_layers: int, fraction: float = 0.4) -> int:

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradpruner.errors import IntegrityError, PlanError, ShapeError
-from gradpruner.files import read_json, save_tensors, write_json
+from gradpruner.files import read_json, save_tensors, typed, write_json
 from gradpruner.gradients.gates import Gates
 from gradpruner.gradients.importance import Factors
 
@@ -317,13 +317,13 @@ class GradientTrace:
             version = raw.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
-            linears = tuple(LinearRef(**ref) for ref in raw.pop("linears"))
-            for key in ("losses", "learning_rates", "notes"):
-                raw[key] = tuple(raw[key])
+            info = typed(raw, TraceInfo, str(folder / TRACE_FILE))
+            if not info.linears or min(_least(ref) for ref in info.linears) < 1:
+                raise ValueError("a linear without rows, columns, rank or a layer, or none at all")
             with safe_open(folder / ENERGIES_FILE, framework="pt") as file:
                 energies_SK = file.get_tensor("energies")
             gates = _load_gates(folder / GATES_FILE)
-            trace = cls(TraceInfo(linears=linears, **raw), energies_SK, folder, gates=gates)
+            trace = cls(info, energies_SK, folder, gates=gates)
         except Exception as error:  # whatever a damaged or foreign file leads to
             raise IntegrityError(
                 f"{folder} does not hold a usable gradient trace: {error}.", hint="Record again."
@@ -341,6 +341,10 @@ class GradientTrace:
         if self.folder is None:
             return 0
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def _least(ref: LinearRef) -> int:
+    return min(ref.layer + 1, ref.out_features, ref.in_features, ref.rank)
 
 
 def _load_gates(path: Path) -> Gates | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ConfigError, PlanError
-from gradpruner.files import read_json, write_json
+from gradpruner.files import check_json, read_json, shown, write_json
 from gradpruner.gradients.trace import same_model
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
 from gradpruner.registry import suggest
@@ -19,6 +19,7 @@ from gradpruner.registry import suggest
 ACTIONS = ("keep", "drop", "merge")
 MIN_KEPT = 2
 FORMAT_VERSION = 1
+METHOD_LIMIT = 200  # characters
 _FIELDS = ("format_version", "num_layers", "actions", "rule", "density", "method", "evidence")
 
 
@@ -59,6 +60,7 @@ class PruningPlan:
     evidence: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_method(self.method)
         MERGE_RULES.find(self.rule)
         check_density(self.density)
         for layer, entry in enumerate(self.actions):
@@ -79,7 +81,7 @@ class PruningPlan:
     def _check_action(self, layer: int, entry: LayerAction) -> None:
         if entry.action not in ACTIONS:
             raise PlanError(
-                f"Layer {layer}: unknown action '{entry.action}'.{suggest(entry.action, ACTIONS)}",
+                f"Layer {layer}: unknown action {shown(entry.action)}.{suggest(entry.action, ACTIONS)}",
                 hint=f"Allowed: {', '.join(ACTIONS)}.",
             )
         if (entry.action == "merge") != (entry.into is not None):
@@ -192,15 +194,21 @@ class PruningPlan:
         actions = tuple(_read_action(entry, layer, where) for layer, entry in enumerate(entries))
         if raw.get("num_layers", len(actions)) != len(actions):
             raise PlanError(
-                f"{where}: num_layers is {raw['num_layers']} but {len(actions)} actions are listed."
+                f"{where}: num_layers is {shown(raw['num_layers'])} but {len(actions)} actions are listed."
             )
         density = raw.get("density", 0.2)
         if not isinstance(density, int | float) or isinstance(density, bool) or not -1e9 < density < 1e9:
-            raise PlanError(f"{where}: density is {density!r}; a number is needed.")
+            raise PlanError(f"{where}: density is {shown(density)}; a number is needed.")
         evidence = raw.get("evidence", {})
         if not isinstance(evidence, dict):
-            raise PlanError(f"{where}: evidence is {evidence!r}; a JSON object is needed.")
-        rule, method = str(raw.get("rule", "sum")), str(raw.get("method", "explicit"))
+            raise PlanError(f"{where}: evidence is {shown(evidence)}; a JSON object is needed.")
+        rule, method = raw.get("rule", "sum"), raw.get("method", "explicit")
+        if not isinstance(rule, str) or not rule.isprintable() or len(rule) > METHOD_LIMIT:
+            raise PlanError(f"{where}: rule is {shown(rule)}; the name of a rule is needed.")
+        try:
+            check_json(evidence)
+        except ValueError as error:
+            raise PlanError(f"{where}: evidence: {error}.", hint="Evidence is JSON values.") from error
         try:
             return cls(actions, rule, float(density), method, evidence)
         except ConfigError as error:
@@ -238,11 +246,20 @@ def check_fields(raw: dict[str, Any], known: Sequence[str], where: str) -> None:
     for key in raw:
         if key not in known:
             raise PlanError(
-                f"{where}: unknown field '{key}'.{suggest(key, known)}",
+                f"{where}: unknown field {shown(key)}.{suggest(key, known)}",
                 hint=f"Allowed: {', '.join(known)}.",
             )
     if raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise PlanError(f"{where}: format_version {raw['format_version']!r} is not {FORMAT_VERSION}.")
+        raise PlanError(f"{where}: format_version {shown(raw['format_version'])} is not {FORMAT_VERSION}.")
+
+
+def check_method(method: Any) -> None:
+    """Raises PlanError unless the name of a method is one line of text that can stand in a model card."""
+    if not isinstance(method, str) or not 0 < len(method) <= METHOD_LIMIT or not method.isprintable():
+        raise PlanError(
+            f"The method of the plan is {shown(method)}; a name is needed.",
+            hint=f"One line of text, 1 to {METHOD_LIMIT} characters.",
+        )
 
 
 def check_origin(evidence: dict[str, Any], fingerprint: str) -> None:
@@ -250,7 +267,7 @@ def check_origin(evidence: dict[str, Any], fingerprint: str) -> None:
     planned = evidence.get("model")
     if planned and fingerprint and not same_model(str(planned), fingerprint):
         raise PlanError(
-            f"The plan was made from model {planned}; this is {fingerprint}.",
+            f"The plan was made from model {shown(str(planned))[1:-1]}; this is {fingerprint}.",
             hint="Make a plan on this model.",
         )
 
@@ -258,19 +275,20 @@ def check_origin(evidence: dict[str, Any], fingerprint: str) -> None:
 def _read_action(entry: Any, layer: int, where: str) -> LayerAction:
     if not isinstance(entry, dict) or entry.get("layer", layer) != layer:
         raise PlanError(
-            f"{where}: entry {layer} of 'actions' is {entry!r}; the entry of layer {layer} is needed.",
+            f"{where}: entry {layer} of 'actions' is {shown(entry)}; the entry of layer {layer} is needed.",
             hint="List every layer once, in order.",
         )
     for key in entry:
         if key not in ("layer", "action", "into"):
             raise PlanError(
-                f"{where}: layer {layer}: unknown field '{key}'.{suggest(key, ('action', 'into'))}",
+                f"{where}: layer {layer}: unknown field {shown(key)}.{suggest(key, ('action', 'into'))}",
                 hint="Allowed: layer, action, into.",
             )
     into = entry.get("into")
     if into is not None and (isinstance(into, bool) or not isinstance(into, int)):
-        raise PlanError(f"{where}: layer {layer}: into is {into!r}; a layer number is needed.")
-    return LayerAction(str(entry.get("action")), into)
+        raise PlanError(f"{where}: layer {layer}: into is {shown(into)}; a layer number is needed.")
+    action = entry.get("action")
+    return LayerAction(action if isinstance(action, str) else shown(action), into)
 
 
 def checked_layers(layers: Sequence[int], total: int, name: str) -> list[int]:

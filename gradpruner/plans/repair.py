@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, IntegrityError, PlanError, ShapeError
-from gradpruner.files import read_json, save_tensors, write_json
+from gradpruner.files import read_json, save_tensors, typed, write_json
 from gradpruner.gradients.trace import same_model
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.registry import suggest
@@ -58,6 +58,20 @@ class RepairedCut:
     ridge: float | None
     error_before: float
     error_after: float
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What stands in the JSON file of a `Repair`: all of it but the weights."""
+
+    kind: str
+    pruned: tuple[int, ...]
+    cuts: tuple[RepairedCut, ...]
+    model: str
+    rows: int
+    tokens: int
+    seconds: float
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -162,12 +176,12 @@ class Repair:
             version = raw.pop("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
-            cuts = tuple(RepairedCut(**{**cut, "gone": tuple(cut["gone"])}) for cut in raw.pop("cuts"))
+            record = typed(raw, _Record, str(folder / REPAIR_FILE))
+            cuts = record.cuts
             named = {f"{cut.layer}.{cut.linear}": cut.layer for cut in cuts if cut.ridge is not None}
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
                 weights = {named[name]: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            raw["pruned"], raw["notes"] = tuple(raw["pruned"]), tuple(raw["notes"])
-            repair = cls(cuts=cuts, weights=weights, **raw)
+            repair = cls(weights=weights, **vars(record))
         except (
             OSError,
             SafetensorError,

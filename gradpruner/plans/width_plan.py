@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import PlanError
-from gradpruner.files import read_json, write_json
-from gradpruner.plans.layer_plan import FORMAT_VERSION, check_fields, check_origin, runs_of
+from gradpruner.files import check_json, read_json, shown, write_json
+from gradpruner.plans.layer_plan import FORMAT_VERSION, check_fields, check_method, check_origin, runs_of
 
 KIND = "width"
 _FIELDS = ("format_version", "kind", "shape", "layers", "hidden", "method", "evidence")
@@ -45,7 +45,9 @@ class WidthShape:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlanError(f"shape.{entry.name} is {value!r}; a whole number of 1 or more is needed.")
+                raise PlanError(
+                    f"shape.{entry.name} is {shown(value)}; a whole number of 1 or more is needed."
+                )
         if self.num_heads % self.num_kv_heads:
             raise PlanError(
                 f"{self.num_heads} query heads cannot be shared out evenly to {self.num_kv_heads} KV heads."
@@ -99,6 +101,7 @@ class WidthPlan:
 
     def __post_init__(self) -> None:
         shape = self.shape
+        check_method(self.method)
         if len(self.layers) != shape.num_layers:
             raise PlanError(f"The plan has {len(self.layers)} layers; its shape says {shape.num_layers}.")
         _check_kept(self.hidden, shape.hidden_size, "hidden")
@@ -202,13 +205,17 @@ class WidthPlan:
         if not isinstance(evidence, dict) or not isinstance(entries, list):
             raise PlanError(f"{where}: 'layers' must be a list and 'evidence' an object.")
         try:
+            check_json(evidence)
+        except ValueError as error:
+            raise PlanError(f"{where}: evidence: {error}.", hint="Evidence is JSON values.") from error
+        try:
             shape = WidthShape(**raw["shape"])
         except (TypeError, KeyError) as error:
             names = ", ".join(entry.name for entry in fields(WidthShape))
             raise PlanError(f"{where}: 'shape' needs exactly {names}.") from error
         layers = tuple(_read_layer(entry, layer, where) for layer, entry in enumerate(entries))
         hidden = _read_runs(raw.get("hidden"), f"{where}: hidden")
-        return cls(shape, layers, hidden, str(raw.get("method", "explicit")), evidence)
+        return cls(shape, layers, hidden, raw.get("method", "explicit"), evidence)
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON."""
@@ -241,7 +248,7 @@ def _read_layer(entry: Any, layer: int, where: str) -> LayerWidths:
     known = {"layer", "heads", "channels"}
     if not isinstance(entry, dict) or entry.get("layer", layer) != layer or not entry.keys() <= known:
         raise PlanError(
-            f"{where}: entry {layer} of 'layers' is {entry!r}; layer, heads and channels of layer "
+            f"{where}: entry {layer} of 'layers' is {shown(entry)}; layer, heads and channels of layer "
             f"{layer} are needed.",
             hint="List every layer once, in order.",
         )
@@ -255,8 +262,9 @@ def _read_runs(text: Any, where: str) -> tuple[int, ...]:
     try:
         parts = [part.strip().partition("-") for part in str(text).split(",")]
         ranges = [range(int(low), int(high or low) + 1) for low, _, high in parts]
-    except ValueError as error:
-        raise PlanError(f"{where} is {text!r}; numbers and runs such as '0-5, 7' are needed.") from error
-    if sum(map(len, ranges)) > 10_000_000:
-        raise PlanError(f"{where}: {text!r} is longer than any model is wide.")
+        total = sum(map(len, ranges))
+    except (ValueError, OverflowError) as error:
+        raise PlanError(f"{where} is {shown(text)}; numbers and runs such as '0-5, 7' are needed.") from error
+    if total > 10_000_000:
+        raise PlanError(f"{where}: {shown(text)} is longer than any model is wide.")
     return tuple(number for one in ranges for number in one)
