@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -32,7 +33,7 @@ from gradpruner.cli.options import (
     TaskOption,
     TrustOption,
 )
-from gradpruner.errors import ConfigError, GradPrunerError
+from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -242,10 +243,10 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Render report.html again from run.json."""
-    from gradpruner.files import read_json
     from gradpruner.reports import markdown_table, print_summary, render_html
+    from gradpruner.reports.reading import read_record
 
-    record = read_json(run_directory / "run.json", "run record")
+    record = read_record(run_directory / "run.json", "run record")
     path = render_html(record, run_directory / "report.html")
     if as_json:
         typer.echo(json.dumps({"report": str(path)}))
@@ -377,6 +378,22 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # a path somebody gave; what we write ourselves has its own messages
+        if error.filename is None:
+            raise
+        ours = _unusable(error)
+        _complain(ours)
+        sys.exit(ours.exit_code)
+
+
+def _unusable(error: OSError) -> GradPrunerError:
+    """A file or folder that the system refuses, in words."""
+    from gradpruner.files import shown
+
+    message = f"{shown(str(error.filename), 200)} cannot be used: {error.strerror}."
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return ConfigError(message, hint="Give another path; every part of it may have 255 bytes.")
+    return ResourceError(message, hint="Is the path right, and may it be read and written?")
 
 
 def _stop(number: int, frame: object) -> NoReturn:
@@ -388,11 +405,16 @@ def _stop(number: int, frame: object) -> NoReturn:
 def _complain(error: GradPrunerError) -> None:
     from rich.console import Console
 
+    def printable(text: str) -> str:  # bytes of a path that are no UTF-8 must not cost the user the message
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
     out = Console(stderr=True)
     out.print("[bold red]error:[/bold red]", end=" ")
-    out.print(error.message, markup=False, highlight=False, soft_wrap=True)
+    out.print(printable(error.message), markup=False, highlight=False, soft_wrap=True)
     if error.hint:
-        out.print(error.hint.lstrip("\n"), markup=False, highlight=False, soft_wrap=True, style="dim")
+        out.print(
+            printable(error.hint.lstrip("\n")), markup=False, highlight=False, soft_wrap=True, style="dim"
+        )
 
 
 if __name__ == "__main__":

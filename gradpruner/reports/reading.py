@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from gradpruner.errors import IntegrityError
+from gradpruner.files import read_json, shown
 from gradpruner.reports.formats import number, text
 
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised")
@@ -152,6 +155,18 @@ def count(value: Any) -> int | None:
     """Returns a whole number, or None."""
     finite = number(value)
     return None if finite is None else round(finite)
+
+
+def read_record(path: Path, kind: str) -> dict[str, Any]:
+    """Reads run.json or study.json. What is in it is looked at value by value by whoever shows it.
+
+    Raises:
+        IntegrityError: If it is missing, no JSON, or no object.
+    """
+    found = read_json(path, kind)
+    if not isinstance(found, dict):
+        raise IntegrityError(f"{path} is not a readable {kind}: it is {shown(found)}, not an object.")
+    return found
 
 
 def read_run(run: dict[str, Any]) -> RunView:

@@ -366,6 +366,7 @@ def exact_of(value: Any, unit: str = "") -> str:
 
 def markdown_cell(cell: str) -> str:
     """Escapes what would end the cell or start markup."""
+    cell = " ".join(cell.splitlines())
     for character in ("\\", "|", "*", "_", "`", "<", "["):
         # An interval such as "[80.1, 86.3]" is no link, since no "(" follows it.
         if character != "[" or "](" in cell:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradpruner.reports.formats import text, whole
+from gradpruner.reports.formats import number, text, whole
 from gradpruner.reports.reading import Plan, RunView, mapping, read_run, sequence
 from gradpruner.reports.tables import Table, savings_tables, summary_table
 from gradpruner.reports.verdict import judge
@@ -82,13 +82,14 @@ def _print_decisions(view: RunView, console: Console) -> bool:
         console.print(rich_table(table, console))
     facts = mapping(view.run, "trace")
     if facts and not view.plans:
-        say(console, f"{facts.get('num_steps')} steps recorded, {facts.get('effective_steps')} with energy.")
+        steps, effective = whole(facts.get("num_steps")), whole(facts.get("effective_steps"))
+        say(console, f"{steps} steps recorded, {effective} with energy.")
     return bool(facts or view.plans or mapping(view.run, "scores"))
 
 
 def _print_scores(name: str, values: list[Any], console: Console) -> None:
     """One line per layer, least important first; the bar is the share of the highest score."""
-    numbers = [float(value) for value in values]
+    numbers = [number(value) or 0.0 for value in values]
     highest = max(numbers, default=0.0)
     table = RichTable("layer", "score", "of the highest", title=f"Scores: {name}", title_justify="left")
     for layer in sorted(range(len(numbers)), key=lambda i: (numbers[i], i)):
