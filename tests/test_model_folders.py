@@ -234,7 +234,7 @@ def test_null_rotary_fields_are_filled_for_older_readers(llama):
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         {"compression_config": {"quant_method": "compressed-tensors"}},
         {"quantization": {"group_size": 64, "bits": 4}},
-        {"decoder": {"quantization_config": {"quant_method": "awq"}}},
+        {"inner": {"quantization_config": {"quant_method": "awq"}}},
     ],
 )
 def test_quantised_anywhere_in_the_config(llama, changes):
@@ -258,9 +258,9 @@ def test_quantised_by_its_tensors_or_by_a_file_beside_them(llama):
 
 def test_quantised_sections_are_renumbered_wherever_they_are(llama):
     section = {"quant_method": "awq", "modules_to_not_convert": ["model.layers.2.mlp", "model.layers.3.mlp"]}
-    edit(llama, decoder={"quantization_config": section})
+    edit(llama, inner={"quantization_config": section})
     patched = Blueprint(llama, PruningPlan.from_keep(4, [0, 1, 3])).new_config()
-    assert quantised_parts(patched)["decoder.quantization_config"]["modules_to_not_convert"] == [
+    assert quantised_parts(patched)["inner.quantization_config"]["modules_to_not_convert"] == [
         "model.layers.2.mlp"
     ]
 
@@ -424,7 +424,6 @@ def test_dry_runs_look_at_the_tensors(llama, tmp_path, call, fault):
         ("shrink", llama, *data),
         ("evaluate", llama, "--eval-data", rows),
         ("prune", llama, tmp_path / "pruned", "--drop", "2"),
-        ("cost", llama, "--num-prune", "1", "--tokens", "8", "--new-tokens", "8"),
     ):
         code, _, said = call(*command, "--dry-run")
         part = "mlp.extra" if fault == "left over" else "mlp.up_proj"
