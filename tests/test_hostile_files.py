@@ -275,7 +275,7 @@ def test_recipe_values_of_any_kind(tmp_path):
             load_recipe(tmp_path / "r.yaml")
 
 
-@pytest.mark.parametrize("method", ["x\n# Title", "", "x" * 300, 5, None, ["x"], "\x1b[31m"])
+@pytest.mark.parametrize("method", ["x\n# Title", "x" * 300, 5, None, ["x"], "\x1b[31m"])
 def test_a_method_is_one_line_of_text(method):
     with pytest.raises(PlanError, match="a name is needed"):
         PruningPlan.from_dict(plan().to_dict() | {"method": method})

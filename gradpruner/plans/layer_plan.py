@@ -255,10 +255,10 @@ def check_fields(raw: dict[str, Any], known: Sequence[str], where: str) -> None:
 
 def check_method(method: Any) -> None:
     """Raises PlanError unless the name of a method is one line of text that can stand in a model card."""
-    if not isinstance(method, str) or not 0 < len(method) <= METHOD_LIMIT or not method.isprintable():
+    if not isinstance(method, str) or len(method) > METHOD_LIMIT or not method.isprintable():
         raise PlanError(
             f"The method of the plan is {shown(method)}; a name is needed.",
-            hint=f"One line of text, 1 to {METHOD_LIMIT} characters.",
+            hint=f"One line of text, at most {METHOD_LIMIT} characters.",
         )
 
 
