@@ -1,5 +1,6 @@
 """What was answered is kept line by line, taken up again, and compared pair by pair."""
 
+import fcntl
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from builders import make_llama, make_tokenizer
 
 from gradpruner.data.examples import Example
+from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.evaluation.outputs import Output, paired_intervals, read_examples, values_of
 from gradpruner.evaluation.quality import evaluate
 
@@ -151,3 +153,18 @@ def test_text_metrics_look_at_the_greedy_answer(model, tokenizer, monkeypatch):
     assert found.details["bert_score"] == {"encoder": "none"}
     assert found.details["rouge_l"].startswith("rouge-score 0.")
     assert found.outputs[0].correct is None  # was not asked for
+
+
+def test_a_journal_has_one_writer_and_is_no_link(model, tokenizer, tmp_path):
+    settings = {"batch_size": 2, "max_length": 64, "max_new_tokens": 3}
+    journal = tmp_path / "examples.jsonl.part"
+    with journal.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="written by another process"):
+            evaluate(model, tokenizer, EXAMPLES, journal=journal, **settings)
+    (tmp_path / "thesis.txt").write_text("precious")
+    journal.unlink()
+    journal.symlink_to(tmp_path / "thesis.txt")
+    with pytest.raises(IntegrityError, match="nothing is written through it"):
+        evaluate(model, tokenizer, EXAMPLES, journal=journal, **settings)
+    assert (tmp_path / "thesis.txt").read_text() == "precious"

@@ -1,7 +1,9 @@
 import errno
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -145,6 +147,77 @@ def test_two_processes_cannot_share_a_run_directory(tmp_path):
             RunDirectory(tmp_path / "run").__enter__()
     with RunDirectory(tmp_path / "run"):
         pass
+
+
+def test_the_time_of_a_stage_that_is_gone_on_with_adds_up(tmp_path):
+    def slow(error=None):
+        time.sleep(0.05)
+        if error:
+            raise error
+        return {}
+
+    folder = tmp_path / "run"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), RunDirectory(folder) as directory:
+            directory.stage("work", 1, lambda: slow(KeyboardInterrupt()), ["out"], keep_partial=True)
+    with RunDirectory(folder) as directory:
+        directory.stage("work", 1, slow, ["out"], keep_partial=True)
+        directory.stage("other", 1, slow, ["out"])
+    stages = manifest(folder)["stages"]
+    assert stages["work"]["seconds"] >= 3 * 0.05 and stages["work"]["resumed"]
+    assert stages["other"]["seconds"] < stages["work"]["seconds"] and not stages["other"]["resumed"]
+
+
+def run_folder(folder):
+    with RunDirectory(folder) as directory:
+        directory.stage("work", 1, Work(folder, "out/a.txt"), ["out"])
+    return folder
+
+
+@pytest.mark.parametrize("where", [".lock", "out/a.txt", "out", "deep"])
+def test_nothing_is_written_through_a_link_that_came_with_a_run_folder(tmp_path, where):
+    run, outside = run_folder(tmp_path / "run"), tmp_path / "mine"
+    outside.mkdir()
+    (outside / "thesis.txt").write_text("precious")
+    link = run / where
+    if link.is_dir():
+        link.rename(tmp_path / "moved")
+    link.unlink(missing_ok=True)
+    link.symlink_to(outside / "thesis.txt" if link.suffix or where == ".lock" else outside)
+    with pytest.raises(IntegrityError, match="nothing is written through it") as caught:
+        RunDirectory(run).__enter__()
+    assert str(link) in str(caught.value)
+    assert (outside / "thesis.txt").read_text() == "precious" and len(list(outside.iterdir())) == 1
+
+
+def test_a_lock_that_is_another_name_of_a_file_is_not_emptied(tmp_path):
+    run, victim = run_folder(tmp_path / "run"), tmp_path / "thesis.txt"
+    victim.write_text("precious")
+    (run / ".lock").unlink()
+    os.link(victim, run / ".lock")
+    with pytest.raises(IntegrityError, match="second name of another file"):
+        RunDirectory(run).__enter__()
+    assert victim.read_text() == "precious"
+
+
+def test_what_killed_writers_left_in_a_run_folder_is_swept(tmp_path):
+    run = run_folder(tmp_path / "run")
+    (run / ".manifest.json.0123456789abcdef.part").write_text("{")
+    (run / "out" / ".model.0123456789abcdef.part").mkdir()
+    (run / "out" / "examples.jsonl.part").write_text("a journal")
+    with RunDirectory(run):
+        pass
+    assert sorted(p.name for p in run.rglob("*.part")) == ["examples.jsonl.part"]
+
+
+@pytest.mark.parametrize("relative", ["../x", "/etc/hostname", "a\0b", "x" * 300])
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path, relative):
+    run = run_folder(tmp_path / "run")
+    found = manifest(run)
+    found["stages"]["work"]["files"] = {relative: {"bytes": 1}}
+    (run / MANIFEST).write_text(json.dumps(found))
+    with pytest.raises(IntegrityError, match="which is not in the folder"):
+        RunDirectory(run).__enter__()
 
 
 @pytest.mark.parametrize(

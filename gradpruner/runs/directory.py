@@ -25,6 +25,7 @@ from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, Reso
 from gradpruner.files import (
     is_write_failure,
     open_private,
+    path_fault,
     read_json,
     refuse_links,
     shown,
@@ -176,7 +177,7 @@ class RunDirectory:
             outputs: Files or folders it writes, relative to the run directory. What stands there from
                 other inputs is removed first.
             keep_partial: Leave such files to `work` (checkpoints it can go on from) when the inputs
-                are those of an interrupted attempt.
+                are those of an interrupted attempt; its time is then part of the stage's.
 
         Returns:
             The result.
@@ -191,11 +192,16 @@ class RunDirectory:
         resumable = keep_partial and earlier.get("inputs") == fingerprint
         if not resumable or earlier.get("state") == "done":
             self.remove(outputs)
+            resumable = False
+        # A killed start could not say how long it took: its seconds are missing, and "resumed" says so.
+        before = float(earlier.get("seconds", 0.0)) if resumable else 0.0
         self.stages[name] = {
             "state": "running",
             "inputs": fingerprint,
             "versions": self._versions,
             "files": {},
+            "seconds": before,
+            "resumed": resumable,
         }
         self.save()
         started = time.perf_counter()
@@ -205,13 +211,14 @@ class RunDirectory:
                 result = work()
         except BaseException as error:
             ours = _as_ours(error, self.path)
+            self.stages[name]["seconds"] = before + time.perf_counter() - started
             self._note_failure(name, ours, interrupted=_is_interrupt(error))
             if ours is error:
                 raise
             raise ours from error
         self.stages[name].update(
             state="done",
-            seconds=time.perf_counter() - started,
+            seconds=before + time.perf_counter() - started,
             peak_memory_bytes=memory.peak_bytes,
             result=result,
             files={relative: self._describe(relative) for relative in self._files(outputs)},
@@ -257,10 +264,14 @@ def _stage_fault(name: str, entry: Any) -> str | None:
         return f"stage {shown(name)}: state is {shown(state)}; one of {', '.join(STATES)} is needed"
     if state == "done" and not isinstance(entry.get("result"), dict):
         return f"stage {shown(name)}: result is {shown(entry.get('result'))}; an object is needed"
+    seconds = entry.get("seconds", 0.0)
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or seconds < 0:
+        return f"stage {shown(name)}: seconds is {shown(seconds)}; a number of at least 0 is needed"
     if not isinstance(files, dict):
         return f"stage {shown(name)}: files is {shown(files)}; an object is needed"
     for relative, seen in files.items():
-        if ".." in Path(relative).parts or Path(relative).is_absolute() or "\0" in relative:
+        path = Path(relative)
+        if ".." in path.parts or path.is_absolute() or path_fault(path) is not None:
             return f"stage {shown(name)} names the file {shown(relative)}, which is not in the folder"
         if not isinstance(seen, dict) or type(seen.get("bytes")) is not int:
             return f"stage {shown(name)}: the file {shown(relative)} has no size"
