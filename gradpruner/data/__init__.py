@@ -7,6 +7,7 @@ shapes    a row as an example: prompt, answer, choices, turns
 examples  the usable rows of a file as examples
 chat      conversations through a chat template, and what a template must do
 encoding  examples as token ids and labels
+vocabulary  whether a tokenizer belongs to a model
 numbers   the number a worked answer ends with
 tasks     named tasks, one file each
 """

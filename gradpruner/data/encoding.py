@@ -9,7 +9,7 @@ into the same two kinds of piece. Labels are `IGNORED` on every prompt token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gradpruner.data.chat import conversation_ids, text_ids
-from gradpruner.data.examples import Example
+from gradpruner.data.examples import Example, ExampleSet
 from gradpruner.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -194,6 +194,38 @@ def encode_all(
             hint=f"Raise --max-length (now {max_length}) or shorten the texts.",
         )
     return encoded
+
+
+def usable(
+    tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, *, skip_bad: bool
+) -> ExampleSet:
+    """Returns the examples that can be rendered and have something to learn; the others are counted as dropped.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        found: Rows to learn from or to be asked.
+        max_length: In tokens, >= 2.
+        skip_bad: Whether bad rows are dropped; else `found` comes back as it is.
+
+    Raises:
+        DataError: If none is left.
+    """
+    if not skip_bad:
+        return found
+    kept, faults = [], []
+    for example in found.examples:
+        try:
+            encode_all(tokenizer, [example], max_length)
+            kept.append(example)
+        except DataError as error:
+            faults.append(error)
+    if not faults:
+        return found
+    if not kept:
+        raise faults[0]
+    note = f"{found.source}: dropped {len(faults)} rows that cannot be tokenised, first: {faults[0].args[0]}"
+    dropped = found.num_dropped + len(faults)
+    return replace(found, examples=tuple(kept), num_dropped=dropped, notes=(*found.notes, note))
 
 
 def preview(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[str, bool]]:
