@@ -199,7 +199,7 @@ def encode_all(
 def usable(
     tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, *, skip_bad: bool
 ) -> ExampleSet:
-    """Returns the examples that can be rendered and have something to learn; the others are counted as dropped.
+    """Returns the examples that can be rendered and learned from; the others count as dropped.
 
     Args:
         tokenizer: Any Hugging Face tokenizer.

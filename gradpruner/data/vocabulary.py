@@ -29,7 +29,7 @@ def check_vocabulary(tokenizer: Any, vocabulary: int, ids: Iterable[Sequence[int
     if beyond:
         token = tokenizer.convert_ids_to_tokens(beyond[0])
         raise ModelError(
-            f"The data hold {len(beyond)} token ids beyond the model's embedding of {vocabulary} rows (first: "
+            f"The data hold {len(beyond)} token ids beyond the model's embedding of {vocabulary} rows ("
             f"{beyond[0]}, {token!r}).",
             hint=hint,
         )
