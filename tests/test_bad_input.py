@@ -191,7 +191,7 @@ def test_27_a_disk_that_fills_up(project, refuse, monkeypatch):
     make_durable = files.make_durable
 
     def full(path):
-        if "step-00003" in path.name:
+        if "step-00003" in str(path):
             raise OSError(28, "No space left on device")
         make_durable(path)
 

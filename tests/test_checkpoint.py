@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, ResourceError
 from gradpruner.models import folder as folder_module
 from gradpruner.models.checking import check_model_folder
-from gradpruner.models.folder import locate_model
 from gradpruner.models.dtypes import stored_dtype
+from gradpruner.models.folder import locate_model
 from gradpruner.models.loading import (
     load_adapter,
     load_config,

@@ -141,7 +141,7 @@ def overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> int:
 
 def _split_sample_suffix(source: str, limit: int | None) -> tuple[str, int | None]:
     """Separates "path#N" into path and N, unless a file is really called that."""
-    match = re.fullmatch(r"(.+)#(\d+)", source)
+    match = re.fullmatch(r"(.+)#(\d{1,15})", source)
     if not match or Path(source).expanduser().exists():
         return source, limit
     count = int(match[2])

@@ -43,6 +43,8 @@ def build_on_meta(config: Any) -> nn.Module:
         with torch.device("meta"):
             if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING:
                 return cast(nn.Module, AutoModelForCausalLM.from_config(text))
+            if not hasattr(text, "vocab_size"):
+                raise ValueError("it has no vocabulary, so it predicts no tokens")
             return _Decoder(text)
     except ValueError as error:
         raise ModelError(
