@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import transformers as T
+from builders import VOCABULARY, make_llama, make_rows, make_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
 
 from gradpruner.errors import GradPrunerError, IntegrityError, ModelError
@@ -18,7 +19,6 @@ from gradpruner.models.sizes import build_on_meta, count_parameters, savings
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.on_disk import prune_checkpoint
-from tests.builders import VOCABULARY, make_llama, make_rows, make_tokenizer, write_rows
 
 TEXT = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
@@ -484,3 +484,19 @@ def test_every_parameter_keeps_its_own_dtype(tmp_path):
     assert kinds["model.layers.0.self_attn.q_proj.weight"] == torch.float32
     assert kinds["model.layers.0.mlp.up_proj.weight"] == torch.bfloat16
     assert kinds["model.layers.2.mlp.up_proj.weight"] == torch.bfloat16  # the narrowest of its kind
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("architectures", 5, "a list of class names is needed"),
+        ("architectures", ["LlamaForCausalLM", None], "a list of class names is needed"),
+        ("text_config", {"x": 1}, "holds a text_config that models of type 'llama' do not have"),
+    ],
+)
+def test_fields_of_another_kind_are_refused_by_name(tmp_path, field, value, said):
+    make_llama().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(ModelError, match=said):
+        load_config(tmp_path, native=True)

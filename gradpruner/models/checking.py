@@ -61,6 +61,12 @@ def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool 
     config = read_raw_config(check_inside(folder, path))
     refuse_foreign_code(path, config)
     refuse_absurd_sizes(path, config)
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ModelError(
+            f"{path}: architectures is {names!r}; a list of class names is needed.",
+            hint="Take the config.json from where the weights came from.",
+        )
     if wants_code(config) and not trust_remote_code:
         raise ModelError(
             f"{path} asks for remote code (auto_map), and transformers itself knows no model type "

@@ -99,6 +99,12 @@ def _read_config(folder: Path, trust_remote_code: bool = False) -> Any:
                 "what is known to work.",
             ) from error
         raise ModelError(f"transformers rejects {folder / 'config.json'}: {error}") from error
+    if isinstance(text_config(config), dict):
+        raise ModelError(
+            f"{folder / 'config.json'} holds a text_config that models of type '{config.model_type}' do "
+            "not have.",
+            hint="Does this config.json belong to the model? Take it from where the weights came from.",
+        )
     for part in parts_of(config):
         if str(getattr(part, "_attn_implementation", None)).removeprefix("paged|").startswith("flash"):
             part._attn_implementation = None

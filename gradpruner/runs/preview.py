@@ -94,7 +94,7 @@ def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) ->
             # Brackets too, so that the mask also shows where colours do not.
             shown, style = (f"⟦{text}⟧", "bold green") if supervised else (text, "dim")
             line.append(shown, style=style)
-        console.print(line)
+        console.print(line, soft_wrap=True)  # as it is: a break of ours would look like one of the sample's
     console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
     for warning in facts["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
