@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from gradpruner.runs.recipe import Section, check_section, read_yaml
+from gradpruner.runs.recipe import check_section, read_yaml
+from gradpruner.runs.sections import Section
 
 
 class Sweep(Section):

@@ -1,0 +1,276 @@
+"""The sections of a recipe: every key with its default, its limits and what it means.
+
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model, and how it is loaded."""
+
+    path: str = Field(min_length=1)
+    """Folder of a Hugging Face model, or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype weights are loaded in; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
+    device: str = "auto"
+    """"auto" (a GPU when there is one), "cpu", "cuda"."""
+    attn_implementation: str | None = None
+    """"sdpa", "eager", "flash_attention_2"; null leaves it to transformers."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the model."""
+
+
+class DataSection(Section):
+    """The downstream task: files of your own, or a named task."""
+
+    train: str | None = None
+    """File, folder or hub dataset to fine-tune on; "path#N" samples N rows. JSONL, JSON, CSV, parquet."""
+    eval: str | None = None
+    """The same, to evaluate on."""
+    task: str | None = None
+    """A named task (`gradpruner ls tasks`) instead of files."""
+    folder: str | None = None
+    """Local folder with the named task's splits; null reads the hub dataset."""
+    format: Literal["auto", "prompt_completion", "alpaca", "sharegpt", "messages"] = "auto"
+    """Row format; auto looks at the first rows."""
+    train_limit: int | None = Field(default=None, ge=1)
+    """Use this many randomly chosen training rows; null: all, or the paper's number for a named task."""
+    eval_limit: int | None = Field(default=None, ge=1)
+    """Evaluate on this many randomly chosen rows."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Ask a named task through the tokenizer's chat template; auto: where it has one."""
+    validation: str | None = None
+    """Rows on which choices are made (plan.max_loss); null holds them out of the training rows."""
+    validation_limit: int = Field(default=500, ge=1)
+    """Validation rows at most; held out, they are at most a fifth of the training rows."""
+    max_length: int = Field(default=2048, ge=2)
+    """Tokens per sample; longer prompts are cut from the left."""
+    skip_bad: bool = False
+    """Drop unusable rows (counted in the report) instead of stopping."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSection:
+        if self.task is None and (self.train is None or self.eval is None):
+            raise ValueError("give data.train and data.eval, or data.task")
+        if self.task is not None and (self.train is not None or self.eval is not None):
+            raise ValueError("data.task and data.train / data.eval exclude each other")
+        return self
+
+
+class RecordSection(Section):
+    """The first LoRA steps, whose gradients are recorded."""
+
+    steps: int | None = Field(default=None, ge=3)
+    """Optimizer steps; null: max(40, 1 % of the planned fine-tuning steps). The first two contribute
+    nothing: LoRA B is zero at step 1, and the learning rate is still zero there."""
+    batch_size: int = Field(default=4, ge=1)
+    """Samples per optimizer step."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate; constant after warm-up."""
+    adapter: Literal["lora", "rslora", "dora", "qlora"] = "lora"
+    """Kind of adapter."""
+    rank: int = Field(default=8, ge=1)
+    """LoRA r."""
+    alpha: float = Field(default=32, gt=0)
+    """LoRA alpha."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """LoRA dropout."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Gradient norm clipping before recording (as in the released code); null records raw gradients."""
+
+
+class ScoreSection(Section):
+    """How recorded energy becomes a score."""
+
+    norm: Literal["squared", "frobenius"] = "squared"
+    """squared: mean squared simulated gradient (paper). frobenius: sum of norms (released code)."""
+
+
+class PlanSection(Section):
+    """How many layers go, which may not, and how merged ones are combined."""
+
+    file: str | None = None
+    """Use this plan file (from `gradpruner plan`, perhaps edited) for merged and dropped."""
+    num_prune: int | None = Field(default=None, ge=0)
+    """Layers to prune. Give one budget only; without any, 40 % of the layers."""
+    layer_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of the layers to prune."""
+    parameter_fraction: float | None = Field(default=None, ge=0, lt=1)
+    """Fraction of all parameters to remove."""
+    layers: list[Annotated[int, Field(ge=0)]] | None = None
+    """Prune exactly these layers."""
+    max_loss: float | None = Field(default=None, gt=0, lt=1)
+    """Prune as many layers as lose at most this share of the dense model's score, certified on validation
+    rows before any recovery: 0.01 allows 1 %. Needs start: tuned or given."""
+    confidence: float = Field(default=0.9, gt=0.5, lt=1)
+    """Probability with which the loss is within max_loss."""
+    unit: Literal["parameters", "decoder_parameters"] = "parameters"
+    """What methods that prune no whole layers remove as much of as the layers hold: parameters of the whole
+    model, or without embeddings and head."""
+    num_merge: int = Field(default=3, ge=0)
+    """How many of the pruned layers, the best-scored, are merged instead of dropped."""
+    protect_first: int = Field(default=1, ge=0)
+    """Layers at the input never pruned; 1 by default, so that every merged layer has one before it."""
+    protect_last: int = Field(default=0, ge=0)
+    """Layers at the output never pruned."""
+    protect: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    """Further layers that are never pruned."""
+    portable_to: list[Literal["vllm", "sglang", "llama.cpp"]] = Field(default_factory=list)
+    """Engines that must serve the pruned model right: restricts which layers may go where an engine tells
+    their kind by counting (Gemma 2 and 3, gpt-oss, Cohere 2, Llama 4, SmolLM3 ...)."""
+    contiguous: bool = False
+    """Prune one block of neighbouring layers."""
+    target: Literal["preceding", "nearest"] = "preceding"
+    """Retained layer a merged one goes into."""
+    rule: Literal["sum", "mean", "fisher", "weighted_average", "norm_preserving"] = "sum"
+    """Combine rule (`gradpruner ls rules`)."""
+    density: float = Field(default=0.2, gt=0, le=1)
+    """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
+    repair: Literal["none", "linear", "least_squares"] = "none"
+    """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
+    hidden size (linear), or the linear itself (least_squares). Looks at training samples, at no labels."""
+    repair_rows: int = Field(default=512, ge=2)
+    """Training samples a repair is fitted on, at most."""
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PlanSection:
+        names = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are all budgets; give one")
+        if self.layers is not None and len(set(self.layers)) != len(self.layers):
+            raise ValueError("layers lists a layer more than once")
+        return self
+
+
+class FinetuneSection(Section):
+    """Fine-tuning of every variant, the same for all."""
+
+    mode: Literal["full", "lora"] = "full"
+    """full trains every weight; lora trains adapters."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate; 1e-5 suits full fine-tuning of 8 B models, smaller models need more."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples per forward pass and device."""
+    accumulation: int = Field(default=8, ge=1)
+    """Forward passes per optimizer step."""
+    epochs: float = Field(default=3.0, gt=0)
+    """Passes over the training data."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """AdamW weight decay."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Fraction of steps with rising learning rate."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradient clipping; 0 turns it off."""
+    schedule: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+        "inverse_sqrt",
+    ] = "linear"  # fmt: skip
+    """Learning-rate schedule after warm-up."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast precision; auto: bf16 on GPUs that have it, fp32 elsewhere."""
+    rank: int = Field(default=8, ge=1)
+    """LoRA r (mode lora)."""
+    alpha: float = Field(default=32, gt=0)
+    """LoRA alpha (mode lora)."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """LoRA dropout (mode lora)."""
+    merge_adapter: bool = True
+    """Add LoRA into the weights on save, so that the folder is a plain model."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, more time."""
+    batching: Literal["packed", "grouped", "padded"] = "packed"
+    """Layout of a batch: packed end to end where the model allows (else grouped), or padded to equal length,
+    grouped by it or not. All learn the same."""
+    compile: bool = False
+    """Compile the model with torch.compile: slower start, faster steps."""
+    liger: bool = False
+    """Liger's fused kernels (GPU; pip install 'gradpruner[gpu]')."""
+    save_steps: int | None = Field(default=500, ge=1)
+    """Checkpoint interval; an interrupted fine-tuning goes on from the last whole one. null: none."""
+    report_to: str | list[str] = "none"
+    """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, all or none."""
+
+
+class RecoverSection(Section):
+    """Training after pruning a model that is tuned already (start: tuned or given)."""
+
+    epochs: float = Field(default=0.0, ge=0)
+    """Passes over the training data; 0: the pruned model stays as it is."""
+    steps: int | None = Field(default=None, ge=0)
+    """Optimizer steps instead; 0: none."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate; null: that of finetune."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether the pruned model is trained at all."""
+        return self.epochs > 0 if self.steps is None else self.steps > 0
+
+
+class DistilSection(Section):
+    """What pruned models learn from the dense model tuned on the same task, while they are trained."""
+
+    teacher: Literal["none", "tuned"] = "none"
+    """none: pruned models learn from the answers alone. tuned: also from the logits of the tuned dense model,
+    which needs the row dense, or start: given."""
+    ce: float = Field(default=0.3, ge=0)
+    """Weight of the answers themselves (cross entropy)."""
+    answers: float = Field(default=0.7, ge=0)
+    """Weight of the divergence from the teacher on answer tokens."""
+    prompts: float = Field(default=0.1, ge=0)
+    """Weight of the divergence from the teacher on prompt tokens; 0 saves computing logits there."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both models."""
+
+
+class AlsoSection(Section):
+    """A further task every variant is measured on, without being trained on it."""
+
+    task: str
+    """A named task (`gradpruner ls tasks`)."""
+    folder: str | None = None
+    """Local folder with its splits; null reads the hub dataset."""
+    limit: int | None = Field(default=None, ge=1)
+    """Evaluate on this many randomly chosen rows."""
+
+
+Metric = Literal["exact_match", "choice_likelihood", "rouge_l", "bert_score", "final_number"]
+
+
+class EvaluateSection(Section):
+    """How variants are measured."""
+
+    batch_size: int = Field(default=32, ge=1)
+    """Samples per forward pass."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Longest generated answer; null: the longest reference answer and two more."""
+    metrics: list[Metric] | None = Field(default=None, min_length=1)
+    """exact_match, rouge_l, bert_score and final_number look at the greedy answer; choice_likelihood needs
+    choices; bert_score and rouge_l together give similarity, their mean. null: the named task's own, for
+    your own data exact_match and choice_likelihood."""
+    encoder: str = "roberta-large"
+    """Model of BERTScore: a folder or a hub id."""
+    encoder_layer: int | None = Field(default=None, ge=1)
+    """Its layer; null: the library's choice."""
+    also: list[AlsoSection] = Field(default_factory=list)
+    """Further tasks to measure the fine-tuned variants on: transfer, or a reasoning probe (gsm8k)."""
+    lm_eval: list[str] = Field(default_factory=list)
+    """Tasks of lm-evaluation-harness to measure the fine-tuned variants on."""
+    lm_eval_folder: str | None = None
+    """Folder with lm-eval task files of your own."""
+    lm_eval_limit: int | None = Field(default=None, ge=1)
+    """Examples of every lm-eval task; null takes all."""
+    before_finetuning: bool = True
+    """Also measure every variant before fine-tuning."""
