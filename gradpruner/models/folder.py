@@ -145,6 +145,7 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 def _take_place(staged: Path, folder: Path) -> None:
     """Renames; a folder of ours that stands there steps aside, and back if that fails."""
     aside = folder.with_name(staging_name(folder.name, ".old"))
+    placed = False  # then what stepped aside may go, even if another process has just moved ours away
     with ExitStack() as holding:
         try:
             if (folder / PRUNING_FILE).exists():
@@ -152,6 +153,7 @@ def _take_place(staged: Path, folder: Path) -> None:
                     holding.enter_context(held(folder))
                     os.replace(folder, aside)
             os.replace(staged, folder)  # also over an empty folder
+            placed = True
             sync_folder(folder.parent)
         except BaseException as error:
             with suppress(OSError):
@@ -162,7 +164,7 @@ def _take_place(staged: Path, folder: Path) -> None:
                 ) from error
             raise
         finally:
-            if folder.exists():
+            if placed or folder.exists():
                 remove(aside)
 
 
