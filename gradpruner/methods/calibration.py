@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from gradpruner.data.encoding import IGNORED
 from gradpruner.errors import DataError, NonFiniteError
 from gradpruner.methods.base import MethodContext
+from gradpruner.models.walking import sample_batches
 from gradpruner.training.trainer import answer_window
 
 MAX_SAMPLES = 256
@@ -36,11 +37,7 @@ def calibration_batches(
     samples = [context.samples[i] for i in range(min(max_samples, len(context.samples)))]
     if not samples:
         raise DataError("This method measures on training samples and there are none.")
-    # Alike lengths pad least; longest first, so that too little memory shows in the first batch.
-    samples.sort(key=lambda sample: -len(sample["input_ids"]))
-    for start in range(0, len(samples), BATCH_SIZE):
-        batch = context.collator(samples[start : start + BATCH_SIZE])
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+    yield from sample_batches(samples, context.collator, device, BATCH_SIZE)
 
 
 @torch.no_grad()
