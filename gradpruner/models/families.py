@@ -34,8 +34,6 @@ class Family:
         periodic: Pairs of config fields (period, offset) for which no list exists: a kept layer must land on
             the same side of every such rule as before.
         dense_layers: Layers without experts, from the config, written to `mlp_only_layers`.
-        beyond: Config fields that count layers stored behind the last one (multi-token prediction); these
-            are left behind and the field becomes 0.
         wide_tensors: Name (behind the last dot of the layers' parent) -> axis of tensors that hold a slice
             for every layer.
         shared_kv: The trailing field counts layers that reuse keys and values of earlier ones; the layers
@@ -58,7 +56,6 @@ class Family:
     fixed: dict[str, Any] = field(default_factory=dict)
     periodic: tuple[tuple[str, str], ...] = ()
     dense_layers: Callable[[Any], list[int]] | None = None
-    beyond: tuple[str, ...] = ()
     wide_tensors: dict[str, int] = field(default_factory=dict)
     shared_kv: bool = False
     last_type: str = ""
@@ -84,9 +81,7 @@ _QWEN_MOE = Family(
     dense_layers=_dense_by_step,
     no_merge=_EXPERTS,
 )
-_DEEPSEEK = Family(
-    leading=("first_k_dense_replace",), beyond=("num_nextn_predict_layers",), no_merge=_EXPERTS
-)
+_DEEPSEEK = Family(leading=("first_k_dense_replace",), no_merge=_EXPERTS)
 _GEMMA3N = Family(
     lists=("layer_types", "intermediate_size", "activation_sparsity_pattern"),
     trailing=("num_kv_shared_layers",),
