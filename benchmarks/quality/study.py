@@ -22,7 +22,7 @@ from typing import Any
 
 from choices import CHOICES, choose, trace_of
 from tasks import TASKS
-from work import Work, with_plain_memory
+from work import Work, with_plain_memory, with_wide_kernels
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RATES = (1e-4, 2e-4)
@@ -265,4 +265,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     with_plain_memory()
+    with_wide_kernels()
     main()
