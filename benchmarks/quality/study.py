@@ -5,7 +5,7 @@
     ...                                depth                                  the same, 3 to 18 layers
     ...                                train                                  pruned models that are trained
     ...                                vary                                   rows of the repair, LoRA
-    ... --task trec banking77 --seed 0 1 2                                    restricts it
+    ... --task trec banking77 --seed 0 1 2 --only least_squares               restricts it
 
 Every cell is one line in `benchmarks/results/quality/<task>.jsonl`; cells that are there are skipped, so an
 interrupted study goes on where it was. Several processes may share the folders as long as they work on
@@ -32,22 +32,27 @@ DEPTHS = (3, 6, 9, 15, 18)
 REPAIR_ROWS = 384
 
 
-def tuned(work: Work, rate: float) -> tuple[dict[str, Any], Path]:
-    """The dense model tuned at a rate: what the cell says, and where the model is."""
-    folder = work.scratch / f"{work.task}-{work.seed}-{rate:g}"
+def dense(work: Work, rate: float) -> dict[str, Any]:
+    """What the cell of the dense model tuned at a rate says."""
 
     def make() -> dict[str, Any]:
         model = work.load()
         result = work.tune(model, rate)
-        model.save_pretrained(folder)
+        model.save_pretrained(work.tuned_folder(rate))
         return {"training": result, **work.measure(model)}
 
-    entry = work.cell(f"dense/{rate:g}", make)
-    if not (folder / "model.safetensors").exists():  # measured on another machine
+    return work.cell(f"dense/{rate:g}", make)
+
+
+def tuned(work: Work, rate: float) -> Path:
+    """The dense model tuned at a rate; tuned once more where it was measured on another machine."""
+    dense(work, rate)
+    folder = work.tuned_folder(rate)
+    if not (folder / "model.safetensors").exists():
         model = work.load()
         work.tune(model, rate)
         model.save_pretrained(folder)
-    return entry, folder
+    return folder
 
 
 def best_rate(work: Work) -> float:
@@ -55,20 +60,20 @@ def best_rate(work: Work) -> float:
 
     Rates are doubled or halved until the best one has a worse one on either side, up to `LARGEST_RATE`.
     """
-    first = Work(work.model, work.data, work.scratch, work.results, work.task, 0) if work.seed else work
-    losses = {rate: tuned(first, rate)[0]["validation"]["nll"] for rate in RATES}
+    first = work.of_seed(0)
+    losses = {rate: dense(first, rate)["validation"]["nll"] for rate in RATES}
     while True:
         best = min(losses, key=lambda rate: losses[rate])
         further = best * 2 if best == max(losses) else best / 2 if best == min(losses) else None
         if further is None or further > LARGEST_RATE:
             return best
-        losses[further] = tuned(first, further)[0]["validation"]["nll"]
+        losses[further] = dense(first, further)["validation"]["nll"]
 
 
 def tune(work: Work) -> Path:
     """The dense model before tuning, and tuned at the best rate."""
     work.cell("dense/untrained", lambda: work.measure(work.load()))
-    return tuned(work, best_rate(work))[1]
+    return tuned(work, best_rate(work))
 
 
 def repaired(
@@ -95,7 +100,9 @@ def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str, tuned_
         facts = fitted.facts() if fitted else None
         return {"gone": list(plan.pruned), "evidence": evidence, "repair": facts, **work.measure(model)}
 
-    work.cell(f"shrink/{tuned_by}{choice}/{gone}/{repair}", make)
+    name = f"shrink/{tuned_by}{choice}/{gone}/{repair}"
+    if work.wants(name):
+        work.cell(name, make)
 
 
 def shrink(work: Work) -> None:
@@ -143,7 +150,9 @@ def varied(work: Work, folder: Path, name: str, **options: Any) -> None:
         prune_(model, plan, repair=fitted)
         return {"gone": list(plan.pruned), "repair": fitted.facts(), **work.measure(model)}
 
-    work.cell(f"vary/igia/{NUM_GONE}/{name}", make)
+    key = f"vary/igia/{NUM_GONE}/{name}"
+    if work.wants(key):
+        work.cell(key, make)
 
 
 def lora_tuned(work: Work) -> Path:
@@ -151,12 +160,18 @@ def lora_tuned(work: Work) -> Path:
     folder = work.scratch / f"{work.task}-{work.seed}-lora"
     rate = 10 * best_rate(work)
 
-    def make() -> dict[str, Any]:
+    def make() -> tuple[Any, dict[str, Any]]:
         model, result = work.tuned(work.load(), rate, mode="lora")
         model.save_pretrained(folder)
+        return model, result
+
+    def cell() -> dict[str, Any]:
+        model, result = make()
         return {"training": result, **work.measure(model)}
 
-    work.cell("dense/lora", make)
+    work.cell("dense/lora", cell)
+    if not (folder / "model.safetensors").exists():
+        make()
     return folder
 
 
@@ -199,14 +214,15 @@ TRAINED = (
 """In the order in which they are measured."""
 
 
-def trained(work: Work, row: Row, rate: float, teacher: Path) -> dict[str, Any]:
+def trained(work: Work, row: Row, rate: float) -> dict[str, Any]:
     """One row trained at one rate, on the rows and for the steps the dense model was tuned with."""
 
     def make() -> dict[str, Any]:
         from gradpruner.pruning.in_memory import prune_
         from gradpruner.training.teacher import DistillationOptions
 
-        folder = teacher if row.start == "tuned" else work.model
+        teacher = tune(work) if row.start == "tuned" or row.distil else None
+        folder = teacher if teacher and row.start == "tuned" else work.model
         plan, evidence = choose(work, folder, row.choice, NUM_GONE)
         trace = trace_of(work, folder) if plan.needs_trace else None
         model, fitted = work.load(folder), None
@@ -215,7 +231,7 @@ def trained(work: Work, row: Row, rate: float, teacher: Path) -> dict[str, Any]:
         prune_(model, plan, trace, repair=fitted)
         before = work.measure(model, "validation")["validation"]
         learns: dict[str, Any] = {}
-        if row.distil:
+        if row.distil and teacher:
             learns = {"teacher": work.load(teacher), "distillation": DistillationOptions(prompts=0.0)}
         result = work.tune(model, rate, **learns)
         facts = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
@@ -227,13 +243,14 @@ def trained(work: Work, row: Row, rate: float, teacher: Path) -> dict[str, Any]:
 
 def train(work: Work) -> None:
     """Every row, at the rate with the lowest loss on validation rows of seed 0 among three."""
-    teacher, dense = tune(work), best_rate(work)
-    first = Work(work.model, work.data, work.scratch, work.results, work.task, 0) if work.seed else work
-    for row in TRAINED:
-        rates = (dense / 2, dense) if row.start == "tuned" else (dense, dense * 2)
-        found = {rate: trained(first, row, rate, tune(first))["validation"]["nll"] for rate in rates}
-        trained(work, row, min(found, key=lambda rate: found[rate]), teacher)
-    work.cell(f"dense-twice/{dense:g}", lambda: tuned_twice(work, dense))
+    best = best_rate(work)
+    first = work.of_seed(0)
+    for row in (row for row in TRAINED if work.wants(f"train/{row.name}/")):
+        rates = (best / 2, best) if row.start == "tuned" else (best, best * 2)
+        found = {rate: trained(first, row, rate)["validation"]["nll"] for rate in rates}
+        trained(work, row, min(found, key=lambda rate: found[rate]))
+    if work.wants("dense-twice/"):
+        work.cell(f"dense-twice/{best:g}", lambda: tuned_twice(work, best))
 
 
 def tuned_twice(work: Work, rate: float) -> dict[str, Any]:
@@ -255,12 +272,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--task", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", default=[], help="texts, one of which a cell's name holds")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for what in args.what:
         for seed in args.seed:
             for task in args.task:
-                parts[what](Work(args.model, args.data, args.scratch, args.results, task, seed))
+                parts[what](
+                    Work(args.model, args.data, args.scratch, args.results, task, seed, tuple(args.only))
+                )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Work:
         results: Where the journals of results are.
         task: A name in `tasks.TASKS`.
         seed: Of training rows, data order and recording.
+        only: Cells with one of these texts in their name are measured; all if empty.
     """
 
     model: Path
@@ -35,6 +36,7 @@ class Work:
     results: Path
     task: str
     seed: int
+    only: tuple[str, ...] = ()
     rows: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +54,19 @@ class Work:
     @property
     def facts(self) -> Any:
         return TASKS[self.task]
+
+    def wants(self, cell: str) -> bool:
+        return not self.only or any(text in cell for text in self.only)
+
+    def of_seed(self, seed: int) -> Work:
+        """The same task with another seed."""
+        if seed == self.seed:
+            return self
+        return Work(self.model, self.data, self.scratch, self.results, self.task, seed, self.only)
+
+    def tuned_folder(self, rate: float) -> Path:
+        """Where the dense model tuned at a rate is kept."""
+        return self.scratch / f"{self.task}-{self.seed}-{rate:g}"
 
     @cached_property
     def num_layers(self) -> int:
@@ -215,7 +230,7 @@ def with_plain_memory() -> None:
 
 
 def with_wide_kernels() -> None:
-    """Lets oneDNN multiply matrices where it is as exact as fp32: on AVX-512 machines twice as fast as MKL may be.
+    """Lets oneDNN multiply matrices where it is as exact as fp32; on some machines that is twice as fast.
 
     "medium" allows oneDNN to round to bf16. It does so only where that is quicker for it (AMX), so the error
     is measured on the shapes of the model, and what is not exact is switched off again.
