@@ -448,7 +448,9 @@ def plans(config: Any, count: int, dropped: Sequence[int]) -> dict[str, Any]:
         scores = LayerScores("m", tuple(float((i * 7 + seed * 5) % 11) for i in range(depth)))
         fits = (lambda old, new, kept: all(rule(old, new, kept) for rule in rules)) if rules else None
         required = required_layers(text, family)
-        return plan_pruning(scores, num_prune=count + more, num_merge=0, protect=required, fits=fits).keep
+        return plan_pruning(
+            scores, num_prune=count + more, num_merge=0, protect_first=0, protect=required, fits=fits
+        ).keep
 
     for seed in range(11):
         found["free"] = choose(seed, [own] if own else [])

@@ -79,7 +79,7 @@ def test_every_family_gives_the_plan_of_its_method_and_windows_fill_the_pool():
         name, options = methods.get(family, (family, {}))
         method = METHODS.find(name)
         scores = method.score(replace(context, options=method.read_options(name, options)))
-        assert plans[family] == plan_pruning(scores, num_prune=2, num_merge=0).pruned
+        assert plans[family] == plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0).pruned
     assert {f"window {start}" for start in range(5)} <= set(plans)
     assert all(plans[f"window {start}"] == (start, start + 1) for start in range(5))
     sets = [each.plan.pruned for each in pool]

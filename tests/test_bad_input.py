@@ -67,8 +67,11 @@ def nothing_left(path):
 
 
 RECIPE_FAULTS = {
-    "1 unknown key": ("plan.drop_layer=[1]", ["plan.drop_layer: unknown key. Did you mean 'layers'?"]),
-    "1 unknown section": ("prune.drop_layer=[1]", ["prune: unknown key. Did you mean 'plan.num_prune'?"]),
+    "1 unknown key": ("plan.drop_layer=[1]", ["plan.drop_layer: unknown key. Did you mean 'plan.layers'?"]),
+    "1 unknown section": (
+        "prune.drop_layer=[1]",
+        ["prune: unknown section. prune.drop_layer: did you mean 'plan.layers'?"],
+    ),
     "2 too many": ("plan.num_prune=4", ["Pruning 4 of 4 layers is not possible; 0 to 2 are"]),
     "2 leaves one": ("plan.num_prune=3", ["at least 2 layers must stay"]),
     "3 listed and protected": (
@@ -124,7 +127,7 @@ def test_06_data_that_are_not_there(project, refuse):
 def test_12_nothing_left_to_learn(project, refuse):
     rows = [{"prompt": "red " * 20, "completion": " red" * 20}] * 2
     write_rows(project.parent / "train.jsonl", rows)
-    parts = ["0 supervised tokens in 2 of 2 samples", "train.jsonl:1", "Raise --max-length"]
+    parts = ["0 supervised tokens in 2 of 2 samples", "train.jsonl:1", "Raise data.max_length"]
     refuse(DATA, parts, "run", project, "--set", "data.max_length=16")
     # The tokenizer knows no chat: conversations cannot be encoded either.
     message = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

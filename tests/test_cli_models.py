@@ -158,3 +158,14 @@ def test_sizes_and_layers():
     with pytest.raises(ConfigError):
         num_bytes("0")
     assert layer_numbers("0-2, 5", 6) == [0, 1, 2, 5]
+
+
+def test_cost_of_a_model_that_sees_is_refused_in_one_line_where_only_random_weights_are_left(call, tmp_path):
+    from test_model_folders import qwen3_vl, saved
+
+    folder = saved(qwen3_vl(), tmp_path / "model")
+    small = ("--tokens", 4, "--new-tokens", 2, "--device", "cpu")
+    code, out, err = call("cost", folder, "--num-prune", 1, *small)
+    assert code == 4 and out == "" and "is part of a model that also sees or hears" in err
+    assert "gradpruner prune MODEL NEW" in err and "Traceback" not in err
+    assert call("cost", folder, "--num-prune", 1, "--dry-run", *small)[0] == 0

@@ -46,7 +46,7 @@ def test_all_faults_are_told_at_once():
     )
     assert "r.yaml has 6 faults" in text
     for part in (
-        "plan.num_prun: unknown key. Did you mean 'num_prune'?",
+        "plan.num_prun: unknown key. Did you mean 'plan.num_prune'?",
         "plan.density: Input should be less than or equal to 1 (given: 1.5)",
         "record.steps: Input should be greater than or equal to 3 (given: 1)",
         "finetune.mode: Input should be 'full' or 'lora' (given: 'fast')",
@@ -60,11 +60,22 @@ def test_all_faults_are_told_at_once():
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"prune": {"drop_layer": [1]}}, "prune: unknown key. Did you mean 'plan.num_prune'?"),
-        ({"pruning_x": {"drop_layer": [1]}}, "pruning_x.drop_layer: Did you mean 'plan.layers'?"),
-        ({"plan": {"drop_layers": [1]}}, "plan.drop_layers: unknown key. Did you mean 'layers'?"),
+        (
+            {"prune": {"drop_layer": [1]}},
+            "prune: unknown section. prune.drop_layer: did you mean 'plan.layers'?",
+        ),
+        ({"pruning_x": {"drop_layer": [1]}}, "pruning_x.drop_layer: did you mean 'plan.layers'?"),
+        ({"plan": {"drop_layers": [1]}}, "plan.drop_layers: unknown key. Did you mean 'plan.layers'?"),
         ({"record": {"density": 0.2}}, "record.density: unknown key. Did you mean 'plan.density'?"),
-        ({"learning_rate": 1e-4}, "learning_rate: unknown key. Did you mean 'record.learning_rate'?"),
+        ({"learning_rate": 1e-4}, "learning_rate: unknown key. Did you mean 'finetune.learning_rate'?"),
+        ({"finetune": {"lr": 1e-4}}, "finetune.lr: unknown key. Did you mean 'finetune.learning_rate'?"),
+        ({"record": {"lr": 1e-4}}, "record.lr: unknown key. Did you mean 'record.learning_rate'?"),
+        ({"epochs": 2}, "epochs: unknown key. Did you mean 'finetune.epochs'?"),
+        ({"batch": 2}, "batch: unknown key. Did you mean 'finetune.batch_size'?"),
+        ({"finetune": {"max_length": 9}}, "Did you mean 'data.max_length'?"),
+        ({"finetune": {"seed": 9}}, "finetune.seed: unknown key. Did you mean 'seed'?"),
+        ({"training": {"num_train_epochs": 1}}, "training.num_train_epochs: did you mean 'finetune.epochs'?"),
+        ({"plan": {"num_prnue": 1}}, "plan.num_prnue: unknown key. Did you mean 'plan.num_prune'?"),
         ({"plan": {"num_prune": 3, "layers": [1]}}, "num_prune and layers are all budgets; give one"),
         ({"plan": {"layers": [1, 1]}}, "lists a layer more than once"),
         ({"plan": {"layers": [-1]}}, "plan.layers.0:"),

@@ -247,7 +247,7 @@ def test_samples_that_teach_nothing_are_refused(tokenizer):
         encode_all(tokenizer, [SUM, *long], 12)
     message = str(caught.value)
     assert "0 supervised tokens in 5 of 6 samples (first: f:0, f:1, f:2)" in message
-    assert "Raise --max-length (now 12)" in message
+    assert "Raise data.max_length (now 12)" in message
 
 
 def test_max_length_must_hold_a_prompt_and_an_answer_token(tokenizer):

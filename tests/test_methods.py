@@ -73,20 +73,20 @@ def test_the_block_with_the_smallest_angle_goes(tiny_llama, num_keep, distances,
     as_turns = [angle / 180 for angle in distances]
     assert scores.evidence["distances"] == pytest.approx(as_turns, abs=1e-7)
     assert scores.values == pytest.approx([angle / 180 for angle in values], abs=1e-7)
-    assert plan_pruning(scores, num_prune=6 - num_keep, num_merge=0).pruned == tuple(pruned)
+    assert plan_pruning(scores, num_prune=6 - num_keep, num_merge=0, protect_first=0).pruned == tuple(pruned)
     assert scores.evidence["block_size"] == 6 - num_keep and scores.evidence["samples"] == 5
 
 
 def test_a_block_that_turns_back_is_found_where_no_single_layer_is_small(tiny_llama):
     scores = score("angular", turning(tiny_llama(), [20, 10, 70, -70, 10, 20]), num_keep=4)
-    assert plan_pruning(scores, num_prune=2, num_merge=0).pruned == (2, 3)
+    assert plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0).pruned == (2, 3)
     assert scores.values[2] == pytest.approx(0, abs=1e-7)
 
 
 def test_of_blocks_that_turn_nothing_the_last_goes(tiny_llama):
     scores = score("angular", pass_through(tiny_llama(), *range(6)), num_keep=3)
     assert max(scores.values) < 1e-7
-    assert plan_pruning(scores, num_prune=3, num_merge=0).pruned == (3, 4, 5)
+    assert plan_pruning(scores, num_prune=3, num_merge=0, protect_first=0).pruned == (3, 4, 5)
 
 
 def test_layers_that_pass_on_their_input_are_the_block(tiny_llama):
@@ -102,13 +102,13 @@ def test_the_plan_takes_one_whole_block_however_many_are_equal():
         best = max(range(blocks), key=lambda i: (-distances[i], i))
         scores = LayerScores("angular", tuple(layer_values(distances, size)))
         for contiguous in (False, True):
-            plan = plan_pruning(scores, num_prune=size, num_merge=0, contiguous=contiguous)
+            plan = plan_pruning(scores, num_prune=size, num_merge=0, protect_first=0, contiguous=contiguous)
             assert plan.pruned == tuple(range(best, best + size))
 
 
 def test_a_protected_layer_in_the_best_block_is_replaced_by_one_of_the_next_best():
     scores = LayerScores("angular", tuple(layer_values([0.1, 0.2, 0.5, 0.4], 3)))
-    assert plan_pruning(scores, num_prune=3, num_merge=0).pruned == (0, 1, 2)
+    assert plan_pruning(scores, num_prune=3, num_merge=0, protect_first=0).pruned == (0, 1, 2)
     assert plan_pruning(scores, num_prune=3, num_merge=0, protect_first=1).pruned == (1, 2, 3)
 
 
@@ -127,7 +127,9 @@ def test_angular_distance_takes_the_best_block_that_may_go(tiny_llama):
     model = turning(tiny_llama(), [1, 2, 30, 10, 5, 3])
     for protected, block in [((), (0, 1)), ((0,), (4, 5)), ((0, 5), (3, 4)), ((1, 4), (2, 3))]:
         scores = score("angular", model, num_keep=4, protected=protected)
-        assert plan_pruning(scores, num_prune=2, num_merge=0, protect=protected).pruned == block
+        assert (
+            plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0, protect=protected).pruned == block
+        )
         assert all(map(math.isfinite, scores.values))
         assert set(scores.ascending()[6 - len(protected) :]) == set(protected)
 
@@ -208,7 +210,7 @@ def test_angular_distance_needs_to_know_how_many_layers_stay(tiny_llama):
 
 def nll_without(model, pruned):
     """Mean loss per learned token of a model that was really pruned, by transformers' own loss."""
-    plan = plan_pruning(LayerScores("any", (0.0,) * 6), layers=pruned, num_merge=0)
+    plan = plan_pruning(LayerScores("any", (0.0,) * 6), layers=pruned, num_merge=0, protect_first=0)
     model = prune_(model, plan)
     total, tokens = 0.0, 0
     for sample in SAMPLES:

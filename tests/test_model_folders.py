@@ -9,7 +9,9 @@ from builders import VOCABULARY, make_llama, make_rows, make_tokenizer, write_ro
 from safetensors.torch import load_file, save_file
 
 from gradpruner.errors import GradPrunerError, IntegrityError, ModelError
+from gradpruner.evaluation.costing.comparison import measure_cost
 from gradpruner.evaluation.costing.subject import find_subject
+from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.models.checking import check_model_folder, is_model_folder
 from gradpruner.models.dtypes import cast_like, stored_dtype
 from gradpruner.models.layers import LayeredModel
@@ -106,6 +108,9 @@ def llama(tmp_path):
     return saved(make_llama(), tmp_path / "model")
 
 
+SMALL = Workload(tokens=4, new_tokens=2, device="cpu")
+
+
 def answers(folder, tmp_path):
     """What everything that opens a model folder says of it: "" when it is taken, else the message."""
 
@@ -121,6 +126,7 @@ def answers(folder, tmp_path):
         "run, compare, shrink, evaluate": said(lambda: check_loadable(folder)),
         "prune, verify": said(lambda: Blueprint(folder, plan)),
         "cost": said(lambda: find_subject(folder)),
+        "cost --dry-run": said(lambda: measure_cost(folder, plan, SMALL, dry_run=True)),
         "load": said(lambda: load_model(folder, device="cpu")),
     }
 

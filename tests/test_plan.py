@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES
 from gradpruner.plans.selection import plan_pruning
+from gradpruner.runs.sections import PlanSection
 
 SCORES = LayerScores("m", (9.0, 8.0, 1.0, 2.0, 7.0, 3.0, 6.0, 10.0), evidence={"model": "x", "num_layers": 8})
 
@@ -74,7 +76,9 @@ def test_nearest_breaks_ties_towards_the_input():
 
 
 def test_nearest_serves_a_layer_with_none_before_it():
-    assert plan_pruning(SCORES, layers=[0], num_merge=1, target="nearest").actions[0].into == 1
+    assert (
+        plan_pruning(SCORES, layers=[0], num_merge=1, protect_first=0, target="nearest").actions[0].into == 1
+    )
 
 
 @pytest.mark.parametrize("fraction, count", [(0.0, 0), (0.39, 3), (0.4, 3), (0.5, 4), (0.74, 6)])
@@ -109,12 +113,12 @@ def test_parameter_fraction_takes_the_nearest_number_of_layers():
         ({"layers": [-1]}, "0 to 7"),
         ({"layers": [1, 1]}, "more than once"),
         ({"layers": list(range(8)), "target": "nearest"}, "at least 2 layers must stay"),
-        ({"layers": [0], "protect_first": 1}, "protected"),
+        ({"layers": [0]}, "protected"),
         ({"num_prune": 3, "protect_first": 4, "protect_last": 2}, "only 2 of 8"),
         ({"num_prune": 1, "protect_first": 9}, "protect_first = 9"),
         ({"num_prune": 1, "protect_last": -1}, "protect_last = -1"),
         ({"num_prune": 1, "num_merge": -1}, "num_merge is -1"),
-        ({"layers": [0], "num_merge": 1}, "no kept layer of its kind precedes"),
+        ({"layers": [0], "num_merge": 1, "protect_first": 0}, "no kept layer of its kind precedes"),
         ({"num_prune": 1, "target": "precedes"}, "Did you mean 'preceding'"),
     ],
 )
@@ -399,3 +403,14 @@ def test_from_keep():
 @pytest.mark.parametrize("layers, text", [((), "none"), ((3,), "3"), ((1, 2, 3, 7, 9, 10), "1-3, 7, 9-10")])
 def test_runs_of(layers, text):
     assert runs_of(layers) == text
+
+
+def test_the_function_and_the_recipe_protect_merge_and_keep_alike():
+    section = PlanSection()
+    given = {k: p.default for k, p in inspect.signature(plan_pruning).parameters.items()}
+    shared = set(given) & set(PlanSection.model_fields)
+    assert {"protect_first", "protect_last", "num_merge", "density", "rule", "target"} <= shared
+    for name in shared - {"protect"}:
+        assert getattr(section, name) == given[name], name
+    first_lowest = LayerScores("m", (0.0, 8.0, 1.0, 2.0, 7.0, 3.0))
+    assert 0 not in plan_pruning(first_lowest, num_prune=3).pruned

@@ -93,7 +93,7 @@ def test_without_repair_it_is_the_greedy_of_models_that_were_really_pruned(model
     costs = {int(layer): value for layer, value in scores.evidence["next_nll"].items()}
     assert costs == pytest.approx(others, rel=1e-5)
     assert scores.ascending() == [*removed, *sorted(others, key=lambda i: (others[i], -i))]
-    assert plan_pruning(scores, num_prune=2, num_merge=0).pruned == tuple(sorted(removed))
+    assert plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0).pruned == tuple(sorted(removed))
 
 
 # --- repair -------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_what_goes_leaves_layers_that_fit_where_they_come_to_stand():
     assert removed != sorted(free)
     keep = [i for i in range(L) if i not in removed]
     assert len(keep) == 4 and all(fits(old, new, 4) for new, old in enumerate(keep))
-    assert list(plan_pruning(scores, num_prune=2, num_merge=0, fits=fits).pruned) == removed
+    assert list(plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0, fits=fits).pruned) == removed
 
     # Of all choices that fit, the first layer is one of those with which one can go on, the cheapest.
     measured = drawn(SAMPLES, 12, 0)

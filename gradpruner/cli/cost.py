@@ -103,7 +103,7 @@ def cost(
         seed=seed,
     )
     modes = checked_modes([name.strip() for name in mode.split(",") if name.strip()])
-    subject = find_subject(dense, random=random or dry_run)
+    subject = find_subject(dense, random=random, fetch=not dry_run)
     other = pruned if pruned is not None else _chosen_plan(subject, keep, drop, num_prune, plan)
     comparison = measure_cost(
         subject, other, workload, modes=modes, random=random, force=force, dry_run=dry_run

@@ -191,7 +191,7 @@ def encode_all(
             f"0 supervised tokens in {len(empty)} of {len(encoded)} samples "
             f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): their prompts alone fill "
             f"{max_length} tokens.",
-            hint=f"Raise --max-length (now {max_length}) or shorten the texts.",
+            hint=f"Raise data.max_length (now {max_length}) or shorten the texts.",
         )
     return encoded
 

@@ -119,7 +119,12 @@ def _scores(context: MethodContext, family: str, task_loss_samples: int) -> Laye
 
 def _planned(context: MethodContext, num_prune: int, scores: LayerScores) -> PruningPlan:
     return plan_pruning(
-        scores, num_prune=num_prune, num_merge=0, protect=context.protected, fits=context.fits
+        scores,
+        num_prune=num_prune,
+        num_merge=0,
+        protect_first=0,
+        protect=context.protected,
+        fits=context.fits,
     )
 
 
@@ -140,6 +145,7 @@ def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[int, Prun
                 replace(measured, method="window"),
                 layers=layers,
                 num_merge=0,
+                protect_first=0,  # the context knows all that is protected
                 protect=context.protected,
                 fits=context.fits,
             )

@@ -146,6 +146,7 @@ def _can_go(context: MethodContext, gone: Sequence[int], count: int) -> bool:
             LayerScores("task_loss", values),
             num_prune=count,
             num_merge=0,
+            protect_first=0,  # the context knows all that is protected
             protect=context.protected,
             fits=context.fits,
         )

@@ -159,6 +159,14 @@ def load_structure(folder: Path) -> nn.Module:
     return module
 
 
+# What transformers reports -> what may have happened.
+_GAPS = {
+    "missing_keys": "Is the download complete? A file of weights may not have come along.",
+    "unexpected_keys": "Does its config.json belong to these weights? It describes less than they hold.",
+    "mismatched_keys": "Does its config.json belong to these weights?",
+}
+
+
 def _refuse_gaps(folder: Path, report: Any, config: Any) -> None:
     """IntegrityError when transformers would fill gaps with random numbers, or leave tensors out.
 
@@ -166,7 +174,7 @@ def _refuse_gaps(folder: Path, report: Any, config: Any) -> None:
     """
     text = text_config(config)
     counted = beyond_fields(text) or beyond_fields(config)
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for what, hint in _GAPS.items():
         names = sorted(map(_key_name, report.get(what, ())))
         if what == "unexpected_keys":
             signs = any(name.endswith(BEYOND_SIGNS) for name in names)
@@ -176,7 +184,7 @@ def _refuse_gaps(folder: Path, report: Any, config: Any) -> None:
             raise IntegrityError(
                 f"{folder}: {len(names)} {what.replace('_', ' ')} against its config, such as "
                 f"{', '.join(names[:3])}.",
-                hint="The weights do not belong to this config.json.",
+                hint=hint,
             )
 
 

@@ -64,6 +64,11 @@ class _Decoder(nn.Module):
         if getattr(text, "tie_word_embeddings", False):
             self.lm_head.weight = self.model.get_input_embeddings().weight
 
+    @property
+    def base_model(self) -> nn.Module:
+        """As transformers' own models have it: what is below the head."""
+        return cast(nn.Module, self.model)
+
     def get_output_embeddings(self) -> nn.Linear:
         """As transformers' own models have it."""
         return self.lm_head

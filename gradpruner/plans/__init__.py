@@ -1,5 +1,6 @@
 """What will happen to a model, decided before a weight is touched. Pure torch.
 
+defaults       what is protected, merged and kept where nothing is said
 layer_plan     PruningPlan: keep, drop or merge, for every layer
 width_plan     WidthPlan: which heads, channels and hidden dimensions stay
 selection      which layers go: the least important ones, of the choices that leave a model of the right shape

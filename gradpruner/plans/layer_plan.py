@@ -13,6 +13,7 @@ from typing import Any
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.files import check_json, read_json, shown, write_json
 from gradpruner.gradients.trace import same_model
+from gradpruner.plans.defaults import DENSITY
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
 from gradpruner.registry import suggest
 
@@ -55,7 +56,7 @@ class PruningPlan:
 
     actions: tuple[LayerAction, ...]
     rule: str = "sum"
-    density: float = 0.2
+    density: float = DENSITY
     method: str = "explicit"
     evidence: dict[str, Any] = field(default_factory=dict)
 
@@ -196,7 +197,7 @@ class PruningPlan:
             raise PlanError(
                 f"{where}: num_layers is {shown(raw['num_layers'])} but {len(actions)} actions are listed."
             )
-        density = raw.get("density", 0.2)
+        density = raw.get("density", DENSITY)
         if not isinstance(density, int | float) or isinstance(density, bool) or not -1e9 < density < 1e9:
             raise PlanError(f"{where}: density is {shown(density)}; a number is needed.")
         evidence = raw.get("evidence", {})

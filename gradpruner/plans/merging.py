@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradpruner.errors import ConfigError, ShapeError
 from gradpruner.gradients.importance import BLOCK_ENTRIES, Factors, ScaledImportance, row_blocks
+from gradpruner.plans.defaults import DENSITY
 from gradpruner.registry import Registry
 
 # Entries that are sorted to bracket the threshold of a matrix.
@@ -290,7 +291,7 @@ def merge_linear(
     sources: Sequence[Source],
     *,
     rule: str = "sum",
-    density: float = 0.2,
+    density: float = DENSITY,
     target_factors: Factors | None = None,
 ) -> Tensor:
     """Merges the same linear of one or more pruned layers into that of a retained layer.

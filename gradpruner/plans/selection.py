@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from gradpruner.errors import PlanError
 from gradpruner.gradients.scores import LayerScores, default_num_prune
+from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
 from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, checked_layers, runs_of
 from gradpruner.registry import suggest
 
@@ -24,15 +25,15 @@ def plan_pruning(
     num_prune: int | None = None,
     layer_fraction: float | None = None,
     parameter_fraction: float | None = None,
-    num_merge: int = 3,
-    protect_first: int = 0,
+    num_merge: int = NUM_MERGE,
+    protect_first: int = PROTECT_FIRST,
     protect_last: int = 0,
     protect: Sequence[int] = (),
     contiguous: bool = False,
     layers: Sequence[int] | None = None,
     target: str = "preceding",
     rule: str = "sum",
-    density: float = 0.2,
+    density: float = DENSITY,
     layer_parameters: Sequence[int] | None = None,
     total_parameters: int | None = None,
     fits: Fits | None = None,
@@ -50,7 +51,8 @@ def plan_pruning(
             and `total_parameters`; the number of layers that comes nearest is pruned.
         num_merge: How many of the pruned layers, the best-scored ones, are merged; the rest is
             dropped. At most `num_prune` are.
-        protect_first: This many layers at the input are never pruned.
+        protect_first: This many layers at the input are never pruned; 1 by default, as in recipes, so that
+            every merged layer has one before it.
         protect_last: This many layers at the output are never pruned.
         protect: Further layers that are never pruned.
         contiguous: Prune one block of neighbouring layers, that with the lowest total score (of equal ones

@@ -1,6 +1,7 @@
 """A recipe carried out, resumed, repeated over seeds and settings.
 
 recipe           Recipe: everything a run depends on, checked at once; sections: its keys
+key_hints        which key of a recipe an unknown one stands for
 job              a recipe with its inputs opened
 pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
 variant          one row of the comparison, stage by stage; work: what each stage does

@@ -208,7 +208,8 @@ class Job:
             self.warnings += [f"{name} data: {note}" for note in notes]
         ends = {one.input_ids[-1] for one in self.samples.encoded if not one.cut_answer_tokens}
         self.warnings += [
-            f"{n[0].upper()}{n[1:]}." for n in vocabulary_notes(self.tokenizer, self.text, ends)
+            f"{n[0].upper()}{n[1:]}{'' if n.endswith('?') else '.'}"
+            for n in vocabulary_notes(self.tokenizer, self.text, ends)
         ]
         self.warnings += [f"training data: {note}" for note in self.samples.notes()]
         if (

@@ -5,7 +5,6 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gradpruner.errors import ConfigError
 from gradpruner.files import MAX_DEPTH, check_json, read_plain, shown
-from gradpruner.registry import suggest
+from gradpruner.runs.key_hints import meant_key
 from gradpruner.runs.sections import (
     DataSection,
     DistilSection,
@@ -145,13 +144,13 @@ _OPENING = (
 _CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
-def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+def key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of the recipe."""
     out = []
     for name, info in model.model_fields.items():
         kind = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            out += [f"{prefix}{name}", *_paths(kind, f"{prefix}{name}.")]
+            out += [f"{prefix}{name}", *key_names(kind, f"{prefix}{name}.")]
         else:
             out.append(f"{prefix}{name}")
     return out
@@ -197,7 +196,7 @@ def check_section(kind: type[S], raw: dict[str, Any], where: str, hint: str | No
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        known = _paths(kind)
+        known = key_names(kind)
         faults = [_fault(entry, known) for entry in error.errors()]
         raise ConfigError(
             f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n"
@@ -209,11 +208,13 @@ def check_section(kind: type[S], raw: dict[str, Any], where: str, hint: str | No
 def _fault(entry: Any, known: list[str]) -> str:
     path = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
-        parent, _, key = path.rpartition(".")
-        siblings = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == parent]
-        close = suggest(key, siblings) or _elsewhere(key, known)
-        if isinstance(entry["input"], dict) and not close:  # a section of another tool, or an old name
-            close = " ".join(f" {path}.{inner}:{_elsewhere(inner, known)}" for inner in entry["input"])
+        meant = meant_key(path, known)
+        if isinstance(entry["input"], dict) and entry["input"]:  # a section of another tool, or an old name
+            inner = {key: meant_key(f"{path}.{key}", known) for key in entry["input"]}
+            return f"{path}: unknown section." + "".join(
+                f" {path}.{key}: did you mean '{other}'?" for key, other in inner.items() if other
+            )
+        close = f" Did you mean '{meant}'?" if meant else ""
         return f"{path}: unknown key.{close}"
     if entry["type"] == "missing":
         needed = {"model": "give model.path", "data": "give data.train and data.eval, or data.task"}
@@ -240,13 +241,6 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
-
-
-def _elsewhere(key: str, known: list[str]) -> str:
-    """A suggestion among the keys of all sections, for a key that stands in the wrong one."""
-    homes = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)}
-    close = difflib.get_close_matches(str(key), list(homes), n=1, cutoff=0.6)
-    return f" Did you mean '{homes[close[0]]}'?" if close else ""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
+
 
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors."""
@@ -118,9 +120,9 @@ class PlanSection(Section):
     unit: Literal["parameters", "decoder_parameters"] = "parameters"
     """What methods that prune no whole layers remove as much of as the layers hold: parameters of the whole
     model, or without embeddings and head."""
-    num_merge: int = Field(default=3, ge=0)
+    num_merge: int = Field(default=NUM_MERGE, ge=0)
     """How many of the pruned layers, the best-scored, are merged instead of dropped."""
-    protect_first: int = Field(default=1, ge=0)
+    protect_first: int = Field(default=PROTECT_FIRST, ge=0)
     """Layers at the input never pruned; 1 by default, so that every merged layer has one before it."""
     protect_last: int = Field(default=0, ge=0)
     """Layers at the output never pruned."""
@@ -135,7 +137,7 @@ class PlanSection(Section):
     """Retained layer a merged one goes into."""
     rule: Literal["sum", "mean", "fisher", "weighted_average", "norm_preserving"] = "sum"
     """Combine rule (`gradpruner ls rules`)."""
-    density: float = Field(default=0.2, gt=0, le=1)
+    density: float = Field(default=DENSITY, gt=0, le=1)
     """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
     repair: Literal["none", "linear", "least_squares"] = "none"
     """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the

@@ -9,8 +9,9 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gradpruner.errors import ConfigError, ResourceError
+from gradpruner.errors import ConfigError, ModelError, ResourceError
 from gradpruner.evaluation.costing.figures import HELD, LABELS, Figure, measured_figures, size_figures
 from gradpruner.evaluation.costing.pairing import VISITS, Cell, measure_pair
 from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, held_bytes, size_model
@@ -120,7 +121,9 @@ def measure_cost(
     """
     workload = workload or Workload()
     wanted = checked_modes(modes)
-    pair = _find_pair(dense, pruned, random or dry_run)
+    pair = _find_pair(dense, pruned, random, fetch=not dry_run)
+    if not dry_run:
+        _check_buildable(pair)
     sizes = (_size(pair[0], workload), _size(pair[1], workload))
     differs = depth_alone(*sizes)
     _check_pair(pair, sizes, workload)
@@ -178,17 +181,29 @@ def _device_name(device: torch.device) -> str:
 
 
 def _find_pair(
-    dense: str | Path | Subject, pruned: str | Path | Subject | PruningPlan, random: bool
+    dense: str | Path | Subject, pruned: str | Path | Subject | PruningPlan, random: bool, fetch: bool
 ) -> tuple[Subject, Subject]:
     """Both models, with weights of the same kind."""
-    first = dense if isinstance(dense, Subject) else find_subject(dense, random=random)
+    first = dense if isinstance(dense, Subject) else find_subject(dense, random=random, fetch=fetch)
     if isinstance(pruned, PruningPlan):
         second = shorten(first, pruned)
     else:
-        second = pruned if isinstance(pruned, Subject) else find_subject(pruned, random=random)
+        second = pruned if isinstance(pruned, Subject) else find_subject(pruned, random=random, fetch=fetch)
     if random or first.folder is None or second.folder is None:
         return first.with_random_weights(), second.with_random_weights()
     return first, second
+
+
+def _check_buildable(pair: tuple[Subject, Subject]) -> None:
+    """Raises ModelError for a decoder that transformers builds only as a part of a larger model."""
+    for subject in pair:
+        if subject.folder is None and type(subject.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(
+                f"{subject.name} is part of a model that also sees or hears; transformers does not build it "
+                "with random weights.",
+                hint="Prune it first (gradpruner prune MODEL NEW) and give both folders; or --dry-run for "
+                "sizes and operations.",
+            )
 
 
 def _size(subject: Subject, workload: Workload) -> Sizes:

@@ -50,7 +50,7 @@ class Subject:
         return replace(self, folder=None)
 
 
-def find_subject(model: str | Path, *, random: bool = False) -> Subject:
+def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True) -> Subject:
     """The model that a folder, a hub id or the name of a shape means.
 
     A folder with nothing but a config.json, and a shape, get random weights. Of a model that also sees or
@@ -59,6 +59,7 @@ def find_subject(model: str | Path, *, random: bool = False) -> Subject:
     Args:
         model: Folder, hub id, or a name in `shapes.shape_names()`.
         random: Leave weights that are there alone; nothing but config.json is then read or fetched.
+        fetch: Fetch the weights of a hub id; those of a folder are looked at in any case.
 
     Raises:
         ConfigError: If it is none of these but sounds like a shape.
@@ -71,7 +72,7 @@ def find_subject(model: str | Path, *, random: bool = False) -> Subject:
         return Subject(shape.name, text_config(load_config(shape, weights=False)))
     if not Path(model).expanduser().is_dir():
         _refuse_misspelt_shape(name)
-    folder = locate_model(model, weights=not random)
+    folder = locate_model(model, weights=fetch and not random)
     has_weights = any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
     random = random or not has_weights
     # Code that comes with a model is never run here; quantised weights cannot be trained or cast.
