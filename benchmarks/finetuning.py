@@ -109,20 +109,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from gradpruner.data.encoding import Collator
     from gradpruner.progress import set_mode
     from gradpruner.training.finetuning import training_arguments
+    from gradpruner.training.options import FinetuneOptions
     from gradpruner.training.trainer import CausalTrainer
 
     set_mode("quiet")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     samples, collator = load_samples(args, tokenizer), Collator(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").requires_grad_(True)
-    arguments = training_arguments(
-        learning_rate=1e-4,
-        batch_size=args.batch,
-        epochs=1,
-        seed=SEED,
-        precision="fp32",
-        device="cpu",
-    )
+    settings = {"learning_rate": 1e-4, "batch_size": args.batch, "accumulation": 1, "epochs": 1}
+    arguments = training_arguments(FinetuneOptions(**settings, seed=SEED, precision="fp32", device="cpu"))
     places = [0]
 
     def count(features: Any) -> Any:  # the plain Trainer's padding

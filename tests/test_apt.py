@@ -29,6 +29,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.finetuning import training_arguments
+from gradpruner.training.options import FinetuneOptions
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 2]])
 GROUP, CHANNEL = 384, 48  # of the tiny Llama: see test_width.py
@@ -43,7 +44,7 @@ def context(model=make_llama, **changes):
         "samples": make_samples(16),
         "collator": Collator(),
         "num_remove": 3500,
-        "finetune": {"batch_size": 4, "accumulation": 1, "device": "cpu", "learning_rate": 1, "epochs": 9},
+        "finetune": FinetuneOptions(batch_size=4, accumulation=1, device="cpu", learning_rate=1, epochs=9),
         "options": APTOptions(steps=12),
     }
     return MethodContext(**values | changes)
@@ -293,10 +294,13 @@ def test_the_same_for_the_same_seed():
 )
 def test_other_ways_to_train(shared):
     plain = shrink(context())[1]
-    plan = shrink(context(finetune={"batch_size": 4, "accumulation": 1, "device": "cpu"} | shared))[1]
+    options = {"batch_size": 4, "accumulation": 1, "device": "cpu"} | shared
+    plan = shrink(context(finetune=FinetuneOptions(**options)))[1]
     if "gradient_checkpointing" in shared:
         assert plan.layers == plain.layers
-    model, plan = shrink(context(options=None, finetune={"device": "cpu"}))  # one epoch is one step
+    model, plan = shrink(
+        context(options=None, finetune=FinetuneOptions(device="cpu"))
+    )  # one epoch is one step
     assert [cut["step"] for cut in plan.evidence["cuts"]] == [1]
     assert 0 <= 3500 - (count_parameters(make_llama()) - count_parameters(model)) < CHANNEL
 
@@ -346,7 +350,7 @@ def test_what_cannot_work_is_refused():
         shrink(context(num_remove=7489))
     assert "fewer" in caught.value.hint
     with pytest.raises(ConfigError, match="fp16"):
-        shrink(context(finetune={"precision": "fp16"}))
+        shrink(context(finetune=FinetuneOptions(precision="fp16")))
     with pytest.raises(ConfigError, match=r"methods\.apt\.growth"):
         METHODS.find("apt").read_options("apt", {"growth": 0.5})
     quantised = make_llama()
@@ -368,7 +372,9 @@ def test_self_distillation_learns_from_the_model_with_its_masks_off():
     trainer = SelfDistillationTrainer(
         pruning=pruning,
         model=adapted,
-        args=training_arguments(learning_rate=1e-3, batch_size=8, max_steps=4, device="cpu"),
+        args=training_arguments(
+            FinetuneOptions(learning_rate=1e-3, batch_size=8, accumulation=1, max_steps=4, device="cpu")
+        ),
         samples=samples,
         collator=Collator(),
         batching="padded",

@@ -18,6 +18,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import fit_repair
+from gradpruner.training.options import FinetuneOptions
 
 L = 6
 SAMPLES = make_samples(24)
@@ -33,11 +34,10 @@ def context_of(samples=SAMPLES, **changes):
         "trace": lambda: make_trace(six_layers()),
         "model": six_layers,
         "num_keep": 4,
-        "finetune": {
-            "batch_size": 6, "accumulation": 1, "epochs": 2.0, "precision": "fp32", "device": "cpu",
-            "learning_rate": 1e-2, "warmup_ratio": 0.03, "save_steps": 500, "report_to": "none",
-        },
-    } | changes  # fmt: skip
+        "finetune": FinetuneOptions(
+            batch_size=6, accumulation=1, epochs=2.0, precision="fp32", device="cpu", learning_rate=1e-2
+        ),
+    } | changes
     return MethodContext(num_layers=L, seed=0, samples=samples, collator=Collator(), **fields)
 
 
@@ -147,7 +147,7 @@ def test_nothing_is_fitted_measured_or_trained_on_the_samples_put_aside(monkeypa
         seen["repair"].append(samples)
         return fit_repair(model, plan, samples, *args, **options)
 
-    def train(model, samples, **options):
+    def train(model, samples, *args, **options):
         seen["train"].append(samples)
         return model, None
 
@@ -216,9 +216,10 @@ def searched(monkeypatch, loss, count=12, **options):
     monkeypatch.setattr(auto._Search, "_loss", measured)
     samples = make_samples(200)
     context = replace(
-        context_of(samples, options=AutoOptions(**options), num_keep=total - 1), num_layers=total + 1
+        context_of(samples, options=AutoOptions(**options), num_keep=total - 1),
+        num_layers=total + 1,
+        finetune=FinetuneOptions(batch_size=2, accumulation=1, epochs=1.0),  # 100 steps
     )
-    context.finetune.update(batch_size=2, epochs=1.0)  # 100 steps
     return METHODS.find("auto").plan(context), trained
 
 
@@ -280,7 +281,7 @@ def test_what_fails_in_training_is_out(monkeypatch):
 def test_the_steps_are_those_the_recipe_sets(monkeypatch):
     context = context_of(options=UNTRAINED)
     assert auto._Search(context, UNTRAINED, []).steps == 8  # 24 samples twice, 6 a step
-    context.finetune["max_steps"] = 40
+    context = context_of(finetune=FinetuneOptions(max_steps=40))
     assert auto._Search(context, UNTRAINED, []).steps == 40
 
 

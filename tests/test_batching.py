@@ -21,6 +21,7 @@ from gradpruner.training.batching import (
     spread,
 )
 from gradpruner.training.finetuning import finetune, training_arguments
+from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.trainer import CausalTrainer
 
 I = IGNORED  # noqa: E741
@@ -137,14 +138,8 @@ def train(build, samples, *, packed, adapters, accumulation, steps=3):
         model = attach_lora(model, rank=2, dropout=0.0)
     else:
         model.requires_grad_(True)
-    arguments = training_arguments(
-        learning_rate=1e-3,
-        batch_size=4,
-        accumulation=accumulation,
-        max_steps=steps,
-        seed=5,
-        device="cpu",
-    )
+    settings = {"learning_rate": 1e-3, "batch_size": 4, "accumulation": accumulation, "max_steps": steps}
+    arguments = training_arguments(FinetuneOptions(**settings, seed=5, device="cpu"))
     if packed:
         trainer = CausalTrainer(
             model=model, args=arguments, samples=samples, collator=Collator(), batching="packed"
@@ -260,7 +255,7 @@ def test_what_cannot_be_packed_is_grouped_and_says_so():
 
 def test_the_share_of_padding_is_measured():
     samples = [{"input_ids": [1] * n, "labels": [I] * (n - 1) + [1]} for n in (4, 8, 12, 6)]
-    options = {"max_steps": -1, "epochs": 1.0, "accumulation": 1}
+    options = {"max_steps": None, "epochs": 1.0, "accumulation": 1}
     padded = tune(make_llama(), samples, batching="padded", **options)
     assert padded.batching == "padded" and padded.padding_fraction == 18 / 48
     # 12 + 4 and 8 + 6 in two rows of 16 cost 32 (1 + 16 / 32), three rows of 12 would 36 (1 + 12 / 32).

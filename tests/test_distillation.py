@@ -10,8 +10,10 @@ from torch.nn import functional
 from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
 from gradpruner.training import teacher as teaching
-from gradpruner.training.distillation import DistillationTrainer, distil, distillation_loss
+from gradpruner.training.distillation import distil
 from gradpruner.training.finetuning import training_arguments
+from gradpruner.training.options import FinetuneOptions
+from gradpruner.training.teacher import DistillationTrainer, distillation_loss
 
 COUNTED = torch.tensor([[True, True, False, True], [False, True, False, False]])
 
@@ -218,7 +220,7 @@ def test_the_teacher_too_makes_logits_only_where_something_is_learned():
     trainer = DistillationTrainer(
         teacher=teacher,
         model=student,
-        args=training_arguments(learning_rate=1e-3, batch_size=2, max_steps=1, device="cpu"),
+        args=training_arguments(FinetuneOptions(batch_size=2, accumulation=1, max_steps=1, device="cpu")),
         samples=[sample, sample],
         collator=Collator(),
     )
@@ -238,9 +240,8 @@ def test_a_teacher_that_cannot_be_packed_decides_the_layout(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "fault"),
     [
-        ({"tokens": "most"}, ConfigError, "tokens is 'most'; one of all, answers"),
-        ({"batching": "none"}, ConfigError, "batching is 'none'"),
-        ({"temperature": -1.0}, ConfigError, "temperature is -1"),
+        ({"batching": "none"}, ConfigError, "batching: .*'none'"),
+        ({"temperature": -1.0}, ConfigError, "temperature: .*-1.0"),
     ],
 )
 def test_options_that_are_not_allowed(change, error, fault):

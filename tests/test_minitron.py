@@ -30,6 +30,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.pruning.in_memory import prune_
+from gradpruner.training.options import FinetuneOptions
 
 SAMPLES = make_samples(6)
 WIDE = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 8, "head_dim": 4}
@@ -55,7 +56,7 @@ def context_of(model, samples=SAMPLES, **changes):
         model=lambda: model,
         samples=samples,
         collator=Collator(),
-        **{"finetune": {"batch_size": 4, "device": "cpu"}} | changes,
+        **{"finetune": FinetuneOptions(batch_size=4, accumulation=1, device="cpu")} | changes,
     )
 
 
@@ -368,14 +369,9 @@ def test_depth_scores_are_those_of_shortgpt():
 def test_a_pruned_model_is_recovered_by_distillation(method):
     dense = make_llama(**WIDE)
     options = method.options(distil_steps=6, distil_learning_rate=3e-3)
-    finetune = {
-        "batch_size": 4,
-        "accumulation": 1,
-        "device": "cpu",
-        "learning_rate": 1.0,
-        "mode": "lora",
-        "epochs": 9,
-    }
+    finetune = FinetuneOptions(
+        batch_size=4, accumulation=1, device="cpu", learning_rate=1.0, mode="lora", epochs=9
+    )
     context = context_of(dense, options=options, num_remove=5000, finetune=finetune)
     context = dataclasses.replace(context, model=lambda: make_llama(**WIDE))
     if method is DEPTH:

@@ -330,7 +330,7 @@ def test_one_step_tells_nothing(steps):
 
 
 def test_two_steps_with_warm_up_tell_nothing_either():
-    with pytest.raises(ConfigError, match="learning rate of 0"):
+    with pytest.raises(ConfigError, match=r"steps: .*3"):
         record_gradients(make_llama(), make_samples(4), steps=2)
 
 

@@ -1,11 +1,11 @@
 """Fine-tuning with a teacher: loss and gradients against a loop over samples with torch's own functions."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 from builders import make_llama, make_samples
+from pydantic import ValidationError
 from torch.nn import functional
 from transformers import TrainerCallback
 
@@ -14,7 +14,8 @@ from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
 from gradpruner.progress import set_mode
 from gradpruner.training import teacher as teaching
 from gradpruner.training.finetuning import finetune, training_arguments
-from gradpruner.training.teacher import DistillationOptions, DistillationTrainer
+from gradpruner.training.options import DistillationOptions, FinetuneOptions
+from gradpruner.training.teacher import DistillationTrainer
 
 I = IGNORED  # noqa: E741
 
@@ -168,12 +169,13 @@ def test_16_bit_autocast_gives_about_the_same_loss():
 def test_the_logged_cross_entropy_is_the_mean_since_the_last_entry():
     def losses(interval):
         student, teacher = make_pair()
-        arguments = partial(training_arguments, learning_rate=1e-2, batch_size=4, max_steps=5, device="cpu")
+        settings = {"learning_rate": 1e-2, "batch_size": 4, "accumulation": 1, "max_steps": 5}
+        arguments = training_arguments(FinetuneOptions(**settings, device="cpu"), logging_steps=interval)
         trainer = DistillationTrainer(
             teacher=teacher,
             options=DEFAULTS,
             model=student,
-            args=arguments(logging_steps=interval),
+            args=arguments,
             samples=SAMPLES,
             collator=Collator(),
         )
@@ -231,17 +233,16 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, mode):
 @pytest.mark.parametrize(
     ("values", "fault"),
     [
-        ({"ce": -0.1}, "weight ce is -0.1"),
-        ({"answers": math.nan}, "weight answers is nan"),
-        ({"prompts": math.inf}, "weight prompts is inf"),
+        ({"ce": -0.1}, "ce"),
+        ({"answers": math.nan}, "answers"),
+        ({"prompts": math.inf}, "prompts"),
         ({"ce": 0, "answers": 0, "prompts": 0}, "all 0"),
-        ({"temperature": 0}, "temperature is 0"),
-        ({"temperature": -1}, "temperature is -1"),
-        ({"temperature": math.nan}, "temperature is nan"),
+        ({"temperature": 0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
     ],
 )
 def test_weights_that_mean_nothing_are_refused(values, fault):
-    with pytest.raises(ConfigError, match=fault):
+    with pytest.raises(ValidationError, match=fault):
         DistillationOptions(**values)
 
 

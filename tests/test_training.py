@@ -23,6 +23,7 @@ from gradpruner.training.finetuning import (
     planned_steps,
     training_arguments,
 )
+from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.resume import TALLY, latest_complete_checkpoint, tally_of
 from gradpruner.training.trainer import CausalTrainer, answer_window
 
@@ -84,7 +85,7 @@ def test_the_windowed_loss_and_its_gradients_are_the_trainers_own(labels, adapte
         torch.manual_seed(0)
         model = build()
         trainer = cls(
-            model=model, args=training_arguments(learning_rate=1e-3, batch_size=2, device="cpu"), **options
+            model=model, args=training_arguments(FinetuneOptions(accumulation=1, device="cpu")), **options
         )
         for count in (None, torch.tensor(3)):
             model.zero_grad()
@@ -154,7 +155,7 @@ def shuffled(samples):
     """The order in which the Trainer takes samples with seed 3."""
     trainer = CausalTrainer(
         model=make_llama(),
-        args=training_arguments(learning_rate=1e-3, batch_size=1, seed=3, device="cpu"),
+        args=training_arguments(FinetuneOptions(batch_size=1, accumulation=1, seed=3, device="cpu")),
         samples=[{**s, "labels": [i] * len(s["labels"])} for i, s in enumerate(samples)],
         collator=Collator(),
     )
@@ -310,9 +311,9 @@ def test_a_nan_loss_stops():
 
 
 def test_options_that_cannot_work_are_refused():
-    with pytest.raises(ConfigError, match="full, lora"):
+    with pytest.raises(ConfigError, match="'full' or 'lora'"):
         tune(mode="adapters")
-    with pytest.raises(ConfigError, match="packed, grouped, padded"):
+    with pytest.raises(ConfigError, match="'packed', 'grouped' or 'padded'"):
         tune(batching="bucketed")
     with pytest.raises(ConfigError, match="needs a GPU"):
         tune(liger=True)
@@ -333,33 +334,22 @@ def test_options_that_cannot_work_are_refused():
     [(16, 4, 1, 1, 4), (17, 4, 1, 1, 5), (16, 4, 3, 2, 4), (3, 8, 8, 3, 3), (100, 8, 8, 0.1, 1)],
 )
 def test_planned_steps_are_the_trainers(samples, batch, accumulation, epochs, steps):
-    assert planned_steps(samples, batch, accumulation, epochs) == steps
+    options = {"batch_size": batch, "accumulation": accumulation, "epochs": epochs}
+    assert planned_steps(samples, FinetuneOptions(**options)) == steps
     if samples <= 17:
-        _, result = tune(
-            samples=make_samples(samples),
-            batch_size=batch,
-            accumulation=accumulation,
-            epochs=epochs,
-            max_steps=-1,
-        )
-        assert result.steps == steps
+        assert tune(samples=make_samples(samples), max_steps=None, **options)[1].steps == steps
 
 
 def test_arguments_mean_what_they_say(recwarn):
-    chosen = training_arguments(learning_rate=1e-4, batch_size=2, device="cpu")
+    chosen = training_arguments(FinetuneOptions(device="cpu"))
     assert chosen.gradient_checkpointing is False
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
     assert chosen.get_warmup_steps(1000) == 30
     assert (chosen.bf16, chosen.fp16, chosen.weight_decay) == (False, False, 0.1)
-    other = training_arguments(
-        learning_rate=1e-4,
-        batch_size=2,
-        gradient_checkpointing=True,
-        warmup=5,
-        precision="bf16",
-        compile=True,
-        device="cpu",
+    options = FinetuneOptions(
+        gradient_checkpointing=True, warmup=5, precision="bf16", compile=True, device="cpu"
     )
+    other = training_arguments(options)
     assert other.torch_compile and not chosen.torch_compile and not chosen.use_liger_kernel
     assert other.gradient_checkpointing and other.bf16 and other.get_warmup_steps(1000) == 5
 

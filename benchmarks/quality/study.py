@@ -219,7 +219,7 @@ def trained(work: Work, row: Row, rate: float) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         from gradpruner.pruning.in_memory import prune_
-        from gradpruner.training.teacher import DistillationOptions
+        from gradpruner.training.options import DistillationOptions
 
         teacher = tune(work) if row.start == "tuned" or row.distil else None
         folder = teacher if teacher and row.start == "tuned" else work.model

@@ -26,8 +26,9 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
-from gradpruner.training.distillation import DistillationTrainer
 from gradpruner.training.finetuning import LOGGED_POINTS, planned_steps, resolve_precision, training_arguments
+from gradpruner.training.options import FinetuneOptions
+from gradpruner.training.teacher import DistillationTrainer
 from gradpruner.training.trainer import CausalTrainer
 
 ADAPTED = ("q_proj", "v_proj", "gate_proj", "up_proj")
@@ -36,7 +37,7 @@ MASK_STEP = 0.01
 LAST_PART = 0.25
 """Share of the steps that masks may take, at most, to get where the last cut sends them."""
 # What of the recipe's fine-tuning holds here too.
-_SHARED = ("precision", "device", "gradient_checkpointing")
+_SHARED = {"accumulation", "batch_size", "batching", "device", "gradient_checkpointing", "precision"}
 
 
 class APTOptions(MethodOptions):
@@ -319,8 +320,7 @@ def _check(context: MethodContext) -> int:
         )
     if len(context.samples) == 0:
         raise DataError("APT trains on training samples and there are none.")
-    chosen = context.finetune
-    if resolve_precision(chosen.get("precision", "auto"), chosen.get("device", "auto")) == "fp16":
+    if resolve_precision(context.finetune.precision, context.finetune.device) == "fp16":
         raise ConfigError(
             "APT weighs gradients against the shape of weights, and fp16 scales gradients.",
             hint="Set finetune.precision to bf16 or fp32.",
@@ -364,25 +364,22 @@ def _trainer(
     model: Any, context: MethodContext, options: APTOptions, pruning: AdaptivePruning
 ) -> CausalTrainer:
     made: Any = partial(SelfDistillationTrainer, pruning=pruning) if options.distil else CausalTrainer
-    shared = {name: context.finetune[name] for name in _SHARED if name in context.finetune}
-    batch_size = int(context.finetune.get("batch_size", 8))
-    accumulation = int(context.finetune.get("accumulation", 8))
-    steps = options.steps or planned_steps(len(context.samples), batch_size, accumulation, options.epochs)
+    tuning = FinetuneOptions(
+        **context.finetune.model_dump(include=_SHARED),
+        learning_rate=options.learning_rate,
+        epochs=options.epochs,
+        max_steps=options.steps,
+        schedule="cosine",
+        seed=context.seed,
+    )
+    steps = planned_steps(len(context.samples), tuning)
+    tuning = tuning.model_copy(update={"max_steps": steps})
     trainer: CausalTrainer = made(
         model=model,
-        args=training_arguments(
-            learning_rate=options.learning_rate,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            max_steps=steps,
-            schedule="cosine",
-            seed=context.seed,
-            logging_steps=max(1, steps // LOGGED_POINTS),
-            **shared,
-        ),
+        args=training_arguments(tuning, logging_steps=max(1, steps // LOGGED_POINTS)),
         samples=context.samples,
         collator=context.collator,
-        batching=context.finetune.get("batching", "packed"),
+        batching=tuning.batching,
         callbacks=[NonFiniteGuard(), ProgressCallback("prune apt"), pruning],
     )
     return trainer

@@ -26,7 +26,6 @@ from gradpruner.pruning.refitting import fit_repair
 from gradpruner.training.finetuning import finetune, planned_steps
 
 _GROWTH = 3  # of the steps, from round to round
-_LEFT_OUT = ("epochs", "max_steps", "save_steps", "report_to", "merge_adapter", "seed", "output")
 
 
 class AutoOptions(MethodOptions):
@@ -191,13 +190,7 @@ class _Search:
         self.rounds: list[dict[str, int]] = []
         self.dense: Any = context.model()
         self.model = fingerprint(self.dense)
-        tuning = context.finetune
-        self.steps: int = max(0, tuning.get("max_steps", -1)) or planned_steps(
-            len(context.samples) + len(validation),
-            tuning.get("batch_size", 8),
-            tuning.get("accumulation", 8),
-            tuning.get("epochs", 3.0),
-        )
+        self.steps = planned_steps(len(context.samples) + len(validation), context.finetune)
 
     def fill(self, num_prune: int) -> None:
         """Makes the pool."""
@@ -311,24 +304,25 @@ class _Search:
         return mean_nll(model, batches, f"without layers {runs_of(plan.pruned)}")
 
     def _trained(self, model: nn.Module, steps: int, name: str) -> Any:
-        options = {key: value for key, value in self.context.finetune.items() if key not in _LEFT_OUT}
-        if options.get("mode", "full") == "full":
+        tuning = self.context.finetune
+        if tuning.mode == "full":
             model = model.float()  # updates of AdamW are below the resolution of 16 bits
-        # The Trainer rounds warm-up up: of a single step nothing would be left.
-        warmup = int(steps * options.pop("warmup_ratio", 0.0))
+        changes = {
+            "max_steps": steps,
+            # The Trainer rounds warm-up up: of a single step nothing would be left.
+            "warmup": int(steps * tuning.warmup_ratio),
+            "seed": self.context.seed,
+            "merge_adapter": True,
+            "report_to": "none",
+        }
         collator: Any = self.context.collator
-        trained, _ = finetune(
+        return finetune(
             model,
             self.context.samples,
+            tuning.model_copy(update=changes),
             collator=collator,
-            max_steps=steps,
-            warmup=warmup,
-            seed=self.context.seed,
-            merge_adapter=True,
             description=f"auto {name}",
-            **options,
-        )
-        return trained
+        )[0]
 
 
 METHODS.register("auto")(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import TrainerCallback
 
@@ -18,6 +18,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import Fits
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.registry import Registry
+from gradpruner.training.options import FinetuneOptions, validated
 
 
 class MethodOptions(BaseModel):
@@ -49,8 +50,8 @@ class MethodContext:
         options: The method's own options, an instance of `Method.options`.
         pruned_work: What a pruned row takes in all, in units of the dense model's fine-tuning: recording,
             repair, teacher and training, estimated from steps and layers.
-        finetune: Options of `finetuning.finetune` that later fine-tune the result; methods that train take
-            batch size, precision and device from here.
+        finetune: How the result is fine-tuned later; methods that train take batch size, precision and
+            device from here.
         folder: Where a method that trains for long may keep checkpoints; None: nowhere.
     """
 
@@ -68,7 +69,7 @@ class MethodContext:
     fits: Fits | None = None
     options: Any = None
     pruned_work: float = 1.0
-    finetune: dict[str, Any] = field(default_factory=dict)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     folder: Path | None = None
 
 
@@ -130,16 +131,7 @@ class Method:
         Raises:
             ConfigError: If one is unknown or not allowed.
         """
-        try:
-            return self.options.model_validate(raw)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            key = ".".join(map(str, fault["loc"]))
-            allowed = ", ".join(self.options.model_fields) or "none"
-            raise ConfigError(
-                f"methods.{name}.{key}: {fault['msg']} (given: {fault.get('input')!r}).",
-                hint=f"Options of {name}: {allowed}.",
-            ) from error
+        return validated(self.options, raw, f"methods.{name}.")
 
 
 METHODS: Registry[Method] = Registry("method", renamed={"block_influence": "shortgpt"})

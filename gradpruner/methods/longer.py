@@ -26,7 +26,7 @@ def training(context: MethodContext) -> dict[str, Any]:
     """
     options: LongerOptions = context.options or LongerOptions()
     factor = context.pruned_work if options.factor is None else options.factor
-    return {"epochs": factor * context.finetune.get("epochs", 1.0)}
+    return {"epochs": factor * context.finetune.epochs}
 
 
 def callbacks(context: MethodContext) -> list[TrainerCallback]:

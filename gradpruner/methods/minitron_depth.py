@@ -12,9 +12,10 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.block_influence import block_influence
 from gradpruner.training.distillation import distil
+from gradpruner.training.options import FinetuneOptions
 
 # Of the fine-tuning that follows; what else it sets (learning rate, mode ...) distillation sets itself.
-_SHARED = ("accumulation", "batching", "device", "gradient_checkpointing", "max_grad_norm", "precision")
+_SHARED = {"accumulation", "batching", "device", "gradient_checkpointing", "max_grad_norm", "precision"}
 
 
 class MinitronOptions(MethodOptions):
@@ -73,22 +74,25 @@ def recover(context: MethodContext, model: nn.Module) -> dict[str, Any]:
     options = _options(context)
     if not options.distil:
         return {}
-    settings: dict[str, Any] = {k: v for k, v in context.finetune.items() if k in _SHARED}
+    tuning = FinetuneOptions(
+        **context.finetune.model_dump(include=_SHARED),
+        learning_rate=options.distil_learning_rate,
+        batch_size=options.distil_batch_size or context.finetune.batch_size,
+        epochs=1.0,
+        max_steps=options.distil_steps,
+        save_steps=context.finetune.save_steps,
+        seed=context.seed,
+    )
     collator: Any = context.collator
     return distil(
         model,
         context.model(),
         context.samples,
+        tuning,
         collator=collator,
-        learning_rate=options.distil_learning_rate,
-        batch_size=options.distil_batch_size or context.finetune.get("batch_size", 8),
-        max_steps=options.distil_steps or -1,
         temperature=options.temperature,
         tokens=options.distil_tokens,
-        seed=context.seed,
         checkpoints=context.folder,
-        save_steps=context.finetune.get("save_steps"),
-        **settings,
     )
 
 

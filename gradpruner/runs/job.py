@@ -51,6 +51,7 @@ from gradpruner.runs.evaluation_data import (
 )
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.finetuning import check_liger, check_trackers, planned_steps
+from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.recording import default_steps
 
 Plan = PruningPlan | WidthPlan
@@ -147,8 +148,7 @@ class Job:
             protected=tuple(sorted(protected)),
             fits=self.slots(),
             options=self.method_options(name),
-            finetune=self.recipe.finetune.model_dump()
-            | {"device": "cpu" if self.device == "cpu" else "auto"},
+            finetune=self.training,
             folder=folder,
         )
 
@@ -274,18 +274,27 @@ class Job:
         return int(self.text.num_hidden_layers)
 
     @property
+    def training(self) -> FinetuneOptions:
+        """The recipe's fine-tuning, with the run's seed and device."""
+        return FinetuneOptions(
+            **self.recipe.finetune.model_dump(),
+            seed=self.recipe.seed,
+            device="cpu" if self.device == "cpu" else "auto",
+        )
+
+    @property
     def finetune_steps(self) -> int:
         """Optimizer steps of every fine-tuning."""
-        options = self.recipe.finetune
-        return planned_steps(len(self.samples), options.batch_size, options.accumulation, options.epochs)
+        return planned_steps(len(self.samples), self.recipe.finetune)
 
     @property
     def recover_steps(self) -> int:
         """Optimizer steps after a tuned model was pruned; 0 for none."""
-        recover, options = self.recipe.recover, self.recipe.finetune
+        recover = self.recipe.recover
         if recover.steps is not None or recover.epochs == 0:
             return recover.steps or 0
-        return planned_steps(len(self.samples), options.batch_size, options.accumulation, recover.epochs)
+        tuning = self.recipe.finetune.model_copy(update={"epochs": recover.epochs})
+        return planned_steps(len(self.samples), tuning)
 
     @property
     def pruned_work(self) -> float:

@@ -39,6 +39,7 @@ from gradpruner.runs.run_record import run_record
 from gradpruner.runs.variant import Variant
 from gradpruner.runs.work import tuned_folder
 from gradpruner.training.callbacks import ProgressCallback
+from gradpruner.training.options import RecordOptions
 from gradpruner.training.recording import record_gradients
 
 log = logging.getLogger(__name__)
@@ -174,25 +175,17 @@ class _Run:
 
     def _record(self) -> dict[str, Any]:
         options = self.recipe.record
+        shared = self.job.training.model_dump(
+            include={"precision", "gradient_checkpointing", "seed", "device"}
+        )
         model = self.job.load(self.job.origin, quantise=options.adapter == "qlora")
         trace = record_gradients(
             model,
             self.job.samples,  # type: ignore[arg-type]
-            steps=self.job.record_steps,
-            rank=options.rank,
-            alpha=options.alpha,
-            dropout=options.dropout,
-            adapter=options.adapter,
-            learning_rate=options.learning_rate,
-            batch_size=options.batch_size,
-            clip=options.clip,
+            RecordOptions(**options.model_dump() | {"steps": self.job.record_steps}, **shared),
             folder=self.path("trace"),
-            seed=self.recipe.seed,
             collator=self.job.collator,
             callbacks=[ProgressCallback("record")],
-            device="cpu" if self.job.device == "cpu" else "auto",
-            precision=self.recipe.finetune.precision,
-            gradient_checkpointing=self.recipe.finetune.gradient_checkpointing,
         )
         self.job.release(model)
         return {

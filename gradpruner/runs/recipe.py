@@ -17,16 +17,13 @@ from gradpruner.files import MAX_DEPTH, check_json, read_plain, shown
 from gradpruner.runs.key_hints import meant_key
 from gradpruner.runs.sections import (
     DataSection,
-    DistilSection,
     EvaluateSection,
-    FinetuneSection,
     ModelSection,
     PlanSection,
-    RecordSection,
     RecoverSection,
     ScoreSection,
-    Section,
 )
+from gradpruner.training.options import DistilSection, FinetuneSection, RecordSection, Section
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "fast": {"start": "base", "variants": ["dense", "dropped"], "plan": {"repair": "least_squares"}},

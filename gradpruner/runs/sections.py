@@ -1,21 +1,16 @@
 """The sections of a recipe: every key with its default, its limits and what it means.
 
-Importing this module imports no torch.
+Those of training (record, finetune, distil) are in `training.options`. Importing this imports no torch.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
-
-
-class Section(BaseModel):
-    """A part of the recipe; unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+from gradpruner.training.options import Section
 
 
 class ModelSection(Section):
@@ -68,28 +63,6 @@ class DataSection(Section):
         if self.task is not None and (self.train is not None or self.eval is not None):
             raise ValueError("data.task and data.train / data.eval exclude each other")
         return self
-
-
-class RecordSection(Section):
-    """The first LoRA steps, whose gradients are recorded."""
-
-    steps: int | None = Field(default=None, ge=3)
-    """Optimizer steps; null: max(40, 1 % of the planned fine-tuning steps). The first two contribute
-    nothing: LoRA B is zero at step 1, and the learning rate is still zero there."""
-    batch_size: int = Field(default=4, ge=1)
-    """Samples per optimizer step."""
-    learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate; constant after warm-up."""
-    adapter: Literal["lora", "rslora", "dora", "qlora"] = "lora"
-    """Kind of adapter."""
-    rank: int = Field(default=8, ge=1)
-    """LoRA r."""
-    alpha: float = Field(default=32, gt=0)
-    """LoRA alpha."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    """LoRA dropout."""
-    clip: float | None = Field(default=1.0, gt=0)
-    """Gradient norm clipping before recording (as in the released code); null records raw gradients."""
 
 
 class ScoreSection(Section):
@@ -156,55 +129,6 @@ class PlanSection(Section):
         return self
 
 
-class FinetuneSection(Section):
-    """Fine-tuning of every variant, the same for all."""
-
-    mode: Literal["full", "lora"] = "full"
-    """full trains every weight; lora trains adapters."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak learning rate; 1e-5 suits full fine-tuning of 8 B models, smaller models need more."""
-    batch_size: int = Field(default=8, ge=1)
-    """Samples per forward pass and device."""
-    accumulation: int = Field(default=8, ge=1)
-    """Forward passes per optimizer step."""
-    epochs: float = Field(default=3.0, gt=0)
-    """Passes over the training data."""
-    weight_decay: float = Field(default=0.1, ge=0)
-    """AdamW weight decay."""
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    """Fraction of steps with rising learning rate."""
-    max_grad_norm: float = Field(default=1.0, ge=0)
-    """Gradient clipping; 0 turns it off."""
-    schedule: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-        "inverse_sqrt",
-    ] = "linear"  # fmt: skip
-    """Learning-rate schedule after warm-up."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast precision; auto: bf16 on GPUs that have it, fp32 elsewhere."""
-    rank: int = Field(default=8, ge=1)
-    """LoRA r (mode lora)."""
-    alpha: float = Field(default=32, gt=0)
-    """LoRA alpha (mode lora)."""
-    dropout: float = Field(default=0.05, ge=0, lt=1)
-    """LoRA dropout (mode lora)."""
-    merge_adapter: bool = True
-    """Add LoRA into the weights on save, so that the folder is a plain model."""
-    gradient_checkpointing: bool = False
-    """Recompute activations: less memory, more time."""
-    batching: Literal["packed", "grouped", "padded"] = "packed"
-    """Layout of a batch: packed end to end where the model allows (else grouped), or padded to equal length,
-    grouped by it or not. All learn the same."""
-    compile: bool = False
-    """Compile the model with torch.compile: slower start, faster steps."""
-    liger: bool = False
-    """Liger's fused kernels (GPU; pip install 'gradpruner[gpu]')."""
-    save_steps: int | None = Field(default=500, ge=1)
-    """Checkpoint interval; an interrupted fine-tuning goes on from the last whole one. null: none."""
-    report_to: str | list[str] = "none"
-    """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, all or none."""
-
-
 class RecoverSection(Section):
     """Training after pruning a model that is tuned already (start: tuned or given)."""
 
@@ -219,22 +143,6 @@ class RecoverSection(Section):
     def trains(self) -> bool:
         """Whether the pruned model is trained at all."""
         return self.epochs > 0 if self.steps is None else self.steps > 0
-
-
-class DistilSection(Section):
-    """What pruned models learn from the dense model tuned on the same task, while they are trained."""
-
-    teacher: Literal["none", "tuned"] = "none"
-    """none: pruned models learn from the answers alone. tuned: also from the logits of the tuned dense model,
-    which needs the row dense, or start: given."""
-    ce: float = Field(default=0.3, ge=0)
-    """Weight of the answers themselves (cross entropy)."""
-    answers: float = Field(default=0.7, ge=0)
-    """Weight of the divergence from the teacher on answer tokens."""
-    prompts: float = Field(default=0.1, ge=0)
-    """Weight of the divergence from the teacher on prompt tokens; 0 saves computing logits there."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Divides the logits of both models."""
 
 
 class AlsoSection(Section):

@@ -26,7 +26,7 @@ from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkp
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.job import LABELS, Job, Plan
 from gradpruner.training.finetuning import finetune
-from gradpruner.training.teacher import DistillationOptions
+from gradpruner.training.options import FinetuneOptions
 
 
 class Work:
@@ -175,43 +175,40 @@ class Work:
         """Pruned (or dense) model -> fine-tuned model"""
         options = self._training_options()
         # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
-        updated = "float32" if options["mode"] == "full" and self.recipe.model.dtype == "auto" else None
+        updated = "float32" if options.mode == "full" and self.recipe.model.dtype == "auto" else None
         callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
         model, result = finetune(
             self.job.load(self.source, dtype=updated),
             self.job.samples,
+            options,
             collator=self.job.collator,
-            seed=self.recipe.seed,
             checkpoints=self.path(self.checkpoints),
             description=f"finetune {self.name}",
-            device="cpu" if self.job.device == "cpu" else "auto",
             callbacks=callbacks,
             **self._teacher(),
-            **options,
         )
         self._save(model, self.tuned, {"finetune": result.to_dict() | {"losses": None}})
         self.directory.remove([self.checkpoints])
         self.job.release(model)
         return result.to_dict() | {"output": self.tuned}
 
-    def _training_options(self) -> dict[str, Any]:
+    def _training_options(self) -> FinetuneOptions:
         """The recipe's fine-tuning; of a pruned model that was tuned before, the shorter one of `recover`."""
-        options = self.recipe.finetune.model_dump()
-        recover = self.recipe.recover
+        options, recover = self.job.training, self.recipe.recover
+        changes: dict[str, Any] = {}
         if not self.is_dense and self.recipe.start != "base":
-            options["learning_rate"] = recover.learning_rate or options["learning_rate"]
-            options |= {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
+            changes["learning_rate"] = recover.learning_rate or options.learning_rate
+            changes |= {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
         if self.method and self.method.training:
-            options |= self.method.training(self.context)
-        return options
+            changes |= self.method.training(self.context)
+        return options.model_copy(update=changes)
 
     def _teacher(self) -> dict[str, Any]:
         """The tuned dense model and how it is learned from, as options of `finetune`; none for itself."""
         if self.is_dense or not self.recipe.distils:
             return {}
         folder = self.job.folder if self.recipe.start == "given" else self.path(tuned_folder("dense"))
-        weights = self.recipe.distil.model_dump(exclude={"teacher"})
-        return {"teacher": self.job.load(folder), "distillation": DistillationOptions(**weights)}
+        return {"teacher": self.job.load(folder), "distillation": self.recipe.distil}
 
     def _save(self, model: Any, folder: str, facts: dict[str, Any] | None = None) -> None:
         save_model(

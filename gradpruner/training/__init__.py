@@ -1,5 +1,6 @@
 """Through the Trainer: recording, fine-tuning, distillation.
 
+options         what recording, fine-tuning and distillation are told; sections of the recipe
 trainer         a Trainer that computes only the logits that are learned from
 batching        layouts of a batch: packed, grouped, padded
 callbacks       progress, and a guard against NaN; resume: the last complete checkpoint

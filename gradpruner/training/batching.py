@@ -21,8 +21,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gradpruner.data.encoding import IGNORED, Collator
 
-BATCHINGS = ("packed", "grouped", "padded")
-
 # A token's linears cost about 24 hidden^2 operations in a layer, attention over a row of W tokens 4 W hidden,
 # so they are even at W = 6 hidden; but attention with a mask runs at a third of the speed, or less.
 _LINEAR_TO_ATTENTION = 2

@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from gradpruner.data.encoding import IGNORED, Collator
-from gradpruner.errors import ConfigError, DataError
+from gradpruner.errors import DataError
 from gradpruner.training.finetuning import finetune, planned_steps
-from gradpruner.training.teacher import DistillationOptions, DistillationTrainer, distillation_loss
+from gradpruner.training.options import DistillationOptions, FinetuneOptions, changed, validated
 
-__all__ = ["TOKENS", "DistillationOptions", "DistillationTrainer", "distil", "distillation_loss"]
-
-TOKENS = ("all", "answers")
+DEFAULTS = FinetuneOptions(learning_rate=1e-4, accumulation=1, epochs=1.0)
 # The guide warms up for 100 steps; a run as short as ours would do little else.
 _WARMUP_STEPS = 100
 _WARMUP_SHARE = 10
@@ -30,23 +28,14 @@ def distil(
     student: nn.Module,
     teacher: nn.Module,
     samples: Sequence[dict[str, list[int]]],
+    options: FinetuneOptions = DEFAULTS,
     *,
     collator: Collator,
-    learning_rate: float = 1e-4,
-    final_learning_rate: float | None = None,
-    warmup: int | None = None,
-    batch_size: int = 8,
-    accumulation: int = 1,
-    epochs: float = 1.0,
-    max_steps: int = -1,
     temperature: float = 1.0,
-    tokens: str = "all",
-    batching: str = "packed",
-    seed: int = 0,
+    tokens: Literal["all", "answers"] = "all",
     checkpoints: str | Path | None = None,
-    save_steps: int | None = None,
     description: str = "distil",
-    **training: Any,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Trains every weight of a student on its teacher's logits, in place.
 
@@ -57,61 +46,46 @@ def distil(
         student: The causal LM to train.
         teacher: A causal LM of the same vocabulary; not changed, but moved to the device that trains.
         samples: Encoded samples with `input_ids` and `labels`.
+        options: How, see `finetune`. A cosine leads down from the learning rate, to a tenth of it if
+            `final_learning_rate` is None; a `warmup` of None is 100 steps, but at most a tenth of all.
         collator: Makes batches.
-        learning_rate: Peak learning rate; a cosine leads down from it.
-        final_learning_rate: At the end; None is a tenth of the peak.
-        warmup: Steps with rising learning rate; None is 100, but at most a tenth of all.
-        batch_size: Samples per forward pass.
-        accumulation: Forward passes per optimizer step.
-        epochs: Passes over the samples.
-        max_steps: Optimizer steps instead of epochs when > 0.
         temperature: See `distillation_loss`.
         tokens: Where the student learns: at "all" real tokens, or those of the "answers" alone.
-        batching: As for `finetuning.finetune`; packed only if the teacher too can be.
-        seed: Seeds data order and dropout.
-        checkpoints: Folder for checkpoints; an interrupted run there is taken up again.
-        save_steps: Checkpoint interval; None writes none.
+        checkpoints: As for `finetune`.
         description: Name for the progress bar.
-        **training: Further `training_arguments` options.
+        **changes: Single options, such as learning_rate=1e-3.
 
     Returns:
         `finetuning.FinetuneResult` as JSON values, losses in nats per counted token; temperature and tokens.
 
     Raises:
-        ConfigError: If an option is unknown or out of range.
         DataError: If there are no samples, or nothing in them is learned.
-        ModelError: If the student is quantised.
-        NonFiniteError: If a loss or gradient becomes NaN or Inf.
+        GradPrunerError: As `finetune`.
 
     Source: Minitron (Muralidharan et al., 2024); its released guide for learning rates and warm-up.
     """
-    if tokens not in TOKENS:
-        raise ConfigError(f"tokens is '{tokens}'; one of {', '.join(TOKENS)} is needed.")
-    options = DistillationOptions(ce=0, answers=1, prompts=0, temperature=temperature)
+    options = changed(FinetuneOptions, options, changes)
+    weights = {"ce": 0, "answers": 1, "prompts": 0, "temperature": temperature}
+    distillation = validated(DistillationOptions, weights, "distil: ")
     learned = _learned(samples, tokens)
-    steps = max_steps if max_steps > 0 else planned_steps(len(learned), batch_size, accumulation, epochs)
-    final = learning_rate / 10 if final_learning_rate is None else final_learning_rate
+    steps = planned_steps(len(learned), options)
+    final, warmup = options.final_learning_rate, options.warmup
+    options = options.model_copy(
+        update={
+            "final_learning_rate": options.learning_rate / 10 if final is None else final,
+            "warmup": min(_WARMUP_STEPS, steps // _WARMUP_SHARE) if warmup is None else warmup,
+        }
+    )
     with _in_float32(student):
         _, result = finetune(
             student,
             learned,
+            options,
             collator=collator,
             teacher=teacher,
-            distillation=options,
-            learning_rate=learning_rate,
-            schedule="cosine_with_min_lr",
-            schedule_options={"min_lr": final},
-            warmup=min(_WARMUP_STEPS, steps // _WARMUP_SHARE) if warmup is None else warmup,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            epochs=epochs,
-            max_steps=max_steps,
-            batching=batching,
-            seed=seed,
+            distillation=distillation,
             checkpoints=checkpoints,
-            save_steps=save_steps,
             description=description,
-            **training,
         )
     student.eval()
     facts = {"losses": list(result.losses), "temperature": temperature, "learned_tokens": tokens}

@@ -21,105 +21,62 @@ from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.models.sizes import PeakMemory
 from gradpruner.registry import suggest
 from gradpruner.training.adapters import attach_lora
-from gradpruner.training.batching import BATCHINGS
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
+from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
 from gradpruner.training.resume import latest_complete_checkpoint, tally_of
-from gradpruner.training.teacher import DistillationOptions, DistillationTrainer, check_teacher
+from gradpruner.training.teacher import DistillationTrainer, check_teacher
 from gradpruner.training.trainer import CausalTrainer
 
 log = logging.getLogger(__name__)
 
-MODES = ("full", "lora")
 # About this many points make a readable loss curve.
 LOGGED_POINTS = 200
 
 
 def training_arguments(
-    *,
-    learning_rate: float,
-    batch_size: int,
-    epochs: float = 3.0,
-    max_steps: int = -1,
-    accumulation: int = 1,
-    weight_decay: float = 0.1,
-    warmup_ratio: float = 0.03,
-    warmup: int | None = None,
-    max_grad_norm: float = 1.0,
-    schedule: str = "linear",
-    schedule_options: dict[str, Any] | None = None,
-    precision: str = "auto",
-    gradient_checkpointing: bool = False,
-    compile: bool = False,
-    liger: bool = False,
-    seed: int = 0,
-    output: str | Path | None = None,
-    save_steps: int | None = None,
-    logging_steps: int = 1,
-    report_to: str | list[str] = "none",
-    run_name: str | None = None,
-    device: str = "auto",
+    options: FinetuneOptions, output: str | Path | None = None, logging_steps: int = 1
 ) -> TrainingArguments:
     """Our options as the Trainer's, with nothing it does by default that surprises here.
 
     Args:
-        learning_rate: Peak learning rate.
-        batch_size: Samples per forward pass and device.
-        epochs: Passes over the data, unless `max_steps` > 0.
-        max_steps: Optimizer steps.
-        accumulation: Forward passes per optimizer step.
-        weight_decay: AdamW weight decay.
-        warmup_ratio: Fraction of steps with rising learning rate, in [0, 1).
-        warmup: The same in steps; overrides the ratio.
-        max_grad_norm: Clipping norm; 0 turns clipping off.
-        schedule: A transformers scheduler name.
-        schedule_options: What that scheduler needs besides, such as its lowest learning rate.
-        precision: "fp32", "bf16" or "fp16" autocast; "auto" is bf16 on accelerators that have it and
-            fp32 elsewhere (bf16 is emulated, and slow, on CPUs without the instructions).
-        gradient_checkpointing: Trade time for activation memory.
-        compile: Compile the model with torch.compile.
-        liger: Use Liger's fused kernels (NVIDIA and AMD GPUs).
-        seed: Seeds data order and dropout.
-        output: Folder for checkpoints.
-        save_steps: Checkpoint interval in steps; None writes none.
+        options: What is to be done.
+        output: Folder for checkpoints; None writes none.
         logging_steps: Interval of loss values.
-        report_to: Trackers ("tensorboard", "wandb", "trackio", ...) or "none".
-        run_name: Name of the run for trackers.
-        device: "auto" or "cpu".
     """
-    chosen = resolve_precision(precision, device)
+    chosen = resolve_precision(options.precision, options.device)
     known = {field.name for field in fields(TrainingArguments)}
     new, old = "activation_checkpointing", "gradient_checkpointing"  # renamed in transformers 5.23
     recompute = new if new in known else old
+    final = options.final_learning_rate
     return TrainingArguments(
         output_dir=str(output) if output else str(Path(tempfile.gettempdir()) / "gradpruner-unused"),
-        learning_rate=learning_rate,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=epochs,
-        max_steps=max_steps,
-        weight_decay=weight_decay,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulation,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        weight_decay=options.weight_decay,
         # transformers 5 reads a value below 1 as a ratio
-        warmup_steps=warmup_ratio if warmup is None else warmup,
-        max_grad_norm=max_grad_norm,
-        lr_scheduler_type=schedule,
-        lr_scheduler_kwargs=schedule_options,
+        warmup_steps=options.warmup_ratio if options.warmup is None else options.warmup,
+        max_grad_norm=options.max_grad_norm,
+        lr_scheduler_type=options.schedule if final is None else "cosine_with_min_lr",
+        lr_scheduler_kwargs=None if final is None else {"min_lr": final},
         optim="adamw_torch_fused",
         bf16=chosen == "bf16",
         fp16=chosen == "fp16",
-        **({recompute: True} if gradient_checkpointing else {}),
-        torch_compile=compile,
-        use_liger_kernel=liger,
+        **({recompute: True} if options.gradient_checkpointing else {}),
+        torch_compile=options.compile,
+        use_liger_kernel=options.liger,
         logging_steps=logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_strategy="steps" if save_steps else "no",
-        save_steps=save_steps or 500,
+        save_strategy="steps" if output and options.save_steps else "no",
+        save_steps=options.save_steps or 500,
         save_total_limit=2,
-        report_to=report_to,
-        run_name=run_name,
-        seed=seed,
-        data_seed=seed,
-        use_cpu=device == "cpu" or not torch.accelerator.is_available(),
+        report_to=options.report_to,
+        seed=options.seed,
+        data_seed=options.seed,
+        use_cpu=options.device == "cpu" or not torch.accelerator.is_available(),
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -127,7 +84,7 @@ def training_arguments(
 
 
 def resolve_precision(precision: str, device: str = "auto") -> str:
-    """Turns "auto" into what this machine is good at; see `training_arguments`."""
+    """Turns "auto" into bf16 on GPUs that have it, and fp32 elsewhere: CPUs mostly emulate bf16, slowly."""
     if precision != "auto":
         return precision
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -201,75 +158,52 @@ class FinetuneResult:
         return asdict(self)
 
 
-def planned_steps(num_samples: int, batch_size: int, accumulation: int, epochs: float) -> int:
+def planned_steps(num_samples: int, options: FinetuneSection) -> int:
     """Optimizer steps of a fine-tuning."""
-    per_epoch = math.ceil(math.ceil(num_samples / batch_size) / accumulation)
-    return max(1, math.ceil(per_epoch * epochs))
+    if isinstance(options, FinetuneOptions) and options.max_steps is not None:
+        return options.max_steps
+    per_epoch = math.ceil(math.ceil(num_samples / options.batch_size) / options.accumulation)
+    return max(1, math.ceil(per_epoch * options.epochs))
 
 
 def finetune(
     model: nn.Module,
     dataset: Any,
+    options: FinetuneOptions | None = None,
     *,
     collator: Collator,
-    mode: str = "full",
-    learning_rate: float = 1e-5,
-    batch_size: int = 8,
-    accumulation: int = 8,
-    epochs: float = 3.0,
-    max_steps: int = -1,
-    batching: str = "packed",
-    seed: int = 0,
-    rank: int = 8,
-    alpha: float = 32,
-    dropout: float = 0.05,
-    merge_adapter: bool = True,
     teacher: nn.Module | None = None,
     distillation: DistillationOptions | None = None,
     checkpoints: str | Path | None = None,
-    save_steps: int | None = None,
     description: str = "finetune",
     callbacks: Sequence[Any] = (),
-    **training: Any,
+    **changes: Any,
 ) -> tuple[Any, FinetuneResult]:
-    """Fine-tunes a causal LM on encoded samples. The paper's defaults: AdamW, lr 1e-5, batch 64
-    (here 8 x 8 accumulated), 3 epochs, weight decay 0.1, warm-up 0.03.
+    """Fine-tunes a causal LM on encoded samples.
 
     Args:
         model: The causal LM, pruned or not; trained in place.
         dataset: Encoded samples with `input_ids` and `labels`.
+        options: How; None takes the paper's settings: AdamW, learning rate 1e-5, batch 64 (here 8 x 8
+            accumulated), 3 epochs, weight decay 0.1, warm-up 0.03.
         collator: Makes batches.
-        mode: "full" trains every weight; "lora" trains adapters on every linear of every layer.
-        learning_rate: Peak learning rate.
-        batch_size: Samples per forward pass and device.
-        accumulation: Forward passes per optimizer step.
-        epochs: Passes over the data.
-        max_steps: Optimizer steps instead of epochs when > 0.
-        batching: Layout of a batch; every one learns the same. "packed" lays random samples end to end,
-            and falls back to grouping where packing would change what the model computes; "grouped" pads
-            samples of similar length; "padded" pads random ones.
-        seed: Seeds LoRA initialisation, data order and dropout.
-        rank: LoRA r.
-        alpha: LoRA alpha.
-        dropout: LoRA dropout.
-        merge_adapter: Add the adapters into the weights at the end.
         teacher: A causal LM of the same vocabulary to learn from besides the labels. It is put into
             evaluation mode and moved to the device that trains; its weights stay as they are. A step costs
             its forward pass more.
         distillation: How labels and teacher are weighed; None takes `DistillationOptions()`.
-        checkpoints: Folder for checkpoints; an interrupted run there is taken up again.
-        save_steps: Checkpoint interval; None writes none.
+        checkpoints: Folder for checkpoints, every `options.save_steps` steps; an interrupted run there is
+            taken up again. None writes none.
         description: Name for the progress bar.
         callbacks: Further Trainer callbacks; a `ClosingCallback` is closed also when training fails.
-        **training: Further `training_arguments` options.
+        **changes: Single options, such as learning_rate=1e-3.
 
     Returns:
         The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result.
 
     Raises:
-        ConfigError: If the mode or batching is unknown, a tracker or Liger is not installed, fp16 autocast
-            is asked for weights that are float16 themselves, the teacher shares weights with the model, or
-            there are options of distillation but no teacher.
+        ConfigError: If an option is unknown or not allowed, a tracker or Liger is not installed, fp16
+            autocast is asked for weights that are float16 themselves, the teacher shares weights with the
+            model, or there are options of distillation but no teacher.
         DataError: If the dataset is empty.
         ModelError: If every weight is to be trained and they are quantised.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
@@ -277,35 +211,22 @@ def finetune(
 
     Source: GradPruner, C.2; for the teacher see `DistillationOptions`.
     """
-    if mode not in MODES:
-        raise ConfigError(f"mode is '{mode}'; one of {', '.join(MODES)} is needed.")
-    if batching not in BATCHINGS:
-        raise ConfigError(f"batching is '{batching}'; one of {', '.join(BATCHINGS)} is needed.")
-    if training.get("liger"):
-        check_liger(training.get("device", "auto"))
+    options = changed(FinetuneOptions, options, changes)
+    if options.liger:
+        check_liger(options.device)
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to fine-tune on.")
     trainer_class = _trainer_class(model, teacher, distillation)
-    set_seed(seed)
-    steps = max_steps if max_steps > 0 else planned_steps(len(dataset), batch_size, accumulation, epochs)
+    set_seed(options.seed)
     trained: Any = model
-    if mode == "lora":
-        trained = attach_lora(model, rank=rank, alpha=alpha, dropout=dropout)
+    if options.mode == "lora":
+        trained = attach_lora(model, rank=options.rank, alpha=options.alpha, dropout=options.dropout)
     else:
         _check_trainable(model)
         model.requires_grad_(True)
-    check_trackers(training.get("report_to", "none"))
+    check_trackers(options.report_to)
     arguments = training_arguments(
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        epochs=epochs,
-        max_steps=max_steps,
-        seed=seed,
-        output=checkpoints,
-        save_steps=save_steps if checkpoints else None,
-        logging_steps=max(1, steps // LOGGED_POINTS),
-        **training,
+        options, checkpoints, max(1, planned_steps(len(dataset), options) // LOGGED_POINTS)
     )
     if arguments.fp16 and any(p.requires_grad and p.dtype == torch.float16 for p in trained.parameters()):
         raise ConfigError(
@@ -317,17 +238,17 @@ def finetune(
         args=arguments,
         samples=dataset,
         collator=collator,
-        batching=batching,
+        batching=options.batching,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )
     found = latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None
     try:
-        result = run_trainer(trainer, mode, found)
+        result = run_trainer(trainer, options.mode, found)
     finally:
         for callback in callbacks:
             if isinstance(callback, ClosingCallback):
                 callback.close()
-    if mode == "lora" and merge_adapter:
+    if options.mode == "lora" and options.merge_adapter:
         trained = trained.merge_and_unload()
     return trained, result
 

@@ -29,6 +29,7 @@ from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.training.adapters import adapter_kind, attach_lora, find_lora_linears
 from gradpruner.training.callbacks import ClosingCallback
 from gradpruner.training.finetuning import resolve_precision, training_arguments
+from gradpruner.training.options import FinetuneOptions, RecordOptions, changed
 from gradpruner.training.step_gradients import full_gradient, learning_rate, loss_scale, unscale
 from gradpruner.training.trainer import CausalTrainer
 
@@ -44,27 +45,6 @@ MAX_OVERFLOWS = 20
 def default_steps(planned_steps: int) -> int:
     """Optimizer steps to record: 1 % of the planned fine-tuning steps, at least 40."""
     return max(DEFAULT_STEPS, math.ceil(planned_steps * 0.01))
-
-
-def check_steps(steps: int, *, warmup: bool = False) -> None:
-    """Raises ConfigError for a number of steps that cannot tell layers apart.
-
-    Args:
-        steps: Optimizer steps to record.
-        warmup: Whether the learning rate starts at 0, so that B is zero at the second step too.
-    """
-    if steps < MIN_STEPS:
-        raise ConfigError(
-            f"steps = {steps}; at least {MIN_STEPS} are needed, because LoRA B is zero at the first "
-            "step, so that step contributes exactly nothing.",
-            hint=f"The default is {DEFAULT_STEPS}.",
-        )
-    if warmup and steps == MIN_STEPS:
-        raise ConfigError(
-            f"steps = {steps}; at least {MIN_STEPS + 1} are needed: LoRA B is zero at step 1, and warm-up "
-            "starts from a learning rate of 0, so it still is at step 2.",
-            hint=f"The default is {DEFAULT_STEPS}.",
-        )
 
 
 class GradientRecorder(ClosingCallback):
@@ -107,7 +87,12 @@ class GradientRecorder(ClosingCallback):
         stop_training: bool = False,
         on_non_finite: str = "stop",
     ) -> None:
-        check_steps(steps)
+        if steps < MIN_STEPS:
+            raise ConfigError(
+                f"steps = {steps}; at least {MIN_STEPS} are needed, because LoRA B is zero at the first "
+                "step, so that step contributes exactly nothing.",
+                hint=f"The default is {DEFAULT_STEPS}.",
+            )
         if on_non_finite not in ("stop", "skip"):
             raise ConfigError(f"on_non_finite is '{on_non_finite}'; 'stop' or 'skip' is needed.")
         self.steps = steps
@@ -274,20 +259,12 @@ def _check_folder(folder: Path) -> Path:
 def record_gradients(
     model: nn.Module,
     dataset: Sequence[dict[str, list[int]]],
+    options: RecordOptions | None = None,
     *,
-    steps: int = DEFAULT_STEPS,
-    rank: int = 8,
-    alpha: float = 32,
-    dropout: float = 0.05,
-    adapter: str = "lora",
-    learning_rate: float = 1e-4,
-    batch_size: int = 4,
-    clip: float | None = 1.0,
     folder: str | Path | None = None,
-    seed: int = 0,
     collator: Any = None,
     callbacks: Sequence[Any] = (),
-    **training: Any,
+    **changes: Any,
 ) -> GradientTrace:
     """Runs the first steps of LoRA fine-tuning and records their gradients.
 
@@ -299,51 +276,44 @@ def record_gradients(
         model: The causal LM; its weights are the same afterwards.
         dataset: Encoded samples with `input_ids` and `labels` (-100 where not supervised); repeated
             when there are fewer than steps * batch_size.
-        steps: Optimizer steps, >= 3: the first two contribute nothing.
-        rank: LoRA r.
-        alpha: LoRA alpha; the scale of the scores depends on alpha / r.
-        dropout: LoRA dropout.
-        adapter: "lora", "rslora", "dora" or "qlora".
-        learning_rate: Peak learning rate.
-        batch_size: Samples per optimizer step and device.
-        clip: Gradient norm clipping; None records raw gradients.
+        options: How; None takes the defaults, and 40 steps. The scale of the scores depends on alpha / rank.
         folder: Where the trace is written; None keeps it in host memory.
-        seed: Seeds LoRA initialisation, dropout and the order of samples.
         collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.
         callbacks: Further Trainer callbacks (progress).
-        **training: Further `finetuning.training_arguments` options.
+        **changes: Single options, such as steps=60.
 
     Returns:
         The trace.
 
     Raises:
-        ConfigError: If `steps` < 3.
+        ConfigError: If an option is unknown or not allowed.
         DataError: If the dataset is empty.
         NonFiniteError: If a loss or gradient is NaN or Inf; the steps before are kept in `folder`.
 
     Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
     """
-    check_steps(steps, warmup=True)
+    options = changed(RecordOptions, options, changes)
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to record gradients from.")
+    steps = options.steps or DEFAULT_STEPS
     recorder = GradientRecorder(steps, folder, stop_training=True)
     # Steps the fp16 scaler skips come on top.
-    fp16 = resolve_precision(training.get("precision", "auto"), training.get("device", "auto")) == "fp16"
-    set_seed(seed)
-    options = {"rank": rank, "alpha": alpha, "dropout": dropout, "adapter": adapter}
-    with _adapters(model, bool(training.get("gradient_checkpointing")), **options) as peft_model:
+    fp16 = resolve_precision(options.precision, options.device) == "fp16"
+    tuning = FinetuneOptions(
+        learning_rate=options.learning_rate,
+        batch_size=options.batch_size,
+        accumulation=1,
+        max_steps=steps + (MAX_OVERFLOWS if fp16 else 0),
+        warmup=math.ceil(steps * WARMUP_RATIO),
+        max_grad_norm=options.clip or 0.0,
+        schedule="constant_with_warmup",
+        **options.model_dump(include={"precision", "gradient_checkpointing", "seed", "device"}),
+    )
+    set_seed(options.seed)
+    with _adapters(model, options) as peft_model:
         trainer = CausalTrainer(
             model=peft_model,
-            args=training_arguments(
-                learning_rate=learning_rate,
-                batch_size=batch_size,
-                max_steps=steps + (MAX_OVERFLOWS if fp16 else 0),
-                warmup=math.ceil(steps * WARMUP_RATIO),
-                max_grad_norm=clip or 0.0,
-                schedule="constant_with_warmup",
-                seed=seed,
-                **training,
-            ),
+            args=training_arguments(tuning),
             samples=dataset,
             collator=collator or Collator(),
             callbacks=[recorder, *callbacks],
@@ -356,15 +326,15 @@ def record_gradients(
 
 
 @contextmanager
-def _adapters(model: nn.Module, checkpointed: bool, **options: Any) -> Iterator[Any]:
+def _adapters(model: nn.Module, options: RecordOptions) -> Iterator[Any]:
     """The model with LoRA for the length of the block; afterwards it is as it was, whatever happened."""
     before = _state_of(model)
-    peft_model = attach_lora(model, **options)
+    peft_model = attach_lora(model, **options.model_dump(include={"rank", "alpha", "dropout", "adapter"}))
     try:
         yield peft_model
     finally:
         peft_model.unload()
-        _restore(model, before, checkpointed)
+        _restore(model, before, options.gradient_checkpointing)
 
 
 def _state_of(model: nn.Module) -> tuple[bool, bool, dict[str, tuple[bool, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from gradpruner.data.encoding import IGNORED
 from gradpruner.errors import ConfigError, ShapeError
 from gradpruner.models.layers import unwrap
 from gradpruner.training.batching import packing_fault
+from gradpruner.training.options import DistillationOptions
 from gradpruner.training.trainer import CausalTrainer, answer_window
 
 PROMPT = -101
@@ -28,50 +28,6 @@ _CHUNK = 2**24
 def _check_temperature(temperature: float) -> None:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ConfigError(f"temperature is {temperature}; above 0 is needed.")
-
-
-@dataclass(frozen=True)
-class DistillationOptions:
-    """What the loss of a student is made of.
-
-    With T the temperature, p the teacher's distribution at T and q the student's,
-
-        loss = ce * mean -log q(label) + answers * T^2 mean KL(p || q) + prompts * T^2 mean KL(p || q).
-
-    The first two means are over the answer tokens of an optimizer step, those with a label (the cross entropy
-    knows no temperature); the third is over its prompt tokens, which are all others but padding and the first
-    of every sample: that one is predicted from nothing. The weights need not add up to 1.
-
-    Attributes:
-        ce: Weight of the labels' cross entropy, >= 0.
-        answers: Weight of the divergence where answer tokens are predicted, >= 0.
-        prompts: Weight of the divergence where prompt tokens are predicted, >= 0. With 0 no logits are
-            computed there.
-        temperature: T > 0.
-
-    Raises:
-        ConfigError: If a weight is negative, all three are 0, or the temperature is not above 0.
-
-    Source: Distilling the Knowledge in a Neural Network (Hinton et al., 2015), section 2, for soft and hard
-    targets together and for T^2. That prompt tokens have a weight of their own is this project's.
-    """
-
-    ce: float = 0.3
-    answers: float = 0.7
-    prompts: float = 0.1
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name in ("ce", "answers", "prompts"):
-            weight = getattr(self, name)
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ConfigError(f"The weight {name} is {weight}; a number of 0 or more is needed.")
-        if self.ce + self.answers + self.prompts == 0:
-            raise ConfigError(
-                "The weights ce, answers and prompts are all 0, so nothing would be learned.",
-                hint="Set at least one of them above 0.",
-            )
-        _check_temperature(self.temperature)
 
 
 ANSWERS_ALONE = DistillationOptions(ce=0, answers=1, prompts=0)

@@ -20,6 +20,7 @@ from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.runs.job import load_plan
 from gradpruner.training.finetuning import finetune
+from gradpruner.training.options import FinetuneOptions
 
 SAMPLES = [
     {"input_ids": list(range(3 + i, 8 + 2 * i)), "labels": [-100] * 3 + list(range(6 + i, 8 + 2 * i))}
@@ -46,7 +47,7 @@ def make_context(tiny_llama, tiny_trace, tmp_path):
             "samples": SAMPLES,
             "num_keep": 4,
             "num_remove": 2 * LAYER_PARAMETERS,
-            "finetune": {"batch_size": 2, "accumulation": 1, "precision": "fp32", "device": "cpu"},
+            "finetune": FinetuneOptions(batch_size=2, accumulation=1, precision="fp32", device="cpu"),
             "folder": tmp_path / "method",
         }
         return MethodContext(num_layers=6, collator=Collator(), **defaults | options)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from gradpruner.runs.recipe import check_section, read_yaml
-from gradpruner.runs.sections import Section
+from gradpruner.training.options import Section
 
 
 class Sweep(Section):
