@@ -201,7 +201,7 @@ def test_shortgpt_takes_a_state_in_several_streams():
 def test_angular_distance_needs_to_know_how_many_layers_stay(tiny_llama):
     with pytest.raises(ConfigError, match="how many stay is not known"):
         score("angular", tiny_llama())
-    with pytest.raises(ConfigError, match="num_keep is 7; 1 to 6"):
+    with pytest.raises(ConfigError, match="num_keep is 7; 2 to 6"):
         score("angular", tiny_llama(), num_keep=7)
 
 
@@ -354,14 +354,12 @@ def test_the_former_name_of_shortgpt_leads_to_it():
 
 
 def test_shortgpt_is_block_influence(tiny_llama):
-    from gradpruner.methods.block_influence import block_influence
-
     model = pass_through(tiny_llama(), 3)
     context = MethodContext(6, 0, None, lambda: model, SAMPLES, Collator())
-    found = block_influence(context)
-    assert score("shortgpt", model).values == found.values and found.evidence["samples"] == 5
+    found = METHODS.find("shortgpt").score(context)
+    assert found.method == "shortgpt" and found.evidence["samples"] == 5
     assert found.values[3] == pytest.approx(0, abs=1e-6) and min(found.values[:3] + found.values[4:]) > 0.01
-    assert block_influence(context, 2).evidence["samples"] == 2
+    assert METHODS.find("shortgpt").score(context, 2).evidence["samples"] == 2
 
 
 def test_the_released_preset_prunes_one_block_by_frobenius_norms(tiny_llama, tiny_trace):

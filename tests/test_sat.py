@@ -111,9 +111,8 @@ def test_the_average_is_that_of_other_methods():
 def test_more_than_a_falling_rate_can_leave_out_is_refused():
     with pytest.raises(ConfigError, match=r"begin above 0\.95"):
         matched_rate(0.6 * 3000, 10, 5, [(1000, 3)])
-    with pytest.raises(ConfigError, match="num_remove") as caught:
+    with pytest.raises(ConfigError, match="how many is not known"):
         sat(num_remove=None)
-    assert "start_rate" in caught.value.hint
     callback = sat(num_remove=int(0.7 * DECODER))
     with pytest.raises(ConfigError, match="omission rate"):
         tune(callbacks=[callback])

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from gradpruner.errors import ConfigError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.methods.calibration import calibration_batches
+from gradpruner.methods.calibration import calibration_batches, run, watched
 from gradpruner.models.layers import LayeredModel
 
 
@@ -32,11 +30,7 @@ def score(context: MethodContext) -> LayerScores:
     the pruned layers may be no block (the plan option `contiguous` makes them one). When n is 0, blocks of 1
     are measured.
 
-    States are read at the layers themselves. `hidden_states[-1]` of transformers comes after the final norm
-    and would compare a raw state with a normed one in the block that ends with the last layer. The released
-    re-implementation (PruneMe) does that, leaves out blocks that begin at layer 0, and takes 4000
-    samples of running text with the model in 4 bits; here it is the first 256 training samples, in
-    the model's own format, and the last token is the one that ends the answer.
+    Measured on the first 256 training samples, whose last token is the one that ends the answer.
 
     Raises:
         ConfigError: If the number of layers to keep is unknown or impossible.
@@ -45,7 +39,7 @@ def score(context: MethodContext) -> LayerScores:
     Source: The Unreasonable Ineffectiveness of the Deeper Layers (Gromov et al., 2025).
     """
     view = LayeredModel(context.model())
-    size = _block_size(context.num_keep, view.num_layers)
+    size = max(1, view.num_layers - context.kept())
     device = next(view.model.parameters()).device
     totals = torch.zeros(view.num_layers - size + 1, dtype=torch.float64)
     num_samples = 0
@@ -87,18 +81,6 @@ def layer_values(distances: Sequence[float], size: int, protected: Collection[in
     return values
 
 
-def _block_size(num_keep: int | None, num_layers: int) -> int:
-    if num_keep is None:
-        raise ConfigError(
-            "Angular distance is measured across as many layers as will be pruned, and how many stay is not "
-            "known.",
-            hint="Give MethodContext a num_keep.",
-        )
-    if not 1 <= num_keep <= num_layers:
-        raise ConfigError(f"num_keep is {num_keep}; 1 to {num_layers} layers can be kept.")
-    return max(1, num_layers - num_keep)
-
-
 def _last_states(view: LayeredModel, batch: dict[str, Tensor]) -> Tensor:
     """States at every sample's last token, shape (layers + 1, samples, hidden_size), on the CPU.
 
@@ -109,22 +91,13 @@ def _last_states(view: LayeredModel, batch: dict[str, Tensor]) -> Tensor:
     rows = torch.arange(len(last))
     states = [torch.empty(0)] * (view.num_layers + 1)
 
-    def hook(index: int) -> Callable[..., None]:
-        def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = args[0] if args else kwargs["hidden_states"]
-            after = output[0] if isinstance(output, tuple) else output
-            for place, x in ((index, before), (index + 1, after)):
-                # Gemma 3n has four streams, in an axis before the samples: together they are the state.
-                states[place] = x[..., rows, last, :].movedim(-2, 0).flatten(1).cpu().double()
+    def see(index: int, before: Tensor, after: Tensor) -> None:
+        for place, x in ((index, before), (index + 1, after)):
+            # Gemma 3n has four streams, in an axis before the samples: together they are the state.
+            states[place] = x[..., rows, last, :].movedim(-2, 0).flatten(1).cpu().double()
 
-        return keep
-
-    hooks = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(view.layers)]
-    try:
-        view.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with watched(view, see):
+        run(view.model, batch)
     return torch.stack(states)
 
 

@@ -12,11 +12,9 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from transformers import set_seed
 
-from gradpruner.data.encoding import IGNORED
-from gradpruner.errors import ConfigError, DataError
+from gradpruner.errors import ConfigError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.growing_ranks import GrowingRanks
 from gradpruner.methods.salience import UnitMasks
@@ -27,7 +25,7 @@ from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
 from gradpruner.training.finetuning import LOGGED_POINTS, planned_steps, resolve_precision, training_arguments
-from gradpruner.training.options import FinetuneOptions
+from gradpruner.training.options import DistillationOptions, FinetuneOptions
 from gradpruner.training.teacher import DistillationTrainer
 from gradpruner.training.trainer import CausalTrainer
 
@@ -68,8 +66,8 @@ class APTOptions(MethodOptions):
 def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     """The model, LoRA-trained while heads and channels are masked away, without them and with LoRA merged.
 
-    Units are KV groups (a KV head with all its query heads; the source has no grouped-query attention and
-    prunes single heads) and MLP channels. With H the masked input of o_proj or down_proj,
+    Units are KV groups (a KV head with all its query heads) and MLP channels. With H the masked input of
+    o_proj or down_proj,
 
         S(unit) = sum over its entries of  (sum_{b,t} |H|) (sum_{b,t} |dL/dH|),
 
@@ -84,17 +82,13 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
 
     LoRA is on q, v, gate and up. At every pruning the more salient half of the adapters grows
     (`growing_ranks`) until all together have 1 + (growth - 1) (1 - u^3) times their first parameters, u being
-    what the schedule has of its way left; the source says how much, not when.
+    what the schedule has of its way left.
 
-    Chosen here: one epoch at the recipe's batch size (the source prunes in 5 of 15 epochs, or 0.5 of 2, and
-    trains on; here the common fine-tuning follows); excess kurtosis and its place before the sum over
-    a head's dimensions; all tokens count, padding included. Left out: hidden dimensions as units. No
-    checkpoint is written: an interrupted run begins again.
+    All tokens count, padding included. No checkpoint is written: an interrupted run begins again.
 
-    With `distil`, which the released scripts for LLaMA leave out, the loss is `mu KL + (1 - mu) L`, L the
-    task's and KL the divergence from the same model with the masks off (`SelfDistillationTrainer`), which
-    costs a second forward pass and no memory for a teacher; mu rises linearly from 0 to 1 while units go.
-    The source adds the squared distance of hidden states through a learned transform; that is left out.
+    With `distil` the loss is `mu KL + (1 - mu) L`, L the task's and KL the divergence from the same model
+    with the masks off (`SelfDistillationTrainer`), which costs a second forward pass and no memory for a
+    teacher; mu rises linearly from 0 to 1 while units go.
 
     Raises:
         ConfigError: If `num_remove` is unknown or more than can go, with fp16, or on several GPUs.
@@ -105,7 +99,13 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     Source: APT: Adaptive Pruning and Tuning (Zhao et al., 2024), section 4, and its released code.
     """
     options = context.options or APTOptions()
-    num_remove = _check(context)
+    num_remove = context.budget()
+    context.checked_samples()
+    if resolve_precision(context.finetune.precision, context.finetune.device) == "fp16":
+        raise ConfigError(
+            "APT weighs gradients against the shape of weights, and fp16 scales gradients.",
+            hint="Set finetune.precision to bf16 or fp32.",
+        )
     view = WidthView(context.model())
     whole = view.whole()
     pruning = AdaptivePruning(view, options, num_remove, context.protected, context.seed)
@@ -312,22 +312,6 @@ class AdaptivePruning(ClosingCallback):
         self._cuts.append({"step": step, "removed": int(sizes[gone].sum()), "units": len(gone)})
 
 
-def _check(context: MethodContext) -> int:
-    if context.num_remove is None:
-        raise ConfigError(
-            "APT removes a number of parameters, and how many is not known.",
-            hint="Give MethodContext a num_remove.",
-        )
-    if len(context.samples) == 0:
-        raise DataError("APT trains on training samples and there are none.")
-    if resolve_precision(context.finetune.precision, context.finetune.device) == "fp16":
-        raise ConfigError(
-            "APT weighs gradients against the shape of weights, and fp16 scales gradients.",
-            hint="Set finetune.precision to bf16 or fp32.",
-        )
-    return context.num_remove
-
-
 class SelfDistillationTrainer(DistillationTrainer):
     """A `DistillationTrainer` that learns from its own model with the masks off, and from the labels.
 
@@ -350,14 +334,10 @@ class SelfDistillationTrainer(DistillationTrainer):
             finally:
                 model.train()
 
-    def _divergence(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         mu = self.pruning.distilled_share(self.state.global_step)
-        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
-        targets = labels[:, 1:]
-        learned = targets != IGNORED
-        nll = cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="sum")
-        task = nll / (learned.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
-        return mu * super()._divergence(outputs, labels, num_items_in_batch) + (1 - mu) * task
+        self.options = DistillationOptions(ce=1 - mu, answers=mu, prompts=0)
+        return super()._loss(outputs, labels, num_items_in_batch)
 
 
 def _trainer(

@@ -12,13 +12,13 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import nn
 
-from gradpruner.errors import ConfigError, DataError, PlanError
+from gradpruner.errors import DataError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import mean_nll
 from gradpruner.methods.candidates import FAMILIES, FAULTS, Candidate, Failure, Family, make_pool
 from gradpruner.models.layers import fingerprint
 from gradpruner.models.walking import BATCH_SIZE, sample_batches
-from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan, runs_of
+from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.repair import Repair
 from gradpruner.progress import Progress
 from gradpruner.pruning.in_memory import prune_
@@ -83,7 +83,7 @@ def plan(context: MethodContext) -> PruningPlan:
     Source: successive halving (Jamieson and Talwalkar, 2016).
     """
     options: AutoOptions = context.options or AutoOptions()
-    num_prune = context.num_layers - _checked_keep(context)
+    num_prune = context.num_layers - context.kept()
     validation, rest = put_aside(context.samples, options.validation_samples, context.seed)
     _check_learned(validation)
     search = _Search(replace(context, samples=rest), options, validation)
@@ -119,19 +119,6 @@ def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any],
     chosen = set(order[:number])
     aside = [samples[i] for i in range(len(samples)) if i in chosen]
     return aside, [samples[i] for i in range(len(samples)) if i not in chosen]
-
-
-def _checked_keep(context: MethodContext) -> int:
-    if context.num_keep is None:
-        raise ConfigError(
-            "Plans can be compared only if they remove equally many layers, and how many stay is not known.",
-            hint="Give MethodContext a num_keep.",
-        )
-    if not MIN_KEPT <= context.num_keep <= context.num_layers:
-        raise ConfigError(
-            f"num_keep is {context.num_keep}; {MIN_KEPT} to {context.num_layers} layers can be kept."
-        )
-    return context.num_keep
 
 
 def _check_learned(validation: Sequence[Any]) -> None:

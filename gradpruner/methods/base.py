@@ -7,18 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import TrainerCallback
 
-from gradpruner.errors import ConfigError
-from gradpruner.gradients.scores import LayerScores
+from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
+from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan
 from gradpruner.plans.selection import Fits
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.registry import Registry
 from gradpruner.training.options import FinetuneOptions, validated
+
+_COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class MethodOptions(BaseModel):
@@ -71,6 +74,55 @@ class MethodContext:
     pruned_work: float = 1.0
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     folder: Path | None = None
+
+    @property
+    def num_prune(self) -> int:
+        """Layers to prune; 40 % of the depth while `num_keep` is unknown."""
+        if self.num_keep is None:
+            return default_num_prune(self.num_layers)
+        return self.num_layers - self.num_keep
+
+    def kept(self) -> int:
+        """`num_keep`, for methods that cannot do without; ConfigError if it is unknown or impossible."""
+        if self.num_keep is None:
+            raise ConfigError(
+                "This method decides for a number of layers, and how many stay is not known.",
+                hint="Give MethodContext a num_keep.",
+            )
+        if not MIN_KEPT <= self.num_keep <= self.num_layers:
+            raise ConfigError(
+                f"num_keep is {self.num_keep}; {MIN_KEPT} to {self.num_layers} layers can be kept."
+            )
+        return self.num_keep
+
+    def budget(self) -> int:
+        """`num_remove`, likewise; PlanError if it is negative."""
+        if self.num_remove is None:
+            raise ConfigError(
+                "This method removes a number of parameters, and how many is not known.",
+                hint="Give MethodContext a num_remove.",
+            )
+        if self.num_remove < 0:
+            raise PlanError(f"num_remove is {self.num_remove}; 0 or more parameters can be removed.")
+        return self.num_remove
+
+    def checked_samples(self) -> Sequence[dict[str, list[int]]]:
+        """The samples; DataError if there are none."""
+        if len(self.samples) == 0:
+            raise DataError("This method looks at training samples and there are none.")
+        return self.samples
+
+    def floating_model(self) -> nn.Module:
+        """The dense model; ModelError if it is quantised."""
+        model = self.model()
+        for name, parameter in model.named_parameters():
+            if parameter.dtype not in _COMPUTED:
+                raise ModelError(
+                    f"'{name}' is stored as {parameter.dtype}: the model is quantised, and this method "
+                    "computes with its weights.",
+                    hint="Prune the model that was quantised, in float32 or bfloat16.",
+                )
+        return model
 
 
 @dataclass(frozen=True)

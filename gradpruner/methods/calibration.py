@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from gradpruner.data.encoding import IGNORED
 from gradpruner.errors import DataError, NonFiniteError
 from gradpruner.methods.base import MethodContext
+from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import sample_batches
 from gradpruner.training.trainer import answer_window
 
@@ -34,10 +37,36 @@ def calibration_batches(
     Raises:
         DataError: If there are no samples.
     """
-    samples = [context.samples[i] for i in range(min(max_samples, len(context.samples)))]
-    if not samples:
-        raise DataError("This method measures on training samples and there are none.")
+    found = context.checked_samples()
+    samples = [found[i] for i in range(min(max_samples, len(found)))]
     yield from sample_batches(samples, context.collator, device, BATCH_SIZE)
+
+
+@contextmanager
+def watched(view: LayeredModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
+    """While it lasts, every layer that runs hands its index, input and output to `see`.
+
+    States are read at the layers themselves: `hidden_states[-1]` of transformers comes after the final norm.
+    """
+
+    def hook(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        see(index, before, output[0] if isinstance(output, tuple) else output)
+
+    hooks = [
+        layer.register_forward_hook(partial(hook, index), with_kwargs=True)
+        for index, layer in enumerate(view.layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def run(model: Any, batch: dict[str, Tensor]) -> None:
+    """A forward pass of a padded batch, for what hooks see of it."""
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 @torch.no_grad()

@@ -18,12 +18,6 @@ def score_released(context: MethodContext) -> LayerScores:
     final layer kept, the best-scored layers of the block merged into the layer before it, by the sum of the
     entries that agree in sign.
 
-    What is no rule there cannot be repeated. The block, 18 to 30 of 32 layers, is typed in by hand, and so
-    are the three of it that are merged (18, 19 and 30); that these are its best-scored ones is a guess, and
-    here it is what decides. The score is printed, and no script reads it. Its gradients are those of 40 steps
-    of 4 samples at learning rate 1e-4, clipped to norm 1, at which they are written; ours are recorded as the
-    recipe says (`record`), the same ones for both rows.
-
     Source: GradPruner, released code `layer_important.py` and `process_important.py`.
     """
     trace = context.trace()

@@ -17,8 +17,8 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 from gradpruner.methods.width_choice import (
     BY_ROW,
     UnitScores,
+    budget_facts,
     most_important,
-    required_budget,
     unit_scores,
 )
 from gradpruner.models.widths import ATTENTION, MLP, WidthView
@@ -50,13 +50,8 @@ def plan(context: MethodContext) -> WidthPlan:
     make up what is left, in Llama-3.1-8B less than 1 % of the parameters. `inner` takes shares of KV heads
     and channels as much alike as that rule and whole KV heads allow, `both` of hidden dimensions too.
 
-    Where the paper is silent or goes another way. It "used IGIA-Matrix to compute the importance of each
-    hidden size" and pruned 40 %, which may mean dimensions or parameters; here the budget is that of the
-    layers pruned otherwise. Embeddings lose their columns with the rest, which the unit "parameters" counts,
-    but have no recorded gradient and no say. The paper then merges the pruned dimensions into kept ones and
-    does not say which into which: here they are dropped. (It names merging so many as one cause of the loss
-    it finds.) Widths are the same everywhere, so protected layers cannot be spared. Linears that were not
-    recorded have no say.
+    Widths are the same everywhere, so protected layers cannot be spared. Linears that were not recorded, and
+    embeddings, have no say.
 
     Raises:
         ConfigError: If the number of parameters to remove is unknown, or no step has any energy.
@@ -66,7 +61,7 @@ def plan(context: MethodContext) -> WidthPlan:
     Source: GradPruner, appendix D, "Replacing Layer Pruning with Kernel Pruning", Fig. 9; Eq. 2-4.
     """
     options: GradPrunerWidthOptions = context.options or GradPrunerWidthOptions()
-    num_remove = required_budget(context.num_remove)
+    num_remove = context.budget()
     view, trace = WidthView(context.model()), context.trace()
     whole = view.whole()
     _check(context, trace, whole, options.axis)
@@ -82,16 +77,13 @@ def plan(context: MethodContext) -> WidthPlan:
         hidden=most_important(hidden_H, hidden),
         method="gradpruner_width",
     )
-    removed = view.parameters(whole, context.unit) - view.parameters(result, context.unit)
     evidence = {
         **whole.evidence,
         "axis": options.axis,
         "norm": context.norm,
         "num_steps": trace.num_steps,
         "trace": trace_digest(trace),
-        "num_remove": num_remove,
-        "removed": removed,
-        "unit": context.unit,
+        **budget_facts(view, result, context),
         "hidden_scores": hidden_H.tolist() if options.axis != "inner" else [],
     }
     return replace(result, evidence=evidence)

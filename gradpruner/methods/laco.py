@@ -13,12 +13,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
+from gradpruner.errors import ModelError, NonFiniteError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches
 from gradpruner.models.config_patch import required_layers
 from gradpruner.models.layers import LayeredModel, fingerprint
-from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan, runs_of
 from gradpruner.plans.merging import Source, merge_linear
 from gradpruner.progress import Progress
 
@@ -58,20 +58,15 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
     candidate is I layers further down, else one. Since I is below C, what one merge made is mostly among the
     layers of the next: the plan is a chain (see `PruningPlan`).
 
-    The source has a threshold and no budget. Here the layers to prune are given: T is found by bisection,
-    and the merge that reaches the budget takes only as many layers as are missing. Other deviations: the
-    search always ends with a candidate at layer 0, which an interval could step over; what follows a layer
-    is taken up to the first that is protected or of another shape (protected layers take in others, but never
-    go); the sentences are training samples. No copy of the model is made: the linears of a candidate stand in
-    for those of the model while its states are computed, and the layers that went are switched off.
+    The layers to prune are given: T is found by bisection, and the merge that reaches the budget takes only
+    as many layers as are missing. What follows a layer is taken up to the first that is protected or of
+    another shape (protected layers take in others, but never go). No copy of the model is made: the linears
+    of a candidate stand in for those of the model while its states are computed, and the layers that went
+    are switched off.
 
     Work: at most one pass of `num_samples` samples per layer and threshold (12 of these); a candidate that
     comes up again is not measured again. Memory: beside the model the linears of the merged layers that are
     there at a time, and the original's last states on the CPU.
-
-    Released with the paper is a notebook with C = 7, I = 1, T = 0.45 and five sentences for Llama-13B. It
-    subtracts the layer as changed by then, so that the sum telescopes to the run's last layer. With weights
-    that have little in common the paper's rule makes the norm of C = 4 layers 2.6 times as large.
 
     Raises:
         ConfigError: If the number of layers to keep is unknown or impossible.
@@ -83,10 +78,15 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
     Source: LaCo: Large Language Model Pruning via Layer Collapse (Yang et al., 2024).
     """
     options = context.options or LacoOptions()
-    view = LayeredModel(context.model())
-    _check_model(view)
+    view = LayeredModel(context.floating_model())
+    if view.family.no_merge:
+        raise ModelError(
+            f"LaCo merges layers, but those of {view.config.model_type} models can only be dropped: "
+            f"{view.family.no_merge}.",
+            hint="Take a method that drops layers.",
+        )
     num_layers = view.num_layers
-    budget = num_layers - _checked_keep(context.num_keep, num_layers)
+    budget = num_layers - context.kept()
     protected = {*context.protected, *required_layers(view.config, view.family)}
     runs = _Runs(view, options, budget, protected)
     evidence: dict[str, Any] = {"num_layers": num_layers, "model": fingerprint(view.model)}
@@ -100,33 +100,6 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
         for layer in layers:
             actions[layer] = LayerAction("merge", target)
     return PruningPlan(tuple(actions), name, 1.0, name, evidence)
-
-
-def _check_model(view: LayeredModel) -> None:
-    if view.family.no_merge:
-        raise ModelError(
-            f"LaCo merges layers, but those of {view.config.model_type} models can only be dropped: "
-            f"{view.family.no_merge}.",
-            hint="Take a method that drops layers.",
-        )
-    for layer in range(view.num_layers):
-        for name, weight in view.weights(layer).items():
-            if not weight.is_floating_point():
-                raise ModelError(
-                    f"'{name}' of layer {layer} is stored as {weight.dtype} and cannot be merged.",
-                    hint="Prune the model that was quantised, in float32 or bfloat16.",
-                )
-
-
-def _checked_keep(num_keep: int | None, num_layers: int) -> int:
-    if num_keep is None:
-        raise ConfigError(
-            "LaCo merges until as many layers are gone as will be pruned, and how many stay is not known.",
-            hint="Give MethodContext a num_keep.",
-        )
-    if not MIN_KEPT <= num_keep <= num_layers:
-        raise ConfigError(f"num_keep is {num_keep}; {MIN_KEPT} to {num_layers} layers can be kept.")
-    return num_keep
 
 
 def _search(

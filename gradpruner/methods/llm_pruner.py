@@ -13,10 +13,9 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 from gradpruner.methods.taylor import Batch, TaylorSalience
 from gradpruner.methods.width_choice import (
     UnitScores,
-    check_floating,
+    budget_facts,
     descending,
     most_important,
-    required_budget,
     share_out,
 )
 from gradpruner.models.widths import WidthView
@@ -50,14 +49,7 @@ def plan(context: MethodContext) -> WidthPlan:
     where the next one weighs least. What is removed is within half a channel of the budget.
 
     Memory: the model, the activations of one pass over `num_samples * max_tokens` tokens, and the gradient of
-    one linear; with `param_mix` 4 bytes per weight of `layers_at_once` layers on top. The released code
-    holds a gradient for every weight, and for the second order a squared one.
-
-    Deviations from the released code. It adds scores of query heads h, h+K, h+2K ... to KV head h, where
-    attention ties heads hq to hq+q-1 to it; here they are those that go with it. It calibrates on
-    BookCorpus; here it is the task's training samples, as GradPruner reports the baseline, with the loss
-    on all tokens as there. It takes a share and floors the number of channels; here the share follows from
-    the budget. Second-order terms of biases are counted, of which Llama has none.
+    one linear; with `param_mix` 4 bytes per weight of `layers_at_once` layers on top.
 
     The result has layers of differing widths: it loads through this package, and no engine serves it.
 
@@ -71,9 +63,8 @@ def plan(context: MethodContext) -> WidthPlan:
     Source: LLM-Pruner (Ma et al., 2023), "block-wise" pruning; released code, `llama3.py` and `hf_prune.py`.
     """
     options: LLMPrunerOptions = context.options or LLMPrunerOptions()
-    num_remove = required_budget(context.num_remove)
-    view = WidthView(context.model())
-    check_floating(view)
+    num_remove = context.budget()
+    view = WidthView(context.floating_model())
     layers = layers_to_prune(view.shape.num_layers, options, context.protected)
     kv_heads, channels = share_out(view.shape, view.unit_parameters(), len(layers), num_remove)
     batch, singles = _batches(context, options, next(view.model.parameters()).device)
@@ -85,16 +76,13 @@ def plan(context: MethodContext) -> WidthPlan:
         layers=tuple(chosen.get(i, widths) for i, widths in enumerate(whole.layers)),
         method="llm_pruner",
     )
-    removed = view.parameters(whole, context.unit) - view.parameters(result, context.unit)
     evidence: dict[str, Any] = {
         **whole.evidence,
         **options.model_dump(),
         "samples": len(singles),
         "tokens": int(batch["attention_mask"].sum()),
         "pruned_layers": layers,
-        "num_remove": num_remove,
-        "removed": removed,
-        "unit": context.unit,
+        **budget_facts(view, result, context),
         "removed_kv_heads": kv_heads,
         "removed_channels": [view.shape.intermediate_size - len(chosen[i].channels) for i in layers],
         "kv_head_scores": [one.kv_heads_K.tolist() for one in found],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradpruner.errors import ModelError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.models.layers import LayeredModel
@@ -15,17 +14,15 @@ from gradpruner.models.layers import LayeredModel
 def score(context: MethodContext) -> LayerScores:
     """`sum over linears of sum |W| / sum over linears of entries of W`, per layer.
 
-    Weights alone are read: no data, no forward pass. The source adds up; here it is the mean, so that
-    layers of different shapes can be compared, which for layers of one shape is the same order. The
-    released code adds the weights of the two norms, in which a scale of 1 is no sign of importance. Expert
-    weights that a model keeps as one tensor are no linears and do not count.
+    Weights alone are read: no data, no forward pass. Expert weights that a model keeps as one tensor are no
+    linears and do not count.
 
     Raises:
         ModelError: If the weights are quantised.
 
     Source: Shortened LLaMA (Kim et al., 2024), criterion "Mag", `norm_power` 1.
     """
-    view = LayeredModel(context.model())
+    view = LayeredModel(context.floating_model())
     values, entries = [], []
     for layer in range(view.num_layers):
         weights = view.weights(layer).values()
@@ -36,11 +33,6 @@ def score(context: MethodContext) -> LayerScores:
 
 
 def _absolute_sum(weight: Tensor) -> float:
-    if not weight.is_floating_point():
-        raise ModelError(
-            f"The weights are stored as {weight.dtype}: their size says nothing about the layer.",
-            hint="Score the model that was quantised, in float32 or bfloat16.",
-        )
     # Row by row in fp32, rows in fp64: neither rounds much, and no copy of the weight is made.
     rows = torch.linalg.vector_norm(weight, ord=1, dim=1, dtype=torch.float32)
     return float(rows.cpu().double().sum())

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
 
 from gradpruner.gradients.scores import LayerScores
+from gradpruner.methods import shortgpt
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.methods.block_influence import block_influence
 from gradpruner.training.distillation import distil
 from gradpruner.training.options import FinetuneOptions
 
@@ -42,26 +41,16 @@ class MinitronOptions(MethodOptions):
 def score(context: MethodContext) -> LayerScores:
     """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, as `shortgpt`; what differs is the recovery.
 
-    The paper also tries perplexity and contiguous blocks; the released code (ModelOpt) has this alone. There
-    a batch's mean is summed over batches; here every token counts alike, so that padding and the size of
-    batches do not matter. The samples are the task's own instead of a pre-training corpus.
-
     Raises:
         DataError: If there are no samples.
 
     Source: LLM Pruning and Distillation in Practice: The Minitron Approach (Sreenivas et al., 2024).
     """
-    found = block_influence(context, _options(context).calibration_samples)
-    return replace(found, method="minitron_depth")
+    return shortgpt.score(context, _options(context).calibration_samples, "minitron_depth")
 
 
 def recover(context: MethodContext, model: nn.Module) -> dict[str, Any]:
     """Distils the pruned model, in place, from the dense one on the training samples.
-
-    The source distils on 80 to 100 billion tokens, in steps of 768 x 8192, after it has corrected the teacher
-    by some training when its pre-training data are missing. Here the data are the task's training samples,
-    the steps those of fine-tuning, and the teacher is the model as it was given. GradPruner's authors had no
-    pre-training data either, took Alpaca and do not say for how long.
 
     Returns:
         What the training did; nothing if the options leave it out.

@@ -14,10 +14,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
+from gradpruner.errors import ModelError, NonFiniteError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.methods.calibration import calibration_batches, mean_nll
+from gradpruner.methods.calibration import calibration_batches, mean_nll, run
 from gradpruner.methods.minitron_depth import MinitronOptions, recover
+from gradpruner.methods.width_choice import budget_facts, most_important
 from gradpruner.models.narrowing import prune_width_
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
@@ -83,11 +84,7 @@ def plan(context: MethodContext) -> WidthPlan:
     number of hidden dimensions, without both of heads). Each is built from the loaded weights and the one
     whose training answers are likeliest is the plan. Memory beyond the model: one pruned model.
 
-    The source ranks ten candidates, of the sizes on the grid, by MMLU; here all are of one size, so that
-    methods can be compared, and are ranked on the task. It prunes depth in the same search; here that is
-    `minitron_depth`. Its statistics are from 512 to 1024 samples of a corpus, here from as many training
-    samples. Norms are all those that a layer has, where the source knows two. Protected layers, which stay as
-    a whole where layers are pruned, do become narrower with all others.
+    Norms are all those that a layer has. Protected layers become narrower with all others.
 
     Raises:
         ConfigError: If the number of parameters to remove is unknown.
@@ -98,15 +95,10 @@ def plan(context: MethodContext) -> WidthPlan:
 
     Source: Minitron (Muralidharan et al., 2024), section 2; released code (NVIDIA ModelOpt).
     """
-    if context.num_remove is None:
-        raise ConfigError(
-            "Minitron's widths follow from the number of parameters to remove, and it is not known.",
-            hint="Give MethodContext a num_remove.",
-        )
+    num_remove = context.budget()
     options = MinitronWidthOptions() if context.options is None else context.options
-    view = WidthView(context.model())
-    _check_weights(view)
-    sizes = candidates(view, options, context.num_remove, context.unit)
+    view = WidthView(context.floating_model())
+    sizes = candidates(view, options, num_remove, context.unit)
     device = next(view.model.parameters()).device
     batches = calibration_batches(context, device, options.calibration_samples)
     found = channel_statistics(view, batches, "hidden" in options.axes)
@@ -116,24 +108,12 @@ def plan(context: MethodContext) -> WidthPlan:
         ranked_on = list(calibration_batches(context, device, _RANKED_SAMPLES))
         losses = [_loss(view, one, ranked_on) for one in track(plans, "plan minitron_width")]
     best = min(range(len(plans)), key=lambda i: (losses[i] or 0.0, i))
-    dense = view.parameters(view.whole(), context.unit)
     evidence = plans[best].evidence | {
         "samples": found.samples,
-        "unit": context.unit,
-        "num_remove": context.num_remove,
-        "removed": dense - view.parameters(plans[best], context.unit),
+        **budget_facts(view, plans[best], context),
         "candidates": [{**size, "nll": loss} for size, loss in zip(sizes, losses, strict=True)],
     }
     return replace(plans[best], method="minitron_width", evidence=evidence)
-
-
-def _check_weights(view: WidthView) -> None:
-    for parameter in view.model.parameters():
-        if not parameter.is_floating_point():
-            raise ModelError(
-                f"The weights are stored as {parameter.dtype}; quantised models cannot be made narrower.",
-                hint="Prune the model that was quantised, in float32 or bfloat16.",
-            )
 
 
 # --- statistics ---------------------------------------------------------------------------------------------
@@ -169,7 +149,7 @@ def channel_statistics(
             real = batch["attention_mask"].float()
             weight_BT[:] = [real / real.sum(dim=1, keepdim=True)]
             samples += len(real)
-            view.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            run(view.model, batch)
     sizes = {module: total.sqrt().cpu() for module, total in squares.items()}
     channels = torch.stack([sizes[m] for m in inputs[::2]])
     heads = torch.stack([sizes[m].view(-1, shape.head_dim).norm(dim=1) for m in inputs[1::2]])
@@ -338,15 +318,10 @@ def _plan_of(view: WidthView, found: ChannelStatistics, size: Size) -> WidthPlan
         kept = [
             shape.group(kv_head)[place]
             for kv_head, group in enumerate(groups)
-            for place in _largest(group, size["heads"])
+            for place in most_important(group, size["heads"])
         ]
-        layers.append(LayerWidths(tuple(kept), _largest(channels, size["ffn"])))
-    return replace(whole, layers=tuple(layers), hidden=_largest(found.hidden_H, size["hidden"]))
-
-
-def _largest(scores: Tensor, count: int) -> tuple[int, ...]:
-    """Indices of the `count` largest, ascending; of equal ones the first."""
-    return tuple(sorted(scores.argsort(descending=True, stable=True)[:count].tolist()))
+        layers.append(LayerWidths(tuple(kept), most_important(channels, size["ffn"])))
+    return replace(whole, layers=tuple(layers), hidden=most_important(found.hidden_H, size["hidden"]))
 
 
 def _loss(view: WidthView, plan: WidthPlan, batches: Sequence[dict[str, Tensor]]) -> float:

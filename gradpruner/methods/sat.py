@@ -46,14 +46,10 @@ def callbacks(context: MethodContext) -> list[TrainerCallback]:
     steps, comes closest to the share the other methods remove; that is about twice that share. Rounding up
     to whole units, of which KV groups are large ones, is reckoned with.
 
-    There is no code of the source and its text leaves open what is chosen here: five stages falling evenly,
-    this score (Wanda's, summed over outputs), drawing in proportion to it, one rate for all layers and both
-    kinds of units, LoRA (B sliced like the rows, A like the columns; norms are those of the base weights).
     Means run over all tokens of the steps in which a unit was kept, padding included; one not yet kept counts
-    as an average one. Norms are taken anew at every stage. `protected` layers are not spared: nothing of
-    them is lost. Weights left out of a step have no gradient, but AdamW's momentum and weight decay still
-    move them. After an interruption the selection of a step depends on its number and the seed as
-    before, but means begin anew, so a resumed run is like, not equal to, an uninterrupted one.
+    as an average one. Norms, of the base weights, are taken anew at every stage. After an interruption the
+    selection of a step depends on its number and the seed as before, but means begin anew, so a resumed run
+    is like, not equal to, an uninterrupted one.
 
     Raises:
         ConfigError: If neither `num_remove` nor `start_rate` is known.
@@ -61,13 +57,8 @@ def callbacks(context: MethodContext) -> list[TrainerCallback]:
     Source: Sparsity-Accelerated Training for Large Language Models (Ma et al., 2024).
     """
     options = context.options or SATOptions()
-    if options.start_rate is None and context.num_remove is None:
-        raise ConfigError(
-            "How much SAT leaves out follows from how many parameters other methods remove, and that is not "
-            "known.",
-            hint="Give MethodContext a num_remove, or set methods.sat.start_rate.",
-        )
-    return [OmissionCallback(options, context.num_remove or 0, context.seed)]
+    num_remove = context.budget() if options.start_rate is None else 0
+    return [OmissionCallback(options, num_remove, context.seed)]
 
 
 def ladder(step: int, total_steps: int, start_rate: float, stages: int) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradpruner.gradients.scores import LayerScores, default_num_prune
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.models.layers import LayeredModel
@@ -36,8 +37,7 @@ def score(context: MethodContext) -> LayerScores:
     Work: with L layers and none protected `1 + n (L - 2) - n (n - 1) / 2` evaluations, 313 for 13 of 32, each
     of `num_samples / 16` forward passes of 16 samples. Layers that are switched off still run.
 
-    The source measures on 128 x 2048 tokens of WikiText-2; here it is the first 128 training samples and the
-    tokens fine-tuning learns from (labels other than -100), since those are what the pruned model is for.
+    The tokens are those that fine-tuning learns from (labels other than -100) in the first training samples.
 
     Raises:
         DataError: If there are no samples or none has a learned token.
@@ -50,9 +50,7 @@ def score(context: MethodContext) -> LayerScores:
     device = next(view.model.parameters()).device
     batches = list(calibration_batches(context, device, options.num_samples))
     middle = [layer for layer in range(1, view.num_layers - 1) if layer not in context.protected]
-    num_keep = context.num_keep
-    num_prune = default_num_prune(view.num_layers) if num_keep is None else view.num_layers - num_keep
-    rounds = min(max(1, num_prune), len(middle))
+    rounds = min(max(1, context.num_prune), len(middle))
     removed: list[int] = []
     costs: dict[int, float] = {}  # of the last round
     with Progress(1 + sum(len(middle) - i for i in range(rounds)), "score sleb") as progress:
@@ -63,9 +61,9 @@ def score(context: MethodContext) -> LayerScores:
             for layer in (i for i in middle if i not in removed):
                 costs[layer] = _mean_nll(view, batches, [*removed, layer])
                 progress.advance()
-            removed.append(_cheapest_first(costs)[0])
+            removed.append(cheapest_first(costs)[0])
             history.append(costs[removed[-1]])
-    others = [layer for layer in _cheapest_first(costs) if layer not in removed]
+    others = [layer for layer in cheapest_first(costs) if layer not in removed]
     ends = [layer for layer in (view.num_layers - 1, 0) if layer not in context.protected]
     order = list(dict.fromkeys([*removed, *others, *ends, *sorted(context.protected, reverse=True)]))
     evidence = {
@@ -75,12 +73,17 @@ def score(context: MethodContext) -> LayerScores:
         "nll": history,
         "next_nll": {str(layer): costs[layer] for layer in others},
     }
-    values = tuple(float(order.index(layer)) for layer in range(view.num_layers))
-    return LayerScores("sleb", values, evidence=evidence)
+    return ranked("sleb", order, evidence)
 
 
-def _cheapest_first(costs: dict[int, float]) -> list[int]:
+def cheapest_first(costs: dict[int, float]) -> list[int]:
+    """Layers by what their absence costs; of equal ones the later comes first."""
     return sorted(costs, key=lambda layer: (costs[layer], -layer))
+
+
+def ranked(method: str, order: Sequence[int], evidence: dict[str, Any]) -> LayerScores:
+    """Scores that are ranks: the layers in the order in which they go."""
+    return LayerScores(method, tuple(float(order.index(i)) for i in range(len(order))), evidence=evidence)
 
 
 def _mean_nll(view: LayeredModel, batches: Sequence[dict[str, Tensor]], without: Sequence[int]) -> float:

@@ -14,9 +14,10 @@ from pydantic import Field
 from torch import Tensor
 
 from gradpruner.errors import ModelError, NonFiniteError, PlanError
-from gradpruner.gradients.scores import LayerScores, default_num_prune
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import mean_nll
+from gradpruner.methods.sleb import cheapest_first, ranked
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches
 from gradpruner.plans.layer_plan import MIN_KEPT
@@ -91,8 +92,7 @@ def score(context: MethodContext) -> LayerScores:
     pruned = _Pruned(LayeredModel(context.model()), context, options)
     num_layers = context.num_layers
     free = [layer for layer in range(num_layers) if layer not in context.protected]
-    num_keep = context.num_keep
-    wanted = max(1, default_num_prune(num_layers) if num_keep is None else num_layers - num_keep)
+    wanted = max(1, context.num_prune)
     rounds = min(wanted, len(free), num_layers - MIN_KEPT)
     tries = [len(free) - done for done in range(rounds)]
     if options.shortlist is not None:
@@ -110,12 +110,12 @@ def score(context: MethodContext) -> LayerScores:
                 progress.advance()
             if not tried:
                 break
-            removed.append(_cheapest_first(costs, tried)[0])
+            removed.append(cheapest_first({layer: costs[layer] for layer in tried})[0])
             history.append(costs[removed[-1]])
             progress.advance(number - len(tried))
             if len(removed) < rounds:
                 pruned.remove(removed[-1])
-    others = [layer for layer in _cheapest_first(costs, costs) if layer not in removed]
+    others = [layer for layer in cheapest_first(costs) if layer not in removed]
     rest = reversed([layer for layer in free if layer not in costs])
     order = [*removed, *others, *rest, *sorted(set(context.protected), reverse=True)]
     evidence = {
@@ -127,13 +127,7 @@ def score(context: MethodContext) -> LayerScores:
         "nll": history,
         "next_nll": {str(layer): costs[layer] for layer in others},
     }
-    return LayerScores(
-        "task_loss", tuple(float(order.index(layer)) for layer in range(num_layers)), evidence=evidence
-    )
-
-
-def _cheapest_first(costs: dict[int, float], layers: Any) -> list[int]:
-    return sorted(layers, key=lambda layer: (costs[layer], -layer))
+    return ranked("task_loss", order, evidence)
 
 
 def _can_go(context: MethodContext, gone: Sequence[int], count: int) -> bool:

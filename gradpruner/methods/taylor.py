@@ -90,9 +90,7 @@ class TaylorSalience:
 
     def _add_mixed(self, weight: nn.Parameter, layer: int, name: str) -> None:
         squares = self._squares.pop(id(weight), None)
-        self._add(
-            weight, layer, name, lambda w, g, a: w * g if a is None else w * g - 0.5 * w * a * w, squares
-        )
+        self._add(weight, layer, name, _mixed, squares)
 
     def _add_second(self, weight: nn.Parameter, layer: int, name: str, share: float) -> None:
         self._add(weight, layer, name, lambda w, g, _: (w * g).square() * share)

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
+from gradpruner.errors import NonFiniteError, PlanError
+from gradpruner.methods.base import MethodContext
 from gradpruner.models.widths import WidthView
-from gradpruner.plans.width_plan import WidthShape
+from gradpruner.plans.width_plan import WidthPlan, WidthShape
 
 BY_ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 """Linears of which heads and channels are rows; of the other two they are columns."""
@@ -75,22 +76,10 @@ def descending(scores: Sequence[float] | Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda unit: (-values[unit], unit))
 
 
-def required_budget(num_remove: int | None) -> int:
-    """The parameters to remove.
-
-    Raises:
-        ConfigError: If it is unknown.
-        PlanError: If it is negative.
-    """
-    if num_remove is None:
-        raise ConfigError(
-            "A method that prunes heads, channels or hidden dimensions is given its budget in parameters, "
-            "and how many go is not known.",
-            hint="Give MethodContext a num_remove.",
-        )
-    if num_remove < 0:
-        raise PlanError(f"num_remove is {num_remove}; 0 or more parameters can be removed.")
-    return num_remove
+def budget_facts(view: WidthView, plan: WidthPlan, context: MethodContext) -> dict[str, Any]:
+    """What was to be removed and what a plan removes, for its evidence."""
+    removed = view.parameters(view.whole(), context.unit) - view.parameters(plan, context.unit)
+    return {"unit": context.unit, "num_remove": context.num_remove, "removed": removed}
 
 
 def share_out(
@@ -130,15 +119,3 @@ def share_out(
         f"heads and channels have {largest:,} that can go.",
         hint="Let more layers be pruned, or remove less.",
     )
-
-
-def check_floating(view: WidthView) -> None:
-    """Raises ModelError when a linear's weights are stored in a format nothing can be computed with."""
-    for layer in range(view.shape.num_layers):
-        for name, linear in vars(view.parts(layer)).items():
-            weight: Any = linear.weight
-            if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-                raise ModelError(
-                    f"{name} of layer {layer} is stored as {weight.dtype}: it has no gradient.",
-                    hint="Prune the model that was quantised, in float32 or bfloat16.",
-                )
