@@ -22,7 +22,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from gradpruner.errors import IntegrityError, ResourceError
+from gradpruner.errors import ConfigError, IntegrityError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,8 @@ _ADAPTERS: dict[Any, Any] = {}
 # No file of ours comes near; a larger one is not ours and would only fill the memory.
 JSON_LIMIT = 512 * 2**20
 MAX_DEPTH = 64
+# What the process that works in a run directory, or in the folder of a study, holds.
+LOCK_FILE = ".lock"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _STAGED = re.compile(r"\..+\.[0-9a-f]+\.part", re.DOTALL)
 # Bytes of a name that are kept in that of its staged file; a file system allows 255 for the whole.
@@ -202,6 +204,42 @@ def open_private(path: Path) -> IO[str]:
         os.close(descriptor)
         raise _not_plain(path, "no plain file" if found.st_nlink <= 1 else "a second name of another file")
     return os.fdopen(descriptor, "a+", encoding="utf-8")
+
+
+@contextmanager
+def working_in(folder: Path, name: str = LOCK_FILE, *, shared: bool = False) -> Iterator[None]:
+    """Holds an existing folder, so that no second process works in it.
+
+    Args:
+        folder: The folder.
+        name: Its lock: an empty file, or one that holds a process number for the message.
+        shared: Others may share it, if they say so too.
+
+    Raises:
+        ConfigError: If another process holds it.
+        IntegrityError: If the lock is a link or no plain file.
+        ResourceError: If it cannot be written.
+    """
+    try:
+        lock = open_private(folder / name)
+    except OSError as error:
+        raise ResourceError(
+            f"Cannot write to {folder}: {error.strerror}.", hint="Choose another --out."
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            holder = lock.read(20).strip()
+            who = f"process {holder}" if holder.isdecimal() else "another process"
+            raise ConfigError(
+                f"{folder} is in use by {who}.", hint="Wait for it, or choose another --out."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def _not_plain(path: Path, what: str) -> IntegrityError:

@@ -32,7 +32,7 @@ def rows_of(record):
         for part in ("before", "evaluation", "finetune"):
             for key in ("seconds", "peak_memory_bytes", "tokens_per_second", "resumed_from"):
                 (kept[part] or {}).pop(key, None)
-        del kept["cost"]["seconds"]
+        del kept["cost"]["seconds"], kept["cost"]["resumed"]
         rows[name] = kept
     return rows
 

@@ -115,9 +115,10 @@ def test_a_second_start_does_nothing_and_finds_the_same(copy, monkeypatch):
 def test_another_budget_uses_the_same_trace(copy):
     path, given, _ = copy
     plan = run(load_recipe(path, ("plan.num_prune=1", "plan.num_merge=0"), given), until="plan")
-    assert states(plan)["record"] == "skipped" and states(plan)["plan merged"] == "done"
-    assert plan["plans"]["merged"]["num_kept"] == 3
-    assert plan["variants"] == {}
+    name = "merged@num_prune=1+num_merge=0"
+    assert states(plan)["record"] == "skipped" and states(plan)[f"plan {name}"] == "done"
+    assert plan["plans"][name]["num_kept"] == 3 and plan["plans"]["merged"]["num_kept"] == 2
+    assert plan["rows"]["merged"] == name and name not in plan["variants"]
 
 
 def test_an_edited_plan_is_carried_out(copy, tmp_path):
@@ -131,8 +132,8 @@ def test_an_edited_plan_is_carried_out(copy, tmp_path):
     given |= {"plan.file": str(tmp_path / "edited.json"), "variants": ["merged", "dropped"]}
     done = run(load_recipe(path, (), given), until="prune")
     assert states(done)["record"] == "skipped"
-    merged = AutoModelForCausalLM.from_pretrained(path.parent / "run/variants/merged/pruned")
-    dropped = AutoModelForCausalLM.from_pretrained(path.parent / "run/variants/dropped/pruned")
+    merged = AutoModelForCausalLM.from_pretrained(path.parent / "run/variants/merged@edited/pruned")
+    dropped = AutoModelForCausalLM.from_pretrained(path.parent / "run/variants/dropped@edited/pruned")
     dense = AutoModelForCausalLM.from_pretrained(path.parent / "model")
     same = [
         torch.equal(model.model.layers[0].mlp.up_proj.weight, dense.model.layers[0].mlp.up_proj.weight)
@@ -140,6 +141,92 @@ def test_an_edited_plan_is_carried_out(copy, tmp_path):
     ]
     assert same == [False, True]
     assert merged.config.num_hidden_layers == dropped.config.num_hidden_layers == 3
+
+
+def found_in(record):
+    """Plans and figures of every finished row."""
+    rows = {name: row | {"cost": None} for name, row in figures(record)[1].items() if row["evaluation"]}
+    return {name: (row, record["plans"].get(name)) for name, row in rows.items()}
+
+
+@pytest.mark.parametrize("until", ["record", "plan", "prune", "report"])
+def test_another_plan_leaves_all_that_is_finished(copy, until):
+    path, given, _ = copy
+    run(load_recipe(path, (), given))
+    out = path.parent / "run"
+    # As the command line does it: the recipe is that of the folder.
+    before = json.loads((out / "run.json").read_text())
+    weights = {p: p.read_bytes() for p in out.rglob("*.safetensors")}
+    run(load_recipe(out / "recipe.yaml", ("plan.num_prune=1", "plan.num_merge=0")), until=until)
+    after = json.loads((out / "run.json").read_text())
+    assert states(after)["record"] == "skipped"
+    kept = found_in(after)
+    assert {name: kept[name] for name in found_in(before)} == found_in(before)
+    assert all(path.read_bytes() == content for path, content in weights.items())
+    for name in ("merged", "dropped", "merged@num_prune=1+num_merge=0"):
+        own = out / f"variants/{name}/plan.json"
+        assert own.exists() == (after["variants"].get(name, {}).get("pruning") is not None)
+        if own.exists():
+            assert PruningPlan.load(own) == PruningPlan.load(out / f"plans/{name}.json")
+            layers = AutoModelForCausalLM.from_pretrained(own.parent / "pruned").config.num_hidden_layers
+            assert layers == len(PruningPlan.load(own).keep)
+    # And back: nothing is done twice.
+    again = run(load_recipe(out / "recipe.yaml", ("plan.num_prune=2", "plan.num_merge=1")))
+    done = {name for name, state in states(again).items() if state == "done"}
+    assert done <= {"score gradpruner", "score random"} and again["rows"]["merged"] == "merged"
+    assert list(again["variants"])[:4] == ["dense", "merged", "dropped", "random"]
+
+
+def test_a_recipe_read_back_asks_for_the_same(copy):
+    path, given, _ = copy
+    values = json.loads(path.read_text())
+    del values["record"]["alpha"]
+    path.write_text(json.dumps(values | {"variants": ["merged"]}))
+    out = path.parent / "other"
+    run(load_recipe(path, (), given | {"out": str(out)}), until="score")
+    again = run(load_recipe(out / "recipe.yaml"), until="score")
+    assert set(states(again).values()) == {"skipped"}
+
+
+def test_a_name_belongs_to_one_plan(copy):
+    path, given, _ = copy
+    named = given | {"variants": ["merged"], "plan.name": "small", "plan.num_merge": 0}
+    done = run(load_recipe(path, (), named), until="prune")
+    assert done["rows"] == {"merged": "merged@small"} and "merged" in done["variants"]
+    assert done["variants"]["merged@small"]["label"] == "pruned + merged (small)"
+    again = run(load_recipe(path.parent / "run" / "recipe.yaml"), until="prune")
+    assert again["rows"] == {"merged": "merged@small"} and set(states(again).values()) == {"skipped"}
+    with pytest.raises(ConfigError, match="has a plan 'small' already, and it is another one"):
+        run(load_recipe(path, ("plan.num_prune=1",), named), until="prune")
+    with pytest.raises(ConfigError, match=r"plan\.name"):
+        load_recipe(path, (), named | {"plan.name": "../up"})
+
+
+def test_a_given_plan_that_is_there_already_is_that_plan(copy):
+    path, given, _ = copy
+    file = path.parent / "run/plans/merged.json"
+    done = run(load_recipe(path, (), given | {"variants": ["merged"], "plan.file": str(file)}))
+    assert done["rows"] == {"merged": "merged"}
+    assert {name for name, state in states(done).items() if state == "done"} <= {"plan merged"}
+    # Edited in place it is another one, and the model that was made by the first keeps its own.
+    plan = json.loads(file.read_text())
+    plan["actions"] = [{"layer": i, "action": "drop" if i == 2 else "keep"} for i in range(4)]
+    file.write_text(json.dumps(plan))
+    done = run(load_recipe(path, (), given | {"variants": ["merged"], "plan.file": str(file)}), until="prune")
+    assert done["rows"] == {"merged": "merged@edited"} and json.loads(file.read_text()) == plan
+    assert done["variants"]["merged"]["num_layers"] == 2
+    assert done["variants"]["merged@edited"]["num_layers"] == 3
+
+
+def test_rows_that_other_settings_made_are_shown_and_said_to_be(copy):
+    path, given, record = copy
+    tuned = run(load_recipe(path, ("finetune.learning_rate=2e-3",), given | {"variants": ["merged"]}))
+    assert list(tuned["variants"]) == ["merged", "dense", "dropped", "random"]
+    assert tuned["variants"]["dropped"]["evaluation"] == record["variants"]["dropped"]["evaluation"]
+    said = [warning for warning in tuned["warnings"] if "made by an earlier start" in warning]
+    assert len(said) == 3 and all("finetune.learning_rate=0.001" in warning for warning in said)
+    half = run(load_recipe(path, ("finetune.learning_rate=3e-3",), given), until="finetune")
+    assert half["variants"]["merged"]["evaluation"] is None  # that of a model which is there no longer
 
 
 def test_lora_without_merging_the_adapters(tmp_path):

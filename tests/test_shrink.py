@@ -71,8 +71,12 @@ def test_a_second_start_does_nothing_and_another_repair_keeps_recording_and_plan
     assert again["variants"]["gate"]["cost"] == first["variants"]["gate"]["cost"]
     other = run(load_recipe(path, ("plan.repair=linear",)))
     states = {stage["name"]: stage["state"] for stage in other["stages"]}
-    assert states["record"] == states["plan gate"] == states["finetune dense"] == "skipped"
-    assert states["repair gate"] == states["prune gate"] == "done"
+    assert states["record"] == states["finetune dense"] == "skipped"
+    assert states["repair gate@repair=linear"] == states["prune gate@repair=linear"] == "done"
+    # The first repair's model and figures are there beside the other's.
+    rows = {name: row["repair"]["kind"] for name, row in other["variants"].items() if row["repair"]}
+    assert rows == {"gate": "least_squares", "gate@repair=linear": "linear"}
+    assert other["variants"]["gate"]["evaluation"] == first["variants"]["gate"]["evaluation"]
 
 
 def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
@@ -311,6 +315,7 @@ def test_a_model_of_another_start_is_recorded_anew(tmp_path):
     run(load_recipe(path))
     record = run(load_recipe(path, ("start=tuned",)))
     states = {stage["name"]: stage["state"] for stage in record["stages"]}
-    assert states["finetune dense"] == "skipped" and states["record"] == states["prune gate"] == "done"
+    assert states["finetune dense"] == "skipped"
+    assert states["record"] == states["prune gate@start=tuned"] == "done"
     with RunDirectory(tmp_path / "run") as directory:
         assert directory.stages["record"]["state"] == "done"

@@ -15,6 +15,7 @@ from typing import Any
 from gradpruner._version import __version__
 from gradpruner.errors import ConfigError, ModelError
 from gradpruner.files import (
+    LOCK_FILE,
     held,
     is_write_failure,
     make_durable,
@@ -42,8 +43,6 @@ _CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", "
 _CARRIED_NAMES = ("license", "licence", "notice", "use_policy", "copying")
 _CARRIED_FOLDERS = ("additional_chat_templates",)
 _LEFT_BEHIND = ("config.json", "params.json", "readme.md", PRUNING_FILE)
-# The lock that a run directory holds while its first file is not yet written.
-LOCK_FILE = ".lock"
 
 
 def locate_model(model: str | Path, *, weights: bool = True) -> Path:
@@ -108,7 +107,8 @@ def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) ->
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"The output {folder} is a file.", hint="Choose another --out.")
     entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if entries - {LOCK_FILE} and marker not in entries:
+    # A run directory may hold nothing but its lock: killed before its first file was written.
+    if not all(name.startswith(LOCK_FILE) for name in entries) and marker not in entries:
         raise ConfigError(
             f"The output folder {folder} is not empty and was not made by gradpruner.",
             hint="Nothing is ever overwritten: choose another --out, or empty it yourself.",

@@ -8,32 +8,34 @@ are as recorded is skipped when the run is started again; anything else is done 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from gradpruner._version import __version__
-from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ResourceError
+from gradpruner.errors import GradPrunerError, IntegrityError, ResourceError
 from gradpruner.files import (
     is_write_failure,
-    open_private,
     path_fault,
     read_json,
     refuse_links,
     shown,
     sweep,
+    typed,
+    working_in,
     write_failure,
     write_json,
 )
-from gradpruner.models.folder import LOCK_FILE, check_output
+from gradpruner.models.folder import check_output
 from gradpruner.models.sizes import PeakMemory
 from gradpruner.provenance import package_versions, sha256_file, sha256_json, utc_now
 
@@ -41,9 +43,47 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-STATES = ("running", "done", "failed", "interrupted")
 # Larger files are recognised by size alone: hashing tens of gigabytes on every start is not worth it.
 HASHED_BYTES = 64 * 2**20
+
+
+class SeenFile(TypedDict):
+    """A file as a stage left it."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: NotRequired[str]
+
+
+class StageEntry(TypedDict):
+    """What the manifest says of a stage."""
+
+    state: Literal["running", "done", "failed", "interrupted"]
+    inputs: str
+    """Fingerprint of everything its result depends on."""
+    recipe: NotRequired[str]
+    """Key in `recipes`: for which it was last done."""
+    versions: NotRequired[dict[str, str]]
+    files: dict[str, SeenFile]
+    seconds: NotRequired[Annotated[float, Field(ge=0)]]
+    resumed: NotRequired[bool]
+    """Whether it went on from where an interrupted start was; the seconds of a killed one are missing."""
+    peak_memory_bytes: NotRequired[int | None]
+    result: NotRequired[dict[str, Any]]
+    error: NotRequired[str]
+
+
+class Manifest(TypedDict):
+    """What manifest.json says."""
+
+    format_version: int
+    created: str
+    stages: dict[str, StageEntry]
+    gradpruner_version: NotRequired[str]
+    config: NotRequired[dict[str, Any]]
+    """The recipe of the last start."""
+    recipes: NotRequired[dict[str, dict[str, Any]]]
+    """Every recipe some stage was done for, by a short hash."""
+    inputs: NotRequired[dict[str, str]]
 
 
 class RunDirectory:
@@ -63,68 +103,50 @@ class RunDirectory:
         self.path = Path(path)
         self.device = device
         check_output(self.path, inputs=inputs, marker=MANIFEST)
-        self.manifest: dict[str, Any] = {}
+        self.manifest: Manifest
+        self._recipe = ""
         self._versions = {"gradpruner": __version__, **package_versions()}
         self.visited: dict[str, str] = {}
         """Stages of this start, in order: "done", "skipped" or "failed"."""
 
     def __enter__(self) -> RunDirectory:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open_private(self.path / LOCK_FILE)
-        except OSError as error:
-            raise ResourceError(
-                f"Cannot write to {self.path}: {error.strerror}.", hint="Choose another --out."
-            ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            raise ConfigError(
-                f"{self.path} is in use by process {holder}.", hint="Wait for it, or choose another --out."
-            ) from None
-        try:
-            self._lock.truncate(0)
-            self._lock.write(str(os.getpid()))
-            self._lock.flush()
-            refuse_links(self.path)
-            self.manifest = self._read_manifest()
-            for folder, _, _ in os.walk(self.path):
-                sweep(Path(folder))
-            self.save()
-        except BaseException as error:
-            self._lock.close()
-            if isinstance(error, OSError):
+        with contextlib.ExitStack() as opened:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                opened.enter_context(working_in(self.path))
+                refuse_links(self.path)
+                self.manifest = self._read_manifest()  # only now: the lock may have been waited for
+                for folder, _, _ in os.walk(self.path):
+                    sweep(Path(folder))
+                self.save()
+            except OSError as error:
                 raise write_failure(self.path, error) from error
-            raise
+            self._opened = opened.pop_all()
         return self
 
-    def _read_manifest(self) -> dict[str, Any]:
-        """What earlier starts left; only now, because the lock may have been waited for."""
+    def _read_manifest(self) -> Manifest:
+        """What earlier starts left."""
         path = self.path / MANIFEST
         if not path.exists():
             return {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
-        manifest = read_json(path, "run manifest")
-        found = manifest.get("format_version") if isinstance(manifest, dict) else None
+        raw = read_json(path, "run manifest")
+        found = raw.get("format_version") if isinstance(raw, dict) else None
         if type(found) is not int or found != FORMAT_VERSION:
             raise IntegrityError(
                 f"{path} is not a manifest of format version {FORMAT_VERSION} (found: {shown(found)}).",
                 hint="Choose another --out.",
             )
-        stages = manifest.get("stages")
-        fault = None if isinstance(stages, dict) else f"stages is {shown(stages)}; an object is needed"
-        for name, entry in stages.items() if isinstance(stages, dict) else ():
-            fault = fault or _stage_fault(name, entry)
-        if fault:
-            raise IntegrityError(f"{path} is not a manifest: {fault}.", hint="Choose another --out.")
-        return dict(manifest)
+        manifest = typed(raw, Manifest, f"{path} is not a manifest")
+        for name, entry in manifest["stages"].items():
+            fault = _stage_fault(name, entry)
+            if fault:
+                raise IntegrityError(f"{path} is not a manifest: {fault}.", hint="Choose another --out.")
+        return manifest
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None:
-        self._lock.close()
+        self._opened.close()
 
     def describe(self, config: dict[str, Any], inputs: dict[str, str]) -> None:
         """Notes what this start works on.
@@ -133,7 +155,13 @@ class RunDirectory:
             config: The resolved recipe.
             inputs: Name of every input -> SHA-256 of its content.
         """
-        self.manifest |= {"gradpruner_version": __version__, "config": config, "inputs": inputs}
+        self._recipe = sha256_json(config)[:16]
+        self.manifest["gradpruner_version"] = __version__
+        self.manifest["config"], self.manifest["inputs"] = config, inputs
+        self.manifest.setdefault("recipes", {})[self._recipe] = config
+        used = {self._recipe, *(entry.get("recipe") for entry in self.stages.values())}
+        recipes = self.manifest["recipes"]
+        self.manifest["recipes"] = {name: recipe for name, recipe in recipes.items() if name in used}
         self.save()
 
     def save(self) -> None:
@@ -141,19 +169,41 @@ class RunDirectory:
         write_json(self.path / MANIFEST, self.manifest)
 
     @property
-    def stages(self) -> dict[str, dict[str, Any]]:
+    def stages(self) -> dict[str, StageEntry]:
         """Stage name -> what is known of it, in the order first done."""
-        stages: dict[str, dict[str, Any]] = self.manifest["stages"]
-        return stages
+        return self.manifest["stages"]
+
+    def result(self, name: str) -> dict[str, Any] | None:
+        """What a stage found, with whatever inputs, if it is done."""
+        entry = self.stages.get(name)
+        return entry["result"] if entry is not None and entry["state"] == "done" else None
+
+    def recipe_of(self, name: str) -> dict[str, Any]:
+        """The recipe a stage was last done for; {} if that is not known."""
+        entry = self.stages.get(name)
+        return self.manifest.get("recipes", {}).get(entry.get("recipe", ""), {}) if entry else {}
+
+    def is_done(self, name: str, inputs: Any) -> bool:
+        """Whether a stage is done, with these inputs; its files may be gone or changed."""
+        entry = self.stages.get(name)
+        if entry is None or entry["state"] != "done":
+            return False
+        return entry["inputs"] in (fingerprint(inputs), sha256_json(inputs))  # that of version 0.1.0
 
     def is_current(self, name: str, inputs: Any) -> bool:
         """Whether a stage is done, with these inputs, and its files are still there."""
-        entry = self.stages.get(name)
-        if entry is None or entry["state"] != "done" or entry["inputs"] != sha256_json(inputs):
-            return False
-        return all(self._as_recorded(relative, seen) for relative, seen in entry["files"].items())
+        return self.is_done(name, inputs) and self.has_files(name)
 
-    def _as_recorded(self, relative: str, seen: dict[str, Any]) -> bool:
+    def has_files(self, name: str) -> bool:
+        """Whether the files of a stage are as it left them."""
+        return all(self._as_recorded(path, seen) for path, seen in self.stages[name]["files"].items())
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Takes stages out: what they were about is there no longer."""
+        for name in names:
+            self.stages.pop(name, None)
+
+    def _as_recorded(self, relative: str, seen: SeenFile) -> bool:
         path = self.path / relative
         if not path.is_file() or path.stat().st_size != seen["bytes"]:
             return False
@@ -185,19 +235,19 @@ class RunDirectory:
         if self.is_current(name, inputs):
             log.info("%s: done before, skipped", name)
             self.visited[name] = "skipped"
-            result: dict[str, Any] = self.stages[name]["result"]
-            return result
-        fingerprint = sha256_json(inputs)
-        earlier = self.stages.get(name, {})
-        resumable = keep_partial and earlier.get("inputs") == fingerprint
-        if not resumable or earlier.get("state") == "done":
+            return self.stages[name]["result"]
+        asked = fingerprint(inputs)
+        earlier = self.stages.get(name)
+        resumable = keep_partial and earlier is not None and earlier["inputs"] == asked
+        if earlier is None or not resumable or earlier["state"] == "done":
             self.remove(outputs)
             resumable = False
         # A killed start could not say how long it took: its seconds are missing, and "resumed" says so.
-        before = float(earlier.get("seconds", 0.0)) if resumable else 0.0
-        self.stages[name] = {
+        before = float(earlier.get("seconds", 0.0)) if earlier is not None and resumable else 0.0
+        entry = self.stages[name] = {
             "state": "running",
-            "inputs": fingerprint,
+            "inputs": asked,
+            "recipe": self._recipe,
             "versions": self._versions,
             "files": {},
             "seconds": before,
@@ -211,27 +261,21 @@ class RunDirectory:
                 result = work()
         except BaseException as error:
             ours = _as_ours(error, self.path)
-            self.stages[name]["seconds"] = before + time.perf_counter() - started
-            self._note_failure(name, ours, interrupted=_is_interrupt(error))
+            entry["seconds"] = before + time.perf_counter() - started
+            entry["state"], entry["error"] = "interrupted" if _is_interrupt(error) else "failed", str(ours)
+            self.visited[name] = "failed"
+            with contextlib.suppress(ResourceError):  # a full disk; the first error says more
+                self.save()
             if ours is error:
                 raise
             raise ours from error
-        self.stages[name].update(
-            state="done",
-            seconds=before + time.perf_counter() - started,
-            peak_memory_bytes=memory.peak_bytes,
-            result=result,
-            files={relative: self._describe(relative) for relative in self._files(outputs)},
-        )
+        entry["seconds"] = before + time.perf_counter() - started
+        entry["peak_memory_bytes"], entry["result"] = memory.peak_bytes, result
+        entry["files"] = {relative: self._describe(relative) for relative in self._files(outputs)}
+        entry["state"] = "done"
         self.visited[name] = "done"
         self.save()
         return result
-
-    def _note_failure(self, name: str, error: BaseException, *, interrupted: bool) -> None:
-        self.stages[name].update(state="interrupted" if interrupted else "failed", error=str(error))
-        self.visited[name] = "failed"
-        with contextlib.suppress(ResourceError):  # a full disk; the first error says more
-            self.save()
 
     def remove(self, outputs: Sequence[str]) -> None:
         """Deletes outputs of a stage."""
@@ -249,34 +293,33 @@ class RunDirectory:
             files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         return [str(path.relative_to(self.path)) for path in files if path.is_file()]
 
-    def _describe(self, relative: str) -> dict[str, Any]:
+    def _describe(self, relative: str) -> SeenFile:
         path = self.path / relative
         size = path.stat().st_size
-        return {"bytes": size} | ({"sha256": sha256_file(path)} if size <= HASHED_BYTES else {})
+        return {"bytes": size, "sha256": sha256_file(path)} if size <= HASHED_BYTES else {"bytes": size}
 
 
-def _stage_fault(name: str, entry: Any) -> str | None:
-    """What is wrong with a manifest's entry of a stage, or None."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("inputs"), str):
-        return f"stage {shown(name)} is {shown(entry)}; an object with state, inputs and files is needed"
-    state, files = entry.get("state"), entry.get("files")
-    if state not in STATES:
-        return f"stage {shown(name)}: state is {shown(state)}; one of {', '.join(STATES)} is needed"
-    if state == "done" and not isinstance(entry.get("result"), dict):
-        return f"stage {shown(name)}: result is {shown(entry.get('result'))}; an object is needed"
-    seconds = entry.get("seconds", 0.0)
-    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or seconds < 0:
-        return f"stage {shown(name)}: seconds is {shown(seconds)}; a number of at least 0 is needed"
-    if not isinstance(files, dict):
-        return f"stage {shown(name)}: files is {shown(files)}; an object is needed"
-    for relative, seen in files.items():
+def fingerprint(inputs: Any) -> str:
+    """Hash of what a stage depends on; 32 and 32.0 are the same number, whatever a file made of it."""
+    return sha256_json(_plain_numbers(inputs))
+
+
+def _plain_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _stage_fault(name: str, entry: StageEntry) -> str | None:
+    """What is wrong with a manifest's entry of a stage beyond its types, or None."""
+    if entry["state"] == "done" and "result" not in entry:
+        return f"stage {shown(name)} is done and has no result"
+    for relative in entry["files"]:
         path = Path(relative)
         if ".." in path.parts or path.is_absolute() or path_fault(path) is not None:
             return f"stage {shown(name)} names the file {shown(relative)}, which is not in the folder"
-        if not isinstance(seen, dict) or type(seen.get("bytes")) is not int:
-            return f"stage {shown(name)}: the file {shown(relative)} has no size"
-        if not isinstance(seen.get("sha256", ""), str):
-            return f"stage {shown(name)}: the file {shown(relative)} has a hash that is none"
     return None
 
 

@@ -49,6 +49,7 @@ from gradpruner.runs.evaluation_data import (
     metrics_of,
     with_validation,
 )
+from gradpruner.runs.plan_names import MARK, variant_of
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.finetuning import check_liger, check_trackers, planned_steps
 from gradpruner.training.options import FinetuneOptions
@@ -432,7 +433,7 @@ def plan_for(
             "layer_parameters": layer_parameters(job.config),
             "total_parameters": count_parameters_of(job.config),
         }
-    chosen = options.model_dump(exclude={"file", "portable_to", "unit", *REPAIR_KEYS}) | (
+    chosen = options.model_dump(exclude={"file", "name", "portable_to", "unit", *REPAIR_KEYS}) | (
         {} if merging else {"num_merge": 0}
     )
     chosen |= chosen_by_method or {}
@@ -450,13 +451,16 @@ def count_parameters_of(config: Any) -> int:
     return count_parameters(build_on_meta(config))
 
 
-def label_of(variant: str) -> str:
+def label_of(row: str) -> str:
     """What reports call a row of the comparison."""
-    return LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
+    variant, _, name = row.partition(MARK)
+    label = LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
+    return f"{label} ({name})" if name else label
 
 
-def method_of(variant: str) -> str:
+def method_of(row: str) -> str:
     """The method in `METHODS` that a pruned row of the comparison comes from."""
+    variant = variant_of(row)
     return "gradpruner" if variant in LABELS else variant
 
 

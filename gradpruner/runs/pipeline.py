@@ -7,7 +7,7 @@ in docs/design.md; from the plan on, every row of the comparison goes its own wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +34,11 @@ from gradpruner.runs.job import (
     method_of,
     plan_for,
 )
+from gradpruner.runs.plan_names import MADE, derived_name, differences, named_row, rows_in, variant_of
 from gradpruner.runs.recipe import Recipe, recipe_yaml
 from gradpruner.runs.run_record import run_record
 from gradpruner.runs.variant import Variant
-from gradpruner.runs.work import tuned_folder
+from gradpruner.runs.work import plan_file, same_plan, stored_plan, tuned_folder
 from gradpruner.training.callbacks import ProgressCallback
 from gradpruner.training.options import RecordOptions
 from gradpruner.training.recording import record_gradients
@@ -45,13 +46,17 @@ from gradpruner.training.recording import record_gradients
 log = logging.getLogger(__name__)
 
 
-def run(recipe: Recipe, *, until: str = "report", command: str = "") -> dict[str, Any]:
+def run(
+    recipe: Recipe, *, until: str = "report", command: str = "", one_plan: bool = False
+) -> dict[str, Any]:
     """Carries out a recipe in its run directory, skipping what is already done there.
 
     Args:
         recipe: What to do.
         until: Last stage to do, one of `STAGES`.
         command: How the user called it, for the report.
+        one_plan: The folder holds what this recipe makes and nothing else, as in a study: results of another
+            plan are replaced. Else they stay, see `plan_names`.
 
     Returns:
         The run record (also `run.json`).
@@ -65,24 +70,26 @@ def run(recipe: Recipe, *, until: str = "report", command: str = "") -> dict[str
     job = Job(recipe, command)
     directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
     check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
+    # A name is given to one plan; the next start may make another.
+    kept = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"name": None})})
     with directory:
-        directory.describe(recipe.model_dump(mode="json"), job.input_hashes())
-        write_text(directory.path / "recipe.yaml", recipe_yaml(recipe))
-        return _Run(job, directory).up_to(until)
+        directory.describe(kept.model_dump(mode="json"), job.input_hashes())
+        write_text(directory.path / "recipe.yaml", recipe_yaml(kept))
+        return _Run(job, directory, one_plan).up_to(until)
 
 
 class _Run:
     """One pass over the stages; holds what later stages need of earlier ones."""
 
-    def __init__(self, job: Job, directory: RunDirectory) -> None:
-        self.job, self.directory = job, directory
+    def __init__(self, job: Job, directory: RunDirectory, one_plan: bool) -> None:
+        self.job, self.directory, self.one_plan = job, directory, one_plan
         self.recipe = job.recipe
         self.record_inputs: dict[str, Any] | None = None
         self.record_failure: Exception | None = None
         self.scores: dict[str, LayerScores] = {}
         self.plans: dict[str, Plan] = {}
-        self.searches: dict[str, dict[str, Any]] = {}
-        self.variants: dict[str, dict[str, Any]] = {}
+        self.names: dict[str, str] = {}
+        """Variant -> the row of the run directory that this recipe makes of it, see `plan_names`."""
         self.failures: dict[str, GradPrunerError] = {}
 
     def path(self, *parts: str) -> Path:
@@ -100,11 +107,13 @@ class _Run:
                 self.decide(variant, depth)
         for variant in sorted(self.recipe.variants, key=lambda name: name != "dense"):  # teacher first
             with self.row(variant):
-                if variant not in self.failures and variant not in self.variants:
+                if variant not in self.failures:
                     self.carry_out(variant, depth)
         if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
             self.directory.remove([tuned_folder("dense")])  # kept until now for the other rows
-        record = run_record(self.job, self.directory, self.scores, self.plans, self.variants, self.searches)
+        rows = {variant: self.name_of(variant) for variant in self.recipe.variants}
+        errors = {self.name_of(variant): str(error) for variant, error in self.failures.items()}
+        record = run_record(self.job, self.directory, rows, errors)
         write_json(self.path("run.json"), record)
         if depth >= STAGES.index("evaluate"):
             self.report(record)
@@ -132,10 +141,6 @@ class _Run:
                 log.debug("%s", name, exc_info=error)
             log.error("%s failed: %s", name, ours)
             self.failures[name] = ours
-            row = self.variants.setdefault(
-                name, Variant(self.job, self.directory, name, None, self.open_trace).row
-            )
-            row["error"] = str(ours)
 
     def decide(self, variant: str, depth: int) -> None:
         """What a row prunes, as far as that is known before its model is made."""
@@ -144,8 +149,11 @@ class _Run:
             self.record()
         if method.score and depth >= STAGES.index("score"):
             self.score(method_of(variant))
-        if (method.score or method.plan) and depth >= STAGES.index("plan"):
-            self.plan(variant)
+        if depth >= STAGES.index("plan"):
+            if method.score or method.plan:
+                self.plan(variant)
+            elif method.shrink:
+                self.names[variant] = self.row_of(variant, lambda row: None)
 
     # -- stages --------------------------------------------------------------------------------------
 
@@ -248,42 +256,113 @@ class _Run:
         return self.job.context(method, self.open_trace, self.path("variants", method, "method"))
 
     def plan(self, variant: str) -> None:
-        """Scores (or model) -> plans/<variant>.json"""
-        target = f"plans/{variant}.json"
-        name = method_of(variant)
-        method = METHODS.find(name)
+        """Scores (or model) -> plans/<row>.json"""
+        method = METHODS.find(method_of(variant))
         given = self.job.given_plan if variant in LABELS else None
-        if method.score:
-            inputs: dict[str, Any] = {
-                "scores": sha256_file(self.path("scores", f"{name}.json")),
-                "plan": self.recipe.plan.model_dump(exclude=set(REPAIR_KEYS)) | method.plan_options,
-                "given": given.to_dict() if given else None,
-                "variant": variant,
-            }
-        else:
-            inputs = self.decision_inputs(name)
+        inputs = self.plan_inputs(variant, given)
+        searches = method.score is not None and given is None and self.recipe.plan.max_loss is not None
+        asked = inputs | self.search_inputs() if searches else {}
 
-        if method.score and given is None and self.recipe.plan.max_loss is not None:
-            self.searches[variant] = self.search(variant, inputs)
-            inputs["num_prune"] = refuse_uncertified(self.searches[variant])
+        def planned(count: int | None = None) -> Plan:
+            if given:
+                return given if variant == "merged" else given.without_merging()
+            return method.plan(self.context(variant)) if method.plan else self.planned(variant, count)
+
+        def alike(row: str) -> Plan | None:
+            """The plan this recipe makes, if it is that of a row that is there."""
+            recorded = stored_plan(self.directory, row)
+            if searches:
+                search = self.directory.result(f"search {row}")
+                is_that = search and search["best"] and self.directory.is_done(f"search {row}", asked)
+                return planned(search["best"]) if search and is_that else None
+            if method.plan:
+                return recorded if self.directory.is_done(f"plan {row}", inputs) else None
+            plan = planned()
+            return (
+                plan if same_plan(recorded, plan) or self.directory.is_done(f"plan {row}", inputs) else None
+            )
+
+        row = self.names[variant] = self.row_of(variant, alike)
+        if searches:
+            inputs["num_prune"] = refuse_uncertified(self.search(variant, asked))
 
         def work() -> dict[str, Any]:
-            plan: Plan
-            if given:
-                plan = given if variant == "merged" else given.without_merging()
-            elif method.plan:
-                plan = method.plan(self.context(name))
-            else:
-                plan = self.planned(variant, self.searches.get(variant, {}).get("best"))
-            plan.save(self.path(target))
+            plan = planned(inputs.get("num_prune"))
+            plan.save(self.path(plan_file(row)))
             return self.job.savings_of(plan)
 
-        self.directory.stage(f"plan {variant}", inputs, work, [target])
-        plan = self.plans[variant] = load_plan(self.path(target))
+        self.directory.stage(f"plan {row}", inputs, work, [plan_file(row)])
+        plan = self.plans[variant] = load_plan(self.path(plan_file(row)))
         for verdict in self.job.portability_of(plan):
             if verdict.status in ("wrong", "refused") and not verdict.also_unpruned:
-                self.job.warnings.append(f"plan {variant}, served by {verdict.engine}: {verdict.reason}")
+                self.job.warnings.append(f"plan {row}, served by {verdict.engine}: {verdict.reason}")
                 log.warning("%s", self.job.warnings[-1])
+
+    def plan_inputs(self, variant: str, given: PruningPlan | None) -> dict[str, Any]:
+        """What a plan depends on."""
+        name = method_of(variant)
+        method = METHODS.find(name)
+        if not method.score:
+            return self.decision_inputs(name)
+        return {
+            "scores": sha256_file(self.path("scores", f"{name}.json")),
+            "plan": self.recipe.plan.model_dump(exclude={"name", *REPAIR_KEYS}) | method.plan_options,
+            "given": given.to_dict() if given else None,
+            "variant": variant,
+        }
+
+    def row_of(self, variant: str, alike: Callable[[str], Plan | None]) -> str:
+        """The row of the run directory in which this recipe's model of a variant is, or is to be.
+
+        Args:
+            variant: A row of the recipe that is pruned.
+            alike: The plan this recipe makes, if it is that of the row asked about; else None. Methods that
+                decide while they train have none.
+
+        Raises:
+            ConfigError: If the name the recipe gives belongs to another plan.
+        """
+        if self.one_plan:
+            return variant
+        directory, wanted = self.directory, self.recipe.plan.name
+        shrinks = METHODS.find(method_of(variant)).shrink is not None
+        planned = [row for row in rows_in(directory.stages, ("plan", "prune")) if variant_of(row) == variant]
+        made = [row for row in rows_in(directory.stages, MADE) if variant_of(row) == variant]
+
+        def is_this(row: str) -> bool:
+            plan = alike(row)
+            if plan is None and not shrinks:
+                return False
+            inputs = Variant(self.job, directory, row, plan, self.open_trace).prune_inputs
+            return directory.result(f"prune {row}") is None or directory.is_done(f"prune {row}", inputs)
+
+        if wanted is not None:
+            row = named_row(variant, wanted)
+            if row in made and not is_this(row):
+                raise ConfigError(
+                    f"{directory.path} has a plan '{wanted}' already, and it is another one: "
+                    f"variants/{row} was made by it.",
+                    hint="Choose another name, or leave it out.",
+                )
+            return row
+        for row in planned:
+            if is_this(row):
+                return row
+        if variant not in made:  # what nothing was made of is planned anew
+            return variant
+        first = directory.recipe_of(f"prune {variant}")
+        return named_row(variant, derived_name(variant, first, directory.manifest["config"], made))
+
+    def name_of(self, variant: str) -> str:
+        """The row of a variant; one that failed before it had a plan must hide no finished one."""
+        made = rows_in(self.directory.stages, MADE)
+        failed = variant in self.failures and variant in made and not self.one_plan
+        if variant in self.names or not failed:
+            return self.names.get(variant, variant)
+        first = self.directory.recipe_of(f"prune {variant}")
+        now = self.directory.manifest["config"]
+        other = bool(differences(first, now)) and variant != "dense"
+        return named_row(variant, derived_name(variant, first, now, made)) if other else variant
 
     def planned(self, variant: str, num_prune: int | None = None) -> PruningPlan:
         """The plan of a row whose layers have scores."""
@@ -292,12 +371,12 @@ class _Run:
         merging = variant == "merged" or (method.merges and variant not in LABELS)
         return plan_for(self.job, self.scores[name], merging, method.plan_options, num_prune)
 
-    def search(self, variant: str, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Tuned model, scores and validation rows -> how many layers may go"""
+    def search_inputs(self) -> dict[str, Any]:
+        """What the number of layers depends on, beside what a plan depends on."""
         options = self.recipe.plan
         validation = self.job.validation
         assert validation is not None
-        inputs = inputs | {
+        return {
             "model": self.job.origin_sha256,
             "train": data_identity(self.job.train),
             "validation": data_identity(validation),
@@ -306,20 +385,19 @@ class _Run:
             "seed": self.recipe.seed,
         }
 
+    def search(self, variant: str, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Tuned model, scores and validation rows -> how many layers may go"""
+
         def work() -> dict[str, Any]:
             return search_depth(self.job, lambda count: self.planned(variant, count), self.open_trace)
 
-        return self.directory.stage(f"search {variant}", inputs, work)
+        return self.directory.stage(f"search {self.names[variant]}", inputs, work)
 
-    def carry_out(self, name: str, depth: int) -> None:
+    def carry_out(self, variant: str, depth: int) -> None:
         """Plan -> pruned model -> fine-tuned model -> figures, for one row of the comparison."""
-        if depth < STAGES.index("prune"):
-            return
-        variant = Variant(self.job, self.directory, name, self.plans.get(name), self.open_trace)
-        self.variants[name] = variant.row
-        variant.up_to(depth)
-        if variant.plan is not None:
-            self.plans[name] = variant.plan
+        if depth >= STAGES.index("prune"):
+            row = self.names.setdefault(variant, variant)
+            Variant(self.job, self.directory, row, self.plans.get(variant), self.open_trace).up_to(depth)
 
     def report(self, record: dict[str, Any]) -> None:
         """run.json -> report.html"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from gradpruner._version import __version__
 from gradpruner.data.examples import ExampleSet
 from gradpruner.evaluation.metrics import majority_class
 from gradpruner.evaluation.outputs import paired_intervals, read_examples
+from gradpruner.files import shown
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
@@ -19,31 +20,41 @@ from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.provenance import provenance, utc_now
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.job import Job, Plan, count_parameters_of, method_of
+from gradpruner.runs.plan_names import MADE, differences, rows_in
 from gradpruner.runs.recipe import Recipe
+from gradpruner.runs.variant import described
+from gradpruner.runs.work import stored_plan
+
+# Recipe sections that decide what a row was trained on and how.
+_OF_A_ROW = ("seed", "start", "model", "data", "finetune", "recover", "distil")
 
 
 def run_record(
-    job: Job,
-    directory: RunDirectory,
-    scores: Mapping[str, LayerScores],
-    plans: Mapping[str, Plan],
-    variants: Mapping[str, dict[str, Any]],
-    searches: Mapping[str, dict[str, Any]] | None = None,
+    job: Job, directory: RunDirectory, asked: Mapping[str, str], errors: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything measured, as the report reads it.
+    """Everything the run directory holds, by this start and by earlier ones, as the report reads it.
 
     Args:
         job: What was asked for.
         directory: What was done, stage by stage.
-        scores: By method.
-        plans: By variant.
-        variants: One row of the comparison each, see `variant.Variant`.
-        searches: How many layers may go, by variant, see `depth_search.search_depth`.
+        asked: Row of the recipe -> its row of the run directory, see `plan_names`.
+        errors: Why rows failed.
 
     Returns:
-        JSON values.
+        JSON values. `rows` is `asked`; rows of other plans come after those of this recipe.
     """
     recipe = job.recipe
+    made = rows_in(directory.stages, MADE)
+    others = sorted(rows_in(directory.stages, ("plan", *MADE)), key=lambda name: name != "dense")
+    known = dict.fromkeys([*asked.values(), *others, *errors])
+    names = [name for name in known if method_of(name) in METHODS.names()]  # as they are called today
+    plans = {name: plan_facts(job, directory, name) for name in names}
+    plans = {name: facts for name, facts in plans.items() if facts is not None}
+    variants = {
+        name: row_facts(job, directory, name, plans.get(name), errors.get(name))
+        for name in names
+        if name in made or name in errors
+    }
     add_paired_differences(variants, directory.path, recipe.seed)
     add_costs(variants, recipe, directory.stages)
     return {
@@ -54,7 +65,7 @@ def run_record(
         "command": job.command,
         "title": recipe.title or f"{job.folder.name} on {task_name(recipe)}",
         "provenance": provenance(recipe.seed),
-        "recipe": recipe.model_dump(mode="json"),
+        "recipe": directory.manifest["config"],
         "model": model_facts(job),
         "data": {
             "train": data_facts(job.train) | {"supervised_tokens": job.samples.supervised_tokens},
@@ -62,21 +73,50 @@ def run_record(
             "overlap_rows": job.overlap,
         },
         "trace": trace_facts(directory),
-        "scores": {name: score_facts(found) for name, found in scores.items()},
-        "plans": {
-            name: plan_facts(plan)
-            | {
-                "savings": job.savings_of(plan),
-                "portability": [vars(v) for v in job.portability_of(plan)],
-                "search": (searches or {}).get(name),
-            }
-            for name, plan in plans.items()
-        },
-        "variants": dict(variants),
+        "scores": {found.method: score_facts(found) for found in stored_scores(directory)},
+        "plans": plans,
+        "rows": dict(asked),
+        "variants": variants,
         "reference": {"majority_class": majority_class([e.answer for e in job.eval.examples])},
         "stages": stage_facts(directory),
-        "warnings": job.warnings,
+        "warnings": [*job.warnings, *other_settings(directory, made)],
     }
+
+
+def row_facts(
+    job: Job, directory: RunDirectory, name: str, plan: Mapping[str, Any] | None, error: str | None
+) -> dict[str, Any]:
+    """One row of the comparison: what was done for it, how large its model is, why it failed."""
+    row = described(name, directory) | {"plan": name if plan else None, "error": error}
+    if plan is not None:
+        sizes = {unit: change["after"] for unit, change in plan["savings"].items()}
+    elif error is None:
+        sizes = {"layers": job.num_layers, "parameters": count_parameters_of(job.config)}
+    else:
+        sizes = {}
+    return row | {"num_layers": sizes.get("layers"), "num_parameters": sizes.get("parameters")}
+
+
+def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
+    """What is to be said of rows that were trained with other settings than this recipe's."""
+    said = []
+    for name in names:
+        recipe = directory.recipe_of(f"finetune {name}") or directory.recipe_of(f"evaluate {name}")
+        changed = differences(recipe, directory.manifest["config"]) if recipe else {}
+        old = [f"{k}={shown(v)}" for k, (v, _) in changed.items() if k.partition(".")[0] in _OF_A_ROW]
+        if old:
+            said.append(f"The row {name} was made by an earlier start with {', '.join(old)}.")
+    return said
+
+
+def stored_scores(directory: RunDirectory) -> list[LayerScores]:
+    """The scores of every method that has been asked."""
+    names = rows_in(directory.stages, ("score",))
+    return [
+        LayerScores.load(directory.path / "scores" / f"{name}.json")
+        for name in names
+        if directory.has_files(f"score {name}")
+    ]
 
 
 def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path, seed: int) -> None:
@@ -100,41 +140,44 @@ def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path,
             }
 
 
-def add_costs(
-    variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Mapping[str, dict[str, Any]]
-) -> None:
+def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Mapping[str, Any]) -> None:
     """Says of each row what it took in all: `cost`, with `seconds` by part and in total, and `tokens`.
 
     Parts: tuning (of the dense model, where the row is made from it or learns from it), recording, choosing
     (scores, plan, search), repairing, pruning, training. Measuring is not counted, and neither is what only
-    another row needs.
+    another row needs. `resumed` names the stages that went on from an interrupted start: where that one was
+    killed, seconds of it are missing.
     """
-
-    def spent(*names: str) -> float:
-        return sum(float(stages.get(name, {}).get("seconds") or 0.0) for name in names)
 
     def trained(name: str) -> int:
         found = [variants.get(name, {}).get(part) or {} for part in ("finetune", "recovery")]
         return sum(int(part.get("tokens") or 0) for part in found)
 
     for name, row in variants.items():
-        seconds = {"training": spent(f"finetune {name}", f"recover {name}")}
-        tokens = trained(name)
-        if name != "dense" and METHODS.find(method_of(name)).training is None:
-            method = method_of(name)
-            needs_dense = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")
-            records = METHODS.find(method).needs_trace
-            seconds = {
-                "tuning": spent("finetune dense") if needs_dense else 0.0,
-                "recording": spent("record") if records else 0.0,
-                "choosing": spent(f"score {method}", f"plan {name}", f"search {name}"),
-                "repairing": spent(f"repair {name}"),
-                "pruning": spent(f"prune {name}"),
-                **seconds,
-            }
-            tokens += trained("dense") if needs_dense else 0
-            tokens += int((stages.get("record", {}).get("result") or {}).get("tokens") or 0) if records else 0
-        row["cost"] = {"seconds": {**seconds, "total": sum(seconds.values())}, "tokens": tokens}
+        method = METHODS.find(method_of(name))
+        prunes = name != "dense" and method.training is None
+        tuned = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")
+        parts = {
+            "tuning": ["finetune dense"] if tuned else [],
+            "recording": ["record"] if method.needs_trace else [],
+            "choosing": [f"score {method_of(name)}", f"plan {name}", f"search {name}"],
+            "repairing": [f"repair {name}"],
+            "pruning": [f"prune {name}"],
+        }
+        parts = (parts if prunes else {}) | {"training": [f"finetune {name}", f"recover {name}"]}
+        counted = [stage for names in parts.values() for stage in names if stage in stages]
+        seconds = {
+            part: sum(float(stages[stage].get("seconds", 0.0)) for stage in names if stage in stages)
+            for part, names in parts.items()
+        }
+        recorded = stages.get("record", {}).get("result") or {} if parts.get("recording") else {}
+        row["cost"] = {
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "tokens": trained(name)
+            + (trained("dense") if parts.get("tuning") else 0)
+            + int(recorded.get("tokens") or 0),
+            "resumed": [stage for stage in counted if stages[stage].get("resumed")],
+        }
 
 
 def task_name(recipe: Recipe) -> str:
@@ -191,7 +234,21 @@ def score_facts(scores: LayerScores) -> dict[str, Any]:
     }
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | None:
+    """What the plan of a row does and saves, and how engines take what it leaves; None without a plan."""
+    plan = stored_plan(directory, row)
+    if plan is None:
+        return None
+    same_model = plan.num_layers == job.num_layers
+    saved = job.savings_of(plan) if same_model else directory.result(f"plan {row}")
+    return layer_facts(plan) | {
+        "savings": saved or {},
+        "portability": [vars(v) for v in job.portability_of(plan)] if same_model else [],
+        "search": directory.result(f"search {row}"),
+    }
+
+
+def layer_facts(plan: Plan) -> dict[str, Any]:
     """What happens to every layer."""
     if isinstance(plan, WidthPlan):
         return {
@@ -221,7 +278,10 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def stage_facts(directory: RunDirectory) -> list[dict[str, Any]]:
-    """Every stage this run came by: done or skipped, how long it took, how much memory."""
+    """Every stage this run came by: done or skipped, how long it took, how much memory.
+
+    `resumed`: it went on from where an interrupted start was; the seconds of a killed one are missing.
+    """
     stages = directory.stages
     return [
         {
@@ -229,6 +289,7 @@ def stage_facts(directory: RunDirectory) -> list[dict[str, Any]]:
             "state": state,
             "seconds": stages[name].get("seconds"),
             "peak_memory_bytes": stages[name].get("peak_memory_bytes"),
+            "resumed": stages[name].get("resumed", False),
         }
         for name, state in directory.visited.items()
     ]

@@ -77,6 +77,9 @@ class PlanSection(Section):
 
     file: str | None = None
     """Use this plan file (from `gradpruner plan`, perhaps edited) for merged and dropped."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,59}$")
+    """What this plan is called: its results are in variants/<row>@<name>. null: the first plan in a run
+    directory needs no name, further ones are called after what differs. Holds for one start."""
     num_prune: int | None = Field(default=None, ge=0)
     """Layers to prune. Give one budget only; without any, 40 % of the layers."""
     layer_fraction: float | None = Field(default=None, ge=0, lt=1)

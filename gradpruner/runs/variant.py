@@ -1,41 +1,61 @@
-"""One row of the comparison: a variant is pruned, measured, fine-tuned and measured again."""
+"""One row of the comparison, as a list of stages: pruned, measured, fine-tuned, and measured again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 from gradpruner.data.examples import ExampleSet
-from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import metrics_of_task
 from gradpruner.runs.job import STAGES, data_identity, label_of
 from gradpruner.runs.work import Work, journal
 
+# What a row says of its stages -> their names in the manifest.
+PARTS = {
+    "repair": "repair {}",
+    "pruning": "prune {}",
+    "recovery": "recover {}",
+    "before": "evaluate {} before",
+    "finetune": "finetune {}",
+    "evaluation": "evaluate {}",
+    "lm_eval": "evaluate {} by lm-eval",
+}
 
-class Variant(Work):
-    """One row: repair, prune, measure, fine-tune, measure; each its own stage. Arguments as for `work.Work`.
+
+@dataclass(frozen=True)
+class Stage:
+    """One arrow of a row.
 
     Attributes:
-        row: What the run record says of it, filled in stage by stage.
+        step: Of `job.STAGES`: how far a run has to go to do it.
+        name: In the manifest.
+        inputs: JSON values of everything its result depends on.
+        work: Does it.
+        outputs: What it writes, relative to the run directory.
+        resumes: Whether it goes on from what an interrupted attempt left.
     """
+
+    step: str
+    name: str
+    inputs: dict[str, Any]
+    work: Callable[[], dict[str, Any]]
+    outputs: tuple[str, ...] = ()
+    resumes: bool = True
+
+    @property
+    def measures(self) -> bool:
+        """Whether it only looks at the model; the other stages make it."""
+        return self.step == "evaluate"
+
+
+class Variant(Work):
+    """One row: what its stages depend on, and their order. Arguments as for `work.Work`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.row: dict[str, Any] = {
-            "label": label_of(self.name),
-            "plan": self.name if self.plan is not None else None,
-            "repair": None,
-            "pruning": None,
-            "recovery": None,
-            "before": None,
-            "finetune": None,
-            "evaluation": None,
-            "also": {},
-            "lm_eval": None,
-            "error": None,
-        }
         self._fingerprint()
 
     def _fingerprint(self) -> None:
@@ -59,25 +79,13 @@ class Variant(Work):
         if not self.is_dense and recipe.distils:
             learned_from["distil"] = recipe.distil.model_dump() | {"model": self.job.model_sha256}
         if self.method and (self.shrinks or self.method.recover or self.method.callbacks):
-            chosen = self.job.method_options(self.name).model_dump(mode="json")
-            trains: dict[str, Any] = {"method": self.name, "options": chosen}
+            chosen = self.job.method_options(self.variant).model_dump(mode="json")
+            trains: dict[str, Any] = {"method": self.variant, "options": chosen}
             trains |= {"budget": [self.job.num_remove, self.recipe.plan.unit]}
             self.prune_inputs |= {"trains": trains} | (learned_from if self.shrinks else {})
         if self.method and self.method.training:
             learned_from["training"] = self.method.training(self.context)
         self.tune_inputs = self.prune_inputs | learned_from
-        measure = self.measure_inputs(self.job.eval, self.job.metrics)
-        recovers = self.method is not None and self.method.recover is not None
-        self.before_inputs = (self.tune_inputs if recovers else self.prune_inputs) | measure
-        self.after_inputs = self.tune_inputs | measure
-        self.also_inputs = {
-            name: self.tune_inputs | self.measure_inputs(found, metrics_of_task(name))
-            for name, found in self.job.also.items()
-        }
-        options = self.recipe.evaluate
-        self.lm_eval_inputs = self.tune_inputs | {
-            "lm_eval": [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
-        }
 
     def measure_inputs(self, examples: ExampleSet, metrics: tuple[str, ...]) -> dict[str, Any]:
         """What a measurement depends on beside the model."""
@@ -89,103 +97,96 @@ class Variant(Work):
             "seed": self.recipe.seed,
         }
 
+    def stages(self) -> list[Stage]:
+        """What is done for this row, in order."""
+        name = self.name
+        found: list[Stage] = []
+        made: tuple[str, ...]
+        recovers = self.method is not None and self.method.recover is not None
+        if self.repairs:
+            found.append(Stage("prune", f"repair {name}", self.prune_inputs, self.repair, (self.repaired,)))
+        if self.plan is not None or self.shrinks:
+            made = (self.pruned, self.scratch, self.own_plan)
+            found.append(
+                Stage("prune", f"prune {name}", self.prune_inputs, self.prune, made, resumes=self.shrinks)
+            )
+        if recovers:
+            made = (self.recovered, self.scratch)
+            found.append(Stage("prune", f"recover {name}", self.tune_inputs, self.recover, made))
+        if self.trains:
+            if self.recipe.evaluate.before_finetuning:
+                inputs = self.tune_inputs if recovers else self.prune_inputs
+                found.append(self._measuring("before", inputs, self.before, self.job.eval, self.job.metrics))
+            made = (self.tuned, self.checkpoints)
+            found.append(Stage("finetune", f"finetune {name}", self.tune_inputs, self.tune, made))
+        return found + self._measurements()
+
+    def _measurements(self) -> list[Stage]:
+        """The finished model on its task, on further ones, and by lm-eval."""
+        found = [self._measuring("", self.tune_inputs, self.examples, self.job.eval, self.job.metrics)]
+        for task, rows in self.job.also.items():
+            file = f"variants/{self.name}/examples_{task}.jsonl"
+            found.append(self._measuring(f"on {task}", self.tune_inputs, file, rows, metrics_of_task(task)))
+        options = self.recipe.evaluate
+        if options.lm_eval:
+            asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
+            name, inputs = PARTS["lm_eval"].format(self.name), self.tune_inputs | {"lm_eval": asked}
+            found.append(Stage("evaluate", name, inputs, self.run_harness))
+        return found
+
+    def _measuring(
+        self, what: str, model: dict[str, Any], file: str, rows: ExampleSet, metrics: tuple[str, ...]
+    ) -> Stage:
+        """A model, given by what it depends on, measured on rows; its answers go to `file`."""
+
+        def work() -> dict[str, Any]:
+            tuned = self.trains and what != "before"
+            return self.measure(self.path(self.tuned) if tuned else self.source, file, rows, metrics)
+
+        name = f"evaluate {self.name} {what}".rstrip()
+        return Stage(
+            "evaluate", name, model | self.measure_inputs(rows, metrics), work, (file, journal(file))
+        )
+
     def up_to(self, depth: int) -> None:
         """Does the stages up to position `depth` of `STAGES`, except those that are current."""
-        finetunes = depth >= STAGES.index("finetune") and self.trains
-        evaluates = depth >= STAGES.index("evaluate")
-        wants_before = self.recipe.evaluate.before_finetuning and evaluates and self.trains
+        stages, directory = self.stages(), self.directory
         # With keep_models: none the folders are gone once measured; nothing needs them again then.
-        cleared = self.recipe.keep_models == "none" and self._is_measured(wants_before)
-        if self.repairs:
-            self.row["repair"] = self._result("repair", cleared) or self.stage(
-                "repair", self.prune_inputs, self.repair, [self.repaired]
-            )
-        if self.plan is not None or self.shrinks:
-            self.row["pruning"] = self._result("prune", cleared) or self.stage(
-                "prune", self.prune_inputs, self.prune, [self.pruned, self.scratch]
-            )
-        if self.shrinks:
-            self.plan = WidthPlan.from_dict(self.row["pruning"]["plan"])
-            self.row["plan"] = self.name
-        if self.method and self.method.recover:
-            self.row["recovery"] = self._result("recover", cleared) or self.stage(
-                "recover", self.tune_inputs, self.recover, [self.recovered, self.scratch]
-            )
-        if wants_before:
-            self.row["before"] = self.stage(
-                "evaluate",
-                self.before_inputs,
-                lambda: self.measure(self.source, self.before, self.job.eval, self.job.metrics),
-                [self.before, journal(self.before)],
-                " before",
-            )
-        if finetunes:
-            self.row["finetune"] = self._result("finetune", cleared) or self.stage(
-                "finetune", self.tune_inputs, self.tune, [self.tuned, self.checkpoints]
-            )
-        if evaluates:
-            self._evaluate()
-            if self.recipe.keep_models == "none":
-                self.directory.remove([self.repaired, self.pruned, self.recovered, self.checkpoints])
-                if not (
-                    self.name == "dense" and self.job.needs_tuned
-                ):  # the pipeline removes it after all rows
-                    self.directory.remove([self.tuned])
-        self._describe_size()
-
-    def _evaluate(self) -> None:
-        """Measures the fine-tuned model on its task, on further ones, and by lm-eval."""
-        tuned = self.path(self.tuned) if self.trains else self.source
-        self.row["evaluation"] = self.stage(
-            "evaluate",
-            self.after_inputs,
-            lambda: self.measure(tuned, self.examples, self.job.eval, self.job.metrics),
-            [self.examples, journal(self.examples)],
+        cleared = self.recipe.keep_models == "none" and all(
+            directory.is_current(stage.name, stage.inputs) for stage in stages if stage.measures
         )
-        for name, found in self.job.also.items():
-            file = f"variants/{self.name}/examples_{name}.jsonl"
-            self.row["also"][name] = self.stage(
-                "evaluate",
-                self.also_inputs[name],
-                partial(self.measure, tuned, file, found, metrics_of_task(name)),
-                [file, journal(file)],
-                f" on {name}",
-            )
-        if self.recipe.evaluate.lm_eval:
-            self.row["lm_eval"] = self.stage(
-                "evaluate", self.lm_eval_inputs, self.run_harness, [], " by lm-eval"
-            )
+        for number, stage in enumerate(stages):
+            if STAGES.index(stage.step) > depth:
+                continue
+            if not (cleared and not stage.measures and directory.result(stage.name) is not None):
+                if not stage.measures and not directory.is_current(stage.name, stage.inputs):
+                    self._forget(stages[number + 1 :])
+                directory.stage(
+                    stage.name, stage.inputs, stage.work, stage.outputs, keep_partial=stage.resumes
+                )
+            if self.shrinks and stage.name == f"prune {self.name}":
+                self.plan = WidthPlan.from_dict((directory.result(stage.name) or {})["plan"])
+        if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
+            directory.remove([self.repaired, self.pruned, self.recovered, self.checkpoints])
+            if not (self.name == "dense" and self.job.needs_tuned):  # the pipeline removes it after all rows
+                directory.remove([self.tuned])
 
-    def _is_measured(self, wants_before: bool) -> bool:
-        asked = {"": self.after_inputs}
-        asked |= {" before": self.before_inputs} if wants_before else {}
-        asked |= {f" on {name}": inputs for name, inputs in self.also_inputs.items()}
-        asked |= {" by lm-eval": self.lm_eval_inputs} if self.recipe.evaluate.lm_eval else {}
-        return all(self.directory.is_current(f"evaluate {self.name}{s}", i) for s, i in asked.items())
+    def _forget(self, later: list[Stage]) -> None:
+        """What was said of a model that is made anew is said of nothing that is there."""
+        done = [stage for stage in later if self.directory.result(stage.name) is not None]
+        self.directory.forget(stage.name for stage in done)
+        self.directory.remove([output for stage in done for output in stage.outputs])
 
-    def _result(self, verb: str, cleared: bool) -> dict[str, Any] | None:
-        """What a stage found whose folder is gone because nothing needs it any more."""
-        done = self.directory.stages.get(f"{verb} {self.name}", {})
-        return done.get("result") if cleared else None
 
-    def stage(
-        self,
-        verb: str,
-        inputs: dict[str, Any],
-        work: Callable[[], dict[str, Any]],
-        outputs: list[str],
-        suffix: str = "",
-    ) -> dict[str, Any]:
-        """One stage of this row in the run directory."""
-        return self.directory.stage(
-            f"{verb} {self.name}{suffix}", inputs, work, outputs, keep_partial=verb != "prune" or self.shrinks
-        )
-
-    def _describe_size(self) -> None:
-        found = self.job.savings_of(self.plan or PruningPlan.from_keep(self.job.num_layers, self._all_layers))
-        self.row["num_layers"] = found["layers"]["after"]
-        self.row["num_parameters"] = found["parameters"]["after"]
-
-    @property
-    def _all_layers(self) -> range:
-        return range(self.job.num_layers)
+def described(name: str, directory: RunDirectory) -> dict[str, Any]:
+    """What the run record says of a row: all that the run directory holds of it, whenever it was done."""
+    further = f"evaluate {name} on "
+    found = {part: directory.result(stage.format(name)) for part, stage in PARTS.items()}
+    also = {stage: directory.result(stage) for stage in directory.stages if stage.startswith(further)}
+    return {
+        "label": label_of(name),
+        "plan": None,
+        **found,
+        "also": {stage.removeprefix(further): result for stage, result in also.items() if result is not None},
+        "error": None,
+    }

@@ -23,8 +23,9 @@ from gradpruner.progress import Progress, bytes_reporter
 from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
-from gradpruner.runs.directory import RunDirectory
-from gradpruner.runs.job import LABELS, Job, Plan
+from gradpruner.runs.directory import RunDirectory, fingerprint
+from gradpruner.runs.job import LABELS, Job, Plan, load_plan
+from gradpruner.runs.plan_names import variant_of
 from gradpruner.training.finetuning import finetune
 from gradpruner.training.options import FinetuneOptions
 
@@ -35,7 +36,7 @@ class Work:
     Args:
         job: The recipe and its inputs.
         directory: Where the stages are.
-        name: "dense", "merged", "dropped", or a method of `METHODS`.
+        name: "dense", "merged", "dropped", or a method of `METHODS`; of one of several plans "merged@NAME".
         plan: What is pruned; None for the dense model, and where that is known only after pruning.
         trace: Opens the recorded gradients; called only when layers are merged.
     """
@@ -50,10 +51,11 @@ class Work:
     ) -> None:
         self.job, self.recipe, self.directory = job, job.recipe, directory
         self.name, self.plan, self.trace = name, plan, trace
-        self.method = METHODS.find(name) if name not in LABELS else None
+        self.variant = variant_of(name)
+        self.method = METHODS.find(self.variant) if self.variant not in LABELS else None
         base = f"variants/{name}"
         self.pruned, self.recovered, self.tuned = f"{base}/pruned", f"{base}/recovered", tuned_folder(name)
-        self.repaired = f"{base}/repair"
+        self.repaired, self.own_plan = f"{base}/repair", own_plan(name)
         self.checkpoints, self.scratch = f"{base}/checkpoints", f"{base}/method"
         self.before, self.examples = f"{base}/examples_before.jsonl", f"{base}/examples.jsonl"
 
@@ -87,7 +89,7 @@ class Work:
     @property
     def context(self) -> MethodContext:
         """What the method of this row may look at."""
-        return self.job.context(self.name, self.trace, self.path(self.scratch))
+        return self.job.context(self.variant, self.trace, self.path(self.scratch))
 
     @property
     def source(self) -> Path:
@@ -122,8 +124,11 @@ class Work:
     def prune(self) -> dict[str, Any]:
         """Dense model and plan -> pruned model"""
         if self.shrinks:
-            return self._shrink()
+            found = self._shrink()
+            WidthPlan.from_dict(found["plan"]).save(self.path(self.own_plan))
+            return found
         assert self.plan is not None
+        self.plan.save(self.path(self.own_plan))
         if isinstance(self.plan, WidthPlan):
             with Progress(1, f"prune {self.name}") as progress:
                 report = prune_width_checkpoint(
@@ -279,6 +284,34 @@ class Work:
 def tuned_folder(name: str) -> str:
     """Where the fine-tuned model of a row is, relative to the run directory."""
     return f"variants/{name}/model"
+
+
+def plan_file(row: str) -> str:
+    """Where the plan of a row is to be read, and may be edited."""
+    return f"plans/{row}.json"
+
+
+def stored_plan(directory: RunDirectory, row: str) -> Plan | None:
+    """The plan a row has, as it was decided; None if there is none, or only one that somebody edited."""
+    shrunk = (directory.result(f"prune {row}") or {}).get("plan")
+    if shrunk is not None:
+        return WidthPlan.from_dict(shrunk)
+    if directory.result(f"plan {row}") is not None and directory.has_files(f"plan {row}"):
+        return load_plan(directory.path / plan_file(row))
+    path = directory.path / own_plan(row)
+    return load_plan(path) if path.is_file() else None
+
+
+def same_plan(one: Plan | None, other: Plan | None) -> bool:
+    """Whether two plans say the same."""
+    return (
+        one is not None and other is not None and fingerprint(one.to_dict()) == fingerprint(other.to_dict())
+    )
+
+
+def own_plan(name: str) -> str:
+    """The plan by which the models of a row were made, beside them; that in plans/ may be edited."""
+    return f"variants/{name}/plan.json"
 
 
 def journal(file: str) -> str:

@@ -46,7 +46,10 @@ def changed(kind: type[T], options: T | None, changes: dict[str, Any]) -> T:
 class Section(BaseModel):
     """A part of the recipe; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    # Defaults are validated too: 32 for a float is 32.0, as it is when the recipe is read back.
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
+    )
 
 
 class RecordSection(Section):

@@ -150,7 +150,7 @@ class _Progress:
         before = _written(path)
         error: GradPrunerError | None = None
         try:
-            pipeline.run(run.recipe, command=self.command)
+            pipeline.run(run.recipe, command=self.command, one_plan=True)
         except GradPrunerError as failure:
             error = failure
         # A run whose rows failed one by one has a record; one that failed as a whole has not.
