@@ -212,7 +212,7 @@ def test_recording_that_fails_takes_only_the_rows_along_that_need_it(monkeypatch
     ("methods", "fault"),
     [
         ({"lats": {}}, "Unknown method 'lats'. Did you mean 'last'"),
-        ({"last": {"depth": 3}}, r"methods.last.depth: .*Options of last: none"),
+        ({"last": {"depth": 3}}, r"methods.last.depth: .*Options: none"),
         ({"narrow": {"channels": "many"}}, "methods.narrow.channels"),
     ],
 )

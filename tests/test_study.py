@@ -132,7 +132,7 @@ def test_bad_studies_are_refused_with_what_to_do(tmp_path):
         ({"methods": ["lst"]}, "Did you mean 'last'"),
         ({"seeds": []}, "needs seeds.*--seeds 0,1,2"),
         ({"seeds": [0, 1, 0]}, "Seed 0 is given more than once"),
-        ({"sweep": Sweep(key="plan.num_merg", values=[1])}, "Did you mean 'num_merge'"),
+        ({"sweep": Sweep(key="plan.num_merg", values=[1])}, "Did you mean 'plan.num_merge'"),
         ({"sweep": Sweep(key="plan.num_merge", values=[-1])}, r"num_merge -1(.|\n)*given: -1"),
         ({"sweep": Sweep(key="seed", values=[1])}, "cannot sweep over seed"),
         ({"sweep": Sweep(key="plan.num_merge", values=[1, 1])}, "more than once"),

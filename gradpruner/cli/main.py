@@ -22,6 +22,7 @@ from gradpruner.cli.options import (
     FolderOption,
     JsonOption,
     ModelOption,
+    NameOption,
     OutOption,
     PlanOption,
     PortableOption,
@@ -116,6 +117,7 @@ def _stage(name: str, summary: str) -> None:
         task_folder: FolderOption = None,
         out: OutOption = None,
         plan: PlanOption = None,
+        name_of_plan: NameOption = None,
         seed: SeedOption = None,
         overrides: SetOption = None,
         trust_remote_code: TrustOption = False,
@@ -132,6 +134,7 @@ def _stage(name: str, summary: str) -> None:
             "data.task": task,
             "data.folder": task_folder,
             "plan.file": plan,
+            "plan.name": name_of_plan,
             "seed": seed,
             "model.trust_remote_code": trust_remote_code or None,
             "data.skip_bad": skip_bad or None,
@@ -231,7 +234,7 @@ _stage("score", "Record if needed, then score every layer.")
 _stage(
     "plan",
     "Score if needed, then decide which layers go.\n\n"
-    "Run it again with other --set plan.* options: the recording is kept.",
+    "Run it again with other --set plan.* options: the recording and all results of other plans are kept.",
 )
 _stage("finetune", "Prune if needed, then fine-tune every variant.")
 

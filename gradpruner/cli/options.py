@@ -24,6 +24,10 @@ OutOption = Annotated[str | None, typer.Option("--out", help="Run directory.")]
 PlanOption = Annotated[
     str | None, typer.Option("--plan", help="A plan file, perhaps edited, instead of the scores.")
 ]
+NameOption = Annotated[
+    str | None,
+    typer.Option("--name", help="What this plan is called in the run directory: variants/<row>@NAME."),
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
 SetOption = Annotated[
     list[str] | None,

@@ -255,5 +255,7 @@ def _metric_names(variants: tuple[Variant, ...]) -> tuple[str, ...]:
 
 def _main_variant(variants: tuple[Variant, ...]) -> Variant | None:
     pruned = [v for v in variants if not v.is_dense]
-    pruned.sort(key=lambda v: (v.error is not None, not v.after, not v.before, v.name != "merged"))
+    pruned.sort(
+        key=lambda v: (v.error is not None, not v.after, not v.before, v.name.partition("@")[0] != "merged")
+    )
     return pruned[0] if pruned else None

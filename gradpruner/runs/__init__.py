@@ -7,6 +7,7 @@ pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, r
 variant          one row of the comparison, stage by stage; work: what each stage does
 directory        the run directory: stages, fingerprints, lock
 evaluation_data  rows and metrics a recipe asks for
+plan_names       what rows are called, so that one folder holds the results of many plans
 depth_search     how many layers may go
 preview          what a dry run says
 run_record       what run.json says
