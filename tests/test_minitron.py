@@ -173,12 +173,20 @@ def test_grids_of_a_model_of_8_billion_and_of_a_small_one():
     assert _grid("ffn", 10, 0.4) == [6, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("unit", ["parameters", "decoder_parameters"])
 @pytest.mark.parametrize(
-    ("axes", "apart"),  # how far allowed widths of the axis that meets the budget are from each other
-    [(["ffn"], 1), (["hidden"], 8), (["ffn", "heads"], 1), (["hidden", "heads", "ffn"], 1)],
+    # apart: how far allowed widths of the axis that meets the budget are from each other
+    ("axes", "apart", "unit", "share"),
+    [
+        (["ffn"], 1, "parameters", 0.03),
+        (["ffn"], 1, "decoder_parameters", 0.08),
+        (["hidden"], 8, "parameters", 0.08),
+        (["hidden"], 8, "decoder_parameters", 0.0),
+        (["ffn", "heads"], 1, "parameters", 0.0),
+        (["ffn", "heads"], 1, "decoder_parameters", 0.03),
+        (["hidden", "heads", "ffn"], 1, "parameters", 0.08),
+        (["hidden", "heads", "ffn"], 1, "decoder_parameters", 0.03),
+    ],
 )
-@pytest.mark.parametrize("share", [0.0, 0.03, 0.08])
 def test_every_candidate_meets_the_budget_within_one_unit(axes, apart, unit, share):
     view = WidthView(make_llama(**WIDE))
     dense = view.parameters(view.whole(), unit)

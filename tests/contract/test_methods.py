@@ -55,29 +55,33 @@ def make_context(tiny_llama, tiny_trace, tmp_path):
     return make
 
 
+def check_unchanged(model, like):
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), like.parameters(), strict=True))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+    assert not any("forward" in vars(m) for m in model.modules())
+    assert model.config.to_dict() == like.config.to_dict()
+
+
 @pytest.mark.parametrize("name", SCORING)
-def test_one_finite_score_per_layer(name, make_context):
-    scores = METHODS.find(name).score(make_context())
+def test_a_finite_score_per_layer_that_repeats_survives_the_disk_and_leaves_the_model(
+    name, make_context, tiny_llama, tmp_path
+):
+    method, model = METHODS.find(name), tiny_llama()
+    scores = method.score(make_context(seed=3, model=lambda: model))
     assert scores.method == name
     assert scores.num_layers == 6 and all(map(math.isfinite, scores.values))
     assert len(set(scores.values)) > 1
     assert scores.evidence["num_layers"] == 6
-
-
-@pytest.mark.parametrize("name", SCORING)
-def test_the_same_for_the_same_seed(name, make_context):
-    method = METHODS.find(name)
-    assert method.score(make_context(seed=3)) == method.score(make_context(seed=3))
-
-
-@pytest.mark.parametrize("name", SCORING)
-def test_scores_survive_the_disk(name, make_context, tmp_path):
-    scores = METHODS.find(name).score(make_context())
+    check_unchanged(model, tiny_llama())
+    assert method.score(make_context(seed=3)) == scores
     assert LayerScores.load(scores.save(tmp_path / "scores.json")) == scores
 
 
-@pytest.mark.parametrize("name", SCORING)
-@pytest.mark.parametrize("num_prune", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    ("name", "num_prune"),
+    [pair for i, name in enumerate(SCORING) for pair in ((name, (0, 1)[i % 2]), (name, (4, 2)[i % 2]))],
+)
 def test_plan_at_any_budget_and_the_pruned_model_runs(name, num_prune, make_context, tiny_llama):
     method, context = METHODS.find(name), make_context(num_keep=6 - num_prune)
     num_merge = 1 if method.needs_trace else 0
@@ -88,16 +92,6 @@ def test_plan_at_any_budget_and_the_pruned_model_runs(name, num_prune, make_cont
     with torch.no_grad():
         logits = model(input_ids=torch.arange(3, 13)[None]).logits
     assert logits.shape == (1, 10, 64) and bool(torch.isfinite(logits).all())
-
-
-@pytest.mark.parametrize("name", SCORING)
-def test_the_model_is_left_as_it_was(name, make_context, tiny_llama):
-    model = tiny_llama()
-    context = make_context()
-    object.__setattr__(context, "model", lambda: model)
-    METHODS.find(name).score(context)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny_llama().parameters(), strict=True))
-    assert not any(layer._forward_hooks for layer in model.model.layers)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -151,9 +145,10 @@ def check_budget(plan, context):
     assert abs(removed - context.num_remove) <= unit
 
 
-@pytest.mark.parametrize("name", PLANNING)
-@pytest.mark.parametrize("num_prune", [1, 2])
-@pytest.mark.parametrize("unit", ["parameters", "decoder_parameters"])
+@pytest.mark.parametrize(
+    ("name", "num_prune", "unit"),
+    [pair for name in PLANNING for pair in ((name, 1, "decoder_parameters"), (name, 2, "parameters"))],
+)
 def test_a_plan_keeps_to_the_budget_and_its_model_runs(name, num_prune, unit, make_context, tiny_llama):
     context = make_context(num_keep=6 - num_prune, num_remove=num_prune * LAYER_PARAMETERS, unit=unit)
     plan = plan_by(name, context)
@@ -169,21 +164,12 @@ def test_a_plan_keeps_to_the_budget_and_its_model_runs(name, num_prune, unit, ma
 
 
 @pytest.mark.parametrize("name", PLANNING)
-def test_a_plan_is_the_same_for_the_same_seed_and_survives_the_disk(name, make_context, tmp_path):
-    plan = plan_by(name, make_context(seed=3))
+def test_a_plan_repeats_survives_the_disk_and_leaves_the_model(name, make_context, tiny_llama, tmp_path):
+    model = tiny_llama()
+    plan = plan_by(name, make_context(seed=3, model=lambda: model))
+    check_unchanged(model, tiny_llama())
     assert timeless(plan_by(name, make_context(seed=3))) == timeless(plan)
     assert load_plan(plan.save(tmp_path / "plan.json")) == plan
-
-
-@pytest.mark.parametrize("name", PLANNING)
-def test_planning_leaves_the_model_as_it_was(name, make_context, tiny_llama):
-    model = tiny_llama()
-    plan_by(name, make_context(model=lambda: model))
-    before = tiny_llama()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
-    assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
-    assert not any("forward" in vars(m) for m in model.modules())
 
 
 @pytest.mark.parametrize("name", PLANNING)
