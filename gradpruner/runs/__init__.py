@@ -9,7 +9,7 @@ directory        the run directory: stages, fingerprints, lock
 evaluation_data  rows and metrics a recipe asks for
 plan_names       what rows are called, so that one folder holds the results of many plans
 depth_search     how many layers may go
-preview          what a dry run says
+preview          what a dry run says; forecast: about how long the run will take
 run_record       what run.json says
 study            several runs compared
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,14 @@ from rich.text import Text
 
 from gradpruner.data.encoding import preview
 from gradpruner.models.sizes import build_on_meta, count_parameters, disk_bytes, savings
+from gradpruner.reports.formats import duration, num_bytes
+from gradpruner.runs.forecast import forecast, num_devices
 from gradpruner.runs.job import Job, bytes_to_write, label_of, placeholder_scores, plan_for
 from gradpruner.runs.recipe import Recipe
 
 NUM_SAMPLES = 2
+FEW_STEPS = 30  # fewer optimizer steps than that teach hardly any task
+LARGE = 3e9  # parameters from which on the default learning rate is meant
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:
@@ -30,7 +36,9 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     needs = bytes_to_write(job)
     saved = savings(job.config, plan.keep)
     rows = len(recipe.variants)
-    weights = count_parameters(build_on_meta(job.config))
+    model = build_on_meta(job.config)
+    weights = count_parameters(model)
+    taken = forecast(job, model)
     # AdamW in fp32: weight, gradient and two moments; LoRA holds the weights and little else.
     per_weight = 16 if recipe.finetune.mode == "full" else 4
     return {
@@ -43,7 +51,16 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "format": job.train.format,
         "supervised_tokens": job.samples.supervised_tokens,
         "longest_sample_tokens": max(job.samples.lengths),
+        "answers_with_space": _leading_spaces(job),
         "record_steps": job.record_steps,
+        "record_learning_rate": recipe.record.learning_rate,
+        "mode": recipe.finetune.mode,
+        "learning_rate": _learning_rate(recipe),
+        "batch": {
+            "samples": recipe.finetune.batch_size,
+            "accumulation": recipe.finetune.accumulation,
+            "devices": num_devices(job),
+        },
         "finetune_steps": job.finetune_steps,
         "start": recipe.start,
         "repair": recipe.plan.repair,
@@ -59,12 +76,57 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "temporary_bytes": needs["temporary"],
         "model_bytes": disk_bytes(job.config),
         "training_bytes_estimate": weights * per_weight,
-        "warnings": job.warnings,
+        "seconds_estimate": {**asdict(taken), "all": taken.seconds},
+        "warnings": [*job.warnings, *_too_little(job, weights)],
         "samples": [
             [[text, supervised] for text, supervised in preview(job.tokenizer, one)]
             for one in job.samples.encoded[:NUM_SAMPLES]
         ],
     }
+
+
+def _learning_rate(recipe: Recipe) -> float:
+    """Of what trains the rows: fine-tuning, or recovery after it."""
+    own = recipe.recover.learning_rate if recipe.start == "given" else None
+    return own or recipe.finetune.learning_rate
+
+
+def _leading_spaces(job: Job) -> list[int] | None:
+    """How many answers begin with a space, of how many; None for conversations, which a template spaces."""
+    plain = [example.answer for example in job.train.examples if not example.messages]
+    return [sum(answer[:1].isspace() for answer in plain), len(plain)] if plain else None
+
+
+def _too_little(job: Job, parameters: int) -> list[str]:
+    """What will hardly teach the task: too few steps, or a learning rate for other sizes of models."""
+    recipe, notes = job.recipe, []
+    trains = recipe.start != "given" or job.recover_steps > 0
+    steps = job.recover_steps if recipe.start == "given" else job.finetune_steps
+    if trains and recipe.start != "given" and steps < job.record_steps:
+        notes.append(
+            f"{steps} training steps beside {job.record_steps} recorded ones: recording costs more than "
+            "fine-tuning, and so few steps teach little. Lower finetune.accumulation, or raise "
+            "finetune.epochs."
+        )
+    elif trains and recipe.start != "given" and steps < FEW_STEPS:
+        notes.append(
+            f"Only {steps} training steps, too few to learn most tasks: lower finetune.accumulation or "
+            "finetune.batch_size, or raise finetune.epochs."
+        )
+    given = "learning_rate" in recipe.finetune.model_fields_set
+    if trains and recipe.finetune.mode == "full" and not given and parameters < LARGE:
+        notes.append(
+            f"The learning rate of {recipe.finetune.learning_rate:g} is the default for models of 8 B "
+            f"parameters; this one has {parameters / 1e9:.2g} B, and smaller models need more: "
+            "--set finetune.learning_rate=1e-4, say."
+        )
+    spaces = _leading_spaces(job)
+    if spaces is not None and 0 < spaces[0] < spaces[1]:
+        notes.append(
+            f"{spaces[0]} of {spaces[1]} answers begin with a space and the others do not: the same word is "
+            "then learned as two different tokens."
+        )
+    return notes
 
 
 def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) -> None:
@@ -77,15 +139,15 @@ def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) ->
     console.print(
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"supervised tokens, longest sample {facts['longest_sample_tokens']}), "
-        f"{facts['eval_rows']} evaluation rows\n{_course(facts)}",
+        f"{facts['eval_rows']} evaluation rows{_spaces(facts)}\n{_course(facts)}\n{_training(facts)}",
         highlight=False,
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
     console.print(savings_table(facts["savings"], title))
     console.print(
-        f"disk: trace {_size(facts['trace_bytes'])}, everything written "
-        f"{_size(facts['written_bytes'])}; weights, gradients and optimizer of the dense model in "
-        f"training: about {_size(facts['training_bytes_estimate'])} (activations come on top)",
+        f"disk: trace {num_bytes(facts['trace_bytes'])}, everything written "
+        f"{num_bytes(facts['written_bytes'])}; weights, gradients and optimizer of the dense model in "
+        f"training: about {num_bytes(facts['training_bytes_estimate'])} (activations come on top)",
         highlight=False,
     )
     for number, pieces in enumerate(facts["samples"], start=1):
@@ -98,6 +160,34 @@ def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) ->
     console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
     for warning in facts["warnings"]:
         console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+
+
+def _spaces(facts: dict[str, Any]) -> str:
+    counted = facts["answers_with_space"]
+    if counted is None:
+        return ""
+    said = {0: "no answer begins", counted[1]: "every answer begins"}
+    return f"; {said.get(counted[0], f'{counted[0]} of {counted[1]} answers begin')} with a space"
+
+
+def _training(facts: dict[str, Any]) -> str:
+    """Learning rates, what is in a step, and about how long it takes."""
+    batch, taken = facts["batch"], facts["seconds_estimate"]
+    of = " x ".join(str(count) for count in batch.values())
+    lines = []
+    if facts["start"] != "given" or facts["recover_steps"]:
+        lines.append(
+            f"training ({facts['mode']}): learning rate {facts['learning_rate']:g}, "
+            f"{math.prod(batch.values())} samples per step ({of}: batch, accumulation, devices); "
+            f"recording: learning rate {facts['record_learning_rate']:g}"
+        )
+    parts = {"recording": "record", "training": "train", "evaluation": "evaluate"}
+    spent = ", ".join(f"{name} {duration(taken[key])}" for name, key in parts.items() if taken[key])
+    lines.append(
+        f"time: about {duration(taken['all'])} ({spent}); estimated from {taken['basis']}; loading, writing "
+        "and methods that search come on top"
+    )
+    return "\n".join(lines)
 
 
 def _course(facts: dict[str, Any]) -> str:
@@ -128,14 +218,6 @@ def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:
     table = Table("", "before", "after", "ratio", title=title, title_justify="left")
     for name, change in saved.items():
         before, after = change["before"], change["after"]
-        show = _size if name in ("disk_bytes", "kv_bytes_per_token") else "{:,}".format
+        show = num_bytes if name in ("disk_bytes", "kv_bytes_per_token") else "{:,}".format
         table.add_row(name.replace("_", " "), show(before), show(after), f"{after / before:.3f}")
     return table
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

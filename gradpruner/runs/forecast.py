@@ -1,0 +1,171 @@
+"""About how long a run will take, before anything is loaded: two layers of the model's widths are timed.
+
+They are a Llama's, with made-up weights: what a step takes depends on shapes, hardly on the family. The rest
+follows from the linears of a layer against those of the trial, from the number of layers, and from tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gradpruner.models.sizes import count_parameters, macs_linear
+from gradpruner.runs.job import Job
+from gradpruner.training.finetuning import resolve_precision
+
+# At most so much is computed in one trial pass, about a second on one core: larger batches are cut.
+_MOST_FLOPS = {"cpu": 3e10}
+_MOST_FLOPS_GPU = 3e13
+_MOST_PARAMETERS = 50_000_000  # of a trial layer; wider layers are halved
+_LAYERS, _VOCABULARY = 2, 64
+_ENOUGH_SECONDS = 0.15  # of repeats: the quickest counts, since others may use the machine
+# A step of adapters has no gradients of the frozen weights, but more and smaller operations.
+_LORA = 0.9
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds a run is estimated to take, by part.
+
+    Attributes:
+        record: Recording the first LoRA steps.
+        train: Fine-tuning or recovery of all rows.
+        evaluate: Answers to all evaluation rows, before and after.
+        basis: How it was estimated, for people.
+    """
+
+    record: float
+    train: float
+    evaluate: float
+    basis: str
+
+    @property
+    def seconds(self) -> float:
+        """Everything together."""
+        return self.record + self.train + self.evaluate
+
+
+class _Trial:
+    """Two layers as wide as the model's, timed."""
+
+    def __init__(self, job: Job) -> None:
+        text, self.device = job.text, torch.device(job.device)
+        hidden = int(text.hidden_size)
+        heads = max(1, int(getattr(text, "num_attention_heads", None) or hidden // 64))
+        inner = _first(getattr(text, "intermediate_size", None)) or 4 * hidden
+        while (4 * hidden + 3 * inner) * hidden > _MOST_PARAMETERS:
+            hidden, inner = hidden // 2, inner // 2
+        hidden -= hidden % (2 * heads) if hidden > 2 * heads else 0
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_attention_heads=heads if hidden % (2 * heads) == 0 else 1,
+            num_hidden_layers=_LAYERS,
+            vocab_size=_VOCABULARY,
+        )
+        with self.device:
+            self.model = LlamaForCausalLM(config)
+        self.macs = macs_linear(self.model, tokens=1) / _LAYERS
+        kind = resolve_precision(job.recipe.finetune.precision, job.device)
+        self.cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind)
+        self.most = _MOST_FLOPS.get(self.device.type, _MOST_FLOPS_GPU)
+
+    def seconds(self, rows: int, length: int, training: bool) -> float:
+        """One pass of `rows` samples of `length` tokens through one layer, backward too in training."""
+        tokens = rows * length
+        allowed = max(16, int(self.most / (6 * _LAYERS * self.macs)))
+        length = min(length, allowed)
+        rows = max(1, min(rows, allowed // length))
+        ids = torch.ones((rows, length), dtype=torch.long, device=self.device)
+        spent = [self._once(ids, training) for _ in range(2)]  # the first one warms up
+        while sum(spent) < _ENOUGH_SECONDS and len(spent) < 10:
+            spent.append(self._once(ids, training))
+        return min(spent) / _LAYERS * tokens / (rows * length)
+
+    def _once(self, ids: torch.Tensor, training: bool) -> float:
+        self._wait()
+        start = time.perf_counter()
+        with (
+            torch.set_grad_enabled(training),
+            torch.autocast(self.device.type, self.cast, enabled=self.cast is not None),
+        ):
+            out = self.model(input_ids=ids, labels=ids if training else None, use_cache=False)
+        if training:
+            out.loss.backward()
+        self._wait()
+        return time.perf_counter() - start
+
+    def optimizer_seconds(self) -> float:
+        """One AdamW step, per parameter."""
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes the moments
+        self._wait()
+        start = time.perf_counter()
+        optimizer.step()
+        self._wait()
+        return (time.perf_counter() - start) / count_parameters(self.model)
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def forecast(job: Job, model: nn.Module) -> Forecast:
+    """About how long the recipe takes, methods that search apart.
+
+    Args:
+        job: The recipe with its inputs.
+        model: The dense model on the meta device.
+    """
+    recipe, options = job.recipe, job.recipe.finetune
+    trial = _Trial(job)
+    whole = macs_linear(model, tokens=1) / job.num_layers
+    layers = job.num_layers * whole / trial.macs  # in layers of the trial
+    length = max(1, round(sum(job.samples.lengths) / len(job.samples)))
+    num = num_devices(job)
+    record = layers * trial.seconds(recipe.record.batch_size, length, True) * job.record_steps * _LORA
+    one_pass = layers * trial.seconds(options.batch_size, length, True)
+    parameters = count_parameters(model)
+    update = trial.optimizer_seconds() * parameters if options.mode == "full" else 0.0
+    step = options.accumulation * one_pass * (1.0 if options.mode == "full" else _LORA) + update
+    kept = job.num_keep / job.num_layers
+    pruned = [name for name in recipe.variants if name != "dense"]
+    dense = 0.0 if recipe.start == "given" else job.finetune_steps * step * ("dense" in recipe.variants)
+    steps = job.finetune_steps if recipe.start == "base" else job.recover_steps
+    taught = 4 / 3 if recipe.distils else 1.0
+    train = (dense + len(pruned) * kept * taught * steps * step) / num
+    answer = max(1, math.ceil(job.samples.supervised_tokens / len(job.samples)))
+    batch = min(recipe.evaluate.batch_size, len(job.eval))
+    passes = math.ceil(len(job.eval) / batch)
+    asked = trial.seconds(batch, length, False) + answer * trial.seconds(batch, 1, False)
+    times = 2 if recipe.evaluate.before_finetuning and (recipe.start == "base" or steps) else 1
+    rows = ("dense" in recipe.variants) + kept * len(pruned)
+    return Forecast(
+        record=0.0 if not pruned else record,
+        train=train,
+        evaluate=layers * asked * passes * times * rows,
+        basis=f"two layers of these widths, timed here on {trial.device.type}",
+    )
+
+
+def num_devices(job: Job) -> int:
+    """Devices that share every optimizer step, each with a batch of its own."""
+    started = int(os.environ.get("WORLD_SIZE") or 1)
+    if started > 1 or not job.device.startswith("cuda") or ":" in job.device:
+        return started
+    return max(1, torch.cuda.device_count())
+
+
+def _first(value: Any) -> int | None:
+    """The number, or the first of a list of them: some families give one for each layer."""
+    value = value[0] if isinstance(value, list | tuple) and value else value
+    return int(value) if isinstance(value, int) else None

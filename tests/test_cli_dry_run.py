@@ -1,0 +1,101 @@
+"""What a dry run says of training, time and what will hardly work."""
+
+import json
+
+import pytest
+from builders import make_project, make_rows, write_rows
+
+from gradpruner.models.sizes import build_on_meta, count_parameters, macs_linear
+from gradpruner.runs import forecast as forecasting
+from gradpruner.runs.job import Job
+from gradpruner.runs.recipe import load_recipe
+
+
+def facts_of(call, path, *overrides):
+    sets = [part for override in overrides for part in ("--set", override)]
+    code, out, err = call("run", path, "--dry-run", "--json", *sets)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def test_it_shows_rates_what_is_in_a_step_and_about_how_long(call, tmp_path):
+    path, _ = make_project(tmp_path)
+    facts = facts_of(call, path, "finetune.accumulation=2")
+    assert (facts["learning_rate"], facts["record_learning_rate"]) == (1e-3, 1e-4)
+    assert facts["batch"] == {"samples": 4, "accumulation": 2, "devices": 1}
+    assert facts["answers_with_space"] == [24, 24]
+    taken = facts["seconds_estimate"]
+    assert 0 < taken["record"] + taken["train"] + taken["evaluate"] == pytest.approx(taken["all"])
+    _, out, _ = call("run", path, "--dry-run", "--set", "finetune.accumulation=2")
+    shown = " ".join(out.split())
+    for part in (
+        "training (full): learning rate 0.001, 8 samples per step (4 x 2 x 1: batch, accumulation, devices)",
+        "recording: learning rate 0.0001",
+        "every answer begins with a space",
+        "time: about",
+        "estimated from two layers of these widths",
+        "record 4 steps, then 3 fine-tuning steps",
+    ):
+        assert part in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["record.steps=40"], "6 training steps beside 40 recorded ones"),
+        (["record.steps=4"], "Only 6 training steps, too few to learn most tasks"),
+        (["record.steps=4", "finetune.epochs=9"], None),
+        (["record.steps=40", "start=given"], None),  # nothing is trained
+    ],
+)
+def test_too_few_steps_are_warned_of(call, tmp_path, overrides, part):
+    path, _ = make_project(tmp_path)
+    said = [text for text in facts_of(call, path, *overrides)["warnings"] if "training steps" in text]
+    assert part in said[0] and "finetune.epochs" in said[0] if part else said == []
+
+
+def test_the_default_learning_rate_is_named_for_small_models(call, tmp_path):
+    path, values = make_project(tmp_path)
+    assert not any("learning rate" in text for text in facts_of(call, path)["warnings"])
+    del values["finetune"]["learning_rate"]
+    path.write_text(json.dumps(values))
+    assert any("smaller models need more" in text for text in facts_of(call, path)["warnings"])
+    assert not any("learning rate" in t for t in facts_of(call, path, "finetune.mode=lora")["warnings"])
+
+
+def test_answers_of_which_some_begin_with_a_space_are_counted(call, tmp_path):
+    path, _ = make_project(tmp_path)
+    rows = make_rows(24)
+    for row in rows[:5]:
+        row["completion"] = row["completion"].strip()
+    write_rows(tmp_path / "train.jsonl", rows)
+    facts = facts_of(call, path)
+    assert facts["answers_with_space"] == [19, 24]
+    assert any("19 of 24 answers begin with a space" in text for text in facts["warnings"])
+
+
+def test_the_estimate_by_hand(tmp_path, monkeypatch):
+    path, _ = make_project(tmp_path)
+    job = Job(load_recipe(path, ("finetune.epochs=2", "finetune.accumulation=2")))
+    monkeypatch.setattr(forecasting._Trial, "seconds", lambda self, rows, length, training: float(rows))
+    monkeypatch.setattr(forecasting._Trial, "optimizer_seconds", lambda self: 1e-3)
+    model = build_on_meta(job.config)
+    layers = macs_linear(model, tokens=1) / forecasting._Trial(job).macs
+    found = forecasting.forecast(job, model)
+    assert found.record == pytest.approx(4 * 4 * layers * 0.9)
+    step = 2 * 4 * layers + 1e-3 * count_parameters(model)
+    assert found.train == pytest.approx((1 + 2 * 0.5) * 6 * step)  # dense, two rows of 2 of 4 layers
+    answer = 2  # a colour and the end
+    assert found.evaluate == pytest.approx(2 * (1 + 2 * 0.5) * layers * (12 + answer * 12))
+
+
+def test_a_wide_model_is_timed_on_fewer_tokens_and_narrower_layers(tmp_path, monkeypatch):
+    path, _ = make_project(tmp_path)
+    job = Job(load_recipe(path))
+    job.text.hidden_size, job.text.intermediate_size = 16384, 53248
+    trial = forecasting._Trial(job)
+    assert count_parameters(trial.model) < 4 * forecasting._MOST_PARAMETERS
+    passed = []
+    monkeypatch.setattr(trial, "_once", lambda ids, training: passed.append(tuple(ids.shape)) or 1.0)
+    assert trial.seconds(64, 2048, True) == pytest.approx(0.5 * 64 * 2048 / (passed[0][0] * passed[0][1]))
+    assert passed[0][0] * passed[0][1] * 6 * 2 * trial.macs < 1.1 * trial.most
