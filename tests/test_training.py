@@ -316,6 +316,11 @@ def test_options_that_cannot_work_are_refused():
         tune(mode="adapters")
     with pytest.raises(ConfigError, match="'packed', 'grouped' or 'padded'"):
         tune(batching="bucketed")
+    with pytest.raises(ConfigError, match="batchsize: Extra inputs") as caught:
+        tune(batchsize=4)
+    assert "batch_size" in caught.value.hint
+    with pytest.raises(ConfigError, match=r"learning_rate: .*greater than 0 \(given: 0\)"):
+        tune(learning_rate=0)
     with pytest.raises(ConfigError, match="needs a GPU"):
         tune(liger=True)
     with pytest.raises(DataError, match="empty"):
@@ -353,6 +358,15 @@ def test_arguments_mean_what_they_say(recwarn):
     other = training_arguments(options)
     assert other.torch_compile and not chosen.torch_compile and not chosen.use_liger_kernel
     assert other.gradient_checkpointing and other.bf16 and other.get_warmup_steps(1000) == 5
+
+
+def test_single_options_change_a_copy_of_the_object():
+    options = FinetuneOptions(batch_size=4, accumulation=1, max_steps=2, device="cpu")
+    losses = [
+        finetune(make_llama(), make_samples(16), options, collator=Collator(), **changes)[1].losses
+        for changes in ({}, {"seed": 5}, {})
+    ]
+    assert losses[0] == losses[2] != losses[1] and options.seed == 0
 
 
 def test_liger_is_refused_where_it_cannot_run(monkeypatch):

@@ -109,7 +109,7 @@ def mean_omitted(start_rate: float, total_steps: int, stages: int, units: Sequen
     steps = [0] * stages
     for step in range(total_steps):
         steps[min(step * stages // total_steps, stages - 1)] += 1
-    rates = [start_rate * (stages - 1 - stage) / (stages - 1) for stage in range(stages)]
+    rates = [ladder(stage, stages, start_rate, stages) for stage in range(stages)]
     omitted = [sum((n - num_kept(rate, n)) * size for n, size in units) for rate in rates]
     return sum(count * value for count, value in zip(steps, omitted, strict=True)) / total_steps
 

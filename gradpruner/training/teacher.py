@@ -25,11 +25,6 @@ PROMPT = -101
 _CHUNK = 2**24
 
 
-def _check_temperature(temperature: float) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature is {temperature}; above 0 is needed.")
-
-
 ANSWERS_ALONE = DistillationOptions(ce=0, answers=1, prompts=0)
 """The divergence where there are labels and nothing else."""
 
@@ -92,7 +87,8 @@ def distillation_loss(
             f"{tuple(teacher_logits.shape)}, and {tuple(counted.shape)} positions are marked; a student has "
             "the teacher's vocabulary and sees the same tokens."
         )
-    _check_temperature(temperature)
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ConfigError(f"temperature is {temperature}; above 0 is needed.")
     weights = counted.reshape(-1)
     positions = weights.nonzero()[:, 0]
     vocabulary = student_logits.shape[-1]

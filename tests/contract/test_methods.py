@@ -8,7 +8,7 @@ import torch
 from conftest import make_model
 
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError
+from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.layers import LayeredModel
@@ -176,6 +176,19 @@ def test_a_plan_repeats_survives_the_disk_and_leaves_the_model(name, make_contex
 def test_planning_without_a_budget_is_refused(name, make_context):
     with pytest.raises(ConfigError, match=r"num_keep|num_remove"):
         plan_by(name, make_context(num_keep=None, num_remove=None))
+
+
+def test_what_a_context_cannot_give_is_refused(make_context, tiny_llama):
+    with pytest.raises(PlanError, match="num_remove is -1"):
+        make_context(num_remove=-1).budget()
+    with pytest.raises(ConfigError, match="num_keep is 1; 2 to 6"):
+        make_context(num_keep=1).kept()
+    assert make_context(num_keep=None).num_prune == 2 and make_context().num_prune == 2
+    model = tiny_llama()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.float8_e4m3fn), False)
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp.*float8_e4m3fn: the model is quantised"):
+        make_context(model=lambda: model).floating_model()
 
 
 # --- methods that prune while they train --------------------------------------------------------------------
