@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import make_llama, make_project, make_rows, write_rows
+from safetensors.torch import load_file, save_file
 
 from gradpruner.cli import main as cli
 from gradpruner.errors import IntegrityError, PlanError
@@ -281,3 +282,92 @@ def test_skip_bad_drops_and_counts(project, show):
     facts = json.loads(show("run", project, "--dry-run", "--json", "--skip-bad"))
     assert facts["train_rows"] == 10
     assert any("training data" in warning and "1" in warning for warning in facts["warnings"])
+
+
+# -- damaged, unsafe and quantised model folders -------------------------------------------------------------
+
+
+def _config(**fields):
+    def spoil(model):
+        path = model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return spoil
+
+
+def _index(name):
+    """Weights named by an index, as sharded checkpoints have them; `name` is what it says of one file."""
+
+    def spoil(model):
+        tensors = load_file(model / "model.safetensors")
+        places = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+        (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+        places[next(iter(places))] = name
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+
+    return spoil
+
+
+def _bytes(change):
+    def spoil(model):
+        path = model / "model.safetensors"
+        path.write_bytes(change(path.read_bytes()))
+
+    return spoil
+
+
+def _tensors(change):
+    def spoil(model):
+        path = model / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return spoil
+
+
+def _nan(tensors):
+    tensors["model.norm.weight"][3] = float("nan")
+
+
+NORM = "model.norm.weight"
+MODEL_FAULTS = {
+    "17 relative": (INTEGRITY, _index("../secret/x.safetensors"), ["../secret/x.safetensors"]),
+    "17 absolute": (INTEGRITY, _index("/etc/x.safetensors"), ["/etc/x.safetensors"]),
+    "18 no such shard": (INTEGRITY, _index("model-00002-of-00002.safetensors"), ["model-00002-of-00002"]),
+    "18 truncated": (INTEGRITY, _bytes(lambda b: b[:-100]), ["model.safetensors", "bytes"]),
+    "18 zero bytes": (INTEGRITY, _bytes(lambda b: b""), ["model.safetensors", "0 bytes"]),
+    "19 header of 2^62": (INTEGRITY, _bytes(lambda b: (2**62).to_bytes(8, "little") + b[8:]), ["header"]),
+    "19 deep JSON": (
+        INTEGRITY,
+        _bytes(lambda b: (200_000).to_bytes(8, "little") + b"[" * 200_000),
+        ["header"],
+    ),
+    "20 missing": (INTEGRITY, _tensors(lambda t: t.pop(NORM)), ["missing", NORM, "download complete"]),
+    "20 extra": (INTEGRITY, _tensors(lambda t: t.update(odd=torch.ones(2))), ["unexpected", "odd"]),
+    "20 shape": (INTEGRITY, _tensors(lambda t: t.update({NORM: torch.ones(3)})), [NORM, "belong"]),
+    "21 NaN": (INTEGRITY, _tensors(_nan), [NORM, "NaN"]),
+    "23 quantised": (
+        MODEL,
+        _config(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["gptq", "unquantised"],
+    ),
+    "25 foreign kernel": (
+        INTEGRITY,
+        _config(_attn_implementation_internal="a/b"),
+        ["_attn_implementation_internal"],
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MODEL_FAULTS)
+def test_model_folders(project, refuse, fault):
+    code, spoil, parts = MODEL_FAULTS[fault]
+    model, place = project.parent / "model", project.parent
+    spoil(model)
+    before = sorted(place.iterdir())
+    if code == INTEGRITY:  # layers of a quantised model may be dropped; it cannot be trained
+        refuse(code, parts, "prune", model, place / "new", "--drop", "1", "--verify", "structure", "--json")
+    if fault != "21 NaN":  # a dry run reads no weights
+        refuse(code, parts, "run", project, "--dry-run")
+    assert sorted(place.iterdir()) == before
