@@ -411,6 +411,41 @@ def test_verdict(values: dict[str, float], n: int, level: str, says: str) -> Non
     assert any("Only 60 examples" in note for note in verdict.notes) == (n == 60)
 
 
+@pytest.mark.parametrize(
+    ("values", "majority", "says"),
+    [
+        ({"dense": 0.0, "merged": 0.0}, None, "No row gives a single right answer"),
+        ({"dense": 0.25, "merged": 0.25}, 0.25, "no better than always giving the most frequent answer"),
+        ({"dense": 0.20, "merged": 0.05}, 0.25, "no better than always giving the most frequent answer"),
+    ],
+)
+def test_a_task_that_was_not_learned_is_the_headline(
+    values: dict[str, float], majority: float | None, says: str
+) -> None:
+    run = make_run(16, ("dense", "merged"), 1000, 3, values)
+    run["reference"]["majority_class"] = majority
+    verdict = judge(read_run(run))
+    assert (verdict.level, verdict.word) == ("unclear", "Not learned") and says in verdict.sentence
+    assert "now 30 steps" in verdict.sentence and "finetune.learning_rate, now 1e-05" in verdict.sentence
+    assert "clear difference" not in verdict.sentence and "Not learned" in printed(run)
+    run["recipe"]["start"] = "given"
+    assert "give a model that was tuned" in judge(read_run(run)).sentence
+
+
+def test_figures_of_an_interrupted_training_say_so(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    run["variants"]["dense"]["finetune"].update(resumed_from=20, measured_from=0)
+    run["variants"]["merged"]["finetune"].update(resumed_from=20, measured_from=20)
+    run["stages"][3]["resumed"] = True
+    words = Page(render(run, tmp_path)).words
+    assert "resumed at 20" in words and "timed from 20" in words and "done resumed" in words
+    notes = judge(read_run(run)).notes
+    assert any(
+        "Fine-tuning of Pruned and merged was interrupted" in n and "after 20 of 30" in n for n in notes
+    )
+    assert not any("Dense was interrupted" in n for n in notes)
+
+
 def test_verdict_states_the_relative_loss() -> None:
     run = make_run(16, ("dense", "merged"), 1000, 3, {"dense": 0.8, "merged": 0.7})
     assert "scores 70.0% where the dense model scores 80.0% (12.5% relative loss)" in (

@@ -482,10 +482,17 @@ def test_costs_can_be_what_a_sweep_draws(tmp_path: Path) -> None:
     assert any("Training time over merged layers" in label and "0 63.0\u00a0s" in label for label in labels)
 
 
-def test_a_dense_model_no_better_than_the_most_frequent_answer_decides_nothing() -> None:
-    study = make_study()
-    assert judge_study(read_study(study)).level != "unclear"
-    study["reference"]["majority_class"] = METHODS["dense"][1]
+@pytest.mark.parametrize("zero", [False, True], ids=["majority", "zero everywhere"])
+@pytest.mark.parametrize("make", [make_study, make_sweep])
+def test_what_was_not_learned_decides_nothing_and_says_what_to_change(make: Any, zero: bool) -> None:
+    study = make()
+    assert judge_study(read_study(study)).word != "Not learned"
+    study["recipe"] = {"finetune": {"epochs": 0.5, "learning_rate": 1e-5}}
+    study["reference"]["majority_class"] = 0.1 if zero else METHODS["dense"][1]
+    for point in study["points"] if zero else ():
+        for row in point["rows"]:
+            row["metrics"]["exact_match"].update(mean=0.0, low=0.0, high=0.0)
     found = judge_study(read_study(study))
-    assert found.level == "unclear" and found.word == "Too little learned to tell"
-    assert any(note.startswith("Even the dense model") for note in found.notes)
+    assert (found.level, found.word) == ("unclear", "Not learned")
+    assert "finetune.epochs, now 0.5 epochs" in found.sentence and "now 1e-05" in found.sentence
+    assert "clear difference" not in found.sentence and "overlap" not in found.sentence

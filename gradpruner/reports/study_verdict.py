@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gradpruner.reports.formats import interval, number, percent, short, signed_percent, text, times, whole
 from gradpruner.reports.reading import FEW_EXAMPLES, Measured, mapping, metric_label
 from gradpruner.reports.study_reading import Quality, StudyPoint, StudyRow, StudyView
-from gradpruner.reports.verdict import Tile, Verdict
+from gradpruner.reports.verdict import NOT_LEARNED, Tile, Verdict, not_learned, what_to_change
 
 FEW_SEEDS = 3
 """With fewer seeds the range over seeds says little."""
@@ -35,8 +37,9 @@ def judge_comparison(view: StudyView) -> Verdict:
         level, word, against = _against_last(main, last, view.metric)
     elif quality.paired is not None:
         level, word = _level(quality.paired, ("Better than dense", "No clear difference", "Below dense"))
-    if _unlearned(view, point) is not None:
-        level, word = "unclear", "Too little learned to tell"
+    learned = _not_learned(view, (point,))
+    if learned:
+        return Verdict("unclear", NOT_LEARNED, f"{parts[0]} {learned}", notes)
     merging = _merging(point, view.metric)
     tally = tally_words(view, point)
     parts += [words for words in (against, tally, merging) if words]
@@ -72,6 +75,9 @@ def judge_sweep(view: StudyView) -> Verdict:
         f"{name}: highest at {best.label} ({percent(high.mean.value)}), lowest at {worst.label} "
         f"({percent(low.mean.value)}), {_points(high.mean.value - low.mean.value).lstrip('+')} points apart."
     )
+    learned = _not_learned(view, view.points)
+    if learned:
+        return Verdict("unclear", NOT_LEARNED, f"{sentence} {learned}", notes)
     seeds = min(len(high.per_seed), len(low.per_seed))
     if seeds < 2:
         return Verdict("unclear", "Cannot tell", f"{sentence} One seed each: this may be chance.", notes)
@@ -235,12 +241,6 @@ def _level(gain: Measured, words: tuple[str, str, str]) -> tuple[str, str]:
 def _comparison_notes(view: StudyView, point: StudyPoint, main: StudyRow | None) -> tuple[str, ...]:
     """Returns what a careful reader would object."""
     notes = _size_notes(view)
-    unlearned = _unlearned(view, point)
-    if unlearned is not None:
-        notes.append(
-            f"Even the dense model ({percent(unlearned)}) is not above always giving the most frequent "
-            f"answer ({percent(view.majority)}): this study says little about pruning."
-        )
     if main is not None:
         mine = main.quality[view.metric].mean.value
         better = [
@@ -272,13 +272,17 @@ def _comparison_notes(view: StudyView, point: StudyPoint, main: StudyRow | None)
     return tuple(notes)
 
 
-def _unlearned(view: StudyView, point: StudyPoint) -> float | None:
-    """What the dense model scores, if that is no more than always giving the most frequent answer."""
-    dense = _measured_row(point, "dense", view.metric)
-    if dense is None or view.majority is None:
-        return None
-    value = dense.quality[view.metric].mean.value
-    return value if value <= view.majority else None
+def _not_learned(view: StudyView, points: Sequence[StudyPoint]) -> str:
+    """Says why nothing can be compared and what to change, '' where the task was learned.
+
+    Only where no dense model of any point is above the most frequent answer: a sweep may hold settings that
+    learn nothing beside others that do.
+    """
+    rows = [row for point in points for row in point.rows if view.metric in row.quality]
+    dense = [row.quality[view.metric].mean.value for row in rows if row.is_dense]
+    measured = [row.quality[view.metric].mean.value for row in rows]
+    why = not_learned(max(dense, default=None), measured, view.majority)
+    return f"{why} {what_to_change(mapping(view.study, 'recipe'))}" if why else ""
 
 
 def _size_notes(view: StudyView) -> list[str]:

@@ -112,7 +112,7 @@ def finetune_table(view: RunView) -> Table:
         cells = [
             Cell(variant.label),
             _short_cell(tuned.get("trainable_parameters")),
-            Cell(whole(tuned.get("steps"))),
+            Cell(whole(tuned.get("steps")), _resumed_words(tuned)),
             _short_cell(tuned.get("tokens")),
             Cell(duration(tuned.get("seconds")), exact=exact_of(tuned.get("seconds"), "s")),
             Cell(relative_time(view, variant)),
@@ -121,6 +121,14 @@ def finetune_table(view: RunView) -> Table:
         # The error itself is told once, in the accuracy table.
         rows.append(replace(_variant_row(view, variant, cells), error=""))
     return Table("Fine-tuning", columns, tuple(rows))
+
+
+def _resumed_words(tuned: dict[str, Any]) -> str:
+    """Says that a fine-tuning was interrupted, and from which step on its time is known."""
+    resumed, behind = number(tuned.get("resumed_from")), number(tuned.get("measured_from"))
+    if behind:
+        return f"timed from {whole(behind)}"
+    return f"resumed at {whole(resumed)}" if resumed else ""
 
 
 def evaluation_table(view: RunView) -> Table:
@@ -186,7 +194,7 @@ def stage_table(view: RunView) -> Table:
         share = ratio(stage.get("seconds"), total)
         cells = (
             Cell(text(stage.get("name")).replace("_", " ")),
-            Cell(state),
+            Cell(state, "resumed" if stage.get("resumed") is True else ""),
             Cell(duration(stage.get("seconds")), exact=exact_of(stage.get("seconds"), "s")),
             Cell(percent(share), share=share),
             _bytes_cell(stage.get("peak_memory_bytes")),

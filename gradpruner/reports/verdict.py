@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gradpruner.reports.formats import (
     MISSING,
@@ -22,6 +24,9 @@ from gradpruner.reports.reading import Measured, RunView, Variant, mapping, metr
 
 _SMALL_LOSS = 0.02
 """Largest relative loss reported as 'no clear difference' when the intervals overlap."""
+
+
+NOT_LEARNED = "Not learned"
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,12 @@ def judge(view: RunView) -> Verdict:
         return Verdict("unknown", "No result", sentence, failures)
     difference = main.paired.get(view.metric) if tuned else None
     level, word, finding = _finding(before, after, difference)
+    measured = [m.value for v in view.variants if (m := (v.after if tuned else v.before).get(view.metric))]
+    learned = not_learned(before.value, measured, view.majority)
+    if learned:
+        level, word = "unclear", NOT_LEARNED
+        steps = dense.finetune.get("steps") if tuned else None
+        finding = f"{learned} {what_to_change(mapping(view.run, 'recipe'), steps)}"
     kept = f"{whole(main.num_layers)} of {whole(dense.num_layers)} layers"
     sentence = (
         f"{main.label} keeps {kept} and scores {percent(after.value)} where the dense model scores "
@@ -133,6 +144,44 @@ def judge(view: RunView) -> Verdict:
     )
     notes = (*failures, *probe_notes(view), *_notes(view, before, after, tuned))
     return Verdict(level, word, sentence, notes)
+
+
+def not_learned(dense: float | None, measured: Sequence[float], majority: float | None) -> str:
+    """Says why nothing can be compared, '' where the task was learned.
+
+    Args:
+        dense: The headline metric of the dense model, 0-1.
+        measured: That of every row, the dense one included.
+        majority: Share of the most frequent answer; None where the metric is no accuracy.
+    """
+    if measured and not any(measured):
+        return "No row gives a single right answer: there is nothing to compare."
+    if dense is not None and majority is not None and dense <= majority:
+        return (
+            f"The dense model ({percent(dense)}) is no better than always giving the most frequent answer "
+            f"({percent(majority)}): there is nothing to compare."
+        )
+    return ""
+
+
+def what_to_change(recipe: dict[str, Any], steps: Any = None) -> str:
+    """Returns what to do about a task that was not learned, with the values it was trained with.
+
+    Args:
+        recipe: The resolved recipe.
+        steps: Optimizer steps of the dense model; None where that is not known.
+    """
+    if recipe.get("start") == "given":
+        return "Nothing is tuned in this run: give a model that was tuned for the task, or set start: tuned."
+    options = mapping(recipe, "finetune")
+    epochs, rate = number(options.get("epochs")), number(options.get("learning_rate"))
+    length = f"{whole(steps)} steps" if number(steps) is not None else f"{epochs:g} epochs" if epochs else ""
+    longer = f"finetune.epochs, now {length}" if length else "finetune.epochs"
+    higher = "finetune.learning_rate" + (f", now {rate:g}" if rate is not None else "")
+    return (
+        f"Train longer ({longer}) or with a higher learning rate ({higher}), look at the answers in "
+        "examples.jsonl, and run again."
+    )
 
 
 def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> tuple[str, str, str]:
@@ -205,15 +254,29 @@ def _notes(view: RunView, dense: Measured, pruned: Measured, tuned: bool) -> tup
             f"Fine-tuning took {whole(dense_steps)} steps for dense and {whole(steps)} for "
             f"{main.label}: the times and the accuracies are not like for like."
         )
+    notes.extend(_interrupted(view))
     time_ratio = ratio(main.finetune.get("seconds"), view.dense.finetune.get("seconds"))
     if time_ratio is not None and time_ratio >= 1:
         notes.append("Fine-tuning the pruned model was not faster in this run.")
     return tuple(notes)
 
 
+def _interrupted(view: RunView) -> list[str]:
+    """Names the rows whose time leaves out what was done before their training was interrupted."""
+    notes = []
+    for variant in view.variants:
+        behind = number(variant.finetune.get("measured_from"))
+        if behind:
+            notes.append(
+                f"Fine-tuning of {variant.label} was interrupted: its time and memory are those of the steps "
+                f"after {whole(behind)} of {whole(variant.finetune.get('steps'))}."
+            )
+    return notes
+
+
 def _majority_notes(majority: float | None, dense: Measured, pruned: Measured, main: Variant) -> list[str]:
-    """Warns when a model does no better than always giving the most frequent answer."""
-    if majority is None:
+    """Warns when a model is not clearly above the most frequent answer; one below it is the headline."""
+    if majority is None or dense.value <= majority:
         return []
     always = f"always giving the most frequent answer ({percent(majority)})"
     if (dense.low if dense.low is not None else dense.value) <= majority:
