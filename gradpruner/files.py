@@ -459,6 +459,16 @@ def shown(value: Any, length: int = 60) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def readable_bytes(count: float) -> str:
+    """A number of bytes for people, in binary units: 17179869184 is '16.0 GiB'."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        scaled = count / 1024**power
+        if abs(scaled) >= 0.9995:
+            digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
+            return f"{scaled:.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes a safetensors file in one step.
 
@@ -506,6 +516,6 @@ def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise ResourceError(
-            f"{what} needs {needed_bytes / 1e9:.2f} GB in {folder}; {free / 1e9:.2f} GB are free.",
+            f"{what} needs {readable_bytes(needed_bytes)} in {folder}; {readable_bytes(free)} are free.",
             hint="Free some space or choose another --out.",
         )

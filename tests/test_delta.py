@@ -329,7 +329,7 @@ def test_fine_tuned_after_pruning(given_source, given_pruned, tmp_path):
         save_file(tensors, path, {"format": "pt"})
     error = no_diff(
         ConfigError,
-        r"30 of 30 tensors .* be (\d+\.\d kB) of \1",
+        r"30 of 30 tensors .* be ([\d.]+ KiB) of \1",
         given_source,
         given_pruned,
         tmp_path / "d",

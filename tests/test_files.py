@@ -219,5 +219,5 @@ def test_damaged_json_names_file_and_place(tmp_path):
 
 def test_free_space_is_looked_at_where_the_folder_will_be(tmp_path):
     check_free_space(tmp_path / "not" / "yet", 1, "This run")
-    with pytest.raises(ResourceError, match=r"This run needs 1000000\.00 GB in .*yet; .* GB are free"):
+    with pytest.raises(ResourceError, match=r"This run needs 909 TiB in .*yet; .* [GT]iB are free"):
         check_free_space(tmp_path / "not" / "yet", 10**15, "This run")

@@ -282,7 +282,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(copy, tmp_path, 
     usage = SimpleNamespace(free=10_000)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(ResourceError, match=r"This run needs .* GB in .*; 0\.00 GB are free"):
+        with pytest.raises(ResourceError, match=r"This run needs .*iB in .*; .*B are free"):
             run(load_recipe(path, (), given))
     for override, error, part in (
         ("plan.num_prune=3", PlanError, "at least 2 layers must stay"),

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradpruner._version import __version__
+from gradpruner.files import readable_bytes
 from gradpruner.provenance import machine
 
 # Security floors: see pyproject.toml.
@@ -47,7 +48,7 @@ def examine() -> dict[str, Any]:
     hardware = machine()
     free = shutil.disk_usage(Path.cwd()).free
     if free < 2e9:
-        problems.append(f"only {free / 1e9:.1f} GB of disk are free in {Path.cwd()}")
+        problems.append(f"only {readable_bytes(free)} of disk are free in {Path.cwd()}")
     return {
         "versions": versions,
         "machine": hardware,
@@ -84,9 +85,9 @@ def print_findings(findings: dict[str, Any], console: Console) -> None:
     hardware = findings["machine"]
     devices = ", ".join(map(str, hardware["devices"])) or "CPU only"
     console.print(
-        f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_bytes'] / 2**30:.0f} GiB "
+        f"{hardware['cpu']}, {hardware['cores']} cores, {readable_bytes(hardware['memory_bytes'])} "
         f"memory; devices: {devices}; bf16: {findings['bf16']}; "
-        f"{findings['free_disk_bytes'] / 1e9:.0f} GB disk free",
+        f"{readable_bytes(findings['free_disk_bytes'])} disk free",
         highlight=False,
     )
     for problem in findings["problems"]:

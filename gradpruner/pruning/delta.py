@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gradpruner.errors import ConfigError, IntegrityError, PlanError
-from gradpruner.files import check_free_space, read_json, write_json
+from gradpruner.files import check_free_space, read_json, readable_bytes, write_json
 from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, staged_folder
 from gradpruner.models.shards import (
     ShardHeader,
@@ -206,9 +206,10 @@ def _other_files(folder: Path, weights: set[str]) -> dict[str, Path]:
             size = real.stat().st_size
             if not real.is_file() or not FILE_NAME.fullmatch(name) or size > SMALL_FILE_LIMIT:
                 raise ConfigError(
-                    f"{file} ({_size(size)}) is neither weights of the model nor a file that a delta can "
-                    f"hold: those have plain names, at most {_size(SMALL_FILE_LIMIT)}, and are in the folder "
-                    f"itself or in {TEMPLATES_FOLDER}.",
+                    f"{file} ({readable_bytes(size)}) is neither weights of the model nor a file that a "
+                    "delta can hold: those have plain names, at most "
+                    f"{readable_bytes(SMALL_FILE_LIMIT)}, and are in the folder itself or in "
+                    f"{TEMPLATES_FOLDER}.",
                     hint="Move it out of the folder if the model does not need it.",
                 )
             found[name] = real
@@ -285,7 +286,8 @@ def _refuse_large(
     dtypes = f" {recast} of them are stored in another dtype than there." if recast else ""
     raise ConfigError(
         f"{len(stored)} of {len(shards.tensors)} tensors of {shards.folder} are not those of {source}; a "
-        f"delta would be {_size(size)} of {_size(total)}, at most {STORED_LIMIT:.0%} is allowed.{dtypes}",
+        f"delta would be {readable_bytes(size)} of {readable_bytes(total)}, at most {STORED_LIMIT:.0%} "
+        f"is allowed.{dtypes}",
         hint="If this model was fine-tuned after pruning, every tensor differs: publish the LoRA adapters "
         "with a delta of the pruned model they were trained on, or the full checkpoint.",
     )
@@ -326,14 +328,6 @@ def _write_delta(
         shutil.copyfile(path, target)
         record.files[name] = RecordedFile(sha256_file(target), target.stat().st_size)
     write_json(staged / DELTA_FILE, record.to_dict())
-
-
-def _size(num_bytes: float) -> str:
-    """Bytes for a reader: '3.21 GB', '48.2 kB'."""
-    for unit, one in (("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= one:
-            return f"{num_bytes / one:.2f} {unit}"
-    return f"{num_bytes / 1e3:.1f} kB"
 
 
 # -- rebuilding ------------------------------------------------------------------------------------------

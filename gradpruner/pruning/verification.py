@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
-from gradpruner.files import read_json
+from gradpruner.files import read_json, readable_bytes
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.folder import PRUNING_FILE, locate_model
@@ -244,9 +244,8 @@ class _Gate:
     def files(self) -> str:
         """Headers, extents, index."""
         shards = open_shards(self.folder)
-        return (
-            f"{len(shards.tensors)} tensors, {len(shards.headers)} file(s), {shards.total_bytes / 1e9:.3f} GB"
-        )
+        size = readable_bytes(shards.total_bytes)
+        return f"{len(shards.tensors)} tensors, {len(shards.headers)} file(s), {size}"
 
     def tensors(self) -> str:
         """Names, shapes and dtypes against plan and source."""

@@ -7,6 +7,8 @@ import unicodedata
 from datetime import datetime, timedelta
 from typing import Any
 
+from gradpruner.files import readable_bytes
+
 MISSING = "–"
 _NBSP = "\u00a0"
 
@@ -81,12 +83,7 @@ def short(value: Any) -> str:
 def num_bytes(value: Any) -> str:
     """Formats a number of bytes in binary units: 17179869184 -> '16.0 GiB'."""
     finite = number(value)
-    if finite is None:
-        return MISSING
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if abs(finite) >= 0.9995 * 1024**power:
-            return f"{_three_digits(finite / 1024**power)}{_NBSP}{unit}"
-    return f"{finite:.0f}{_NBSP}B"
+    return MISSING if finite is None else readable_bytes(finite).replace(" ", _NBSP)
 
 
 def duration(value: Any) -> str:

@@ -17,6 +17,7 @@ from gradpruner.evaluation.costing.pairing import VISITS, Cell, measure_pair
 from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, held_bytes, size_model
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
+from gradpruner.files import readable_bytes
 from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import Progress
@@ -285,7 +286,7 @@ def _check_memory(
     hints.append("--dry-run" if not hints else "--dry-run for sizes and floors")
     mode = too_big[0]
     raise ResourceError(
-        f"{LABELS[mode].capitalize()} of the dense model takes at least {needs[mode] / 1e9:.1f} GB "
-        f"({HELD[mode]}); {available / 1e9:.1f} GB are available.",
+        f"{LABELS[mode].capitalize()} of the dense model takes at least {readable_bytes(needs[mode])} "
+        f"({HELD[mode]}); {readable_bytes(available)} are available.",
         hint=f"What fits: {'; '.join(hints)}. --force tries all the same.",
     )
