@@ -232,11 +232,10 @@ def test_every_section_is_there_in_order(page: Page) -> None:
     assert found == ["headline", "warnings", *SECTIONS[1:]]
 
 
-def test_figures_exist_for_both_widths_and_say_what_they_show(page: Page, source: str) -> None:
+def test_figures_say_what_they_show(page: Page, source: str) -> None:
     names = ["accuracy", "scores-0", "scores-1", "losses", "stability", "recording"]
     assert [i for i in page.ids if i in {f"figure-{n}" for n in names}] == [f"figure-{n}" for n in names]
-    assert source.count('class="drawing wide" role="img"') == 6
-    assert source.count('class="drawing narrow" role="img"') == 6
+    assert source.count('class="drawing" role="img"') == 6
     assert any("Pruned and merged: 83.6%" in label for label in page.labels)
     assert any("merged into another: 18, 19, 30" in label for label in page.labels)
 

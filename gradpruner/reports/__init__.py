@@ -10,7 +10,7 @@ figures   the plots
 page      what every page shares (page.html, parts.html, style.css)
 html      the page of a run (report.html)
 study     a study of many runs: page (study.html), markdown, terminal; study_reading, study_verdict,
-          study_tables, study_figures, study_sweep and study_labels are to it what the above are to a run
+          study_tables, study_figures and study_sweep are to it what the above are to a run
 """
 
 from __future__ import annotations

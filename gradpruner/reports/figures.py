@@ -21,7 +21,7 @@ from gradpruner.reports.reading import (
 )
 from gradpruner.reports.svg import Margins, colour, draw, house_style, plain_ticks, whole_ticks
 
-WIDE, NARROW = 840, 350
+WIDE = 840
 HALF = 420
 _MOST_POINTS = 120
 _LOG_SPREAD = 30.0
@@ -48,7 +48,7 @@ class Plot:
         title: Heading.
         caption: How to read it.
         description: What it shows, in words and numbers; the text alternative.
-        drawings: (width class, svg), for 'wide' and 'narrow' screens; the page shows one.
+        drawing: The SVG.
         legend: What the colours mean.
     """
 
@@ -56,7 +56,7 @@ class Plot:
     title: str
     caption: str
     description: str
-    drawings: tuple[tuple[str, str], ...]
+    drawing: str
     legend: tuple[Key, ...] = ()
 
 
@@ -88,8 +88,7 @@ def accuracy_plot(view: RunView) -> Plot | None:
     variants = [v for v in view.variants if view.metric in v.after or view.metric in v.before]
     if not variants:
         return None
-    wide, narrow = len(variants) * 46 + 62, len(variants) * 54 + 62
-    paint = lambda axes, small: _paint_accuracy(axes, view, variants, small)  # noqa: E731
+    paint = lambda axes: _paint_accuracy(axes, view, variants)  # noqa: E731
     # An upper estimate of the text's width; the browser's font is not known here.
     labels = 24 + 7 * max(len(_row_label(v, view.metric, 34)) for v in variants)
     after = any(view.metric in v.after for v in variants)
@@ -109,7 +108,7 @@ def accuracy_plot(view: RunView) -> Plot | None:
         f"{name} with 95% intervals",
         "Dots are the measured values, lines their 95% bootstrap intervals.",
         f"{name} after fine-tuning. {'; '.join(said)}.",
-        both("accuracy", wide, narrow, paint, margins=(Margins(left=labels), Margins(left=8))),
+        drawn("accuracy", len(variants) * 46 + 62, paint, margins=Margins(left=labels)),
         tuple(legend),
     )
 
@@ -146,20 +145,20 @@ def loss_plot(view: RunView) -> Plot | None:
     said = [f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for _, label, p in curves]
     legend = [Key(series(i), label, "line", _dash_css(i)) for i, label, _ in curves]
 
-    def paint(axes: Axes, small: bool) -> None:
+    def paint(axes: Axes) -> None:
         for i, _, points in curves:
             _line(axes, _averaged(points), i)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("training loss")
         plain_ticks(axes)
-        whole_ticks(axes, 5 if small else 10)
+        whole_ticks(axes, 10)
 
     return Plot(
         "losses",
         "Fine-tuning loss",
         f"Loss on the answer tokens of the training data.{averaged}",
         f"Fine-tuning loss, first and last value. {'; '.join(said)}.",
-        both("losses", 340, 260, paint),
+        drawn("losses", 340, paint),
         tuple(legend),
     )
 
@@ -174,14 +173,14 @@ def stability_plot(view: RunView) -> Plot | None:
     if not curves:
         return None
 
-    def paint(axes: Axes, small: bool) -> None:
+    def paint(axes: Axes) -> None:
         for i, (_, points) in enumerate(curves, start=1):
             _line(axes, points, i, marker=len(points) <= 60)
         axes.set_ylim(min(0.0, *(y for _, points in curves for _, y in points)), 1.04)
         axes.set_xlabel("recorded step")
         axes.set_ylabel("overlap with the final set")
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
-        whole_ticks(axes, 4 if small else 6)
+        whole_ticks(axes, 6)
 
     said = [
         (f"{name}: the set " if len(curves) > 1 else "The set ") + _settled(points) for name, points in curves
@@ -192,7 +191,7 @@ def stability_plot(view: RunView) -> Plot | None:
         "Rank stability",
         f"Share of the finally kept layers that would be kept already at this step. {'; '.join(said)}.",
         f"Overlap of the kept set at each step with the final one. {'; '.join(said)}.",
-        both("stability", 280, 240, paint, HALF),
+        drawn("stability", 280, paint, HALF),
         tuple(legend) if len(legend) > 1 else (),
     )
 
@@ -205,12 +204,12 @@ def recording_plot(view: RunView) -> Plot | None:
     if not points:
         return None
 
-    def paint(axes: Axes, small: bool) -> None:
+    def paint(axes: Axes) -> None:
         _line(axes, _averaged(points), 1, marker=len(points) <= 60)
         axes.set_xlabel("recorded step")
         axes.set_ylabel("training loss")
         plain_ticks(axes)
-        whole_ticks(axes, 4 if small else 6)
+        whole_ticks(axes, 6)
 
     steps, effective = trace.get("num_steps"), trace.get("effective_steps")
     used = f"{whole(effective)} of {whole(steps)} steps carry evidence: " if effective else ""
@@ -220,7 +219,7 @@ def recording_plot(view: RunView) -> Plot | None:
         "Loss while recording",
         f"{used}{why}".strip(),
         f"Recording loss, from {points[0][1]:.3g} to {points[-1][1]:.3g}.",
-        both("recording", 280, 240, paint, HALF),
+        drawn("recording", 280, paint, HALF),
     )
 
 
@@ -254,7 +253,7 @@ def _score_plot(
             f"Merged: {', '.join(merges)}." if merges else "",
         )
     )
-    paint = lambda axes, small: _paint_scores(axes, entry, values, plan, log, small)  # noqa: E731
+    paint = lambda axes: _paint_scores(axes, entry, values, plan, log)  # noqa: E731
     norm = entry.get("norm")
     room = 30 if merges else 0
     return Plot(
@@ -263,13 +262,7 @@ def _score_plot(
         " ".join(caption.split()),
         f"Scores of {len(values)} layers, from {min(known):.3g} to {max(known):.3g}. "
         + (f"Layers {'; '.join(groups)}." if plan else ""),
-        both(
-            f"scores-{index}",
-            330 + room,
-            280 + room,
-            paint,
-            margins=(Margins(top=12 + room), Margins(left=56, top=12 + room)),
-        ),
+        drawn(f"scores-{index}", 330 + room, paint, margins=Margins(top=12 + room)),
         legend if plan else (),
     )
 
@@ -280,7 +273,6 @@ def _paint_scores(
     values: Sequence[float | None],
     plan: Plan | None,
     log: bool,
-    small: bool,
 ) -> None:
     layers = range(len(values))
     positive = [value for value in values if value is not None and value > 0]
@@ -288,13 +280,12 @@ def _paint_scores(
     heights = [floor if value is None or (log and value <= 0) else value for value in values]
     colours = [colour(plan.role(layer) if plan else "keep") for layer in layers]
     axes.bar(layers, [h - floor for h in heights], bottom=floor, width=0.78, color=colours)
-    thin = 0.5 if small and len(values) > 40 else 0.9
     lows, highs = sequence(entry, "low"), sequence(entry, "high")
     for layer, low, high in zip(layers, lows, highs, strict=False):
         ends = number(low), number(high)
         if ends[0] is not None and ends[1] is not None:
             bottom = max(ends[0], floor) if log else ends[0]
-            axes.vlines(layer, bottom, ends[1], color=colour("ink"), linewidth=thin)
+            axes.vlines(layer, bottom, ends[1], color=colour("ink"), linewidth=0.9)
     if log:
         axes.set_yscale("log")
         axes.set_ylim(bottom=floor)
@@ -302,7 +293,7 @@ def _paint_scores(
     axes.set_xlim(-0.8, len(values) - 0.2)
     axes.set_xlabel("layer")
     axes.set_ylabel("score")
-    whole_ticks(axes, 8 if small else 16)
+    whole_ticks(axes, 16)
     if plan and plan.targets:
         _paint_merges(axes, plan.targets)
 
@@ -323,7 +314,7 @@ def _paint_merges(axes: Axes, targets: dict[int, list[int]]) -> None:
         axes.plot([target], [low], marker="v", markersize=6, markeredgewidth=0, **frame)
 
 
-def _paint_accuracy(axes: Axes, view: RunView, variants: Sequence[Variant], small: bool) -> None:
+def _paint_accuracy(axes: Axes, view: RunView, variants: Sequence[Variant]) -> None:
     shown: list[float] = [] if view.majority is None else [view.majority]
     dense = view.dense.after.get(view.metric) if view.dense else None
     if dense and dense.low is not None and dense.high is not None:
@@ -340,23 +331,17 @@ def _paint_accuracy(axes: Axes, view: RunView, variants: Sequence[Variant], smal
             if measured is None:
                 continue
             y = row + ((0.13 if filled else -0.13) if both else 0.0)
-            shown += _paint_measured(axes, measured, y + (0.12 if small else 0), hue, filled)
-        if small:
-            label = _row_label(variant, view.metric, 30)
-            axes.text(0, row - 0.26, label, transform=axes.get_yaxis_transform(), fontsize=12,
-                      color=colour("ink"), va="center", zorder=4,
-                      bbox={"facecolor": colour("surface"), "edgecolor": "none",
-                            "pad": 1.5})  # fmt: skip
+            shown += _paint_measured(axes, measured, y, hue, filled)
     pad = max(0.04 * (max(shown) - min(shown)), 0.01)
     axes.set_xlim(min(shown) - pad, max(shown) + pad)
     axes.set_ylim(len(variants) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=colour("grid"), linewidth=1)
     labels = [_row_label(v, view.metric, 34) for v in variants]
-    axes.set_yticks([] if small else range(len(variants)), [] if small else labels)
+    axes.set_yticks(range(len(variants)), labels)
     axes.tick_params(axis="y", labelcolor=colour("ink"))
     axes.xaxis.set_major_formatter(lambda value, _: percent(value, 0 if pad > 0.012 else 1))
-    axes.locator_params(axis="x", nbins=4 if small else 8)
+    axes.locator_params(axis="x", nbins=8)
     axes.set_xlabel(metric_label(view.metric).lower())
 
 
@@ -373,19 +358,11 @@ def _paint_measured(axes: Axes, measured: Measured, y: float, hue: str, filled: 
     return extent
 
 
-def both(
-    name: str,
-    wide: int,
-    narrow: int,
-    paint: Callable[[Axes, bool], None],
-    width: int = WIDE,
-    margins: tuple[Margins, Margins] = (Margins(), Margins(left=56)),
-) -> tuple[tuple[str, str], ...]:
-    """Draws at `width` and for narrow screens: one drawing, scaled, would have unreadable text."""
-    return (
-        ("wide", draw(f"{name}-wide", width, wide, margins[0], lambda axes: paint(axes, False))),
-        ("narrow", draw(f"{name}-narrow", NARROW, narrow, margins[1], lambda axes: paint(axes, True))),
-    )
+def drawn(
+    name: str, height: int, paint: Callable[[Axes], None], width: int = WIDE, margins: Margins | None = None
+) -> str:
+    """Draws one figure; screens narrower than it scroll it sideways, so that its text stays readable."""
+    return draw(name, width, height, margins or Margins(), paint)
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, float]], index: int, marker: bool = False) -> None:

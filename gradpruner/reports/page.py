@@ -52,11 +52,10 @@ def write_page(template: str, brand: str, context: dict[str, Any], out: str | Pa
 
 
 def inline(plot: figures.Plot | None) -> dict[str, Any] | None:
-    """Marks the drawings, and nothing else, as markup: matplotlib has escaped what is in them."""
+    """Marks the drawing, and nothing else, as markup: matplotlib has escaped what is in them."""
     if plot is None:
         return None
-    drawings = [(width, Markup(svg)) for width, svg in plot.drawings]
-    return {**vars(plot), "drawings": drawings}
+    return {**vars(plot), "drawing": Markup(plot.drawing)}
 
 
 def facts_of(*facts: tuple[str, str]) -> list[tuple[str, str]]:

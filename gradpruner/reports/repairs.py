@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from gradpruner.plans.layer_plan import runs_of
-from gradpruner.reports.figures import Key, Plot, both, series
+from gradpruner.reports.figures import Key, Plot, drawn, series
 from gradpruner.reports.formats import MISSING, number, percent, short, signed_percent, text, whole
 from gradpruner.reports.reading import RunView, count, mapping, sequence
 from gradpruner.reports.svg import colour, house_style, whole_ticks
@@ -67,7 +67,7 @@ def draw_depths(view: RunView) -> Plot | None:
         return None
     limit = number(found[0][2].get("limit")) or 0.0
 
-    def paint(axes: Axes, small: bool) -> None:
+    def paint(axes: Axes) -> None:
         for i, _, search in found:
             points = _points(search)
             hue = colour(series(i))
@@ -80,7 +80,7 @@ def draw_depths(view: RunView) -> Plot | None:
         axes.set_xlabel("layers gone")
         axes.set_ylabel("against dense, before any recovery")
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, 1))
-        whole_ticks(axes, 5 if small else 10)
+        whole_ticks(axes, 10)
 
     said = []
     for _, label, search in found:
@@ -89,14 +89,14 @@ def draw_depths(view: RunView) -> Plot | None:
     rows = count(found[0][2].get("rows"))
     words = f"at most {percent(limit, 2)} lost on {whole(rows)} validation rows"
     with house_style():
-        drawings = both("depths", 300, 260, paint)
+        drawing = drawn("depths", 300, paint)
     legend = [Key(series(i), label, "line") for i, label, _ in found]
     return Plot(
         "depths",
         "How many layers may go",
         f"Dots are measured losses; lines reach down to the worst case. {'; '.join(said)}, {words}.",
         f"Loss by layers gone. {'; '.join(said)}.",
-        drawings,
+        drawing,
         (*legend, Key("ink", words, "line", "5 4")),
     )
 

@@ -9,14 +9,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from gradpruner.reports.figures import Key, Plot, both
+from gradpruner.reports.figures import Key, Plot, drawn
 from gradpruner.reports.formats import duration, interval, number, percent, signed_percent, text
 from gradpruner.reports.reading import Measured, metric_label
-from gradpruner.reports.study_labels import Label, place_labels
 from gradpruner.reports.study_reading import Quality, StudyRow, StudyView
 from gradpruner.reports.svg import Margins, colour
 
-_ROW, _NARROW_ROW = 30, 50
+_ROW = 30
 _LABEL_ROOM = 30
 _MOST_TICKS = 6
 _SECOND_STEPS = (0.01, 0.1, 1, 10, 60, 600, 3600, 36000, 360000)
@@ -41,16 +40,16 @@ def quality_plot(view: StudyView) -> Plot | None:
     dense = next((row.quality[view.metric].mean.value for row in rows if row.is_dense), None)
     majority = _near(view.majority, [row.quality[view.metric].mean.value for row in rows])
 
-    def paint(axes: Axes, small: bool) -> None:
+    def paint(axes: Axes) -> None:
         if dense is not None:
             axes.axvline(dense, color=colour("series-0"), linewidth=1.2, dashes=(4, 3), zorder=1)
         if majority is not None:
             axes.axvline(majority, color=colour("muted"), linewidth=1.2, dashes=(1, 2), zorder=1)
         shown = [v for v in (dense, majority) if v is not None]
         for at, row in enumerate(rows):
-            shown += _paint_quality(axes, row.quality[view.metric], at, small, colour(hue_of(view, row)),
+            shown += _paint_quality(axes, row.quality[view.metric], at, colour(hue_of(view, row)),
                                     row.name != "dropped")  # fmt: skip
-        _rows_axis(axes, [_valued(row, view.metric) for row in rows], shown, small)
+        _rows_axis(axes, [_valued(row, view.metric) for row in rows], shown)
         axes.set_xlabel(name.lower())
 
     legend = [Key("series-2", "GradPruner", "dot")]
@@ -69,7 +68,7 @@ def quality_plot(view: StudyView) -> Plot | None:
         f"{name} of every method",
         how or "One seed: how much another one would change is not known.",
         f"{name} after fine-tuning. {'; '.join(said)}.",
-        both("quality", *_heights(rows), paint, margins=_margins([_valued(r, view.metric) for r in rows])),
+        drawn("quality", _height(rows), paint, margins=_margins([_valued(r, view.metric) for r in rows])),
         tuple(legend),
     )
 
@@ -82,15 +81,15 @@ def difference_plot(view: StudyView) -> Plot | None:
     name = metric_label(view.metric)
     labels = [f"{text(row.label, 34)}\u2003{_points(row.quality[view.metric].paired)}" for row in rows]
 
-    def paint(axes: Axes, small: bool) -> None:
+    def paint(axes: Axes) -> None:
         axes.axvline(0, color=colour("series-0"), linewidth=1.2, dashes=(4, 3), zorder=1)
         shown = [0.0]
         for at, row in enumerate(rows):
             paired = row.quality[view.metric].paired
             assert paired is not None
-            shown += _paint_interval(axes, paired, at + (0.16 if small else 0), colour(hue_of(view, row)),
+            shown += _paint_interval(axes, paired, at, colour(hue_of(view, row)),
                                      row.name != "dropped")  # fmt: skip
-        _rows_axis(axes, labels, shown, small)
+        _rows_axis(axes, labels, shown)
         axes.xaxis.set_major_formatter(lambda value, _: signed_percent(value, _digits(axes))[:-1])
         axes.set_xlabel("points of difference to the dense model")
 
@@ -101,7 +100,7 @@ def difference_plot(view: StudyView) -> Plot | None:
         "Paired on the same examples, averaged over seeds; lines are 95% bootstrap intervals over examples. "
         "What crosses the dashed line cannot be told from the dense model.",
         f"{name}, difference to the dense model. {'; '.join(said)}.",
-        both("difference", *_heights(rows), paint, margins=_margins(labels)),
+        drawn("difference", _height(rows), paint, margins=_margins(labels)),
     )
 
 
@@ -123,28 +122,34 @@ def cost_plot(view: StudyView) -> Plot | None:
     dense = next((r.quality[view.metric].mean.value for r in _measured(view) if r.is_dense), None)
     name = metric_label(view.metric)
 
-    def paint(axes: Axes, small: bool) -> None:
-        _time_axis(axes, at, log, small)
+    def paint(axes: Axes) -> None:
+        _time_axis(axes, at, log)
         shown = [*values, *([dense] if dense is not None else [])]
         pad = max(0.08 * (max(shown) - min(shown)), 0.01)
         axes.set_ylim(min(shown) - pad, max(shown) + pad)
         if dense is not None:
             axes.axhline(dense, color=colour("series-0"), linewidth=1.2, dashes=(4, 3), zorder=1)
-        for x, y, row in zip(at, values, rows, strict=True):
+        places = [math.log(max(x, 1e-9)) for x in at]
+        for i, (x, y, row) in enumerate(zip(at, values, rows, strict=True), start=1):
             hue = colour(hue_of(view, row))
             face = colour("surface") if row.name == "dropped" else hue
             axes.plot([x], [y], "o", markersize=8, color=hue, markerfacecolor=face, markeredgewidth=1.6,
                       zorder=3)  # fmt: skip
+            # Numbers, explained above the figure: names would lie on top of each other.
+            # A number stands away from the nearest neighbour in time, so that it belongs to one dot only.
+            gaps = [(abs(other - places[i - 1]), other) for k, other in enumerate(places) if k != i - 1]
+            right = min(gaps)[1] <= places[i - 1]
+            axes.annotate(str(i), (x, y), (6, 5) if right else (-6, -12), textcoords="offset points",
+                          ha="left" if right else "right", fontsize=11, color=colour("ink"))  # fmt: skip
         axes.set_xlabel("time the method takes before fine-tuning")
         axes.set_ylabel(name.lower())
         digits = 0 if max(shown) - min(shown) > 0.05 else 1
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, digits))
-        labels = [
-            Label(text(row.label, 18 if small else 30), x, y, row.name in ("merged", "dropped"))
-            for x, y, row in zip(at, values, rows, strict=True)
-        ]
-        place_labels(axes, labels, 10.5 if small else 12)
 
+    numbered = [
+        Key(hue_of(view, row), f"{i} {text(row.label, 30)}", "ring" if row.name == "dropped" else "dot")
+        for i, row in enumerate(rows, start=1)
+    ]
     said = [f"{r.label}: {duration(s)}, {percent(v)}" for r, s, v in zip(rows, seconds, values, strict=True)]
     return Plot(
         "cost",
@@ -152,7 +157,8 @@ def cost_plot(view: StudyView) -> Plot | None:
         "Left is cheaper, up is better. Time is everything a method needs before the pruned model can be "
         f"fine-tuned, recovery included{'; logarithmic' if log else ''}. The dashed line is the dense model.",
         f"{name} against method time. {'; '.join(said)}.",
-        both("cost", 430, 440, paint, margins=(Margins(left=70, right=24), Margins(left=56, right=20))),
+        drawn("cost", 430, paint, margins=Margins(left=70, right=24)),
+        tuple(numbered),
     )
 
 
@@ -171,30 +177,26 @@ def _valued(row: StudyRow, metric: str) -> str:
     return f"{text(row.label, 34)}\u2003{percent(row.quality[metric].mean.value)}"
 
 
-def _heights(rows: Sequence[StudyRow]) -> tuple[int, int]:
-    return len(rows) * _ROW + 66, len(rows) * _NARROW_ROW + 66
+def _height(rows: Sequence[StudyRow]) -> int:
+    return len(rows) * _ROW + 66
 
 
-def _margins(labels: Sequence[str]) -> tuple[Margins, Margins]:
+def _margins(labels: Sequence[str]) -> Margins:
     # An upper estimate of the text's width; the browser's font is not known here.
-    return Margins(left=_LABEL_ROOM + 7 * max(map(len, labels)), right=20), Margins(left=8, right=20)
+    return Margins(left=_LABEL_ROOM + 7 * max(map(len, labels)), right=20)
 
 
-def _rows_axis(axes: Axes, labels: Sequence[str], shown: Sequence[float], small: bool) -> None:
-    """One line per row, from top to bottom; on narrow screens the label stands above the dot."""
+def _rows_axis(axes: Axes, labels: Sequence[str], shown: Sequence[float]) -> None:
+    """One line per row, from top to bottom."""
     pad = max(0.04 * (max(shown) - min(shown)), 0.01)
     axes.set_xlim(min(shown) - pad, max(shown) + pad)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x", color=colour("grid"), linewidth=1)
-    axes.set_yticks([] if small else range(len(labels)), [] if small else labels)
+    axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", labelcolor=colour("ink"))
-    axes.locator_params(axis="x", nbins=4 if small else 8)
+    axes.locator_params(axis="x", nbins=8)
     axes.xaxis.set_major_formatter(lambda value, _: percent(value, _digits(axes)))
-    for at, label in enumerate(labels if small else ()):
-        axes.text(0, at - 0.22, label, transform=axes.get_yaxis_transform(), fontsize=12,
-                  color=colour("ink"), va="center", zorder=4,
-                  bbox={"facecolor": colour("surface"), "edgecolor": "none", "pad": 1.5})  # fmt: skip
 
 
 def _digits(axes: Axes) -> int:
@@ -202,9 +204,9 @@ def _digits(axes: Axes) -> int:
     return 0 if high - low > 0.05 else 1
 
 
-def _paint_quality(axes: Axes, quality: Quality, at: int, small: bool, hue: str, filled: bool) -> list[float]:
+def _paint_quality(axes: Axes, quality: Quality, at: int, hue: str, filled: bool) -> list[float]:
     """Draws one mean with its seeds; returns the values that must be in sight."""
-    y = at + (0.16 if small else 0.0)
+    y = float(at)
     if len(quality.per_seed) > 1:
         axes.plot(quality.per_seed, [y] * len(quality.per_seed), "|", markersize=9, color=hue,
                   markeredgewidth=1.4, zorder=2)  # fmt: skip
@@ -224,7 +226,7 @@ def _paint_interval(axes: Axes, measured: Measured, y: float, hue: str, filled: 
     return extent
 
 
-def _time_axis(axes: Axes, seconds: Sequence[float], log: bool, small: bool) -> None:
+def _time_axis(axes: Axes, seconds: Sequence[float], log: bool) -> None:
     """Puts durations people know on the horizontal axis."""
     if log:
         spread = math.log10(max(seconds) / min(seconds))
@@ -239,7 +241,7 @@ def _time_axis(axes: Axes, seconds: Sequence[float], log: bool, small: bool) -> 
     else:
         pad = 0.08 * (max(seconds) - min(seconds)) or 0.1 * max(seconds) or 1.0
         axes.set_xlim(min(seconds) - pad, max(seconds) + pad)
-        axes.locator_params(axis="x", nbins=3 if small else _MOST_TICKS)
+        axes.locator_params(axis="x", nbins=_MOST_TICKS)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _brief(value)))
 
 

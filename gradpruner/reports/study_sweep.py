@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from gradpruner.reports.figures import Key, Plot, both
+from gradpruner.reports.figures import Key, Plot, drawn
 from gradpruner.reports.formats import duration, num_bytes, number, percent, short, times
 from gradpruner.reports.reading import Measured, mapping, metric_label
 from gradpruner.reports.study_reading import StudyRow, StudyView, kept_layers
@@ -40,14 +40,14 @@ def sweep_plot(view: StudyView) -> Plot | None:
     name, show = _COSTS.get(wanted, (metric_label(view.metric), percent))
     bars = _is_categorical(view)
     reference = _flat_dense(found)
-    drawn = [s for s in found if reference is None or s[0] != "dense"]
+    shown = [s for s in found if reference is None or s[0] != "dense"]
 
-    def paint(axes: Axes, small: bool) -> None:
+    def paint(axes: Axes) -> None:
         if bars:
-            _paint_bars(axes, view, drawn, show, small)
+            _paint_bars(axes, view, shown, show)
         else:
-            _paint_lines(axes, view, drawn, small)
-            _line_limits(axes, drawn, reference)
+            _paint_lines(axes, view, shown)
+            _line_limits(axes, shown, reference)
         if reference is not None:
             axes.axhline(reference, color=colour("series-0"), linewidth=1.4, dashes=(4, 3), zorder=1)
         axes.set_ylabel(name.lower())
@@ -60,11 +60,11 @@ def sweep_plot(view: StudyView) -> Plot | None:
 
     legend = [
         Key(_hue(i, row), label, "box" if bars else "line", "" if bars else _css(i))
-        for i, (row, label, _) in enumerate(drawn)
+        for i, (row, label, _) in enumerate(shown)
     ]
     if reference is not None:
         legend.append(Key("series-0", f"dense ({show(reference)})", "line", "5 4"))
-    said = [f"{label}: {', '.join(_said(view, points, show))}" for _, label, points in drawn]
+    said = [f"{label}: {', '.join(_said(view, points, show))}" for _, label, points in shown]
     seeds = max((len(q.per_seed) for row in view.rows for q in row.quality.values()), default=0)
     how = {True: "Bars are means over seeds", False: "Points are means over seeds"}[bars]
     reach = ", thin lines" if bars else ", the shaded band"
@@ -74,7 +74,7 @@ def sweep_plot(view: StudyView) -> Plot | None:
         f"{name} over {view.sweep_label}",
         caption,
         f"{name} over {view.sweep_label}. {'; '.join(said)}.",
-        both("sweep", 400, 320, paint, margins=(Margins(left=74), Margins(left=62))),
+        drawn("sweep", 400, paint, margins=Margins(left=74)),
         tuple(legend),
     )
 
@@ -95,8 +95,8 @@ def kept_plot(view: StudyView) -> Plot | None:
         shares = [len(kept_layers(plan) & kept) / len(kept) for plan, kept in zip(plans, final, strict=False)]
         points.append((at, Measured(sum(shares) / len(shares), min(shares), max(shares), None)))
 
-    def paint(axes: Axes, small: bool) -> None:
-        _paint_lines(axes, view, [(str(main), "", points)], small)
+    def paint(axes: Axes) -> None:
+        _paint_lines(axes, view, [(str(main), "", points)])
         axes.set_ylim(min(0.5, *(m.value for _, m in points)) - 0.05, 1.04)
         axes.set_xlabel(view.sweep_label)
         axes.set_ylabel("kept layers agreeing with the last")
@@ -108,7 +108,7 @@ def kept_plot(view: StudyView) -> Plot | None:
         "How early the kept layers settle",
         f"Share of the layers kept at the last setting that are kept at this one{seeds}.",
         f"Agreement with the layers kept at the last setting: {', '.join(_said(view, points, percent))}.",
-        both("stability", 340, 280, paint, margins=(Margins(left=74), Margins(left=62))),
+        drawn("stability", 340, paint, margins=Margins(left=74)),
     )
 
 
@@ -153,7 +153,7 @@ def _flat_dense(found: Sequence[Series]) -> float | None:
     return values[0] if values and len(set(values)) == 1 else None
 
 
-def _paint_lines(axes: Axes, view: StudyView, found: Sequence[Series], small: bool) -> None:
+def _paint_lines(axes: Axes, view: StudyView, found: Sequence[Series]) -> None:
     for i, (name, _, points) in enumerate(found):
         hue = colour(_hue(i, name))
         xs = [at for at, _ in points]
@@ -165,11 +165,11 @@ def _paint_lines(axes: Axes, view: StudyView, found: Sequence[Series], small: bo
                              zorder=3)  # fmt: skip
         if _DASHES[i % 5]:
             curve.set_dashes(_DASHES[i % 5])
-    _setting_axis(axes, view, small)
+    _setting_axis(axes, view)
     plain_ticks(axes)
 
 
-def _setting_axis(axes: Axes, view: StudyView, small: bool) -> None:
+def _setting_axis(axes: Axes, view: StudyView) -> None:
     """Labels every setting; where there are many, those that would run into the one before are left out."""
     at = _positions(view)
     if view.log and min(x for x, _ in at) > 0:
@@ -179,7 +179,7 @@ def _setting_axis(axes: Axes, view: StudyView, small: bool) -> None:
     ticks, labels, end = [], [], -1e9
     for x, point in at:
         pixel = axes.transData.transform((x, axes.get_ylim()[0]))[0] - axes.bbox.x0
-        shown = point.label[:14] if small else point.label[:24]
+        shown = point.label[:24]
         half = 3.6 * unit * len(shown)
         if pixel - half > end and -1 <= pixel <= width + 1:
             ticks.append(x)
@@ -191,7 +191,7 @@ def _setting_axis(axes: Axes, view: StudyView, small: bool) -> None:
     axes.xaxis.set_major_formatter(FixedFormatter(labels))
 
 
-def _paint_bars(axes: Axes, view: StudyView, found: Sequence[Series], show: Any, small: bool) -> None:
+def _paint_bars(axes: Axes, view: StudyView, found: Sequence[Series], show: Any) -> None:
     """Bars from zero: a difference looks as large as it is; the numbers tell small ones apart."""
     width = (0.6 if len(found) == 1 else 0.8) / max(len(found), 1)
     total = sum(len(points) for _, _, points in found)
@@ -203,7 +203,7 @@ def _paint_bars(axes: Axes, view: StudyView, found: Sequence[Series], show: Any,
         for x, (_, m) in zip(xs, points, strict=True):
             if m.low is not None and m.high is not None:
                 axes.vlines(x, m.low, m.high, color=colour("ink"), linewidth=1.2, zorder=3)
-            if total <= (_MOST_NUMBERS if not small else 6):
+            if total <= _MOST_NUMBERS:
                 # Inside the bar: above it would be where the dense model's line is.
                 y = m.value if m.low is None else min(m.low, m.value)
                 axes.annotate(show(m.value), (x, y), (0, -18), textcoords="offset points", ha="center",
@@ -211,7 +211,7 @@ def _paint_bars(axes: Axes, view: StudyView, found: Sequence[Series], show: Any,
     axes.set_ylim(0, 1.1 * top if top > 0 else 1)
     axes.set_xlim(-0.6, len(view.points) - 0.4)
     plain_ticks(axes)
-    _setting_axis(axes, view, small)
+    _setting_axis(axes, view)
 
 
 def _line_limits(axes: Axes, found: Sequence[Series], reference: float | None) -> None:
