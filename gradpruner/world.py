@@ -1,0 +1,171 @@
+"""The processes that do one job together, started by torchrun, accelerate launch or srun; usually one.
+
+Data parallelism: every process has the whole recipe and a share of the rows. The first one owns what is
+written (run folder, plans, models, report); the others follow its decisions:
+
+    world = this_world()
+    done = world.agreed(lambda: directory.is_current(name))    # asked on the first, known to all
+    answers = world.gathered(mine)                             # lists of all, in the order of ranks
+    gram = world.summed(gram)                                  # the sum over processes
+
+With one process each of these does nothing but the work itself.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
+
+T = TypeVar("T")
+
+# The first process may prune or score for hours while the others wait for its word. One that dies is noticed
+# at once all the same: its connection closes.
+PATIENCE = timedelta(days=7)
+
+
+class PeerError(ResourceError):
+    """Another process of the job failed, and says why."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the job.
+
+    Attributes:
+        rank: Which one this is, 0 <= rank < size.
+        size: How many there are.
+        group: What they talk through (a gloo process group); None when there is one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process owns what is written."""
+        return self.rank == 0
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What the first process makes of `work`, on all processes; the others do not run it.
+
+        Raises:
+            PeerError: On the others, when `work` failed on the first, which raises the error itself.
+        """
+        if self.size == 1:
+            return work()
+        if not self.is_first:
+            value, failure = self._heard()
+            if failure is not None:
+                raise failure
+            return value  # type: ignore[no-any-return]
+        try:
+            result = work()
+        except BaseException as error:
+            self._say(None, _told(error))
+            raise
+        self._say(result, None)
+        return result
+
+    def gathered(self, values: Sequence[T]) -> list[T]:
+        """The values of all processes, those of rank 0 first."""
+        if self.size == 1:
+            return list(values)
+        import torch.distributed as dist
+
+        parts: list[Any] = [None] * self.size
+        _talk(lambda: dist.all_gather_object(parts, list(values), group=self.group))
+        return [value for part in parts for value in part]
+
+    def share(self, count: int) -> range:
+        """The positions among `count` that are this process's; `in_order` puts results back."""
+        return range(self.rank, count, self.size)
+
+    def in_order(self, values: Sequence[T]) -> list[T]:
+        """One value for every position, from every process's values at its `share`."""
+        found = self.gathered([list(values)])
+        whole: list[Any] = [None] * sum(map(len, found))
+        for rank, part in enumerate(found):
+            whole[rank :: self.size] = part
+        return whole
+
+    def summed(self, tensor: Any) -> Any:
+        """The sum of a CPU tensor over processes, in place; the same bits on all."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            _talk(lambda: dist.all_reduce(tensor, group=self.group))
+        return tensor
+
+    def _say(self, value: Any, failure: PeerError | None) -> None:
+        import torch.distributed as dist
+
+        _talk(lambda: dist.broadcast_object_list([value, failure], src=0, group=self.group))
+
+    def _heard(self) -> tuple[Any, PeerError | None]:
+        import torch.distributed as dist
+
+        heard: list[Any] = [None, None]
+        _talk(lambda: dist.broadcast_object_list(heard, src=0, group=self.group))
+        return heard[0], heard[1]
+
+
+def launched() -> bool:
+    """Whether a launcher started this process together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+
+
+@cache
+def this_world() -> World:
+    """The world this process was started into; meets the other processes at the first call.
+
+    Raises:
+        ConfigError: If the launcher's variables are incomplete.
+        ResourceError: If the others do not come.
+    """
+    if not launched():
+        return World()
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {', '.join(missing)} is not set.",
+            hint="Start with torchrun or accelerate launch, or unset WORLD_SIZE to work alone.",
+        )
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        gpus = torch.cuda.is_available()
+        if gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _talk(lambda: dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo"))
+    group = _talk(lambda: dist.new_group(backend="gloo", timeout=PATIENCE))
+    return World(dist.get_rank(), dist.get_world_size(), group)
+
+
+def _talk(exchange: Callable[[], T]) -> T:
+    """An exchange with the other processes; says so when one of them is gone."""
+    try:
+        return exchange()
+    except RuntimeError as error:  # torch.distributed.DistError is one
+        raise PeerError(
+            "Another process of this job has ended.",
+            hint=f"Its own message says why ({str(error).splitlines()[0][:200]}).",
+        ) from error
+
+
+def _told(error: BaseException) -> PeerError:
+    """An error of the first process as the others are told; with its exit code, so all end with the same."""
+    said = str(error) if isinstance(error, GradPrunerError) else f"{type(error).__name__}: {error}"
+    told = PeerError(f"The first process stopped: {said}")
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    told.exit_code = code if isinstance(code, int) else 1
+    pickle.dumps(told)  # plain text and a number, whatever the error held
+    return told

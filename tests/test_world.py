@@ -1,0 +1,101 @@
+import json
+import os
+
+import pytest
+from together import together
+
+from gradpruner.errors import ConfigError
+from gradpruner.world import PeerError, World, this_world
+
+SCRIPT = """
+import json
+import torch
+from gradpruner.errors import DataError
+from gradpruner.world import PeerError, this_world
+
+world = this_world()
+found = {"rank": world.rank, "size": world.size}
+found["agreed"] = world.agreed(lambda: {"said by": world.rank})
+found["gathered"] = world.gathered([world.rank] * (2 - world.rank))
+found["in order"] = world.in_order([i * i for i in world.share(5)])
+found["summed"] = world.summed(torch.tensor([1.0, world.rank])).tolist()
+
+
+def refuse():
+    raise DataError("No rows.", hint="Give some.")
+
+
+try:
+    world.agreed(refuse)
+except (DataError, PeerError) as error:
+    found["error"] = [type(error).__name__, str(error), error.exit_code]
+print(json.dumps(found))
+"""
+
+
+def test_two_processes_agree_gather_and_sum():
+    first, second = map(json.loads, together(SCRIPT))
+    assert (first["rank"], second["rank"]) == (0, 1)
+    for found in (first, second):
+        assert found["size"] == 2
+        assert found["agreed"] == {"said by": 0}
+        assert found["gathered"] == [0, 0, 1]
+        assert found["in order"] == [0, 1, 4, 9, 16]
+        assert found["summed"] == [2.0, 1.0]
+    assert first["error"] == ["DataError", "No rows. Give some.", 3]
+    assert second["error"] == ["PeerError", "The first process stopped: No rows. Give some.", 3]
+
+
+DYING = """
+import os, sys
+from gradpruner.world import PeerError, this_world
+
+world = this_world()
+if world.rank == 1:
+    sys.stdout.flush()
+    os._exit(9)
+try:
+    world.gathered([1])
+except PeerError as error:
+    print(error.message)
+    os._exit(9)
+"""
+
+
+def test_a_process_that_dies_is_noticed_at_once():
+    first, _ = together(DYING, timeout=60, expect=9)
+    assert first.strip() == "Another process of this job has ended."
+
+
+def test_alone_nothing_is_exchanged():
+    world = World()
+    assert world.is_first
+    assert world.agreed(lambda: 3) == 3
+    assert world.gathered((1, 2)) == [1, 2]
+    assert list(world.share(3)) == [0, 1, 2]
+    assert world.in_order(["a", "b"]) == ["a", "b"]
+    tensor = object()
+    assert world.summed(tensor) is tensor
+    with pytest.raises(ZeroDivisionError):
+        world.agreed(lambda: 1 / 0)
+
+
+def test_half_a_launcher_is_refused(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    this_world.cache_clear()
+    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
+        this_world()
+    monkeypatch.delitem(os.environ, "WORLD_SIZE")
+    assert this_world() == World()
+    this_world.cache_clear()
+
+
+def test_a_peer_error_survives_the_journey():
+    import pickle
+
+    error = PeerError("It stopped.", hint="Look there.")
+    error.exit_code = 3
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.hint, copy.exit_code) == ("It stopped. Look there.", "Look there.", 3)
