@@ -326,7 +326,9 @@ def fingerprint(model: nn.Module) -> str:
     for layer, name, weight in _base_weights(view):
         if not weight.is_floating_point():
             return identity + QUANTISED
-        flat = weight.detach().reshape(-1)
+        # FSDP2 spreads weights over processes, all of which take part in gathering one.
+        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        flat = whole.detach().reshape(-1)
         add_sample(digest, layer, name, tuple(weight.shape), flat[:: sample_step(flat.numel())][:SAMPLES])
     return f"{identity}-{digest.hexdigest()[:12]}"
 

@@ -24,8 +24,10 @@ from gradpruner.training.adapters import attach_lora
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
 from gradpruner.training.resume import latest_complete_checkpoint, tally_of
+from gradpruner.training.sharding import check_sharding, make_whole_
 from gradpruner.training.teacher import DistillationTrainer, check_teacher
 from gradpruner.training.trainer import CausalTrainer
+from gradpruner.world import this_world
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ def training_arguments(
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type=options.schedule if final is None else "cosine_with_min_lr",
         lr_scheduler_kwargs=None if final is None else {"min_lr": final},
-        optim="adamw_torch_fused",
+        optim=options.optim,
+        **_sharding(options),
         bf16=chosen == "bf16",
         fp16=chosen == "fp16",
         **({recompute: True} if options.gradient_checkpointing else {}),
@@ -81,6 +84,16 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
+
+
+def _sharding(options: FinetuneOptions) -> dict[str, Any]:
+    """How the Trainer spreads the model over processes; plain data parallelism needs no word."""
+    if options.deepspeed:
+        return {"deepspeed": options.deepspeed}
+    if not options.fsdp:
+        return {}
+    given = options.fsdp if isinstance(options.fsdp, dict) else {}
+    return {"fsdp": True, "fsdp_config": {"version": 2} | given}
 
 
 def resolve_precision(precision: str, device: str = "auto") -> str:
@@ -159,10 +172,11 @@ class FinetuneResult:
 
 
 def planned_steps(num_samples: int, options: FinetuneSection) -> int:
-    """Optimizer steps of a fine-tuning."""
+    """Optimizer steps of a fine-tuning by the processes there are."""
     if isinstance(options, FinetuneOptions) and options.max_steps is not None:
         return options.max_steps
-    per_epoch = math.ceil(math.ceil(num_samples / options.batch_size) / options.accumulation)
+    batches = math.ceil(num_samples / (options.batch_size * this_world().size))
+    per_epoch = math.ceil(batches / options.accumulation)
     return max(1, math.ceil(per_epoch * options.epochs))
 
 
@@ -198,7 +212,8 @@ def finetune(
         **changes: Single options, such as learning_rate=1e-3.
 
     Returns:
-        The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result.
+        The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result. A
+        model that was sharded over processes is whole on the first one and without weights on the others.
 
     Raises:
         ConfigError: If an option is unknown or not allowed, a tracker or Liger is not installed, fp16
@@ -214,6 +229,7 @@ def finetune(
     options = changed(FinetuneOptions, options, changes)
     if options.liger:
         check_liger(options.device)
+    check_sharding(options.fsdp, options.deepspeed, options.device)
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to fine-tune on.")
     trainer_class = _trainer_class(model, teacher, distillation)
@@ -248,6 +264,7 @@ def finetune(
         for callback in callbacks:
             if isinstance(callback, ClosingCallback):
                 callback.close()
+    make_whole_(trained)
     if options.mode == "lora" and options.merge_adapter:
         trained = trained.merge_and_unload()
     return trained, result

@@ -81,6 +81,10 @@ class RecordOptions(RecordSection):
     """Autocast precision, as in `FinetuneSection`."""
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, more time."""
+    fsdp: bool | dict[str, Any] = False
+    """As in `FinetuneSection`."""
+    deepspeed: str | None = None
+    """As in `FinetuneSection`; up to ZeRO 1: later stages take gradients apart before they are read."""
     seed: int = 0
     """Seeds LoRA initialisation, dropout and the order of samples."""
     device: Literal["auto", "cpu"] = "auto"
@@ -130,6 +134,13 @@ class FinetuneSection(Section):
     """Compile the model with torch.compile: slower start, faster steps."""
     liger: bool = False
     """Liger's fused kernels (GPU; pip install 'gradpruner[gpu]')."""
+    optim: str = "adamw_torch_fused"
+    """Optimizer, by the Trainer's name: adamw_torch_fused, adamw_8bit, paged_adamw_8bit, adafactor, ..."""
+    fsdp: bool | dict[str, Any] = False
+    """Shard weights, gradients and optimizer over the processes (FSDP2): true, or the Trainer's fsdp_config.
+    Needs torchrun or accelerate launch; a config of accelerate that turns FSDP on does the same."""
+    deepspeed: str | None = None
+    """DeepSpeed configuration file (ZeRO 1 to 3; pip install deepspeed)."""
     save_steps: int | None = Field(default=500, ge=1)
     """Checkpoint interval; an interrupted fine-tuning goes on from the last whole one. null: none."""
     report_to: str | list[str] = "none"
