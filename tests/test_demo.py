@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretrain import build_tokenizer, held_out_loss, unigram_loss
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from world import LABELS, NUM_TEST, NUM_TRAIN, TRADES, corpus, make_rows, write_rows
 
 from gradpruner.demo import DATA_DIR, DEMO_DIR, MODEL_DIR
-from gradpruner.demo.pretrain import build_tokenizer, held_out_loss, unigram_loss
-from gradpruner.demo.world import LABELS, NUM_TEST, NUM_TRAIN, TRADES, corpus, make_rows, write_rows
 
 
 def _documents(seed: int, count: int = 200) -> list[str]:

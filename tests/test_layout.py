@@ -23,7 +23,7 @@ ALLOWED: dict[str, str] = {
     "reports": "plans",
     "runs": "methods evaluation training pruning models plans gradients data reports",
     "cli": "runs reports evaluation methods training pruning models plans gradients data",
-    "demo": "runs data training models evaluation gradients",
+    "demo": "",
 }
 ROOT = ("_version", "errors", "registry", "files", "progress", "provenance", "world")
 # Pure: nothing in them imports transformers or peft.

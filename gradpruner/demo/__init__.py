@@ -1,9 +1,9 @@
 """The embedded default: a small model, really pre-trained, and a task from the same world.
 
-Everything here is original: `world` invents the town and writes both its text and the task,
-`pretrain` trains the model on that text, `measure` checks by figures that
-the pair is a fair miniature of pruning a large model for a task of one's own. It lets the whole
-method run offline in minutes on a CPU.
+It lets the whole method run offline in minutes on a CPU. Everything here is original, made by the scripts in
+`benchmarks/miniature/`: `world` invents the town and writes both its text and the task, `pretrain` trains the
+model on that text, and `measure` checks by figures that the pair is a fair miniature of pruning a large model
+for a task of one's own.
 """
 
 from __future__ import annotations

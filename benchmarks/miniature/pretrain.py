@@ -1,6 +1,6 @@
 """Pre-trains the embedded model on the text of the invented town.
 
-`python -m gradpruner.demo.pretrain` writes `model/` (checkpoint and tokenizer) and `pretrain.json`
+`python benchmarks/miniature/pretrain.py` writes `model/` (checkpoint and tokenizer) and `pretrain.json`
 (loss curve and provenance). The text is written on the fly and never repeated.
 
 Two choices were measured. fp32 on one thread: without AVX-512 BF16 or AMX, bf16 matrix products are
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from world import corpus, make_rows
 
 from gradpruner.demo import DEMO_DIR, MODEL_DIR
-from gradpruner.demo.world import corpus, make_rows
 from gradpruner.progress import Progress
 from gradpruner.provenance import provenance
 

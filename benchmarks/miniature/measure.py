@@ -1,6 +1,6 @@
 """Measures, with plain torch and transformers, whether model and task are a fair miniature.
 
-`python -m gradpruner.demo.measure` writes `measure.json`: accuracy before and after fine-tuning,
+`python benchmarks/miniature/measure.py` writes `measure.json`: accuracy before and after fine-tuning,
 what each layer is worth, what dropping six of sixteen layers does before and after fine-tuning, and
 a small sweep of learning rates. It deliberately uses nothing of the product, so that the product can
 be checked against it. All figures are fp32.
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretrain import held_out_loss, text_sha256, unigram_loss
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from gradpruner.demo import DATA_DIR, DEMO_DIR, MODEL_DIR
-from gradpruner.demo.pretrain import held_out_loss, text_sha256, unigram_loss
 from gradpruner.provenance import provenance
 
 EPOCHS, BATCH = 3, 16

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradpruner.demo import DATA_DIR
+
 
 @dataclass(frozen=True)
 class Trade:
@@ -231,7 +233,7 @@ def write_rows(folder: Path, seed: int = TASK_SEED) -> None:
 def main() -> None:
     """Command line: rewrites the committed rows of the task."""
     parser = argparse.ArgumentParser(description="Write the demo task's rows.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--out", type=Path, default=DATA_DIR)
     write_rows(parser.parse_args().out)
 
 
