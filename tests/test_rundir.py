@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from builders import make_project
 
 from gradpruner.errors import ConfigError, DataError, IntegrityError, ResourceError
+from gradpruner.files import working_in
 from gradpruner.runs.directory import MANIFEST, RunDirectory
 
 
@@ -147,6 +150,73 @@ def test_two_processes_cannot_share_a_run_directory(tmp_path):
             RunDirectory(tmp_path / "run").__enter__()
     with RunDirectory(tmp_path / "run"):
         pass
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A run directory with a record, a study of it, and the model."""
+    folder = tmp_path_factory.mktemp("project")
+    make_project(folder, variants=["dense", "merged"])
+    with RunDirectory(folder / "run"):
+        pass
+    (folder / "run/run.json").write_text('{"variants": {}}')
+    (folder / "run/recipe.yaml").write_text(
+        (folder / "recipe.yaml").read_text().replace('"./', f'"{folder}/')
+    )
+    (folder / "study").mkdir()
+    (folder / "study/study.yaml").write_text("")
+    return folder
+
+
+OF_A_STUDY = ("--methods", "last", "--seeds", "0,1")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *[(name, "--out", "run") for name in ("run", "record", "score", "plan", "prune", "finetune")],
+        ("evaluate", "--out", "run"),
+        ("evaluate", "model", "--eval-data", "eval.jsonl", "--out", "run"),
+        ("shrink", "model", "--data", "train.jsonl", "--eval-data", "eval.jsonl", "--out", "run", "--set",
+         "record.steps=4"),
+        ("report", "run"),
+        ("compare", "recipe.yaml", *OF_A_STUDY, "--out", "study"),
+        ("ablate", "sweep.yaml", *OF_A_STUDY, "--out", "study"),
+    ],
+)  # fmt: skip
+def test_a_second_process_is_refused_by_every_command_that_writes(project, call, monkeypatch, command):
+    monkeypatch.chdir(project)
+    (project / "sweep.yaml").write_text("base: recipe.yaml\nsweep: {key: plan.num_merge, values: [0, 1]}\n")
+    folder = project / command[command.index("--out") + 1 if "--out" in command else 1]
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    with working_in(folder):
+        code, _, err = call(*command)
+        lines = [line for line in err.splitlines() if "error" in line or "Traceback" in line]
+        assert code == 2 and f"in use by process {os.getpid()}" in lines[0] and len(lines) == 1
+        assert {path: path.read_bytes() for path in before if path.name != ".lock"} == {
+            path: content for path, content in before.items() if path.name != ".lock"
+        }
+        if "--out" in command and command[:2] != ("evaluate", "model"):
+            assert call(*command, "--dry-run")[0] == 0
+
+
+def test_processes_with_seeds_of_their_own_may_share_a_study(project):
+    study = project / "study"
+    with working_in(study, shared=True), working_in(study, ".lock-seed-0"):
+        with working_in(study, shared=True), working_in(study, ".lock-seed-1"):
+            pass
+        with pytest.raises(ConfigError, match="in use by process"):
+            working_in(study, ".lock-seed-0").__enter__()
+        with pytest.raises(ConfigError, match="in use by process"):
+            working_in(study).__enter__()
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "3", "--seed", "1"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "3 kills in" in done.stdout, done.stdout + done.stderr[-2000:]
 
 
 def test_the_time_of_a_stage_that_is_gone_on_with_adds_up(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,6 +73,7 @@ def evaluate(
     fine-tuned if needed, then every variant evaluated.
     """
     from gradpruner.cli import main as cli
+    from gradpruner.files import LOCK_FILE, working_in
     from gradpruner.models.checking import is_model_folder
 
     values: dict[str, Any] = {
@@ -104,7 +106,10 @@ def evaluate(
     # A recipe needs data; rows that are not there are never read.
     stand_in = {} if task is not None else {"data.train": eval_data or "-", "data.eval": eval_data or "-"}
     recipe = cli.resolve(None, None, overrides, {"model.path": what, **stand_in, **given})
-    found = _measure(recipe, measures_task, endpoint, served_name, Path(out) if out else None, dry_run)
+    results = Path(out) if out else None
+    in_a_run = results is not None and not dry_run and (results / LOCK_FILE).exists()
+    with working_in(results) if results is not None and in_a_run else nullcontext():
+        found = _measure(recipe, measures_task, endpoint, served_name, results, dry_run)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

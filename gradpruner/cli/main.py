@@ -246,11 +246,13 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Render report.html again from run.json."""
+    from gradpruner.files import working_in
     from gradpruner.reports import markdown_table, print_summary, render_html
     from gradpruner.reports.reading import read_record
 
     record = read_record(run_directory / "run.json", "run record")
-    path = render_html(record, run_directory / "report.html")
+    with working_in(run_directory):
+        path = render_html(record, run_directory / "report.html")
     if as_json:
         typer.echo(json.dumps({"report": str(path)}))
     elif markdown:

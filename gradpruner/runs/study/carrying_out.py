@@ -7,12 +7,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import GradPrunerError, IntegrityError
-from gradpruner.files import read_json, write_json, write_text
+from gradpruner.files import LOCK_FILE, read_json, working_in, write_json, write_text
 from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.models.sizes import savings
 from gradpruner.provenance import utc_now
@@ -58,11 +59,17 @@ def carry_out(study: Study, *, command: str = "") -> Outcome:
 
     Raises:
         GradPrunerError: A fault of recipe, data, model or folder that is found before the first run.
+        ConfigError: Also if another process works on one of these seeds.
     """
     check_output(study.out, inputs=_inputs(study), marker=MARKER)
     checks = check_study(study)
-    write_text(study.out / MARKER, study.to_yaml())
-    return _Progress(study, checks, command).to_the_end()
+    with ExitStack() as held:
+        study.out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(working_in(study.out, shared=True))
+        for seed in study.seeds:
+            held.enter_context(working_in(study.out, f"{LOCK_FILE}-seed-{seed}"))
+        write_text(study.out / MARKER, study.to_yaml())
+        return _Progress(study, checks, command).to_the_end()
 
 
 def _inputs(study: Study) -> tuple[Path, ...]:
