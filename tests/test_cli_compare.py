@@ -150,7 +150,7 @@ def test_studies_that_come_along_are_listed(call, tmp_path, monkeypatch):
         (("--seeds", "0,x"), "'x' is no seed"),
         (("--unit", "layers"), "'parameters' or 'decoder_parameters'"),
         (("--mode", "both"), "'full' or 'lora'"),
-        (("--set", "plan.num_merg=1"), "Did you mean 'num_merge'"),
+        (("--set", "plan.num_merg=1"), "Did you mean 'plan.num_merge'"),
     ],
 )
 def test_bad_options_are_refused_with_what_to_do(call, tmp_path, monkeypatch, options, part):
@@ -163,7 +163,7 @@ def test_bad_options_are_refused_with_what_to_do(call, tmp_path, monkeypatch, op
 def test_bad_studies_are_refused_with_what_to_do(call, tmp_path):
     make_project(tmp_path)
     for values, part in (
-        ({"sweep": {"key": "plan.num_merg", "values": [1]}}, "Did you mean 'num_merge'"),
+        ({"sweep": {"key": "plan.num_merg", "values": [1]}}, "Did you mean 'plan.num_merge'"),
         ({"sweeps": {}}, "Did you mean 'sweep'"),
         ({"methods": ["lst"]}, "Did you mean 'last'"),
         ({"base": "demoo"}, "Did you mean 'demo'"),
