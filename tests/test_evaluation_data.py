@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from builders import make_project, make_tokenizer, write_rows
+from builders import make_project, make_rows, make_tokenizer, write_rows
 from typer.testing import CliRunner
 
 from gradpruner import reports as report
@@ -81,6 +81,31 @@ def test_a_conversation_says_what_the_prompt_said():
         "a", "", "yes", ("yes", "no"), (Message("user", "Is it?\nAnswer:"), Message("assistant", "yes"))
     )
     assert as_conversation(found) is found
+
+
+def test_skip_bad_covers_validation_rows_and_further_tasks(tmp_path):
+    """Rows that cannot be read, and rows that cannot be tokenised, of every set a run reads."""
+    good, empty = make_rows(5), {"prompt": "", "completion": ""}
+    path, _ = make_project(tmp_path, start="given")
+    write_rows(tmp_path / "validation.jsonl", [*good, empty, {"prompt": "a"}])
+    probe = tmp_path / "gsm8k"
+    probe.mkdir()
+    rows = [dict(row) for row in TASKS.find("gsm8k").rows]
+    write_rows(probe / "test.jsonl", [*rows, {"question": "no answer"}])
+    overrides = (
+        f"data.validation={tmp_path}/validation.jsonl",
+        "plan.num_prune=null",
+        "plan.max_loss=0.05",
+        f"evaluate.also=[{{task: gsm8k, folder: {probe}}}]",
+    )
+    with pytest.raises(GradPrunerError, match="2 of 7 rows cannot be used"):
+        Job(load_recipe(path, overrides))
+    job = Job(load_recipe(path, (*overrides, "data.skip_bad=true")))
+    assert (len(job.validation), job.validation.num_dropped) == (5, 2)
+    assert (len(job.also["gsm8k"]), job.also["gsm8k"].num_dropped) == (len(rows), 1)
+    assert "2 unusable validation rows were dropped." in job.warnings
+    assert "1 unusable gsm8k rows were dropped." in job.warnings
+    assert any(w.startswith("gsm8k data: ") and "needs 'answer'" in w for w in job.warnings)
 
 
 def test_a_missing_encoder_is_found_before_the_model_is_looked_for(tmp_path):
@@ -211,6 +236,24 @@ def test_an_interrupted_measurement_is_taken_up_for_the_same_model_only(folder, 
     assert invoke(folder / "other", *command).exit_code == 0
     rows = [json.loads(line) for line in (folder / "scores" / "examples.jsonl").read_text().splitlines()]
     assert "from the journal" not in {row["generated"] for row in rows} and parts() == []
+
+
+def test_skip_bad_counts_rows_that_no_template_renders(folder):
+    """Rows of conversations whose first turn the chat template refuses."""
+    good = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    refused = [{"role": "system", "content": "s"}, *good]
+    rows = [{"messages": good}, {"messages": refused}, {"messages": good[:1]}]
+    write_rows(folder / "chats.jsonl", rows)
+    (folder / "model" / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+    )
+    command = (folder / "model", "--eval-data", folder / "chats.jsonl", "--quiet", "--dry-run", "--json")
+    assert "1 of 3 rows cannot be used" in str(invoke(*command).exception)
+    shown = json.loads(invoke(*command, "--skip-bad").stdout)
+    assert (shown["rows"], shown["rows_dropped"]) == (1, 2)
+    assert "no system turn" in shown["notes"][-1]
+    assert "no system turn" in invoke(*command[:-1], "--skip-bad").output.replace("\n", " ")
 
 
 def test_a_dry_run_measures_nothing(folder):

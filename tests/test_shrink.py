@@ -225,7 +225,8 @@ def test_rows_too_few_to_hold_any_out_are_refused(tmp_path):
     with pytest.raises(DataError, match="too few to hold validation rows out"):
         Job(recipe)
     with pytest.raises(DataError, match="too few"):
-        with_validation(recipe, Job(load_recipe(path)).train)
+        job = Job(load_recipe(path))
+        with_validation(recipe, job.train, job.tokenizer)
 
 
 def test_a_search_without_a_result_names_rows_and_limit():

@@ -144,6 +144,7 @@ def _measure(
     found: dict[str, Any] = {"model": str(folder), "endpoint": endpoint}
     if rows is not None:
         found |= {"source": rows.source, "format": rows.format, "rows": len(rows), "sha256": rows.sha256}
+        found |= {"rows_dropped": rows.num_dropped, "notes": list(rows.notes)}
         found["metrics_asked"] = list(metrics_of(recipe))
     if dry_run:
         return found
@@ -224,6 +225,8 @@ def _show(found: Mapping[str, Any]) -> None:
     screen = console()
     if "metrics_asked" in found and "metrics" not in found:
         screen.print(f"{found['rows']} rows of {found['source']}: {', '.join(found['metrics_asked'])}")
+    for note in found.get("notes", ()):
+        screen.print(note, highlight=False, markup=False)
     table = Table("Metric", "Value", "95 % interval or ± standard error", "n")
     for name, entry in found.get("metrics", {}).items():
         mark = "*" if entry["n"] < FEW_EXAMPLES else ""

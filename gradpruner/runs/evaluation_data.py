@@ -6,7 +6,8 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from gradpruner.data.examples import ExampleSet, as_conversation, load_examples
+from gradpruner.data.encoding import usable
+from gradpruner.data.examples import Example, ExampleSet, as_conversation, load_examples
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.quality import TASK_METRICS
@@ -51,8 +52,14 @@ def check_evaluation(recipe: Recipe) -> None:
         )
 
 
-def load_split(recipe: Recipe, split: str, tokenizer: Any) -> ExampleSet:
+def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | None = None) -> ExampleSet:
     """The recipe's rows to learn from ("train") or to be measured on ("eval").
+
+    Args:
+        recipe: Names the rows, and says whether unusable ones are dropped.
+        split: "train" or "eval".
+        tokenizer: Of the model.
+        max_length: Tokens per sample; None: as the recipe says.
 
     Raises:
         ConfigError: If the task or a limit is unknown or out of range.
@@ -65,31 +72,45 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any) -> ExampleSet:
         if split == "train" and limit is None:
             limit = task.train_limit
         named = task.train_split if split == "train" else task.eval_split
-        return worded(load_task(data.task, data.folder, named, limit, seed), tokenizer, data.chat)
-    source = data.train if split == "train" else data.eval
-    assert source is not None
+        rows = load_task(data.task, data.folder, named, limit, seed, skip_bad=data.skip_bad)
+        found = worded(rows, tokenizer, data.chat)
+    else:
+        source = data.train if split == "train" else data.eval
+        assert source is not None
+        found = _own_rows(recipe, source, split, limit)
+    return _usable(recipe, found, tokenizer, max_length)
+
+
+def _own_rows(recipe: Recipe, source: str, split: str, limit: int | None) -> ExampleSet:
+    data = recipe.data
     return load_examples(
-        source, split=split, format=data.format, limit=limit, seed=seed, skip_bad=data.skip_bad
+        source, split=split, format=data.format, limit=limit, seed=recipe.seed, skip_bad=data.skip_bad
     )
 
 
-def with_validation(recipe: Recipe, train: ExampleSet) -> tuple[ExampleSet, ExampleSet]:
+def _usable(recipe: Recipe, found: ExampleSet, tokenizer: Any, max_length: int | None) -> ExampleSet:
+    data = recipe.data
+    return usable(tokenizer, found, max_length or data.max_length, skip_bad=data.skip_bad)
+
+
+def with_validation(
+    recipe: Recipe, train: ExampleSet, tokenizer: Any, max_length: int | None = None
+) -> tuple[ExampleSet, ExampleSet]:
     """Training rows and the rows on which choices are made, which are no training rows.
+
+    Args:
+        recipe: As for `load_split`.
+        train: What `load_split` returned.
+        tokenizer: Of the model.
+        max_length: Tokens per sample; None: as the recipe says.
 
     Raises:
         DataError: If there are too few rows to hold any out.
     """
     data = recipe.data
     if data.validation is not None:
-        found = load_examples(
-            data.validation,
-            split="validation",
-            format=data.format,
-            limit=data.validation_limit,
-            seed=recipe.seed,
-            skip_bad=data.skip_bad,
-        )
-        return train, found
+        found = _own_rows(recipe, data.validation, "validation", data.validation_limit)
+        return train, _usable(recipe, found, tokenizer, max_length)
     count = min(data.validation_limit, len(train) // 5)
     if count == 0:
         raise DataError(
@@ -98,20 +119,26 @@ def with_validation(recipe: Recipe, train: ExampleSet) -> tuple[ExampleSet, Exam
         )
     held_out = set(random.Random(recipe.seed).sample(range(len(train)), count))
 
-    def part(wanted: bool, note: str) -> ExampleSet:
-        rows = tuple(row for i, row in enumerate(train.examples) if (i in held_out) == wanted)
-        return replace(train, examples=rows, notes=(*train.notes, note))
+    def part(wanted: bool) -> tuple[Example, ...]:
+        return tuple(row for i, row in enumerate(train.examples) if (i in held_out) == wanted)
 
-    return part(False, f"{count} rows held out for validation"), part(True, f"{count} of {len(train)} rows")
+    notes = (*train.notes, f"{count} rows held out for validation")
+    validation = replace(
+        train, examples=part(True), num_dropped=0, notes=(f"{count} of {len(train)} training rows",)
+    )
+    return replace(train, examples=part(False), notes=notes), validation
 
 
-def load_also(recipe: Recipe, tokenizer: Any) -> dict[str, ExampleSet]:
-    """The rows of every further task, by its name."""
+def load_also(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> dict[str, ExampleSet]:
+    """The rows of every further task, by its name; arguments as for `load_split`."""
     found = {}
     for entry in recipe.evaluate.also:
         split = TASKS.find(entry.task).eval_split
-        rows = load_task(entry.task, entry.folder, split, entry.limit, recipe.seed)
-        found[entry.task] = worded(rows, tokenizer, recipe.data.chat)
+        rows = load_task(
+            entry.task, entry.folder, split, entry.limit, recipe.seed, skip_bad=recipe.data.skip_bad
+        )
+        rows = worded(rows, tokenizer, recipe.data.chat)
+        found[entry.task] = _usable(recipe, rows, tokenizer, max_length)
     return found
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gradpruner.data.chat import template_notes
-from gradpruner.data.encoding import Collator, EncodedDataset, encode_all, usable
+from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.data.examples import ExampleSet, overlap
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.errors import ConfigError, PlanError
@@ -91,16 +91,14 @@ class Job:
         self.config = check_loadable(self.folder, recipe.model.trust_remote_code)
         self._check_budget()
         self.tokenizer = load_tokenizer(self.folder, recipe.model.trust_remote_code)
-        self.train, self.eval = (load_split(recipe, split, self.tokenizer) for split in ("train", "eval"))
+        self.max_length = longest = min(recipe.data.max_length, self._max_positions())
+        self.train, self.eval = (
+            load_split(recipe, split, self.tokenizer, longest) for split in ("train", "eval")
+        )
         self.validation: ExampleSet | None = None
         if recipe.plan.max_loss is not None:
-            self.train, self.validation = with_validation(recipe, self.train)
-        self.also = load_also(recipe, self.tokenizer)
-        longest = min(recipe.data.max_length, self._max_positions())
-        skip = recipe.data.skip_bad
-        self.train = usable(self.tokenizer, self.train, longest, skip_bad=skip)
-        self.eval = usable(self.tokenizer, self.eval, longest, skip_bad=skip)
-        self.max_length = longest
+            self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
+        self.also = load_also(recipe, self.tokenizer, longest)
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
         self.collator = Collator(self.tokenizer)
         self._warn()
@@ -201,7 +199,10 @@ class Job:
             self.warnings.append(
                 f"Only {len(self.eval)} evaluation examples: differences of several points are noise."
             )
-        for name, examples in (("training", self.train), ("evaluation", self.eval)):
+        sets = {"training": self.train, "evaluation": self.eval, "validation": self.validation, **self.also}
+        for name, examples in sets.items():
+            if examples is None or (name == "validation" and self.recipe.data.validation is None):
+                continue  # held out of training rows, of which all is said already
             if examples.num_dropped:
                 self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
             notes = [note for note in examples.notes if "not used" in note or "dropped" in note]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.data.examples import Example, ExampleSet, sample
-from gradpruner.data.rows import read_hub, read_rows
+from gradpruner.data.rows import RowSet, read_hub, read_rows
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.registry import Registry, suggest
 
@@ -142,6 +142,8 @@ def load_task(
     split: str = "train",
     limit: int | None = None,
     seed: int = 0,
+    *,
+    skip_bad: bool = False,
 ) -> ExampleSet:
     """Reads one split of a named task.
 
@@ -152,6 +154,7 @@ def load_task(
         split: One of the task's `splits`; from a folder, any file's name.
         limit: Sample this many rows at most, >= 1; None takes all.
         seed: Of the sampling.
+        skip_bad: Drop and count rows that are not in the hub's schema instead of refusing them.
 
     Raises:
         ConfigError: If the task or, on the hub, the split is unknown.
@@ -165,7 +168,7 @@ def load_task(
                 f"Task '{name}': no folder {Path(folder).absolute()}.",
                 hint=f"It must hold {split}.jsonl with the columns {', '.join(task.columns)}.",
             )
-        table = read_rows(folder, split)
+        table = read_rows(folder, split, skip_bad=skip_bad)
     else:
         # Also where the hub has such a split: those left out here come without answers.
         if split not in task.splits:
@@ -181,9 +184,12 @@ def load_task(
             revision=task.hub_revision,
             data_files=task.hub_files.get(hub_split),
         )
-    ids = [row.id for row in table.rows]
-    examples: Sequence[Example] = task.examples((row.fields for row in table.rows), split, ids)
-    examples, note = _with_a_choice(examples)
+    built, faults = _built(task, table, split, skip_bad)
+    if faults:
+        total = len(table.rows) + len(table.faults)
+        notes.append(f"{table.source}: dropped {len(faults)} of {total} rows as unusable, first: {faults[0]}")
+    examples: Sequence[Example]
+    examples, note = _with_a_choice(built)
     notes += [note] if note else []
     if folder is None and task.hold_out:
         total = len(examples)
@@ -199,8 +205,26 @@ def load_task(
         f"{name}: {table.source}",
         f"task:{name}@{task.version}",
         table.sha256,
-        notes=tuple(notes),
+        len(faults),
+        tuple(notes),
     )
+
+
+def _built(task: Task, table: RowSet, split: str, skip_bad: bool) -> tuple[list[Example], list[str]]:
+    """The rows as examples, and what is wrong with those that cannot be read, where they are skipped."""
+    found: list[Example] = []
+    faults: list[DataError] = []
+    for row in table.rows:
+        try:
+            found += task.examples([row.fields], split, [row.id])
+        except DataError as error:
+            if not skip_bad:
+                raise
+            faults.append(error)
+    if not found:
+        raise faults[0]
+    unread = [f"{row_id}: {reason}" for row_id, reason in table.faults]
+    return found, unread + [fault.message for fault in faults]
 
 
 def _with_a_choice(examples: Sequence[Example]) -> tuple[Sequence[Example], str]:
