@@ -294,6 +294,27 @@ def test_hub_dataset(monkeypatch):
     assert found.sha256 == load_examples("org/sums:small", split="validation").sha256
 
 
+def test_hub_splits_have_the_other_names_that_files_of_a_folder_have(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    there = {"train": PAIR, "validate": {**PAIR, "prompt": "other"}}
+
+    def load(hub_id, config, *, split, **options):
+        if split not in there:
+            raise ValueError(f'Unknown split "{split}". Should be one of {list(there)}.')
+        return datasets.Dataset.from_list([there[split]])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for asked in ("eval", "validation"):
+        found = load_examples("org/sums", split=asked)
+        assert [(one.id, one.prompt) for one in found.examples] == [("org/sums/validate[0]", "other")]
+        assert found.source == f"org/sums (asked for {asked}, took validate)"
+    assert load_examples("org/sums", split="train").source == "org/sums (train)"
+    # The refusal is about the split that was asked for, and says which there are.
+    assert "split test" in str(error := refusal("org/sums", split="test")) and "validate" in str(error)
+    del there["validate"]
+    assert 'Unknown split "eval"' in str(refusal("org/sums", split="eval"))
+
+
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf\n"])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv"])
 def test_empty_file(tmp_path, content, suffix):

@@ -12,12 +12,16 @@ from gradpruner.errors import DataError
 # A run asks for "eval"; data sets have a test split, or only a validation split.
 _ALSO_CALLED = {
     "train": ("training",),
-    "eval": ("evaluation", "test", "validation", "valid", "dev", "val"),
-    "validation": ("valid", "dev", "val"),
-    "test": (),
+    "eval": ("evaluation", "test", "validation", "valid", "dev", "val", "validate"),
+    "validation": ("valid", "dev", "val", "validate"),
 }
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 _FILES_NAMED = 8  # in a message
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """Returns what a split may be called, its own name first."""
+    return (split, *_ALSO_CALLED.get(split, ()))
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -31,7 +35,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: If there is none, several fit, a shard is missing, or two subsets have the split.
     """
-    names = (split, *_ALSO_CALLED.get(split, ()))
+    names = split_names(split)
     for name in names:
         found = [path for path in map(folder.joinpath, _file_names(name)) if path.is_file()]
         if len(found) > 1:
@@ -113,7 +117,7 @@ def saved_split(folder: Path, split: str) -> Path:
     """
     if not (folder / "dataset_dict.json").is_file():
         return folder
-    names = (split, *_ALSO_CALLED.get(split, ()))
+    names = split_names(split)
     for name in names:
         if (folder / name / "state.json").is_file():
             return folder / name

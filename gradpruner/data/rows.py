@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gradpruner.data.folders import is_saved_dataset, saved_split, split_files
+from gradpruner.data.folders import is_saved_dataset, saved_split, split_files, split_names
 from gradpruner.data.parsing import (
     PACKED,
     SUFFIXES,
@@ -195,7 +195,8 @@ def read_hub(
 
     Args:
         hub_id: "owner/name".
-        split: Split name on the hub.
+        split: Split name on the hub; where there is no such split, one of the other names that a folder's
+            files may have ("validation" for "eval").
         config: Configuration (subset) name; None is the default one.
         revision: Branch, tag or commit; None is the main branch.
         data_files: Pattern of the files of this split inside the repository; None lets the hub
@@ -208,16 +209,25 @@ def read_hub(
     import datasets
 
     files = {split: data_files} if data_files else None
-    try:
-        table = datasets.load_dataset(hub_id, config, split=split, revision=revision, data_files=files)
-        rows, names = [dict(row) for row in table], _names_of(table)
-    except Exception as error:  # the library raises some thirty types from six packages here
-        _refuse_hub(hub_id, split, config, tried, error)
+    refused: Exception | None = None
+    for taken in (split,) if files else split_names(split):
+        try:
+            table = datasets.load_dataset(hub_id, config, split=taken, revision=revision, data_files=files)
+            rows, names = [dict(row) for row in table], _names_of(table)
+            break
+        except Exception as error:  # the library raises some thirty types from six packages here
+            refused = refused or error
+            if not (isinstance(error, ValueError) and "split" in str(error)):
+                _refuse_hub(hub_id, split, config, tried, error)
+    else:
+        assert refused is not None
+        _refuse_hub(hub_id, split, config, tried, refused)
     if not rows:
-        raise DataError(f"Hub dataset '{hub_id}', split '{split}', holds no rows.")
+        raise DataError(f"Hub dataset '{hub_id}', split '{taken}', holds no rows.")
     name = f"{hub_id}:{config}" if config else hub_id
-    found = tuple(Row(f"{name}/{split}[{index}]", row) for index, row in enumerate(rows))
-    return RowSet(found, f"{name} ({split})", _digest(rows), label_names=names)
+    found = tuple(Row(f"{name}/{taken}[{index}]", row) for index, row in enumerate(rows))
+    which = taken if taken == split else f"asked for {split}, took {taken}"
+    return RowSet(found, f"{name} ({which})", _digest(rows), label_names=names)
 
 
 def _refuse_hub(
