@@ -1,12 +1,13 @@
 """The processes that do one job together, started by torchrun, accelerate launch or srun; usually one.
 
-Data parallelism: every process has the whole recipe and a share of the rows. The first one owns what is
-written (run folder, plans, models, report); the others follow its decisions:
+Data parallelism: each has a share of the rows. The first one runs the command and owns what is written (run
+folder, plans, models, report); the others wait for work that all do at the same time (`runs/together.py`).
 
     world = this_world()
-    done = world.agreed(lambda: directory.is_current(name))    # asked on the first, known to all
-    answers = world.gathered(mine)                             # lists of all, in the order of ranks
-    gram = world.summed(gram)                                  # the sum over processes
+    task = world.agreed(lambda: task)      # what the first one says, on all
+    result = world.in_step(work)           # all do it, and know whether it went well everywhere
+    answers = world.gathered(mine)         # lists of all, in the order of ranks
+    gram = world.summed(gram)              # the sum over processes
 
 With one process each of these does nothing but the work itself.
 """
@@ -28,13 +29,19 @@ T = TypeVar("T")
 # The first process may prune or score for hours while the others wait for its word. One that dies is noticed
 # at once all the same: its connection closes.
 PATIENCE = timedelta(days=7)
+# A process that failed waits this long for the others to fail too, as they do when a loss becomes NaN.
+GRACE = timedelta(seconds=15)
 
 
 class PeerError(ResourceError):
     """Another process of the job failed, and says why."""
 
 
-@dataclass(frozen=True)
+class GoneError(PeerError):
+    """Another process of the job has ended, or can be reached no longer: the job is over."""
+
+
+@dataclass
 class World:
     """This process among those of the job.
 
@@ -42,11 +49,14 @@ class World:
         rank: Which one this is, 0 <= rank < size.
         size: How many there are.
         group: What they talk through (a gloo process group); None when there is one.
+        broken: Whether this one left the others in the middle of common work (Ctrl-C): they wait for
+            something else than its word.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    broken: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -61,6 +71,8 @@ class World:
         """
         if self.size == 1:
             return work()
+        if self.broken:
+            raise GoneError("The processes of this job no longer work together.")
         if not self.is_first:
             value, failure = self._heard()
             if failure is not None:
@@ -72,6 +84,42 @@ class World:
             self._say(None, _told(error))
             raise
         self._say(result, None)
+        return result
+
+    def in_step(self, work: Callable[[], T]) -> T:
+        """Does work that all processes do at the same time, each its share, and waits for all of them.
+
+        Raises:
+            PeerError: If it failed on other processes alone. As after any other error that all know of, the
+                job can go on.
+            GoneError: If it failed so that the processes no longer wait for each other.
+        """
+        if self.size == 1:
+            return work()
+        import torch.distributed as dist
+
+        failure: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+        except BaseException:
+            self.broken = True
+            raise
+        patience = PATIENCE if failure is None else GRACE
+        try:
+            _talk(lambda: dist.monitored_barrier(self.group, timeout=patience))
+        except GoneError as gone:
+            self.broken = True
+            if failure is None or _is_connection(failure):
+                raise gone from failure
+            raise failure from None
+        told = self.gathered([_told(failure) if failure is not None else None])
+        if failure is not None:
+            raise failure
+        others = [one for one in told if one is not None]
+        if others:
+            raise others[0]
         return result
 
     def gathered(self, values: Sequence[T]) -> list[T]:
@@ -155,16 +203,22 @@ def _talk(exchange: Callable[[], T]) -> T:
     try:
         return exchange()
     except RuntimeError as error:  # torch.distributed.DistError is one
-        raise PeerError(
+        raise GoneError(
             "Another process of this job has ended.",
             hint=f"Its own message says why ({str(error).splitlines()[0][:200]}).",
         ) from error
 
 
+def _is_connection(error: Exception) -> bool:
+    """Whether an error of gloo or NCCL says no more than that another process cannot be reached."""
+    words = ("by peer", "Connection", "NCCL", "timed out")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def _told(error: BaseException) -> PeerError:
-    """An error of the first process as the others are told; with its exit code, so all end with the same."""
+    """An error of one process as the others are told; with its exit code, so that all end with the same."""
     said = str(error) if isinstance(error, GradPrunerError) else f"{type(error).__name__}: {error}"
-    told = PeerError(f"The first process stopped: {said}")
+    told = PeerError(f"Another process stopped: {said}")
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
     told.exit_code = code if isinstance(code, int) else 1
     pickle.dumps(told)  # plain text and a number, whatever the error held

@@ -43,7 +43,7 @@ def test_two_processes_agree_gather_and_sum():
         assert found["in order"] == [0, 1, 4, 9, 16]
         assert found["summed"] == [2.0, 1.0]
     assert first["error"] == ["DataError", "No rows. Give some.", 3]
-    assert second["error"] == ["PeerError", "The first process stopped: No rows. Give some.", 3]
+    assert second["error"] == ["PeerError", "Another process stopped: No rows. Give some.", 3]
 
 
 DYING = """

@@ -377,7 +377,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        app()
+        _in_its_world()
     except GradPrunerError as error:
         _complain(error)
         sys.exit(error.exit_code)
@@ -389,6 +389,29 @@ def main() -> None:
         ours = _unusable(error)
         _complain(ours)
         sys.exit(ours.exit_code)
+
+
+def _in_its_world() -> None:
+    """Carries out the command; of several processes the first does, and the others help where it says so."""
+    from gradpruner.world import PeerError, launched, this_world
+
+    if not launched():
+        app()
+        return
+    from gradpruner.progress import set_mode
+    from gradpruner.runs.together import follow, leading
+
+    if this_world().is_first:
+        with leading():
+            app()
+        return
+    set_mode("quiet")
+    logging.disable(logging.WARNING)
+    try:
+        code = follow()
+    except PeerError as error:  # said by the process it happened to
+        code = error.exit_code
+    sys.exit(code)
 
 
 def _unusable(error: OSError) -> GradPrunerError:

@@ -66,17 +66,18 @@ class Journal:
     Args:
         path: A file that may hold what an interrupted evaluation found; None keeps nothing.
         questions: What is asked.
+        rank: Of this process among those that share the questions; each writes a file of its own.
     """
 
-    def __init__(self, path: str | Path | None, questions: Questions) -> None:
-        self._path = Path(path) if path is not None else None
+    def __init__(self, path: str | Path | None, questions: Questions, rank: int = 0) -> None:
+        self._path = None if path is None else parts_of(Path(path), rank + 1)[rank]
         self._file: Any = None
         self._outputs = [
             Output(e.id, questions.prompt_tail(i), questions.reference(i))
             for i, e in enumerate(questions.examples)
         ]
-        if self._path is not None and self._path.exists():
-            self._recall(self._path)
+        for part in [] if path is None else parts_of(Path(path)):
+            self._recall(part)
 
     def _recall(self, path: Path) -> None:
         """Takes up the whole lines of an interrupted evaluation; what does not fit is asked again."""
@@ -126,6 +127,13 @@ class Journal:
         """Hands a finished batch to the operating system."""
         if self._file is not None:
             self._file.flush()
+
+
+def parts_of(path: Path, count: int | None = None) -> list[Path]:
+    """The journals of `count` processes; None finds those that are there, of however many."""
+    if count is not None:
+        return [path, *(path.with_name(f"{path.name}-{rank}") for rank in range(1, count))]
+    return sorted(one for one in (path, *path.parent.glob(f"{path.name}-*")) if one.exists())
 
 
 def values_of(outputs: Sequence[Output]) -> dict[str, list[float]]:

@@ -33,6 +33,7 @@ from gradpruner.files import write_text
 from gradpruner.models.sizes import PeakMemory
 from gradpruner.progress import Progress
 from gradpruner.registry import suggest
+from gradpruner.world import World
 
 METRICS = ("exact_match", "choice_likelihood", "rouge_l", "bert_score", "final_number")
 """What can be asked for."""
@@ -126,6 +127,7 @@ def evaluate(
     seed: int = 0,
     progress: str = "evaluate",
     journal: str | Path | None = None,
+    world: World | None = None,
 ) -> Evaluation:
     """Measures a model on the examples of a task.
 
@@ -152,6 +154,7 @@ def evaluate(
         progress: What the progress bar says is being done.
         journal: File that keeps what is done; an interrupted evaluation of the same model and examples
             goes on from it.
+        world: Processes that share the examples; every one must call this, and has the whole result.
 
     Raises:
         ConfigError: If an option is out of range or no metric can be computed.
@@ -164,16 +167,30 @@ def evaluate(
     scorer = bert_scorer(encoder, encoder_layer) if "bert_score" in metrics else None
     answering = model if hasattr(model, "option_scores") else LocalModel(model, tokenizer, batch_size)
     questions = Questions(tokenizer, examples, answering.longest(max_length), score_ends=score_ends)
+    world = world or World()
     started = time.perf_counter()
-    with PeakMemory(getattr(model, "device", None)) as peak, Journal(journal, questions) as outputs:
+    with (
+        PeakMemory(getattr(model, "device", None)) as peak,
+        Journal(journal, questions, world.rank) as outputs,
+    ):
         try:
-            speed = _ask(answering, questions, outputs, metrics, use_choices, max_new_tokens, progress)
+            speed = _ask(
+                answering,
+                questions,
+                outputs,
+                metrics,
+                use_choices,
+                max_new_tokens,
+                progress,
+                world.share(len(questions)),
+            )
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"Memory ran out while evaluating with a batch size of {batch_size}.",
                 hint="Choose a smaller evaluation batch size or maximum length.",
             ) from error
-    graded = _grade(outputs.all(), metrics, scorer)
+    whole = world.in_order([outputs[i] for i in world.share(len(questions))])
+    graded = _grade(whole, metrics, scorer)
     details = _details(metrics, scorer, answering, use_choices, score_ends)
     return Evaluation(
         metrics=_intervals(graded, seed),
@@ -198,19 +215,20 @@ def _ask(
     use_choices: bool,
     max_new_tokens: int | None,
     progress: str,
+    share: range,
 ) -> float | None:
-    """Has every question answered that has not been; returns tokens per second of generation."""
+    """Has every question of a share answered that has not been; returns tokens per second of generation."""
     examples = questions.examples
     generates = any(name != "choice_likelihood" for name in metrics)
-    unanswered = [i for i in range(len(examples)) if generates and outputs[i].generated is None]
-    unscored = [i for i in range(len(examples)) if use_choices and outputs[i].choice_scores is None]
+    unanswered = [i for i in share if generates and outputs[i].generated is None]
+    unscored = [i for i in share if use_choices and outputs[i].choice_scores is None]
     speed = None
-    with Progress(len(examples) * (generates + use_choices), progress) as bar:
-        bar.advance(len(examples) * (generates + use_choices) - len(unanswered) - len(unscored))
+    with Progress(len(share) * (generates + use_choices), progress) as bar:
+        bar.advance(len(share) * (generates + use_choices) - len(unanswered) - len(unscored))
         if unanswered:
             num_tokens, began = 0, time.perf_counter()
             budget = max_new_tokens if max_new_tokens is not None else questions.most_new_tokens()
-            matches = [o.correct for o in outputs.all() if o.correct is not None]
+            matches = [bool(outputs[i].correct) for i in share if outputs[i].correct is not None]
             for batch, answers in answering.answers(questions, unanswered, budget):
                 for i, answer in zip(batch, answers, strict=True):
                     text = questions.reading(i, answer.text)

@@ -318,6 +318,7 @@ METHODS.register("auto")(
         plan=plan,
         options=AutoOptions,
         needs_trace=True,
+        alone=True,
         label="Auto",
     )
 )

@@ -147,6 +147,7 @@ class Method:
         uniform: Whether the model it leaves is a plain Hugging Face one: whole layers gone, or the same
             widths in every layer.
         plan_options: Keys of the recipe's `plan` section that it sets itself.
+        alone: Whether it trains candidates while it plans, which works in one process only.
         label: What it is called in reports; "" makes it from the name. Ends in "-like" where a method is
             reconstructed from a paper without code.
     """
@@ -163,6 +164,7 @@ class Method:
     merges: bool = False
     uniform: bool = True
     plan_options: dict[str, Any] = field(default_factory=dict)
+    alone: bool = False
     label: str = ""
 
     def __post_init__(self) -> None:

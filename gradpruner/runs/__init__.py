@@ -5,6 +5,7 @@ key_hints        which key of a recipe an unknown one stands for
 job              a recipe with its inputs opened
 pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
 variant          one row of the comparison, stage by stage; work: what each stage does
+together         what all processes of a job do at the same time
 directory        the run directory: stages, fingerprints, lock
 evaluation_data  rows and metrics a recipe asks for
 plan_names       what rows are called, so that one folder holds the results of many plans

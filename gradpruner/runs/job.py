@@ -54,6 +54,8 @@ from gradpruner.runs.recipe import Recipe
 from gradpruner.training.finetuning import check_liger, check_trackers, planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.recording import default_steps
+from gradpruner.training.sharding import check_sharding
+from gradpruner.world import this_world
 
 Plan = PruningPlan | WidthPlan
 STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
@@ -83,6 +85,7 @@ class Job:
         resolve_device(recipe.model.device)
         check_trackers(recipe.finetune.report_to)
         check_evaluation(recipe)
+        check_sharding(recipe.finetune.fsdp, recipe.finetune.deepspeed, recipe.model.device)
         if recipe.finetune.liger:
             check_liger(recipe.model.device)
         self.folder = locate_model(recipe.model.path)
@@ -332,6 +335,16 @@ class Job:
         """Whether other rows need the dense model after its fine-tuning."""
         return self.recipe.start == "tuned" or (self.recipe.distils and self.recipe.start == "base")
 
+    @property
+    def spread(self) -> dict[str, int]:
+        """What training depends on beside the recipe: every process adds a batch to a step."""
+        size = this_world().size
+        return {"processes": size} if size > 1 else {}
+
+    def rows(self, name: str) -> ExampleSet:
+        """What is measured on: "eval", or the name of one of the further tasks."""
+        return self.eval if name == "eval" else self.also[name]
+
     def prune_from(self, folder: Path) -> None:
         """Makes the dense model tuned before (start: tuned) what is recorded on and pruned from now on."""
         self.origin = folder
@@ -381,6 +394,11 @@ def check_methods(recipe: Recipe) -> None:
         method = METHODS.find(method_of(name)) if name != "dense" else None
         if method is None:
             continue
+        if this_world().size > 1 and (method.alone or method.shrink or method.recover or method.callbacks):
+            raise ConfigError(
+                f"The method {name} trains by itself, in one process; this job has {this_world().size}.",
+                hint="Start it without torchrun or accelerate launch, or take another method.",
+            )
         tunes = recipe.start == "base" or (recipe.start == "tuned" and method.training is not None)
         if method.callbacks and not tunes and not recipe.recover.trains:
             raise ConfigError(

@@ -37,11 +37,13 @@ from gradpruner.runs.job import (
 from gradpruner.runs.plan_names import MADE, derived_name, differences, named_row, rows_in, variant_of
 from gradpruner.runs.recipe import Recipe, recipe_yaml
 from gradpruner.runs.run_record import run_record
+from gradpruner.runs.together import together
 from gradpruner.runs.variant import Variant
 from gradpruner.runs.work import plan_file, same_plan, stored_plan, tuned_folder
 from gradpruner.training.callbacks import ProgressCallback
 from gradpruner.training.options import RecordOptions
 from gradpruner.training.recording import record_gradients
+from gradpruner.world import this_world
 
 log = logging.getLogger(__name__)
 
@@ -135,6 +137,8 @@ class _Run:
         try:
             yield
         except Exception as error:
+            if this_world().broken:  # no row can be finished any more
+                raise
             ours = error
             if not isinstance(ours, GradPrunerError):  # a method met something it did not expect
                 ours = ModelError(f"{type(error).__name__}: {error}")
@@ -172,7 +176,7 @@ class _Run:
             "loading": self.recipe.model.model_dump(exclude={"path"}),
             "precision": self.recipe.finetune.precision,
             "seed": self.recipe.seed,
-        }
+        } | self.job.spread
         try:
             result = self.directory.stage("record", inputs, self._record, ["trace"])
         except Exception as error:
@@ -183,24 +187,13 @@ class _Run:
 
     def _record(self) -> dict[str, Any]:
         options = self.recipe.record
-        shared = self.job.training.model_dump(
-            include={"precision", "gradient_checkpointing", "seed", "device"}
-        )
-        model = self.job.load(self.job.origin, quantise=options.adapter == "qlora")
-        trace = record_gradients(
-            model,
-            self.job.samples,  # type: ignore[arg-type]
-            RecordOptions(**options.model_dump() | {"steps": self.job.record_steps}, **shared),
-            folder=self.path("trace"),
-            collator=self.job.collator,
-            callbacks=[ProgressCallback("record")],
-        )
-        self.job.release(model)
+        trace = together(self.job, record_rows, str(self.path("trace")))
         return {
             "num_steps": trace.num_steps,
             "effective_steps": trace.effective_steps,
             "tokens": round(sum(self.job.samples.lengths) / len(self.job.samples) * trace.num_steps)
-            * options.batch_size,
+            * options.batch_size
+            * this_world().size,
             "losses": list(trace.info.losses),
             "learning_rates": list(trace.info.learning_rates),
             "rank": trace.info.rank,
@@ -404,3 +397,22 @@ class _Run:
         from gradpruner.reports import render_html
 
         render_html(record, self.path("report.html"))
+
+
+def record_rows(job: Job, folder: str) -> GradientTrace:
+    """Model + task -> trace/; every process reads its share of the rows, the first one writes."""
+    shared = {"precision", "gradient_checkpointing", "fsdp", "deepspeed", "seed", "device"}
+    options = job.recipe.record
+    model = job.load(job.origin, quantise=options.adapter == "qlora")
+    trace = record_gradients(
+        model,
+        job.samples,  # type: ignore[arg-type]
+        RecordOptions(
+            **options.model_dump() | {"steps": job.record_steps}, **job.training.model_dump(include=shared)
+        ),
+        folder=folder,
+        collator=job.collator,
+        callbacks=[ProgressCallback("record")],
+    )
+    job.release(model)
+    return trace

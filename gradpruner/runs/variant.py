@@ -73,7 +73,8 @@ class Variant(Work):
         }
         if self.repairs:
             self.prune_inputs["repair"] = [recipe.plan.repair, recipe.plan.repair_rows, samples]
-        learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude={"report_to", "save_steps"})}
+        same = {"report_to", "save_steps", "fsdp", "deepspeed"}
+        learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude=same)} | self.job.spread
         if not self.is_dense and recipe.start != "base":
             learned_from["recover"] = recipe.recover.model_dump()
         if not self.is_dense and recipe.distils:
@@ -116,17 +117,17 @@ class Variant(Work):
         if self.trains:
             if self.recipe.evaluate.before_finetuning:
                 inputs = self.tune_inputs if recovers else self.prune_inputs
-                found.append(self._measuring("before", inputs, self.before, self.job.eval, self.job.metrics))
+                found.append(self._measuring("before", inputs, self.before, "eval", self.job.metrics))
             made = (self.tuned, self.checkpoints)
             found.append(Stage("finetune", f"finetune {name}", self.tune_inputs, self.tune, made))
         return found + self._measurements()
 
     def _measurements(self) -> list[Stage]:
         """The finished model on its task, on further ones, and by lm-eval."""
-        found = [self._measuring("", self.tune_inputs, self.examples, self.job.eval, self.job.metrics)]
-        for task, rows in self.job.also.items():
+        found = [self._measuring("", self.tune_inputs, self.examples, "eval", self.job.metrics)]
+        for task in self.job.also:
             file = f"variants/{self.name}/examples_{task}.jsonl"
-            found.append(self._measuring(f"on {task}", self.tune_inputs, file, rows, metrics_of_task(task)))
+            found.append(self._measuring(f"on {task}", self.tune_inputs, file, task, metrics_of_task(task)))
         options = self.recipe.evaluate
         if options.lm_eval:
             asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
@@ -135,9 +136,9 @@ class Variant(Work):
         return found
 
     def _measuring(
-        self, what: str, model: dict[str, Any], file: str, rows: ExampleSet, metrics: tuple[str, ...]
+        self, what: str, model: dict[str, Any], file: str, rows: str, metrics: tuple[str, ...]
     ) -> Stage:
-        """A model, given by what it depends on, measured on rows; its answers go to `file`."""
+        """A model, given by what it depends on, measured on `Job.rows`; its answers go to `file`."""
 
         def work() -> dict[str, Any]:
             tuned = self.trains and what != "before"
@@ -145,7 +146,11 @@ class Variant(Work):
 
         name = f"evaluate {self.name} {what}".rstrip()
         return Stage(
-            "evaluate", name, model | self.measure_inputs(rows, metrics), work, (file, journal(file))
+            "evaluate",
+            name,
+            model | self.measure_inputs(self.job.rows(rows), metrics),
+            work,
+            (file, journal(file)),
         )
 
     def up_to(self, depth: int) -> None:

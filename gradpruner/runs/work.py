@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gradpruner.data.examples import ExampleSet
 from gradpruner.evaluation.harness import evaluate_harness
-from gradpruner.evaluation.quality import evaluate
+from gradpruner.evaluation.outputs import parts_of
+from gradpruner.evaluation.quality import Evaluation, evaluate
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.checking import ADAPTER_FILE
@@ -26,8 +26,10 @@ from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkp
 from gradpruner.runs.directory import RunDirectory, fingerprint
 from gradpruner.runs.job import LABELS, Job, Plan, load_plan
 from gradpruner.runs.plan_names import variant_of
-from gradpruner.training.finetuning import finetune
+from gradpruner.runs.together import together
+from gradpruner.training.finetuning import FinetuneResult, finetune
 from gradpruner.training.options import FinetuneOptions
+from gradpruner.world import this_world
 
 
 class Work:
@@ -178,11 +180,23 @@ class Work:
 
     def tune(self) -> dict[str, Any]:
         """Pruned (or dense) model -> fine-tuned model"""
+        model, result = together(self.job, train_row, *self._address())
+        self._save(model, self.tuned, {"finetune": result.to_dict() | {"losses": None}})
+        self.directory.remove([self.checkpoints])
+        self.job.release(model)
+        return result.to_dict() | {"output": self.tuned}
+
+    def _address(self) -> tuple[str, str, dict[str, Any] | None]:
+        """What other processes need to make the same row; see `row_of`."""
+        return str(self.directory.path), self.name, self.plan.to_dict() if self.plan else None
+
+    def train(self) -> tuple[Any, FinetuneResult]:
+        """The fine-tuned model, in memory, and how it went."""
         options = self._training_options()
         # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
         updated = "float32" if options.mode == "full" and self.recipe.model.dtype == "auto" else None
         callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
-        model, result = finetune(
+        return finetune(
             self.job.load(self.source, dtype=updated),
             self.job.samples,
             options,
@@ -192,10 +206,6 @@ class Work:
             callbacks=callbacks,
             **self._teacher(),
         )
-        self._save(model, self.tuned, {"finetune": result.to_dict() | {"losses": None}})
-        self.directory.remove([self.checkpoints])
-        self.job.release(model)
-        return result.to_dict() | {"output": self.tuned}
 
     def _training_options(self) -> FinetuneOptions:
         """The recipe's fine-tuning; of a pruned model that was tuned before, the shorter one of `recover`."""
@@ -239,16 +249,23 @@ class Work:
             return load_adapter(self.job.load(self.source), folder)
         return self.job.load(folder)
 
-    def measure(
-        self, folder: Path, file: str, examples: ExampleSet, metrics: tuple[str, ...]
-    ) -> dict[str, Any]:
-        """Evaluates a model folder on examples; what it answered goes to `file`."""
+    def measure(self, folder: Path, file: str, rows: str, metrics: tuple[str, ...]) -> dict[str, Any]:
+        """Evaluates a model folder on rows (see `Job.rows`); what it answered goes to `file`."""
+        where = str(folder), str(self.path(journal(file)))
+        result = together(self.job, measure_row, *self._address(), *where, rows, metrics)
+        result.write_examples(self.path(file))
+        for part in parts_of(self.path(journal(file))):
+            part.unlink()
+        return result.summary() | {"per_example": file, "source": self.job.rows(rows).source}
+
+    def evaluate(self, folder: Path, rows: str, metrics: tuple[str, ...], kept: Path) -> Evaluation:
+        """What a model folder answers and what that scores; `kept` is the journal of what is done."""
         options = self.recipe.evaluate
         model = self.load(folder)
         result = evaluate(
             model,
             self.job.tokenizer,
-            examples.examples,
+            self.job.rows(rows).examples,
             metrics=metrics,
             batch_size=options.batch_size,
             max_new_tokens=options.max_new_tokens,
@@ -257,12 +274,11 @@ class Work:
             encoder_layer=options.encoder_layer,
             seed=self.recipe.seed,
             progress=f"evaluate {self.name}",
-            journal=self.path(journal(file)),
+            journal=kept,
+            world=this_world(),
         )
-        result.write_examples(self.path(file))
-        self.directory.remove([journal(file)])
         self.job.release(model)
-        return result.summary() | {"per_example": file, "source": examples.source}
+        return result
 
     def run_harness(self) -> dict[str, Any]:
         """Fine-tuned model -> scores of lm-evaluation-harness"""
@@ -279,6 +295,37 @@ class Work:
         )
         self.job.release(model)
         return found
+
+
+def row_of(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Work:
+    """A row of a run directory as every process sees it, for work they do together."""
+    if plan is None:
+        found: Plan | None = None
+    elif plan.get("kind") == "width":
+        found = WidthPlan.from_dict(plan)
+    else:
+        found = PruningPlan.from_dict(plan)
+    directory = RunDirectory(out, device=job.device)
+    return Work(job, directory, name, found, lambda: GradientTrace.load(directory.path / "trace"))
+
+
+def train_row(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> tuple[Any, FinetuneResult]:
+    """Fine-tunes the model of a row; arguments as for `row_of`."""
+    return row_of(job, out, name, plan).train()
+
+
+def measure_row(
+    job: Job,
+    out: str,
+    name: str,
+    plan: dict[str, Any] | None,
+    folder: str,
+    kept: str,
+    rows: str,
+    metrics: tuple[str, ...],
+) -> Evaluation:
+    """Evaluates a model of a row; arguments as for `row_of` and `Work.evaluate`."""
+    return row_of(job, out, name, plan).evaluate(Path(folder), rows, metrics, Path(kept))
 
 
 def tuned_folder(name: str) -> str:
