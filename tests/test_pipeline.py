@@ -1,11 +1,13 @@
 import json
 import shutil
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import make_project, make_tokenizer, write_rows
 from families import make_family_model
+from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from gradpruner import reports as report
@@ -170,6 +172,10 @@ def test_another_plan_leaves_all_that_is_finished(copy, until):
             assert PruningPlan.load(own) == PruningPlan.load(out / f"plans/{name}.json")
             layers = AutoModelForCausalLM.from_pretrained(own.parent / "pruned").config.num_hidden_layers
             assert layers == len(PruningPlan.load(own).keep)
+    if until == "plan":  # what was asked for is shown too
+        with StringIO() as screen:
+            report.print_summary(after, Console(file=screen, width=110))
+            assert "planned: merged@num_prune=1+num_merge=0: 3 of 4 kept" in screen.getvalue()
     # And back: nothing is done twice.
     again = run(load_recipe(out / "recipe.yaml", ("plan.num_prune=2", "plan.num_merge=1")))
     done = {name for name, state in states(again).items() if state == "done"}

@@ -15,7 +15,7 @@ from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
 from gradpruner.runs.study import NamedPoint, Sweep, carry_out, make_study, read_study
-from gradpruner.runs.study.carrying_out import MARKER, adopt, state_of
+from gradpruner.runs.study.carrying_out import MARKER, adopt, state_of, stored_record
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds
 from gradpruner.runs.study.preview import examine_study
 
@@ -300,6 +300,29 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(compared, tmp_path, monkeypa
     assert facts["finetunings"] == 12 and facts["finetunings_left"] == 10
     assert facts["budgets"][""]["removed"] > 0 and facts["disk_bytes"] > 0
     assert [run["state"] for run in facts["runs"]] == ["begun", "done", "begun", "done"]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("run.json", {"variants": {"last": {"evaluation": {"metrics": {"exact_match": {"value": "high"}}}}}}),
+        ("run.json", {"variants": []}),
+        ("run.json", {"variants": {"last": {"evaluation": {"metrics": {}, "per_example": "../../other"}}}}),
+        ("run.json", {"model": None}),
+        ("run.json", {"warnings": [{}]}),
+        ("run.json", {"recipe": 3}),
+        ("manifest.json", {"stages": {"a": {"state": "failed", "inputs": "", "files": {"../x": {}}}}}),
+        ("manifest.json", {"stages": []}),
+    ],
+)  # fmt: skip
+def test_a_run_of_a_study_that_says_what_none_says_is_no_finished_one(compared, tmp_path, name, change):
+    folder, plan, _ = compared
+    shutil.copytree(folder / "study/seed-1", tmp_path / "seed-1")
+    assert stored_record(tmp_path / "seed-1") is not None
+    value = json.loads((tmp_path / "seed-1" / name).read_text())
+    (tmp_path / "seed-1" / name).write_text(json.dumps(value | change))
+    assert stored_record(tmp_path / "seed-1") is None
+    assert state_of(tmp_path, plan.runs()[2]) == "begun"
 
 
 # -- a sweep ---------------------------------------------------------------------------------------------

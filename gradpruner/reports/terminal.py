@@ -63,7 +63,10 @@ def _print_results(view: RunView, console: Console) -> None:
     if costs.rows:
         say(console, "Whole cost of every row: all that had to be done for it", "dim")
         console.print(rich_table(costs, console))
-    _print_strips([(v.label, v.plan) for v in view.variants if v.plan is not None], console)
+    strips = [(v.label, v.plan) for v in view.variants if v.plan is not None]
+    rows = {v.name for v in view.variants}
+    planned = [(f"planned: {text(name)}", plan) for name, plan in view.plans.items() if name not in rows]
+    _print_strips(strips + planned, console)
     verdict = judge(view)
     console.print()
     say(console, verdict.word, VERDICT_STYLES[verdict.level])

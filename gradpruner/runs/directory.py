@@ -115,7 +115,7 @@ class RunDirectory:
                 self.path.mkdir(parents=True, exist_ok=True)
                 opened.enter_context(working_in(self.path))
                 refuse_links(self.path)
-                self.manifest = self._read_manifest()  # only now: the lock may have been waited for
+                self.manifest = self._manifest()  # only now: another process may have worked here
                 for folder, _, _ in os.walk(self.path):
                     sweep(Path(folder))
                 self.save()
@@ -124,24 +124,11 @@ class RunDirectory:
             self._opened = opened.pop_all()
         return self
 
-    def _read_manifest(self) -> Manifest:
+    def _manifest(self) -> Manifest:
         """What earlier starts left."""
-        path = self.path / MANIFEST
-        if not path.exists():
-            return {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
-        raw = read_json(path, "run manifest")
-        found = raw.get("format_version") if isinstance(raw, dict) else None
-        if type(found) is not int or found != FORMAT_VERSION:
-            raise IntegrityError(
-                f"{path} is not a manifest of format version {FORMAT_VERSION} (found: {shown(found)}).",
-                hint="Choose another --out.",
-            )
-        manifest = typed(raw, Manifest, f"{path} is not a manifest")
-        for name, entry in manifest["stages"].items():
-            fault = _stage_fault(name, entry)
-            if fault:
-                raise IntegrityError(f"{path} is not a manifest: {fault}.", hint="Choose another --out.")
-        return manifest
+        if (self.path / MANIFEST).exists():
+            return read_manifest(self.path / MANIFEST)
+        return {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
@@ -312,15 +299,41 @@ def _plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def read_manifest(path: Path) -> Manifest:
+    """Reads a manifest.
+
+    Raises:
+        IntegrityError: If it is missing, of another version, or says what none says.
+    """
+    raw = read_json(path, "run manifest")
+    found = raw.get("format_version") if isinstance(raw, dict) else None
+    if type(found) is not int or found != FORMAT_VERSION:
+        raise IntegrityError(
+            f"{path} is not a manifest of format version {FORMAT_VERSION} (found: {shown(found)}).",
+            hint="Choose another --out.",
+        )
+    manifest = typed(raw, Manifest, f"{path} is not a manifest")
+    for name, entry in manifest["stages"].items():
+        fault = _stage_fault(name, entry)
+        if fault:
+            raise IntegrityError(f"{path} is not a manifest: {fault}.", hint="Choose another --out.")
+    return manifest
+
+
 def _stage_fault(name: str, entry: StageEntry) -> str | None:
     """What is wrong with a manifest's entry of a stage beyond its types, or None."""
     if entry["state"] == "done" and "result" not in entry:
         return f"stage {shown(name)} is done and has no result"
     for relative in entry["files"]:
-        path = Path(relative)
-        if ".." in path.parts or path.is_absolute() or path_fault(path) is not None:
+        if not stays_inside(relative):
             return f"stage {shown(name)} names the file {shown(relative)}, which is not in the folder"
     return None
+
+
+def stays_inside(relative: str) -> bool:
+    """Whether a path that a file names can be one in the run directory."""
+    path = Path(relative)
+    return ".." not in path.parts and not path.is_absolute() and path_fault(path) is None
 
 
 def _is_interrupt(error: BaseException) -> bool:

@@ -5,25 +5,112 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from gradpruner._version import __version__
 from gradpruner.data.examples import ExampleSet
+from gradpruner.errors import IntegrityError
 from gradpruner.evaluation.metrics import majority_class
 from gradpruner.evaluation.outputs import paired_intervals, read_examples
-from gradpruner.files import shown
+from gradpruner.files import read_json, shown, typed
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.sizes import decoder_parameters
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.provenance import provenance, utc_now
-from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.directory import RunDirectory, stays_inside
 from gradpruner.runs.job import Job, Plan, count_parameters_of, method_of
 from gradpruner.runs.plan_names import MADE, differences, rows_in
 from gradpruner.runs.recipe import Recipe
 from gradpruner.runs.variant import described
 from gradpruner.runs.work import stored_plan
+
+
+class Value(TypedDict):
+    """One metric."""
+
+    value: float
+
+
+class Measured(TypedDict):
+    """What a model was measured to do."""
+
+    metrics: dict[str, Value]
+    seconds: NotRequired[float | None]
+    per_example: NotRequired[str | None]
+
+
+class Trained(TypedDict):
+    """What training a model took."""
+
+    seconds: NotRequired[float | None]
+    peak_memory_bytes: NotRequired[int | None]
+
+
+class Total(TypedDict):
+    """Seconds of everything a row needed."""
+
+    total: float
+
+
+class Cost(TypedDict):
+    """What a row took in all."""
+
+    seconds: Total
+    tokens: NotRequired[int | None]
+
+
+class Row(TypedDict):
+    """What a study reads of a row."""
+
+    error: NotRequired[str | None]
+    num_layers: NotRequired[int | None]
+    num_parameters: NotRequired[int | None]
+    before: NotRequired[Measured | None]
+    evaluation: NotRequired[Measured | None]
+    finetune: NotRequired[Trained | None]
+    cost: NotRequired[Cost]
+
+
+class Size(TypedDict):
+    """How large a model is."""
+
+    num_parameters: int
+
+
+class RunRecord(TypedDict):
+    """What a study reads of run.json."""
+
+    title: NotRequired[str]
+    recipe: dict[str, Any]
+    model: Size
+    plans: dict[str, dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
+    variants: dict[str, Row]
+    reference: NotRequired[dict[str, Any]]
+    warnings: list[str]
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """A run record as it was written, if every value a study reads is of its type.
+
+    Raises:
+        IntegrityError: If it is missing, no JSON, or a value is of another type.
+    """
+    raw: dict[str, Any] = read_json(path, "run record")
+    fault = f"{path} is not a readable run record"
+    for name, row in typed(raw, RunRecord, fault)["variants"].items():
+        measured = row.get("evaluation")
+        file = measured.get("per_example") if measured is not None else None
+        if file and not stays_inside(file):
+            raise IntegrityError(f"{fault}: the answers of {shown(name)} are in {shown(file)}, outside.")
+        if measured is not None and not row.get("error") and row.get("num_parameters") is None:
+            raise IntegrityError(f"{fault}: the row {shown(name)} has figures and no size.")
+    return raw
+
 
 # Recipe sections that decide what a row was trained on and how.
 _OF_A_ROW = ("seed", "start", "model", "data", "finetune", "recover", "distil")

@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from gradpruner.errors import GradPrunerError, IntegrityError
-from gradpruner.files import LOCK_FILE, read_json, working_in, write_json, write_text
+from gradpruner.files import LOCK_FILE, read_json, typed, working_in, write_json, write_text
 from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.models.sizes import savings
 from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
-from gradpruner.runs.directory import MANIFEST
+from gradpruner.runs.directory import MANIFEST, StageEntry, read_manifest
 from gradpruner.runs.job import Job, bytes_to_write, placeholder_scores, plan_for
 from gradpruner.runs.recipe import Recipe
+from gradpruner.runs.run_record import read_run_record
 from gradpruner.runs.study.design import DENSE, Study, StudyRun
 from gradpruner.runs.study.summary import Found, is_measured, summarise
 
@@ -31,6 +34,12 @@ STUDY, REPORT, TABLE = "study.json", "report.html", "table.md"
 MARKER = "study.yaml"
 # Keys of a recipe that change no figure.
 _INDIFFERENT = ("out", "title", "keep_models")
+
+
+class Begun(TypedDict):
+    """What is read back of study.json; the rest is computed anew from the runs."""
+
+    created: str
 
 
 @dataclass(frozen=True)
@@ -218,8 +227,8 @@ def stored_record(folder: Path) -> dict[str, Any] | None:
     if not (folder / "run.json").exists():
         return None
     try:
-        record: dict[str, Any] = read_json(folder / "run.json", "run record")
-        stages = read_json(folder / MANIFEST, "run manifest")["stages"]
+        record = read_run_record(folder / "run.json")
+        stages = read_manifest(folder / MANIFEST)["stages"]
     except IntegrityError:
         return None  # the run itself will say so
     # run.json lists what its start came by: not, once models are cleared, what had made them.
@@ -259,7 +268,7 @@ def adopt(source: Path, folder: Path) -> None:
         source: A run directory nobody works in.
         folder: A folder that does not exist yet.
     """
-    manifest = read_json(source / MANIFEST, "run manifest")
+    manifest = read_manifest(source / MANIFEST)
     done = {name: stage for name, stage in manifest["stages"].items() if stage["state"] == "done"}
     with staged_folder(folder) as staged:
         for relative in _present(source, done.values()):
@@ -276,7 +285,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _present(folder: Path, stages: Iterable[dict[str, Any]]) -> list[str]:
+def _present(folder: Path, stages: Iterable[StageEntry]) -> list[str]:
     files = {relative for stage in stages for relative in stage["files"]}
     return sorted(relative for relative in files if (folder / relative).is_file())
 
@@ -284,8 +293,8 @@ def _present(folder: Path, stages: Iterable[dict[str, Any]]) -> list[str]:
 def _created(path: Path) -> str:
     """When an earlier start began the study; now, if there was none."""
     try:
-        return str(read_json(path, "study")["created"])
-    except (IntegrityError, KeyError, TypeError):
+        return typed(read_json(path, "study"), Begun, f"{path} is not a readable study")["created"]
+    except IntegrityError:  # none yet, or none that says when
         return utc_now()
 
 
