@@ -42,12 +42,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import psutil
 import torch
 from transformers import LlamaConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gradpruner.data.encoding import Collator, encode_all
 from gradpruner.data.examples import load_examples
 from gradpruner.evaluation.costing.subject import Subject, find_subject
-from gradpruner.evaluation.costing.worker import worker_environment
-from gradpruner.evaluation.costing.worker_process import build
+from gradpruner.evaluation.costing.turns import worker_environment
+from gradpruner.evaluation.costing.worker import build
 from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.gradients.scores import default_num_prune
 from gradpruner.gradients.trace import GradientTrace
@@ -104,8 +105,10 @@ class Order:
     def load(self) -> Any:
         """The model, in evaluation mode, on the device."""
         torch.manual_seed(SEED)
-        model = {"mode": "lora", "folder": self.folder, "config": self.config}
-        return build(model, Workload(device=self.device, dtype=self.dtype), resolve_device(self.device))
+        config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
+        subject = Subject("", config, Path(self.folder) if self.folder else None)
+        workload = Workload(device=self.device, dtype=self.dtype)
+        return build(subject, "lora", workload, resolve_device(self.device))
 
     def training(self) -> dict[str, Any]:
         """What `finetune` and `record_gradients` have in common."""

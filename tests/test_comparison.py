@@ -1,25 +1,26 @@
 """`gradpruner cost`: dense and pruned side by side, in this process and as a user calls it."""
 
-import io
 import json
-from collections import namedtuple
+import os
+import threading
+from multiprocessing.connection import Connection
 from typing import ClassVar
 
 import pytest
 from conftest import COMMON, make_model
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from gradpruner import progress
 from gradpruner.cli.cost import shown
 from gradpruner.cli.main import app
-from gradpruner.errors import ConfigError, PlanError, ResourceError
-from gradpruner.evaluation.costing import comparison as comparison_module
-from gradpruner.evaluation.costing import pairing, worker_process
-from gradpruner.evaluation.costing import worker as worker_module
+from gradpruner.errors import ConfigError, PlanError
+from gradpruner.evaluation.costing import turns as turns_module
+from gradpruner.evaluation.costing import worker
 from gradpruner.evaluation.costing.comparison import measure_cost
 from gradpruner.evaluation.costing.figures import Figure, time_floors
-from gradpruner.evaluation.costing.subject import find_subject
-from gradpruner.evaluation.costing.worker import worker_environment
+from gradpruner.evaluation.costing.subject import Subject, find_subject
+from gradpruner.evaluation.costing.turns import worker_environment
 from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.plans.layer_plan import PruningPlan
 
@@ -40,60 +41,59 @@ def shape(tmp_path):
     return write_config(tmp_path / "dense")
 
 
-class FakeWorker:
-    """Answers like a process would: the dense model takes 2 s a step, the pruned 1 s, the third one 9."""
+class FakeProcess:
+    """A thread that answers like a process would: the dense model takes 2 s a step, any other 1 s."""
 
     order: ClassVar[list[str]] = []
     failing: ClassVar[str] = ""
 
-    def __init__(self, subject, mode, workload):
-        self.name, self.mode, self.count = f"{subject.depth}", mode, 0
+    def __init__(self, command, *, pass_fds, **_):
+        (descriptor,) = pass_fds
+        assert f"main({descriptor})" in command[-1]
+        self.thread = threading.Thread(target=self.answer, args=(Connection(os.dup(descriptor)),))
+        self.thread.start()
 
-    def __enter__(self):
-        FakeWorker.order.append(f"start {self.name}")
-        return self
+    def answer(self, turns):
+        with turns:
+            subject, mode, workload = turns.recv()
+            name = str(subject.depth)
+            if self.failing == name:
+                turns.send({"error": "out of memory"})
+                return
+            turns.send({"ready": True})
+            for step in range(workload.steps):
+                turns.recv()
+                self.order.append(name)
+                seconds = (2.0 if name == "6" else 1.0) if step >= workload.warmup else 99.0
+                times = {
+                    "prefill_seconds": seconds,
+                    "decode_seconds": seconds,
+                    "generation_seconds": 3 * seconds,
+                }
+                turns.send(times if mode == "inference" else {"step_seconds": seconds})
+            peak = 1000 if name == "6" else 800
+            turns.send({"peak_bytes": peak, "empty_bytes": 600, "kind": "rss"})
 
-    def __exit__(self, *error):
-        FakeWorker.order.append(f"end {self.name}")
+    def wait(self, timeout=None):
+        self.thread.join(timeout)
+        return 0
 
-    def wait_ready(self):
-        if self.failing == self.name:
-            raise ResourceError("out of memory")
-
-    def step(self):
-        FakeWorker.order.append(self.name)
-        self.count += 1
-        seconds = 2.0 if self.name == "6" else 1.0
-        if self.mode != "inference":
-            return {"step_seconds": seconds if self.count > 1 else 99.0}
-        return {"generation_seconds": 3 * seconds, "prefill_seconds": seconds, "decode_seconds": seconds}
-
-    def finish(self):
-        peak = 1000 if self.name == "6" else 800
-        return {"peak_bytes": peak, "empty_bytes": 600, "kind": "rss"}
+    def kill(self):
+        pass
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(FakeWorker, "order", [])
-    monkeypatch.setattr(FakeWorker, "failing", "")
-    monkeypatch.setattr(pairing, "Worker", FakeWorker)
-    return FakeWorker
+    monkeypatch.setattr(FakeProcess, "order", [])
+    monkeypatch.setattr(FakeProcess, "failing", "")
+    monkeypatch.setattr(turns_module, "Popen", FakeProcess)
+    return FakeProcess
 
 
-def free_memory(monkeypatch, count):
-    monkeypatch.setattr(
-        comparison_module.psutil,
-        "virtual_memory",
-        lambda: namedtuple("Memory", "available total")(count, count),
-    )
-
-
-def test_ratios_floors_and_order(fake, shape, monkeypatch):
-    free_memory(monkeypatch, 10**12)
+def test_ratios_floors_and_order(fake, shape):
     found = measure_cost(shape, PruningPlan.from_keep(6, [0, 1, 5]), SMALL)
     # Warm-up and two steps; the first to go alternates.
-    assert fake.order[2:8] == ["6", "3", "3", "6", "6", "3"]
+    assert fake.order[:6] == ["6", "3", "3", "6", "6", "3"]
     step = found.find("full_step_seconds")
     assert step.medians == (2.0, 1.0) and step.ratio == 0.5 and step.pairs == [0.5, 0.5]
     # One layer: q, o 32x32, k, v 16x32, three 32x48; head 64x32.
@@ -104,8 +104,7 @@ def test_ratios_floors_and_order(fake, shape, monkeypatch):
     assert rise.medians == (400, 200) and found.find("full_peak_bytes").floor is None
     assert rise.floor == found.find("full_held_bytes").ratio == found.find("parameters").ratio
     assert found.find("inference_rate").medians == (1.0, 2.0)
-    assert found.interleaved == dict.fromkeys(("full", "lora", "inference"), True)
-    assert found.random_weights and not found.errors and not found.warnings
+    assert found.measured and found.random_weights and not found.errors and not found.warnings
     assert found.dtypes == dict.fromkeys(("full", "lora", "inference"), "float32")
     with pytest.raises(ConfigError, match="No figure 'speed'"):
         found.find("speed")
@@ -115,36 +114,12 @@ def test_ratios_floors_and_order(fake, shape, monkeypatch):
     assert facts["provenance"]["packages"]
 
 
-def test_models_that_do_not_fit_together_are_loaded_in_turns(fake, shape, monkeypatch):
-    free_memory(monkeypatch, 1_000_000_000)  # one process is reckoned with 0.7 GB
-    found = measure_cost(shape, PruningPlan.from_keep(6, [0, 5]), SMALL, modes=["lora"])
-    visit = ["start 6", "6", "6", "end 6", "start 2", "2", "2", "end 2"]
-    assert fake.order == visit * 2 and found.interleaved == {"lora": False}
-    assert found.find("lora_step_seconds").dense == (2.0, 2.0)
-
-
-def test_one_failure_is_a_row_with_its_error(fake, shape, monkeypatch):
-    free_memory(monkeypatch, 10**12)
+def test_one_failure_is_a_row_with_its_error(fake, shape):
     fake.failing = "6"
     found = measure_cost(shape, PruningPlan.from_keep(6, [0, 5]), SMALL, modes=["lora"])
     assert found.errors == {"dense, LoRA fine-tuning": "out of memory"}
     step = found.find("lora_step_seconds")
     assert step.medians == (None, 1.0) and step.ratio is None and step.above_floor is None
-
-
-def test_too_little_memory_is_said_before_anything_is_loaded(fake, shape, monkeypatch):
-    free_memory(monkeypatch, 10_000_000_000)
-    model, pruned = "llama-3.2-1b", PruningPlan.from_keep(16, [*range(9), 15])
-    # 16 bytes for each of 1.236 B parameters, and 0.7 GB of libraries.
-    with pytest.raises(ResourceError, match=r"19\.1 GiB .*9\.31 GiB are available") as caught:
-        measure_cost(model, pruned, Workload(device="cpu"))
-    assert "--mode lora,inference" in caught.value.hint
-    free_memory(monkeypatch, 12_000_000_000)
-    with pytest.raises(ResourceError) as caught:
-        measure_cost(model, pruned, Workload(device="cpu"), modes=["full"])
-    assert "--dtype bfloat16" in caught.value.hint and not fake.order
-    forced = measure_cost(model, pruned, Workload(device="cpu"), modes=["full"], force=True)
-    assert forced.find("full_step_seconds").medians[1] == 1.0 and fake.order
 
 
 def test_a_median_and_its_pairs_by_hand():
@@ -184,8 +159,7 @@ def test_bad_pairs(shape, tmp_path):
     assert all(figure.floor is None for figure in found.figures)
 
 
-def test_weights_that_are_there_are_used_for_both_or_neither(tmp_path, shape, fake, monkeypatch):
-    free_memory(monkeypatch, 10**12)
+def test_weights_that_are_there_are_used_for_both_or_neither(tmp_path, shape, fake):
     for name, layers in (("six", 6), ("three", 3)):
         make_model(num_hidden_layers=layers).save_pretrained(tmp_path / name)
     found = measure_cost(tmp_path / "six", tmp_path / "three", SMALL, modes=["inference"])
@@ -232,31 +206,53 @@ def test_a_dry_run_prints_sizes_and_floors(shape, tmp_path):
     assert str(tmp_path) not in json.dumps(facts)
 
 
+class Asker:
+    """The other end of a worker's pipe, in this process: one order, then leave to go, so often."""
+
+    def __init__(self, subject, mode, goes=SMALL.steps):
+        self.messages = [(subject, mode, SMALL), *["go"] * goes]
+        self.said = []
+
+    def recv(self):
+        if not self.messages:
+            raise EOFError
+        return self.messages.pop(0)
+
+    def send(self, message):
+        self.said.append(message)
+
+
+LLAMA = Subject("llama", LlamaConfig(**COMMON))
+
+
 @pytest.mark.parametrize("mode", ["full", "lora", "inference"])
 def test_a_worker_measures_what_users_run(mode, monkeypatch):
-    raw = {**COMMON, "model_type": "llama"}
-    order = json.dumps({"mode": mode, "config": raw, "workload": SMALL.to_dict()})
-    replies = io.StringIO()
     monkeypatch.setattr(progress, "_mode", "quiet")
-    worker_process.work(io.StringIO(order + "\n" + "go\n" * SMALL.steps), replies)
-    said = [json.loads(line) for line in replies.getvalue().splitlines()]
-    assert said[0] == {"ready": True} and len(said) == 2 + SMALL.steps
-    for times in said[1:-1]:
+    asker = Asker(LLAMA, mode)
+    worker.work(asker)
+    assert asker.said[0] == {"ready": True} and len(asker.said) == 2 + SMALL.steps
+    for times in asker.said[1:-1]:
         assert all(seconds > 0 for seconds in times.values())
-        if mode == "inference":
-            prompt_and_rest = (
-                times["prefill_seconds"] + 3 * times["decode_seconds"]
-            )  # the first is the prompt's
-            assert prompt_and_rest <= times["generation_seconds"]
-    assert said[-1]["kind"] == "rss" and said[-1]["peak_bytes"] >= said[-1]["empty_bytes"] > 10**8
+        if mode == "inference":  # the first of four tokens is the prompt's
+            parts = times["prefill_seconds"] + 3 * times["decode_seconds"]
+            assert parts <= times["generation_seconds"]
+    assert asker.said[-1]["kind"] == "rss"
+    assert asker.said[-1]["peak_bytes"] >= asker.said[-1]["empty_bytes"] > 10**8
 
 
-def test_a_worker_loads_the_weights_of_a_folder(tmp_path):
+def test_a_worker_loads_the_weights_of_a_folder_and_says_what_went_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_exercise", lambda *_: None)
+    monkeypatch.setattr(progress, "_mode", "quiet")
     make_model(num_hidden_layers=2).save_pretrained(tmp_path / "model")
-    order = {"mode": "inference", "folder": str(tmp_path / "model"), "workload": SMALL.to_dict()}
-    replies = io.StringIO()
-    worker_process.work(io.StringIO(json.dumps(order) + "\n" + "go\n" * SMALL.steps), replies)
-    assert "peak_bytes" in json.loads(replies.getvalue().splitlines()[-1])
+    asker = Asker(find_subject(tmp_path / "model"), "inference")
+    worker.work(asker)
+    assert "peak_bytes" in asker.said[-1]
+    (tmp_path / "model" / "model.safetensors").unlink()
+    asker = Asker(Subject("gone", LLAMA.config, tmp_path / "model"), "inference")
+    worker.work(asker)
+    assert len(asker.said) == 1 and "no *.safetensors" in asker.said[0]["error"]
+    with pytest.raises(SystemExit):  # whoever asked is gone
+        worker.work(Asker(LLAMA, "inference", goes=1))
 
 
 def test_values_as_people_read_them():
@@ -270,21 +266,21 @@ def test_shapes_are_listed():
     assert done.exit_code == 0 and "llama-3.1-8b     32 layers, hidden 4096" in done.output
 
 
-def test_a_worker_says_what_went_wrong_and_stops_when_nobody_asks():
-    order = {"mode": "inference", "config": {**COMMON, "model_type": "llama"}, "workload": SMALL.to_dict()}
-    broken = order | {"config": {**order["config"], "num_attention_heads": 5}}
-    replies = io.StringIO()
-    worker_process.work(io.StringIO(json.dumps(broken) + "\n"), replies)
-    assert "error" in json.loads(replies.getvalue())
-    with pytest.raises(SystemExit):
-        worker_process.work(io.StringIO(json.dumps(order) + "\n"), io.StringIO())
-
-
-def test_a_process_that_dies_is_an_error(shape, monkeypatch):
-    monkeypatch.setattr(worker_module.sys, "executable", "/bin/false")
-    found = measure_cost(shape, PruningPlan.from_keep(6, [0, 5]), SMALL, modes=["lora"], force=True)
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("exit 1", "ended with code 1: no message"),
+        ("echo No room; exit 3", "ended with code 3: No room"),
+        ("kill -9 $$", "killed, most likely because memory ran out: measure one mode"),
+    ],
+)
+def test_a_process_that_dies_is_an_error(shape, tmp_path, monkeypatch, script, message):
+    (tmp_path / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(turns_module.sys, "executable", str(tmp_path / "python"))
+    found = measure_cost(shape, PruningPlan.from_keep(6, [0, 5]), SMALL, modes=["lora"])
     assert len(found.errors) == 2
-    assert "ended with code 1: no message" in found.errors["dense, LoRA fine-tuning"]
+    assert message in found.errors["dense, LoRA fine-tuning"]
 
 
 @pytest.mark.slow

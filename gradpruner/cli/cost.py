@@ -62,7 +62,6 @@ def cost(
     rank: Annotated[int, typer.Option(help="Rank of LoRA adapters.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Try what the memory check refuses.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Sizes, operations and floors; load nothing.")
     ] = False,
@@ -105,9 +104,7 @@ def cost(
     modes = checked_modes([name.strip() for name in mode.split(",") if name.strip()])
     subject = find_subject(dense, random=random, fetch=not dry_run)
     other = pruned if pruned is not None else _chosen_plan(subject, keep, drop, num_prune, plan)
-    comparison = measure_cost(
-        subject, other, workload, modes=modes, random=random, force=force, dry_run=dry_run
-    )
+    comparison = measure_cost(subject, other, workload, modes=modes, random=random, dry_run=dry_run)
     if out is not None:
         write_json(out, comparison.to_dict())
     if as_json:
@@ -163,7 +160,7 @@ def _print(comparison: CostComparison) -> None:
         )
     screen.print(table)
     learned = "all" if workload.learned_tokens is None else f"the last {workload.learned_tokens}"
-    measured = f", median of {workload.repeats}" if comparison.interleaved else ""
+    measured = f", median of {workload.repeats}" if comparison.measured else ""
     weights = f"{'random' if comparison.random_weights else 'stored'} weights ({_dtypes(comparison)})"
     screen.print(
         f"{comparison.device}, {weights}, batch {workload.batch_size} x {workload.tokens} tokens ({learned} "

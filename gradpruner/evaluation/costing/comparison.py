@@ -7,26 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gradpruner.errors import ConfigError, ModelError, ResourceError
-from gradpruner.evaluation.costing.figures import HELD, LABELS, Figure, measured_figures, size_figures
-from gradpruner.evaluation.costing.pairing import VISITS, Cell, measure_pair
-from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, held_bytes, size_model
+from gradpruner.errors import ConfigError, ModelError
+from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, size_figures
+from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, size_model
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
+from gradpruner.evaluation.costing.turns import Measurement, measure_pair
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
-from gradpruner.files import readable_bytes
 from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import Progress
 from gradpruner.provenance import provenance, utc_now
 
-# Python and the libraries, before there is a model.
-_PROCESS_BYTES = 700_000_000
-# Both models are held at once when that leaves this much room for activations.
-_ROOM = 1.5
 _SIDES = ("dense", "pruned")
 
 
@@ -44,7 +38,7 @@ class CostComparison:
         dtypes: Mode -> type of the weights.
         errors: "dense, full fine-tuning" -> why it could not be measured.
         warnings: What the reader should know.
-        interleaved: Mode -> whether the two took turns step by step (else in blocks); none after a dry run.
+        measured: Whether the models were run; not after a dry run.
     """
 
     names: tuple[str, str]
@@ -56,7 +50,7 @@ class CostComparison:
     dtypes: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    interleaved: dict[str, bool] = field(default_factory=dict)
+    measured: bool = False
 
     def find(self, name: str) -> Figure:
         """The figure called `name`.
@@ -82,7 +76,7 @@ class CostComparison:
             "device": self.device,
             "random_weights": self.random_weights,
             "dtypes": self.dtypes,
-            "interleaved": self.interleaved,
+            "measured": self.measured,
             "figures": [figure.to_dict() for figure in self.figures],
             "errors": self.errors,
             "warnings": list(self.warnings),
@@ -97,10 +91,12 @@ def measure_cost(
     *,
     modes: Sequence[str] = MODES,
     random: bool = False,
-    force: bool = False,
     dry_run: bool = False,
 ) -> CostComparison:
     """Measures time and memory of a dense and a pruned model in turns, and says what depth alone allows.
+
+    Both models are held at once, each in a process of its own. What does not fit into memory is an entry of
+    `errors`; the other model and the other modes go on.
 
     Args:
         dense: Model folder, hub id or name of a shape (`gradpruner ls shapes`).
@@ -109,14 +105,12 @@ def measure_cost(
         modes: Which of "full", "lora" (a training step) and "inference" to run.
         random: Use random weights even where there are others. Both models get them as soon as one has no
             others: time and memory do not depend on weights (but for experts, which data chooses).
-        force: Try what the memory check refuses; what does not fit becomes an entry of `errors`.
         dry_run: Load nothing: sizes, operations and floors alone, of models of any size.
 
     Raises:
         ConfigError: If an option is out of range, or the pruned model is the deeper one.
         PlanError: If the plan does not fit the dense model.
         ModelError: If a model cannot be found or used.
-        ResourceError: If a model would not fit into memory; nothing has been loaded then.
 
     Source: GradPruner, Tables 2 and 11.
     """
@@ -130,44 +124,30 @@ def measure_cost(
     _check_pair(pair, sizes, workload)
     device = resolve_device(workload.device)
     dtypes = {mode: weight_dtype(mode, workload, device) for mode in wanted}
-    together: dict[str, bool] = {}
-    if not dry_run:
-        available = available_bytes(device)
-        if not force:
-            _check_memory(sizes, wanted, workload, device, available)
-        together = {mode: _fit_together(sizes, mode, workload, device, available) for mode in wanted}
-    figures = size_figures(sizes, (_stored(pair[0], sizes[0]), _stored(pair[1], sizes[1])), workload)
+    figures = size_figures(sizes, workload.tokens)
     errors: dict[str, str] = {}
-    with Progress(sum(_steps(workload, both) for both in together.values()), "cost") as progress:
+    with Progress(0 if dry_run else 2 * workload.steps * len(wanted), "cost") as progress:
         for mode in wanted:
-            cells = (Cell({}), Cell({}))
+            found = (Measurement({}), Measurement({}))
             if not dry_run:
                 progress.update(progress.completed, mode=mode)
-                both = together[mode]
-                cells = measure_pair(pair, mode, workload, together=both, advance=progress.advance)
-            figures += measured_figures(cells, mode, sizes, workload, dtypes[mode], with_floors=not differs)
-            for side, cell in zip(_SIDES, cells, strict=True):
-                if cell.error:
-                    errors[f"{side}, {LABELS[mode]}"] = cell.error
+                found = measure_pair(pair, mode, workload, progress.advance)
+            figures += measured_figures(found, mode, sizes, workload, dtypes[mode], with_floors=not differs)
+            for side, one in zip(_SIDES, found, strict=True):
+                if one.error:
+                    errors[f"{side}, {LABELS[mode]}"] = one.error
     return CostComparison(
         names=(pair[0].name, pair[1].name),
         sizes=sizes,
         workload=workload,
-        device=_device_name(device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         random_weights=pair[0].folder is None,
         figures=tuple(figures),
         dtypes={mode: str(dtype).removeprefix("torch.") for mode, dtype in dtypes.items()},
         errors=errors,
         warnings=_warnings(differs, sizes),
-        interleaved=together,
+        measured=not dry_run,
     )
-
-
-def available_bytes(device: torch.device) -> int:
-    """Free memory of a device; of the machine, unless it is CUDA."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def weight_dtype(mode: str, workload: Workload, device: torch.device) -> torch.dtype:
@@ -175,10 +155,6 @@ def weight_dtype(mode: str, workload: Workload, device: torch.device) -> torch.d
     if mode == "full" and workload.dtype == "auto":
         return torch.float32
     return resolve_dtype(workload.dtype, device)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _find_pair(
@@ -208,12 +184,10 @@ def _check_buildable(pair: tuple[Subject, Subject]) -> None:
 
 
 def _size(subject: Subject, workload: Workload) -> Sizes:
-    return size_model(subject.config, tokens=workload.tokens, rank=workload.rank)
-
-
-def _stored(subject: Subject, sizes: Sizes) -> int:
+    """Sizes by the config; of weights that are there, the bytes they have on disk."""
+    sizes = size_model(subject.config, tokens=workload.tokens, rank=workload.rank)
     stored = subject.stored_bytes
-    return sizes.disk_bytes if stored is None else stored
+    return sizes if stored is None else replace(sizes, disk_bytes=stored)
 
 
 def _check_pair(pair: tuple[Subject, Subject], sizes: tuple[Sizes, Sizes], workload: Workload) -> None:
@@ -245,48 +219,3 @@ def _warnings(differs: str, sizes: tuple[Sizes, Sizes]) -> tuple[str, ...]:
     if any(one.flops is None for one in sizes):
         warnings.append("torch cannot count the FLOPs of this family without weights; the row is left out.")
     return tuple(warnings)
-
-
-def _needed_bytes(sizes: Sizes, mode: str, workload: Workload, device: torch.device) -> int:
-    """What a mode needs at the least."""
-    process = 0 if device.type == "cuda" else _PROCESS_BYTES
-    return process + held_bytes(sizes, mode, workload, weight_dtype(mode, workload, device))
-
-
-def _fit_together(
-    sizes: tuple[Sizes, Sizes], mode: str, workload: Workload, device: torch.device, available: int
-) -> bool:
-    """Whether both models may be held at once."""
-    return _ROOM * sum(_needed_bytes(one, mode, workload, device) for one in sizes) <= available
-
-
-def _steps(workload: Workload, together: bool) -> int:
-    """Steps of both models in one mode, warm-up included."""
-    visits = 1 if together else min(VISITS, workload.repeats)
-    return 2 * (visits * workload.warmup + workload.repeats)
-
-
-def _check_memory(
-    sizes: tuple[Sizes, Sizes],
-    modes: Sequence[str],
-    workload: Workload,
-    device: torch.device,
-    available: int,
-) -> None:
-    """Refuses before anything is loaded, and says what would fit."""
-    needs = {mode: _needed_bytes(sizes[0], mode, workload, device) for mode in modes}
-    too_big = [mode for mode in modes if needs[mode] > available]
-    if not too_big:
-        return
-    fitting = [mode for mode in modes if mode not in too_big]
-    hints = [f"--mode {','.join(fitting)}"] if fitting else []
-    half = replace(workload, dtype="bfloat16")
-    if all(_needed_bytes(sizes[0], mode, half, device) <= available for mode in modes):
-        hints.append("--dtype bfloat16")
-    hints.append("--dry-run" if not hints else "--dry-run for sizes and floors")
-    mode = too_big[0]
-    raise ResourceError(
-        f"{LABELS[mode].capitalize()} of the dense model takes at least {readable_bytes(needs[mode])} "
-        f"({HELD[mode]}); {readable_bytes(available)} are available.",
-        hint=f"What fits: {'; '.join(hints)}. --force tries all the same.",
-    )

@@ -1,25 +1,52 @@
-"""The quantities of a cost comparison: known ones, measured ones, and each one's floor."""
+"""The figures of a cost comparison: what is known of both models, what was measured, and each one's floor."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gradpruner.evaluation.costing.pairing import Cell
 from gradpruner.evaluation.costing.sizing import Sizes, held_bytes, time_floor
+from gradpruner.evaluation.costing.turns import Measurement
 from gradpruner.evaluation.costing.workload import Workload
 
 # Mode -> what the tables call it.
 LABELS = {"full": "full fine-tuning", "lora": "LoRA fine-tuning", "inference": "inference"}
 # Mode -> what memory it holds for sure (`sizing.held_bytes`).
-HELD = {
+_HELD = {
     "full": "weights, gradients, moments",
     "lora": "weights, adapters, moments",
     "inference": "weights and cache",
+}
+# What is known without running anything: name, label, unit, value of one model for a prompt of some tokens.
+_SIZES: tuple[tuple[str, str, str, Callable[[Sizes, int], int | None]], ...] = (
+    ("layers", "layers", "", lambda one, _: one.layers),
+    ("parameters", "parameters", "", lambda one, _: one.parameters),
+    (
+        "parameters_without_head",
+        "parameters without the head",
+        "",
+        lambda one, _: one.parameters_without_head,
+    ),
+    ("decoder_parameters", "parameters of layers", "", lambda one, _: one.decoder_parameters),
+    ("kv_bytes_per_token", "KV cache per token", "bytes", lambda one, _: one.kv_bytes_per_token),
+    ("disk_bytes", "weights on disk", "bytes", lambda one, _: one.disk_bytes),
+    ("macs", "MACs of linears, no head", "MAC", lambda one, tokens: tokens * one.layer_macs),
+    ("flops", "FLOPs torch counts, no head", "FLOP", lambda one, _: one.flops),
+)
+# Mode -> the times that are measured: name, label.
+_STEP = (("step_seconds", "one step"),)
+_TIMES = {
+    "full": _STEP,
+    "lora": _STEP,
+    "inference": (
+        ("prefill_seconds", "prompt"),
+        ("decode_seconds", "each new token"),
+        ("generation_seconds", "prompt and new tokens"),
+    ),
 }
 
 
@@ -69,6 +96,11 @@ class Figure:
     def to_dict(self) -> dict[str, Any]:
         """JSON values, spread included."""
         pairs = self.pairs if len(self.pairs) > 1 else []
+        spread = pairs and {
+            "lowest": pairs[0],
+            "quartiles": statistics.quantiles(pairs, n=4, method="inclusive"),
+            "highest": pairs[-1],
+        }
         return {
             "name": self.name,
             "group": self.group,
@@ -79,71 +111,30 @@ class Figure:
             "ratio": self.ratio,
             "floor": self.floor,
             "above_floor": self.above_floor,
-            "pair_ratios": {
-                "lowest": pairs[0],
-                "quartiles": statistics.quantiles(pairs, n=4, method="inclusive"),
-                "highest": pairs[-1],
-            }
-            if pairs
-            else None,
+            "pair_ratios": spread or None,
             "dense_values": list(self.dense),
             "pruned_values": list(self.pruned),
         }
 
 
-def size_figures(sizes: tuple[Sizes, Sizes], stored: tuple[int, int], workload: Workload) -> list[Figure]:
+def size_figures(sizes: tuple[Sizes, Sizes], tokens: int) -> list[Figure]:
     """What is known without running anything.
 
     Args:
         sizes: Of the dense and the pruned model.
-        stored: Bytes of the weights of both on disk.
-        workload: Its `tokens` are the length operations are counted for.
+        tokens: Length of the prompt that operations are counted for.
     """
-    tokens = workload.tokens
-    macs = (tokens * sizes[0].layer_macs, tokens * sizes[1].layer_macs)
-    flops = (sizes[0].flops, sizes[1].flops)
-    rows: list[tuple[str, str, str, tuple[int | None, int | None]]] = [
-        ("layers", "layers", "", (sizes[0].layers, sizes[1].layers)),
-        ("parameters", "parameters", "", (sizes[0].parameters, sizes[1].parameters)),
-        (
-            "parameters_without_head",
-            "parameters without the head",
-            "",
-            (sizes[0].parameters_without_head, sizes[1].parameters_without_head),
-        ),
-        (
-            "decoder_parameters",
-            "parameters of layers",
-            "",
-            (sizes[0].decoder_parameters, sizes[1].decoder_parameters),
-        ),
-        (
-            "kv_bytes_per_token",
-            "KV cache per token",
-            "bytes",
-            (sizes[0].kv_bytes_per_token, sizes[1].kv_bytes_per_token),
-        ),
-        ("disk_bytes", "weights on disk", "bytes", stored),
-        ("macs", "MACs of linears, no head", "MAC", macs),
-        ("flops", "FLOPs torch counts, no head", "FLOP", flops),
-    ]
-    per_prompt = f"{tokens} tokens"
-    return [
-        Figure(
-            name,
-            per_prompt if unit in ("MAC", "FLOP") else "model",
-            label,
-            unit,
-            (float(dense),),
-            (float(pruned),),
-        )
-        for name, label, unit, (dense, pruned) in rows
-        if dense is not None and pruned is not None
-    ]
+    figures = []
+    for name, label, unit, value in _SIZES:
+        dense, pruned = (value(one, tokens) for one in sizes)
+        if dense is not None and pruned is not None:
+            group = f"{tokens} tokens" if unit in ("MAC", "FLOP") else "model"
+            figures.append(Figure(name, group, label, unit, (float(dense),), (float(pruned),)))
+    return figures
 
 
 def measured_figures(
-    cells: tuple[Cell, Cell],
+    found: tuple[Measurement, Measurement],
     mode: str,
     sizes: tuple[Sizes, Sizes],
     workload: Workload,
@@ -154,40 +145,40 @@ def measured_figures(
     """What was measured of both models in one mode.
 
     Args:
-        cells: What was measured; a cell that failed has no values.
+        found: What was measured; of a model that failed there are no values.
         mode: One of `workload.MODES`.
         sizes: Of the two models.
         workload: What was run.
         dtype: Type of the weights in this mode.
         with_floors: The models differ in depth alone.
     """
-    figures = []
+    held = [float(held_bytes(one, mode, workload, dtype)) for one in sizes]
     floors = time_floors(mode, sizes, workload) if with_floors else {}
-    what = LABELS[mode]
-    for name, label, unit in _TIMES[mode]:
-        dense, pruned = (cell.seconds.get(name, ()) for cell in cells)
-        figures.append(Figure(f"{mode}_{name}", what, label, unit, dense, pruned, floors.get(name)))
+    memory_floor = held[1] / held[0] if with_floors else None
+    kinds = {one.kind for one in found if one.kind}
+
+    # Name, label, unit, values of both, floor.
+    rows: list[tuple[str, str, str, list[tuple[float, ...]], float | None]] = [
+        (name, label, "seconds", [one.seconds.get(name, ()) for one in found], floors.get(name))
+        for name, label in _TIMES[mode]
+    ]
     if mode == "inference":
-        dense, pruned = (
-            tuple(workload.batch_size / value for value in cell.seconds.get("decode_seconds", ()))
-            for cell in cells
-        )
-        figures.append(Figure("inference_rate", what, "new tokens a second", "tokens/s", dense, pruned))
-    held = [held_bytes(one, mode, workload, dtype) for one in sizes]
-    figures.append(
-        Figure(f"{mode}_held_bytes", what, HELD[mode], "bytes", (float(held[0]),), (float(held[1]),))
-    )
-    kinds = {cell.kind for cell in cells if cell.kind}
-    floor = held[1] / held[0] if with_floors else None
+        rates = [
+            tuple(workload.batch_size / t for t in one.seconds.get("decode_seconds", ())) for one in found
+        ]
+        rows.append(("rate", "new tokens a second", "tokens/s", rates, None))
+    rows.append(("held_bytes", _HELD[mode], "bytes", [(held[0],), (held[1],)], None))
     if kinds:
-        dense, pruned = (cell.peak_bytes for cell in cells)
-        peak_floor = floor if kinds == {"cuda"} else None  # else Python and the libraries count too
-        figures.append(Figure(f"{mode}_peak_bytes", what, "peak memory", "bytes", dense, pruned, peak_floor))
+        # Of a whole process, Python and the libraries count too.
+        floor = memory_floor if kinds == {"cuda"} else None
+        rows.append(("peak_bytes", "peak memory", "bytes", [one.peak_bytes for one in found], floor))
     if kinds == {"rss"}:
-        dense, pruned = (cell.rise_bytes for cell in cells)
-        label = "peak above an empty process"
-        figures.append(Figure(f"{mode}_rise_bytes", what, label, "bytes", dense, pruned, floor))
-    return figures
+        rise = [one.rise_bytes for one in found]
+        rows.append(("rise_bytes", "peak above an empty process", "bytes", rise, memory_floor))
+    return [
+        Figure(f"{mode}_{name}", LABELS[mode], label, unit, dense, pruned, floor)
+        for name, label, unit, (dense, pruned), floor in rows
+    ]
 
 
 def time_floors(mode: str, sizes: tuple[Sizes, Sizes], workload: Workload) -> dict[str, float]:
@@ -201,18 +192,6 @@ def time_floors(mode: str, sizes: tuple[Sizes, Sizes], workload: Workload) -> di
         "decode_seconds": time_floor(*sizes, tokens=1, head_tokens=1),
         "generation_seconds": time_floor(*sizes, tokens=tokens + new - 1, head_tokens=new),
     }
-
-
-_STEP = (("step_seconds", "one step", "seconds"),)
-_TIMES = {
-    "full": _STEP,
-    "lora": _STEP,
-    "inference": (
-        ("prefill_seconds", "prompt", "seconds"),
-        ("decode_seconds", "each new token", "seconds"),
-        ("generation_seconds", "prompt and new tokens", "seconds"),
-    ),
-}
 
 
 def _median(values: Sequence[float]) -> float | None:

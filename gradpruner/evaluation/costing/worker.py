@@ -1,137 +1,249 @@
-"""Worker: the other end of `cost_worker`, a process that measures one model in one mode, step by step."""
+"""The process that measures one model in one mode, a step whenever it is told to.
+
+It runs what users run, `finetune` and `generate`, held at a gate before every step. Over its pipe:
+
+    in   (subject, mode, workload)
+    out  {"ready": True}
+    in   anything                               as often as there are steps
+    out  {"step_seconds": 0.81}                 or prefill_seconds, decode_seconds and generation_seconds
+    out  {"peak_bytes": ..., "empty_bytes": ..., "kind": "rss"}     after the last; or {"error": ...}
+"""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
+import gc
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from gradpruner.errors import ResourceError
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers.generation.streamers import BaseStreamer
+
+from gradpruner.errors import GradPrunerError
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.models.loading import load_model, resolve_device, resolve_dtype
+from gradpruner.models.sizes import PeakMemory
+from gradpruner.progress import set_mode
 
-_PACKAGE_PARENT = str(Path(__file__).resolve().parents[3])
-_END_SECONDS = 30.0
+# The first tokens of a vocabulary are often special (padding, end): not ordinary input.
+_FIRST_PLAIN_TOKEN = 3
 
 
-class Worker:
-    """A process that measures one model in one mode; ends with the `with` block, whatever happens.
+class Turns(Protocol):
+    """The end of a pipe: says when to go, and takes what was measured."""
+
+    def recv(self) -> Any:
+        """Waits for the next message; EOFError when whoever asked is gone."""
+        ...
+
+    def send(self, message: Any) -> None:
+        """Sends one."""
+        ...
+
+
+class Gate:
+    """Lets one step through at a time and times it; the only place with a clock.
 
     Args:
-        subject: The model.
-        mode: One of `workload.MODES`.
-        workload: What is run; its device is the only one the process sees.
+        device: The device that is waited for before the clock is read: its kernels run behind Python's back.
+        turns: Where leave to go comes from and times go; None lets everything through and keeps nothing.
     """
 
-    def __init__(self, subject: Subject, mode: str, workload: Workload) -> None:
-        self._order = {"mode": mode, "workload": workload.to_dict()} | (
-            {"folder": str(subject.folder)}
-            if subject.folder
-            else {"config": json.loads(subject.config.to_json_string(use_diff=False))}
+    def __init__(self, device: torch.device, turns: Turns | None) -> None:
+        self.device, self._turns = device, turns
+        self._ready = False
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Waits until the next step may run, and starts the clock."""
+        if not self._ready:
+            self.say(ready=True)
+            self._ready = True
+        if self._turns is not None:
+            self._turns.recv()
+        self._started = self._now()
+
+    def seconds(self) -> float:
+        """Seconds since `start`, all work of the device included."""
+        return self._now() - self._started
+
+    def say(self, **reply: Any) -> None:
+        """Sends one reply."""
+        if self._turns is not None:
+            self._turns.send(reply)
+
+    def _now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+
+class _TokenTimes(BaseStreamer):
+    """Notes when each token came out of `generate`; the first call brings the prompt."""
+
+    def __init__(self, gate: Gate) -> None:
+        self.gate = gate
+        self.seconds: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Called with the prompt, then with every token of the batch."""
+        self.seconds.append(self.gate.seconds())
+
+    def end(self) -> None:
+        """Called after the last one."""
+
+
+def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, str]:
+    """Generates greedily from random prompts, once at every go; returns the peak memory and its kind."""
+    rows = _random_ids(model, workload)
+    config = GenerationConfig(
+        do_sample=False,
+        min_new_tokens=workload.new_tokens,
+        max_new_tokens=workload.new_tokens,
+        pad_token_id=0,
+        eos_token_id=None,
+        use_cache=True,
+    )
+    with PeakMemory(gate.device) as memory, torch.inference_mode():
+        for step in range(workload.steps):
+            batch = rows[step * workload.batch_size : (step + 1) * workload.batch_size]
+            prompt = torch.tensor(batch, device=gate.device)
+            times = _TokenTimes(gate)
+            gate.start()
+            model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=config,
+                streamer=times,
+            )
+            given, first, last = times.seconds[0], times.seconds[1], times.seconds[-1]
+            tokens = len(times.seconds) - 2
+            gate.say(
+                generation_seconds=last,
+                prefill_seconds=first - given,
+                decode_seconds=(last - first) / tokens,
+            )
+    return memory.peak_bytes, memory.kind
+
+
+def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: str) -> tuple[int, str]:
+    """Fine-tunes on random samples, a step at every go; returns the peak memory and its kind."""
+    # Not at the top: inference needs none of a Trainer's imports, which take memory and seconds.
+    from transformers import TrainerCallback
+
+    from gradpruner.data.encoding import IGNORED, Collator
+    from gradpruner.training.finetuning import finetune
+
+    class Steps(TrainerCallback):
+        """Forward, backward, clipping and optimizer are timed; fetching the batch and logging are not."""
+
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            gate.start()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            gate.say(step_seconds=gate.seconds())
+
+    learned = workload.learned_tokens or workload.tokens
+    ignored = [IGNORED] * (workload.tokens - learned)
+    samples = [{"input_ids": ids, "labels": ignored + ids[-learned:]} for ids in _random_ids(model, workload)]
+    _, result = finetune(
+        model,
+        samples,
+        collator=Collator(),
+        mode=mode,
+        batch_size=workload.batch_size,
+        accumulation=1,
+        max_steps=workload.steps,
+        seed=workload.seed,
+        rank=workload.rank,
+        merge_adapter=False,
+        callbacks=[Steps()],
+        gradient_checkpointing=workload.gradient_checkpointing,
+        device="cpu" if gate.device.type == "cpu" else "auto",
+    )
+    return result.peak_memory_bytes, "cuda" if gate.device.type == "cuda" else "rss"
+
+
+def build(subject: Subject, mode: str, workload: Workload, device: torch.device) -> nn.Module:
+    """A model on the device: its weights loaded, or random ones where it has none."""
+    # As in a run: AdamW's updates are far below the resolution of bfloat16.
+    dtype = "float32" if mode == "full" and workload.dtype == "auto" else workload.dtype
+    if subject.folder is not None:
+        return load_model(
+            subject.folder,
+            dtype=dtype,
+            device=str(device),
+            attn_implementation=workload.attn,
+            native=True,
         )
-        self._environment = worker_environment(workload.device)
-        if self._environment.get("CUDA_VISIBLE_DEVICES") and workload.device.startswith("cuda"):
-            self._order["workload"] = workload.to_dict() | {"device": "cuda"}
-
-    def __enter__(self) -> Worker:
-        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gradpruner.evaluation.costing.worker_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=self._environment,
-            text=True,
-            encoding="utf-8",
+    with device:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            subject.config, dtype=resolve_dtype(dtype, device), attn_implementation=workload.attn
         )
-        self._say(json.dumps(self._order))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._process.poll() is None and kind is not None:
-            self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            try:
-                pipe.close()
-            except BrokenPipeError:
-                continue
-        try:
-            self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-    def wait_ready(self) -> None:
-        """Waits until the model is loaded.
-
-        Raises:
-            ResourceError: If it could not be, as by every method here.
-        """
-        self._listen()
-
-    def step(self) -> dict[str, float]:
-        """Runs one step; returns its times by name, in seconds."""
-        self._say("go")
-        return self._listen()
-
-    def finish(self) -> dict[str, Any]:
-        """After the last step: `peak_bytes`, `empty_bytes` (the process before the model), `kind`."""
-        return self._listen()
-
-    def _say(self, line: str) -> None:
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(line + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; listening says of what
-
-    def _listen(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise ResourceError(self._last_words())
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            raise ResourceError(str(reply["error"]))
-        return reply
-
-    def _last_words(self) -> str:
-        """Why the process ended without an answer."""
-        code = self._process.wait()
-        if code == -9:
-            return "The process was killed, most likely because memory ran out."
-        self._log.seek(0)
-        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
-        return f"The process ended with code {code}: {lines[-1] if lines else 'no message'}"
+    return model.to(device).eval()
 
 
-def worker_environment(device: str) -> dict[str, str]:
-    """Variables of a process that finds this package and sees one GPU: the one named, else the first.
+def work(turns: Turns) -> None:
+    """Carries out the one order that comes first."""
+    subject, mode, workload = turns.recv()
+    set_mode("quiet")
+    device = resolve_device(workload.device)
+    measure: Callable[..., tuple[int, str]] = measure_inference
+    if mode != "inference":
+        measure = partial(measure_training, mode=mode)
+    _exercise(measure, device)
+    empty = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    torch.manual_seed(workload.seed)
+    gate = Gate(device, turns)
+    try:
+        peak, kind = measure(build(subject, mode, workload, device), workload, gate)
+    except EOFError:
+        raise SystemExit(0) from None  # whoever asked is gone
+    except GradPrunerError as error:
+        gate.say(error=error.message)
+    except Exception as error:  # out of memory, kernels that are missing: a library raises what it likes
+        gate.say(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+    else:
+        gate.say(peak_bytes=peak, empty_bytes=empty, kind=kind)
 
-    A Trainer that sees several spreads every batch over all of them.
-    """
-    environment = dict(os.environ)
-    paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    if device == "auto" or device.startswith("cuda"):
-        number = int(device.partition(":")[2] or 0)
-        visible = environment.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else []
-        if visible is None or number < len(devices):
-            environment["CUDA_VISIBLE_DEVICES"] = devices[number] if devices else str(number)
-    return environment
+
+def main(descriptor: int) -> None:
+    """Works for whoever holds the other end of the pipe."""
+    with suppress(OSError):  # where memory runs out, Linux should end this process and no other
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    with Connection(descriptor) as turns:
+        work(turns)
+
+
+def _exercise(measure: Callable[..., tuple[int, str]], device: torch.device) -> None:
+    """Does all of it once with a miniature: what libraries load at first use then counts as empty process."""
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(device).eval()
+    measure(model, Workload(batch_size=1, tokens=2, new_tokens=2, repeats=1, warmup=0), Gate(device, None))
+    del model
+    gc.collect()
+
+
+def _random_ids(model: Any, workload: Workload) -> list[list[int]]:
+    """Ordinary token ids of a model's vocabulary for all steps, shape (steps x batch, tokens)."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(workload.seed)
+    first = min(_FIRST_PLAIN_TOKEN, vocabulary - 1)
+    shape = (workload.steps * workload.batch_size, workload.tokens)
+    ids: list[list[int]] = torch.randint(first, vocabulary, shape, generator=generator).tolist()
+    return ids

@@ -1,0 +1,184 @@
+"""Two models measured in turns, each in a process of its own, so that what the machine does meets both alike.
+
+A process of its own, because memory that a process once held counts in its peak for ever after, and because a
+model that does not fit should take nothing else with it. The processes are started by `subprocess` and not by
+`multiprocessing`, which would run the caller's script once more in each of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
+from pathlib import Path
+from subprocess import DEVNULL, Popen, TimeoutExpired
+from typing import Any
+
+from gradpruner.evaluation.costing.subject import Subject
+from gradpruner.evaluation.costing.workload import Workload
+
+_PACKAGE_PARENT = str(Path(__file__).resolve().parents[3])
+_END_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one model in one mode.
+
+    Attributes:
+        seconds: Times by name, in the order measured, warm-up left out.
+        peak_bytes: Peak memory of the process, one value: of the device on CUDA, else all that was resident.
+        rise_bytes: The same above the process before it had a model.
+        kind: "cuda" or "rss"; "" where nothing was measured.
+        error: Why it could not be measured; "" when it could.
+    """
+
+    seconds: dict[str, tuple[float, ...]]
+    peak_bytes: tuple[float, ...] = ()
+    rise_bytes: tuple[float, ...] = ()
+    kind: str = ""
+    error: str = ""
+
+
+def measure_pair(
+    pair: tuple[Subject, Subject], mode: str, workload: Workload, advance: Callable[[], None]
+) -> tuple[Measurement, Measurement]:
+    """Measures both models in one mode; they go first by turns: A B, B A, A B ...
+
+    Args:
+        pair: The dense and the pruned model.
+        mode: One of `workload.MODES`.
+        workload: What is run.
+        advance: Called after every step.
+
+    Returns:
+        What was measured of either; one that fails leaves the other to go on alone.
+    """
+    with ExitStack() as stack:
+        dense, pruned = (stack.enter_context(Worker(subject, mode, workload)) for subject in pair)
+        for worker in (dense, pruned):
+            worker.receive()  # it has loaded its model
+        for step in range(workload.steps):
+            for worker in (dense, pruned) if step % 2 == 0 else (pruned, dense):
+                if worker.step():
+                    advance()
+        return dense.finish(), pruned.finish()
+
+
+class Worker:
+    """A process that measures one model in one mode; it ends with the `with` block, whatever happens.
+
+    Args:
+        subject: The model.
+        mode: One of `workload.MODES`.
+        workload: What is run; its device is the only one the process sees.
+
+    Attributes:
+        error: Why it failed; "" while it works. After a failure, nothing is asked of it any more.
+    """
+
+    def __init__(self, subject: Subject, mode: str, workload: Workload) -> None:
+        self.error = ""
+        self._environment = worker_environment(workload.device)
+        if self._environment.get("CUDA_VISIBLE_DEVICES") and workload.device.startswith("cuda"):
+            workload = replace(workload, device="cuda")
+        self._order = (subject, mode, workload)
+        self._times: list[dict[str, float]] = []
+
+    def __enter__(self) -> Worker:
+        self._pipe, theirs = Pipe()
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        with theirs:
+            start = f"from gradpruner.evaluation.costing.worker import main; main({theirs.fileno()})"
+            self._process = Popen(
+                [sys.executable, "-c", start],
+                stdin=DEVNULL,
+                stdout=self._log,
+                stderr=self._log,
+                env=self._environment,
+                pass_fds=[theirs.fileno()],
+            )
+        self._send(self._order)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._process.kill()
+        self._pipe.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+
+    def step(self) -> bool:
+        """Has it run one step and keeps the times, in seconds; False if it has failed."""
+        self._send("go")
+        self._times.append(self.receive())
+        return not self.error
+
+    def finish(self) -> Measurement:
+        """All of it after the last step; nothing but the error after a failure."""
+        memory = self.receive()
+        if self.error:
+            return Measurement({}, error=self.error)
+        measured = self._times[self._order[2].warmup :]
+        peak, empty = float(memory["peak_bytes"]), float(memory["empty_bytes"])
+        return Measurement(
+            {name: tuple(one[name] for one in measured) for name in measured[0]},
+            (peak,),
+            (peak - empty,),
+            memory["kind"],
+        )
+
+    def receive(self) -> dict[str, Any]:
+        """What the process says next; {} once it has failed."""
+        if self.error:
+            return {}
+        try:
+            reply: dict[str, Any] = self._pipe.recv()
+        except (EOFError, OSError):
+            reply = {"error": self._last_words()}
+        self.error = reply.get("error", "")
+        return reply
+
+    def _send(self, message: Any) -> None:
+        if not self.error:
+            with suppress(OSError):  # it died; `receive` says of what
+                self._pipe.send(message)
+
+    def _last_words(self) -> str:
+        """Why the process ended without an answer."""
+        code = self._process.wait()
+        if code == -9:
+            return (
+                "The process was killed, most likely because memory ran out: measure one mode at a time "
+                "(--mode), in another type (--dtype bfloat16), or look at sizes alone (--dry-run)."
+            )
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log.read().splitlines() if line.strip()]
+        return f"The process ended with code {code}: {lines[-1] if lines else 'no message'}"
+
+
+def worker_environment(device: str) -> dict[str, str]:
+    """Variables of a process that finds this package and sees one GPU: the one named, else the first.
+
+    A Trainer that sees several spreads every batch over all of them.
+    """
+    environment = dict(os.environ)
+    paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environment.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if device == "auto" or device.startswith("cuda"):
+        number = int(device.partition(":")[2] or 0)
+        visible = environment.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else []
+        if visible is None or number < len(devices):
+            environment["CUDA_VISIBLE_DEVICES"] = devices[number] if devices else str(number)
+    return environment
