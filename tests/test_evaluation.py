@@ -381,8 +381,8 @@ def test_summary_and_examples_on_disk(taught, tokenizer, tmp_path):
     ("changes", "error", "message"),
     [
         ({"examples": []}, DataError, "no examples"),
-        ({"metrics": ["exact_mach"]}, ConfigError, "Did you mean 'exact_match'"),
-        ({"batch_size": 0}, ConfigError, "at least 1"),
+        ({"metrics": ["exact_mach"]}, ConfigError, r"metrics\.0: .*'exact_match'"),
+        ({"batch_size": 0}, ConfigError, r"batch_size: .*equal to 1 \(given: 0\)"),
         ({"examples": [example(3, "dog", "maybe")]}, DataError, "t:3"),
     ],
 )

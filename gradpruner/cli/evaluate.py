@@ -132,7 +132,7 @@ def _measure(
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import check_loadable, load_model, load_tokenizer
     from gradpruner.provenance import provenance
-    from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of
+    from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of, options_of
 
     options, choice = recipe.evaluate, recipe.model
     check_evaluation(recipe)
@@ -167,13 +167,7 @@ def _measure(
             model,
             tokenizer,
             rows.examples,
-            metrics=metrics_of(recipe),
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            max_length=recipe.data.max_length,
-            encoder=options.encoder,
-            encoder_layer=options.encoder_layer,
-            seed=recipe.seed,
+            options_of(recipe, metrics_of(recipe), recipe.data.max_length),
             journal=journal,
         )
         found |= result.summary(ANSWERS if out else None)

@@ -1,6 +1,6 @@
 """Quality and cost of a model.
 
-quality      evaluate: answers, options, metrics
+quality      evaluate: answers, options, metrics; options: what it is told
 metrics      exact match, ROUGE-L, intervals, paired differences
 questions    prompts as the model sees them; outputs: what it answered, row by row
 generation   greedy answers; likelihood: options that share their prompt

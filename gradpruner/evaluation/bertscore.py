@@ -19,12 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradpruner.errors import ConfigError, ModelError, ShapeError
+from gradpruner.evaluation.options import DEFAULT_ENCODER
 from gradpruner.models.checking import check_model_folder
 from gradpruner.models.folder import locate_model
 from gradpruner.provenance import hash_folder
-
-DEFAULT_ENCODER = "roberta-large"
-"""The library's choice for English, and the one published figures are made with."""
 
 # Layer -> encoders whose published figures compare the output of that layer, by name without organisation:
 # where it agrees best with human judgement (Zhang et al., 2020). The library has the same table.

@@ -9,22 +9,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from gradpruner.errors import ConfigError, ResourceError
+from pydantic import BaseModel, Field
+
+from gradpruner.errors import ConfigError, IntegrityError, ResourceError
 from gradpruner.evaluation.connection import API_KEY, Connection
 from gradpruner.evaluation.generation import Answer
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import shown
+from gradpruner.files import shown, typed
 
-__all__ = ["API_KEY", "Endpoint"]
-
+T = TypeVar("T")
 _MODELS_LIMIT = 16 * 2**20  # bytes of a list of models
 # Bytes an answer may have per token sent or asked for: its text, its log-probability, others beside it.
 _BYTES_PER_TOKEN = 4096
 _ASK = "Is it an OpenAI completions server, and does the address end where /completions begins?"
+
+
+class _Model(BaseModel):
+    id: str = Field(min_length=1)
+
+
+class _Models(BaseModel):
+    """The reply to GET /models, as far as it is used."""
+
+    data: list[_Model]
+
+
+class _Choice(BaseModel):
+    text: str
+    index: int | None = None
+    finish_reason: Any = None
+    logprobs: Any = None
+
+
+class _Completion(BaseModel):
+    """The reply to POST /completions."""
+
+    choices: list[_Choice]
 
 
 class Endpoint:
@@ -44,7 +67,9 @@ class Endpoint:
     def __init__(self, url: str, name: str | None = None, batch_size: int = 32) -> None:
         _check_address(url)
         self.url, self.batch_size = url.rstrip("/"), batch_size
-        served = self._served()
+        self._connection = Connection(self.url)
+        listed = self._call("/models", _MODELS_LIMIT, _Models)
+        served = list(dict.fromkeys(entry.id for entry in listed.data))
         if name is None and len(served) != 1:
             raise ConfigError(
                 f"{self.url} serves {len(served)} models: {_listed(served)}.",
@@ -53,20 +78,6 @@ class Endpoint:
         if name is not None and name not in served:
             raise ConfigError(f"{self.url} does not serve '{name}'.", hint=f"It serves: {_listed(served)}.")
         self.name = name or served[0]
-
-    @cached_property
-    def _connection(self) -> Connection:
-        return Connection(self.url)
-
-    def _served(self) -> list[str]:
-        """The names of the models the server lists."""
-        entries = self._call("/models", _MODELS_LIMIT).get("data")
-        if not isinstance(entries, list):
-            raise self._wrong("/models", f"'data' is {shown(entries)}; a list of models is needed")
-        for entry in entries:
-            if not isinstance(entry, dict) or not isinstance(entry.get("id"), str) or not entry["id"]:
-                raise self._wrong("/models", f"{shown(entry)} is no model; an object with an 'id' is needed")
-        return list(dict.fromkeys(entry["id"] for entry in entries))
 
     def longest(self, max_length: int) -> int:
         """`max_length`: how much the server can hold is for it to say."""
@@ -83,18 +94,11 @@ class Endpoint:
         for start in range(0, len(indices), self.batch_size):
             batch = list(indices[start : start + self.batch_size])
             prompts = [questions.cut_prompt(i, max_new_tokens) for i in batch]
-            found = self._complete(prompts, max_tokens=max_new_tokens)
-            yield (
-                batch,
-                [
-                    Answer(
-                        choice["text"],
-                        choice.get("finish_reason") == "stop",
-                        len(questions.tokenizer.encode(choice["text"], add_special_tokens=False)) + 1,
-                    )
-                    for choice in found
-                ],
-            )
+            answers = []
+            for choice in self._complete(prompts, max_tokens=max_new_tokens):
+                tokens = questions.tokenizer.encode(choice.text, add_special_tokens=False)
+                answers.append(Answer(choice.text, choice.finish_reason == "stop", len(tokens) + 1))
+            yield batch, answers
 
     def option_scores(
         self, questions: Questions, indices: Sequence[int]
@@ -114,9 +118,9 @@ class Endpoint:
             echoed = [self._echoed(choice, len(row), first) for choice, row in zip(found, rows, strict=True)]
             yield [index], [[sum(values) for values in echoed]]
 
-    def _echoed(self, choice: dict[str, Any], length: int, first: int) -> list[float]:
+    def _echoed(self, choice: _Choice, length: int, first: int) -> list[float]:
         """The log-probabilities, in nats, of the tokens that were sent, from the `first` on."""
-        held = choice.get("logprobs")
+        held = choice.logprobs
         values = held.get("token_logprobs") if isinstance(held, dict) else None
         if not isinstance(values, list) or not length <= len(values) <= length + 1:
             raise ConfigError(
@@ -136,37 +140,30 @@ class Endpoint:
                 )
         return [float(value or 0.0) for value in found]
 
-    def _complete(self, prompts: list[list[int]], **options: Any) -> list[dict[str, Any]]:
-        """One completion of every prompt, in their order, each with its text."""
+    def _complete(self, prompts: list[list[int]], **options: Any) -> list[_Choice]:
+        """One completion of every prompt, in their order."""
         body = {"model": self.name, "prompt": prompts, "temperature": 0, **options}
         tokens = sum(map(len, prompts)) + len(prompts) * int(options["max_tokens"])
-        choices = self._call("/completions", 2**20 + _BYTES_PER_TOKEN * tokens, body).get("choices")
-        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-            raise self._wrong("/completions", f"'choices' is {shown(choices)}; a list of objects is needed")
-        if len(choices) != len(prompts):
-            raise self._wrong("/completions", f"{len(choices)} answers to {len(prompts)} prompts")
-        if len(choices) == 1 and "index" not in choices[0]:
-            choices[0]["index"] = 0
-        by_index: dict[int, dict[str, Any]] = {}
-        for choice in choices:
-            index, text = choice.get("index"), choice.get("text")
-            if type(index) is not int or not 0 <= index < len(prompts) or index in by_index:
-                raise self._wrong(
-                    "/completions",
-                    f"an answer has the index {shown(index)}; each of 0 to {len(prompts) - 1} is needed once",
-                )
-            if not isinstance(text, str):
-                raise self._wrong(
-                    "/completions", f"the text of answer {index} is {shown(text)}; text is needed"
-                )
-            by_index[index] = choice
+        limit = 2**20 + _BYTES_PER_TOKEN * tokens
+        choices = self._call("/completions", limit, _Completion, body).choices
+        if len(prompts) == len(choices) == 1:
+            return choices  # some servers leave out the index of an only answer
+        by_index = {choice.index: choice for choice in choices}
+        if len(choices) != len(prompts) or by_index.keys() != set(range(len(prompts))):
+            indexes = shown([choice.index for choice in choices])
+            raise self._wrong(
+                "/completions",
+                f"{len(prompts)} prompts have {len(choices)} answers, with the indexes {indexes}",
+            )
         return [by_index[index] for index in range(len(prompts))]
 
-    def _call(self, path: str, limit: int, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        found = self._connection.call(path, body, limit=limit)
-        if not isinstance(found, dict):
-            raise self._wrong(path, f"the reply is {shown(found)}; an object is needed")
-        return found
+    def _call(self, path: str, limit: int, shape: type[T], body: dict[str, Any] | None = None) -> T:
+        """What the server says, checked as a whole."""
+        reply = self._connection.call(path, body, limit=limit)
+        try:
+            return typed(reply, shape, "")
+        except IntegrityError as error:
+            raise self._wrong(path, error.message.removeprefix(": ").rstrip(".")) from None
 
     def _wrong(self, path: str, what: str) -> ResourceError:
         return ResourceError(f"{self.url}{path} did not answer as it should: {what}.", hint=_ASK)

@@ -11,7 +11,7 @@ from typing import Any
 from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.evaluation.metrics import paired_difference, paper_score
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import is_held, open_private, parse_json, read_plain, shown
+from gradpruner.files import is_held, open_private, parse_json, read_plain, typed
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,6 @@ class Output:
     normalised_correct: bool | None = None
 
 
-_NUMBER = (int, float)
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("id", "prompt_tail", "answer", "generated", "chosen"), str),
-    **dict.fromkeys(("finished", "correct", "number_correct", "choice_correct", "normalised_correct"), bool),
-    **dict.fromkeys(("rouge_l", "bert_score"), _NUMBER),
-    **dict.fromkeys(("choices", "choice_scores"), tuple),
-}
-
-
 class Journal:
     """The outputs so far, in memory and, if a path is given, on disk line by line.
 
@@ -82,13 +73,12 @@ class Journal:
     def _recall(self, path: Path) -> None:
         """Takes up the whole lines of an interrupted evaluation; what does not fit is asked again."""
         open_private(path).close()  # refuses what is no plain file of ours
+        asked = dict(enumerate(self._outputs))
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 index, row = parse_json(line)
-                if type(index) is not int or index < 0:
-                    continue
-                found, known = _output(row), self._outputs[index]
-            except (ValueError, TypeError, AttributeError, IndexError):
+                known, found = asked[index], typed(row, Output, "")
+            except (ValueError, TypeError, KeyError, IntegrityError):
                 continue  # cut off, or of other examples
             if (found.id, found.prompt_tail, found.answer) == (known.id, known.prompt_tail, known.answer):
                 self._outputs[index] = found
@@ -112,10 +102,6 @@ class Journal:
 
     def __getitem__(self, index: int) -> Output:
         return self._outputs[index]
-
-    def all(self) -> list[Output]:
-        """Every output, in the order of the examples."""
-        return list(self._outputs)
 
     def note(self, index: int, **found: Any) -> None:
         """Adds what was found of an example."""
@@ -184,15 +170,17 @@ def read_examples(path: Path) -> list[Output]:
     Raises:
         IntegrityError: If it is missing, or a line is none; with its number.
     """
-    number = 0
+    found = []
     try:
-        found = []
-        for line in read_plain(path).decode().split("\n"):
-            number += 1
-            if line:
-                found.append(_output(parse_json(line)))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise IntegrityError(f"{path}, line {number}: not an evaluated example: {error}.") from error
+        lines = read_plain(path).decode().split("\n")
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{path} cannot be read: {error}.") from error
+    for number, line in enumerate(lines, start=1):
+        fault = f"{path}, line {number}: not an evaluated example"
+        try:
+            found += [typed(parse_json(line), Output, fault)] if line else []
+        except ValueError as error:
+            raise IntegrityError(f"{fault}: {error}.") from error
     return found
 
 
@@ -200,18 +188,3 @@ def output_line(output: Output) -> str:
     """One output as a line of JSON; what was not measured is left out."""
     row = {name: value for name, value in asdict(output).items() if value is not None}
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _output(row: dict[str, Any]) -> Output:
-    """An output from JSON values; TypeError if a field is unknown, missing or of another type."""
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
-    for name, value in fields.items():
-        if value is None or not (allowed := _TYPES.get(name)):
-            continue
-        if not isinstance(value, allowed) or (allowed is _NUMBER and isinstance(value, bool)):
-            raise TypeError(f"{name} is {shown(value)}")
-        if name == "choices" and not all(isinstance(v, str) for v in value):
-            raise TypeError("choices holds what is no text")
-        if name == "choice_scores" and not all(type(v) in (int, float) for v in value):
-            raise TypeError("choice_scores holds what is no number")
-    return Output(**fields)

@@ -7,7 +7,7 @@ OpenAI completions protocol (`endpoint.Endpoint`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from gradpruner.data.examples import Example
 from gradpruner.errors import ConfigError, DataError, ResourceError
-from gradpruner.evaluation.bertscore import DEFAULT_ENCODER, BertScorer
+from gradpruner.evaluation.bertscore import BertScorer
 from gradpruner.evaluation.generation import Answer, LocalModel
 from gradpruner.evaluation.metrics import (
     Interval,
@@ -27,16 +27,14 @@ from gradpruner.evaluation.metrics import (
     rouge_l,
     same_number,
 )
+from gradpruner.evaluation.options import EvaluateOptions
 from gradpruner.evaluation.outputs import Journal, Output, output_line, values_of
 from gradpruner.evaluation.questions import Questions
 from gradpruner.files import write_text
 from gradpruner.models.sizes import PeakMemory
 from gradpruner.progress import Progress
-from gradpruner.registry import suggest
+from gradpruner.training.options import changed
 from gradpruner.world import World
-
-METRICS = ("exact_match", "choice_likelihood", "rouge_l", "bert_score", "final_number")
-"""What can be asked for."""
 
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
     "accuracy": ("exact_match", "choice_likelihood"),
@@ -116,18 +114,12 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     examples: Sequence[Example],
+    options: EvaluateOptions | None = None,
     *,
-    metrics: Sequence[str] = TASK_METRICS["accuracy"],
-    batch_size: int = 32,
-    max_new_tokens: int | None = None,
-    max_length: int = 2048,
-    score_ends: bool = True,
-    encoder: str = DEFAULT_ENCODER,
-    encoder_layer: int | None = None,
-    seed: int = 0,
     progress: str = "evaluate",
     journal: str | Path | None = None,
     world: World | None = None,
+    **changes: Any,
 ) -> Evaluation:
     """Measures a model on the examples of a task.
 
@@ -142,19 +134,12 @@ def evaluate(
             eval mode and given back in the mode it came in), or an `endpoint.Endpoint`.
         tokenizer: Its tokenizer.
         examples: What to ask.
-        metrics: Any of `METRICS`.
-        batch_size: Prompts, or options, per forward pass; at least 1.
-        max_new_tokens: Most tokens to generate; None for the longest answer plus 2.
-        max_length: Most tokens of prompt and answer together; the model's positions bound it too. A
-            longer prompt loses its beginning, as in training.
-        score_ends: Whether the end-of-text token counts in the likelihood of an option.
-        encoder: Model of BERTScore: a folder or a hub id.
-        encoder_layer: Its layer; None for the library's choice.
-        seed: Seed of the bootstrap.
+        options: How to ask, and what to measure.
         progress: What the progress bar says is being done.
         journal: File that keeps what is done; an interrupted evaluation of the same model and examples
             goes on from it.
         world: Processes that share the examples; every one must call this, and has the whole result.
+        changes: Single options by name: `metrics=["rouge_l"]`.
 
     Raises:
         ConfigError: If an option is out of range or no metric can be computed.
@@ -163,37 +148,39 @@ def evaluate(
         NonFiniteError: If the model's likelihoods are NaN or infinite.
         ResourceError: If memory runs out.
     """
-    use_choices = _check_request(examples, metrics, batch_size)
-    scorer = bert_scorer(encoder, encoder_layer) if "bert_score" in metrics else None
-    answering = model if hasattr(model, "option_scores") else LocalModel(model, tokenizer, batch_size)
-    questions = Questions(tokenizer, examples, answering.longest(max_length), score_ends=score_ends)
+    options = changed(EvaluateOptions, options, changes)
+    metrics = options.metrics or TASK_METRICS["accuracy"]
+    use_choices = _check_request(examples, metrics)
+    scorer = bert_scorer(options.encoder, options.encoder_layer) if "bert_score" in metrics else None
+    answering = model if hasattr(model, "option_scores") else LocalModel(model, tokenizer, options.batch_size)
+    longest = answering.longest(options.max_length)
+    questions = Questions(tokenizer, examples, longest, score_ends=options.score_ends)
     world = world or World()
+    share = world.share(len(questions))
     started = time.perf_counter()
     with (
         PeakMemory(getattr(model, "device", None)) as peak,
         Journal(journal, questions, world.rank) as outputs,
+        Progress(len(share) * (_generates(metrics) + use_choices), progress) as bar,
     ):
         try:
-            speed = _ask(
-                answering,
-                questions,
-                outputs,
-                metrics,
-                use_choices,
-                max_new_tokens,
-                progress,
-                world.share(len(questions)),
-            )
+            speed = None
+            if _generates(metrics):
+                budget = options.max_new_tokens or questions.most_new_tokens()
+                speed = _generate(answering, questions, outputs, share, budget, bar)
+            if use_choices:
+                _score_options(answering, questions, outputs, share, bar)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
-                f"Memory ran out while evaluating with a batch size of {batch_size}.",
+                f"Memory ran out while evaluating with a batch size of {options.batch_size}.",
                 hint="Choose a smaller evaluation batch size or maximum length.",
             ) from error
-    whole = world.in_order([outputs[i] for i in world.share(len(questions))])
-    graded = _grade(whole, metrics, scorer)
-    details = _details(metrics, scorer, answering, use_choices, score_ends)
+    graded = _grade(world.in_order([outputs[i] for i in share]), metrics, scorer)
+    details = _details(metrics, scorer, answering, use_choices, options.score_ends)
     return Evaluation(
-        metrics=_intervals(graded, seed),
+        metrics={
+            name: bootstrap_interval(values, seed=options.seed) for name, values in values_of(graded).items()
+        },
         seconds=time.perf_counter() - started,
         tokens_per_second=speed,
         peak_memory_bytes=peak.peak_bytes,
@@ -207,45 +194,43 @@ def bert_scorer(encoder: str, layer: int | None) -> Any:
     return BertScorer(encoder, layer, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _ask(
-    answering: Answering,
-    questions: Questions,
-    outputs: Journal,
-    metrics: Sequence[str],
-    use_choices: bool,
-    max_new_tokens: int | None,
-    progress: str,
-    share: range,
+def _generates(metrics: Sequence[str]) -> bool:
+    return any(name != "choice_likelihood" for name in metrics)
+
+
+def _generate(
+    answering: Answering, questions: Questions, outputs: Journal, share: range, budget: int, bar: Progress
 ) -> float | None:
-    """Has every question of a share answered that has not been; returns tokens per second of generation."""
-    examples = questions.examples
-    generates = any(name != "choice_likelihood" for name in metrics)
-    unanswered = [i for i in share if generates and outputs[i].generated is None]
-    unscored = [i for i in share if use_choices and outputs[i].choice_scores is None]
-    speed = None
-    with Progress(len(share) * (generates + use_choices), progress) as bar:
-        bar.advance(len(share) * (generates + use_choices) - len(unanswered) - len(unscored))
-        if unanswered:
-            num_tokens, began = 0, time.perf_counter()
-            budget = max_new_tokens if max_new_tokens is not None else questions.most_new_tokens()
-            matches = [bool(outputs[i].correct) for i in share if outputs[i].correct is not None]
-            for batch, answers in answering.answers(questions, unanswered, budget):
-                for i, answer in zip(batch, answers, strict=True):
-                    text = questions.reading(i, answer.text)
-                    correct = _is_right(text, examples[i], questions.reference(i))
-                    outputs.note(i, generated=text, finished=answer.finished, correct=correct)
-                    matches.append(correct)
-                    num_tokens += answer.num_tokens
-                outputs.flush()
-                bar.advance(len(batch), exact_match=sum(matches) / len(matches))
-            speed = num_tokens / (time.perf_counter() - began)
-        if unscored:
-            for batch, found in answering.option_scores(questions, unscored):
-                for i, scores in zip(batch, found, strict=True):
-                    outputs.note(i, **_chosen(examples[i], scores))
-                outputs.flush()
-                bar.advance(len(batch))
-    return speed
+    """Has the answers generated that are missing; returns tokens per second, None if there were all."""
+    missing = [i for i in share if outputs[i].generated is None]
+    bar.advance(len(share) - len(missing))
+    if not missing:
+        return None
+    num_tokens, began = 0, time.perf_counter()
+    matches = [bool(outputs[i].correct) for i in share if outputs[i].correct is not None]
+    for batch, answers in answering.answers(questions, missing, budget):
+        for i, answer in zip(batch, answers, strict=True):
+            text = questions.reading(i, answer.text)
+            correct = _is_right(text, questions.examples[i], questions.reference(i))
+            outputs.note(i, generated=text, finished=answer.finished, correct=correct)
+            matches.append(correct)
+            num_tokens += answer.num_tokens
+        outputs.flush()
+        bar.advance(len(batch), exact_match=sum(matches) / len(matches))
+    return num_tokens / (time.perf_counter() - began)
+
+
+def _score_options(
+    answering: Answering, questions: Questions, outputs: Journal, share: range, bar: Progress
+) -> None:
+    """Has the options scored that are not yet."""
+    missing = [i for i in share if outputs[i].choice_scores is None]
+    bar.advance(len(share) - len(missing))
+    for batch, found in answering.option_scores(questions, missing):
+        for i, scores in zip(batch, found, strict=True):
+            outputs.note(i, **_chosen(questions.examples[i], scores))
+        outputs.flush()
+        bar.advance(len(batch))
 
 
 def _is_right(text: str, example: Example, answer: str) -> bool:
@@ -274,23 +259,20 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict[str, Any]:
 
 def _grade(outputs: Sequence[Output], metrics: Sequence[str], scorer: Any) -> list[Output]:
     """Adds what the metrics say of the generated texts."""
-    graded = list(outputs)
     texts = [(output.generated or "").strip() for output in outputs]
     answers = [output.answer.strip() for output in outputs]
+    found: dict[str, Iterable[Any]] = {}
     if "rouge_l" in metrics:
-        overlaps = map(rouge_l, texts, answers)
-        graded = [replace(o, rouge_l=found) for o, found in zip(graded, overlaps, strict=True)]
+        found["rouge_l"] = map(rouge_l, texts, answers)
     if scorer is not None:
-        found = scorer.f1(texts, answers)
-        graded = [replace(o, bert_score=f1) for o, f1 in zip(graded, found, strict=True)]
+        found["bert_score"] = scorer.f1(texts, answers)
     if "final_number" in metrics:
-        graded = [
-            replace(o, number_correct=same_number(t, a))
-            for o, t, a in zip(graded, texts, answers, strict=True)
-        ]
+        found["number_correct"] = map(same_number, texts, answers)
     if "exact_match" not in metrics:
-        graded = [replace(o, correct=None) for o in graded]
-    return graded
+        found["correct"] = [None] * len(outputs)
+    for name, values in found.items():
+        outputs = [replace(one, **{name: value}) for one, value in zip(outputs, values, strict=True)]
+    return list(outputs)
 
 
 def _details(
@@ -312,16 +294,8 @@ def _details(
     return details
 
 
-def _check_request(examples: Sequence[Example], metrics: Sequence[str], batch_size: int) -> bool:
+def _check_request(examples: Sequence[Example], metrics: Sequence[str]) -> bool:
     """Refuses what cannot be evaluated; returns whether the options are to be scored."""
-    for name in metrics:
-        if name not in METRICS:
-            raise ConfigError(
-                f"Unknown metric '{name}'.{suggest(name, METRICS)}",
-                hint=f"Available: {', '.join(METRICS)}.",
-            )
-    if batch_size < 1:
-        raise ConfigError(f"The evaluation batch size is {batch_size}; it must be at least 1.")
     if not examples:
         raise DataError("There are no examples to evaluate on.")
     use_choices = "choice_likelihood" in metrics and all(len(e.choices) >= 2 for e in examples)
@@ -337,7 +311,3 @@ def _check_request(examples: Sequence[Example], metrics: Sequence[str], batch_si
                 f"The answer of {len(stray)} examples is none of their options: {', '.join(stray[:3])}."
             )
     return use_choices
-
-
-def _intervals(outputs: Sequence[Output], seed: int) -> dict[str, Interval]:
-    return {name: bootstrap_interval(values, seed=seed) for name, values in values_of(outputs).items()}

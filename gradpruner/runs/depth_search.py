@@ -16,6 +16,7 @@ from gradpruner.plans.certification import Search, largest_certified
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import fit_repair
+from gradpruner.runs.evaluation_data import options_of
 from gradpruner.runs.job import Job, placeholder_scores, plan_for
 
 
@@ -84,20 +85,8 @@ def possible_numbers(job: Job) -> list[int]:
 def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
     """Score of every validation row, by metric, the most telling first."""
     assert job.validation is not None
-    options = job.recipe.evaluate
-    result = evaluate(
-        model,
-        job.tokenizer,
-        job.validation.examples,
-        metrics=job.metrics,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        max_length=job.max_length,
-        encoder=options.encoder,
-        encoder_layer=options.encoder_layer,
-        seed=job.recipe.seed,
-        progress="validate",
-    )
+    options = options_of(job.recipe, job.metrics, job.max_length)
+    result = evaluate(model, job.tokenizer, job.validation.examples, options, progress="validate")
     job.release(model)
     return values_of(result.outputs)
 

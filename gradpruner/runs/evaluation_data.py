@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from gradpruner.data.encoding import usable
 from gradpruner.data.examples import Example, ExampleSet, as_conversation, load_examples
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.errors import ConfigError, DataError
+from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.runs.recipe import Recipe
 
@@ -20,6 +22,13 @@ def metrics_of(recipe: Recipe) -> tuple[str, ...]:
     if named is not None:
         return tuple(named)
     return TASK_METRICS[TASKS.find(task).metric if task is not None else "accuracy"]
+
+
+def options_of(recipe: Recipe, metrics: Sequence[str], max_length: int) -> EvaluateOptions:
+    """How models are asked: as the recipe says, for these metrics, in so many tokens."""
+    asked = recipe.evaluate.model_dump(include=set(AskingSection.model_fields))
+    run = {"metrics": list(metrics), "max_length": max_length, "seed": recipe.seed}
+    return EvaluateOptions.model_validate(asked | run)
 
 
 def metrics_of_task(name: str) -> tuple[str, ...]:

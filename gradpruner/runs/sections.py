@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from gradpruner.evaluation.options import AskingSection
 from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
 from gradpruner.training.options import Section
 
@@ -159,24 +160,9 @@ class AlsoSection(Section):
     """Evaluate on this many randomly chosen rows."""
 
 
-Metric = Literal["exact_match", "choice_likelihood", "rouge_l", "bert_score", "final_number"]
-
-
-class EvaluateSection(Section):
+class EvaluateSection(AskingSection):
     """How variants are measured."""
 
-    batch_size: int = Field(default=32, ge=1)
-    """Samples per forward pass."""
-    max_new_tokens: int | None = Field(default=None, ge=1)
-    """Longest generated answer; null: the longest reference answer and two more."""
-    metrics: list[Metric] | None = Field(default=None, min_length=1)
-    """exact_match, rouge_l, bert_score and final_number look at the greedy answer; choice_likelihood needs
-    choices; bert_score and rouge_l together give similarity, their mean. null: the named task's own, for
-    your own data exact_match and choice_likelihood."""
-    encoder: str = "roberta-large"
-    """Model of BERTScore: a folder or a hub id."""
-    encoder_layer: int | None = Field(default=None, ge=1)
-    """Its layer; null: the library's choice."""
     also: list[AlsoSection] = Field(default_factory=list)
     """Further tasks to measure the fine-tuned variants on: transfer, or a reasoning probe (gsm8k)."""
     lm_eval: list[str] = Field(default_factory=list)

@@ -24,6 +24,7 @@ from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
 from gradpruner.runs.directory import RunDirectory, fingerprint
+from gradpruner.runs.evaluation_data import options_of
 from gradpruner.runs.job import LABELS, Job, Plan, load_plan
 from gradpruner.runs.plan_names import variant_of
 from gradpruner.runs.together import together
@@ -260,19 +261,12 @@ class Work:
 
     def evaluate(self, folder: Path, rows: str, metrics: tuple[str, ...], kept: Path) -> Evaluation:
         """What a model folder answers and what that scores; `kept` is the journal of what is done."""
-        options = self.recipe.evaluate
         model = self.load(folder)
         result = evaluate(
             model,
             self.job.tokenizer,
             self.job.rows(rows).examples,
-            metrics=metrics,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            max_length=self.job.max_length,
-            encoder=options.encoder,
-            encoder_layer=options.encoder_layer,
-            seed=self.recipe.seed,
+            options_of(self.recipe, metrics, self.job.max_length),
             progress=f"evaluate {self.name}",
             journal=kept,
             world=this_world(),
