@@ -44,6 +44,7 @@ _PUBLISHED_LAYERS = {
     40: "deberta-xlarge-mnli",
 }
 
+_PAIRS_AT_A_TIME = 32
 # Without any of them transformers makes up an empty tokenizer, to which every text is the same unknown words.
 _VOCABULARIES = (
     "tokenizer.json",
@@ -56,25 +57,20 @@ _VOCABULARIES = (
 )
 
 
-def check_encoder(encoder: str | Path = DEFAULT_ENCODER) -> Path:
+def check_encoder(encoder: str | Path = DEFAULT_ENCODER) -> tuple[Path, dict[str, Any]]:
     """Makes sure that an encoder can be used, before any other model is loaded.
 
     Args:
         encoder: A folder, or a hub id, which is then downloaded unless it is in the cache.
 
     Returns:
-        The local folder.
+        The local folder, and its raw config.
 
     Raises:
         ModelError: If there is no such encoder, it is none, has no tokenizer, or its weights are not
             safetensors.
         IntegrityError: If its files are damaged or would run foreign code.
     """
-    return _open_encoder(encoder)[0]
-
-
-def _open_encoder(encoder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of an encoder and its raw config, both checked."""
     try:
         folder = locate_model(encoder)
     except ModelError as error:
@@ -105,11 +101,10 @@ class BertScorer:
         encoder: A folder or a hub id.
         layer: Whose output is compared, counted from 1; 0 is the embeddings. None takes the one that
             published figures use for an encoder of this name, and the last one for all others.
-        batch_size: Texts per forward pass, at least 1; does not change the scores beyond rounding.
         device: A torch device.
 
     Raises:
-        ConfigError: If `layer` or `batch_size` is out of range.
+        ConfigError: If `layer` is out of range.
         ModelError: See `check_encoder`.
         IntegrityError: See `check_encoder`.
     """
@@ -118,14 +113,10 @@ class BertScorer:
         self,
         encoder: str | Path = DEFAULT_ENCODER,
         layer: int | None = None,
-        batch_size: int = 32,
         device: str = "cpu",
     ) -> None:
-        if batch_size < 1:
-            raise ConfigError(f"The batch size of BERTScore is {batch_size}; it must be at least 1.")
-        self.folder, config = _open_encoder(encoder)
+        self.folder, config = check_encoder(encoder)
         self.encoder = str(encoder)
-        self.batch_size = batch_size
         self.device = device
         self.layer = _choose_layer(config, (self.encoder, self.folder.name), layer)
         self._model, self._tokenizer = _load(self.folder, self.layer, device)
@@ -153,8 +144,8 @@ class BertScorer:
             (pair for pair in dict.fromkeys(pairs) if all(pair)), key=lambda pair: -len("".join(pair))
         )
         scores: dict[tuple[str, str], float] = {}
-        for start in range(0, len(full), self.batch_size):
-            batch = full[start : start + self.batch_size]
+        for start in range(0, len(full), _PAIRS_AT_A_TIME):
+            batch = full[start : start + _PAIRS_AT_A_TIME]
             sides = [self._embed([pair[side] for pair in batch]) for side in (0, 1)]
             scores |= zip(batch, map(_match, *sides), strict=True)
         return [scores.get(pair, 0.0) for pair in pairs]

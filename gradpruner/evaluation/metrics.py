@@ -1,7 +1,7 @@
 """How good answers are, and how sure one can be of it.
 
 Everything here is a pure function of numbers and strings. Scores are fractions from 0 to 1. The one that
-needs a model, BERTScore, is in similarity.py.
+needs a model, BERTScore, is in bertscore.py.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from gradpruner.errors import DataError, ShapeError
 # Resamples are drawn in blocks of at most this many indices, so that 2000 resamples of 100 000
 # examples need 64 MB and not 1.6 GB.
 _BLOCK_ENTRIES = 8_000_000
+_RESAMPLES = 2000
+_QUANTILES = (0.025, 0.975)
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,6 @@ def _rouge_scorer() -> Any:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
-def accuracy(correct: Sequence[bool]) -> float:
-    """Returns the fraction of true entries, 0 to 1.
-
-    Raises:
-        DataError: If there is nothing to average.
-    """
-    return float(_values(correct).mean())
-
-
 def majority_class(answers: Sequence[str]) -> float:
     """Accuracy of always giving the most frequent answer, 0 to 1: the score to beat.
 
@@ -109,54 +102,31 @@ def majority_class(answers: Sequence[str]) -> float:
     return counts.most_common(1)[0][1] / len(answers)
 
 
-def bootstrap_interval(
-    values: Sequence[float] | Sequence[bool],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Mean of `values` with its percentile-bootstrap interval.
+def bootstrap_interval(values: Sequence[float] | Sequence[bool], *, seed: int = 0) -> Interval:
+    """Mean of `values` with its 95 % percentile-bootstrap interval.
 
-    Resamples the examples with replacement and takes the (1 - level) / 2 and (1 + level) / 2
-    quantiles of the resampled means. It measures the uncertainty from the choice of evaluation
-    examples only, not from the training seed. When all values are equal it has width 0, which
-    flatters a small evaluation set.
+    Resamples the examples 2000 times with replacement and takes the 2.5 % and 97.5 % quantiles of the
+    resampled means. It measures the uncertainty from the choice of evaluation examples only, not from the
+    training seed. When all values are equal it has width 0, which flatters a small evaluation set.
 
     Args:
         values: One number per example; booleans count as 0 and 1.
-        level: Coverage of the interval, between 0 and 1, both excluded.
-        resamples: Number of bootstrap resamples, at least 1.
         seed: Seed of the resampling; the same seed gives the same interval.
-
-    Returns:
-        The mean, the two ends and the number of examples.
 
     Raises:
         DataError: If `values` is empty.
-        ValueError: If `level` or `resamples` is out of range.
 
     Source: Efron, "Bootstrap methods: another look at the jackknife", 1979.
     """
-    if not 0.0 < level < 1.0:
-        raise ValueError(f"level is {level}; it must lie between 0 and 1, both excluded.")
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}; it must be at least 1.")
     sample = _values(values)
-    means = _resampled_means(sample, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    low, high = np.quantile(_resampled_means(sample, np.random.default_rng(seed)), _QUANTILES)
     return Interval(value=float(sample.mean()), low=float(low), high=float(high), n=sample.size)
 
 
 def paired_difference(
-    first: Sequence[float] | Sequence[bool],
-    second: Sequence[float] | Sequence[bool],
-    *,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
+    first: Sequence[float] | Sequence[bool], second: Sequence[float] | Sequence[bool], *, seed: int = 0
 ) -> Interval:
-    """Mean of `first - second`, example by example, with its bootstrap interval.
+    """Mean of `first - second`, example by example, with its interval as by `bootstrap_interval`.
 
     Two models scored on the same examples are compared far more sharply this way than by looking
     whether their two intervals overlap. The difference is not shown to be real when the interval
@@ -165,9 +135,7 @@ def paired_difference(
     Args:
         first: One number per example.
         second: The same for the other model, in the same order.
-        level: See `bootstrap_interval`.
-        resamples: See `bootstrap_interval`.
-        seed: See `bootstrap_interval`.
+        seed: Seed of the resampling.
 
     Raises:
         ShapeError: If the two differ in length.
@@ -178,8 +146,7 @@ def paired_difference(
             f"A paired difference needs the same examples on both sides; got {len(first)} values"
             f" and {len(second)}."
         )
-    difference = _values(first) - _values(second)
-    return bootstrap_interval(difference.tolist(), level=level, resamples=resamples, seed=seed)
+    return bootstrap_interval((_values(first) - _values(second)).tolist(), seed=seed)
 
 
 def _values(values: Sequence[float] | Sequence[bool]) -> NDArray[np.float64]:
@@ -192,14 +159,12 @@ def _values(values: Sequence[float] | Sequence[bool]) -> NDArray[np.float64]:
     return array
 
 
-def _resampled_means(
-    sample: NDArray[np.float64], resamples: int, generator: np.random.Generator
-) -> NDArray[np.float64]:
-    """Returns the mean of each of `resamples` draws with replacement, shape (resamples,)."""
+def _resampled_means(sample: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
+    """The mean of each of `_RESAMPLES` draws with replacement, shape (_RESAMPLES,)."""
     rows = max(1, _BLOCK_ENTRIES // sample.size)
-    means = np.empty(resamples, dtype=np.float64)
-    for start in range(0, resamples, rows):
-        stop = min(start + rows, resamples)
+    means = np.empty(_RESAMPLES, dtype=np.float64)
+    for start in range(0, _RESAMPLES, rows):
+        stop = min(start + rows, _RESAMPLES)
         drawn = generator.integers(sample.size, size=(stop - start, sample.size))
         means[start:stop] = sample[drawn].mean(axis=1)
     return means

@@ -21,8 +21,6 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import Progress
 from gradpruner.provenance import provenance, utc_now
 
-_SIDES = ("dense", "pruned")
-
 
 @dataclass(frozen=True)
 class CostComparison:
@@ -133,7 +131,7 @@ def measure_cost(
                 progress.update(progress.completed, mode=mode)
                 found = measure_pair(pair, mode, workload, progress.advance)
             figures += measured_figures(found, mode, sizes, workload, dtypes[mode], with_floors=not differs)
-            for side, one in zip(_SIDES, found, strict=True):
+            for side, one in zip(("dense", "pruned"), found, strict=True):
                 if one.error:
                     errors[f"{side}, {LABELS[mode]}"] = one.error
     return CostComparison(

@@ -18,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import psutil
 import torch
@@ -37,18 +37,6 @@ from gradpruner.progress import set_mode
 _FIRST_PLAIN_TOKEN = 3
 
 
-class Turns(Protocol):
-    """The end of a pipe: says when to go, and takes what was measured."""
-
-    def recv(self) -> Any:
-        """Waits for the next message; EOFError when whoever asked is gone."""
-        ...
-
-    def send(self, message: Any) -> None:
-        """Sends one."""
-        ...
-
-
 class Gate:
     """Lets one step through at a time and times it; the only place with a clock.
 
@@ -57,7 +45,7 @@ class Gate:
         turns: Where leave to go comes from and times go; None lets everything through and keeps nothing.
     """
 
-    def __init__(self, device: torch.device, turns: Turns | None) -> None:
+    def __init__(self, device: torch.device, turns: Connection | None) -> None:
         self.device, self._turns = device, turns
         self._ready = False
         self._started = 0.0
@@ -191,7 +179,7 @@ def build(subject: Subject, mode: str, workload: Workload, device: torch.device)
     return model.to(device).eval()
 
 
-def work(turns: Turns) -> None:
+def work(turns: Connection) -> None:
     """Carries out the one order that comes first."""
     subject, mode, workload = turns.recv()
     set_mode("quiet")
