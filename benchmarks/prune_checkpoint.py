@@ -1,6 +1,7 @@
 """Pruning a checkpoint on disk, against `cp` of the same bytes, mergekit, and loading, slicing and saving.
 
     python benchmarks/prune_checkpoint.py --work DIR --mergekit PYTHON   writes results/prune_checkpoint.json
+    python benchmarks/prune_checkpoint.py --work DIR --default   writes results/prune_default.json
     python benchmarks/prune_checkpoint.py --work DIR --hidden 256 --layers 8 --json TRY.json    minutes
 
 PYTHON is that of an environment of its own, never a dependency:
@@ -12,7 +13,9 @@ layers are neighbours and little can be copied in one go. Steps take turns for `
 turning too:
 
     cp          `cp -r` of a finished pruned folder, then fsync of every file
-    drop        gradpruner.pruning.on_disk.prune_checkpoint, 13 layers dropped, verify="structure"
+    default     gradpruner.pruning.on_disk.prune_checkpoint, 13 layers dropped, as users get it:
+                verify="auto", what both models compute is compared
+    drop        the same with verify="structure": what copying alone takes
     merge       the same, 10 dropped and 3 merged into the layer before them
     naive       from_pretrained, a shorter ModuleList, save_pretrained; then fsync
     mergekit    a passthrough merge of slices; then fsync
@@ -28,6 +31,8 @@ Warm: the source was read in full just before the step. Cold: source (and for cp
 with posix_fadvise, what stayed in memory is recorded; this machine's cache only. Memory disk: source and
 outputs in /dev/shm, so no disk is waited for; dropping only. Peak RSS is the kernel's VmHWM of the process,
 which counts mapped pages of files too; peak anonymous memory is sampled every 20 ms and does not.
+
+`--default` takes only cp and default, of one size, from a warm cache: what most people wait for.
 
 Last, what mergekit and we make of tiny models of other families with one layer dropped. Linux only.
 """
@@ -53,11 +58,14 @@ from typing import Any
 # Only the standard library up here: the parent stays small, and mergekit's environment runs this file too.
 
 RESULT = Path(__file__).parent / "results" / "prune_checkpoint.json"
+DEFAULT_RESULT = RESULT.with_name("prune_default.json")
 SEED, RANK, VOCABULARY = 0, 8, 32_000
 SIZES, LAYERS, PRUNED_SHARE, MERGED = (1792, 2560), 32, 13 / 32, 3
+DEFAULT_SIZE = 1408
 SHARD_BYTES = 2_000_000_000
 MEMORY_DISK = Path("/dev/shm")
 GOALS = {"drop_over_cp_at_most": 1.1, "merge_over_cp_at_most": 1.5, "peak_rss_bytes_at_most": 600_000_000}
+DEFAULT_GOALS = {"default_over_cp_at_most": 3.0, "default_memory_above_imports_at_most": 1_000_000_000}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 4},
@@ -138,7 +146,9 @@ def import_llama() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
-def run_ours(source: str, target: str, layers: list[list[Any]], trace: str | None = None) -> Json:
+def run_ours(
+    source: str, target: str, layers: list[list[Any]], trace: str | None = None, verify: str = "structure"
+) -> Json:
     """Wall time of prune_checkpoint, and what its parts took."""
     begin = time.perf_counter()
     from gradpruner.gradients.trace import GradientTrace
@@ -161,8 +171,9 @@ def run_ours(source: str, target: str, layers: list[list[Any]], trace: str | Non
     clock(os, "fsync", "fsync", spent)
     plan, recorded = make_plan(layers), GradientTrace.load(trace) if trace else None
     begin = time.perf_counter()
-    streaming.prune_checkpoint(
-        source, target, plan, recorded, max_shard_bytes=SHARD_BYTES, verify="structure"
+    before = memory_of("self", "VmHWM")
+    report = streaming.prune_checkpoint(
+        source, target, plan, recorded, max_shard_bytes=SHARD_BYTES, verify=verify
     )
     seconds = time.perf_counter() - begin
     return {
@@ -170,6 +181,8 @@ def run_ours(source: str, target: str, layers: list[list[Any]], trace: str | Non
         "import_seconds": imported,
         "phases": spent,
         "merged_weights": merged,
+        "memory_above_imports": memory_of("self", "VmHWM") - before,
+        "checks": {check.name: check.detail for check in report.checks},
     }
 
 
@@ -511,9 +524,12 @@ class Bench:
         self.compared: Json = {}
         self._ours(self.reference, self.dropping)
 
-    def _ours(self, target: Path, plan: list[list[Any]], trace: Path | None = None) -> Json:
+    def _ours(
+        self, target: Path, plan: list[list[Any]], trace: Path | None = None, verify: str = "structure"
+    ) -> Json:
         recorded = str(trace) if trace else None
-        return run_step(run_ours, source=str(self.source), target=str(target), layers=plan, trace=recorded)
+        options = {"source": str(self.source), "target": str(target), "layers": plan, "trace": recorded}
+        return run_step(run_ours, **options, verify=verify)
 
     def _other(self, step: Callable[..., Json], python: str) -> Json:
         return run_step(step, python, source=str(self.source), target=str(self.output), keep=self.keep)
@@ -527,7 +543,7 @@ class Bench:
         held = in_memory(*inputs)
         try:
             row = self._work(name)
-            if name not in ("drop", "merge"):  # ours has done so already
+            if name not in ("default", "drop", "merge"):  # ours has done so already
                 row["sync_seconds"] = sync_folder(self.output)
             if name in ("naive", "mergekit") and name not in self.compared:
                 self.compared[name] = self._same()
@@ -543,8 +559,9 @@ class Bench:
     def _work(self, name: str) -> Json:
         if name == "cp":
             return copy_folder(self.reference, self.output)
-        if name == "drop":
-            return self._ours(self.output, self.dropping)
+        if name in ("drop", "default"):
+            verify = "auto" if name == "default" else "structure"
+            return self._ours(self.output, self.dropping, verify=verify)
         if name == "merge":
             return self._ours(self.output, self.merging, self.trace)
         if name == "naive":
@@ -594,9 +611,9 @@ def arithmetic(row: Json) -> float:
 
 def summarise(rows: dict[str, list[Json]]) -> Json:
     """Ratios within one round: ours over cp, the others over ours."""
-    cp, drop = rows["cp"], rows["drop"]
+    cp, drop = rows["cp"], rows.get("drop", [])
     found: Json = {}
-    for name in ("drop", "merge"):
+    for name in ("default", "drop", "merge"):
         ours = rows.get(name, [])
         if not ours:
             continue
@@ -632,7 +649,7 @@ def medians(rows: dict[str, list[Json]]) -> Json:
         flat = [{**row, **row.get("phases", {})} for row in steps]
         found[name] = {
             key: max(row[key] for row in flat)
-            if key.startswith("peak")
+            if key.startswith(("peak", "memory"))
             else round(statistics.median(row[key] for row in flat), 4)
             for key, value in flat[0].items()
             if isinstance(value, int | float)
@@ -650,7 +667,7 @@ def measure_size(hidden: int, args: argparse.Namespace, work: Path) -> Json:
     plan = actions(args.layers, MERGED)
     recorded = run_step(write_trace, source=str(source), target=str(trace), layers=plan, steps=args.steps)
     bench = Bench(folder, source, trace, args.layers, args.mergekit)
-    names = ["cp", "drop", "merge", "naive"] + ["mergekit"] * bool(args.mergekit)
+    names = ["cp", "default", "drop", "merge", "naive"] + ["mergekit"] * bool(args.mergekit)
     say(f"hidden {hidden}: {size_of(source) / 1e9:.2f} -> {size_of(bench.reference) / 1e9:.2f} GB, warm")
     rows = bench.rounds(names, args.pairs)
     cold = {name: [bench.run(name, cold=True)] for name in ("cp", "drop")}
@@ -758,6 +775,38 @@ def measure(args: argparse.Namespace, work: Path) -> Json:
     return result
 
 
+def measure_default(args: argparse.Namespace, work: Path) -> Json:
+    """The default against cp, of one size."""
+    shape = model_shape(args.sizes[0], args.layers)
+    source = work / "source"
+    load_before = os.getloadavg()
+    made = run_step(write_source, folder=str(source), shape=shape)
+    bench = Bench(work, source, work / "no-trace", args.layers, None)
+    say(f"{size_of(source) / 1e9:.2f} -> {size_of(bench.reference) / 1e9:.2f} GB, warm")
+    rows = bench.rounds(["cp", "default"], args.pairs)
+    found = report(rows)
+    ratio = found["ratios"]["default"]["over_cp"]["median"]
+    memory = found["medians"]["default"]["memory_above_imports"]
+    return {
+        "what": "gradpruner prune with its default checks, against cp of the output and fsync",
+        "config": {"layers": args.layers, "pairs": args.pairs, "threads": args.threads, "verify": "auto"},
+        "goal": DEFAULT_GOALS,
+        "shape": shape,
+        "parameters": made["parameters"],
+        "source_bytes": size_of(source),
+        "output_bytes": size_of(bench.reference),
+        "pruned": [i for i in range(args.layers) if i not in bench.keep],
+        "filesystem": filesystem(work),
+        **found,
+        "met": {
+            "default_over_cp": ratio <= DEFAULT_GOALS["default_over_cp_at_most"],
+            "default_memory": memory <= DEFAULT_GOALS["default_memory_above_imports_at_most"],
+        },
+        "load_average": {"before": load_before, "after": os.getloadavg()},
+        "provenance": plain(run_step(describe)),
+    }
+
+
 def plain(found: Json) -> Json:
     """Without what `run_step` adds."""
     added = ("process_seconds", "peak_anonymous_bytes", "peak_rss_bytes")
@@ -789,8 +838,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, help="scratch on the disk to measure; 12 GB")
-    parser.add_argument("--json", type=Path, default=RESULT)
-    parser.add_argument("--sizes", "--hidden", nargs="+", type=int, default=list(SIZES), help="hidden sizes")
+    parser.add_argument("--default", action="store_true", help="only cp and the default, of one size")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--sizes", "--hidden", nargs="+", type=int, help="hidden sizes")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--pairs", type=int, default=3, help="rounds")
     parser.add_argument("--steps", type=int, default=40, help="recorded steps of the merged layers")
@@ -804,10 +854,17 @@ def main() -> None:
         return
     if args.work is None:
         parser.error("--work is needed")
+    args.json = args.json or (DEFAULT_RESULT if args.default else RESULT)
+    args.sizes = args.sizes or ([DEFAULT_SIZE] if args.default else list(SIZES))
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the steps
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="prune-checkpoint-") as work:
+        if args.default:
+            result = measure_default(args, Path(work))
+            args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            say(f"{result['ratios']} met: {result['met']}")
+            return
         result = measure(args, Path(work))
     show(result)
 

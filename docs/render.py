@@ -215,6 +215,31 @@ def prune_checkpoint() -> str:
     return "\n".join([*lines, "", checkpoint_conditions(result), "", *other_families(result)])
 
 
+def prune_default() -> str:
+    result = read(RESULTS / "prune_default.json")
+    ratios, middle, goal = result["ratios"]["default"], result["medians"]["default"], result["goal"]
+    met = {key: "yes" if value else "**no**" for key, value in result["met"].items()}
+    size = f"{result['source_bytes'] / 1e9:.1f} -> {result['output_bytes'] / 1e9:.1f} GB"
+    dropped = f"{len(result['pruned'])} of {result['config']['layers']} layers dropped"
+    parts = ", ".join(
+        f"{name} {middle[name]:.1f} s" for name in ("blueprint", "copying", "verification", "fsync")
+    )
+    return "\n".join(
+        [
+            f"| `gradpruner prune`, {size} | measured | goal | met |",
+            "|---|---|---|---|",
+            f"| {dropped}, over `cp` and fsync | {times(ratios['over_cp']['median'])} | "
+            f"<= {goal['default_over_cp_at_most']:.0f}x | {met['default_over_cp']} |",
+            f"| the same, both without fsync | {times(ratios['without_fsync']['median'])} |  |  |",
+            f"| peak RSS above the imported libraries | {gigabytes(middle['memory_above_imports'])} | "
+            f"<= {gigabytes(goal['default_memory_above_imports_at_most'])} | {met['default_memory']} |",
+            "",
+            f"A random bf16 Llama on {machine(result)} ({result['filesystem']}), one thread, warm cache; the "
+            f"median of {result['config']['pairs']} rounds. {middle['seconds']:.1f} s: {parts}.",
+        ]
+    )
+
+
 def checkpoint_conditions(result: dict[str, Any]) -> str:
     config, last = result["config"], result["sizes"][-1]
     drop, merge = (last["disk"]["medians"][step] for step in ("drop", "merge"))
@@ -498,6 +523,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "tasks": tasks,
     "training_step": training_step,
     "prune_checkpoint": prune_checkpoint,
+    "prune_default": prune_default,
     "evaluation": evaluation,
     "finetuning": finetuning,
     "cost": cost,

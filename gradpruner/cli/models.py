@@ -28,7 +28,7 @@ TraceOption = Annotated[
 ]
 LevelOption = Annotated[
     str,
-    typer.Option("--verify", help="full, structure (loads nothing), or auto (full if memory allows)."),
+    typer.Option("--verify", help="full, structure (computes nothing), or auto (full if memory allows)."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]

@@ -1,7 +1,10 @@
-"""What a loaded model computes, on tokens that are always the same: what the export gate compares."""
+"""What models compute on tokens that are always the same: what the export gate compares."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.models.config_patch import text_config
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.loading import load_config, load_model
 from gradpruner.models.shards import open_shards
-from gradpruner.pruning.writer import TORCH_DTYPES
+from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.on_demand import on_demand
+from gradpruner.pruning.writer import TORCH_DTYPES, read_tensor
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 8
+FEW_NEW_TOKENS = 2
+"""Where every pass reads all weights again: one token after the prompt, one after a step with a cache."""
 
 
 def computing_dtype(folder: Path) -> torch.dtype:
@@ -44,7 +53,7 @@ def is_tied(model: Any) -> bool | None:
 
 
 @torch.no_grad()
-def behaviour(model: nn.Module) -> dict[str, Tensor]:
+def behaviour(model: nn.Module, new_tokens: int = NEW_TOKENS) -> dict[str, Tensor]:
     """Logits without a cache, and greedy tokens with their logits computed with one."""
     lm: Any = model
     vocabulary = lm.get_input_embeddings().weight.shape[0]
@@ -55,8 +64,8 @@ def behaviour(model: nn.Module) -> dict[str, Tensor]:
         attention_mask=torch.ones_like(ids),
         do_sample=False,
         num_beams=1,
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
         use_cache=True,
         pad_token_id=0,
         output_logits=True,
@@ -64,3 +73,84 @@ def behaviour(model: nn.Module) -> dict[str, Tensor]:
     )
     tokens = out.sequences[0, PROMPT_TOKENS:]
     return {"logits": logits, "cached": torch.stack(out.logits), "tokens": tokens}
+
+
+@dataclass(frozen=True)
+class Both:
+    """What a checkpoint and its source compute.
+
+    Attributes:
+        source: With the pruned layers passed through and the computed weights of the checkpoint; empty when
+            it was not asked for.
+        pruned: The checkpoint.
+        dtype: What both computed in.
+        tied: `is_tied` of the checkpoint.
+    """
+
+    source: dict[str, Tensor]
+    pruned: dict[str, Tensor]
+    dtype: torch.dtype
+    tied: bool | None
+
+
+_Cuts = Collection[tuple[int, str]]
+
+
+def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_source: bool) -> Both:
+    """Both models, each weight read when it is used; 16 bits are computed in float32.
+
+    Args:
+        folder: The checkpoint.
+        blueprint: What was pruned.
+        repaired: Layer and name of what was repaired.
+        with_source: Run the source too.
+
+    Raises:
+        Unmatched: If files hold weights in another form than they are computed with.
+        Exception: Whatever a model raises that cannot run like this.
+    """
+    stored = computing_dtype(folder)
+    dtype = stored if stored.itemsize >= torch.float32.itemsize else torch.float32
+    here, expected = open_shards(folder).tensors, {}
+    if with_source:
+        taken = {
+            blueprint.repaired_ref(layer, name).name: here[blueprint.repaired_name(layer, name)]
+            for layer, name in _computed(blueprint, blueprint.view, repaired)
+        }
+        tensors = {**blueprint.shards.tensors, **taken}
+        source = on_demand(blueprint.config, tensors, blueprint.prefix, dtype, blueprint.plan.pruned)
+        expected = behaviour(source, FEW_NEW_TOKENS)
+    pruned = on_demand(load_config(folder, native=True), here, blueprint.prefix, dtype)
+    return Both(expected, behaviour(pruned, FEW_NEW_TOKENS), dtype, is_tied(pruned))
+
+
+def run_whole(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_source: bool) -> Both:
+    """Both models, loaded one after the other in the dtype they are stored in; else as `run_on_demand`."""
+    dtype = computing_dtype(folder)
+    expected: dict[str, Tensor] = {}
+    if with_source:
+        model = load_model(blueprint.source, dtype=dtype_name(dtype), device="cpu", native=True)
+        view = LayeredModel(model)
+        _take_computed(view, folder, blueprint, repaired)
+        with view.passed_through(blueprint.plan.pruned):
+            expected = behaviour(model)
+        del model, view
+        gc.collect()
+    model = load_model(folder, dtype=dtype_name(dtype), device="cpu", native=True)
+    return Both(expected, behaviour(model), dtype, is_tied(model))
+
+
+def _computed(blueprint: Blueprint, view: LayeredModel, repaired: _Cuts) -> list[tuple[int, str]]:
+    """Layer and name of every weight that is not the source's: merged or repaired."""
+    targets = sorted(blueprint.plan.merged.keys() & set(blueprint.plan.keep))
+    return list(dict.fromkeys([*((t, n) for t in targets for n in view.linears(t)), *repaired]))
+
+
+@torch.no_grad()
+def _take_computed(view: LayeredModel, folder: Path, blueprint: Blueprint, repaired: _Cuts) -> None:
+    """Gives the source the merged and the repaired weights of the checkpoint."""
+    here = open_shards(folder).tensors
+    for layer, name in _computed(blueprint, view, repaired):
+        weight = view.layers[layer].get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        weight.copy_(read_tensor(here[blueprint.repaired_name(layer, name)]))

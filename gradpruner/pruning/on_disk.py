@@ -45,8 +45,9 @@ def prune_checkpoint(
 
     Kept tensors are copied byte for byte under their new names; only merge targets are computed, one linear
     at a time. Everything is written to a folder beside `dst`, checked, made durable and renamed: a kill at
-    any moment leaves no `dst` or a complete one. Memory: that of the libraries plus, when layers are merged,
-    what `merge_linear` states for the largest linear and its sources.
+    any moment leaves no `dst` or a complete one. Memory: that of the libraries plus the largest weight in
+    float32 (see `verify_checkpoint` for models that are loaded whole) and, when layers are merged, what
+    `merge_linear` states for the largest linear and its sources.
 
     Args:
         src: A model folder with safetensors in any float dtype, or a hub id. Quantised checkpoints can be
@@ -55,8 +56,8 @@ def prune_checkpoint(
         plan: What happens to every layer.
         trace: The recorded gradients; needed when the plan merges by them.
         max_shard_bytes: Largest size of a file of weights, in bytes of data.
-        verify: "full" loads source and result and compares what they compute, "structure" checks all but
-            that, "auto" is full where memory allows. A model type without a row must be proved in full.
+        verify: "full" compares what source and result compute, "structure" checks all but that, "auto" is
+            full where memory allows. A model type without a row must be proved in full.
         progress: Called with the number of bytes written since the last call.
         repair: What was fitted for this very plan (`fit_repair`); its weights, in the dtype of the source,
             replace those of the layers before the cuts.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,28 +9,20 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor
 
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
 from gradpruner.files import read_json, readable_bytes
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.folder import PRUNING_FILE, locate_model
-from gradpruner.models.layers import LayeredModel
-from gradpruner.models.loading import load_config, load_model, load_structure
+from gradpruner.models.loading import load_config, load_structure
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
-from gradpruner.pruning.behaviour import (
-    NEW_TOKENS,
-    behaviour,
-    bits,
-    computing_dtype,
-    dtype_name,
-    is_tied,
-)
+from gradpruner.pruning.behaviour import Both, bits, dtype_name, run_on_demand, run_whole
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.in_memory import relative_error
+from gradpruner.pruning.on_demand import Unmatched, on_demand
 from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
 LEVELS = ("auto", "full", "structure")
@@ -105,16 +96,18 @@ def verify_checkpoint(
     Merging is repeated in memory and compared to the bit (with a trace where the rule needs one); repaired
     linears must be those of the repair or, without it, have the hashes that `pruning.json` states. Reference
     for what the checkpoint computes is the source model with the pruned layers handing on what they were
-    given, and with the merged and repaired linears of the checkpoint. Both models are loaded one after the
-    other, in the dtype they are stored in, on the CPU.
+    given, and with the merged and repaired linears of the checkpoint. Both run on the CPU, one after the
+    other, each weight read from its file when it is used (`on_demand`), so memory is that of the largest
+    weight; 16 bits are computed in float32. Models whose weights are stored in another form than they are
+    computed with are loaded whole, in the dtype they are stored in, and the report says so.
 
     Args:
         folder: The pruned checkpoint.
         source: The model it was made from; None for what its `pruning.json` says.
         plan: What was pruned; None for what its `pruning.json` says.
         trace: The recorded gradients; repeats the merging in memory.
-        level: "full", "structure" (nothing is loaded), or "auto": full where the larger model takes at most
-            70 % of the free memory.
+        level: "full", "structure" (nothing is computed), or "auto": full, unless the models have to be loaded
+            whole and the larger one takes more than 70 % of the free memory.
         repair: What was fitted for the plan; None for what `pruning.json` says of it.
 
     Returns:
@@ -132,8 +125,10 @@ def verify_checkpoint(
     origin = locate_model(source if source is not None else facts["source"])
     blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
     full = compares_fully(level, blueprint)
+    may_skip = level == "auto" and blueprint.view.family.proven
     repaired = blueprint.repair_facts() or _repair_of(facts, target)
     gate = _Gate(target, blueprint, trace, tuned="finetune" in facts, repaired=repaired)
+    gate.may_skip = may_skip
     checks: list[Check] = []
     for name, work in gate.steps(full):
         try:
@@ -142,7 +137,9 @@ def verify_checkpoint(
             checks.append(Check(name, False, str(failure)))
             break
         checks.append(Check(name, None if detail.startswith("not") else True, detail))
-    return VerifyReport(str(target), "full" if full else "structure", tuple(checks))
+        if gate.skipped:
+            break
+    return VerifyReport(str(target), "full" if full and not gate.skipped else "structure", tuple(checks))
 
 
 def _facts_of(folder: Path, plan: PruningPlan | None) -> dict[str, Any]:
@@ -175,7 +172,7 @@ def _repair_of(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def compares_fully(level: str, blueprint: Blueprint) -> bool:
-    """Whether a level means that both models are loaded and compared, on this machine.
+    """Whether a level means that what both models compute is compared, on this machine.
 
     Raises:
         ModelError: If a model type without a row in the table of families would not be.
@@ -184,17 +181,30 @@ def compares_fully(level: str, blueprint: Blueprint) -> bool:
     if level == "structure" or blueprint.quantised:
         full = False
     else:
-        needed = blueprint.shards.total_bytes
-        full = level == "full" or needed <= _MEMORY_SHARE * psutil.virtual_memory().available
+        full = level == "full" or _fits(blueprint) or _runs_on_demand(blueprint)
     if unknown and not full:
         raise ModelError(
-            f"Model type '{blueprint.view.config.model_type}' has no row in the table of families, so a "
-            "pruned one must be loaded and compared before it can be trusted; that was not asked for, or "
+            f"Model type '{blueprint.view.config.model_type}' has no row in the table of families, so what a "
+            "pruned one computes must be compared before it can be trusted; that was not asked for, or "
             "does not fit into memory.",
             hint="Verify in full on a machine with more memory, or add a row to "
             "gradpruner/models/families.py.",
         )
     return full
+
+
+def _fits(blueprint: Blueprint) -> bool:
+    """Whether the source may be loaded whole."""
+    return bool(blueprint.shards.total_bytes <= _MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+def _runs_on_demand(blueprint: Blueprint) -> bool:
+    """Whether the files hold the weights in the form they are computed with."""
+    try:
+        on_demand(blueprint.config, blueprint.shards.tensors, blueprint.prefix, torch.float32)
+    except Unmatched:
+        return False
+    return True
 
 
 class _Gate:
@@ -214,10 +224,9 @@ class _Gate:
         cuts = repaired.get("cuts", ())
         self.linears = {cut["layer"]: cut["linear"] for cut in cuts if cut["ridge"] is not None}
         self.plan = blueprint.plan
-        self.dtype = computing_dtype(folder)
-        self.tolerance = TOLERANCE.get(self.dtype, COARSE_TOLERANCE)
-        self.expected: dict[str, Tensor] = {}
-        self.found: dict[str, Tensor] = {}
+        self.both: Both
+        self.may_skip = self.skipped = False
+        self.how = ""
 
     def steps(self, full: bool) -> list[tuple[str, Callable[[], str]]]:
         """Name and work of every check."""
@@ -234,10 +243,10 @@ class _Gate:
         return [
             *steps,
             ("merged tensors", self.merged),
-            ("source", self.run_source),
-            ("weights", self.run_pruned),
+            ("source", self.run_both),
+            ("weights", self.weights),
             ("logits", lambda: self.compare("logits", "without cache")),
-            ("cached logits", lambda: self.compare("cached", f"{NEW_TOKENS} steps with cache")),
+            ("cached logits", lambda: self.compare("cached", "with cache")),
             ("generation", self.generation),
         ]
 
@@ -278,21 +287,27 @@ class _Gate:
         load_structure(self.folder)
         return "plain from_pretrained: nothing missing, unexpected or mismatched"
 
-    def run_source(self) -> str:
-        """The reference."""
+    def run_both(self) -> str:
+        """What source and checkpoint compute."""
+        cuts = self.linears.items()
+        try:
+            self.both = run_on_demand(self.folder, self.blueprint, cuts, with_source=not self.tuned)
+            how = "weights read as they are used"
+        except GradPrunerError:
+            raise
+        except Exception as error:  # whatever a model does that such weights cannot
+            reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
+            if self.may_skip and not _fits(self.blueprint):
+                self.skipped = True
+                return f"not done: the models must be loaded whole, for which memory is too small ({reason})"
+            self.both = run_whole(self.folder, self.blueprint, cuts, with_source=not self.tuned)
+            how = f"loaded whole ({reason})"
+        self.how = f"{how}, in {dtype_name(self.both.dtype)}"
         if self.tuned:
             return "not compared: this model was fine-tuned after pruning"
-        model = load_model(self.blueprint.source, dtype=dtype_name(self.dtype), device="cpu", native=True)
-        view = LayeredModel(model)
-        self._take_computed(view)
-        with view.passed_through(self.plan.pruned):
-            self.expected = behaviour(model)
-        del model, view
-        gc.collect()
         targets = self.plan.merged.keys() & set(self.plan.keep)
-        return f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights" + (
-            f", {len(self.linears)} repaired" if self.linears else ""
-        )
+        merged = f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights"
+        return merged + (f", {len(self.linears)} repaired" if self.linears else "")
 
     def repaired(self) -> str:
         """Refitted weights against the repair, or against the hashes noted when it was carried out."""
@@ -327,45 +342,30 @@ class _Gate:
             count += 1
         return f"{count} tensors merged again in memory: equal to the bit"
 
-    @torch.no_grad()
-    def _take_computed(self, view: LayeredModel) -> None:
-        """Gives the source the merged and the repaired weights of the checkpoint."""
-        here = open_shards(self.folder).tensors
-        wanted = [
-            (t, n) for t in sorted(self.plan.merged.keys() & set(self.plan.keep)) for n in view.linears(t)
-        ]
-        for layer, name in dict.fromkeys([*wanted, *self.linears.items()]):
-            renamed = self.blueprint.repaired_name(layer, name)
-            weight = view.layers[layer].get_submodule(name).weight
-            assert isinstance(weight, Tensor)
-            weight.copy_(read_tensor(here[renamed]))
-
-    def run_pruned(self) -> str:
-        """The checkpoint itself, loaded as its user will."""
-        model = load_model(self.folder, dtype=dtype_name(self.dtype), device="cpu", native=True)
-        tied = is_tied(model)
-        if tied is False:
+    def weights(self) -> str:
+        """Ties and finite numbers."""
+        if self.both.tied is False:
             raise _Failed("the embeddings are tied in the config but not in the loaded model")
-        self.found = behaviour(model)
-        if not all(bool(torch.isfinite(t).all()) for t in self.found.values()):
-            raise _Failed("the loaded model computes NaN or Inf")
-        return f"loaded in {dtype_name(self.dtype)}" + (", embeddings tied" if tied else "")
+        if not all(bool(torch.isfinite(t).all()) for t in self.both.pruned.values()):
+            raise _Failed("the checkpoint computes NaN or Inf")
+        return self.how + (", embeddings tied" if self.both.tied else "")
 
     def compare(self, what: str, how: str) -> str:
         """One kind of logits of both."""
-        if not self.expected:
+        if not self.both.source:
             return "not compared: no reference"
-        error = relative_error(self.found[what], self.expected[what])
-        if not error <= self.tolerance:
+        error = relative_error(self.both.pruned[what], self.both.source[what])
+        tolerance = TOLERANCE.get(self.both.dtype, COARSE_TOLERANCE)
+        if not error <= tolerance:
             raise _Failed(
                 f"relative error {error:.1e} against the source with the pruned layers passed through; at "
-                f"most {self.tolerance:.0e} is allowed"
+                f"most {tolerance:.0e} is allowed"
             )
         return f"relative error {error:.1e} ({how})"
 
     def generation(self) -> str:
         """Greedy tokens of both."""
-        tokens = self.found["tokens"].tolist()
-        if self.expected and tokens != self.expected["tokens"].tolist():
-            raise _Failed(f"greedy tokens differ: {tokens} instead of {self.expected['tokens'].tolist()}")
-        return f"{NEW_TOKENS} greedy tokens" + (" as the reference" if self.expected else "")
+        tokens = self.both.pruned["tokens"].tolist()
+        if self.both.source and tokens != self.both.source["tokens"].tolist():
+            raise _Failed(f"greedy tokens differ: {tokens} instead of {self.both.source['tokens'].tolist()}")
+        return f"{len(tokens)} greedy tokens" + (" as the reference" if self.both.source else "")
