@@ -152,7 +152,7 @@ def run_ours(
     """Wall time of prune_checkpoint, and what its parts took."""
     begin = time.perf_counter()
     from gradpruner.gradients.trace import GradientTrace
-    from gradpruner.pruning import blueprint
+    from gradpruner.pruning import in_memory
     from gradpruner.pruning import on_disk as streaming
 
     import_llama()
@@ -167,7 +167,7 @@ def run_ours(
     clock(streaming, "Blueprint", "blueprint", spent)
     clock(streaming, "write_shards", "copying", spent)
     clock(streaming, "verify_checkpoint", "verification", spent)
-    clock(blueprint, "merge_linear", "arithmetic", spent, count)
+    clock(in_memory, "merge_linear", "arithmetic", spent, count)
     clock(os, "fsync", "fsync", spent)
     plan, recorded = make_plan(layers), GradientTrace.load(trace) if trace else None
     begin = time.perf_counter()
