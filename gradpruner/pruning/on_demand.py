@@ -7,6 +7,8 @@ its largest weight, rows of the embeddings and blocks of the head apart, however
 from __future__ import annotations
 
 import copy
+import mmap
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -19,7 +21,7 @@ from torch.utils._pytree import tree_map
 from gradpruner.models.classes import model_class
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.shards import TensorRef
-from gradpruner.pruning.writer import TORCH_DTYPES, read_into
+from gradpruner.pruning.writer import TORCH_DTYPES, read_tensor
 
 _BLOCK_BYTES = 64 << 20  # of a weight that is used block by block, in the dtype it is computed in
 
@@ -29,29 +31,45 @@ class Unmatched(Exception):
 
 
 class Reader:
-    """Reads tensors, converted to the dtype they are computed in, into memory that it uses again.
+    """Maps tensors into memory and converts them to the dtype they are computed in.
 
-    What it returns is valid until the next call.
+    What it returns is valid until the next call: the memory that is converted into is used again.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._memory = {kind: torch.empty(0, dtype=torch.uint8) for kind in ("stored", "computed")}
+        self.memory = torch.empty(0, dtype=dtype)
 
     def __call__(self, ref: TensorRef) -> Tensor:
         """The tensor, in the reader's dtype."""
-        stored = TORCH_DTYPES[ref.dtype]
-        plain = read_into(ref, self._take("stored", ref.shape, stored))
-        if stored == self.dtype or not stored.is_floating_point:
-            return plain
-        return self._take("computed", ref.shape, self.dtype).copy_(plain)
+        stored = _mapped(ref)
+        if stored.dtype == self.dtype or not stored.is_floating_point():
+            return stored
+        if self.memory.numel() < stored.numel():
+            self.memory = torch.empty(0, dtype=self.dtype)  # freed before the larger one is taken
+            self.memory = torch.empty(stored.numel(), dtype=self.dtype)
+        return self.memory[: stored.numel()].view(stored.shape).copy_(stored)
 
-    def _take(self, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        needed = torch.Size(shape).numel() * dtype.itemsize
-        if self._memory[kind].numel() < needed:
-            self._memory[kind] = torch.empty(0, dtype=torch.uint8)  # freed before the larger one is taken
-            self._memory[kind] = torch.empty(needed, dtype=torch.uint8)
-        return self._memory[kind][:needed].view(dtype).view(shape)
+
+def _mapped(ref: TensorRef) -> Tensor:
+    """A tensor whose numbers stay in the page cache; they leave the process with it."""
+    dtype = TORCH_DTYPES[ref.dtype]
+    if not ref.num_bytes or ref.start % dtype.itemsize:  # none, or where torch could not address them
+        return read_tensor(ref)
+    before = ref.start % mmap.ALLOCATIONGRANULARITY
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    with ref.file.open("rb") as file:
+        pages = mmap.mmap(
+            file.fileno(),
+            before + ref.num_bytes,
+            flags=flags,
+            prot=mmap.PROT_READ,
+            offset=ref.start - before,
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it must not be written to: it is not
+        flat = torch.frombuffer(pages, dtype=dtype, count=ref.num_bytes // dtype.itemsize, offset=before)
+    return flat.view(ref.shape)
 
 
 class FileWeight(torch.Tensor):

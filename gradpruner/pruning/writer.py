@@ -301,28 +301,18 @@ def read_tensor(ref: TensorRef, *, finite: bool = False) -> Tensor:
         IntegrityError: If the file became shorter, or for NaN and Inf.
         ModelError: If it cannot be read.
     """
-    tensor = read_into(ref, torch.empty(ref.shape, dtype=TORCH_DTYPES[ref.dtype]))
-    if finite:
-        data, scratch = _bytes_of(tensor), np.empty(_CHECK_BYTES, np.uint8)
-        blocks = (data[start : start + _CHECK_BYTES] for start in range(0, data.size, _CHECK_BYTES))
-        if any(_holds_non_finite(block, ref.dtype, scratch) for block in blocks):
-            raise _non_finite(ref.name, ref)
-    return tensor
-
-
-def read_into(ref: TensorRef, tensor: Tensor) -> Tensor:
-    """Reads one tensor into memory that is there already, of its shape and dtype; returns it.
-
-    Raises:
-        IntegrityError: If the file became shorter.
-        ModelError: If it cannot be read.
-    """
+    tensor = torch.empty(ref.shape, dtype=TORCH_DTYPES[ref.dtype])
     data, done = _bytes_of(tensor), 0
     with _open_source(ref.file) as file:
         while done < data.size:
             part = _read(file.fileno(), min(_CHECK_BYTES, data.size - done), ref.start + done, ref.file)
             data[done : done + len(part)] = np.frombuffer(part, np.uint8)
             done += len(part)
+    if finite:
+        scratch = np.empty(_CHECK_BYTES, np.uint8)
+        blocks = (data[start : start + _CHECK_BYTES] for start in range(0, data.size, _CHECK_BYTES))
+        if any(_holds_non_finite(block, ref.dtype, scratch) for block in blocks):
+            raise _non_finite(ref.name, ref)
     return tensor
 
 
