@@ -528,7 +528,7 @@ class Bench:
         self, target: Path, plan: list[list[Any]], trace: Path | None = None, verify: str = "structure"
     ) -> Json:
         recorded = str(trace) if trace else None
-        options = {"source": str(self.source), "target": str(target), "layers": plan, "trace": recorded}
+        options: Json = {"source": str(self.source), "target": str(target), "layers": plan, "trace": recorded}
         return run_step(run_ours, **options, verify=verify)
 
     def _other(self, step: Callable[..., Json], python: str) -> Json:
