@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import warnings
@@ -251,7 +252,7 @@ def test_adapters(taught, tokenizer):
     peft = pytest.importorskip("peft")
     plain = evaluate(taught, tokenizer, EXAMPLES).outputs
     config = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    adapted = peft.get_peft_model(teach(llama(), tokenizer, EXAMPLES), config)
+    adapted = peft.get_peft_model(copy.deepcopy(taught), config)
     with adapted.disable_adapter():
         assert [o.generated for o in evaluate(adapted, tokenizer, EXAMPLES).outputs] == [
             o.generated for o in plain
@@ -350,8 +351,6 @@ def test_only_the_options(taught, tokenizer):
 
 
 def test_a_tokenizer_without_padding_token(taught, tokenizer):
-    import copy
-
     bare = copy.deepcopy(tokenizer)
     bare.pad_token = None
     assert evaluate(taught, bare, EXAMPLES).metrics["exact_match"].value == 1.0
