@@ -129,7 +129,7 @@ def test_which_model(served):
      "http://x/v1 ", "http://x/\nv1", "http://x/v1?a=b", "http://x/v1#a"],
 )  # fmt: skip
 def test_what_is_no_address(url):
-    with pytest.raises(ConfigError, match=r"is no address|more than a path"):
+    with pytest.raises(ConfigError, match=r"is not the address|more than a path"):
         Endpoint(url)
 
 
@@ -277,6 +277,15 @@ def test_a_list_of_models_that_is_none(stranger, said):
 def test_answers_that_are_none(stranger, entries):
     with pytest.raises(ResourceError, match="did not answer as it should"):
         ask(stranger(MODELS, choices(*entries)))
+
+
+def test_an_only_answer_may_lack_its_index_but_not_have_another(stranger):
+    def first(entry):
+        return list(Endpoint(stranger(MODELS, choices(entry)).url).answers(Questions(), [0], 4))
+
+    assert first({"text": "a"})[0][1][0].text == first({"text": "a", "index": 0})[0][1][0].text == "a"
+    with pytest.raises(ResourceError, match=r"the indexes \[1\]"):
+        first({"text": "a", "index": 1})
 
 
 @pytest.mark.parametrize("value", [None, "a", True, 0.5, [], -(10**400)])

@@ -178,7 +178,7 @@ def test_an_encoder_that_is_not_there(tmp_path, monkeypatch):
         "huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("off"))
     )
     for encoder in (tmp_path / "none", "roberta-large"):
-        with pytest.raises(ModelError, match="The encoder for BERTScore is not to be had") as caught:
+        with pytest.raises(ModelError, match="The encoder for BERTScore cannot be found") as caught:
             check_encoder(encoder)
         assert "evaluate.encoder=FOLDER" in caught.value.hint
         assert "HF_HUB_OFFLINE" in caught.value.hint

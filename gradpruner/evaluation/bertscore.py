@@ -67,7 +67,7 @@ def check_encoder(encoder: str | Path = DEFAULT_ENCODER) -> tuple[Path, dict[str
         The local folder, and its raw config.
 
     Raises:
-        ModelError: If there is no such encoder, it is none, has no tokenizer, or its weights are not
+        ModelError: If there is no such model, it is not an encoder, has no tokenizer, or its weights are not
             safetensors.
         IntegrityError: If its files are damaged or would run foreign code.
     """
@@ -75,7 +75,7 @@ def check_encoder(encoder: str | Path = DEFAULT_ENCODER) -> tuple[Path, dict[str
         folder = locate_model(encoder)
     except ModelError as error:
         raise ModelError(
-            f"The encoder for BERTScore is not to be had: {error.message}",
+            f"The encoder for BERTScore cannot be found: {error.message}",
             hint="Give a folder that holds one (--set evaluate.encoder=FOLDER), or unset HF_HUB_OFFLINE to "
             "have it downloaded.",
         ) from error
@@ -155,7 +155,7 @@ class BertScorer:
         return {
             "implementation": "gradpruner, equal to bert-score 0.3.13",
             "transformers": metadata.version("transformers"),
-            # A folder by its name and its contents: where it lies is nobody's business.
+            # A folder by its name and contents: paths of this machine do not belong in a record.
             "encoder": self.folder.name if Path(self.encoder).expanduser().is_dir() else self.encoder,
             "encoder_sha256": hash_folder(sorted(self.folder.glob("*.safetensors"))),
             "layer": self.layer,

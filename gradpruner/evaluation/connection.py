@@ -1,4 +1,4 @@
-"""Asking a server that nobody vouches for: JSON there and back, one deadline, one host, a bounded reply.
+"""Asking a server that is not trusted: JSON there and back, one deadline, one host, a reply of limited size.
 
 The key goes to the host that was named and nowhere else: no redirect is followed. What fails in passing
 (429, 5xx) is tried again, ever more slowly, until the deadline; a connection that broke, once.
@@ -70,7 +70,7 @@ class Connection:
             limit: Bytes the reply may have.
 
         Raises:
-            ResourceError: If there is no answer in time, or it is an error, too long or no JSON.
+            ResourceError: If there is no answer in time, or it is an error, too long or not JSON.
         """
         # A loop in a thread of its own: only so a deadline holds for whatever a server does, also where the
         # caller has a loop running (notebooks).
@@ -152,7 +152,7 @@ class Connection:
             return parse_json(data)
         except ValueError as error:
             raise ResourceError(
-                f"{where} answered what is no JSON: {error}.", hint="Is this the address of a model server?"
+                f"{where} did not answer with JSON: {error}.", hint="Is this the address of a model server?"
             ) from error
 
 

@@ -1,8 +1,8 @@
 """A served model that answers questions, through the OpenAI completions protocol (vLLM, SGLang, llama.cpp).
 
 The server runs where it likes, in an environment of its own; nothing of it is imported. Prompts are sent as
-token ids, so that it is asked exactly what a loaded model would be. What it says is a stranger's word: every
-value that is used is checked first, and `evaluation/connection.py` bounds how long and how much it may say.
+token ids, so that it is asked exactly what a loaded model would be. No answer is trusted: every value that is
+used is checked first, and `evaluation/connection.py` bounds how long and how much a server may send.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Endpoint:
         batch_size: Prompts per request, at least 1.
 
     Raises:
-        ConfigError: If the address is none, or the server serves another model, or several.
-        ResourceError: If the server cannot be reached, or answers what is no answer.
+        ConfigError: If the address is not one, or the server serves another model, or several.
+        ResourceError: If the server cannot be reached, or its answer is not a list of models.
     """
 
     def __init__(self, url: str, name: str | None = None, batch_size: int = 32) -> None:
@@ -107,7 +107,7 @@ class Endpoint:
 
         Raises:
             ConfigError: If it does not.
-            ResourceError: If it cannot be reached, or what it says are no log-probabilities.
+            ResourceError: If it cannot be reached, or does not answer with log-probabilities.
         """
         for index in indices:
             options = questions.option_set(index)
@@ -146,7 +146,7 @@ class Endpoint:
         tokens = sum(map(len, prompts)) + len(prompts) * int(options["max_tokens"])
         limit = 2**20 + _BYTES_PER_TOKEN * tokens
         choices = self._call("/completions", limit, _Completion, body).choices
-        if len(prompts) == len(choices) == 1:
+        if len(prompts) == len(choices) == 1 and choices[0].index is None:
             return choices  # some servers leave out the index of an only answer
         by_index = {choice.index: choice for choice in choices}
         if len(choices) != len(prompts) or by_index.keys() != set(range(len(prompts))):
@@ -181,10 +181,10 @@ def _check_address(url: str) -> None:
         parts = urlsplit(url)
         whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
         whole = whole and url.isprintable() and " " not in url
-    except ValueError:  # a port that is no number, a bracket that is never closed
+    except ValueError:  # a port that is not a number, a bracket that is never closed
         whole = False
     if not whole:
-        raise ConfigError(f"{shown(url, 100)} is no address of a server.", hint=hint)
+        raise ConfigError(f"{shown(url, 100)} is not the address of a server.", hint=hint)
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
             f"The address of {parts.hostname} holds a user or password, which would stand in every record.",

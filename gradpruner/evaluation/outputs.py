@@ -72,7 +72,7 @@ class Journal:
 
     def _recall(self, path: Path) -> None:
         """Takes up the whole lines of an interrupted evaluation; what does not fit is asked again."""
-        open_private(path).close()  # refuses what is no plain file of ours
+        open_private(path).close()  # refuses links and anything but a plain file
         asked = dict(enumerate(self._outputs))
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
@@ -168,7 +168,7 @@ def read_examples(path: Path) -> list[Output]:
     """Reads a file of output lines.
 
     Raises:
-        IntegrityError: If it is missing, or a line is none; with its number.
+        IntegrityError: If it is missing, or a line is not an example; with its number.
     """
     found = []
     try:

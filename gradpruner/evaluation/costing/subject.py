@@ -120,7 +120,7 @@ def plan_by_count(depth: int, num_prune: int) -> PruningPlan:
 
 
 def _refuse_misspelt_shape(name: str) -> None:
-    """Raises ConfigError for a name that is no folder, no hub id, and close to a shape."""
+    """Raises ConfigError for a name that is neither folder nor hub id, but close to a shape."""
     near = suggest(name.lower(), shape_names())
     if "/" not in name and near:
         raise ConfigError(
