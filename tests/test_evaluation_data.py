@@ -269,7 +269,7 @@ def test_a_dry_run_measures_nothing(folder):
         (("--eval-data", "none.jsonl"), "none.jsonl"),
         (("--eval-data", "eval.jsonl", "--model", "x"), "belong to a run"),
         (("--eval-data", "eval.jsonl", "--set", "evaluate.metrics=[exact]"), "exact_match"),
-        (("--eval-data", "eval.jsonl", "--endpoint", "nowhere"), "no address"),
+        (("--eval-data", "eval.jsonl", "--endpoint", "nowhere"), "not the address"),
     ],
 )
 def test_what_cannot_be_measured(folder, arguments, message, monkeypatch):
