@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -67,7 +68,6 @@ class Endpoint:
     def __init__(self, url: str, name: str | None = None, batch_size: int = 32) -> None:
         _check_address(url)
         self.url, self.batch_size = url.rstrip("/"), batch_size
-        self._connection = Connection(self.url)
         listed = self._call("/models", _MODELS_LIMIT, _Models)
         served = list(dict.fromkeys(entry.id for entry in listed.data))
         if name is None and len(served) != 1:
@@ -78,6 +78,10 @@ class Endpoint:
         if name is not None and name not in served:
             raise ConfigError(f"{self.url} does not serve '{name}'.", hint=f"It serves: {_listed(served)}.")
         self.name = name or served[0]
+
+    @cached_property
+    def _connection(self) -> Connection:
+        return Connection(self.url)
 
     def longest(self, max_length: int) -> int:
         """`max_length`: how much the server can hold is for it to say."""
