@@ -4,6 +4,7 @@ rows      files and hub datasets as rows
 folders   which files of a folder hold a split
 parsing   the content of one file as rows
 shapes    a row as an example: prompt, answer, choices, turns
+layouts   columns of one's own: other names, templates, texts with a label
 examples  the usable rows of a file as examples
 chat      conversations through a chat template, and what a template must do
 encoding  examples as token ids and labels

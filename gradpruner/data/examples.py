@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
 from gradpruner.data.rows import Row, RowSet, read_rows
 from gradpruner.data.shapes import FORMATS, BadRow, Example, Message, Shape
 from gradpruner.errors import ConfigError, DataError
@@ -17,6 +18,7 @@ __all__ = [
     "FORMATS",
     "Example",
     "ExampleSet",
+    "Layout",
     "Message",
     "as_conversation",
     "load_examples",
@@ -24,8 +26,12 @@ __all__ = [
     "sample",
 ]
 
+LABELLED = "labelled_text"
+"""The fifth format: a text and its label."""
+
 _ROWS_LOOKED_AT = 20  # to tell the shape; more than one, because the first may be the bad one
 _ROWS_NAMED = 3  # in an error about many rows
+_AS_WRITTEN = Layout()
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,8 @@ class ExampleSet:
     Attributes:
         examples: At least one, in the order of the file.
         source: Path, hub id or task.
-        format: One of `FORMATS`, or "task:<name>@<version>".
+        format: One of `FORMATS`, "labelled_text", "templates" or "task:<name>@<version>"; a mark of the
+            layout behind it.
         sha256: Of the file's bytes; of the canonical rows for a hub dataset.
         num_dropped: Unusable rows left out on request.
         notes: What the user should know: sampling, unused columns, dropped rows.
@@ -60,6 +67,7 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
     skip_bad: bool = False,
+    layout: Layout = _AS_WRITTEN,
 ) -> ExampleSet:
     """Reads a user's own data.
 
@@ -67,25 +75,26 @@ def load_examples(
         source: A file (JSON Lines, JSON, CSV, TSV, parquet), a folder with a file per split, or a
             hub dataset id ("owner/name", "owner/name:config"). "path#N" samples N rows.
         split: The file of a folder, key of a JSON object or split of a hub dataset.
-        format: "auto" or one of `FORMATS`.
+        format: "auto", "labelled_text" or one of `FORMATS`.
         limit: Sample this many rows at most, >= 1; None takes all. With "#N", the smaller counts.
         seed: Of the sampling.
         skip_bad: Drop and count unusable rows instead of refusing the file.
+        layout: What the columns mean: other names, templates, names of labels.
 
     Raises:
-        ConfigError: If `format` or `limit` is not allowed.
+        ConfigError: If `format`, `limit` or a template is not allowed.
         DataError: If nothing is found, a file is malformed, the columns are not recognised, or rows
             are unusable; the message names file, row, field and what to do.
     """
-    if format != "auto" and format not in FORMATS:
+    allowed = ("auto", *FORMATS, LABELLED)
+    if format not in allowed:
         raise ConfigError(
-            f"Unknown data format '{format}'.{suggest(format, FORMATS)}",
-            hint=f"Allowed: auto, {', '.join(FORMATS)}.",
+            f"Unknown data format '{format}'.{suggest(format, allowed)}",
+            hint=f"Allowed: {', '.join(allowed)}.",
         )
     path, sample_size = _split_sample_suffix(str(source), limit)
-    rows = read_rows(path, split, skip_bad=skip_bad)
-    name = _detect(rows) if format == "auto" else format
-    shape = FORMATS[name]
+    rows = renamed(read_rows(path, split, skip_bad=skip_bad), layout)
+    name, shape, note = _shape_of(rows, format, layout)
     examples: list[Example] = []
     faults = list(rows.faults)
     for row in rows.rows:
@@ -94,13 +103,35 @@ def load_examples(
         except BadRow as fault:
             faults.append((row.id, str(fault)))
     total = len(rows.rows) + len(rows.faults)
-    _check_faults(rows, name, faults, skip_bad)
-    notes = [_unused_note(rows.rows, shape)]
+    _check_faults(rows, name, shape, faults, skip_bad)
+    notes = [note, _unused_note(rows.rows, shape)]
     if faults:
         notes.append(f"{rows.source}: dropped {len(faults)} of {total} rows as unusable")
     chosen, note = sample(examples, sample_size, seed)
     notes.append(note)
-    return ExampleSet(tuple(chosen), rows.source, name, rows.sha256, len(faults), tuple(filter(None, notes)))
+    said = tuple(filter(None, notes))
+    return ExampleSet(tuple(chosen), rows.source, name + layout.mark(), rows.sha256, len(faults), said)
+
+
+def _shape_of(rows: RowSet, format: str, layout: Layout) -> tuple[str, Shape, str]:
+    """The name of the rows' shape, the shape, and what to say of it."""
+    if layout.has_templates:
+        return "templates", *templated(rows, layout)
+    name = _detect(rows) if format == "auto" else format
+    if name != LABELLED:
+        return name, FORMATS[name], ""
+    if labelled_columns(column_names(rows)) is None:
+        raise _unrecognised(rows, column_names(rows), "Rename the columns, or name them in data.columns.")
+    tasks = _tasks_with(column_names(rows))
+    try:
+        shape, note = templated(rows, layout)
+    except DataError as error:
+        if tasks:  # whose labels have names
+            error.hint = f"{error.hint} Or, if these are rows of the task {tasks}, name that task instead."
+        raise
+    if tasks:
+        note += f"; the task {tasks} has these columns too: name it if the rows are its own"
+    return name, shape, note
 
 
 def sample(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[Sequence[Example], str]:
@@ -156,22 +187,38 @@ def _detect(rows: RowSet) -> str:
     for name, shape in FORMATS.items():
         if found.keys() >= set(shape.required):
             return name
+    labelled = labelled_columns(tuple(found))
+    tasks = _tasks_with(tuple(found))
+    # A task that needs more than text and label is not a text and its label.
+    if labelled and not _tasks_with(tuple(found), more_than=len(labelled)):
+        return LABELLED
+    hint = "Rename the columns, or say what they mean: data.columns, or data.prompt and data.completion."
+    if tasks:
+        hint = f"These are the columns of the task {tasks}: name that task instead."
+    raise _unrecognised(rows, tuple(found), hint)
+
+
+def _tasks_with(columns: Sequence[str], more_than: int = 0) -> str:
+    """The named tasks whose columns these are, of those that need more than so many; "" for none."""
     from gradpruner.data.tasks import TASKS  # tasks are made of examples: they import this module
 
+    needed = {name: TASKS.find(name).columns for name in TASKS.names()}
+    fitting = {n: len(c) for n, c in needed.items() if len(c) > more_than and set(columns) >= set(c)}
     # The most columns win: MMLU's rows have those of GSM8K too.
-    fitting = {n: len(c) for n in TASKS.names() if found.keys() >= set(c := TASKS.find(n).columns)}
-    names = [f"'{n}'" for n, count in fitting.items() if count == max(fitting.values())]
-    hint = "Rename the columns."
-    if names:
-        hint = f"These are the columns of the task {' or '.join(names)}: name that task instead."
-    shapes = "; ".join(f"({i}) {shape.columns()}" for i, shape in enumerate(FORMATS.values(), 1))
-    raise DataError(
-        f"{rows.source}: columns not recognised: {', '.join(map(str, found)) or 'none'}. Accepted: {shapes}.",
-        hint=hint,
-    )
+    return " or ".join(f"'{n}'" for n, count in fitting.items() if count == max(fitting.values()))
 
 
-def _check_faults(rows: RowSet, name: str, faults: Sequence[tuple[str, str]], skip_bad: bool) -> None:
+def _unrecognised(rows: RowSet, found: Sequence[str], hint: str) -> DataError:
+    accepted = [shape.columns() for shape in FORMATS.values()]
+    accepted.append(f"one of {'/'.join(TEXTS)} with one of {'/'.join(LABELS)}")
+    shapes = "; ".join(f"({i}) {columns}" for i, columns in enumerate(accepted, 1))
+    named = ", ".join(map(str, found)) or "none"
+    return DataError(f"{rows.source}: columns not recognised: {named}. Accepted: {shapes}.", hint=hint)
+
+
+def _check_faults(
+    rows: RowSet, name: str, shape: Shape, faults: Sequence[tuple[str, str]], skip_bad: bool
+) -> None:
     total = len(rows.rows) + len(rows.faults)
     if not faults or (skip_bad and len(faults) < total):
         return
@@ -180,7 +227,7 @@ def _check_faults(rows: RowSet, name: str, faults: Sequence[tuple[str, str]], sk
     named += f"; and {more} more" if more > 0 else ""
     hint = "Fix these rows" + ("." if skip_bad else ", or drop them with --skip-bad.")
     if len(faults) == total:
-        hint = f"No row can be read as {name}; its columns are {FORMATS[name].columns()}."
+        hint = f"No row can be read as {name}; its columns are {shape.columns()}."
     raise DataError(f"{rows.source}: {len(faults)} of {total} rows cannot be used: {named}.", hint)
 
 

@@ -137,6 +137,13 @@ def read_file(
 
 def _joined(folder: Path, parts: Sequence[RowSet]) -> RowSet:
     """The files of one split, one behind the other."""
+    for part in parts[1:]:
+        if part.label_names != parts[0].label_names:
+            raise DataError(
+                f"{folder}: {Path(parts[0].source).name} and {Path(part.source).name} name the numbers of "
+                f"classes differently: {parts[0].label_names} and {part.label_names}.",
+                hint="They are no shards of one data set; write them again with the same names.",
+            )
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
     return RowSet(
         tuple(row for part in parts for row in part.rows),

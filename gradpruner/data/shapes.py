@@ -4,6 +4,7 @@
     instruction/input/output  the Alpaca shape; "input" may be missing or empty
     conversations             the ShareGPT shape: [{"from": human|gpt|system, "value": text}]
     messages                  [{"role": user|assistant|system, "content": text}]
+    text/label                a text and its class, see layouts.py
 
 The shape is told from the columns of the first rows. prompt/completion is taken as it stands:
 nothing is added and nothing is stripped, so the completion carries its own leading space. Nothing
@@ -106,7 +107,7 @@ class Shape:
         return ", ".join([*self.required, *(f"[{name}]" for name in self.optional)])
 
 
-def _text(fields: Mapping[str, Any], name: str, *, blank: bool = False) -> str:
+def text_field(fields: Mapping[str, Any], name: str, *, blank: bool = False) -> str:
     """The text of one field; `blank` says whether missing and empty are fine."""
     if name not in fields and not blank:
         raise BadRow(f"field '{name}' is missing")
@@ -162,15 +163,15 @@ def _from_completion(row_id: str, fields: Mapping[str, Any]) -> Example:
             raise BadRow("field 'choices' goes with a text prompt, not with conversation turns")
         asked, completion = _list(fields, "prompt"), _list(fields, "completion")
         return _from_turns(row_id, [*asked, *completion], fields, only_read=len(asked))
-    answer = _text(fields, "completion")
-    prompt = _text(fields, "prompt")
+    answer = text_field(fields, "completion")
+    prompt = text_field(fields, "prompt")
     return Example(row_id, prompt, answer, _choices(fields, answer))
 
 
 def _from_alpaca(row_id: str, fields: Mapping[str, Any]) -> Example:
-    instruction = _text(fields, "instruction")
-    answer = _text(fields, "output")
-    given = _text(fields, "input", blank=True)
+    instruction = text_field(fields, "instruction")
+    answer = text_field(fields, "output")
+    given = text_field(fields, "input", blank=True)
     template = ALPACA_WITH_INPUT if given.strip() else ALPACA_WITHOUT_INPUT
     prompt = template.format(instruction=instruction, input=given)
     return Example(row_id, prompt, answer, _choices(fields, answer))
@@ -186,7 +187,7 @@ def _from_messages(row_id: str, fields: Mapping[str, Any]) -> Example:
 
 def _from_turns(row_id: str, turns: Sequence[Any], fields: Mapping[str, Any], only_read: int = 0) -> Example:
     """A conversation; the first `only_read` turns are never learned."""
-    system = _text(fields, "system", blank=True)
+    system = text_field(fields, "system", blank=True)
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
     messages[:only_read] = [
         replace(message, learned=message.role != "assistant") for message in messages[:only_read]
@@ -232,7 +233,7 @@ def _message(turn: Any, number: int) -> Message:
     }
     try:
         # A turn that only calls tools has no text.
-        text = _text({spelled[1]: content}, spelled[1], blank="tool_calls" in extra)
+        text = text_field({spelled[1]: content}, spelled[1], blank="tool_calls" in extra)
     except BadRow as fault:
         raise BadRow(f"turn {number} ({role}): {fault}") from fault
     kept = json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str) if extra else ""

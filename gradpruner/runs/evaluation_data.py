@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from gradpruner.data.encoding import usable
-from gradpruner.data.examples import Example, ExampleSet, as_conversation, load_examples
+from gradpruner.data.examples import Example, ExampleSet, Layout, as_conversation, load_examples
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions
@@ -90,10 +90,33 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | Non
     return _usable(recipe, found, tokenizer, max_length)
 
 
+def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
+    """Says so where labelled rows of one's own have other labels to be measured on than to learn from."""
+    learned, asked = (
+        {choice.strip() for example in found.examples[:1] for choice in example.choices}
+        if found.format.startswith(("labelled_text", "templates"))
+        else set()
+        for found in (train, evaluation)
+    )
+    if learned == asked or not learned or not asked:
+        return ""
+    differing = ", ".join(sorted(learned ^ asked)[:8])
+    return (
+        f"Training rows have {len(learned)} labels, evaluation rows {len(asked)} (not in both: {differing}), "
+        "so the choices differ: name all of them in data.labels."
+    )
+
+
 def _own_rows(recipe: Recipe, source: str, split: str, limit: int | None) -> ExampleSet:
     data = recipe.data
     return load_examples(
-        source, split=split, format=data.format, limit=limit, seed=recipe.seed, skip_bad=data.skip_bad
+        source,
+        split=split,
+        format=data.format,
+        limit=limit,
+        seed=recipe.seed,
+        skip_bad=data.skip_bad,
+        layout=Layout(data.columns, data.prompt, data.completion, data.labels),
     )
 
 

@@ -47,6 +47,7 @@ from gradpruner.runs.evaluation_data import (
     load_also,
     load_split,
     metrics_of,
+    unequal_labels,
     with_validation,
 )
 from gradpruner.runs.plan_names import MARK, variant_of
@@ -194,6 +195,7 @@ class Job:
             )
         self.overlap = overlap(self.train.examples, self.eval.examples)
         self._warn_of_cut_prompts()
+        self.warnings += filter(None, [unequal_labels(self.train, self.eval)])
         if self.overlap:
             self.warnings.append(
                 f"{self.overlap} of {len(self.eval)} evaluation prompts also occur in the training data."
@@ -208,7 +210,8 @@ class Job:
                 continue  # held out of training rows, of which all is said already
             if examples.num_dropped:
                 self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
-            notes = [note for note in examples.notes if "not used" in note or "dropped" in note]
+            telling = ("not used", "dropped", "has these columns too")
+            notes = [note for note in examples.notes if any(part in note for part in telling)]
             notes += template_notes(self.tokenizer, examples.examples)
             self.warnings += [f"{name} data: {note}" for note in notes]
         ends = {one.input_ids[-1] for one in self.samples.encoded if not one.cut_answer_tokens}

@@ -173,7 +173,7 @@ def load_recipe(
         key, found, text = item.partition("=")
         if not found or not key:
             raise ConfigError(f"--set {item}: the form is --set section.key=value.")
-        assign(raw, key.strip(), _parse_value(item, text))
+        assign(raw, key.strip(), _parse_value(item, key.strip(), text))
     # The run directory keeps the recipe: what was typed must mean the same from elsewhere.
     resolve_paths(raw, Path())
     return check_recipe(raw, str(path) if path is not None else "recipe")
@@ -329,8 +329,11 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[last] = value
 
 
-def _parse_value(item: str, text: str) -> Any:
+def _parse_value(item: str, key: str, text: str) -> Any:
     try:
+        if key in _TEMPLATES and text != "null" and not text.startswith(("'", '"')):
+            _check_scalar(text)
+            return text.replace("\\n", "\n")
         return parse_yaml(text)
     except yaml.YAMLError:
         raise ConfigError(f"--set {shown(item)[1:-1]}: the value is not valid YAML.") from None
@@ -338,6 +341,8 @@ def _parse_value(item: str, text: str) -> Any:
         raise ConfigError(f"--set {shown(item)[1:-1]}: {error}.", hint="Give a plain value.") from None
 
 
+# Text as typed: braces, colons and a leading space mean something else in YAML. "\n" is a line break.
+_TEMPLATES = ("data.prompt", "data.completion")
 _PATHS = (
     ("model", "path"),
     ("data", "train"),

@@ -40,8 +40,16 @@ class DataSection(Section):
     """A named task (`gradpruner ls tasks`) instead of files."""
     folder: str | None = None
     """Local folder with the named task's splits; null reads the hub dataset."""
-    format: Literal["auto", "prompt_completion", "alpaca", "sharegpt", "messages"] = "auto"
+    format: Literal["auto", "prompt_completion", "alpaca", "sharegpt", "messages", "labelled_text"] = "auto"
     """Row format; auto looks at the first rows."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """What your own columns are called: {prompt: question, completion: answer, system: instructions}."""
+    prompt: str | None = Field(default=None, min_length=1)
+    """The prompt as text with columns in braces: "Question: {question}\\nAnswer:"."""
+    completion: str | None = Field(default=None, min_length=1)
+    """The answer in the same way: " {answer}"."""
+    labels: list[str] | dict[int | str, str] | None = Field(default=None, min_length=2)
+    """Names of numbered labels: a list counted from 0, or a mapping {0: negative, 1: positive}."""
     train_limit: int | None = Field(default=None, ge=1)
     """Use this many randomly chosen training rows; null: all, or the paper's number for a named task."""
     eval_limit: int | None = Field(default=None, ge=1)
@@ -63,6 +71,11 @@ class DataSection(Section):
             raise ValueError("give data.train and data.eval, or data.task")
         if self.task is not None and (self.train is not None or self.eval is not None):
             raise ValueError("data.task and data.train / data.eval exclude each other")
+        own = [name for name in ("columns", "prompt", "completion", "labels") if getattr(self, name)]
+        if self.task is not None and own:
+            raise ValueError(f"data.task knows its columns: data.{own[0]} is for rows of your own")
+        if self.format != "auto" and (self.prompt or self.completion):
+            raise ValueError("data.format and data.prompt / data.completion exclude each other")
         return self
 
 

@@ -1,0 +1,246 @@
+"""Rows with columns of one's own: other names, templates over columns, and texts with a label.
+
+A labelled text is `LABELLED_PROMPT` and `LABELLED_COMPLETION` filled with its columns. The names of all
+labels are the choices of every row, so the likelihood of a label can be measured beside the greedy answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from string import Formatter
+from typing import Any
+
+from gradpruner.data.parsing import Row, kind_of
+from gradpruner.data.rows import RowSet
+from gradpruner.data.shapes import BadRow, Example, Shape, text_field
+from gradpruner.errors import ConfigError, DataError
+from gradpruner.provenance import sha256_json
+
+TEXTS = ("text", "sentence", "review", "question", "content", "body")
+"""Columns a labelled text may stand in; the first one present is taken."""
+
+LABELS = ("label_text", "label", "category", "intent", "class")
+"""Columns its label may stand in; the first one present is taken."""
+
+LABELLED_PROMPT = "{%s}\nLabel:"
+LABELLED_COMPLETION = " {%s}"
+
+_MOST_CHOICES = 200  # different labels; more are free text
+_NAMED = 8  # in a message
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the columns of rows mean, as the user says.
+
+    Attributes:
+        columns: Name a shape knows ("prompt", "completion", "system", "text" ...) -> column of the file.
+        prompt: Text with columns in braces, e.g. "Question: {question}\\nAnswer:"; None: told by the shape.
+        completion: The same for the answer.
+        labels: Names of labels: a list, counted from 0, or label -> name; None: as the file says.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    prompt: str | None = None
+    completion: str | None = None
+    labels: Sequence[str] | Mapping[int | str, str] | None = None
+
+    @property
+    def has_templates(self) -> bool:
+        """Whether rows are filled into templates of the user's."""
+        return self.prompt is not None or self.completion is not None
+
+    def mark(self) -> str:
+        """What tells the same rows under two layouts apart, in words; "" where nothing is laid out."""
+        said = [self.columns, self.prompt, self.completion, self.labels]
+        if not any(part for part in said):
+            return ""
+        labels = {str(key): name for key, name in _names_given(self.labels).items()} if self.labels else None
+        return f", layout {sha256_json([dict(self.columns), *said[1:3], labels])[:12]}"
+
+
+def column_names(rows: RowSet) -> tuple[str, ...]:
+    """Returns every column that any row has, in the order they come."""
+    return tuple(dict.fromkeys(str(name) for row in rows.rows for name in row.fields))
+
+
+def renamed(rows: RowSet, layout: Layout) -> RowSet:
+    """Returns the rows with the columns called as `layout.columns` says.
+
+    Raises:
+        DataError: If there is no such column.
+    """
+    if not layout.columns:
+        return rows
+    _refuse_unknown(rows, layout.columns.values(), "data.columns")
+    changed = tuple(Row(row.id, _renamed(row.fields, layout.columns)) for row in rows.rows)
+    names = dict(rows.label_names)
+    names |= {new: rows.label_names[old] for new, old in layout.columns.items() if old in names}
+    return RowSet(changed, rows.source, rows.sha256, rows.faults, names)
+
+
+def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    found = {name: value for name, value in fields.items() if name not in columns.values()}
+    found |= {new: fields[old] for new, old in columns.items() if old in fields}
+    asked, answer = found.get("prompt"), found.get("completion")
+    if "system" in columns and isinstance(asked, str) and isinstance(answer, str):
+        # Only a conversation has a system turn.
+        found["prompt"] = [{"role": "user", "content": asked}]
+        found["completion"] = [{"role": "assistant", "content": answer}]
+    return found
+
+
+def labelled_columns(columns: Sequence[str]) -> tuple[str, str] | None:
+    """Returns the columns of text and label; None where one is missing."""
+    text = next((name for name in TEXTS if name in columns), None)
+    label = next((name for name in LABELS if name in columns), None)
+    return (text, label) if text and label else None
+
+
+def templated(rows: RowSet, layout: Layout) -> tuple[Shape, str]:
+    """Returns how a row is filled into the templates, the user's or those of labelled text, and a note.
+
+    Raises:
+        ConfigError: If a template cannot be read, or one of the two is lacking.
+        DataError: If a column does not exist, or labels are numbers without names.
+    """
+    present = column_names(rows)
+    labelled = labelled_columns(present)
+    if labelled and layout.labels and "label" in present:
+        labelled = (labelled[0], "label")  # names were given: for the numbers
+    prompt = layout.prompt or (LABELLED_PROMPT % labelled[0] if labelled else _own("prompt", present))
+    completion = layout.completion or (
+        LABELLED_COMPLETION % labelled[1] if labelled else _own("completion", present)
+    )
+    asked, answered = _Template("data.prompt", prompt), _Template("data.completion", completion)
+    for template in (asked, answered):
+        _refuse_unknown(rows, template.columns, template.key)
+    names: dict[str, str] = {}
+    only = answered.columns[0] if len(answered.columns) == 1 else ""
+    if only in (*LABELS, *rows.label_names) or (layout.labels and only):
+        names = _label_names(rows, only, layout)
+    choices = {name: answered.filled({only: name}) for name in names.values()}
+
+    def build(row_id: str, fields: Mapping[str, Any]) -> Example:
+        question = asked.filled(fields)
+        if not names:
+            return Example(row_id, question, answered.filled(fields))
+        answer = choices[_name_of(fields, only, names)]
+        return Example(row_id, question, answer, tuple(dict.fromkeys(choices.values())))
+
+    # Numbers and their names in a second column say the same.
+    twin = ("label",) if only == "label_text" else ("label_text",) if only == "label" else ()
+    shape = Shape(tuple(dict.fromkeys((*asked.columns, *answered.columns))), twin, build)
+    return shape, f"labels: {', '.join(choices)}" if choices else ""
+
+
+def _own(name: str, present: Sequence[str]) -> str:
+    if name in present:
+        return f"{{{name}}}"
+    raise ConfigError(
+        f"data.{name} is not given, and the rows have no column '{name}' (columns: {', '.join(present)}).",
+        hint=f"Give data.{name}: text with columns in braces, such as '{{{present[0]}}}'.",
+    )
+
+
+def _refuse_unknown(rows: RowSet, wanted: Any, key: str) -> None:
+    present = column_names(rows)
+    unknown = [name for name in wanted if name not in present]
+    if unknown:
+        raise DataError(
+            f"{rows.source}: {key} names the column '{unknown[0]}', which is not there. "
+            f"Columns: {', '.join(present)}.",
+            hint=f"Correct {key}; write braces that are text twice: {{{{ }}}}.",
+        )
+
+
+class _Template:
+    """Text with columns in braces. Only names: no attributes, indexes or formats, which would run code."""
+
+    def __init__(self, key: str, text: str) -> None:
+        self.key = key
+        try:
+            self.pieces = [(text, name, spec, how) for text, name, spec, how in Formatter().parse(text)]
+        except ValueError as error:
+            raise ConfigError(
+                f"{key} is {text!r}: {error}.",
+                hint="Write columns in braces, and braces that are text twice.",
+            ) from error
+        self.columns = tuple(dict.fromkeys(name for _, name, _, _ in self.pieces if name is not None))
+        if not self.columns or "" in self.columns or any(spec or how for _, _, spec, how in self.pieces):
+            raise ConfigError(
+                f"{key} is {text!r}, which fills in no columns by name alone.",
+                hint="Write at least one column in braces, such as 'Question: {question}\\nAnswer:'.",
+            )
+
+    def filled(self, fields: Mapping[str, Any]) -> str:
+        values = {name: _value(fields, name) for name in self.columns}
+        if not any(value.strip() for value in values.values()):
+            raise BadRow(f"{self.key}: {' and '.join(map(repr, self.columns))} hold no text")
+        return "".join(text + (values[name] if name is not None else "") for text, name, _, _ in self.pieces)
+
+
+def _value(fields: Mapping[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if isinstance(value, bool | int | float):
+        return json.dumps(value)
+    if name in fields and value == "":
+        return ""
+    return text_field(fields, name, blank=isinstance(value, str))
+
+
+def _names_given(labels: Sequence[str] | Mapping[int | str, str]) -> dict[str, str]:
+    """Label as written -> name; a name may also stand in the rows itself."""
+    pairs = labels.items() if isinstance(labels, Mapping) else enumerate(labels)
+    found = {str(key): str(name) for key, name in pairs}
+    return found | {name: name for name in found.values() if name not in found}
+
+
+def _label_names(rows: RowSet, column: str, layout: Layout) -> dict[str, str]:
+    """Label as written -> name: as given, else of the file's classes, else the labels themselves.
+
+    {} where there are too many different ones to be labels.
+    """
+    given = layout.labels or rows.label_names.get(column)
+    if given:
+        return _names_given(given)
+    written: set[str] = set()
+    for row in rows.rows:
+        try:
+            written.add(_as_written(row.fields, column))
+        except BadRow:  # said when the row is built
+            continue
+    labels = sorted(written)
+    if labels and all(label.removeprefix("-").isdecimal() for label in labels):
+        raise DataError(
+            f"{rows.source}: column '{column}' holds numbers ({', '.join(labels[:_NAMED])}) and no names.",
+            hint="Name them: data.labels, a list counted from 0 ([negative, positive]) or a mapping "
+            "({0: negative, 1: positive}).",
+        )
+    if len(labels) == 1:
+        raise DataError(
+            f"{rows.source}: every row has the label '{labels[0]}'.",
+            hint="Name all labels there are: data.labels, such as [negative, positive].",
+        )
+    return {label: label for label in labels} if len(labels) <= _MOST_CHOICES else {}
+
+
+def _as_written(fields: Mapping[str, Any], column: str) -> str:
+    value = fields.get(column)
+    if isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    if isinstance(value, float):
+        raise BadRow(f"field '{column}' is {value!r}, which is no label ({kind_of(value)})")
+    return text_field(fields, column).strip()
+
+
+def _name_of(fields: Mapping[str, Any], column: str, names: Mapping[str, str]) -> str:
+    label = _as_written(fields, column)
+    if label not in names:
+        known = list(dict.fromkeys(f"{key} {name}" if key != name else key for key, name in names.items()))
+        raise BadRow(f"label '{label}' in '{column}' has no name; known: {', '.join(known[:_NAMED])}")
+    return names[label]
