@@ -205,7 +205,9 @@ def test_a_rhythm_without_a_list_is_kept_by_whole_periods():
     with pytest.raises(PlanError, match="whole periods: attn_layer_period = 4, expert_layer_period = 2"):
         check_keep(config, FAMILIES["jamba"], plan_of(KEEP))
     scores = LayerScores("m", tuple(map(float, range(LAYERS))))
-    plan = plan_pruning(scores, num_prune=4, num_merge=0, fits=family_slots(config, FAMILIES["jamba"]))
+    plan = plan_pruning(
+        scores, num_prune=4, num_merge=0, protect_first=0, fits=family_slots(config, FAMILIES["jamba"])
+    )
     assert plan.pruned == (0, 1, 2, 3)
     check_keep(config, FAMILIES["jamba"], plan)
 
