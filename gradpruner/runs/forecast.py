@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gradpruner.models.sizes import count_parameters, macs_linear
 from gradpruner.runs.job import Job
 from gradpruner.training.finetuning import resolve_precision
+from gradpruner.world import this_world
 
 # At most so much is computed in one trial pass, about a second on one core: larger batches are cut.
 _MOST_FLOPS = {"cpu": 3e10}
@@ -131,7 +132,7 @@ def forecast(job: Job, model: nn.Module) -> Forecast:
     whole = macs_linear(model, tokens=1) / job.num_layers
     layers = job.num_layers * whole / trial.macs  # in layers of the trial
     length = max(1, round(sum(job.samples.lengths) / len(job.samples)))
-    num = num_devices(job)
+    num = num_devices(job) // this_world().size  # processes are in the number of steps already
     record = layers * trial.seconds(recipe.record.batch_size, length, True) * job.record_steps * _LORA
     one_pass = layers * trial.seconds(options.batch_size, length, True)
     parameters = count_parameters(model)
