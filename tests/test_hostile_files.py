@@ -22,8 +22,8 @@ from gradpruner.plans.repair import Repair, RepairedCut
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 from gradpruner.reports import markdown_table, print_summary, render_html
 from gradpruner.reports.reading import read_record
+from gradpruner.runs.budget import load_plan
 from gradpruner.runs.directory import MANIFEST, RunDirectory
-from gradpruner.runs.job import load_plan
 from gradpruner.runs.recipe import load_recipe
 
 SCRIPT = "<script>alert(1)</script>"

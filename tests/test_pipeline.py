@@ -17,7 +17,8 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import set_mode
 from gradpruner.runs import work
-from gradpruner.runs.job import Job, bytes_to_write
+from gradpruner.runs.budget import bytes_to_write
+from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.preview import examine
 from gradpruner.runs.recipe import load_recipe

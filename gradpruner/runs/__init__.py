@@ -3,12 +3,15 @@
 recipe           Recipe: everything a run depends on, checked at once; sections: its keys
 key_hints        which key of a recipe an unknown one stands for
 job              a recipe with its inputs opened
+budget           what it comes to: plans from scores or a file, bytes on disk
 pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
 variant          one row of the comparison, stage by stage; work: what each stage does
 together         what all processes of a job do at the same time
 directory        the run directory: stages, fingerprints, lock
 evaluation_data  rows and metrics a recipe asks for
-plan_names       what rows are called, so that one folder holds the results of many plans
+data_warnings    what to know of the rows before training
+plan_names       what rows are called, so that one folder holds the results of many plans;
+                 row_names: which of them a recipe's model has
 depth_search     how many layers may go
 preview          what a dry run says; forecast: about how long the run will take
 run_record       what run.json says

@@ -16,8 +16,9 @@ from gradpruner.plans.certification import Search, largest_certified
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import fit_repair
+from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.evaluation_data import options_of
-from gradpruner.runs.job import Job, placeholder_scores, plan_for
+from gradpruner.runs.job import Job
 
 
 def search_depth(

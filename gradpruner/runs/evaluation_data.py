@@ -194,3 +194,9 @@ def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:
         return found
     examples = tuple(map(as_conversation, found.examples))
     return replace(found, examples=examples, format=f"{found.format}, chat template")
+
+
+def data_identity(examples: ExampleSet) -> dict[str, Any]:
+    """What makes two sets of examples the same: the bytes they came from and which rows were taken."""
+    ids = [example.id for example in examples.examples]
+    return {"sha256": examples.sha256, "format": examples.format, "rows": ids}

@@ -12,14 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.data.chat import template_notes
 from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.data.examples import ExampleSet, overlap
-from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.errors import ConfigError, PlanError
-from gradpruner.evaluation.questions import Questions
-from gradpruner.files import read_json
-from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.classes import model_class
@@ -37,33 +32,26 @@ from gradpruner.models.loading import (
     resolve_device,
 )
 from gradpruner.models.narrowing import width_savings
-from gradpruner.models.sizes import build_on_meta, count_parameters, layer_parameters, savings
+from gradpruner.models.sizes import savings
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.selection import Fits, plan_pruning
-from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.plans.selection import Fits
 from gradpruner.provenance import hash_folder, sha256_json
+from gradpruner.runs.budget import Plan, placeholder_scores, plan_for
+from gradpruner.runs.data_warnings import warnings_of
 from gradpruner.runs.evaluation_data import (
     check_evaluation,
     load_also,
     load_split,
     metrics_of,
-    unequal_labels,
     with_validation,
 )
-from gradpruner.runs.plan_names import MARK, variant_of
+from gradpruner.runs.plan_names import LABELS, method_of
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.finetuning import check_liger, check_trackers, planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.recording import default_steps
 from gradpruner.training.sharding import check_sharding
 from gradpruner.world import this_world
-
-Plan = PruningPlan | WidthPlan
-STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
-# Keys of the recipe's plan section that say nothing about which layers go.
-REPAIR_KEYS = frozenset({"repair", "repair_rows", "max_loss", "confidence"})
-# The rows every run can have; any other row is named after the scoring method it compares with.
-LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
 
 
 @dataclass
@@ -105,7 +93,8 @@ class Job:
         self.also = load_also(recipe, self.tokenizer, longest)
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
         self.collator = Collator(self.tokenizer)
-        self._warn()
+        self.overlap = overlap(self.train.examples, self.eval.examples)
+        self.warnings += warnings_of(self)
 
     def _check_budget(self) -> None:
         """Finds an impossible budget or plan before anything is recorded."""
@@ -185,63 +174,6 @@ class Job:
     def metrics(self) -> tuple[str, ...]:
         """What is measured on the evaluation data."""
         return metrics_of(self.recipe)
-
-    def _warn(self) -> None:
-        needed = self.record_steps * self.recipe.record.batch_size
-        if len(self.samples) < needed:
-            self.warnings.append(
-                f"{len(self.samples)} training samples for {self.record_steps} recording steps of "
-                f"{self.recipe.record.batch_size}: samples are used more than once."
-            )
-        self.overlap = overlap(self.train.examples, self.eval.examples)
-        self._warn_of_cut_prompts()
-        self.warnings += filter(None, [unequal_labels(self.train, self.eval)])
-        if self.overlap:
-            self.warnings.append(
-                f"{self.overlap} of {len(self.eval)} evaluation prompts also occur in the training data."
-            )
-        if len(self.eval) < 100:
-            self.warnings.append(
-                f"Only {len(self.eval)} evaluation examples: differences of several points are noise."
-            )
-        sets = {"training": self.train, "evaluation": self.eval, "validation": self.validation, **self.also}
-        for name, examples in sets.items():
-            if examples is None or (name == "validation" and self.recipe.data.validation is None):
-                continue  # held out of training rows, of which all is said already
-            if examples.num_dropped:
-                self.warnings.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
-            telling = ("not used", "dropped", "has these columns too")
-            notes = [note for note in examples.notes if any(part in note for part in telling)]
-            notes += template_notes(self.tokenizer, examples.examples)
-            self.warnings += [f"{name} data: {note}" for note in notes]
-        ends = {one.input_ids[-1] for one in self.samples.encoded if not one.cut_answer_tokens}
-        self.warnings += [
-            f"{n[0].upper()}{n[1:]}{'' if n.endswith('?') else '.'}"
-            for n in vocabulary_notes(self.tokenizer, self.text, ends)
-        ]
-        self.warnings += [f"training data: {note}" for note in self.samples.notes()]
-        if (
-            self.validation is not None
-            and self.recipe.start == "given"
-            and self.recipe.data.validation is None
-        ):
-            self.warnings.append(
-                "Validation rows are held out of the training rows, on which the model may have been tuned: "
-                "give data.validation, rows it has not seen."
-            )
-
-    def _warn_of_cut_prompts(self) -> None:
-        vocabulary = int(self.text.vocab_size)
-        check_vocabulary(self.tokenizer, vocabulary, (one.input_ids for one in self.samples.encoded))
-        for name, found in {"evaluation": self.eval, **self.also}.items():
-            questions = Questions(self.tokenizer, found.examples, self.max_length)
-            check_vocabulary(self.tokenizer, vocabulary, questions.prompts)
-            cut = questions.num_cut(questions.most_new_tokens())
-            if cut:
-                self.warnings.append(
-                    f"{name} data: {cut} of {len(found)} prompts are cut from the left to fit into "
-                    f"{self.max_length} tokens beside the answer."
-                )
 
     @property
     def text(self) -> Any:
@@ -413,116 +345,3 @@ def check_methods(recipe: Recipe) -> None:
                 f"plan.max_loss needs methods that score layers; {name} decides by itself what goes.",
                 hint="Give plan.num_prune instead, or take another method: gate, gradpruner, shortgpt.",
             )
-
-
-def placeholder_scores(num_layers: int) -> LayerScores:
-    """Scores for asking what a budget comes to; how many layers go does not depend on the scores."""
-    return LayerScores("placeholder", tuple(map(float, range(num_layers))))
-
-
-def load_plan(path: Path) -> Plan:
-    """Reads a plan file of either kind.
-
-    Raises:
-        PlanError: If it says what no plan can.
-        IntegrityError: If it is missing or not JSON.
-    """
-    raw = read_json(path, "pruning plan")
-    kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == "width" else PruningPlan
-    return kind.from_dict(raw, str(path))
-
-
-def plan_for(
-    job: Job,
-    scores: LayerScores,
-    merging: bool,
-    chosen_by_method: dict[str, Any] | None = None,
-    num_prune: int | None = None,
-) -> PruningPlan:
-    """The recipe's budget applied to scores; what the method itself chooses comes before the recipe.
-
-    Args:
-        job: The recipe and its inputs.
-        scores: Of the layers.
-        merging: Whether layers are merged as the recipe says; else all are dropped.
-        chosen_by_method: Keys of the plan section a method sets itself.
-        num_prune: Another number of layers than the recipe's budget.
-    """
-    options = job.recipe.plan
-    fractions: dict[str, Any] = {}
-    if options.parameter_fraction is not None:
-        fractions = {
-            "layer_parameters": layer_parameters(job.config),
-            "total_parameters": count_parameters_of(job.config),
-        }
-    chosen = options.model_dump(exclude={"file", "name", "portable_to", "unit", *REPAIR_KEYS}) | (
-        {} if merging else {"num_merge": 0}
-    )
-    chosen |= chosen_by_method or {}
-    if num_prune is not None:
-        chosen |= {"num_prune": num_prune, "layer_fraction": None, "parameter_fraction": None, "layers": None}
-        fractions = {}
-    chosen["protect"] = sorted({*options.protect, *required_layers(job.text, job.family)})
-    if merging:
-        chosen["kinds"] = job.layer_kinds
-    return plan_pruning(scores, **chosen, **fractions, fits=job.slots())
-
-
-def count_parameters_of(config: Any) -> int:
-    """Parameters of a model given by its config; tied weights count once."""
-    return count_parameters(build_on_meta(config))
-
-
-def label_of(row: str) -> str:
-    """What reports call a row of the comparison."""
-    variant, _, name = row.partition(MARK)
-    label = LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
-    return f"{label} ({name})" if name else label
-
-
-def method_of(row: str) -> str:
-    """The method in `METHODS` that a pruned row of the comparison comes from."""
-    variant = variant_of(row)
-    return "gradpruner" if variant in LABELS else variant
-
-
-def data_identity(examples: ExampleSet) -> dict[str, Any]:
-    """What makes two sets of examples the same: the bytes they came from and which rows were taken."""
-    ids = [example.id for example in examples.examples]
-    return {"sha256": examples.sha256, "format": examples.format, "rows": ids}
-
-
-def bytes_to_write(job: Job) -> dict[str, int]:
-    """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
-    recipe = job.recipe
-    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
-    sizes = savings(job.config, plan.keep)["disk_bytes"]
-    rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
-    trace = 0
-    if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
-        view = LayeredModel(build_on_meta(job.config))
-        modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
-        per_step = sum(sum(module.weight.shape) for module in modules)
-        trace = 4 * job.record_steps * recipe.record.rank * per_step
-    temporary = 0 if recipe.keep_models == "all" else max(rows)
-    options = recipe.finetune
-    if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
-        # float32 weights and two moments; two checkpoints are kept while a third is written.
-        temporary += 3 * 12 * count_parameters_of(job.config)
-    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
-
-
-def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
-    """The pruned model, the recovered one, and the fine-tuned one."""
-    method = METHODS.find(method_of(variant))
-    if not method.removes:
-        return sizes["before"]
-    return (3 if method.recover else 2) * sizes["after"]
-
-
-def bytes_missing(job: Job, folder: Path, until: str) -> int:
-    """What a run has still to write, given what an earlier start left in its directory."""
-    needs = bytes_to_write(job)
-    total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
-    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return max(0, total - present)

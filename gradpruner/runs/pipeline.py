@@ -20,22 +20,14 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.provenance import sha256_file
+from gradpruner.runs.budget import REPAIR_KEYS, Plan, bytes_missing, load_plan, plan_for
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
 from gradpruner.runs.directory import RunDirectory
-from gradpruner.runs.job import (
-    LABELS,
-    REPAIR_KEYS,
-    STAGES,
-    Job,
-    Plan,
-    bytes_missing,
-    data_identity,
-    load_plan,
-    method_of,
-    plan_for,
-)
-from gradpruner.runs.plan_names import MADE, derived_name, differences, named_row, rows_in, variant_of
+from gradpruner.runs.evaluation_data import data_identity
+from gradpruner.runs.job import Job
+from gradpruner.runs.plan_names import LABELS, STAGES, method_of
 from gradpruner.runs.recipe import Recipe, recipe_yaml
+from gradpruner.runs.row_names import row_for, row_of_failed
 from gradpruner.runs.run_record import run_record
 from gradpruner.runs.together import together
 from gradpruner.runs.variant import Variant
@@ -157,7 +149,7 @@ class _Run:
             if method.score or method.plan:
                 self.plan(variant)
             elif method.shrink:
-                self.names[variant] = self.row_of(variant, lambda row: None)
+                self.names[variant] = self.row_of(variant)
 
     # -- stages --------------------------------------------------------------------------------------
 
@@ -304,58 +296,17 @@ class _Run:
             "variant": variant,
         }
 
-    def row_of(self, variant: str, alike: Callable[[str], Plan | None]) -> str:
-        """The row of the run directory in which this recipe's model of a variant is, or is to be.
-
-        Args:
-            variant: A row of the recipe that is pruned.
-            alike: The plan this recipe makes, if it is that of the row asked about; else None. Methods that
-                decide while they train have none.
-
-        Raises:
-            ConfigError: If the name the recipe gives belongs to another plan.
-        """
-        if self.one_plan:
-            return variant
-        directory, wanted = self.directory, self.recipe.plan.name
-        shrinks = METHODS.find(method_of(variant)).shrink is not None
-        planned = [row for row in rows_in(directory.stages, ("plan", "prune")) if variant_of(row) == variant]
-        made = [row for row in rows_in(directory.stages, MADE) if variant_of(row) == variant]
-
-        def is_this(row: str) -> bool:
-            plan = alike(row)
-            if plan is None and not shrinks:
-                return False
-            inputs = Variant(self.job, directory, row, plan, self.open_trace).prune_inputs
-            return directory.result(f"prune {row}") is None or directory.is_done(f"prune {row}", inputs)
-
-        if wanted is not None:
-            row = named_row(variant, wanted)
-            if row in made and not is_this(row):
-                raise ConfigError(
-                    f"{directory.path} has a plan '{wanted}' already, and it is another one: "
-                    f"variants/{row} was made by it.",
-                    hint="Choose another name, or leave it out.",
-                )
-            return row
-        for row in planned:
-            if is_this(row):
-                return row
-        if variant not in made:  # what nothing was made of is planned anew
-            return variant
-        first = directory.recipe_of(f"prune {variant}")
-        return named_row(variant, derived_name(variant, first, directory.manifest["config"], made))
+    def row_of(self, variant: str, alike: Callable[[str], Plan | None] = lambda row: None) -> str:
+        """The row of the run directory for this recipe's model of a variant; see `row_names.row_for`."""
+        return (
+            variant if self.one_plan else row_for(self.job, self.directory, variant, alike, self.open_trace)
+        )
 
     def name_of(self, variant: str) -> str:
-        """The row of a variant; one that failed before it had a plan must hide no finished one."""
-        made = rows_in(self.directory.stages, MADE)
-        failed = variant in self.failures and variant in made and not self.one_plan
-        if variant in self.names or not failed:
-            return self.names.get(variant, variant)
-        first = self.directory.recipe_of(f"prune {variant}")
-        now = self.directory.manifest["config"]
-        other = bool(differences(first, now)) and variant != "dense"
-        return named_row(variant, derived_name(variant, first, now, made)) if other else variant
+        """The row of a variant, also of one that failed before it had a plan."""
+        if variant in self.failures and variant not in self.names and not self.one_plan:
+            return row_of_failed(self.directory, variant)
+        return self.names.get(variant, variant)
 
     def planned(self, variant: str, num_prune: int | None = None) -> PruningPlan:
         """The plan of a row whose layers have scores."""

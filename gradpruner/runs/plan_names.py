@@ -12,7 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gradpruner.methods import METHODS
+
 MARK = "@"
+STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
+# The rows every run can have; any other row is named after the scoring method it compares with.
+LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
 # Stages by which a row is more than a plan.
 MADE = ("repair", "prune", "recover", "finetune", "evaluate")
 _LONGEST = 60
@@ -23,6 +28,19 @@ _INDIFFERENT = ("out", "title", "effort", "variants", "keep_models", "verify", "
 def variant_of(row: str) -> str:
     """The row of the recipe (`variants`) that a row of a run directory is one of."""
     return row.partition(MARK)[0]
+
+
+def label_of(row: str) -> str:
+    """What reports call a row of the comparison."""
+    variant, _, name = row.partition(MARK)
+    label = LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
+    return f"{label} ({name})" if name else label
+
+
+def method_of(row: str) -> str:
+    """The method in `METHODS` that a pruned row of the comparison comes from."""
+    variant = variant_of(row)
+    return "gradpruner" if variant in LABELS else variant
 
 
 def named_row(variant: str, name: str) -> str:

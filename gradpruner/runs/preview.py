@@ -15,8 +15,10 @@ from rich.text import Text
 from gradpruner.data.encoding import preview
 from gradpruner.models.sizes import build_on_meta, count_parameters, disk_bytes, savings
 from gradpruner.reports.formats import duration, num_bytes
+from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
 from gradpruner.runs.forecast import forecast, num_devices
-from gradpruner.runs.job import Job, bytes_to_write, label_of, placeholder_scores, plan_for
+from gradpruner.runs.job import Job
+from gradpruner.runs.plan_names import label_of
 from gradpruner.runs.recipe import Recipe
 
 NUM_SAMPLES = 2

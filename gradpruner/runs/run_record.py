@@ -21,9 +21,10 @@ from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.sizes import decoder_parameters
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.provenance import provenance, utc_now
+from gradpruner.runs.budget import Plan, count_parameters_of
 from gradpruner.runs.directory import RunDirectory, stays_inside
-from gradpruner.runs.job import Job, Plan, count_parameters_of, method_of
-from gradpruner.runs.plan_names import MADE, differences, rows_in
+from gradpruner.runs.job import Job
+from gradpruner.runs.plan_names import MADE, differences, method_of, rows_in
 from gradpruner.runs.recipe import Recipe
 from gradpruner.runs.variant import described
 from gradpruner.runs.work import stored_plan

@@ -9,8 +9,8 @@ from typing import Any
 from gradpruner.data.examples import ExampleSet
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.runs.directory import RunDirectory
-from gradpruner.runs.evaluation_data import metrics_of_task
-from gradpruner.runs.job import STAGES, data_identity, label_of
+from gradpruner.runs.evaluation_data import data_identity, metrics_of_task
+from gradpruner.runs.plan_names import STAGES, label_of
 from gradpruner.runs.work import Work, journal
 
 # What a row says of its stages -> their names in the manifest.
@@ -30,7 +30,7 @@ class Stage:
     """One arrow of a row.
 
     Attributes:
-        step: Of `job.STAGES`: how far a run has to go to do it.
+        step: Of `plan_names.STAGES`: how far a run has to go to do it.
         name: In the manifest.
         inputs: JSON values of everything its result depends on.
         work: Does it.

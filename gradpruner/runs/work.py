@@ -23,10 +23,11 @@ from gradpruner.progress import Progress, bytes_reporter
 from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
+from gradpruner.runs.budget import Plan, load_plan
 from gradpruner.runs.directory import RunDirectory, fingerprint
 from gradpruner.runs.evaluation_data import options_of
-from gradpruner.runs.job import LABELS, Job, Plan, load_plan
-from gradpruner.runs.plan_names import variant_of
+from gradpruner.runs.job import Job
+from gradpruner.runs.plan_names import LABELS, variant_of
 from gradpruner.runs.together import together
 from gradpruner.training.finetuning import FinetuneResult, finetune
 from gradpruner.training.options import FinetuneOptions

@@ -18,7 +18,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.runs.job import load_plan
+from gradpruner.runs.budget import load_plan
 from gradpruner.training.finetuning import finetune
 from gradpruner.training.options import FinetuneOptions
 

@@ -20,8 +20,9 @@ from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.models.sizes import savings
 from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
+from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
 from gradpruner.runs.directory import MANIFEST, StageEntry, read_manifest
-from gradpruner.runs.job import Job, bytes_to_write, placeholder_scores, plan_for
+from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import Recipe
 from gradpruner.runs.run_record import read_run_record
 from gradpruner.runs.study.design import DENSE, Study, StudyRun

@@ -9,7 +9,7 @@ from typing import Any
 from gradpruner._version import __version__
 from gradpruner.methods import METHODS
 from gradpruner.provenance import provenance, utc_now
-from gradpruner.runs.job import method_of
+from gradpruner.runs.plan_names import method_of
 from gradpruner.runs.run_record import task_name
 from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Row, Study
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers

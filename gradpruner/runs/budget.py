@@ -1,0 +1,118 @@
+"""What a recipe's budget comes to: plans made from scores or read from a file, and the bytes a run writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradpruner.files import read_json
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.methods import METHODS
+from gradpruner.models.config_patch import required_layers
+from gradpruner.models.layers import LayeredModel
+from gradpruner.models.sizes import build_on_meta, count_parameters, layer_parameters, savings
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.runs.plan_names import STAGES, method_of
+
+if TYPE_CHECKING:
+    from gradpruner.runs.job import Job
+
+Plan = PruningPlan | WidthPlan
+# Keys of the recipe's plan section that say nothing about which layers go.
+REPAIR_KEYS = frozenset({"repair", "repair_rows", "max_loss", "confidence"})
+
+
+def placeholder_scores(num_layers: int) -> LayerScores:
+    """Scores for asking what a budget comes to; how many layers go does not depend on the scores."""
+    return LayerScores("placeholder", tuple(map(float, range(num_layers))))
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads a plan file of either kind.
+
+    Raises:
+        PlanError: If it says what no plan can.
+        IntegrityError: If it is missing or not JSON.
+    """
+    raw = read_json(path, "pruning plan")
+    kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == "width" else PruningPlan
+    return kind.from_dict(raw, str(path))
+
+
+def plan_for(
+    job: Job,
+    scores: LayerScores,
+    merging: bool,
+    chosen_by_method: dict[str, Any] | None = None,
+    num_prune: int | None = None,
+) -> PruningPlan:
+    """The recipe's budget applied to scores; what the method itself chooses comes before the recipe.
+
+    Args:
+        job: The recipe and its inputs.
+        scores: Of the layers.
+        merging: Whether layers are merged as the recipe says; else all are dropped.
+        chosen_by_method: Keys of the plan section a method sets itself.
+        num_prune: Another number of layers than the recipe's budget.
+    """
+    options = job.recipe.plan
+    fractions: dict[str, Any] = {}
+    if options.parameter_fraction is not None:
+        fractions = {
+            "layer_parameters": layer_parameters(job.config),
+            "total_parameters": count_parameters_of(job.config),
+        }
+    chosen = options.model_dump(exclude={"file", "name", "portable_to", "unit", *REPAIR_KEYS}) | (
+        {} if merging else {"num_merge": 0}
+    )
+    chosen |= chosen_by_method or {}
+    if num_prune is not None:
+        chosen |= {"num_prune": num_prune, "layer_fraction": None, "parameter_fraction": None, "layers": None}
+        fractions = {}
+    chosen["protect"] = sorted({*options.protect, *required_layers(job.text, job.family)})
+    if merging:
+        chosen["kinds"] = job.layer_kinds
+    return plan_pruning(scores, **chosen, **fractions, fits=job.slots())
+
+
+def count_parameters_of(config: Any) -> int:
+    """Parameters of a model given by its config; tied weights count once."""
+    return count_parameters(build_on_meta(config))
+
+
+def bytes_to_write(job: Job) -> dict[str, int]:
+    """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
+    recipe = job.recipe
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    sizes = savings(job.config, plan.keep)["disk_bytes"]
+    rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
+    trace = 0
+    if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
+        view = LayeredModel(build_on_meta(job.config))
+        modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
+        per_step = sum(sum(module.weight.shape) for module in modules)
+        trace = 4 * job.record_steps * recipe.record.rank * per_step
+    temporary = 0 if recipe.keep_models == "all" else max(rows)
+    options = recipe.finetune
+    if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
+        # float32 weights and two moments; two checkpoints are kept while a third is written.
+        temporary += 3 * 12 * count_parameters_of(job.config)
+    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+
+
+def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
+    """The pruned model, the recovered one, and the fine-tuned one."""
+    method = METHODS.find(method_of(variant))
+    if not method.removes:
+        return sizes["before"]
+    return (3 if method.recover else 2) * sizes["after"]
+
+
+def bytes_missing(job: Job, folder: Path, until: str) -> int:
+    """What a run has still to write, given what an earlier start left in its directory."""
+    needs = bytes_to_write(job)
+    total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
+    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return max(0, total - present)

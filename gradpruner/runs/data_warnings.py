@@ -1,0 +1,82 @@
+"""What a user should know of a job's data before anything is trained on it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradpruner.data.chat import template_notes
+from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
+from gradpruner.evaluation.questions import Questions
+from gradpruner.runs.evaluation_data import unequal_labels
+
+if TYPE_CHECKING:
+    from gradpruner.runs.job import Job
+
+
+def warnings_of(job: Job) -> list[str]:
+    """Too few rows, rows in two sets, cut prompts, and what reading and encoding the rows found.
+
+    Raises:
+        ModelError: If the tokenizer makes tokens the model does not have.
+        DataError: If a prompt is empty.
+    """
+    found = []
+    needed = job.record_steps * job.recipe.record.batch_size
+    if len(job.samples) < needed:
+        found.append(
+            f"{len(job.samples)} training samples for {job.record_steps} recording steps of "
+            f"{job.recipe.record.batch_size}: samples are used more than once."
+        )
+    found += _cut_prompts(job)
+    found += filter(None, [unequal_labels(job.train, job.eval)])
+    if job.overlap:
+        found.append(f"{job.overlap} of {len(job.eval)} evaluation prompts also occur in the training data.")
+    if len(job.eval) < 100:
+        found.append(f"Only {len(job.eval)} evaluation examples: differences of several points are noise.")
+    found += _notes_of_rows(job)
+    ends = {one.input_ids[-1] for one in job.samples.encoded if not one.cut_answer_tokens}
+    found += [
+        f"{n[0].upper()}{n[1:]}{'' if n.endswith('?') else '.'}"
+        for n in vocabulary_notes(job.tokenizer, job.text, ends)
+    ]
+    found += [f"training data: {note}" for note in job.samples.notes()]
+    held_out = job.validation is not None and job.recipe.data.validation is None
+    if held_out and job.recipe.start == "given":
+        found.append(
+            "Validation rows are held out of the training rows, on which the model may have been tuned: "
+            "give data.validation, rows it has not seen."
+        )
+    return found
+
+
+def _notes_of_rows(job: Job) -> list[str]:
+    """What reading each set and asking it in the model's template left out or changed."""
+    found = []
+    sets = {"training": job.train, "evaluation": job.eval, "validation": job.validation, **job.also}
+    for name, examples in sets.items():
+        if examples is None or (name == "validation" and job.recipe.data.validation is None):
+            continue  # held out of training rows, of which all is said already
+        if examples.num_dropped:
+            found.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
+        telling = ("not used", "dropped", "has these columns too")
+        notes = [note for note in examples.notes if any(part in note for part in telling)]
+        notes += template_notes(job.tokenizer, examples.examples)
+        found += [f"{name} data: {note}" for note in notes]
+    return found
+
+
+def _cut_prompts(job: Job) -> list[str]:
+    """Which evaluation sets have prompts that are too long; refuses tokens the model does not have."""
+    found = []
+    vocabulary = int(job.text.vocab_size)
+    check_vocabulary(job.tokenizer, vocabulary, (one.input_ids for one in job.samples.encoded))
+    for name, rows in {"evaluation": job.eval, **job.also}.items():
+        questions = Questions(job.tokenizer, rows.examples, job.max_length)
+        check_vocabulary(job.tokenizer, vocabulary, questions.prompts)
+        cut = questions.num_cut(questions.most_new_tokens())
+        if cut:
+            found.append(
+                f"{name} data: {cut} of {len(rows)} prompts are cut from the left to fit into "
+                f"{job.max_length} tokens beside the answer."
+            )
+    return found
