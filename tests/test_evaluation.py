@@ -297,6 +297,16 @@ def test_a_long_prompt_is_cut_as_in_training(taught, tokenizer):
     )
 
 
+def test_questions_serve_evaluations_of_any_length_and_are_tokenised_once(taught, tokenizer, monkeypatch):
+    examples = [*EXAMPLES, example(9, "fog " * 200 + "the dog ran", "no")]
+    asked = Questions(tokenizer, examples, max_length=500)
+    changes = [{"max_length": 40}, {"max_length": 40, "score_ends": False}, {"max_length": 64}]
+    anew = [evaluate(taught, tokenizer, examples, **change).outputs for change in changes]
+    monkeypatch.setattr("gradpruner.evaluation.questions.prompt_ids", None)
+    assert [evaluate(taught, tokenizer, asked, **change).outputs for change in changes] == anew
+    assert asked.max_length == 500 and asked.score_ends
+
+
 def test_no_room_for_the_prompt(taught, tokenizer):
     with pytest.raises(ConfigError, match=r"80 tokens .* 64 tokens"):
         evaluate(taught, tokenizer, EXAMPLES, max_new_tokens=80)

@@ -96,6 +96,19 @@ def test_a_run_leaves_everything_it_found(project):
     assert not list(out.rglob("checkpoint-*")) and not list(out.rglob("*.part"))
 
 
+def test_evaluation_rows_are_tokenised_once_for_all_models(project, tmp_path, monkeypatch):
+    path, _, record = project
+    job, out = Job(load_recipe(path)), path.parent / "run"
+    monkeypatch.setattr("gradpruner.evaluation.questions.prompt_ids", None)
+    for name in ("dense", "dropped"):
+        plan = None if name == "dense" else PruningPlan.load(out / f"plans/{name}.json").to_dict()
+        where = str(out / record["variants"][name]["finetune"]["output"]), str(tmp_path / name)
+        found = work.measure_row(job, str(out), name, plan, *where, "eval", job.metrics)
+        found.write_examples(tmp_path / "examples.jsonl")
+        recorded = out / record["variants"][name]["evaluation"]["per_example"]
+        assert (tmp_path / "examples.jsonl").read_text() == recorded.read_text()
+
+
 def test_the_manifest_holds_hashes_configuration_versions_and_states(project):
     manifest = json.loads((project[0].parent / "run" / "manifest.json").read_text())
     assert manifest["config"]["plan"]["num_prune"] == 2

@@ -113,7 +113,7 @@ class Evaluation:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Questions,
     options: EvaluateOptions | None = None,
     *,
     progress: str = "evaluate",
@@ -133,7 +133,7 @@ def evaluate(
         model: A transformers causal language model, with or without PEFT adapters (it is put into
             eval mode and given back in the mode it came in), or an `endpoint.Endpoint`.
         tokenizer: Its tokenizer.
-        examples: What to ask.
+        examples: What to ask; `Questions` if this tokenizer has tokenised them already.
         options: How to ask, and what to measure.
         progress: What the progress bar says is being done.
         journal: File that keeps what is done; an interrupted evaluation of the same model and examples
@@ -150,11 +150,13 @@ def evaluate(
     """
     options = changed(EvaluateOptions, options, changes)
     metrics = options.metrics or TASK_METRICS["accuracy"]
-    use_choices = _check_request(examples, metrics)
+    rows = examples.examples if isinstance(examples, Questions) else examples
+    use_choices = _check_request(rows, metrics)
     scorer = bert_scorer(options.encoder, options.encoder_layer) if "bert_score" in metrics else None
     answering = model if hasattr(model, "option_scores") else LocalModel(model, tokenizer, options.batch_size)
     longest = answering.longest(options.max_length)
-    questions = Questions(tokenizer, examples, longest, score_ends=options.score_ends)
+    questions = examples if isinstance(examples, Questions) else Questions(tokenizer, examples, longest)
+    questions = questions.within(longest, options.score_ends)
     world = world or World()
     share = world.share(len(questions))
     started = time.perf_counter()

@@ -6,6 +6,7 @@ taught.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,6 +52,14 @@ class Questions:
                 hint="Give every example a prompt.",
             )
 
+    def within(self, max_length: int, score_ends: bool) -> Questions:
+        """The same questions for another length or way to score; nothing is tokenised again."""
+        if (max_length, score_ends) == (self.max_length, self.score_ends):
+            return self
+        other = copy.copy(self)
+        other.max_length, other.score_ends = max_length, score_ends
+        return other
+
     def __len__(self) -> int:
         return len(self.examples)
 
@@ -60,8 +69,7 @@ class Questions:
 
     def most_new_tokens(self) -> int:
         """Tokens of the longest right answer and two more, its end among them."""
-        longest = max(len(self.target(i, e.answer)) for i, e in enumerate(self.examples))
-        return longest + _SPARE_NEW_TOKENS
+        return max(map(len, self._right)) + _SPARE_NEW_TOKENS
 
     def target(self, index: int, answer: str) -> list[int]:
         """The tokens training would teach after the prompt, end included."""
@@ -111,7 +119,7 @@ class Questions:
         """
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         chats = (i for i, example in enumerate(self.examples) if example.messages)
-        last = {self.target(i, self.examples[i].answer)[-1] for i in chats}
+        last = {self._right[i][-1] for i in chats}
         # Without an end token a conversation may stop at a word, and a word ends nothing.
         ends.update(last & self._special)
         return sorted(ends - {None})
@@ -139,12 +147,16 @@ class Questions:
         return special_ids(self.tokenizer)
 
     @cached_property
+    def _right(self) -> list[list[int]]:
+        """The tokens of every right answer, end included."""
+        return [self.target(i, example.answer) for i, example in enumerate(self.examples)]
+
+    @cached_property
     def _written(self) -> list[list[int]]:
         """The tokens of every right answer, up to the first that ends it."""
         written = []
         ends = set(self.ends(None))
-        for i, example in enumerate(self.examples):
-            ids = self.target(i, example.answer)
+        for ids in self._right:
             length = next((k for k, token in enumerate(ids) if token in ends), len(ids))
             written.append(ids[:length])
         return written

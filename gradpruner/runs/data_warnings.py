@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from gradpruner.data.chat import template_notes
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
-from gradpruner.evaluation.questions import Questions
 from gradpruner.runs.evaluation_data import unequal_labels
 
 if TYPE_CHECKING:
@@ -70,13 +69,13 @@ def _cut_prompts(job: Job) -> list[str]:
     found = []
     vocabulary = int(job.text.vocab_size)
     check_vocabulary(job.tokenizer, vocabulary, (one.input_ids for one in job.samples.encoded))
-    for name, rows in {"evaluation": job.eval, **job.also}.items():
-        questions = Questions(job.tokenizer, rows.examples, job.max_length)
+    for name in ("eval", *job.also):
+        questions, called = job.questions(name), "evaluation" if name == "eval" else name
         check_vocabulary(job.tokenizer, vocabulary, questions.prompts)
         cut = questions.num_cut(questions.most_new_tokens())
         if cut:
             found.append(
-                f"{name} data: {cut} of {len(rows)} prompts are cut from the left to fit into "
+                f"{called} data: {cut} of {len(questions)} prompts are cut from the left to fit into "
                 f"{job.max_length} tokens beside the answer."
             )
     return found

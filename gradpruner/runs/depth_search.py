@@ -85,9 +85,8 @@ def possible_numbers(job: Job) -> list[int]:
 
 def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
     """Score of every validation row, by metric, the most telling first."""
-    assert job.validation is not None
     options = options_of(job.recipe, job.metrics, job.max_length)
-    result = evaluate(model, job.tokenizer, job.validation.examples, options, progress="validate")
+    result = evaluate(model, job.tokenizer, job.questions("validation"), options, progress="validate")
     job.release(model)
     return values_of(result.outputs)
 

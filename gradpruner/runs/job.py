@@ -15,6 +15,7 @@ from torch import nn
 from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.data.examples import ExampleSet, overlap
 from gradpruner.errors import ConfigError, PlanError
+from gradpruner.evaluation.questions import Questions
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.classes import model_class
@@ -93,6 +94,7 @@ class Job:
         self.also = load_also(recipe, self.tokenizer, longest)
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
         self.collator = Collator(self.tokenizer)
+        self._questions: dict[str, Questions] = {}
         self.overlap = overlap(self.train.examples, self.eval.examples)
         self.warnings += warnings_of(self)
 
@@ -279,6 +281,14 @@ class Job:
     def rows(self, name: str) -> ExampleSet:
         """What is measured on: "eval", or the name of one of the further tasks."""
         return self.eval if name == "eval" else self.also[name]
+
+    def questions(self, name: str) -> Questions:
+        """Rows as for `rows`, or those of "validation", tokenised once for all evaluations."""
+        if name not in self._questions:
+            found = self.validation if name == "validation" else self.rows(name)
+            assert found is not None
+            self._questions[name] = Questions(self.tokenizer, found.examples, self.max_length)
+        return self._questions[name]
 
     def prune_from(self, folder: Path) -> None:
         """Makes the dense model tuned before (start: tuned) what is recorded on and pruned from now on."""

@@ -266,7 +266,7 @@ class Work:
         result = evaluate(
             model,
             self.job.tokenizer,
-            self.job.rows(rows).examples,
+            self.job.questions(rows),
             options_of(self.recipe, metrics, self.job.max_length),
             progress=f"evaluate {self.name}",
             journal=kept,
