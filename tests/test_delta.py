@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import gradpruner.pruning.delta as module
 import gradpruner.pruning.delta_record as record_module
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, PlanError, ResourceError
-from gradpruner.files import write_json
+from gradpruner.json_files import write_json
 from gradpruner.models.folder import carried_files, describe_model
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan

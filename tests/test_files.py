@@ -14,16 +14,13 @@ from gradpruner.errors import IntegrityError, ResourceError
 from gradpruner.files import (
     check_free_space,
     open_private,
-    parse_json,
-    read_json,
-    read_object,
     refuse_links,
     save_tensors,
     staging,
     sweep,
-    write_json,
     write_text,
 )
+from gradpruner.json_files import parse_json, read_json, read_object, write_json
 
 
 def names(folder):

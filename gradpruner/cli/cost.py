@@ -77,7 +77,7 @@ def cost(
     from gradpruner.evaluation.costing.comparison import measure_cost
     from gradpruner.evaluation.costing.subject import find_subject
     from gradpruner.evaluation.costing.workload import Workload, checked_modes
-    from gradpruner.files import write_json
+    from gradpruner.json_files import write_json
 
     cli.prepare(quiet)
     options = {"PRUNED": pruned, "--keep": keep, "--drop": drop, "--num-prune": num_prune, "--plan": plan}

@@ -128,7 +128,7 @@ def _measure(
     from gradpruner.evaluation.endpoint import Endpoint
     from gradpruner.evaluation.harness import evaluate_harness
     from gradpruner.evaluation.quality import evaluate as measure
-    from gradpruner.files import write_json
+    from gradpruner.json_files import write_json
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import check_loadable, load_model, load_tokenizer
     from gradpruner.provenance import provenance

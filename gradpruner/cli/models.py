@@ -124,7 +124,7 @@ class _Choice:
     @property
     def width_plan(self) -> WidthPlan | None:
         """The plan, if it is one of heads, channels and hidden dimensions."""
-        from gradpruner.files import read_json
+        from gradpruner.json_files import read_json
         from gradpruner.plans.width_plan import KIND, WidthPlan
 
         if self.plan_file is None or not self.plan_file.is_file():

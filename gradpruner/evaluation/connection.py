@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 
 from gradpruner.errors import ConfigError, ResourceError
-from gradpruner.files import parse_json, shown
+from gradpruner.files import shown
+from gradpruner.json_files import parse_json
 
 log = logging.getLogger(__name__)
 

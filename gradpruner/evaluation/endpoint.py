@@ -19,7 +19,8 @@ from gradpruner.errors import ConfigError, IntegrityError, ResourceError
 from gradpruner.evaluation.connection import API_KEY, Connection
 from gradpruner.evaluation.generation import Answer
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import shown, typed
+from gradpruner.files import shown
+from gradpruner.json_files import typed
 
 T = TypeVar("T")
 _MODELS_LIMIT = 16 * 2**20  # bytes of a list of models

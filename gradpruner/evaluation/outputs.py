@@ -11,7 +11,8 @@ from typing import Any
 from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.evaluation.metrics import paired_difference, paper_score
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import is_held, open_private, parse_json, read_plain, typed
+from gradpruner.files import is_held, open_private, read_plain
+from gradpruner.json_files import parse_json, typed
 
 
 @dataclass(frozen=True)

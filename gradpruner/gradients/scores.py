@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, IntegrityError
-from gradpruner.files import read_object, shown, write_json
+from gradpruner.files import shown
 from gradpruner.gradients.trace import GradientTrace, trace_digest
+from gradpruner.json_files import read_object, write_json
 from gradpruner.registry import suggest
 
 NORMS = ("squared", "frobenius")

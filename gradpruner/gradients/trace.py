@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradpruner.errors import IntegrityError, PlanError, ShapeError
-from gradpruner.files import read_json, save_tensors, typed, write_json
+from gradpruner.files import save_tensors
 from gradpruner.gradients.gates import Gates
 from gradpruner.gradients.importance import Factors
+from gradpruner.json_files import read_json, typed, write_json
 
 TRACE_FILE = "trace.json"
 ENERGIES_FILE = "energies.safetensors"

@@ -27,9 +27,9 @@ from gradpruner.files import (
     sweep,
     sync_folder,
     write_failure,
-    write_json,
     write_text,
 )
+from gradpruner.json_files import write_json
 from gradpruner.models.shards import check_inside
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.width_plan import WidthPlan

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError, NonFiniteError
-from gradpruner.files import read_json
+from gradpruner.json_files import read_json
 from gradpruner.models.checking import check_config, check_model_folder, refuse_embedding_model
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import parts_of, text_config

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ConfigError, PlanError
-from gradpruner.files import check_json, read_json, shown, write_json
+from gradpruner.files import shown
 from gradpruner.gradients.trace import same_model
+from gradpruner.json_files import check_json, read_json, write_json
 from gradpruner.plans.defaults import DENSITY
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
 from gradpruner.registry import suggest

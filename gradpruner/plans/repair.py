@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, IntegrityError, PlanError, ShapeError
-from gradpruner.files import read_json, save_tensors, typed, write_json
+from gradpruner.files import save_tensors
 from gradpruner.gradients.trace import same_model
+from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.registry import suggest
 

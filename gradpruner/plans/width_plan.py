@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import PlanError
-from gradpruner.files import check_json, read_json, shown, write_json
+from gradpruner.files import shown
+from gradpruner.json_files import check_json, read_json, write_json
 from gradpruner.plans.layer_plan import FORMAT_VERSION, check_fields, check_method, check_origin, runs_of
 
 KIND = "width"

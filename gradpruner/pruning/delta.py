@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gradpruner.errors import ConfigError, IntegrityError, PlanError
-from gradpruner.files import check_free_space, read_json, readable_bytes, write_json
+from gradpruner.files import check_free_space, readable_bytes
+from gradpruner.json_files import read_json, write_json
 from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, staged_folder
 from gradpruner.models.shards import (
     ShardHeader,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ConfigError
-from gradpruner.files import check_free_space, read_json, write_failure, write_text
+from gradpruner.files import check_free_space, write_failure, write_text
 from gradpruner.gradients.trace import GradientTrace
+from gradpruner.json_files import read_json
 from gradpruner.models.folder import (
     PRUNING_FILE,
     carried_files,

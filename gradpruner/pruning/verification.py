@@ -11,8 +11,9 @@ import psutil
 import torch
 
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
-from gradpruner.files import read_json, readable_bytes
+from gradpruner.files import readable_bytes
 from gradpruner.gradients.trace import GradientTrace
+from gradpruner.json_files import read_json
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.folder import PRUNING_FILE, locate_model
 from gradpruner.models.loading import load_config, load_structure

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import IntegrityError
-from gradpruner.files import read_json, shown
+from gradpruner.files import shown
+from gradpruner.json_files import read_json
 from gradpruner.reports.formats import number, text
 
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradpruner.files import read_json
 from gradpruner.gradients.scores import LayerScores
+from gradpruner.json_files import read_json
 from gradpruner.methods import METHODS
 from gradpruner.models.config_patch import required_layers
 from gradpruner.models.layers import LayeredModel

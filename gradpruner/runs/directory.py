@@ -26,15 +26,13 @@ from gradpruner.errors import GradPrunerError, IntegrityError, ResourceError
 from gradpruner.files import (
     is_write_failure,
     path_fault,
-    read_json,
     refuse_links,
     shown,
     sweep,
-    typed,
     working_in,
     write_failure,
-    write_json,
 )
+from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.models.folder import check_output
 from gradpruner.models.sizes import PeakMemory
 from gradpruner.provenance import package_versions, sha256_file, sha256_json, utc_now

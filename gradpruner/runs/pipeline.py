@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ConfigError, GradPrunerError, ModelError
-from gradpruner.files import check_free_space, write_json, write_text
+from gradpruner.files import check_free_space, write_text
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
+from gradpruner.json_files import write_json
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.provenance import sha256_file

@@ -13,7 +13,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gradpruner.errors import ConfigError
-from gradpruner.files import MAX_DEPTH, check_json, read_plain, shown
+from gradpruner.files import read_plain, shown
+from gradpruner.json_files import MAX_DEPTH, check_json
 from gradpruner.runs.key_hints import meant_key
 from gradpruner.runs.sections import (
     DataSection,

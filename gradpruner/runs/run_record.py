@@ -14,8 +14,9 @@ from gradpruner.data.examples import ExampleSet
 from gradpruner.errors import IntegrityError
 from gradpruner.evaluation.metrics import majority_class
 from gradpruner.evaluation.outputs import paired_intervals, read_examples
-from gradpruner.files import read_json, shown, typed
+from gradpruner.files import shown
 from gradpruner.gradients.scores import LayerScores
+from gradpruner.json_files import read_json, typed
 from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.sizes import decoder_parameters

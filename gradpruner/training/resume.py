@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from gradpruner.errors import IntegrityError
-from gradpruner.files import read_json, typed
+from gradpruner.json_files import read_json, typed
 
 log = logging.getLogger(__name__)
 

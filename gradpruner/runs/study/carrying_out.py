@@ -15,7 +15,8 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from gradpruner.errors import GradPrunerError, IntegrityError
-from gradpruner.files import LOCK_FILE, read_json, typed, working_in, write_json, write_text
+from gradpruner.files import LOCK_FILE, working_in, write_text
+from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.models.sizes import savings
 from gradpruner.provenance import utc_now
