@@ -130,16 +130,22 @@ def _measure(
     from gradpruner.evaluation.quality import evaluate as measure
     from gradpruner.json_files import write_json
     from gradpruner.models.folder import locate_model
-    from gradpruner.models.loading import check_loadable, load_model, load_tokenizer
+    from gradpruner.models.loading import check_loadable, load_model
     from gradpruner.provenance import provenance
-    from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of, options_of
+    from gradpruner.runs.evaluation_data import (
+        check_evaluation,
+        load_split,
+        metrics_of,
+        options_of,
+        tokenizer_of,
+    )
 
     options, choice = recipe.evaluate, recipe.model
     check_evaluation(recipe)
     folder = locate_model(choice.path)
     if endpoint is None:  # of a model that is served elsewhere only the tokenizer is read
         check_loadable(folder, choice.trust_remote_code)
-    tokenizer = load_tokenizer(folder, choice.trust_remote_code)
+    tokenizer = tokenizer_of(recipe, folder)
     rows = load_split(recipe, "eval", tokenizer) if measures_task else None
     found: dict[str, Any] = {"model": str(folder), "endpoint": endpoint}
     if rows is not None:

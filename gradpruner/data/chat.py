@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gradpruner.data.chat_templates import TEMPLATES
 from gradpruner.data.examples import Example, Message
 from gradpruner.errors import DataError
 
@@ -32,7 +33,8 @@ def conversation_ids(
     if not tokenizer.chat_template:
         raise DataError(
             f"{example.id}: the data are conversations, but the tokenizer has no chat template.",
-            hint="Use the tokenizer of an instruction-tuned model, or write the rows as prompt/completion.",
+            hint=f"Name one: data.chat_template: {', '.join(TEMPLATES)}, or a Jinja file. Or write the rows "
+            "as prompt/completion.",
         )
     *earlier, (last, _) = _pieces(tokenizer, example)
     head: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gradpruner.data.chat import template_notes
+from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.runs.evaluation_data import unequal_labels
 
@@ -60,6 +61,8 @@ def _notes_of_rows(job: Job) -> list[str]:
         telling = ("not used", "dropped", "has these columns too")
         notes = [note for note in examples.notes if any(part in note for part in telling)]
         notes += template_notes(job.tokenizer, examples.examples)
+        texts = {row.id: f"{row.prompt}{row.answer}" for row in examples.examples if not row.messages}
+        notes += filter(None, [foreign_markers(job.tokenizer, texts)])
         found += [f"{name} data: {note}" for note in notes]
     return found
 

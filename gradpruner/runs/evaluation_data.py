@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from gradpruner.data.chat_templates import choose_template, template_mark
 from gradpruner.data.encoding import usable
 from gradpruner.data.examples import Example, ExampleSet, Layout, as_conversation, load_examples
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
+from gradpruner.models.loading import load_tokenizer
 from gradpruner.runs.recipe import Recipe
 
 
@@ -59,6 +62,17 @@ def check_evaluation(recipe: Recipe) -> None:
             "data.chat is 'always', but only named tasks can be asked either way.",
             hint="Rows of your own are conversations when they have 'messages'.",
         )
+
+
+def tokenizer_of(recipe: Recipe, folder: Path) -> Any:
+    """The tokenizer of a model folder, with the chat template that the recipe names.
+
+    Raises:
+        ConfigError: If there is no such template.
+        ModelError: If the folder has no usable tokenizer.
+    """
+    tokenizer = load_tokenizer(folder, recipe.model.trust_remote_code)
+    return choose_template(tokenizer, recipe.data.chat_template)
 
 
 def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | None = None) -> ExampleSet:
@@ -122,7 +136,8 @@ def _own_rows(recipe: Recipe, source: str, split: str, limit: int | None) -> Exa
 
 def _usable(recipe: Recipe, found: ExampleSet, tokenizer: Any, max_length: int | None) -> ExampleSet:
     data = recipe.data
-    return usable(tokenizer, found, max_length or data.max_length, skip_bad=data.skip_bad)
+    kept = usable(tokenizer, found, max_length or data.max_length, skip_bad=data.skip_bad)
+    return replace(kept, format=kept.format + template_mark(data.chat_template))
 
 
 def with_validation(

@@ -28,7 +28,6 @@ from gradpruner.models.layers import LayeredModel, skeleton
 from gradpruner.models.loading import (
     check_loadable,
     load_model,
-    load_tokenizer,
     refuse_narrowed,
     resolve_device,
 )
@@ -44,6 +43,7 @@ from gradpruner.runs.evaluation_data import (
     load_also,
     load_split,
     metrics_of,
+    tokenizer_of,
     with_validation,
 )
 from gradpruner.runs.plan_names import LABELS, method_of
@@ -83,7 +83,7 @@ class Job:
         refuse_narrowed(self.folder)
         self.config = check_loadable(self.folder, recipe.model.trust_remote_code)
         self._check_budget()
-        self.tokenizer = load_tokenizer(self.folder, recipe.model.trust_remote_code)
+        self.tokenizer = tokenizer_of(recipe, self.folder)
         self.max_length = longest = min(recipe.data.max_length, self._max_positions())
         self.train, self.eval = (
             load_split(recipe, split, self.tokenizer, longest) for split in ("train", "eval")

@@ -350,6 +350,7 @@ _PATHS = (
     ("data", "eval"),
     ("data", "validation"),
     ("data", "folder"),
+    ("data", "chat_template"),
     ("plan", "file"),
     ("evaluate", "encoder"),
     ("evaluate", "lm_eval_folder"),

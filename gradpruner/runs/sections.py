@@ -56,6 +56,9 @@ class DataSection(Section):
     """Evaluate on this many randomly chosen rows."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Ask a named task through the tokenizer's chat template; auto: where it has one."""
+    chat_template: str | None = None
+    """For conversations and models without a chat template: chatml, llama3, mistral, gemma, or a Jinja file.
+    It is saved with the tokenizer of tuned models. null: the tokenizer's own."""
     validation: str | None = None
     """Rows on which choices are made (plan.max_loss); null holds them out of the training rows."""
     validation_limit: int = Field(default=500, ge=1)

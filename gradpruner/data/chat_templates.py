@@ -1,0 +1,112 @@
+"""Chat templates by name, for conversations and models whose tokenizer has none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gradpruner.errors import ConfigError
+from gradpruner.files import read_plain
+from gradpruner.provenance import sha256_json
+from gradpruner.registry import suggest
+
+_SYSTEM_IN_USER = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+)
+
+TEMPLATES: Mapping[str, str] = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{{ m['content'] }}<|eot_id|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    ),
+    "mistral": _SYSTEM_IN_USER
+    + (
+        "{% for m in turns %}{% if m['role'] == 'user' %}"
+        "[INST] {{ (system if loop.first else '') + m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    ),
+    "gemma": _SYSTEM_IN_USER
+    + (
+        "{% for m in turns %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+        "{{ (system if loop.first else '') + m['content'] }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    ),
+}
+"""Written as the models of that name write their turns; Mistral and Gemma put a system turn into the first
+user turn."""
+
+MARKERS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|eot_id|>",
+    "<|endoftext|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "[INST]",
+    "[/INST]",
+    "</s>",
+)
+"""What models write between turns and at the end of a text."""
+
+
+def choose_template(tokenizer: Any, chosen: str | None) -> Any:
+    """The tokenizer with a chat template: one of `TEMPLATES`, or of a Jinja file; None leaves its own.
+
+    Raises:
+        ConfigError: If there is neither a template of that name nor such a file.
+        IntegrityError: If the file cannot be read as text.
+    """
+    if chosen is not None:
+        tokenizer.chat_template = template_text(chosen)
+    return tokenizer
+
+
+def template_text(chosen: str) -> str:
+    """The template that a name or a path stands for; raises as `choose_template`."""
+    if chosen in TEMPLATES:
+        return TEMPLATES[chosen]
+    path = Path(chosen)
+    if not path.is_file():
+        raise ConfigError(
+            f"data.chat_template is '{chosen}', which is neither a name nor a file."
+            f"{suggest(chosen, TEMPLATES)}",
+            hint=f"Names: {', '.join(TEMPLATES)}; or the path of a Jinja file.",
+        )
+    try:
+        return read_plain(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no UTF-8 text: {error}.", hint="Save the template as UTF-8.") from error
+
+
+def template_mark(chosen: str | None) -> str:
+    """What tells rows asked in two templates apart, in words; "" for the tokenizer's own."""
+    return "" if chosen is None else f", chat template {sha256_json(template_text(chosen))[:12]}"
+
+
+def foreign_markers(tokenizer: Any, texts: Mapping[str, str]) -> str:
+    """Names markers of other models that stand in rows as plain text; "" if there are none.
+
+    Args:
+        tokenizer: Of the model; what is one token of its own is no foreign marker.
+        texts: Row id -> prompt and answer.
+    """
+    known = tokenizer.get_vocab()
+    foreign = [marker for marker in MARKERS if marker not in known]
+    hits = {marker: [row for row, text in texts.items() if marker in text] for marker in foreign}
+    named = ", ".join(
+        f"{marker} ({len(rows)} rows, first {rows[0]})" for marker, rows in hits.items() if rows
+    )
+    return (
+        f"rows hold markers of another model's template as plain text: {named}; they would be learned letter "
+        "by letter: take them out, or give conversations and data.chat_template"
+        if named
+        else ""
+    )
