@@ -6,8 +6,7 @@ folder, plans, models, report); the others wait for work that all do at the same
     world = this_world()
     task = world.agreed(lambda: task)      # what the first one says, on all
     result = world.in_step(work)           # all do it, and know whether it went well everywhere
-    answers = world.gathered(mine)         # lists of all, in the order of ranks
-    gram = world.summed(gram)              # the sum over processes
+    answers = world.in_order(mine)         # what each found for its share, put together
 
 With one process each of these does nothing but the work itself.
 """
@@ -143,14 +142,6 @@ class World:
         for rank, part in enumerate(found):
             whole[rank :: self.size] = part
         return whole
-
-    def summed(self, tensor: Any) -> Any:
-        """The sum of a CPU tensor over processes, in place; the same bits on all."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            _talk(lambda: dist.all_reduce(tensor, group=self.group))
-        return tensor
 
     def _say(self, value: Any, failure: PeerError | None) -> None:
         import torch.distributed as dist

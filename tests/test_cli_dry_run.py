@@ -9,6 +9,8 @@ from gradpruner.models.sizes import build_on_meta, count_parameters, macs_linear
 from gradpruner.runs import forecast as forecasting
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
+from gradpruner.training import finetuning
+from gradpruner.world import World
 
 
 def facts_of(call, path, *overrides):
@@ -87,6 +89,12 @@ def test_the_estimate_by_hand(tmp_path, monkeypatch):
     assert found.train == pytest.approx((1 + 2 * 0.5) * 6 * step)  # dense, two rows of 2 of 4 layers
     answer = 2  # a colour and the end
     assert found.evaluate == pytest.approx(2 * (1 + 2 * 0.5) * layers * (12 + answer * 12))
+    for where in (forecasting, finetuning):
+        monkeypatch.setattr(where, "this_world", lambda: World(0, 2))
+    together = forecasting.forecast(job, model)
+    assert forecasting.num_devices(job) == 2
+    assert together.train == pytest.approx(found.train * 4 / 6)  # steps, each as long as before
+    assert together.evaluate == pytest.approx(found.evaluate / 2)
 
 
 def test_a_wide_model_is_timed_on_fewer_tokens_and_narrower_layers(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ from gradpruner.world import PeerError, World, this_world
 
 SCRIPT = """
 import json
-import torch
 from gradpruner.errors import DataError
 from gradpruner.world import PeerError, this_world
 
@@ -18,7 +17,6 @@ found = {"rank": world.rank, "size": world.size}
 found["agreed"] = world.agreed(lambda: {"said by": world.rank})
 found["gathered"] = world.gathered([world.rank] * (2 - world.rank))
 found["in order"] = world.in_order([i * i for i in world.share(5)])
-found["summed"] = world.summed(torch.tensor([1.0, world.rank])).tolist()
 
 
 def refuse():
@@ -29,11 +27,25 @@ try:
     world.agreed(refuse)
 except (DataError, PeerError) as error:
     found["error"] = [type(error).__name__, str(error), error.exit_code]
+
+
+def fail(*ranks):
+    if world.rank in ranks:
+        raise DataError(f"NaN on {world.rank}.")
+    return "done"
+
+
+found["steps"] = []
+for ranks in ((), (0, 1), (1,), ()):
+    try:
+        found["steps"].append(world.in_step(lambda: fail(*ranks)))
+    except (DataError, PeerError) as error:
+        found["steps"].append(str(error))
 print(json.dumps(found))
 """
 
 
-def test_two_processes_agree_gather_and_sum():
+def test_two_processes_agree_and_gather():
     first, second = map(json.loads, together(SCRIPT))
     assert (first["rank"], second["rank"]) == (0, 1)
     for found in (first, second):
@@ -41,7 +53,9 @@ def test_two_processes_agree_gather_and_sum():
         assert found["agreed"] == {"said by": 0}
         assert found["gathered"] == [0, 0, 1]
         assert found["in order"] == [0, 1, 4, 9, 16]
-        assert found["summed"] == [2.0, 1.0]
+    went_on = "Another process stopped: NaN on 1."
+    assert first["steps"] == ["done", "NaN on 0.", went_on, "done"]
+    assert second["steps"] == ["done", "NaN on 1.", "NaN on 1.", "done"]
     assert first["error"] == ["DataError", "No rows. Give some.", 3]
     assert second["error"] == ["PeerError", "Another process stopped: No rows. Give some.", 3]
 
@@ -74,8 +88,6 @@ def test_alone_nothing_is_exchanged():
     assert world.gathered((1, 2)) == [1, 2]
     assert list(world.share(3)) == [0, 1, 2]
     assert world.in_order(["a", "b"]) == ["a", "b"]
-    tensor = object()
-    assert world.summed(tensor) is tensor
     with pytest.raises(ZeroDivisionError):
         world.agreed(lambda: 1 / 0)
 

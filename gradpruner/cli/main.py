@@ -426,7 +426,8 @@ def _unusable(error: OSError) -> GradPrunerError:
 
 def _stop(number: int, frame: object) -> NoReturn:
     """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
-    print("Interrupted. Start the same command again to go on.", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        print("Interrupted. Start the same command again to go on.", file=sys.stderr)
     raise SystemExit(128 + number)
 
 

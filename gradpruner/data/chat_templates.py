@@ -13,7 +13,8 @@ from gradpruner.registry import suggest
 
 _SYSTEM_IN_USER = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{% set system = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
+    "{% set system = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
 )
 
 TEMPLATES: Mapping[str, str] = {

@@ -7,7 +7,6 @@ follows from the linears of a layer against those of the trial, from the number 
 from __future__ import annotations
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +131,6 @@ def forecast(job: Job, model: nn.Module) -> Forecast:
     whole = macs_linear(model, tokens=1) / job.num_layers
     layers = job.num_layers * whole / trial.macs  # in layers of the trial
     length = max(1, round(sum(job.samples.lengths) / len(job.samples)))
-    num = num_devices(job) // this_world().size  # processes are in the number of steps already
     record = layers * trial.seconds(recipe.record.batch_size, length, True) * job.record_steps * _LORA
     one_pass = layers * trial.seconds(options.batch_size, length, True)
     parameters = count_parameters(model)
@@ -143,7 +141,8 @@ def forecast(job: Job, model: nn.Module) -> Forecast:
     dense = 0.0 if recipe.start == "given" else job.finetune_steps * step * ("dense" in recipe.variants)
     steps = job.finetune_steps if recipe.start == "base" else job.recover_steps
     taught = 4 / 3 if recipe.distils else 1.0
-    train = (dense + len(pruned) * kept * taught * steps * step) / num
+    train = dense + len(pruned) * kept * taught * steps * step
+    train /= _gpus_of_one_process(job)  # `planned_steps` knows of processes only
     answer = max(1, math.ceil(job.samples.supervised_tokens / len(job.samples)))
     batch = min(recipe.evaluate.batch_size, len(job.eval))
     passes = math.ceil(len(job.eval) / batch)
@@ -153,16 +152,20 @@ def forecast(job: Job, model: nn.Module) -> Forecast:
     return Forecast(
         record=0.0 if not pruned else record,
         train=train,
-        evaluate=layers * asked * passes * times * rows,
+        evaluate=layers * asked * passes * times * rows / this_world().size,
         basis=f"two layers of these widths, timed here on {trial.device.type}",
     )
 
 
 def num_devices(job: Job) -> int:
     """Devices that share every optimizer step, each with a batch of its own."""
-    started = int(os.environ.get("WORLD_SIZE") or 1)
-    if started > 1 or not job.device.startswith("cuda") or ":" in job.device:
-        return started
+    return this_world().size * _gpus_of_one_process(job)
+
+
+def _gpus_of_one_process(job: Job) -> int:
+    """How many GPUs the Trainer spreads a batch over: all there are, unless there are several processes."""
+    if this_world().size > 1 or not job.device.startswith("cuda") or ":" in job.device:
+        return 1
     return max(1, torch.cuda.device_count())
 
 
