@@ -29,7 +29,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from torch import Tensor
 
-from gradpruner.models.sizes import PeakMemory
+from gradpruner.models.memory import PeakMemory
 from gradpruner.plans.merging import Factors, Source, merge_linear
 from gradpruner.provenance import provenance
 

@@ -54,7 +54,8 @@ from gradpruner.gradients.scores import default_num_prune
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.loading import load_tokenizer, resolve_device, resolve_dtype
-from gradpruner.models.sizes import PeakMemory, build_on_meta, count_parameters, layer_parameters
+from gradpruner.models.memory import PeakMemory
+from gradpruner.models.sizes import build_on_meta, count_parameters, layer_parameters
 from gradpruner.progress import set_mode
 from gradpruner.provenance import provenance
 from gradpruner.training.finetuning import finetune

@@ -41,7 +41,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradpruner.gradients.trace import LinearRef, factor_bytes, factor_file
-from gradpruner.models.sizes import PeakMemory
+from gradpruner.models.memory import PeakMemory
 from gradpruner.provenance import provenance
 from gradpruner.training.recording import GradientRecorder, attach_lora, find_lora_linears
 

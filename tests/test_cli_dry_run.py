@@ -5,8 +5,10 @@ import json
 import pytest
 from builders import make_project, make_rows, write_rows
 
+from gradpruner.models import sizes
 from gradpruner.models.sizes import build_on_meta, count_parameters, macs_linear
 from gradpruner.runs import forecast as forecasting
+from gradpruner.runs import job as job_module
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
 from gradpruner.training import finetuning
@@ -107,3 +109,20 @@ def test_a_wide_model_is_timed_on_fewer_tokens_and_narrower_layers(tmp_path, mon
     monkeypatch.setattr(trial, "_once", lambda ids, training: passed.append(tuple(ids.shape)) or 1.0)
     assert trial.seconds(64, 2048, True) == pytest.approx(0.5 * 64 * 2048 / (passed[0][0] * passed[0][1]))
     assert passed[0][0] * passed[0][1] * 6 * 2 * trial.macs < 1.1 * trial.most
+
+
+def test_the_model_is_built_once_without_weights(call, tmp_path, monkeypatch):
+    path, _ = make_project(tmp_path)
+    built = []
+
+    def counting(build):
+        def counted(*args):
+            built.append(build.__name__)
+            return build(*args)
+
+        return counted
+
+    monkeypatch.setattr(sizes, "build_on_meta", counting(sizes.build_on_meta))
+    monkeypatch.setattr(job_module, "skeleton", counting(job_module.skeleton))
+    facts_of(call, path)
+    assert built == ["build_on_meta"]

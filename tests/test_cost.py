@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from gradpruner.errors import ModelError, PlanError
+from gradpruner.models import memory
 from gradpruner.models import sizes as cost
 
 LLAMA_8B = LlamaConfig(
@@ -77,7 +78,7 @@ def test_trainable_only():
 def test_known_answers_of_the_paper():
     """GradPruner, Table 11, and the parameter counts of Llama-3.1-8B."""
     assert round(cost.macs_linear(LLAMA_8B) / 1e9, 3) == 893.353
-    saved = cost.savings(LLAMA_8B, [*range(18), 31])
+    saved = cost.ModelSizes(LLAMA_8B).savings([*range(18), 31])
     shorter = LlamaConfig(**(LLAMA_8B.to_dict() | {"num_hidden_layers": 19}))
     assert round(cost.macs_linear(shorter) / 1e9, 3) == 530.428
     assert saved["layers"] == {"before": 32, "after": 19}
@@ -97,7 +98,7 @@ def test_flops_include_the_head():
 
 
 def test_savings_by_hand():
-    saved = cost.savings(tiny(), [0, 3])
+    saved = cost.ModelSizes(tiny()).savings([0, 3])
     assert json.loads(json.dumps(saved)) == {
         "layers": {"before": 4, "after": 2},
         "decoder_parameters": {"before": 4 * LAYER, "after": 2 * LAYER},
@@ -111,13 +112,13 @@ def test_savings_by_hand():
 @pytest.mark.parametrize("keep", [[], [1, 0], [0, 0], [0, 4], [-1, 0]])
 def test_savings_refuses_a_bad_keep_set(keep):
     with pytest.raises(PlanError, match="4 layers"):
-        cost.savings(tiny(), keep)
+        cost.ModelSizes(tiny()).savings(keep)
 
 
 def test_savings_does_not_touch_the_config():
     config = tiny()
     before = config.to_dict()
-    cost.savings(config, [0])
+    cost.ModelSizes(config).savings([0])
     assert config.to_dict() == before
 
 
@@ -143,7 +144,7 @@ def test_layers_of_different_size():
     )
     sizes = cost.layer_parameters(config)
     assert sizes[0] == sizes[2] != sizes[1] == sizes[3]
-    saved = cost.savings(config, [0, 1, 2])
+    saved = cost.ModelSizes(config).savings([0, 1, 2])
     assert saved["decoder_parameters"] == {"before": sum(sizes), "after": sum(sizes[:3])}
     assert saved["kv_bytes_per_token"] == {"before": 2 * 128, "after": 128}
 
@@ -214,7 +215,7 @@ def test_no_layers_and_no_language_model():
 
 def test_peak_memory_sees_a_block_that_is_gone_at_the_end():
     # 128 MiB from the system, not from what earlier tests freed; written, so that they are resident.
-    with cost.PeakMemory() as peak, mmap.mmap(-1, 2**27) as block:
+    with memory.PeakMemory() as peak, mmap.mmap(-1, 2**27) as block:
         block[:: mmap.PAGESIZE] = b"x" * (2**27 // mmap.PAGESIZE)
         time.sleep(0.1)
     assert peak.kind == "rss"
@@ -223,7 +224,7 @@ def test_peak_memory_sees_a_block_that_is_gone_at_the_end():
 
 
 def test_peak_memory_stops_sampling_after_an_error():
-    with pytest.raises(KeyError), cost.PeakMemory("cpu") as peak:
+    with pytest.raises(KeyError), memory.PeakMemory("cpu") as peak:
         raise KeyError("x")
     assert not peak._sampler.is_alive()
     assert peak.peak_bytes > 0
@@ -242,10 +243,10 @@ def test_nested_cuda_peaks(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "reset_peak_memory_stats", lambda index: readings.update(peak=readings["now"])
     )
-    with cost.PeakMemory("cuda:0") as outer:
+    with memory.PeakMemory("cuda:0") as outer:
         use(100)
         use(20)
-        with cost.PeakMemory(torch.device("cuda")) as inner:
+        with memory.PeakMemory(torch.device("cuda")) as inner:
             use(50)
         use(30)
     assert (inner.peak_bytes, inner.rise_bytes) == (50, 30)

@@ -17,7 +17,7 @@ from gradpruner.models.dtypes import cast_like, stored_dtype
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import check_loadable, load_config, load_model, load_structure, save_model
 from gradpruner.models.raw_config import beyond_fields, quantised_parts
-from gradpruner.models.sizes import build_on_meta, count_parameters, savings
+from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.on_disk import prune_checkpoint
@@ -140,7 +140,7 @@ def test_models_that_also_see_are_taken_by_every_command_and_pruned(name, tmp_pa
     folder = saved(SEEING[name](), tmp_path / "model")
     assert set(answers(folder, tmp_path).values()) == {""}
     config = load_config(folder)
-    assert savings(config, [0, 1, 3])["layers"] == {"before": 4, "after": 3}
+    assert ModelSizes(config).savings([0, 1, 3])["layers"] == {"before": 4, "after": 3}
     report = prune_checkpoint(folder, tmp_path / "pruned", PruningPlan.from_keep(4, [0, 1, 3]))
     assert report.passed
     pruned = load_structure(tmp_path / "pruned")
@@ -446,7 +446,7 @@ def test_the_stored_dtype_is_that_of_the_tensors(tmp_path, named):
     edit(folder, dtype=named, torch_dtype=named)
     assert stored_dtype(folder) == torch.bfloat16
     assert load_config(folder).dtype == torch.bfloat16
-    saved_bytes = savings(load_config(folder), [0, 1, 3])["disk_bytes"]["before"]
+    saved_bytes = ModelSizes(load_config(folder)).savings([0, 1, 3])["disk_bytes"]["before"]
     assert saved_bytes == sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
 
 

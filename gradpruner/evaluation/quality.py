@@ -31,7 +31,7 @@ from gradpruner.evaluation.options import EvaluateOptions
 from gradpruner.evaluation.outputs import Journal, Output, output_line, values_of
 from gradpruner.evaluation.questions import Questions
 from gradpruner.files import write_text
-from gradpruner.models.sizes import PeakMemory
+from gradpruner.models.memory import PeakMemory
 from gradpruner.progress import Progress
 from gradpruner.training.options import changed
 from gradpruner.world import World
@@ -78,7 +78,7 @@ class Evaluation:
         seconds: Wall time of everything the model did.
         tokens_per_second: Tokens generated per second of generation, padding not counted; None when
             nothing was generated.
-        peak_memory_bytes: Peak over the evaluation, see `sizes.PeakMemory`.
+        peak_memory_bytes: Peak over the evaluation, see `memory.PeakMemory`.
         outputs: One per example, in the order given.
         details: How the metrics were computed: implementation, encoder, layer, normalisation.
     """

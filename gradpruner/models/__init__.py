@@ -6,7 +6,7 @@ layers         LayeredModel: a causal LM as its ordered decoder layers and their
 walking        Walk: layers run one by one on hidden states
 widths         WidthView: heads, channels and hidden dimensions of a model
 narrowing      a model made narrower in memory, and classes for layers of different widths
-sizes          parameters, operations, bytes; peak memory of a block of code
+sizes          parameters, operations, bytes; memory: the peak of a block of code
 engines        what vLLM, SGLang and llama.cpp assume of layers; engine_widths: of widths
 folder         model folders: where they are, what we leave in ours
 checking       whether a folder can be used at all; raw_config: by what its config.json says

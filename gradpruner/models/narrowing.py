@@ -246,7 +246,7 @@ def resized_class(base: Any, plan: WidthPlan) -> Any:
 
 
 def width_savings(model: nn.Module, plan: WidthPlan) -> dict[str, dict[str, int]]:
-    """What a width plan saves, in the units of `sizes.savings`.
+    """What a width plan saves, in the units of `ModelSizes.savings`.
 
     Args:
         model: The dense model without weights (`layers.skeleton`); pruned in place.

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, KV cache, operations, disk; and the memory a step took.
+"""What a model costs: parameters, KV cache, operations, disk.
 
 Sizes come from the model built on torch's "meta" device, which holds shapes and no numbers: a model
 of any size is counted in about a second, without its weights. One multiply-accumulate (MAC) is two
@@ -8,12 +8,10 @@ FLOPs. Operations count the linears only; attention scores add a share that grow
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Any, ClassVar, cast
+from functools import cached_property
+from typing import Any, cast
 
-import psutil
 import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
@@ -25,7 +23,6 @@ from gradpruner.errors import ModelError, PlanError
 _EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_USED_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 _CACHED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
-_SAMPLE_SECONDS = 0.02
 
 
 def build_on_meta(config: Any) -> nn.Module:
@@ -177,126 +174,73 @@ def disk_bytes(model_or_config: Any, dtype: torch.dtype | None = None) -> int:
     return count_parameters(model) * _dtype_of(model.config, dtype).itemsize
 
 
-def savings(
-    config: Any, keep: Sequence[int], *, dtype: torch.dtype | None = None
-) -> dict[str, dict[str, int]]:
-    """What keeping only some layers saves; layers may differ in size.
-
-    A layer merged into another costs nothing: it counts as removed.
+class ModelSizes:
+    """The sizes of the model a config describes, counted on one model that is built when first asked for.
 
     Args:
-        config: Config of the dense model.
-        keep: Indices of the layers that stay, ascending, each in [0, num_layers).
-        dtype: Type of weights and cache; None for the checkpoint's.
-
-    Returns:
-        `{"before", "after"}` of "layers", "decoder_parameters", "parameters", "kv_bytes_per_token",
-        "flops_per_token" and "disk_bytes".
+        config: A transformers config of any decoder family. It must not change afterwards.
 
     Raises:
-        PlanError: If `keep` is empty, not ascending, repeats a layer or leaves the range.
-    """
-    model = build_on_meta(config)
-    layers = decoder_layers(model)
-    _check_keep(keep, len(layers))
-    dropped = sorted(set(range(len(layers))) - set(keep))
-    parameters = count_parameters(model)
-    per_layer = [count_parameters(layer) for layer in layers]
-    flops = flops_per_token(model)
-    gone_parameters = sum(per_layer[layer] for layer in dropped)
-    gone_flops = 2 * sum(_layer_macs(layers[layer], model) for layer in dropped)
-    itemsize = _dtype_of(model.config, dtype).itemsize
-    return {
-        "layers": _change(len(layers), len(keep)),
-        "decoder_parameters": _change(sum(per_layer), sum(per_layer) - gone_parameters),
-        "parameters": _change(parameters, parameters - gone_parameters),
-        "kv_bytes_per_token": _change(
-            kv_bytes_per_token(config, dtype), kv_bytes_per_token(config, dtype, keep=keep)
-        ),
-        "flops_per_token": _change(flops, flops - gone_flops),
-        "disk_bytes": _change(parameters * itemsize, (parameters - gone_parameters) * itemsize),
-    }
-
-
-class PeakMemory:
-    """Measures the peak memory of this process between entry and exit of a `with` block.
-
-    On CUDA: the most bytes torch had allocated at once, summed over all visible devices; exact.
-    Blocks may be nested, the outer one sees the peaks of the inner ones.
-    Elsewhere: the resident set size (RSS) of the process, sampled every 20 ms and at both ends, so
-        a
-    shorter spike can be missed. RSS holds everything in the process: Python, libraries (some 400 MB
-    for torch alone), the models of earlier steps the allocator has not given back, files mapped and
-    read.
-
-    Args:
-        device: Where the work happens; None or anything but CUDA measures RSS.
-
-    Attributes:
-        kind: "cuda" or "rss".
-        peak_bytes: The absolute peak; for run.json.
-        rise_bytes: Peak minus what was in use at entry, >= 0.
+        ModelError: When first asked, if transformers has no causal language model for the config.
     """
 
-    _open_on_cuda: ClassVar[list[PeakMemory]] = []
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
-    def __init__(self, device: torch.device | str | None = None) -> None:
-        on_cuda = device is not None and torch.device(device).type == "cuda"
-        self.kind = "cuda" if on_cuda else "rss"
-        self.peak_bytes = 0
-        self.rise_bytes = 0
-        self._at_entry = 0
-        self._stop = threading.Event()
-        self._sampler: threading.Thread | None = None
-        self._process = psutil.Process()
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with shapes and no numbers; to be looked at, not changed."""
+        return build_on_meta(self.config)
 
-    def __enter__(self) -> PeakMemory:
-        if self.kind == "cuda":
-            self._enter_cuda()
-        else:
-            self._at_entry = self.peak_bytes = self._process.memory_info().rss
-            self._sampler = threading.Thread(target=self._sample, name="peak-memory", daemon=True)
-            self._sampler.start()
-        return self
+    @cached_property
+    def parameters(self) -> int:
+        """Parameters of the whole model; tied weights count once."""
+        return count_parameters(self.model)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._sampler is not None:
-            self._stop.set()
-            self._sampler.join()
-            self._note(self._process.memory_info().rss)
-        else:
-            PeakMemory._open_on_cuda.remove(self)
-            self._note(_cuda_peak())
+    @cached_property
+    def layer_parameters(self) -> list[int]:
+        """Parameters of each decoder layer, in order."""
+        return layer_parameters(self.model)
 
-    def _enter_cuda(self) -> None:
-        """Starts a fresh peak, after saving the one so far for the blocks around this one."""
-        for outer in PeakMemory._open_on_cuda:
-            outer._note(_cuda_peak())
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(index)
-        self._at_entry = self.peak_bytes = _cuda_peak()
-        PeakMemory._open_on_cuda.append(self)
+    @cached_property
+    def disk_bytes(self) -> int:
+        """Bytes of the weights in a checkpoint of the dtype the config names."""
+        return disk_bytes(self.model)
 
-    def _sample(self) -> None:
-        """Runs in the sampling thread until told to stop."""
-        while not self._stop.wait(_SAMPLE_SECONDS):
-            self._note(self._process.memory_info().rss)
+    def savings(self, keep: Sequence[int], *, dtype: torch.dtype | None = None) -> dict[str, dict[str, int]]:
+        """What keeping only some layers saves; layers may differ in size.
 
-    def _note(self, in_use_bytes: int) -> None:
-        """Takes one reading into account."""
-        self.peak_bytes = max(self.peak_bytes, in_use_bytes)
-        self.rise_bytes = self.peak_bytes - self._at_entry
+        A layer merged into another costs nothing: it counts as removed.
 
+        Args:
+            keep: Indices of the layers that stay, ascending, each in [0, num_layers).
+            dtype: Type of weights and cache; None for the checkpoint's.
 
-def _cuda_peak() -> int:
-    """Returns the peak since the last reset, summed over the devices."""
-    devices = range(torch.cuda.device_count())
-    return sum(torch.cuda.max_memory_allocated(index) for index in devices)
+        Returns:
+            `{"before", "after"}` of "layers", "decoder_parameters", "parameters", "kv_bytes_per_token",
+            "flops_per_token" and "disk_bytes".
+
+        Raises:
+            PlanError: If `keep` is empty, not ascending, repeats a layer or leaves the range.
+        """
+        model: Any = self.model
+        layers, per_layer = decoder_layers(model), self.layer_parameters
+        _check_keep(keep, len(layers))
+        dropped = sorted(set(range(len(layers))) - set(keep))
+        gone_parameters = sum(per_layer[layer] for layer in dropped)
+        gone_flops = 2 * sum(_layer_macs(layers[layer], model) for layer in dropped)
+        itemsize = _dtype_of(model.config, dtype).itemsize
+        flops, parameters = flops_per_token(model), self.parameters
+        return {
+            "layers": _change(len(layers), len(keep)),
+            "decoder_parameters": _change(sum(per_layer), sum(per_layer) - gone_parameters),
+            "parameters": _change(parameters, parameters - gone_parameters),
+            "kv_bytes_per_token": _change(
+                kv_bytes_per_token(self.config, dtype), kv_bytes_per_token(self.config, dtype, keep=keep)
+            ),
+            "flops_per_token": _change(flops, flops - gone_flops),
+            "disk_bytes": _change(parameters * itemsize, (parameters - gone_parameters) * itemsize),
+        }
 
 
 def _as_model(model_or_config: Any) -> Any:
@@ -307,7 +251,7 @@ def _as_model(model_or_config: Any) -> Any:
 
 
 def _change(before: int, after: int) -> dict[str, int]:
-    """Returns one entry of `savings`."""
+    """One entry of `ModelSizes.savings`."""
     return {"before": before, "after": after}
 
 

@@ -216,6 +216,16 @@ class PruningPlan:
         except ConfigError as error:
             raise PlanError(f"{where}: {error.message}", error.hint) from error
 
+    def facts(self) -> dict[str, Any]:
+        """What happens to every layer, as `run.json` has it."""
+        return {
+            "num_layers": self.num_layers,
+            "actions": [{"layer": i, "action": a.action, "into": a.into} for i, a in enumerate(self.actions)],
+            "num_kept": len(self.keep),
+            "rule": self.rule,
+            "density": self.density,
+        }
+
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON."""
         write_json(Path(path), self.to_dict())

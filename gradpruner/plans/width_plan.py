@@ -218,6 +218,27 @@ class WidthPlan:
         hidden = _read_runs(raw.get("hidden"), f"{where}: hidden")
         return cls(shape, layers, hidden, raw.get("method", "explicit"), evidence)
 
+    def facts(self) -> dict[str, Any]:
+        """What stays of every layer, as `run.json` has it."""
+        widths = [
+            {
+                "layer": i,
+                "heads": len(w.heads),
+                "kv_heads": len(self.kv_heads(i)),
+                "channels": len(w.channels),
+            }
+            for i, w in enumerate(self.layers)
+        ]
+        return {
+            "num_layers": self.num_layers,
+            "actions": [],
+            "num_kept": self.num_layers,
+            "uniform": self.uniform,
+            "widths": widths,
+            "hidden": len(self.hidden),
+            "shape": asdict(self.shape),
+        }
+
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON."""
         write_json(Path(path), self.to_dict())

@@ -10,7 +10,6 @@ from gradpruner.json_files import read_json
 from gradpruner.methods import METHODS
 from gradpruner.models.config_patch import required_layers
 from gradpruner.models.layers import LayeredModel
-from gradpruner.models.sizes import build_on_meta, count_parameters, layer_parameters, savings
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.plans.width_plan import WidthPlan
@@ -61,8 +60,8 @@ def plan_for(
     fractions: dict[str, Any] = {}
     if options.parameter_fraction is not None:
         fractions = {
-            "layer_parameters": layer_parameters(job.config),
-            "total_parameters": count_parameters_of(job.config),
+            "layer_parameters": job.sizes.layer_parameters,
+            "total_parameters": job.sizes.parameters,
         }
     chosen = options.model_dump(exclude={"file", "name", "portable_to", "unit", *REPAIR_KEYS}) | (
         {} if merging else {"num_merge": 0}
@@ -77,20 +76,15 @@ def plan_for(
     return plan_pruning(scores, **chosen, **fractions, fits=job.slots())
 
 
-def count_parameters_of(config: Any) -> int:
-    """Parameters of a model given by its config; tied weights count once."""
-    return count_parameters(build_on_meta(config))
-
-
 def bytes_to_write(job: Job) -> dict[str, int]:
     """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
     recipe = job.recipe
     plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
-    sizes = savings(job.config, plan.keep)["disk_bytes"]
+    sizes = job.sizes.savings(plan.keep)["disk_bytes"]
     rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
     trace = 0
     if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
-        view = LayeredModel(build_on_meta(job.config))
+        view = LayeredModel(job.sizes.model)
         modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
         per_step = sum(sum(module.weight.shape) for module in modules)
         trace = 4 * job.record_steps * recipe.record.rank * per_step
@@ -98,7 +92,7 @@ def bytes_to_write(job: Job) -> dict[str, int]:
     options = recipe.finetune
     if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
         # float32 weights and two moments; two checkpoints are kept while a third is written.
-        temporary += 3 * 12 * count_parameters_of(job.config)
+        temporary += 3 * 12 * job.sizes.parameters
     return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
 
 

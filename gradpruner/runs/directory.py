@@ -34,7 +34,7 @@ from gradpruner.files import (
 )
 from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.models.folder import check_output
-from gradpruner.models.sizes import PeakMemory
+from gradpruner.models.memory import PeakMemory
 from gradpruner.provenance import package_versions, sha256_file, sha256_json, utc_now
 
 log = logging.getLogger(__name__)

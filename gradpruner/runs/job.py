@@ -32,7 +32,7 @@ from gradpruner.models.loading import (
     resolve_device,
 )
 from gradpruner.models.narrowing import width_savings
-from gradpruner.models.sizes import savings
+from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import Fits
 from gradpruner.provenance import hash_folder, sha256_json
@@ -107,7 +107,7 @@ class Job:
             plan.check_model(self.num_layers)
             self.warnings += check_keep(self.text, self.family, plan)
         self.num_keep = len(plan.keep)
-        removed = savings(self.config, plan.keep)["parameters"]
+        removed = self.sizes.savings(plan.keep)["parameters"]
         self.num_remove = removed["before"] - removed["after"]
         if "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None:
             self._check_merging()
@@ -149,7 +149,7 @@ class Job:
     def savings_of(self, plan: Plan) -> dict[str, dict[str, int]]:
         """What a plan saves, in every unit."""
         if isinstance(plan, PruningPlan):
-            return savings(self.config, plan.keep)
+            return self.sizes.savings(plan.keep)
         return width_savings(self.skeleton(), plan)
 
     def skeleton(self) -> nn.Module:
@@ -183,9 +183,16 @@ class Job:
         return text_config(self.config)
 
     @cached_property
+    def sizes(self) -> ModelSizes:
+        """The sizes of the dense model."""
+        return ModelSizes(self.config)
+
+    @cached_property
     def structure(self) -> LayeredModel:
         """The dense model's layers, without weights."""
-        return LayeredModel(self.skeleton())
+        counted = self.sizes.model
+        # Of a model that also sees or hears, sizes are counted on the decoder alone.
+        return LayeredModel(counted if type(counted) is model_class(self.config) else self.skeleton())
 
     @property
     def family(self) -> Family:

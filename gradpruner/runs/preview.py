@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gradpruner.data.encoding import preview
-from gradpruner.models.sizes import build_on_meta, count_parameters, disk_bytes, savings
 from gradpruner.reports.formats import duration, num_bytes
 from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
 from gradpruner.runs.forecast import forecast, num_devices
@@ -36,11 +35,10 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     job = Job(recipe)
     plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
     needs = bytes_to_write(job)
-    saved = savings(job.config, plan.keep)
+    saved = job.sizes.savings(plan.keep)
     rows = len(recipe.variants)
-    model = build_on_meta(job.config)
-    weights = count_parameters(model)
-    taken = forecast(job, model)
+    weights = job.sizes.parameters
+    taken = forecast(job, job.sizes.model)
     # AdamW in fp32: weight, gradient and two moments; LoRA holds the weights and little else.
     per_weight = 16 if recipe.finetune.mode == "full" else 4
     return {
@@ -76,7 +74,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "trace_bytes": needs["trace"],
         "written_bytes": needs["trace"] + needs["models"],
         "temporary_bytes": needs["temporary"],
-        "model_bytes": disk_bytes(job.config),
+        "model_bytes": job.sizes.disk_bytes,
         "training_bytes_estimate": weights * per_weight,
         "seconds_estimate": {**asdict(taken), "all": taken.seconds},
         "warnings": [*job.warnings, *_too_little(job, weights)],

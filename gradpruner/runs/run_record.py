@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -19,10 +18,7 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.json_files import read_json, typed
 from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
-from gradpruner.models.sizes import decoder_parameters
-from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.provenance import provenance, utc_now
-from gradpruner.runs.budget import Plan, count_parameters_of
 from gradpruner.runs.directory import RunDirectory, stays_inside
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import MADE, differences, method_of, rows_in
@@ -180,7 +176,7 @@ def row_facts(
     if plan is not None:
         sizes = {unit: change["after"] for unit, change in plan["savings"].items()}
     elif error is None:
-        sizes = {"layers": job.num_layers, "parameters": count_parameters_of(job.config)}
+        sizes = {"layers": job.num_layers, "parameters": job.sizes.parameters}
     else:
         sizes = {}
     return row | {"num_layers": sizes.get("layers"), "num_parameters": sizes.get("parameters")}
@@ -280,8 +276,8 @@ def model_facts(job: Job) -> dict[str, Any]:
         "path": job.recipe.model.path,
         "model_type": job.config.model_type,
         "num_layers": job.num_layers,
-        "num_parameters": count_parameters_of(job.config),
-        "decoder_parameters": decoder_parameters(job.config),
+        "num_parameters": job.sizes.parameters,
+        "decoder_parameters": sum(job.sizes.layer_parameters),
         "dtype": str(stored_dtype(job.folder)).removeprefix("torch."),
         "sha256": job.model_sha256,
     }
@@ -330,39 +326,10 @@ def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | 
         return None
     same_model = plan.num_layers == job.num_layers
     saved = job.savings_of(plan) if same_model else directory.result(f"plan {row}")
-    return layer_facts(plan) | {
+    return plan.facts() | {
         "savings": saved or {},
         "portability": [vars(v) for v in job.portability_of(plan)] if same_model else [],
         "search": directory.result(f"search {row}"),
-    }
-
-
-def layer_facts(plan: Plan) -> dict[str, Any]:
-    """What happens to every layer."""
-    if isinstance(plan, WidthPlan):
-        return {
-            "num_layers": plan.num_layers,
-            "actions": [],
-            "num_kept": plan.num_layers,
-            "uniform": plan.uniform,
-            "widths": [
-                {
-                    "layer": i,
-                    "heads": len(w.heads),
-                    "kv_heads": len(plan.kv_heads(i)),
-                    "channels": len(w.channels),
-                }
-                for i, w in enumerate(plan.layers)
-            ],
-            "hidden": len(plan.hidden),
-            "shape": asdict(plan.shape),
-        }
-    return {
-        "num_layers": plan.num_layers,
-        "actions": [{"layer": i, "action": a.action, "into": a.into} for i, a in enumerate(plan.actions)],
-        "num_kept": len(plan.keep),
-        "rule": plan.rule,
-        "density": plan.density,
     }
 
 

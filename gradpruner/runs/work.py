@@ -14,7 +14,6 @@ from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.checking import ADAPTER_FILE
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.loading import load_adapter, save_model
-from gradpruner.models.sizes import savings
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
@@ -83,7 +82,7 @@ class Work:
     def repairs(self) -> bool:
         """Whether linears before the cuts are refitted."""
         wanted = self.recipe.plan.repair != "none"
-        return wanted and isinstance(self.plan, PruningPlan) and bool(self.plan.pruned)
+        return wanted and self.plan is not None and bool(self.plan.pruned)
 
     @property
     def shrinks(self) -> bool:
@@ -145,7 +144,7 @@ class Work:
                 progress.update(1)
             return {"verified": report.to_dict()}
         trace = self.trace() if self.plan.needs_trace else None
-        megabytes = savings(self.job.config, list(self.plan.keep))["disk_bytes"]["after"] // 10**6
+        megabytes = self.job.sizes.savings(self.plan.keep)["disk_bytes"]["after"] // 10**6
         with Progress(max(1, megabytes), f"prune {self.name} [MB]") as progress:
             report = prune_checkpoint(
                 self.job.origin,

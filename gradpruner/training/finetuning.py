@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError
-from gradpruner.models.sizes import PeakMemory
+from gradpruner.models.memory import PeakMemory
 from gradpruner.registry import suggest
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback

@@ -30,7 +30,7 @@ from gradpruner.errors import GradPrunerError
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.models.loading import load_model, resolve_device, resolve_dtype
-from gradpruner.models.sizes import PeakMemory
+from gradpruner.models.memory import PeakMemory
 from gradpruner.progress import set_mode
 
 # The first tokens of a vocabulary are often special (padding, end): not ordinary input.

@@ -18,7 +18,6 @@ from gradpruner.errors import GradPrunerError, IntegrityError
 from gradpruner.files import LOCK_FILE, working_in, write_text
 from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.models.folder import check_output, locate_model, staged_folder
-from gradpruner.models.sizes import savings
 from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
 from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
@@ -110,7 +109,7 @@ def check_study(study: Study) -> dict[str, dict[str, Any]]:
 
 def _facts(job: Job) -> dict[str, Any]:
     plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
-    saved = savings(job.config, plan.keep)
+    saved = job.sizes.savings(plan.keep)
     unit = job.recipe.plan.unit
     before, after = saved[unit]["before"], saved[unit]["after"]
     return {
