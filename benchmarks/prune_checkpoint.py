@@ -86,7 +86,8 @@ def write_source(folder: str, shape: Json) -> Json:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from gradpruner.pruning.writer import Piece, pack, write_shards
+    from gradpruner.pruning.pieces import Piece, pack
+    from gradpruner.pruning.writer import write_shards
 
     config = LlamaConfig(**shape, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     Path(folder).mkdir(parents=True)

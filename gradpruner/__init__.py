@@ -35,9 +35,10 @@ if TYPE_CHECKING:
     from gradpruner.plans.repair import Repair
     from gradpruner.plans.selection import plan_pruning
     from gradpruner.plans.width_plan import WidthPlan
-    from gradpruner.pruning.delta import diff_checkpoint, rebuild_checkpoint
+    from gradpruner.pruning.delta import diff_checkpoint
     from gradpruner.pruning.in_memory import prune_
     from gradpruner.pruning.on_disk import prune_checkpoint
+    from gradpruner.pruning.rebuilding import rebuild_checkpoint
     from gradpruner.pruning.refitting import fit_repair
     from gradpruner.pruning.verification import verify_checkpoint
     from gradpruner.runs.pipeline import run
@@ -71,7 +72,7 @@ _HOMES = {
     "prune_": "pruning.in_memory",
     "prune_checkpoint": "pruning.on_disk",
     "prune_width_": "models.narrowing",
-    "rebuild_checkpoint": "pruning.delta",
+    "rebuild_checkpoint": "pruning.rebuilding",
     "record_gradients": "training.recording",
     "run": "runs.pipeline",
     "score_gates": "methods.gate",

@@ -19,8 +19,8 @@ from gradpruner.models.loading import (
     load_tokenizer,
     resolve_device,
     resolve_dtype,
-    save_model,
 )
+from gradpruner.models.saving import save_model
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.training.adapters import attach_lora

@@ -9,6 +9,7 @@ import pytest
 from builders import make_project
 
 from gradpruner import reports as report
+from gradpruner.cli.listing import KINDS
 from gradpruner.errors import ConfigError, ResourceError
 from gradpruner.progress import set_mode
 from gradpruner.runs import pipeline, work
@@ -58,6 +59,17 @@ def test_version_and_schema(call):
     assert call("--version") == (0, "0.1.0\n", "")
     code, out, _ = call("schema")
     assert code == 0 and json.loads(out)["title"] == "Recipe"
+
+
+def test_ls_alone_lists_what_can_be_listed(call):
+    code, out, _ = call("ls")
+    assert code == 0
+    kinds = [line.split()[0] for line in out.splitlines()]
+    assert kinds == list(KINDS) and all(call("ls", kind)[0] == 0 for kind in kinds)
+
+
+def test_shells_can_complete_the_commands(call):
+    assert "--install-completion" in call("--help")[1]
 
 
 @pytest.mark.parametrize("kind", ["methods", "tasks", "recipes", "rules"])

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import gradpruner.pruning.delta as module
 import gradpruner.pruning.delta_record as record_module
+import gradpruner.pruning.rebuilding as rebuilding
 from gradpruner.errors import ConfigError, IntegrityError, ModelError, PlanError, ResourceError
 from gradpruner.json_files import write_json
 from gradpruner.models.folder import carried_files, describe_model
@@ -23,10 +24,12 @@ from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.provenance import sha256_json
 from gradpruner.pruning.blueprint import Blueprint
-from gradpruner.pruning.delta import diff_checkpoint, rebuild_checkpoint
+from gradpruner.pruning.delta import diff_checkpoint
 from gradpruner.pruning.delta_record import read_record
 from gradpruner.pruning.on_disk import prune_checkpoint
-from gradpruner.pruning.writer import header_of, pack, write_shards
+from gradpruner.pruning.pieces import header_of, pack
+from gradpruner.pruning.rebuilding import rebuild_checkpoint
+from gradpruner.pruning.writer import write_shards
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
 DROPPING = PruningPlan((KEEP, DROP, KEEP, KEEP, DROP, KEEP))
@@ -201,7 +204,8 @@ def test_delta_names_what_it_was_made_from(sources, deltas):
 
 
 def test_progress_adds_up(sources, pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_BYTES", 1000)  # tensors of several blocks
+    for where in (module, rebuilding):
+        monkeypatch.setattr(where, "BLOCK_BYTES", 1000)  # tensors of several blocks
     folder, steps = pruned["merging", "sharded"], []
     diff_checkpoint(sources["sharded"], folder, tmp_path / "delta", progress=steps.append)
     assert sum(steps) == open_shards(folder).total_bytes
@@ -626,7 +630,7 @@ def test_outputs_of_a_rebuild(given_source, given_delta, pruned, tmp_path):
 
 @pytest.mark.parametrize("name", ["write_file", "_check_file", "read_header"])
 def test_an_interrupted_rebuild_leaves_nothing(name, given_source, given_delta, tmp_path, monkeypatch):
-    calls, real = [], getattr(module, name)
+    calls, real = [], getattr(rebuilding, name)
 
     def interrupted(*args, **options):
         calls.append(args)
@@ -635,7 +639,7 @@ def test_an_interrupted_rebuild_leaves_nothing(name, given_source, given_delta, 
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    monkeypatch.setattr(module, name, interrupted)
+    monkeypatch.setattr(rebuilding, name, interrupted)
     refused(KeyboardInterrupt, None, given_source, given_delta, tmp_path / "out")
     assert calls
 

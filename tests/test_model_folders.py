@@ -15,8 +15,9 @@ from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.models.checking import check_model_folder, is_model_folder
 from gradpruner.models.dtypes import cast_like, stored_dtype
 from gradpruner.models.layers import LayeredModel
-from gradpruner.models.loading import check_loadable, load_config, load_model, load_structure, save_model
+from gradpruner.models.loading import check_loadable, load_config, load_model, load_structure
 from gradpruner.models.raw_config import beyond_fields, quantised_parts
+from gradpruner.models.saving import save_model
 from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.blueprint import Blueprint

@@ -14,16 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from gradpruner.errors import IntegrityError, ModelError
 from gradpruner.models.shards import DTYPE_BYTES, INDEX_FILE, open_shards, read_header
+from gradpruner.pruning import checked
 from gradpruner.pruning import writer as packing
-from gradpruner.pruning.writer import (
-    Piece,
-    header_of,
-    pack,
-    read_tensor,
-    shard_names,
-    write_file,
-    write_shards,
-)
+from gradpruner.pruning.pieces import TORCH_DTYPES, Piece, header_of, pack, shard_names
+from gradpruner.pruning.writer import read_tensor, write_file, write_shards
 
 METADATA = {"format": "pt"}
 WORDS = {"F64": np.uint64, "F32": np.uint32, "BF16": np.uint16, "F16": np.uint16, "F8_E5M2": np.uint8,
@@ -51,14 +45,14 @@ def stored(path, tensors):
 
 def from_bits(dtype, bits):
     array = np.array(bits, np.uint64).astype(WORDS[dtype])
-    return torch.from_numpy(array.view(np.uint8)).view(packing.TORCH_DTYPES[dtype])
+    return torch.from_numpy(array.view(np.uint8)).view(TORCH_DTYPES[dtype])
 
 
 def mixed_tensors():
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"{name}.{count}": (torch.rand(count, 3, generator=generator) * 100).to(dtype)
-        for name, dtype in packing.TORCH_DTYPES.items()
+        for name, dtype in TORCH_DTYPES.items()
         for count in (1, 5)
     }
     return tensors | {
@@ -187,7 +181,8 @@ def test_blocks_of_any_size_give_the_same_file(tmp_path, monkeypatch):
     pieces = stored(tmp_path / "source", {"a": torch.randn(500), "b": torch.randn(300).half()})
     whole = write_file(tmp_path / "whole", pieces, METADATA)
     monkeypatch.setattr(packing, "_COPY_BYTES", 24)
-    monkeypatch.setattr(packing, "_CHECK_BYTES", 56)
+    for where in (packing, checked):
+        monkeypatch.setattr(where, "CHECK_BYTES", 56)
     assert write_file(tmp_path / "parts", pieces, METADATA) == whole
     assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
     assert torch.equal(read_tensor(pieces[0].ref, finite=True), load_file(tmp_path / "source")["a"])
@@ -292,7 +287,7 @@ def test_every_pattern_of_the_short_floats_is_judged_as_torch_judges_it():
         bits = np.arange(2 ** (8 * WORDS[dtype]().itemsize)).astype(WORDS[dtype])
         values = from_bits(dtype, bits).float()
         found = [
-            packing._holds_non_finite(word, dtype, scratch)
+            checked.holds_non_finite(word, dtype, scratch)
             for word in bits.view(np.uint8).reshape(len(bits), -1)
         ]
         assert found == (~torch.isfinite(values)).tolist()
@@ -315,7 +310,8 @@ def test_the_largest_and_the_smallest_values_are_accepted(tmp_path, dtype):
 
 @pytest.mark.parametrize("dtype", WORDS)
 def test_nan_and_inf_are_found_wherever_they_are(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(packing, "_CHECK_BYTES", 64)  # so that 100 entries span several blocks
+    for where in (packing, checked):
+        monkeypatch.setattr(where, "CHECK_BYTES", 64)  # so that 100 entries span several blocks
     sign = 1 << (8 * WORDS[dtype]().itemsize - 1)
     for number, place in enumerate((0, 99, 50, 7, 8, 63, 64)):
         for bad in EXTREMES[dtype][:3]:
@@ -348,7 +344,8 @@ def test_a_computed_tensor_that_overflows_is_not_blamed_on_the_source(tmp_path):
 
 @pytest.mark.parametrize("shift", [0, 1, 2, 3, 5, 7])
 def test_a_foreign_header_need_not_be_aligned(tmp_path, monkeypatch, shift):
-    monkeypatch.setattr(packing, "_CHECK_BYTES", 61)
+    for where in (packing, checked):
+        monkeypatch.setattr(where, "CHECK_BYTES", 61)
     monkeypatch.setattr(packing, "_COPY_BYTES", 3)
     # Read at a wrong place, the bytes of each of these are NaN of some dtype.
     tensors = {

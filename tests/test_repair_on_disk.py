@@ -17,9 +17,10 @@ from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.blueprint import Blueprint
-from gradpruner.pruning.delta import diff_checkpoint, rebuild_checkpoint
+from gradpruner.pruning.delta import diff_checkpoint
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.on_disk import prune_checkpoint
+from gradpruner.pruning.rebuilding import rebuild_checkpoint
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.verification import verify_checkpoint
 

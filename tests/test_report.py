@@ -16,7 +16,7 @@ import pytest
 from pages import Page
 from rich.console import Console
 
-from gradpruner.reports import figures, html, markdown_table, print_summary, render_html, svg, tables
+from gradpruner.reports import drawing, figures, html, markdown_table, print_summary, render_html, svg, tables
 from gradpruner.reports.formats import (
     duration,
     interval,
@@ -359,7 +359,7 @@ def test_a_failed_variant_is_a_row_with_its_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["", *make_run(16, ("dense", "merged"))])
 def test_any_part_may_be_missing(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawing is slow and tested above and below; here only that nothing is looked up in vain.
-    monkeypatch.setattr(figures, "draw", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(drawing, "draw", lambda *_: "<svg></svg>")
     run = make_run(16, ("dense", "merged"), num_losses=3)
     for replacement in (None, [], "odd"):
         changed = {**run, missing: replacement} if missing else {}

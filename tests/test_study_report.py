@@ -361,7 +361,7 @@ def test_any_part_may_be_missing(
     missing: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drawing is slow and tested elsewhere; here only that nothing is looked up in vain.
-    monkeypatch.setattr("gradpruner.reports.figures.draw", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("gradpruner.reports.drawing.draw", lambda *_: "<svg></svg>")
     study = make_study(("dense", "merged", "last")) if kind == "compare" else make_sweep((1, 2, 3))
     for replacement in (None, [], "odd", [{}]):
         changed = {**study, missing: replacement}

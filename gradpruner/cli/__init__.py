@@ -1,6 +1,8 @@
 """The command line: one file per group of commands, everything heavy imported inside.
 
-main      the app, the stage commands, ls, report; options: what several commands share
+main      the app, the stage commands, report; options: what several commands share
+messages  errors and interruptions on the terminal
+listing   ls
 models    prune, verify, diff, rebuild
 shrink    shrink
 evaluate  evaluate

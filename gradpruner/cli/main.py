@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gradpruner._version import __version__
+from gradpruner.cli.listing import RECIPES, recipe_names
+from gradpruner.cli.messages import complain, stop, unusable
 from gradpruner.cli.options import (
     DataOption,
     DryOption,
@@ -34,21 +35,19 @@ from gradpruner.cli.options import (
     TaskOption,
     TrustOption,
 )
-from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
+from gradpruner.errors import ConfigError, GradPrunerError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from gradpruner.runs.recipe import Recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 EXIT_CODES = (
     "Exit codes: 0 done, 2 command line, recipe or plan, 3 data, 4 model, 5 disk, memory or NaN, "
     "6 damaged or unsafe file, 130 or 143 interrupted."
 )
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -88,7 +87,7 @@ def resolve(
 def _unknown_recipe(name: str) -> NoReturn:
     from gradpruner.registry import suggest
 
-    names = _recipe_names()
+    names = recipe_names()
     if "/" in name and not any(known.startswith(name.split("/")[0]) for known in names):
         raise ConfigError(
             f"There is no recipe, model folder or other file at {name}.",
@@ -98,11 +97,6 @@ def _unknown_recipe(name: str) -> NoReturn:
         f"There is no recipe file or built-in recipe '{name}'.{suggest(name, names)}",
         hint=f"Built in: {', '.join(names)}.",
     )
-
-
-def _recipe_names() -> list[str]:
-    names = (str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("ablations/"))  # those are studies
 
 
 def _stage(name: str, summary: str) -> None:
@@ -284,62 +278,6 @@ def schema() -> None:
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
 
-@app.command("ls")
-def list_entries(
-    kind: Annotated[
-        str, typer.Argument(help="methods, tasks, recipes, ablations, rules, families or shapes")
-    ],
-    as_json: JsonOption = False,
-) -> None:
-    """What a recipe can name."""
-    entries = _entries(kind)
-    if as_json:
-        typer.echo(json.dumps(entries, indent=2))
-        return
-    width = max(map(len, entries), default=0)
-    for name, description in entries.items():
-        typer.echo(f"{name:<{width}}  {description}")
-
-
-def _entries(kind: str) -> dict[str, str]:
-    if kind == "methods":
-        from gradpruner.methods import METHODS
-
-        return {name: METHODS.find(name).description for name in METHODS.names()}
-    if kind == "tasks":
-        from gradpruner.data.tasks import TASKS
-
-        return {name: TASKS.find(name).description for name in TASKS.names()}
-    if kind == "rules":
-        from gradpruner.plans.merging import MERGE_RULES, needs_importance
-
-        rules = [name for name in MERGE_RULES.names() if needs_importance(name)]  # the others are LaCo's own
-        return {name: (MERGE_RULES.find(name).__doc__ or "").splitlines()[0] for name in rules}
-    if kind == "recipes":
-        return {name: _first_comment(RECIPES / f"{name}.yaml") for name in _recipe_names()}
-    if kind == "ablations":
-        from gradpruner.cli import studies as cli_compare
-
-        names = cli_compare.ablation_names()
-        return {name: _first_comment(cli_compare.ABLATIONS / f"{name}.yaml") for name in names}
-    if kind == "families":
-        from gradpruner.models.families import FAMILIES
-
-        return {name: f"drop only: {row.no_merge}" if row.no_merge else "" for name, row in FAMILIES.items()}
-    if kind == "shapes":
-        from gradpruner.evaluation.costing.shapes import describe_shape, shape_names
-
-        return {name: describe_shape(name) for name in shape_names()}
-    from gradpruner.registry import suggest
-
-    kinds = ("methods", "tasks", "recipes", "ablations", "rules", "families", "shapes")
-    raise ConfigError(f"Unknown kind '{kind}'.{suggest(kind, kinds)}", hint=f"Available: {', '.join(kinds)}.")
-
-
-def _first_comment(path: Path) -> str:
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(__version__)
@@ -358,10 +296,12 @@ def _root(
 def _add_model_commands() -> None:
     from gradpruner.cli import cost as cli_cost
     from gradpruner.cli import evaluate as cli_evaluate
+    from gradpruner.cli import listing as cli_listing
     from gradpruner.cli import models as cli_models
     from gradpruner.cli import shrink as cli_shrink
     from gradpruner.cli import studies as cli_compare
 
+    cli_listing.add_to(app)
     cli_shrink.add_to(app)
     cli_evaluate.add_to(app)
     cli_models.add_to(app)
@@ -375,19 +315,19 @@ _add_model_commands()
 def main() -> None:
     """Entry point: our errors become one clear message and their exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+        signal.signal(number, stop)
     try:
         _in_its_world()
     except GradPrunerError as error:
-        _complain(error)
+        complain(error)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
     except OSError as error:  # a path somebody gave; what we write ourselves has its own messages
         if error.filename is None:
             raise
-        ours = _unusable(error)
-        _complain(ours)
+        ours = unusable(error)
+        complain(ours)
         sys.exit(ours.exit_code)
 
 
@@ -412,38 +352,6 @@ def _in_its_world() -> None:
     except PeerError as error:  # said by the process it happened to
         code = error.exit_code
     sys.exit(code)
-
-
-def _unusable(error: OSError) -> GradPrunerError:
-    """A file or folder that the system refuses, in words."""
-    from gradpruner.files import shown
-
-    message = f"{shown(str(error.filename), 200)} cannot be used: {error.strerror}."
-    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return ConfigError(message, hint="Give another path; every part of it may have 255 bytes.")
-    return ResourceError(message, hint="Is the path right, and may it be read and written?")
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
-    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        print("Interrupted. Start the same command again to go on.", file=sys.stderr)
-    raise SystemExit(128 + number)
-
-
-def _complain(error: GradPrunerError) -> None:
-    from rich.console import Console
-
-    def printable(text: str) -> str:  # bytes of a path that are no UTF-8 must not cost the user the message
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-    out = Console(stderr=True)
-    out.print("[bold red]error:[/bold red]", end=" ")
-    out.print(printable(error.message), markup=False, highlight=False, soft_wrap=True)
-    if error.hint:
-        out.print(
-            printable(error.hint.lstrip("\n")), markup=False, highlight=False, soft_wrap=True, style="dim"
-        )
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def rebuild(
 ) -> None:
     """Make the pruned model again from its source and the difference; every hash is checked."""
     from gradpruner.cli import main as cli
-    from gradpruner.pruning.delta import rebuild_checkpoint
+    from gradpruner.pruning.rebuilding import rebuild_checkpoint
 
     cli.prepare(quiet)
     typer.echo(f"rebuilt: {rebuild_checkpoint(source, delta, destination)}")

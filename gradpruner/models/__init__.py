@@ -13,5 +13,5 @@ checking       whether a folder can be used at all; raw_config: by what its conf
 classes        which class of transformers a config means
 dtypes         in which dtype a checkpoint is stored, by its tensors
 shards         safetensors headers and indexes, read with distrust
-loading        models from folders and back
+loading        models from folders; saving: and back
 """

@@ -6,27 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
-from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError, NonFiniteError
+from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
 from gradpruner.json_files import read_json
 from gradpruner.models.checking import check_config, check_model_folder, refuse_embedding_model
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import parts_of, text_config
-from gradpruner.models.dtypes import cast_like, majority_dtype
+from gradpruner.models.dtypes import majority_dtype
 from gradpruner.models.families import FAMILIES
 from gradpruner.models.folder import (
     PRUNING_FILE,
-    carried_files,
-    carry,
-    check_output,
-    describe_model,
-    staged_folder,
 )
 from gradpruner.models.narrowing import resized_class
 from gradpruner.models.raw_config import BEYOND_SIGNS, CONFIG_FILE, beyond_fields, is_beyond, read_raw_config
-from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.registry import suggest
 
@@ -332,78 +325,3 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
     return torch.float32
-
-
-def save_model(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    plan: PruningPlan | WidthPlan | None,
-    source: str,
-    facts: dict[str, Any] | None = None,
-    carried_from: Path | None = None,
-    like: Path | None = None,
-) -> Path:
-    """Writes a model folder that plain transformers loads: all of it, or nothing.
-
-    Weights, config, tokenizer, chat template, `pruning.json` and a model card are written to a staged
-    folder beside the target, made durable, and renamed. `dtype` is that of the source checkpoint.
-
-    Args:
-        model: The causal LM (its weights are cast in place).
-        tokenizer: Saved beside it; None: there is none, or it is carried.
-        folder: The target; replaced if it is ours.
-        dtype: Stored dtype.
-        plan: What was pruned; None for a dense model.
-        source: Where the model came from, for the card.
-        facts: Further lines for `pruning.json`.
-        carried_from: Model folder whose tokenizer, chat template, generation config and licence are carried
-            over byte for byte.
-        like: Model folder whose tensors say the dtype of each parameter, for sources that store some in
-            another one than the rest.
-
-    Raises:
-        ConfigError: If the target holds something that is not ours.
-        NonFiniteError: If a weight is NaN or Inf as it would be stored; the tensor is named.
-        ResourceError: If the disk is full; the staged folder is removed, the old one untouched.
-    """
-    check_output(folder, marker=PRUNING_FILE)
-    with staged_folder(folder) as staged:
-        if like is None:
-            model = model.to(dtype)
-        else:
-            cast_like(model, like, dtype)
-        for part in parts_of(model.config):
-            part.dtype = dtype
-        model.config.use_cache = True  # gradient checkpointing turns it off
-        model.save_pretrained(staged)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(staged)
-        if carried_from is not None:
-            carry(carried_from, carried_files(carried_from), staged)
-        _refuse_non_finite(staged)
-        kind = "adapter" if hasattr(model, "peft_config") else "model"
-        describe_model(staged, plan=plan, source=source, kind=kind, facts=facts)
-    return folder
-
-
-def _refuse_non_finite(staged: Path) -> None:
-    """NonFiniteError if a tensor that was just written holds NaN or Inf: no such model gets its name.
-
-    A row of an embedding that no example uses, or a value too large for its dtype, shows in no loss.
-    """
-    for path in sorted(staged.rglob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
-                    continue
-                if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
-                    raise NonFiniteError(
-                        f"The tensor '{name}' holds NaN or Inf; a model with such weights is not saved.",
-                        hint="If the source holds them too, it is damaged: take another copy. Else train "
-                        "with a lower learning rate, or store in a wider dtype than "
-                        f"{str(tensor.dtype).removeprefix('torch.')}.",
-                    )

@@ -17,7 +17,8 @@ from gradpruner.models.loading import load_config, load_model
 from gradpruner.models.shards import open_shards
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.on_demand import on_demand
-from gradpruner.pruning.writer import TORCH_DTYPES, read_tensor
+from gradpruner.pruning.pieces import TORCH_DTYPES
+from gradpruner.pruning.writer import read_tensor
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 8

@@ -47,7 +47,8 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.disk_names import count_beyond, find_prefix
 from gradpruner.pruning.in_memory import check_alike, check_trace, merge_planned
-from gradpruner.pruning.writer import TORCH_DTYPES, Piece, read_tensor, sha256_tensor
+from gradpruner.pruning.pieces import TORCH_DTYPES, Piece
+from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
 
 @dataclass

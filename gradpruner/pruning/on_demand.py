@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_map
 from gradpruner.models.classes import model_class
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.shards import TensorRef
-from gradpruner.pruning.writer import TORCH_DTYPES, read_tensor
+from gradpruner.pruning.pieces import TORCH_DTYPES
+from gradpruner.pruning.writer import read_tensor
 
 _BLOCK_BYTES = 64 << 20  # of a weight that is used block by block, in the dtype it is computed in
 

@@ -25,8 +25,9 @@ from gradpruner.models.shards import check_inside
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.pieces import pack
 from gradpruner.pruning.verification import LEVELS, VerifyReport, compares_fully, verify_checkpoint
-from gradpruner.pruning.writer import WrittenShard, pack, write_shards
+from gradpruner.pruning.writer import WrittenShard, write_shards
 
 MAX_SHARD_BYTES = 5_000_000_000
 

@@ -9,13 +9,9 @@ from gradpruner.errors import IntegrityError
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.engine_widths import judge_widths
 from gradpruner.models.engines import layer_facts
-from gradpruner.models.loading import (
-    load_model,
-    load_structure,
-    refuse_narrowed,
-    save_model,
-)
+from gradpruner.models.loading import load_model, load_structure, refuse_narrowed
 from gradpruner.models.narrowing import narrow_
+from gradpruner.models.saving import save_model
 from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import WidthPlan

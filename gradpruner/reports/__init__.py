@@ -3,10 +3,10 @@
 formats   numbers as people read them
 reading   run.json as typed, forgiving views
 verdict   what the run shows, in one honest sentence
-tables    the tables as plain data, and the markdown table
+tables    the tables as plain data, and the markdown table; cells: what they are made of
 terminal  the summary on the console
 svg       one matplotlib figure as inline SVG
-figures   the plots
+figures   the plots; drawing: what they are made of
 page      what every page shares (page.html, parts.html, style.css)
 html      the page of a run (report.html)
 study     a study of many runs: page (study.html), markdown, terminal; study_reading, study_verdict,

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.axes import Axes
 
+from gradpruner.reports.drawing import (
+    HALF,
+    Key,
+    Plot,
+    averaged,
+    bucket,
+    dash_css,
+    drawn,
+    line,
+    series,
+    settled,
+)
 from gradpruner.reports.formats import interval, number, percent, text, whole
 from gradpruner.reports.reading import (
     Measured,
@@ -19,45 +31,9 @@ from gradpruner.reports.reading import (
     pairs,
     sequence,
 )
-from gradpruner.reports.svg import Margins, colour, draw, house_style, plain_ticks, whole_ticks
+from gradpruner.reports.svg import Margins, colour, house_style, plain_ticks, whole_ticks
 
-WIDE = 840
-HALF = 420
-_MOST_POINTS = 120
 _LOG_SPREAD = 30.0
-_DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
-_LINE_WIDTH = 1.8
-
-
-@dataclass(frozen=True)
-class Key:
-    """One legend entry: palette name, words, mark ('box', 'dot', 'ring', 'line'), dash pattern."""
-
-    colour: str
-    label: str
-    mark: str = "box"
-    dash: str = ""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawn figure.
-
-    Attributes:
-        name: Identity on the page, letters and dashes.
-        title: Heading.
-        caption: How to read it.
-        description: What it shows, in words and numbers; the text alternative.
-        drawing: The SVG.
-        legend: What the colours mean.
-    """
-
-    name: str
-    title: str
-    caption: str
-    description: str
-    drawing: str
-    legend: tuple[Key, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,14 +116,14 @@ def loss_plot(view: RunView) -> Plot | None:
             curves.append((i, variant.label, points))
     if not curves:
         return None
-    span = max(_bucket(points) for _, _, points in curves)
-    averaged = f" Each point is the mean of up to {span} logged values." if span > 1 else ""
+    span = max(bucket(points) for _, _, points in curves)
+    smoothed = f" Each point is the mean of up to {span} logged values." if span > 1 else ""
     said = [f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for _, label, p in curves]
-    legend = [Key(series(i), label, "line", _dash_css(i)) for i, label, _ in curves]
+    legend = [Key(series(i), label, "line", dash_css(i)) for i, label, _ in curves]
 
     def paint(axes: Axes) -> None:
         for i, _, points in curves:
-            _line(axes, _averaged(points), i)
+            line(axes, averaged(points), i)
         axes.set_xlabel("optimizer step")
         axes.set_ylabel("training loss")
         plain_ticks(axes)
@@ -156,7 +132,7 @@ def loss_plot(view: RunView) -> Plot | None:
     return Plot(
         "losses",
         "Fine-tuning loss",
-        f"Loss on the answer tokens of the training data.{averaged}",
+        f"Loss on the answer tokens of the training data.{smoothed}",
         f"Fine-tuning loss, first and last value. {'; '.join(said)}.",
         drawn("losses", 340, paint),
         tuple(legend),
@@ -175,7 +151,7 @@ def stability_plot(view: RunView) -> Plot | None:
 
     def paint(axes: Axes) -> None:
         for i, (_, points) in enumerate(curves, start=1):
-            _line(axes, points, i, marker=len(points) <= 60)
+            line(axes, points, i, marker=len(points) <= 60)
         axes.set_ylim(min(0.0, *(y for _, points in curves for _, y in points)), 1.04)
         axes.set_xlabel("recorded step")
         axes.set_ylabel("overlap with the final set")
@@ -183,7 +159,7 @@ def stability_plot(view: RunView) -> Plot | None:
         whole_ticks(axes, 6)
 
     said = [
-        (f"{name}: the set " if len(curves) > 1 else "The set ") + _settled(points) for name, points in curves
+        (f"{name}: the set " if len(curves) > 1 else "The set ") + settled(points) for name, points in curves
     ]
     legend = [Key(series(i), name, "line") for i, (name, _) in enumerate(curves, start=1)]
     return Plot(
@@ -205,7 +181,7 @@ def recording_plot(view: RunView) -> Plot | None:
         return None
 
     def paint(axes: Axes) -> None:
-        _line(axes, _averaged(points), 1, marker=len(points) <= 60)
+        line(axes, averaged(points), 1, marker=len(points) <= 60)
         axes.set_xlabel("recorded step")
         axes.set_ylabel("training loss")
         plain_ticks(axes)
@@ -221,11 +197,6 @@ def recording_plot(view: RunView) -> Plot | None:
         f"Recording loss, from {points[0][1]:.3g} to {points[-1][1]:.3g}.",
         drawn("recording", 280, paint, HALF),
     )
-
-
-def series(index: int) -> str:
-    """Returns the palette name of the variant at `index`; 0 is the dense model."""
-    return "series-0" if index == 0 else f"series-{1 + (index - 1) % 6}"
 
 
 def _score_plot(
@@ -356,51 +327,6 @@ def _paint_measured(axes: Axes, measured: Measured, y: float, hue: str, filled: 
     axes.plot([measured.value], [y], "o", markersize=7.5 if filled else 6, color=hue,
               markerfacecolor=face, markeredgewidth=1.4, zorder=3)  # fmt: skip
     return extent
-
-
-def drawn(
-    name: str, height: int, paint: Callable[[Axes], None], width: int = WIDE, margins: Margins | None = None
-) -> str:
-    """Draws one figure; screens narrower than it scroll it sideways, so that its text stays readable."""
-    return draw(name, width, height, margins or Margins(), paint)
-
-
-def _line(axes: Axes, points: Sequence[tuple[float, float]], index: int, marker: bool = False) -> None:
-    xs, ys = zip(*points, strict=True)
-    (curve,) = axes.plot(xs, ys, color=colour(series(index)), linewidth=_LINE_WIDTH)
-    if marker or len(points) == 1:
-        curve.set_marker("o")
-        curve.set_markersize(3.5)
-    elif _DASHES[index % 5]:
-        curve.set_dashes(_DASHES[index % 5])
-
-
-def _dash_css(index: int) -> str:
-    """Returns the dash pattern of a variant's line in CSS pixels, '' for a solid line."""
-    return " ".join(f"{_LINE_WIDTH * length:g}" for length in _DASHES[index % 5])
-
-
-def _bucket(points: Sequence[tuple[float, float]]) -> int:
-    return -(-len(points) // _MOST_POINTS)
-
-
-def _averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over equal runs of points: what remains readable where six noisy curves overlap."""
-    size = _bucket(points)
-    chunks = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
-
-
-def _settled(points: Sequence[tuple[float, float]]) -> str:
-    """Says from which step on the overlap stays what it finally is."""
-    step = points[-1][0]
-    for x, y in reversed(points):
-        if y != points[-1][1]:
-            break
-        step = x
-    if step == points[-1][0]:
-        return "still changed at the last recorded step: record more steps"
-    return f"does not change after step {step:,.0f}"
 
 
 def _say(measured: Measured | None) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradpruner.reports.cells import Cell, Row, Table
 from gradpruner.reports.formats import interval, number, percent, ratio, signed_percent, text, whole
 from gradpruner.reports.reading import FEW_EXAMPLES, Measured, RunView, mapping, metric_label, read_metrics
-from gradpruner.reports.tables import Cell, Row, Table
 
 PROBE_TASKS = ("gsm8k",)
 """Tasks that take several steps of reasoning; a test keeps this in step with `Task.probe`."""

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from gradpruner.files import write_text
-from gradpruner.reports import figures
+from gradpruner.reports.drawing import Plot
 from gradpruner.reports.formats import MISSING, moment, num_bytes, number, short, text, whole
 from gradpruner.reports.reading import Plan, mapping, sequence
 from gradpruner.reports.svg import PALETTE
@@ -51,7 +51,7 @@ def write_page(template: str, brand: str, context: dict[str, Any], out: str | Pa
     return Path(out)
 
 
-def inline(plot: figures.Plot | None) -> dict[str, Any] | None:
+def inline(plot: Plot | None) -> dict[str, Any] | None:
     """Marks the drawing, and nothing else, as markup: matplotlib has escaped what is in them."""
     if plot is None:
         return None

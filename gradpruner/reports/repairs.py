@@ -7,11 +7,11 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from gradpruner.plans.layer_plan import runs_of
-from gradpruner.reports.figures import Key, Plot, drawn, series
+from gradpruner.reports.cells import Cell, Row, Table
+from gradpruner.reports.drawing import Key, Plot, drawn, series
 from gradpruner.reports.formats import MISSING, number, percent, short, signed_percent, text, whole
 from gradpruner.reports.reading import RunView, count, mapping, sequence
 from gradpruner.reports.svg import colour, house_style, whole_ticks
-from gradpruner.reports.tables import Cell, Row, Table
 
 
 def repair_table(view: RunView) -> Table:

@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
+from gradpruner.reports.cells import Table, markdown_of
 from gradpruner.reports.formats import MISSING, moment, text, whole
 from gradpruner.reports.reading import mapping, metric_label, sequence
 from gradpruner.reports.study_reading import StudyView, read_study
 from gradpruner.reports.study_tables import further_metrics_table, short_table, study_table
 from gradpruner.reports.study_verdict import budget_words, judge_study, serving_note, study_tiles
-from gradpruner.reports.tables import Table, markdown_of
 from gradpruner.reports.terminal import VERDICT_STYLES, rich_table, say
 
 _MOST_STRIPS = 24

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from gradpruner.reports.figures import Key, Plot, drawn
+from gradpruner.reports.drawing import Key, Plot, drawn
 from gradpruner.reports.formats import duration, interval, number, percent, signed_percent, text
 from gradpruner.reports.reading import Measured, metric_label
 from gradpruner.reports.study_reading import Quality, StudyRow, StudyView

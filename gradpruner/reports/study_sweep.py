@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from gradpruner.reports.figures import Key, Plot, drawn
+from gradpruner.reports.drawing import Key, Plot, drawn
 from gradpruner.reports.formats import duration, num_bytes, number, percent, short, times
 from gradpruner.reports.reading import Measured, mapping, metric_label
 from gradpruner.reports.study_reading import StudyRow, StudyView, kept_layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradpruner.reports.cells import Cell, Row, Table, exact_of
 from gradpruner.reports.formats import (
     MISSING,
     duration,
@@ -18,7 +19,6 @@ from gradpruner.reports.formats import (
 )
 from gradpruner.reports.reading import Measured, metric_label
 from gradpruner.reports.study_reading import Quality, StudyPoint, StudyRow, StudyView
-from gradpruner.reports.tables import Cell, Row, Table, exact_of
 
 
 def study_table(view: StudyView) -> Table:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from gradpruner.reports.cells import (
+    Cell,
+    Row,
+    Table,
+    bytes_cell,
+    exact_of,
+    markdown_of,
+    measured_cell,
+    paired_cell,
+    savings_row,
+    short_cell,
+)
 from gradpruner.reports.formats import (
     MISSING,
     duration,
     interval,
-    num_bytes,
     number,
     percent,
     ratio,
@@ -21,7 +32,6 @@ from gradpruner.reports.formats import (
     whole,
 )
 from gradpruner.reports.reading import (
-    Measured,
     Plan,
     RunView,
     Variant,
@@ -30,51 +40,6 @@ from gradpruner.reports.reading import (
     read_run,
     sequence,
 )
-
-_UNITS = {
-    "layers": "Decoder layers",
-    "decoder_parameters": "Decoder parameters",
-    "parameters": "All parameters",
-    "kv_bytes_per_token": "KV cache per token",
-    "flops_per_token": "FLOPs per token",
-    "disk_bytes": "Size on disk",
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One value.
-
-    Attributes:
-        text: As shown.
-        detail: A second, smaller text such as an interval.
-        exact: The unrounded value, shown on hover.
-        share: 0-1 draws a bar of that length; None draws none.
-    """
-
-    text: str
-    detail: str = ""
-    exact: str = ""
-    share: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line; `kind` is '', 'main' (the headline's variant) or 'failed' (see `error`)."""
-
-    cells: tuple[Cell, ...]
-    kind: str = ""
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; the first column names the row, the others hold numbers unless listed in `words`."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    words: tuple[str, ...] = ()
 
 
 def accuracy_table(view: RunView) -> Table:
@@ -94,10 +59,10 @@ def accuracy_table(view: RunView) -> Table:
     for variant in view.variants:
         cells = [Cell(variant.label), *_size_cells(view, variant)]
         moments = {"before": variant.before, "after": variant.after}
-        cells += [_measured_cell(moments[when].get(metric)) for metric, when in shown]
+        cells += [measured_cell(moments[when].get(metric)) for metric, when in shown]
         cells.append(Cell(relative_quality(view, variant)))
         if paired:
-            cells.append(_paired_cell(variant.paired.get(view.metric)))
+            cells.append(paired_cell(variant.paired.get(view.metric)))
         cells.append(_count_cell(variant))
         rows.append(_variant_row(view, variant, cells))
     return Table("Quality of every variant", tuple(columns), tuple(rows))
@@ -111,12 +76,12 @@ def finetune_table(view: RunView) -> Table:
         tuned = variant.finetune
         cells = [
             Cell(variant.label),
-            _short_cell(tuned.get("trainable_parameters")),
+            short_cell(tuned.get("trainable_parameters")),
             Cell(whole(tuned.get("steps")), _resumed_words(tuned)),
-            _short_cell(tuned.get("tokens")),
+            short_cell(tuned.get("tokens")),
             Cell(duration(tuned.get("seconds")), exact=exact_of(tuned.get("seconds"), "s")),
             Cell(relative_time(view, variant)),
-            _bytes_cell(tuned.get("peak_memory_bytes")),
+            bytes_cell(tuned.get("peak_memory_bytes")),
         ]
         # The error itself is told once, in the accuracy table.
         rows.append(replace(_variant_row(view, variant, cells), error=""))
@@ -140,7 +105,7 @@ def evaluation_table(view: RunView) -> Table:
             Cell(variant.label),
             Cell(duration(evaluated.get("seconds")), exact=exact_of(evaluated.get("seconds"), "s")),
             Cell(short(evaluated.get("tokens_per_second"))),
-            _bytes_cell(evaluated.get("peak_memory_bytes")),
+            bytes_cell(evaluated.get("peak_memory_bytes")),
         ]
         # The error itself is told once, in the accuracy table.
         rows.append(replace(_variant_row(view, variant, cells), error=""))
@@ -157,7 +122,7 @@ def savings_tables(view: RunView) -> tuple[Table, ...]:
     tables = []
     for plans in groups.values():
         names = " · ".join(labels.get(plan.name, text(plan.name)) for plan in plans)
-        rows = [_savings_row(unit, before, after) for unit, (before, after) in plans[0].savings.items()]
+        rows = [savings_row(unit, before, after) for unit, (before, after) in plans[0].savings.items()]
         columns = ("Unit", "Before", "After", "Removed", "Ratio")
         tables.append(Table(names, columns, tuple(rows)))
     widths = widths_table(view)
@@ -197,7 +162,7 @@ def stage_table(view: RunView) -> Table:
             Cell(state, "resumed" if stage.get("resumed") is True else ""),
             Cell(duration(stage.get("seconds")), exact=exact_of(stage.get("seconds"), "s")),
             Cell(percent(share), share=share),
-            _bytes_cell(stage.get("peak_memory_bytes")),
+            bytes_cell(stage.get("peak_memory_bytes")),
         )
         rows.append(Row(cells, kind="failed" if state == "failed" else ""))
     if len(rows) > 1:
@@ -264,18 +229,6 @@ def markdown_table(run: dict[str, Any]) -> str:
     return markdown_of(table, next(i for i, name in enumerate(table.columns) if name.endswith("[95%]")))
 
 
-def markdown_of(table: Table, error_at: int) -> str:
-    """Returns a table as GitHub-flavoured markdown; a failed row has its error in column `error_at`."""
-    rule = ["---", *("---" if name in table.words else "---:" for name in table.columns[1:])]
-    lines = [[markdown_cell(name) for name in table.columns], rule]
-    for row in table.rows:
-        cells = [f"{c.text} {c.detail}".strip() for c in row.cells]
-        if row.kind == "failed":
-            cells[error_at] = f"failed: {row.error}"
-        lines.append([markdown_cell(cell) for cell in cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def relative_quality(view: RunView, variant: Variant) -> str:
     """Returns the relative change of the headline metric against dense, both fine-tuned."""
     if variant.is_dense or view.dense is None:
@@ -317,21 +270,6 @@ def _size_cells(view: RunView, variant: Variant) -> list[Cell]:
     ]
 
 
-def _measured_cell(measured: Measured | None) -> Cell:
-    if measured is None:
-        return Cell(MISSING)
-    exact = exact_of(measured.value)
-    return Cell(percent(measured.value), interval(measured.low, measured.high), exact)
-
-
-def _paired_cell(difference: Measured | None) -> Cell:
-    """Returns the difference to dense in points, both measured on the same examples."""
-    if difference is None:
-        return Cell(MISSING)
-    shown = signed_percent(difference.value)[:-1]
-    return Cell(shown, interval(difference.low, difference.high), exact_of(difference.value))
-
-
 def _count_cell(variant: Variant) -> Cell:
     """Returns the smallest n behind the variant's results, starred when it is too small."""
     found = [m for m in (variant.after or variant.before).values() if m.n is not None]
@@ -340,46 +278,6 @@ def _count_cell(variant: Variant) -> Cell:
     fewest = min(found, key=lambda m: m.n or 0)
     mark = "*" if fewest.is_small else ""
     return Cell(f"{whole(fewest.n)}{mark}")
-
-
-def _savings_row(unit: str, before: float | None, after: float | None) -> Row:
-    show = num_bytes if "bytes" in unit else short if unit.startswith("flops") else whole
-    kept = ratio(after, before)
-    cells = (
-        Cell(_UNITS.get(unit, text(unit).replace("_", " ").capitalize())),
-        Cell(show(before), exact=exact_of(before)),
-        Cell(show(after), exact=exact_of(after)),
-        Cell(signed_percent(None if kept is None else kept - 1)),
-        Cell(times(kept), share=None if kept is None else min(max(kept, 0.0), 1.0)),
-    )
-    return Row(cells)
-
-
-def _short_cell(value: Any) -> Cell:
-    return Cell(short(value), exact=exact_of(value))
-
-
-def _bytes_cell(value: Any) -> Cell:
-    return Cell(num_bytes(value), exact=exact_of(value, "bytes"))
-
-
-def exact_of(value: Any, unit: str = "") -> str:
-    """Returns the unrounded value, for those who hover; '' when there is none."""
-    finite = number(value)
-    if finite is None:
-        return ""
-    shown = f"{round(finite):,}" if finite == int(finite) and abs(finite) > 1 else repr(finite)
-    return f"{shown} {unit}".strip()
-
-
-def markdown_cell(cell: str) -> str:
-    """Escapes what would end the cell or start markup."""
-    cell = " ".join(cell.splitlines())
-    for character in ("\\", "|", "*", "_", "`", "<", "["):
-        # An interval such as "[80.1, 86.3]" is no link, since no "(" follows it.
-        if character != "[" or "](" in cell:
-            cell = cell.replace(character, f"\\{character}")
-    return cell.replace("\u00a0", " ")
 
 
 def serving_table(view: RunView) -> Table:

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from gradpruner.reports.cells import Table
 from gradpruner.reports.formats import number, text, whole
 from gradpruner.reports.reading import Plan, RunView, mapping, read_run, sequence
-from gradpruner.reports.tables import Table, savings_tables, summary_table
+from gradpruner.reports.tables import savings_tables, summary_table
 from gradpruner.reports.verdict import judge
 from gradpruner.reports.whole_cost import whole_cost_table
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from gradpruner.reports.cells import Cell, Row, Table
 from gradpruner.reports.formats import MISSING, duration, number, ratio, times, whole
 from gradpruner.reports.reading import RunView, mapping, sequence
-from gradpruner.reports.tables import Cell, Row, Table
 
 PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
 

@@ -13,7 +13,8 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.checking import ADAPTER_FILE
 from gradpruner.models.dtypes import stored_dtype
-from gradpruner.models.loading import load_adapter, save_model
+from gradpruner.models.loading import load_adapter
+from gradpruner.models.saving import save_model
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair

@@ -1,0 +1,86 @@
+"""ls: what a recipe can name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gradpruner.cli.options import JsonOption
+from gradpruner.errors import ConfigError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+KINDS = {
+    "methods": "ways to choose what goes",
+    "tasks": "named tasks with data, prompts and metrics",
+    "recipes": "whole runs: gradpruner run NAME",
+    "ablations": "the paper's ablations: gradpruner ablate NAME",
+    "rules": "ways to merge layers",
+    "families": "model types",
+    "shapes": "models known by their sizes: gradpruner cost NAME",
+}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the command."""
+    app.command("ls")(list_entries)
+
+
+def recipe_names() -> list[str]:
+    """Every recipe that comes with the package, by its path without the ending."""
+    names = (str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("ablations/"))  # those are studies
+
+
+def list_entries(
+    kind: Annotated[str | None, typer.Argument(help=f"{', '.join(KINDS)}; none lists the kinds.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What a recipe can name."""
+    entries = dict(KINDS) if kind is None else _entries(kind)
+    if as_json:
+        typer.echo(json.dumps(entries, indent=2))
+        return
+    width = max(map(len, entries), default=0)
+    for name, description in entries.items():
+        typer.echo(f"{name:<{width}}  {description}")
+
+
+def _entries(kind: str) -> dict[str, str]:
+    if kind == "methods":
+        from gradpruner.methods import METHODS
+
+        return {name: METHODS.find(name).description for name in METHODS.names()}
+    if kind == "tasks":
+        from gradpruner.data.tasks import TASKS
+
+        return {name: TASKS.find(name).description for name in TASKS.names()}
+    if kind == "rules":
+        from gradpruner.plans.merging import MERGE_RULES, needs_importance
+
+        rules = [name for name in MERGE_RULES.names() if needs_importance(name)]  # the others are LaCo's own
+        return {name: (MERGE_RULES.find(name).__doc__ or "").splitlines()[0] for name in rules}
+    if kind == "recipes":
+        return {name: _first_comment(RECIPES / f"{name}.yaml") for name in recipe_names()}
+    if kind == "ablations":
+        from gradpruner.cli import studies as cli_compare
+
+        names = cli_compare.ablation_names()
+        return {name: _first_comment(cli_compare.ABLATIONS / f"{name}.yaml") for name in names}
+    if kind == "families":
+        from gradpruner.models.families import FAMILIES
+
+        return {name: f"drop only: {row.no_merge}" if row.no_merge else "" for name, row in FAMILIES.items()}
+    if kind == "shapes":
+        from gradpruner.evaluation.costing.shapes import describe_shape, shape_names
+
+        return {name: describe_shape(name) for name in shape_names()}
+    from gradpruner.registry import suggest
+
+    raise ConfigError(f"Unknown kind '{kind}'.{suggest(kind, KINDS)}", hint=f"Available: {', '.join(KINDS)}.")
+
+
+def _first_comment(path: Path) -> str:
+    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

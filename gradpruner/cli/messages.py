@@ -1,0 +1,43 @@
+"""How errors and interruptions are told on the terminal."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import NoReturn
+
+from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
+
+
+def unusable(error: OSError) -> GradPrunerError:
+    """A file or folder that the system refuses, in words."""
+    from gradpruner.files import shown
+
+    message = f"{shown(str(error.filename), 200)} cannot be used: {error.strerror}."
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return ConfigError(message, hint="Give another path; every part of it may have 255 bytes.")
+    return ResourceError(message, hint="Is the path right, and may it be read and written?")
+
+
+def stop(number: int, frame: object) -> NoReturn:
+    """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
+    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
+        print("Interrupted. Start the same command again to go on.", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
+def complain(error: GradPrunerError) -> None:
+    """An error and what to do about it, on standard error."""
+    from rich.console import Console
+
+    def printable(text: str) -> str:  # bytes of a path that are no UTF-8 must not cost the user the message
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+    out = Console(stderr=True)
+    out.print("[bold red]error:[/bold red]", end=" ")
+    out.print(printable(error.message), markup=False, highlight=False, soft_wrap=True)
+    if error.hint:
+        out.print(
+            printable(error.hint.lstrip("\n")), markup=False, highlight=False, soft_wrap=True, style="dim"
+        )
