@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,19 +56,27 @@ def tuned(work: Work, rate: float) -> Path:
     return folder
 
 
-def best_rate(work: Work) -> float:
-    """The rate at which the dense model has the lowest loss on validation rows of seed 0.
+def best_of(losses: dict[float, float], loss_at: Callable[[float], float]) -> float:
+    """The rate with the lowest loss; doubled or halved until the best one has a worse one on either side.
 
-    Rates are doubled or halved until the best one has a worse one on either side, up to `LARGEST_RATE`.
+    Nothing above `LARGEST_RATE` is tried.
     """
-    first = work.of_seed(0)
-    losses = {rate: dense(first, rate)["validation"]["nll"] for rate in RATES}
     while True:
         best = min(losses, key=lambda rate: losses[rate])
         further = best * 2 if best == max(losses) else best / 2 if best == min(losses) else None
         if further is None or further > LARGEST_RATE:
             return best
-        losses[further] = dense(first, further)["validation"]["nll"]
+        losses[further] = loss_at(further)
+
+
+def best_rate(work: Work) -> float:
+    """The rate at which the dense model has the lowest loss on validation rows of seed 0."""
+    first = work.of_seed(0)
+
+    def loss_at(rate: float) -> float:
+        return float(dense(first, rate)["validation"]["nll"])
+
+    return best_of({rate: loss_at(rate) for rate in RATES}, loss_at)
 
 
 def tune(work: Work) -> Path:
@@ -242,13 +251,16 @@ def trained(work: Work, row: Row, rate: float) -> dict[str, Any]:
 
 
 def train(work: Work) -> None:
-    """Every row, at the rate with the lowest loss on validation rows of seed 0 among three."""
+    """Every row, at the rate with the lowest loss on validation rows of seed 0, searched like the dense one's."""
     best = best_rate(work)
     first = work.of_seed(0)
     for row in (row for row in TRAINED if work.wants(f"train/{row.name}/")):
+
+        def loss_at(rate: float, row: Row = row) -> float:
+            return float(trained(first, row, rate)["validation"]["nll"])
+
         rates = (best / 2, best) if row.start == "tuned" else (best, best * 2)
-        found = {rate: trained(first, row, rate)["validation"]["nll"] for rate in rates}
-        trained(work, row, min(found, key=lambda rate: found[rate]))
+        trained(work, row, best_of({rate: loss_at(rate) for rate in rates}, loss_at))
     if work.wants("dense-twice/"):
         work.cell(f"dense-twice/{best:g}", lambda: tuned_twice(work, best))
 
