@@ -251,7 +251,7 @@ def trained(work: Work, row: Row, rate: float) -> dict[str, Any]:
 
 
 def train(work: Work) -> None:
-    """Every row, at the rate with the lowest loss on validation rows of seed 0, searched like the dense one's."""
+    """Every row, at the rate with the lowest loss on validation rows of seed 0, searched like the dense."""
     best = best_rate(work)
     first = work.of_seed(0)
     for row in (row for row in TRAINED if work.wants(f"train/{row.name}/")):
