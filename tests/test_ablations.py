@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import gradpruner
-from gradpruner.runs.recipe import Recipe, _paths, load_recipe
+from gradpruner.runs.recipe import Recipe, key_names, load_recipe
 
 PACKAGE = Path(gradpruner.__file__).parent
 ABLATIONS = PACKAGE / "recipes" / "ablations"
@@ -50,7 +50,7 @@ def test_keys_and_values_are_those_of_the_recipe(path: Path, tmp_path: Path) -> 
     assert set(study) <= KEYS
     assert ("base" in study) != ("recipe" in study) and study["title"] and study["what"]
     assert study["seeds"] == [0, 1, 2]
-    known = _paths(Recipe)
+    known = key_names(Recipe)
     for changes in settings(study):
         for key, value in changes.items():
             assert key in known
