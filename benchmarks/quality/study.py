@@ -126,11 +126,15 @@ def shrink(work: Work) -> None:
 
 
 def depth(work: Work) -> None:
-    """How many layers can go."""
+    """How many layers can go: not trained, and trained at the rate that is best for twelve."""
     folder = tune(work)
     for gone in DEPTHS:
         for choice in ("gate", "igia"):
             pruned(work, folder, choice, gone, "least_squares")
+    for row in FULL_ROWS:
+        for gone in DEPTHS:
+            if work.wants(f"train/{row.name}/{gone}/"):
+                trained(work, row, rate_of(work, row), gone)
 
 
 def vary(work: Work) -> None:
@@ -189,7 +193,8 @@ class Row:
     """One way to a smaller model that is trained.
 
     Attributes:
-        start: "base", or "tuned": the dense model tuned on the same rows before.
+        start: "base"; "tuned": the dense model tuned on the same rows before; or "quarter": the dense model
+            tuned on the first quarter of them, and what is left after pruning on the other three.
         choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
         repair: "none" or "least_squares".
         distil: Whether it learns from the tuned dense model too.
@@ -219,48 +224,78 @@ TRAINED = (
     Row("base", "random", "none"),
     Row("base", "last", "least_squares"),
     Row("base", "igia", "least_squares", distil=True),
+    Row("quarter", "igia", "least_squares"),
 )
 """In the order in which they are measured."""
 
 
-def trained(work: Work, row: Row, rate: float) -> dict[str, Any]:
+FULL_ROWS = (TRAINED[0], TRAINED[1])
+"""The rows that are measured at every depth."""
+QUARTER = 0.25
+
+
+def begun(work: Work) -> Path:
+    """The dense model tuned on the first quarter of the rows."""
+    rate = best_rate(work)
+    folder = work.scratch / f"{work.task}-{work.seed}-quarter"
+    if not (folder / "model.safetensors").exists():
+        model = work.load()
+        work.tune(model, rate, rows=work.part(0, QUARTER))
+        model.save_pretrained(folder)
+    return folder
+
+
+def start_of(work: Work, row: Row) -> Path:
+    """The folder of the model a row prunes."""
+    starts = {"base": lambda: work.model, "tuned": lambda: tune(work), "quarter": lambda: begun(work)}
+    return starts[row.start]()
+
+
+def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str, Any]:
     """One row trained at one rate, on the rows and for the steps the dense model was tuned with."""
 
     def make() -> dict[str, Any]:
         from gradpruner.pruning.in_memory import prune_
         from gradpruner.training.options import DistillationOptions
 
-        teacher = tune(work) if row.start == "tuned" or row.distil else None
-        folder = teacher if teacher and row.start == "tuned" else work.model
-        plan, evidence = choose(work, folder, row.choice, NUM_GONE)
+        folder = start_of(work, row)
+        plan, evidence = choose(work, folder, row.choice, gone)
         trace = trace_of(work, folder) if plan.needs_trace else None
         model, fitted = work.load(folder), None
         if row.repair != "none":
             fitted = repaired(work, model, plan, row.repair)
         prune_(model, plan, trace, repair=fitted)
         before = work.measure(model, "validation")["validation"]
-        learns: dict[str, Any] = {}
-        if row.distil and teacher:
-            learns = {"teacher": work.load(teacher), "distillation": DistillationOptions(prompts=0.0)}
+        learns: dict[str, Any] = {"rows": work.part(QUARTER, 1)} if row.start == "quarter" else {}
+        if row.distil:
+            learns = {"teacher": work.load(tune(work)), "distillation": DistillationOptions(prompts=0.0)}
         result = work.tune(model, rate, **learns)
-        facts = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
+        facts: dict[str, Any] = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
         facts["repair_seconds"] = round(fitted.seconds, 1) if fitted else 0.0
-        return {**facts, "before": {k: before[k] for k in ("score", "nll")}, **work.measure(model)}
+        facts["before"] = {k: before[k] for k in ("score", "nll") if k in before}
+        return {**facts, **work.measure(model)}
 
-    return work.cell(f"train/{row.name}/{NUM_GONE}/{rate:g}", make)
+    return work.cell(f"train/{row.name}/{gone}/{rate:g}", make)
+
+
+def rate_of(work: Work, row: Row) -> float:
+    """The rate at which a row has the lowest loss on validation rows of seed 0, searched like the dense."""
+    best, first = best_rate(work), work.of_seed(0)
+
+    def loss_at(rate: float) -> float:
+        return float(trained(first, row, rate)["validation"]["nll"])
+
+    lower = row.start == "tuned" or best * 2 > LARGEST_RATE
+    rates = (best / 2, best) if lower else (best, best * 2)
+    return best_of({rate: loss_at(rate) for rate in rates}, loss_at)
 
 
 def train(work: Work) -> None:
-    """Every row, at the rate with the lowest loss on validation rows of seed 0, searched like the dense."""
+    """Every row at its rate."""
     best = best_rate(work)
-    first = work.of_seed(0)
-    for row in (row for row in TRAINED if work.wants(f"train/{row.name}/")):
-
-        def loss_at(rate: float, row: Row = row) -> float:
-            return float(trained(first, row, rate)["validation"]["nll"])
-
-        rates = (best / 2, best) if row.start == "tuned" else (best, best * 2)
-        trained(work, row, best_of({rate: loss_at(rate) for rate in rates}, loss_at))
+    for row in TRAINED:
+        if work.wants(f"train/{row.name}/"):
+            trained(work, row, rate_of(work, row))
     if work.wants("dense-twice/"):
         work.cell(f"dense-twice/{best:g}", lambda: tuned_twice(work, best))
 

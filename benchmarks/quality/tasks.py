@@ -76,7 +76,7 @@ TASKS = {
         "scitldr/test.jsonl",
         _scitldr,
         train_rows=800,
-        test_rows=300,
+        test_rows=200,
         max_length=256,
         metric="rouge_l",
     ),

@@ -117,14 +117,21 @@ class Work:
         """Full fine-tuning in place; seconds, tokens and the last losses."""
         return self.tuned(model, rate, **options)[1]
 
-    def tuned(self, model: Any, rate: float, **options: Any) -> tuple[Any, dict[str, Any]]:
+    def part(self, start: float, stop: float) -> Any:
+        """The training rows between two shares of them, such as the first quarter."""
+        from gradpruner.data.encoding import EncodedDataset
+
+        encoded = self.encoded["train"].encoded
+        return EncodedDataset(encoded[round(start * len(encoded)) : round(stop * len(encoded))])
+
+    def tuned(self, model: Any, rate: float, rows: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
         """The model fine-tuned, with LoRA another object than was given, and how it went."""
         from gradpruner.training.finetuning import finetune
 
         settings = {"mode": "full", "epochs": self.facts.epochs, "batch_size": BATCH, "accumulation": 1}
         trained, result = finetune(
             model,
-            self.encoded["train"],
+            rows or self.encoded["train"],
             collator=self.collator,
             learning_rate=rate,
             seed=self.seed,
@@ -146,13 +153,20 @@ class Work:
         }
 
     def measure(self, model: Any, *names: str) -> dict[str, Any]:
-        """Score, its values row by row, and mean likelihood, on validation or test rows."""
+        """Score, its values row by row, and mean likelihood, on validation or test rows.
+
+        Where answers have to be written for the score, that is done for test rows alone: what is chosen on
+        validation rows is chosen by likelihood.
+        """
         found = {}
         for name in names or ("validation", "test"):
             scores, nll = answered(model, self.encoded[name], self.collator)
+            found[name] = {"nll": nll}
             if self.facts.metric != "exact_match":
+                if name != "test":
+                    continue
                 scores = self.written(model, name)
-            found[name] = {"score": sum(scores) / len(scores), "nll": nll, "rows": pack(scores)}
+            found[name] |= {"score": sum(scores) / len(scores), "rows": pack(scores)}
         return found
 
     def written(self, model: Any, name: str) -> list[float]:
