@@ -3,6 +3,7 @@
 formats   numbers as people read them
 reading   run.json as typed, forgiving views
 verdict   what the run shows, in one honest sentence
+shipping  which model of a run is the one to ship, and why
 tables    the tables as plain data, and the markdown table; cells: what they are made of
 terminal  the summary on the console
 svg       one matplotlib figure as inline SVG

@@ -1,0 +1,58 @@
+"""Which model of a run is the one to ship."""
+
+from typing import Any
+
+import pytest
+
+from gradpruner.errors import ConfigError
+from gradpruner.reports.shipping import model_to_ship
+
+
+def row(size: int, test: float, validation: float | None = None, **more: Any) -> dict[str, Any]:
+    measured = {"metrics": {"exact_match": {"value": test}}}
+    also = {} if validation is None else {"validation": {"metrics": {"exact_match": {"value": validation}}}}
+    found = {"plan": "a plan", "num_parameters": size, "evaluation": measured, "also": also, "error": None}
+    return found | more
+
+
+def record(**variants: dict[str, Any]) -> dict[str, Any]:
+    asked = {name: name for name in variants if "@" not in name}
+    return {"variants": variants, "rows": asked, "model": {"path": "given/model"}}
+
+
+DENSE = row(100, 0.9, 0.99, plan=None, finetune={"output": "variants/dense/model"})
+
+
+def test_the_best_on_validation_rows_is_taken_whatever_the_test_rows_say() -> None:
+    run = record(
+        dense=DENSE, merged=row(60, 0.9, 0.7), dropped=row(60, 0.5, 0.8), longer=row(100, 1, 1, plan=None)
+    )
+    found = model_to_ship(run)
+    assert (found.row, found.folder) == ("dropped", "variants/dropped/pruned")
+    assert "80.0%" in found.reason and "validation" in found.reason
+
+
+def test_without_validation_rows_test_rows_do_not_decide_either() -> None:
+    run = record(dense=DENSE, dropped=row(60, 0.9), merged=row(60, 0.5))
+    found = model_to_ship(run)
+    assert found.row == "merged" and "nothing was compared" in found.reason
+
+
+def test_rows_of_other_plans_must_fit_the_budget() -> None:
+    run = record(merged=row(60, 0.9, 0.7), dropped=row(59, 0.9, 0.7))
+    run["variants"] |= {"merged@num_prune=1": row(90, 0.9, 0.95), "merged@num_prune=9": row(50, 0.9, 0.75)}
+    assert model_to_ship(run).row == "merged@num_prune=9"
+
+
+def test_a_row_may_be_named_and_failed_or_unfinished_ones_are_no_choice() -> None:
+    run = record(
+        dense=DENSE, merged=row(60, 0.9, error="out of memory"), dropped=row(60, 0.8, evaluation=None)
+    )
+    with pytest.raises(ConfigError, match="no pruned model that is measured"):
+        model_to_ship(run)
+    assert model_to_ship(run, "dense").folder == "variants/dense/model"
+    with pytest.raises(ConfigError, match="'merged' failed") as caught:
+        model_to_ship(run, "merged")
+    assert caught.value.hint == "Rows that have a model: dense, dropped."
+    run["variants"]["dense"]["finetune"] = None
+    assert model_to_ship(run, "dense").folder == "given/model"
