@@ -18,11 +18,11 @@ from gradpruner.evaluation.outputs import Output, output_line, read_examples
 from gradpruner.gradients.scores import LayerScores, score_layers
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
+from gradpruner.plans.reading import load_plan
 from gradpruner.plans.repair import Repair, RepairedCut
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 from gradpruner.reports import markdown_table, print_summary, render_html
 from gradpruner.reports.reading import read_record
-from gradpruner.runs.budget import load_plan
 from gradpruner.runs.directory import MANIFEST, RunDirectory
 from gradpruner.runs.recipe import load_recipe
 

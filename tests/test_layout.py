@@ -31,7 +31,7 @@ PURE = [
     *(f"gradients/{name}" for name in ("trace", "trace_writer", "importance", "scores", "gates")),
     *(
         f"plans/{name}"
-        for name in ("layer_plan", "width_plan", "selection", "merging", "repair", "certification")
+        for name in ("layer_plan", "width_plan", "reading", "selection", "merging", "repair", "certification")
     ),
     "models/engines",
     "models/engine_widths",

@@ -124,14 +124,12 @@ class _Choice:
     @property
     def width_plan(self) -> WidthPlan | None:
         """The plan, if it is one of heads, channels and hidden dimensions."""
-        from gradpruner.json_files import read_json
-        from gradpruner.plans.width_plan import KIND, WidthPlan
+        from gradpruner.plans.reading import load_plan
 
         if self.plan_file is None or not self.plan_file.is_file():
             return None
-        raw = read_json(self.plan_file, "pruning plan")
-        is_width = isinstance(raw, dict) and raw.get("kind") == KIND
-        return WidthPlan.from_dict(raw, str(self.plan_file)) if is_width else None
+        plan = load_plan(self.plan_file)
+        return plan if plan.kind == "width" else None
 
     def resolve(self, source: Path) -> tuple[PruningPlan, GradientTrace | None]:
         """The plan and, if it merges by recorded gradients, the trace."""
@@ -202,7 +200,7 @@ def _prune_widths(
     folder: Path, source: str, destination: Path, plan: WidthPlan, dry_run: bool, as_json: bool
 ) -> None:
     from gradpruner.models.classes import model_class
-    from gradpruner.models.engine_widths import judge_widths
+    from gradpruner.models.engine_widths import judge_plan
     from gradpruner.models.engines import layer_facts
     from gradpruner.models.folder import PRUNING_FILE, check_output
     from gradpruner.models.layers import skeleton
@@ -221,7 +219,7 @@ def _prune_widths(
         "model_type": config.model_type,
         "uniform": plan.uniform,
         "savings": saved,
-        "portability": [vars(verdict) for verdict in judge_widths(plan, layer_facts(config))],
+        "portability": [vars(verdict) for verdict in judge_plan(plan, layer_facts(config))],
     }
     if not as_json:
         before, after = saved["parameters"]["before"], saved["parameters"]["after"]

@@ -15,7 +15,8 @@ from transformers import TrainerCallback
 from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan
+from gradpruner.plans.layer_plan import MIN_KEPT
+from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Fits
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.registry import Registry
@@ -154,7 +155,7 @@ class Method:
 
     description: str
     score: Callable[[MethodContext], LayerScores] | None = None
-    plan: Callable[[MethodContext], PruningPlan | WidthPlan] | None = None
+    plan: Callable[[MethodContext], Plan] | None = None
     shrink: Callable[[MethodContext], tuple[nn.Module, WidthPlan]] | None = None
     callbacks: Callable[[MethodContext], list[TrainerCallback]] | None = None
     training: Callable[[MethodContext], dict[str, Any]] | None = None

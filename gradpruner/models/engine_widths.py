@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gradpruner.models.engines import LayerFacts, Verdict, judge
+from gradpruner.plans.reading import Plan
 from gradpruner.plans.width_plan import WidthPlan, WidthShape
 
 # The size an engine derives and the one the model has; None where it derives none.
@@ -99,8 +100,8 @@ _WIDTHS_READ = """
 _SGLANG_BY_TRANSFORMERS = "ministral seed_oss smollm3"
 
 
-def judge_widths(plan: WidthPlan, facts: LayerFacts) -> tuple[Verdict, ...]:
-    """How every engine serves the model that a width plan leaves, in the order of `ENGINES`.
+def judge_plan(plan: Plan, facts: LayerFacts) -> tuple[Verdict, ...]:
+    """How every engine serves the model that a plan leaves, in the order of `ENGINES`.
 
     Args:
         plan: What stays.
@@ -108,6 +109,8 @@ def judge_widths(plan: WidthPlan, facts: LayerFacts) -> tuple[Verdict, ...]:
             the pruned one.
     """
     before = judge(facts, plan.keep)
+    if plan.kind == "layers":
+        return before
     return tuple(_judge_one(verdict, plan, facts) for verdict in before)
 
 

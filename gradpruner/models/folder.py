@@ -32,6 +32,7 @@ from gradpruner.files import (
 from gradpruner.json_files import write_json
 from gradpruner.models.shards import check_inside
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.reading import Plan
 from gradpruner.plans.width_plan import WidthPlan
 
 PRUNING_FILE = "pruning.json"
@@ -171,7 +172,7 @@ def _take_place(staged: Path, folder: Path) -> None:
 def describe_model(
     folder: Path,
     *,
-    plan: PruningPlan | WidthPlan | None,
+    plan: Plan | None,
     source: str,
     kind: str,
     facts: dict[str, Any] | None = None,
@@ -193,12 +194,12 @@ def describe_model(
 
 
 def _model_card(
-    plan: PruningPlan | WidthPlan | None,
+    plan: Plan | None,
     source: str,
     portability: Sequence[dict[str, str]] = (),
     repair: dict[str, Any] | None = None,
 ) -> str:
-    kind = "fine-tuned" if plan is None else "pruned" if isinstance(plan, WidthPlan) else "depth-pruned"
+    kind = {None: "fine-tuned", "width": "pruned", "layers": "depth-pruned"}[plan.kind if plan else None]
     lines = [
         "---",
         "library_name: transformers",
@@ -211,7 +212,7 @@ def _model_card(
     ]
     if plan is None:
         return "\n".join([*lines, "All layers are kept.", ""])
-    lines += _width_lines(plan) if isinstance(plan, WidthPlan) else _depth_lines(plan, repair)
+    lines += _width_lines(plan) if plan.kind == "width" else _depth_lines(plan, repair)
     engines = [
         f"- {entry['engine']}: {entry['status']}. {entry['reason'].replace('<', '&lt;')}".rstrip()
         for entry in portability

@@ -19,8 +19,7 @@ from gradpruner.models.folder import (
     describe_model,
     staged_folder,
 )
-from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.plans.reading import Plan
 
 
 def save_model(
@@ -29,7 +28,7 @@ def save_model(
     folder: Path,
     *,
     dtype: torch.dtype,
-    plan: PruningPlan | WidthPlan | None,
+    plan: Plan | None,
     source: str,
     facts: dict[str, Any] | None = None,
     carried_from: Path | None = None,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.files import shown
@@ -60,6 +60,8 @@ class PruningPlan:
     density: float = DENSITY
     method: str = "explicit"
     evidence: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[Literal["layers"]] = "layers"
+    """What goes: whole layers."""
 
     def __post_init__(self) -> None:
         check_method(self.method)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from gradpruner.errors import PlanError
 from gradpruner.files import shown
@@ -99,6 +99,8 @@ class WidthPlan:
     hidden: tuple[int, ...]
     method: str = "explicit"
     evidence: dict[str, Any] = field(default_factory=dict)
+    kind: ClassVar[Literal["width"]] = "width"
+    """What goes: parts of layers, as in its JSON."""
 
     def __post_init__(self) -> None:
         shape = self.shape

@@ -6,19 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradpruner.gradients.scores import LayerScores
-from gradpruner.json_files import read_json
 from gradpruner.methods import METHODS
 from gradpruner.models.config_patch import required_layers
 from gradpruner.models.layers import LayeredModel
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
-from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.runs.plan_names import STAGES, method_of
 
 if TYPE_CHECKING:
     from gradpruner.runs.job import Job
 
-Plan = PruningPlan | WidthPlan
 # Keys of the recipe's plan section that say nothing about which layers go.
 REPAIR_KEYS = frozenset({"repair", "repair_rows", "max_loss", "confidence"})
 
@@ -26,18 +23,6 @@ REPAIR_KEYS = frozenset({"repair", "repair_rows", "max_loss", "confidence"})
 def placeholder_scores(num_layers: int) -> LayerScores:
     """Scores for asking what a budget comes to; how many layers go does not depend on the scores."""
     return LayerScores("placeholder", tuple(map(float, range(num_layers))))
-
-
-def load_plan(path: Path) -> Plan:
-    """Reads a plan file of either kind.
-
-    Raises:
-        PlanError: If it says what no plan can.
-        IntegrityError: If it is missing or not JSON.
-    """
-    raw = read_json(path, "pruning plan")
-    kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == "width" else PruningPlan
-    return kind.from_dict(raw, str(path))
 
 
 def plan_for(

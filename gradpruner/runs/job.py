@@ -20,8 +20,8 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import check_keep, family_slots, required_layers, text_config
-from gradpruner.models.engine_widths import judge_widths
-from gradpruner.models.engines import Verdict, judge, layer_facts, slots
+from gradpruner.models.engine_widths import judge_plan
+from gradpruner.models.engines import Verdict, layer_facts, slots
 from gradpruner.models.families import Family
 from gradpruner.models.folder import locate_model
 from gradpruner.models.layers import LayeredModel, skeleton
@@ -34,9 +34,10 @@ from gradpruner.models.loading import (
 from gradpruner.models.narrowing import width_savings
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Fits
 from gradpruner.provenance import hash_folder, sha256_json
-from gradpruner.runs.budget import Plan, placeholder_scores, plan_for
+from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import warnings_of
 from gradpruner.runs.evaluation_data import (
     check_evaluation,
@@ -148,7 +149,7 @@ class Job:
 
     def savings_of(self, plan: Plan) -> dict[str, dict[str, int]]:
         """What a plan saves, in every unit."""
-        if isinstance(plan, PruningPlan):
+        if plan.kind == "layers":
             return self.sizes.savings(plan.keep)
         return width_savings(self.skeleton(), plan)
 
@@ -158,8 +159,7 @@ class Job:
 
     def portability_of(self, plan: Plan) -> tuple[Verdict, ...]:
         """How engines serve what a plan leaves."""
-        facts = layer_facts(self.config)
-        return judge(facts, plan.keep) if isinstance(plan, PruningPlan) else judge_widths(plan, facts)
+        return judge_plan(plan, layer_facts(self.config))
 
     def _check_merging(self) -> None:
         if self.family.no_merge:

@@ -20,8 +20,9 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.json_files import write_json
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.provenance import sha256_file
-from gradpruner.runs.budget import REPAIR_KEYS, Plan, bytes_missing, load_plan, plan_for
+from gradpruner.runs.budget import REPAIR_KEYS, bytes_missing, plan_for
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import data_identity

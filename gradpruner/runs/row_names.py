@@ -7,7 +7,7 @@ from collections.abc import Callable
 from gradpruner.errors import ConfigError
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS
-from gradpruner.runs.budget import Plan
+from gradpruner.plans.reading import Plan
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import (

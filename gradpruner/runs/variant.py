@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gradpruner.data.examples import ExampleSet
-from gradpruner.plans.width_plan import WidthPlan
+from gradpruner.plans.reading import read_plan
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import data_identity, metrics_of_task
 from gradpruner.runs.plan_names import STAGES, label_of
@@ -170,7 +170,7 @@ class Variant(Work):
                     stage.name, stage.inputs, stage.work, stage.outputs, keep_partial=stage.resumes
                 )
             if self.shrinks and stage.name == f"prune {self.name}":
-                self.plan = WidthPlan.from_dict((directory.result(stage.name) or {})["plan"])
+                self.plan = read_plan((directory.result(stage.name) or {})["plan"])
         if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
             directory.remove([self.repaired, self.pruned, self.recovered, self.checkpoints])
             if not (self.name == "dense" and self.job.needs_tuned):  # the pipeline removes it after all rows

@@ -16,14 +16,12 @@ from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.loading import load_adapter
 from gradpruner.models.saving import save_model
 from gradpruner.models.widths import WidthView
-from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.reading import Plan, load_plan, read_plan
 from gradpruner.plans.repair import Repair
-from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.progress import Progress, bytes_reporter
 from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
-from gradpruner.runs.budget import Plan, load_plan
 from gradpruner.runs.directory import RunDirectory, fingerprint
 from gradpruner.runs.evaluation_data import options_of
 from gradpruner.runs.job import Job
@@ -106,7 +104,7 @@ class Work:
 
     def repair(self) -> dict[str, Any]:
         """Dense model, plan and samples -> refitted linears"""
-        assert isinstance(self.plan, PruningPlan)
+        assert self.plan is not None and self.plan.kind == "layers"
         options = self.recipe.plan
         model = self.job.load(self.job.origin)
         with Progress(self.job.num_layers, f"repair {self.name} [layers]") as progress:
@@ -129,11 +127,11 @@ class Work:
         """Dense model and plan -> pruned model"""
         if self.shrinks:
             found = self._shrink()
-            WidthPlan.from_dict(found["plan"]).save(self.path(self.own_plan))
+            read_plan(found["plan"]).save(self.path(self.own_plan))
             return found
         assert self.plan is not None
         self.plan.save(self.path(self.own_plan))
-        if isinstance(self.plan, WidthPlan):
+        if self.plan.kind == "width":
             with Progress(1, f"prune {self.name}") as progress:
                 report = prune_width_checkpoint(
                     self.job.origin,
@@ -294,12 +292,7 @@ class Work:
 
 def row_of(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Work:
     """A row of a run directory as every process sees it, for work they do together."""
-    if plan is None:
-        found: Plan | None = None
-    elif plan.get("kind") == "width":
-        found = WidthPlan.from_dict(plan)
-    else:
-        found = PruningPlan.from_dict(plan)
+    found = read_plan(plan) if plan is not None else None
     directory = RunDirectory(out, device=job.device)
     return Work(job, directory, name, found, lambda: GradientTrace.load(directory.path / "trace"))
 
@@ -337,7 +330,7 @@ def stored_plan(directory: RunDirectory, row: str) -> Plan | None:
     """The plan a row has, as it was decided; None if there is none, or only one that somebody edited."""
     shrunk = (directory.result(f"prune {row}") or {}).get("plan")
     if shrunk is not None:
-        return WidthPlan.from_dict(shrunk)
+        return read_plan(shrunk)
     if directory.result(f"plan {row}") is not None and directory.has_files(f"plan {row}"):
         return load_plan(directory.path / plan_file(row))
     path = directory.path / own_plan(row)

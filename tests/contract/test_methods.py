@@ -16,9 +16,9 @@ from gradpruner.models.narrowing import prune_width_
 from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.reading import load_plan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.runs.budget import load_plan
 from gradpruner.training.finetuning import finetune
 from gradpruner.training.options import FinetuneOptions
 

@@ -160,10 +160,10 @@ def _find_pair(
 ) -> tuple[Subject, Subject]:
     """Both models, with weights of the same kind."""
     first = dense if isinstance(dense, Subject) else find_subject(dense, random=random, fetch=fetch)
-    if isinstance(pruned, PruningPlan):
-        second = shorten(first, pruned)
+    if isinstance(pruned, str | Path):
+        second = find_subject(pruned, random=random, fetch=fetch)
     else:
-        second = pruned if isinstance(pruned, Subject) else find_subject(pruned, random=random, fetch=fetch)
+        second = pruned if isinstance(pruned, Subject) else shorten(first, pruned)
     if random or first.folder is None or second.folder is None:
         return first.with_random_weights(), second.with_random_weights()
     return first, second
