@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.models.shards import DTYPE_BYTES, INDEX_FILE, open_shards, read_header
+from gradpruner.models.headers import DTYPE_BYTES, read_header
+from gradpruner.models.shards import INDEX_FILE, open_shards
 from gradpruner.pruning import checked
 from gradpruner.pruning import writer as packing
 from gradpruner.pruning.pieces import TORCH_DTYPES, Piece, header_of, pack, shard_names

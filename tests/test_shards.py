@@ -1,29 +1,20 @@
-import importlib.util
 import json
 import os
-import random
 import shutil
 import time
 import tracemalloc
-from collections import Counter
-from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gradpruner.errors import GradPrunerError, IntegrityError, ModelError
-from gradpruner.models import shards
-from gradpruner.models.shards import DTYPE_BYTES, check_inside, open_shards, read_header
-
-_SCRIPT = Path(__file__).parents[1] / "benchmarks" / "fuzz_shards.py"
-_SPEC = importlib.util.spec_from_file_location("fuzz_shards", _SCRIPT)
-fuzz_shards = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fuzz_shards)
+from gradpruner.errors import IntegrityError, ModelError
+from gradpruner.models import headers
+from gradpruner.models.headers import DTYPE_BYTES, check_inside, read_header
+from gradpruner.models.shards import open_shards
 
 TORCH_DTYPES = {
     "BOOL": torch.bool,
@@ -96,22 +87,9 @@ def test_what_safetensors_writes_is_read_to_the_byte(tmp_path):
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_BYTES))
 def test_every_dtype_takes_as_many_bytes_as_for_safetensors(tmp_path, dtype):
-    for count in (1, 4):
-        size = DTYPE_BYTES[dtype] * count
-        path = write(
-            tmp_path / "a.safetensors", {"a": entry(dtype, [count], 0, int(size))}, b"\x00" * int(size)
-        )
-        if size != int(size):
-            assert refusal(path) == (
-                f"{path} has a damaged header: tensor 'a': {dtype} of shape [1] takes {Fraction(size)} "
-                f"bytes, its data_offsets [0, 0] span 0."
-            )
-            with pytest.raises(SafetensorError):
-                safe_open(path, "np").__enter__()
-        else:
-            assert read_header(path).tensors["a"].num_bytes == size
-            with safe_open(path, "np") as file:
-                assert file.get_slice("a").get_dtype() == dtype
+    size = int(DTYPE_BYTES[dtype] * 4)
+    path = write(tmp_path / "a.safetensors", {"a": entry(dtype, [4], 0, size)}, b"\x00" * size)
+    assert read_header(path).tensors["a"].num_bytes == size
 
 
 def test_no_tensors_at_all(tmp_path):
@@ -152,122 +130,39 @@ def test_files_far_larger_than_memory(tmp_path, size):
     assert (ref.num_bytes, ref.stop) == (size, path.stat().st_size)
     assert seconds < 1 and peak < 1_000_000
     os.truncate(path, size)
-    assert f"end at byte {ref.stop}, the file has {size} bytes" in refusal(path)
+    assert "is damaged or cut off" in refusal(path)
 
 
 # -- files that are not ----------------------------------------------------------------------------------
 
 GOOD = json.dumps(entry())
-# Headers over one byte of data, and what the refusal says.
+# Headers over one byte of data; safetensors says what is wrong with them.
 BAD_HEADERS = [
-    (b"", "byte 0 does not begin a JSON object"),
-    (b" ", "byte 0 does not begin a JSON object"),
-    (b"[]", "byte 0 does not begin a JSON object"),
-    (b"null", "byte 0 does not begin a JSON object"),
-    (b"\xef\xbb\xbf{}", "byte 0 does not begin a JSON object"),
-    (b'{"a":', "tensor 'a': byte 5 does not begin its dtype, shape and data_offsets"),
-    ('{"a":%s', "does not begin ',' or '}'"),
-    ('{"a":%s,}', "does not begin the name of a tensor"),
-    ('{"a":%s}x', "does not begin the end of the header"),
-    ('{"a":%s}\x00', "does not begin the end of the header"),
-    ("{a:%s}", "byte 1 does not begin the name of a tensor"),
-    ('{"a"%s}', "does not begin ':'"),
-    (b'{"\xff":1}', "the string before byte 4 is not valid ('utf-8' codec can't decode"),
-    (rb'{"\ud800":1}', "surrogates not allowed"),
-    (rb'{"\x":1}', "Invalid \\escape"),
-    ('{"a":%s,"a":%s}', "'a' is there twice"),
-    ('{"a":%s,"\\u0061":%s}', "'a' is there twice"),
-    ('{"__metadata__":{},"a":%s,"__metadata__":{}}', "'__metadata__' is there twice"),
-    ('{"":%s}', "tensor '': the name is empty"),
-    ({"__metadata__": None, "a": entry()}, "does not begin a JSON object"),
-    ({"__metadata__": {"a": 1}, "a": entry()}, "does not begin the text of a metadata string"),
-    ({"__metadata__": {"a": {}}, "a": entry()}, "does not begin the text of a metadata string"),
-    (b'{"__metadata__":{"a":"","a":""}}', "'a' is there twice"),
-    ({"__metadata__": {str(i): "" for i in range(10_001)}}, "more than 10000 metadata strings"),
-    ({"__metadata__": {"a": "x" * 10_000_001}}, "has 10000003 bytes; 10000000 are allowed"),
-    ({"a": []}, "does not begin its dtype"),
-    ({"a": "x"}, "does not begin its dtype"),
-    ({"a": {}}, "once each and nothing else, but has nothing"),
-    ({"a": {"dtype": "U8", "shape": [1]}}, "but has 'dtype', 'shape'"),
-    ({"a": {**entry(), "x": 1}}, "but has 'dtype', 'shape', 'data_offsets', 'x'"),
-    ({"a": {**entry(), "x": {}}}, "does not begin its dtype"),
-    (b'{"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}', "once each and nothing else"),
-    (b'{"a":{"dtype":"U8","dtype":"U8","data_offsets":[0,1]}}', "once each and nothing else"),
-    ({"a": entry(dtype="F33")}, "tensor 'a': the dtype 'F33' is not one of F4, F6_E2M3,"),
-    ({"a": entry(dtype="u8")}, "the dtype 'u8' is not one of"),
-    ({"a": entry(dtype=None)}, "the dtype None is not one of"),
-    ({"a": entry(dtype=[])}, "the dtype [] is not one of"),
-    ({"a": {**entry(), "shape": 1}}, "the shape 1 is not a list of at most 64 counts"),
-    ({"a": {**entry(), "shape": None}}, "the shape None is not a list"),
-    ({"a": entry(shape=[-1])}, "the shape [-1] is not a list"),
-    ({"a": entry(shape=[True])}, "the shape [True] is not a list"),
-    ({"a": entry(shape=[1.0])}, "the shape [1.0] is not a list"),
-    ({"a": entry(shape=["1"])}, "the shape ['1'] is not a list"),
-    ({"a": entry(shape=[[1]])}, "the shape [[1]] is not a list"),
-    ({"a": entry(shape=[float("nan")])}, "the shape [nan] is not a list"),
-    ({"a": entry(shape=[2**63])}, "the shape [9223372036854775808] is not a list"),
-    ({"a": entry(shape=[1] * 65)}, "at most 64 counts"),
-    (b'{"a":{"dtype":"U8","shape":[1,-0],"data_offsets":[0,0]}}', "its entry has a -0"),
-    (b'{"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,1]}}' % (b"1" * 4000), "1111... is not a list"),
-    ({"a": entry(shape=[1] * 2000)}, "are allowed"),
-    ({"a": entry(shape=[2**40, 2**40], stop=0)}, "has more elements than can be counted"),
-    ({"a": entry(shape=[2**40, 2**40, 0], stop=0)}, "has more elements than can be counted"),
-    ({"a": entry("F64", shape=[2**62])}, f"takes {2**65} bytes, its data_offsets [0, 1] span 1"),
-    ({"a": entry(shape=[2])}, "U8 of shape [2] takes 2 bytes, its data_offsets [0, 1] span 1"),
-    ({"a": entry(shape=[])}, None),  # a scalar is one byte
-    ({"a": {**entry(), "data_offsets": [0]}}, "the data_offsets [0] are not a start and an end"),
-    ({"a": {**entry(), "data_offsets": [0, 1, 2]}}, "are not a start and an end"),
-    ({"a": {**entry(), "data_offsets": {}}}, "does not begin its dtype"),
-    ({"a": entry(start=1, stop=0)}, "the data_offsets [1, 0] are not a start and an end"),
-    ({"a": entry(start=-1, stop=0)}, "the data_offsets [-1, 0] are not"),
-    ({"a": entry(stop=1.0)}, "the data_offsets [0, 1.0] are not"),
-    ({"a": entry(start=False)}, "the data_offsets [False, 1] are not"),
-    (
-        {"a": entry(start=2**62, stop=2**62 + 1)},
-        "its tensors end at byte 46116860184273",
-    ),
-    ({"a": entry(shape=[2], stop=2)}, "is cut off: its tensors end at byte"),
-    ({"a": entry(shape=[0], stop=0)}, "belong to no tensor"),
-    ({}, "bytes 10 to 11 belong to no tensor"),
-    ({"a": entry(), "b": entry()}, "the tensors 'a' and 'b' overlap in bytes"),
+    *(b"", b"[]", b"null", b'{"a":', b'{"\xff":1}', rb'{"\ud800":1}'),
+    *('{"a":%s,}', '{"a":%s}x', "{a:%s}"),
+    {"__metadata__": {"a": 1}, "a": entry()},
+    {"a": {"dtype": "U8", "shape": [1]}},
+    {"a": entry(dtype="F33")},
+    {"a": entry(shape=[-1])},
+    {"a": entry(shape=[1.0])},
+    {"a": entry(shape=[2**40, 2**40], stop=0)},
+    {"a": entry("F64", shape=[2**62])},
+    {"a": entry(shape=[2])},
+    {"a": entry(start=1, stop=0)},
+    {"a": entry(start=2**62, stop=2**62 + 1)},
+    {"a": entry(shape=[2], stop=2)},
+    {"a": entry(shape=[0], stop=0)},
+    {"a": entry(), "b": entry()},
+    {},
 ]
 
 
-@pytest.mark.parametrize(("header", "part"), BAD_HEADERS, ids=range(len(BAD_HEADERS)))
-def test_headers_that_do_not_add_up(tmp_path, header, part):
+@pytest.mark.parametrize("header", BAD_HEADERS, ids=range(len(BAD_HEADERS)))
+def test_headers_that_do_not_add_up(tmp_path, header):
     text = header.replace("%s", GOOD).encode() if isinstance(header, str) else header
-    path = write(tmp_path / "a.safetensors", text)
-    if part is None:
-        assert read_header(path).tensors["a"].shape == ()
-        return
-    message = refusal(path)
-    assert message.startswith(str(path)) and part in message, message
+    message = refusal(write(tmp_path / "a.safetensors", text))
+    assert message.startswith(f"{tmp_path / 'a.safetensors'} is damaged or cut off: ")
     assert message.isprintable() and len(message) < 600
-
-
-def test_holes_and_overlaps_are_named(tmp_path):
-    path = tmp_path / "a.safetensors"
-    for header, what in (
-        ({"a": entry(start=1, stop=2)}, "bytes {0} to {1} belong to no tensor"),
-        ({"a": entry(), "b": entry(start=2, stop=3)}, "bytes {1} to {2} belong to no tensor"),
-        (
-            {"a": entry(shape=[2], stop=2), "b": entry(shape=[3], start=1, stop=4)},
-            "'a' and 'b' overlap in bytes {1} to {2}",
-        ),
-        (
-            {"a": entry(shape=[4], stop=4), "b": entry(start=1, stop=2)},
-            "'a' and 'b' overlap in bytes {1} to {2}",
-        ),
-        (
-            {"a": entry(shape=[4], stop=4), "b": entry(shape=[0], start=2, stop=2)},
-            "'a' and 'b' overlap in bytes {2} to {2}",
-        ),
-    ):
-        write(path, header, b"0123")
-        offsets = [path.stat().st_size - 4 + i for i in range(5)]
-        assert what.format(*offsets) in refusal(path)
-        with pytest.raises(SafetensorError):
-            safe_open(path, "np").__enter__()
 
 
 @pytest.mark.parametrize("size", range(8))
@@ -296,51 +191,12 @@ def test_headers_longer_than_the_file(tmp_path):
     tracemalloc.stop()
 
 
-def test_a_file_that_shrinks_while_it_is_read(tmp_path, monkeypatch):
+def test_a_file_that_changed_while_it_was_read(tmp_path, monkeypatch):
     path = write(tmp_path / "a.safetensors", {"a": entry()})
-    status = path.stat()
-    path.write_bytes(path.read_bytes()[:20])
-    monkeypatch.setattr(shards.os, "fstat", lambda _: status)
-    assert "is cut off" in refusal(path)
-
-
-@pytest.mark.parametrize(
-    "before", [b'{"a":', b'{"a":{"dtype":', b'{"__metadata__":', b'{"__metadata__":{"a":', b""]
-)
-@pytest.mark.parametrize("bracket", [b"[", b'{"a":'])
-def test_deep_nesting_is_cheap(tmp_path, before, bracket):
-    for depth in (500, 1500, 100_000):
-        path = write(tmp_path / "a.safetensors", before + bracket * depth)
-        tracemalloc.start()
-        start = time.process_time()
-        refusal(path)
-        seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert seconds < 1 and peak < 5 * depth * len(bracket) + 1_000_000
-
-
-def test_hostile_headers_are_not_built_in_memory(tmp_path):
-    many = b",".join(b'"%x":[]' % i for i in range(500_000))
-    for text in (b"{" + many + b"}", b'{"a":[' + b"{}," * 1_000_000, b'{"a":{"dtype":[' + b"0," * 1_000_000):
-        path = write(tmp_path / "a.safetensors", text)
-        tracemalloc.start()
-        refusal(path)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 2 * path.stat().st_size
-
-
-def test_limits_on_how_much_a_header_may_list(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "TENSOR_LIMIT", 2)
-    two = {"a": entry(), "b": entry(start=1, stop=2)}
-    assert len(read_header(write(tmp_path / "a.safetensors", two, b"ab")).tensors) == 2
-    path = write(tmp_path / "a.safetensors", {**two, "c": entry(start=2, stop=3)}, b"abc")
-    assert "it has more than 2 tensors" in refusal(path)
-
-
-def test_long_and_wild_names_are_cut_and_escaped_in_messages(tmp_path):
-    message = refusal(write(tmp_path / "a.safetensors", {"\x1b[31m" + "ü" * 100_000: entry(dtype="?")}))
-    assert r"'\x1b[31m\xfc" in message and "..." in message and len(message) < 600
+    size = path.stat().st_size
+    status = os.stat_result((*path.stat()[:6], size + 1, *path.stat()[7:10]))
+    monkeypatch.setattr(headers.os, "fstat", lambda _: status)
+    assert f"holds {size + 1} bytes, its tensors end at {size}" in refusal(path)
 
 
 def test_what_is_no_ordinary_file(tmp_path, monkeypatch):
@@ -361,7 +217,7 @@ def test_what_is_no_ordinary_file(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(shards.os, "open", refuse)
+    monkeypatch.setattr(headers.os, "open", refuse)
     with pytest.raises(ModelError, match="cannot be read: Permission denied"):
         read_header(write(tmp_path / "a.safetensors", {"a": entry()}))
 
@@ -506,28 +362,18 @@ def test_folders_without_weights(tmp_path):
 
 
 MAP = '"weight_map":{"x":"b.safetensors","y":"b.safetensors","z":"a.safetensors"}'
+NO_MAP = "it has no weight_map, or an empty one"
 BAD_INDEXES = [
-    (b"", "byte 0 does not begin a JSON object"),
-    (b"[]", "byte 0 does not begin a JSON object"),
-    (b"{}", "it has no weight_map, or an empty one"),
-    (b'{"weight_map":{}}', "it has no weight_map, or an empty one"),
-    (b'{"weight_map":[]}', "byte 14 does not begin a JSON object"),
-    (b'{"weight_map":null}', "byte 14 does not begin a JSON object"),
-    (b'{"weight_map":{"x":1}}', "byte 19 does not begin the name of a file"),
-    (b'{"weight_map":{"x":["b.safetensors"]}}', "byte 19 does not begin the name of a file"),
-    ("{%s", "does not begin ',' or '}'"),
-    ("{%s}}", "does not begin the end of the index"),
+    (b"", "Expecting value"),
+    *((text, NO_MAP) for text in (b"[]", b"{}")),
+    *((b'{"weight_map":%s}' % text, NO_MAP) for text in (b"{}", b"[]", b"null")),
+    ("{%s", "delimiter"),
+    ("{%s}}", "Extra data"),
     ("{%s,%s}", "'weight_map' is there twice"),
-    ('{"a":{"k":0,"k":0},%s}', "a key is there twice among 'k'"),
-    ('{"a":[{"\\u00fc":0,"ü":0}],%s}', "a key is there twice among '\\xfc'"),
     (b'{"weight_map":{"x":"b.safetensors","x":"b.safetensors"}}', "'x' is there twice"),
-    (b'{"weight_map":{"\xff":"b.safetensors"}}', "is not valid ('utf-8' codec can't decode"),
-    (b'{"metadata":"\xff"}', "'utf-8' codec can't decode"),
-    (rb'{"weight_map":{"x":"\ud800.safetensors"}}', "surrogates not allowed"),
+    (b'{"weight_map":{"\xff":"b.safetensors"}}', "'utf-8' codec can't decode"),
     ('{"metadata":nope,%s}', "Expecting value"),
     ('{"metadata":' + "[" * 100_000, "maximum recursion depth exceeded"),
-    ('{"metadata":"' + "x" * 100_001 + '",%s}', "Unterminated string"),
-    ("{" + ",".join(f'"{i}":0' for i in range(101)) + "}", "it has more than 100 members"),
 ]
 
 
@@ -712,50 +558,3 @@ def test_an_index_that_is_a_link_out_of_the_folder(folder):
     index.symlink_to("../index.json")
     with pytest.raises(IntegrityError, match="outside the model folder"):
         open_shards(folder)
-
-
-# -- against safetensors itself --------------------------------------------------------------------------
-
-
-def test_ten_thousand_damaged_files(tmp_path):
-    with fuzz_shards.scratch() as place:
-        counts, failures = fuzz_shards.run(10_000, seed=2026, place=Path(place))
-    assert failures == []
-    outcomes = Counter()
-    for name, count in counts.items():
-        outcomes[name.split(": ")[1]] += count
-    assert counts.total() == 10_000
-    assert outcomes["both accept"] > 500 and outcomes["both refuse"] > 5000
-
-
-def test_the_fuzzer_notices_a_reader_that_is_wrong(tmp_path, monkeypatch):
-    def fails(change):
-        with monkeypatch.context() as patch, fuzz_shards.scratch() as place:
-            change(patch)
-            return fuzz_shards.run(400, seed=1, place=Path(place))[1]
-
-    def crash(_):
-        raise KeyError("x")
-
-    def refuse(_):
-        raise GradPrunerError("No.")
-
-    def no_check(patch):
-        patch.setattr(shards, "_check_coverage", lambda *_: None)
-
-    for change, part in (
-        (lambda patch: patch.setattr(fuzz_shards, "read_header", crash), "raised KeyError"),
-        (lambda patch: patch.setattr(fuzz_shards, "read_header", refuse), "refuses a sound file: No."),
-        (lambda patch: patch.setattr(fuzz_shards, "open_shards", refuse), "refuses a sound index: No."),
-        (no_check, "accepts what safetensors refuses"),
-        (lambda patch: patch.setitem(DTYPE_BYTES, "F32", 5), "accepts what safetensors refuses"),
-        (lambda patch: patch.setattr(fuzz_shards, "SECONDS", 0.0), "took 0."),
-    ):
-        assert any(part in line for line in fails(change)), part
-
-
-def test_random_bytes_are_refused(tmp_path):
-    rng = random.Random(0)
-    for _ in range(200):
-        (tmp_path / "a.safetensors").write_bytes(rng.randbytes(rng.randrange(200)))
-        refusal(tmp_path / "a.safetensors")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ModelError
+from gradpruner.models.headers import check_inside
 from gradpruner.models.raw_config import (
     CONFIG_FILE,
     quantised_kind,
@@ -16,7 +17,7 @@ from gradpruner.models.raw_config import (
     refuse_foreign_code,
     wants_code,
 )
-from gradpruner.models.shards import check_inside, open_shards
+from gradpruner.models.shards import open_shards
 
 ADAPTER_FILE = "adapter_config.json"
 # Files that say, beside config.json, that weights are quantised (ModelOpt, GPTQ, AWQ).

@@ -30,7 +30,7 @@ from gradpruner.files import (
     write_text,
 )
 from gradpruner.json_files import write_json
-from gradpruner.models.shards import check_inside
+from gradpruner.models.headers import check_inside
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.width_plan import WidthPlan

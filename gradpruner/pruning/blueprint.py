@@ -31,6 +31,7 @@ from gradpruner.models.config_patch import (
     rename_modules,
 )
 from gradpruner.models.engines import judge, layer_facts
+from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import (
     SAMPLES,
     LayeredModel,
@@ -42,7 +43,7 @@ from gradpruner.models.layers import (
 )
 from gradpruner.models.loading import load_config, load_structure, refuse_narrowed
 from gradpruner.models.raw_config import is_beyond, quantised_parts
-from gradpruner.models.shards import Shards, TensorRef, open_shards
+from gradpruner.models.shards import Shards, open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.disk_names import count_beyond, find_prefix

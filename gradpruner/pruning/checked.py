@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gradpruner.errors import IntegrityError
-from gradpruner.models.shards import TensorRef
+from gradpruner.models.headers import TensorRef
 from gradpruner.pruning.pieces import Piece
 
 # NaN and Inf have all exponent bits set. Shifted left by one (the sign leaves), such a word is at least this.

@@ -26,13 +26,8 @@ from gradpruner.errors import ConfigError, IntegrityError, PlanError
 from gradpruner.files import check_free_space, readable_bytes
 from gradpruner.json_files import read_json, write_json
 from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, staged_folder
-from gradpruner.models.shards import (
-    ShardHeader,
-    Shards,
-    TensorRef,
-    check_inside,
-    open_shards,
-)
+from gradpruner.models.headers import ShardHeader, TensorRef, check_inside
+from gradpruner.models.shards import Shards, open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.provenance import sha256_file
 from gradpruner.pruning.blueprint import Blueprint

@@ -11,7 +11,7 @@ from typing import Any
 from gradpruner._version import __version__
 from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.models.folder import PRUNING_FILE
-from gradpruner.models.shards import HEADER_LIMIT, check_inside
+from gradpruner.models.headers import HEADER_LIMIT, check_inside
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.provenance import sha256_json
 

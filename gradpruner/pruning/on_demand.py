@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from gradpruner.models.classes import model_class
+from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import LayeredModel
-from gradpruner.models.shards import TensorRef
 from gradpruner.pruning.pieces import TORCH_DTYPES
 from gradpruner.pruning.writer import read_tensor
 

@@ -21,7 +21,7 @@ from gradpruner.models.folder import (
     locate_model,
     staged_folder,
 )
-from gradpruner.models.shards import check_inside
+from gradpruner.models.headers import check_inside
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.blueprint import Blueprint

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradpruner.models.shards import SINGLE_FILE, TensorRef
+from gradpruner.models.headers import TensorRef
+from gradpruner.models.shards import SINGLE_FILE
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,

@@ -10,14 +10,8 @@ from pathlib import Path
 from gradpruner.errors import IntegrityError
 from gradpruner.files import check_free_space
 from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, staged_folder
-from gradpruner.models.shards import (
-    ShardHeader,
-    Shards,
-    TensorRef,
-    check_inside,
-    open_shards,
-    read_header,
-)
+from gradpruner.models.headers import ShardHeader, TensorRef, check_inside, read_header
+from gradpruner.models.shards import Shards, open_shards
 from gradpruner.provenance import sha256_file
 from gradpruner.pruning.delta import BLOCK_BYTES, SPARE_BYTES, existing
 from gradpruner.pruning.delta_record import (

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.models.shards import INDEX_FILE, TensorRef
+from gradpruner.models.headers import TensorRef
+from gradpruner.models.shards import INDEX_FILE
 from gradpruner.pruning.checked import CHECK_BYTES, ReadBack, holds_non_finite, non_finite
 from gradpruner.pruning.pieces import TORCH_DTYPES, Piece, header_of, shard_names
 
