@@ -25,7 +25,17 @@ ALLOWED: dict[str, str] = {
     "cli": "runs reports evaluation methods training pruning models plans gradients data",
     "demo": "",
 }
-ROOT = ("_version", "errors", "registry", "files", "json_files", "progress", "provenance", "world")
+ROOT = (
+    "_version",
+    "errors",
+    "registry",
+    "files",
+    "json_files",
+    "printing",
+    "progress",
+    "provenance",
+    "world",
+)
 # Pure: nothing in them imports transformers or peft.
 PURE = [
     *(f"gradients/{name}" for name in ("trace", "trace_writer", "importance", "scores", "gates")),

@@ -20,12 +20,15 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
 from gradpruner.errors import ConfigError, ShapeError
+from gradpruner.files import save_tensors
 
 # A swap must lower the rise by more than rounding can, or two equal sets would be exchanged for ever.
 _ROUNDING = 1e-12
@@ -310,3 +313,23 @@ def _gate_gradients(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
 
 def _joined(rows: list[Tensor]) -> Tensor:
     return torch.cat(rows).cpu().double() if rows else torch.zeros(0, dtype=torch.float64)
+
+
+def save_gates(path: Path, gates: Gates | None) -> None:
+    """Writes the gates of a trace; without any, none are left there."""
+    if gates is None:
+        path.unlink(missing_ok=True)
+        return
+    steps = torch.tensor(gates.per_step)
+    save_tensors(path, {"gates": gates.values_EL, "examples": steps}, {})
+
+
+def load_gates(path: Path) -> Gates | None:
+    """The gates of a trace; None where there is no file, as in traces of earlier versions."""
+    if not path.exists():
+        return None
+    with safe_open(path, framework="pt") as file:
+        values_EL, steps = file.get_tensor("gates"), file.get_tensor("examples")
+    if values_EL.dtype != torch.float64:
+        raise ValueError(f"gates of type {values_EL.dtype}")
+    return Gates(values_EL, tuple(map(int, steps)))

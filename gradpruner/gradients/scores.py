@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,17 @@ from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.files import shown
 from gradpruner.gradients.trace import GradientTrace, trace_digest
 from gradpruner.json_files import read_object, write_json
+from gradpruner.printing import Printed, print_table
 from gradpruner.registry import suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 NORMS = ("squared", "frobenius")
 
 
 @dataclass(frozen=True)
-class LayerScores:
+class LayerScores(Printed):
     """Importance of every decoder layer; higher is more important, always.
 
     Attributes:
@@ -59,6 +63,21 @@ class LayerScores:
         Early layers are the harder ones to miss, and a kept early layer can take in merged later ones.
         """
         return _ascending(self.values)
+
+    def show(self, console: Console) -> None:
+        """Prints a line a layer, the least important first."""
+        highest, intervals = max(self.values), bool(self.low)
+        columns = ["layer", "score", *(["95 % from", "to"] if intervals else []), "of the highest"]
+        rows = [
+            (
+                layer,
+                self.values[layer],
+                *((self.low[layer], self.high[layer]) if intervals else ()),
+                f"{self.values[layer] / highest:.1%}" if highest > 0 else "",
+            )
+            for layer in self.ascending()
+        ]
+        print_table(console, f"Scores ({self.method}), least important layers first", columns, rows)
 
     def save(self, path: Path) -> Path:
         """Writes the scores as JSON."""

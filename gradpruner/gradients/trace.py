@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,9 +28,13 @@ from torch import Tensor
 
 from gradpruner.errors import IntegrityError, PlanError, ShapeError
 from gradpruner.files import save_tensors
-from gradpruner.gradients.gates import Gates
+from gradpruner.gradients.gates import Gates, load_gates, save_gates
 from gradpruner.gradients.importance import Factors
 from gradpruner.json_files import read_json, typed, write_json
+from gradpruner.printing import Printed, print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TRACE_FILE = "trace.json"
 ENERGIES_FILE = "energies.safetensors"
@@ -136,7 +140,7 @@ def gram_energies(grad_b_NOR: Tensor, grad_a_NRI: Tensor) -> Tensor:
     return energy_N.clamp_min(0).cpu()
 
 
-class GradientTrace:
+class GradientTrace(Printed):
     """Immutable evidence of the first fine-tuning steps.
 
     Args:
@@ -193,6 +197,19 @@ class GradientTrace:
     def has_factors(self) -> bool:
         """Whether element importance can be formed, hence layers merged."""
         return self._factors is not None or (self.folder is not None and self._factor_file(0).exists())
+
+    def show(self, console: Console) -> None:
+        """Prints what was recorded."""
+        info, losses = self.info, self.info.losses
+        rows = {
+            "steps": f"{self.num_steps}, {self.effective_steps} of them with energy",
+            "layers and linears": f"{info.num_layers}, {len(info.linears)}",
+            "adapter": f"{info.adapter}, rank {info.rank}, alpha {info.alpha:g}",
+            "loss": f"{losses[0]:.3g} at first, {losses[-1]:.3g} at last" if losses else "not logged",
+            "examples with gates": len(self.gates.values_EL) if self.gates else "none",
+            "factors, for merging": "yes" if self.has_factors else "no",
+        }
+        print_table(console, "Recorded gradients", ("", ""), rows.items(), info.notes)
 
     def layer_energies(self, power: float = 1.0) -> Tensor:
         """Energies summed over the linears of every layer.
@@ -297,11 +314,7 @@ class GradientTrace:
                 factor_file(folder, step).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(self._factor_file(step), factor_file(folder, step))
         save_tensors(folder / ENERGIES_FILE, {"energies": self.energies_SK}, {})
-        if self.gates is not None:
-            steps = torch.tensor(self.gates.per_step)
-            save_tensors(folder / GATES_FILE, {"gates": self.gates.values_EL, "examples": steps}, {})
-        else:
-            (folder / GATES_FILE).unlink(missing_ok=True)
+        save_gates(folder / GATES_FILE, self.gates)
         write_json(folder / TRACE_FILE, {"format_version": FORMAT_VERSION, **asdict(self.info)})
         return folder / TRACE_FILE
 
@@ -319,11 +332,12 @@ class GradientTrace:
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
             info = typed(raw, TraceInfo, str(folder / TRACE_FILE))
-            if not info.linears or min(_least(ref) for ref in info.linears) < 1:
+            least = (min(ref.layer + 1, ref.out_features, ref.in_features, ref.rank) for ref in info.linears)
+            if min(least, default=0) < 1:
                 raise ValueError("a linear without rows, columns, rank or a layer, or none at all")
             with safe_open(folder / ENERGIES_FILE, framework="pt") as file:
                 energies_SK = file.get_tensor("energies")
-            gates = _load_gates(folder / GATES_FILE)
+            gates = load_gates(folder / GATES_FILE)
             trace = cls(info, energies_SK, folder, gates=gates)
         except Exception as error:  # whatever a damaged or foreign file leads to
             raise IntegrityError(
@@ -342,21 +356,6 @@ class GradientTrace:
         if self.folder is None:
             return 0
         return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-
-
-def _least(ref: LinearRef) -> int:
-    return min(ref.layer + 1, ref.out_features, ref.in_features, ref.rank)
-
-
-def _load_gates(path: Path) -> Gates | None:
-    """The gates of a trace; None where there is no file, as in traces of earlier versions."""
-    if not path.exists():
-        return None
-    with safe_open(path, framework="pt") as file:
-        values_EL, steps = file.get_tensor("gates"), file.get_tensor("examples")
-    if values_EL.dtype != torch.float64:
-        raise ValueError(f"gates of type {values_EL.dtype}")
-    return Gates(values_EL, tuple(map(int, steps)))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.files import shown
@@ -16,7 +16,11 @@ from gradpruner.gradients.trace import same_model
 from gradpruner.json_files import check_json, read_json, write_json
 from gradpruner.plans.defaults import DENSITY
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
+from gradpruner.printing import Printed, print_table
 from gradpruner.registry import suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 ACTIONS = ("keep", "drop", "merge")
 MIN_KEPT = 2
@@ -40,7 +44,7 @@ class LayerAction:
 
 
 @dataclass(frozen=True)
-class PruningPlan:
+class PruningPlan(Printed):
     """Keep, drop or merge, for every decoder layer.
 
     A layer that has taken in others can itself be merged into an earlier one, but only by a rule that needs
@@ -227,6 +231,18 @@ class PruningPlan:
             "rule": self.rule,
             "density": self.density,
         }
+
+    def show(self, console: Console) -> None:
+        """Prints which layers stay and what becomes of the others."""
+        dropped = [i for i, entry in enumerate(self.actions) if entry.action == "drop"]
+        rows = [("kept", self.keep), ("dropped", dropped)]
+        rows += [(f"merged into {target} ({self.rule})", layers) for target, layers in self.merged.items()]
+        print_table(
+            console,
+            f"Plan ({self.method}): {len(self.keep)} of {self.num_layers} layers stay",
+            ("", "layers", "how many"),
+            [(what, runs_of(layers), len(layers)) for what, layers in rows if layers],
+        )
 
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,11 @@ from gradpruner.files import save_tensors
 from gradpruner.gradients.trace import same_model
 from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.printing import Printed, print_table
 from gradpruner.registry import suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 KINDS = ("none", "linear", "least_squares")
 REPAIR_FILE, WEIGHTS_FILE = "repair.json", "repair.safetensors"
@@ -76,7 +80,7 @@ class _Record:
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Printed):
     """The refitted weights of one plan of one model.
 
     Attributes:
@@ -150,6 +154,25 @@ class Repair:
                     f"is {found or 'missing'}.",
                     hint="Fit a repair on this model.",
                 )
+
+    def show(self, console: Console) -> None:
+        """Prints what every refit makes up for, on samples it was not fitted on."""
+        rows = [
+            (
+                f"{cut.layer} {cut.linear}",
+                runs_of(cut.gone),
+                f"{cut.error_before:.1%}",
+                f"{cut.error_after:.1%}" if cut.ridge is not None else "left as it was",
+            )
+            for cut in self.cuts
+        ]
+        print_table(
+            console,
+            f"Repair ({self.kind.replace('_', ' ')}), fitted on {self.rows} samples, {self.tokens} tokens",
+            ("refitted", "makes up for layers", "error before", "error after"),
+            rows,
+            self.notes,
+        )
 
     def facts(self) -> dict[str, Any]:
         """Everything but the weights, as JSON values."""

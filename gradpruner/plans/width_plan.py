@@ -10,12 +10,16 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from gradpruner.errors import PlanError
 from gradpruner.files import shown
 from gradpruner.json_files import check_json, read_json, write_json
 from gradpruner.plans.layer_plan import FORMAT_VERSION, check_fields, check_method, check_origin, runs_of
+from gradpruner.printing import Printed, print_table
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 KIND = "width"
 _FIELDS = ("format_version", "kind", "shape", "layers", "hidden", "method", "evidence")
@@ -83,7 +87,7 @@ class LayerWidths:
 
 
 @dataclass(frozen=True)
-class WidthPlan:
+class WidthPlan(Printed):
     """What stays of every layer, and of the hidden state that all layers share.
 
     Attributes:
@@ -241,6 +245,22 @@ class WidthPlan:
             "shape": asdict(self.shape),
         }
 
+    def show(self, console: Console) -> None:
+        """Prints how much of every width stays."""
+        shape, layers = self.shape, range(self.num_layers)
+        rows = [
+            ("query heads", [len(w.heads) for w in self.layers], shape.num_heads),
+            ("key/value heads", [len(self.kv_heads(i)) for i in layers], shape.num_kv_heads),
+            ("MLP channels", [len(w.channels) for w in self.layers], shape.intermediate_size),
+            ("hidden dimensions", [len(self.hidden)], shape.hidden_size),
+        ]
+        print_table(
+            console,
+            f"Plan ({self.method}): all {self.num_layers} layers stay and become narrower",
+            ("in a layer", "before", "after"),
+            [(what, total, _from_to(kept)) for what, kept, total in rows],
+        )
+
     def save(self, path: str | Path) -> Path:
         """Writes the plan as JSON."""
         write_json(Path(path), self.to_dict())
@@ -257,6 +277,11 @@ class WidthPlan:
         if not Path(path).is_file():
             raise PlanError(f"There is no width plan at {path}.")
         return cls.from_dict(read_json(Path(path), "width plan"), str(path))
+
+
+def _from_to(counts: Sequence[int]) -> int | str:
+    low, high = min(counts), max(counts)
+    return low if low == high else f"{low} to {high}"
 
 
 def _check_kept(kept: Sequence[int], total: int, name: str) -> None:
