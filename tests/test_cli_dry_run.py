@@ -33,7 +33,7 @@ def test_it_shows_rates_what_is_in_a_step_and_about_how_long(call, tmp_path):
     _, out, _ = call("run", path, "--dry-run", "--set", "finetune.accumulation=2")
     shown = " ".join(out.split())
     for part in (
-        "training (full): learning rate 0.001, 8 samples per step (4 x 2 x 1: batch, accumulation, devices)",
+        "training (full): learning rate 0.001 (as given), 8 samples per step (4 x 2 x 1: batch, ",
         "recording: learning rate 0.0001",
         "every answer begins with a space",
         "time: about",
@@ -46,25 +46,18 @@ def test_it_shows_rates_what_is_in_a_step_and_about_how_long(call, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "part"),
     [
-        (["record.steps=40"], "6 training steps beside 40 recorded ones"),
-        (["record.steps=4"], "Only 6 training steps, too few to learn most tasks"),
-        (["record.steps=4", "finetune.epochs=9"], None),
-        (["record.steps=40", "start=given"], None),  # nothing is trained
+        ([], "6 optimizer steps (24 rows x 1 epochs, 4 x 1 rows a step)"),
+        (["finetune.epochs=9"], ". --set finetune.epochs=10 makes it 60 or more."),
+        (["finetune.epochs=20", "finetune.accumulation=6"], "--set finetune.accumulation=2 makes it 60."),
+        (["finetune.accumulation=4"], "--set finetune.accumulation=1 --set finetune.epochs=10 makes it 60"),
+        (["finetune.epochs=10"], None),
+        (["start=given"], None),  # nothing is trained
     ],
 )
-def test_too_few_steps_are_warned_of(call, tmp_path, overrides, part):
+def test_too_few_steps_are_warned_of_with_what_to_set(call, tmp_path, overrides, part):
     path, _ = make_project(tmp_path)
-    said = [text for text in facts_of(call, path, *overrides)["warnings"] if "training steps" in text]
-    assert part in said[0] and "finetune.epochs" in said[0] if part else said == []
-
-
-def test_the_default_learning_rate_is_named_for_small_models(call, tmp_path):
-    path, values = make_project(tmp_path)
-    assert not any("learning rate" in text for text in facts_of(call, path)["warnings"])
-    del values["finetune"]["learning_rate"]
-    path.write_text(json.dumps(values))
-    assert any("smaller models need more" in text for text in facts_of(call, path)["warnings"])
-    assert not any("learning rate" in t for t in facts_of(call, path, "finetune.mode=lora")["warnings"])
+    said = [text for text in facts_of(call, path, *overrides)["warnings"] if "optimizer steps" in text]
+    assert part in said[0] if part else said == []
 
 
 def test_answers_of_which_some_begin_with_a_space_are_counted(call, tmp_path):

@@ -28,7 +28,7 @@ def test_defaults_are_the_papers():
     assert (recipe.record.rank, recipe.record.alpha, recipe.record.dropout) == (8, 32, 0.05)
     assert (recipe.record.learning_rate, recipe.record.clip) == (1e-4, 1.0)
     tune = recipe.finetune
-    assert (tune.learning_rate, tune.batch_size * tune.accumulation, tune.epochs) == (1e-5, 64, 3)
+    assert (tune.batch_size * tune.accumulation, tune.epochs) == (64, 3)  # the rate: test_rates.py
     assert (tune.weight_decay, tune.warmup_ratio, recipe.data.max_length) == (0.1, 0.03, 2048)
     assert (recipe.plan.density, recipe.plan.num_merge, recipe.plan.rule) == (0.2, 3, "sum")
     assert recipe.variants == ["dense", "merged", "dropped"]

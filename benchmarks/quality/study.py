@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from typing import Any
 from choices import CHOICES, choose, trace_of
 from tasks import TASKS
 from work import Work, with_plain_memory, with_wide_kernels
+
+from gradpruner.training.rates import best_rate as best_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RATES = (1e-4, 2e-4)
@@ -56,19 +57,6 @@ def tuned(work: Work, rate: float) -> Path:
     return folder
 
 
-def best_of(losses: dict[float, float], loss_at: Callable[[float], float]) -> float:
-    """The rate with the lowest loss; doubled or halved until the best one has a worse one on either side.
-
-    Nothing above `LARGEST_RATE` is tried.
-    """
-    while True:
-        best = min(losses, key=lambda rate: losses[rate])
-        further = best * 2 if best == max(losses) else best / 2 if best == min(losses) else None
-        if further is None or further > LARGEST_RATE:
-            return best
-        losses[further] = loss_at(further)
-
-
 def best_rate(work: Work) -> float:
     """The rate at which the dense model has the lowest loss on validation rows of seed 0."""
     first = work.of_seed(0)
@@ -76,7 +64,7 @@ def best_rate(work: Work) -> float:
     def loss_at(rate: float) -> float:
         return float(dense(first, rate)["validation"]["nll"])
 
-    return best_of({rate: loss_at(rate) for rate in RATES}, loss_at)
+    return best_of({rate: loss_at(rate) for rate in RATES}, loss_at, LARGEST_RATE)
 
 
 def tune(work: Work) -> Path:
@@ -287,7 +275,7 @@ def rate_of(work: Work, row: Row) -> float:
 
     lower = row.start == "tuned" or best * 2 > LARGEST_RATE
     rates = (best / 2, best) if lower else (best, best * 2)
-    return best_of({rate: loss_at(rate) for rate in rates}, loss_at)
+    return best_of({rate: loss_at(rate) for rate in rates}, loss_at, LARGEST_RATE)
 
 
 def train(work: Work) -> None:

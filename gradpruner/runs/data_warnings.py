@@ -1,16 +1,21 @@
-"""What a user should know of a job's data before anything is trained on it."""
+"""What a user should know of a job's data, and of how long it is trained on, before anything is trained."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from gradpruner.data.chat import template_notes
 from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.runs.evaluation_data import unequal_labels
+from gradpruner.training.finetuning import planned_steps
 
 if TYPE_CHECKING:
     from gradpruner.runs.job import Job
+
+FEW_STEPS = 60
+"""Fewer optimizer steps rarely teach a task; see benchmarks/LOG.md."""
 
 
 def warnings_of(job: Job) -> list[str]:
@@ -27,6 +32,7 @@ def warnings_of(job: Job) -> list[str]:
             f"{len(job.samples)} training samples for {job.record_steps} recording steps of "
             f"{job.recipe.record.batch_size}: samples are used more than once."
         )
+    found += filter(None, [too_few_steps(job), _uneven_spaces(job)])
     found += _cut_prompts(job)
     found += filter(None, [unequal_labels(job.train, job.eval)])
     if job.overlap:
@@ -47,6 +53,45 @@ def warnings_of(job: Job) -> list[str]:
             "give data.validation, rows it has not seen."
         )
     return found
+
+
+def too_few_steps(job: Job) -> str:
+    """Says so where fine-tuning is too short to teach a task, and what to set; "" where it is not."""
+    tuning, steps = job.recipe.finetune, job.finetune_steps
+    if job.recipe.start == "given" or steps >= FEW_STEPS:
+        return ""
+
+    def steps_with(accumulation: int) -> int:
+        return planned_steps(len(job.samples), tuning.model_copy(update={"accumulation": accumulation}))
+
+    enough = [n for n in range(1, tuning.accumulation) if steps_with(n) >= FEW_STEPS]
+    if enough:
+        advice = f"finetune.accumulation={enough[-1]} makes it {steps_with(enough[-1])}"
+    else:
+        epochs = math.ceil(tuning.epochs * FEW_STEPS / steps_with(1))
+        first = "finetune.accumulation=1 --set " if tuning.accumulation > 1 else ""
+        advice = f"{first}finetune.epochs={epochs} makes it {FEW_STEPS} or more"
+    return (
+        f"{steps} optimizer steps ({len(job.samples)} rows x {tuning.epochs:g} epochs, "
+        f"{tuning.batch_size} x {tuning.accumulation} rows a step): models rarely learn a task in fewer than "
+        f"{FEW_STEPS}. --set {advice}."
+    )
+
+
+def leading_spaces(job: Job) -> list[int] | None:
+    """How many answers begin with a space, of how many; None for conversations, which a template spaces."""
+    plain = [example.answer for example in job.train.examples if not example.messages]
+    return [sum(answer[:1].isspace() for answer in plain), len(plain)] if plain else None
+
+
+def _uneven_spaces(job: Job) -> str:
+    spaces = leading_spaces(job)
+    if spaces is None or spaces[0] in (0, spaces[1]):
+        return ""
+    return (
+        f"{spaces[0]} of {spaces[1]} answers begin with a space and the others do not: the same word is "
+        "then learned as two different tokens."
+    )
 
 
 def _notes_of_rows(job: Job) -> list[str]:

@@ -51,6 +51,7 @@ from gradpruner.runs.plan_names import LABELS, method_of
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.finetuning import check_liger, check_trackers, planned_steps
 from gradpruner.training.options import FinetuneOptions
+from gradpruner.training.rates import default_rate, told
 from gradpruner.training.recording import default_steps
 from gradpruner.training.sharding import check_sharding
 from gradpruner.world import this_world
@@ -84,6 +85,7 @@ class Job:
         refuse_narrowed(self.folder)
         self.config = check_loadable(self.folder, recipe.model.trust_remote_code)
         self._check_budget()
+        self._choose_rate()
         self.tokenizer = tokenizer_of(recipe, self.folder)
         self.max_length = longest = min(recipe.data.max_length, self._max_positions())
         self.train, self.eval = (
@@ -112,6 +114,24 @@ class Job:
         self.num_remove = removed["before"] - removed["after"]
         if "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None:
             self._check_merging()
+
+    def _choose_rate(self) -> None:
+        """Takes the default learning rate where the recipe gives none."""
+        tuning, size = self.recipe.finetune, sum(self.sizes.layer_parameters)
+        self.rate_source = "as given"
+        if tuning.learning_rate is None:
+            self.set_rate(default_rate(size, tuning.mode), told(size, tuning.mode))
+
+    def set_rate(self, rate: float, source: str) -> None:
+        """Fine-tunes at this learning rate from now on.
+
+        Args:
+            rate: The peak.
+            source: Where it comes from, for people.
+        """
+        tuning = self.recipe.finetune.model_copy(update={"learning_rate": rate})
+        self.recipe = self.recipe.model_copy(update={"finetune": tuning})
+        self.rate_source = source
 
     def method_options(self, name: str) -> MethodOptions:
         """What the recipe sets about a method, checked."""

@@ -23,6 +23,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.provenance import sha256_file
 from gradpruner.runs.budget import REPAIR_KEYS, bytes_missing, plan_for
+from gradpruner.runs.data_warnings import too_few_steps
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import data_identity
@@ -66,12 +67,18 @@ def run(
     job = Job(recipe, command)
     directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
     check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
-    # A name is given to one plan; the next start may make another.
-    kept = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"name": None})})
+    if STAGES.index(until) >= STAGES.index("finetune") and (short := too_few_steps(job)):
+        log.warning("warning: %s", short)
     with directory:
-        directory.describe(kept.model_dump(mode="json"), job.input_hashes())
-        write_text(directory.path / "recipe.yaml", recipe_yaml(kept))
+        directory.describe(_unnamed(job.recipe).model_dump(mode="json"), job.input_hashes())
+        # As it was given: another start may have another mode, and then another learning rate.
+        write_text(directory.path / "recipe.yaml", recipe_yaml(_unnamed(recipe)))
         return _Run(job, directory, one_plan).up_to(until)
+
+
+def _unnamed(recipe: Recipe) -> Recipe:
+    """The recipe for the next start: a name is given to one plan, and that one may make another."""
+    return recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"name": None})})
 
 
 class _Run:

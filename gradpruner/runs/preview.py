@@ -15,14 +15,13 @@ from rich.text import Text
 from gradpruner.data.encoding import preview
 from gradpruner.reports.formats import duration, num_bytes
 from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
+from gradpruner.runs.data_warnings import leading_spaces
 from gradpruner.runs.forecast import forecast, num_devices
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import label_of
 from gradpruner.runs.recipe import Recipe
 
 NUM_SAMPLES = 2
-FEW_STEPS = 30  # fewer optimizer steps than that teach hardly any task
-LARGE = 3e9  # parameters from which on the default learning rate is meant
 
 
 def examine(recipe: Recipe) -> dict[str, Any]:
@@ -33,6 +32,8 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         after recording), bytes of the trace and of the models written, and label-mask previews.
     """
     job = Job(recipe)
+    recipe = job.recipe
+    rate, source = _learning_rate(job)
     plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
     needs = bytes_to_write(job)
     saved = job.sizes.savings(plan.keep)
@@ -51,11 +52,12 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "format": job.train.format,
         "supervised_tokens": job.samples.supervised_tokens,
         "longest_sample_tokens": max(job.samples.lengths),
-        "answers_with_space": _leading_spaces(job),
+        "answers_with_space": leading_spaces(job),
         "record_steps": job.record_steps,
         "record_learning_rate": recipe.record.learning_rate,
         "mode": recipe.finetune.mode,
-        "learning_rate": _learning_rate(recipe),
+        "learning_rate": rate,
+        "learning_rate_source": source,
         "batch": {
             "samples": recipe.finetune.batch_size,
             "accumulation": recipe.finetune.accumulation,
@@ -77,7 +79,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "model_bytes": job.sizes.disk_bytes,
         "training_bytes_estimate": weights * per_weight,
         "seconds_estimate": {**asdict(taken), "all": taken.seconds},
-        "warnings": [*job.warnings, *_too_little(job, weights)],
+        "warnings": job.warnings,
         "samples": [
             [[text, supervised] for text, supervised in preview(job.tokenizer, one)]
             for one in job.samples.encoded[:NUM_SAMPLES]
@@ -85,48 +87,10 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _learning_rate(recipe: Recipe) -> float:
-    """Of what trains the rows: fine-tuning, or recovery after it."""
-    own = recipe.recover.learning_rate if recipe.start == "given" else None
-    return own or recipe.finetune.learning_rate
-
-
-def _leading_spaces(job: Job) -> list[int] | None:
-    """How many answers begin with a space, of how many; None for conversations, which a template spaces."""
-    plain = [example.answer for example in job.train.examples if not example.messages]
-    return [sum(answer[:1].isspace() for answer in plain), len(plain)] if plain else None
-
-
-def _too_little(job: Job, parameters: int) -> list[str]:
-    """What will hardly teach the task: too few steps, or a learning rate for other sizes of models."""
-    recipe, notes = job.recipe, []
-    trains = recipe.start != "given" or job.recover_steps > 0
-    steps = job.recover_steps if recipe.start == "given" else job.finetune_steps
-    if trains and recipe.start != "given" and steps < job.record_steps:
-        notes.append(
-            f"{steps} training steps beside {job.record_steps} recorded ones: recording costs more than "
-            "fine-tuning, and so few steps teach little. Lower finetune.accumulation, or raise "
-            "finetune.epochs."
-        )
-    elif trains and recipe.start != "given" and steps < FEW_STEPS:
-        notes.append(
-            f"Only {steps} training steps, too few to learn most tasks: lower finetune.accumulation or "
-            "finetune.batch_size, or raise finetune.epochs."
-        )
-    given = "learning_rate" in recipe.finetune.model_fields_set
-    if trains and recipe.finetune.mode == "full" and not given and parameters < LARGE:
-        notes.append(
-            f"The learning rate of {recipe.finetune.learning_rate:g} is the default for models of 8 B "
-            f"parameters; this one has {parameters / 1e9:.2g} B, and smaller models need more: "
-            "--set finetune.learning_rate=1e-4, say."
-        )
-    spaces = _leading_spaces(job)
-    if spaces is not None and 0 < spaces[0] < spaces[1]:
-        notes.append(
-            f"{spaces[0]} of {spaces[1]} answers begin with a space and the others do not: the same word is "
-            "then learned as two different tokens."
-        )
-    return notes
+def _learning_rate(job: Job) -> tuple[float | None, str]:
+    """Of what trains the rows, fine-tuning or recovery after it, and where it comes from."""
+    own = job.recipe.recover.learning_rate if job.recipe.start == "given" else None
+    return (own, "as given") if own else (job.recipe.finetune.learning_rate, job.rate_source)
 
 
 def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) -> None:
@@ -177,7 +141,8 @@ def _training(facts: dict[str, Any]) -> str:
     lines = []
     if facts["start"] != "given" or facts["recover_steps"]:
         lines.append(
-            f"training ({facts['mode']}): learning rate {facts['learning_rate']:g}, "
+            f"training ({facts['mode']}): learning rate {facts['learning_rate']:g} "
+            f"({facts['learning_rate_source']}), "
             f"{math.prod(batch.values())} samples per step ({of}: batch, accumulation, devices); "
             f"recording: learning rate {facts['record_learning_rate']:g}"
         )

@@ -157,6 +157,7 @@ def run_record(
             "eval": data_facts(job.eval),
             "overlap_rows": job.overlap,
         },
+        "learning_rate": {"value": recipe.finetune.learning_rate, "source": job.rate_source},
         "trace": trace_facts(directory),
         "scores": {found.method: score_facts(found) for found in stored_scores(directory)},
         "plans": plans,

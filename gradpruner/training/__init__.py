@@ -2,6 +2,7 @@
 
 options         what recording, fine-tuning and distillation are told; sections of the recipe
 trainer         a Trainer that computes only the logits that are learned from
+rates           the learning rate where none is given
 batching        layouts of a batch: packed, grouped, padded
 callbacks       progress, and a guard against NaN; resume: the last complete checkpoint
 adapters        LoRA and its kin on every linear of every layer

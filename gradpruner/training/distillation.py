@@ -17,6 +17,7 @@ from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.errors import DataError
 from gradpruner.training.finetuning import finetune, planned_steps
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, changed, validated
+from gradpruner.training.rates import with_rate
 
 DEFAULTS = FinetuneOptions(learning_rate=1e-4, accumulation=1, epochs=1.0)
 # The guide warms up for 100 steps; a run as short as ours would do little else.
@@ -64,7 +65,8 @@ def distil(
 
     Source: Minitron (Muralidharan et al., 2024); its released guide for learning rates and warm-up.
     """
-    options = changed(FinetuneOptions, options, changes)
+    options = with_rate(changed(FinetuneOptions, options, changes), student)
+    assert options.learning_rate is not None
     weights = {"ce": 0, "answers": 1, "prompts": 0, "temperature": temperature}
     distillation = validated(DistillationOptions, weights, "distil: ")
     learned = _learned(samples, tokens)

@@ -23,6 +23,7 @@ from gradpruner.registry import suggest
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
+from gradpruner.training.rates import with_rate
 from gradpruner.training.resume import latest_complete_checkpoint, tally_of
 from gradpruner.training.sharding import check_sharding, make_whole_
 from gradpruner.training.teacher import DistillationTrainer, check_teacher
@@ -45,6 +46,7 @@ def training_arguments(
         output: Folder for checkpoints; None writes none.
         logging_steps: Interval of loss values.
     """
+    assert options.learning_rate is not None  # see `rates.with_rate`
     chosen = resolve_precision(options.precision, options.device)
     known = {field.name for field in fields(TrainingArguments)}
     new, old = "activation_checkpointing", "gradient_checkpointing"  # renamed in transformers 5.23
@@ -198,8 +200,8 @@ def finetune(
     Args:
         model: The causal LM, pruned or not; trained in place.
         dataset: Encoded samples with `input_ids` and `labels`.
-        options: How; None takes the paper's settings: AdamW, learning rate 1e-5, batch 64 (here 8 x 8
-            accumulated), 3 epochs, weight decay 0.1, warm-up 0.03.
+        options: How; None takes the paper's settings: AdamW, batch 64 (here 8 x 8 accumulated), 3 epochs,
+            weight decay 0.1, warm-up 0.03, and at 8 B a learning rate of 1e-5 (`rates.default_rate`).
         collator: Makes batches.
         teacher: A causal LM of the same vocabulary to learn from besides the labels. It is put into
             evaluation mode and moved to the device that trains; its weights stay as they are. A step costs
@@ -226,7 +228,7 @@ def finetune(
 
     Source: GradPruner, C.2; for the teacher see `DistillationOptions`.
     """
-    options = changed(FinetuneOptions, options, changes)
+    options = with_rate(changed(FinetuneOptions, options, changes), model)
     if options.liger:
         check_liger(options.device)
     check_sharding(options.fsdp, options.deepspeed, options.device)

@@ -96,8 +96,9 @@ class FinetuneSection(Section):
 
     mode: Literal["full", "lora"] = "full"
     """full trains every weight; lora trains adapters."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Peak learning rate; 1e-5 suits full fine-tuning of 8 B models, smaller models need more."""
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate; null: by the size of the model and by mode (full at 8 B parameters: 1e-5, the
+    paper's; smaller models need more). A dry run says which."""
     batch_size: int = Field(default=8, ge=1)
     """Samples per forward pass and device."""
     accumulation: int = Field(default=8, ge=1)
