@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,14 +28,23 @@ from gradpruner.files import (
     write_text,
 )
 from gradpruner.json_files import write_json
+from gradpruner.models.card import CARD_FILE, base_of, model_card
 from gradpruner.models.headers import check_inside
-from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.reading import Plan
-from gradpruner.plans.width_plan import WidthPlan
 
 PRUNING_FILE = "pruning.json"
 # Everything a model folder needs besides weights; weights are asked for by pattern.
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*"]
+_HUB_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+]
 # What a model folder has beside weights that a reader of the pruned model needs too. Not code (*.py), not
 # other formats of the same weights, not the source's own card; licences stay with the weights.
 _CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab")
@@ -176,11 +183,14 @@ def describe_model(
     source: str,
     kind: str,
     facts: dict[str, Any] | None = None,
+    origin: Path | None = None,
 ) -> None:
-    """Writes the model card, and last of all `pruning.json`, which marks the folder as ours and whole."""
+    """Writes the model card, and last of all `pruning.json`, which marks the folder as ours and whole.
+
+    `origin` is the folder `source` stands for; its own card says what goes on to this one.
+    """
     facts = facts or {}
-    card = _model_card(plan, source, facts.get("portability", ()), facts.get("repair"))
-    write_text(folder / "README.md", card)
+    write_text(folder / CARD_FILE, model_card(base_of(source, origin), plan, facts))
     write_json(
         folder / PRUNING_FILE,
         {
@@ -191,98 +201,6 @@ def describe_model(
             **facts,
         },
     )
-
-
-def _model_card(
-    plan: Plan | None,
-    source: str,
-    portability: Sequence[dict[str, str]] = (),
-    repair: dict[str, Any] | None = None,
-) -> str:
-    kind = {None: "fine-tuned", "width": "pruned", "layers": "depth-pruned"}[plan.kind if plan else None]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [gradpruner, pruning]",
-        f"base_model: {json.dumps(source)}",
-        "---",
-        "",
-        f"# {_plain(Path(source).name)}, {kind} with GradPruner",
-        "",
-    ]
-    if plan is None:
-        return "\n".join([*lines, "All layers are kept.", ""])
-    lines += _width_lines(plan) if plan.kind == "width" else _depth_lines(plan, repair)
-    engines = [
-        f"- {entry['engine']}: {entry['status']}. {entry['reason'].replace('<', '&lt;')}".rstrip()
-        for entry in portability
-    ]
-    lines += ["", "Where it can be served:", "", *engines] if engines else []
-    return "\n".join([*lines, ""])
-
-
-def _plain(value: Any) -> str:
-    """A name somebody gave as one line of Markdown that means itself: no tags, links or headings."""
-    line = "".join(c if c.isprintable() else " " for c in str(value))
-    return re.sub(r"([\\`*\[\]|~#!])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
-
-
-def _depth_lines(plan: PruningPlan, repair: dict[str, Any] | None) -> list[str]:
-    lines = [
-        f"{len(plan.pruned)} of {plan.num_layers} decoder layers are gone: {runs_of(plan.pruned)}.",
-        f"Method: {_plain(plan.method)}. Kept: {runs_of(plan.keep)}.",
-    ]
-    for target, layers in plan.merged.items():
-        lines.append(
-            f"Layers {runs_of(layers)} were merged into layer {target} "
-            f"(rule {plan.rule}, density {plan.density:g})."
-        )
-    refitted = [cut["layer"] for cut in (repair or {}).get("cuts", ()) if cut["ridge"] is not None]
-    if repair is not None and refitted:
-        how = _plain(repair["kind"]).replace("_", " ")
-        lines.append(
-            f"Repaired ({how}, {_plain(repair['rows'])} rows of the task): the last weights of layers "
-            f"{runs_of(refitted)} were refitted to make up for the layers that are gone behind them."
-        )
-    return [
-        *lines,
-        "",
-        "It loads with `AutoModelForCausalLM.from_pretrained`, without custom code. `pruning.json` holds",
-        "the complete plan. Depth pruning keeps classification and short answers well; multi-step",
-        "reasoning suffers far more, and fine-tuning does not bring all of it back.",
-    ]
-
-
-def _width_lines(plan: WidthPlan) -> list[str]:
-    def kept(what: str, numbers: Sequence[int], total: int) -> str:
-        low, high = min(numbers), max(numbers)
-        return f"- {what}: {low if low == high else f'{low} to {high}'} of {total}"
-
-    shape, layers = plan.shape, range(plan.num_layers)
-    lines = [
-        f"All {plan.num_layers} decoder layers stay and become narrower. Method: {_plain(plan.method)}. "
-        "Per layer:",
-        "",
-        kept("query heads", [len(w.heads) for w in plan.layers], shape.num_heads),
-        kept("key/value heads", [len(plan.kv_heads(i)) for i in layers], shape.num_kv_heads),
-        kept("MLP channels", [len(w.channels) for w in plan.layers], shape.intermediate_size),
-        kept("hidden dimensions, in all of them,", [len(plan.hidden)], shape.hidden_size),
-        "",
-        "`pruning.json` holds the complete plan.",
-    ]
-    if plan.uniform:
-        return [*lines, "It loads with `AutoModelForCausalLM.from_pretrained`, without custom code."]
-    return [
-        *lines,
-        "No config can say widths that differ between layers. Load the model with GradPruner, which runs no",
-        "code of this folder; plain transformers refuses it by the shapes of its tensors:",
-        "",
-        "```python",
-        "from gradpruner import load_model",
-        "",
-        'model = load_model("this folder")',
-        "```",
-    ]
 
 
 def carried_files(source: Path) -> list[Path]:

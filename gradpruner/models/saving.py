@@ -73,7 +73,7 @@ def save_model(
             carry(carried_from, carried_files(carried_from), staged)
         _refuse_non_finite(staged)
         kind = "adapter" if hasattr(model, "peft_config") else "model"
-        describe_model(staged, plan=plan, source=source, kind=kind, facts=facts)
+        describe_model(staged, plan=plan, source=source, kind=kind, facts=facts, origin=carried_from or like)
     return folder
 
 

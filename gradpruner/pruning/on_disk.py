@@ -95,7 +95,7 @@ def prune_checkpoint(
         report = replace(report, folder=str(target))
         report.raise_on_failure()
         facts = _facts(blueprint, written, report, previous)
-        describe_model(staged, plan=plan, source=str(src), kind="model", facts=facts)
+        describe_model(staged, plan=plan, source=str(src), kind="model", facts=facts, origin=source)
     return report
 
 

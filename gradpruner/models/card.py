@@ -1,0 +1,297 @@
+"""The model card: README.md of every folder we write, and what the hub shows of a model that is pushed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.reading import Plan
+from gradpruner.plans.width_plan import WidthPlan
+
+CARD_FILE = "README.md"
+UNKNOWN_LICENCE = "unknown"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_IN_CACHE = re.compile(r"models--(.+?)--(.+?)/snapshots/")
+# What a licence covers goes on to what is made from the model.
+_TAKEN_OVER = ("license", "license_name", "license_link", "language")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that was pruned or tuned.
+
+    Attributes:
+        name: As it was given.
+        hub_id: What the hub calls it, or the model it was made from; None where that is not known.
+        metadata: Licence and languages, as the base's own card gives them.
+    """
+
+    name: str
+    hub_id: str | None = None
+    metadata: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured metric: fractions, with the ends of the 95 % interval where there are any."""
+
+    metric: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    dense: float | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the model was measured to do.
+
+    Attributes:
+        task: The task in a word.
+        rows: Where the test rows came from.
+        num_rows: How many there were.
+        trained_on: Where the training rows came from.
+        figures: The metrics, headline first.
+        versions: Package -> version it was made with.
+        prompt: An example to ask the model, as it was asked.
+        repo: The repository it is pushed to.
+    """
+
+    task: str
+    rows: str
+    num_rows: int | None
+    trained_on: str
+    figures: tuple[Figure, ...]
+    versions: Mapping[str, str]
+    prompt: str | None = None
+    repo: str | None = None
+
+
+def base_of(source: str, folder: Path | None = None) -> Base:
+    """What is known of a base model.
+
+    Args:
+        source: As it was given: folder or hub id.
+        folder: Where it lies; its card says the licence.
+    """
+    known = card_metadata(folder) if folder is not None else {}
+    cached = _IN_CACHE.search(str(folder or source))
+    if cached:
+        hub_id: str | None = f"{cached[1]}/{cached[2]}"
+    elif _HUB_ID.fullmatch(source) and not Path(source).exists():
+        hub_id = source
+    else:
+        named = known.get("base_model")
+        named = named[0] if isinstance(named, list) and len(named) == 1 else named
+        hub_id = named if isinstance(named, str) and _HUB_ID.fullmatch(named) else None
+    kept = {key: known[key] for key in _TAKEN_OVER if key in known}
+    if kept.get("license") == UNKNOWN_LICENCE:
+        del kept["license"]
+    return Base(source, hub_id, kept)
+
+
+def card_metadata(folder: Path) -> dict[str, Any]:
+    """The metadata of a folder's card; nothing where it has none or none that can be read."""
+    from huggingface_hub import metadata_load
+
+    path = folder / CARD_FILE
+    try:
+        found = metadata_load(path) if path.is_file() and path.stat().st_size < 2**22 else None
+    except Exception:  # somebody else's YAML: many types, one meaning here
+        return {}
+    return {str(key): value for key, value in (found or {}).items() if _plain_value(value)}
+
+
+def _plain_value(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+
+
+def model_card(
+    base: Base, plan: Plan | None, facts: Mapping[str, Any], results: Results | None = None
+) -> str:
+    """The whole card as text.
+
+    Args:
+        base: What it was made from.
+        plan: What was pruned; None for a dense model.
+        facts: Of `pruning.json`: `portability`, `repair`.
+        results: What was measured; None where nothing has been yet.
+    """
+    kind = {None: "fine-tuned", "width": "pruned", "layers": "depth-pruned"}[plan.kind if plan else None]
+    name = base.hub_id or base.name
+    lines = [
+        "---",
+        _metadata(base, results),
+        "---",
+        "",
+        f"# {plain(Path(name).name)}, {kind} with GradPruner",
+        "",
+    ]
+    lines += _origin(base)
+    lines += [""] + (_results(results) if results else [])
+    lines += ["## How it was made", ""] if results else []
+    if plan is None:
+        lines += ["All layers are kept."]
+    else:
+        repair = facts.get("repair")
+        lines += _width_lines(plan) if plan.kind == "width" else _depth_lines(plan, repair)
+    lines += _made_with(results) if results else []
+    lines += ["", "## Use", "", *_use(plan, results)]
+    engines = [
+        f"- {entry['engine']}: {entry['status']}. {entry['reason'].replace('<', '&lt;')}".rstrip()
+        for entry in facts.get("portability", ())
+    ]
+    lines += ["", "Where it can be served:", "", *engines] if engines else []
+    return "\n".join([*lines, ""])
+
+
+def plain(value: Any) -> str:
+    """A name somebody gave as one line of Markdown that means itself: no tags, links or headings."""
+    line = "".join(c if c.isprintable() else " " for c in str(value))
+    return re.sub(r"([\\`*\[\]|~#!])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
+
+
+def _metadata(base: Base, results: Results | None) -> str:
+    """The front matter, as the hub's own library writes it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    measured = []
+    if results is not None:
+        kind = re.sub(r"[^A-Za-z0-9._/-]+", "-", results.task) or "custom"
+        rows = {"rows": results.num_rows, "source": results.rows}
+        measured = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=kind,
+                dataset_name=results.task,
+                dataset_split="test",
+                dataset_args=rows,
+                metric_type=figure.metric,
+                metric_name=figure.metric.replace("_", " "),
+                metric_value=round(figure.value, 6),
+            )
+            for figure in results.figures
+        ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gradpruner", "pruning"],
+        base_model=base.hub_id,
+        model_name=(results and results.repo) or base.name if measured else None,
+        eval_results=measured or None,
+        **{"license": UNKNOWN_LICENCE, **(base.metadata or {})},
+    )
+    return str(data.to_yaml(line_break="\n"))
+
+
+def _origin(base: Base) -> list[str]:
+    if base.hub_id and base.hub_id != base.name:
+        made = f"Made from {plain(Path(base.name).name)}, which was made from {plain(base.hub_id)}."
+        made = f"Made from {plain(base.hub_id)}." if _IN_CACHE.search(base.name) else made
+    elif base.hub_id:
+        made = f"Made from {plain(base.hub_id)}."
+    else:
+        made = f"Made from {plain(Path(base.name).name)}; what the hub calls that model is not known."
+    if (base.metadata or {}).get("license"):
+        return [f"{made} The licence is that of the base model."]
+    return [f"{made} Its licence is not known here: look it up before you share this model."]
+
+
+def _results(results: Results) -> list[str]:
+    rows = f"{results.num_rows:,} test rows" if results.num_rows else "test rows"
+    lines = [
+        "## Results",
+        "",
+        f"Task: {plain(results.task)}. Measured on {rows} ({plain(results.rows)}), greedy answers, "
+        f"trained on {plain(results.trained_on)}.",
+        "",
+        "| metric | this model | 95 % interval | before pruning |",
+        "|---|---|---|---|",
+    ]
+    for figure in results.figures:
+        known = figure.low is not None and figure.high is not None
+        between = f"{figure.low:.1%} to {figure.high:.1%}" if known else "not measured"
+        dense = "not measured" if figure.dense is None else f"{figure.dense:.1%}"
+        metric = plain(figure.metric.replace("_", " "))
+        lines.append(f"| {metric} | {figure.value:.1%} | {between} | {dense} |")
+    return [*lines, ""]
+
+
+def _made_with(results: Results) -> list[str]:
+    said = [f"{plain(name)} {plain(version)}" for name, version in results.versions.items()]
+    return ["", f"With {', '.join(said)}."] if said else []
+
+
+def _use(plan: Plan | None, results: Results | None) -> list[str]:
+    """How the model is loaded and, where an example is known, asked: a snippet that runs."""
+    where = repr(results.repo if results and results.repo else "this folder")
+    if plan is not None and plan.kind == "width" and not plan.uniform:
+        loads = ["from gradpruner import load_model", "", f"model = load_model({where})"]
+        note = [
+            "No config can say widths that differ between layers. Load the model with GradPruner, which runs",
+            "no code of this folder; plain transformers refuses it by the shapes of its tensors:",
+        ]
+    else:
+        loads = [
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({where})",
+        ]
+        note = ["It loads with `AutoModelForCausalLM.from_pretrained`, without custom code."]
+    if results and results.prompt and len(loads) == 3 and "transformers" in loads[0]:
+        loads += [
+            f"tokenizer = AutoTokenizer.from_pretrained({where})",
+            f"prompt = {results.prompt!r}".replace("```", "` ` `"),
+            'inputs = tokenizer(prompt, return_tensors="pt")',
+            "answer = model.generate(**inputs, max_new_tokens=32, do_sample=False)",
+            'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))',
+        ]
+    return [*note, "", "```python", *loads, "```"]
+
+
+def _depth_lines(plan: PruningPlan, repair: Mapping[str, Any] | None) -> list[str]:
+    lines = [
+        f"{len(plan.pruned)} of {plan.num_layers} decoder layers are gone: {runs_of(plan.pruned)}.",
+        f"Method: {plain(plan.method)}. Kept: {runs_of(plan.keep)}.",
+    ]
+    for target, layers in plan.merged.items():
+        lines.append(
+            f"Layers {runs_of(layers)} were merged into layer {target} "
+            f"(rule {plan.rule}, density {plan.density:g})."
+        )
+    refitted = [cut["layer"] for cut in (repair or {}).get("cuts", ()) if cut["ridge"] is not None]
+    if repair is not None and refitted:
+        how = plain(repair["kind"]).replace("_", " ")
+        lines.append(
+            f"Repaired ({how}, {plain(repair['rows'])} rows of the task): the last weights of layers "
+            f"{runs_of(refitted)} were refitted to make up for the layers that are gone behind them."
+        )
+    return [
+        *lines,
+        "",
+        "`pruning.json` holds the complete plan. Depth pruning keeps classification and short answers well;",
+        "multi-step reasoning suffers far more, and fine-tuning does not bring all of it back.",
+    ]
+
+
+def _width_lines(plan: WidthPlan) -> list[str]:
+    def kept(what: str, numbers: Sequence[int], total: int) -> str:
+        low, high = min(numbers), max(numbers)
+        return f"- {what}: {low if low == high else f'{low} to {high}'} of {total}"
+
+    shape, layers = plan.shape, range(plan.num_layers)
+    return [
+        f"All {plan.num_layers} decoder layers stay and become narrower. Method: {plain(plan.method)}. "
+        "Per layer:",
+        "",
+        kept("query heads", [len(w.heads) for w in plan.layers], shape.num_heads),
+        kept("key/value heads", [len(plan.kv_heads(i)) for i in layers], shape.num_kv_heads),
+        kept("MLP channels", [len(w.channels) for w in plan.layers], shape.intermediate_size),
+        kept("hidden dimensions, in all of them,", [len(plan.hidden)], shape.hidden_size),
+        "",
+        "`pruning.json` holds the complete plan.",
+    ]
