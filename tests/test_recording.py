@@ -1,13 +1,11 @@
 import os
-import runpy
 import socket
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import VOCABULARY, make_llama, make_rows, make_samples, make_tokenizer, write_rows
+from builders import make_llama, make_samples
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -419,20 +417,6 @@ def test_default_steps():
 
 
 # -- other people's trainers ---------------------------------------------------------------------------
-
-
-def test_the_trl_example(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("trl")
-    root = Path(__file__).parents[1]
-    make_llama(vocab_size=len(VOCABULARY)).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    write_rows(tmp_path / "data.jsonl", make_rows(8))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sys, "argv", ["trl_sft.py", "model", "data.jsonl"])
-    found = runpy.run_path(str(root / "examples" / "trl_sft.py"))
-    assert found["recorder"].trace.num_steps == 40
-    assert len(PruningPlan.load(tmp_path / "plan.json").pruned) == 2
 
 
 def _worker(rank, port, folder):
