@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from gradpruner import progress
 from gradpruner.cli.cost import shown
 from gradpruner.cli.main import app
+from gradpruner.data.encoding import IGNORED
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.evaluation.costing import turns as turns_module
 from gradpruner.evaluation.costing import worker
@@ -21,7 +23,7 @@ from gradpruner.evaluation.costing.comparison import measure_cost
 from gradpruner.evaluation.costing.figures import Figure, time_floors
 from gradpruner.evaluation.costing.subject import Subject, find_subject
 from gradpruner.evaluation.costing.turns import worker_environment
-from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.evaluation.costing.workload import RECORDING, Workload
 from gradpruner.plans.layer_plan import PruningPlan
 
 SMALL = Workload(batch_size=2, tokens=8, new_tokens=4, repeats=2, warmup=1, device="cpu")
@@ -209,8 +211,8 @@ def test_a_dry_run_prints_sizes_and_floors(shape, tmp_path):
 class Asker:
     """The other end of a worker's pipe, in this process: one order, then leave to go, so often."""
 
-    def __init__(self, subject, mode, goes=SMALL.steps):
-        self.messages = [(subject, mode, SMALL), *["go"] * goes]
+    def __init__(self, subject, mode, goes=SMALL.steps, workload=SMALL):
+        self.messages = [(subject, mode, workload), *["go"] * goes]
         self.said = []
 
     def recv(self):
@@ -299,3 +301,17 @@ def test_a_real_run_as_a_user_calls_it(shape, tmp_path):
         assert 0 < figures[name]["floor"] < 1
     assert figures["inference_peak_bytes"]["dense"] > figures["inference_rise_bytes"]["dense"] >= 0
     assert not facts["errors"] and facts["device"] == "cpu"
+
+
+def test_a_recorded_step_and_samples_of_many_lengths(monkeypatch):
+    monkeypatch.setattr(progress, "_mode", "quiet")
+    varied = replace(SMALL, shortest=3, learned_tokens=2, batching="padded")
+    samples = worker._random_samples(make_model(), replace(varied, batch_size=50))
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    assert min(lengths) == 3 and max(lengths) == 8
+    assert all(sample["labels"].count(IGNORED) == len(sample["labels"]) - 2 for sample in samples)
+    asker = Asker(LLAMA, RECORDING, workload=varied)
+    worker.work(asker)
+    assert len(asker.said) == 2 + SMALL.steps and "peak_bytes" in asker.said[-1]
+    with pytest.raises(ConfigError, match="shortest is 9; 2 to 8"):
+        replace(SMALL, shortest=9)

@@ -14,7 +14,7 @@ from gradpruner.errors import ConfigError, ModelError
 from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, size_figures
 from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, size_model
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
-from gradpruner.evaluation.costing.turns import Measurement, measure_pair
+from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.plans.layer_plan import PruningPlan
@@ -129,7 +129,8 @@ def measure_cost(
             found = (Measurement({}), Measurement({}))
             if not dry_run:
                 progress.update(progress.completed, mode=mode)
-                found = measure_pair(pair, mode, workload, progress.advance)
+                orders = (Order(pair[0], mode, workload), Order(pair[1], mode, workload))
+                found = measure_pair(orders, progress.advance)
             figures += measured_figures(found, mode, sizes, workload, dtypes[mode], with_floors=not differs)
             for side, one in zip(("dense", "pruned"), found, strict=True):
                 if one.error:

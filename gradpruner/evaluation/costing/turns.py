@@ -1,4 +1,4 @@
-"""Two models measured in turns, each in a process of its own, so that what the machine does meets both alike.
+"""Two things measured in turns, each in a process of its own, so that what the machine does meets both alike.
 
 A process of its own, because memory that a process once held counts in its peak for ever after, and because a
 model that does not fit should take nothing else with it. The processes are started by `subprocess` and not by
@@ -26,6 +26,21 @@ _END_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
+class Order:
+    """What one process measures.
+
+    Attributes:
+        subject: The model.
+        mode: One of `workload.MODES`, or `workload.RECORDING`.
+        workload: What is run; its device is the only one the process sees.
+    """
+
+    subject: Subject
+    mode: str
+    workload: Workload
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What was measured of one model in one mode.
 
@@ -45,48 +60,45 @@ class Measurement:
 
 
 def measure_pair(
-    pair: tuple[Subject, Subject], mode: str, workload: Workload, advance: Callable[[], None]
+    pair: tuple[Order, Order], advance: Callable[[], None] = lambda: None
 ) -> tuple[Measurement, Measurement]:
-    """Measures both models in one mode; they go first by turns: A B, B A, A B ...
+    """Measures two orders of as many steps; they go first by turns: A B, B A, A B ...
 
     Args:
-        pair: The dense and the pruned model.
-        mode: One of `workload.MODES`.
-        workload: What is run.
+        pair: Such as the dense and the pruned model in one mode, or one model in two ways.
         advance: Called after every step.
 
     Returns:
         What was measured of either; one that fails leaves the other to go on alone.
     """
     with ExitStack() as stack:
-        dense, pruned = (stack.enter_context(Worker(subject, mode, workload)) for subject in pair)
-        for worker in (dense, pruned):
+        one, other = (stack.enter_context(Worker(order)) for order in pair)
+        for worker in (one, other):
             worker.receive()  # it has loaded its model
-        for step in range(workload.steps):
-            for worker in (dense, pruned) if step % 2 == 0 else (pruned, dense):
+        for step in range(pair[0].workload.steps):
+            for worker in (one, other) if step % 2 == 0 else (other, one):
                 if worker.step():
                     advance()
-        return dense.finish(), pruned.finish()
+        return one.finish(), other.finish()
 
 
 class Worker:
-    """A process that measures one model in one mode; it ends with the `with` block, whatever happens.
+    """A process that carries out one order; it ends with the `with` block, whatever happens.
 
     Args:
-        subject: The model.
-        mode: One of `workload.MODES`.
-        workload: What is run; its device is the only one the process sees.
+        order: What it measures.
 
     Attributes:
         error: Why it failed; "" while it works. After a failure, nothing is asked of it any more.
     """
 
-    def __init__(self, subject: Subject, mode: str, workload: Workload) -> None:
+    def __init__(self, order: Order) -> None:
         self.error = ""
+        workload = order.workload
         self._environment = worker_environment(workload.device)
         if self._environment.get("CUDA_VISIBLE_DEVICES") and workload.device.startswith("cuda"):
             workload = replace(workload, device="cuda")
-        self._order = (subject, mode, workload)
+        self._order = (order.subject, order.mode, workload)
         self._times: list[dict[str, float]] = []
 
     def __enter__(self) -> Worker:

@@ -12,6 +12,7 @@ It runs what users run, `finetune` and `generate`, held at a gate before every s
 from __future__ import annotations
 
 import gc
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,7 +29,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from gradpruner.errors import GradPrunerError
 from gradpruner.evaluation.costing.subject import Subject
-from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.evaluation.costing.workload import RECORDING, Workload
 from gradpruner.models.loading import load_model, resolve_device, resolve_dtype
 from gradpruner.models.memory import PeakMemory
 from gradpruner.progress import set_mode
@@ -127,8 +128,9 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
     # Not at the top: inference needs none of a Trainer's imports, which take memory and seconds.
     from transformers import TrainerCallback
 
-    from gradpruner.data.encoding import IGNORED, Collator
+    from gradpruner.data.encoding import Collator
     from gradpruner.training.finetuning import finetune
+    from gradpruner.training.recording import GradientRecorder
 
     class Steps(TrainerCallback):
         """Forward, backward, clipping and optimizer are timed; fetching the batch and logging are not."""
@@ -139,24 +141,26 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             gate.say(step_seconds=gate.seconds())
 
-    learned = workload.learned_tokens or workload.tokens
-    ignored = [IGNORED] * (workload.tokens - learned)
-    samples = [{"input_ids": ids, "labels": ignored + ids[-learned:]} for ids in _random_ids(model, workload)]
-    _, result = finetune(
-        model,
-        samples,
-        collator=Collator(),
-        mode=mode,
-        batch_size=workload.batch_size,
-        accumulation=1,
-        max_steps=workload.steps,
-        seed=workload.seed,
-        rank=workload.rank,
-        merge_adapter=False,
-        callbacks=[Steps()],
-        gradient_checkpointing=workload.gradient_checkpointing,
-        device="cpu" if gate.device.type == "cpu" else "auto",
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        # One step more than there are, so that every step that is timed is one in the middle.
+        recorder = GradientRecorder(workload.steps + 1, Path(folder) / "trace")
+        _, result = finetune(
+            model,
+            _random_samples(model, workload),
+            collator=Collator(),
+            mode="lora" if mode == RECORDING else mode,
+            batch_size=workload.batch_size,
+            accumulation=1,
+            max_steps=workload.steps,
+            seed=workload.seed,
+            rank=workload.rank,
+            merge_adapter=False,
+            callbacks=[Steps(), recorder] if mode == RECORDING else [Steps()],
+            gradient_checkpointing=workload.gradient_checkpointing,
+            batching=workload.batching,
+            liger=workload.liger,
+            device="cpu" if gate.device.type == "cpu" else "auto",
+        )
     return result.peak_memory_bytes, "cuda" if gate.device.type == "cuda" else "rss"
 
 
@@ -225,6 +229,24 @@ def _exercise(measure: Callable[..., tuple[int, str]], device: torch.device) -> 
     measure(model, Workload(batch_size=1, tokens=2, new_tokens=2, repeats=1, warmup=0), Gate(device, None))
     del model
     gc.collect()
+
+
+def _random_samples(model: Any, workload: Workload) -> list[dict[str, list[int]]]:
+    """Training samples for all steps, of which the last tokens are learned."""
+    from gradpruner.data.encoding import IGNORED
+
+    samples = []
+    shares = torch.rand(
+        workload.steps * workload.batch_size, generator=torch.Generator().manual_seed(workload.seed)
+    )
+    for ids, share in zip(_random_ids(model, workload), shares.tolist(), strict=True):
+        if workload.shortest is not None:
+            ids = ids[: round(workload.shortest * (workload.tokens / workload.shortest) ** share)]
+        learned = min(workload.learned_tokens or len(ids), len(ids))
+        samples.append(
+            {"input_ids": ids, "labels": [IGNORED] * (len(ids) - learned) + ids[len(ids) - learned :]}
+        )
+    return samples
 
 
 def _random_ids(model: Any, workload: Workload) -> list[list[int]]:

@@ -10,6 +10,8 @@ from gradpruner.errors import ConfigError
 from gradpruner.registry import suggest
 
 MODES = ("full", "lora", "inference")
+RECORDING = "recording"
+"""A LoRA step whose gradients are recorded: measured against "lora", not of two models."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _AT_LEAST = {"batch_size": 1, "tokens": 2, "new_tokens": 2, "repeats": 1, "warmup": 0, "rank": 1}
 
@@ -32,6 +34,10 @@ class Workload:
         attn: Attention implementation ("sdpa", "eager", "flash_attention_2"); None leaves it to transformers.
         gradient_checkpointing: Trade time for activation memory in training.
         rank: Rank of the adapters of LoRA fine-tuning, >= 1.
+        shortest: Length of the shortest training sample, 2 to `tokens`: lengths are then spread evenly, on a
+            logarithmic scale, from there to `tokens`. None: all are as long as `tokens`.
+        batching: Layout of training batches, as in `finetune`: "packed", "grouped" or "padded".
+        liger: Train with Liger's fused kernels.
         seed: Seed of random weights, samples and prompts.
 
     Raises:
@@ -49,6 +55,9 @@ class Workload:
     attn: str | None = None
     gradient_checkpointing: bool = False
     rank: int = 8
+    shortest: int | None = None
+    batching: str = "packed"
+    liger: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +69,8 @@ class Workload:
                 f"learned_tokens is {self.learned_tokens}; a sample has {self.tokens} tokens.",
                 hint=f"Give 1 to {self.tokens}, or leave it out to learn all of them.",
             )
+        if self.shortest is not None and not 2 <= self.shortest <= self.tokens:
+            raise ConfigError(f"shortest is {self.shortest}; 2 to {self.tokens}, the longest, is needed.")
         if self.dtype not in DTYPES:
             raise ConfigError(
                 f"Unknown dtype '{self.dtype}'.{suggest(self.dtype, DTYPES)}", hint=f"One of {_list(DTYPES)}."
