@@ -28,7 +28,7 @@ def trace_of(work: Work, folder: Path) -> Any:
             collator=work.collator,
             folder=kept,
             seed=work.seed,
-            device="cpu",
+            device=work.device,
             precision="fp32",
         )
         print("recorded", folder.name, trace.num_steps, f"{time.perf_counter() - started:.0f} s", flush=True)

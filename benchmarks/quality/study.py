@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ def vary(work: Work) -> None:
         varied(work, folder, f"rows-{count}", count=count)
     for name in ("sst2", "banking77"):
         if name != work.task:
-            other = Work(work.model, work.data, work.scratch, work.results, name, work.seed)
+            other = replace(work, task=name, only=())
             varied(work, folder, f"rows-of-{name}", source=other)
     adapted = lora_tuned(work)
     for repair in ("least_squares", "none"):
@@ -308,17 +308,21 @@ def main() -> None:
     parser.add_argument("--task", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", default=[], help="texts, one of which a cell's name holds")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="auto: a GPU if there is one")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with_wide_kernels(args.device)
     for what in args.what:
         for seed in args.seed:
             for task in args.task:
                 parts[what](
-                    Work(args.model, args.data, args.scratch, args.results, task, seed, tuple(args.only))
+                    Work(
+                        args.model, args.data, args.scratch, args.results, task, seed, tuple(args.only),
+                        args.device,
+                    )  # fmt: skip
                 )
 
 
 if __name__ == "__main__":
     with_plain_memory()
-    with_wide_kernels()
     main()

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ class Work:
         task: A name in `tasks.TASKS`.
         seed: Of training rows, data order and recording.
         only: Cells with one of these texts in their name are measured; all if empty.
+        device: "cpu", or "auto" for a GPU where there is one.
     """
 
     model: Path
@@ -37,6 +38,7 @@ class Work:
     task: str
     seed: int
     only: tuple[str, ...] = ()
+    device: str = "cpu"
     rows: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,7 +64,7 @@ class Work:
         """The same task with another seed."""
         if seed == self.seed:
             return self
-        return Work(self.model, self.data, self.scratch, self.results, self.task, seed, self.only)
+        return replace(self, seed=seed)
 
     def tuned_folder(self, rate: float) -> Path:
         """Where the dense model tuned at a rate is kept."""
@@ -111,7 +113,7 @@ class Work:
     def load(self, folder: Path | None = None) -> Any:
         from gradpruner.models.loading import load_model
 
-        return load_model(folder or self.model, dtype="float32", device="cpu")
+        return load_model(folder or self.model, dtype="float32", device=self.device)
 
     def tune(self, model: Any, rate: float, **options: Any) -> dict[str, Any]:
         """Full fine-tuning in place; seconds, tokens and the last losses."""
@@ -135,7 +137,7 @@ class Work:
             collator=self.collator,
             learning_rate=rate,
             seed=self.seed,
-            device="cpu",
+            device=self.device,
             precision="fp32",
             weight_decay=0.01,
             warmup_ratio=0.05,
@@ -200,9 +202,10 @@ def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[l
 
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
     right, total, count = [0.0] * len(order), 0.0, 0
+    device = next(model.parameters()).device
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
-        batch = collator([samples[i] for i in chosen])
+        batch = {name: rows.to(device) for name, rows in collator([samples[i] for i in chosen]).items()}
         window = answer_window(batch["labels"])
         targets = window["labels"][:, 1:]
         with torch.inference_mode():
@@ -243,13 +246,19 @@ def with_plain_memory() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
-def with_wide_kernels() -> None:
+def with_wide_kernels(device: str) -> None:
     """Lets oneDNN multiply matrices where it is as exact as fp32; on some machines that is twice as fast.
 
     "medium" allows oneDNN to round to bf16. It does so only where that is quicker for it (AMX), so the error
-    is measured on the shapes of the model, and what is not exact is switched off again.
+    is measured on the shapes of the model, and what is not exact is switched off again. GPUs, which would
+    round, are left as they are.
     """
     import torch
+
+    from gradpruner.models.loading import resolve_device
+
+    if resolve_device(device).type != "cpu":
+        return
 
     torch.set_float32_matmul_precision("medium")
     generator = torch.Generator().manual_seed(0)
