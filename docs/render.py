@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation_blocks
+import gpu_blocks
 import methods
 import quality_blocks
 from drawing import script
@@ -533,6 +534,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gguf_widths": gguf_widths,
     **methods.BLOCKS,
     **ablation_blocks.BLOCKS,
+    **gpu_blocks.BLOCKS,
     **quality_blocks.BLOCKS,
 }
 DRAWINGS = {

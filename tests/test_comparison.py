@@ -306,7 +306,7 @@ def test_a_real_run_as_a_user_calls_it(shape, tmp_path):
 def test_a_recorded_step_and_samples_of_many_lengths(monkeypatch):
     monkeypatch.setattr(progress, "_mode", "quiet")
     varied = replace(SMALL, shortest=3, learned_tokens=2, batching="padded")
-    samples = worker._random_samples(make_model(), replace(varied, batch_size=50))
+    samples = worker.random_samples(make_model(), replace(varied, batch_size=50))
     lengths = [len(sample["input_ids"]) for sample in samples]
     assert min(lengths) == 3 and max(lengths) == 8
     assert all(sample["labels"].count(IGNORED) == len(sample["labels"]) - 2 for sample in samples)

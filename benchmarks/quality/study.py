@@ -308,19 +308,15 @@ def main() -> None:
     parser.add_argument("--task", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", default=[], help="texts, one of which a cell's name holds")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="auto: a GPU if there is one")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="auto: a GPU where there is")
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with_wide_kernels(args.device)
     for what in args.what:
         for seed in args.seed:
             for task in args.task:
-                parts[what](
-                    Work(
-                        args.model, args.data, args.scratch, args.results, task, seed, tuple(args.only),
-                        args.device,
-                    )  # fmt: skip
-                )
+                folders = (args.model, args.data, args.scratch, args.results)
+                parts[what](Work(*folders, task, seed, tuple(args.only), args.device))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
         recorder = GradientRecorder(workload.steps + 1, Path(folder) / "trace")
         _, result = finetune(
             model,
-            _random_samples(model, workload),
+            random_samples(model, workload),
             collator=Collator(),
             mode="lora" if mode == RECORDING else mode,
             batch_size=workload.batch_size,
@@ -231,7 +231,7 @@ def _exercise(measure: Callable[..., tuple[int, str]], device: torch.device) -> 
     gc.collect()
 
 
-def _random_samples(model: Any, workload: Workload) -> list[dict[str, list[int]]]:
+def random_samples(model: Any, workload: Workload) -> list[dict[str, list[int]]]:
     """Training samples for all steps, of which the last tokens are learned."""
     from gradpruner.data.encoding import IGNORED
 
