@@ -220,7 +220,8 @@ def _show(found: Mapping[str, Any]) -> None:
 
     from gradpruner.cli.main import console
     from gradpruner.reports.formats import interval, percent
-    from gradpruner.reports.reading import FEW_EXAMPLES, metric_label
+    from gradpruner.reports.record import FEW_EXAMPLES
+    from gradpruner.reports.view import metric_label
 
     screen = console()
     if "metrics_asked" in found and "metrics" not in found:

@@ -242,7 +242,7 @@ def report(
     """Render report.html again from run.json."""
     from gradpruner.files import working_in
     from gradpruner.reports import markdown_table, print_summary, render_html
-    from gradpruner.reports.reading import read_record
+    from gradpruner.reports.record import read_record
 
     record = read_record(run_directory / "run.json", "run record")
     with working_in(run_directory):
@@ -250,9 +250,9 @@ def report(
     if as_json:
         typer.echo(json.dumps({"report": str(path)}))
     elif markdown:
-        typer.echo(markdown_table(record))
+        typer.echo(markdown_table(record, run_directory))
     else:
-        print_summary(record, console())
+        print_summary(record, console(), run_directory)
         typer.echo(f"report: {path}")
 
 

@@ -269,9 +269,9 @@ def _carry_out(study: Study, *, dry_run: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome.study, indent=2))
     else:
-        from gradpruner.reports.study import print_study
+        from gradpruner.reports import print_summary
 
-        print_study(outcome.study, cli.console())
+        print_summary(outcome.study, cli.console(), study.out)
         cli.console().print(f"study done: {study.out / REPORT}", highlight=False)
     if outcome.error is not None:
         raise outcome.error

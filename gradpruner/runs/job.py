@@ -92,7 +92,7 @@ class Job:
             load_split(recipe, split, self.tokenizer, longest) for split in ("train", "eval")
         )
         self.validation: ExampleSet | None = None
-        if recipe.plan.max_loss is not None:
+        if recipe.plan.max_loss is not None or recipe.data.validation is not None:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
         self.also = load_also(recipe, self.tokenizer, longest)
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
@@ -306,15 +306,13 @@ class Job:
         return {"processes": size} if size > 1 else {}
 
     def rows(self, name: str) -> ExampleSet:
-        """What is measured on: "eval", or the name of one of the further tasks."""
-        return self.eval if name == "eval" else self.also[name]
+        """What is measured on: "eval", "validation", or the name of one of the further tasks."""
+        return {"eval": self.eval, "validation": self.validation or self.eval, **self.also}[name]
 
     def questions(self, name: str) -> Questions:
-        """Rows as for `rows`, or those of "validation", tokenised once for all evaluations."""
+        """Rows as for `rows`, tokenised once for all evaluations."""
         if name not in self._questions:
-            found = self.validation if name == "validation" else self.rows(name)
-            assert found is not None
-            self._questions[name] = Questions(self.tokenizer, found.examples, self.max_length)
+            self._questions[name] = Questions(self.tokenizer, self.rows(name).examples, self.max_length)
         return self._questions[name]
 
     def prune_from(self, folder: Path) -> None:

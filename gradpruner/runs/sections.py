@@ -60,7 +60,8 @@ class DataSection(Section):
     """For conversations and models without a chat template: chatml, llama3, mistral, gemma, or a Jinja file.
     It is saved with the tokenizer of tuned models. null: the tokenizer's own."""
     validation: str | None = None
-    """Rows on which choices are made (plan.max_loss); null holds them out of the training rows."""
+    """Rows on which choices are made: how many layers go (plan.max_loss), which row the report names to ship.
+    null: only plan.max_loss needs some, and holds them out of the training rows."""
     validation_limit: int = Field(default=500, ge=1)
     """Validation rows at most; held out, they are at most a fifth of the training rows."""
     max_length: int = Field(default=2048, ge=2)
