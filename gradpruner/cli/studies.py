@@ -93,6 +93,8 @@ def compare(
 
     values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
     values |= {key: value for key, value in {"plan.unit": unit, "finetune.mode": mode}.items() if value}
+    if recipe is None:
+        values["effort"] = "paper"  # methods as their papers have them; --set effort=fast repairs all
     cli.prepare(quiet)
     resolved = cli.resolve(recipe, None, _one_source(values, overrides), values)
     study = make_study(
@@ -245,7 +247,7 @@ def _base_recipe(file: StudyFile, path: Path, values: dict[str, Any], overrides:
         beside = path.parent / file.base
         named = file.base.endswith((".yaml", ".yml")) and beside.is_file()
         return cli.resolve(str(beside) if named else file.base, None, overrides, values)
-    raw = copy.deepcopy(file.recipe or {})
+    raw = {"effort": "paper", **copy.deepcopy(file.recipe or {})}
     resolve_paths(raw, path.parent)
     return load_recipe(None, tuple(overrides), raw | values)
 

@@ -84,6 +84,7 @@ class Job:
         self.origin = self.folder
         refuse_narrowed(self.folder)
         self.config = check_loadable(self.folder, recipe.model.trust_remote_code)
+        self._settle_repair()
         self._check_budget()
         self._choose_rate()
         self.tokenizer = tokenizer_of(recipe, self.folder)
@@ -100,6 +101,23 @@ class Job:
         self._questions: dict[str, Questions] = {}
         self.overlap = overlap(self.train.examples, self.eval.examples)
         self.warnings += warnings_of(self)
+
+    def _settle_repair(self) -> None:
+        """Decides what `plan.repair: auto` means for this model."""
+        if self.recipe.plan.repair != "auto":
+            return
+        reasons = {
+            "its layers hold experts": bool(self.family.no_merge),
+            "its layers hand keys and values to one another": self.family.shared_kv,
+            "it is quantised": bool(getattr(self.config, "quantization_config", None)),
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), "")
+        if found:
+            self.warnings.append(
+                f"The model is not repaired: {found}. What is cut is only made up for by training."
+            )
+        plan = self.recipe.plan.model_copy(update={"repair": "none" if found else "least_squares"})
+        self.recipe = self.recipe.model_copy(update={"plan": plan})
 
     def _check_budget(self) -> None:
         """Finds an impossible budget or plan before anything is recorded."""
