@@ -53,7 +53,7 @@ from gradpruner.training.finetuning import check_liger, check_trackers, planned_
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, told
 from gradpruner.training.recording import default_steps
-from gradpruner.training.sharding import check_sharding
+from gradpruner.training.sharding import check_sharding, check_world_size
 from gradpruner.world import this_world
 
 
@@ -97,6 +97,8 @@ class Job:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
         self.also = load_also(recipe, self.tokenizer, longest)
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
+        read = {"record": recipe.record.batch_size, "finetune": recipe.finetune.batch_size}
+        check_world_size(len(self.samples), {f"{name}.batch_size": size for name, size in read.items()})
         self.collator = Collator(self.tokenizer)
         self._questions: dict[str, Questions] = {}
         self.overlap = overlap(self.train.examples, self.eval.examples)
