@@ -22,7 +22,8 @@ ALLOWED: dict[str, str] = {
     "methods": "training evaluation pruning models plans gradients data",
     "reports": "plans",
     "runs": "methods evaluation training pruning models plans gradients data reports",
-    "cli": "runs reports evaluation methods training pruning models plans gradients data",
+    "exports": "runs reports evaluation models plans",
+    "cli": "exports runs reports evaluation methods training pruning models plans gradients data",
     "demo": "",
 }
 ROOT = (

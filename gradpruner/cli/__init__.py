@@ -8,5 +8,6 @@ shrink    shrink
 evaluate  evaluate
 studies   compare, ablate
 cost      cost
+export    export, push
 doctor    what is missing here
 """

@@ -242,7 +242,7 @@ def report(
     """Render report.html again from run.json."""
     from gradpruner.files import working_in
     from gradpruner.reports import markdown_table, print_summary, render_html
-    from gradpruner.reports.record import read_record
+    from gradpruner.reports.reading import read_record
 
     record = read_record(run_directory / "run.json", "run record")
     with working_in(run_directory):
@@ -250,9 +250,9 @@ def report(
     if as_json:
         typer.echo(json.dumps({"report": str(path)}))
     elif markdown:
-        typer.echo(markdown_table(record, run_directory))
+        typer.echo(markdown_table(record))
     else:
-        print_summary(record, console(), run_directory)
+        print_summary(record, console())
         typer.echo(f"report: {path}")
 
 
@@ -296,6 +296,7 @@ def _root(
 def _add_model_commands() -> None:
     from gradpruner.cli import cost as cli_cost
     from gradpruner.cli import evaluate as cli_evaluate
+    from gradpruner.cli import export as cli_export
     from gradpruner.cli import listing as cli_listing
     from gradpruner.cli import models as cli_models
     from gradpruner.cli import shrink as cli_shrink
@@ -305,6 +306,7 @@ def _add_model_commands() -> None:
     cli_shrink.add_to(app)
     cli_evaluate.add_to(app)
     cli_models.add_to(app)
+    cli_export.add_to(app)
     cli_cost.add_to(app)
     cli_compare.add_to(app)
 
@@ -323,36 +325,33 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
-
-
-def _command() -> None:
-    """The command; a path somebody gave that the system refuses is an error like others."""
-    try:
-        app()
-    except OSError as error:  # what we write ourselves has its own messages
+    except OSError as error:  # a path somebody gave; what we write ourselves has its own messages
         if error.filename is None:
             raise
-        raise unusable(error) from error
+        ours = unusable(error)
+        complain(ours)
+        sys.exit(ours.exit_code)
 
 
 def _in_its_world() -> None:
     """Carries out the command; of several processes the first does, and the others help where it says so."""
-    from gradpruner.world import launched, this_world
+    from gradpruner.world import PeerError, launched, this_world
 
     if not launched():
-        _command()
+        app()
         return
+    from gradpruner.progress import set_mode
     from gradpruner.runs.together import follow, leading
 
     if this_world().is_first:
         with leading():
-            _command()
+            app()
         return
-    prepare(True)
+    set_mode("quiet")
     logging.disable(logging.WARNING)
     try:
         code = follow()
-    except GradPrunerError as error:  # the first process says it
+    except PeerError as error:  # said by the process it happened to
         code = error.exit_code
     sys.exit(code)
 

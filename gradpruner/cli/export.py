@@ -1,0 +1,195 @@
+"""Commands for a finished model: export it to GGUF and Ollama, push it to the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gradpruner.cli.options import JsonOption, QuietOption
+from gradpruner.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from gradpruner.exports.comparing import Comparison
+    from gradpruner.exports.shipped import FinishedModel
+
+ModelArgument = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory or model folder.")]
+VariantOption = Annotated[
+    str | None, typer.Option("--variant", help="A row of the run instead of the one to ship.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands."""
+    app.command("export")(export)
+    app.command("push")(push)
+
+
+def export(
+    model: ModelArgument,
+    file: Annotated[
+        Path | None, typer.Argument(help="File to write; else in RUN/exports, or beside the model.")
+    ] = None,
+    gguf: Annotated[bool, typer.Option("--gguf", help="As one GGUF file for llama.cpp.")] = False,
+    quantize: Annotated[
+        str | None, typer.Option("--quantize", metavar="TYPE", help="Q4_K_M, Q8_0 ...; else 16 bits.")
+    ] = None,
+    ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile beside it.")] = False,
+    variant: VariantOption = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="llama.cpp's sources; or LLAMA_CPP_DIR.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a model into a GGUF file, and check that it answers as before.
+
+    llama.cpp's own converter does it: pip install 'gradpruner[gguf]', or name its sources.
+    """
+    from gradpruner.cli import main as cli
+    from gradpruner.exports.shipped import open_model
+
+    if not (gguf or ollama):
+        raise ConfigError(
+            "Nothing says as what to export.", hint="--gguf makes a GGUF file; --ollama a Modelfile too."
+        )
+    cli.prepare(quiet)
+    found = open_model(model, variant)
+    facts = _write(found, file, quantize, ollama, llama_cpp)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    from gradpruner.reports.formats import num_bytes
+
+    if found.reason:
+        typer.echo(f"model: {found.folder}. {found.reason}")
+    typer.echo(f"gguf: {facts['gguf']} ({facts['type']}, {num_bytes(facts['bytes'])})")
+    typer.echo(facts["said"])
+    if ollama:
+        typer.echo(f"ollama: {facts['modelfile']}. {facts['note']}")
+        typer.echo(f"next: ollama create {facts['ollama_name']} -f {facts['modelfile']}")
+
+
+def _write(
+    model: FinishedModel, file: Path | None, quantize: str | None, ollama: bool, llama_cpp: Path | None
+) -> dict[str, Any]:
+    """Converts, compares, and only then gives the files their names."""
+    import os
+
+    from gradpruner.exports.comparing import compare
+    from gradpruner.exports.gguf import file_type, find_tools, write_gguf
+    from gradpruner.exports.ollama import MODELFILE, modelfile
+    from gradpruner.exports.shipped import whole_model
+    from gradpruner.files import make_durable, staging, write_text
+
+    kind = file_type(quantize, model.base if model.is_adapter else model.folder)
+    tools = find_tools(kind, llama_cpp)
+    _refuse_unfit(model)
+    target = (
+        file
+        or (model.run / "exports" if model.run else model.folder.resolve().parent)
+        / f"{model.name}-{kind}.gguf"
+    )
+    beside = target.with_name(MODELFILE)
+    for path in (target, *([beside] if ollama else [])):
+        if path.exists():
+            raise ConfigError(
+                f"{path} is there already.", hint="Nothing is overwritten: name another FILE, or move it."
+            )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_model(model, target) as folder, staging(target) as staged:
+        write_gguf(folder, staged, kind, tools)
+        outcome: Comparison = compare(folder, staged, kind, model.asked())
+        if outcome.is_wrong:
+            raise ModelError(
+                f"The file computes something else than the model, and was removed. {outcome.sentence()}",
+                hint="docs/serving.md says which model types llama.cpp runs right; is llama.cpp up to date?",
+            )
+        facts: dict[str, Any] = {
+            "model": str(model.folder),
+            "row": model.row,
+            "gguf": str(target),
+            "type": kind,
+        }
+        facts |= {"bytes": staged.stat().st_size, "compared": outcome.facts(), "said": outcome.sentence()}
+        if ollama:
+            made = modelfile(folder, target, model.asked())
+            write_text(beside, made.text)
+            facts |= {"modelfile": str(beside), "note": made.note, "ollama_name": _ollama_name(model.name)}
+        make_durable(staged)
+        os.replace(staged, target)
+    return facts
+
+
+def _refuse_unfit(model: FinishedModel) -> None:
+    """ModelError if llama.cpp is known not to serve this model right."""
+    for entry in model.facts.get("portability") or ():
+        if entry.get("engine") == "llama.cpp" and entry.get("status") in ("refused", "wrong"):
+            raise ModelError(
+                f"llama.cpp does not serve this model right ({entry['status']}): {entry['reason']}",
+                hint="`gradpruner plan --portable-to llama.cpp` chooses layers so that it does.",
+            )
+
+
+def _ollama_name(name: str) -> str:
+    import re
+
+    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "pruned"
+
+
+def push(
+    model: ModelArgument,
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Anybody may see it; else private.")] = False,
+    variant: VariantOption = None,
+    base_model: Annotated[
+        str | None, typer.Option("--base-model", help="Hub id of the base model, where it is not known.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence, where the base model's is not known.")
+    ] = None,
+    no_report: Annotated[
+        bool,
+        typer.Option("--no-report", help="Leave out report.html: it names this machine and its folders."),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, push nothing.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Push a finished model to the hub: weights, tokenizer, model card, report. Private unless you say so."""
+    from gradpruner.cli import main as cli
+    from gradpruner.exports import hub
+    from gradpruner.exports.shipped import open_model
+    from gradpruner.reports.formats import num_bytes
+
+    hub.check_name(repo)
+    cli.prepare(quiet)
+    found = open_model(model, variant)
+    hub.check_finished(found)
+    options = hub.PushOptions(public, not no_report, base_model, licence)
+    token = "" if dry_run else hub.hub_token()
+    with hub.files_to_push(found, repo, options) as files:
+        sizes = {n: len(f) if isinstance(f, bytes) else f.stat().st_size for n, f in files.items()}
+        url = None if dry_run else hub.push(files, repo, options, token)
+    facts = {
+        "repo": repo,
+        "private": not public,
+        "model": str(found.folder),
+        "row": found.row,
+        "files": sizes,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts | {"pushed": url}, indent=2))
+        return
+    if found.reason:
+        typer.echo(f"model: {found.folder}. {found.reason}")
+    for name, size in sizes.items():
+        typer.echo(f"  {num_bytes(size):>10}  {name}")
+    if not hub.licence_is_known(found, options):
+        typer.echo(
+            "The base model's licence is not known, so the card says 'unknown': give it with --license."
+        )
+    state = "public" if public else "private"
+    typer.echo(f"pushed: {url}" if url else f"dry run: {len(sizes)} files would go to {repo} ({state}).")

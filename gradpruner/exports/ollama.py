@@ -1,0 +1,98 @@
+"""The Modelfile that makes a GGUF file a model of Ollama: template, stops, parameters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradpruner.exports.turns import Turns, find_turns
+from gradpruner.json_files import read_json
+from gradpruner.models.config_patch import text_config
+from gradpruner.models.loading import load_config, load_tokenizer
+
+MODELFILE = "Modelfile"
+PLAIN = "{{ .Prompt }}"
+MOST_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """The text, and what is to be known of it."""
+
+    text: str
+    note: str
+
+
+def modelfile(folder: Path, gguf: Path, asked: Sequence[str] = ()) -> Modelfile:
+    """Writes the Modelfile of a model.
+
+    Args:
+        folder: The model, in transformers' format.
+        gguf: The file, which will lie beside it.
+        asked: Ends of the prompts it was measured with: they say whether it is asked through its template.
+    """
+    tokenizer = load_tokenizer(folder)
+    template, turns, note = _template(tokenizer, asked)
+    config = text_config(load_config(folder))
+    longest = getattr(config, "max_position_embeddings", None)
+    lines = [f"# {note}", f"FROM ./{gguf.name}", f'TEMPLATE """{template}"""']
+    lines += [
+        f"PARAMETER stop {json.dumps(stop, ensure_ascii=False)}" for stop in _stops(folder, tokenizer, turns)
+    ]
+    if isinstance(longest, int):
+        lines.append(f"PARAMETER num_ctx {min(longest, MOST_CONTEXT)}")
+    # As it was measured: greedy, and nothing kept from being said twice.
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    return Modelfile("\n".join([*lines, ""]), note)
+
+
+def _template(tokenizer: Any, asked: Sequence[str]) -> tuple[str, Turns | None, str]:
+    """The template in Ollama's language, the turns it has, and a line that says where it is from."""
+    if not tokenizer.chat_template:
+        return PLAIN, None, "The model has no chat template: it is given the prompt as it is."
+    turns = find_turns(tokenizer)
+    if isinstance(turns, str):
+        note = (
+            f"The chat template could not be translated: {turns}. The prompt is given as it is; write a "
+            "TEMPLATE that does what chat_template.jinja does before you chat with the model."
+        )
+        return PLAIN, None, note
+    ending = f"{turns.user[1]}{turns.reply}".rstrip()
+    if asked and not any(prompt.rstrip().endswith(ending) for prompt in asked):
+        return PLAIN, None, "The model was tuned and measured on plain prompts: it is given them as they are."
+    template = turns.go_template(start_is_added=_adds_start(tokenizer))
+    if '"""' in template:
+        return PLAIN, None, "The chat template cannot stand in a Modelfile; the prompt is given as it is."
+    dated = "strftime_now" in str(tokenizer.chat_template)
+    note = "The tokenizer's chat template, turn by turn" + (
+        ", with the date of today in it." if dated else "."
+    )
+    if turns.system is None and turns.joint is None:
+        note += " It has no system messages."
+    return template, turns, note
+
+
+def _adds_start(tokenizer: Any) -> bool:
+    """Whether the start token comes by itself before a text."""
+    ids = tokenizer.encode("a")
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _stops(folder: Path, tokenizer: Any, turns: Turns | None) -> list[str]:
+    """Every token that ends an answer, as text."""
+    ends: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name, name).get("eos_token_id") if (folder / name).is_file() else None
+        ends += found if isinstance(found, list) else [found]
+    known = [
+        tokenizer.convert_ids_to_tokens(end)
+        for end in [*ends, tokenizer.eos_token_id]
+        if isinstance(end, int)
+    ]
+    closing = turns.assistant[1].strip() if turns is not None else ""
+    if closing in tokenizer.get_vocab():
+        known.append(closing)
+    return [stop for stop in dict.fromkeys(known) if stop]

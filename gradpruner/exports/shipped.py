@@ -1,0 +1,182 @@
+"""The model that a command is about: a folder, or the one to ship of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gradpruner.errors import ConfigError, ModelError
+from gradpruner.evaluation.outputs import read_examples
+from gradpruner.files import shown, staging
+from gradpruner.json_files import read_json
+from gradpruner.models.dtypes import stored_dtype
+from gradpruner.models.folder import PRUNING_FILE, locate_model
+from gradpruner.models.loading import load_adapter, load_model, load_tokenizer
+from gradpruner.models.saving import save_model
+from gradpruner.plans.reading import Plan, read_plan
+from gradpruner.reports.reading import mapping, read_record
+from gradpruner.reports.shipping import model_to_ship
+from gradpruner.runs.directory import MANIFEST, read_manifest, stays_inside
+
+ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = "*.safetensors"
+
+
+@dataclass(frozen=True)
+class FinishedModel:
+    """A model folder, and the run it comes from.
+
+    Attributes:
+        folder: Where it lies; of a run with LoRA, the adapters alone.
+        name: For files and repositories.
+        reason: Why this model of the run; empty for a folder.
+        run: The run directory, None for a folder.
+        row: Its row of the run.
+        record: run.json, {} for a folder.
+    """
+
+    folder: Path
+    name: str
+    reason: str = ""
+    run: Path | None = None
+    row: str = ""
+    record: dict[str, Any] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `pruning.json` says; {} where there is none."""
+        path = self.folder / PRUNING_FILE
+        found = read_json(path, "pruning record") if path.is_file() else {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def plan(self) -> Plan | None:
+        """What was pruned."""
+        raw = self.facts.get("plan")
+        return read_plan(raw, str(self.folder / PRUNING_FILE)) if raw is not None else None
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether the folder holds adapters instead of a model."""
+        return (self.folder / ADAPTER_CONFIG).is_file()
+
+    @property
+    def base(self) -> Path:
+        """The model folder adapters belong to."""
+        if self.run is not None and self.row != "dense":
+            return self.run / "variants" / self.row / "pruned"
+        if self.run is not None:
+            return locate_model(str(mapping(self.record, "model").get("path")))
+        named = read_json(self.folder / ADAPTER_CONFIG, "adapter config").get("base_model_name_or_path")
+        return locate_model(str(named))
+
+    def asked(self) -> list[str]:
+        """Ends of the prompts it was measured with, special tokens included; none for a folder."""
+        file = mapping(self.record, "variants", self.row, "evaluation").get("per_example")
+        if self.run is None or not isinstance(file, str) or not stays_inside(file):
+            return []
+        path = self.run / file
+        return [output.prompt_tail for output in read_examples(path)] if path.is_file() else []
+
+
+def open_model(where: str, row: str | None = None) -> FinishedModel:
+    """Finds the model that is meant.
+
+    Args:
+        where: Run directory, model folder or hub id.
+        row: A row of the run instead of the one to ship.
+
+    Raises:
+        ConfigError: If there is no such row, the run is not far enough, or the model is no longer there.
+        ModelError: If it is neither a run nor a model.
+    """
+    folder = Path(where).expanduser()
+    if (folder / "study.json").is_file():
+        raise ConfigError(
+            f"{folder} holds a comparison of several runs.",
+            hint="Name one of them: the folder seed-0 in it, say.",
+        )
+    if (folder / MANIFEST).is_file() or (folder / "run.json").is_file():
+        return _of_run(folder, row)
+    if row is not None:
+        raise ConfigError("--variant names a row of a run, and this is a model.", hint="Leave it out.")
+    found = locate_model(where)
+    if not any(found.glob(_WEIGHTS)) or not any(
+        (found / n).is_file() for n in ("config.json", ADAPTER_CONFIG)
+    ):
+        raise ModelError(
+            f"{found} is neither a run directory nor a model folder.",
+            hint="A run has manifest.json and run.json, a model config.json and *.safetensors.",
+        )
+    return FinishedModel(found, found.resolve().name if folder.is_dir() else where.rpartition("/")[2])
+
+
+def _of_run(run: Path, row: str | None) -> FinishedModel:
+    if not (run / "run.json").is_file():
+        raise ConfigError(
+            f"The run in {run} is not finished: it has no run.json yet.",
+            hint=f"Start it again, it goes on where it stopped: gradpruner run --out {run}",
+        )
+    record = read_record(run / "run.json", "run record")
+    chosen = model_to_ship(record, row)
+    given = chosen.row == "dense" and chosen.folder == mapping(record, "model").get("path")
+    if not given and not stays_inside(chosen.folder):
+        raise ConfigError(f"The model of {shown(chosen.row)} is in {shown(chosen.folder)}, outside the run.")
+    folder = locate_model(chosen.folder) if given else run / chosen.folder
+    if not any(folder.glob(_WEIGHTS)):
+        kept = mapping(record, "recipe").get("keep_models")
+        hint = (
+            "keep_models: none removed it: set it to all, and start the run again."
+            if kept == "none"
+            else None
+        )
+        raise ConfigError(f"The model of '{chosen.row}' is not in {folder}.", hint=hint)
+    name = f"{run.resolve().name}-{chosen.row}"
+    return FinishedModel(folder, name, chosen.reason, run, chosen.row, record)
+
+
+def unfinished_stages(model: FinishedModel) -> list[str]:
+    """Stages of the model's row, and of what it was made from, that were begun and are not done."""
+    if model.run is None or not (model.run / MANIFEST).is_file():
+        return []
+    stages = read_manifest(model.run / MANIFEST)["stages"]
+    ours = {
+        name: entry for name, entry in stages.items() if name.split(" ")[1:2] in ([], [model.row], ["dense"])
+    }
+    return [f"{name} ({entry['state']})" for name, entry in ours.items() if entry["state"] != "done"]
+
+
+@contextmanager
+def whole_model(model: FinishedModel, beside: Path) -> Iterator[Path]:
+    """The folder of the model; adapters are merged into a folder that goes when the block ends.
+
+    Args:
+        model: What is exported.
+        beside: A path next to which there is space for it.
+
+    Raises:
+        ModelError: If the adapters do not fit.
+    """
+    if not model.is_adapter:
+        yield model.folder
+        return
+    base = model.base
+    with staging(beside, folder=True) as staged:
+        target = staged / model.folder.name
+        merged = load_adapter(
+            load_model(base, dtype=str(stored_dtype(base)).removeprefix("torch.")), model.folder
+        )
+        save_model(
+            merged,
+            load_tokenizer(base),
+            target,
+            dtype=stored_dtype(base),
+            plan=model.plan,
+            source=str(model.facts.get("source") or base),
+            facts={key: model.facts[key] for key in ("portability", "repair") if key in model.facts},
+            like=base,
+        )
+        yield target

@@ -1,0 +1,156 @@
+"""A chat template as the texts around its turns, found by rendering it and proved by rendering it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = dict[str, str]
+# Words no template writes or changes, so that what stands around them is the template's.
+_SYSTEM, _USER, _ANSWER, _NEXT = "qzsysqz", "qzuserqz", "qzanswerqz", "qznextqz"
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What stands around the content of each turn.
+
+    Attributes:
+        start: The start token, where the template writes one.
+        default: What begins a conversation without a system message.
+        system: Around a system message. None: it has no turn of its own.
+        joint: Between a system message and the first user turn it is put into; None: there are none.
+        user: Around a user message.
+        assistant: Around an answer.
+        reply: What opens the answer that is asked for.
+    """
+
+    start: str
+    default: str
+    system: tuple[str, str] | None
+    joint: str | None
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    reply: str
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """A conversation as text, the answer opened."""
+        first = messages[0]
+        system = first["content"] if first["role"] == "system" else None
+        text = self.start + (self.default if system is None or self.system is None else "")
+        for number, message in enumerate(messages):
+            content = message["content"]
+            if message["role"] == "system":
+                text += f"{self.system[0]}{content}{self.system[1]}" if self.system else ""
+                continue
+            before, after = self.user if message["role"] == "user" else self.assistant
+            joined = (
+                f"{system}{self.joint}"
+                if number == 1 and system is not None and self.joint is not None
+                else ""
+            )
+            text += f"{before}{joined}{content}{after}"
+        return text + self.reply
+
+    def go_template(self, start_is_added: bool) -> str:
+        """The same as a template of Go's text/template over Ollama's Messages.
+
+        Args:
+            start_is_added: The engine writes the start token itself.
+        """
+        user, answer = ([_escaped(text) for text in pair] for pair in (self.user, self.assistant))
+        joined = ""
+        if self.joint is not None:
+            joined = "{{ if and $.System (eq $i 1) }}{{ $.System }}" + _escaped(self.joint) + "{{ end }}"
+        branches = [("user", f"{user[0]}{joined}{{{{ .Content }}}}{user[1]}")]
+        if self.system is not None:
+            before, after = map(_escaped, self.system)
+            branches.insert(0, ("system", f"{before}{{{{ .Content }}}}{after}"))
+        branches.append(("assistant", f"{answer[0]}{{{{ .Content }}}}{answer[1]}"))
+        loop = "{{ else ".join(f'if eq .Role "{role}" }}}}{text}' for role, text in branches)
+        default = _escaped(self.default)
+        if default and self.system is not None:
+            default = "{{ if not .System }}" + default + "{{ end }}"
+        start = "" if start_is_added else _escaped(self.start)
+        body = "{{ range $i, $message := .Messages }}{{ " + loop + "{{ end }}{{ end }}"
+        return f"{start}{default}{body}{_escaped(self.reply)}"
+
+
+def find_turns(tokenizer: Any) -> Turns | str:
+    """The turns of a tokenizer's chat template, or why it cannot be said that way, in words."""
+
+    def render(*messages: Message, opened: bool = False) -> str:
+        return str(
+            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opened)
+        )
+
+    try:
+        found = _guess(render, tokenizer.bos_token or "")
+    except Exception as error:  # a template is somebody's program
+        return f"it does not put turns one after the other ({str(error).splitlines()[0][:120]})"
+    for messages in _probes(found):
+        try:
+            right = render(*messages, opened=True)
+        except Exception as error:
+            return f"it refuses a conversation ({str(error).splitlines()[0][:120]})"
+        if right != found.render(messages):
+            return "it writes a turn in another way depending on what stands around it"
+    return found
+
+
+def _guess(render: Any, bos: str) -> Turns:
+    """Reads the turns off a few conversations."""
+    user, answer = _says("user", _USER), _says("assistant", _ANSWER)
+    head, tail = _around(render(user), _USER)
+    reply = _without(render(user, opened=True), f"{head}{_USER}{tail}", "")
+    between, end = _around(render(user, answer).partition(_USER)[2], _ANSWER)
+    opening = _without(between, tail, "")
+    following = render(user, answer, _says("user", _NEXT)).partition(_ANSWER)[2]
+    begin = _without(_around(following, _NEXT)[0], end, "")
+    head = _without(head, "", begin)
+    start = bos if bos and head.startswith(bos) else ""
+    try:
+        before, middle = _around(render(_says("system", _SYSTEM), user).partition(_USER)[0], _SYSTEM)
+    except Exception:  # templates without system messages refuse them
+        before, middle = "", ""
+    system, joint = None, None
+    if before.endswith(begin) and before == f"{head}{begin}":
+        joint = middle
+    elif middle.endswith(begin):
+        system = _without(before, start, ""), _without(middle, "", begin)
+    return Turns(start, head.removeprefix(start), system, joint, (begin, tail), (opening, end), reply)
+
+
+def _says(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _around(text: str, word: str) -> tuple[str, str]:
+    before, found, after = text.partition(word)
+    if not found:
+        raise ValueError("a message is left out")
+    return before, after
+
+
+def _without(text: str, start: str, end: str) -> str:
+    if not (text.startswith(start) and text.endswith(end) and len(text) >= len(start) + len(end)):
+        raise ValueError("turns depend on each other")
+    return text[len(start) : len(text) - len(end)]
+
+
+def _probes(turns: Turns) -> list[list[Message]]:
+    """Conversations that must come out right; the contents are ordinary ones."""
+    user, answer, further = (
+        _says("user", "What is 2 + 2?"),
+        _says("assistant", "Four."),
+        _says("user", "And 3?"),
+    )
+    found = [[user], [user, answer, further], [user, answer, further, answer, user]]
+    if turns.system is not None or turns.joint is not None:
+        system = _says("system", "Be brief.\nBe right.")
+        found += [[system, user], [system, user, answer, further]]
+    return found
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{{", '{{ "{{" }}')
