@@ -1,10 +1,10 @@
-"""The command `cost`: time, memory and operations of a pruned model against the dense one."""
+"""The command `cost`: a pruned model against the dense one, and what several processes would hold."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,9 @@ from gradpruner.errors import ConfigError, ResourceError
 if TYPE_CHECKING:
     from gradpruner.evaluation.costing.comparison import CostComparison
     from gradpruner.evaluation.costing.figures import Figure
+    from gradpruner.evaluation.costing.scaling import Scaling
     from gradpruner.evaluation.costing.subject import Subject
+    from gradpruner.evaluation.costing.workload import Workload
     from gradpruner.plans.layer_plan import PruningPlan
 
 
@@ -38,8 +40,29 @@ def cost(
         bool, typer.Option("--random", help="Random weights; only config.json is read.")
     ] = False,
     mode: Annotated[
-        str, typer.Option("--mode", help="What to measure: full, lora, inference, with commas.")
-    ] = "full,lora,inference",
+        str | None,
+        typer.Option(
+            "--mode",
+            help="What to measure: full, lora, inference, with commas; with --world-size full, lora, qlora.",
+            show_default="all",
+        ),
+    ] = None,
+    world_size: Annotated[
+        int | None,
+        typer.Option("--world-size", help="With --dry-run: what each of so many devices would hold."),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            "--strategy", help="How it is spread: ddp, fsdp, zero1, zero2, zero3.", show_default="all"
+        ),
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option("--device-memory", help="Of each device, to say what fits: 80GB.")
+    ] = None,
+    optim: Annotated[
+        str, typer.Option("--optim", help="Optimizer, with --world-size: adamw_8bit, adafactor ...")
+    ] = "adamw_torch_fused",
     batch_size: Annotated[int, typer.Option(help="Sequences per step and per generation.")] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens of every sample and prompt.")] = 128,
     learned_tokens: Annotated[
@@ -71,18 +94,27 @@ def cost(
     """Measure what a pruned model saves: gradpruner cost DENSE PRUNED.
 
     Training step, generation, memory, operations; each as a ratio to the dense model, beside the floor that
-    depth alone allows. The two models are run in turns, each in a process of its own.
+    depth alone allows. The two models are run in turns, each in a process of its own. With --world-size N
+    --dry-run: what each of N devices holds in training, and what recording, gathering and pruning move.
     """
     from gradpruner.cli import main as cli
     from gradpruner.evaluation.costing.comparison import measure_cost
     from gradpruner.evaluation.costing.subject import find_subject
-    from gradpruner.evaluation.costing.workload import Workload, checked_modes
+    from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
     from gradpruner.json_files import write_json
 
     cli.prepare(quiet)
     options = {"PRUNED": pruned, "--keep": keep, "--drop": drop, "--num-prune": num_prune, "--plan": plan}
     given = [name for name, value in options.items() if value is not None]
-    if len(given) != 1:
+    scales = world_size is not None
+    if not scales and (strategy or device_memory):
+        raise ConfigError("--strategy and --device-memory need --world-size.")
+    if scales and (not dry_run or pruned is not None):
+        raise ConfigError(
+            "--world-size computes what devices would hold, of one model, and runs nothing.",
+            hint="gradpruner cost MODEL --world-size 8 --dry-run, perhaps with --num-prune.",
+        )
+    if len(given) != 1 and not (scales and not given):
         raise ConfigError(
             f"{' and '.join(given) or 'No pruned model is'} given.",
             hint=f"Exactly one of {', '.join(options)} is needed.",
@@ -101,8 +133,14 @@ def cost(
         rank=rank,
         seed=seed,
     )
-    modes = checked_modes([name.strip() for name in mode.split(",") if name.strip()])
-    subject = find_subject(dense, random=random, fetch=not dry_run)
+    names = tuple(name.strip() for name in (mode or "").split(",") if name.strip())
+    subject = find_subject(dense, random=random or scales, fetch=not dry_run)
+    if world_size is not None:
+        asked = {"processes": world_size, "modes": names, "strategies": strategy, "memory": device_memory}
+        kept = _chosen_plan(subject, keep, drop, num_prune, plan)
+        _scale(subject, workload, kept, asked | {"optim": optim}, out, as_json)
+        return
+    modes = checked_modes(names if mode is not None else MODES)
     other = pruned if pruned is not None else _chosen_plan(subject, keep, drop, num_prune, plan)
     comparison = measure_cost(subject, other, workload, modes=modes, random=random, dry_run=dry_run)
     if out is not None:
@@ -119,13 +157,86 @@ def _chosen_plan(
     subject: Subject, keep: str | None, drop: str | None, num_prune: int | None, plan: Path | None
 ) -> PruningPlan:
     from gradpruner.evaluation.costing.subject import plan_by_count
+    from gradpruner.gradients.scores import default_num_prune
     from gradpruner.plans.layer_plan import PruningPlan
 
     if plan is not None:
         return PruningPlan.load(plan)
     if num_prune is not None:
         return plan_by_count(subject.depth, num_prune)
+    if keep is None and drop is None:
+        return plan_by_count(subject.depth, default_num_prune(subject.depth))
     return PruningPlan.from_keep(subject.depth, kept_layers(keep, drop, subject.depth))
+
+
+def _scale(
+    subject: Subject,
+    workload: Workload,
+    plan: PruningPlan,
+    asked: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    from gradpruner.cli.models import num_bytes
+    from gradpruner.evaluation.costing.scaling import SCALED_MODES, plan_scaling
+    from gradpruner.json_files import write_json
+    from gradpruner.plans.defaults import NUM_MERGE
+
+    found = plan_scaling(
+        subject,
+        workload,
+        plan,
+        processes=asked["processes"],
+        strategies=tuple(asked["strategies"].split(",")) if asked["strategies"] else (),
+        modes=asked["modes"] or SCALED_MODES,
+        device_bytes=num_bytes(asked["memory"]) if asked["memory"] else None,
+        optim=asked["optim"],
+        num_merge=min(NUM_MERGE, len(plan.pruned)),
+    )
+    if out is not None:
+        write_json(out, found.to_dict())
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        _print_scaling(found)
+
+
+def _print_scaling(found: Scaling) -> None:
+    from rich.table import Table
+
+    from gradpruner.cli.main import console
+    from gradpruner.reports.formats import MISSING, num_bytes
+
+    def size(value: int | None) -> str:
+        return MISSING if value is None else num_bytes(value)
+
+    have = f" ({size(found.device_bytes)})" if found.device_bytes else ""
+    each = "one device" if found.processes == 1 else f"each of {found.processes} devices"
+    title = f"{found.name}, {found.parameters / 1e9:.3g} B parameters: {each}{have}"
+    head = ("mode", "strategy", "weights", "gradients", "optimizer", "exchange", "activations", "at most")
+    table = Table(*head, *(["fits"] if have else []), title=title, title_justify="left")
+    for row in found.rows:
+        held = row.held
+        parts = (held.weights, held.gradients, held.optimizer, held.exchange, held.working, held.peak)
+        fits = [] if row.fits is None else ["yes" if row.fits else "no"]
+        table.add_row(row.mode, row.strategy, *map(size, parts), *fits)
+    stages, work, screen = found.stages, found.workload, console()
+    screen.print(table)
+    screen.print(
+        f"recording: {size(stages['trace'])} on disk, {size(stages['trace_in_memory'])} in the first "
+        f"process's memory. Gathering after sharded full training: {size(stages['gathered'])} on the first "
+        f"process's host, {size(stages['gathered_at_a_time'])} of it on its device at a time. Pruning "
+        f"{len(found.pruned)} layers ({found.merged} merged): {size(stages['surgery_read'])} read, "
+        f"{size(stages['surgery_written'])} written, without checks.",
+        highlight=False,
+    )
+    screen.print(
+        f"Computed, nothing was run: batches of {work.batch_size} x {work.tokens} tokens on each device, "
+        f"{found.optim}, weights in bfloat16 (float32 where all are trained), bf16 autocast. DeepSpeed's "
+        "buffers are not counted.",
+        style="dim",
+        highlight=False,
+    )
 
 
 def _print(comparison: CostComparison) -> None:

@@ -96,6 +96,25 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return max(lists, key=lambda layers: (len(layers) == expected, len(layers)))
 
 
+def keep_layers_(model: nn.Module, keep: Sequence[int]) -> nn.Module:
+    """Leaves only some decoder layers in a model that is to be sized, not run as what it was; returns it.
+
+    The config learns their number and nothing else; pruning is `LayeredModel.keep_layers`.
+
+    Args:
+        model: Changed in place.
+        keep: Indices of the layers that stay.
+    """
+    layers = decoder_layers(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.ModuleList) and len(child) and child[0] is layers[0]:
+                setattr(parent, name, nn.ModuleList([layers[index] for index in keep]))
+    config: Any = model.config
+    config.get_text_config(decoder=True).num_hidden_layers = len(keep)
+    return model
+
+
 def count_parameters(module: nn.Module, *, trainable_only: bool = False) -> int:
     """Number of parameters; one shared by two places (tied embeddings) counts once.
 

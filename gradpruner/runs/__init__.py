@@ -13,7 +13,8 @@ data_warnings    what to know of the rows before training
 plan_names       what rows are called, so that one folder holds the results of many plans;
                  row_names: which of them a recipe's model has
 depth_search     how many layers may go
-preview          what a dry run says; forecast: about how long the run will take
+preview          what a dry run says; forecast: about how long the run will take;
+                 fitting: whether it fits into memory
 run_record       what run.json says
 study            several runs compared
 """

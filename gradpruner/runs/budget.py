@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradpruner.evaluation.costing.per_device import trace_bytes
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS
 from gradpruner.models.config_patch import required_layers
-from gradpruner.models.layers import LayeredModel
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.runs.plan_names import STAGES, method_of
@@ -69,10 +69,7 @@ def bytes_to_write(job: Job) -> dict[str, int]:
     rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
     trace = 0
     if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
-        view = LayeredModel(job.sizes.model)
-        modules: list[Any] = [m for i in range(view.num_layers) for m in view.linears(i).values()]
-        per_step = sum(sum(module.weight.shape) for module in modules)
-        trace = 4 * job.record_steps * recipe.record.rank * per_step
+        trace = trace_bytes(job.sizes.model, recipe.record.rank, job.record_steps)
     temporary = 0 if recipe.keep_models == "all" else max(rows)
     options = recipe.finetune
     if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:

@@ -27,6 +27,7 @@ from gradpruner.runs.data_warnings import too_few_steps
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import data_identity
+from gradpruner.runs.fitting import check_fitting
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import LABELS, STAGES, method_of
 from gradpruner.runs.recipe import Recipe, recipe_yaml
@@ -65,6 +66,7 @@ def run(
     if until not in STAGES:
         raise ConfigError(f"Unknown stage '{until}'.", hint=f"Stages: {', '.join(STAGES)}.")
     job = Job(recipe, command)
+    check_fitting(job, until)
     directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
     check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
     if STAGES.index(until) >= STAGES.index("finetune") and (short := too_few_steps(job)):

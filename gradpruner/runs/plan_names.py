@@ -22,7 +22,9 @@ LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no 
 MADE = ("repair", "prune", "recover", "finetune", "evaluate")
 _LONGEST = 60
 # Sections and keys that make no other plan.
-_INDIFFERENT = ("out", "title", "effort", "variants", "keep_models", "verify", "evaluate", "plan.name")
+_INDIFFERENT = (
+    "out", "title", "effort", "variants", "keep_models", "memory", "verify", "evaluate", "plan.name",
+)  # fmt: skip
 
 
 def variant_of(row: str) -> str:

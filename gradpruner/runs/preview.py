@@ -13,9 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gradpruner.data.encoding import preview
+from gradpruner.errors import ResourceError
 from gradpruner.reports.formats import duration, num_bytes
 from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import leading_spaces
+from gradpruner.runs.fitting import Fitting, fault_of, fitting_of
 from gradpruner.runs.forecast import forecast, num_devices
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import label_of
@@ -38,10 +40,8 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     needs = bytes_to_write(job)
     saved = job.sizes.savings(plan.keep)
     rows = len(recipe.variants)
-    weights = job.sizes.parameters
     taken = forecast(job, job.sizes.model)
-    # AdamW in fp32: weight, gradient and two moments; LoRA holds the weights and little else.
-    per_weight = 16 if recipe.finetune.mode == "full" else 4
+    fitting = fitting_of(job, rehearse=True)
     return {
         "model": str(job.folder),
         "num_layers": job.num_layers,
@@ -77,14 +77,21 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "written_bytes": needs["trace"] + needs["models"],
         "temporary_bytes": needs["temporary"],
         "model_bytes": job.sizes.disk_bytes,
-        "training_bytes_estimate": weights * per_weight,
+        "memory": fitting.to_dict(),
+        "memory_fault": str(fault_of(job, fitting)) if fitting.impossible else None,
         "seconds_estimate": {**asdict(taken), "all": taken.seconds},
-        "warnings": job.warnings,
+        "warnings": [*job.warnings, *_of_memory(job, fitting)],
         "samples": [
             [[text, supervised] for text, supervised in preview(job.tokenizer, one)]
             for one in job.samples.encoded[:NUM_SAMPLES]
         ],
     }
+
+
+def _of_memory(job: Job, fitting: Fitting) -> list[str]:
+    """What may not fit; what cannot, if the recipe says `memory: warn`."""
+    ignored = fitting.impossible and job.recipe.memory == "warn"
+    return [*fitting.warnings, *([str(fault_of(job, fitting))] if ignored else [])]
 
 
 def _learning_rate(job: Job) -> tuple[float | None, str]:
@@ -94,11 +101,21 @@ def _learning_rate(job: Job) -> tuple[float | None, str]:
 
 
 def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) -> None:
-    """Prints what `examine` finds."""
+    """Prints what `examine` finds.
+
+    Raises:
+        ResourceError: If the run cannot fit into memory and the recipe does not say `memory: warn`.
+    """
     facts = examine(recipe)
     if as_json:
         print(json.dumps(facts, indent=2))
-        return
+    else:
+        _print_facts(recipe, facts, console)
+    if facts["memory_fault"] and recipe.memory == "refuse":
+        raise ResourceError(facts["memory_fault"])
+
+
+def _print_facts(recipe: Recipe, facts: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]Dry run[/bold] of {recipe.title or Path(facts['model']).name}", highlight=False)
     console.print(
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
@@ -110,10 +127,10 @@ def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) ->
     console.print(savings_table(facts["savings"], title))
     console.print(
         f"disk: trace {num_bytes(facts['trace_bytes'])}, everything written "
-        f"{num_bytes(facts['written_bytes'])}; weights, gradients and optimizer of the dense model in "
-        f"training: about {num_bytes(facts['training_bytes_estimate'])} (activations come on top)",
+        f"{num_bytes(facts['written_bytes'])}",
         highlight=False,
     )
+    console.print(memory_table(facts["memory"]))
     for number, pieces in enumerate(facts["samples"], start=1):
         line = Text(f"sample {number}: ")
         for text, supervised in pieces:
@@ -176,6 +193,21 @@ def _course(facts: dict[str, Any]) -> str:
         parts[-1] += f"; rows: {rows}"
     teacher = "; pruned models also learn from the tuned dense one" if facts["teacher"] != "none" else ""
     return ", ".join(parts) + teacher
+
+
+def memory_table(found: dict[str, Any]) -> Table:
+    """What each stage holds on a device."""
+    several = found["processes"] > 1
+    spread = f", {found['strategy']}: each of {found['processes']} processes" if several else ""
+    title = f"{found['device']}, {num_bytes(found['available_bytes'])}{spread}"
+    head = ("memory", "weights", "gradients", "optimizer", "other", "activations", "at most")
+    table = Table(*head, title=title, title_justify="left")
+    for name, held in found["stages"].items():
+        other = held["exchange"] + held["teacher"] + held["cache"]
+        sizes = [held["weights"], held["gradients"], held["optimizer"], other, held["working"], held["peak"]]
+        cells = ["?" if size is None else num_bytes(size) for size in sizes]
+        table.add_row(name, *cells, style="bold" if name == found["peak_stage"] else "")
+    return table
 
 
 def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:

@@ -86,6 +86,9 @@ class Recipe(Section):
     structure loads nothing, auto is full where memory allows."""
     keep_models: Literal["all", "none"] = "all"
     """Whether pruned and fine-tuned models stay on disk after evaluation (none: for sweeps)."""
+    memory: Literal["refuse", "warn"] = "refuse"
+    """What is done where weights, gradients and optimizer alone are more than a device's memory: refuse to
+    begin, or warn and go on."""
 
     @model_validator(mode="before")
     @classmethod

@@ -12,11 +12,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gradpruner.errors import ConfigError, ModelError
 from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, size_figures
+from gradpruner.evaluation.costing.per_device import held_bytes
 from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, size_model
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
 from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 from gradpruner.models.loading import resolve_device, resolve_dtype
+from gradpruner.models.sizes import build_on_meta
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import Progress
 from gradpruner.provenance import provenance, utc_now
@@ -123,6 +125,7 @@ def measure_cost(
     device = resolve_device(workload.device)
     dtypes = {mode: weight_dtype(mode, workload, device) for mode in wanted}
     figures = size_figures(sizes, workload.tokens)
+    models = [build_on_meta(subject.config) for subject in pair]
     errors: dict[str, str] = {}
     with Progress(0 if dry_run else 2 * workload.steps * len(wanted), "cost") as progress:
         for mode in wanted:
@@ -131,7 +134,10 @@ def measure_cost(
                 progress.update(progress.completed, mode=mode)
                 orders = (Order(pair[0], mode, workload), Order(pair[1], mode, workload))
                 found = measure_pair(orders, progress.advance)
-            figures += measured_figures(found, mode, sizes, workload, dtypes[mode], with_floors=not differs)
+            held = [held_bytes(model, mode, workload, dtypes[mode]) for model in models]
+            figures += measured_figures(
+                found, mode, sizes, workload, (held[0], held[1]), with_floors=not differs
+            )
             for side, one in zip(("dense", "pruned"), found, strict=True):
                 if one.error:
                     errors[f"{side}, {LABELS[mode]}"] = one.error

@@ -7,15 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from gradpruner.evaluation.costing.sizing import Sizes, held_bytes, time_floor
+from gradpruner.evaluation.costing.sizing import Sizes, time_floor
 from gradpruner.evaluation.costing.turns import Measurement
 from gradpruner.evaluation.costing.workload import Workload
 
 # Mode -> what the tables call it.
 LABELS = {"full": "full fine-tuning", "lora": "LoRA fine-tuning", "inference": "inference"}
-# Mode -> what memory it holds for sure (`sizing.held_bytes`).
+# Mode -> what memory it holds for sure (`per_device.held_bytes`).
 _HELD = {
     "full": "weights, gradients, moments",
     "lora": "weights, adapters, moments",
@@ -138,7 +136,7 @@ def measured_figures(
     mode: str,
     sizes: tuple[Sizes, Sizes],
     workload: Workload,
-    dtype: torch.dtype,
+    held: tuple[int, int],
     *,
     with_floors: bool = True,
 ) -> list[Figure]:
@@ -149,10 +147,9 @@ def measured_figures(
         mode: One of `workload.MODES`.
         sizes: Of the two models.
         workload: What was run.
-        dtype: Type of the weights in this mode.
+        held: Bytes each of the two holds for sure.
         with_floors: The models differ in depth alone.
     """
-    held = [float(held_bytes(one, mode, workload, dtype)) for one in sizes]
     floors = time_floors(mode, sizes, workload) if with_floors else {}
     memory_floor = held[1] / held[0] if with_floors else None
     kinds = {one.kind for one in found if one.kind}
@@ -167,7 +164,7 @@ def measured_figures(
             tuple(workload.batch_size / t for t in one.seconds.get("decode_seconds", ())) for one in found
         ]
         rows.append(("rate", "new tokens a second", "tokens/s", rates, None))
-    rows.append(("held_bytes", _HELD[mode], "bytes", [(held[0],), (held[1],)], None))
+    rows.append(("held_bytes", _HELD[mode], "bytes", [(float(held[0]),), (float(held[1]),)], None))
     if kinds:
         # Of a whole process, Python and the libraries count too.
         floor = memory_floor if kinds == {"cuda"} else None

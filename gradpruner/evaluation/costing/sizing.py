@@ -15,8 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradpruner.errors import ModelError
-from gradpruner.evaluation.costing.workload import Workload
-from gradpruner.models.layers import LayeredModel
+from gradpruner.evaluation.costing.per_device import adapter_parameters
 from gradpruner.models.sizes import (
     build_on_meta,
     count_parameters,
@@ -27,11 +26,6 @@ from gradpruner.models.sizes import (
 )
 
 log = logging.getLogger(__name__)
-
-# Of weights that are updated: the weight, its gradient and AdamW's two moments, all of the weight's type.
-_COPIES_IN_TRAINING = 4
-# PEFT keeps adapters in float32 whatever the model's type is.
-_ADAPTER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -95,7 +89,7 @@ def size_model(config: Any, *, tokens: int = 128, rank: int = 8) -> Sizes:
         parameters_without_head=count_parameters(model.base_model),
         decoder_parameters=sum(per_layer),
         layer_kinds=tuple(sorted(set(per_layer))),
-        adapter_parameters=_adapter_parameters(model, rank),
+        adapter_parameters=_adapters(model, rank),
         layer_macs=layer_macs,
         head_macs=macs_linear(model, tokens=1, lm_head=True) - layer_macs,
         flops=count_flops(model, tokens=tokens),
@@ -165,30 +159,8 @@ def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) ->
     return work[1] / work[0]
 
 
-def held_bytes(sizes: Sizes, mode: str, workload: Workload, dtype: torch.dtype) -> int:
-    """Bytes a mode holds for sure: weights, what updates them, the cache. Activations come on top.
-
-    Args:
-        sizes: Sizes of the model.
-        mode: "full" (weight, gradient and two moments for every parameter), "lora" (the weights, and the same
-            for adapters in float32) or "inference" (the weights and the cache at its longest).
-        workload: Batch and lengths.
-        dtype: Type of the weights.
-    """
-    weights = sizes.parameters * dtype.itemsize
-    if mode == "full":
-        return _COPIES_IN_TRAINING * weights
-    if mode == "lora":
-        return weights + _COPIES_IN_TRAINING * sizes.adapter_parameters * _ADAPTER_BYTES
-    cached = workload.batch_size * (workload.tokens + workload.new_tokens - 1)
-    return weights + cached * sizes.kv_entries_per_token * dtype.itemsize
-
-
-def _adapter_parameters(model: Any, rank: int) -> int:
-    """Parameters of LoRA on every linear: r rows of the input's width and r columns of the output's."""
+def _adapters(model: Any, rank: int) -> int:
     try:
-        view = LayeredModel(model)
-    except ModelError:
+        return adapter_parameters(model, rank)
+    except ModelError:  # its layers cannot be told, so it gets none
         return 0
-    layers = range(view.num_layers)
-    return rank * sum(sum(weight.shape) for layer in layers for weight in view.weights(layer).values())

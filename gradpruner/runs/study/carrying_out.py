@@ -34,7 +34,7 @@ STUDY, REPORT, TABLE = "study.json", "report.html", "table.md"
 # Shows that a folder is a study's, before the first run is finished.
 MARKER = "study.yaml"
 # Keys of a recipe that change no figure.
-_INDIFFERENT = ("out", "title", "keep_models")
+_INDIFFERENT = ("out", "title", "keep_models", "memory")
 
 
 class Begun(TypedDict):

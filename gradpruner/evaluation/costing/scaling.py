@@ -1,0 +1,215 @@
+"""What a job of several processes needs, from shapes alone: memory per device, trace, gathering, surgery."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from gradpruner.errors import ConfigError
+from gradpruner.evaluation.costing.per_device import (
+    STRATEGIES,
+    Held,
+    Spread,
+    Training,
+    hold_training,
+    trace_bytes,
+)
+from gradpruner.evaluation.costing.rehearsal import working_bytes
+from gradpruner.evaluation.costing.subject import Subject
+from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.models.sizes import ModelSizes
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.provenance import provenance, utc_now
+from gradpruner.registry import suggest
+
+SCALED_MODES = ("full", "lora", "qlora")
+RECORD_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a device holds in one mode under one strategy.
+
+    Attributes:
+        mode: One of `SCALED_MODES`.
+        strategy: One of `per_device.STRATEGIES`.
+        held: The bytes.
+        fits: Whether that is at most the memory of a device; None if it is not said how much that is.
+    """
+
+    mode: str
+    strategy: str
+    held: Held
+    fits: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"mode": self.mode, "strategy": self.strategy, "fits": self.fits, **self.held.to_dict()}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What `plan_scaling` found.
+
+    Attributes:
+        name: Of the model.
+        parameters: All of them.
+        processes: How many there are.
+        device_bytes: Memory of each device; None where it is not said.
+        workload: Batch and lengths on each device.
+        optim: The optimizer.
+        rows: Modes and strategies.
+        stages: Bytes by what they are of: "trace", "trace_in_memory", "gathered", "gathered_at_a_time",
+            "surgery_read", "surgery_written".
+        pruned: Layers that go, for surgery.
+        merged: How many of these are merged.
+    """
+
+    name: str
+    parameters: int
+    processes: int
+    device_bytes: int | None
+    workload: Workload
+    optim: str
+    rows: tuple[Row, ...]
+    stages: dict[str, int]
+    pruned: tuple[int, ...]
+    merged: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, with where they come from."""
+        return {
+            "what": "bytes on each device and of each stage, computed from shapes; nothing was run",
+            "when": utc_now(),
+            "model": self.name,
+            "parameters": self.parameters,
+            "processes": self.processes,
+            "device_bytes": self.device_bytes,
+            "optim": self.optim,
+            "workload": self.workload.to_dict(),
+            "rows": [row.to_dict() for row in self.rows],
+            "stages": self.stages,
+            "pruned": list(self.pruned),
+            "merged": self.merged,
+            "provenance": provenance(self.workload.seed),
+        }
+
+
+def plan_scaling(
+    subject: Subject,
+    workload: Workload,
+    plan: PruningPlan,
+    *,
+    processes: int,
+    strategies: tuple[str, ...] = (),
+    modes: tuple[str, ...] = SCALED_MODES,
+    device_bytes: int | None = None,
+    optim: str = "adamw_torch_fused",
+    num_merge: int = 0,
+) -> Scaling:
+    """What training, recording and pruning a model take with several processes.
+
+    Types are those of a run on GPUs: bfloat16, with float32 weights where all of them are trained.
+
+    Args:
+        subject: The model.
+        workload: Batch and lengths on each device.
+        plan: Which layers go.
+        processes: How many there are, each with a device.
+        strategies: Of `per_device.STRATEGIES`; all that make sense for so many processes when empty.
+        modes: Of `SCALED_MODES`.
+        device_bytes: Memory of each device, to say what fits.
+        optim: The optimizer.
+        num_merge: How many of the layers that go are merged into kept ones.
+
+    Raises:
+        ConfigError: If a strategy or mode is unknown, or does not go with the number of processes.
+    """
+    sizes = ModelSizes(subject.config)
+    rows = []
+    for mode in _checked(modes, SCALED_MODES, "mode"):
+        training = _training(mode, workload, optim)
+        working = working_bytes(sizes.model, training, subject.depth)
+        for strategy in strategies_for(processes, strategies):
+            spread = replace(training, spread=Spread(strategy, processes))
+            held = replace(hold_training(sizes.model, spread), working=working)
+            rows.append(
+                Row(mode, strategy, held, None if device_bytes is None else held.peak <= device_bytes)
+            )
+    return Scaling(
+        subject.name,
+        sizes.parameters,
+        processes,
+        device_bytes,
+        workload,
+        optim,
+        tuple(rows),
+        _stage_bytes(sizes, workload, plan, num_merge),
+        plan.pruned,
+        num_merge,
+    )
+
+
+def strategies_for(processes: int, asked: tuple[str, ...]) -> tuple[str, ...]:
+    """The strategies asked for, or all that so many processes can use.
+
+    Raises:
+        ConfigError: If one is unknown, or does not go with the number of processes.
+    """
+    if processes < 1:
+        raise ConfigError(f"There are {processes} processes; at least 1 is needed.")
+    found = _checked(asked, STRATEGIES, "strategy")
+    possible = ("one",) if processes == 1 else STRATEGIES[1:]
+    for one in found:
+        if one not in possible:
+            raise ConfigError(
+                f"The strategy '{one}' does not go with {processes} processes.",
+                hint=f"Any of {', '.join(possible)}.",
+            )
+    return found or possible
+
+
+def _checked(asked: tuple[str, ...], known: tuple[str, ...], what: str) -> tuple[str, ...]:
+    for one in asked:
+        if one not in known:
+            raise ConfigError(
+                f"Unknown {what} '{one}'.{suggest(one, known)}", hint=f"Any of {', '.join(known)}."
+            )
+    return asked
+
+
+def _training(mode: str, workload: Workload, optim: str) -> Training:
+    """As a run on GPUs would train."""
+    given = None if workload.dtype == "auto" else getattr(torch, workload.dtype)
+    return Training(
+        mode=mode,
+        dtype=given or (torch.float32 if mode == "full" else torch.bfloat16),
+        precision="fp32" if given == torch.float32 else "bf16",
+        optim=optim,
+        rank=workload.rank,
+        batch_size=workload.batch_size,
+        tokens=workload.tokens,
+        head_tokens=workload.head_tokens,
+        checkpointing=workload.gradient_checkpointing,
+        attn=workload.attn,
+    )
+
+
+def _stage_bytes(sizes: ModelSizes, workload: Workload, plan: PruningPlan, num_merge: int) -> dict[str, int]:
+    """What the stages around training move: recorded gradients, whole weights, the checkpoint."""
+    rank, biggest = workload.rank, max(weight.numel() for weight in sizes.model.parameters())
+    kept = sizes.savings(plan.keep)["disk_bytes"]["after"]
+    itemsize = sizes.disk_bytes // sizes.parameters
+    layer = max(sizes.layer_parameters) * itemsize
+    return {
+        "checkpoint": sizes.disk_bytes,
+        "trace": trace_bytes(sizes.model, rank, RECORD_STEPS),
+        "trace_in_memory": trace_bytes(sizes.model, rank, 2),
+        # Full fine-tuning keeps float32 weights; they are gathered one tensor at a time.
+        "gathered": 4 * sizes.parameters,
+        "gathered_at_a_time": 4 * biggest,
+        "surgery_read": kept + num_merge * layer,
+        "surgery_written": kept,
+    }

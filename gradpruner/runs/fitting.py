@@ -1,0 +1,366 @@
+"""Whether a run fits into memory: what each stage holds on each device, said before any model is loaded.
+
+Weights, gradients and optimizer are known exactly (`costing.per_device`); a run that has no room for these
+is refused. Activations are rehearsed for the dry run (`costing.rehearsal`) and only warned of. Methods that
+train by themselves are not counted.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from gradpruner.data.encoding import IGNORED
+from gradpruner.errors import ResourceError
+from gradpruner.evaluation.costing.per_device import Held, Spread, Training, hold_training
+from gradpruner.evaluation.costing.rehearsal import working_bytes
+from gradpruner.methods import METHODS
+from gradpruner.models.loading import resolve_dtype
+from gradpruner.models.sizes import decoder_layers, keep_layers_, kv_bytes_per_token
+from gradpruner.pruning.refitting import MAX_REGRESSORS
+from gradpruner.reports.formats import num_bytes
+from gradpruner.runs.budget import placeholder_scores, plan_for
+from gradpruner.runs.job import Job
+from gradpruner.runs.plan_names import STAGES, method_of
+from gradpruner.training.finetuning import resolve_precision
+from gradpruner.training.trainer import answer_window
+from gradpruner.world import this_world
+
+# Two tokens more than the longest reference answer are generated at most.
+_MORE_TOKENS = 2
+# What may help where a stage does not fit, as overrides of the recipe, cheapest first.
+_REMEDIES: tuple[dict[str, Any], ...] = (
+    {"finetune.optim": "adamw_8bit"},
+    {"finetune.optim": "adafactor"},
+    {"finetune.mode": "lora"},
+    {"finetune.mode": "lora", "model.dtype": "bfloat16"},
+    {"finetune.mode": "lora", "model.dtype": "bfloat16", "record.adapter": "qlora"},
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Something a run does that holds a model.
+
+    Attributes:
+        name: For people.
+        step: One of `plan_names.STAGES`.
+        model: "dense" or "pruned".
+        training: How it trains, if it does, and what a pass looks like.
+        taught: Whether a teacher is held beside it.
+        cache: Bytes on top: keys and values, or the sums of a repair.
+    """
+
+    name: str
+    step: str
+    model: str
+    training: Training
+    taught: bool = False
+    cache: int = 0
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """What the stages of a run hold.
+
+    Attributes:
+        device: In words.
+        available: Bytes a process has there.
+        spread: Over which processes.
+        stages: Name -> what is held.
+    """
+
+    device: str
+    available: int
+    spread: Spread
+    stages: dict[str, Held]
+
+    @property
+    def peak_stage(self) -> str:
+        """The stage that holds most."""
+        return max(self.stages, key=lambda name: self.stages[name].peak)
+
+    @property
+    def impossible(self) -> list[str]:
+        """Stages whose weights, gradients and optimizer alone are more than there is."""
+        return [name for name, held in self.stages.items() if held.certain > self.available]
+
+    @property
+    def tight(self) -> list[str]:
+        """Stages that are possible, but not with all their activations."""
+        return [name for name, held in self.stages.items() if held.certain <= self.available < held.peak]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may not fit after all."""
+        have = num_bytes(self.available)
+        found = [
+            f"{name} may need {num_bytes(self.stages[name].peak)} of {have} with its activations: lower the "
+            "batch size (and raise finetune.accumulation), or set finetune.gradient_checkpointing=true."
+            for name in self.tight
+        ]
+        unknown = [name for name, held in self.stages.items() if held.working is None]
+        if unknown:
+            found.append("Activations of this family cannot be told without data: they come on top.")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "device": self.device,
+            "available_bytes": self.available,
+            "strategy": self.spread.strategy,
+            "processes": self.spread.size,
+            "stages": {name: held.to_dict() for name, held in self.stages.items()},
+            "peak_stage": self.peak_stage,
+            "peak_bytes": self.stages[self.peak_stage].peak,
+        }
+
+
+def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fitting:
+    """What the stages of a run hold on each device.
+
+    Args:
+        job: The recipe with its inputs.
+        rehearse: Also find the activations, which takes seconds.
+        until: The last of `plan_names.STAGES` that is done.
+    """
+    name, available = _device(job)
+    models = {"dense": job.sizes.model, "pruned": _pruned(job)}
+    held = {
+        stage.name: _held(job, stage, models[stage.model], rehearse)
+        for stage in _stages(job)
+        if STAGES.index(stage.step) <= STAGES.index(until)
+    }
+    return Fitting(name, available, spread_of(job), held)
+
+
+def check_fitting(job: Job, until: str) -> None:
+    """Refuses a run that cannot fit, unless the recipe says `memory: warn`.
+
+    Raises:
+        ResourceError: Naming the stage, what it needs, and what would fit.
+    """
+    found = fitting_of(job, until=until)
+    if not found.impossible:
+        return
+    fault = fault_of(job, found)
+    if job.recipe.memory == "refuse":
+        raise fault
+    job.warnings.append(str(fault).splitlines()[0])
+
+
+def fault_of(job: Job, found: Fitting) -> ResourceError:
+    """What to say of a run that cannot fit."""
+    name = max(found.impossible, key=lambda stage: found.stages[stage].certain)
+    held = found.stages[name]
+    size = found.spread.size
+    shared = f" for each of {size} processes ({found.spread.strategy})" if size > 1 else ""
+    fits = [_said(remedy) for remedy in _REMEDIES if _helps(job, remedy)][:3]
+    return ResourceError(
+        f"{name.capitalize()} holds {num_bytes(held.certain)} for weights, gradients and optimizer alone; "
+        f"{found.device} has {num_bytes(found.available)}{shared}.",
+        hint=(f"This would fit: {'; or '.join(fits)}. " if fits else "")
+        + "More GPUs share it with torchrun and --set finetune.fsdp=true (`gradpruner cost MODEL "
+        "--world-size N --dry-run` shows what fits where). --set memory=warn goes on all the same.",
+    )
+
+
+def _said(remedy: dict[str, Any]) -> str:
+    return " ".join(f"--set {key}={value}" for key, value in remedy.items())
+
+
+def _helps(job: Job, remedy: dict[str, Any]) -> bool:
+    """Whether a run would fit with some keys of its recipe changed."""
+    changed = copy.copy(job)
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in remedy.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    changed.recipe = job.recipe.model_copy(
+        update={name: getattr(job.recipe, name).model_copy(update=keys) for name, keys in sections.items()}
+    )
+    return not fitting_of(changed).impossible
+
+
+def spread_of(job: Job) -> Spread:
+    """How training is spread, by the recipe or by a config of accelerate."""
+    options, size = job.recipe.finetune, this_world().size
+    if size == 1:
+        return Spread()
+    if options.deepspeed:
+        return deepspeed_spread(Path(options.deepspeed), size)
+    if options.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        given = options.fsdp if isinstance(options.fsdp, dict) else {}
+        offload = given.get("cpu_offload") or given.get("fsdp_cpu_offload")
+        return Spread("fsdp", size, ("weights", "gradients", "optimizer") if offload else ())
+    return Spread("ddp", size)
+
+
+def deepspeed_spread(file: Path, size: int) -> Spread:
+    """What a DeepSpeed configuration spreads; plain data parallelism where it says nothing."""
+    try:
+        zero = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
+        stage = int(zero.get("stage", 0))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return Spread("ddp", size)  # the Trainer says what is wrong with the file
+    away = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    waits = tuple(
+        part
+        for part, key in away.items()
+        if (zero.get(key) or {}).get("device", "none") not in ("none", None)
+    )
+    return Spread(f"zero{stage}" if 1 <= stage <= 3 else "ddp", size, waits)
+
+
+def _device(job: Job) -> tuple[str, int]:
+    """The device in words, and the memory that a process has on it."""
+    device = torch.device(job.device)
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        return facts.name, int(facts.total_memory)
+    if device.type == "mps":
+        return "this machine's GPU", int(torch.mps.recommended_max_memory())
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0") or 0) or this_world().size
+    return "this machine", host_memory() // max(1, local)
+
+
+def host_memory() -> int:
+    """Bytes of memory of this machine, or of the container that this runs in."""
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    try:
+        return min(total, int(limit.read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return total
+
+
+def _pruned(job: Job) -> nn.Module:
+    """The model that a plan of the recipe's size leaves; which layers go is not known yet."""
+    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    return keep_layers_(copy.deepcopy(job.sizes.model), plan.keep)
+
+
+def _held(job: Job, stage: Stage, model: nn.Module, rehearse: bool) -> Held:
+    """What a stage holds; with its activations only where asked for."""
+    training = stage.training
+    held = replace(hold_training(model, training), cache=stage.cache)
+    if stage.taught:
+        held = replace(held, teacher=job.sizes.parameters * _loaded(job).itemsize)
+    if not rehearse:
+        return held
+    working = working_bytes(job.sizes.model, training, len(decoder_layers(model)))
+    if working is not None and stage.taught:  # logits of the teacher, and the gradient of the student's
+        places = training.batch_size * training.head_tokens
+        working += 2 * places * int(job.text.vocab_size) * (2 if training.precision != "fp32" else 4)
+    return replace(held, working=working)
+
+
+def _loaded(job: Job) -> torch.dtype:
+    """The type models are loaded in where their weights are not updated."""
+    return resolve_dtype(job.recipe.model.dtype, torch.device(job.device))
+
+
+def _stages(job: Job) -> Iterator[Stage]:
+    """What a run does that holds a model, in order."""
+    recipe, dense = job.recipe, "dense" in job.recipe.variants
+    methods = [METHODS.find(method_of(v)) for v in recipe.variants if v != "dense"]
+    if any(method.needs_trace for method in methods):
+        yield Stage("recording", "record", "dense", _recording(job))
+    if recipe.plan.repair != "none" and methods:
+        yield Stage("repair", "prune", "dense", _asking(job), cache=_repair_bytes(job))
+    tuning = _tuning(job)
+    if dense and recipe.start != "given":
+        # The dense model is tuned first where others start from it.
+        yield Stage("fine-tuning dense", "record" if recipe.start == "tuned" else "finetune", "dense", tuning)
+    if methods and (recipe.start == "base" or recipe.recover.trains):
+        if recipe.distils and recipe.distil.prompts:
+            tuning = replace(tuning, head_tokens=tuning.tokens)
+        what = "distillation" if recipe.distils else "fine-tuning" if recipe.start == "base" else "recovery"
+        yield Stage(f"{what} pruned", "finetune", "pruned", tuning, taught=recipe.distils)
+    asking = _asking(job)
+    longest = asking.tokens + (recipe.evaluate.max_new_tokens or asking.head_tokens + _MORE_TOKENS)
+    cache = asking.batch_size * longest * kv_bytes_per_token(job.config, asking.dtype)
+    asking = replace(asking, head_tokens=1)
+    yield Stage("evaluation", "evaluate", "dense" if dense else "pruned", asking, cache=cache)
+
+
+def _recording(job: Job) -> Training:
+    """As `record_gradients` trains: padded batches, one to a step."""
+    options, tuning = job.recipe.record, job.recipe.finetune
+    tokens, head = _largest_batch(job, options.batch_size, packed=False)
+    return Training(
+        mode=options.adapter.replace("rslora", "lora"),
+        dtype=_loaded(job),
+        precision=resolve_precision(tuning.precision, job.training.device),
+        rank=options.rank,
+        dropout=options.dropout,
+        batch_size=options.batch_size,
+        tokens=tokens,
+        head_tokens=head,
+        checkpointing=tuning.gradient_checkpointing,
+        attn=job.recipe.model.attn_implementation,
+        spread=spread_of(job),
+    )
+
+
+def _tuning(job: Job) -> Training:
+    """As `finetune` trains."""
+    options = job.recipe.finetune
+    tokens, head = _largest_batch(job, options.batch_size, packed=options.batching == "packed")
+    updated = options.mode == "full" and job.recipe.model.dtype == "auto"
+    return Training(
+        mode=options.mode,
+        dtype=torch.float32 if updated else _loaded(job),
+        precision=resolve_precision(options.precision, job.training.device),
+        optim=options.optim,
+        rank=options.rank,
+        dropout=options.dropout,
+        batch_size=options.batch_size,
+        tokens=tokens,
+        head_tokens=head,
+        accumulation=options.accumulation,
+        checkpointing=options.gradient_checkpointing,
+        attn=job.recipe.model.attn_implementation,
+        spread=spread_of(job),
+    )
+
+
+def _asking(job: Job) -> Training:
+    """A pass without training; every process holds the model."""
+    batch = job.recipe.evaluate.batch_size
+    tokens, head = _largest_batch(job, batch, packed=False)
+    attn = job.recipe.model.attn_implementation
+    return Training("none", _loaded(job), batch_size=batch, tokens=tokens, head_tokens=head, attn=attn)
+
+
+def _largest_batch(job: Job, batch_size: int, packed: bool) -> tuple[int, int]:
+    """Tokens of each sample, and positions whose logits are computed, in the batch of the longest samples."""
+    lengths = job.samples.lengths
+    longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_size]
+    labels = job.collator([job.samples[i] for i in longest])["labels"]
+    if packed:
+        learned = int((labels != IGNORED).sum()) + len(longest)
+        return math.ceil(sum(lengths[i] for i in longest) / len(longest)), math.ceil(learned / len(longest))
+    kept = answer_window(labels).get("logits_to_keep")
+    return int(labels.shape[1]), int(labels.shape[1]) if kept is None else len(kept)
+
+
+def _repair_bytes(job: Job) -> int:
+    """Hidden states of both models and the sums of one cut: four square matrices in float64."""
+    rows = min(job.recipe.plan.repair_rows, len(job.samples))
+    hidden, tokens = int(job.text.hidden_size), sum(job.samples.lengths) / len(job.samples)
+    widths = [int(weight.shape[1]) for weight in job.structure.weights(0).values()]
+    width = max(widths) if job.recipe.plan.repair == "least_squares" else hidden
+    width = width if width <= MAX_REGRESSORS else hidden
+    return round(2 * rows * tokens * hidden * _loaded(job).itemsize) + 4 * 8 * width**2
