@@ -7,27 +7,36 @@ folder, plans, models, report); the others wait for work that all do at the same
     task = world.agreed(lambda: task)      # what the first one says, on all
     result = world.in_step(work)           # all do it, and know whether it went well everywhere
     answers = world.in_order(mine)         # what each found for its share, put together
+    world.sum_on_first(tensors)            # sums over all rows, where the first one goes on with them
 
-With one process each of these does nothing but the work itself.
+With one process each of these does nothing but the work itself. A process that leaves for good leaves word
+why, so that the first one can say it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
-from typing import Any, TypeVar
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
 # The first process may prune or score for hours while the others wait for its word. One that dies is noticed
 # at once all the same: its connection closes.
 PATIENCE = timedelta(days=7)
+# Exit codes of a process that was told to end, by Ctrl-C or SIGTERM.
+INTERRUPTED = (130, 143)
 # A process that failed waits this long for the others to fail too, as they do when a loss becomes NaN.
 GRACE = timedelta(seconds=15)
 
@@ -40,6 +49,10 @@ class GoneError(PeerError):
     """Another process of the job has ended, or can be reached no longer: the job is over."""
 
 
+class _HeededError(PeerError):
+    """Work that was left because another process failed, which will say why."""
+
+
 @dataclass
 class World:
     """This process among those of the job.
@@ -48,8 +61,8 @@ class World:
         rank: Which one this is, 0 <= rank < size.
         size: How many there are.
         group: What they talk through (a gloo process group); None when there is one.
-        broken: Whether this one left the others in the middle of common work (Ctrl-C): they wait for
-            something else than its word.
+        broken: Whether this one left the others in the middle of common work (Ctrl-C), or one of them is
+            gone: they no longer work together.
     """
 
     rank: int = 0
@@ -102,24 +115,39 @@ class World:
             result = work()
         except Exception as error:
             failure = error
-        except BaseException:
+        except BaseException as error:
             self.broken = True
+            _leave_word(error)
             raise
+        if failure is not None:
+            _count_failed(1)
         patience = PATIENCE if failure is None else GRACE
         try:
-            _talk(lambda: dist.monitored_barrier(self.group, timeout=patience))
+            self._talk(lambda: dist.monitored_barrier(self.group, timeout=patience))
         except GoneError as gone:
-            self.broken = True
             if failure is None or _is_connection(failure):
                 raise gone from failure
+            _leave_word(failure)
             raise failure from None
-        told = self.gathered([_told(failure) if failure is not None else None])
         if failure is not None:
-            raise failure
+            _count_failed(-1)
+        own = None if failure is None or isinstance(failure, _HeededError) else failure
+        told = self.gathered([_told(own) if own is not None else None])
+        if own is not None:
+            raise own
         others = [one for one in told if one is not None]
         if others:
             raise others[0]
         return result
+
+    def heed(self) -> None:
+        """In the middle of long work `in_step` that needs no other process: ends it if another one failed.
+
+        Raises:
+            PeerError: If so; `in_step` then says why.
+        """
+        if self.size > 1 and _count_failed(0):
+            raise _HeededError("Another process stopped.")
 
     def gathered(self, values: Sequence[T]) -> list[T]:
         """The values of all processes, those of rank 0 first."""
@@ -128,7 +156,7 @@ class World:
         import torch.distributed as dist
 
         parts: list[Any] = [None] * self.size
-        _talk(lambda: dist.all_gather_object(parts, list(values), group=self.group))
+        self._talk(lambda: dist.all_gather_object(parts, list(values), group=self.group))
         return [value for part in parts for value in part]
 
     def share(self, count: int) -> range:
@@ -143,22 +171,52 @@ class World:
             whole[rank :: self.size] = part
         return whole
 
+    def sum_on_first(self, tensors: Sequence[Tensor]) -> None:
+        """Adds up tensors over all processes, in place; on the others they are void then."""
+        if self.size == 1:
+            return
+        import torch.distributed as dist
+
+        for tensor in tensors:
+            group = None if tensor.is_cuda else self.group
+            self._talk(partial(dist.reduce, tensor, dst=0, group=group))
+
+    def _talk(self, exchange: Callable[[], T]) -> T:
+        try:
+            return _talk(exchange)
+        except GoneError:
+            self.broken = True
+            raise
+
     def _say(self, value: Any, failure: PeerError | None) -> None:
         import torch.distributed as dist
 
-        _talk(lambda: dist.broadcast_object_list([value, failure], src=0, group=self.group))
+        self._talk(lambda: dist.broadcast_object_list([value, failure], src=0, group=self.group))
 
     def _heard(self) -> tuple[Any, PeerError | None]:
         import torch.distributed as dist
 
         heard: list[Any] = [None, None]
-        _talk(lambda: dist.broadcast_object_list(heard, src=0, group=self.group))
+        self._talk(lambda: dist.broadcast_object_list(heard, src=0, group=self.group))
         return heard[0], heard[1]
 
 
 def launched() -> bool:
     """Whether a launcher started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
+
+
+_LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "SLURM_")
+_OF_ONE_PROCESS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def alone(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a launcher has put into it, for a program that works alone."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _OF_ONE_PROCESS and not name.startswith(_LAUNCHERS)
+    }
 
 
 @cache
@@ -194,10 +252,48 @@ def _talk(exchange: Callable[[], T]) -> T:
     try:
         return exchange()
     except RuntimeError as error:  # torch.distributed.DistError is one
-        raise GoneError(
+        raise last_word() or GoneError(
             "Another process of this job has ended.",
             hint=f"Its own message says why ({str(error).splitlines()[0][:200]}).",
         ) from error
+
+
+# What is known of failures stands in the store through which the processes met; it needs nobody's answer.
+_FAILED, _WORD = "gradpruner/failed", "gradpruner/word"
+
+
+def _store() -> Any:
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def _count_failed(change: int) -> int:
+    """How many processes have failed in the work they are at, after a change of that number."""
+    return int(_store().add(_FAILED, change))
+
+
+def _leave_word(error: BaseException) -> None:
+    """Says for good why this process ends; the first word of all counts."""
+    told = _told(error)
+    with contextlib.suppress(RuntimeError):
+        _store().compare_set(_WORD, "", json.dumps([str(told), told.exit_code]))
+
+
+def last_word() -> GoneError | None:
+    """Why another process ended, if it left word."""
+    if not this_world.cache_info().currsize or this_world().size == 1:
+        return None
+    try:
+        store = _store()
+        if not store.check([_WORD]):
+            return None
+        said, code = json.loads(store.get(_WORD))
+    except (RuntimeError, ValueError):
+        return None
+    error = GoneError(said)
+    error.exit_code = code
+    return error
 
 
 def _is_connection(error: Exception) -> bool:
@@ -208,9 +304,15 @@ def _is_connection(error: Exception) -> bool:
 
 def _told(error: BaseException) -> PeerError:
     """An error of one process as the others are told; with its exit code, so that all end with the same."""
-    said = str(error) if isinstance(error, GradPrunerError) else f"{type(error).__name__}: {error}"
-    told = PeerError(f"Another process stopped: {said}")
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    if isinstance(error, PeerError):  # it was told itself
+        told = PeerError(str(error))
+    elif isinstance(error, GradPrunerError):
+        told = PeerError(f"Another process stopped: {error}")
+    elif code in INTERRUPTED:
+        told = PeerError("Another process was interrupted.", hint="Start the same command again to go on.")
+    else:
+        told = PeerError(f"Another process stopped: {type(error).__name__}: {error}")
     told.exit_code = code if isinstance(code, int) else 1
     pickle.dumps(told)  # plain text and a number, whatever the error held
     return told

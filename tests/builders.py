@@ -82,6 +82,7 @@ def make_project(folder, **recipe):
         "model": {"path": "./model"},
         "data": {"train": "./train.jsonl", "eval": "./eval.jsonl"},
         "record": {"steps": 4, "batch_size": 4, "rank": 2, "alpha": 4},
+        "effort": "paper",
         "plan": {"num_prune": 2, "num_merge": 1, "protect_first": 1},
         "finetune": {"batch_size": 4, "accumulation": 1, "epochs": 1, "learning_rate": 1e-3},
         "evaluate": {"batch_size": 12},

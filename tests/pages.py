@@ -18,7 +18,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self._silent = tag == "style"
+        self._silent = tag in ("style", "script")
         for name, value in attrs:
             if name == "id":
                 self.ids.append(value or "")

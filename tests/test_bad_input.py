@@ -335,7 +335,7 @@ MODEL_FAULTS = {
     "17 relative": (INTEGRITY, _index("../secret/x.safetensors"), ["../secret/x.safetensors"]),
     "17 absolute": (INTEGRITY, _index("/etc/x.safetensors"), ["/etc/x.safetensors"]),
     "18 no such shard": (INTEGRITY, _index("model-00002-of-00002.safetensors"), ["model-00002-of-00002"]),
-    "18 truncated": (INTEGRITY, _bytes(lambda b: b[:-100]), ["model.safetensors", "bytes"]),
+    "18 truncated": (INTEGRITY, _bytes(lambda b: b[:-100]), ["model.safetensors", "cut off"]),
     "18 zero bytes": (INTEGRITY, _bytes(lambda b: b""), ["model.safetensors", "0 bytes"]),
     "19 header of 2^62": (INTEGRITY, _bytes(lambda b: (2**62).to_bytes(8, "little") + b[8:]), ["header"]),
     "19 deep JSON": (

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -23,13 +22,13 @@ from gradpruner.runs.job import Job
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    rendering = SimpleNamespace(
-        render_study=lambda found, out: out.write_text(found["title"]),
-        study_markdown=lambda found: found["kind"],
-        print_study=lambda found, console: console.print(f"table of {len(found['points'])} points"),
+    monkeypatch.setattr(report, "render_html", lambda found, out: out.write_text(found["title"]))
+    monkeypatch.setattr(report, "markdown_table", lambda found, folder: found["kind"])
+    monkeypatch.setattr(
+        report,
+        "print_summary",
+        lambda found, console, folder: console.print(f"table of {len(found['points'])} points"),
     )
-    monkeypatch.setitem(sys.modules, "gradpruner.reports.study", rendering)
-    monkeypatch.setattr(report, "render_html", lambda record, path: path)
     monkeypatch.setattr(Job, "release", lambda *a: None)
     yield
     for number, handler in handlers.items():

@@ -23,7 +23,7 @@ def faults(values):
 
 
 def test_defaults_are_the_papers():
-    recipe = check_recipe(GOOD)
+    recipe = check_recipe({**GOOD, "effort": "paper"})
     assert recipe.record.model_dump() | {"steps": None} == recipe.record.model_dump()
     assert (recipe.record.rank, recipe.record.alpha, recipe.record.dropout) == (8, 32, 0.05)
     assert (recipe.record.learning_rate, recipe.record.clip) == (1e-4, 1.0)
@@ -31,7 +31,15 @@ def test_defaults_are_the_papers():
     assert (tune.batch_size * tune.accumulation, tune.epochs) == (64, 3)  # the rate: test_rates.py
     assert (tune.weight_decay, tune.warmup_ratio, recipe.data.max_length) == (0.1, 0.03, 2048)
     assert (recipe.plan.density, recipe.plan.num_merge, recipe.plan.rule) == (0.2, 3, "sum")
-    assert recipe.variants == ["dense", "merged", "dropped"]
+    assert (recipe.variants, recipe.plan.repair) == (["dense", "merged", "dropped"], "none")
+    assert check_recipe({**GOOD, "effort": None}).variants == recipe.variants
+
+
+def test_without_a_word_the_pruned_model_is_repaired_and_not_merged():
+    recipe = check_recipe(GOOD)
+    assert (recipe.variants, recipe.plan.repair, recipe.start) == (["dense", "dropped"], "auto", "base")
+    own = check_recipe({**GOOD, "variants": ["dense", "last"], "plan": {"repair": "none"}})
+    assert (own.variants, own.plan.repair) == (["dense", "last"], "none")
 
 
 def test_all_faults_are_told_at_once():

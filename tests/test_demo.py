@@ -12,7 +12,7 @@ import torch
 from pretrain import build_tokenizer, held_out_loss, unigram_loss
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from world import LABELS, NUM_TEST, NUM_TRAIN, TRADES, corpus, make_rows, write_rows
+from world import LABELS, NUM_TEST, NUM_TRAIN, NUM_VALIDATION, TRADES, corpus, make_rows, write_rows
 
 from gradpruner.demo import DATA_DIR, DEMO_DIR, MODEL_DIR
 
@@ -50,7 +50,7 @@ def test_every_word_belongs_to_one_trade_and_half_of_them_are_new_in_the_test_no
     words = {name: {*trade.things, *trade.doings, *trade.qualities} for name, trade in TRADES.items()}
     shared = Counter(itertools.chain(*words.values()))
     assert sum(count > 1 for count in shared.values()) <= 2
-    train, test = make_rows()
+    train, test, _ = make_rows()
     of_trades = set(itertools.chain(*words.values()))
     seen = {word for row in train for word in str(row["prompt"]).split()} & of_trades
     used = {word for row in test for word in str(row["prompt"]).split()} & of_trades
@@ -59,16 +59,16 @@ def test_every_word_belongs_to_one_trade_and_half_of_them_are_new_in_the_test_no
 
 def test_committed_rows_are_the_regenerated_ones(tmp_path: Path):
     write_rows(tmp_path)
-    for name in ("train.jsonl", "test.jsonl"):
+    for name in ("train.jsonl", "test.jsonl", "validation.jsonl"):
         assert (tmp_path / name).read_bytes() == (DATA_DIR / name).read_bytes()
 
 
 def test_rows():
-    train, test = make_rows()
-    assert (len(train), len(test)) == (NUM_TRAIN, NUM_TEST)
-    prompts = [row["prompt"] for row in (*train, *test)]
+    train, test, validation = make_rows()
+    assert (len(train), len(test), len(validation)) == (NUM_TRAIN, NUM_TEST, NUM_VALIDATION)
+    prompts = [row["prompt"] for row in (*train, *test, *validation)]
     assert len(prompts) == len(set(prompts))
-    for row in (*train, *test):
+    for row in (*train, *test, *validation):
         assert row["completion"] in row["choices"]
         assert row["choices"] == list(LABELS)
     shares = Counter(row["completion"] for row in test)

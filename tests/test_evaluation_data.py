@@ -13,7 +13,7 @@ from gradpruner.data.tasks import TASKS
 from gradpruner.errors import ConfigError, GradPrunerError
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.progress import set_mode
-from gradpruner.reports.other_tasks import PROBE_TASKS
+from gradpruner.reports.notes import PROBE_TASKS
 from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
@@ -146,7 +146,7 @@ def test_further_tasks_of_a_run(project):
     assert set(paired) == {"task", "gsm8k"} and "final_number" in paired["gsm8k"]
     assert record["variants"]["dense"].get("paired") is None
     page = (project.parent / "run" / "report.html").read_text()
-    assert "Further tasks, not trained on" in page and "says nothing here" in page
+    assert "Further rows, not trained on" in page and "says nothing here" in page
     names = [stage["name"] for stage in record["stages"]]
     assert "evaluate dropped on gsm8k" in names
     again = run(load_recipe(project))

@@ -394,3 +394,6 @@ def test_experts_are_dropped_and_never_merged(tmp_path):
     record = run(load_recipe(path, ("plan.num_prune=2",)), until="prune")
     row = record["variants"]["dropped"]
     assert row["error"] is None and row["pruning"]["verified"]["passed"]
+    job = Job(load_recipe(path, ("plan.num_prune=2", "plan.repair=auto")))
+    assert job.recipe.plan.repair == "none"
+    assert any("not repaired: its layers hold experts" in text for text in job.warnings)

@@ -244,12 +244,12 @@ PLAIN = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}
 
 def test_an_effort_sets_what_the_recipe_leaves_open():
     best = check_recipe(PLAIN | {"effort": "best", "plan": {"num_prune": 3}, "recover": {"steps": 7}})
-    assert (best.start, best.plan.repair, best.plan.num_prune) == ("tuned", "least_squares", 3)
+    assert (best.start, best.plan.repair, best.plan.num_prune) == ("tuned", "auto", 3)
     assert best.recover.steps == 7 and best.distils and best.variants == ["dense", "dropped"]
     fast = check_recipe(PLAIN | {"effort": "fast", "variants": ["dense", "gate"]})
-    assert (fast.start, fast.plan.repair, fast.variants) == ("base", "least_squares", ["dense", "gate"])
+    assert (fast.start, fast.plan.repair, fast.variants) == ("base", "auto", ["dense", "gate"])
     assert not fast.distils and check_recipe(fast.model_dump(mode="json")) == fast
-    assert check_recipe(PLAIN).plan.repair == "none"
+    assert check_recipe(PLAIN) == check_recipe(PLAIN | {"effort": "fast"})
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 import json
 import os
 import shutil
-import sys
-from types import SimpleNamespace
 
 import pytest
 from builders import make_llama, make_project, make_tokenizer
@@ -25,13 +23,9 @@ def quick_and_quiet():
     """Reports, and the clearing of memory, seconds each, are left out."""
     set_mode("quiet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "render_html", lambda record, path: path)
+        patch.setattr(report, "render_html", lambda found, out: out.write_text(found["title"]))
+        patch.setattr(report, "markdown_table", lambda found, folder: found["kind"])
         patch.setattr(Job, "release", lambda *a: None)
-        rendering = SimpleNamespace(
-            render_study=lambda found, out: out.write_text(found["title"]),
-            study_markdown=lambda found: found["kind"],
-        )
-        patch.setitem(sys.modules, "gradpruner.reports.study", rendering)
         yield
     set_mode("auto")
 
@@ -210,7 +204,7 @@ def test_a_comparison_says_of_every_row_what_its_runs_say(compared):
     assert rows["last"]["metrics"]["exact_match"]["paired_gradpruner"]["seeds"] == 2
     assert rows["dense"]["costs"]["method_seconds"] is None
     assert (folder / "study/report.html").read_text() == found["title"]
-    assert (folder / "study/table.md").read_text() == "compare\n"
+    assert (folder / "study/table.md").read_text() == "compare"
 
 
 def test_method_costs_are_those_of_the_stages_it_needs(compared):

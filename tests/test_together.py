@@ -8,19 +8,23 @@ import torch
 from builders import make_llama, make_project, make_samples, make_tokenizer
 from safetensors.torch import load_file
 from together import together
+from transformers import TrainerCallback
 
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError
+from gradpruner.errors import ConfigError, DataError
 from gradpruner.gradients.scores import LayerScores, score_layers
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import set_mode
+from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe
 from gradpruner.training.finetuning import finetune
+from gradpruner.training.options import DistillationOptions
 from gradpruner.training.recording import record_gradients
-from gradpruner.world import World
+from gradpruner.training.sharding import check_sharding
+from gradpruner.world import World, this_world
 
 FSDP_ON_CPU = """
 # accelerate turns FSDP on for GPUs only; it is told that there are some. Tensors stay on the CPU.
@@ -51,10 +55,14 @@ import test_together
 world = this_world()
 found = {{"record": test_together.recorded(2), "ddp": test_together.tuned(4)}}
 found["lora"] = test_together.tuned(4, "lora")
+found["teacher"] = test_together.taught(4)
+found["repair"] = test_together.repaired()
 {FSDP_ON_CPU}
 found["fsdp record"] = test_together.recorded(2, fsdp=True)
 for mode in ("full", "lora"):
     found["fsdp " + mode] = test_together.tuned(4, mode, fsdp=True)
+found["fsdp teacher"] = test_together.taught(4, fsdp=True)
+found["fsdp resumed"] = test_together.resumed(4, sys.argv[1], fsdp=True)
 print(json.dumps(found))
 """
 
@@ -92,20 +100,52 @@ def tuned(batch_size, mode="full", **options):
     return {
         "kind": type(model).__name__,
         "steps": result.steps,
+        "from": result.resumed_from,
         "trained": result.trainable_parameters,
         "losses": [entry["loss"] for entry in result.losses],
+        "ce": [entry.get("ce") for entry in result.losses],
         "weights": {name: weight.double().norm().item() for name, weight in here.items()},
     }
 
 
+def taught(batch_size, **options):
+    """The same with a teacher, of whom prompts are learned too."""
+    weights = DistillationOptions(ce=0.5, answers=1.0, prompts=0.1)
+    return tuned(batch_size, teacher=make_llama(seed=1), distillation=weights, **options)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise DataError("Enough.")
+
+
+def resumed(batch_size, folder, **options):
+    """What `tuned` finds, of a training that ended behind its third step and went on from the second."""
+    with pytest.raises(DataError, match="Enough"):
+        tuned(batch_size, checkpoints=folder, save_steps=2, callbacks=[Stop()], **options)
+    return tuned(batch_size, checkpoints=folder, save_steps=2, **options)
+
+
+def repaired():
+    """Refitted weights and errors of a repair on three batches of samples."""
+    model, plan = make_llama(), PruningPlan.from_keep(4, [0, 1, 3])
+    found = fit_repair(model, plan, make_samples(80), Collator(make_tokenizer()), world=this_world())
+    cut = found.cuts[0]
+    weights = {str(layer): weight.double().norm().item() for layer, weight in found.weights.items()}
+    return {"weights": weights, "cut": [cut.ridge, cut.error_before, cut.error_after], "tokens": found.tokens}
+
+
 @pytest.fixture(scope="module")
-def pair():
-    return [json.loads(output) for output in together(SCRIPT, timeout=240)]
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return [json.loads(output) for output in together(SCRIPT, folder)]
 
 
 @pytest.fixture(scope="module")
 def alone():
-    return {"record": recorded(4), "full": tuned(8), "lora": tuned(8, "lora")}
+    tunings = {"full": tuned(8), "lora": tuned(8, "lora"), "teacher": taught(8)}
+    return tunings | {"record": recorded(4), "repair": repaired()}
 
 
 @pytest.mark.parametrize("how", ["record", "fsdp record"])
@@ -117,17 +157,36 @@ def test_recording_scores_layers_like_one_process(pair, alone, how):
 
 
 @pytest.mark.parametrize(
-    "how, mode", [("ddp", "full"), ("lora", "lora"), ("fsdp full", "full"), ("fsdp lora", "lora")]
+    "how, mode",
+    [
+        ("ddp", "full"),
+        ("lora", "lora"),
+        ("teacher", "teacher"),
+        ("fsdp full", "full"),
+        ("fsdp lora", "lora"),
+        ("fsdp teacher", "teacher"),
+        ("fsdp resumed", "full"),
+    ],
 )
 def test_fine_tuning_learns_like_one_process(pair, alone, how, mode):
     first, second = pair[0][how], pair[1][how]
     for found in (first, second):
         torch.testing.assert_close(found["losses"], alone[mode]["losses"], rtol=1e-4, atol=0)
+        if mode == "teacher":
+            torch.testing.assert_close(found["ce"], alone[mode]["ce"], rtol=1e-4, atol=0)
         for fact in ("kind", "steps", "trained"):
             assert found[fact] == alone[mode][fact], fact
+    assert first["from"] == (2 if "resumed" in how else 0)
     torch.testing.assert_close(first["weights"], alone[mode]["weights"], rtol=1e-5, atol=0)
     # Sharded, the second process holds nothing at the end; otherwise the same.
     assert second["weights"] == ({} if "fsdp" in how else first["weights"])
+
+
+def test_a_repair_is_fitted_as_by_one_process(pair, alone):
+    for found in pair:
+        assert found["repair"]["tokens"] == alone["repair"]["tokens"]
+        for part in ("weights", "cut"):
+            torch.testing.assert_close(found["repair"][part], alone["repair"][part], rtol=1e-6, atol=0)
 
 
 def test_sharding_is_refused_where_it_cannot_be():
@@ -140,8 +199,27 @@ def test_sharding_is_refused_where_it_cannot_be():
 COMMAND = """
 import sys
 from gradpruner.cli.main import main
-sys.argv[1:] = ["run", sys.argv[1]]
-main()
+from gradpruner.training.trainer import CausalTrainer
+from gradpruner.world import this_world
+
+whole = CausalTrainer.compute_loss
+
+
+def spoilt(self, *args, **kwargs):
+    loss = whole(self, *args, **kwargs)
+    tunes = self.args.save_strategy != "no"
+    return loss * float("nan") if tunes and self.state.global_step == 3 and this_world().rank == 1 else loss
+
+
+if sys.argv[1] == "NaN":
+    CausalTrainer.compute_loss = spoilt
+for command in sys.argv[2:]:
+    sys.argv[1:] = command.split()
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
 """
 
 
@@ -153,18 +231,23 @@ def runs(tmp_path_factory):
         make_project(
             folder / str(size),
             record={"steps": 4, "batch_size": 4 // size, "dropout": 0.0},
-            finetune={"batch_size": 4 // size, "accumulation": 1, "epochs": 1},
+            finetune={"batch_size": 4 // size, "accumulation": 1, "epochs": 1, "save_steps": 2},
+            plan={"repair": "linear"},
             evaluate={"batch_size": 5},
         )
         for size in (1, 2)
     )
     run(load_recipe(alone[0]))
-    said = together(COMMAND, both[0], timeout=240)
-    return Path(alone[1]["out"]), Path(both[1]["out"]), said
+    out = Path(both[1]["out"])
+    failed = together(COMMAND, "NaN", f"run {both[0]}", expect=5)
+    rows = f"--eval-data {both[0].parent / 'eval.jsonl'} --set evaluate.batch_size=5"
+    measure = f"evaluate {out / 'variants/merged/model'} {rows} --out {out.parent / 'measured'}"
+    said = together(COMMAND, "well", f"run {both[0]}", measure)
+    return Path(alone[1]["out"]), out, failed, said
 
 
 def test_a_run_by_two_processes_is_a_run_by_one(runs):
-    one, two, said = runs
+    one, two, _, said = runs
     assert "report done" in said[0] and said[1] == ""
     scores = [LayerScores.load(out / "scores" / "gradpruner.json").values for out in (one, two)]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=0)
@@ -178,18 +261,34 @@ def test_a_run_by_two_processes_is_a_run_by_one(runs):
         assert answers[0] == answers[1] and len(answers[0]) == 12
         weights = [load_file(out / f"variants/{row}/model/model.safetensors") for out in (one, two)]
         torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
-    assert not list(two.rglob("*.part*"))
+    measured = two.parent / "measured"
+    assert (measured / "examples.jsonl").read_text() == (two / "variants/merged/examples.jsonl").read_text()
+    assert not [*two.rglob("*.part*"), *measured.rglob("*.part*")]
     assert verify_checkpoint(two / "variants/merged/pruned").passed
+
+
+def test_nan_on_one_process_ends_both_with_one_message_and_is_gone_on_from(runs):
+    _, two, (first, second), _ = runs
+    assert first.count("error:") == 1 and "is NaN or Inf; training stopped" in first.split("error:")[1]
+    assert "error:" not in second and "Traceback" not in first + second
+    rows = json.loads((two / "run.json").read_text())["variants"].values()
+    assert {row["finetune"]["resumed_from"] for row in rows} == {2}
 
 
 def test_bad_input_is_said_once_and_ends_all(tmp_path):
     path, _ = make_project(tmp_path, data={"train": "./nowhere.jsonl"})
-    said = together(COMMAND, path, expect=3)
-    assert said[1] == ""
+    first, second = together(COMMAND, "well", f"run {path}", expect=3)
+    assert first.count("error:") == 1 and "error:" not in second
 
 
-def test_methods_that_train_by_themselves_are_refused(tmp_path, monkeypatch):
+def test_what_several_processes_cannot_do_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     path, _ = make_project(tmp_path, variants=["dense", "apt"])
-    monkeypatch.setattr("gradpruner.runs.job.this_world", lambda: World(0, 2))
-    with pytest.raises(ConfigError, match="apt trains by itself, in one process; this job has 2"):
+    for module in ("runs.job", "training.sharding"):
+        monkeypatch.setattr(f"gradpruner.{module}.this_world", lambda: World(0, 7))
+    with pytest.raises(ConfigError, match="apt trains by itself, in one process; this job has 7"):
         Job(load_recipe(path))
+    path, _ = make_project(tmp_path)
+    with pytest.raises(ConfigError, match=r"7 processes with record.batch_size 4 read 28 .*24.* to 3 or"):
+        Job(load_recipe(path))
+    with pytest.raises(ConfigError, match="there is no file"):
+        check_sharding(False, "zero.json", "cpu")

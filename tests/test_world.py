@@ -8,9 +8,10 @@ from gradpruner.errors import ConfigError
 from gradpruner.world import PeerError, World, this_world
 
 SCRIPT = """
-import json
+import json, sys, time
+import torch
 from gradpruner.errors import DataError
-from gradpruner.world import PeerError, this_world
+from gradpruner.world import GoneError, PeerError, this_world
 
 world = this_world()
 found = {"rank": world.rank, "size": world.size}
@@ -41,12 +42,43 @@ for ranks in ((), (0, 1), (1,), ()):
         found["steps"].append(world.in_step(lambda: fail(*ranks)))
     except (DataError, PeerError) as error:
         found["steps"].append(str(error))
-print(json.dumps(found))
+
+
+def long_work():
+    fail(1)
+    for _ in range(600):
+        world.heed()
+        time.sleep(0.1)
+
+
+sums = torch.tensor([1.0, world.rank])
+world.sum_on_first([sums])
+found["sums"] = sums.tolist()
+began = time.perf_counter()
+try:
+    world.in_step(long_work)
+except (DataError, PeerError) as error:
+    found["heeded"] = str(error), time.perf_counter() - began < 30
+
+
+def leave():
+    if world.rank == 1:
+        print(json.dumps(found), flush=True)
+        raise SystemExit(143)
+    world.gathered([1])
+
+
+try:
+    world.in_step(leave)
+except GoneError as error:
+    found["gone"] = error.message, error.exit_code
+    print(json.dumps(found))
+    sys.exit(error.exit_code)
 """
 
 
-def test_two_processes_agree_and_gather():
-    first, second = map(json.loads, together(SCRIPT))
+def test_two_processes_work_together_and_hear_of_each_other_s_end():
+    first, second = (json.loads(said.splitlines()[0]) for said in together(SCRIPT, expect=143))
     assert (first["rank"], second["rank"]) == (0, 1)
     for found in (first, second):
         assert found["size"] == 2
@@ -58,27 +90,9 @@ def test_two_processes_agree_and_gather():
     assert second["steps"] == ["done", "NaN on 1.", "NaN on 1.", "done"]
     assert first["error"] == ["DataError", "No rows. Give some.", 3]
     assert second["error"] == ["PeerError", "Another process stopped: No rows. Give some.", 3]
-
-
-DYING = """
-import os, sys
-from gradpruner.world import PeerError, this_world
-
-world = this_world()
-if world.rank == 1:
-    sys.stdout.flush()
-    os._exit(9)
-try:
-    world.gathered([1])
-except PeerError as error:
-    print(error.message)
-    os._exit(9)
-"""
-
-
-def test_a_process_that_dies_is_noticed_at_once():
-    first, _ = together(DYING, timeout=60, expect=9)
-    assert first.strip() == "Another process of this job has ended."
+    assert first["sums"] == [2.0, 1.0]
+    assert first["heeded"] == [went_on, True] and second["heeded"] == ["NaN on 1.", True]
+    assert first["gone"] == ["Another process was interrupted. Start the same command again to go on.", 143]
 
 
 def test_alone_nothing_is_exchanged():

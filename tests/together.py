@@ -8,8 +8,10 @@ import tempfile
 from pathlib import Path
 
 
-def together(script, *arguments, size=2, timeout=120, expect=0):
+def together(script, *arguments, size=2, timeout=900, expect=0):
     """The outputs of all ranks, in order; every rank must end with the exit code `expect`.
+
+    Where that is not 0 the outputs are those on standard output and then those on standard error.
 
     Args:
         script: Python source.
@@ -40,4 +42,4 @@ def together(script, *arguments, size=2, timeout=120, expect=0):
                 rank.kill()
     for rank, (_, errors) in zip(ranks, found, strict=True):
         assert rank.returncode == expect, (rank.returncode, errors[-3000:])
-    return [output for output, _ in found]
+    return [output + (errors if expect else "") for output, errors in found]

@@ -151,9 +151,9 @@ def train(steps: int, seed: int, out: Path) -> None:
 
 
 def text_sha256() -> str:
-    """Digest of 1,000 documents and the task: what a figure came from."""
+    """Digest of 1,000 documents, training and test rows: what a figure came from."""
     stories = corpus(1)
-    text = "\n".join([*(next(stories) for _ in range(1000)), json.dumps(make_rows())])
+    text = "\n".join([*(next(stories) for _ in range(1000)), json.dumps(make_rows()[:2])])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -110,7 +110,7 @@ TIMES = (
 )
 PLACES = ("street", "square", "bridge", "hill", "market", "corner", "yard", "gate", "river", "station")
 
-NUM_TRAIN, NUM_TEST = 512, 480
+NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 512, 480, 240
 TASK_SEED = 7
 STRAY_SHARE = 0.12
 """How often a word of a document comes from another trade."""
@@ -196,8 +196,8 @@ def _half(trade: Trade) -> Trade:
     return Trade(cut(trade.things), cut(trade.doings), cut(trade.qualities))
 
 
-def make_rows(seed: int = TASK_SEED) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
-    """Training and test rows of the task, prompt, completion and choices; no prompt occurs twice.
+def make_rows(seed: int = TASK_SEED) -> tuple[list[dict[str, object]], ...]:
+    """Training, test and validation rows of the task, prompt, completion and choices; no prompt occurs twice.
 
     Args:
         seed: The same seed gives the same rows.
@@ -219,13 +219,16 @@ def make_rows(seed: int = TASK_SEED) -> tuple[list[dict[str, object]], list[dict
     test = rows(NUM_TEST, TRADES)
     rng.shuffle(train)
     rng.shuffle(test)
-    return train, test
+    # Drawn last: rows for choosing between pruned models came later, and the others are as they were.
+    validation = rows(NUM_VALIDATION, TRADES)
+    rng.shuffle(validation)
+    return train, test, validation
 
 
 def write_rows(folder: Path, seed: int = TASK_SEED) -> None:
-    """Writes `train.jsonl` and `test.jsonl`."""
+    """Writes `train.jsonl`, `test.jsonl` and `validation.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in zip(("train", "test"), make_rows(seed), strict=True):
+    for name, rows in zip(("train", "test", "validation"), make_rows(seed), strict=True):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +13,8 @@ import typer
 from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gradpruner.data.examples import ExampleSet
+    from gradpruner.data.examples import Example, ExampleSet
+    from gradpruner.evaluation.quality import Evaluation
     from gradpruner.runs.recipe import Recipe
 
 SCORES, ANSWERS = "evaluation.json", "examples.jsonl"
@@ -130,7 +131,7 @@ def _measure(
     from gradpruner.evaluation.quality import evaluate as measure
     from gradpruner.json_files import write_json
     from gradpruner.models.folder import locate_model
-    from gradpruner.models.loading import check_loadable, load_model
+    from gradpruner.models.loading import check_loadable
     from gradpruner.provenance import provenance
     from gradpruner.runs.evaluation_data import (
         check_evaluation,
@@ -139,6 +140,7 @@ def _measure(
         options_of,
         tokenizer_of,
     )
+    from gradpruner.runs.together import jointly
 
     options, choice = recipe.evaluate, recipe.model
     check_evaluation(recipe)
@@ -152,33 +154,23 @@ def _measure(
         found |= {"source": rows.source, "format": rows.format, "rows": len(rows), "sha256": rows.sha256}
         found |= {"rows_dropped": rows.num_dropped, "notes": list(rows.notes)}
         found["metrics_asked"] = list(metrics_of(recipe))
+    if endpoint is not None and options.lm_eval:
+        raise ConfigError("--lm-eval needs the model loaded here; it does not go with --endpoint.")
     if dry_run:
         return found
     journal = _journal(out, folder, recipe, endpoint, served_name, rows) if out and rows else None
-    model: Any
-    if endpoint is not None:
-        if options.lm_eval:
-            raise ConfigError("--lm-eval needs the model loaded here; it does not go with --endpoint.")
-        model = Endpoint(endpoint, served_name, options.batch_size)
-    else:
-        model = load_model(
-            folder,
-            dtype=choice.dtype,
-            device=choice.device,
-            attn_implementation=choice.attn_implementation,
-            trust_remote_code=choice.trust_remote_code,
-        )
     if rows is not None:
-        result = measure(
-            model,
-            tokenizer,
-            rows.examples,
-            options_of(recipe, metrics_of(recipe), recipe.data.max_length),
-            journal=journal,
-        )
+        if endpoint is None:
+            model, result = jointly(measure_folder, recipe, folder, rows.examples, journal)
+        else:
+            server = Endpoint(endpoint, served_name, options.batch_size)
+            asked = options_of(recipe, metrics_of(recipe), recipe.data.max_length)
+            result = measure(server, tokenizer, rows.examples, asked, journal=journal)
         found |= result.summary(ANSWERS if out else None)
         if out:
             result.write_examples(out / ANSWERS)
+    elif options.lm_eval:
+        model = _load(recipe, folder)
     if options.lm_eval:
         found["lm_eval"] = evaluate_harness(
             model,
@@ -192,9 +184,36 @@ def _measure(
     found["provenance"] = provenance(recipe.seed)
     if out:
         write_json(out / SCORES, found)
-        for part in out.glob(f"{ANSWERS}.*.part"):
+        for part in out.glob(f"{ANSWERS}.*.part*"):
             part.unlink()
     return found
+
+
+def measure_folder(
+    recipe: Recipe, folder: Path, rows: Sequence[Example], journal: Path | None
+) -> tuple[Any, Evaluation]:
+    """The model of a folder, and how well it answers; every process asks its share of the rows."""
+    from gradpruner.evaluation.quality import evaluate as measure
+    from gradpruner.runs.evaluation_data import metrics_of, options_of, tokenizer_of
+    from gradpruner.world import this_world
+
+    tokenizer = tokenizer_of(recipe, folder)
+    model = _load(recipe, folder)
+    options = options_of(recipe, metrics_of(recipe), recipe.data.max_length)
+    return model, measure(model, tokenizer, rows, options, journal=journal, world=this_world())
+
+
+def _load(recipe: Recipe, folder: Path) -> Any:
+    from gradpruner.models.loading import load_model
+
+    choice = recipe.model
+    return load_model(
+        folder,
+        dtype=choice.dtype,
+        device=choice.device,
+        attn_implementation=choice.attn_implementation,
+        trust_remote_code=choice.trust_remote_code,
+    )
 
 
 def _journal(
@@ -220,7 +239,8 @@ def _show(found: Mapping[str, Any]) -> None:
 
     from gradpruner.cli.main import console
     from gradpruner.reports.formats import interval, percent
-    from gradpruner.reports.reading import FEW_EXAMPLES, metric_label
+    from gradpruner.reports.record import FEW_EXAMPLES
+    from gradpruner.reports.view import metric_label
 
     screen = console()
     if "metrics_asked" in found and "metrics" not in found:

@@ -242,7 +242,7 @@ def report(
     """Render report.html again from run.json."""
     from gradpruner.files import working_in
     from gradpruner.reports import markdown_table, print_summary, render_html
-    from gradpruner.reports.reading import read_record
+    from gradpruner.reports.record import read_record
 
     record = read_record(run_directory / "run.json", "run record")
     with working_in(run_directory):
@@ -250,9 +250,9 @@ def report(
     if as_json:
         typer.echo(json.dumps({"report": str(path)}))
     elif markdown:
-        typer.echo(markdown_table(record))
+        typer.echo(markdown_table(record, run_directory))
     else:
-        print_summary(record, console())
+        print_summary(record, console(), run_directory)
         typer.echo(f"report: {path}")
 
 
@@ -325,33 +325,36 @@ def main() -> None:
         sys.exit(error.exit_code)
     except BrokenPipeError:
         sys.exit(0)
-    except OSError as error:  # a path somebody gave; what we write ourselves has its own messages
+
+
+def _command() -> None:
+    """The command; a path somebody gave that the system refuses is an error like others."""
+    try:
+        app()
+    except OSError as error:  # what we write ourselves has its own messages
         if error.filename is None:
             raise
-        ours = unusable(error)
-        complain(ours)
-        sys.exit(ours.exit_code)
+        raise unusable(error) from error
 
 
 def _in_its_world() -> None:
     """Carries out the command; of several processes the first does, and the others help where it says so."""
-    from gradpruner.world import PeerError, launched, this_world
+    from gradpruner.world import launched, this_world
 
     if not launched():
-        app()
+        _command()
         return
-    from gradpruner.progress import set_mode
     from gradpruner.runs.together import follow, leading
 
     if this_world().is_first:
         with leading():
-            app()
+            _command()
         return
-    set_mode("quiet")
+    prepare(True)
     logging.disable(logging.WARNING)
     try:
         code = follow()
-    except PeerError as error:  # said by the process it happened to
+    except GradPrunerError as error:  # the first process says it
         code = error.exit_code
     sys.exit(code)
 

@@ -22,9 +22,15 @@ def unusable(error: OSError) -> GradPrunerError:
 
 def stop(number: int, frame: object) -> NoReturn:
     """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
+    from gradpruner.world import last_word
+
+    word = last_word()  # a launcher ends all processes when one has failed: what that one said counts
     if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        print("Interrupted. Start the same command again to go on.", file=sys.stderr)
-    raise SystemExit(128 + number)
+        if word is not None:
+            complain(word)
+        else:
+            print("Interrupted. Start the same command again to go on.", file=sys.stderr)
+    raise SystemExit(word.exit_code if word is not None else 128 + number)
 
 
 def complain(error: GradPrunerError) -> None:

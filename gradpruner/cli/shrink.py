@@ -51,7 +51,7 @@ def shrink(
     method: Annotated[
         str, typer.Option("--method", help="How layers are chosen (`gradpruner ls methods`).")
     ] = "gradpruner",
-    repair: Annotated[str, typer.Option("--repair", help="least_squares, linear or none.")] = "least_squares",
+    repair: Annotated[str, typer.Option("--repair", help="auto, least_squares, linear or none.")] = "auto",
     recover: Annotated[
         int | None,
         typer.Option(

@@ -93,6 +93,8 @@ def compare(
 
     values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
     values |= {key: value for key, value in {"plan.unit": unit, "finetune.mode": mode}.items() if value}
+    if recipe is None:
+        values["effort"] = "paper"  # methods as their papers have them; --set effort=fast repairs all
     cli.prepare(quiet)
     resolved = cli.resolve(recipe, None, _one_source(values, overrides), values)
     study = make_study(
@@ -245,7 +247,7 @@ def _base_recipe(file: StudyFile, path: Path, values: dict[str, Any], overrides:
         beside = path.parent / file.base
         named = file.base.endswith((".yaml", ".yml")) and beside.is_file()
         return cli.resolve(str(beside) if named else file.base, None, overrides, values)
-    raw = copy.deepcopy(file.recipe or {})
+    raw = {"effort": "paper", **copy.deepcopy(file.recipe or {})}
     resolve_paths(raw, path.parent)
     return load_recipe(None, tuple(overrides), raw | values)
 
@@ -269,9 +271,9 @@ def _carry_out(study: Study, *, dry_run: bool, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(outcome.study, indent=2))
     else:
-        from gradpruner.reports.study import print_study
+        from gradpruner.reports import print_summary
 
-        print_study(outcome.study, cli.console())
+        print_summary(outcome.study, cli.console(), study.out)
         cli.console().print(f"study done: {study.out / REPORT}", highlight=False)
     if outcome.error is not None:
         raise outcome.error

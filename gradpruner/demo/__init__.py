@@ -14,6 +14,6 @@ DEMO_DIR = Path(__file__).resolve().parent
 MODEL_DIR = DEMO_DIR / "model"
 """The pre-trained model and its tokenizer, in the standard checkpoint layout."""
 DATA_DIR = DEMO_DIR / "data"
-"""`train.jsonl` and `test.jsonl` of the task."""
+"""`train.jsonl`, `test.jsonl` and `validation.jsonl` of the task."""
 
 __all__ = ["DATA_DIR", "DEMO_DIR", "MODEL_DIR"]

@@ -165,18 +165,9 @@ def evaluate(
         Journal(journal, questions, world.rank) as outputs,
         Progress(len(share) * (_generates(metrics) + use_choices), progress) as bar,
     ):
-        try:
-            speed = None
-            if _generates(metrics):
-                budget = options.max_new_tokens or questions.most_new_tokens()
-                speed = _generate(answering, questions, outputs, share, budget, bar)
-            if use_choices:
-                _score_options(answering, questions, outputs, share, bar)
-        except torch.OutOfMemoryError as error:
-            raise ResourceError(
-                f"Memory ran out while evaluating with a batch size of {options.batch_size}.",
-                hint="Choose a smaller evaluation batch size or maximum length.",
-            ) from error
+        asking = _Asking(answering, questions, outputs, share, bar, world)
+        budget = (options.max_new_tokens or questions.most_new_tokens()) if _generates(metrics) else 0
+        speed = world.in_step(lambda: asking.ask(budget, use_choices))
     graded = _grade(world.in_order([outputs[i] for i in share]), metrics, scorer)
     details = _details(metrics, scorer, answering, use_choices, options.score_ends)
     return Evaluation(
@@ -200,39 +191,66 @@ def _generates(metrics: Sequence[str]) -> bool:
     return any(name != "choice_likelihood" for name in metrics)
 
 
-def _generate(
-    answering: Answering, questions: Questions, outputs: Journal, share: range, budget: int, bar: Progress
-) -> float | None:
-    """Has the answers generated that are missing; returns tokens per second, None if there were all."""
-    missing = [i for i in share if outputs[i].generated is None]
-    bar.advance(len(share) - len(missing))
-    if not missing:
-        return None
-    num_tokens, began = 0, time.perf_counter()
-    matches = [bool(outputs[i].correct) for i in share if outputs[i].correct is not None]
-    for batch, answers in answering.answers(questions, missing, budget):
-        for i, answer in zip(batch, answers, strict=True):
-            text = questions.reading(i, answer.text)
-            correct = _is_right(text, questions.examples[i], questions.reference(i))
-            outputs.note(i, generated=text, finished=answer.finished, correct=correct)
-            matches.append(correct)
-            num_tokens += answer.num_tokens
-        outputs.flush()
-        bar.advance(len(batch), exact_match=sum(matches) / len(matches))
-    return num_tokens / (time.perf_counter() - began)
+@dataclass(frozen=True)
+class _Asking:
+    """The share of the questions that this process asks, and where its answers go."""
 
+    answering: Answering
+    questions: Questions
+    outputs: Journal
+    share: range
+    bar: Progress
+    world: World
 
-def _score_options(
-    answering: Answering, questions: Questions, outputs: Journal, share: range, bar: Progress
-) -> None:
-    """Has the options scored that are not yet."""
-    missing = [i for i in share if outputs[i].choice_scores is None]
-    bar.advance(len(share) - len(missing))
-    for batch, found in answering.option_scores(questions, missing):
-        for i, scores in zip(batch, found, strict=True):
-            outputs.note(i, **_chosen(questions.examples[i], scores))
-        outputs.flush()
-        bar.advance(len(batch))
+    def ask(self, budget: int, use_choices: bool) -> float | None:
+        """Has answers of at most `budget` tokens generated, if that is not 0, and options scored.
+
+        Returns:
+            Tokens generated per second; None if nothing had to be.
+        """
+        try:
+            speed = self._generate(budget) if budget else None
+            if use_choices:
+                self._score_options()
+        except torch.OutOfMemoryError as error:
+            raise ResourceError(
+                f"Memory ran out while evaluating with a batch size of {self.answering.batch_size}.",
+                hint="Choose a smaller evaluation batch size or maximum length.",
+            ) from error
+        return speed
+
+    def _missing(self, field: str) -> list[int]:
+        missing = [i for i in self.share if getattr(self.outputs[i], field) is None]
+        self.bar.advance(len(self.share) - len(missing))
+        return missing
+
+    def _generate(self, budget: int) -> float | None:
+        missing, outputs, questions = self._missing("generated"), self.outputs, self.questions
+        if not missing:
+            return None
+        num_tokens, began = 0, time.perf_counter()
+        matches = [bool(outputs[i].correct) for i in self.share if outputs[i].correct is not None]
+        for batch, answers in self.answering.answers(questions, missing, budget):
+            for i, answer in zip(batch, answers, strict=True):
+                text = questions.reading(i, answer.text)
+                correct = _is_right(text, questions.examples[i], questions.reference(i))
+                outputs.note(i, generated=text, finished=answer.finished, correct=correct)
+                matches.append(correct)
+                num_tokens += answer.num_tokens
+            self._batch_done(batch, exact_match=sum(matches) / len(matches))
+        return num_tokens / (time.perf_counter() - began)
+
+    def _score_options(self) -> None:
+        missing = self._missing("choice_scores")
+        for batch, found in self.answering.option_scores(self.questions, missing):
+            for i, scores in zip(batch, found, strict=True):
+                self.outputs.note(i, **_chosen(self.questions.examples[i], scores))
+            self._batch_done(batch)
+
+    def _batch_done(self, batch: Sequence[int], **shown: float) -> None:
+        self.outputs.flush()
+        self.bar.advance(len(batch), **shown)
+        self.world.heed()
 
 
 def _is_right(text: str, example: Example, answer: str) -> bool:

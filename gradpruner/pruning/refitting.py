@@ -32,6 +32,7 @@ from gradpruner.pruning.ridge import (
     choose_update,
     ridge_update,
 )
+from gradpruner.world import World
 
 __all__ = ["HELD_OUT", "MAX_REGRESSORS", "RIDGES", "Sums", "choose_update", "fit_repair", "ridge_update"]
 
@@ -57,6 +58,7 @@ def fit_repair(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     ridges: Sequence[float] = RIDGES,
+    world: World | None = None,
 ) -> Repair:
     """Fits what the kept layers before the cuts must add so that the layers that go are missed least.
 
@@ -93,6 +95,8 @@ def fit_repair(
         seed: Of drawing the samples.
         progress: Called with 1 after every layer.
         ridges: What is tried, in units of the mean diagonal of the regressors' second moments, > 0.
+        world: Processes that share the batches of samples; every one must call this, and has the repair. The
+            sums are added up on the first, which solves.
 
     Raises:
         ConfigError: If the kind is unknown or "none", or rows or ridges are outside their range.
@@ -106,6 +110,7 @@ def fit_repair(
     itself and to a norm's weight.
     """
     _check_request(kind, rows, ridges)
+    world = world or World()
     started = time.perf_counter()
     view = LayeredModel(model)
     _check(view, plan, trace)
@@ -119,12 +124,12 @@ def fit_repair(
     was_training = model.training
     model.eval()
     try:
-        walk = Walk(view, batches)
-        fitting = _Fitting(view, plan, walk, kind, trace, ridges)
+        share = world.in_step(lambda: _Share(view, batches, world))
+        fitting = _Fitting(view, plan, share, kind, trace, ridges)
         fitting.go(progress)
     finally:
         model.train(was_training)
-    tokens = sum(int(counted.sum()) for counted in walk.counted)
+    tokens = sum(world.gathered([sum(int(counted.sum()) for counted in share.walk.counted)]))
     return Repair(
         kind=kind,
         pruned=plan.pruned,
@@ -171,6 +176,25 @@ def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -
         check_alike(plan, shapes)
 
 
+class _Share:
+    """The batches that this process walks.
+
+    Attributes:
+        walk: Over them.
+        first_number: Per batch, which one its first sample is among those of all processes.
+        world: The processes.
+    """
+
+    def __init__(self, view: LayeredModel, batches: Sequence[dict[str, Tensor]], world: World) -> None:
+        mine = [i for i in world.share(len(batches)) if batches[i]["attention_mask"][:, 1:].any()]
+        # Who has nothing to do walks along where the first process does: every process knows of every cut.
+        self.walk = Walk(view, [batches[i] for i in mine or (0,)])
+        if not mine:
+            self.walk.counted[0].zero_()
+        self.first_number = [i * BATCH_SIZE for i in mine or (0,)]
+        self.world = world
+
+
 class _Fitting:
     """One walk from input to output: dense states and pruned states, and what was fitted on the way."""
 
@@ -178,13 +202,13 @@ class _Fitting:
         self,
         view: LayeredModel,
         plan: PruningPlan,
-        walk: Walk,
+        share: _Share,
         kind: str,
         trace: GradientTrace | None,
         ridges: Sequence[float],
     ) -> None:
-        self.view, self.plan, self.walk, self.kind, self.trace = view, plan, walk, kind, trace
-        self.ridges = ridges
+        self.view, self.plan, self.share, self.kind, self.trace = view, plan, share, kind, trace
+        self.walk, self.world, self.ridges = share.walk, share.world, ridges
         self.cuts: list[RepairedCut] = []
         self.weights: dict[int, Tensor] = {}
         self.notes: list[str] = []
@@ -236,23 +260,46 @@ class _Fitting:
         self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]
     ) -> Tensor | None:
         """The refitted weight of a layer before a cut, float32 on the CPU; None if none is better."""
-        output = output_of(self.view, self.walk, layer, pruned[0])
+        output = self._output(layer, pruned[0])
         form = self._form(output)
         fitted, held_out = self._sums(layer, output, form, pruned, dense)
-        before = held_out.error(None)
-        ridge, after = choose_update(fitted, held_out, self.ridges)
-        self.cuts.append(RepairedCut(layer, output.name, run, ridge, before, after))
-        if ridge is None:
-            return None
+
+        def work() -> tuple[RepairedCut, Tensor | None]:
+            before = held_out.error(None)
+            ridge, after = choose_update(fitted, held_out, self.ridges)
+            cut = RepairedCut(layer, output.name, run, ridge, before, after)
+            return cut, None if ridge is None else self._solved(cut, output, form, fitted, held_out)
+
+        cut, new = self.world.agreed(work)
+        self.cuts.append(cut)
+        return new
+
+    def _output(self, layer: int, state: Tensor) -> Output:
+        """What is refitted in a layer; its factor is estimated, so all processes take that of the first."""
+
+        def work() -> tuple[str, float, float | None]:
+            found = output_of(self.view, self.walk, layer, state)
+            return found.name, found.factor, found.offset
+
+        name, factor, offset = self.world.agreed(work)
+        weight = self.view.weight(layer, name)
+        assert weight is not None
+        return Output(name, self.view.layers[layer].get_submodule(name), weight, factor, offset)
+
+    def _solved(
+        self, cut: RepairedCut, output: Output, form: str, fitted: AnySums, held_out: AnySums
+    ) -> Tensor:
+        """The refitted weight with the chosen ridge, from all tokens."""
+        assert cut.ridge is not None
         fitted.take(held_out)
-        update = ridge_update(fitted, ridge)
+        update = ridge_update(fitted, cut.ridge)
         old = output.weight.detach().to(update)
         if form == "scale":
             update = update * (old + (output.offset or 0.0))
         new = (old + (update @ old if form == "linear" else update)).float().cpu()
         if not bool(torch.isfinite(new.to(output.weight.dtype)).all()):
             raise NonFiniteError(
-                f"Refitting '{output.name}' of layer {layer} gives NaN or Inf.",
+                f"Refitting '{output.name}' of layer {cut.layer} gives NaN or Inf.",
                 hint="The model's number format is too narrow: try float32.",
             )
         return new
@@ -289,11 +336,10 @@ class _Fitting:
         hook = output.module.register_forward_hook(
             lambda _, args, out: caught.update(x=out if form == "scale" else args[0])
         )
-        number = 0  # of the sample, over all batches
         try:
             for batch, state in enumerate(pruned):
                 handed = self.walk.layer_on(layer, batch, state)
-                counted = self.walk.counted[batch]
+                counted, number = self.walk.counted[batch], self.share.first_number[batch]
                 numbers = torch.arange(number, number + len(counted)).to(counted.device)
                 is_held_out = (numbers % HELD_OUT == 0)[:, None].expand_as(counted)
                 for part, chosen in zip(sums, (counted & ~is_held_out, counted & is_held_out), strict=True):
@@ -303,9 +349,10 @@ class _Fitting:
                         x = caught["x"].view(*handed.shape[:2], -1)[sample, token].to(device, torch.float64)
                         x = (x if wide is None else x @ wide.T) * output.factor
                         part.add(x, missing, 1 / target.square().sum(dim=1).clamp_min(1e-12))
-                number += len(counted)
         finally:
             hook.remove()
+        for part in sums:
+            part.sum_on_first(self.world)
         self._note_tokens(sums[0].tokens + sums[1].tokens, regressors)
         return sums[0], sums[1]
 

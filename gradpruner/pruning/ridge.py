@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, NonFiniteError
+from gradpruner.world import World
 
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 
@@ -54,6 +55,10 @@ class Sums:
         self.gram_PP += other.gram_PP
         self.cross_DP += other.cross_DP
         self.energy, self.tokens = self.energy + other.energy, self.tokens + other.tokens
+
+    def sum_on_first(self, world: World) -> None:
+        """Takes in the tokens of all processes, in place; only the first one can use the sums then."""
+        _sum_on_first(self, (self.gram_PP, self.cross_DP), world)
 
     def solve(self, ridge: float) -> Tensor:
         """See `ridge_update`; shape (D, P)."""
@@ -119,6 +124,10 @@ class ChannelSums:
         self.cross_D += other.cross_D
         self.energy, self.tokens = self.energy + other.energy, self.tokens + other.tokens
 
+    def sum_on_first(self, world: World) -> None:
+        """As `Sums.sum_on_first`."""
+        _sum_on_first(self, (self.gram_D, self.cross_D), world)
+
     def solve(self, ridge: float) -> Tensor:
         """`u_c = sum w r_c x_c / (sum w x_c^2 + rho)`, shape (D,)."""
         return self.cross_D / (self.gram_D + ridge * _positive(self.gram_D.mean()))
@@ -137,6 +146,12 @@ class ChannelSums:
 
 
 AnySums = Sums | ChannelSums
+
+
+def _sum_on_first(sums: AnySums, tensors: Sequence[Tensor], world: World) -> None:
+    world.sum_on_first(tensors)
+    found = world.gathered([(sums.energy, sums.tokens)])
+    sums.energy, sums.tokens = (sum(values) for values in zip(*found, strict=True))
 
 
 def _positive(mean: Tensor) -> Tensor:

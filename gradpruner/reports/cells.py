@@ -1,4 +1,4 @@
-"""Cells, rows and tables of a report, and values as they are written in them."""
+"""Cells, lines and tables of a report as plain data: HTML, terminal and markdown show the same numbers."""
 
 from __future__ import annotations
 
@@ -7,29 +7,16 @@ from typing import Any
 
 from gradpruner.reports.formats import (
     MISSING,
+    duration,
     interval,
     num_bytes,
     number,
     percent,
-    ratio,
+    points,
     short,
-    signed_percent,
-    text,
-    times,
     whole,
 )
-from gradpruner.reports.reading import (
-    Measured,
-)
-
-_UNITS = {
-    "layers": "Decoder layers",
-    "decoder_parameters": "Decoder parameters",
-    "parameters": "All parameters",
-    "kv_bytes_per_token": "KV cache per token",
-    "flops_per_token": "FLOPs per token",
-    "disk_bytes": "Size on disk",
-}
+from gradpruner.reports.record import Measured
 
 
 @dataclass(frozen=True)
@@ -50,8 +37,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line; `kind` is '', 'main' (the headline's variant) or 'failed' (see `error`)."""
+class Line:
+    """One line of a table; `kind` is '', 'main' (set in bold) or 'failed' (see `error`)."""
 
     cells: tuple[Cell, ...]
     kind: str = ""
@@ -60,54 +47,56 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the row, the others hold numbers unless listed in `words`."""
+    """A table; the first column names the line, the others hold numbers unless listed in `words`."""
 
     caption: str
     columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+    lines: tuple[Line, ...]
     words: tuple[str, ...] = ()
 
+    @property
+    def error_at(self) -> int:
+        """The column that says of a failed line that it failed: the one of its quality."""
+        return next((i for i, name in enumerate(self.columns) if name.endswith("]")), 1)
 
-def markdown_of(table: Table, error_at: int) -> str:
-    """Returns a table as GitHub-flavoured markdown; a failed row has its error in column `error_at`."""
+
+def markdown_of(table: Table) -> str:
+    """Returns a table as GitHub-flavoured markdown; a failed line has its error in place of its quality."""
     rule = ["---", *("---" if name in table.words else "---:" for name in table.columns[1:])]
     lines = [[markdown_cell(name) for name in table.columns], rule]
-    for row in table.rows:
-        cells = [f"{c.text} {c.detail}".strip() for c in row.cells]
-        if row.kind == "failed":
-            cells[error_at] = f"failed: {row.error}"
+    for line in table.lines:
+        cells = [f"{c.text} {c.detail}".strip() for c in line.cells]
+        if line.kind == "failed":
+            cells[table.error_at] = f"failed: {line.error}"
         lines.append([markdown_cell(cell) for cell in cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def words_line(*words: str, kind: str = "") -> Line:
+    """A line of plain words."""
+    return Line(tuple(map(Cell, words)), kind)
+
+
 def measured_cell(measured: Measured | None) -> Cell:
-    """A metric with its interval."""
-    if measured is None:
+    """A metric with its interval; starred where too few examples stand behind it."""
+    if measured is None or measured.value is None:
         return Cell(MISSING)
-    exact = exact_of(measured.value)
-    return Cell(percent(measured.value), interval(measured.low, measured.high), exact)
+    star = "*" if measured.is_small else ""
+    shown = interval(measured.low, measured.high)
+    return Cell(percent(measured.value) + star, shown, exact_of(measured.value))
 
 
-def paired_cell(difference: Measured | None) -> Cell:
-    """Returns the difference to dense in points, both measured on the same examples."""
-    if difference is None:
+def difference_cell(difference: Measured | None) -> Cell:
+    """A difference in points with its interval."""
+    if difference is None or difference.value is None:
         return Cell(MISSING)
-    shown = signed_percent(difference.value)[:-1]
-    return Cell(shown, interval(difference.low, difference.high), exact_of(difference.value))
+    shown = interval(difference.low, difference.high)
+    return Cell(points(difference.value), shown, exact_of(difference.value))
 
 
-def savings_row(unit: str, before: float | None, after: float | None) -> Row:
-    """One quantity before and after pruning, with their ratio."""
-    show = num_bytes if "bytes" in unit else short if unit.startswith("flops") else whole
-    kept = ratio(after, before)
-    cells = (
-        Cell(_UNITS.get(unit, text(unit).replace("_", " ").capitalize())),
-        Cell(show(before), exact=exact_of(before)),
-        Cell(show(after), exact=exact_of(after)),
-        Cell(signed_percent(None if kept is None else kept - 1)),
-        Cell(times(kept), share=None if kept is None else min(max(kept, 0.0), 1.0)),
-    )
-    return Row(cells)
+def whole_cell(value: Any) -> Cell:
+    """A count in full."""
+    return Cell(whole(value))
 
 
 def short_cell(value: Any) -> Cell:
@@ -118,6 +107,11 @@ def short_cell(value: Any) -> Cell:
 def bytes_cell(value: Any) -> Cell:
     """A number of bytes; exact as a tooltip."""
     return Cell(num_bytes(value), exact=exact_of(value, "bytes"))
+
+
+def time_cell(value: Any, detail: str = "") -> Cell:
+    """A duration; exact as a tooltip."""
+    return Cell(duration(value), detail, exact_of(value, "s"))
 
 
 def exact_of(value: Any, unit: str = "") -> str:

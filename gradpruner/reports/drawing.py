@@ -7,15 +7,19 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from gradpruner.reports.svg import Margins, colour, draw
+from gradpruner.reports.formats import percent
+from gradpruner.reports.svg import Margins, colour, draw, plain_ticks
 
 WIDE = 840
-
 
 HALF = 420
 
 
 _MOST_POINTS = 120
+
+
+_LOG_SPREAD = 30.0
+"""Positive values further apart than this are drawn on a logarithmic scale: on a plain one most look flat."""
 
 
 _DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
@@ -93,6 +97,29 @@ def averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     size = bucket(points)
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
+
+
+def is_wide(values: Sequence[float | None]) -> bool:
+    """Whether values are drawn on a logarithmic scale."""
+    known = [value for value in values if value is not None]
+    positive = [value for value in known if value > 0]
+    return bool(positive) and min(known) >= 0 and max(positive) > _LOG_SPREAD * min(positive)
+
+
+def loss_axis(axes: Axes, log: bool, label: str) -> None:
+    """The axes of a training loss."""
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel(label)
+    axes.set_ylabel("training loss")
+    plain_ticks(axes, log)
+
+
+def percent_ticks(axes: Axes, which: str = "y") -> None:
+    """Percentages on an axis, with as many digits as tell its ticks apart."""
+    axis, (low, high) = (axes.yaxis, axes.get_ylim()) if which == "y" else (axes.xaxis, axes.get_xlim())
+    digits = 0 if high - low > 0.05 else 1
+    axis.set_major_formatter(lambda value, _: percent(value, digits))
 
 
 def settled(points: Sequence[tuple[float, float]]) -> str:

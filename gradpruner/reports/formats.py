@@ -55,6 +55,11 @@ def signed_percent(value: Any, digits: int = 1) -> str:
     return ("−" if finite < 0 else "+") + shown
 
 
+def points(difference: Any) -> str:
+    """Formats a difference of fractions in percentage points: -0.019 -> '−1.9'."""
+    return signed_percent(difference).removesuffix("%")
+
+
 def times(value: Any) -> str:
     """Formats a ratio: 0.63 -> '0.63×'."""
     finite = number(value)
@@ -117,8 +122,8 @@ def interval(low: Any, high: Any) -> str:
     low_finite, high_finite = number(low), number(high)
     if low_finite is None or high_finite is None:
         return ""
-    # Adding 0.0 turns -0.0 into 0.0.
-    shown = (f"{round(100 * end, 1) + 0.0:.1f}" for end in (low_finite, high_finite))
+    # Adding 0.0 turns -0.0 into 0.0. The minus is the one that every other percentage has.
+    shown = (f"{round(100 * end, 1) + 0.0:.1f}".replace("-", "−") for end in (low_finite, high_finite))
     return f"[{', '.join(shown)}]"
 
 

@@ -1,101 +1,228 @@
-"""run.json -> one HTML file that needs nothing else: no network, no script, no other file."""
+"""run.json or study.json -> one HTML file that needs nothing else: no network, no other file."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradpruner.reports import figures, tables
-from gradpruner.reports.formats import moment, num_bytes, number, text, whole
-from gradpruner.reports.other_tasks import harness_table, other_tasks_table
+from gradpruner.reports import comparing, details, figures, sweep, tables
+from gradpruner.reports.answers import KINDS, sample_answers
+from gradpruner.reports.cells import Table
+from gradpruner.reports.drawing import Plot
+from gradpruner.reports.formats import MISSING, moment, num_bytes, text, whole
 from gradpruner.reports.page import (
     as_yaml,
     facts_of,
-    inline,
     packages_of,
     provenance_facts,
     strip_of,
     write_page,
 )
-from gradpruner.reports.reading import RunView, mapping, read_run, sequence
-from gradpruner.reports.repairs import depth_table, draw_depths, repair_table
-from gradpruner.reports.verdict import judge, tiles
-from gradpruner.reports.whole_cost import whole_cost_table
+from gradpruner.reports.reading import read
+from gradpruner.reports.shipping import advice
+from gradpruner.reports.svg import house_style
+from gradpruner.reports.terminal import title_of
+from gradpruner.reports.tiles import tiles
+from gradpruner.reports.verdict import NOT_LEARNED, budget_words, judge, reading_words, serving_note
+from gradpruner.reports.view import View
+
+_MOST_STRIPS = 24
+Block = tuple[str, Any]
+"""What a macro of parts.html is called, and what it shows."""
 
 
-def render_html(run: dict[str, Any], out: Path) -> Path:
-    """Writes the report of one run.
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with a heading; one without blocks is left out."""
+
+    id: str
+    title: str
+    blocks: list[Block]
+
+
+def render_html(source: dict[str, Any], out: Path) -> Path:
+    """Writes the report of one run or study.
 
     Args:
-        run: A run record as read from run.json. Nothing is recomputed; missing parts are left out
-            or named as missing.
-        out: The HTML file to write; its folder is made, an existing file is replaced.
+        source: A record as read from run.json or study.json. Nothing is recomputed; missing parts are left
+            out or named as missing.
+        out: The HTML file to write, where the record lies: sample answers are read from there. An existing
+            file is replaced.
 
     Returns:
-        `out`. The bytes depend on `run` alone.
+        `out`. The bytes depend on the record and the answers alone.
     """
-    return write_page("report.html", "GradPruner report", _context(read_run(run)), out)
+    return write_page(page_of(read(source), out.parent), out)
 
 
-def _context(view: RunView) -> dict[str, Any]:
-    run = view.run
-    trace = mapping(run, "trace")
-    plots = figures.draw_plots(view)
+def page_of(view: View, folder: Path) -> dict[str, Any]:
+    """What page.html shows."""
+    record = view.record
+    verdict = judge(view)
+    with house_style():
+        sections = [section for section in _sections(view, folder) if section.blocks]
+    name = "run.json" if view.kind == "run" else "study.json"
+    kind = "report" if view.kind == "run" else "study"
     return {
-        "title": text(run.get("title") or "GradPruner run", 200),
+        "brand": " · ".join(part for part in (f"GradPruner {kind}", text(record.figure or "")) if part),
+        "title": title_of(view),
+        "what": text(record.what or ""),
         "made": facts_of(
-            ("Finished", moment(run.get("finished") or run.get("created"))),
-            ("Model", text(mapping(run, "model").get("path"))),
-            ("Type", text(mapping(run, "model").get("model_type"))),
+            ("Finished", moment(record.finished or record.created)),
+            ("Model", text(record.model.path)),
+            ("Type", text(record.model.model_type)),
+            ("Task", text(record.task)),
+            ("Fine-tuning", text(record.mode)),
+            ("Seeds", ", ".join(map(str, view.seeds)) or MISSING),
         ),
-        "verdict": judge(view),
+        "ship": advice(view, folder, verdict.word != NOT_LEARNED),
+        "verdict": verdict,
         "tiles": tiles(view),
-        "main": view.main,
-        "strips": _strips(view),
-        "warnings": [text(warning) for warning in sequence(run, "warnings")],
-        "accuracy": tables.accuracy_table(view),
-        "accuracy_plot": inline(plots.accuracy),
-        "metric_is_small": any(
-            m.is_small for v in view.variants for m in (*v.after.values(), *v.before.values())
-        ),
-        "score_plots": [inline(plot) for plot in plots.scores],
-        "loss_plot": inline(plots.losses),
-        "stability_plot": inline(plots.stability),
-        "recording_plot": inline(plots.recording),
-        "trace": facts_of(
-            ("Steps", whole(trace.get("num_steps"))),
-            ("With evidence", whole(trace.get("effective_steps"))),
-            ("Adapter", text(trace.get("adapter"))),
-            ("Rank", text(trace.get("rank"))),
-            ("Clipping", text(trace.get("clip"))),
-            ("Trace on disk", num_bytes(trace.get("bytes_on_disk"))),
-        ),
-        "savings": tables.savings_tables(view),
-        "other_tasks": [table for table in (other_tasks_table(view), harness_table(view)) if table.rows],
-        "serving": tables.serving_table(view),
-        "gate": tables.gate_table(view),
-        "costs": [
-            *(table for table in (whole_cost_table(view),) if table.rows),
-            tables.finetune_table(view),
-            tables.evaluation_table(view),
-        ],
-        "depths": depth_table(view),
-        "repairs": repair_table(view),
-        "depth_plot": inline(draw_depths(view)),
-        "stages": tables.stage_table(view),
-        "data": tables.data_table(view),
-        "overlap_rows": int(number(mapping(run, "data").get("overlap_rows")) or 0),
-        "recipe": as_yaml(run.get("recipe")),
-        "provenance": provenance_facts(run),
-        "packages": packages_of(run),
-        "schema_version": text(run.get("schema_version")),
+        "warnings": [text(warning) for warning in record.warnings],
+        "sections": sections,
+        "foot": f"{name} (schema {text(record.schema_version)})",
     }
 
 
-def _strips(view: RunView) -> list[dict[str, Any]]:
-    """Returns one strip of layers per plan, the headline's first."""
-    labels = {v.plan.name: v.label for v in reversed(view.variants) if v.plan is not None}
-    plans = [plan for plan in view.plans.values() if plan.actions]
-    first = view.main.plan if view.main else None
-    plans.sort(key=lambda plan: plan is not first)
-    return [strip_of(plan, labels.get(plan.name, text(plan.name))) for plan in plans]
+def _sections(view: View, folder: Path) -> list[Section]:
+    return [
+        *_results(view, folder),
+        *_layers(view),
+        *_costs(view),
+        Section("data", "Data", _data(view)),
+        Section("methods", "What the rows are", _facts(*_descriptions(view).items(), kind="columns")),
+        Section("recipe", "Recipe", _recipe(view)),
+        Section("provenance", "Provenance", _provenance(view)),
+    ]
+
+
+def _results(view: View, folder: Path) -> list[Section]:
+    table = tables.results_table(view)
+    shown = _tables(table) or [("absent", "Nothing was measured yet.")]
+    about = [reading_words(view), serving_note(view)] if table.lines else []
+    shown = _notes("lead", budget_words(view)) + shown + _notes("note", *about)
+    plots = [comparing.size_plot(view), comparing.cost_plot(view)]
+    if view.kind == "ablation":
+        kept = sweep.kept_plot(view) if view.record.plot.get("kind") == "stability" else None
+        drawn = _plots(kept, sweep.sweep_plot(view), *plots)
+        results = [Section("figures", "Figures", drawn), Section("results", "Results", shown)]
+    else:
+        drawn = _plots(comparing.quality_plot(view), comparing.difference_plot(view), *plots)
+        results = [Section("results", "Results", shown + drawn)]
+    answers = sample_answers(view, folder)
+    return [
+        *results,
+        Section("answers", "Sample answers", [("answers", (answers, KINDS))] if answers else []),
+        Section("further", "Further metrics", _tables(tables.further_table(view))),
+        Section("other-tasks", "Other rows and tasks",
+                _tables(tables.other_tasks_table(view), details.harness_table(view))),
+    ]  # fmt: skip
+
+
+def _layers(view: View) -> list[Section]:
+    strips: list[Block] = [("strips", found)] if (found := _strips(view)) else []
+    if strips and view.kind != "run":
+        strips.append(("note", "The plans of the first seed."))
+    repair = [
+        *_plots(figures.depth_plot(view)),
+        *_tables(details.depth_table(view), details.repair_table(view)),
+    ]
+    trace = view.record.trace
+    recorded = _facts(
+        ("Steps", whole(trace.num_steps)),
+        ("With evidence", whole(trace.effective_steps)),
+        ("Adapter", text(trace.adapter)),
+        ("Rank", text(trace.rank)),
+        ("Clipping", text(trace.clip)),
+        ("Trace on disk", num_bytes(trace.bytes_on_disk)),
+    )
+    pair = [plot for _, plot in _plots(figures.stability_plot(view), figures.recording_plot(view))]
+    return [
+        Section("layers", "Which layers go", strips + _plots(*figures.score_plots(view))),
+        Section("repair", "Repair", repair),
+        Section("losses", "Fine-tuning", _plots(figures.loss_plot(view))),
+        Section("recording", "Recorded gradients", recorded + ([("pair", pair)] if pair else [])),
+    ]
+
+
+def _costs(view: View) -> list[Section]:
+    stages = _tables(details.stage_table(view))
+    times = _tables(details.whole_cost_table(view), details.finetune_table(view))
+    engines = [*_notes("line", details.served_said(view)), *_tables(details.serving_table(view))]
+    return [
+        Section("savings", "Savings", _tables(*details.savings_tables(view), details.widths_table(view))),
+        Section("serving", "The pruned models on disk", engines + _tables(details.gate_table(view))),
+        Section("cost", "Time and memory",
+                times + ([("fold", (details.stages_said(view), stages))] if stages else [])),
+    ]  # fmt: skip
+
+
+def _data(view: View) -> list[Block]:
+    rows = view.record.overlap_rows or 0
+    said: list[Block] = []
+    if rows:
+        words = (
+            f"{rows} evaluation row{' also occurs' if rows == 1 else 's also occur'} in the training data."
+        )
+        said.append(("callout", (words, "The accuracies above are too good by an unknown amount.")))
+    return said + _tables(details.data_table(view))
+
+
+def _recipe(view: View) -> list[Block]:
+    recipe, sweep_of = as_yaml(view.record.recipe), view.record.sweep
+    shown = _facts(
+        ("Varied", text(sweep_of.key if sweep_of else None)),
+        ("Settings", whole(len(view.points)) if view.kind == "ablation" else MISSING),
+    )
+    if not recipe:
+        return [*shown, ("absent", "The recipe was not recorded.")]
+    what = "The resolved recipe" if view.kind == "run" else "The recipe all rows share"
+    return [*shown, ("fold", (f"{what}, every default included", [("text", recipe)]))]
+
+
+def _provenance(view: View) -> list[Block]:
+    known = _facts(*provenance_facts(view.record), kind="columns") or [("absent", "Nothing was recorded.")]
+    packages = packages_of(view.record)
+    return known + ([("heading", "Packages"), *_facts(*packages)] if packages else [])
+
+
+def _strips(view: View) -> list[dict[str, Any]]:
+    """A strip of layers per plan, the headline's first; of a study those of its first seed."""
+    if view.kind == "run":
+        plans = [plan for plan in view.plans.values() if plan.actions]
+        first = view.main.plan if view.main else None
+        plans.sort(key=lambda plan: plan is not first)
+        return [strip_of(plan, details.plan_label(view, plan.name)) for plan in plans]
+    strips = []
+    for point in view.points:
+        for row in point.rows:
+            if row.is_dense or row.plan is None:
+                continue
+            label = row.label if view.kind == "compare" else f"{view.sweep_label} {point.label}"
+            if view.kind == "ablation" and len(view.names) > 2:
+                label += f", {row.label}"
+            strips.append(strip_of(row.plan, label))
+    return strips[:_MOST_STRIPS]
+
+
+def _descriptions(view: View) -> dict[str, str]:
+    """Label -> what the method is, where that was recorded."""
+    return {row.label: row.description for row in view.rows if row.description not in ("", MISSING)}
+
+
+def _tables(*found: Table) -> list[Block]:
+    return [("table", table) for table in found if table.lines]
+
+
+def _plots(*found: Plot | None) -> list[Block]:
+    return [("figure", plot) for plot in found if plot is not None]
+
+
+def _notes(kind: str, *found: str) -> list[Block]:
+    return [(kind, words) for words in found if words]
+
+
+def _facts(*pairs: tuple[str, str], kind: str = "inline") -> list[Block]:
+    known = facts_of(*pairs)
+    return [("facts", (known, kind))] if known else []

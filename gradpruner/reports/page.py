@@ -1,8 +1,11 @@
-"""What every page of the report package shares: templates, writing, provenance, strips of layers."""
+"""What fills the page: templates, writing, provenance, strips of layers."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from gradpruner.files import write_text
-from gradpruner.reports.drawing import Plot
 from gradpruner.reports.formats import MISSING, moment, num_bytes, number, short, text, whole
-from gradpruner.reports.reading import Plan, mapping, sequence
+from gradpruner.reports.record import Record
 from gradpruner.reports.svg import PALETTE
+from gradpruner.reports.view import Plan
 
 
 @cache
@@ -29,33 +32,24 @@ def environment() -> Environment:
     )
 
 
-def write_page(template: str, brand: str, context: dict[str, Any], out: str | Path) -> Path:
-    """Renders one page and writes it in one step.
+def write_page(context: dict[str, Any], out: Path) -> Path:
+    """Renders page.html and writes it in one step; what is missing in a context is an error.
 
     Args:
-        template: A template that extends page.html.
-        brand: What kind of page this is, in a few words.
-        context: The template's values; `title` is among them.
+        context: The template's values.
         out: The file to write; its folder is made, an existing file is replaced.
 
     Returns:
         `out`.
     """
-    page = (
-        environment()
-        .get_template(template)
-        .render({"brand": brand, "palette": PALETTE, "MISSING": MISSING, **context})
-    )
+    # The only script, by its hash: no other one runs, whatever the record holds.
+    script = (files("gradpruner.reports") / "copy.js").read_text(encoding="utf-8").strip()
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    values = {"palette": PALETTE, "MISSING": MISSING, "script": Markup(script), "script_hash": allowed}
+    page = environment().get_template("page.html").render(values | context)
     # A lone surrogate from a file name must not cost the user the report.
-    write_text(Path(out), page.encode("utf-8", "replace").decode("utf-8"))
-    return Path(out)
-
-
-def inline(plot: Plot | None) -> dict[str, Any] | None:
-    """Marks the drawing, and nothing else, as markup: matplotlib has escaped what is in them."""
-    if plot is None:
-        return None
-    return {**vars(plot), "drawing": Markup(plot.drawing)}
+    write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
+    return out
 
 
 def facts_of(*facts: tuple[str, str]) -> list[tuple[str, str]]:
@@ -66,25 +60,21 @@ def facts_of(*facts: tuple[str, str]) -> list[tuple[str, str]]:
 def strip_of(plan: Plan, label: str) -> dict[str, Any]:
     """Returns one plan as a row of cells, one per layer, with its counts in words."""
     words = {"keep": "kept", "receive": "kept", "drop": "dropped"}
-    cells = []
-    for action in plan.actions:
-        role = plan.role(action.layer)
-        what = words.get(role, f"merged into {whole(action.into)}")
-        cells.append((role, f"Layer {action.layer}: {what}"))
-    roles = [role for role, _ in cells]
+    cells = [
+        (role, f"Layer {action.layer}: {words.get(role, f'merged into {whole(action.into)}')}")
+        for action, role in zip(plan.actions, plan.roles, strict=True)
+    ]
     merged = [f"{', '.join(map(str, layers))} → {to}" for to, layers in plan.targets.items()]
-    dropped = ", ".join(str(a.layer) for a in plan.actions if a.action == "drop")
-    kept = roles.count("keep") + roles.count("receive")
-    counts = [f"{kept} of {len(roles)} layers kept"]
+    counts = [f"{len(plan.kept)} of {len(cells)} layers kept"]
     for role, word in (("merge", "merged"), ("drop", "dropped")):
-        if role in roles:
-            counts.append(f"{roles.count(role)} {word}")
+        if role in plan.roles:
+            counts.append(f"{plan.roles.count(role)} {word}")
     return {
         "label": label,
         "cells": cells,
         "summary": ", ".join(counts),
         "merged": "; ".join(merged),
-        "dropped": dropped,
+        "dropped": ", ".join(str(a.layer) for a in plan.actions if a.action == "drop"),
         "first": plan.actions[0].layer,
         "last": plan.actions[-1].layer,
     }
@@ -108,38 +98,34 @@ def _plain_data(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
-def packages_of(run: dict[str, Any]) -> list[tuple[str, str]]:
+def packages_of(record: Record) -> list[tuple[str, str]]:
     """Returns the packages that were used, with their versions."""
-    return facts_of(*((text(k), text(v)) for k, v in mapping(run, "provenance", "packages").items()))
+    return facts_of(*((text(k), text(v)) for k, v in record.provenance.packages.items()))
 
 
-def provenance_facts(run: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns where the numbers of a run.json or study.json come from."""
-    found, model = mapping(run, "provenance"), mapping(run, "model")
-    machine = mapping(found, "machine")
-    devices = ", ".join(text(device) for device in sequence(machine, "devices")) or "CPU only"
-    commit = text(found.get("commit"))
-    if found.get("dirty"):
-        commit += " with uncommitted changes"
-    memory = num_bytes(machine.get("memory_bytes"))
+def provenance_facts(record: Record) -> list[tuple[str, str]]:
+    """Returns where the numbers of a record come from."""
+    found, model, machine = record.provenance, record.model, record.provenance.machine
+    named = machine.get("devices")
+    devices = ", ".join(map(text, named)) if isinstance(named, list) else ""
     return facts_of(
-        ("GradPruner", text(run.get("gradpruner_version"))),
-        ("Command", text(run.get("command"))),
-        ("Created", moment(run.get("created"))),
-        ("Finished", moment(run.get("finished"))),
-        ("Commit", commit),
-        ("Seed", text(found.get("seed"))),
-        ("Python", text(found.get("python"))),
+        ("GradPruner", text(record.gradpruner_version)),
+        ("Command", text(record.command)),
+        ("Created", moment(record.created)),
+        ("Finished", moment(record.finished)),
+        ("Commit", text(found.commit) + (" with uncommitted changes" if found.dirty else "")),
+        ("Seed", text(found.seed)),
+        ("Python", text(found.python)),
         ("Platform", text(machine.get("platform"))),
         ("Processor", text(machine.get("cpu"))),
         ("Cores", whole(machine.get("cores"))),
-        ("Memory", memory),
-        ("Devices", devices if machine else MISSING),
-        ("Model", text(model.get("path"))),
-        ("Model type", text(model.get("model_type"))),
-        ("Model layers", whole(model.get("num_layers"))),
-        ("Model parameters", whole(model.get("num_parameters"))),
-        ("Decoder parameters", short(model.get("decoder_parameters"))),
-        ("Weights", text(model.get("dtype"))),
-        ("Model SHA-256", text(model.get("sha256"))),
+        ("Memory", num_bytes(machine.get("memory_bytes"))),
+        ("Devices", (devices or "CPU only") if machine else MISSING),
+        ("Model", text(model.path)),
+        ("Model type", text(model.model_type)),
+        ("Model layers", whole(model.num_layers)),
+        ("Model parameters", whole(model.num_parameters)),
+        ("Decoder parameters", short(model.decoder_parameters)),
+        ("Weights", text(model.dtype)),
+        ("Model SHA-256", text(model.sha256)),
     )

@@ -1,17 +1,21 @@
-"""Which model of a run is the one to ship: chosen on validation rows, never on test rows."""
+"""What to do with the result: the row to ship, where it lies, why this one, and the next commands.
+
+A row is chosen on validation rows, never on test rows.
+"""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ConfigError
-from gradpruner.reports.formats import number
-from gradpruner.reports.reading import mapping, metric_label
+from gradpruner.reports.formats import percent, text, whole
+from gradpruner.reports.reading import read
+from gradpruner.reports.record import Search
+from gradpruner.reports.view import Row, View, metric_label
 
-VALIDATION = "validation"
-"""What a row's measurement on validation rows is called in `also`."""
 _SPLIT_HINT = (
     "With data.validation in the recipe the rows are measured on validation rows, and the best is taken."
 )
@@ -32,10 +36,34 @@ class Shipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Command:
+    """One next step: what it does, the command, and what to know of it."""
+
+    title: str
+    command: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What stands on top of a report.
+
+    Attributes:
+        title: The row to ship, in a few words.
+        path: Its folder; '' where it is not on disk.
+        reason: Why this one, or why none, in a sentence.
+        commands: What comes next.
+    """
+
+    title: str
+    path: str
+    reason: str
+    commands: tuple[Command, ...] = ()
+
+
 def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
     """The best pruned row by validation among those no larger than what the recipe asks for.
-
-    Where no row was measured on validation rows nothing is compared: it is the row that the report is about.
 
     Args:
         record: run.json.
@@ -44,65 +72,112 @@ def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
     Raises:
         ConfigError: If there is no such row, it failed, or there is none to ship.
     """
-    rows = {name: mapping(record, "variants", name) for name in mapping(record, "variants")}
-    made = {name: row for name, row in rows.items() if not row.get("error")}
+    view = read(record)
+    made = {row.name: row for row in view.rows if row.error is None}
     if wanted is not None:
         if wanted not in made:
-            state = "failed in this run" if wanted in rows else "is none of this run"
+            state = "failed in this run" if wanted in view.names else "is none of this run"
             raise ConfigError(
                 f"The row '{wanted}' {state}.", hint=f"Rows that have a model: {', '.join(made) or 'none'}."
             )
-        return Shipped(wanted, _folder(record, wanted), "You asked for it.")
-    done = {
-        name: row for name, row in made.items() if row.get("plan") and mapping(row, "evaluation", "metrics")
-    }
-    if not done:
+        return Shipped(wanted, _folder(view, made[wanted]), "You asked for it.")
+    row, basis = view.choice
+    if row is None:
         raise ConfigError(
             "This run has no pruned model that is measured.",
             hint="Start it again: it goes on where it stopped. A row may also be named.",
         )
-    name, reason = _choice(record, done)
-    return Shipped(name, _folder(record, name), reason)
+    return Shipped(row.name, _folder(view, row), _reason(view, row, basis))
 
 
-def _choice(record: dict[str, Any], done: dict[str, dict[str, Any]]) -> tuple[str, str]:
-    """The row, and why."""
-    asked = [name for name in mapping(record, "rows").values() if name in done]
-    limit = max((_size(done[name]) for name in asked), default=float("inf"))
-    fitting = {name: row for name, row in done.items() if _size(row) <= limit}
-    if len(fitting) == 1:
-        only = next(iter(fitting))
-        return only, "It is the only pruned row" + (" that fits." if len(done) > 1 else ".")
-    metric = next((str(m) for row in fitting.values() for m in mapping(row, "evaluation", "metrics")), "")
-    scores = {
-        name: value
-        for name, row in fitting.items()
-        if (value := number(mapping(row, "also", VALIDATION, "metrics", metric).get("value"))) is not None
-    }
-    if scores:
-        best = max(scores, key=lambda name: (scores[name], -_size(fitting[name])))
-        what = metric_label(metric).lower()
-        return (
-            best,
-            f"It has the best {what} on validation rows ({scores[best]:.1%}) of {len(scores)} that fit.",
-        )
-    main = min(fitting, key=lambda name: (name.partition("@")[0] != "merged", name not in asked))
-    return main, f"It is the row this run is about; nothing was compared on validation rows. {_SPLIT_HINT}"
+def advice(view: View, folder: Path | None = None, learned: bool = True) -> Advice | None:
+    """What to do with a run or a comparison; None for an ablation, and where nothing was measured.
+
+    Args:
+        view: The record.
+        folder: Where it lies; by default where it was made.
+        learned: Whether the task was learned at all.
+    """
+    row, basis = view.choice
+    if view.kind == "ablation" or not any(view.metric in row.quality for row in view.rows):
+        return None
+    if row is None:
+        return Advice("Nothing to ship", "", "No pruned row within the budget is measured; see below.")
+    if not learned:
+        return Advice("Nothing to ship yet", "", "The task was not learned; what to change is said below.")
+    here = folder if folder is not None else Path(str(view.record.recipe.get("out") or "."))
+    reason = _reason(view, row, basis)
+    if view.record.recipe.get("keep_models") == "none":
+        return Advice(row.label, "", f"{reason} The model was not kept.", (_remake(row, here),))
+    path = str(here / _folder(view, row))
+    return Advice(row.label, path, reason, _next_steps(view, row, path, here))
 
 
-def _size(row: dict[str, Any]) -> float:
-    size = number(row.get("num_parameters"))
-    return float("inf") if size is None else size
+def _reason(view: View, row: Row, basis: str) -> str:
+    if basis == "validation":
+        found, name = row.validation[view.metric], metric_label(view.metric).lower()
+        rows = f" on {whole(found.n)} validation rows" if found.n else " on validation rows"
+        dense = view.dense.validation.get(view.metric) if view.dense else None
+        against = f", where the dense model has {percent(dense.value)}" if dense else ""
+        return f"It has the best {name}{rows} of those that fit the budget: {percent(found.value)}{against}."
+    if basis == "certified":
+        search = row.plan.recorded.search if row.plan else Search()
+        rows = f"{whole(search.rows)} validation rows"
+        return f"It is the smallest model certified to lose at most {percent(search.limit)}, on {rows}."
+    if basis == "only":
+        return "It is the only pruned row that fits the budget; nothing was compared on validation rows."
+    said = (
+        "It is the row this is about: nothing was compared on validation rows, and test rows do not choose."
+    )
+    return f"{said} {_SPLIT_HINT}"
 
 
-def _folder(record: dict[str, Any], row: str) -> str:
-    """Where the finished model of a row is."""
-    found = mapping(record, "variants", row)
-    tuned = mapping(found, "finetune").get("output")
-    if tuned:
-        return str(tuned)
-    if found.get("recovery"):
-        return f"variants/{row}/recovered"
-    if row == "dense":
-        return str(mapping(record, "model").get("path"))
-    return str(Path("variants", row, "pruned"))
+def _folder(view: View, row: Row) -> str:
+    """Where the finished model of a row is, below the record; of a dense one that was given, that model."""
+    if view.kind != "run":
+        runs = [text(seed.run) for seed in row.seeds if not seed.error]
+        return f"{runs[0] if runs else '.'}/variants/{row.name}/model"
+    found = row.recorded
+    if found.finetune.output:
+        return str(found.finetune.output)
+    if found.recovery.model_fields_set:
+        return f"variants/{row.name}/recovered"
+    return str(view.record.model.path) if row.is_dense else f"variants/{row.name}/pruned"
+
+
+def _next_steps(view: View, row: Row, path: str, here: Path) -> tuple[Command, ...]:
+    """Serve, convert, continue training."""
+    engines = {str(e.engine): e for e in row.plan.recorded.portability} if row.plan else {}
+    faults = {name: text(e.reason) for name, e in engines.items() if e.status in ("wrong", "refused")}
+    loading = f"from transformers import pipeline; print(pipeline('text-generation', {path!r})('Hello'))"
+    if row.uniform is False or (row.plan is not None and row.plan.recorded.widths):
+        loading = f"import gradpruner; print(gradpruner.load_model({path!r}))"
+    odd = set('"$`\\!') & set(loading)
+    python = f"python -c {shlex.quote(loading)}" if odd else f'python -c "{loading}"'
+    serve = Command("Serve", f"vllm serve {shlex.quote(path)}", f"With transformers alone: {python}")
+    if "vllm" in faults:
+        serve = Command("Serve", python, f"vLLM does not serve it: {faults['vllm']}")
+    fault = faults.get("llama.cpp")
+    of_run = shlex.quote(str(here) if view.kind == "run" else path)
+    note = f"llama.cpp does not take it: {fault}" if fault else ""
+    export = Command("Convert for llama.cpp and Ollama", f"gradpruner export {of_run} --gguf", note)
+    data = view.record.recipe.get("data")
+    train = data.get("train") if isinstance(data, dict) else None
+    source = str(Path(str(train).partition("#")[0]).parent) if train else "FOLDER_OF_ROWS"
+    sft = (
+        f"trl sft --model_name_or_path {shlex.quote(path)} --dataset_name {shlex.quote(source)} "
+        f"--output_dir {shlex.quote(f'{path}-tuned')}"
+    )
+    note = "A plain model folder: any trainer of Hugging Face models takes it."
+    return serve, export, Command("Continue training", sft, note)
+
+
+def _remake(row: Row, here: Path) -> Command:
+    """How to make a row whose model was not kept."""
+    runs = [text(seed.run) for seed in row.seeds if not seed.error]
+    recipe = here / (runs[0] if runs else ".") / "recipe.yaml"
+    command = (
+        f"gradpruner run {shlex.quote(str(recipe))} --set keep_models=all "
+        f"--set {shlex.quote(f'variants=[dense,{row.name}]')} --out {shlex.quote(f'{here}-{row.name}')}"
+    )
+    return Command("Make it again, and keep it", command, "The report of that run has the next steps.")

@@ -1,318 +1,240 @@
-"""The report's tables as plain data, so that HTML, terminal and markdown show the same numbers."""
+"""The tables of results: quality, size and cost of every row, of a run as of a study."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from gradpruner.reports.cells import (
     Cell,
-    Row,
+    Line,
     Table,
     bytes_cell,
+    difference_cell,
     exact_of,
     markdown_of,
     measured_cell,
-    paired_cell,
-    savings_row,
     short_cell,
+    time_cell,
 )
-from gradpruner.reports.formats import (
-    MISSING,
-    duration,
-    interval,
-    number,
-    percent,
-    ratio,
-    short,
-    signed_percent,
-    text,
-    times,
-    whole,
-)
-from gradpruner.reports.reading import (
-    Plan,
-    RunView,
-    Variant,
-    mapping,
-    metric_label,
-    read_run,
-    sequence,
-)
+from gradpruner.reports.formats import MISSING, short, signed_percent, text, times, whole
+from gradpruner.reports.reading import known
+from gradpruner.reports.record import Measured
+from gradpruner.reports.view import Quality, Row, View, metric_label
 
 
-def accuracy_table(view: RunView) -> Table:
-    """Returns quality and size of every variant, before and after fine-tuning."""
-    columns = ["Variant", "Layers", "Parameters"]
-    shown = []
-    for metric in view.metrics:
-        if any(metric in v.before for v in view.variants):
-            columns.append(f"{metric_label(metric)} before tuning")
-            shown.append((metric, "before"))
-        if any(metric in v.after for v in view.variants):
-            columns.append(f"{metric_label(metric)} [95%]")
-            shown.append((metric, "after"))
-    paired = any(view.metric in v.paired for v in view.variants)
-    columns += ["Relative to dense", *(["Paired difference [95%]"] if paired else []), "n"]
-    rows = []
-    for variant in view.variants:
-        cells = [Cell(variant.label), *_size_cells(view, variant)]
-        moments = {"before": variant.before, "after": variant.after}
-        cells += [measured_cell(moments[when].get(metric)) for metric, when in shown]
-        cells.append(Cell(relative_quality(view, variant)))
-        if paired:
-            cells.append(paired_cell(variant.paired.get(view.metric)))
-        cells.append(_count_cell(variant))
-        rows.append(_variant_row(view, variant, cells))
-    return Table("Quality of every variant", tuple(columns), tuple(rows))
+def _times_cell(value: Any) -> Cell:
+    return Cell(times(value), exact=exact_of(value))
 
 
-def finetune_table(view: RunView) -> Table:
-    """Returns what fine-tuning each variant took."""
-    columns = ("Variant", "Trainable", "Steps", "Tokens", "Time", "vs dense", "Peak memory")
-    rows = []
-    for variant in view.variants:
-        tuned = variant.finetune
-        cells = [
-            Cell(variant.label),
-            short_cell(tuned.get("trainable_parameters")),
-            Cell(whole(tuned.get("steps")), _resumed_words(tuned)),
-            short_cell(tuned.get("tokens")),
-            Cell(duration(tuned.get("seconds")), exact=exact_of(tuned.get("seconds"), "s")),
-            Cell(relative_time(view, variant)),
-            bytes_cell(tuned.get("peak_memory_bytes")),
-        ]
-        # The error itself is told once, in the accuracy table.
-        rows.append(replace(_variant_row(view, variant, cells), error=""))
-    return Table("Fine-tuning", columns, tuple(rows))
+_COSTS: dict[str, tuple[str, Any]] = {
+    "method_seconds": ("Method time", time_cell),
+    "method_peak_memory_bytes": ("Method memory", bytes_cell),
+    "training_ratio": ("Training", _times_cell),
+    "inference_ratio": ("Inference", _times_cell),
+    "total_ratio": ("In all", _times_cell),
+    "trained_tokens": ("Trained tokens", short_cell),
+}
+_TERMINAL_COSTS = {
+    "run": ("Training", "In all"),
+    "compare": ("Method time", "Training"),
+    "ablation": ("Training",),
+}
 
 
-def _resumed_words(tuned: dict[str, Any]) -> str:
-    """Says that a fine-tuning was interrupted, and from which step on its time is known."""
-    resumed, behind = number(tuned.get("resumed_from")), number(tuned.get("measured_from"))
-    if behind:
-        return f"timed from {whole(behind)}"
-    return f"resumed at {whole(resumed)}" if resumed else ""
+def results_table(view: View) -> Table:
+    """One line per row: what it is, size, main metric, differences, cost; per setting where there are some.
 
-
-def evaluation_table(view: RunView) -> Table:
-    """Returns what evaluating each variant took."""
-    rows = []
-    for variant in view.variants:
-        evaluated = variant.evaluation
-        cells = [
-            Cell(variant.label),
-            Cell(duration(evaluated.get("seconds")), exact=exact_of(evaluated.get("seconds"), "s")),
-            Cell(short(evaluated.get("tokens_per_second"))),
-            bytes_cell(evaluated.get("peak_memory_bytes")),
-        ]
-        # The error itself is told once, in the accuracy table.
-        rows.append(replace(_variant_row(view, variant, cells), error=""))
-    return Table("Evaluation", ("Variant", "Time", "Tokens/s", "Peak memory"), tuple(rows))
-
-
-def savings_tables(view: RunView) -> tuple[Table, ...]:
-    """Returns one table per distinct saving; plans that save the same share one. Then the widths, if any."""
-    groups: dict[tuple[Any, ...], list[Plan]] = {}
-    for plan in view.plans.values():
-        if plan.savings:
-            groups.setdefault(tuple(plan.savings.items()), []).append(plan)
-    labels = {v.plan.name: v.label for v in reversed(view.variants) if v.plan is not None}
-    tables = []
-    for plans in groups.values():
-        names = " · ".join(labels.get(plan.name, text(plan.name)) for plan in plans)
-        rows = [savings_row(unit, before, after) for unit, (before, after) in plans[0].savings.items()]
-        columns = ("Unit", "Before", "After", "Removed", "Ratio")
-        tables.append(Table(names, columns, tuple(rows)))
-    widths = widths_table(view)
-    return (*tables, *([widths] if widths.rows else []))
-
-
-def widths_table(view: RunView) -> Table:
-    """Returns how wide the layers are that plans of heads, channels and hidden dimensions leave."""
-    rows = []
-    labels = {v.plan.name: v.label for v in reversed(view.variants) if v.plan is not None}
-    for name, plan in mapping(view.run, "plans").items():
-        shape, layers = mapping(plan, "shape"), [mapping(w) for w in sequence(plan, "widths")]
-        if not layers:
-            continue
-        cells = [Cell(labels.get(name, text(name)))]
-        parts = {"heads": "num_heads", "kv_heads": "num_kv_heads", "channels": "intermediate_size"}
-        for key, dense in parts.items():
-            found = [value for layer in layers if (value := number(layer.get(key))) is not None]
-            low, high = (whole(min(found)), whole(max(found))) if found else (MISSING, MISSING)
-            cells.append(Cell(low if low == high else f"{low} to {high}", f"of {whole(shape.get(dense))}"))
-        cells.append(Cell(whole(mapping(plan).get("hidden")), f"of {whole(shape.get('hidden_size'))}"))
-        rows.append(Row(tuple(cells)))
-    columns = ("Plan", "Query heads", "Key/value heads", "MLP channels", "Hidden dimensions")
-    return Table("Widths of a layer", columns, tuple(rows))
-
-
-def stage_table(view: RunView) -> Table:
-    """Returns duration and memory of each stage, with its share of the total time."""
-    stages = [mapping(stage) for stage in sequence(view.run, "stages")]
-    total = sum(number(stage.get("seconds")) or 0 for stage in stages)
-    rows = []
-    for stage in stages:
-        state = text(stage.get("state"))
-        share = ratio(stage.get("seconds"), total)
-        cells = (
-            Cell(text(stage.get("name")).replace("_", " ")),
-            Cell(state, "resumed" if stage.get("resumed") is True else ""),
-            Cell(duration(stage.get("seconds")), exact=exact_of(stage.get("seconds"), "s")),
-            Cell(percent(share), share=share),
-            bytes_cell(stage.get("peak_memory_bytes")),
-        )
-        rows.append(Row(cells, kind="failed" if state == "failed" else ""))
-    if len(rows) > 1:
-        cells = (Cell("All stages"), Cell(""), Cell(duration(total)), Cell(""), Cell(""))
-        rows.append(Row(cells, kind="main"))
-    columns = ("Stage", "State", "Time", "Share", "Peak memory")
-    return Table("Stages", columns, tuple(rows), words=("State",))
-
-
-def data_table(view: RunView) -> Table:
-    """Returns source and size of the training and evaluation data."""
-    rows = []
-    for name, label in (("train", "Training"), ("eval", "Evaluation")):
-        part = mapping(view.run, "data", name)
-        if part:
-            sha256 = part.get("sha256")
-            cells = (
-                Cell(label),
-                Cell(text(part.get("source"))),
-                Cell(text(part.get("format"))),
-                Cell(whole(part.get("rows"))),
-                Cell(whole(part.get("dropped_rows"))),
-                Cell(whole(part.get("supervised_tokens"))),
-                Cell(text(sha256)[:12], exact="" if sha256 is None else text(sha256)),
-            )
-            rows.append(Row(cells))
-    columns = ("Data", "Source", "Format", "Rows", "Dropped", "Supervised tokens", "SHA-256")
-    return Table("Data", columns, tuple(rows), words=("Source", "Format", "SHA-256"))
-
-
-def summary_table(view: RunView) -> Table:
-    """Returns the short table of the terminal and the README: one line per variant."""
-    columns = ("Variant", "Layers", "Params", f"{metric_label(view.metric)} [95%]", "n",
-               "vs dense", "Fine-tune", "Time")  # fmt: skip
-    rows = []
-    for variant in view.variants:
-        measured = variant.after.get(view.metric)
-        detail = "" if measured is None else interval(measured.low, measured.high)
-        quality = percent(measured.value if measured else None)
-        cells = [
-            Cell(variant.label),
-            Cell(whole(variant.num_layers)),
-            Cell(short(variant.num_parameters)),
-            Cell(quality, detail=detail),
-            _count_cell(variant) if measured else Cell(MISSING),
-            Cell(relative_quality(view, variant)),
-            Cell(duration(variant.finetune.get("seconds"))),
-            Cell(relative_time(view, variant)),
-        ]
-        rows.append(_variant_row(view, variant, cells))
-    return Table("Results", columns, tuple(rows))
-
-
-def markdown_table(run: dict[str, Any]) -> str:
-    """Returns the variants of one run as a markdown table, ending in a newline.
-
-    Args:
-        run: A run record as read from run.json; missing parts show as a dash.
-
-    Returns:
-        GitHub-flavoured markdown; a failed variant has its error in the place of its accuracy.
+    A dense model that all settings share stands once.
     """
-    table = summary_table(read_run(run))
-    return markdown_of(table, next(i for i, name in enumerate(table.columns) if name.endswith("[95%]")))
+    sweep, rival = view.kind == "ablation", _has_rivals(view)
+    several, shared = len(view.names) > 1, _shared_dense(view)
+    names = (view.sweep_label.capitalize(), *(("Method",) if several else ())) if sweep else (_name(view),)
+    layers = view.kind != "compare"
+    columns = (
+        *names,
+        *(("Layers",) if layers else ()),
+        "Parameters",
+        *_quality_columns(view),
+        *(name for name, _ in _costs(view).values()),
+    )
+    lines = []
+    for i, point in enumerate(view.points):
+        for row in point.rows:
+            if row.is_dense and shared and i:
+                continue
+            label = Cell(row.label, "to ship" if row is view.choice[0] else "")
+            head = [label]
+            if sweep:
+                head = [
+                    Cell("any" if row.is_dense and shared else point.label),
+                    *([label] if several else []),
+                ]
+            head += [Cell(whole(row.num_layers))] if layers else []
+            cells = [*head, _size_cell(row), *_quality_cells(view, row, rival)]
+            cells += [show(row.costs.get(key)) for key, (_, show) in _costs(view).items()]
+            lines.append(_line(view, row, cells))
+    caption = f"{metric_label(view.metric)} and cost of every {'setting' if sweep else 'row'}"
+    return Table(caption, columns, tuple(lines), words=("Method",))
 
 
-def relative_quality(view: RunView, variant: Variant) -> str:
-    """Returns the relative change of the headline metric against dense, both fine-tuned."""
-    if variant.is_dense or view.dense is None:
-        return MISSING
-    mine, dense = variant.after.get(view.metric), view.dense.after.get(view.metric)
-    if mine is None or dense is None:
-        return MISSING
-    return signed_percent(ratio(mine.value - dense.value, dense.value))
+def further_table(view: View) -> Table:
+    """Every further metric; no lines when there is only one metric."""
+    metrics = view.metrics[1:]
+    columns = (_name(view), *(metric_label(name) for name in metrics))
+    lines = []
+    for point in view.points:
+        for row in point.rows:
+            if not metrics or row.error is not None or not row.quality:
+                continue
+            label = f"{point.label}: {row.label}" if view.kind == "ablation" else row.label
+            cells = [Cell(label), *(_mean_cell(view, row.quality.get(name)) for name in metrics)]
+            lines.append(_line(view, row, cells))
+    return Table("Further metrics", columns, tuple(lines))
 
 
-def relative_time(view: RunView, variant: Variant) -> str:
-    """Returns the fine-tuning time as a multiple of the dense model's."""
-    if variant.is_dense or view.dense is None:
-        return MISSING
-    return times(ratio(variant.finetune.get("seconds"), view.dense.finetune.get("seconds")))
+def short_table(view: View) -> Table:
+    """The table of the terminal: what fits on 100 columns."""
+    full = results_table(view)
+    wanted = ("Parameters", *_quality_columns(view)[:2], *_TERMINAL_COSTS[view.kind])
+    at = [full.columns.index(name) for name in wanted if name in full.columns]
+    lead = full.columns.index("Parameters") - (view.kind != "compare")
+    lines = []
+    for line in full.lines:
+        # Setting and method share a column: only the first may wrap.
+        head = ": ".join(f"{'→ ' if c.detail else ''}{c.text}" for c in line.cells[:lead])
+        lines.append(replace(line, cells=(Cell(head), *(line.cells[i] for i in at))))
+    names = (full.columns[i].replace("Difference to", "vs") for i in at)
+    return Table(full.caption, (full.columns[0], *names), tuple(lines))
 
 
-def _variant_row(view: RunView, variant: Variant, cells: Sequence[Cell]) -> Row:
-    kind = "failed" if variant.error is not None else "main" if variant is view.main else ""
-    return Row(tuple(cells), kind=kind, error=text(variant.error, 500) if variant.error else "")
+def markdown_results(view: View) -> str:
+    """The results as a markdown table: of a run what the terminal shows, of a study all of it."""
+    return markdown_of(short_table(view) if view.kind == "run" else results_table(view))
 
 
-def _size_cells(view: RunView, variant: Variant) -> list[Cell]:
-    dense = view.dense
-    details = ["", ""]
-    if dense is not None and not variant.is_dense:
-        for i, (mine, whole_model) in enumerate(
-            (
-                (variant.num_layers, dense.num_layers),
-                (variant.num_parameters, dense.num_parameters),
-            )
-        ):
-            fraction = ratio(mine, whole_model)
-            details[i] = "" if fraction is None else signed_percent(fraction - 1)
-    parameters = variant.num_parameters
-    return [
-        Cell(whole(variant.num_layers), detail=details[0]),
-        Cell(short(parameters), detail=details[1], exact=exact_of(parameters)),
+def other_tasks_table(view: View) -> Table:
+    """The headline metric of every row on every further task; validation rows are among them."""
+    names = dict.fromkeys(name for row in view.rows for name in row.recorded.also)
+    lines = []
+    for name in names:
+        for row in view.rows:
+            found = headline_of(row, name)
+            if found is not None:
+                metric, measured = found
+                cells = [Cell(text(name)), Cell(row.label), Cell(metric_label(metric))]
+                paired = row.recorded.paired.get(name, {}).get(metric)
+                cells += [measured_cell(measured), difference_cell(paired), Cell(whole(measured.n))]
+                lines.append(_line(view, row, cells))
+    columns = ("Rows of", "Variant", "Metric", "Value [95%]", "Difference to dense [95%]", "n")
+    return Table("Further rows, not trained on", columns, tuple(lines), words=("Variant", "Metric"))
+
+
+def headline_of(row: Row, task: str) -> tuple[str, Measured] | None:
+    """The first metric recorded of a further task, which is the most telling one."""
+    evaluated = row.recorded.also.get(task)
+    return next(iter(known(evaluated).items()), None) if evaluated else None
+
+
+def difference(view: View, row: Row) -> Measured | None:
+    """The difference to the dense model: on the same examples where that was measured."""
+    paired = row.paired(view.metric)
+    mine = row.after(view.metric)
+    dense = view.dense.after(view.metric) if view.dense else None
+    if row.is_dense or paired is not None or view.kind != "run" or mine is None or dense is None:
+        return None if row.is_dense else paired
+    return Measured(value=mine.value - dense.value)
+
+
+def _name(view: View) -> str:
+    return "Variant" if view.kind == "run" else "Method"
+
+
+def _quality_columns(view: View) -> tuple[str, ...]:
+    return (
+        f"{metric_label(view.metric)} [{'95%' if view.kind == 'run' else 'seeds'}]",
+        "Difference to dense [95%]",
+        *(("Difference to GradPruner [95%]",) if _has_rivals(view) else ()),
+        *(("Before tuning",) if _any_before(view) else ()),
+        *(("n",) if view.kind == "run" else ()),
+    )
+
+
+def _quality_cells(view: View, row: Row, rival: bool) -> list[Cell]:
+    quality = row.quality.get(view.metric)
+    cells = [_mean_cell(view, quality), difference_cell(difference(view, row))]
+    if rival:
+        is_main = row.name == view.main_name
+        cells.append(difference_cell(quality.rival if quality is not None and not is_main else None))
+    if _any_before(view):
+        cells.append(measured_cell(quality.before if quality is not None else None))
+    if view.kind == "run":
+        measured = (quality.after or quality.before) if quality is not None else None
+        cells.append(Cell(whole(measured.n if measured else None)))
+    return cells
+
+
+def _costs(view: View) -> dict[str, tuple[str, Any]]:
+    """The cost columns of which anything is known; details have a table of their own in a run."""
+    known = {k: v for k, v in _COSTS.items() if any(row.costs.get(k) is not None for row in view.rows)}
+    left_out = {
+        "run": ("method_seconds", "inference_ratio", "trained_tokens"),
+        "ablation": ("method_peak_memory_bytes",),
+    }
+    return {k: v for k, v in known.items() if k not in left_out.get(view.kind, ())}
+
+
+def _line(view: View, row: Row, cells: list[Cell]) -> Line:
+    error = text(row.error, 500) if row.error else ""
+    kind = "failed" if error else "main" if row is view.main and stands_out(view) else ""
+    return Line(tuple(cells), kind, error)
+
+
+def stands_out(view: View) -> bool:
+    """Whether the headline's row is set in bold: not where another row, in a run the dense one, beats it."""
+    main = view.main
+    mine = main.after(view.metric) if main else None
+    if main is None or mine is None or mine.value is None:
+        return False
+    paired = main.paired(view.metric)
+    if view.kind == "run" and paired is not None and paired.high is not None and paired.high < 0:
+        return False
+    others = (row.after(view.metric) for row in view.first.rows if row is not main and not row.is_dense)
+    return all(other is None or other.value <= mine.value for other in others)
+
+
+def _size_cell(row: Row) -> Cell:
+    share = row.removed_share
+    detail = "" if share is None or row.is_dense else signed_percent(-share)
+    return Cell(short(row.num_parameters), detail, exact_of(row.num_parameters))
+
+
+def _mean_cell(view: View, quality: Quality | None) -> Cell:
+    cell = measured_cell(quality.after if quality is not None else None)
+    if quality is not None and len(quality.per_seed) == 1 and cell.text != MISSING:
+        seeds = f"1 of {len(view.seeds)} seeds" if len(view.seeds) > 1 else ""
+        return replace(cell, detail=seeds)
+    return cell
+
+
+def _qualities(view: View) -> list[Quality]:
+    return [row.quality[view.metric] for row in view.rows if view.metric in row.quality]
+
+
+def _has_rivals(view: View) -> bool:
+    return view.kind == "compare" and any(q.rival is not None for q in _qualities(view))
+
+
+def _any_before(view: View) -> bool:
+    return any(quality.before is not None for quality in _qualities(view))
+
+
+def _shared_dense(view: View) -> bool:
+    """Whether every setting has one and the same dense model; its difference to GradPruner may change."""
+    rows = [point.row("dense") for point in view.points]
+    found = [
+        (row.costs, {name: (q.per_seed, q.before) for name, q in row.quality.items()})
+        for row in rows
+        if row is not None and row.quality
     ]
-
-
-def _count_cell(variant: Variant) -> Cell:
-    """Returns the smallest n behind the variant's results, starred when it is too small."""
-    found = [m for m in (variant.after or variant.before).values() if m.n is not None]
-    if not found:
-        return Cell(MISSING)
-    fewest = min(found, key=lambda m: m.n or 0)
-    mark = "*" if fewest.is_small else ""
-    return Cell(f"{whole(fewest.n)}{mark}")
-
-
-def serving_table(view: RunView) -> Table:
-    """Returns how inference engines serve what every plan leaves, from reading their sources."""
-    rows = []
-    for name, plan in mapping(view.run, "plans").items():
-        for verdict in map(mapping, sequence(plan, "portability")):
-            status = text(verdict.get("status"))
-            both = " (also without pruning)" if verdict.get("also_unpruned") else ""
-            kind = "failed" if status in ("wrong", "refused") and not both else ""
-            words = (
-                text(name),
-                text(verdict.get("engine")),
-                status + both,
-                text(verdict.get("reason") or "-"),
-            )
-            rows.append(Row(tuple(map(Cell, words)), kind=kind))
-    columns = ("Plan", "Engine", "State", "Why")
-    return Table("Served by other engines", columns, tuple(rows), words=columns[1:])
-
-
-def gate_table(view: RunView) -> Table:
-    """Returns what was verified of every pruned model before it was used."""
-    rows = []
-    for variant in map(mapping, mapping(view.run, "variants").values()):
-        report = mapping(variant, "pruning", "verified")
-        checks = [mapping(check) for check in sequence(report, "checks")]
-        if not checks:
-            continue
-        passed = sum(1 for check in checks if check.get("passed"))
-        logits = next((text(c.get("detail")) for c in checks if c.get("name") == "logits"), "-")
-        label, level = text(variant.get("label")), text(report.get("level"))
-        words = (label, level, f"{passed} of {len(checks)} checks made, none failed", logits)
-        if not report.get("passed"):
-            words = (label, level, "failed", logits)
-        rows.append(Row(tuple(map(Cell, words)), kind="" if report.get("passed") else "failed"))
-    columns = ("Variant", "Level", "Result", "Logits against the source")
-    return Table("Verified before use", columns, tuple(rows), words=columns[1:])
+    return len(found) == len(rows) > 1 and all(entry == found[0] for entry in found)

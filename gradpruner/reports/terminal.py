@@ -1,7 +1,8 @@
-"""The run in the terminal: one table, a strip of layers per plan, the verdict. Fits 100 columns."""
+"""A run or a study in the terminal: one table, a strip of layers per plan, the verdict. Fits 100 columns."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -10,13 +11,15 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradpruner.reports.cells import Table
+from gradpruner.reports.details import savings_tables
 from gradpruner.reports.formats import number, text, whole
-from gradpruner.reports.reading import Plan, RunView, mapping, read_run, sequence
-from gradpruner.reports.tables import savings_tables, summary_table
-from gradpruner.reports.verdict import judge
-from gradpruner.reports.whole_cost import whole_cost_table
+from gradpruner.reports.reading import read
+from gradpruner.reports.shipping import advice
+from gradpruner.reports.tables import short_table
+from gradpruner.reports.verdict import NOT_LEARNED, budget_words, judge, serving_note
+from gradpruner.reports.view import Plan, View
 
-VERDICT_STYLES = {
+_STYLES = {
     "even": "bold cyan",
     "unclear": "bold yellow",
     "better": "bold green",
@@ -30,65 +33,72 @@ _ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "→": "->", "…": "
 _PER_LINE = 80
 
 
-def print_summary(run: dict[str, Any], console: Console) -> None:
-    """Prints results, layers, verdict and warnings of one run.
+def print_summary(source: dict[str, Any], console: Console, folder: Path | None = None) -> None:
+    """Prints results, layers, verdict, advice and warnings of one run or study.
 
     Args:
-        run: A run record as read from run.json; missing parts are left out.
+        source: A record as read from run.json or study.json; missing parts are left out.
         console: Where to; no colours when it is no terminal, no symbols when it cannot show them.
+        folder: Where the record lies; by default where it was made.
     """
-    view = read_run(run)
-    say(console, text(run.get("title") or "GradPruner run", 90), "bold")
-    measured = any(row.get("evaluation") or row.get("before") for row in map(mapping, _rows(run)))
-    if measured or not _print_decisions(view, console):
-        _print_results(view, console)
-    for warning in sequence(run, "warnings"):
+    view = read(source)
+    say(console, text(title_of(view), 90), "bold")
+    if any(row.quality or row.error for row in view.rows) or not _print_decisions(view, console):
+        _print_results(view, console, folder)
+    for warning in view.record.warnings:
         say(console, f"Warning: {text(warning)}", "yellow")
 
 
-def _rows(run: dict[str, Any]) -> list[Any]:
-    return list(mapping(run, "variants").values())
+def title_of(view: View) -> str:
+    """What a report is called."""
+    fallback = {"run": "GradPruner run", "compare": "Comparison", "ablation": "Ablation"}
+    return text(view.record.title or fallback[view.kind], 200)
 
 
-def _print_results(view: RunView, console: Console) -> None:
-    """What was measured: the table of variants, their layers, the verdict."""
-    if view.variants:
-        table = summary_table(view)
+def _print_results(view: View, console: Console, folder: Path | None) -> None:
+    """What was measured: the table of rows, their layers, the verdict, what to do."""
+    table = short_table(view)
+    if table.lines:
         console.print(rich_table(table, console))
-        for row in table.rows:
-            if row.kind == "failed":
-                say(console, f"{row.cells[0].text} failed: {row.error}", "red")
-        if any(cell.text.endswith("*") for row in table.rows for cell in row.cells[4:5]):
-            say(console, "* fewer than 100 examples: read the interval.", "dim")
-    costs = whole_cost_table(view, tokens=False)
-    if costs.rows:
-        say(console, "Whole cost of every row: all that had to be done for it", "dim")
-        console.print(rich_table(costs, console))
-    strips = [(v.label, v.plan) for v in view.variants if v.plan is not None]
-    rows = {v.name for v in view.variants}
-    planned = [(f"planned: {text(name)}", plan) for name, plan in view.plans.items() if name not in rows]
-    _print_strips(strips + planned, console)
+    if any(cell.text.endswith("*") for line in table.lines for cell in line.cells):
+        say(console, "* fewer than 100 examples: read the interval.", "dim")
+    if view.kind == "run":
+        strips = [(row.label, row.plan) for row in view.rows if row.plan is not None]
+        rows = {row.name for row in view.rows}
+        planned = [(f"planned: {text(name)}", plan) for name, plan in view.plans.items() if name not in rows]
+        _print_strips(strips + planned, console)
+        console.print()
     verdict = judge(view)
-    console.print()
-    say(console, verdict.word, VERDICT_STYLES[verdict.level])
-    say(console, verdict.sentence)
+    say(console, verdict.word, _STYLES[verdict.level])
+    for line in (verdict.sentence, budget_words(view), serving_note(view)):
+        if line:
+            say(console, line)
     for note in verdict.notes:
         say(console, f"- {note}")
+    ship = advice(view, folder, verdict.word != NOT_LEARNED)
+    if ship is not None:
+        say(console, f"To ship: {ship.title}", "bold")
+        for words in (ship.path, ship.reason):
+            if words:
+                say(console, f"  {words}")
+        for step in ship.commands:
+            say(console, f"  {step.title}: {step.command}")
 
 
-def _print_decisions(view: RunView, console: Console) -> bool:
+def _print_decisions(view: View, console: Console) -> bool:
     """What is known before anything is measured: scores, plans, savings. Returns whether there was any."""
-    for name, scores in mapping(view.run, "scores").items():
-        _print_scores(text(name), sequence(scores, "values"), console)
+    record = view.record
+    for name, scores in record.scores.items():
+        _print_scores(text(name), scores.values, console)
     _print_strips([(text(name), plan) for name, plan in view.plans.items()], console)
     for table in savings_tables(view):
         say(console, f"Savings: {table.caption}", "bold")
         console.print(rich_table(table, console))
-    facts = mapping(view.run, "trace")
-    if facts and not view.plans:
-        steps, effective = whole(facts.get("num_steps")), whole(facts.get("effective_steps"))
+    recorded = bool(record.trace.model_fields_set)
+    if recorded and not view.plans:
+        steps, effective = whole(record.trace.num_steps), whole(record.trace.effective_steps)
         say(console, f"{steps} steps recorded, {effective} with energy.")
-    return bool(facts or view.plans or mapping(view.run, "scores"))
+    return bool(recorded or view.plans or record.scores)
 
 
 def _print_scores(name: str, values: list[Any], console: Console) -> None:
@@ -109,8 +119,8 @@ def say(console: Console, line: str, style: str = "") -> None:
     console.print(Text(_plain(line, console), style=style))
 
 
-def rich_table(table: Table, console: Console, error_at: int = 3) -> RichTable:
-    """Returns a table for the console; a failed row says so in column `error_at`."""
+def rich_table(table: Table, console: Console) -> RichTable:
+    """Returns a table for the console; a failed line says so in place of its quality."""
     ascii_only = console.options.ascii_only
     shown = RichTable(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.columns):
@@ -120,11 +130,11 @@ def rich_table(table: Table, console: Console, error_at: int = 3) -> RichTable:
         else:
             shown.add_column(Text(name), overflow="fold", min_width=12, max_width=26)
     styles = {"failed": "red", "main": "bold", "": ""}
-    for row in table.rows:
-        cells = [_plain(f"{c.text} {c.detail}".strip(), console) for c in row.cells]
-        if row.kind == "failed":
-            cells[error_at] = "failed"
-        shown.add_row(*(Text(cell) for cell in cells), style=styles[row.kind])
+    for line in table.lines:
+        cells = [_plain(f"{c.text} {c.detail}".strip(), console) for c in line.cells]
+        if line.kind == "failed":
+            cells[table.error_at] = "failed"
+        shown.add_row(*(Text(cell) for cell in cells), style=styles[line.kind])
     return shown
 
 
@@ -147,13 +157,11 @@ def _print_strips(plans: list[tuple[str, Plan]], console: Console) -> None:
 def _strip_lines(plan: Plan, glyphs: dict[str, str]) -> list[Text]:
     lines = []
     for start in range(0, len(plan.actions), _PER_LINE):
-        line = Text()
-        line.append(f"{plan.actions[start].layer:>4} ", style="dim")
-        for action in plan.actions[start : start + _PER_LINE]:
-            role = plan.role(action.layer)
+        part = plan.actions[start : start + _PER_LINE]
+        line = Text(f"{part[0].layer:>4} ", style="dim")
+        for role in plan.roles[start : start + _PER_LINE]:
             line.append(glyphs[role], style=_GLYPH_STYLES[role])
-        last = plan.actions[min(start + _PER_LINE, len(plan.actions)) - 1].layer
-        line.append(f" {last}", style="dim")
+        line.append(f" {part[-1].layer}", style="dim")
         lines.append(line)
     return lines
 
@@ -162,7 +170,7 @@ def _merge_words(plan: Plan) -> str:
     """Returns ': 19 of 32 kept; merged 18 and 19 into 17'."""
     words = [f"{', '.join(map(str, layers))} into {to}" for to, layers in plan.targets.items()]
     merged = f"; merged {'; '.join(words)}" if words else ""
-    return f": {whole(plan.num_kept)} of {len(plan.actions)} kept{merged}"
+    return f": {whole(plan.recorded.num_kept)} of {len(plan.actions)} kept{merged}"
 
 
 def _plain(shown: str, console: Console) -> str:

@@ -1,32 +1,26 @@
-"""What the run shows, in one honest sentence, and what limits it."""
+"""What a run or a study shows, in plain words, and what limits it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gradpruner.reports.formats import (
-    MISSING,
-    duration,
     interval,
-    number,
     percent,
+    points,
     ratio,
-    short,
-    signed_percent,
     text,
-    times,
     whole,
 )
-from gradpruner.reports.other_tasks import probe_notes
-from gradpruner.reports.reading import Measured, RunView, Variant, mapping, metric_label
+from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes
+from gradpruner.reports.record import Measured
+from gradpruner.reports.view import Point, Row, View, metric_label
 
 _SMALL_LOSS = 0.02
-"""Largest relative loss reported as 'no clear difference' when the intervals overlap."""
-
-
+"""Largest relative loss reported as 'no clear difference' when nothing can be told from chance."""
 NOT_LEARNED = "Not learned"
+_UNITS = {"parameters": "all parameters", "decoder_parameters": "the decoder's parameters"}
 
 
 @dataclass(frozen=True)
@@ -47,79 +41,28 @@ class Verdict:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One headline number: what it is, its change, from what to what, and a remark."""
-
-    name: str
-    change: str
-    before: str
-    after: str
-    remark: str = ""
+def judge(view: View) -> Verdict:
+    """Says whether the headline's row is as good as dense, beats the last layers, or what settings change."""
+    return {"run": _judge_run, "compare": _judge_comparison, "ablation": _judge_sweep}[view.kind](view)
 
 
-def compared(view: RunView) -> tuple[Measured | None, Measured | None, bool]:
-    """Returns the headline metric of dense and of main, and whether both are fine-tuned.
+def compared(view: View) -> tuple[Measured | None, Measured | None, bool]:
+    """The main metric of dense and of the headline's row, and whether both are finished.
 
     A fine-tuned model is never compared with one that is not: without both, the two measurements
     before fine-tuning are taken.
     """
-    dense, main = view.dense, view.main
-    if dense is None or main is None:
-        return (dense.after.get(view.metric) if dense else None), None, True
-    after = dense.after.get(view.metric), main.after.get(view.metric)
-    before = dense.before.get(view.metric), main.before.get(view.metric)
+    dense, main, metric = view.dense, view.main, view.metric
+    after = (dense.after(metric) if dense else None, main.after(metric) if main else None)
+    before = (dense.before(metric) if dense else None, main.before(metric) if main else None)
     if None in after and None not in before:
-        return before[0], before[1], False
-    return after[0], after[1], True
+        return (*before, False)
+    return (*after, True)
 
 
-def tiles(view: RunView) -> tuple[Tile, ...]:
-    """Returns the headline numbers that are known: layers, parameters, accuracy, time."""
+def _judge_run(view: View) -> Verdict:
     dense, main = view.dense, view.main
-    model = mapping(view.run, "model")
-    layers = (dense.num_layers if dense else None) or model.get("num_layers")
-    parameters = (dense.num_parameters if dense else None) or model.get("num_parameters")
-    layers_left = main.num_layers if main else None
-    parameters_left = main.num_parameters if main else None
-    found = [
-        Tile("Layers", _change(layers_left, layers), whole(layers), whole(layers_left)),
-        Tile("Parameters", _change(parameters_left, parameters), short(parameters),
-             short(parameters_left)),
-    ]  # fmt: skip
-    before, after, tuned = compared(view)
-    found.append(
-        Tile(
-            _quality_label(view.metric) + ("" if tuned else ", not fine-tuned"),
-            _change(after.value if after else None, before.value if before else None),
-            percent(before.value if before else None),
-            percent(after.value if after else None),
-            _interval_remark(before, after),
-        )
-    )
-    seconds = number(dense.finetune.get("seconds")) if dense else None
-    seconds_left = number(main.finetune.get("seconds")) if main else None
-    recording = number(mapping(view.run, "trace").get("seconds"))
-    with_recording = ratio((seconds_left or 0) + (recording or 0), seconds)
-    found.append(
-        Tile(
-            "Fine-tuning time",
-            times(ratio(seconds_left, seconds)),
-            duration(seconds),
-            duration(seconds_left),
-            f"{times(with_recording)} with the recording"
-            if recording is not None and seconds_left is not None and with_recording is not None
-            else "",
-        )
-    )
-    return tuple(tile for tile in found if {tile.before, tile.after} != {MISSING})
-
-
-def judge(view: RunView) -> Verdict:
-    """Compares the main pruned variant with dense and says what may be concluded."""
-    dense, main = view.dense, view.main
-    failed = [v for v in view.variants if v.error is not None]
-    failures = tuple(f"{v.label} failed: {text(v.error, 300)}" for v in failed)
+    failures = tuple(f"{row.label} failed: {text(row.error, 300)}" for row in view.rows if row.error)
     if main is None:
         return Verdict("unknown", "No result", "This run holds no pruned model.", failures)
     before, after, tuned = compared(view)
@@ -129,206 +72,227 @@ def judge(view: RunView) -> Verdict:
         )
         sentence = f"Nothing to compare: {lacking} has no {metric_label(view.metric).lower()}."
         return Verdict("unknown", "No result", sentence, failures)
-    difference = main.paired.get(view.metric) if tuned else None
-    level, word, finding = _finding(before, after, difference)
-    measured = [m.value for v in view.variants if (m := (v.after if tuned else v.before).get(view.metric))]
-    learned = not_learned(before.value, measured, view.majority)
+    level, word, finding = _finding(before, after, main.paired(view.metric) if tuned else None)
+    learned = not_learned(view, tuned)
     if learned:
-        level, word = "unclear", NOT_LEARNED
-        steps = dense.finetune.get("steps") if tuned else None
-        finding = f"{learned} {what_to_change(mapping(view.run, 'recipe'), steps)}"
-    kept = f"{whole(main.num_layers)} of {whole(dense.num_layers)} layers"
+        level, word, finding = "unclear", NOT_LEARNED, learned
     sentence = (
-        f"{main.label} keeps {kept} and scores {percent(after.value)} where the dense model scores "
-        f"{percent(before.value)} ({_relative(before, after)}). {finding}"
+        f"{main.label} keeps {whole(main.num_layers)} of {whole(dense.num_layers)} layers and scores "
+        f"{percent(after.value)} where the dense model scores {percent(before.value)}. {finding}"
     )
-    notes = (*failures, *probe_notes(view), *_notes(view, before, after, tuned))
+    notes = (*failures, *probe_notes(view), *run_notes(view, before, after, tuned))
     return Verdict(level, word, sentence, notes)
 
 
-def not_learned(dense: float | None, measured: Sequence[float], majority: float | None) -> str:
-    """Says why nothing can be compared, '' where the task was learned.
+def _judge_comparison(view: View) -> Verdict:
+    """Compares GradPruner with dropping the last layers and counts wins, ties and losses."""
+    point, main = view.first, view.main
+    failed = tuple(f"{r.label} failed: {text(r.error, 300)}" for r in point.rows if r.error is not None)
+    notes = (*failed, *size_notes(view), *comparison_notes(view))
+    mine = main.after(view.metric) if main else None
+    if main is None or mine is None:
+        return Verdict("unknown", "No result", "No pruned model was measured.", notes)
+    paired, dense = main.paired(view.metric), point.row("dense")
+    whole_model = dense.after(view.metric) if dense else None
+    of_dense = f" where the dense model scores {percent(whole_model.value)}" if whole_model else ""
+    of_dense += f" ({_paired_words(paired)})" if whole_model and paired else ""
+    parts = [f"{main.label} scores {percent(mine.value)}{of_dense}."]
+    last = point.row("last")
+    level, word, against = "unknown", "Nothing to compare", ""
+    if last is not None and last is not main and last.after(view.metric) is not None:
+        level, word, against = _against_last(main, last, view.metric)
+    elif paired is not None:
+        level, word = _level(paired, ("Better than dense", "No clear difference", "Below dense"))
+    learned = not_learned(view)
+    if learned:
+        return Verdict("unclear", NOT_LEARNED, f"{parts[0]} {learned}", notes)
+    parts += [words for words in (against, tally_words(view, point), _merging(point, view.metric)) if words]
+    return Verdict(level, word, " ".join(parts), notes)
 
-    Args:
-        dense: The headline metric of the dense model, 0-1.
-        measured: That of every row, the dense one included.
-        majority: Share of the most frequent answer; None where the metric is no accuracy.
-    """
-    if measured and not any(measured):
-        return "No row gives a single right answer: there is nothing to compare."
-    if dense is not None and majority is not None and dense <= majority:
-        return (
-            f"The dense model ({percent(dense)}) is no better than always giving the most frequent answer "
-            f"({percent(majority)}): there is nothing to compare."
-        )
-    return ""
 
-
-def what_to_change(recipe: dict[str, Any], steps: Any = None) -> str:
-    """Returns what to do about a task that was not learned, with the values it was trained with.
-
-    Args:
-        recipe: The resolved recipe.
-        steps: Optimizer steps of the dense model; None where that is not known.
-    """
-    if recipe.get("start") == "given":
-        return "Nothing is tuned in this run: give a model that was tuned for the task, or set start: tuned."
-    options = mapping(recipe, "finetune")
-    epochs, rate = number(options.get("epochs")), number(options.get("learning_rate"))
-    length = f"{whole(steps)} steps" if number(steps) is not None else f"{epochs:g} epochs" if epochs else ""
-    longer = f"finetune.epochs, now {length}" if length else "finetune.epochs"
-    higher = "finetune.learning_rate" + (f", now {rate:g}" if rate is not None else "")
-    return (
-        f"Train longer ({longer}) or with a higher learning rate ({higher}), look at the answers in "
-        "examples.jsonl, and run again."
+def _judge_sweep(view: View) -> Verdict:
+    """Names the best and the worst setting of the main row, and whether they can be told apart."""
+    main = view.main_name
+    found = []
+    for point in view.points:
+        row = point.row(main)
+        if row is not None and (after := row.after(view.metric)) is not None and after.value is not None:
+            found.append((after.value, point, after, len(row.quality[view.metric].per_seed)))
+    failed = tuple(
+        f"{row.label} at {point.label} failed: {text(row.error, 200)}"
+        for point in view.points
+        for row in point.rows
+        if row.error is not None
     )
+    notes = (*failed, *size_notes(view))
+    if not found or main is None:
+        return Verdict("unknown", "No result", "No setting was measured.", notes)
+    high, low = max(found, key=lambda entry: entry[0]), min(found, key=lambda entry: entry[0])
+    name = f"{view.names[main]}, {view.sweep_label}"
+    if len(found) == 1:
+        sentence = f"{name}: only {high[1].label} was measured, {percent(high[0])}."
+        return Verdict("unknown", "One setting", sentence, notes)
+    sentence = (
+        f"{name}: highest at {high[1].label} ({percent(high[0])}), lowest at {low[1].label} "
+        f"({percent(low[0])}), {points(high[0] - low[0]).lstrip('+')} points apart."
+    )
+    learned = not_learned(view)
+    if learned:
+        return Verdict("unclear", NOT_LEARNED, f"{sentence} {learned}", notes)
+    seeds = min(high[3], low[3])
+    if seeds < 2:
+        return Verdict("unclear", "Cannot tell", f"{sentence} One seed each: this may be chance.", notes)
+    if low[2].high is not None and high[2].low is not None and low[2].high < high[2].low:
+        sentence += f" Every seed of the first is above every seed of the second ({seeds} each)."
+        return Verdict("better", "It makes a difference", sentence, notes)
+    sentence += f" The seeds of the two overlap ({seeds} each): no clear difference."
+    return Verdict("even", "No clear difference", sentence, notes)
 
 
 def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> tuple[str, str, str]:
-    """Returns the level, its words and the sentence for two measurements and their paired difference."""
-    if difference is not None and difference.low is not None and difference.high is not None:
-        return _paired_finding(dense, pruned, difference)
-    if dense.low is None or dense.high is None or pruned.low is None or pruned.high is None:
+    """The level, its words and the sentence, from the paired difference or else from two intervals."""
+    small = dense.is_small or pruned.is_small
+    if difference is not None and difference.has_interval:
+        how = f"The difference on the same examples is {_paired_words(difference)}"
+        level, _ = _level(difference, ("", "", ""))
+        loss, gain = difference.value, False
+    elif dense.has_interval and pruned.has_interval:
+        apart = (pruned.low or 0) - (dense.high or 0), (pruned.high or 0) - (dense.low or 0)
+        level, _ = _level(Measured(value=0, low=apart[0], high=apart[1]), ("", "", ""))
+        how = f"The 95% intervals {'overlap' if level == 'even' else 'do not overlap'}"
+        loss = pruned.value - dense.value
+        gain = loss > 0
+    else:
         return "unknown", "No interval", "No intervals were recorded, so this may be chance."
-    if pruned.high < dense.low:
-        finding = "The 95% intervals do not overlap: the loss is more than evaluation noise."
-        return "worse", "Clearly worse", finding
-    if pruned.low > dense.high:
-        finding = "The 95% intervals do not overlap: the gain is more than evaluation noise."
-        return "better", "Clearly better", finding
-    relative_loss = ratio(dense.value - pruned.value, dense.value) or 0.0
-    if pruned.value <= dense.value and (relative_loss > _SMALL_LOSS or dense.is_small or pruned.is_small):
+    if level != "even":
+        what = "gain" if level == "better" else "loss"
+        return level, f"Clearly {level}", f"{how}: the {what} is more than evaluation noise."
+    if gain:
+        word = ("unclear", "Cannot tell") if small else ("even", "No clear difference")
+        return (*word, f"{how}: do not read this as an improvement.")
+    if (ratio(-(loss or 0), dense.value) or 0.0) > _SMALL_LOSS or small:
         examples = "" if pruned.n is None else f" on {whole(pruned.n)} examples"
-        finding = (
-            f"The 95% intervals overlap: this evaluation{examples} cannot tell such a difference from chance."
-        )
-        return "unclear", "Cannot tell", finding
-    finding = (
-        "The 95% intervals overlap: this evaluation shows no clear difference, which is not proof "
-        "that there is none."
+        return "unclear", "Cannot tell", f"{how}: this evaluation{examples} cannot tell it from chance."
+    return (
+        "even",
+        "No clear difference",
+        f"{how}: no clear difference, which is not proof that there is none.",
     )
-    if pruned.value > dense.value:
-        finding = "The 95% intervals overlap: do not read this as an improvement."
-        if dense.is_small or pruned.is_small:
-            return "unclear", "Cannot tell", finding
-    return "even", "No clear difference", finding
 
 
-def _paired_finding(dense: Measured, pruned: Measured, difference: Measured) -> tuple[str, str, str]:
-    """The same from the difference on each example, which tells more than two intervals that overlap."""
-    assert difference.low is not None and difference.high is not None
-    shown = f"{signed_percent(difference.value)[:-1]} points, 95% {interval(difference.low, difference.high)}"
-    paired = f"The difference on the same examples is {shown}"
-    if difference.high < 0:
-        return "worse", "Clearly worse", f"{paired}: the loss is more than evaluation noise."
-    if difference.low > 0:
-        return "better", "Clearly better", f"{paired}: the gain is more than evaluation noise."
-    relative_loss = ratio(-difference.value, dense.value) or 0.0
-    if relative_loss > _SMALL_LOSS or dense.is_small or pruned.is_small:
-        return "unclear", "Cannot tell", f"{paired}: it cannot be told from chance."
-    finding = f"{paired}: no clear difference, which is not proof that there is none."
-    return "even", "No clear difference", finding
-
-
-def _notes(view: RunView, dense: Measured, pruned: Measured, tuned: bool) -> tuple[str, ...]:
-    """Returns what a careful reader would object."""
-    main = view.main
-    assert main is not None and view.dense is not None
-    notes = []
-    smallest = min((m.n for m in (dense, pruned) if m.n is not None), default=None)
-    if dense.is_small or pruned.is_small:
-        notes.append(
-            f"Only {whole(smallest)} examples were evaluated; below 100 the intervals are wide and "
-            "small losses stay invisible. Evaluate more rows before deciding."
-        )
-    notes.extend(_majority_notes(view.majority, dense, pruned, main))
-    notes.extend(_rival_notes(view, pruned, tuned))
-    if not tuned:
-        notes.append("Both models were compared as they are, before fine-tuning.")
-    elif bool(view.dense.finetune) != bool(main.finetune):
-        tuned_label = view.dense.label if view.dense.finetune else main.label
-        notes.append(f"Only {tuned_label} was fine-tuned: the comparison is not like for like.")
-    dense_steps, steps = (v.finetune.get("steps") for v in (view.dense, main))
-    if dense_steps is not None and steps is not None and dense_steps != steps:
-        notes.append(
-            f"Fine-tuning took {whole(dense_steps)} steps for dense and {whole(steps)} for "
-            f"{main.label}: the times and the accuracies are not like for like."
-        )
-    notes.extend(_interrupted(view))
-    time_ratio = ratio(main.finetune.get("seconds"), view.dense.finetune.get("seconds"))
-    if time_ratio is not None and time_ratio >= 1:
-        notes.append("Fine-tuning the pruned model was not faster in this run.")
-    return tuple(notes)
-
-
-def _interrupted(view: RunView) -> list[str]:
-    """Names the rows whose time leaves out what was done before their training was interrupted."""
-    notes = []
-    for variant in view.variants:
-        behind = number(variant.finetune.get("measured_from"))
-        if behind:
-            notes.append(
-                f"Fine-tuning of {variant.label} was interrupted: its time and memory are those of the steps "
-                f"after {whole(behind)} of {whole(variant.finetune.get('steps'))}."
-            )
-    return notes
-
-
-def _majority_notes(majority: float | None, dense: Measured, pruned: Measured, main: Variant) -> list[str]:
-    """Warns when a model is not clearly above the most frequent answer; one below it is the headline."""
-    if majority is None or dense.value <= majority:
-        return []
-    always = f"always giving the most frequent answer ({percent(majority)})"
-    if (dense.low if dense.low is not None else dense.value) <= majority:
-        return [
-            f"Even the dense model is not clearly above {always}: it has not learned the task, so "
-            "this run says little about pruning."
-        ]
-    if (pruned.low if pruned.low is not None else pruned.value) <= majority:
-        return [f"{main.label} is not clearly above {always}."]
-    return []
-
-
-def _rival_notes(view: RunView, pruned: Measured, tuned: bool) -> list[str]:
-    """Names the other pruned variants that did at least as well with no more layers."""
-    rivals = []
-    for variant in view.variants:
-        if variant.is_dense or variant is view.main or variant.error is not None:
-            continue
-        other = (variant.after if tuned else variant.before).get(view.metric)
-        if other is not None and other.value >= pruned.value:
-            rivals.append(f"{variant.label} ({percent(other.value)})")
-    if not rivals or view.main is None:
-        return []
-    return [f"Scored at least as high as {view.main.label} in this run: {', '.join(rivals)}."]
-
-
-def _relative(dense: Measured, pruned: Measured) -> str:
-    """Returns the relative loss or gain in words."""
-    change = ratio(pruned.value - dense.value, dense.value)
-    if change is None:
-        return "no relative loss: dense scores 0"
-    return f"{percent(abs(change))} relative {'gain' if change > 0 else 'loss'}"
-
-
-def _change(after: object, before: object) -> str:
-    """Returns the relative change, with its sign."""
-    fraction = ratio(after, before)
-    return signed_percent(None if fraction is None else fraction - 1)
-
-
-def _interval_remark(before: Measured | None, after: Measured | None) -> str:
-    """Returns the change in points, and both intervals when both are known."""
-    if before is None or after is None:
+def budget_words(view: View) -> str:
+    """The budget of a comparison in a sentence, '' when it is not known."""
+    budget = view.record.budget
+    if view.kind != "compare" or (budget.removed is None and budget.share is None):
         return ""
-    points = f"relative; {signed_percent(after.value - before.value)[:-1]} points"
-    if not (before.has_interval and after.has_interval):
-        return points
-    shown = [interval(m.low, m.high).replace(" ", "\u00a0") for m in (before, after)]
-    return f"{points}. 95%: {shown[0]} → {shown[1]}"
+    unit = _UNITS.get(str(budget.unit), text(budget.unit or "the parameters"))
+    total = view.record.model.num_layers
+    of = f" of its {whole(total)}" if total else ""
+    worth = f", what {whole(budget.layers)}{of} decoder layers hold" if budget.layers else ""
+    return (
+        f"One budget for every method: {whole(budget.removed)} parameters, {percent(budget.share)} of "
+        f"{unit}{worth}. Methods that cannot meet it exactly stay within one of their units."
+    )
 
 
-def _quality_label(metric: str) -> str:
-    """Names the metric as people look for it."""
-    name = metric_label(metric)
-    return f"Accuracy ({name.lower()})" if metric == "exact_match" else name
+def tally_words(view: View, point: Point) -> str:
+    """Wins, ties and losses of GradPruner by paired intervals, '' without any."""
+    rivals = [
+        row.quality[view.metric].rival
+        for row in point.rows
+        if row.name not in ("dense", "dropped", view.main_name)
+        and not row.is_smaller
+        and view.metric in row.quality
+    ]
+    levels = [_level(r.turned(), ("", "", ""))[0] for r in rivals if r is not None and r.has_interval]
+    if not levels:
+        return ""
+    wins, losses = levels.count("better"), levels.count("worse")
+    ties = len(levels) - wins - losses
+    return (
+        f"Against {len(levels)} other method{'s' if len(levels) > 1 else ''}, by paired 95% intervals: "
+        f"{wins} win{'' if wins == 1 else 's'}, {ties} tie{'' if ties == 1 else 's'}, "
+        f"{losses} loss{'' if losses == 1 else 'es'}."
+    )
+
+
+def serving_note(view: View) -> str:
+    """Names the rows whose layers differ in width and what that means; '' when there are none."""
+    labels = list(dict.fromkeys(row.label for row in view.rows if row.uniform is False))
+    if not labels:
+        return ""
+    verb = "has" if len(labels) == 1 else "have"
+    return (
+        f"{'; '.join(labels)} {verb} layers of unequal width: such a model loads through gradpruner only; "
+        "vLLM, SGLang and llama.cpp refuse it."
+    )
+
+
+def _against_last(main: Row, last: Row, metric: str) -> tuple[str, str, str]:
+    """Returns level, its words and the sentence on the simplest rival there is."""
+    mine, theirs = main.after(metric), last.quality[metric]
+    value = percent(theirs.after.value if theirs.after else None)
+    if theirs.rival is None or not theirs.rival.has_interval:
+        other = theirs.after.value if theirs.after else None
+        ahead = "above" if mine and other is not None and mine.value > other else "not above"
+        sentence = (
+            f"That is {ahead} just dropping the last layers ({value}), without an interval: it may be chance."
+        )
+        return "unclear", "Cannot tell", sentence
+    gain = theirs.rival.turned()
+    than = "dropping the last layers"
+    level, word = _level(gain, (f"Better than {than}", f"No clear gain over {than}", f"Worse than {than}"))
+    verbs = {"better": "beats", "even": "cannot be told from", "worse": "loses to"}
+    return level, word, f"It {verbs[level]} just {than} ({value}): {_paired_words(gain)}."
+
+
+def _merging(point: Point, metric: str) -> str:
+    """Says what merging adds over dropping the same layers."""
+    dropped = point.row("dropped")
+    rival = dropped.quality[metric].rival if dropped is not None and metric in dropped.quality else None
+    if rival is None or not rival.has_interval:
+        return ""
+    gain = rival.turned()
+    level, verb = _level(gain, ("adds", "adds nothing that can be told from chance", "costs"))
+    if level == "even":
+        return f"Merging {verb} ({_paired_words(gain)})."
+    size = points(abs(gain.value)).lstrip("+")
+    ends = sorted(abs(end) for end in (gain.low or 0, gain.high or 0))
+    return f"Merging {verb} {size} points, 95% {interval(*ends)}."
+
+
+def _level(gain: Measured, words: Sequence[str]) -> tuple[str, str]:
+    """Better, even or worse, by where the interval of a difference lies."""
+    if gain.low is not None and gain.low > 0:
+        return "better", words[0]
+    if gain.high is not None and gain.high < 0:
+        return "worse", words[2]
+    return "even", words[1]
+
+
+def _paired_words(paired: Measured) -> str:
+    shown = interval(paired.low, paired.high)
+    return f"{points(paired.value)} points" + (f", 95% {shown}" if shown else "")
+
+
+def reading_words(view: View) -> str:
+    """How the numbers of the main table are to be read."""
+    words = []
+    if view.kind == "run":
+        words.append("Brackets are 95% bootstrap intervals, in percent.")
+    elif len(view.seeds) > 1:
+        words.append(
+            f"{metric_label(view.metric)} is the mean over {len(view.seeds)} seeds, in brackets the lowest "
+            "and the highest."
+        )
+    if any(q.paired is not None for row in view.rows for q in row.quality.values()):
+        words.append(
+            "Differences are in points, example by example, with 95% bootstrap intervals over examples."
+        )
+    if any(row.costs.get("training_ratio") is not None for row in view.rows):
+        words.append(
+            "Training, inference and all there is are times against the dense model of the same seed."
+        )
+    if any(m.is_small for row in view.rows for q in row.quality.values() for m in (q.after, q.before) if m):
+        words.append("* Fewer than 100 examples: read the interval, not the value.")
+    return " ".join(words)

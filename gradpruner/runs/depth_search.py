@@ -6,7 +6,10 @@ Nothing is trained: each number of layers costs one repair and one evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from gradpruner.errors import PlanError
 from gradpruner.evaluation.outputs import values_of
@@ -19,17 +22,17 @@ from gradpruner.pruning.refitting import fit_repair
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.evaluation_data import options_of
 from gradpruner.runs.job import Job
+from gradpruner.runs.together import together
+from gradpruner.world import this_world
 
 
-def search_depth(
-    job: Job, make_plan: Callable[[int], PruningPlan], trace: Callable[[], GradientTrace]
-) -> dict[str, Any]:
+def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path) -> dict[str, Any]:
     """The largest number of layers whose loss on validation rows is certified, see `largest_certified`.
 
     Args:
         job: The recipe and its inputs; `plan.max_loss` is the limit.
         make_plan: The plan that removes so many layers.
-        trace: Opens the recorded gradients; called only when layers are merged.
+        trace: Folder of the recorded gradients; opened only when layers are merged.
 
     Returns:
         JSON values: `best` (None if no number was certified), `metric`, `rows`, `limit`, `confidence`, and
@@ -37,27 +40,12 @@ def search_depth(
     """
     options = job.recipe.plan
     assert options.max_loss is not None and job.validation is not None
-    dense = _scores_of(job, job.load(job.origin))
+    dense = together(job, validated, None, str(trace))
     metric = next(iter(dense))
 
     def measure(count: int) -> tuple[list[float], list[float]]:
-        plan = make_plan(count)
-        model = job.load(job.origin)
-        recorded = trace() if plan.needs_trace else None
-        repair = None
-        if options.repair != "none":
-            repair = fit_repair(
-                model,
-                plan,
-                job.samples,  # type: ignore[arg-type]
-                job.collator,
-                kind=options.repair,
-                rows=options.repair_rows,
-                trace=recorded,
-                seed=job.recipe.seed,
-            )
-        prune_(model, plan, recorded, repair=repair)
-        return dense[metric], _scores_of(job, model)[metric]
+        found = together(job, validated, make_plan(count).to_dict(), str(trace))
+        return dense[metric], found[metric]
 
     numbers = possible_numbers(job)
     usual = job.num_layers - job.num_keep
@@ -83,12 +71,45 @@ def possible_numbers(job: Job) -> list[int]:
     return found
 
 
+def validated(job: Job, plan: dict[str, Any] | None, trace: str) -> dict[str, list[float]]:
+    """Score of every validation row, by metric, the most telling first.
+
+    Args:
+        job: The recipe and its inputs.
+        plan: What is removed from the model first, and repaired; None for the dense model.
+        trace: As for `search_depth`.
+    """
+    model = job.load(job.origin)
+    if plan is not None:
+        _prune_and_repair_(job, model, PruningPlan.from_dict(plan), trace)
+    return _scores_of(job, model)
+
+
 def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
-    """Score of every validation row, by metric, the most telling first."""
     options = options_of(job.recipe, job.metrics, job.max_length)
-    result = evaluate(model, job.tokenizer, job.questions("validation"), options, progress="validate")
+    questions = job.questions("validation")
+    result = evaluate(model, job.tokenizer, questions, options, progress="validate", world=this_world())
     job.release(model)
     return values_of(result.outputs)
+
+
+def _prune_and_repair_(job: Job, model: nn.Module, plan: PruningPlan, trace: str) -> None:
+    options = job.recipe.plan
+    recorded = GradientTrace.load(trace) if plan.needs_trace else None
+    repair = None
+    if options.repair != "none":
+        repair = fit_repair(
+            model,
+            plan,
+            job.samples,  # type: ignore[arg-type]
+            job.collator,
+            kind=options.repair,
+            rows=options.repair_rows,
+            trace=recorded,
+            seed=job.recipe.seed,
+            world=this_world(),
+        )
+    prune_(model, plan, recorded, repair=repair)
 
 
 def _facts(job: Job, found: Search, metric: str) -> dict[str, Any]:

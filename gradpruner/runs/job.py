@@ -53,7 +53,7 @@ from gradpruner.training.finetuning import check_liger, check_trackers, planned_
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, told
 from gradpruner.training.recording import default_steps
-from gradpruner.training.sharding import check_sharding
+from gradpruner.training.sharding import check_sharding, check_world_size
 from gradpruner.world import this_world
 
 
@@ -84,6 +84,7 @@ class Job:
         self.origin = self.folder
         refuse_narrowed(self.folder)
         self.config = check_loadable(self.folder, recipe.model.trust_remote_code)
+        self._settle_repair()
         self._check_budget()
         self._choose_rate()
         self.tokenizer = tokenizer_of(recipe, self.folder)
@@ -92,14 +93,33 @@ class Job:
             load_split(recipe, split, self.tokenizer, longest) for split in ("train", "eval")
         )
         self.validation: ExampleSet | None = None
-        if recipe.plan.max_loss is not None:
+        if recipe.plan.max_loss is not None or recipe.data.validation is not None:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
         self.also = load_also(recipe, self.tokenizer, longest)
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
+        read = {"record": recipe.record.batch_size, "finetune": recipe.finetune.batch_size}
+        check_world_size(len(self.samples), {f"{name}.batch_size": size for name, size in read.items()})
         self.collator = Collator(self.tokenizer)
         self._questions: dict[str, Questions] = {}
         self.overlap = overlap(self.train.examples, self.eval.examples)
         self.warnings += warnings_of(self)
+
+    def _settle_repair(self) -> None:
+        """Decides what `plan.repair: auto` means for this model."""
+        if self.recipe.plan.repair != "auto":
+            return
+        reasons = {
+            "its layers hold experts": bool(self.family.no_merge),
+            "its layers hand keys and values to one another": self.family.shared_kv,
+            "it is quantised": bool(getattr(self.config, "quantization_config", None)),
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), "")
+        if found:
+            self.warnings.append(
+                f"The model is not repaired: {found}. What is cut is only made up for by training."
+            )
+        plan = self.recipe.plan.model_copy(update={"repair": "none" if found else "least_squares"})
+        self.recipe = self.recipe.model_copy(update={"plan": plan})
 
     def _check_budget(self) -> None:
         """Finds an impossible budget or plan before anything is recorded."""
@@ -306,15 +326,13 @@ class Job:
         return {"processes": size} if size > 1 else {}
 
     def rows(self, name: str) -> ExampleSet:
-        """What is measured on: "eval", or the name of one of the further tasks."""
-        return self.eval if name == "eval" else self.also[name]
+        """What is measured on: "eval", "validation", or the name of one of the further tasks."""
+        return {"eval": self.eval, "validation": self.validation or self.eval, **self.also}[name]
 
     def questions(self, name: str) -> Questions:
-        """Rows as for `rows`, or those of "validation", tokenised once for all evaluations."""
+        """Rows as for `rows`, tokenised once for all evaluations."""
         if name not in self._questions:
-            found = self.validation if name == "validation" else self.rows(name)
-            assert found is not None
-            self._questions[name] = Questions(self.tokenizer, found.examples, self.max_length)
+            self._questions[name] = Questions(self.tokenizer, self.rows(name).examples, self.max_length)
         return self._questions[name]
 
     def prune_from(self, folder: Path) -> None:

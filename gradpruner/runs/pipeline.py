@@ -344,7 +344,7 @@ class _Run:
         """Tuned model, scores and validation rows -> how many layers may go"""
 
         def work() -> dict[str, Any]:
-            return search_depth(self.job, lambda count: self.planned(variant, count), self.open_trace)
+            return search_depth(self.job, lambda count: self.planned(variant, count), self.path("trace"))
 
         return self.directory.stage(f"search {self.names[variant]}", inputs, work)
 
@@ -363,7 +363,7 @@ class _Run:
 
 def record_rows(job: Job, folder: str) -> GradientTrace:
     """Model + task -> trace/; every process reads its share of the rows, the first one writes."""
-    shared = {"precision", "gradient_checkpointing", "fsdp", "deepspeed", "seed", "device"}
+    shared = {"precision", "gradient_checkpointing", "fsdp", "seed", "device"}
     options = job.recipe.record
     model = job.load(job.origin, quantise=options.adapter == "qlora")
     trace = record_gradients(

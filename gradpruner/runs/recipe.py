@@ -27,11 +27,12 @@ from gradpruner.runs.sections import (
 from gradpruner.training.options import DistilSection, FinetuneSection, RecordSection, Section
 
 EFFORTS: dict[str, dict[str, Any]] = {
-    "fast": {"start": "base", "variants": ["dense", "dropped"], "plan": {"repair": "least_squares"}},
+    "paper": {},
+    "fast": {"start": "base", "variants": ["dense", "dropped"], "plan": {"repair": "auto"}},
     "best": {
         "start": "tuned",
         "variants": ["dense", "dropped"],
-        "plan": {"repair": "least_squares"},
+        "plan": {"repair": "auto"},
         "recover": {"epochs": 1.0},
         "distil": {"teacher": "tuned", "prompts": 0.0},
     },
@@ -59,10 +60,10 @@ class Recipe(Section):
     """Run directory."""
     seed: int = Field(default=0, ge=0)
     """Seeds data sampling, LoRA, data order, dropout and bootstrap."""
-    effort: Literal["fast", "best"] | None = None
+    effort: Literal["paper", "fast", "best"] | None = "fast"
     """Sets what is not set otherwise. fast: prune and repair the base model, then fine-tune, which is cheaper
     than tuning the dense model. best: tune the dense model, prune and repair that, then recover with it as
-    the teacher."""
+    the teacher. paper (or null): as the paper does, with and without merging, no repair."""
     start: Literal["base", "tuned", "given"] = "base"
     """What is pruned. base: the model, which is then fine-tuned. tuned: the dense model after fine-tuning.
     given: the model is tuned on the task already. After tuned and given the pruned model is trained as
@@ -80,7 +81,7 @@ class Recipe(Section):
     """Options of single methods: name -> option -> value (`gradpruner ls methods`)."""
     variants: list[str] = Field(default=["dense", "merged", "dropped"], min_length=1)
     """Rows of the comparison: dense; merged and dropped (GradPruner with and without merging); any other
-    method's name (`gradpruner ls methods`)."""
+    method's name (`gradpruner ls methods`). The effort decides where nothing is said."""
     verify: Literal["auto", "full", "structure"] = "auto"
     """How every pruned model is checked before it is used: full compares what it computes with the source,
     structure loads nothing, auto is full where memory allows."""
@@ -94,8 +95,10 @@ class Recipe(Section):
     @classmethod
     def _fill_effort(cls, raw: Any) -> Any:
         """Puts in what the effort stands for, wherever the recipe says nothing itself."""
-        effort = raw.get("effort") if isinstance(raw, dict) else None
-        return _filled(raw, EFFORTS[effort]) if effort in EFFORTS else raw
+        if not isinstance(raw, dict):
+            return raw
+        effort = raw.get("effort", cls.model_fields["effort"].default)
+        return _filled(raw, EFFORTS.get(effort, {})) if isinstance(effort, str) else raw
 
     @model_validator(mode="after")
     def _known_variants(self) -> Recipe:

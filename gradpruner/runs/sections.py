@@ -60,7 +60,8 @@ class DataSection(Section):
     """For conversations and models without a chat template: chatml, llama3, mistral, gemma, or a Jinja file.
     It is saved with the tokenizer of tuned models. null: the tokenizer's own."""
     validation: str | None = None
-    """Rows on which choices are made (plan.max_loss); null holds them out of the training rows."""
+    """Rows on which choices are made: how many layers go (plan.max_loss), which row the report names to ship.
+    null: only plan.max_loss needs some, and holds them out of the training rows."""
     validation_limit: int = Field(default=500, ge=1)
     """Validation rows at most; held out, they are at most a fifth of the training rows."""
     max_length: int = Field(default=2048, ge=2)
@@ -132,9 +133,10 @@ class PlanSection(Section):
     """Combine rule (`gradpruner ls rules`)."""
     density: float = Field(default=DENSITY, gt=0, le=1)
     """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
-    repair: Literal["none", "linear", "least_squares"] = "none"
+    repair: Literal["auto", "none", "linear", "least_squares"] = "none"
     """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
-    hidden size (linear), or the linear itself (least_squares). Looks at training samples, at no labels."""
+    hidden size (linear), or the linear itself (least_squares). Looks at training samples, at no labels. auto:
+    least_squares where the model can be repaired (no mixture of experts, not quantised), else none."""
     repair_rows: int = Field(default=512, ge=2)
     """Training samples a repair is fitted on, at most."""
 

@@ -1,15 +1,16 @@
 """Work that all processes of a job do at the same time: recording, fine-tuning, evaluating.
 
 The first process runs the command as if it were alone. Where a stage is better done by all, it says what is
-to be done (`together`): a function of a `Job`, with plain values as arguments. The others do nothing but wait
-for that (`follow`), each with a `Job` of its own made of the same recipe. So no stage asks which process it
-is in.
+to be done: a function with plain values as arguments (`jointly`), or one of a `Job` (`together`). The others
+do nothing but wait for that (`follow`), each with a `Job` of its own made of the same recipe. So no stage
+asks which process it is in.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def together(job: Job, work: Callable[..., T], *arguments: Any) -> T:
-    """Has every process do `work(job, *arguments)` at the same time; returns what this one makes of it.
+def jointly(work: Callable[..., T], *arguments: Any) -> T:
+    """Has every process do `work(*arguments)` at the same time; returns what this one makes of it.
 
     Args:
-        job: The recipe and its inputs; the other processes have their own.
         work: A function of a module.
         *arguments: Plain values that can be sent.
 
@@ -38,34 +38,58 @@ def together(job: Job, work: Callable[..., T], *arguments: Any) -> T:
     """
     world = this_world()
     if world.size > 1:
+        world.agreed(lambda: (work, arguments))
+    return world.in_step(lambda: work(*arguments))
+
+
+def together(job: Job, work: Callable[..., T], *arguments: Any) -> T:
+    """`jointly`, for a function whose first argument is a job: the other processes make their own."""
+    world = this_world()
+    if world.size > 1:
         recipe = job.recipe.model_dump(mode="json")
-        world.agreed(lambda: (recipe, str(job.origin), work, arguments))
+        world.agreed(lambda: (_on_own_job, (recipe, str(job.origin), work, arguments)))
     return world.in_step(lambda: work(job, *arguments))
+
+
+_own_job: list[Job] = []
+
+
+def _on_own_job(
+    recipe: dict[str, Any], origin: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    """Work on a job of this process, made of the first one's recipe; kept for the next time."""
+    if not _own_job or _own_job[0].recipe.model_dump(mode="json") != recipe:
+        _own_job[:] = [Job(Recipe.model_validate(recipe))]
+    if _own_job[0].origin != Path(origin):
+        _own_job[0].prune_from(Path(origin))
+    work(_own_job[0], *arguments)
 
 
 def follow() -> int:
     """Does what the first process says until it ends; returns the exit code it ends with."""
     world = this_world()
-    jobs: list[Job] = []
-
-    def carry_out(said: tuple[dict[str, Any], str, Callable[..., Any], tuple[Any, ...]]) -> None:
-        recipe, origin, work, arguments = said
-        if not jobs or jobs[0].recipe.model_dump(mode="json") != recipe:
-            jobs[:] = [Job(Recipe.model_validate(recipe))]
-        if jobs[0].origin != Path(origin):
-            jobs[0].prune_from(Path(origin))
-        work(jobs[0], *arguments)
-
     while True:
-        said: Any = world.agreed(lambda: None)
+        with _at_rest():
+            said: Any = world.agreed(lambda: None)
         if isinstance(said, int):
             return said
+        work, arguments = said
         try:
-            world.in_step(partial(carry_out, said))
-        except GoneError:
-            raise
-        except GradPrunerError as error:
-            log.debug("%s", error)  # the first process knows, and decides how to go on
+            world.in_step(partial(work, *arguments))
+        except Exception as error:
+            if world.broken:
+                raise
+            log.debug("%s", error, exc_info=error)  # the first process knows, and decides how to go on
+
+
+@contextlib.contextmanager
+def _at_rest() -> Iterator[None]:
+    """While it lasts, SIGTERM ends this process at once: Python would hear of it only after the wait."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

@@ -125,9 +125,12 @@ class Variant(Work):
     def _measurements(self) -> list[Stage]:
         """The finished model on its task, on further ones, and by lm-eval."""
         found = [self._measuring("", self.tune_inputs, self.examples, "eval", self.job.metrics)]
-        for task in self.job.also:
+        further = {task: metrics_of_task(task) for task in self.job.also}
+        if self.recipe.data.validation is not None:
+            further["validation"] = self.job.metrics
+        for task, metrics in further.items():
             file = f"variants/{self.name}/examples_{task}.jsonl"
-            found.append(self._measuring(f"on {task}", self.tune_inputs, file, task, metrics_of_task(task)))
+            found.append(self._measuring(f"on {task}", self.tune_inputs, file, task, metrics))
         options = self.recipe.evaluate
         if options.lm_eval:
             asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]

@@ -104,6 +104,12 @@ class Work:
 
     def repair(self) -> dict[str, Any]:
         """Dense model, plan and samples -> refitted linears"""
+        found = together(self.job, repair_row, *self._address())
+        found.save(self.path(self.repaired))
+        return found.facts()
+
+    def fit(self) -> Repair:
+        """The refitted linears, in memory."""
         assert self.plan is not None and self.plan.kind == "layers"
         options = self.recipe.plan
         model = self.job.load(self.job.origin)
@@ -118,10 +124,10 @@ class Work:
                 trace=self.trace() if self.plan.needs_trace else None,
                 seed=self.recipe.seed,
                 progress=progress.advance,
+                world=this_world(),
             )
-        found.save(self.path(self.repaired))
         self.job.release(model)
-        return found.facts()
+        return found
 
     def prune(self) -> dict[str, Any]:
         """Dense model and plan -> pruned model"""
@@ -295,6 +301,11 @@ def row_of(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Work:
     found = read_plan(plan) if plan is not None else None
     directory = RunDirectory(out, device=job.device)
     return Work(job, directory, name, found, lambda: GradientTrace.load(directory.path / "trace"))
+
+
+def repair_row(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Repair:
+    """Fits the repair of a row; arguments as for `row_of`."""
+    return row_of(job, out, name, plan).fit()
 
 
 def train_row(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> tuple[Any, FinetuneResult]:

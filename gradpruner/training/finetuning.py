@@ -25,7 +25,7 @@ from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, Progr
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
 from gradpruner.training.rates import with_rate
 from gradpruner.training.resume import latest_complete_checkpoint, tally_of
-from gradpruner.training.sharding import check_sharding, make_whole_
+from gradpruner.training.sharding import check_sharding, make_whole_, num_trainable
 from gradpruner.training.teacher import DistillationTrainer, check_teacher
 from gradpruner.training.trainer import CausalTrainer
 from gradpruner.world import this_world
@@ -259,14 +259,17 @@ def finetune(
         batching=options.batching,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )
-    found = latest_complete_checkpoint(Path(checkpoints)) if checkpoints else None
+    # One process looks: it removes what is broken.
+    found = this_world().agreed(
+        lambda: latest_complete_checkpoint(Path(checkpoints), trainer.sharding) if checkpoints else None
+    )
     try:
         result = run_trainer(trainer, options.mode, found)
     finally:
         for callback in callbacks:
             if isinstance(callback, ClosingCallback):
                 callback.close()
-    make_whole_(trained)
+    make_whole_(trained, trainer.deepspeed)
     if options.mode == "lora" and options.merge_adapter:
         trained = trained.merge_and_unload()
     return trained, result
@@ -319,7 +322,7 @@ def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = Non
         losses=_loss_curve(trainer.state.log_history),
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        trainable_parameters=num_trainable(model),
         tokens=int(sum(len(sample["input_ids"]) for sample in samples) * trainer.state.epoch),
         batching=trainer.batching + (f" ({trainer.packing_fault})" if trainer.packing_fault else ""),
         padding_fraction=trainer.padding_fraction,

@@ -83,8 +83,6 @@ class RecordOptions(RecordSection):
     """Recompute activations: less memory, more time."""
     fsdp: bool | dict[str, Any] = False
     """As in `FinetuneSection`."""
-    deepspeed: str | None = None
-    """As in `FinetuneSection`; up to ZeRO 1: later stages take gradients apart before they are read."""
     seed: int = 0
     """Seeds LoRA initialisation, dropout and the order of samples."""
     device: Literal["auto", "cpu"] = "auto"
@@ -141,7 +139,8 @@ class FinetuneSection(Section):
     """Shard weights, gradients and optimizer over the processes (FSDP2): true, or the Trainer's fsdp_config.
     Needs torchrun or accelerate launch; a config of accelerate that turns FSDP on does the same."""
     deepspeed: str | None = None
-    """DeepSpeed configuration file (ZeRO 1 to 3; pip install deepspeed)."""
+    """DeepSpeed configuration file (ZeRO 1 to 3; pip install deepspeed). It is for fine-tuning: recording is
+    data parallel all the same, because DeepSpeed steps before gradients can be read."""
     save_steps: int | None = Field(default=500, ge=1)
     """Checkpoint interval; an interrupted fine-tuning goes on from the last whole one. null: none."""
     report_to: str | list[str] = "none"

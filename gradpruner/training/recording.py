@@ -307,9 +307,7 @@ def record_gradients(
         warmup=math.ceil(steps * WARMUP_RATIO),
         max_grad_norm=options.clip or 0.0,
         schedule="constant_with_warmup",
-        **options.model_dump(
-            include={"precision", "gradient_checkpointing", "fsdp", "deepspeed", "seed", "device"}
-        ),
+        **options.model_dump(include={"precision", "gradient_checkpointing", "fsdp", "seed", "device"}),
     )
     set_seed(options.seed)
     with _adapters(model, options) as peft_model:

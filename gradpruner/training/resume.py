@@ -47,15 +47,19 @@ def tally_of(checkpoint: Path) -> Tally | None:
     return found if min(found.seconds, found.places, found.padding) >= 0 else None
 
 
-def latest_complete_checkpoint(folder: Path) -> Path | None:
+def latest_complete_checkpoint(folder: Path, sharding: str = "") -> Path | None:
     """The newest Trainer checkpoint that is whole.
 
     The Trainer writes checkpoints in place: after a kill the newest may be cut short, and one without
     optimizer state would resume silently with a fresh optimizer. Broken ones are reported and removed.
+
+    Args:
+        folder: Where they are.
+        sharding: What spreads the weights, and writes them its own way: "fsdp" or "deepspeed"; "" if nothing.
     """
     steps = [int(found[1]) for p in folder.glob("checkpoint-*") if (found := _CHECKPOINT.match(p.name))]
     for candidate in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
-        fault = _checkpoint_fault(candidate)
+        fault = _checkpoint_fault(candidate, sharding)
         if fault is None:
             return candidate
         log.warning("Checkpoint %s is not complete (%s); using an older one.", candidate, fault)
@@ -63,15 +67,18 @@ def latest_complete_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _checkpoint_fault(folder: Path) -> str | None:
+def _checkpoint_fault(folder: Path, sharding: str = "") -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return "trainer_state.json is missing or cut short"
-    for name in ("optimizer.pt", "scheduler.pt"):
-        if not zipfile.is_zipfile(folder / name):  # the zip directory is written last
-            return f"{name} is missing or cut short"
+    if not zipfile.is_zipfile(folder / "scheduler.pt"):  # the zip directory is written last
+        return "scheduler.pt is missing or cut short"
+    if sharding:
+        return None if _has_shards(folder, sharding) else f"the states of {sharding} are missing or cut short"
+    if not zipfile.is_zipfile(folder / "optimizer.pt"):
+        return "optimizer.pt is missing or cut short"
     if not any(zipfile.is_zipfile(path) for path in folder.glob("rng_state*.pth")):
         return "rng_state.pth is missing or cut short"
     weights = [*folder.glob("*.safetensors")]
@@ -90,3 +97,15 @@ def _checkpoint_fault(folder: Path) -> str | None:
         if missing:
             return f"{missing[0]} is missing"
     return None if weights else "weights are missing"
+
+
+def _has_shards(folder: Path, sharding: str) -> bool:
+    """Whether weights and optimizer of a sharded training are there, as whole as can be told."""
+    if sharding == "deepspeed":
+        latest = folder / "latest"  # written last: names the folder with the states of every process
+        return latest.is_file() and any((folder / latest.read_text().strip()).glob("*optim_states.pt"))
+    parts = {
+        "optimizer": ("optimizer.bin", "optimizer_0/.metadata"),
+        "weights": ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0/.metadata"),
+    }
+    return all(any((folder / name).is_file() for name in names) for names in parts.values())

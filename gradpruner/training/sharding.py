@@ -1,7 +1,12 @@
-"""Weights spread over processes (FSDP2), and whole again after training."""
+"""Weights spread over processes (FSDP2, DeepSpeed ZeRO), and whole again after training."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from gradpruner.errors import ConfigError
+from gradpruner.json_files import read_json
 from gradpruner.world import this_world
 
 
@@ -29,32 +35,97 @@ def check_sharding(fsdp: Any, deepspeed: str | None, device: str) -> None:
             "finetune.fsdp needs GPUs: on CPUs the Trainer would keep whole copies.",
             hint="Leave it out: several CPU processes work as plain data parallelism.",
         )
+    if deepspeed:
+        _check_deepspeed(Path(deepspeed))
+
+
+def check_world_size(rows: int, batch_sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError where a step of all processes would read more training rows than there are.
+
+    Args:
+        rows: Training rows.
+        batch_sizes: Rows that one process reads in a step, by the recipe key that says so.
+    """
+    size = this_world().size
+    for key, batch_size in batch_sizes.items():
+        if size > 1 and size * batch_size > rows:
+            fewer = f", or set {key} to {rows // size} or less" if rows >= size else ""
+            raise ConfigError(
+                f"{size} processes with {key} {batch_size} read {size * batch_size} rows in a step; there "
+                f"are {rows}, and some would count twice.",
+                hint=f"Start fewer processes{fewer}.",
+            )
+
+
+def _check_deepspeed(path: Path) -> None:
+    if not path.is_file():
+        raise ConfigError(
+            f"finetune.deepspeed: there is no file {path}.",
+            hint="examples/deepspeed_zero2.json and examples/deepspeed_zero3.json are such files.",
+        )
+    if not isinstance(read_json(path, "DeepSpeed configuration"), dict):
+        raise ConfigError(f"finetune.deepspeed: {path} does not hold a JSON object.")
+    if find_spec("deepspeed") is None:
+        raise ConfigError(
+            "finetune.deepspeed is given, but DeepSpeed is not installed.",
+            hint="pip install deepspeed, or use finetune.fsdp.",
+        )
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a process holds only parts of the weights."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())
 
 
-def make_whole_(model: nn.Module) -> None:
+def num_trainable(model: nn.Module) -> int:
+    """Parameters that are trained, those of all processes (ZeRO 3 leaves tensors empty)."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def make_whole_(model: nn.Module, engine: Any = None) -> None:
     """Gathers a sharded model in place: whole on the CPU of the first process, without weights on the others.
 
     Parameters are gathered one at a time and their shards let go, so that no process ever holds two copies.
     Every process must call it. A model that is not sharded stays as it is.
+
+    Args:
+        model: What was trained.
+        engine: DeepSpeed's, which is then of no use any more.
     """
-    if not is_sharded(model):
-        return
-    first = this_world().is_first
-    gathered: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if not isinstance(parameter, DTensor):
-                continue
-            if id(parameter) not in gathered:  # tied weights stay tied
-                full = parameter.detach().full_tensor()
-                data = full.cpu() if first else torch.empty_like(full, device="meta")
-                gathered[id(parameter)] = nn.Parameter(data, requires_grad=parameter.requires_grad)
-            module._parameters[name] = gathered[id(parameter)]
-        kind = type(module)
-        if kind.__name__.startswith("FSDP") and len(kind.__bases__) > 1:  # torch makes one class per class
-            module.__class__ = kind.__bases__[1]
+    if is_sharded(model):
+        gathered: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            # DeepSpeed's own mapping gathers what is looked up in it.
+            own = dict(module._parameters.items())
+            module.__dict__.pop("_original_parameters", None)
+            module.__dict__["_parameters"] = own
+            for name, parameter in own.items():
+                if parameter is not None and id(parameter) not in gathered:  # tied weights stay tied
+                    gathered[id(parameter)] = _whole(parameter)
+                own[name] = None if parameter is None else gathered[id(parameter)]
+            bases = type(module).__bases__
+            if type(module).__name__.startswith("FSDP") and len(bases) > 1:  # torch makes a class per class
+                module.__class__ = bases[1]
+    if engine is not None:
+        _leave_deepspeed(engine)
+
+
+def _whole(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter with all its numbers on the first process; one without any on the others."""
+    full: Any
+    if isinstance(parameter, DTensor):
+        full = parameter.data.full_tensor()  # type: ignore[attr-defined]
+    elif hasattr(parameter, "ds_tensor"):
+        with import_module("deepspeed").zero.GatheredParameters([parameter]):
+            full = parameter.detach().clone()
+    else:
+        return parameter
+    data = full.cpu() if this_world().is_first else torch.empty_like(full, device="meta")
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+def _leave_deepspeed(engine: Any) -> None:
+    """Lets go of what DeepSpeed keeps for the whole process: models loaded later would be sharded too."""
+    engine.destroy()
+    import_module("transformers.integrations.deepspeed").unset_hf_deepspeed_config()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,12 +44,10 @@ def full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
         ModelError: If there is none.
     """
     grad = weight.grad
-    if grad is None and hasattr(weight, "ds_id"):
-        grad = import_module("deepspeed.utils").safe_get_full_grad(weight)
     if grad is None:
         raise ModelError(
             f"LoRA of layer {linear.layer} {linear.name} has no gradient at the optimizer step.",
-            hint="Under DeepSpeed ZeRO use stage 0 or 1 for recording, or torchrun with DDP or FSDP2.",
+            hint="DeepSpeed steps before gradients can be read: record with torchrun, DDP or FSDP2.",
         )
     # FSDP2 shards parameters as DTensors; gathering is collective, so every process does it.
     full: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad

@@ -66,6 +66,11 @@ class CausalTrainer(Trainer):
         return packing_fault(model, self.train_dataset, self.accelerator.autocast)
 
     @property
+    def sharding(self) -> str:
+        """What spreads the model over processes: "fsdp" or "deepspeed"; "" if nothing does."""
+        return "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else ""
+
+    @property
     def padding_fraction(self) -> float:
         """Share of the computed positions that were padding."""
         return int(self._padding) / max(1, self._places)

@@ -20,6 +20,7 @@ from typing import Any
 
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.world import alone
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[3])
 _END_SECONDS = 30.0
@@ -182,7 +183,7 @@ def worker_environment(device: str) -> dict[str, str]:
 
     A Trainer that sees several spreads every batch over all of them.
     """
-    environment = dict(os.environ)
+    environment = alone(os.environ)
     paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -217,10 +217,10 @@ def named(error: GradPrunerError, where: str) -> GradPrunerError:
 
 def write_report(study: dict[str, Any], out: Path) -> None:
     """study.json -> report.html and table.md"""
-    from gradpruner.reports.study import render_study, study_markdown  # matplotlib and jinja2 load here
+    from gradpruner.reports import markdown_table, render_html
 
-    render_study(study, out / REPORT)
-    write_text(out / TABLE, study_markdown(study) + "\n")
+    render_html(study, out / REPORT)
+    write_text(out / TABLE, markdown_table(study, out))
 
 
 def stored_record(folder: Path) -> dict[str, Any] | None:

@@ -147,6 +147,7 @@ class _Point:
             "num_layers": _rounded_mean(entry.get("num_layers") for entry in good.values()),
             "uniform": next((plan["uniform"] for plan in plans if "uniform" in plan), None),
             "metrics": {name: self._metric(row, name, good) for name in self._metric_names(good)},
+            "validation": self._validation(good),
             "costs": self._costs(row, good),
             "per_seed": per_seed,
             "plans": plans,
@@ -200,6 +201,15 @@ class _Point:
             "recovery": mean / whole if mean is not None and whole else None,
             "paired": self._paired(row, DENSE, name),
             "paired_gradpruner": self._paired(row, GRADPRUNER, name),
+        }
+
+    def _validation(self, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+        """Means over the seeds on validation rows, where these were measured; choices go by them."""
+        measured = [(e.get("also") or {}).get("validation", {}).get("metrics", {}) for e in good.values()]
+        return {
+            name: {"mean": _mean(m[name]["value"] for m in measured if name in m), "n": first["n"]}
+            for found in measured[:1]
+            for name, first in found.items()
         }
 
     def _paired(self, row: Row, other: str, metric: str) -> dict[str, Any] | None:

@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from gradpruner.reports.drawing import Key, Plot, drawn
+from gradpruner.reports.drawing import Key, Plot, drawn, percent_ticks
 from gradpruner.reports.formats import duration, num_bytes, number, percent, short, times
-from gradpruner.reports.reading import Measured, mapping, metric_label
-from gradpruner.reports.study_reading import StudyRow, StudyView, kept_layers
+from gradpruner.reports.record import Measured
 from gradpruner.reports.svg import Margins, colour, plain_ticks
+from gradpruner.reports.view import Row, View, metric_label
 
 _DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
 _MOST_SERIES = 6
@@ -31,12 +31,12 @@ Series = tuple[str, str, list[tuple[float, Measured]]]
 """Row name, label, (position on the horizontal axis, what was measured)."""
 
 
-def sweep_plot(view: StudyView) -> Plot | None:
+def sweep_plot(view: View) -> Plot | None:
     """Draws the main metric, or the cost the study asks for, over the settings: lines, or bars for names."""
     found = _series(view)
     if not any(points for _, _, points in found):
         return None
-    wanted = str(mapping(view.study, "plot").get("y") or "quality")
+    wanted = str(view.record.plot.get("y") or "quality")
     name, show = _COSTS.get(wanted, (metric_label(view.metric), percent))
     bars = _is_categorical(view)
     reference = _flat_dense(found)
@@ -52,8 +52,7 @@ def sweep_plot(view: StudyView) -> Plot | None:
             axes.axhline(reference, color=colour("series-0"), linewidth=1.4, dashes=(4, 3), zorder=1)
         axes.set_ylabel(name.lower())
         if show is percent:
-            low, high = axes.get_ylim()
-            axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0 if high - low > 0.05 else 1))
+            percent_ticks(axes)
         else:
             axes.yaxis.set_major_formatter(lambda value, _: show(value))
         axes.set_xlabel(view.sweep_label)
@@ -79,7 +78,7 @@ def sweep_plot(view: StudyView) -> Plot | None:
     )
 
 
-def kept_plot(view: StudyView) -> Plot | None:
+def kept_plot(view: View) -> Plot | None:
     """Draws how many of the finally kept layers are kept at every setting (paper, Fig. 2).
 
     Final is the last setting of the sweep, seed by seed.
@@ -87,13 +86,13 @@ def kept_plot(view: StudyView) -> Plot | None:
     main = view.main_name
     rows = [(at, point.row(main)) for at, point in _positions(view)] if main is not None else []
     known = [(at, row.plans) for at, row in rows if row is not None and row.plans]
-    final = [kept_layers(plan) for plan in known[-1][1]] if known else []
+    final = [plan.kept for plan in known[-1][1]] if known else []
     if len(known) < 3 or not all(final):
         return None
     points = []
     for at, plans in known:
-        shares = [len(kept_layers(plan) & kept) / len(kept) for plan, kept in zip(plans, final, strict=False)]
-        points.append((at, Measured(sum(shares) / len(shares), min(shares), max(shares), None)))
+        shares = [len(plan.kept & kept) / len(kept) for plan, kept in zip(plans, final, strict=False)]
+        points.append((at, Measured(value=sum(shares) / len(shares), low=min(shares), high=max(shares))))
 
     def paint(axes: Axes) -> None:
         _paint_lines(axes, view, [(str(main), "", points)])
@@ -112,8 +111,8 @@ def kept_plot(view: StudyView) -> Plot | None:
     )
 
 
-def _series(view: StudyView) -> list[Series]:
-    wanted = str(mapping(view.study, "plot").get("y") or "quality")
+def _series(view: View) -> list[Series]:
+    wanted = str(view.record.plot.get("y") or "quality")
     found: list[Series] = []
     for name, label in list(view.names.items())[: _MOST_SERIES + 1]:
         points = []
@@ -127,24 +126,23 @@ def _series(view: StudyView) -> list[Series]:
     return found
 
 
-def _value(row: StudyRow, view: StudyView, wanted: str) -> Measured | None:
+def _value(row: Row, view: View, wanted: str) -> Measured | None:
     if wanted in _COSTS:
         value = number(row.costs.get(wanted))
-        return None if value is None else Measured(value, None, None, None)
-    quality = row.quality.get(view.metric)
-    return quality.mean if quality is not None else None
+        return None if value is None else Measured(value=value)
+    return row.after(view.metric)
 
 
-def _positions(view: StudyView) -> list[tuple[float, Any]]:
+def _positions(view: View) -> list[tuple[float, Any]]:
     """Where every setting stands: at its value, or in order where values are names."""
     if _is_categorical(view):
         return [(float(i), point) for i, point in enumerate(view.points)]
     return [(number(point.value) or 0.0, point) for point in view.points]
 
 
-def _is_categorical(view: StudyView) -> bool:
+def _is_categorical(view: View) -> bool:
     names = any(number(point.value) is None for point in view.points)
-    return names or mapping(view.study, "plot").get("kind") == "bars"
+    return names or view.record.plot.get("kind") == "bars"
 
 
 def _flat_dense(found: Sequence[Series]) -> float | None:
@@ -153,7 +151,7 @@ def _flat_dense(found: Sequence[Series]) -> float | None:
     return values[0] if values and len(set(values)) == 1 else None
 
 
-def _paint_lines(axes: Axes, view: StudyView, found: Sequence[Series]) -> None:
+def _paint_lines(axes: Axes, view: View, found: Sequence[Series]) -> None:
     for i, (name, _, points) in enumerate(found):
         hue = colour(_hue(i, name))
         xs = [at for at, _ in points]
@@ -169,10 +167,11 @@ def _paint_lines(axes: Axes, view: StudyView, found: Sequence[Series]) -> None:
     plain_ticks(axes)
 
 
-def _setting_axis(axes: Axes, view: StudyView) -> None:
+def _setting_axis(axes: Axes, view: View) -> None:
     """Labels every setting; where there are many, those that would run into the one before are left out."""
     at = _positions(view)
-    if view.log and min(x for x, _ in at) > 0:
+    sweep = view.record.sweep
+    if sweep is not None and sweep.log and min(x for x, _ in at) > 0:
         axes.set_xscale("log")
     width, unit = axes.bbox.width, axes.figure.dpi / 72
     low, high = axes.get_xlim()
@@ -191,7 +190,7 @@ def _setting_axis(axes: Axes, view: StudyView) -> None:
     axes.xaxis.set_major_formatter(FixedFormatter(labels))
 
 
-def _paint_bars(axes: Axes, view: StudyView, found: Sequence[Series], show: Any) -> None:
+def _paint_bars(axes: Axes, view: View, found: Sequence[Series], show: Any) -> None:
     """Bars from zero: a difference looks as large as it is; the numbers tell small ones apart."""
     width = (0.6 if len(found) == 1 else 0.8) / max(len(found), 1)
     total = sum(len(points) for _, _, points in found)
@@ -233,6 +232,6 @@ def _css(index: int) -> str:
     return " ".join(f"{1.8 * length:g}" for length in _DASHES[index % 5])
 
 
-def _said(view: StudyView, points: Sequence[tuple[float, Measured]], show: Any) -> list[str]:
+def _said(view: View, points: Sequence[tuple[float, Measured]], show: Any) -> list[str]:
     labels = {at: point.label for at, point in _positions(view)}
     return [f"{labels.get(at, short(at))} {show(measured.value)}" for at, measured in points]

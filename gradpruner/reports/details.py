@@ -1,0 +1,306 @@
+"""The tables of a run beside its results: savings, time and memory, data, engines, checks, repair, depth."""
+
+from __future__ import annotations
+
+from gradpruner.plans.layer_plan import runs_of
+from gradpruner.reports.cells import (
+    Cell,
+    Line,
+    Table,
+    bytes_cell,
+    exact_of,
+    short_cell,
+    time_cell,
+    whole_cell,
+    words_line,
+)
+from gradpruner.reports.formats import (
+    MISSING,
+    duration,
+    num_bytes,
+    number,
+    percent,
+    ratio,
+    short,
+    signed_percent,
+    text,
+    times,
+    whole,
+)
+from gradpruner.reports.record import FEW_EXAMPLES, Change, Depth, Search
+from gradpruner.reports.view import Plan, View
+
+_UNITS = {
+    "layers": "Decoder layers",
+    "decoder_parameters": "Decoder parameters",
+    "parameters": "All parameters",
+    "kv_bytes_per_token": "KV cache per token",
+    "flops_per_token": "FLOPs per token",
+    "disk_bytes": "Size on disk",
+}
+PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
+"""What is counted of a row, in the order it is done."""
+
+
+def plan_label(view: View, name: str) -> str:
+    """What the row made by a plan is called."""
+    return next((row.label for row in view.rows if row.plan and row.plan.name == name), text(name))
+
+
+def savings_tables(view: View) -> tuple[Table, ...]:
+    """One table per distinct saving; plans that save the same share one."""
+    groups: dict[str, list[Plan]] = {}
+    for plan in view.plans.values():
+        if plan.recorded.savings:
+            groups.setdefault(repr(plan.recorded.savings), []).append(plan)
+    tables = []
+    for plans in groups.values():
+        names = " · ".join(plan_label(view, plan.name) for plan in plans)
+        lines = [_saving(unit, change) for unit, change in plans[0].recorded.savings.items()]
+        tables.append(Table(names, ("Unit", "Before", "After", "Removed", "Ratio"), tuple(lines)))
+    return tuple(tables)
+
+
+def _saving(unit: str, change: Change) -> Line:
+    show = num_bytes if "bytes" in unit else short if unit.startswith("flops") else whole
+    kept = ratio(change.after, change.before)
+    cells = (
+        Cell(_UNITS.get(unit, text(unit).replace("_", " ").capitalize())),
+        Cell(show(change.before), exact=exact_of(change.before)),
+        Cell(show(change.after), exact=exact_of(change.after)),
+        Cell(signed_percent(None if kept is None else kept - 1)),
+        Cell(times(kept), share=None if kept is None else min(max(kept, 0.0), 1.0)),
+    )
+    return Line(cells)
+
+
+def widths_table(view: View) -> Table:
+    """How wide the layers are that plans of heads, channels and hidden dimensions leave."""
+    lines = []
+    parts = {"heads": "num_heads", "kv_heads": "num_kv_heads", "channels": "intermediate_size"}
+    for name, plan in view.plans.items():
+        found = plan.recorded
+        if not found.widths:
+            continue
+        cells = [Cell(plan_label(view, name))]
+        for key, dense in parts.items():
+            known = [value for layer in found.widths if (value := number(layer.get(key))) is not None]
+            low, high = (whole(min(known)), whole(max(known))) if known else (MISSING, MISSING)
+            cells.append(
+                Cell(low if low == high else f"{low} to {high}", f"of {whole(found.shape.get(dense))}")
+            )
+        cells.append(Cell(whole(found.hidden), f"of {whole(found.shape.get('hidden_size'))}"))
+        lines.append(Line(tuple(cells)))
+    columns = ("Plan", "Query heads", "Key/value heads", "MLP channels", "Hidden dimensions")
+    return Table("Widths of a layer", columns, tuple(lines))
+
+
+def whole_cost_table(view: View) -> Table:
+    """Seconds of every part by row, their sum, and the sum as a multiple of the dense row's.
+
+    "resumed" stands where a stage went on from an interrupted start, which may lack seconds.
+    """
+    lines = []
+    for row in view.rows:
+        cost = row.recorded.cost
+        if not cost.seconds:
+            continue
+        cells = [
+            Cell(row.label),
+            *(time_cell(cost.seconds.get(part) or None) for part in PARTS),
+            time_cell(cost.seconds.get("total"), "resumed" if cost.resumed else ""),
+            Cell(MISSING if row.is_dense else times(row.costs.get("total_ratio"))),
+            whole_cell(cost.tokens),
+        ]
+        lines.append(Line(tuple(cells)))
+    names = (*(part.capitalize() for part in PARTS), "In all", "vs dense", "Trained tokens")
+    return Table("Whole cost", ("Variant", *names), tuple(lines))
+
+
+def finetune_table(view: View) -> Table:
+    """What fine-tuning and evaluating each row took."""
+    lines = []
+    for row in view.rows:
+        tuned, evaluated = row.recorded.finetune, row.recorded.evaluation
+        # That a fine-tuning was interrupted, and from which step on its time is known.
+        resumed = f"resumed at {whole(tuned.resumed_from)}" if tuned.resumed_from else ""
+        if tuned.measured_from:
+            resumed = f"timed from {whole(tuned.measured_from)}"
+        cells = (
+            Cell(row.label),
+            short_cell(tuned.trainable_parameters),
+            Cell(whole(tuned.steps), resumed),
+            short_cell(tuned.tokens),
+            time_cell(tuned.seconds),
+            bytes_cell(tuned.peak_memory_bytes),
+            time_cell(evaluated.seconds),
+            Cell(short(evaluated.tokens_per_second)),
+            bytes_cell(evaluated.peak_memory_bytes),
+        )
+        if any(cell.text != MISSING for cell in cells[1:]):
+            lines.append(Line(cells))
+    columns = ("Variant", "Trainable", "Steps", "Tokens", "Tuning time", "Tuning memory",
+               "Evaluation time", "Tokens/s", "Evaluation memory")  # fmt: skip
+    return Table("Fine-tuning and evaluation", columns, tuple(lines))
+
+
+def stage_table(view: View) -> Table:
+    """Duration and memory of each stage, with its share of the total time."""
+    stages = view.record.stages
+    total = sum(stage.seconds or 0 for stage in stages)
+    lines = []
+    for stage in stages:
+        state, share = text(stage.state), ratio(stage.seconds, total)
+        cells = (
+            Cell(text(stage.name).replace("_", " ")),
+            Cell(state, "resumed" if stage.resumed is True else ""),
+            time_cell(stage.seconds),
+            Cell(percent(share), share=share),
+            bytes_cell(stage.peak_memory_bytes),
+        )
+        lines.append(Line(cells, kind="failed" if state == "failed" else ""))
+    columns = ("Stage", "State", "Time", "Share", "Peak memory")
+    return Table("Stages", columns, tuple(lines), words=("State",))
+
+
+def stages_said(view: View) -> str:
+    """All stages in one line."""
+    stages = view.record.stages
+    failed = sum(1 for stage in stages if stage.state == "failed")
+    total = duration(sum(stage.seconds or 0 for stage in stages))
+    return f"{len(stages)} stages, {total} in all" + (f", {failed} failed" if failed else "")
+
+
+def data_table(view: View) -> Table:
+    """Source and size of the training and evaluation data."""
+    lines = []
+    for label, part in (("Training", view.record.train), ("Evaluation", view.record.eval)):
+        if part.model_fields_set:
+            cells = (
+                Cell(label),
+                Cell(text(part.source)),
+                Cell(text(part.format)),
+                whole_cell(part.rows),
+                whole_cell(part.dropped_rows),
+                whole_cell(part.supervised_tokens),
+                Cell(text(part.sha256)[:12], exact="" if part.sha256 is None else text(part.sha256)),
+            )
+            lines.append(Line(cells))
+    columns = ("Data", "Source", "Format", "Rows", "Dropped", "Supervised tokens", "SHA-256")
+    return Table("Data", columns, tuple(lines), words=("Source", "Format", "SHA-256"))
+
+
+def serving_table(view: View) -> Table:
+    """The engines that do not serve what a plan leaves as it is, from reading their sources."""
+    lines = []
+    for name, plan in view.plans.items():
+        for found in plan.recorded.portability:
+            status = text(found.status)
+            if status == "ok":
+                continue
+            both = " (also without pruning)" if found.also_unpruned else ""
+            kind = "failed" if status in ("wrong", "refused") and not both else ""
+            words = (plan_label(view, name), text(found.engine), status + both, text(found.reason or "-"))
+            lines.append(words_line(*words, kind=kind))
+    columns = ("Plan", "Engine", "State", "Why")
+    return Table("Engines that do not serve it", columns, tuple(lines), words=columns[1:])
+
+
+def served_said(view: View) -> str:
+    """The engines that serve every plan, in one line; '' when there is none."""
+    states: dict[str, set[str]] = {}
+    for plan in view.plans.values():
+        for found in plan.recorded.portability:
+            states.setdefault(text(found.engine), set()).add(text(found.status))
+    fine = [engine for engine, found in states.items() if found == {"ok"}]
+    plans = "every plan" if len(view.plans) > 1 else "it"
+    return f"{', '.join(fine)}: serve {plans} as it is, going by their sources." if fine else ""
+
+
+def gate_table(view: View) -> Table:
+    """What was verified of every pruned model before it was used."""
+    lines = []
+    for row in view.rows:
+        report = row.recorded.verified
+        if not report.checks:
+            continue
+        passed = sum(1 for check in report.checks if check.passed)
+        logits = next((text(c.detail) for c in report.checks if c.name == "logits"), "-")
+        words = f"{passed} of {len(report.checks)} checks made, none failed" if report.passed else "failed"
+        lines.append(
+            words_line(row.label, text(report.level), words, logits, kind="" if report.passed else "failed")
+        )
+    columns = ("Variant", "Level", "Result", "Logits against the source")
+    return Table("Verified before use", columns, tuple(lines), words=columns[1:])
+
+
+def repair_table(view: View) -> Table:
+    """One line per cut: which layers went, what was refitted, and the error left on held-out samples."""
+    lines = []
+    kinds = set()
+    for row in view.rows:
+        for cut in row.recorded.repair.cuts:
+            kinds.add(text(row.recorded.repair.kind).replace("_", " "))
+            gone = [int(layer) for layer in cut.gone if number(layer) is not None]
+            words = (
+                row.label,
+                runs_of(gone),
+                f"{text(cut.linear)} of layer {whole(cut.layer)}",
+                "left as it was" if cut.ridge is None else f"{cut.ridge:g}",
+                percent(cut.error_before),
+                percent(cut.error_after),
+            )
+            lines.append(words_line(*words))
+    columns = ("Variant", "Layers gone", "Refitted", "Ridge", "Error before", "Error after")
+    caption = f"Repair ({', '.join(sorted(kinds))}): squared error of the hidden state, held-out samples"
+    return Table(caption, columns, tuple(lines), words=("Layers gone", "Refitted"))
+
+
+def searches(view: View) -> list[tuple[int, str, Search, list[Depth]]]:
+    """Of every row whose depth was searched: its place, its label, and the depths measured whole."""
+    found = []
+    for i, row in enumerate(view.rows):
+        plan = row.plan or view.plans.get(row.name)
+        curve = plan.recorded.search.curve if plan else []
+        whole_ones = [d for d in curve if None not in (d.num_prune, d.loss, d.upper, d.rows)]
+        if plan and whole_ones:
+            found.append((i, row.label, plan.recorded.search, whole_ones))
+    return found
+
+
+def depth_table(view: View) -> Table:
+    """One line per number of layers that was measured on validation rows, and its certificate."""
+    lines = []
+    for _, label, search, depths in searches(view):
+        for depth in depths:
+            words = (
+                label,
+                whole(depth.num_prune),
+                short(depth.parameters),
+                signed_percent(-(depth.loss or 0)),
+                signed_percent(-(depth.upper or 0)),
+                whole(depth.rows),
+                text(depth.verdict),
+            )
+            lines.append(words_line(*words, kind="main" if depth.num_prune == search.best else ""))
+    columns = ("Variant", "Layers gone", "Parameters left", "Measured", "At worst", "Rows", "Verdict")
+    return Table("How many layers may go", columns, tuple(lines), words=("Verdict",))
+
+
+def harness_table(view: View) -> Table:
+    """What lm-evaluation-harness measured."""
+    lines = []
+    for row in view.rows:
+        for task, entry in row.recorded.lm_eval.items():
+            for metric, scored in entry.metrics.items():
+                value, spread = scored.value, scored.stderr
+                # Most of its metrics are fractions; perplexities and the like are not.
+                fraction = value is not None and 0 <= value <= 1
+                shown = percent(value) if fraction else f"{value:.4g}" if value is not None else MISSING
+                error = f"± {100 * spread:.1f}" if spread is not None and fraction else ""
+                few = "*" if (entry.n or FEW_EXAMPLES) < FEW_EXAMPLES else ""
+                names = [Cell(text(task)), Cell(row.label), Cell(text(metric))]
+                lines.append(Line((*names, Cell(shown, error), Cell(whole(entry.n) + few))))
+    lines.sort(key=lambda line: (line.cells[0].text, line.cells[2].text))
+    columns = ("Task", "Variant", "Metric", "Value ± standard error", "n")
+    return Table("lm-evaluation-harness", columns, tuple(lines), words=("Variant", "Metric"))

@@ -1,0 +1,101 @@
+"""The headline numbers: size, quality, time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gradpruner.reports.formats import (
+    MISSING,
+    duration,
+    interval,
+    percent,
+    points,
+    ratio,
+    short,
+    signed_percent,
+    times,
+    whole,
+)
+from gradpruner.reports.record import Measured
+from gradpruner.reports.verdict import compared
+from gradpruner.reports.view import Row, View, metric_label
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number: what it is, its change, from what to what, and a remark."""
+
+    name: str
+    change: str
+    before: str
+    after: str
+    remark: str = ""
+
+
+def tiles(view: View) -> tuple[Tile, ...]:
+    """The headline numbers that are known: size, quality, time."""
+    main, dense = view.main, view.dense
+    if view.kind == "ablation" or main is None:
+        return ()
+    model = view.record.model
+    found = []
+    if view.kind == "run":
+        layers = (dense.num_layers if dense else None) or model.num_layers
+        found.append(Tile("Layers", _change(main.num_layers, layers), whole(layers), whole(main.num_layers)))
+    size = (dense.num_parameters if dense else None) or model.num_parameters
+    found.append(
+        Tile(
+            "Parameters",
+            _change(main.num_parameters, size),
+            short(size),
+            short(main.num_parameters),
+            main.label,
+        )
+    )
+    before, after, tuned = compared(view)
+    name = "Against dense" + ("" if tuned else ", not fine-tuned")
+    found.append(_quality_tile(name, before, after, main.paired(view.metric) if tuned else None, view.metric))
+    last = view.first.row("last")
+    if view.kind == "compare" and last is not None and last is not main and view.metric in last.quality:
+        rival = last.quality[view.metric].rival
+        gain = rival.turned() if rival else None
+        found.append(
+            _quality_tile("Against the last layers", last.after(view.metric), after, gain, view.metric)
+        )
+    found.append(_time_tile(main, dense))
+    return tuple(tile for tile in found if {tile.before, tile.after} != {MISSING})
+
+
+def _quality_tile(
+    name: str, other: Measured | None, mine: Measured | None, paired: Measured | None, metric: str
+) -> Tile:
+    """A difference in points, with its interval where it was measured example by example."""
+    change, remark = MISSING, metric_label(metric)
+    if paired is not None:
+        change = f"{points(paired.value)} points"
+        remark += f"; 95%: {interval(paired.low, paired.high)}" if paired.has_interval else ""
+    elif other is not None and mine is not None:
+        change = f"{points(mine.value - other.value)} points"
+    before, after = (percent(m.value if m else None) for m in (other, mine))
+    return Tile(name, change, before, after, remark)
+
+
+def _time_tile(main: Row, dense: Row | None) -> Tile:
+    """Everything a row took, where that was recorded; else fine-tuning alone, and it says so."""
+    costs = main.costs
+    alone = times(costs.get("training_ratio"))
+    if costs.get("total_ratio") is not None:
+        before, after = (duration(row.costs.get("total_seconds") if row else None) for row in (dense, main))
+        words = "all but measuring" + (f"; fine-tuning alone {alone}" if alone != MISSING else "")
+        return Tile("Time in all", times(costs["total_ratio"]), before, after, words)
+    if main.recorded.finetune.seconds is not None or dense is None:
+        before, after = (duration(row.recorded.finetune.seconds if row else None) for row in (dense, main))
+    else:
+        before, after = times(dense.costs.get("training_ratio")), alone
+    return Tile("Fine-tuning time", alone, before, after, "without recording, choosing and pruning")
+
+
+def _change(after: object, before: object) -> str:
+    """The relative change of a size, with its sign."""
+    fraction = ratio(after, before)
+    return signed_percent(None if fraction is None else fraction - 1)
