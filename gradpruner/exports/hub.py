@@ -16,8 +16,7 @@ from gradpruner.models.card import CARD_FILE, Base, Figure, Results, base_of, mo
 from gradpruner.models.folder import PRUNING_FILE, carried_files
 from gradpruner.models.headers import check_inside
 from gradpruner.models.loading import load_tokenizer
-from gradpruner.reports.formats import number
-from gradpruner.reports.reading import mapping
+from gradpruner.reports.record import Record, VariantRecord
 
 REPORT = "report.html"
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -69,7 +68,7 @@ def check_finished(model: FinishedModel) -> None:
     if model.run is None:
         return
     left = unfinished_stages(model)
-    if not left and mapping(model.record, "variants", model.row, "evaluation", "metrics"):
+    if not left and model.found.evaluation.metrics:
         return
     what = ", ".join(left) or f"'{model.row}' is not measured"
     raise ConfigError(
@@ -133,32 +132,32 @@ def card_text(model: FinishedModel, repo: str, options: PushOptions) -> str:
 
 
 def _results(model: FinishedModel, repo: str) -> Results | None:
-    record = model.record or {}
-    measured = mapping(record, "variants", model.row, "evaluation")
-    figures = []
-    for metric, entry in mapping(measured, "metrics").items():
-        found = mapping(entry)
-        value = number(found.get("value"))
-        if value is not None:
-            dense = mapping(record, "variants", "dense", "evaluation", "metrics", metric).get("value")
-            ends = number(found.get("low")), number(found.get("high"))
-            figures.append(Figure(str(metric), value, *ends, number(dense)))
+    record = model.record
+    dense = record.variants.get("dense", VariantRecord()).evaluation.metrics
+    figures = [
+        Figure(metric, found.value, found.low, found.high, dense[metric].value if metric in dense else None)
+        for metric, found in model.found.evaluation.metrics.items()
+        if found.value is not None
+    ]
     if not figures:
         return None
-    rows = mapping(record, "data", "eval")
-    versions = mapping(record, "provenance", "packages")
-    trained = mapping(record, "data", "train").get("source")
+    rows, versions = record.eval, record.provenance.packages
     return Results(
-        task=str(mapping(record, "recipe", "data").get("task") or record.get("title") or "own data"),
-        rows=_name_of(rows.get("source")),
-        num_rows=int(n) if (n := number(rows.get("rows"))) is not None else None,
-        trained_on=_name_of(trained),
+        task=str(_task(record) or record.title or "own data"),
+        rows=_name_of(rows.source),
+        num_rows=int(rows.rows) if rows.rows is not None else None,
+        trained_on=_name_of(record.train.source),
         figures=tuple(figures),
-        versions={"gradpruner": str(record.get("gradpruner_version"))}
+        versions={"gradpruner": str(record.gradpruner_version)}
         | {name: str(versions[name]) for name in _TOLD_VERSIONS if name in versions},
         prompt=_example(model),
         repo=repo,
     )
+
+
+def _task(record: Record) -> Any:
+    data = record.recipe.get("data")
+    return data.get("task") if isinstance(data, dict) else None
 
 
 def _name_of(source: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from gradpruner.models.folder import PRUNING_FILE, locate_model
 from gradpruner.models.loading import load_adapter, load_model, load_tokenizer
 from gradpruner.models.saving import save_model
 from gradpruner.plans.reading import Plan, read_plan
-from gradpruner.reports.reading import mapping, read_record
+from gradpruner.reports.record import Record, VariantRecord, read_record
 from gradpruner.reports.shipping import model_to_ship
 from gradpruner.runs.directory import MANIFEST, read_manifest, stays_inside
 
@@ -35,7 +35,7 @@ class FinishedModel:
         reason: Why this model of the run; empty for a folder.
         run: The run directory, None for a folder.
         row: Its row of the run.
-        record: run.json, {} for a folder.
+        record: run.json, empty for a folder.
     """
 
     folder: Path
@@ -43,7 +43,7 @@ class FinishedModel:
     reason: str = ""
     run: Path | None = None
     row: str = ""
-    record: dict[str, Any] | None = None
+    record: Record = field(default_factory=Record)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -59,6 +59,11 @@ class FinishedModel:
         return read_plan(raw, str(self.folder / PRUNING_FILE)) if raw is not None else None
 
     @property
+    def found(self) -> VariantRecord:
+        """What the run says of the row."""
+        return self.record.variants.get(self.row, VariantRecord())
+
+    @property
     def is_adapter(self) -> bool:
         """Whether the folder holds adapters instead of a model."""
         return (self.folder / ADAPTER_CONFIG).is_file()
@@ -69,13 +74,13 @@ class FinishedModel:
         if self.run is not None and self.row != "dense":
             return self.run / "variants" / self.row / "pruned"
         if self.run is not None:
-            return locate_model(str(mapping(self.record, "model").get("path")))
+            return locate_model(str(self.record.model.path))
         named = read_json(self.folder / ADAPTER_CONFIG, "adapter config").get("base_model_name_or_path")
         return locate_model(str(named))
 
     def asked(self) -> list[str]:
         """Ends of the prompts it was measured with, special tokens included; none for a folder."""
-        file = mapping(self.record, "variants", self.row, "evaluation").get("per_example")
+        file = self.found.evaluation.per_example
         if self.run is None or not isinstance(file, str) or not stays_inside(file):
             return []
         path = self.run / file
@@ -120,14 +125,14 @@ def _of_run(run: Path, row: str | None) -> FinishedModel:
             f"The run in {run} is not finished: it has no run.json yet.",
             hint=f"Start it again, it goes on where it stopped: gradpruner run --out {run}",
         )
-    record = read_record(run / "run.json", "run record")
-    chosen = model_to_ship(record, row)
-    given = chosen.row == "dense" and chosen.folder == mapping(record, "model").get("path")
+    raw = read_record(run / "run.json", "run record")
+    chosen, record = model_to_ship(raw, row), Record.model_validate(raw)
+    given = chosen.row == "dense" and chosen.folder == record.model.path
     if not given and not stays_inside(chosen.folder):
         raise ConfigError(f"The model of {shown(chosen.row)} is in {shown(chosen.folder)}, outside the run.")
     folder = locate_model(chosen.folder) if given else run / chosen.folder
     if not any(folder.glob(_WEIGHTS)):
-        kept = mapping(record, "recipe").get("keep_models")
+        kept = record.recipe.get("keep_models")
         hint = (
             "keep_models: none removed it: set it to all, and start the run again."
             if kept == "none"
