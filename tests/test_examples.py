@@ -13,6 +13,7 @@ import yaml
 from builders import VOCABULARY, make_llama, make_rows, make_tokenizer, write_rows
 
 import gradpruner
+from gradpruner.demo import MODEL_DIR
 from gradpruner.plans.layer_plan import PruningPlan
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -102,3 +103,5 @@ def test_the_notebook_runs(tmp_path):
         [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    dense, pruned = (gradpruner.load_model(folder).config for folder in (MODEL_DIR, tmp_path / "pruned"))
+    assert pruned.num_hidden_layers == dense.num_hidden_layers - 4

@@ -1,6 +1,7 @@
 """An axolotl plugin that records gradients for pruning while axolotl trains; see record.yaml.
 
-Checked with axolotl 0.19.0: what `add_callbacks_post_trainer` returns is added to the Trainer.
+Checked with axolotl 0.19.0 as record.yaml says: what `add_callbacks_post_trainer` returns is added to
+the Trainer.
 """
 
 from axolotl.integrations.base import BasePlugin

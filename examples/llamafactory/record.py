@@ -6,7 +6,7 @@ gradpruner prune ./my-model ./pruned --plan plan.json --trace trace
 
 Instead of `llamafactory-cli train`, with the same arguments; on several GPUs under torchrun.
 Needs finetuning_type: lora.
-Checked with llamafactory 0.9.5: `run_exp` hands callbacks to the Trainer.
+Checked with llamafactory 0.9.5 as tune.yaml says: `run_exp` hands callbacks to the Trainer.
 """
 
 from llamafactory.train.tuner import run_exp
