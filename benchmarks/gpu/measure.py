@@ -184,8 +184,9 @@ def go(args: argparse.Namespace, deadline: float) -> int:
         found = run(part, args, journal, left)
         seconds = round(time.monotonic() - begun, 1)
         outcome = found.pop("outcome")
-        facts = {key: machine[key] for key in ("device", "cuda", "provenance") if key in machine}
-        journal.add(part.name, outcome, **{**found, **facts, "seconds": seconds, "tiny": args.tiny})
+        found |= {key: machine[key] for key in ("device", "cuda", "provenance") if key in machine}
+        found |= {"seconds": seconds, "tiny": args.tiny}
+        journal.add(part.name, outcome, **found)
         reason = f": {found['error']}" if outcome != MEASURED else ""
         print(f"  {outcome:9} {part.name} ({seconds:.0f} s){reason}", flush=True)
     left_over = [part.name for part in in_order(journal, args.only) if not why_not(part, args, missing)]
@@ -214,7 +215,7 @@ def main() -> int:
         return 0
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu takes hours with real sizes: give --tiny too.")
-    if args.tiny and args.results is None:
+    if args.tiny and (args.results or RESULTS).resolve() == RESULTS.resolve():
         parser.error("--tiny measures nothing worth keeping: say where with --results FOLDER.")
     for name in ("model", "data"):
         given = getattr(args, name)
@@ -223,7 +224,12 @@ def main() -> int:
     if not any(part.name.startswith(name) for name in args.only or [""] for part in PARTS):
         parser.error(f"--only {' '.join(args.only)}: parts are {', '.join(part.name for part in PARTS)}.")
     args.results = args.results or RESULTS
-    return go(args, started + 60 * args.minutes - RESERVE_SECONDS)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part in hand ends too
+    try:
+        return go(args, started + 60 * args.minutes - RESERVE_SECONDS)
+    except KeyboardInterrupt:
+        print("Interrupted; what was measured is kept.")
+        return 130
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def device_floor(sizes: Sizes, mode: str, workload: Workload, rates: dict[str, A
     weights = BYTES * (sizes.decoder_parameters + sizes.head_macs)
 
     def least(macs: float, num_bytes: float) -> float:
-        multiplying = 2 * macs / rates["bfloat16_flops_per_second"]
-        return max(multiplying, num_bytes / rates["bytes_per_second"])
+        flops, num_bytes_a_second = rates["bfloat16_flops_per_second"], rates["bytes_per_second"]
+        return float(max(2 * macs / flops, num_bytes / num_bytes_a_second))
 
     tokens = workload.batch_size * workload.tokens
     if mode == "inference":
@@ -81,7 +81,7 @@ def two_ways(place: Place, names: tuple[str, str], orders: tuple[Order, Order]) 
 
 def compared(found: tuple[Measurement, Measurement], values: list[tuple[float, ...]]) -> dict[str, Any]:
     """Medians, and the ratio second / first with its spread over steps side by side."""
-    figure = Figure("", "", "", "", *values)
+    figure = Figure("", "", "", "", values[0], values[1])
     pairs = figure.pairs if len(figure.pairs) > 1 else []
     return {
         "medians": figure.medians,

@@ -1,6 +1,6 @@
 """The parts of the GPU benchmark in order of value: what each needs, about how long it takes, and what it is.
 
-Importing this module imports nothing but the standard library: the documents list the parts too.
+Importing this module imports nothing but the standard library: the planner holds no memory of the device.
 """
 
 from __future__ import annotations
