@@ -190,7 +190,11 @@ def go(args: argparse.Namespace, deadline: float) -> int:
         reason = f": {found['error']}" if outcome != MEASURED else ""
         print(f"  {outcome:9} {part.name} ({seconds:.0f} s){reason}", flush=True)
     left_over = [part.name for part in in_order(journal, args.only) if not why_not(part, args, missing)]
-    print("All is measured." if not left_over else f"Left: {', '.join(left_over)}. The same command goes on.")
+    print(
+        "All that can run here is measured."
+        if not left_over
+        else f"Left: {', '.join(left_over)}. The same command goes on."
+    )
     return 0
 
 
