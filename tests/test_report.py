@@ -18,7 +18,19 @@ import pytest
 from pages import Page
 from rich.console import Console
 
-from gradpruner.reports import drawing, figures, html, markdown_table, print_summary, render_html, svg, tables
+from gradpruner.reports import (
+    comparing,
+    drawing,
+    figures,
+    html,
+    markdown_table,
+    print_summary,
+    render_html,
+    svg,
+    tables,
+)
+from gradpruner.reports.answers import sample_answers
+from gradpruner.reports.details import served_said, serving_table
 from gradpruner.reports.formats import (
     duration,
     interval,
@@ -30,6 +42,8 @@ from gradpruner.reports.formats import (
     times,
 )
 from gradpruner.reports.reading import read
+from gradpruner.reports.shipping import advice
+from gradpruner.reports.tiles import tiles
 from gradpruner.reports.verdict import judge
 
 SECTIONS = [
@@ -616,3 +630,64 @@ def test_the_verdict_goes_by_pairs_where_there_are_any() -> None:
         }
         found = judge(read(run))
         assert found.level == level and "on the same examples" in found.sentence
+
+
+def test_time_counts_everything_or_says_what_it_leaves_out() -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    assert "without recording, choosing and pruning" in tiles(read(run))[-1].remark
+    merged = {"recording": 20.0, "pruning": 50.0, "training": 60.0, "total": 130.0}
+    for name, parts in (("dense", {"training": 100.0, "total": 100.0}), ("merged", merged)):
+        run["variants"][name]["cost"] = {"seconds": parts, "tokens": 7, "resumed": []}
+    tile = tiles(read(run))[-1]
+    assert (tile.name, tile.change) == ("Time in all", "1.30×") and "all but measuring" in tile.remark
+
+
+def test_flat_losses_are_logarithmic_and_sizes_are_drawn_where_there_are_several() -> None:
+    run = make_run(16, ("dense", "merged", "last"), num_losses=3)
+    with svg.house_style():
+        assert "logarithmic" not in str(figures.loss_plot(read(run)))
+        assert comparing.size_plot(read(run)) is None
+        run["variants"]["merged"]["finetune"]["losses"][2]["loss"] = 0.001
+        run["variants"]["last"]["num_parameters"] //= 2
+        found = figures.loss_plot(read(run)), comparing.size_plot(read(run))
+    assert found[0] is not None and "logarithmic" in found[0].caption
+    assert found[1] is not None and [key.label for key in found[1].legend] == [
+        "1 Pruned and merged",
+        "2 Last layers",
+    ]
+
+
+def test_engines_are_one_line_when_all_is_well(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    engines = [{"engine": e, "status": "ok", "reason": ""} for e in ("vllm", "sglang", "llama.cpp")]
+    run["plans"]["merged"]["portability"] = engines
+    view = read(run)
+    assert served_said(view) == "vllm, sglang and llama.cpp: it is served as it is, going by their sources."
+    assert not serving_table(view).lines
+    engines[0].update(status="wrong", reason="it counts layers")
+    assert served_said(read(run)).startswith("sglang and llama.cpp:")
+    assert [line.cells[3].text for line in serving_table(read(run)).lines] == ["it counts layers"]
+    assert any("it counts layers" in step.note for step in (advice(read(run)) or pytest.fail()).commands)
+
+
+def test_answers_are_read_from_inside_the_run_only(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    line = {"id": "1", "prompt_tail": "p", "answer": "a", "generated": "a", "correct": True}
+    (tmp_path / "outside.jsonl").write_text(json.dumps(line) + "\n")
+    folder = tmp_path / "run"
+    for name in ("dense", "merged"):
+        path = folder / f"variants/{name}/examples.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(line) + "\n")
+    found = sample_answers(read(run), folder)
+    assert found is not None and found.counts["right"] == 1
+    for content in ("", "[1]\n", "{}\n", json.dumps({**line, "id": "2"}) + "\n", "\x00\n"):
+        path.write_text(content)
+        assert sample_answers(read(run), folder) is None
+    for odd in ("../outside.jsonl", str(tmp_path / "outside.jsonl"), "/dev/zero", "a\0b", 7, None):
+        run["variants"]["merged"]["evaluation"]["per_example"] = odd
+        assert sample_answers(read(run), folder) is None
+    path.unlink()
+    path.symlink_to(tmp_path / "outside.jsonl")
+    run["variants"]["merged"]["evaluation"]["per_example"] = "variants/merged/examples.jsonl"
+    assert sample_answers(read(run), folder) is None

@@ -103,14 +103,14 @@ def whole_cost_table(view: View) -> Table:
     lines = []
     for row in view.rows:
         cost = row.recorded.cost
-        if not cost.seconds:
+        if not cost:
             continue
         cells = [
             Cell(row.label),
-            *(time_cell(cost.seconds.get(part) or None) for part in PARTS),
-            time_cell(cost.seconds.get("total"), "resumed" if cost.resumed else ""),
+            *(time_cell(cost.get(part) or None) for part in PARTS),
+            time_cell(cost.get("total"), "resumed" if row.recorded.cost_resumed else ""),
             Cell(MISSING if row.is_dense else times(row.costs.get("total_ratio"))),
-            whole_cell(cost.tokens),
+            whole_cell(row.recorded.cost_tokens),
         ]
         lines.append(Line(tuple(cells)))
     names = (*(part.capitalize() for part in PARTS), "In all", "vs dense", "Trained tokens")
@@ -214,7 +214,8 @@ def served_said(view: View) -> str:
             states.setdefault(text(found.engine), set()).add(text(found.status))
     fine = [engine for engine, found in states.items() if found == {"ok"}]
     plans = "every plan" if len(view.plans) > 1 else "it"
-    return f"{', '.join(fine)}: serve {plans} as it is, going by their sources." if fine else ""
+    named = " and ".join(part for part in (", ".join(fine[:-1]), *fine[-1:]) if part)
+    return f"{named}: {plans} is served as it is, going by their sources." if fine else ""
 
 
 def gate_table(view: View) -> Table:
@@ -239,8 +240,8 @@ def repair_table(view: View) -> Table:
     lines = []
     kinds = set()
     for row in view.rows:
-        for cut in row.recorded.repair.cuts:
-            kinds.add(text(row.recorded.repair.kind).replace("_", " "))
+        for cut in row.recorded.cuts:
+            kinds.add(text(row.recorded.repair_kind).replace("_", " "))
             gone = [int(layer) for layer in cut.gone if number(layer) is not None]
             words = (
                 row.label,

@@ -22,7 +22,7 @@ _LOG_SPREAD = 30.0
 """Positive values further apart than this are drawn on a logarithmic scale: on a plain one most look flat."""
 
 
-_DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
+DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
 
 
 _LINE_WIDTH = 1.8
@@ -78,13 +78,13 @@ def line(axes: Axes, points: Sequence[tuple[float, float]], index: int, marker: 
     if marker or len(points) == 1:
         curve.set_marker("o")
         curve.set_markersize(3.5)
-    elif _DASHES[index % 5]:
-        curve.set_dashes(_DASHES[index % 5])
+    elif DASHES[index % 5]:
+        curve.set_dashes(DASHES[index % 5])
 
 
 def dash_css(index: int) -> str:
     """Returns the dash pattern of a variant's line in CSS pixels, '' for a solid line."""
-    return " ".join(f"{_LINE_WIDTH * length:g}" for length in _DASHES[index % 5])
+    return " ".join(f"{_LINE_WIDTH * length:g}" for length in DASHES[index % 5])
 
 
 def bucket(points: Sequence[tuple[float, float]]) -> int:

@@ -101,15 +101,15 @@ def known(evaluated: Evaluated) -> dict[str, Measured]:
 
 def _run_costs(row: VariantRecord, dense: VariantRecord) -> dict[str, Any]:
     """What a row took, as a study has it."""
-    parts = row.cost.seconds
+    parts = row.cost
     preparing = [parts[part] or 0.0 for part in _PREPARING if part in parts]
     return {
         "method_seconds": sum(preparing) if preparing else None,
         "training_ratio": ratio(row.finetune.seconds, dense.finetune.seconds),
         "inference_ratio": ratio(row.evaluation.seconds, dense.evaluation.seconds),
-        "total_ratio": ratio(parts.get("total"), dense.cost.seconds.get("total")),
+        "total_ratio": ratio(parts.get("total"), dense.cost.get("total")),
         "total_seconds": parts.get("total"),
-        "trained_tokens": row.cost.tokens,
+        "trained_tokens": row.cost_tokens,
     }
 
 

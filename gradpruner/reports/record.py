@@ -138,21 +138,6 @@ class Cut(Part):
     error_after: Number = None
 
 
-class Repaired(Part):
-    """What was refitted."""
-
-    kind: Any = None
-    cuts: Annotated[list[Cut], Each] = []
-
-
-class WholeCost(Part):
-    """Everything a row took."""
-
-    seconds: Annotated[dict[str, Number], Named] = {}
-    tokens: Number = None
-    resumed: Values = []
-
-
 class VariantRecord(Part):
     """A row of a run."""
 
@@ -168,8 +153,13 @@ class VariantRecord(Part):
     finetune: Trained = Trained()
     recovery: Trained = Trained()
     verified: Verified = Field(default=Verified(), validation_alias=AliasPath("pruning", "verified"))
-    repair: Repaired = Repaired()
-    cost: WholeCost = WholeCost()
+    repair_kind: Any = Field(default=None, validation_alias=AliasPath("repair", "kind"))
+    cuts: Annotated[list[Cut], Each] = Field(default=[], validation_alias=AliasPath("repair", "cuts"))
+    cost: Annotated[dict[str, Number], Named] = Field(
+        default={}, validation_alias=AliasPath("cost", "seconds")
+    )
+    cost_tokens: Number = Field(default=None, validation_alias=AliasPath("cost", "tokens"))
+    cost_resumed: Values = Field(default=[], validation_alias=AliasPath("cost", "resumed"))
     lm_eval: Annotated[dict[str, Evaluated], Named] = Field(
         default={}, validation_alias=AliasPath("lm_eval", "tasks")
     )

@@ -168,7 +168,10 @@ def _next_steps(view: View, row: Row, path: str, here: Path) -> tuple[Command, .
         f"trl sft --model_name_or_path {shlex.quote(path)} --dataset_name {shlex.quote(source)} "
         f"--output_dir {shlex.quote(f'{path}-tuned')}"
     )
-    note = "A plain model folder: any trainer of Hugging Face models takes it."
+    note = (
+        "TRL takes rows of prompt and completion, or of messages; without a GPU add --bf16 false "
+        "--use_cpu true. Any other trainer of Hugging Face models takes the folder, too."
+    )
     return serve, export, Command("Continue training", sft, note)
 
 

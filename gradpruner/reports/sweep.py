@@ -8,13 +8,12 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from gradpruner.reports.drawing import Key, Plot, drawn, percent_ticks
+from gradpruner.reports.drawing import DASHES, Key, Plot, dash_css, drawn, percent_ticks
 from gradpruner.reports.formats import duration, num_bytes, number, percent, short, times
 from gradpruner.reports.record import Measured
 from gradpruner.reports.svg import Margins, colour, plain_ticks
 from gradpruner.reports.view import Row, View, metric_label
 
-_DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
 _MOST_SERIES = 6
 _MOST_NUMBERS = 16
 _COSTS: dict[str, tuple[str, Any]] = {
@@ -58,7 +57,7 @@ def sweep_plot(view: View) -> Plot | None:
         axes.set_xlabel(view.sweep_label)
 
     legend = [
-        Key(_hue(i, row), label, "box" if bars else "line", "" if bars else _css(i))
+        Key(_hue(i, row), label, "box" if bars else "line", "" if bars else dash_css(i))
         for i, (row, label, _) in enumerate(shown)
     ]
     if reference is not None:
@@ -161,8 +160,8 @@ def _paint_lines(axes: Axes, view: View, found: Sequence[Series]) -> None:
             axes.fill_between(xs, lows, highs, color=hue, alpha=0.16, linewidth=0, zorder=1)
         (curve,) = axes.plot(xs, [m.value for _, m in points], "o-", color=hue, linewidth=1.8, markersize=6,
                              zorder=3)  # fmt: skip
-        if _DASHES[i % 5]:
-            curve.set_dashes(_DASHES[i % 5])
+        if DASHES[i % 5]:
+            curve.set_dashes(DASHES[i % 5])
     _setting_axis(axes, view)
     plain_ticks(axes)
 
@@ -226,10 +225,6 @@ def _hue(index: int, name: str) -> str:
         return "series-0"
     order = ("series-2", "series-1", "series-3", "series-4", "series-5", "series-6")
     return order[index % len(order)] if name != "merged" else "series-2"
-
-
-def _css(index: int) -> str:
-    return " ".join(f"{1.8 * length:g}" for length in _DASHES[index % 5])
 
 
 def _said(view: View, points: Sequence[tuple[float, Measured]], show: Any) -> list[str]:

@@ -112,6 +112,8 @@ def read_run_record(path: Path) -> dict[str, Any]:
 
 # Recipe sections that decide what a row was trained on and how.
 _OF_A_ROW = ("seed", "start", "model", "data", "finetune", "recover", "distil")
+# Of these, what no row is trained on. (Rows that plan.max_loss holds out are another plan's, which is told.)
+_ONLY_MEASURED = ("data.validation", "data.validation_limit")
 
 
 def run_record(
@@ -189,7 +191,11 @@ def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
     for name in names:
         recipe = directory.recipe_of(f"finetune {name}") or directory.recipe_of(f"evaluate {name}")
         changed = differences(recipe, directory.manifest["config"]) if recipe else {}
-        old = [f"{k}={shown(v)}" for k, (v, _) in changed.items() if k.partition(".")[0] in _OF_A_ROW]
+        old = [
+            f"{key}={shown(value)}"
+            for key, (value, _) in changed.items()
+            if key.partition(".")[0] in _OF_A_ROW and key not in _ONLY_MEASURED
+        ]
         if old:
             said.append(f"The row {name} was made by an earlier start with {', '.join(old)}.")
     return said
