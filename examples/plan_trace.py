@@ -1,14 +1,20 @@
-"""From gradients that a trainer recorded to a plan: python plan_trace.py TRACE PLAN.json [LAYERS]
+"""From gradients that a trainer recorded to a plan: python plan_trace.py TRACE PLAN.json
 
-LAYERS is how many layers go; 40 % of them without it.
 Then: gradpruner prune MODEL NEW --plan PLAN.json --trace TRACE
 """
 
+import argparse
 import sys
 
-from gradpruner import GradientTrace, plan_pruning, score_layers
+from gradpruner import GradientTrace, GradPrunerError, plan_pruning, score_layers
 
-trace, path, *layers = sys.argv[1:]
-plan = plan_pruning(score_layers(GradientTrace.load(trace)), num_prune=int(layers[0]) if layers else None)
-plan.save(path)
-print(f"{path}: layers {', '.join(map(str, plan.pruned))} go.")
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("trace", help="folder of the recorded gradients")
+parser.add_argument("plan", help="file to write")
+parser.add_argument("--num-prune", type=int, help="layers that go; 40 %% of them without it")
+options = parser.parse_args()
+try:
+    plan = plan_pruning(score_layers(GradientTrace.load(options.trace)), num_prune=options.num_prune)
+except GradPrunerError as error:
+    sys.exit(str(error))
+print(f"{plan.save(options.plan)}: layers {', '.join(map(str, plan.pruned))} go.")

@@ -86,7 +86,7 @@ def test_trl_records_tunes_and_the_trace_prunes(place, monkeypatch):
         "--max-steps",
         "40",
     )
-    run_script(monkeypatch, "plan_trace.py", "trace", "plan.json", "2")
+    run_script(monkeypatch, "plan_trace.py", "trace", "plan.json", "--num-prune", "2")
     plan = PruningPlan.load("plan.json")
     assert len(plan.pruned) == 2 and plan.merged
     gradpruner.prune_checkpoint("my-model", "pruned", plan, gradpruner.GradientTrace.load("trace"))
