@@ -19,7 +19,7 @@ COMMANDS = typer.main.get_command(app).commands
 OPTIONS = {name for command in COMMANDS.values() for option in command.params for name in option.opts}
 # Options of other programs, where a message names the program.
 FOREIGN = {"--local-dir": "hf download", "--port": "vllm", "--nproc-per-node": "torchrun"}
-FOREIGN |= {"--dataset": "trl sft --model_name_or_path", "--output": "trl sft --model_name_or_path"}
+FOREIGN |= {"--dataset": "trl sft", "--output": "trl sft", "--bf": "--bf16 false", "--use": "--use_cpu true"}
 KEYS = set(key_names(Recipe))
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 # "finetune.learning_rate", but neither plan.json nor the recorder's record.step() in code.
