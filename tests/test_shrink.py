@@ -186,6 +186,8 @@ def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch)
     assert search["best"] == 1 and record["variants"]["gate"]["num_layers"] == 3
     assert {p["num_prune"]: p["verdict"] for p in search["curve"]} == {1: "certified", 2: "not certified"}
     assert search["rows"] == 80 and search["metric"] == "exact_match"
+    validated = [row["also"]["validation"]["metrics"] for row in record["variants"].values()]
+    assert [found["exact_match"]["n"] for found in validated] == [80, 80]
     sizes = {p["num_prune"]: p["parameters"] for p in search["curve"]}
     assert sizes[1] > sizes[2] and sizes[1] == record["variants"]["gate"]["num_parameters"]
     shown = render_html(record, tmp_path / "r.html").read_text()

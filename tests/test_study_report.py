@@ -17,6 +17,7 @@ from rich.console import Console
 
 from gradpruner.reports import markdown_table, print_summary, render_html
 from gradpruner.reports.reading import read
+from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import results_table
 from gradpruner.reports.verdict import judge
 
@@ -480,3 +481,21 @@ def test_what_was_not_learned_decides_nothing_and_says_what_to_change(make: Any,
     assert (found.level, found.word) == ("unclear", "Not learned")
     assert "finetune.epochs, now 0.5 epochs" in found.sentence and "now 1e-05" in found.sentence
     assert "clear difference" not in found.sentence and "overlap" not in found.sentence
+
+
+def test_validation_rows_choose_what_to_ship_and_test_rows_do_not() -> None:
+    study = make_study(("dense", "merged", "sleb", "last"))
+    found = advice(read(study))
+    assert found is not None and found.title == "GradPruner" and "test rows do not choose" in found.reason
+    for name, value in (("dense", 0.9), ("merged", 0.8), ("sleb", 0.85), ("last", 0.7)):
+        row_of(study, name)["validation"] = {"exact_match": {"mean": value, "n": 240}}
+    found = advice(read(study), Path("here"))
+    assert found is not None and found.path == "here/seed-0/variants/sleb/model"
+    assert "85.0%, where the dense model has 90.0%" in found.reason
+    row_of(study, "sleb")["removed_share"] = 0.3  # not at the budget
+    assert (advice(read(study)) or pytest.fail()).title == "GradPruner"
+    study["recipe"]["keep_models"] = "none"
+    found = advice(read(study), Path("a b"))
+    assert found is not None and not found.path
+    command = "gradpruner run 'a b/seed-0/recipe.yaml' --set keep_models=all "
+    assert found.commands[0].command.startswith(command)
