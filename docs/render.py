@@ -21,6 +21,7 @@ from typing import Any
 
 import ablation_blocks
 import gpu_blocks
+import memory_blocks
 import methods
 import quality_blocks
 from drawing import script
@@ -534,6 +535,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "gguf_widths": gguf_widths,
     **methods.BLOCKS,
     **ablation_blocks.BLOCKS,
+    **memory_blocks.BLOCKS,
     **gpu_blocks.BLOCKS,
     **quality_blocks.BLOCKS,
 }

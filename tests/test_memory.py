@@ -21,7 +21,8 @@ from gradpruner.runs import fitting
 from gradpruner.runs.fitting import deepspeed_spread
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
-from gradpruner.training.finetuning import finetune
+from gradpruner.training.finetuning import _checkpointing, finetune
+from gradpruner.training.options import FinetuneOptions
 
 CONFIG = LlamaConfig(
     hidden_size=32,
@@ -179,6 +180,20 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(call, tmp_pa
     assert code == 0 and any("Fine-tuning dense holds" in text for text in json.loads(out)["warnings"])
 
 
+def test_activations_wait_on_the_host_of_a_gpu_only(call, tmp_path):
+    path, _ = make_project(tmp_path)
+    code, _, err = call("run", path, "--dry-run", "--set", "finetune.gradient_checkpointing=offload")
+    assert code == 2 and "from a GPU to the host" in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.accelerator, "is_available", lambda: True)
+        patch.setattr("gradpruner.training.finetuning._new_recompute", lambda: True)
+        arguments = _checkpointing(FinetuneOptions(gradient_checkpointing="offload"))
+    assert arguments == {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"offload": True},
+    }
+
+
 def test_what_fits_without_activations_is_only_warned_of(call, tmp_path, monkeypatch):
     path, _ = make_project(tmp_path)
     room = max(held.certain for held in fitting.fitting_of(Job(load_recipe(path))).stages.values())
@@ -202,6 +217,7 @@ def test_what_each_of_several_devices_would_hold(call):
     whole, sharded = rows["full", "ddp"], rows["full", "fsdp"]
     assert whole["weights"] == 4 * found["parameters"] == whole["exchange"]
     assert sharded["weights"] == pytest.approx(whole["weights"] / 4, rel=1e-3)
+    assert sharded["working"] < whole["working"]  # which has copies of all weights in bfloat16
     assert not whole["fits"] and sharded["fits"] and rows["qlora", "ddp"]["fits"]
     assert found["stages"]["surgery_written"] < found["stages"]["surgery_read"]
     code, out, _ = call(*asked, "--strategy", "fsdp", "--mode", "lora", "--dry-run")

@@ -49,7 +49,7 @@ from gradpruner.runs.evaluation_data import (
 )
 from gradpruner.runs.plan_names import LABELS, method_of
 from gradpruner.runs.recipe import Recipe
-from gradpruner.training.finetuning import check_liger, check_trackers, planned_steps
+from gradpruner.training.finetuning import check_checkpointing, check_liger, check_trackers, planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, told
 from gradpruner.training.recording import default_steps
@@ -77,6 +77,7 @@ class Job:
         resolve_device(recipe.model.device)
         check_trackers(recipe.finetune.report_to)
         check_evaluation(recipe)
+        check_checkpointing(recipe.finetune.gradient_checkpointing, recipe.model.device)
         check_sharding(recipe.finetune.fsdp, recipe.finetune.deepspeed, recipe.model.device)
         if recipe.finetune.liger:
             check_liger(recipe.model.device)

@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # About this many points make a readable loss curve.
 LOGGED_POINTS = 200
+_RECOMPUTE = "activation_checkpointing"
 
 
 def training_arguments(
@@ -48,9 +49,6 @@ def training_arguments(
     """
     assert options.learning_rate is not None  # see `rates.with_rate`
     chosen = resolve_precision(options.precision, options.device)
-    known = {field.name for field in fields(TrainingArguments)}
-    new, old = "activation_checkpointing", "gradient_checkpointing"  # renamed in transformers 5.23
-    recompute = new if new in known else old
     final = options.final_learning_rate
     return TrainingArguments(
         output_dir=str(output) if output else str(Path(tempfile.gettempdir()) / "gradpruner-unused"),
@@ -69,7 +67,7 @@ def training_arguments(
         **_sharding(options),
         bf16=chosen == "bf16",
         fp16=chosen == "fp16",
-        **({recompute: True} if options.gradient_checkpointing else {}),
+        **_checkpointing(options),
         torch_compile=options.compile,
         use_liger_kernel=options.liger,
         logging_steps=logging_steps,
@@ -86,6 +84,37 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
     )
+
+
+def _checkpointing(options: FinetuneOptions) -> dict[str, Any]:
+    """Whether activations are recomputed, and where what is kept of them waits."""
+    kind = options.gradient_checkpointing
+    check_checkpointing(kind, options.device)
+    recompute = _RECOMPUTE if _new_recompute() else "gradient_checkpointing"
+    offload = {f"{_RECOMPUTE}_kwargs": {"offload": True}} if kind == "offload" else {}
+    return {recompute: True, **offload} if kind else {}
+
+
+def _new_recompute() -> bool:
+    """Whether this is transformers 5.23 or newer, which renamed the option."""
+    return _RECOMPUTE in {field.name for field in fields(TrainingArguments)}
+
+
+def check_checkpointing(kind: bool | str, device: str = "auto") -> None:
+    """Raises ConfigError where what is kept of the activations cannot wait on the host."""
+    if kind != "offload":
+        return
+    if device == "cpu" or not torch.accelerator.is_available():
+        raise ConfigError(
+            "gradient_checkpointing: offload moves activations from a GPU to the host, and this trains on "
+            "the CPU.",
+            hint="Use true.",
+        )
+    if not _new_recompute():
+        raise ConfigError(
+            "gradient_checkpointing: offload needs transformers 5.23 or newer.",
+            hint="pip install -U transformers, or use true.",
+        )
 
 
 def _sharding(options: FinetuneOptions) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class RecordOptions(RecordSection):
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision, as in `FinetuneSection`."""
-    gradient_checkpointing: bool = False
-    """Recompute activations: less memory, more time."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """As in `FinetuneSection`."""
     fsdp: bool | dict[str, Any] = False
     """As in `FinetuneSection`."""
     seed: int = 0
@@ -124,8 +124,9 @@ class FinetuneSection(Section):
     """LoRA dropout (mode lora)."""
     merge_adapter: bool = True
     """Add LoRA into the weights on save, so that the folder is a plain model."""
-    gradient_checkpointing: bool = False
-    """Recompute activations: less memory, more time."""
+    gradient_checkpointing: bool | Literal["offload"] = False
+    """Recompute activations: less memory, more time; offload: what is still kept waits in the host's memory
+    (transformers 5.23 or newer)."""
     batching: Literal["packed", "grouped", "padded"] = "packed"
     """Layout of a batch: packed end to end where the model allows (else grouped), or padded to equal length,
     grouped by it or not. All learn the same."""

@@ -334,7 +334,7 @@ def _adapters(model: nn.Module, options: RecordOptions) -> Iterator[Any]:
         yield peft_model
     finally:
         peft_model.unload()
-        _restore(model, before, options.gradient_checkpointing)
+        _restore(model, before, bool(options.gradient_checkpointing))
 
 
 def _state_of(model: nn.Module) -> tuple[bool, bool, dict[str, tuple[bool, Any]]]:

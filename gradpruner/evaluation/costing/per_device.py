@@ -100,6 +100,13 @@ class Training:
         """Whether anything is trained."""
         return self.mode != "none"
 
+    @property
+    def computing_dtype(self) -> torch.dtype:
+        """Type of the weights a pass meets: FSDP2 and DeepSpeed cast them, where autocast keeps copies."""
+        casts = self.spread.strategy == "fsdp" or self.spread.strategy.startswith("zero")
+        low = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return low.get(self.precision, self.dtype) if casts else self.dtype
+
 
 @dataclass(frozen=True)
 class Held:

@@ -54,7 +54,7 @@ def working_bytes(model: nn.Module, training: Training, layers: int) -> int | No
     away = 0
     if training.checkpointing == "offload":
         states = training.batch_size * training.tokens * int(_text(model).hidden_size)
-        away = states * (_FLOAT32 if training.mode == "qlora" else training.dtype.itemsize)
+        away = states * (_FLOAT32 if training.mode == "qlora" else training.computing_dtype.itemsize)
     each = [max(0, more - less - away) for less, more in zip(first, last, strict=True)]
     return max(least + slope * (layers - depths[0]) for least, slope in zip(first, each, strict=True))
 
@@ -69,7 +69,7 @@ def _shortened(model: nn.Module, depth: int) -> nn.Module:
 
 def _rehearsed(model: Any, training: Training) -> tuple[int, ...]:
     """Bytes at the worst moment of each part of a pass; the model, on the meta device, is changed."""
-    model.to(training.dtype)
+    model.to(training.computing_dtype)
     if training.attn == "eager":
         model.set_attn_implementation("eager")
     with warnings.catch_warnings():

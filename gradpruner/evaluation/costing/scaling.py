@@ -130,11 +130,13 @@ def plan_scaling(
     sizes = ModelSizes(subject.config)
     rows = []
     for mode in _checked(modes, SCALED_MODES, "mode"):
-        training = _training(mode, workload, optim)
-        working = working_bytes(sizes.model, training, subject.depth)
+        training, rehearsed = _training(mode, workload, optim), {}
         for strategy in strategies_for(processes, strategies):
             spread = replace(training, spread=Spread(strategy, processes))
-            held = replace(hold_training(sizes.model, spread), working=working)
+            kind = spread.computing_dtype
+            if kind not in rehearsed:
+                rehearsed[kind] = working_bytes(sizes.model, spread, subject.depth)
+            held = replace(hold_training(sizes.model, spread), working=rehearsed[kind])
             rows.append(
                 Row(mode, strategy, held, None if device_bytes is None else held.peak <= device_bytes)
             )
