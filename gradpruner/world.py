@@ -113,7 +113,12 @@ class World:
         failure: Exception | None = None
         try:
             result = work()
+        except GoneError:
+            raise
         except Exception as error:
+            if _is_connection(error):  # whoever it was connected to is gone
+                self.broken = True
+                raise _gone(error) from error
             failure = error
         except BaseException as error:
             self.broken = True
@@ -124,9 +129,9 @@ class World:
         patience = PATIENCE if failure is None else GRACE
         try:
             self._talk(lambda: dist.monitored_barrier(self.group, timeout=patience))
-        except GoneError as gone:
-            if failure is None or _is_connection(failure):
-                raise gone from failure
+        except GoneError:
+            if failure is None:
+                raise
             _leave_word(failure)
             raise failure from None
         if failure is not None:
@@ -252,10 +257,15 @@ def _talk(exchange: Callable[[], T]) -> T:
     try:
         return exchange()
     except RuntimeError as error:  # torch.distributed.DistError is one
-        raise last_word() or GoneError(
-            "Another process of this job has ended.",
-            hint=f"Its own message says why ({str(error).splitlines()[0][:200]}).",
-        ) from error
+        raise _gone(error) from error
+
+
+def _gone(error: Exception) -> GoneError:
+    """What an error of the connection means: what the other process left word of, if it did."""
+    return last_word() or GoneError(
+        "Another process of this job has ended.",
+        hint=f"Its own message says why ({str(error).splitlines()[0][:200]}).",
+    )
 
 
 # What is known of failures stands in the store through which the processes met; it needs nobody's answer.
