@@ -1,11 +1,57 @@
 """GradPruner: make an open LLM about 40 % smaller for your own task.
 
-    trace = gradpruner.record_gradients(model, dataset, steps=40)   # or GradientRecorder() in any Trainer
-    scores = gradpruner.score_layers(trace)
-    plan = gradpruner.plan_pruning(scores, num_prune=13, num_merge=3)
-    repair = gradpruner.fit_repair(model, plan, dataset, collator)   # the linears before the cuts, refitted
-    gradpruner.prune_(model, plan, trace, repair=repair)             # in memory, in place
-    gradpruner.prune_checkpoint("src", "dst", plan, trace)           # streaming, on disk
+    result = gradpruner.prune("my-tuned-model", rows)     # rows: [{"prompt": ..., "completion": ...}, ...]
+    print(result)                                         # which layers went, what that saves
+    result.save("smaller")                                # a plain Hugging Face folder
+
+The whole job
+    prune                a tuned model and rows in, a smaller model out
+    Pruned               what prune returns: the model, its plan, scores and repair
+    load_recipe          a recipe from a file, from values, or both
+    Recipe               everything a run depends on
+    dry_run              what a run would do; loads no weights
+    run                  record, score, plan, prune, fine-tune, evaluate, report
+    compare              methods at the same budget, over seeds, in one table
+
+Choosing layers
+    record_gradients     the LoRA gradients of the first steps of a fine-tuning
+    GradientRecorder     the same inside a Trainer of your own, as a callback
+    GradientTrace        what was recorded
+    score_layers         how important every layer is, from a trace
+    score_gates          the same from what leaving a layer out does to the loss
+    LayerScores          one number a layer, with its interval
+    plan_pruning         scores and a budget to a plan
+    PruningPlan          keep, drop or merge, for every layer
+    WidthPlan            which heads, channels and hidden dimensions stay
+
+Pruning and repair
+    fit_repair           refits the linear before every cut, on rows of the task
+    Repair               the refitted linears
+    prune_               carries a plan out on a model in memory, in place
+    prune_width_         the same for a width plan
+    prune_checkpoint     a model folder into a smaller one, by streaming
+    verify_checkpoint    whether a pruned folder is what its plan says
+    diff_checkpoint      the pruned folder as a small difference from the dense one
+    rebuild_checkpoint   dense folder and difference back to the pruned one, to the bit
+
+Training and measuring
+    finetune             fine-tunes a model on encoded rows
+    evaluate             what a model answers to rows, and what that scores
+    measure_cost         time and memory of a dense and a pruned model, side by side
+    Workload             what is run to measure that
+
+Rows and models
+    load_examples        rows of a file, folder or hub dataset as examples
+    Example              a prompt and its answer
+    encode_all           examples to token ids and labels
+    load_model           a causal LM from a checked folder
+
+Pieces of the method
+    element_importance   importance of every entry of a linear, from its recorded gradients
+    merge_linear         adds linears of removed layers into one that stays
+
+Errors
+    GradPrunerError      base of every error raised on purpose
 
 Names are loaded when first used; importing the package imports nothing else.
 """
@@ -42,7 +88,10 @@ if TYPE_CHECKING:
     from gradpruner.pruning.refitting import fit_repair
     from gradpruner.pruning.verification import verify_checkpoint
     from gradpruner.runs.pipeline import run
+    from gradpruner.runs.preview import dry_run
     from gradpruner.runs.recipe import Recipe, load_recipe
+    from gradpruner.runs.shrinking import Pruned, prune
+    from gradpruner.runs.study.comparing import compare
     from gradpruner.training.finetuning import finetune
     from gradpruner.training.recording import GradientRecorder, record_gradients
 
@@ -52,12 +101,15 @@ _HOMES = {
     "GradientRecorder": "training.recording",
     "GradientTrace": "gradients.trace",
     "LayerScores": "gradients.scores",
+    "Pruned": "runs.shrinking",
     "PruningPlan": "plans.layer_plan",
     "Recipe": "runs.recipe",
     "Repair": "plans.repair",
     "WidthPlan": "plans.width_plan",
     "Workload": "evaluation.costing.workload",
+    "compare": "runs.study.comparing",
     "diff_checkpoint": "pruning.delta",
+    "dry_run": "runs.preview",
     "element_importance": "gradients.importance",
     "encode_all": "data.encoding",
     "evaluate": "evaluation.quality",
@@ -69,6 +121,7 @@ _HOMES = {
     "measure_cost": "evaluation.costing.comparison",
     "merge_linear": "plans.merging",
     "plan_pruning": "plans.selection",
+    "prune": "runs.shrinking",
     "prune_": "pruning.in_memory",
     "prune_checkpoint": "pruning.on_disk",
     "prune_width_": "models.narrowing",
@@ -86,13 +139,16 @@ __all__ = [
     "GradientRecorder",
     "GradientTrace",
     "LayerScores",
+    "Pruned",
     "PruningPlan",
     "Recipe",
     "Repair",
     "WidthPlan",
     "Workload",
     "__version__",
+    "compare",
     "diff_checkpoint",
+    "dry_run",
     "element_importance",
     "encode_all",
     "evaluate",
@@ -104,6 +160,7 @@ __all__ = [
     "measure_cost",
     "merge_linear",
     "plan_pruning",
+    "prune",
     "prune_",
     "prune_checkpoint",
     "prune_width_",

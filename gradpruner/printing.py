@@ -38,6 +38,9 @@ class Printed:
         lines = (line.rstrip() for line in screen.getvalue().splitlines())
         return "\n".join(lines).strip("\n")
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def _repr_html_(self) -> str:
         from rich.console import Console
 
@@ -96,7 +99,7 @@ def _as_html(printed: Any) -> str:
         return f'<pre style="{style}">{_escaped(printed)}</pre>'
 
     def row(tag: str, cells: Iterable[Any]) -> str:
-        sides = (f' style="text-align: {column.justify}"' for column in printed.columns)
+        sides = (f' style="text-align: {column.justify}; padding: 0 0.6em"' for column in printed.columns)
         styled = zip(cells, sides, strict=True)
         return "<tr>" + "".join(f"<{tag}{side}>{_escaped(cell)}</{tag}>" for cell, side in styled) + "</tr>"
 

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from builders import make_project
 
+import gradpruner
 from gradpruner import reports as report
 from gradpruner.cli import studies as cli_compare
 from gradpruner.errors import ModelError
@@ -17,6 +18,8 @@ from gradpruner.methods import METHODS, Method
 from gradpruner.progress import set_mode
 from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job
+from gradpruner.runs.recipe import load_recipe
+from gradpruner.runs.study import comparing
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +79,8 @@ def test_options_reach_the_recipe(call, tmp_path):
     assert code == 0 and [row["name"] for row in json.loads(shown)["rows"]] == [
         "dense", "merged", "dropped", "last", "random",
     ]  # fmt: skip
+    told = [comparing.METHODS, map(str, comparing.SEEDS)]
+    assert [",".join(words) for words in told] == [cli_compare.DEFAULT_METHODS, cli_compare.DEFAULT_SEEDS]
 
 
 def test_a_dry_run_says_what_would_run_and_writes_nothing(call, tmp_path, monkeypatch):
@@ -86,6 +91,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(call, tmp_path, monkey
     assert code == 0 and sorted(tmp_path.rglob("*")) == before
     for part in ("3 runs", "seed-2", "new", "GradPruner, no merging", "decoder parameters", "disk: about"):
         assert part in shown
+    found = gradpruner.compare(load_recipe(path), methods="all", out=tmp_path / "s", dry_run=True)
+    assert str(found).split() == shown.split() and not found.measured
     code, shown, _ = call("ablate", write_study(tmp_path), "--out", tmp_path / "s", "--dry-run")
     assert code == 0 and "dense/seed-0" in shown and "budget of merged layers 1" in shown
 

@@ -5,6 +5,7 @@ import json
 import pytest
 from builders import make_project, make_rows, write_rows
 
+from gradpruner import dry_run
 from gradpruner.models import sizes
 from gradpruner.models.sizes import build_on_meta, count_parameters, macs_linear
 from gradpruner.runs import forecast as forecasting
@@ -119,3 +120,12 @@ def test_the_model_is_built_once_without_weights(call, tmp_path, monkeypatch):
     monkeypatch.setattr(job_module, "skeleton", counting(job_module.skeleton))
     facts_of(call, path)
     assert built == ["build_on_meta"]
+
+
+def test_a_notebook_shows_what_the_command_prints(call, tmp_path):
+    path, _ = make_project(tmp_path)
+    _, out, _ = call("run", path, "--dry-run")
+    found = dry_run(load_recipe(path))
+    untimed = [[line for line in said.split("\n") if "time:" not in line] for said in (out, str(found))]
+    assert " ".join(untimed[0]).split() == " ".join(untimed[1]).split()
+    assert found.facts["num_prune"] == 2 and "<table>" in found._repr_html_()

@@ -1,6 +1,7 @@
 """The structure docs/design.md promises, kept by tests."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,11 @@ def test_public_names_are_sorted_exist_and_say_what_they_are() -> None:
         if name != "__version__":
             assert value.__doc__, f"{name} has no docstring"
             assert value.__module__.startswith("gradpruner.")
+
+
+def test_help_tells_every_public_name_in_a_line_before_anything_else() -> None:
+    told = re.findall(r"^ {4}(\w+) {2,}\S", gradpruner.__doc__, re.MULTILINE)
+    assert sorted([*told, "__version__"]) == gradpruner.__all__ == dir(gradpruner)
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

@@ -94,7 +94,6 @@ def test_the_listed_kinds_exist(kind: str) -> None:
 @pytest.mark.usefixtures("ran")
 def test_the_python_blocks_run(place: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(place)
-    base_model = LlamaForCausalLM.from_pretrained("my-model")
     peft_model = get_peft_model(
         LlamaForCausalLM.from_pretrained("my-model"), LoraConfig(target_modules="all-linear")
     )
@@ -108,9 +107,11 @@ def test_the_python_blocks_run(place: Path, monkeypatch: pytest.MonkeyPatch, tmp
         train_dataset=rows,
         data_collator=Collator(),
     )  # fmt: skip
-    names: dict[str, Any] = {"trainer": trainer, "base_model": base_model}
+    names: dict[str, Any] = {"trainer": trainer}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     # The first plan for runs/mine prunes two of four layers; what the README plans later has rows of its own.
     assert names["model"].config.num_hidden_layers == 2
-    assert base_model.config.num_hidden_layers == 4 - len(names["plan"].pruned) == 2
+    assert names["base_model"].config.num_hidden_layers == 4 - len(names["plan"].pruned) == 2
+    assert not any("lora" in name for name in names["base_model"].state_dict())
+    assert LlamaForCausalLM.from_pretrained("my-model-small").config.num_hidden_layers == 2

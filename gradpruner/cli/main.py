@@ -40,6 +40,7 @@ from gradpruner.errors import ConfigError, GradPrunerError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from gradpruner.printing import Printed
     from gradpruner.runs.recipe import Recipe
 
 EXIT_CODES = (
@@ -145,9 +146,12 @@ def carry_out(recipe: Recipe, name: str, *, dry_run: bool, as_json: bool, quiet:
     """Does a recipe up to the stage `name`, or says what it would do."""
     prepare(quiet)
     if dry_run:
-        from gradpruner.runs.preview import print_preview
+        from gradpruner.runs.preview import dry_run as examined
 
-        print_preview(recipe, console(), as_json=as_json)
+        found = examined(recipe)
+        tell(found, found.facts, as_json)
+        if found.error is not None:
+            raise found.error
         return
     _run(recipe, "report" if name == "run" else name, as_json)
 
@@ -175,6 +179,14 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
         console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
     if error is not None:
         raise error
+
+
+def tell(found: Printed, values: dict[str, Any], as_json: bool) -> None:
+    """Prints a result, or its values as JSON."""
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        found.show(console())
 
 
 def _written(path: Path) -> int | None:

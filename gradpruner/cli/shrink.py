@@ -73,10 +73,9 @@ def shrink(
     with --recover variants/<method>/model.
     """
     from gradpruner.cli import main as cli
+    from gradpruner.runs.recipe import shrinking
 
-    values: dict[str, Any] = {
-        "start": "given",
-        "model.path": model,
+    values: dict[str, Any] = shrinking(model, method, repair) | {
         "data.train": data,
         "data.eval": eval_data,
         "data.validation": validation_data,
@@ -85,8 +84,6 @@ def shrink(
         "plan.num_prune": num_prune,
         "plan.layer_fraction": layer_fraction,
         "plan.max_loss": max_loss,
-        "plan.repair": repair,
-        "variants": ["dense", method],
         "recover.steps": recover,
         "seed": seed,
         "model.trust_remote_code": trust_remote_code or None,

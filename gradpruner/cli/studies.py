@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +26,7 @@ from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradpruner.runs.recipe import Recipe
-    from gradpruner.runs.study import Study, StudyFile
+    from gradpruner.runs.study import Outcome, StudyFile
 
 ABLATIONS = Path(__file__).parents[1] / "recipes" / "ablations"
 DEFAULT_METHODS = "gradpruner,last,random"
@@ -89,7 +88,7 @@ def compare(
     in one table. A method that fails is a row with its error. Start it again to go on.
     """
     from gradpruner.cli import main as cli
-    from gradpruner.runs.study import make_study
+    from gradpruner.runs.study import comparing
 
     values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
     values |= {key: value for key, value in {"plan.unit": unit, "finetune.mode": mode}.items() if value}
@@ -97,15 +96,16 @@ def compare(
         values["effort"] = "paper"  # methods as their papers have them; --set effort=fast repairs all
     cli.prepare(quiet)
     resolved = cli.resolve(recipe, None, _one_source(values, overrides), values)
-    study = make_study(
-        _cleared(resolved),
-        out=out or "runs/compare",
-        methods=_words(methods if methods is not None else DEFAULT_METHODS, "--methods"),
+    found = comparing.compare(
+        resolved,
+        out=out or comparing.FOLDER,
+        methods=_words(methods, "--methods") if methods is not None else comparing.METHODS,
         smaller=smaller or (),
-        seeds=parsed_seeds(seeds if seeds is not None else DEFAULT_SEEDS),
-        title=resolved.title and f"{resolved.title}: methods compared",
+        seeds=parsed_seeds(seeds) if seeds is not None else comparing.SEEDS,
+        dry_run=dry_run,
+        command=cli.command_line(),
     )
-    _carry_out(study, dry_run=dry_run, as_json=as_json)
+    _tell(found, out or comparing.FOLDER, as_json)
 
 
 def ablate(
@@ -138,6 +138,7 @@ def ablate(
     """
     from gradpruner.cli import main as cli
     from gradpruner.runs.study import make_study, read_study
+    from gradpruner.runs.study.comparing import carried_out, cleared
 
     path = _study_path(study)
     cli.prepare(quiet)
@@ -145,7 +146,7 @@ def ablate(
     values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
     recipe = _base_recipe(file, path, values, _one_source(values, overrides))
     plan = make_study(
-        _cleared(recipe),
+        cleared(recipe),
         out=out or f"runs/{path.stem}",
         methods=_words(methods, "--methods") if methods is not None else file.methods,
         smaller=smaller or file.smaller,
@@ -159,7 +160,8 @@ def ablate(
         plot=file.plot,
         base_folder=path.parent,
     )
-    _carry_out(plan, dry_run=dry_run, as_json=as_json)
+    found = carried_out(plan, dry_run=dry_run, command=cli.command_line())
+    _tell(found, plan.out, as_json)
 
 
 def parsed_seeds(text: str) -> list[int]:
@@ -252,28 +254,13 @@ def _base_recipe(file: StudyFile, path: Path, values: dict[str, Any], overrides:
     return load_recipe(None, tuple(overrides), raw | values)
 
 
-def _cleared(recipe: Recipe) -> Recipe:
-    """Models of a study go once they are measured, unless the recipe says otherwise."""
-    if "keep_models" in recipe.model_fields_set:
-        return recipe
-    return recipe.model_copy(update={"keep_models": "none"})
-
-
-def _carry_out(study: Study, *, dry_run: bool, as_json: bool) -> None:
+def _tell(found: Outcome, out: str | Path, as_json: bool) -> None:
+    """Prints what a study came to; the first row that failed decides how the command ends."""
     from gradpruner.cli import main as cli
-    from gradpruner.runs.study.carrying_out import REPORT, carry_out
-    from gradpruner.runs.study.preview import print_study_preview
+    from gradpruner.runs.study.carrying_out import REPORT
 
-    if dry_run:
-        print_study_preview(study, cli.console(), as_json=as_json)
-        return
-    outcome = carry_out(study, command=cli.command_line())
-    if as_json:
-        typer.echo(json.dumps(outcome.study, indent=2))
-    else:
-        from gradpruner.reports import print_summary
-
-        print_summary(outcome.study, cli.console(), study.out)
-        cli.console().print(f"study done: {study.out / REPORT}", highlight=False)
-    if outcome.error is not None:
-        raise outcome.error
+    cli.tell(found, found.study, as_json)
+    if found.measured and not as_json:
+        cli.console().print(f"study done: {Path(out) / REPORT}", highlight=False)
+    if found.error is not None:
+        raise found.error

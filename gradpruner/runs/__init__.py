@@ -3,7 +3,9 @@
 recipe           Recipe: everything a run depends on, checked at once; sections: its keys
 key_hints        which key of a recipe an unknown one stands for
 job              a recipe with its inputs opened
+method_checks    what its methods cannot do
 budget           what it comes to: plans from scores or a file, bytes on disk
+shrinking        prune: a model and rows in, a smaller model out
 pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
 variant          one row of the comparison, stage by stage; work: what each stage does
 together         what all processes of a job do at the same time

@@ -90,5 +90,6 @@ def bytes_missing(job: Job, folder: Path, until: str) -> int:
     """What a run has still to write, given what an earlier start left in its directory."""
     needs = bytes_to_write(job)
     total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
-    present = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and job.folder not in path.parents)
+    present = sum(path.stat().st_size for path in files)
     return max(0, total - present)

@@ -34,11 +34,7 @@ def warnings_of(job: Job) -> list[str]:
         )
     found += filter(None, [too_few_steps(job), _uneven_spaces(job)])
     found += _cut_prompts(job)
-    found += filter(None, [unequal_labels(job.train, job.eval)])
-    if job.overlap:
-        found.append(f"{job.overlap} of {len(job.eval)} evaluation prompts also occur in the training data.")
-    if len(job.eval) < 100:
-        found.append(f"Only {len(job.eval)} evaluation examples: differences of several points are noise.")
+    found += _doubtful_measurements(job) if job.measures else []
     found += _notes_of_rows(job)
     ends = {one.input_ids[-1] for one in job.samples.encoded if not one.cut_answer_tokens}
     found += [
@@ -94,6 +90,16 @@ def _uneven_spaces(job: Job) -> str:
     )
 
 
+def _doubtful_measurements(job: Job) -> list[str]:
+    """What makes the evaluation rows say less than they seem to."""
+    found = list(filter(None, [unequal_labels(job.train, job.eval)]))
+    if job.overlap:
+        found.append(f"{job.overlap} of {len(job.eval)} evaluation prompts also occur in the training data.")
+    if len(job.eval) < 100:
+        found.append(f"Only {len(job.eval)} evaluation examples: differences of several points are noise.")
+    return found
+
+
 def _notes_of_rows(job: Job) -> list[str]:
     """What reading each set and asking it in the model's template left out or changed."""
     found = []
@@ -101,6 +107,8 @@ def _notes_of_rows(job: Job) -> list[str]:
     for name, examples in sets.items():
         if examples is None or (name == "validation" and job.recipe.data.validation is None):
             continue  # held out of training rows, of which all is said already
+        if name == "evaluation" and not job.measures:
+            continue
         if examples.num_dropped:
             found.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
         telling = ("not used", "dropped", "has these columns too")
@@ -117,7 +125,7 @@ def _cut_prompts(job: Job) -> list[str]:
     found = []
     vocabulary = int(job.text.vocab_size)
     check_vocabulary(job.tokenizer, vocabulary, (one.input_ids for one in job.samples.encoded))
-    for name in ("eval", *job.also):
+    for name in ("eval", *job.also) if job.measures else ():
         questions, called = job.questions(name), "evaluation" if name == "eval" else name
         check_vocabulary(job.tokenizer, vocabulary, questions.prompts)
         cut = questions.num_cut(questions.most_new_tokens())

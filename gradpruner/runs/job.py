@@ -14,7 +14,7 @@ from torch import nn
 
 from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
 from gradpruner.data.examples import ExampleSet, overlap
-from gradpruner.errors import ConfigError, PlanError
+from gradpruner.errors import PlanError
 from gradpruner.evaluation.questions import Questions
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
@@ -30,6 +30,7 @@ from gradpruner.models.loading import (
     load_model,
     refuse_narrowed,
     resolve_device,
+    resolve_dtype,
 )
 from gradpruner.models.narrowing import width_savings
 from gradpruner.models.sizes import ModelSizes
@@ -47,7 +48,8 @@ from gradpruner.runs.evaluation_data import (
     tokenizer_of,
     with_validation,
 )
-from gradpruner.runs.plan_names import LABELS, method_of
+from gradpruner.runs.method_checks import check_methods
+from gradpruner.runs.plan_names import LABELS
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.finetuning import check_checkpointing, check_liger, check_trackers, planned_steps
 from gradpruner.training.options import FinetuneOptions
@@ -61,12 +63,15 @@ from gradpruner.world import this_world
 class Job:
     """A recipe with its inputs opened: what every stage looks at.
 
-    Making one checks the recipe against model and data, and loads no weights.
+    Making one checks the recipe against model and data, and loads no weights. `loaded` is the recipe's model
+    where it is in memory already, and is never changed. Without `measures` evaluation rows do not matter.
     """
 
     recipe: Recipe
     command: str = ""
     warnings: list[str] = field(default_factory=list)
+    loaded: nn.Module | None = None
+    measures: bool = True
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -370,34 +375,20 @@ class Job:
             quantise=quantise,
         )
 
+    def load_origin(self, *, quantise: bool = False) -> nn.Module:
+        """The model that is pruned, to be looked at: as it was handed in if it is as it would be loaded."""
+        wanted = resolve_dtype(self.recipe.model.dtype, resolve_device(self.recipe.model.device))
+        given = self.loaded if self.origin == self.folder and not quantise else None
+        if given is not None and {p.dtype for p in given.parameters()} == {wanted}:
+            return given
+        return self.load(self.origin, quantise=quantise)
+
     def release(self, model: Any) -> None:
         """Gives a loaded model's memory back before the next one is loaded."""
+        if model is self.loaded:
+            return
         if not getattr(model, "is_loaded_in_4bit", False):  # bitsandbytes refuses to be moved
             model.to("meta")
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def check_methods(recipe: Recipe) -> None:
-    """Raises ConfigError for a row whose method cannot do what the recipe asks of it."""
-    for name in recipe.variants:
-        method = METHODS.find(method_of(name)) if name != "dense" else None
-        if method is None:
-            continue
-        if this_world().size > 1 and (method.alone or method.shrink or method.recover or method.callbacks):
-            raise ConfigError(
-                f"The method {name} trains by itself, in one process; this job has {this_world().size}.",
-                hint="Start it without torchrun or accelerate launch, or take another method.",
-            )
-        tunes = recipe.start == "base" or (recipe.start == "tuned" and method.training is not None)
-        if method.callbacks and not tunes and not recipe.recover.trains:
-            raise ConfigError(
-                f"The method {name} changes how a model is fine-tuned; with start: {recipe.start} none is.",
-                hint="Use start: base, or let the model recover: --set recover.epochs=1.",
-            )
-        if recipe.plan.max_loss is not None and not method.score:
-            raise ConfigError(
-                f"plan.max_loss needs methods that score layers; {name} decides by itself what goes.",
-                hint="Give plan.num_prune instead, or take another method: gate, gradpruner, shortgpt.",
-            )

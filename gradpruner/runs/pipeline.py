@@ -45,7 +45,12 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    recipe: Recipe, *, until: str = "report", command: str = "", one_plan: bool = False
+    recipe: Recipe,
+    *,
+    until: str = "report",
+    command: str = "",
+    one_plan: bool = False,
+    job: Job | None = None,
 ) -> dict[str, Any]:
     """Carries out a recipe in its run directory, skipping what is already done there.
 
@@ -55,6 +60,7 @@ def run(
         command: How the user called it, for the report.
         one_plan: The folder holds what this recipe makes and nothing else, as in a study: results of another
             plan are replaced. Else they stay, see `plan_names`.
+        job: The recipe with its inputs opened, where that was done before.
 
     Returns:
         The run record (also `run.json`).
@@ -65,7 +71,7 @@ def run(
     """
     if until not in STAGES:
         raise ConfigError(f"Unknown stage '{until}'.", hint=f"Stages: {', '.join(STAGES)}.")
-    job = Job(recipe, command)
+    job = job or Job(recipe, command)
     check_fitting(job, until)
     directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
     check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
@@ -365,7 +371,7 @@ def record_rows(job: Job, folder: str) -> GradientTrace:
     """Model + task -> trace/; every process reads its share of the rows, the first one writes."""
     shared = {"precision", "gradient_checkpointing", "fsdp", "seed", "device"}
     options = job.recipe.record
-    model = job.load(job.origin, quantise=options.adapter == "qlora")
+    model = job.load_origin(quantise=options.adapter == "qlora")
     trace = record_gradients(
         model,
         job.samples,  # type: ignore[arg-type]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradpruner.data.encoding import preview
-from gradpruner.errors import ResourceError
+from gradpruner.errors import GradPrunerError, ResourceError
+from gradpruner.printing import Printed
 from gradpruner.reports.formats import duration, num_bytes
 from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import leading_spaces
@@ -43,6 +42,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     taken = forecast(job, job.sizes.model)
     fitting = fitting_of(job, rehearse=True)
     return {
+        "title": recipe.title or job.folder.name,
         "model": str(job.folder),
         "num_layers": job.num_layers,
         "num_prune": len(plan.pruned),
@@ -100,23 +100,40 @@ def _learning_rate(job: Job) -> tuple[float | None, str]:
     return (own, "as given") if own else (job.recipe.finetune.learning_rate, job.rate_source)
 
 
-def print_preview(recipe: Recipe, console: Console, *, as_json: bool = False) -> None:
-    """Prints what `examine` finds.
+@dataclass(frozen=True, repr=False)
+class DryRun(Printed):
+    """What a run would do; prints as `gradpruner run --dry-run` does.
+
+    Attributes:
+        facts: JSON values, see `examine`.
+        error: Why it would be refused here: what cannot fit into memory, unless the recipe says
+            `memory: warn`.
+    """
+
+    facts: dict[str, Any]
+    error: GradPrunerError | None = None
+
+    def show(self, console: Console) -> None:
+        """Prints what would be done, saved and learned."""
+        _print_facts(self.facts, console)
+
+
+def dry_run(recipe: Recipe) -> DryRun:
+    """Checks everything about a run and says what it comes to; loads no weights and writes nothing.
+
+    Args:
+        recipe: What would be done.
 
     Raises:
-        ResourceError: If the run cannot fit into memory and the recipe does not say `memory: warn`.
+        GradPrunerError: The first fault of recipe, data, model or machine, as in `run`.
     """
     facts = examine(recipe)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-    else:
-        _print_facts(recipe, facts, console)
-    if facts["memory_fault"] and recipe.memory == "refuse":
-        raise ResourceError(facts["memory_fault"])
+    refused = facts["memory_fault"] and recipe.memory == "refuse"
+    return DryRun(facts, ResourceError(facts["memory_fault"]) if refused else None)
 
 
-def _print_facts(recipe: Recipe, facts: dict[str, Any], console: Console) -> None:
-    console.print(f"[bold]Dry run[/bold] of {recipe.title or Path(facts['model']).name}", highlight=False)
+def _print_facts(facts: dict[str, Any], console: Console) -> None:
+    console.print(f"[bold]Dry run[/bold] of {facts['title']}", highlight=False)
     console.print(
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"supervised tokens, longest sample {facts['longest_sample_tokens']}), "

@@ -40,6 +40,16 @@ EFFORTS: dict[str, dict[str, Any]] = {
 """What a level of effort sets, by its name."""
 
 
+def shrinking(model: str, method: str = "gradpruner", repair: str = "least_squares") -> dict[str, Any]:
+    """Dotted keys that make a recipe one of `gradpruner shrink`: a tuned model, pruned and repaired."""
+    return {
+        "start": "given",
+        "model.path": model,
+        "plan.repair": repair,
+        "variants": ["dense", method],
+    }
+
+
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """The given values, and the defaults for what is not given, section by section."""
     filled = dict(given)

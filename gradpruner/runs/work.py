@@ -112,7 +112,7 @@ class Work:
         """The refitted linears, in memory."""
         assert self.plan is not None and self.plan.kind == "layers"
         options = self.recipe.plan
-        model = self.job.load(self.job.origin)
+        model = self.job.load_origin()
         with Progress(self.job.num_layers, f"repair {self.name} [layers]") as progress:
             found = fit_repair(
                 model,

@@ -6,9 +6,11 @@ carrying_out   every run, one after the other; a run that fails is rows with an 
 summary        the run.json files -> study.json
 pairing        differences example by example, over seeds
 preview        what would run
+comparing      compare: methods at one budget, as one call
 """
 
 from gradpruner.runs.study.carrying_out import Outcome, carry_out
+from gradpruner.runs.study.comparing import compare
 from gradpruner.runs.study.design import Study, make_study
 from gradpruner.runs.study.file import NamedPoint, StudyFile, Sweep, read_study
 
@@ -19,6 +21,7 @@ __all__ = [
     "StudyFile",
     "Sweep",
     "carry_out",
+    "compare",
     "make_study",
     "read_study",
 ]

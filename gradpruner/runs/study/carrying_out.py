@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
@@ -18,6 +18,7 @@ from gradpruner.errors import GradPrunerError, IntegrityError
 from gradpruner.files import LOCK_FILE, working_in, write_text
 from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.models.folder import check_output, locate_model, staged_folder
+from gradpruner.printing import Printed
 from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
 from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
@@ -27,6 +28,9 @@ from gradpruner.runs.recipe import Recipe
 from gradpruner.runs.run_record import read_run_record
 from gradpruner.runs.study.design import DENSE, Study, StudyRun
 from gradpruner.runs.study.summary import Found, is_measured, summarise
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 log = logging.getLogger(__name__)
 
@@ -43,17 +47,31 @@ class Begun(TypedDict):
     created: str
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a study came to.
+@dataclass(frozen=True, repr=False)
+class Outcome(Printed):
+    """What a study came to, or would; prints as on the command line.
 
     Attributes:
-        study: What study.json says.
+        study: What study.json says; after a dry run, what `preview.examine_study` finds.
         error: The first fault of any row; None when all rows are there.
+        measured: Whether anything was run; not after a dry run.
+        folder: Of the study.
     """
 
     study: dict[str, Any]
     error: GradPrunerError | None = None
+    measured: bool = True
+    folder: Path | None = None
+
+    def show(self, console: Console) -> None:
+        """Prints the table and the verdict, or what would be run."""
+        from gradpruner.reports import print_summary
+        from gradpruner.runs.study.preview import print_study_preview
+
+        if self.measured:
+            print_summary(self.study, console, self.folder)
+        else:
+            print_study_preview(self.study, console)
 
 
 def carry_out(study: Study, *, command: str = "") -> Outcome:
@@ -154,7 +172,7 @@ class _Progress:
             self._adopt(run)
             self._carry_out(run)
             written = self._write()
-        return Outcome(written, self.first_error)
+        return Outcome(written, self.first_error, folder=self.study.out)
 
     def _recall(self, run: StudyRun) -> None:
         """Takes up what an earlier start left of exactly this run, so that it is shown meanwhile."""

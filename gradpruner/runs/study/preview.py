@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from rich.console import Console
@@ -56,12 +55,8 @@ def examine_study(study: Study) -> dict[str, Any]:
     }
 
 
-def print_study_preview(study: Study, console: Console, *, as_json: bool = False) -> None:
+def print_study_preview(facts: dict[str, Any], console: Console) -> None:
     """Prints what `examine_study` finds."""
-    facts = examine_study(study)
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
     console.print(f"[bold]Dry run[/bold] of a study in {facts['out']}", highlight=False)
     console.print(
         f"{len(facts['runs'])} runs ({len(facts['seeds'])} seeds, {len(facts['points'])} points), "
