@@ -68,19 +68,22 @@ def pairs(name: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
     return found
 
 
-def trained(row: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """The same for a trained row, at the rate with the lowest loss on validation rows of seed 0."""
+def trained(row: str, gone: int = USUAL) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """The same for a trained row, at the rate with the lowest loss on validation rows of seed 0.
+
+    Other numbers of layers are trained at the rate that is best for the usual one.
+    """
     found = []
     prefix = f"train/{row}/{USUAL}/"
     for task in TASKS:
         rates = {
-            entry["cell"]: entry["validation"]["nll"]
+            entry["cell"].rpartition("/")[2]: entry["validation"]["nll"]
             for key, entry in cells().items()
             if key.startswith(f"{task}/0/{prefix}")
         }
         if rates:
-            best = min(rates, key=lambda cell: rates[cell])
-            found += [pair for pair in pairs(best) if pair[0] == task]
+            best = min(rates, key=lambda rate: rates[rate])
+            found += [pair for pair in pairs(f"train/{row}/{gone}/{best}") if pair[0] == task]
     return found
 
 
@@ -153,14 +156,42 @@ def shrunk() -> str:
     return "\n".join([*lines, "", _note()])
 
 
+DEPTHS = (3, 6, 9, 12, 15, 18)
+WAYS_DOWN = {
+    "nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
+    "fast": lambda gone: trained("base/igia/least_squares/labels", gone),
+    "best": lambda gone: trained("tuned/igia/least_squares/distil", gone),
+}
+
+
 def depths() -> str:
-    """How many layers can go from tuned models, least squares, nothing trained."""
+    """How many layers can go, IGIA's choice, least squares: not trained, and trained."""
     lines = [*_head("layers gone, IGIA, least squares"), _dense_line()]
-    for gone in (3, 6, 9, 12, 15, 18):
-        found = pairs(f"shrink/igia/{gone}/least_squares")
-        if found:
-            lines.append(_line(f"{gone} of 30", found))
+    for way, found_at in WAYS_DOWN.items():
+        lines += [_line(f"{gone} of 30, {way}", found) for gone in DEPTHS if (found := found_at(gone))]
     return "\n".join(lines)
+
+
+def decided() -> str:
+    """What is decided on validation rows: how a base model is pruned before it is tuned."""
+    rows = {
+        "repaired": "base/igia/least_squares/labels",
+        "dropped": "base/igia/none/labels",
+        "three merged": "base/paper/none/labels",
+    }
+    lines = [
+        "| from base, 12 of 30 layers gone, tuned | " + " | ".join(rows) + " |",
+        "|---" * (len(rows) + 1) + "|",
+    ]
+    losses = {
+        name: {(task, seed): entry["validation"]["nll"] for task, seed, _, entry in trained(row)}
+        for name, row in rows.items()
+    }
+    for task, seed in losses["repaired"]:
+        here = [found.get((task, seed)) for found in losses.values()]
+        shown = " | ".join("–" if loss is None else f"{loss:.3f}" for loss in here)
+        lines.append(f"| {TASKS[task]}, seed {seed} | {shown} |")
+    return "\n".join([*lines, "", "Loss on validation rows, nats per answer token."])
 
 
 ROWS = {
@@ -192,6 +223,35 @@ def _twice(task: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
     """The dense model tuned for twice the epochs, at the dense model's rate."""
     names = {entry["cell"] for entry in cells().values() if entry["cell"].startswith("dense-twice/")}
     return [pair for name in sorted(names) for pair in pairs(name) if pair[0] == task]
+
+
+TRAINED_ROWS = (1600, 3200, 10_000, 30_000, 100_000)
+
+
+def taken() -> str:
+    """What fast takes beside tuning the dense model, by number of training rows.
+
+    Seconds a row of the least disturbed cells, because other work ran on the machine. Recording and repair
+    see a fixed number of rows, which is why they weigh much on short trainings.
+    """
+    entries = [entry for entry in cells().values() if entry["task"] == "sst2"]
+
+    def least(values: Iterable[float]) -> float:
+        return min(value for value in values if value > 0)
+
+    whole = least(e["training"]["seconds"] for e in entries if e["cell"].startswith("dense/0")) / 1600
+    small = least(e["training"]["seconds"] for e in entries if f"/labels/{USUAL}/" in e["cell"]) / 1600
+    recorded = least(
+        e["evidence"]["seconds"] for e in entries if e["cell"].startswith("train/base/igia") and e["evidence"]
+    )
+    fitted = least(e.get("repair_seconds", 0.0) for e in entries)
+    lines = ["| training rows | recording | repair | tuning what is left | fast, in all |", "|---|---|---|---|---|"]
+    for rows in TRAINED_ROWS:
+        dense = whole * rows
+        parts = [recorded, fitted, small * rows]
+        shown = " | ".join(f"{part / dense:.2f}" for part in [*parts, sum(parts)])
+        lines.append(f"| {rows:,} | {shown} |")
+    return "\n".join([*lines, "", "In units of tuning the dense model on as many rows; SST-2, one core."])
 
 
 def varied() -> str:
@@ -260,16 +320,12 @@ def draw() -> str:
     left.invert_yaxis()
     left.set_xlim(left=max(left.get_xlim()[0], -30))
     left.set_xlabel("test score against dense, %")
-    for task in measured_tasks():
-        line = []
-        for gone in (3, 6, 9, 12, 15, 18):
-            found = [pair for pair in pairs(f"shrink/igia/{gone}/least_squares") if pair[0] == task]
-            if found:
-                line.append((gone, 100 * loss(found)[0]))
+    for way, found_at in WAYS_DOWN.items():
+        line = [(gone, 100 * loss(found)[0]) for gone in DEPTHS if (found := found_at(gone))]
         if line:
-            right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=TASKS[task])
+            right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
     right.axhline(0, color="black", linewidth=0.8)
-    right.set_xlabel("layers gone of 30, repaired, nothing trained")
+    right.set_xlabel("layers gone of 30, IGIA, repaired")
     right.set_ylabel("test score against dense, %")
     right.legend(frameon=False)
     for axes in (left, right):
@@ -296,6 +352,8 @@ def shown() -> str:
 BLOCKS = {
     "quality_shrunk": shrunk,
     "quality_depths": depths,
+    "quality_decided": decided,
+    "quality_taken": taken,
     "quality_tuned": tuned,
     "quality_varied": varied,
     "quality_headline": headline,

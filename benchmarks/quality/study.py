@@ -128,12 +128,15 @@ def depth(work: Work) -> None:
 def vary(work: Work) -> None:
     """What the repair rests on: how many rows, of which task, and how the model was tuned."""
     folder = tune(work)
-    for count in (64, 128, 1200):
-        varied(work, folder, f"rows-{count}", count=count)
+    for count in (64, 128, 1200, 3200):
+        if count <= work.facts.train_rows:
+            varied(work, folder, f"rows-{count}", count=count)
     for name in ("sst2", "banking77"):
         if name != work.task:
             other = replace(work, task=name, only=())
             varied(work, folder, f"rows-of-{name}", source=other)
+    if not work.wants("shrink/lora/"):
+        return
     adapted = lora_tuned(work)
     for repair in ("least_squares", "none"):
         pruned(work, adapted, "igia", NUM_GONE, repair, tuned_by="lora/")
