@@ -245,7 +245,10 @@ def taken() -> str:
         e["evidence"]["seconds"] for e in entries if e["cell"].startswith("train/base/igia") and e["evidence"]
     )
     fitted = least(e.get("repair_seconds", 0.0) for e in entries)
-    lines = ["| training rows | recording | repair | tuning what is left | fast, in all |", "|---|---|---|---|---|"]
+    lines = [
+        "| training rows | recording | repair | tuning what is left | fast, in all |",
+        "|---|---|---|---|---|",
+    ]
     for rows in TRAINED_ROWS:
         dense = whole * rows
         parts = [recorded, fitted, small * rows]

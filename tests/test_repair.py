@@ -42,7 +42,7 @@ from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.repair import REPAIR_FILE, WEIGHTS_FILE, Repair, RepairedCut, cuts_of, unrepaired
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.pruning.refitting import HELD_OUT, fit_repair
+from gradpruner.pruning.refitting import FEWEST_ROWS, HELD_OUT, TOKENS_PER_REGRESSOR, enough_rows, fit_repair
 from gradpruner.pruning.ridge import ChannelSums, Sums, choose_update, ridge_update
 
 ROWS = 40
@@ -687,3 +687,16 @@ def test_the_document_names_the_families_that_are_refused_or_scaled():
     text = (Path(__file__).parents[1] / "docs" / "repair.md").read_text(encoding="utf-8")
     for names in (*REFUSED.values(), sorted(NORMS)):
         assert ", ".join(names) in text.replace("\n", " ")
+
+
+def test_rows_that_determine_a_repair():
+    view = LayeredModel(make_model())
+    wide = max(int(weight.shape[1]) for weight in view.weights(0).values())
+    samples = [{"input_ids": [1, 2]}] * 4000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "FEWEST_ROWS", 8)
+        assert enough_rows(view, samples, "least_squares") == TOKENS_PER_REGRESSOR * wide / 2
+        assert enough_rows(view, samples, "linear") < TOKENS_PER_REGRESSOR * wide / 2
+        assert enough_rows(view, samples[:20], "least_squares") == 20
+        assert enough_rows(view, [{"input_ids": [1] * 5000}] * 9, "least_squares") == 8
+    assert enough_rows(view, [{"input_ids": [1] * 5000}] * 4000, "least_squares") == FEWEST_ROWS

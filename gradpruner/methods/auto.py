@@ -39,8 +39,8 @@ class AutoOptions(MethodOptions):
     """Training samples put aside to choose by, at most a quarter of all."""
     repair: Literal["none", "linear", "least_squares"] = "least_squares"
     """How every candidate is repaired before it is judged and trained."""
-    repair_rows: int = Field(default=384, ge=2)
-    """Training samples a repair is fitted on, at most."""
+    repair_rows: int | None = Field(default=None, ge=2)
+    """Training samples a repair is fitted on, at most; null: as many as determine it well."""
     rounds: int = Field(default=2, ge=0, le=3)
     """Rounds of training; 0: the choice is made without any."""
     share: float = Field(default=0.05, gt=0, le=1)

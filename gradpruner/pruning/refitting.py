@@ -8,6 +8,7 @@ it included. No label is looked at.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,8 @@ HELD_OUT = 5
 """One sample in so many is not fitted on: the ridge is chosen by it."""
 MAX_REGRESSORS = 16_384
 """Largest least-squares system: four matrices of 2.1 GB in float64. Above it the linear form is fitted."""
-TOKENS_PER_REGRESSOR = 10
+TOKENS_PER_REGRESSOR = 20
+FEWEST_ROWS = 512
 TOKENS_AT_ONCE = 2048
 """Tokens that are there in float64 at the same time."""
 
@@ -53,7 +55,7 @@ def fit_repair(
     collator: Callable[[Any], dict[str, Tensor]],
     *,
     kind: str = "least_squares",
-    rows: int = 512,
+    rows: int | None = None,
     trace: GradientTrace | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -90,7 +92,7 @@ def fit_repair(
         samples: Encoded samples (`input_ids`, `labels`), at least two; labels are not looked at.
         collator: Makes batches of them, padded on the right.
         kind: "linear" or "least_squares".
-        rows: Samples used at most, >= 2.
+        rows: Samples used at most, >= 2; None takes as many as `enough_rows` says.
         trace: The recorded gradients, for a plan that merges by them.
         seed: Of drawing the samples.
         progress: Called with 1 after every layer.
@@ -115,7 +117,7 @@ def fit_repair(
     view = LayeredModel(model)
     _check(view, plan, trace)
     device = next(model.parameters()).device
-    chosen = drawn(samples, rows, seed)
+    chosen = drawn(samples, rows or enough_rows(view, samples, kind), seed)
     if len(chosen) < 2:
         raise DataError(
             "There is one sample; a repair needs one to fit on and one to choose by.", hint="Give more rows."
@@ -143,13 +145,30 @@ def fit_repair(
     )
 
 
-def _check_request(kind: str, rows: int, ridges: Sequence[float]) -> None:
+def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kind: str) -> int:
+    """Samples that hold `TOKENS_PER_REGRESSOR` tokens for every unknown of a row; `FEWEST_ROWS` at least.
+
+    Args:
+        view: The model, with or without numbers.
+        samples: What rows are drawn from.
+        kind: "linear" or "least_squares".
+    """
+    shapes = [weight.shape for weight in view.weights(0).values()]
+    regressors = max(int(shape[1]) for shape in shapes)
+    if kind == "linear" or regressors > MAX_REGRESSORS:
+        regressors = min(int(shape[1]) for shape in shapes)
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    rows = math.ceil(TOKENS_PER_REGRESSOR * regressors * len(samples) / max(tokens, 1))
+    return min(max(rows, FEWEST_ROWS), max(len(samples), 2))
+
+
+def _check_request(kind: str, rows: int | None, ridges: Sequence[float]) -> None:
     check_kind(kind)
     if kind == "none":
         raise ConfigError(
             "There is nothing to fit for repair 'none'.", hint="Allowed: linear, least_squares."
         )
-    if rows < 2:
+    if rows is not None and rows < 2:
         raise ConfigError(f"{rows} rows cannot be fitted and chosen by.", hint="Use 2 rows or more.")
     check_ridges(ridges)
 

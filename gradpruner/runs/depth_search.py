@@ -104,7 +104,7 @@ def _prune_and_repair_(job: Job, model: nn.Module, plan: PruningPlan, trace: str
             job.samples,  # type: ignore[arg-type]
             job.collator,
             kind=options.repair,
-            rows=options.repair_rows,
+            rows=job.repair_rows,
             trace=recorded,
             seed=job.recipe.seed,
             world=this_world(),

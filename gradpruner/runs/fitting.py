@@ -358,7 +358,7 @@ def _largest_batch(job: Job, batch_size: int, packed: bool) -> tuple[int, int]:
 
 def _repair_bytes(job: Job) -> int:
     """Hidden states of both models and the sums of one cut: four square matrices in float64."""
-    rows = min(job.recipe.plan.repair_rows, len(job.samples))
+    rows = job.repair_rows
     hidden, tokens = int(job.text.hidden_size), sum(job.samples.lengths) / len(job.samples)
     widths = [int(weight.shape[1]) for weight in job.structure.weights(0).values()]
     width = max(widths) if job.recipe.plan.repair == "least_squares" else hidden

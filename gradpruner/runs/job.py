@@ -38,6 +38,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Fits
 from gradpruner.provenance import hash_folder, sha256_json
+from gradpruner.pruning.refitting import enough_rows
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import warnings_of
 from gradpruner.runs.evaluation_data import (
@@ -126,6 +127,13 @@ class Job:
             )
         plan = self.recipe.plan.model_copy(update={"repair": "none" if found else "least_squares"})
         self.recipe = self.recipe.model_copy(update={"plan": plan})
+
+    @cached_property
+    def repair_rows(self) -> int:
+        """Training samples a repair is fitted on."""
+        options, samples = self.recipe.plan, self.samples
+        asked = options.repair_rows or enough_rows(self.structure, list(samples), options.repair)
+        return min(asked, len(samples))
 
     def _check_budget(self) -> None:
         """Finds an impossible budget or plan before anything is recorded."""
@@ -304,7 +312,7 @@ class Job:
         share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
         work = share * kept + self.record_steps * recipe.record.batch_size / whole
         if recipe.plan.repair != "none":
-            work += min(recipe.plan.repair_rows, len(self.samples)) * 2.5 / 3 / whole
+            work += self.repair_rows * 2.5 / 3 / whole
         if recipe.distils:
             work += share / 3
         tuned_first = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")

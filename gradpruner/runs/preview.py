@@ -66,7 +66,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "finetune_steps": job.finetune_steps,
         "start": recipe.start,
         "repair": recipe.plan.repair,
-        "repair_rows": min(recipe.plan.repair_rows, len(job.samples)),
+        "repair_rows": job.repair_rows,
         "recover_steps": job.recover_steps,
         "teacher": recipe.distil.teacher,
         "max_loss": recipe.plan.max_loss,

@@ -137,8 +137,8 @@ class PlanSection(Section):
     """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
     hidden size (linear), or the linear itself (least_squares). Looks at training samples, at no labels. auto:
     least_squares where the model can be repaired (no mixture of experts, not quantised), else none."""
-    repair_rows: int = Field(default=512, ge=2)
-    """Training samples a repair is fitted on, at most."""
+    repair_rows: int | None = Field(default=None, ge=2)
+    """Training samples a repair is fitted on, at most; null: as many as determine it well, 512 at least."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanSection:

@@ -120,7 +120,7 @@ class Work:
                 self.job.samples,  # type: ignore[arg-type]
                 self.job.collator,
                 kind=options.repair,
-                rows=options.repair_rows,
+                rows=self.job.repair_rows,
                 trace=self.trace() if self.plan.needs_trace else None,
                 seed=self.recipe.seed,
                 progress=progress.advance,
