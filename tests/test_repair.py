@@ -474,9 +474,9 @@ def test_more_regressors_than_allowed_get_the_linear_form(monkeypatch):
 def test_few_tokens_are_noted_and_progress_is_told():
     seen = []
     repair = fit(make_model(), dropping([3]), progress=seen.append)
-    assert any("tokens for 48 regressors; at least 480" in note for note in repair.notes)
+    assert any("tokens for 48 regressors; at least 960" in note for note in repair.notes)
     assert sum(seen) == 4
-    assert not fit(make_model(), dropping([3]), rows=make_ids(120)).notes
+    assert not fit(make_model(), dropping([3]), rows=make_ids(240)).notes
 
 
 # ----- refusals --------------------------------------------------------------------------------------------
