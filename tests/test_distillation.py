@@ -222,7 +222,9 @@ def test_the_teacher_too_makes_logits_only_where_something_is_learned():
     trainer = DistillationTrainer(
         teacher=teacher,
         model=student,
-        args=training_arguments(FinetuneOptions(batch_size=2, accumulation=1, max_steps=1, device="cpu")),
+        args=training_arguments(
+            FinetuneOptions(batch_size=2, accumulation=1, max_steps=1, learning_rate=1e-5, device="cpu")
+        ),
         samples=[sample, sample],
         collator=Collator(),
     )

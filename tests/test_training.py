@@ -85,7 +85,9 @@ def test_the_windowed_loss_and_its_gradients_are_the_trainers_own(labels, adapte
         torch.manual_seed(0)
         model = build()
         trainer = cls(
-            model=model, args=training_arguments(FinetuneOptions(accumulation=1, device="cpu")), **options
+            model=model,
+            args=training_arguments(FinetuneOptions(accumulation=1, learning_rate=1e-5, device="cpu")),
+            **options,
         )
         for count in (None, torch.tensor(3)):
             model.zero_grad()
@@ -155,7 +157,9 @@ def shuffled(samples):
     """The order in which the Trainer takes samples with seed 3."""
     trainer = CausalTrainer(
         model=make_llama(),
-        args=training_arguments(FinetuneOptions(batch_size=1, accumulation=1, seed=3, device="cpu")),
+        args=training_arguments(
+            FinetuneOptions(batch_size=1, accumulation=1, seed=3, learning_rate=1e-5, device="cpu")
+        ),
         samples=[{**s, "labels": [i] * len(s["labels"])} for i, s in enumerate(samples)],
         collator=Collator(),
     )
@@ -347,13 +351,13 @@ def test_planned_steps_are_the_trainers(samples, batch, accumulation, epochs, st
 
 
 def test_arguments_mean_what_they_say(recwarn):
-    chosen = training_arguments(FinetuneOptions(device="cpu"))
+    chosen = training_arguments(FinetuneOptions(learning_rate=1e-5, device="cpu"))
     assert chosen.gradient_checkpointing is False
     assert not [w for w in recwarn if "checkpointing" in str(w.message)]
     assert chosen.get_warmup_steps(1000) == 30
     assert (chosen.bf16, chosen.fp16, chosen.weight_decay) == (False, False, 0.1)
     options = FinetuneOptions(
-        gradient_checkpointing=True, warmup=5, precision="bf16", compile=True, device="cpu"
+        learning_rate=1e-5, gradient_checkpointing=True, warmup=5, precision="bf16", compile=True, device="cpu"
     )
     other = training_arguments(options)
     assert other.torch_compile and not chosen.torch_compile and not chosen.use_liger_kernel
