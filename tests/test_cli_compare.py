@@ -68,7 +68,7 @@ def test_a_comparison_is_one_command_and_starts_again_where_it_was(call, tmp_pat
 
 def test_options_reach_the_recipe(call, tmp_path):
     path, _ = make_project(tmp_path)
-    options = ("--unit", "decoder_parameters", "--mode", "lora", "--set", "plan.num_prune=1")
+    options = ("--unit", "decoder_parameters", "--lora", "--num-prune", "1")
     code, shown, _ = call("compare", path, "--methods", "last", *options, "--dry-run", "--json")
     facts = json.loads(shown)
     assert code == 0 and facts["budgets"][""]["unit"] == "decoder_parameters"
@@ -155,7 +155,7 @@ def test_studies_that_come_along_are_listed(call, tmp_path, monkeypatch):
         (("--seeds", "0,1,1"), "Seed 1 is given more than once"),
         (("--seeds", "0,x"), "'x' is no seed"),
         (("--unit", "layers"), "'parameters' or 'decoder_parameters'"),
-        (("--mode", "both"), "'full' or 'lora'"),
+        (("--epochs", "2", "--set", "finetune.epochs=3"), "--epochs and --set finetune.epochs=3 both set"),
         (("--set", "plan.num_merg=1"), "Did you mean 'plan.num_merge'"),
     ],
 )

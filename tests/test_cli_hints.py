@@ -16,7 +16,12 @@ from gradpruner.runs.recipe import Recipe, key_names
 PACKAGE = Path(gradpruner.__file__).parent
 DOCUMENTS = [PACKAGE.parent / "README.md", *sorted((PACKAGE.parent / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands
-OPTIONS = {name for command in COMMANDS.values() for option in command.params for name in option.opts}
+OPTIONS = {
+    name
+    for command in COMMANDS.values()
+    for option in command.params
+    for name in (*option.opts, *option.secondary_opts)
+}
 # Options of other programs, where a message names the program.
 FOREIGN = {"--local-dir": "hf download", "--port": "vllm", "--nproc-per-node": "torchrun"}
 FOREIGN |= {"--dataset": "trl sft", "--output": "trl sft", "--bf": "--bf16 false", "--use": "--use_cpu true"}

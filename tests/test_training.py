@@ -357,7 +357,12 @@ def test_arguments_mean_what_they_say(recwarn):
     assert chosen.get_warmup_steps(1000) == 30
     assert (chosen.bf16, chosen.fp16, chosen.weight_decay) == (False, False, 0.1)
     options = FinetuneOptions(
-        learning_rate=1e-5, gradient_checkpointing=True, warmup=5, precision="bf16", compile=True, device="cpu"
+        learning_rate=1e-5,
+        gradient_checkpointing=True,
+        warmup=5,
+        precision="bf16",
+        compile=True,
+        device="cpu",
     )
     other = training_arguments(options)
     assert other.torch_compile and not chosen.torch_compile and not chosen.use_liger_kernel

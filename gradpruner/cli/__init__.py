@@ -1,7 +1,8 @@
 """The command line: one file per group of commands, everything heavy imported inside.
 
 main      the app, the stage commands, report; options: what several commands share
-messages  errors and interruptions on the terminal
+messages  errors and interruptions on the terminal; suggestions: what to do next
+init      init
 listing   ls
 models    prune, verify, diff, rebuild
 shrink    shrink

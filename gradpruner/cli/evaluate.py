@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradpruner.cli.options import (
+    EpochsOption,
+    FractionOption,
+    LoraOption,
+    NumPruneOption,
+    RateOption,
+    TrainLimitOption,
+    given,
+)
 from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +64,12 @@ def evaluate(
     model: Annotated[str | None, typer.Option("--model", help="Model of a run: folder or hub id.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Training data of a run.")] = None,
     plan: Annotated[str | None, typer.Option("--plan", help="Plan file of a run.")] = None,
+    num_prune: NumPruneOption = None,
+    layer_fraction: FractionOption = None,
+    learning_rate: RateOption = None,
+    epochs: EpochsOption = None,
+    lora: LoraOption = None,
+    train_limit: TrainLimitOption = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -77,36 +92,48 @@ def evaluate(
     from gradpruner.files import LOCK_FILE, working_in
     from gradpruner.models.checking import is_model_folder
 
-    values: dict[str, Any] = {
-        "data.task": task,
-        "data.folder": task_folder,
-        "data.eval": eval_data,
-        "data.eval_limit": limit,
-        "evaluate.lm_eval": lm_eval.split(",") if lm_eval else None,
-        "evaluate.lm_eval_folder": lm_eval_folder,
-        "seed": seed,
-        "model.trust_remote_code": trust_remote_code or None,
-        "data.skip_bad": skip_bad or None,
-    }
+    values = given(
+        task=task,
+        task_folder=task_folder,
+        eval_data=eval_data,
+        limit=limit,
+        lm_eval=lm_eval.split(",") if lm_eval else None,
+        lm_eval_folder=lm_eval_folder,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        skip_bad=skip_bad,
+    )
+    of_a_run = given(
+        model=model,
+        data=data,
+        plan=plan,
+        num_prune=num_prune,
+        layer_fraction=layer_fraction,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        lora=lora,
+        train_limit=train_limit,
+    )
     if what is None or not is_model_folder(what):
         if endpoint is not None or served_name is not None:
             raise ConfigError("--endpoint needs the folder of the model that is served, for its tokenizer.")
-        run_values = values | {"model.path": model, "data.train": data, "plan.file": plan}
-        recipe = cli.resolve(what, out, overrides, run_values)
+        recipe = cli.resolve(what, out, overrides, values | of_a_run)
         cli.carry_out(recipe, "evaluate", dry_run=dry_run, as_json=as_json, quiet=quiet)
         return
-    if model is not None or data is not None or plan is not None:
-        raise ConfigError("--model, --data and --plan belong to a run; a model folder is only measured.")
+    if of_a_run:
+        raise ConfigError(
+            f"Options that set {', '.join(of_a_run)} belong to a run; a model folder is only measured.",
+            hint="Leave it out, or give a recipe or --out RUN instead of the model folder.",
+        )
     if task is None and eval_data is None and not lm_eval:
         raise ConfigError(
             f"What should {what} be measured on?", hint="Give --task, --eval-data or --lm-eval."
         )
     cli.prepare(quiet)
     measures_task = task is not None or eval_data is not None
-    given = {key: value for key, value in values.items() if value is not None}
     # A recipe needs data; rows that are not there are never read.
     stand_in = {} if task is not None else {"data.train": eval_data or "-", "data.eval": eval_data or "-"}
-    recipe = cli.resolve(None, None, overrides, {"model.path": what, **stand_in, **given})
+    recipe = cli.resolve(None, None, overrides, values, {"model.path": what, **stand_in})
     results = Path(out) if out else None
     in_a_run = results is not None and not dry_run and (results / LOCK_FILE).exists()
     with working_in(results) if results is not None and in_a_run else nullcontext():

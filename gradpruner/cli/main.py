@@ -14,27 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from gradpruner._version import __version__
+from gradpruner.cli import options
 from gradpruner.cli.listing import RECIPES, recipe_names
 from gradpruner.cli.messages import complain, stop, unusable
-from gradpruner.cli.options import (
-    DataOption,
-    DryOption,
-    EvalOption,
-    FolderOption,
-    JsonOption,
-    ModelOption,
-    NameOption,
-    OutOption,
-    PlanOption,
-    PortableOption,
-    QuietOption,
-    RecipeArgument,
-    SeedOption,
-    SetOption,
-    SkipOption,
-    TaskOption,
-    TrustOption,
-)
+from gradpruner.cli.options import JsonOption, given, settled
+from gradpruner.cli.suggestions import suggest_after_run
 from gradpruner.errors import ConfigError, GradPrunerError
 
 if TYPE_CHECKING:
@@ -62,8 +46,20 @@ def resolve(
     out: str | None,
     overrides: list[str] | None,
     values: dict[str, Any],
+    defaults: dict[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe from a file, a name, or the run directory that holds one, with all overrides."""
+    """The recipe from a file, a name, or the run directory that holds one, with all overrides.
+
+    Args:
+        recipe: File or name.
+        out: Run directory.
+        overrides: What --set says; goes before everything else.
+        values: Recipe keys set by options of their own (`options.given`).
+        defaults: Recipe keys the command itself sets where nothing else does.
+
+    Raises:
+        ConfigError: If nothing says what to run, an option and --set say the same key, or a value is wrong.
+    """
     from gradpruner.runs.recipe import load_recipe
 
     path: Path | None = None
@@ -76,13 +72,13 @@ def resolve(
     elif out is not None and values.get("model.path") is None:
         stored = Path(out) / "recipe.yaml"
         path = stored if stored.exists() else None
-    given = {key: value for key, value in {**values, "out": out}.items() if value is not None}
-    if path is None and "model.path" not in given:
+    chosen = (defaults or {}) | settled(values, overrides or ()) | ({"out": out} if out is not None else {})
+    if path is None and "model.path" not in chosen:
         raise ConfigError(
             "Nothing to run: give a recipe, or --model with --data and --eval-data (or --task).",
             hint="`gradpruner run demo` runs the embedded miniature.",
         )
-    return load_recipe(path, tuple(overrides or ()), given)
+    return load_recipe(path, tuple(overrides or ()), chosen)
 
 
 def _unknown_recipe(name: str) -> NoReturn:
@@ -104,37 +100,51 @@ def _stage(name: str, summary: str) -> None:
     """Adds the command for one stage; all share their options, because all read one recipe."""
 
     def command(
-        recipe: RecipeArgument = None,
-        model: ModelOption = None,
-        data: DataOption = None,
-        eval_data: EvalOption = None,
-        task: TaskOption = None,
-        task_folder: FolderOption = None,
-        out: OutOption = None,
-        plan: PlanOption = None,
-        name_of_plan: NameOption = None,
-        seed: SeedOption = None,
-        overrides: SetOption = None,
-        trust_remote_code: TrustOption = False,
-        portable_to: PortableOption = None,
-        skip_bad: SkipOption = False,
-        dry_run: DryOption = False,
-        as_json: JsonOption = False,
-        quiet: QuietOption = False,
+        recipe: options.RecipeArgument = None,
+        model: options.ModelOption = None,
+        data: options.DataOption = None,
+        eval_data: options.EvalOption = None,
+        task: options.TaskOption = None,
+        task_folder: options.FolderOption = None,
+        out: options.OutOption = None,
+        plan: options.PlanOption = None,
+        name_of_plan: options.NameOption = None,
+        num_prune: options.NumPruneOption = None,
+        layer_fraction: options.FractionOption = None,
+        learning_rate: options.RateOption = None,
+        find_lr: options.FindRateOption = False,
+        epochs: options.EpochsOption = None,
+        lora: options.LoraOption = None,
+        train_limit: options.TrainLimitOption = None,
+        seed: options.SeedOption = None,
+        overrides: options.SetOption = None,
+        trust_remote_code: options.TrustOption = False,
+        portable_to: options.PortableOption = None,
+        skip_bad: options.SkipOption = False,
+        dry_run: options.DryOption = False,
+        as_json: options.JsonOption = False,
+        quiet: options.QuietOption = False,
     ) -> None:
-        values = {
-            "model.path": model,
-            "data.train": data,
-            "data.eval": eval_data,
-            "data.task": task,
-            "data.folder": task_folder,
-            "plan.file": plan,
-            "plan.name": name_of_plan,
-            "seed": seed,
-            "model.trust_remote_code": trust_remote_code or None,
-            "data.skip_bad": skip_bad or None,
-            "plan.portable_to": portable_to.split(",") if portable_to else None,
-        }
+        values = given(
+            model=model,
+            data=data,
+            eval_data=eval_data,
+            task=task,
+            task_folder=task_folder,
+            plan=plan,
+            name=name_of_plan,
+            num_prune=num_prune,
+            layer_fraction=layer_fraction,
+            learning_rate=learning_rate,
+            find_lr=find_lr or name == "rate",
+            epochs=epochs,
+            lora=lora,
+            train_limit=train_limit,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            skip_bad=skip_bad,
+            portable_to=portable_to.split(",") if portable_to else None,
+        )
         resolved = resolve(recipe, out, overrides, values)
         carry_out(resolved, name, dry_run=dry_run, as_json=as_json, quiet=quiet)
 
@@ -172,11 +182,11 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(record, indent=2))
     else:
-        from gradpruner.reports import print_summary
-
-        print_summary(record, console())
+        _print_record(record, until)
         where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
         console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
+        if error is None:
+            suggest_after_run(until, record, recipe.out)
     if error is not None:
         raise error
 
@@ -187,6 +197,16 @@ def tell(found: Printed, values: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(values, indent=2))
     else:
         found.show(console())
+
+
+def _print_record(record: dict[str, Any], until: str) -> None:
+    if until == "rate":
+        found = record["learning_rate"]
+        console().print(f"learning rate {found['value']:g}: {found['source']}", highlight=False)
+        return
+    from gradpruner.reports import print_summary
+
+    print_summary(record, console())
 
 
 def _written(path: Path) -> int | None:
@@ -234,6 +254,11 @@ def prepare(quiet: bool) -> None:
 _stage(
     "run",
     "Do everything and write the report.\n\nDense, pruned + merged and pruned without merging, side by side.",
+)
+_stage(
+    "rate",
+    "Find the learning rate.\n\nTunes the dense model briefly at several rates and reads their losses on "
+    "held-out training rows.",
 )
 _stage("record", "Record the LoRA gradients of the first steps.")
 _stage("score", "Record if needed, then score every layer.")
@@ -309,11 +334,13 @@ def _add_model_commands() -> None:
     from gradpruner.cli import cost as cli_cost
     from gradpruner.cli import evaluate as cli_evaluate
     from gradpruner.cli import export as cli_export
+    from gradpruner.cli import init as cli_init
     from gradpruner.cli import listing as cli_listing
     from gradpruner.cli import models as cli_models
     from gradpruner.cli import shrink as cli_shrink
     from gradpruner.cli import studies as cli_compare
 
+    cli_init.add_to(app)
     cli_listing.add_to(app)
     cli_shrink.add_to(app)
     cli_evaluate.add_to(app)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradpruner.cli.options import given
+from gradpruner.cli.suggestions import suggest
 from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,8 +80,7 @@ def prune(
                 "--repair belongs to a model folder that is pruned into a second one.",
                 hint="A run fits its own: --set plan.repair=least_squares.",
             )
-        values = {"plan.file": str(plan) if plan else None}
-        recipe = cli.resolve(source, out, overrides, values)
+        recipe = cli.resolve(source, out, overrides, given(plan=str(plan) if plan else None))
         cli.carry_out(recipe, "prune", dry_run=dry_run, as_json=as_json, quiet=quiet)
         return
     if source is None or out is not None or overrides:
@@ -194,6 +195,7 @@ def _prune_folder(
     else:
         _print_report(report)
         typer.echo(f"pruned: {destination}")
+        suggest("prune a folder", folder=destination)
 
 
 def _prune_widths(
@@ -232,6 +234,7 @@ def _prune_widths(
         if not as_json:
             _print_report(report)
             typer.echo(f"pruned: {destination}")
+            suggest("prune a folder", folder=destination)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
 

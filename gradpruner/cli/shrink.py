@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,15 +11,22 @@ from gradpruner.cli.options import (
     DryOption,
     EvalOption,
     FolderOption,
+    FractionOption,
     JsonOption,
+    LoraOption,
+    NumPruneOption,
     OutOption,
     QuietOption,
+    RateOption,
     SeedOption,
     SetOption,
     SkipOption,
     TaskOption,
+    TrainLimitOption,
     TrustOption,
+    given,
 )
+from gradpruner.errors import ConfigError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -38,10 +45,8 @@ def shrink(
     task: TaskOption = None,
     task_folder: FolderOption = None,
     out: OutOption = None,
-    num_prune: Annotated[int | None, typer.Option("--num-prune", help="Layers to remove.")] = None,
-    layer_fraction: Annotated[
-        float | None, typer.Option("--layer-fraction", help="Share of the layers to remove; 0.4 by default.")
-    ] = None,
+    num_prune: NumPruneOption = None,
+    layer_fraction: FractionOption = None,
     max_loss: Annotated[
         float | None,
         typer.Option(
@@ -51,13 +56,19 @@ def shrink(
     method: Annotated[
         str, typer.Option("--method", help="How layers are chosen (`gradpruner ls methods`).")
     ] = "gradpruner",
-    repair: Annotated[str, typer.Option("--repair", help="auto, least_squares, linear or none.")] = "auto",
+    repair: Annotated[
+        str | None,
+        typer.Option("--repair", help="auto, least_squares, linear or none.", show_default="auto"),
+    ] = None,
     recover: Annotated[
         int | None,
         typer.Option(
             "--recover", metavar="STEPS", help="Train the result for so many steps; none by default."
         ),
     ] = None,
+    learning_rate: RateOption = None,
+    lora: LoraOption = None,
+    train_limit: TrainLimitOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
     trust_remote_code: TrustOption = False,
@@ -75,19 +86,30 @@ def shrink(
     from gradpruner.cli import main as cli
     from gradpruner.runs.recipe import shrinking
 
-    values: dict[str, Any] = shrinking(model, method, repair) | {
-        "data.train": data,
-        "data.eval": eval_data,
-        "data.validation": validation_data,
-        "data.task": task,
-        "data.folder": task_folder,
-        "plan.num_prune": num_prune,
-        "plan.layer_fraction": layer_fraction,
-        "plan.max_loss": max_loss,
-        "recover.steps": recover,
-        "seed": seed,
-        "model.trust_remote_code": trust_remote_code or None,
-        "data.skip_bad": skip_bad or None,
-    }
-    recipe = cli.resolve(None, out, overrides, values)
+    defaults = shrinking(model, method)
+    values = given(
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        validation_data=validation_data,
+        task=task,
+        task_folder=task_folder,
+        num_prune=num_prune,
+        layer_fraction=layer_fraction,
+        max_loss=max_loss,
+        repair=repair,
+        recover=recover,
+        learning_rate=learning_rate,
+        lora=lora,
+        train_limit=train_limit,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        skip_bad=skip_bad,
+    )
+    recipe = cli.resolve(None, out, overrides, values, defaults)
+    if (learning_rate is not None or lora is not None) and not recipe.recover.trains:
+        raise ConfigError(
+            "--learning-rate, --lora and --full say how the result is trained, and nothing is trained.",
+            hint="Give --recover STEPS too, or leave them out.",
+        )
     cli.carry_out(recipe, "run", dry_run=dry_run, as_json=as_json, quiet=quiet)

@@ -11,16 +11,24 @@ import typer
 from gradpruner.cli.options import (
     DataOption,
     DryOption,
+    EpochsOption,
     EvalOption,
     FolderOption,
+    FractionOption,
     JsonOption,
+    LoraOption,
     ModelOption,
+    NumPruneOption,
     QuietOption,
+    RateOption,
     RecipeArgument,
     SetOption,
     SkipOption,
     TaskOption,
+    TrainLimitOption,
     TrustOption,
+    given,
+    settled,
 )
 from gradpruner.errors import ConfigError
 
@@ -73,7 +81,12 @@ def compare(
             "--unit", help="Match removed parameters or decoder_parameters.", show_default="parameters"
         ),
     ] = None,
-    mode: Annotated[str | None, typer.Option("--mode", help="Fine-tuning: full or lora.")] = None,
+    num_prune: NumPruneOption = None,
+    layer_fraction: FractionOption = None,
+    learning_rate: RateOption = None,
+    epochs: EpochsOption = None,
+    lora: LoraOption = None,
+    train_limit: TrainLimitOption = None,
     out: OutOption = "runs/compare",
     overrides: SetOption = None,
     trust_remote_code: TrustOption = False,
@@ -90,12 +103,26 @@ def compare(
     from gradpruner.cli import main as cli
     from gradpruner.runs.study import comparing
 
-    values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
-    values |= {key: value for key, value in {"plan.unit": unit, "finetune.mode": mode}.items() if value}
-    if recipe is None:
-        values["effort"] = "paper"  # methods as their papers have them; --set effort=fast repairs all
+    values = given(
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        task=task,
+        task_folder=task_folder,
+        unit=unit,
+        num_prune=num_prune,
+        layer_fraction=layer_fraction,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        lora=lora,
+        train_limit=train_limit,
+        trust_remote_code=trust_remote_code,
+        skip_bad=skip_bad,
+    )
     cli.prepare(quiet)
-    resolved = cli.resolve(recipe, None, _one_source(values, overrides), values)
+    # Methods as their papers have them; --set effort=fast repairs all.
+    defaults = {"effort": "paper"} if recipe is None else {}
+    resolved = cli.resolve(recipe, None, overrides, values, defaults)
     found = comparing.compare(
         resolved,
         out=out or comparing.FOLDER,
@@ -143,8 +170,16 @@ def ablate(
     path = _study_path(study)
     cli.prepare(quiet)
     file = read_study(path)
-    values = _given(model, data, eval_data, task, task_folder, trust_remote_code, skip_bad)
-    recipe = _base_recipe(file, path, values, _one_source(values, overrides))
+    values = given(
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        task=task,
+        task_folder=task_folder,
+        trust_remote_code=trust_remote_code,
+        skip_bad=skip_bad,
+    )
+    recipe = _base_recipe(file, path, values, overrides or [])
     plan = make_study(
         cleared(recipe),
         out=out or f"runs/{path.stem}",
@@ -185,38 +220,6 @@ def ablation_names() -> list[str]:
     return sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
 
 
-def _given(
-    model: str | None,
-    data: str | None,
-    eval_data: str | None,
-    task: str | None,
-    task_folder: str | None,
-    trust_remote_code: bool,
-    skip_bad: bool,
-) -> dict[str, Any]:
-    """Recipe keys that were given as options of their own."""
-    values = {
-        "model.path": model,
-        "data.train": data,
-        "data.eval": eval_data,
-        "data.task": task,
-        "data.folder": task_folder,
-        "model.trust_remote_code": trust_remote_code or None,
-        "data.skip_bad": skip_bad or None,
-    }
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _one_source(values: dict[str, Any], overrides: list[str] | None) -> list[str]:
-    """Overrides that take the recipe's own data out where others are given."""
-    gone: list[str] = []
-    if "data.task" in values and not {"data.train", "data.eval"} & set(values):
-        gone = ["data.train=null", "data.eval=null"]
-    elif {"data.train", "data.eval"} & set(values) and "data.task" not in values:
-        gone = ["data.task=null", "data.folder=null"]
-    return [*gone, *(overrides or ())]
-
-
 def _words(text: str, option: str) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not words:
@@ -251,7 +254,7 @@ def _base_recipe(file: StudyFile, path: Path, values: dict[str, Any], overrides:
         return cli.resolve(str(beside) if named else file.base, None, overrides, values)
     raw = {"effort": "paper", **copy.deepcopy(file.recipe or {})}
     resolve_paths(raw, path.parent)
-    return load_recipe(None, tuple(overrides), raw | values)
+    return load_recipe(None, tuple(overrides), raw | settled(values, overrides))
 
 
 def _tell(found: Outcome, out: str | Path, as_json: bool) -> None:

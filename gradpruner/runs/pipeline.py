@@ -30,6 +30,7 @@ from gradpruner.runs.evaluation_data import data_identity
 from gradpruner.runs.fitting import check_fitting
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import LABELS, STAGES, method_of
+from gradpruner.runs.rate_search import find_rate
 from gradpruner.runs.recipe import Recipe, recipe_yaml
 from gradpruner.runs.row_names import row_for, row_of_failed
 from gradpruner.runs.run_record import run_record
@@ -81,6 +82,9 @@ def run(
         directory.describe(_unnamed(job.recipe).model_dump(mode="json"), job.input_hashes())
         # As it was given: another start may have another mode, and then another learning rate.
         write_text(directory.path / "recipe.yaml", recipe_yaml(_unnamed(recipe)))
+        if recipe.find_rate:
+            find_rate(job, directory)
+            directory.describe(_unnamed(job.recipe).model_dump(mode="json"), job.input_hashes())
         return _Run(job, directory, one_plan).up_to(until)
 
 
@@ -109,7 +113,7 @@ class _Run:
     def up_to(self, until: str) -> dict[str, Any]:
         depth = STAGES.index(until)
         pruned = [v for v in self.recipe.variants if v != "dense"]
-        if self.recipe.start == "tuned":
+        if self.recipe.start == "tuned" and depth > STAGES.index("rate"):
             self.tune_dense(depth)
         if until == "record":
             self.record()
@@ -158,7 +162,7 @@ class _Run:
     def decide(self, variant: str, depth: int) -> None:
         """What a row prunes, as far as that is known before its model is made."""
         method = METHODS.find(method_of(variant))
-        if method.needs_trace:
+        if method.needs_trace and depth >= STAGES.index("record"):
             self.record()
         if method.score and depth >= STAGES.index("score"):
             self.score(method_of(variant))

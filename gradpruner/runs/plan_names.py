@@ -15,7 +15,7 @@ from typing import Any
 from gradpruner.methods import METHODS
 
 MARK = "@"
-STAGES = ("record", "score", "plan", "prune", "finetune", "evaluate", "report")
+STAGES = ("rate", "record", "score", "plan", "prune", "finetune", "evaluate", "report")
 # The rows every run can have; any other row is named after the scoring method it compares with.
 LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
 # Stages by which a row is more than a plan.
@@ -24,6 +24,7 @@ _LONGEST = 60
 # Sections and keys that make no other plan.
 _INDIFFERENT = (
     "out", "title", "effort", "variants", "keep_models", "memory", "verify", "evaluate", "plan.name",
+    "find_rate",
 )  # fmt: skip
 
 

@@ -97,7 +97,10 @@ def _of_memory(job: Job, fitting: Fitting) -> list[str]:
 def _learning_rate(job: Job) -> tuple[float | None, str]:
     """Of what trains the rows, fine-tuning or recovery after it, and where it comes from."""
     own = job.recipe.recover.learning_rate if job.recipe.start == "given" else None
-    return (own, "as given") if own else (job.recipe.finetune.learning_rate, job.rate_source)
+    if own:
+        return own, "as given"
+    found = "; where the search on held-out training rows begins" if job.recipe.find_rate else ""
+    return job.recipe.finetune.learning_rate, job.rate_source + found
 
 
 @dataclass(frozen=True, repr=False)

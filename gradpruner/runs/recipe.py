@@ -40,7 +40,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 """What a level of effort sets, by its name."""
 
 
-def shrinking(model: str, method: str = "gradpruner", repair: str = "least_squares") -> dict[str, Any]:
+def shrinking(model: str, method: str = "gradpruner", repair: str = "auto") -> dict[str, Any]:
     """Dotted keys that make a recipe one of `gradpruner shrink`: a tuned model, pruned and repaired."""
     return {
         "start": "given",
@@ -74,6 +74,9 @@ class Recipe(Section):
     """Sets what is not set otherwise. fast: prune and repair the base model, then fine-tune, which is cheaper
     than tuning the dense model. best: tune the dense model, prune and repair that, then recover with it as
     the teacher. paper (or null): as the paper does, with and without merging, no repair."""
+    find_rate: bool = False
+    """Find the learning rate first: the dense model is tuned briefly at several, doubled and halved from
+    finetune.learning_rate on, and that with the lowest loss on held-out training rows is taken."""
     start: Literal["base", "tuned", "given"] = "base"
     """What is pruned. base: the model, which is then fine-tuned. tuned: the dense model after fine-tuning.
     given: the model is tuned on the task already. After tuned and given the pruned model is trained as
@@ -114,6 +117,12 @@ class Recipe(Section):
     def _known_variants(self) -> Recipe:
         if len(set(self.variants)) != len(self.variants):
             raise ValueError("variants lists a row more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_tuned(self) -> Recipe:
+        if self.find_rate and self.start == "given":
+            raise ValueError("find_rate tunes the dense model, and with start: given that is tuned already")
         return self
 
     @model_validator(mode="after")

@@ -159,7 +159,7 @@ def run_record(
             "eval": data_facts(job.eval),
             "overlap_rows": job.overlap,
         },
-        "learning_rate": {"value": recipe.finetune.learning_rate, "source": job.rate_source},
+        "learning_rate": rate_facts(job, directory),
         "trace": trace_facts(directory),
         "scores": {found.method: score_facts(found) for found in stored_scores(directory)},
         "plans": plans,
@@ -300,6 +300,14 @@ def data_facts(examples: ExampleSet) -> dict[str, Any]:
         "sha256": examples.sha256,
         "notes": list(examples.notes),
     }
+
+
+def rate_facts(job: Job, directory: RunDirectory) -> dict[str, Any]:
+    """The learning rate, where it comes from, and the loss at every rate that was tried."""
+    tried = [directory.result(name) for name in directory.stages if name.startswith("rate ")]
+    found = sorted(filter(None, tried), key=lambda entry: float(entry["rate"]))
+    facts = {"value": job.recipe.finetune.learning_rate, "source": job.rate_source}
+    return facts | ({"tried": found} if found and job.recipe.find_rate else {})
 
 
 def trace_facts(directory: RunDirectory) -> dict[str, Any] | None:

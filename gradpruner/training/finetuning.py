@@ -23,7 +23,7 @@ from gradpruner.registry import suggest
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
-from gradpruner.training.rates import with_rate
+from gradpruner.training.rates import PAPER_RATE, with_rate
 from gradpruner.training.resume import latest_complete_checkpoint, tally_of
 from gradpruner.training.sharding import check_sharding, make_whole_, num_trainable
 from gradpruner.training.teacher import DistillationTrainer, check_teacher
@@ -47,12 +47,11 @@ def training_arguments(
         output: Folder for checkpoints; None writes none.
         logging_steps: Interval of loss values.
     """
-    assert options.learning_rate is not None  # see `rates.with_rate`
     chosen = resolve_precision(options.precision, options.device)
     final = options.final_learning_rate
     return TrainingArguments(
         output_dir=str(output) if output else str(Path(tempfile.gettempdir()) / "gradpruner-unused"),
-        learning_rate=options.learning_rate,
+        learning_rate=options.learning_rate or PAPER_RATE,  # `with_rate` knows the model and has given it
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         num_train_epochs=options.epochs,

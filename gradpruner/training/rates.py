@@ -22,6 +22,7 @@ PAPER_PARAMETERS = 6.98e9
 _FULL_POWER = 0.713
 _LORA_POWER = 0.5
 _LORA_TIMES = 10.0
+_HIGHEST = {"full": 2e-3, "lora": 3e-3}  # what was best for the smallest model that was measured
 _MOST_RATES = 12
 
 
@@ -37,13 +38,20 @@ def default_rate(parameters: int, mode: str) -> float:
     """
     smaller = PAPER_PARAMETERS / parameters
     rate = PAPER_RATE * (smaller**_FULL_POWER if mode == "full" else _LORA_TIMES * smaller**_LORA_POWER)
-    return float(f"{rate:.0e}")
+    return float(f"{min(rate, _HIGHEST[mode]):.0e}")
 
 
 def told(parameters: int, mode: str) -> str:
     """Where the default rate comes from, for people."""
-    size = f"{parameters / 1e9:.2g} B" if parameters >= 1e9 else f"{max(1, round(parameters / 1e6))} M"
-    return f"the default for {'LoRA' if mode == 'lora' else 'full fine-tuning'} of {size} decoder parameters"
+    what = "LoRA" if mode == "lora" else "full fine-tuning"
+    return f"the default for {what} of {in_millions(parameters)} decoder parameters"
+
+
+def in_millions(count: int) -> str:
+    """A number of parameters as people say it: 7.0 B, 106 M, 0.4 M."""
+    if count >= 1e9:
+        return f"{count / 1e9:.1f} B"
+    return f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count / 1e6:.1f} M"
 
 
 def with_rate(options: FinetuneOptions, model: nn.Module) -> FinetuneOptions:

@@ -1,0 +1,133 @@
+"""Finding the learning rate: the dense model tuned briefly at several rates, read on held-out training rows.
+
+Every rate is a stage of the run directory, so a search that was interrupted goes on. Evaluation rows are not
+looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+
+from gradpruner.data.encoding import EncodedDataset, encode_all
+from gradpruner.data.examples import sample
+from gradpruner.errors import NonFiniteError
+from gradpruner.methods.calibration import mean_nll
+from gradpruner.models.walking import sample_batches
+from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.evaluation_data import data_identity, with_validation
+from gradpruner.runs.job import Job
+from gradpruner.runs.together import together
+from gradpruner.training.finetuning import finetune, planned_steps
+from gradpruner.training.rates import best_rate
+
+log = logging.getLogger(__name__)
+
+STEPS = 100
+"""Optimizer steps at every rate, at most; of a shorter fine-tuning, as many as it has."""
+_BATCH = 16
+
+
+def find_rate(job: Job, directory: RunDirectory) -> list[dict[str, Any]]:
+    """Searches from the job's learning rate on, doubling and halving, and gives the job the best one.
+
+    Returns:
+        JSON values of every rate that was tried, ascending: rate, loss (None where training did not stay
+        finite), steps, seconds.
+
+    Raises:
+        DataError: If there are too few rows to hold any out.
+        NonFiniteError: If training stayed finite at no rate.
+    """
+    first = job.recipe.finetune.learning_rate
+    assert first is not None
+    inputs = _inputs(job)
+    tried: list[dict[str, Any]] = []
+
+    def loss_at(rate: float) -> float:
+        found = directory.stage(f"rate {rate:g}", inputs | {"rate": rate}, lambda: _measured(job, rate))
+        tried.append(found)
+        return math.inf if found["loss"] is None else float(found["loss"])
+
+    best = best_rate({first: loss_at(first)}, loss_at)
+    held_out = tried[0]["rows"]
+    job.set_rate(best, f"the best of {len(tried)} tried on {held_out} held-out training rows")
+    tried.sort(key=lambda entry: entry["rate"])
+    for line in table(tried, best):
+        log.info("%s", line)
+    return tried
+
+
+def table(tried: list[dict[str, Any]], best: float) -> list[str]:
+    """What was tried, as lines for a terminal."""
+    lines = [f"learning rate  loss on {tried[0]['rows']} held-out rows after {tried[0]['steps']} steps"]
+    for entry in tried:
+        loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
+        lines.append(f"{entry['rate']:<13g}  {loss}{'  (taken)' if entry['rate'] == best else ''}")
+    return lines
+
+
+def _inputs(job: Job) -> dict[str, Any]:
+    """What the loss at a rate depends on, beside the rate."""
+    same = {"report_to", "save_steps", "fsdp", "deepspeed", "learning_rate"}
+    return {
+        "model": job.model_sha256,
+        "train": data_identity(job.train),
+        "validation": data_identity(job.validation) if job.validation else job.recipe.data.validation,
+        "limit": job.recipe.data.validation_limit,
+        "max_length": job.max_length,
+        "finetune": job.recipe.finetune.model_dump(exclude=same),
+        "loading": job.recipe.model.model_dump(exclude={"path"}),
+        "seed": job.recipe.seed,
+    } | job.spread
+
+
+def _measured(job: Job, rate: float) -> dict[str, Any]:
+    """The dense model tuned at a rate, and its loss on rows it was not tuned on."""
+    held_out = _rows(job)[1]
+    try:
+        model, facts = together(job, tune_at, rate)
+        device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
+        model.eval()
+        batches = sample_batches(held_out, job.collator, device, _BATCH)  # type: ignore[arg-type]
+        loss = mean_nll(model, batches, f"tuned at {rate:g}")
+        job.release(model)
+    except NonFiniteError as error:
+        log.info("%g: %s", rate, error.message)
+        facts, loss = {"steps": _steps(job), "seconds": None}, None
+    return {"rate": rate, "loss": loss, "rows": len(held_out), **facts}
+
+
+def tune_at(job: Job, rate: float) -> tuple[Any, dict[str, Any]]:
+    """The dense model tuned briefly at a rate; every process of a job does it."""
+    updated = "float32" if job.recipe.finetune.mode == "full" and job.recipe.model.dtype == "auto" else None
+    changes = {"learning_rate": rate, "max_steps": _steps(job), "save_steps": None, "report_to": "none"}
+    model, result = finetune(
+        job.load(job.folder, dtype=updated),
+        _rows(job)[0],
+        job.training.model_copy(update=changes),
+        collator=job.collator,
+        description=f"rate {rate:g}",
+    )
+    return model, {"steps": result.steps, "seconds": round(result.seconds, 1)}
+
+
+def _steps(job: Job) -> int:
+    return min(STEPS, planned_steps(len(job.samples), job.recipe.finetune))
+
+
+def _rows(job: Job) -> tuple[EncodedDataset, EncodedDataset]:
+    """Samples to tune on, as many as the steps need, and held-out ones."""
+    recipe, tuning = job.recipe, job.recipe.finetune
+    train, held_out = job.train, job.validation
+    if held_out is None:
+        train, held_out = with_validation(recipe, train, job.tokenizer, job.max_length)
+    needed = _steps(job) * tuning.batch_size * tuning.accumulation * job.spread.get("processes", 1)
+    chosen, _ = sample(train.examples, needed, recipe.seed)
+    return (
+        EncodedDataset(encode_all(job.tokenizer, chosen, job.max_length)),
+        EncodedDataset(encode_all(job.tokenizer, held_out.examples, job.max_length)),
+    )
