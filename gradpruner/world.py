@@ -19,6 +19,7 @@ import contextlib
 import json
 import os
 import pickle
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,12 +64,14 @@ class World:
         group: What they talk through (a gloo process group); None when there is one.
         broken: Whether this one left the others in the middle of common work (Ctrl-C), or one of them is
             gone: they no longer work together.
+        steps: How many times `in_step` was called; the same on all.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     broken: bool = False
+    steps: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -110,6 +113,8 @@ class World:
             return work()
         import torch.distributed as dist
 
+        self.steps += 1
+        arrived = f"{_ARRIVED}/{self.steps}"
         failure: Exception | None = None
         try:
             result = work()
@@ -124,18 +129,15 @@ class World:
             self.broken = True
             _leave_word(error)
             raise
+        _count(arrived, 1)
         if failure is not None:
             _count_failed(1)
-        patience = PATIENCE if failure is None else GRACE
-        try:
-            self._talk(lambda: dist.monitored_barrier(self.group, timeout=patience))
-        except GoneError:
-            if failure is None:
-                raise
-            _leave_word(failure)
-            raise failure from None
-        if failure is not None:
+            if not self._all_come(arrived):  # they wait in the middle of the work, for this one
+                self.broken = True
+                _leave_word(failure)
+                raise failure
             _count_failed(-1)
+        self._talk(lambda: dist.monitored_barrier(self.group, timeout=PATIENCE))
         own = None if failure is None or isinstance(failure, _HeededError) else failure
         told = self.gathered([_told(own) if own is not None else None])
         if own is not None:
@@ -144,6 +146,15 @@ class World:
         if others:
             raise others[0]
         return result
+
+    def _all_come(self, arrived: str) -> bool:
+        """Whether all processes come to the end of the work within `GRACE`; asked of the store alone."""
+        until = time.monotonic() + GRACE.total_seconds()
+        while time.monotonic() < until:
+            if _count(arrived, 0) >= self.size:
+                return True
+            time.sleep(0.1)
+        return False
 
     def heed(self) -> None:
         """In the middle of long work `in_step` that needs no other process: ends it if another one failed.
@@ -269,7 +280,7 @@ def _gone(error: Exception) -> GoneError:
 
 
 # What is known of failures stands in the store through which the processes met; it needs nobody's answer.
-_FAILED, _WORD = "gradpruner/failed", "gradpruner/word"
+_FAILED, _WORD, _ARRIVED = "gradpruner/failed", "gradpruner/word", "gradpruner/arrived"
 
 
 def _store() -> Any:
@@ -278,9 +289,14 @@ def _store() -> Any:
     return _get_default_store()
 
 
+def _count(what: str, change: int) -> int:
+    """A number all processes keep in the store, after a change of it."""
+    return int(_talk(lambda: _store().add(what, change)))
+
+
 def _count_failed(change: int) -> int:
     """How many processes have failed in the work they are at, after a change of that number."""
-    return int(_store().add(_FAILED, change))
+    return _count(_FAILED, change)
 
 
 def _leave_word(error: BaseException) -> None:

@@ -95,6 +95,35 @@ def test_two_processes_work_together_and_hear_of_each_other_s_end():
     assert first["gone"] == ["Another process was interrupted. Start the same command again to go on.", 143]
 
 
+ALONE = """
+import sys
+from datetime import timedelta
+import gradpruner.world as module
+
+module.GRACE = timedelta(seconds=2)
+world = module.this_world()
+
+
+def fail_alone():
+    if world.rank == 1:
+        raise OSError("No such device.")
+    world.gathered([1])  # in the middle of the work, with a process that will not come
+
+
+try:
+    world.in_step(fail_alone)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(3)
+"""
+
+
+def test_an_error_that_one_process_meets_alone_in_common_work_ends_both():
+    first, second = together(ALONE, timeout=120, expect=3)
+    assert second.strip() == "OSError: No such device."
+    assert first.startswith("GoneError: Another process stopped: OSError: No such device.")
+
+
 def test_alone_nothing_is_exchanged():
     world = World()
     assert world.is_first

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from gradpruner.errors import GradPrunerError
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import Recipe
-from gradpruner.world import GoneError, this_world
+from gradpruner.world import GoneError, last_word, this_world
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,10 @@ def follow() -> int:
             world.in_step(partial(work, *arguments))
         except Exception as error:
             if world.broken:
-                raise
+                if isinstance(error, GradPrunerError):
+                    raise
+                log.debug("%s", error, exc_info=error)
+                raise last_word() or GoneError(str(error)) from error
             log.debug("%s", error, exc_info=error)  # the first process knows, and decides how to go on
 
 
