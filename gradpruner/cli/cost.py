@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.models import kept_layers
+from gradpruner.cli.executing import console, prepare
+from gradpruner.cli.models import kept_layers, num_bytes
+from gradpruner.cli.options import ENDING, Chosen, takes
 from gradpruner.errors import ConfigError, ResourceError
+from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 
 if TYPE_CHECKING:
     from gradpruner.evaluation.costing.comparison import CostComparison
     from gradpruner.evaluation.costing.figures import Figure
     from gradpruner.evaluation.costing.scaling import Scaling
     from gradpruner.evaluation.costing.subject import Subject
-    from gradpruner.evaluation.costing.workload import Workload
     from gradpruner.plans.layer_plan import PruningPlan
 
 
@@ -25,17 +28,80 @@ def add_to(app: typer.Typer) -> None:
     app.command()(cost)
 
 
+WORKLOAD: dict[str, Any] = {
+    "batch_size": Annotated[int, typer.Option(help="Sequences per step and per generation.")],
+    "tokens": Annotated[int, typer.Option(help="Tokens of every sample and prompt.")],
+    "learned_tokens": Annotated[
+        int | None, typer.Option(help="Tokens at the end of a sample that carry loss.", show_default="all")
+    ],
+    "new_tokens": Annotated[int, typer.Option(help="Tokens generated after every prompt.")],
+    "repeats": Annotated[int, typer.Option(help="Measured steps of either model.")],
+    "warmup": Annotated[int, typer.Option(help="Steps before these.")],
+    "dtype": Annotated[
+        str, typer.Option(help="Of the weights: auto (as in a run), float32, bfloat16, float16.")
+    ],
+    "device": Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")],
+    "attn": Annotated[
+        str | None,
+        typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="transformers'"),
+    ],
+    "gradient_checkpointing": Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations in training.")
+    ],
+    "rank": Annotated[int, typer.Option(help="Rank of LoRA adapters.")],
+    "seed": Annotated[int, typer.Option(help="Seed of everything random.")],
+}
+"""Options of a `Workload`, with its defaults."""
+LEFT_OUT: dict[str, Any] = {
+    "keep": Annotated[str | None, typer.Option("--keep", help="Pruned = these layers: 0-17,31.")],
+    "drop": Annotated[str | None, typer.Option("--drop", help="Pruned = without these: 18-30.")],
+    "num_prune": Annotated[
+        int | None, typer.Option("--num-prune", help="Pruned = without so many of the last layers but one.")
+    ],
+    "plan": Annotated[Path | None, typer.Option("--plan", help="Pruned = what this plan leaves.")],
+}
+"""Ways to say which layers go, instead of a pruned model."""
+SCALED: dict[str, Any] = {
+    "world_size": Annotated[
+        int | None,
+        typer.Option("--world-size", help="With --dry-run: what each of so many devices would hold."),
+    ],
+    "strategy": Annotated[
+        str | None,
+        typer.Option(
+            "--strategy", help="How it is spread: ddp, fsdp, zero1, zero2, zero3.", show_default="all"
+        ),
+    ],
+    "device_memory": Annotated[
+        str | None, typer.Option("--device-memory", help="Of each device, to say what fits: 80GB.")
+    ],
+    "optim": (
+        Annotated[
+            str, typer.Option("--optim", help="Optimizer, with --world-size: adamw_8bit, adafactor ...")
+        ],
+        "adamw_torch_fused",
+    ),
+}
+
+
+@takes(
+    f"dense pruned {' '.join(LEFT_OUT)} random mode {' '.join(SCALED)} {' '.join(WORKLOAD)} out {ENDING}",
+    keys={},
+    **LEFT_OUT,
+    **SCALED,
+    **{name: (kind, getattr(Workload, name)) for name, kind in WORKLOAD.items()},
+    out=Annotated[Path | None, typer.Option("--out", help="JSON file to write.")],
+    dry_run=(
+        Annotated[bool, typer.Option("--dry-run", help="Sizes, operations and floors; load nothing.")],
+        False,
+    ),
+)
 def cost(
     dense: Annotated[str, typer.Argument(help="Model folder, hub id, or a shape (`gradpruner ls shapes`).")],
+    chosen: Chosen,
     pruned: Annotated[
         str | None, typer.Argument(help="The pruned model, likewise; or leave layers out with an option.")
     ] = None,
-    keep: Annotated[str | None, typer.Option("--keep", help="Pruned = these layers: 0-17,31.")] = None,
-    drop: Annotated[str | None, typer.Option("--drop", help="Pruned = without these: 18-30.")] = None,
-    num_prune: Annotated[
-        int | None, typer.Option("--num-prune", help="Pruned = without so many of the last layers but one.")
-    ] = None,
-    plan: Annotated[Path | None, typer.Option("--plan", help="Pruned = what this plan leaves.")] = None,
     random: Annotated[
         bool, typer.Option("--random", help="Random weights; only config.json is read.")
     ] = False,
@@ -47,49 +113,6 @@ def cost(
             show_default="all",
         ),
     ] = None,
-    world_size: Annotated[
-        int | None,
-        typer.Option("--world-size", help="With --dry-run: what each of so many devices would hold."),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            "--strategy", help="How it is spread: ddp, fsdp, zero1, zero2, zero3.", show_default="all"
-        ),
-    ] = None,
-    device_memory: Annotated[
-        str | None, typer.Option("--device-memory", help="Of each device, to say what fits: 80GB.")
-    ] = None,
-    optim: Annotated[
-        str, typer.Option("--optim", help="Optimizer, with --world-size: adamw_8bit, adafactor ...")
-    ] = "adamw_torch_fused",
-    batch_size: Annotated[int, typer.Option(help="Sequences per step and per generation.")] = 4,
-    tokens: Annotated[int, typer.Option(help="Tokens of every sample and prompt.")] = 128,
-    learned_tokens: Annotated[
-        int | None, typer.Option(help="Tokens at the end of a sample that carry loss.", show_default="all")
-    ] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens generated after every prompt.")] = 32,
-    repeats: Annotated[int, typer.Option(help="Measured steps of either model.")] = 7,
-    warmup: Annotated[int, typer.Option(help="Steps before these.")] = 2,
-    dtype: Annotated[
-        str, typer.Option(help="Of the weights: auto (as in a run), float32, bfloat16, float16.")
-    ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    attn: Annotated[
-        str | None,
-        typer.Option(help="Attention: sdpa, eager, flash_attention_2.", show_default="transformers'"),
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations in training.")
-    ] = False,
-    rank: Annotated[int, typer.Option(help="Rank of LoRA adapters.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="JSON file to write.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Sizes, operations and floors; load nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Measure what a pruned model saves: gradpruner cost DENSE PRUNED.
 
@@ -97,19 +120,35 @@ def cost(
     depth alone allows. The two models are run in turns, each in a process of its own. With --world-size N
     --dry-run: what each of N devices holds in training, and what recording, gathering and pruning move.
     """
-    from gradpruner.cli import main as cli
     from gradpruner.evaluation.costing.comparison import measure_cost
     from gradpruner.evaluation.costing.subject import find_subject
-    from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
-    from gradpruner.json_files import write_json
 
-    cli.prepare(quiet)
-    options = {"PRUNED": pruned, "--keep": keep, "--drop": drop, "--num-prune": num_prune, "--plan": plan}
+    prepare(chosen.quiet)
+    said = chosen.others
+    scales = said["world_size"] is not None
+    _check_asked(chosen, pruned, scales)
+    workload = Workload(**{name: said[name] for name in WORKLOAD})
+    names = tuple(name.strip() for name in (mode or "").split(",") if name.strip())
+    subject = find_subject(dense, random=random or scales, fetch=not chosen.dry_run)
+    other: Any = pruned if pruned is not None else _chosen_plan(subject, said)
+    if scales:
+        _tell(_scaling(subject, workload, other, names, said), _print_scaling, chosen)
+        return
+    modes = checked_modes(names if mode is not None else MODES)
+    comparison = measure_cost(subject, other, workload, modes=modes, random=random, dry_run=chosen.dry_run)
+    _tell(comparison, _print, chosen)
+    if comparison.errors and len(comparison.errors) == 2 * len(modes):
+        raise ResourceError("Nothing could be measured; the reasons stand above.")
+
+
+def _check_asked(chosen: Chosen, pruned: str | None, scales: bool) -> None:
+    """ConfigError unless the options say one thing to compare with, and go together."""
+    said = chosen.others
+    options = {"PRUNED": pruned} | {f"--{name.replace('_', '-')}": said[name] for name in LEFT_OUT}
     given = [name for name, value in options.items() if value is not None]
-    scales = world_size is not None
-    if not scales and (strategy or device_memory):
+    if not scales and (said["strategy"] or said["device_memory"]):
         raise ConfigError("--strategy and --device-memory need --world-size.")
-    if scales and (not dry_run or pruned is not None):
+    if scales and (not chosen.dry_run or pruned is not None):
         raise ConfigError(
             "--world-size computes what devices would hold, of one model, and runs nothing.",
             hint="gradpruner cost MODEL --world-size 8 --dry-run, perhaps with --num-prune.",
@@ -119,96 +158,61 @@ def cost(
             f"{' and '.join(given) or 'No pruned model is'} given.",
             hint=f"Exactly one of {', '.join(options)} is needed.",
         )
-    workload = Workload(
-        batch_size=batch_size,
-        tokens=tokens,
-        learned_tokens=learned_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        warmup=warmup,
-        dtype=dtype,
-        device=device,
-        attn=attn,
-        gradient_checkpointing=gradient_checkpointing,
-        rank=rank,
-        seed=seed,
-    )
-    names = tuple(name.strip() for name in (mode or "").split(",") if name.strip())
-    subject = find_subject(dense, random=random or scales, fetch=not dry_run)
-    if world_size is not None:
-        asked = {"processes": world_size, "modes": names, "strategies": strategy, "memory": device_memory}
-        kept = _chosen_plan(subject, keep, drop, num_prune, plan)
-        _scale(subject, workload, kept, asked | {"optim": optim}, out, as_json)
-        return
-    modes = checked_modes(names if mode is not None else MODES)
-    other = pruned if pruned is not None else _chosen_plan(subject, keep, drop, num_prune, plan)
-    comparison = measure_cost(subject, other, workload, modes=modes, random=random, dry_run=dry_run)
-    if out is not None:
-        write_json(out, comparison.to_dict())
-    if as_json:
-        typer.echo(json.dumps(comparison.to_dict(), indent=2))
+
+
+def _tell(found: Any, show: Callable[[Any], None], chosen: Chosen) -> None:
+    """Writes and prints what was found."""
+    from gradpruner.json_files import write_json
+
+    if chosen.out is not None:
+        write_json(Path(chosen.out), found.to_dict())
+    if chosen.as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        _print(comparison)
-    if comparison.errors and len(comparison.errors) == 2 * len(modes):
-        raise ResourceError("Nothing could be measured; the reasons stand above.")
+        show(found)
 
 
-def _chosen_plan(
-    subject: Subject, keep: str | None, drop: str | None, num_prune: int | None, plan: Path | None
-) -> PruningPlan:
+def _chosen_plan(subject: Subject, said: Mapping[str, Any]) -> PruningPlan:
+    """What the options leave of a model; the default share of its layers goes where they say nothing."""
     from gradpruner.evaluation.costing.subject import plan_by_count
     from gradpruner.gradients.scores import default_num_prune
     from gradpruner.plans.layer_plan import PruningPlan
 
-    if plan is not None:
-        return PruningPlan.load(plan)
-    if num_prune is not None:
-        return plan_by_count(subject.depth, num_prune)
-    if keep is None and drop is None:
-        return plan_by_count(subject.depth, default_num_prune(subject.depth))
-    return PruningPlan.from_keep(subject.depth, kept_layers(keep, drop, subject.depth))
+    keep, drop = said["keep"], said["drop"]
+    if said["plan"] is not None:
+        return PruningPlan.load(said["plan"])
+    if keep is not None or drop is not None:
+        return PruningPlan.from_keep(subject.depth, kept_layers(keep, drop, subject.depth))
+    count = said["num_prune"]
+    return plan_by_count(subject.depth, default_num_prune(subject.depth) if count is None else count)
 
 
-def _scale(
-    subject: Subject,
-    workload: Workload,
-    plan: PruningPlan,
-    asked: dict[str, Any],
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    from gradpruner.cli.models import num_bytes
+def _scaling(
+    subject: Subject, workload: Workload, plan: PruningPlan, modes: tuple[str, ...], said: Mapping[str, Any]
+) -> Scaling:
     from gradpruner.evaluation.costing.scaling import SCALED_MODES, plan_scaling
-    from gradpruner.json_files import write_json
     from gradpruner.plans.defaults import NUM_MERGE
 
-    found = plan_scaling(
+    return plan_scaling(
         subject,
         workload,
         plan,
-        processes=asked["processes"],
-        strategies=tuple(asked["strategies"].split(",")) if asked["strategies"] else (),
-        modes=asked["modes"] or SCALED_MODES,
-        device_bytes=num_bytes(asked["memory"]) if asked["memory"] else None,
-        optim=asked["optim"],
+        processes=said["world_size"],
+        strategies=tuple(said["strategy"].split(",")) if said["strategy"] else (),
+        modes=modes or SCALED_MODES,
+        device_bytes=num_bytes(said["device_memory"]) if said["device_memory"] else None,
+        optim=said["optim"],
         num_merge=min(NUM_MERGE, len(plan.pruned)),
     )
-    if out is not None:
-        write_json(out, found.to_dict())
-    if as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
-    else:
-        _print_scaling(found)
 
 
 def _print_scaling(found: Scaling) -> None:
     from rich.table import Table
 
-    from gradpruner.cli.main import console
-    from gradpruner.reports.formats import MISSING, num_bytes
+    from gradpruner.reports import formats
 
     def size(value: int | None) -> str:
-        return MISSING if value is None else num_bytes(value)
+        return formats.MISSING if value is None else formats.num_bytes(value)
 
     have = f" ({size(found.device_bytes)})" if found.device_bytes else ""
     each = "one device" if found.processes == 1 else f"each of {found.processes} devices"
@@ -242,8 +246,6 @@ def _print_scaling(found: Scaling) -> None:
 def _print(comparison: CostComparison) -> None:
     from rich.table import Table
     from rich.text import Text
-
-    from gradpruner.cli.main import console
 
     workload, screen = comparison.workload, console()
     dense, pruned = comparison.names

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.options import (
-    EpochsOption,
-    FractionOption,
-    LoraOption,
-    NumPruneOption,
-    RateOption,
-    TrainLimitOption,
-    given,
-)
+from gradpruner.cli.executing import carry_out, console, prepare, resolve
+from gradpruner.cli.options import ENDING, KEYS, TUNING, Chosen, Number, Text, takes
 from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,22 +27,31 @@ def add_to(app: typer.Typer) -> None:
     app.command()(evaluate)
 
 
+_MEASURED = {"data.task", "data.eval", "evaluate.lm_eval"}
+_OF_A_RUN = f"model data plan num_prune layer_fraction {TUNING}"
+
+
+@takes(
+    f"what task task_folder eval_data limit lm_eval lm_eval_folder endpoint served_name out {_OF_A_RUN} seed "
+    f"overrides skip_bad trust_remote_code {ENDING}",
+    task=Annotated[Text, typer.Option("--task", help="A named task (`gradpruner ls tasks`).")],
+    eval_data=Annotated[Text, typer.Option("--eval-data", help="Rows of your own instead.")],
+    limit=Annotated[Number, typer.Option("--limit", help="This many random rows.")],
+    lm_eval=Annotated[
+        Text, typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, with commas.")
+    ],
+    lm_eval_folder=Annotated[
+        Text, typer.Option("--lm-eval-folder", help="Folder with lm-eval task files of your own.")
+    ],
+    out=Annotated[Text, typer.Option("--out", help="Run directory; for a model folder, where results go.")],
+    model=Annotated[Text, typer.Option("--model", help="Model of a run: folder or hub id.")],
+    data=Annotated[Text, typer.Option("--data", help="Training data of a run.")],
+    plan=Annotated[Text, typer.Option("--plan", help="Plan file of a run.")],
+)
 def evaluate(
+    chosen: Chosen,
     what: Annotated[
         str | None, typer.Argument(help="Model folder; or a recipe, done up to evaluation.")
-    ] = None,
-    task: Annotated[str | None, typer.Option("--task", help="A named task (`gradpruner ls tasks`).")] = None,
-    task_folder: Annotated[
-        str | None, typer.Option("--task-folder", help="Local folder with the named task's splits.")
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Rows of your own instead.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="This many random rows.")] = None,
-    lm_eval: Annotated[
-        str | None,
-        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, with commas."),
-    ] = None,
-    lm_eval_folder: Annotated[
-        str | None, typer.Option("--lm-eval-folder", help="Folder with lm-eval task files of your own.")
     ] = None,
     endpoint: Annotated[
         str | None,
@@ -58,90 +60,52 @@ def evaluate(
         ),
     ] = None,
     served_name: Annotated[str | None, typer.Option(help="What the server calls the model.")] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", help="Run directory; for a model folder, where results go.")
-    ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model of a run: folder or hub id.")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="Training data of a run.")] = None,
-    plan: Annotated[str | None, typer.Option("--plan", help="Plan file of a run.")] = None,
-    num_prune: NumPruneOption = None,
-    layer_fraction: FractionOption = None,
-    learning_rate: RateOption = None,
-    epochs: EpochsOption = None,
-    lora: LoraOption = None,
-    train_limit: TrainLimitOption = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key: evaluate.batch_size=8."),
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Drop unusable rows.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, load no weights.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Evaluate a model folder on a task: gradpruner evaluate MODEL --task arc_easy.
 
     With --lm-eval, on tasks of lm-evaluation-harness too. Without a model folder: a recipe or run directory,
     fine-tuned if needed, then every variant evaluated.
     """
-    from gradpruner.cli import main as cli
-    from gradpruner.files import LOCK_FILE, working_in
     from gradpruner.models.checking import is_model_folder
 
-    values = given(
-        task=task,
-        task_folder=task_folder,
-        eval_data=eval_data,
-        limit=limit,
-        lm_eval=lm_eval.split(",") if lm_eval else None,
-        lm_eval_folder=lm_eval_folder,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        skip_bad=skip_bad,
-    )
-    of_a_run = given(
-        model=model,
-        data=data,
-        plan=plan,
-        num_prune=num_prune,
-        layer_fraction=layer_fraction,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        lora=lora,
-        train_limit=train_limit,
-    )
     if what is None or not is_model_folder(what):
         if endpoint is not None or served_name is not None:
             raise ConfigError("--endpoint needs the folder of the model that is served, for its tokenizer.")
-        recipe = cli.resolve(what, out, overrides, values | of_a_run)
-        cli.carry_out(recipe, "evaluate", dry_run=dry_run, as_json=as_json, quiet=quiet)
+        carry_out(resolve(what, chosen, chosen.out), "evaluate", chosen)
         return
-    if of_a_run:
+    of_a_run = {KEYS[name] for name in _OF_A_RUN.split()}
+    if strange := [key for key in chosen.values if key in of_a_run]:
         raise ConfigError(
-            f"Options that set {', '.join(of_a_run)} belong to a run; a model folder is only measured.",
+            f"Options that set {', '.join(strange)} belong to a run; a model folder is only measured.",
             hint="Leave it out, or give a recipe or --out RUN instead of the model folder.",
         )
-    if task is None and eval_data is None and not lm_eval:
+    if not _MEASURED & set(chosen.values):
         raise ConfigError(
             f"What should {what} be measured on?", hint="Give --task, --eval-data or --lm-eval."
         )
-    cli.prepare(quiet)
-    measures_task = task is not None or eval_data is not None
-    # A recipe needs data; rows that are not there are never read.
-    stand_in = {} if task is not None else {"data.train": eval_data or "-", "data.eval": eval_data or "-"}
-    recipe = cli.resolve(None, None, overrides, values, {"model.path": what, **stand_in})
-    results = Path(out) if out else None
-    in_a_run = results is not None and not dry_run and (results / LOCK_FILE).exists()
-    with working_in(results) if results is not None and in_a_run else nullcontext():
-        found = _measure(recipe, measures_task, endpoint, served_name, results, dry_run)
-    if as_json:
+    prepare(chosen.quiet)
+    found = _evaluate_folder(what, chosen, endpoint, served_name)
+    if chosen.as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         _show(found)
+
+
+def _evaluate_folder(
+    what: str, chosen: Chosen, endpoint: str | None, served_name: str | None
+) -> dict[str, Any]:
+    """Measures a model folder as the options say."""
+    from gradpruner.files import LOCK_FILE, working_in
+
+    rows = chosen.values.get("data.eval")
+    # A recipe needs data; rows that are not there are never read.
+    stand_in = {} if "data.task" in chosen.values else {"data.train": rows or "-", "data.eval": rows or "-"}
+    recipe = resolve(None, chosen, defaults={"model.path": what, **stand_in})
+    measures_task = bool({"data.task", "data.eval"} & set(chosen.values))
+    results = Path(chosen.out) if chosen.out else None
+    in_a_run = results is not None and not chosen.dry_run and (results / LOCK_FILE).exists()
+    with working_in(results) if results is not None and in_a_run else nullcontext():
+        return _measure(recipe, measures_task, endpoint, served_name, results, chosen.dry_run)
 
 
 def _measure(
@@ -264,7 +228,6 @@ def _journal(
 def _show(found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    from gradpruner.cli.main import console
     from gradpruner.reports.formats import interval, percent
     from gradpruner.reports.record import FEW_EXAMPLES
     from gradpruner.reports.view import metric_label

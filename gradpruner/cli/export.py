@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradpruner.cli.executing import prepare
 from gradpruner.cli.options import JsonOption, QuietOption
 from gradpruner.errors import ConfigError, ModelError
 
@@ -48,14 +49,13 @@ def export(
 
     llama.cpp's own converter does it: pip install 'gradpruner[gguf]', or name its sources.
     """
-    from gradpruner.cli import main as cli
     from gradpruner.exports.shipped import open_model
 
     if not (gguf or ollama):
         raise ConfigError(
             "Nothing says as what to export.", hint="--gguf makes a GGUF file; --ollama a Modelfile too."
         )
-    cli.prepare(quiet)
+    prepare(quiet)
     found = open_model(model, variant)
     facts = _write(found, file, quantize, ollama, llama_cpp)
     if as_json:
@@ -159,13 +159,12 @@ def push(
     quiet: QuietOption = False,
 ) -> None:
     """Push a finished model to the hub: weights, tokenizer, model card, report. Private unless you say so."""
-    from gradpruner.cli import main as cli
     from gradpruner.exports import hub
     from gradpruner.exports.shipped import open_model
     from gradpruner.reports.formats import num_bytes
 
     hub.check_name(repo)
-    cli.prepare(quiet)
+    prepare(quiet)
     found = open_model(model, variant)
     hub.check_finished(found)
     options = hub.PushOptions(public, not no_report, base_model, licence)

@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.options import (
-    DataOption,
-    EvalOption,
-    FolderOption,
-    ModelOption,
-    TaskOption,
-    TrustOption,
-    given,
-)
+from gradpruner.cli.executing import prepare
+from gradpruner.cli.options import ROWS, Chosen, takes
 from gradpruner.cli.suggestions import suggest
 from gradpruner.errors import ConfigError
 
@@ -81,23 +74,18 @@ def add_to(app: typer.Typer) -> None:
     app.command()(init)
 
 
+@takes(f"where {ROWS} trust_remote_code")
 def init(
+    chosen: Chosen,
     where: Annotated[
         Path, typer.Argument(help=f"The recipe to write (NAME.yaml), or a folder for {RECIPE_NAME}.")
     ] = Path(),
-    model: ModelOption = None,
-    data: DataOption = None,
-    eval_data: EvalOption = None,
-    task: TaskOption = None,
-    task_folder: FolderOption = None,
-    trust_remote_code: TrustOption = False,
 ) -> None:
     """Write a first recipe for a model and rows of your own: gradpruner init --model MODEL --data ROWS.
 
     Looks at the model's config and at the rows, never at weights, and fills in what suits them. What is not
     given is looked for beside the recipe: a model folder, and files called train and test.
     """
-    from gradpruner.cli import main as cli
     from gradpruner.files import write_text
     from gradpruner.runs.recipe import check_recipe, parse_yaml
 
@@ -107,11 +95,8 @@ def init(
             f"{target} is there already, and is not overwritten.",
             hint="Give another name: gradpruner init other.yaml.",
         )
-    cli.prepare(quiet=True)
-    found = _found(
-        target.parent, given(model=model, data=data, eval_data=eval_data, task=task, task_folder=task_folder)
-    )
-    text = written(target, found, trust_remote_code)
+    prepare(quiet=True)
+    text = written(target, _found(target.parent, chosen.values))
     check_recipe(parse_yaml(text), str(target))
     write_text(target, text)
     typer.echo(f"written: {target}")
@@ -146,13 +131,12 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def written(target: Path, values: dict[str, Any], trust_remote_code: bool = False) -> str:
+def written(target: Path, values: dict[str, Any]) -> str:
     """The recipe as text.
 
     Args:
         target: Where it will be.
         values: Recipe keys of model and data.
-        trust_remote_code: Code that comes with the model may be run.
     """
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import load_config
@@ -160,9 +144,9 @@ def written(target: Path, values: dict[str, Any], trust_remote_code: bool = Fals
     from gradpruner.runs.recipe import load_recipe
     from gradpruner.training.rates import in_millions
 
-    recipe = load_recipe(None, (), values | {"model.trust_remote_code": trust_remote_code})
+    recipe = load_recipe(None, (), values)
     folder = locate_model(recipe.model.path, weights=False)
-    config = load_config(folder, trust_remote_code, weights=False)
+    config = load_config(folder, recipe.model.trust_remote_code, weights=False)
     sizes = ModelSizes(config)
     rows, longest = _rows(recipe, folder)
     trained = _training(sizes, len(rows))
@@ -187,7 +171,8 @@ def written(target: Path, values: dict[str, Any], trust_remote_code: bool = Fals
         "data_said": f"{len(rows):,} training rows of the kind {rows.format}",
     }
     text = TEMPLATE.format(**facts, **trained)
-    return text.replace("  path:", "  trust_remote_code: true\n  path:") if trust_remote_code else text
+    trusted = "  trust_remote_code: true\n" if recipe.model.trust_remote_code else ""
+    return text.replace("  path:", f"{trusted}  path:")
 
 
 def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.options import given
+from gradpruner.cli.executing import carry_out, console, prepare, resolve
+from gradpruner.cli.options import ENDING, Chosen, JsonOption, QuietOption, given, takes
 from gradpruner.cli.suggestions import suggest
 from gradpruner.errors import ConfigError
 
@@ -32,8 +34,6 @@ LevelOption = Annotated[
     str,
     typer.Option("--verify", help="full, structure (computes nothing), or auto (full if memory allows)."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -42,7 +42,13 @@ def add_to(app: typer.Typer) -> None:
         app.command()(command)
 
 
+@takes(
+    f"source destination plan trace keep drop repair max_shard_size level out overrides {ENDING}",
+    out=Annotated[str | None, typer.Option("--out", help="Run directory, to do it up to pruning.")],
+    dry_run=(Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")], False),
+)
 def prune(
+    chosen: Chosen,
     source: Annotated[
         str | None,
         typer.Argument(help="Model folder or hub id; or a recipe, done up to pruning."),
@@ -58,13 +64,6 @@ def prune(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB.")] = "5GB",
     level: LevelOption = "auto",
-    out: Annotated[str | None, typer.Option("--out", help="Run directory, to do it up to pruning.")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Prune a checkpoint on disk: gradpruner prune MODEL NEW --plan PLAN.
 
@@ -72,29 +71,20 @@ def prune(
     verified before it appears. (A plan of heads, channels and hidden dimensions does load it.) Without a
     second folder: a recipe or run directory, up to pruning.
     """
-    from gradpruner.cli import main as cli
-
     if destination is None:
         if repair is not None:
             raise ConfigError(
                 "--repair belongs to a model folder that is pruned into a second one.",
                 hint="A run fits its own: --set plan.repair=least_squares.",
             )
-        recipe = cli.resolve(source, out, overrides, given(plan=str(plan) if plan else None))
-        cli.carry_out(recipe, "prune", dry_run=dry_run, as_json=as_json, quiet=quiet)
+        chosen = replace(chosen, values=given(plan=str(plan) if plan else None))
+        carry_out(resolve(source, chosen, chosen.out), "prune", chosen)
         return
-    if source is None or out is not None or overrides:
+    if source is None or chosen.out is not None or chosen.overrides:
         raise ConfigError("--out and --set belong to a run; a model folder is pruned into the second folder.")
-    cli.prepare(quiet)
-    _prune_folder(
-        source,
-        destination,
-        _Choice(plan, trace, keep, drop, repair),
-        num_bytes(max_shard_size),
-        level,
-        dry_run,
-        as_json,
-    )
+    prepare(chosen.quiet)
+    which = _Choice(plan, trace, keep, drop, repair)
+    _prune_folder(source, destination, which, chosen, max_shard_bytes=num_bytes(max_shard_size), verify=level)
 
 
 class _Choice:
@@ -106,11 +96,11 @@ class _Choice:
         trace: Path | None,
         keep: str | None,
         drop: str | None,
-        repair: Path | None = None,
+        repair: Path | None,
     ) -> None:
-        given = [name for name, value in (("--plan", plan), ("--keep", keep), ("--drop", drop)) if value]
-        if len(given) != 1:
-            what = " and ".join(given) or "Neither --plan nor --keep nor --drop"
+        said = [name for name, value in (("--plan", plan), ("--keep", keep), ("--drop", drop)) if value]
+        if len(said) != 1:
+            what = " and ".join(said) or "Neither --plan nor --keep nor --drop"
             raise ConfigError(f"{what} given; exactly one is needed.")
         self.plan_file, self.trace_folder, self.keep, self.drop = plan, trace, keep, drop
         self.repair_folder = repair
@@ -150,57 +140,43 @@ class _Choice:
         return plan, GradientTrace.load(folder) if folder is not None and plan.needs_trace else None
 
 
-def _prune_folder(
-    source: str,
-    destination: Path,
-    choice: _Choice,
-    shard_bytes: int,
-    level: str,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen, **options: Any) -> None:
     from gradpruner.models.folder import locate_model
     from gradpruner.progress import Progress, bytes_reporter
     from gradpruner.pruning.blueprint import Blueprint
     from gradpruner.pruning.on_disk import prune_checkpoint
 
     folder = locate_model(source)
-    if choice.width_plan is not None:
-        if choice.repair_folder is not None:
+    if (widths := which.width_plan) is not None:
+        if which.repair_folder is not None:
             raise ConfigError("A plan of heads, channels and hidden dimensions has no repair.")
-        _prune_widths(folder, source, destination, choice.width_plan, dry_run, as_json)
+        _prune_widths(folder, source, destination, widths, chosen)
         return
-    plan, trace = choice.resolve(folder)
-    repair = choice.repair
+    plan, trace = which.resolve(folder)
+    repair = which.repair
     facts = Blueprint(folder, plan, trace, repair=repair).summary()
-    if not as_json:
+    if not chosen.as_json:
         _print_summary(facts, plan)
-    if dry_run:
-        if as_json:
-            typer.echo(json.dumps(facts, indent=2))
-        return
-    with Progress(max(1, facts["bytes"][1] // 10**6), "prune [MB]") as progress:
-        report = prune_checkpoint(
-            source,
-            destination,
-            plan,
-            trace,
-            max_shard_bytes=shard_bytes,
-            verify=level,
-            progress=bytes_reporter(progress),
-            repair=repair,
-        )
-    if as_json:
-        typer.echo(json.dumps(facts | {"folder": str(destination), "verified": report.to_dict()}, indent=2))
-    else:
+    if not chosen.dry_run:
+        with Progress(max(1, facts["bytes"][1] // 10**6), "prune [MB]") as progress:
+            report = prune_checkpoint(
+                source, destination, plan, trace, progress=bytes_reporter(progress), repair=repair, **options
+            )
+        facts |= _made(destination, report, chosen)
+    if chosen.as_json:
+        typer.echo(json.dumps(facts, indent=2))
+
+
+def _made(destination: Path, report: VerifyReport, chosen: Chosen) -> dict[str, Any]:
+    """Tells that a folder was made; returns what JSON adds."""
+    if not chosen.as_json:
         _print_report(report)
         typer.echo(f"pruned: {destination}")
         suggest("prune a folder", folder=destination)
+    return {"folder": str(destination), "verified": report.to_dict()}
 
 
-def _prune_widths(
-    folder: Path, source: str, destination: Path, plan: WidthPlan, dry_run: bool, as_json: bool
-) -> None:
+def _prune_widths(folder: Path, source: str, destination: Path, plan: WidthPlan, chosen: Chosen) -> None:
     from gradpruner.models.classes import model_class
     from gradpruner.models.engine_widths import judge_plan
     from gradpruner.models.engines import layer_facts
@@ -223,19 +199,14 @@ def _prune_widths(
         "savings": saved,
         "portability": [vars(verdict) for verdict in judge_plan(plan, layer_facts(config))],
     }
-    if not as_json:
+    if not chosen.as_json:
         before, after = saved["parameters"]["before"], saved["parameters"]["after"]
         typer.echo(f"{config.model_type}: {before:,} -> {after:,} parameters in {plan.num_layers} layers")
         _print_portability(facts["portability"])
-    if not dry_run:
+    if not chosen.dry_run:
         check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
-        report = prune_width_checkpoint(folder, destination, plan, name=source)
-        facts |= {"folder": str(destination), "verified": report.to_dict()}
-        if not as_json:
-            _print_report(report)
-            typer.echo(f"pruned: {destination}")
-            suggest("prune a folder", folder=destination)
-    if as_json:
+        facts |= _made(destination, prune_width_checkpoint(folder, destination, plan, name=source), chosen)
+    if chosen.as_json:
         typer.echo(json.dumps(facts, indent=2))
 
 
@@ -262,8 +233,6 @@ def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
 def _print_report(report: VerifyReport) -> None:
     from rich.table import Table
 
-    from gradpruner.cli.main import console
-
     table = Table("check", "", "found", title=f"{report.folder} ({report.level})", title_justify="left")
     marks = {True: "[green]ok[/green]", False: "[red]FAILED[/red]", None: "-"}
     for check in report.checks:
@@ -280,12 +249,11 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check a pruned model against its plan and its source: files, shapes, logits, cache, generation."""
-    from gradpruner.cli import main as cli
     from gradpruner.gradients.trace import GradientTrace
     from gradpruner.plans.layer_plan import PruningPlan
     from gradpruner.pruning.verification import verify_checkpoint
 
-    cli.prepare(True)
+    prepare(True)
     report = verify_checkpoint(
         folder,
         source,
@@ -308,10 +276,9 @@ def diff(
     quiet: QuietOption = False,
 ) -> None:
     """Store a pruned model as its difference from the source: plan, merged tensors, hashes."""
-    from gradpruner.cli import main as cli
     from gradpruner.pruning.delta import diff_checkpoint
 
-    cli.prepare(quiet)
+    prepare(quiet)
     summary = diff_checkpoint(source, pruned, destination)
     if as_json:
         typer.echo(json.dumps(vars(summary), indent=2, default=str))
@@ -332,10 +299,9 @@ def rebuild(
     quiet: QuietOption = False,
 ) -> None:
     """Make the pruned model again from its source and the difference; every hash is checked."""
-    from gradpruner.cli import main as cli
     from gradpruner.pruning.rebuilding import rebuild_checkpoint
 
-    cli.prepare(quiet)
+    prepare(quiet)
     typer.echo(f"rebuilt: {rebuild_checkpoint(source, delta, destination)}")
 
 

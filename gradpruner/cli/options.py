@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
@@ -45,22 +48,26 @@ _BUDGETS = (
     "plan.layers",
     "plan.max_loss",
 )
+_LISTS = {"portable_to", "lm_eval"}  # words with commas
 
 
 def given(**options: Any) -> dict[str, Any]:
     """The recipe keys of those options that were given."""
     if options.get("lora") is not None:
         options["lora"] = "lora" if options["lora"] else "full"
+    for name in _LISTS & set(options):
+        options[name] = options[name].split(",") if options[name] else None
     return {KEYS[name]: value for name, value in options.items() if value is not None and value is not False}
 
 
-def settled(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def settled(chosen: Chosen) -> dict[str, Any]:
     """The keys that options set, and those of a recipe that they exclude, as null.
 
     Raises:
         ConfigError: If --set sets one of them too.
     """
-    for item in overrides:
+    values = chosen.values
+    for item in chosen.overrides:
         key = item.partition("=")[0].strip()
         if key in values:
             flag = next(name for name, own in KEYS.items() if own == key).replace("_", "-")
@@ -76,63 +83,127 @@ def settled(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return dict.fromkeys(gone) | values
 
 
-RecipeArgument = Annotated[
-    str | None, typer.Argument(help="Recipe: a YAML file or the name of one (`gradpruner ls recipes`).")
-]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Model folder or hub id.")]
-DataOption = Annotated[
-    str | None, typer.Option("--data", help="Training data: file, folder or hub dataset; #N samples.")
-]
-EvalOption = Annotated[str | None, typer.Option("--eval-data", help="Evaluation data.")]
-TaskOption = Annotated[
-    str | None, typer.Option("--task", help="A named task (`gradpruner ls tasks`) instead of files.")
-]
-FolderOption = Annotated[
-    str | None, typer.Option("--task-folder", help="Local folder with the named task's splits.")
-]
-OutOption = Annotated[str | None, typer.Option("--out", help="Run directory.")]
-PlanOption = Annotated[
-    str | None, typer.Option("--plan", help="A plan file, perhaps edited, instead of the scores.")
-]
-NameOption = Annotated[
-    str | None,
-    typer.Option("--name", help="What this plan is called in the run directory: variants/<row>@NAME."),
-]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
-RateOption = Annotated[
-    float | None,
-    typer.Option("--learning-rate", help="Peak learning rate; by the model's size if not given."),
-]
-FindRateOption = Annotated[
-    bool, typer.Option("--find-lr", help="Try learning rates on held-out training rows first.")
-]
-EpochsOption = Annotated[float | None, typer.Option("--epochs", help="Passes over the training rows.")]
-NumPruneOption = Annotated[int | None, typer.Option("--num-prune", help="Layers to remove.")]
-FractionOption = Annotated[
-    float | None, typer.Option("--layer-fraction", help="Share of the layers to remove; 0.4 by default.")
-]
-LoraOption = Annotated[bool | None, typer.Option("--lora/--full", help="Train adapters, or every weight.")]
-TrainLimitOption = Annotated[
-    int | None, typer.Option("--train-limit", help="This many random training rows.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key, e.g. plan.num_prune=13."),
-]
-PortableOption = Annotated[
-    str | None,
-    typer.Option(
-        "--portable-to",
-        metavar="ENGINES",
-        help="Choose layers so that these serve the result right: vllm, sglang, llama.cpp, with commas.",
-    ),
-]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
-]
-SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Drop unusable rows instead of stopping.")]
-DryOption = Annotated[
-    bool, typer.Option("--dry-run", help="Check everything, show what would happen, load no weights.")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Text, Number = str | None, int | None
+SHARED: dict[str, Any] = {
+    "recipe": Annotated[
+        Text, typer.Argument(help="Recipe: a YAML file or the name of one (`gradpruner ls recipes`).")
+    ],
+    "model": Annotated[Text, typer.Option("--model", help="Model folder or hub id.")],
+    "data": Annotated[
+        Text, typer.Option("--data", help="Training data: file, folder or hub dataset; #N samples.")
+    ],
+    "eval_data": Annotated[Text, typer.Option("--eval-data", help="Evaluation data.")],
+    "task": Annotated[
+        Text, typer.Option("--task", help="A named task (`gradpruner ls tasks`) instead of files.")
+    ],
+    "task_folder": Annotated[
+        Text, typer.Option("--task-folder", help="Local folder with the named task's splits.")
+    ],
+    "out": Annotated[Text, typer.Option("--out", help="Run directory.")],
+    "plan": Annotated[
+        Text, typer.Option("--plan", help="A plan file, perhaps edited, instead of the scores.")
+    ],
+    "name": Annotated[
+        Text,
+        typer.Option("--name", help="What this plan is called in the run directory: variants/<row>@NAME."),
+    ],
+    "num_prune": Annotated[Number, typer.Option("--num-prune", help="Layers to remove.")],
+    "layer_fraction": Annotated[
+        float | None, typer.Option("--layer-fraction", help="Share of the layers to remove; 0.4 by default.")
+    ],
+    "learning_rate": Annotated[
+        float | None,
+        typer.Option("--learning-rate", help="Peak learning rate; by the model's size if not given."),
+    ],
+    "find_lr": Annotated[
+        bool, typer.Option("--find-lr", help="Try learning rates on held-out training rows first.")
+    ],
+    "epochs": Annotated[float | None, typer.Option("--epochs", help="Passes over the training rows.")],
+    "lora": Annotated[bool | None, typer.Option("--lora/--full", help="Train adapters, or every weight.")],
+    "train_limit": Annotated[Number, typer.Option("--train-limit", help="This many random training rows.")],
+    "seed": Annotated[Number, typer.Option("--seed", help="Seed of everything random.")],
+    "overrides": Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key, e.g. plan.num_prune=13."),
+    ],
+    "trust_remote_code": Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
+    ],
+    "portable_to": Annotated[
+        Text,
+        typer.Option(
+            "--portable-to",
+            metavar="ENGINES",
+            help="Choose layers so that these serve the result right: vllm, sglang, llama.cpp, with commas.",
+        ),
+    ],
+    "skip_bad": Annotated[bool, typer.Option("--skip-bad", help="Drop unusable rows instead of stopping.")],
+    "dry_run": Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, show what would happen, load no weights.")
+    ],
+    "as_json": JsonOption,
+    "quiet": QuietOption,
+}
+ROWS = "model data eval_data task task_folder"
+TUNING = "learning_rate epochs lora train_limit"
+ENDING = "dry_run as_json quiet"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was said by the options that `takes` gave a command."""
+
+    values: dict[str, Any]
+    """Recipe keys."""
+    recipe: str | None = None
+    out: str | None = None
+    overrides: tuple[str, ...] = ()
+    dry_run: bool = False
+    as_json: bool = False
+    quiet: bool = False
+    others: dict[str, Any] = field(default_factory=dict)
+    """Options that set no key of a recipe."""
+
+
+def takes(
+    order: str, keys: Mapping[str, str] = KEYS, **others: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command options in this order; what they say it gets as `chosen`.
+
+    Args:
+        order: Names of `SHARED`, of `others`, and of the command's own parameters, with spaces.
+        keys: Option -> recipe key, of a command that reads a recipe.
+        others: Options this command explains in its own way: an annotation, or one with a default.
+    """
+    table = {name: (kind, False if kind.__origin__ is bool else None) for name, kind in SHARED.items()}
+    table |= {name: value if isinstance(value, tuple) else (value, None) for name, value in others.items()}
+
+    def with_options(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        parameters = []
+        for name in order.split():
+            kind, default = (own[name].annotation, own[name].default) if name in own else table[name]
+            parameters.append(
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            )
+
+        @functools.wraps(command)
+        def called(**said: Any) -> None:
+            shared = {name: value for name, value in said.items() if name not in own}
+            command(**{name: said[name] for name in said if name in own}, chosen=_chosen(shared, keys))
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {one.name: one.annotation for one in parameters}
+        return called
+
+    return with_options
+
+
+def _chosen(said: dict[str, Any], keys: Mapping[str, str]) -> Chosen:
+    values = given(**{name: said.pop(name) for name in list(said) if name in keys})
+    fields = {name: said.pop(name) for name in list(said) if name in Chosen.__dataclass_fields__}
+    if "overrides" in fields:
+        fields["overrides"] = tuple(fields["overrides"] or ())
+    return Chosen(values, **fields, others=said)

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.options import (
-    DataOption,
-    DryOption,
-    EpochsOption,
-    EvalOption,
-    FolderOption,
-    FractionOption,
-    JsonOption,
-    LoraOption,
-    ModelOption,
-    NumPruneOption,
-    QuietOption,
-    RateOption,
-    RecipeArgument,
-    SetOption,
-    SkipOption,
-    TaskOption,
-    TrainLimitOption,
-    TrustOption,
-    given,
-    settled,
-)
+from gradpruner.cli.executing import command_line, console, prepare, resolve, tell
+from gradpruner.cli.options import ENDING, ROWS, TUNING, Chosen, Text, settled, takes
 from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -40,15 +21,10 @@ ABLATIONS = Path(__file__).parents[1] / "recipes" / "ablations"
 DEFAULT_METHODS = "gradpruner,last,random"
 DEFAULT_SEEDS = "0,1,2"
 
-SeedsOption = Annotated[
-    str | None, typer.Option("--seeds", help="One run each, with commas.", show_default=DEFAULT_SEEDS)
-]
-SmallerOption = Annotated[
+
+_SMALLER = Annotated[
     list[str] | None,
     typer.Option("--smaller", metavar="MODEL", help="A smaller model to fine-tune beside them; repeatable."),
-]
-OutOption = Annotated[
-    str | None, typer.Option("--out", help="Folder of the study; the same again goes on there.")
 ]
 
 
@@ -58,134 +34,80 @@ def add_to(app: typer.Typer) -> None:
     app.command()(ablate)
 
 
-def compare(
-    recipe: RecipeArgument = None,
-    model: ModelOption = None,
-    data: DataOption = None,
-    eval_data: EvalOption = None,
-    task: TaskOption = None,
-    task_folder: FolderOption = None,
-    methods: Annotated[
-        str | None,
+@takes(
+    f"recipe {ROWS} methods smaller seeds unit num_prune layer_fraction {TUNING} out overrides "
+    f"trust_remote_code skip_bad {ENDING}",
+    methods=Annotated[
+        Text,
         typer.Option(
             "--methods",
             help="Rows, with commas (`gradpruner ls methods`), or all. gradpruner: with and without merging.",
             show_default=DEFAULT_METHODS,
         ),
-    ] = None,
-    smaller: SmallerOption = None,
-    seeds: SeedsOption = None,
-    unit: Annotated[
-        str | None,
+    ],
+    smaller=_SMALLER,
+    seeds=Annotated[
+        Text, typer.Option("--seeds", help="One run each, with commas.", show_default=DEFAULT_SEEDS)
+    ],
+    unit=Annotated[
+        Text,
         typer.Option(
             "--unit", help="Match removed parameters or decoder_parameters.", show_default="parameters"
         ),
-    ] = None,
-    num_prune: NumPruneOption = None,
-    layer_fraction: FractionOption = None,
-    learning_rate: RateOption = None,
-    epochs: EpochsOption = None,
-    lora: LoraOption = None,
-    train_limit: TrainLimitOption = None,
-    out: OutOption = "runs/compare",
-    overrides: SetOption = None,
-    trust_remote_code: TrustOption = False,
-    skip_bad: SkipOption = False,
-    dry_run: DryOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
+    ],
+    out=(
+        Annotated[Text, typer.Option("--out", help="Folder of the study; the same again goes on there.")],
+        "runs/compare",
+    ),
+)
+def compare(chosen: Chosen) -> None:
     """Compare pruning methods at the same budget: gradpruner compare RECIPE --methods gradpruner,last.
 
     The dense model, every method and every seed, fine-tuned and evaluated alike; paired differences and costs
     in one table. A method that fails is a row with its error. Start it again to go on.
     """
-    from gradpruner.cli import main as cli
     from gradpruner.runs.study import comparing
 
-    values = given(
-        model=model,
-        data=data,
-        eval_data=eval_data,
-        task=task,
-        task_folder=task_folder,
-        unit=unit,
-        num_prune=num_prune,
-        layer_fraction=layer_fraction,
-        learning_rate=learning_rate,
-        epochs=epochs,
-        lora=lora,
-        train_limit=train_limit,
-        trust_remote_code=trust_remote_code,
-        skip_bad=skip_bad,
-    )
-    cli.prepare(quiet)
+    prepare(chosen.quiet)
     # Methods as their papers have them; --set effort=fast repairs all.
-    defaults = {"effort": "paper"} if recipe is None else {}
-    resolved = cli.resolve(recipe, None, overrides, values, defaults)
-    found = comparing.compare(
-        resolved,
-        out=out or comparing.FOLDER,
-        methods=_words(methods, "--methods") if methods is not None else comparing.METHODS,
-        smaller=smaller or (),
-        seeds=parsed_seeds(seeds) if seeds is not None else comparing.SEEDS,
-        dry_run=dry_run,
-        command=cli.command_line(),
-    )
-    _tell(found, out or comparing.FOLDER, as_json)
+    defaults = {"effort": "paper"} if chosen.recipe is None else {}
+    recipe = resolve(chosen.recipe, chosen, defaults=defaults)
+    asked = _asked(chosen, comparing.METHODS, (), comparing.SEEDS)
+    out = chosen.out or comparing.FOLDER
+    found = comparing.compare(recipe, out=out, **asked, dry_run=chosen.dry_run, command=command_line())
+    _tell(found, out, chosen.as_json)
 
 
+@takes(
+    f"study {ROWS} methods smaller seeds out overrides trust_remote_code skip_bad {ENDING}",
+    methods=Annotated[Text, typer.Option("--methods", help="Other rows, with commas.")],
+    smaller=_SMALLER,
+    seeds=Annotated[
+        Text, typer.Option("--seeds", help="Other seeds, with commas.", show_default="the study's")
+    ],
+    out=Annotated[Text, typer.Option("--out", help="Folder of the study.", show_default="runs/NAME")],
+)
 def ablate(
     study: Annotated[
         str, typer.Argument(help="Study: a YAML file or the name of one (`gradpruner ls ablations`).")
     ],
-    model: ModelOption = None,
-    data: DataOption = None,
-    eval_data: EvalOption = None,
-    task: TaskOption = None,
-    task_folder: FolderOption = None,
-    methods: Annotated[str | None, typer.Option("--methods", help="Other rows, with commas.")] = None,
-    smaller: SmallerOption = None,
-    seeds: Annotated[
-        str | None, typer.Option("--seeds", help="Other seeds, with commas.", show_default="the study's")
-    ] = None,
-    out: Annotated[
-        str | None, typer.Option("--out", help="Folder of the study.", show_default="runs/NAME")
-    ] = None,
-    overrides: SetOption = None,
-    trust_remote_code: TrustOption = False,
-    skip_bad: SkipOption = False,
-    dry_run: DryOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
+    chosen: Chosen,
 ) -> None:
     """Repeat an ablation of the paper, or your own: gradpruner ablate NAME --model ... --data ...
 
     A sweep over recipe keys, with seeds; one table and one figure. Start it again to go on.
     """
-    from gradpruner.cli import main as cli
     from gradpruner.runs.study import make_study, read_study
     from gradpruner.runs.study.comparing import carried_out, cleared
 
     path = _study_path(study)
-    cli.prepare(quiet)
+    prepare(chosen.quiet)
     file = read_study(path)
-    values = given(
-        model=model,
-        data=data,
-        eval_data=eval_data,
-        task=task,
-        task_folder=task_folder,
-        trust_remote_code=trust_remote_code,
-        skip_bad=skip_bad,
-    )
-    recipe = _base_recipe(file, path, values, overrides or [])
+    recipe = _base_recipe(file, path, chosen)
     plan = make_study(
         cleared(recipe),
-        out=out or f"runs/{path.stem}",
-        methods=_words(methods, "--methods") if methods is not None else file.methods,
-        smaller=smaller or file.smaller,
-        seeds=parsed_seeds(seeds) if seeds is not None else file.seeds,
+        out=chosen.out or f"runs/{path.stem}",
+        **_asked(chosen, file.methods, file.smaller, file.seeds),
         sweep=file.sweep,
         points=file.points,
         kind="ablation",
@@ -195,8 +117,20 @@ def ablate(
         plot=file.plot,
         base_folder=path.parent,
     )
-    found = carried_out(plan, dry_run=dry_run, command=cli.command_line())
-    _tell(found, plan.out, as_json)
+    found = carried_out(plan, dry_run=chosen.dry_run, command=command_line())
+    _tell(found, plan.out, chosen.as_json)
+
+
+def _asked(
+    chosen: Chosen, methods: Sequence[str] | None, smaller: Sequence[str], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Rows and seeds: what was said, otherwise these."""
+    said = chosen.others
+    return {
+        "methods": methods if said["methods"] is None else _words(said["methods"], "--methods"),
+        "smaller": said["smaller"] or smaller,
+        "seeds": seeds if said["seeds"] is None else parsed_seeds(said["seeds"]),
+    }
 
 
 def parsed_seeds(text: str) -> list[int]:
@@ -243,27 +177,25 @@ def _study_path(name: str) -> Path:
     )
 
 
-def _base_recipe(file: StudyFile, path: Path, values: dict[str, Any], overrides: list[str]) -> Recipe:
+def _base_recipe(file: StudyFile, path: Path, chosen: Chosen) -> Recipe:
     """The recipe a study starts from."""
-    from gradpruner.cli import main as cli
     from gradpruner.runs.recipe import load_recipe, resolve_paths
 
     if file.base is not None:
         beside = path.parent / file.base
         named = file.base.endswith((".yaml", ".yml")) and beside.is_file()
-        return cli.resolve(str(beside) if named else file.base, None, overrides, values)
+        return resolve(str(beside) if named else file.base, chosen)
     raw = {"effort": "paper", **copy.deepcopy(file.recipe or {})}
     resolve_paths(raw, path.parent)
-    return load_recipe(None, tuple(overrides), raw | settled(values, overrides))
+    return load_recipe(None, chosen.overrides, raw | settled(chosen))
 
 
 def _tell(found: Outcome, out: str | Path, as_json: bool) -> None:
     """Prints what a study came to; the first row that failed decides how the command ends."""
-    from gradpruner.cli import main as cli
     from gradpruner.runs.study.carrying_out import REPORT
 
-    cli.tell(found, found.study, as_json)
+    tell(found, found.study, as_json)
     if found.measured and not as_json:
-        cli.console().print(f"study done: {Path(out) / REPORT}", highlight=False)
+        console().print(f"study done: {Path(out) / REPORT}", highlight=False)
     if found.error is not None:
         raise found.error

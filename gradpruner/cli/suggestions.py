@@ -36,7 +36,7 @@ NEXT: dict[str, tuple[tuple[str, str], ...]] = {
 
 def suggest(after: str, **places: Any) -> None:
     """Prints what to do after a command; a line whose place is not known is left out."""
-    from gradpruner.cli.main import console
+    from gradpruner.cli.executing import console
 
     known = {name: shlex.quote(str(value)) for name, value in places.items() if value is not None}
     lines = []

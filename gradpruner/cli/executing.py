@@ -1,0 +1,173 @@
+"""What commands share: a recipe found and carried out, and the terminal it is told on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from gradpruner.cli.listing import RECIPES, recipe_names
+from gradpruner.cli.options import Chosen, settled
+from gradpruner.cli.suggestions import suggest_after_run
+from gradpruner.errors import ConfigError, GradPrunerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from gradpruner.printing import Printed
+    from gradpruner.runs.recipe import Recipe
+
+
+def resolve(
+    recipe: str | None, chosen: Chosen, out: str | None = None, defaults: dict[str, Any] | None = None
+) -> Recipe:
+    """The recipe from a file, a name, or the run directory that holds one, with all overrides.
+
+    Args:
+        recipe: File or name.
+        chosen: What the options said; --set goes before everything else.
+        out: Run directory.
+        defaults: Recipe keys the command itself sets where nothing else does.
+
+    Raises:
+        ConfigError: If nothing says what to run, an option and --set say the same key, or a value is wrong.
+    """
+    from gradpruner.runs.recipe import load_recipe
+
+    path: Path | None = None
+    if recipe is not None:
+        path = Path(recipe)
+        if not path.is_file() and not recipe.endswith((".yaml", ".yml")):
+            path = RECIPES / f"{recipe}.yaml"
+            if not path.exists():
+                _unknown_recipe(recipe)
+    elif out is not None and chosen.values.get("model.path") is None:
+        stored = Path(out) / "recipe.yaml"
+        path = stored if stored.exists() else None
+    values = (defaults or {}) | settled(chosen) | ({"out": out} if out is not None else {})
+    if path is None and "model.path" not in values:
+        raise ConfigError(
+            "Nothing to run: give a recipe, or --model with --data and --eval-data (or --task).",
+            hint="`gradpruner run demo` runs the embedded miniature.",
+        )
+    return load_recipe(path, chosen.overrides, values)
+
+
+def _unknown_recipe(name: str) -> NoReturn:
+    from gradpruner.registry import suggest
+
+    names = recipe_names()
+    if "/" in name and not any(known.startswith(name.split("/")[0]) for known in names):
+        raise ConfigError(
+            f"There is no recipe, model folder or other file at {name}.",
+            hint=f"Recipes that come along: {', '.join(names)}.",
+        )
+    raise ConfigError(
+        f"There is no recipe file or built-in recipe '{name}'.{suggest(name, names)}",
+        hint=f"Built in: {', '.join(names)}.",
+    )
+
+
+def carry_out(recipe: Recipe, name: str, chosen: Chosen) -> None:
+    """Does a recipe up to the stage `name`, or says what it would do."""
+    prepare(chosen.quiet)
+    if chosen.dry_run:
+        from gradpruner.runs.preview import dry_run as examined
+
+        found = examined(recipe)
+        tell(found, found.facts, chosen.as_json)
+        if found.error is not None:
+            raise found.error
+        return
+    _run(recipe, "report" if name == "run" else name, chosen.as_json)
+
+
+def _run(recipe: Recipe, until: str, as_json: bool) -> None:
+    from gradpruner.runs.pipeline import run
+
+    error: GradPrunerError | None = None
+    path = Path(recipe.out) / "run.json"
+    before = _written(path)
+    try:
+        record = run(recipe, until=until, command=command_line())
+    except GradPrunerError as failure:
+        # When only some rows failed, the record of the others was written.
+        if _written(path) == before or not _has_good_row(path):
+            raise
+        record, error = json.loads(path.read_text(encoding="utf-8")), failure
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+    else:
+        _print_record(record, until)
+        where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
+        console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
+        if error is None:
+            suggest_after_run(until, record, recipe.out)
+    if error is not None:
+        raise error
+
+
+def tell(found: Printed, values: dict[str, Any], as_json: bool) -> None:
+    """Prints a result, or its values as JSON."""
+    if as_json:
+        typer.echo(json.dumps(values, indent=2))
+    else:
+        found.show(console())
+
+
+def _print_record(record: dict[str, Any], until: str) -> None:
+    if until == "rate":
+        found = record["learning_rate"]
+        console().print(f"learning rate {found['value']:g}: {found['source']}", highlight=False)
+        return
+    from gradpruner.reports import print_summary
+
+    print_summary(record, console())
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _has_good_row(path: Path) -> bool:
+    rows = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
+    return not all(row["error"] for row in rows)
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables where nothing says how wide it is."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def command_line() -> str:
+    """How the user called this process."""
+    import shlex
+
+    return shlex.join(["gradpruner", *sys.argv[1:]])
+
+
+def prepare(quiet: bool) -> None:
+    """Progress and log lines of the process; libraries speak only when something is wrong."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from gradpruner.progress import set_mode
+
+    if quiet:
+        set_mode("quiet")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
+    logging.getLogger("gradpruner").setLevel(logging.WARNING if quiet else logging.INFO)
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
