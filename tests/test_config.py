@@ -93,7 +93,7 @@ def test_all_faults_are_told_at_once():
         ({"variants": []}, "variants:"),
         ({"evaluate": {"metrics": []}}, "evaluate.metrics:"),
         ({"finetune": {"schedule": "linaer"}}, "finetune.schedule:"),
-        ({"data": {"train": "a"}}, "give data.train and data.eval, or data.task"),
+        ({"data": {"eval": "a"}}, "give data.train, or data.task"),
         ({"data": {"task": "trec", "train": "a"}}, "exclude each other"),
         ({"data": None}, "data: Input should be a valid dictionary"),
         ({"seed": -1}, "seed:"),

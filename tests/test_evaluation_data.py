@@ -10,11 +10,11 @@ from gradpruner import reports as report
 from gradpruner.cli.main import app
 from gradpruner.data.examples import Example, Message, as_conversation
 from gradpruner.data.tasks import TASKS
-from gradpruner.errors import ConfigError, GradPrunerError
+from gradpruner.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.progress import set_mode
 from gradpruner.reports.notes import PROBE_TASKS
-from gradpruner.runs.evaluation_data import check_evaluation, load_split, metrics_of
+from gradpruner.runs.evaluation_data import check_evaluation, load_rows, load_split, metrics_of
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import check_recipe, load_recipe
@@ -53,6 +53,24 @@ def test_a_task_has_the_papers_number_of_training_rows(tmp_path, monkeypatch):
         assert len(load_split(more, "train", make_tokenizer())) == 5
     finally:
         object.__setattr__(TASKS.find("arc_easy"), "train_limit", None)
+
+
+def test_rows_to_be_measured_on_are_held_out_where_none_are_named(tmp_path):
+    tokenizer = make_tokenizer()
+    write_rows(tmp_path / "mine.jsonl", make_rows(40))
+    alone = recipe(train=f"{tmp_path}/mine.jsonl#30")
+    train, held = load_rows(alone, tokenizer)
+    ids = [{row.id for row in found.examples} for found in (train, held)]
+    assert list(map(len, ids)) == [27, 3] and not ids[0] & ids[1]
+    assert [row.id for row in load_rows(alone, tokenizer)[1].examples] == [row.id for row in held.examples]
+    limited = recipe(train=str(tmp_path / "mine.jsonl"), eval_limit=2)
+    assert len(load_rows(limited, tokenizer)[1]) == 2
+    (tmp_path / "few").mkdir()
+    write_rows(tmp_path / "few" / "train.jsonl", make_rows(9))
+    with pytest.raises(DataError, match="9 training rows are too few to hold evaluation rows"):
+        load_rows(recipe(train=str(tmp_path / "few")), tokenizer)
+    write_rows(tmp_path / "few" / "test.jsonl", make_rows(4))
+    assert list(map(len, load_rows(recipe(train=str(tmp_path / "few")), tokenizer))) == [9, 4]
 
 
 def test_chat_models_are_asked_in_conversations(tmp_path):

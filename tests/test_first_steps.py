@@ -119,6 +119,21 @@ def test_a_first_recipe_runs_as_it_is(call, tmp_path, monkeypatch):
     assert call("init")[0] == 2 and (tmp_path / "recipe.yaml").read_text() == text
 
 
+def test_a_first_recipe_of_one_file_with_numbered_labels_runs(call, tmp_path):
+    make_project(tmp_path)
+    table = [f"what a film {i},{i % 2}" for i in range(40)]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *table]), encoding="utf-8")
+    for split in ("train", "eval"):
+        (tmp_path / f"{split}.jsonl").unlink()
+    made = tmp_path / "first.yaml"
+    code, _, err = call("init", made, "--model", tmp_path / "model", "--data", tmp_path / "mine.csv")
+    assert code == 0, err
+    assert load_recipe(str(made)).data.labels == {"0": "0", "1": "1"}
+    code, out, err = call("run", made, "--set", "plan.num_prune=1", "--dry-run", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["train_rows"], json.loads(out)["eval_rows"]) == (36, 4)
+
+
 def test_a_recipe_elsewhere_finds_what_was_named_here(call, tmp_path, monkeypatch):
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)

@@ -23,6 +23,8 @@ RECIPE_NAME = "recipe.yaml"
 WANTED_STEPS = 100
 """Optimizer steps a first recipe aims at: as many as taught the tasks of docs/quality.md."""
 _MOST_EPOCHS = 10
+_UNNAMED = "number of the label: what the model is to answer; names tell it more than numbers do"
+_NOT_GIVEN = "the split of that folder or hub dataset, else a tenth of the training rows is held out"
 
 TEMPLATE = """\
 # Written by `gradpruner init`.
@@ -105,7 +107,7 @@ def init(
 
 def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """What was given, completed by what lies beside the recipe."""
-    from gradpruner.data.folders import split_files
+    from gradpruner.data.folders import has_split, split_files
     from gradpruner.models.checking import is_model_folder
 
     if "model.path" not in values:
@@ -122,12 +124,9 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         return values
     if "data.train" not in values:
         values["data.train"] = str(split_files(folder, "train")[0])
-    if "data.eval" not in values:
-        rows = Path(values["data.train"])
-        if rows.is_dir():
-            values["data.eval"] = str(rows)
-        else:
-            values["data.eval"] = str(split_files(rows.parent if rows.is_file() else folder, "eval")[0])
+    beside = Path(values["data.train"]).parent
+    if "data.eval" not in values and Path(values["data.train"]).is_file() and has_split(beside, "eval"):
+        values["data.eval"] = str(split_files(beside, "eval")[0])
     return values
 
 
@@ -138,6 +137,7 @@ def written(target: Path, values: dict[str, Any]) -> str:
         target: Where it will be.
         values: Recipe keys of model and data.
     """
+    from gradpruner.data.layouts import UnnamedLabels
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import load_config
     from gradpruner.models.sizes import ModelSizes
@@ -148,7 +148,12 @@ def written(target: Path, values: dict[str, Any]) -> str:
     folder = locate_model(recipe.model.path, weights=False)
     config = load_config(folder, recipe.model.trust_remote_code, weights=False)
     sizes = ModelSizes(config)
-    rows, longest = _rows(recipe, folder)
+    try:
+        rows, longest = _rows(recipe, folder)
+    except UnnamedLabels as error:  # written as they are, to be named by who knows what they stand for
+        values = values | {"data.labels": {label: label for label in error.labels}}
+        recipe.data.labels = values["data.labels"]
+        rows, longest = _rows(recipe, folder)
     trained = _training(sizes, len(rows))
     layers = len(sizes.layer_parameters)
     gone = round(0.4 * layers)
@@ -160,7 +165,7 @@ def written(target: Path, values: dict[str, Any]) -> str:
         "title": _scalar(f"{name} on {recipe.data.task or Path(rows.source).stem}"),
         "out": _scalar(f"runs/{re.sub(r'[^A-Za-z0-9._-]+', '-', target.stem)}"),
         "model": _scalar(_from(base, values["model.path"])),
-        "data": _data_lines(base, values),
+        "data": _data_lines(base, values, recipe.data.labels),
         "longest": longest,
         "max_length": min(2048, int(getattr(config, "max_position_embeddings", None) or 2048)),
         "layers": layers,
@@ -178,12 +183,11 @@ def written(target: Path, values: dict[str, Any]) -> str:
 def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
     """The training rows, and how long the first of them are where a tokenizer is at hand."""
     from gradpruner.data.encoding import encode_all
-    from gradpruner.runs.evaluation_data import load_split, tokenizer_of
+    from gradpruner.runs.evaluation_data import load_rows, tokenizer_of
 
     local = any(folder.glob("tokenizer*"))
     tokenizer = tokenizer_of(recipe, folder) if local else None
-    for split in ("eval", "train"):
-        rows = load_split(recipe, split, tokenizer)
+    rows, _ = load_rows(recipe, tokenizer)
     if tokenizer is None:
         return rows, "How long yours are, the dry run says."
     first = encode_all(tokenizer, rows.examples[:200], 10**6)
@@ -230,7 +234,7 @@ def _memory() -> int:
     return int(psutil.virtual_memory().total)
 
 
-def _data_lines(base: Path, values: dict[str, Any]) -> str:
+def _data_lines(base: Path, values: dict[str, Any], labels: Any) -> str:
     """The rows, as lines of the recipe."""
     said = {
         "task": ("data.task", "a named task (`gradpruner ls tasks`)"),
@@ -243,6 +247,10 @@ def _data_lines(base: Path, values: dict[str, Any]) -> str:
         if dotted in values:
             value = values[dotted] if key == "task" else _from(base, values[dotted])
             lines.append(f"  {key}: {_scalar(value)}  # {comment}")
+    if "data.train" in values and "data.eval" not in values:
+        lines.append(f"  # Rows to measure on; null: {_NOT_GIVEN}.\n  eval: null")
+    if labels:
+        lines.append(f"  labels: {json.dumps(labels)}  # {_UNNAMED}")
     return "\n".join(lines)
 
 

@@ -94,7 +94,12 @@ SHARED: dict[str, Any] = {
     "data": Annotated[
         Text, typer.Option("--data", help="Training data: file, folder or hub dataset; #N samples.")
     ],
-    "eval_data": Annotated[Text, typer.Option("--eval-data", help="Evaluation data.")],
+    "eval_data": Annotated[
+        Text,
+        typer.Option(
+            "--eval-data", help="Evaluation data; without it, rows are held out of the training data."
+        ),
+    ],
     "task": Annotated[
         Text, typer.Option("--task", help="A named task (`gradpruner ls tasks`) instead of files.")
     ],

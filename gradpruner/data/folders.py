@@ -37,14 +37,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """
     names = split_names(split)
     for name in names:
-        found = [path for path in map(folder.joinpath, _file_names(name)) if path.is_file()]
-        if len(found) > 1:
-            raise DataError(
-                f"{folder}: several files for split '{name}': {', '.join(p.name for p in found)}.",
-                hint="Pass the file you mean, or remove the others.",
-            )
-        found = found or _laid_out(folder, name)
-        if found:
+        if found := _files_of(folder, name):
             return found
     present = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*") if type_of(path))
     present += sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*") if type_of(path))
@@ -55,6 +48,29 @@ def split_files(folder: Path, split: str) -> list[Path]:
         f"the names {', '.join(names)}. Data files there: {', '.join(present[:_FILES_NAMED]) or 'none'}.",
         hint="Rename a file, or pass the file itself.",
     )
+
+
+def has_split(folder: Path, split: str) -> bool:
+    """Whether a folder holds `split` apart from its other rows.
+
+    Raises:
+        DataError: If several fit, or a shard is missing.
+    """
+    names = split_names(split)
+    if is_saved_dataset(folder):
+        return any((folder / name / "state.json").is_file() for name in names)
+    return any(bool(_files_of(folder, name)) for name in names)
+
+
+def _files_of(folder: Path, name: str) -> list[Path]:
+    """The files of a split by one of its names; [] where there are none."""
+    found = [path for path in map(folder.joinpath, _file_names(name)) if path.is_file()]
+    if len(found) > 1:
+        raise DataError(
+            f"{folder}: several files for split '{name}': {', '.join(p.name for p in found)}.",
+            hint="Pass the file you mean, or remove the others.",
+        )
+    return found or _laid_out(folder, name)
 
 
 def _file_names(name: str) -> list[str]:

@@ -191,6 +191,18 @@ def _value(fields: Mapping[str, Any], name: str) -> str:
     return text_field(fields, name, blank=isinstance(value, str))
 
 
+class UnnamedLabels(DataError):
+    """Labels are numbers, and nothing says what they stand for.
+
+    Attributes:
+        labels: The numbers, as they are written.
+    """
+
+    def __init__(self, labels: Sequence[str], message: str, hint: str) -> None:
+        super().__init__(message, hint)
+        self.labels = tuple(sorted(labels, key=int))
+
+
 def _names_given(labels: Sequence[str] | Mapping[int | str, str]) -> dict[str, str]:
     """Label as written -> name; a name may also stand in the rows itself."""
     pairs = labels.items() if isinstance(labels, Mapping) else enumerate(labels)
@@ -214,7 +226,8 @@ def _label_names(rows: RowSet, column: str, layout: Layout) -> dict[str, str]:
             continue
     labels = sorted(written)
     if labels and all(label.removeprefix("-").isdecimal() for label in labels):
-        raise DataError(
+        raise UnnamedLabels(
+            labels,
             f"{rows.source}: column '{column}' holds numbers ({', '.join(labels[:_NAMED])}) and no names.",
             hint="Name them: data.labels, a list counted from 0 ([negative, positive]) or a mapping "
             "({0: negative, 1: positive}).",

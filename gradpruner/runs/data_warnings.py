@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from gradpruner.data.chat import template_notes
 from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
-from gradpruner.runs.evaluation_data import unequal_labels
+from gradpruner.runs.evaluation_data import holds_out, unequal_labels
 from gradpruner.training.finetuning import planned_steps
 
 if TYPE_CHECKING:
@@ -42,11 +42,15 @@ def warnings_of(job: Job) -> list[str]:
         for n in vocabulary_notes(job.tokenizer, job.text, ends)
     ]
     found += [f"training data: {note}" for note in job.samples.notes()]
-    held_out = job.validation is not None and job.recipe.data.validation is None
-    if held_out and job.recipe.start == "given":
+    held_out = {
+        "validation": job.validation is not None and job.recipe.data.validation is None,
+        "eval": job.measures and holds_out(job.recipe),
+    }
+    for key in (key for key, holds in held_out.items() if holds and job.recipe.start == "given"):
+        rows = "Validation" if key == "validation" else "Evaluation"
         found.append(
-            "Validation rows are held out of the training rows, on which the model may have been tuned: "
-            "give data.validation, rows it has not seen."
+            f"{rows} rows are held out of the training rows, on which the model may have been tuned: "
+            f"give data.{key}, rows it has not seen."
         )
     return found
 

@@ -11,12 +11,17 @@ from typing import Any
 from gradpruner.data.chat_templates import choose_template, template_mark
 from gradpruner.data.encoding import usable
 from gradpruner.data.examples import Example, ExampleSet, Layout, as_conversation, load_examples
+from gradpruner.data.folders import has_split
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.runs.recipe import Recipe
+
+MOST_HELD_OUT = 1000
+"""Rows that are held out of the training rows to be measured on, at most; of fewer than ten times as many, a
+tenth."""
 
 
 def metrics_of(recipe: Recipe) -> tuple[str, ...]:
@@ -98,10 +103,34 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | Non
         rows = load_task(data.task, data.folder, named, limit, seed, skip_bad=data.skip_bad)
         found = worded(rows, tokenizer, data.chat)
     else:
-        source = data.train if split == "train" else data.eval
+        source = data.train if split == "train" or data.eval is None else data.eval
         assert source is not None
         found = _own_rows(recipe, source, split, limit)
     return _usable(recipe, found, tokenizer, max_length)
+
+
+def load_rows(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> tuple[ExampleSet, ExampleSet]:
+    """The rows to learn from and those to be measured on, held out of the former where none are named.
+
+    Raises:
+        ConfigError: If the task or a limit is unknown or out of range.
+        DataError: If rows are missing or unusable, or too few to hold any out.
+    """
+    train = load_split(recipe, "train", tokenizer, max_length)
+    if not holds_out(recipe):
+        return train, load_split(recipe, "eval", tokenizer, max_length)
+    count = min(recipe.data.eval_limit or MOST_HELD_OUT, len(train) // 10)
+    return _held_out(recipe, train, count, "evaluation", "eval")
+
+
+def holds_out(recipe: Recipe) -> bool:
+    """Whether the rows to be measured on are taken out of the training rows, since no others are there."""
+    data = recipe.data
+    if data.task is not None or data.eval is not None:
+        return False
+    assert data.train is not None
+    source = Path(data.train.rpartition("#")[0] or data.train).expanduser()
+    return source.is_file() or (source.is_dir() and not has_split(source, "eval"))
 
 
 def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
@@ -158,22 +187,28 @@ def with_validation(
     if data.validation is not None:
         found = _own_rows(recipe, data.validation, "validation", data.validation_limit)
         return train, _usable(recipe, found, tokenizer, max_length)
-    count = min(data.validation_limit, len(train) // 5)
+    return _held_out(recipe, train, min(data.validation_limit, len(train) // 5), "validation", "validation")
+
+
+def _held_out(
+    recipe: Recipe, train: ExampleSet, count: int, what: str, key: str
+) -> tuple[ExampleSet, ExampleSet]:
+    """Training rows without `count` random ones, and those."""
     if count == 0:
         raise DataError(
-            f"{len(train)} training rows are too few to hold validation rows out of them.",
-            hint="Give data.validation: a file of rows that the model was not tuned on.",
+            f"{len(train)} training rows are too few to hold {what} rows out of them.",
+            hint=f"Give data.{key}: a file of rows that the model is not tuned on.",
         )
     held_out = set(random.Random(recipe.seed).sample(range(len(train)), count))
 
     def part(wanted: bool) -> tuple[Example, ...]:
         return tuple(row for i, row in enumerate(train.examples) if (i in held_out) == wanted)
 
-    notes = (*train.notes, f"{count} rows held out for validation")
-    validation = replace(
+    notes = (*train.notes, f"{count} rows held out for {what}")
+    others = replace(
         train, examples=part(True), num_dropped=0, notes=(f"{count} of {len(train)} training rows",)
     )
-    return replace(train, examples=part(False), notes=notes), validation
+    return replace(train, examples=part(False), notes=notes), others
 
 
 def load_also(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> dict[str, ExampleSet]:

@@ -44,7 +44,7 @@ from gradpruner.runs.data_warnings import warnings_of
 from gradpruner.runs.evaluation_data import (
     check_evaluation,
     load_also,
-    load_split,
+    load_rows,
     metrics_of,
     tokenizer_of,
     with_validation,
@@ -96,9 +96,7 @@ class Job:
         self._choose_rate()
         self.tokenizer = tokenizer_of(recipe, self.folder)
         self.max_length = longest = min(recipe.data.max_length, self._max_positions())
-        self.train, self.eval = (
-            load_split(recipe, split, self.tokenizer, longest) for split in ("train", "eval")
-        )
+        self.train, self.eval = load_rows(recipe, self.tokenizer, longest)
         self.validation: ExampleSet | None = None
         if recipe.plan.max_loss is not None or recipe.data.validation is not None:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)

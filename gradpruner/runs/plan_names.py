@@ -33,10 +33,12 @@ def variant_of(row: str) -> str:
     return row.partition(MARK)[0]
 
 
-def label_of(row: str) -> str:
-    """What reports call a row of the comparison."""
+def label_of(row: str, repaired: bool = False) -> str:
+    """What reports call a row of the comparison, whose linears before cuts were refitted or not."""
     variant, _, name = row.partition(MARK)
     label = LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
+    if repaired and variant == "dropped":
+        label = "pruned + repaired"
     return f"{label} ({name})" if name else label
 
 

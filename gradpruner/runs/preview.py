@@ -46,7 +46,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "model": str(job.folder),
         "num_layers": job.num_layers,
         "num_prune": len(plan.pruned),
-        "variants": [label_of(v) for v in recipe.variants],
+        "variants": [label_of(v, job.recipe.plan.repair != "none") for v in recipe.variants],
         "train_rows": len(job.train),
         "eval_rows": len(job.eval),
         "format": job.train.format,

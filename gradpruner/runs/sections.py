@@ -35,7 +35,8 @@ class DataSection(Section):
     train: str | None = None
     """File, folder or hub dataset to fine-tune on; "path#N" samples N rows. JSONL, JSON, CSV, parquet."""
     eval: str | None = None
-    """The same, to evaluate on."""
+    """The same, to evaluate on. null: the split of that folder or hub dataset; where it has none, a tenth of
+    the training rows, 1,000 at most, is held out and not trained on."""
     task: str | None = None
     """A named task (`gradpruner ls tasks`) instead of files."""
     folder: str | None = None
@@ -71,8 +72,8 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSection:
-        if self.task is None and (self.train is None or self.eval is None):
-            raise ValueError("give data.train and data.eval, or data.task")
+        if self.task is None and self.train is None:
+            raise ValueError("give data.train, or data.task")
         if self.task is not None and (self.train is not None or self.eval is not None):
             raise ValueError("data.task and data.train / data.eval exclude each other")
         own = [name for name in ("columns", "prompt", "completion", "labels") if getattr(self, name)]

@@ -192,7 +192,7 @@ def described(name: str, directory: RunDirectory) -> dict[str, Any]:
     found = {part: directory.result(stage.format(name)) for part, stage in PARTS.items()}
     also = {stage: directory.result(stage) for stage in directory.stages if stage.startswith(further)}
     return {
-        "label": label_of(name),
+        "label": label_of(name, found["repair"] is not None),
         "plan": None,
         **found,
         "also": {stage.removeprefix(further): result for stage, result in also.items() if result is not None},
