@@ -40,7 +40,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradpruner.gradients.trace import LinearRef, factor_bytes, factor_file
+from gradpruner.gradients.trace import LinearRef, factor_file
 from gradpruner.models.memory import PeakMemory
 from gradpruner.provenance import provenance
 from gradpruner.training.recording import GradientRecorder, attach_lora, find_lora_linears
@@ -137,7 +137,8 @@ def saved_hook(training: Training, folder: Path) -> Hook:
 def kept_bytes(variant: str, linears: list[LinearRef]) -> int:
     """Bytes of the tensors a variant holds between steps, at most."""
     if variant == "recorder":  # two steps' factors in flight; an energy per linear and step is 8 bytes
-        return factor_bytes(linears, 2) + 8 * len(linears)
+        sizes = sum(ref.rank * (ref.in_features + ref.out_features) for ref in linears)
+        return 2 * 4 * sizes + 8 * len(linears)
     return 4 * sum(ref.out_features * ref.in_features for ref in linears) if variant == "dense" else 0
 
 

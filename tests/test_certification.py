@@ -11,8 +11,6 @@ from gradpruner.plans.certification import (
     _limits,
     _margin,
     certify,
-    cliff,
-    isotonic,
     largest_certified,
     relative_loss_bound,
 )
@@ -330,44 +328,3 @@ def test_looking_without_a_budget_would_not_keep_it():
                 break
             high = middle
     assert wrong / runs > 0.14
-
-
-# The cliff and the isotonic fit
-
-
-def test_the_cliff_is_the_first_increment_above_three_medians():
-    # Increments 1, 2, 1, 4, 1, 9: median 1.5, so 4 is below 4.5 and 9 above.
-    assert cliff([0, 1, 3, 4, 8, 9, 18]) == 6
-    assert cliff([0, 1, 3, 4, 8.6, 9.6, 18]) == 4
-    assert cliff([0, 1, 2, 3]) is None
-    assert cliff([0, 0, 0, 0, 5]) == 4
-    assert cliff([3, 2, 1, 0.5]) is None, "a cost that falls is no cliff"
-    with pytest.raises(ShapeError, match="at least 2 numbers"):
-        cliff([1.0])
-    with pytest.raises(DataError, match="NaN or infinite"):
-        cliff([0.0, math.nan])
-
-
-def test_isotonic_pools_neighbours():
-    assert isotonic([1, 3, 2, 4]).tolist() == [1, 2.5, 2.5, 4]
-    assert isotonic([3, 2, 1]).tolist() == [2, 2, 2]
-    assert isotonic([1, 2, 3]).tolist() == [1, 2, 3]
-    # 4 and 1 pool to 2.5, below the 3 before them: all three to 8 / 3.
-    assert isotonic([3, 4, 1]).tolist() == pytest.approx([8 / 3] * 3)
-    assert isotonic([4, 1], weights=[1, 3]).tolist() == [1.75, 1.75]
-    with pytest.raises(ShapeError, match="2 values and 1 weights"):
-        isotonic([1, 2], weights=[1])
-    with pytest.raises(DataError, match="must be above 0"):
-        isotonic([1, 2], weights=[1, 0])
-
-
-def test_isotonic_is_the_minimax_of_means():
-    """The textbook formula: at i the largest, over j <= i, of the smallest mean of j to k, over k >= i."""
-    generator = np.random.default_rng(9)
-    values, weights = generator.normal(size=15), generator.uniform(0.2, 3, size=15)
-
-    def mean(j: int, k: int) -> float:
-        return float(np.average(values[j : k + 1], weights=weights[j : k + 1]))
-
-    expected = [max(min(mean(j, k) for k in range(i, 15)) for j in range(i + 1)) for i in range(15)]
-    assert isotonic(values, weights).tolist() == pytest.approx(expected)

@@ -179,7 +179,8 @@ def test_tasks_of_the_harness_in_a_run(project, monkeypatch):
     }
     asked = []
     monkeypatch.setattr("gradpruner.evaluation.harness.check_harness", lambda *a: asked.append(a))
-    monkeypatch.setattr("gradpruner.runs.work.evaluate_harness", lambda *a, **k: asked.append(k) or found)
+    harness = "gradpruner.evaluation.harness"
+    monkeypatch.setattr(f"{harness}.evaluate_harness", lambda *a, **k: asked.append(k) or found)
     record = run(
         load_recipe(project, ("evaluate.lm_eval=[t]", "evaluate.also=[]", "evaluate.lm_eval_limit=9"))
     )

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+import yaml
 from builders import make_llama
 from conftest import make_trace
 from rich.console import Console
@@ -24,7 +25,7 @@ from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 from gradpruner.reports import markdown_table, print_summary, render_html
 from gradpruner.reports.record import read_record
 from gradpruner.runs.directory import MANIFEST, RunDirectory
-from gradpruner.runs.recipe import load_recipe
+from gradpruner.runs.recipe import check_recipe, load_recipe, recipe_yaml
 
 SCRIPT = "<script>alert(1)</script>"
 ODD = [
@@ -273,7 +274,8 @@ def test_recipe_values_of_any_kind(tmp_path):
     for _ in range(500):
         (tmp_path / "r.yaml").write_text(changed(value, draw))
         with contextlib.suppress(ConfigError):
-            load_recipe(tmp_path / "r.yaml")
+            recipe = load_recipe(tmp_path / "r.yaml")
+            assert check_recipe(yaml.safe_load(recipe_yaml(recipe))) == recipe
 
 
 @pytest.mark.parametrize("method", ["x\n# Title", "x" * 300, 5, None, ["x"], "\x1b[31m"])

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradpruner.gradients.importance import Factors, element_importance, simulated_gradient
+from gradpruner.gradients.importance import Factors, element_importance
 from gradpruner.gradients.scores import LayerScores, rank_stability, score_layers
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo, gram_energies
 from gradpruner.gradients.trace_writer import TraceWriter
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.merging import Source, merge_linear, signs_agree, top_density_mask
+from gradpruner.plans.merging import Source, mark_top_, merge_linear, signs_agree
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.training.adapters import attach_lora, find_lora_linears
@@ -55,7 +55,8 @@ def two_linear_trace():
 
 def test_equation_2_simulated_gradient():
     for b, a, expected in zip(GRAD_B, GRAD_A, SIMULATED, strict=True):
-        assert simulated_gradient(b, a).tolist() == expected
+        squared = torch.tensor(expected) ** 2  # at one step the matrix of Eq. 3 is its square
+        assert torch.equal(element_importance(b[None], a[None]), squared)
 
 
 def test_equation_3_igia_matrix():
@@ -75,7 +76,7 @@ def test_equation_4_with_the_released_codes_norm():
 
 def test_equation_4_needs_no_dense_matrix():
     b, a = torch.randn(6, 50, 8), torch.randn(6, 8, 70)
-    dense = torch.stack([simulated_gradient(*pair) for pair in zip(b, a, strict=True)]).double()
+    dense = (b @ a).double()
     torch.testing.assert_close(gram_energies(b, a), dense.square().sum((1, 2)), rtol=1e-6, atol=0)
 
 
@@ -191,13 +192,17 @@ def test_section_2_3_t_is_one_percent_of_the_steps_but_at_least_forty():
 
 def test_sparsification_keeps_exactly_the_floor_of_p_percent():
     importance = torch.arange(49.0).reshape(7, 7)
-    mask = top_density_mask(importance, 0.2)
+    survived = torch.zeros(7, 7, dtype=torch.uint8)
+    mark_top_(importance, 0.2, survived, bit=0)
+    mask = survived.bool()
     assert int(mask.sum()) == 9  # 9.8
     assert bool(mask[importance >= 40].all())
 
 
 def test_sparsification_of_equal_entries_keeps_the_first():
-    assert top_density_mask(row(1, 7, 1, 1, 1), 0.6).tolist() == [[True, True, True, False, False]]
+    survived = torch.zeros(1, 5, dtype=torch.uint8)
+    mark_top_(row(1, 7, 1, 1, 1), 0.6, survived, bit=0)
+    assert survived.tolist() == [[1, 1, 1, 0, 0]]
 
 
 def test_sparsification_leaves_the_retained_layer_whole():

@@ -43,7 +43,7 @@ from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.repair import REPAIR_FILE, WEIGHTS_FILE, Repair, RepairedCut, cuts_of, unrepaired
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import FEWEST_ROWS, HELD_OUT, TOKENS_PER_REGRESSOR, enough_rows, fit_repair
-from gradpruner.pruning.ridge import ChannelSums, Sums, choose_update, ridge_update
+from gradpruner.pruning.ridge import ChannelSums, Sums, choose_update
 
 ROWS = 40
 KINDS = ("linear", "least_squares")
@@ -94,7 +94,7 @@ def test_sums_and_error_of_an_update():
 @pytest.mark.parametrize("ridge", [1e-6, 0.1, 10.0])
 def test_ridge_update_is_the_minimum(ridge):
     x, r, w = tokens(60)
-    update = ridge_update(summed(x, r, w), ridge).numpy()
+    update = summed(x, r, w).solve(ridge).numpy()
     gram = (w[:, None] * x).T @ x
     rho = ridge * np.trace(gram) / 5
     expected = np.linalg.solve(gram + rho * np.eye(5), (w[:, None] * x).T @ r).T
@@ -114,7 +114,7 @@ def test_channels_are_regressions_of_their_own():
     sums.take(other)
     gram = (w[:, None] * x * x).sum(0)
     expected = (w[:, None] * x * r).sum(0) / (gram + 0.3 * gram.mean())
-    update = ridge_update(sums, 0.3)
+    update = sums.solve(0.3)
     np.testing.assert_allclose(update, expected, rtol=1e-12)
     assert sums.tokens == 50
     assert sums.error(update) == pytest.approx((w[:, None] * (r - x * expected) ** 2).sum() / 50)
@@ -178,8 +178,8 @@ def test_nan_is_not_taken_for_no_help(bad, where):
 def test_a_ridge_too_small_for_the_system_is_refused():
     x, r, w = tokens(3, regressors=40)  # three tokens say nothing about most of 40 regressors
     with pytest.raises(ConfigError, match="too small"):
-        ridge_update(summed(x, r, w), 1e-30)
-    assert bool(ridge_update(Sums.empty(5, 3), 0.1).eq(0).all())
+        summed(x, r, w).solve(1e-30)
+    assert bool(Sums.empty(5, 3).solve(0.1).eq(0).all())
 
 
 # ----- one cut against numpy -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import nn
 
 from gradpruner.errors import DataError, ModelError, NonFiniteError
 from gradpruner.models.layers import LayeredModel
-from gradpruner.models.walking import Walk, drawn, output_linear, output_of, sample_batches
+from gradpruner.models.walking import Walk, drawn, output_of, sample_batches
 from gradpruner.pruning.in_memory import prune_
 
 CPU = torch.device("cpu")
@@ -209,10 +209,9 @@ def test_the_last_linear_is_found_and_its_factor():
     assert (output.name, output.factor, output.offset) == ("mlp.down_proj", 1.0, None)
     assert output.weight.shape == (32, 48)
     granite = make_family_model("granite", residual_multiplier=0.22)
-    output, walk, state = found_output(granite)
+    output, _, _ = found_output(granite)
     assert output.name == "mlp.down_proj"
     assert output.factor == pytest.approx(0.22, rel=1e-5)
-    assert output_linear(LayeredModel(granite), walk, 2, state[0]) == (output.name, output.factor)
 
 
 @pytest.mark.parametrize(
@@ -226,11 +225,9 @@ def test_the_last_linear_is_found_and_its_factor():
 def test_a_norm_behind_the_last_linear_is_found_and_what_it_adds_to_its_weight(model_type, name, offset):
     model = make_family_model(model_type)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    output, walk, state = found_output(model)
+    output, _, _ = found_output(model)
     assert (output.name, output.factor, output.offset) == (name, 1.0, offset)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-    with pytest.raises(ModelError, match="a norm follows"):
-        output_linear(LayeredModel(model), walk, 2, state[0])
 
 
 def test_massive_activations_in_16_bits_do_not_hide_the_output():

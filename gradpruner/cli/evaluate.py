@@ -118,13 +118,13 @@ def _measure(
 ) -> dict[str, Any]:
     """Measures one model folder as a recipe's `evaluate` section says; returns what is to be shown."""
     from gradpruner.evaluation.endpoint import Endpoint
-    from gradpruner.evaluation.harness import evaluate_harness
     from gradpruner.evaluation.quality import evaluate as measure
     from gradpruner.json_files import write_json
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import check_loadable
     from gradpruner.provenance import provenance
     from gradpruner.runs.evaluation_data import (
+        asked_of_harness,
         check_evaluation,
         load_split,
         metrics_of,
@@ -161,17 +161,9 @@ def _measure(
         if out:
             result.write_examples(out / ANSWERS)
     elif options.lm_eval:
-        model = _load(recipe, folder)
+        model = recipe.model.load(folder)
     if options.lm_eval:
-        found["lm_eval"] = evaluate_harness(
-            model,
-            tokenizer,
-            options.lm_eval,
-            folder=options.lm_eval_folder,
-            batch_size=options.batch_size,
-            limit=options.lm_eval_limit,
-            seed=recipe.seed,
-        )
+        found["lm_eval"] = asked_of_harness(recipe, model, tokenizer)
     found["provenance"] = provenance(recipe.seed)
     if out:
         write_json(out / SCORES, found)
@@ -189,22 +181,9 @@ def measure_folder(
     from gradpruner.world import this_world
 
     tokenizer = tokenizer_of(recipe, folder)
-    model = _load(recipe, folder)
+    model = recipe.model.load(folder)
     options = options_of(recipe, metrics_of(recipe), recipe.data.max_length)
     return model, measure(model, tokenizer, rows, options, journal=journal, world=this_world())
-
-
-def _load(recipe: Recipe, folder: Path) -> Any:
-    from gradpruner.models.loading import load_model
-
-    choice = recipe.model
-    return load_model(
-        folder,
-        dtype=choice.dtype,
-        device=choice.device,
-        attn_implementation=choice.attn_implementation,
-        trust_remote_code=choice.trust_remote_code,
-    )
 
 
 def _journal(

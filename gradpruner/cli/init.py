@@ -89,7 +89,8 @@ def init(
     given is looked for beside the recipe: a model folder, and files called train and test.
     """
     from gradpruner.files import write_text
-    from gradpruner.runs.recipe import check_recipe, parse_yaml
+    from gradpruner.runs.recipe import check_recipe
+    from gradpruner.runs.yaml_files import parse_yaml
 
     target = where if where.suffix in (".yaml", ".yml") else where / RECIPE_NAME
     if os.path.lexists(target):

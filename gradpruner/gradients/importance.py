@@ -47,22 +47,6 @@ class Factors:
         return self.grad_b_SOR.shape[1], self.grad_a_SRI.shape[2]
 
 
-def simulated_gradient(grad_b_OR: Tensor, grad_a_RI: Tensor) -> Tensor:
-    """Simulated gradient of one weight at one step, the product of its two LoRA gradients.
-
-    Args:
-        grad_b_OR: Gradient of LoRA B, shape (out_features, rank).
-        grad_a_RI: Gradient of LoRA A, shape (rank, in_features).
-
-    Returns:
-        Shape (out_features, in_features), float32. Not a gradient of anything: its scale depends on
-        the LoRA scaling, which enters twice.
-
-    Source: GradPruner, Eq. 2.
-    """
-    return grad_b_OR.float() @ grad_a_RI.float()
-
-
 def element_importance(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
     """Mean squared simulated gradient of every entry of one linear weight (the IGIA matrix).
 
@@ -112,20 +96,7 @@ def row_energies(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
 
 
 def column_energies(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
-    """Squared simulated gradient at every step, summed along the columns; see `row_energies`.
-
-    Args:
-        grad_b_SOR: Gradients of LoRA B, shape (steps, out_features, rank), any float dtype.
-        grad_a_SRI: Gradients of LoRA A, shape (steps, rank, in_features).
-
-    Returns:
-        Shape (steps, in_features), float64, >= 0.
-
-    Raises:
-        ShapeError: If the two disagree on steps or rank.
-
-    Source: GradPruner, Eq. 2-3.
-    """
+    """The same summed along the columns, shape (steps, in_features); see `row_energies`."""
     Factors(grad_b_SOR, grad_a_SRI)
     b_SOR, a_SRI = grad_b_SOR.double(), grad_a_SRI.double()
     return (((b_SOR.mT @ b_SOR) @ a_SRI) * a_SRI).sum(dim=1).clamp_min(0)

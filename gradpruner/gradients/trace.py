@@ -376,11 +376,6 @@ def factor_file(folder: Path, step: int) -> Path:
     return folder / "factors" / f"step-{step + 1:05d}.safetensors"
 
 
-def factor_bytes(linears: Sequence[LinearRef], steps: int) -> int:
-    """Bytes of the factor history in float32: 4 * rank * (in + out) per linear and step."""
-    return 4 * steps * sum(ref.rank * (ref.in_features + ref.out_features) for ref in linears)
-
-
 def same_model(one: str, other: str) -> bool:
     """Whether two `layers.fingerprint`s can be those of one model.
 

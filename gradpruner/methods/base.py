@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.plans.layer_plan import MIN_KEPT
+from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan
 from gradpruner.plans.reading import Plan
-from gradpruner.plans.selection import Fits
+from gradpruner.plans.selection import Fits, plan_pruning
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.registry import Registry
 from gradpruner.training.options import FinetuneOptions, validated
@@ -95,6 +95,11 @@ class MethodContext:
                 f"num_keep is {self.num_keep}; {MIN_KEPT} to {self.num_layers} layers can be kept."
             )
         return self.num_keep
+
+    def plan_by(self, scores: LayerScores, **which: Any) -> PruningPlan:
+        """What scores lead to where nothing is merged; `which` as for `plan_pruning`."""
+        known = {"num_merge": 0, "protect_first": 0, "protect": self.protected, "fits": self.fits}
+        return plan_pruning(scores, **known, **which)  # type: ignore[arg-type]
 
     def budget(self) -> int:
         """`num_remove`, likewise; PlanError if it is negative."""

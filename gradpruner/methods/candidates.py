@@ -11,7 +11,6 @@ from gradpruner.errors import GradPrunerError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.selection import plan_pruning
 
 Family = Literal["gate", "gate_pairwise", "gradpruner", "shortgpt", "task_loss", "last", "random", "window"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
@@ -87,7 +86,7 @@ def make_pool(
         names = (*known.names, name) if known else (name,)
         found[plan.pruned] = Candidate(names, known.plan if known else plan)
 
-    planned = partial(_planned, context, num_prune)
+    planned = partial(context.plan_by, num_prune=num_prune)
     for name in singles[: size - 1 if "window" in kinds and size > 1 else size]:
         try:
             add(name, planned(_scores(context, name, task_loss_samples)))
@@ -117,17 +116,6 @@ def _scores(context: MethodContext, family: str, task_loss_samples: int) -> Laye
     return method.score(replace(context, options=method.read_options(name, raw)))
 
 
-def _planned(context: MethodContext, num_prune: int, scores: LayerScores) -> PruningPlan:
-    return plan_pruning(
-        scores,
-        num_prune=num_prune,
-        num_merge=0,
-        protect_first=0,
-        protect=context.protected,
-        fits=context.fits,
-    )
-
-
 def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[int, PruningPlan]]:
     """First layer and plan of neighbours that can go, those that turn the state least first."""
     scores = METHODS.find("angular").score
@@ -141,14 +129,7 @@ def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[int, Prun
             continue
         layers = range(start, start + num_prune)
         try:
-            plan = plan_pruning(
-                replace(measured, method="window"),
-                layers=layers,
-                num_merge=0,
-                protect_first=0,  # the context knows all that is protected
-                protect=context.protected,
-                fits=context.fits,
-            )
+            plan = context.plan_by(replace(measured, method="window"), layers=layers)
         except PlanError:
             continue  # it touches a protected layer, or others would not fit
         taken.append(start)

@@ -21,9 +21,8 @@ from gradpruner.methods.sleb import cheapest_first, ranked
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches
 from gradpruner.plans.layer_plan import MIN_KEPT
-from gradpruner.plans.selection import plan_pruning
 from gradpruner.progress import Progress
-from gradpruner.pruning.ridge import AnySums, ChannelSums, Sums, ridge_update
+from gradpruner.pruning.ridge import AnySums, ChannelSums, Sums
 
 States = list[Tensor]
 """Hidden states of all samples, batch by batch, each (samples, tokens, D)."""
@@ -136,14 +135,7 @@ def _can_go(context: MethodContext, gone: Sequence[int], count: int) -> bool:
         return True
     values = tuple(-1.0 if layer in gone else 0.0 for layer in range(context.num_layers))
     try:
-        plan = plan_pruning(
-            LayerScores("task_loss", values),
-            num_prune=count,
-            num_merge=0,
-            protect_first=0,  # the context knows all that is protected
-            protect=context.protected,
-            fits=context.fits,
-        )
+        plan = context.plan_by(LayerScores("task_loss", values), num_prune=count)
     except PlanError:
         return False
     return set(gone) <= set(plan.pruned)
@@ -245,7 +237,7 @@ class _Pruned:
                 f"Hidden states of the training samples are NaN or infinite behind layer {layer}.",
                 hint="The model's number format is too narrow: try float32.",
             )
-        update = ridge_update(sums, self.ridge)
+        update = sums.solve(self.ridge)
         ours = self._with_output(self._measured, layer, states)
         return self._added(layer, update, *ours), self._added(layer, update, handed, given), update
 

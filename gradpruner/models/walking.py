@@ -274,21 +274,6 @@ def output_of(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> Outp
     )
 
 
-def output_linear(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> tuple[str, float]:
-    """`output_of`, where it is a linear: its path and factor.
-
-    Raises:
-        ModelError: If it is a norm, or there is none.
-    """
-    found = output_of(view, walk, layer, state)
-    if found.offset is None:
-        return found.name, found.factor
-    raise ModelError(
-        f"In layer {layer} of a {view.config.model_type} model a norm follows the last linear.",
-        hint="Use plan.repair: none.",
-    )
-
-
 def _candidates(
     view: LayeredModel, walk: Walk, layer: int, state: Tensor
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:

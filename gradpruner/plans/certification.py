@@ -24,8 +24,6 @@ Floats = NDArray[np.float64]
 Scores = Sequence[float] | Sequence[bool] | NDArray[Any]
 Verdict = Literal["certified", "not certified", "too few rows"]
 
-_STEEP = 3.0  # times the median increment: where the cliff begins
-
 
 @dataclass(frozen=True)
 class LossBound:
@@ -232,55 +230,6 @@ def largest_certified(
         else:
             high, budget = at, budget - share
     return Search(best, tuple(measured), confidence)
-
-
-def cliff(costs: Sequence[float]) -> int | None:
-    """Finds where removing one more layer begins to hurt.
-
-    Args:
-        costs: k(0), k(1), ...: the validation loss or divergence after removing that many layers.
-
-    Returns:
-        The smallest n >= 1 with k(n) - k(n - 1) above three times the median of all increments (above 0, if
-        the median is not): n - 1 layers stay before the cliff. None if there is no such n.
-
-    Raises:
-        DataError: If a cost is not finite.
-        ShapeError: If there are fewer than two costs.
-    """
-    increments = np.diff(_finite(costs, at_least=2))
-    steep = np.flatnonzero(increments > _STEEP * max(0.0, float(np.median(increments))))
-    return int(steep[0]) + 1 if steep.size else None
-
-
-def isotonic(values: Sequence[float], weights: Sequence[float] | None = None) -> Floats:
-    """The non-decreasing sequence nearest to `values` in (weighted) least squares, by pooling neighbours.
-
-    Args:
-        values: Finite, at least one.
-        weights: Above 0, one for each value, such as its number of rows; None for equal ones.
-
-    Raises:
-        DataError: If a value is not finite or a weight not above 0.
-        ShapeError: If the lengths differ or there are none.
-
-    Source: Ayer et al., "An empirical distribution function for sampling with incomplete information", 1955.
-    """
-    levels = _finite(values, at_least=1)
-    masses = np.ones_like(levels) if weights is None else _finite(weights, at_least=1)
-    if masses.size != levels.size:
-        raise ShapeError(f"There are {levels.size} values and {masses.size} weights.")
-    if (masses <= 0).any():
-        raise DataError(f"A weight is {masses.min():g}; it must be above 0.")
-    blocks: list[tuple[float, float, int]] = []  # level, mass, number of values
-    for level, mass in zip(levels.tolist(), masses.tolist(), strict=True):
-        size = 1
-        while blocks and blocks[-1][0] > level:
-            before, other, more = blocks.pop()
-            level = (before * other + level * mass) / (other + mass)
-            mass, size = mass + other, size + more
-        blocks.append((level, mass, size))
-    return np.repeat([block[0] for block in blocks], [block[2] for block in blocks])
 
 
 def _margin(lost: Floats, won: Floats, error: float) -> float:

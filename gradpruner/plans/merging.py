@@ -41,8 +41,8 @@ class Source:
     factors: Factors | None = None
 
 
-def kth_largest(values: Tensor, k: int) -> float:
-    """The k-th largest entry, exactly, without sorting and without a copy of `values`.
+def kth_largest(values: Tensor, k: int) -> tuple[float, int]:
+    """The k-th largest entry, exactly, and how many entries are above it; without sorting or a copy.
 
     A strided sample brackets the answer; only the few entries inside the bracket are partitioned.
 
@@ -50,11 +50,6 @@ def kth_largest(values: Tensor, k: int) -> float:
         values: Any shape, float32, no NaN.
         k: 1-based rank from the top, 1 <= k <= values.numel().
     """
-    return _kth_largest(values, k)[0]
-
-
-def _kth_largest(values: Tensor, k: int) -> tuple[float, int]:
-    """The k-th largest entry, and how many entries are above it."""
     flat = values.reshape(-1)
     count = flat.numel()
     if not 1 <= k <= count:
@@ -91,32 +86,23 @@ def _bracket(flat: Tensor, k: int, row_length: int) -> tuple[float, float]:
     return low, high
 
 
-def top_density_mask(importance: Tensor, density: float) -> Tensor:
-    """Mask of the `floor(density * numel)` most important entries of one matrix.
+def mark_top_(importance: Tensor, density: float, survived_OI: Tensor, bit: int) -> None:
+    """Marks the `floor(density * numel)` most important entries of one matrix, block by block.
 
     Args:
         importance: Shape (out_features, in_features), float32, no NaN.
         density: Fraction of entries kept, in (0, 1]; the paper's "80 % sparsity" is 0.2.
-
-    Returns:
-        Boolean mask of the same shape with exactly `floor(density * numel)` true entries; of equally
-        important entries the one with the lower flat index is kept.
+        survived_OI: Bytes of the same shape, contiguous. One bit is set in exactly that many of them; of
+            equally important entries the one with the lower flat index is kept.
+        bit: Which.
 
     Source: GradPruner, section 3.2, step 1 (sparsification).
     """
-    check_density(density)
-    survived_OI = torch.zeros(importance.shape, dtype=torch.uint8, device=importance.device)
-    _mark_top(importance, density, survived_OI, bit=0)
-    return survived_OI.bool()
-
-
-def _mark_top(importance: Tensor, density: float, survived_OI: Tensor, bit: int) -> None:
-    """Sets one bit of `survived_OI` where `top_density_mask` is true, block by block, in place."""
     # As the decimal number that was asked for: in binary, 0.29 * 100 falls below 29.
     count = math.floor(Fraction(str(density)) * importance.numel())
     if count == 0:
         return
-    threshold, above = _kth_largest(importance, count)
+    threshold, above = kth_largest(importance, count)
     missing = count - above  # of the entries equal to the threshold only the first ones fit
     blocks = importance.reshape(-1).split(BLOCK_ENTRIES), survived_OI.view(-1).split(BLOCK_ENTRIES)
     for values, marks in zip(*blocks, strict=True):
@@ -338,7 +324,7 @@ def _survivors(target: Tensor, sources: Sequence[Source], density: float) -> Ten
     dtype = torch.uint8 if len(sources) <= 8 else torch.int64
     survived_OI = torch.zeros(target.shape, dtype=dtype, device=target.device)
     for bit, factors in enumerate(_factors_of(sources)):
-        _mark_top(ScaledImportance(factors, target.device).matrix(), density, survived_OI, bit)
+        mark_top_(ScaledImportance(factors, target.device).matrix(), density, survived_OI, bit)
     return survived_OI
 
 

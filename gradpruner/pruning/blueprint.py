@@ -47,7 +47,7 @@ from gradpruner.models.shards import Shards, open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.disk_names import count_beyond, find_prefix
-from gradpruner.pruning.in_memory import check_alike, check_trace, merge_planned
+from gradpruner.pruning.in_memory import check_merging, merge_planned
 from gradpruner.pruning.pieces import TORCH_DTYPES, Piece
 from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
@@ -244,11 +244,8 @@ class Blueprint:
                     f"'{missing[0]}' of layer {layer} is stored in another form than it is computed with.",
                     hint="Merge in memory: prune_(model, plan, trace), then save_pretrained.",
                 )
-        shapes = self._linear_shapes()
-        if not self.plan.needs_trace:
-            check_alike(self.plan, shapes)
-        elif self.trace is not None or not self.without_trace:
-            check_trace(self.plan, self.trace, shapes, self.fingerprint)
+        if not self.plan.needs_trace or self.trace is not None or not self.without_trace:
+            check_merging(self.plan, self.trace, self._linear_shapes(), self.fingerprint)
 
     def pieces(self) -> list[Piece]:
         """The tensors of the pruned checkpoint, in the order of the source."""

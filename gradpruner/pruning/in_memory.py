@@ -55,11 +55,7 @@ def prune_(
 
     Source: GradPruner, section 3.2; released code `process_important.py`.
     """
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise PlanError(
-            "The model carries adapters; pruning under them would silently misplace them.",
-            hint="Call merge_and_unload() or unload() first.",
-        )
+    refuse_adapters(model, "pruning under them would silently misplace them")
     view = LayeredModel(model)
     identity = fingerprint(model)
     plan.check_model(view.num_layers, identity)
@@ -96,13 +92,9 @@ def _merge_layers_(
             "The model is quantised; layers of it can be dropped but not merged.",
             hint="Plan with num_merge: 0, or prune the unquantised model.",
         )
-    checked = None
-    if plan.needs_trace:
-        checked = check_trace(plan, trace, shapes, identity)
-    else:
-        check_alike(plan, shapes)
+    check_merging(plan, trace, shapes, identity)
     for target in plan.merge_order:
-        _merge_one_(view, target, plan.merged[target], plan, checked, progress)
+        _merge_one_(view, target, plan.merged[target], plan, trace, progress)
 
 
 def shapes_of(view: LayeredModel) -> dict[int, dict[str, tuple[int, ...]]]:
@@ -148,24 +140,35 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
-def check_trace(
+def refuse_adapters(model: nn.Module, why: str) -> None:
+    """Raises PlanError if a model carries adapters."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise PlanError(
+            f"The model carries adapters; {why}.", hint="Call merge_and_unload() or unload() first."
+        )
+
+
+def check_merging(
     plan: PruningPlan,
     trace: GradientTrace | None,
     shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
     identity: str,
-) -> GradientTrace:
+) -> None:
     """Everything that could fail while merging, before the first weight changes.
 
     Args:
-        plan: A plan that merges by recorded gradients.
-        trace: The recorded gradients.
+        plan: A plan that merges.
+        trace: The recorded gradients, where the plan's rule needs them.
         shapes: Layer -> linear -> (out_features, in_features).
         identity: Fingerprint of the model; "" when it cannot be told.
 
     Raises:
-        PlanError: If there is no trace, or it does not fit the model and the plan.
+        PlanError: If layers are not alike, or a trace is needed that is missing or does not fit.
         IntegrityError: If a file of the trace is missing or damaged.
     """
+    if not plan.needs_trace:
+        check_alike(plan, shapes)
+        return
     if trace is None:
         count = sum(map(len, plan.merged.values()))
         raise PlanError(
@@ -192,7 +195,6 @@ def check_trace(
         for layer in (*layers, target) if plan.rule == "fisher" else layers:
             _check_recorded(shapes, layer, trace)
     trace.check_factors()
-    return trace
 
 
 def check_alike(plan: PruningPlan, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:

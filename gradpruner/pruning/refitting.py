@@ -23,19 +23,9 @@ from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches, weight_set
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.repair import Repair, RepairedCut, check_kind, cuts_of, unrepaired
-from gradpruner.pruning.in_memory import check_alike, check_trace, merge_planned, shapes_of
-from gradpruner.pruning.ridge import (
-    RIDGES,
-    AnySums,
-    ChannelSums,
-    Sums,
-    check_ridges,
-    choose_update,
-    ridge_update,
-)
+from gradpruner.pruning.in_memory import check_merging, merge_planned, refuse_adapters, shapes_of
+from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
 from gradpruner.world import World
-
-__all__ = ["HELD_OUT", "MAX_REGRESSORS", "RIDGES", "Sums", "choose_update", "fit_repair", "ridge_update"]
 
 HELD_OUT = 5
 """One sample in so many is not fitted on: the ridge is chosen by it."""
@@ -174,11 +164,7 @@ def _check_request(kind: str, rows: int | None, ridges: Sequence[float]) -> None
 
 
 def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -> None:
-    if any(hasattr(module, "base_layer") for module in view.model.modules()):
-        raise PlanError(
-            "The model carries adapters; a repair is fitted to the weights without them.",
-            hint="Call merge_and_unload() or unload() first.",
-        )
+    refuse_adapters(view.model, "a repair is fitted to the weights without them")
     identity = fingerprint(view.model)
     if identity.endswith(QUANTISED):
         raise PlanError(
@@ -186,13 +172,8 @@ def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -
             hint="Use plan.repair: none, or the unquantised model.",
         )
     plan.check_model(view.num_layers, identity)
-    if not plan.merged:
-        return
-    shapes = shapes_of(view)
-    if plan.needs_trace:
-        check_trace(plan, trace, shapes, identity)
-    else:
-        check_alike(plan, shapes)
+    if plan.merged:
+        check_merging(plan, trace, shapes_of(view), identity)
 
 
 class _Share:
@@ -311,7 +292,7 @@ class _Fitting:
         """The refitted weight with the chosen ridge, from all tokens."""
         assert cut.ridge is not None
         fitted.take(held_out)
-        update = ridge_update(fitted, cut.ridge)
+        update = fitted.solve(cut.ridge)
         old = output.weight.detach().to(update)
         if form == "scale":
             update = update * (old + (output.offset or 0.0))

@@ -61,7 +61,14 @@ class Sums:
         _sum_on_first(self, (self.gram_PP, self.cross_DP), world)
 
     def solve(self, ridge: float) -> Tensor:
-        """See `ridge_update`; shape (D, P)."""
+        """`U = argmin sum w |r - U x|^2 + rho |U|^2`, float64: U = C (G + rho I)^-1, shape (D, P).
+
+        Args:
+            ridge: rho in units of the mean diagonal of G, > 0. As it grows U goes to 0: the old weights.
+
+        Raises:
+            ConfigError: If the ridge is so small that the system cannot be solved.
+        """
         system = self.gram_PP.clone()
         diagonal = system.diagonal()
         diagonal += ridge * _positive(diagonal.mean())
@@ -166,22 +173,6 @@ def check_ridges(ridges: Sequence[float]) -> None:
         )
 
 
-def ridge_update(sums: AnySums, ridge: float) -> Tensor:
-    """`U = argmin sum w |r - U x|^2 + rho |U|^2`, float64: U = C (G + rho I)^-1.
-
-    Args:
-        sums: Of the tokens that are fitted.
-        ridge: rho in units of the mean diagonal of G, > 0. As it grows U goes to 0: the old weights.
-
-    Returns:
-        Shape (D, P); (D,) where every channel is explained by its own regressor alone.
-
-    Raises:
-        ConfigError: If the ridge is so small that the system cannot be solved.
-    """
-    return sums.solve(ridge)
-
-
 def choose_update(
     fitted: AnySums, held_out: AnySums, ridges: Sequence[float] = RIDGES
 ) -> tuple[float | None, float]:
@@ -200,6 +191,6 @@ def choose_update(
     before = held_out.error(None)
     if fitted.tokens == 0 or held_out.tokens == 0:
         return None, before
-    found = [(held_out.error(ridge_update(fitted, ridge)), ridge) for ridge in ridges]
+    found = [(held_out.error(fitted.solve(ridge)), ridge) for ridge in ridges]
     error, ridge = min(found)
     return (ridge, error) if error < before else (None, before)

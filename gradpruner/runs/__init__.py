@@ -1,7 +1,7 @@
 """A recipe carried out, resumed, repeated over seeds and settings.
 
 recipe           Recipe: everything a run depends on, checked at once; sections: its keys
-key_hints        which key of a recipe an unknown one stands for
+key_hints        which key of a recipe an unknown one stands for; yaml_files: YAML as plain values
 job              a recipe with its inputs opened
 method_checks    what its methods cannot do
 budget           what it comes to: plans from scores or a file, bytes on disk

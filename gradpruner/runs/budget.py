@@ -64,7 +64,7 @@ def plan_for(
 def bytes_to_write(job: Job) -> dict[str, int]:
     """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
     recipe = job.recipe
-    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    plan = job.expected_plan
     sizes = job.sizes.savings(plan.keep)["disk_bytes"]
     rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
     trace = 0

@@ -18,11 +18,11 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.certification import Search, largest_certified
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.pruning.refitting import fit_repair
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.evaluation_data import options_of
 from gradpruner.runs.job import Job
 from gradpruner.runs.together import together
+from gradpruner.runs.work import fit_as_asked
 from gradpruner.world import this_world
 
 
@@ -94,21 +94,8 @@ def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
 
 
 def _prune_and_repair_(job: Job, model: nn.Module, plan: PruningPlan, trace: str) -> None:
-    options = job.recipe.plan
     recorded = GradientTrace.load(trace) if plan.needs_trace else None
-    repair = None
-    if options.repair != "none":
-        repair = fit_repair(
-            model,
-            plan,
-            job.samples,  # type: ignore[arg-type]
-            job.collator,
-            kind=options.repair,
-            rows=job.repair_rows,
-            trace=recorded,
-            seed=job.recipe.seed,
-            world=this_world(),
-        )
+    repair = fit_as_asked(job, model, plan, recorded) if job.recipe.plan.repair != "none" else None
     prune_(model, plan, recorded, repair=repair)
 
 

@@ -69,6 +69,22 @@ def check_evaluation(recipe: Recipe) -> None:
         )
 
 
+def asked_of_harness(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What lm-evaluation-harness measures of a model on the recipe's tasks."""
+    from gradpruner.evaluation.harness import evaluate_harness
+
+    options = recipe.evaluate
+    return evaluate_harness(
+        model,
+        tokenizer,
+        options.lm_eval,
+        folder=options.lm_eval_folder,
+        batch_size=options.batch_size,
+        limit=options.lm_eval_limit,
+        seed=recipe.seed,
+    )
+
+
 def tokenizer_of(recipe: Recipe, folder: Path) -> Any:
     """The tokenizer of a model folder, with the chat template that the recipe names.
 

@@ -29,7 +29,6 @@ from gradpruner.models.loading import resolve_dtype
 from gradpruner.models.sizes import decoder_layers, keep_layers_, kv_bytes_per_token
 from gradpruner.pruning.refitting import MAX_REGRESSORS
 from gradpruner.reports.formats import num_bytes
-from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import STAGES, method_of
 from gradpruner.training.finetuning import resolve_precision
@@ -247,7 +246,7 @@ def host_memory() -> int:
 
 def _pruned(job: Job) -> nn.Module:
     """The model that a plan of the recipe's size leaves; which layers go is not known yet."""
-    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    plan = job.expected_plan
     return keep_layers_(copy.deepcopy(job.sizes.model), plan.keep)
 
 
@@ -297,49 +296,46 @@ def _stages(job: Job) -> Iterator[Stage]:
 
 def _recording(job: Job) -> Training:
     """As `record_gradients` trains: padded batches, one to a step."""
-    options, tuning = job.recipe.record, job.recipe.finetune
-    tokens, head = _largest_batch(job, options.batch_size, packed=False)
-    return Training(
+    options = job.recipe.record
+    return replace(
+        _asking(job, options.batch_size),
         mode=options.adapter.replace("rslora", "lora"),
-        dtype=_loaded(job),
-        precision=resolve_precision(tuning.precision, job.training.device),
         rank=options.rank,
         dropout=options.dropout,
-        batch_size=options.batch_size,
-        tokens=tokens,
-        head_tokens=head,
-        checkpointing=tuning.gradient_checkpointing,
-        attn=job.recipe.model.attn_implementation,
-        spread=spread_of(job),
+        **_shared(job),
     )
 
 
 def _tuning(job: Job) -> Training:
     """As `finetune` trains."""
     options = job.recipe.finetune
-    tokens, head = _largest_batch(job, options.batch_size, packed=options.batching == "packed")
-    updated = options.mode == "full" and job.recipe.model.dtype == "auto"
-    return Training(
+    updated = job.recipe.model.trained_dtype(options.mode)
+    return replace(
+        _asking(job, options.batch_size, packed=options.batching == "packed"),
         mode=options.mode,
         dtype=torch.float32 if updated else _loaded(job),
-        precision=resolve_precision(options.precision, job.training.device),
         optim=options.optim,
         rank=options.rank,
         dropout=options.dropout,
-        batch_size=options.batch_size,
-        tokens=tokens,
-        head_tokens=head,
         accumulation=options.accumulation,
-        checkpointing=options.gradient_checkpointing,
-        attn=job.recipe.model.attn_implementation,
-        spread=spread_of(job),
+        **_shared(job),
     )
 
 
-def _asking(job: Job) -> Training:
+def _shared(job: Job) -> dict[str, Any]:
+    """What recording and tuning do alike."""
+    tuning = job.recipe.finetune
+    return {
+        "precision": resolve_precision(tuning.precision, job.training.device),
+        "checkpointing": tuning.gradient_checkpointing,
+        "spread": spread_of(job),
+    }
+
+
+def _asking(job: Job, batch: int | None = None, packed: bool = False) -> Training:
     """A pass without training; every process holds the model."""
-    batch = job.recipe.evaluate.batch_size
-    tokens, head = _largest_batch(job, batch, packed=False)
+    batch = batch or job.recipe.evaluate.batch_size
+    tokens, head = _largest_batch(job, batch, packed)
     attn = job.recipe.model.attn_implementation
     return Training("none", _loaded(job), batch_size=batch, tokens=tokens, head_tokens=head, attn=attn)
 

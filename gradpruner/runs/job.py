@@ -27,7 +27,6 @@ from gradpruner.models.folder import locate_model
 from gradpruner.models.layers import LayeredModel, skeleton
 from gradpruner.models.loading import (
     check_loadable,
-    load_model,
     refuse_narrowed,
     resolve_device,
     resolve_dtype,
@@ -95,7 +94,8 @@ class Job:
         self._check_budget()
         self._choose_rate()
         self.tokenizer = tokenizer_of(recipe, self.folder)
-        self.max_length = longest = min(recipe.data.max_length, self._max_positions())
+        positions = getattr(self.config, "max_position_embeddings", None) or 2**31
+        self.max_length = longest = min(recipe.data.max_length, int(positions))
         self.train, self.eval = load_rows(recipe, self.tokenizer, longest)
         self.validation: ExampleSet | None = None
         if recipe.plan.max_loss is not None or recipe.data.validation is not None:
@@ -142,6 +142,7 @@ class Job:
             plan.check_model(self.num_layers)
             self.warnings += check_keep(self.text, self.family, plan)
         self.num_keep = len(plan.keep)
+        self.expected_plan = plan
         removed = self.sizes.savings(plan.keep)["parameters"]
         self.num_remove = removed["before"] - removed["after"]
         if "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None:
@@ -220,9 +221,6 @@ class Job:
                 f"models can only be dropped: {self.family.no_merge}.",
                 hint="Use --set plan.num_merge=0 and --set 'variants=[dense, dropped]'.",
             )
-
-    def _max_positions(self) -> int:
-        return int(getattr(self.config, "max_position_embeddings", None) or 2**31)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -313,8 +311,7 @@ class Job:
             work += self.repair_rows * 2.5 / 3 / whole
         if recipe.distils:
             work += share / 3
-        tuned_first = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")
-        return work + (1.0 if tuned_first else 0.0)
+        return work + (1.0 if recipe.tunes_first else 0.0)
 
     @property
     def record_steps(self) -> int:
@@ -324,12 +321,7 @@ class Job:
     @cached_property
     def model_sha256(self) -> str:
         """Hash of config and weights."""
-        return hash_folder([self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))])
-
-    @property
-    def needs_tuned(self) -> bool:
-        """Whether other rows need the dense model after its fine-tuning."""
-        return self.recipe.start == "tuned" or (self.recipe.distils and self.recipe.start == "base")
+        return _hash_of(self.folder)
 
     @property
     def spread(self) -> dict[str, int]:
@@ -355,9 +347,7 @@ class Job:
     @cached_property
     def origin_sha256(self) -> str:
         """Hash of config and weights of the model that is pruned."""
-        if self.origin == self.folder:
-            return self.model_sha256
-        return hash_folder([self.origin / "config.json", *sorted(self.origin.glob("*.safetensors"))])
+        return self.model_sha256 if self.origin == self.folder else _hash_of(self.origin)
 
     @property
     def device(self) -> str:
@@ -371,15 +361,7 @@ class Job:
 
     def load(self, folder: Path, *, dtype: str | None = None, quantise: bool = False) -> nn.Module:
         """Loads a model folder as the recipe says."""
-        options = self.recipe.model
-        return load_model(
-            folder,
-            dtype=dtype or options.dtype,
-            device=options.device,
-            attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code,
-            quantise=quantise,
-        )
+        return self.recipe.model.load(folder, dtype=dtype, quantise=quantise)
 
     def load_origin(self, *, quantise: bool = False) -> nn.Module:
         """The model that is pruned, to be looked at: as it was handed in if it is as it would be loaded."""
@@ -398,3 +380,7 @@ class Job:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _hash_of(folder: Path) -> str:
+    return hash_folder([folder / "config.json", *sorted(folder.glob("*.safetensors"))])

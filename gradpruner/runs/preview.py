@@ -14,7 +14,7 @@ from gradpruner.data.encoding import preview
 from gradpruner.errors import GradPrunerError, ResourceError
 from gradpruner.printing import Printed
 from gradpruner.reports.formats import duration, num_bytes
-from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
+from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.data_warnings import leading_spaces
 from gradpruner.runs.fitting import Fitting, fault_of, fitting_of
 from gradpruner.runs.forecast import forecast, num_devices
@@ -35,7 +35,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     job = Job(recipe)
     recipe = job.recipe
     rate, source = _learning_rate(job)
-    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    plan = job.expected_plan
     needs = bytes_to_write(job)
     saved = job.sizes.savings(plan.keep)
     rows = len(recipe.variants)

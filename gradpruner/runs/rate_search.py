@@ -103,7 +103,7 @@ def _measured(job: Job, rate: float) -> dict[str, Any]:
 
 def tune_at(job: Job, rate: float) -> tuple[Any, dict[str, Any]]:
     """The dense model tuned briefly at a rate; every process of a job does it."""
-    updated = "float32" if job.recipe.finetune.mode == "full" and job.recipe.model.dtype == "auto" else None
+    updated = job.recipe.model.trained_dtype(job.recipe.finetune.mode)
     changes = {"learning_rate": rate, "max_steps": _steps(job), "save_steps": None, "report_to": "none"}
     model, result = finetune(
         job.load(job.folder, dtype=updated),

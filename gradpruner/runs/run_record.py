@@ -248,9 +248,8 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Ma
     for name, row in variants.items():
         method = METHODS.find(method_of(name))
         prunes = name != "dense" and method.training is None
-        tuned = recipe.start == "tuned" or (recipe.distils and recipe.start == "base")
         parts = {
-            "tuning": ["finetune dense"] if tuned else [],
+            "tuning": ["finetune dense"] if recipe.tunes_first else [],
             "recording": ["record"] if method.needs_trace else [],
             "choosing": [f"score {method_of(name)}", f"plan {name}", f"search {name}"],
             "repairing": [f"repair {name}"],

@@ -5,13 +5,17 @@ Those of training (record, finetune, distil) are in `training.options`. Importin
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from gradpruner.evaluation.options import AskingSection
 from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
 from gradpruner.training.options import Section
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class ModelSection(Section):
@@ -27,6 +31,24 @@ class ModelSection(Section):
     """"sdpa", "eager", "flash_attention_2"; null leaves it to transformers."""
     trust_remote_code: bool = False
     """Run model code that comes with the model."""
+
+    def load(self, folder: Path, *, dtype: str | None = None, quantise: bool = False) -> nn.Module:
+        """A model folder, loaded as this section says but for what is given."""
+        from gradpruner.models.loading import load_model
+
+        return load_model(
+            folder,
+            dtype=dtype or self.dtype,
+            device=self.device,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+            quantise=quantise,
+        )
+
+    def trained_dtype(self, mode: str) -> str | None:
+        """Dtype that a model is loaded in to be trained in a mode of fine-tuning; None: as always."""
+        # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
+        return "float32" if mode == "full" and self.dtype == "auto" else None
 
 
 class DataSection(Section):

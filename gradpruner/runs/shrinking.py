@@ -20,7 +20,7 @@ from gradpruner.files import check_free_space, write_text
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, check_output, staged_folder
-from gradpruner.models.loading import load_model, load_tokenizer
+from gradpruner.models.loading import load_tokenizer
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
 from gradpruner.printing import Printed, print_line
@@ -63,14 +63,7 @@ class Pruned(Printed):
     @cached_property
     def model(self) -> nn.Module:
         """The pruned model, loaded when first asked for, where and in the dtype the dense one was."""
-        options = self.recipe.model
-        return load_model(
-            self.folder,
-            dtype=self.dtype,
-            device=options.device,
-            attn_implementation=options.attn_implementation,
-            trust_remote_code=options.trust_remote_code,
-        )
+        return self.recipe.model.load(self.folder, dtype=self.dtype)
 
     @cached_property
     def tokenizer(self) -> Any:

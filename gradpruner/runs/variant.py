@@ -176,7 +176,9 @@ class Variant(Work):
                 self.plan = read_plan((directory.result(stage.name) or {})["plan"])
         if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
             directory.remove([self.repaired, self.pruned, self.recovered, self.checkpoints])
-            if not (self.name == "dense" and self.job.needs_tuned):  # the pipeline removes it after all rows
+            if not (
+                self.name == "dense" and self.recipe.tunes_first
+            ):  # the pipeline removes it after all rows
                 directory.remove([self.tuned])
 
     def _forget(self, later: list[Stage]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gradpruner.evaluation.harness import evaluate_harness
+from torch import nn
+
 from gradpruner.evaluation.outputs import parts_of
 from gradpruner.evaluation.quality import Evaluation, evaluate
 from gradpruner.gradients.trace import GradientTrace
@@ -16,6 +17,7 @@ from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.loading import load_adapter
 from gradpruner.models.saving import save_model
 from gradpruner.models.widths import WidthView
+from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan, read_plan
 from gradpruner.plans.repair import Repair
 from gradpruner.progress import Progress, bytes_reporter
@@ -23,7 +25,7 @@ from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
 from gradpruner.runs.directory import RunDirectory, fingerprint
-from gradpruner.runs.evaluation_data import options_of
+from gradpruner.runs.evaluation_data import asked_of_harness, options_of
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import LABELS, variant_of
 from gradpruner.runs.together import together
@@ -111,21 +113,10 @@ class Work:
     def fit(self) -> Repair:
         """The refitted linears, in memory."""
         assert self.plan is not None and self.plan.kind == "layers"
-        options = self.recipe.plan
         model = self.job.load_origin()
         with Progress(self.job.num_layers, f"repair {self.name} [layers]") as progress:
-            found = fit_repair(
-                model,
-                self.plan,
-                self.job.samples,  # type: ignore[arg-type]
-                self.job.collator,
-                kind=options.repair,
-                rows=self.job.repair_rows,
-                trace=self.trace() if self.plan.needs_trace else None,
-                seed=self.recipe.seed,
-                progress=progress.advance,
-                world=this_world(),
-            )
+            trace = self.trace() if self.plan.needs_trace else None
+            found = fit_as_asked(self.job, model, self.plan, trace, progress.advance)
         self.job.release(model)
         return found
 
@@ -176,8 +167,7 @@ class Work:
     def recover(self) -> dict[str, Any]:
         """Pruned model -> pruned model, trained by its method's own recovery"""
         assert self.method is not None and self.method.recover is not None
-        updated = "float32" if self.recipe.model.dtype == "auto" else None
-        model = self.job.load(self.path(self.pruned), dtype=updated)
+        model = self.job.load(self.path(self.pruned), dtype=self.recipe.model.trained_dtype("full"))
         result = self.method.recover(self.context, model)
         self._save(model, self.recovered)
         self.job.release(model)
@@ -199,8 +189,7 @@ class Work:
     def train(self) -> tuple[Any, FinetuneResult]:
         """The fine-tuned model, in memory, and how it went."""
         options = self._training_options()
-        # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
-        updated = "float32" if options.mode == "full" and self.recipe.model.dtype == "auto" else None
+        updated = self.recipe.model.trained_dtype(options.mode)
         callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
         return finetune(
             self.job.load(self.source, dtype=updated),
@@ -281,17 +270,8 @@ class Work:
 
     def run_harness(self) -> dict[str, Any]:
         """Fine-tuned model -> scores of lm-evaluation-harness"""
-        options = self.recipe.evaluate
         model = self.load(self.path(self.tuned) if self.trains else self.source)
-        found = evaluate_harness(
-            model,
-            self.job.tokenizer,
-            options.lm_eval,
-            folder=options.lm_eval_folder,
-            batch_size=options.batch_size,
-            limit=options.lm_eval_limit,
-            seed=self.recipe.seed,
-        )
+        found = asked_of_harness(self.recipe, model, self.job.tokenizer)
         self.job.release(model)
         return found
 
@@ -301,6 +281,28 @@ def row_of(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Work:
     found = read_plan(plan) if plan is not None else None
     directory = RunDirectory(out, device=job.device)
     return Work(job, directory, name, found, lambda: GradientTrace.load(directory.path / "trace"))
+
+
+def fit_as_asked(
+    job: Job,
+    model: nn.Module,
+    plan: PruningPlan,
+    trace: GradientTrace | None,
+    progress: Callable[[int], None] | None = None,
+) -> Repair:
+    """A repair of a plan, fitted as the recipe says."""
+    return fit_repair(
+        model,
+        plan,
+        job.samples,  # type: ignore[arg-type]
+        job.collator,
+        kind=job.recipe.plan.repair,
+        rows=job.repair_rows,
+        trace=trace,
+        seed=job.recipe.seed,
+        progress=progress,
+        world=this_world(),
+    )
 
 
 def repair_row(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Repair:

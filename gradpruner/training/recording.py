@@ -60,9 +60,9 @@ class GradientRecorder(ClosingCallback):
     hidden size), such as Gemma 3n, and several GPUs without a launcher get none, and a note says so. Hooks
     leave the model when recording ends or fails; after a training that failed elsewhere, call `close`.
 
-    Memory: layer energies are kilobytes. Factors are float32 on the host, `trace.factor_bytes` in all;
-    with a `folder` they go to disk and at most two steps' worth is in memory. Nothing stays on the
-    training device.
+    Memory: layer energies are kilobytes. Factors are float32 on the host, 4 * rank * (in + out) bytes
+    for each linear and step; with a `folder` they go to disk and at most two steps' worth is in memory.
+    Nothing stays on the training device.
 
     Args:
         steps: Optimizer steps to record, >= 2. The default of 40 suits short runs; 1 % of the planned

@@ -21,7 +21,7 @@ from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.printing import Printed
 from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
-from gradpruner.runs.budget import bytes_to_write, placeholder_scores, plan_for
+from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.directory import MANIFEST, StageEntry, read_manifest
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import Recipe
@@ -126,7 +126,7 @@ def check_study(study: Study) -> dict[str, dict[str, Any]]:
 
 
 def _facts(job: Job) -> dict[str, Any]:
-    plan = job.given_plan or plan_for(job, placeholder_scores(job.num_layers), merging=False)
+    plan = job.expected_plan
     saved = job.sizes.savings(plan.keep)
     unit = job.recipe.plan.unit
     before, after = saved[unit]["before"], saved[unit]["after"]
