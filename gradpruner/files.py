@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gradpruner.errors import ConfigError, IntegrityError, ResourceError
+from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -368,6 +368,16 @@ def write_failure(path: Path, error: BaseException) -> ResourceError:
     if getattr(error, "errno", None) == errno.ENAMETOOLONG:
         hint = "Choose a shorter name: most disks allow 255 bytes."
     return ResourceError(f"Cannot write {path}: {reason}.", hint=hint)
+
+
+def unusable(error: OSError) -> GradPrunerError:
+    """What the system refuses, in words: a file or folder, where the error says which."""
+    if error.filename is None:
+        return ResourceError(f"{type(error).__name__}: {str(error).rstrip('.')}.")
+    message = f"{shown(str(error.filename), 200)} cannot be used: {error.strerror}."
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return ConfigError(message, hint="Give another path; every part of it may have 255 bytes.")
+    return ResourceError(message, hint="Is the path right, and may it be read and written?")
 
 
 def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -27,6 +27,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
+from gradpruner.files import unusable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -330,6 +331,8 @@ def _is_connection(error: Exception) -> bool:
 
 def _told(error: BaseException) -> PeerError:
     """An error of one process as the others are told; with its exit code, so that all end with the same."""
+    if isinstance(error, OSError):
+        error = unusable(error)
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
     if isinstance(error, PeerError):  # it was told itself
         told = PeerError(str(error))

@@ -104,6 +104,8 @@ def test_partial_output_stays_for_a_stage_that_can_go_on(tmp_path):
     ("error", "part"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "/rows"), "'/rows' cannot be used: Permission"),
+        (OSError("Stale handle"), "^OSError: Stale handle"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "Cannot write"),
         (MemoryError(), "Lower the batch size"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Lower the batch size"),

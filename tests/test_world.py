@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pytest
 from together import together
@@ -98,30 +99,45 @@ def test_two_processes_work_together_and_hear_of_each_other_s_end():
 ALONE = """
 import sys
 from datetime import timedelta
+sys.path.insert(0, sys.argv[1])
+from builders import make_llama, make_samples
 import gradpruner.world as module
+from gradpruner.data.encoding import Collator
+from gradpruner.progress import set_mode
+from gradpruner.training.finetuning import finetune
 
+set_mode("quiet")
 module.GRACE = timedelta(seconds=2)
 world = module.this_world()
 
 
-def fail_alone():
-    if world.rank == 1:
-        raise OSError("No such device.")
-    world.gathered([1])  # in the middle of the work, with a process that will not come
+class Rows(list):
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += world.rank
+        if self.reads > 2:  # in the second step of the second process
+            raise FileNotFoundError(2, "No such file", "/rows")
+        return super().__getitem__(index)
+
+
+def train():
+    options = dict(batch_size=2, accumulation=1, epochs=4, batching="padded", device="cpu", save_steps=None)
+    finetune(make_llama(), Rows(make_samples(8)), collator=Collator(), **options)
 
 
 try:
-    world.in_step(fail_alone)
+    world.in_step(train)
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
-    sys.exit(3)
+    sys.exit(getattr(error, "exit_code", 5))
 """
 
 
-def test_an_error_that_one_process_meets_alone_in_common_work_ends_both():
-    first, second = together(ALONE, timeout=120, expect=3)
-    assert second.strip() == "OSError: No such device."
-    assert first.startswith("GoneError: Another process stopped: OSError: No such device.")
+def test_an_error_that_one_process_meets_alone_in_training_ends_both_with_one_code():
+    first, second = together(ALONE, Path(__file__).parent, timeout=120, expect=5)
+    assert second.startswith("FileNotFoundError: [Errno 2] No such file: '/rows'")
+    assert first.startswith("GoneError: Another process stopped: '/rows' cannot be used: No such file.")
 
 
 def test_alone_nothing_is_exchanged():

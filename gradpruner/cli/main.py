@@ -14,7 +14,7 @@ import typer
 from gradpruner._version import __version__
 from gradpruner.cli import cost, evaluate, export, init, listing, models, shrink, studies
 from gradpruner.cli.executing import carry_out, console, prepare, resolve
-from gradpruner.cli.messages import complain, stop, unusable
+from gradpruner.cli.messages import complain, stop
 from gradpruner.cli.options import ENDING, KEYS, ROWS, Chosen, JsonOption, takes
 from gradpruner.errors import GradPrunerError
 
@@ -149,6 +149,8 @@ def _command() -> None:
     try:
         app()
     except OSError as error:  # what we write ourselves has its own messages
+        from gradpruner.files import unusable
+
         if error.filename is None:
             raise
         raise unusable(error) from error

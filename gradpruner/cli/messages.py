@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import NoReturn
 
-from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
-
-
-def unusable(error: OSError) -> GradPrunerError:
-    """A file or folder that the system refuses, in words."""
-    from gradpruner.files import shown
-
-    message = f"{shown(str(error.filename), 200)} cannot be used: {error.strerror}."
-    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return ConfigError(message, hint="Give another path; every part of it may have 255 bytes.")
-    return ResourceError(message, hint="Is the path right, and may it be read and written?")
+from gradpruner.errors import GradPrunerError
 
 
 def stop(number: int, frame: object) -> NoReturn:

@@ -8,6 +8,7 @@ are as recorded is skipped when the run is started again; anything else is done 
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -29,6 +30,7 @@ from gradpruner.files import (
     refuse_links,
     shown,
     sweep,
+    unusable,
     working_in,
     write_failure,
 )
@@ -339,8 +341,16 @@ def _is_interrupt(error: BaseException) -> bool:
     return not isinstance(error, Exception)
 
 
+def _is_of(error: OSError, folder: Path) -> bool:
+    """Whether the system refused to write into a folder, as far as the error says."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    named = error.filename
+    return isinstance(named, str | Path) and Path(named).absolute().is_relative_to(folder.absolute())
+
+
 def _as_ours(error: BaseException, folder: Path) -> BaseException:
-    """Out-of-memory and full-disk errors in words; anything else as it is."""
+    """Errors of memory, disk and files in words; anything else as it is."""
     if isinstance(error, GradPrunerError):
         return error
     # torch says "out of memory" on accelerators and "can't allocate memory" on the CPU.
@@ -351,6 +361,8 @@ def _as_ours(error: BaseException, folder: Path) -> BaseException:
             hint="Lower the batch size (and raise accumulation), shorten max_length, or use "
             "gradient_checkpointing.",
         )
-    if is_write_failure(error) and not isinstance(error, FileNotFoundError):
+    if isinstance(error, OSError) and not _is_of(error, folder):
+        return unusable(error)
+    if is_write_failure(error):
         return write_failure(folder, error)
     return error
