@@ -1,4 +1,4 @@
-"""What the blocks of the documents share: benchmarks as modules, drawings that say what they show."""
+"""What the blocks of the documents share: figures read and said, benchmarks as modules, drawings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
 
 
 def script(name: str) -> Any:
@@ -45,3 +46,27 @@ def as_svg(figure: Any, shown: str) -> str:
     figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
     plotting().close(figure)
     return buffer.getvalue() + f"<!-- {shown} -->\n"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def machine(result: dict[str, Any]) -> str:
+    facts = result["provenance"]["machine"]
+    return f"{facts['cores']} cores of an {facts['cpu']}"
+
+
+def dig(value: Any, path: str) -> Any:
+    """The entry under a path of keys; None where one is missing."""
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def gigabytes(value: float) -> str:
+    return f"{value / 1e9:.2f} GB"

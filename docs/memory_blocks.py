@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+from drawing import RESULTS, read
 
 
 def size(value: float) -> str:

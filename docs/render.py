@@ -10,8 +10,6 @@ between the two is written by hand.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import re
 import statistics
 import sys
@@ -20,19 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import ablation_blocks
+import engine_blocks
 import gpu_blocks
 import memory_blocks
 import methods
+import pruning_blocks
 import quality_blocks
-from drawing import script
+from drawing import RESULTS, gigabytes, machine, read, script, times
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def real_tasks() -> str:
@@ -85,11 +80,6 @@ def demo() -> str:
 def demo_run() -> str:
     result = read(RESULTS / "demo_run.json")
     return f"{result['table']}\n\nAll stages together: {result['seconds']:.0f} s on {machine(result)}."
-
-
-def machine(result: dict[str, Any]) -> str:
-    facts = result["provenance"]["machine"]
-    return f"{facts['cores']} cores of an {facts['cpu']}"
 
 
 def training_step() -> str:
@@ -168,6 +158,7 @@ def tasks() -> str:
     """The table of tasks."""
     from gradpruner.data.tasks import TASKS
 
+    rows = read(ROOT / "tests" / "task_rows.json")
     head = ("task", "hub dataset", "learn / measure", "answer", "metric", "paper", "version")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name in TASKS.names():
@@ -176,109 +167,11 @@ def tasks() -> str:
         held_out = f" ({task.hold_out:,} rows held out)" if task.hold_out else ""
         limit = f" ({task.train_limit:,} training rows)" if task.train_limit else ""
         splits = f"{task.train_split} / {task.eval_split}{held_out}"
-        answer = "one of the choices" if task.examples(task.rows, "train")[0].choices else "free text"
+        answer = "one of the choices" if task.examples(rows[name], "train")[0].choices else "free text"
         metric = task.metric.replace("_", " ") + (" (probe)" if task.probe else "")
         paper = task.paper + limit
         lines.append(f"| {name} | {source} | {splits} | {answer} | {metric} | {paper} | {task.version} |")
     return "\n".join(lines)
-
-
-def prune_checkpoint() -> str:
-    result = read(RESULTS / "prune_checkpoint.json")
-    sizes, goal = result["sizes"], result["goal"]
-    first = sizes[0]
-    dropped = f"{len(first['pruned'])} of {result['config']['layers']} layers dropped"
-    merged = f"{len(first['pruned']) - len(first['merged'])} dropped, {len(first['merged'])} merged"
-    fast, slow = (f"<= {goal[f'{step}_over_cp_at_most']}x" for step in ("drop", "merge"))
-    small = f"<= {gigabytes(goal['peak_rss_bytes_at_most'])}"
-    rows: list[tuple[str, str, Callable[[float], str], str, str]] = [
-        (f"{dropped}, over `cp` and fsync", "disk.ratios.drop.over_cp.median", times, fast, "drop_over_cp"),
-        ("the same, both without fsync", "disk.ratios.drop.without_fsync.median", times, "", ""),
-        ("the same, the whole process of ours", "disk.ratios.drop.whole_process.median", times, "", ""),
-        ("the same with fsync, cold cache", "cold.ratios.drop.over_cp.median", times, "", ""),
-        ("the same in memory, no disk", "memory_disk.ratios.drop.over_cp.median", times, "", ""),
-        (f"{merged}, less `merge_linear`", "disk.ratios.merge.over_cp.median", times, slow, "merge_over_cp"),
-        (f"{merged}, with it", "disk.ratios.merge.with_arithmetic.median", times, "", ""),
-        ("peak RSS, dropping", "disk.medians.drop.peak_rss_bytes", gigabytes, small, "drop_peak_rss"),
-        ("peak RSS, merging", "disk.medians.merge.peak_rss_bytes", gigabytes, small, "merge_peak_rss"),
-        ("load, slice, save: time over dropping", "disk.ratios.naive.over_drop.median", times, "", ""),
-        ("its peak RSS", "disk.medians.naive.peak_rss_bytes", gigabytes, "", ""),
-        ("its peak anonymous memory", "disk.medians.naive.peak_anonymous_bytes", gigabytes, "", ""),
-        ("mergekit passthrough: time over dropping", "disk.ratios.mergekit.over_drop.median", times, "", ""),
-        ("its peak RSS", "disk.medians.mergekit.peak_rss_bytes", gigabytes, "", ""),
-        ("its peak anonymous memory", "disk.medians.mergekit.peak_anonymous_bytes", gigabytes, "", ""),
-    ]
-    heads = [f"{size['source_bytes'] / 1e9:.1f} -> {size['output_bytes'] / 1e9:.1f} GB" for size in sizes]
-    lines = [f"| measured | {' | '.join(heads)} | goal | met |", "|---" * (len(sizes) + 3) + "|"]
-    for what, path, form, limit, key in rows:
-        cells = " | ".join("" if (found := dig(size, path)) is None else form(found) for size in sizes)
-        met = ("yes" if all(size["met"][key] for size in sizes) else "**no**") if key else ""
-        lines.append(f"| {what} | {cells} | {limit} | {met} |")
-    return "\n".join([*lines, "", checkpoint_conditions(result), "", *other_families(result)])
-
-
-def prune_default() -> str:
-    result = read(RESULTS / "prune_default.json")
-    ratios, middle, goal = result["ratios"]["default"], result["medians"]["default"], result["goal"]
-    met = {key: "yes" if value else "**no**" for key, value in result["met"].items()}
-    size = f"{result['source_bytes'] / 1e9:.1f} -> {result['output_bytes'] / 1e9:.1f} GB"
-    dropped = f"{len(result['pruned'])} of {result['config']['layers']} layers dropped"
-    parts = ", ".join(
-        f"{name} {middle[name]:.1f} s" for name in ("blueprint", "copying", "verification", "fsync")
-    )
-    return "\n".join(
-        [
-            f"| `gradpruner prune`, {size} | measured | goal | met |",
-            "|---|---|---|---|",
-            f"| {dropped}, over `cp` and fsync | {times(ratios['over_cp']['median'])} | "
-            f"<= {goal['default_over_cp_at_most']:.0f}x | {met['default_over_cp']} |",
-            f"| the same, both without fsync | {times(ratios['without_fsync']['median'])} |  |  |",
-            f"| peak RSS above the imported libraries | {gigabytes(middle['memory_above_imports'])} | "
-            f"<= {gigabytes(goal['default_memory_above_imports_at_most'])} | {met['default_memory']} |",
-            "",
-            f"A random bf16 Llama on {machine(result)} ({result['filesystem']}), one thread, warm cache; the "
-            f"median of {result['config']['pairs']} rounds. {middle['seconds']:.1f} s: {parts}.",
-        ]
-    )
-
-
-def checkpoint_conditions(result: dict[str, Any]) -> str:
-    config, last = result["config"], result["sizes"][-1]
-    drop, merge = (last["disk"]["medians"][step] for step in ("drop", "merge"))
-    disk = ", ".join(filter(None, (last["disk"]["filesystem"], config["disk_note"])))
-    threads = "one thread" if config["threads"] == 1 else f"{config['threads']} threads"
-    return (
-        f"Random bf16 Llamas on {machine(result)} ({disk}). Ratios within a round, the median of "
-        f"{config['pairs']}; the source read just before unless it says otherwise; importing libraries left "
-        "out except for the whole process. At the last size, "
-        f"{drop['blueprint'] + drop['verification']:.1f} of the {drop['seconds']:.1f} s of dropping go to "
-        "planning and to verifying the structure, and `merge_linear` does "
-        f"{merge['merged_weights'] / merge['arithmetic'] / 1e6:.1f} M weights/s ({config['trace_steps']} "
-        f"recorded steps, {threads}). {merging_rates()}"
-    )
-
-
-def merging_rates() -> str:
-    """Weights per second of one large linear, ours and the released code's way, of one run."""
-    merging = read(RESULTS / "merging.json")
-    weights, row = math.prod(merging["config"]["shape"]), merging["raw"]["bf16"]
-    ours = weights * merging["config"]["sources"] / statistics.median(row["ours_seconds"])
-    released = weights / statistics.median(row["released_one_source_seconds"])
-    return (
-        f"On one large bf16 linear it does {ours / 1e6:.1f} M weights/s where the released code's way does "
-        f"{released / 1e6:.1f} M (`benchmarks/merging.py`)."
-    )
-
-
-def other_families(result: dict[str, Any]) -> list[str]:
-    if not result["mergekit_environment"]:
-        return []
-    version = result["mergekit_environment"]["mergekit"]
-    lines = [f"| one of six layers dropped | mergekit {version} | gradpruner |", "|---|---|---|"]
-    for name, row in result["mergekit_families"].items():
-        theirs = row.get("mergekit_result") or row["mergekit"]["one_dropped"]
-        lines.append(f"| {name} | {theirs} | {row['ours']} |")
-    return [*lines, "", "Verified: loads and computes what its source does with that layer passed through."]
 
 
 def evaluation() -> str:
@@ -419,72 +312,6 @@ def all_tasks() -> str:
     return str(module.markdown(module.load_cells()))
 
 
-def gguf() -> str:
-    result = read(RESULTS / "gguf.json")
-    rows = result["families"]
-    agreeing = [row for row in rows if row["as_said"]]
-    types = sorted({row["model_type"] for row in rows})
-    right = [t for t in types if all(r["as_said"] for r in rows if r["model_type"] == t)]
-    same = [t for t in right if any(r["outcome"] == "same" for r in rows if r["model_type"] == t)]
-    lines = [
-        f"{len(rows)} cases of {len(types)} model types; in {len(agreeing)} llama.cpp did what the verdict says. "
-        f"For these types all cases agree, and what is judged ok computes what transformers computes (relative "
-        f"error up to {result['config']['same_up_to']:g}): {', '.join(same)}.",
-        "",
-        "| where it differs | case | verdict | llama.cpp |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        if not row["as_said"]:
-            found = f"relative error {row['relative_error']}" if "relative_error" in row else row["error"]
-            cells = (row["model_type"], f"{row['layers']} layers, {row['plan']}", row["verdict"], found)
-            lines.append(f"| {' | '.join(cells)} |")
-    if "trained" in result:
-        lines += ["", "| trained model | file | cache | relative error | likeliest tokens equal |"]
-        lines.append("|---|---|---|---|---|")
-        for row in result["trained"]["rows"]:
-            equal, total = row["likeliest_tokens_equal"]
-            cells = (
-                row["model"],
-                row["file_type"],
-                row["cache"],
-                row["relative_error"],
-                f"{equal} of {total}",
-            )
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, "", f"{result['versions']['engine']}; {result['versions']['converter']}."])
-
-
-def gguf_widths() -> str:
-    result = read(RESULTS / "gguf_widths.json")
-    plans = ["unpruned", *result["config"]["plans"]]
-    subjects: dict[str, dict[str, Any]] = {}
-    for row, kind in [(r, ", trained") for r in result["trained"]] + [(r, "") for r in result["families"]]:
-        if row["plan"] in plans:
-            name = f"{row['model_type']}, {row['layers']} layers{kind}"
-            subjects.setdefault(name, {})[row["plan"]] = row
-    rows = [row for subject in subjects.values() for row in subject.values() if "verdict" in row]
-    agreeing = sum(row["as_said"] for row in rows)
-    lines = [
-        f"{len(rows)} cases; in {agreeing} llama.cpp did what the verdict says.",
-        "",
-        f"| llama.cpp | {' | '.join(plans)} |",
-        "|---" * (len(plans) + 1) + "|",
-    ]
-    for name, subject in subjects.items():
-        cells = [_width_cell(subject[plan]) for plan in plans]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"{result['versions']['engine']}; {result['versions']['converter']}."])
-
-
-def _width_cell(row: dict[str, Any]) -> str:
-    if row["outcome"] == "same":
-        return f"{row['relative_error']:.0e}"
-    if row["outcome"] == "differs":
-        return f"wrong: {row['relative_error']:.0e}"
-    return "-" if row["outcome"] == "not pruned" else "refused"
-
-
 def amount(value: float, unit: str) -> str:
     """A value as people read it."""
     if unit == "bytes":
@@ -495,21 +322,6 @@ def amount(value: float, unit: str) -> str:
         if value >= size:
             return f"{value / size:.3f} {letter}"
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
-
-
-def dig(value: Any, path: str) -> Any:
-    """The entry under a path of keys; None where one is missing."""
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def times(value: float) -> str:
-    return f"{value:.2f}x"
-
-
-def gigabytes(value: float) -> str:
-    return f"{value / 1e9:.2f} GB"
 
 
 MODES = ("full fine-tuning", "LoRA fine-tuning", "inference")
@@ -524,18 +336,16 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "tasks": tasks,
     "training_step": training_step,
-    "prune_checkpoint": prune_checkpoint,
-    "prune_default": prune_default,
     "evaluation": evaluation,
     "finetuning": finetuning,
     "cost": cost,
     "shapes": shapes,
     "all_tasks": all_tasks,
-    "gguf": gguf,
-    "gguf_widths": gguf_widths,
     **methods.BLOCKS,
     **ablation_blocks.BLOCKS,
+    **engine_blocks.BLOCKS,
     **memory_blocks.BLOCKS,
+    **pruning_blocks.BLOCKS,
     **gpu_blocks.BLOCKS,
     **quality_blocks.BLOCKS,
 }

@@ -8,7 +8,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from gradpruner.models.layers import LayeredModel
 
 COLOURS, ANIMALS = ("red", "blue", "green"), ("cat", "dog", "bird")
 WORDS = [*COLOURS, *ANIMALS, "is", "the", "a", "what", "colour", "animal", ":", ",", ".", "yes", "no"]
@@ -33,6 +41,37 @@ def make_llama(seed=0, **changes):
         "tie_word_embeddings": False,
     }
     return LlamaForCausalLM(LlamaConfig(**(fields | changes))).eval()
+
+
+def tiny_config(**changes):
+    """Small enough to be counted by hand."""
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaConfig(**(fields | heads | changes))
+
+
+def make_qwen2(**changes):
+    """Width 16 with biases on q and k."""
+    torch.manual_seed(0)
+    fields = {"vocab_size": 21, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    rest = {"max_position_embeddings": 64, "initializer_range": 0.2}
+    model = Qwen2ForCausalLM(Qwen2Config(**(fields | heads | rest | changes))).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.bias.normal_()
+            layer.self_attn.k_proj.bias.normal_()
+    return model
+
+
+def pass_through(model, *layers):
+    """Makes layers hand on what they are given, by taking away what they would add."""
+    with torch.no_grad():
+        for layer in layers:
+            for name, weight in LayeredModel(model).weights(layer).items():
+                if name.endswith(("o_proj", "down_proj")):
+                    weight.zero_()
+    return model
 
 
 def make_tokenizer():

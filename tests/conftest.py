@@ -14,6 +14,7 @@ import torch
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter
 from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.progress import set_mode
 
 torch.set_num_threads(1)
 
@@ -40,6 +41,14 @@ FAMILY_OPTIONS = {
     "gemma2": GEMMA,
     "gemma3_text": {**GEMMA, "layer_types": ["sliding_attention", "full_attention"] * 3},
 }
+
+
+@pytest.fixture
+def quiet():
+    """No progress lines."""
+    set_mode("quiet")
+    yield
+    set_mode("auto")
 
 
 def make_model(model_type="llama", seed=0, **options):

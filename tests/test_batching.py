@@ -10,7 +10,6 @@ from torch import nn
 from transformers import Trainer
 
 from gradpruner.data.encoding import IGNORED, Collator
-from gradpruner.progress import set_mode
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.batching import (
     PackedCollator,
@@ -32,11 +31,7 @@ SAMPLES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def no_progress():
-    set_mode("quiet")
-    yield
-    set_mode("auto")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def long_samples(count, vocabulary, seed=0):

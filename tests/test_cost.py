@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from builders import tiny_config
 from transformers import (
     GPT2Config,
     GPTNeoXConfig,
@@ -29,18 +30,6 @@ LLAMA_8B = LlamaConfig(
 )
 
 
-def tiny(**changes):
-    fields = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 100,
-    }
-    return LlamaConfig(**(fields | changes))
-
-
 # By hand, one tiny layer: q and o 32x32, k and v 16x32, three 32x64 in the MLP; two norms of 32.
 LINEAR = 2 * 1024 + 2 * 512 + 3 * 2048
 LAYER = LINEAR + 64
@@ -48,28 +37,30 @@ LAYER = LINEAR + 64
 
 def test_parameters_by_hand():
     assert (LINEAR, LAYER) == (9216, 9280)
-    model = cost.build_on_meta(tiny())
+    model = cost.build_on_meta(tiny_config())
     assert cost.count_parameters(model) == 4 * LAYER + 2 * 3200 + 32
     assert cost.layer_parameters(model) == [LAYER] * 4
-    assert cost.decoder_parameters(tiny()) == 4 * LAYER
+    assert cost.decoder_parameters(tiny_config()) == 4 * LAYER
 
 
 def test_tied_embeddings_count_once():
-    assert cost.count_parameters(cost.build_on_meta(tiny(tie_word_embeddings=True))) == (
+    assert cost.count_parameters(cost.build_on_meta(tiny_config(tie_word_embeddings=True))) == (
         4 * LAYER + 3200 + 32
     )
-    assert cost.disk_bytes(tiny(tie_word_embeddings=True), torch.float16) == 2 * (4 * LAYER + 3200 + 32)
+    assert cost.disk_bytes(tiny_config(tie_word_embeddings=True), torch.float16) == 2 * (
+        4 * LAYER + 3200 + 32
+    )
 
 
 def test_real_and_meta_models_agree_and_meta_holds_no_numbers():
-    real, meta = LlamaForCausalLM(tiny()), cost.build_on_meta(tiny())
+    real, meta = LlamaForCausalLM(tiny_config()), cost.build_on_meta(tiny_config())
     assert cost.count_parameters(real) == cost.count_parameters(meta)
-    assert cost.macs_linear(real) == cost.macs_linear(meta) == cost.macs_linear(tiny())
+    assert cost.macs_linear(real) == cost.macs_linear(meta) == cost.macs_linear(tiny_config())
     assert all(parameter.is_meta for parameter in meta.parameters())
 
 
 def test_trainable_only():
-    model = LlamaForCausalLM(tiny())
+    model = LlamaForCausalLM(tiny_config())
     model.requires_grad_(False)
     model.model.norm.requires_grad_(True)
     assert cost.count_parameters(model, trainable_only=True) == 32
@@ -92,13 +83,13 @@ def test_known_answers_of_the_paper():
 
 
 def test_flops_include_the_head():
-    assert cost.flops_per_token(tiny()) == 2 * (4 * LINEAR + 3200)
-    assert cost.macs_linear(tiny(), tokens=10, lm_head=True) == 10 * (4 * LINEAR + 3200)
-    assert cost.macs_linear(tiny(), tokens=1) == 4 * LINEAR
+    assert cost.flops_per_token(tiny_config()) == 2 * (4 * LINEAR + 3200)
+    assert cost.macs_linear(tiny_config(), tokens=10, lm_head=True) == 10 * (4 * LINEAR + 3200)
+    assert cost.macs_linear(tiny_config(), tokens=1) == 4 * LINEAR
 
 
 def test_savings_by_hand():
-    saved = cost.ModelSizes(tiny()).savings([0, 3])
+    saved = cost.ModelSizes(tiny_config()).savings([0, 3])
     assert json.loads(json.dumps(saved)) == {
         "layers": {"before": 4, "after": 2},
         "decoder_parameters": {"before": 4 * LAYER, "after": 2 * LAYER},
@@ -112,11 +103,11 @@ def test_savings_by_hand():
 @pytest.mark.parametrize("keep", [[], [1, 0], [0, 0], [0, 4], [-1, 0]])
 def test_savings_refuses_a_bad_keep_set(keep):
     with pytest.raises(PlanError, match="4 layers"):
-        cost.ModelSizes(tiny()).savings(keep)
+        cost.ModelSizes(tiny_config()).savings(keep)
 
 
 def test_savings_does_not_touch_the_config():
-    config = tiny()
+    config = tiny_config()
     before = config.to_dict()
     cost.ModelSizes(config).savings([0])
     assert config.to_dict() == before
@@ -199,7 +190,9 @@ def test_only_the_experts_a_token_uses_are_operations():
 
 def test_adapters_are_not_operations_of_the_model():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(LlamaForCausalLM(tiny()), peft.LoraConfig(r=2, target_modules="all-linear"))
+    model = peft.get_peft_model(
+        LlamaForCausalLM(tiny_config()), peft.LoraConfig(r=2, target_modules="all-linear")
+    )
     assert cost.macs_linear(model, tokens=1, lm_head=True) == 4 * LINEAR + 3200
     assert len(cost.decoder_layers(model)) == 4
 

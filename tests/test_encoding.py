@@ -1,3 +1,6 @@
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -140,9 +143,9 @@ def test_plain_example_is_start_prompt_answer_end(tokenizer):
 
 
 def test_spacing_of_the_tasks_is_natural_for_byte_level_vocabularies(tokenizer):
+    rows = json.loads(Path(__file__).with_name("task_rows.json").read_text(encoding="utf-8"))
     for name in TASKS.names():
-        task = TASKS.find(name)
-        for example in task.examples(task.rows, "train"):
+        for example in TASKS.find(name).examples(rows[name], "train"):
             apart = prompt_ids(tokenizer, example) + answer_ids(tokenizer, example.answer)
             assert apart == tokenizer.encode(example.prompt + example.answer)
 

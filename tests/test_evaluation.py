@@ -17,7 +17,6 @@ from gradpruner.data.examples import Example, Message
 from gradpruner.errors import ConfigError, DataError, NonFiniteError, ResourceError
 from gradpruner.evaluation.quality import evaluate
 from gradpruner.evaluation.questions import Questions
-from gradpruner.progress import set_mode
 
 TEXT = "the cat sat on a mat dog ran in fog is it true yes no not sure user assistant"
 VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", "<turn>", *TEXT.split()]
@@ -50,11 +49,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def no_progress():
-    set_mode("quiet")
-    yield
-    set_mode("auto")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """LLM-Pruner: Taylor salience by hand and against whole gradients, aligned groups, budget, bounded memory."""
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import make_llama, make_samples
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from builders import make_llama, make_qwen2, make_samples
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
@@ -23,18 +24,10 @@ SAMPLES = make_samples(6)
 METHOD = METHODS.find("llm_pruner")
 
 
-def make_qwen2():
-    """Biases on q, k and v; three query heads a group."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=32, hidden_size=24, intermediate_size=40, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.bias.normal_()
-    return model
+# Three query heads a group.
+make_grouped_qwen2 = partial(
+    make_qwen2, vocab_size=32, hidden_size=24, intermediate_size=40, num_attention_heads=6
+)
 
 
 def make_context(model, num_remove=1000, samples=SAMPLES, protected=(), unit="parameters", **options):
@@ -145,10 +138,10 @@ def naive_scores(model, taylor):
     ("make", "taylor", "layers_at_once"),
     [
         (make_llama, "param_first", 1),
-        (make_qwen2, "param_first", 3),
-        (make_qwen2, "param_second", 1),
+        (make_grouped_qwen2, "param_first", 3),
+        (make_grouped_qwen2, "param_second", 1),
         (make_llama, "param_mix", 3),
-        (make_qwen2, "param_mix", 1),
+        (make_grouped_qwen2, "param_mix", 1),
     ],
 )
 def test_salience_is_that_of_whole_gradients(make, taylor, layers_at_once, monkeypatch):
@@ -239,12 +232,12 @@ def test_of_equal_units_the_lower_index_stays():
     ("make", "share", "unit"),
     [
         (make_llama, 0.0, "parameters"),
-        (make_qwen2, 0.07, "decoder_parameters"),
+        (make_grouped_qwen2, 0.07, "decoder_parameters"),
         (make_llama, 0.25, "decoder_parameters"),
-        (make_qwen2, 0.4, "parameters"),
+        (make_grouped_qwen2, 0.4, "parameters"),
         (make_llama, 0.4, "decoder_parameters"),
         (make_llama, 0.5, "parameters"),
-        (make_qwen2, 0.57, "decoder_parameters"),
+        (make_grouped_qwen2, 0.57, "decoder_parameters"),
         (make_llama, 0.57, "parameters"),
     ],
 )

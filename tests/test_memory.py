@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from builders import make_project
+from builders import make_project, tiny_config
 from conftest import COMMON
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, TrainerCallback
@@ -24,14 +24,7 @@ from gradpruner.runs.recipe import load_recipe
 from gradpruner.training.finetuning import _checkpointing, finetune
 from gradpruner.training.options import FinetuneOptions
 
-CONFIG = LlamaConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=200,
-)
+CONFIG = tiny_config(num_hidden_layers=3, vocab_size=200)
 SAMPLES = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(8)]
 
 

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from builders import pass_through
 
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -32,16 +33,6 @@ def score(name, model, samples=SAMPLES, **options):
         **options,
     )
     return METHODS.find(name).score(context)
-
-
-def pass_through(model, *layers):
-    """Makes layers hand on what they are given, by taking away what they would add."""
-    with torch.no_grad():
-        for layer in layers:
-            for name, weight in LayeredModel(model).weights(layer).items():
-                if name.endswith(("o_proj", "down_proj")):
-                    weight.zero_()
-    return model
 
 
 # --- angular distance ---------------------------------------------------------------------------------------

@@ -20,11 +20,7 @@ from gradpruner.progress import set_mode
 SETTINGS = {"record.batch_size": 2, "data.max_length": 128, "plan.repair_rows": 16}
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    set_mode("quiet")
-    yield
-    set_mode("auto")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.layers import fingerprint
 from gradpruner.models.loading import load_model
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.progress import set_mode
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.training import finetuning as training
 from gradpruner.training import recording
@@ -28,12 +27,7 @@ from gradpruner.training.recording import (
     record_gradients,
 )
 
-
-@pytest.fixture(autouse=True)
-def no_progress():
-    set_mode("quiet")
-    yield
-    set_mode("auto")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def arguments(**changes):

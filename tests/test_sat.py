@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from builders import make_llama, make_samples
+from builders import make_llama, make_qwen2, make_samples
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, ModelError, NonFiniteError
@@ -64,21 +64,6 @@ def context(**changes):
 def sat(**changes):
     (callback,) = METHODS.find("sat").callbacks(context(**changes))
     return callback
-
-
-def make_qwen2():
-    """With biases on q, k and v."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=21, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
-    model = Qwen2ForCausalLM(config).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.bias.normal_()
-            layer.self_attn.k_proj.bias.normal_()
-    return model
 
 
 # -- the ladder ----------------------------------------------------------------------------------------------

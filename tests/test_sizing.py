@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from builders import tiny_config
 from conftest import COMMON
-from transformers import AutoConfig, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, MixtralConfig
 
 from gradpruner.errors import ConfigError
 from gradpruner.evaluation.costing.per_device import adapter_parameters, held_bytes
@@ -16,18 +17,6 @@ from gradpruner.models.sizes import build_on_meta
 # One layer by hand: q and o 32x32, k and v 16x32, three 32x64 in the MLP; two norms of 32. Head 100x32.
 LINEAR = 2 * 1024 + 2 * 512 + 3 * 2048
 LAYER, HEAD = LINEAR + 64, 3200
-
-
-def tiny(**changes):
-    fields = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 100,
-    }
-    return LlamaConfig(**(fields | changes))
 
 
 def test_table_11_of_the_paper():
@@ -68,7 +57,7 @@ def test_shapes_have_the_known_sizes(name, num_prune, billions, removed):
 
 
 def test_sizes_by_hand():
-    sizes = size_model(tiny(), tokens=8, rank=2)
+    sizes = size_model(tiny_config(), tokens=8, rank=2)
     assert (sizes.layer_macs, sizes.head_macs) == (4 * LINEAR, HEAD)
     assert sizes.parameters == 4 * LAYER + 2 * HEAD + 32
     assert sizes.parameters_without_head == 4 * LAYER + HEAD + 32
@@ -80,14 +69,14 @@ def test_sizes_by_hand():
 
 
 def test_floors_by_hand():
-    dense, pruned = size_model(tiny()), size_model(tiny(num_hidden_layers=2))
+    dense, pruned = size_model(tiny_config()), size_model(tiny_config(num_hidden_layers=2))
     assert time_floor(dense, pruned, tokens=10, head_tokens=1) == (20 * LINEAR + HEAD) / (40 * LINEAR + HEAD)
     assert time_floor(dense, pruned, tokens=1, head_tokens=1) == (2 * LINEAR + HEAD) / (4 * LINEAR + HEAD)
     assert depth_alone(dense, pruned) == ""
 
 
 def test_held_bytes_by_hand():
-    model, work = build_on_meta(tiny()), Workload(batch_size=3, tokens=10, new_tokens=5)
+    model, work = build_on_meta(tiny_config()), Workload(batch_size=3, tokens=10, new_tokens=5)
     parameters, tensors = 4 * LAYER + 2 * HEAD + 32, 4 * 9 + 3
     # torch's AdamW counts the steps of every tensor in float32.
     assert held_bytes(model, "full", work, torch.float32) == 16 * parameters + 4 * tensors
@@ -102,9 +91,9 @@ def test_held_bytes_by_hand():
 
 
 def test_what_differs_besides_depth():
-    dense = size_model(tiny())
-    assert "size" in depth_alone(dense, size_model(tiny(intermediate_size=32)))
-    assert "vocabulary" in depth_alone(dense, size_model(tiny(vocab_size=50)))
+    dense = size_model(tiny_config())
+    assert "size" in depth_alone(dense, size_model(tiny_config(intermediate_size=32)))
+    assert "vocabulary" in depth_alone(dense, size_model(tiny_config(vocab_size=50)))
     other = AutoConfig.for_model("qwen2", **COMMON)
     assert depth_alone(dense, size_model(other)) == "qwen2 instead of llama"
 

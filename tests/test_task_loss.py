@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from builders import make_llama, make_samples
+from builders import make_llama, make_samples, pass_through
 from conftest import make_model
 from families import make_family_model
 from torch.nn.functional import cross_entropy
@@ -289,25 +289,15 @@ def test_a_shortlist_tries_fewer_layers_from_the_second_round_on():
 # --- constraints --------------------------------------------------------------------------------------------
 
 
-def silent(model, *layers):
-    """Makes layers hand on what they are given."""
-    with torch.no_grad():
-        for layer in layers:
-            for name, weight in LayeredModel(model).weights(layer).items():
-                if name.endswith(("o_proj", "down_proj")):
-                    weight.zero_()
-    return model
-
-
 def test_of_equal_layers_the_later_goes():
-    scores = score(silent(six_layers(), 0, 1, 2, 3, 4, 5), options=NONE)
+    scores = score(pass_through(six_layers(), 0, 1, 2, 3, 4, 5), options=NONE)
     assert scores.evidence["removed"] == [5, 4, 3]
     assert len(set(scores.evidence["nll"])) == 1
 
 
 @pytest.mark.parametrize("options", [NONE, LINEAR], ids=["none", "linear"])
 def test_protected_layers_are_never_tried_and_rank_above_all(options):
-    scores = score(silent(six_layers(), 1, 3), options=options, protected=(1, 3), num_keep=4)
+    scores = score(pass_through(six_layers(), 1, 3), options=options, protected=(1, 3), num_keep=4)
     assert not {1, 3} & set(scores.evidence["removed"])
     assert not {"1", "3"} & set(scores.evidence["next_nll"])
     assert scores.ascending()[-2:] == [3, 1]

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
-from gradpruner.progress import set_mode
 from gradpruner.training import teacher as teaching
 from gradpruner.training.finetuning import finetune, training_arguments
 from gradpruner.training.options import DistillationOptions, FinetuneOptions
@@ -20,11 +19,7 @@ from gradpruner.training.teacher import DistillationTrainer
 I = IGNORED  # noqa: E741
 
 
-@pytest.fixture(autouse=True)
-def no_progress():
-    set_mode("quiet")
-    yield
-    set_mode("auto")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 # Answers of 1 to 3 tokens, at the end and elsewhere; the padding token among prompts; nothing learned.

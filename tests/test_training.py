@@ -27,12 +27,7 @@ from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.resume import TALLY, latest_complete_checkpoint, tally_of
 from gradpruner.training.trainer import CausalTrainer, answer_window
 
-
-@pytest.fixture(autouse=True)
-def no_progress():
-    set_mode("quiet")
-    yield
-    set_mode("auto")
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def tune(model=None, samples=None, **options):

@@ -90,17 +90,6 @@ LABELS = (
     "wrong exchange rate for cash withdrawal",
 )
 
-SAMPLE: tuple[Mapping[str, Any], ...] = (
-    {"text": "My new card is here. What do I press to make it work?", "label": 0},
-    {"text": "The letter with my card was posted two weeks ago, where is it?", "label": 11},
-    {"text": "The machine kept my card and gave me nothing.", "label": 18},
-    {"text": "Let me choose other digits for my pin", "label": 21},
-    {"text": "How many euros do I get for a pound today?", "label": 32},
-    {"text": "The shop says it paid me back, but I see no money.", "label": 51},
-    {"text": "I was billed two times for one lunch", "label": 63},
-    {"text": "Please close my account for good.", "label": 55},
-)
-
 
 def _example(row: Mapping[str, Any], row_id: str) -> Example:
     # The intents are not listed: 77 of them would make a prompt of 20 tokens more than ten times as long.
@@ -130,7 +119,6 @@ TASKS.register("banking77")(
         description="Banking77: what a customer of a bank wants, 77 intents.",
         columns=("text", "label"),
         build=_example,
-        rows=SAMPLE,
         hub_id="PolyAI/banking77",
         # The main branch holds a loading script, which current `datasets` does not run.
         hub_revision="refs/convert/parquet",

@@ -45,7 +45,6 @@ class Task:
         description: One sentence for lists.
         columns: Columns of the hub schema that are needed, the one that holds the answer last.
         build: Makes one example of (row, row id); raises DataError naming the row.
-        rows: A few rows in the hub schema, written for this project, for tests and previews.
         hub_id: "owner/name" on the Hugging Face hub.
         hub_config: Configuration there; None is the default one.
         hub_revision: Branch, tag or commit; None is the main branch.
@@ -73,7 +72,6 @@ class Task:
     description: str
     columns: tuple[str, ...]
     build: Callable[[Mapping[str, Any], str], Example]
-    rows: tuple[Mapping[str, Any], ...]
     hub_id: str
     hub_config: str | None = None
     hub_revision: str | None = None

@@ -15,51 +15,6 @@ def _bill(title: str, sections: tuple[str, ...], summary: str) -> dict[str, str]
     return {"text": head + body, "summary": summary, "title": f"A bill to enact the {title}."}
 
 
-SAMPLE: tuple[Mapping[str, Any], ...] = (
-    _bill(
-        "Covered Bridge Repair Act",
-        (
-            "GRANTS.\n\n    The Secretary of Transportation may make grants to counties to repair covered "
-            "bridges built before 1930.",
-            "FUNDING.\n\n    There is authorized $4,000,000 for each of three fiscal years.",
-        ),
-        "Covered Bridge Repair Act - Authorizes the Secretary of Transportation to make grants to counties "
-        "for the repair of covered bridges built before 1930.",
-    ),
-    _bill(
-        "Night Sky Protection Act",
-        ("LIGHTING.\n\n    Every new outdoor lamp on land of the National Park Service shall be shielded.",),
-        "Night Sky Protection Act - Requires new outdoor lamps in national parks to be shielded.",
-    ),
-    _bill(
-        "Rural Library Hours Act",
-        (
-            "PURPOSE.\n\n    To keep libraries in towns of fewer than 5,000 people open in the evening.",
-            "REPORT.\n\n    The Director shall report to Congress each year on the hours kept.",
-        ),
-        "Rural Library Hours Act - Supports evening hours of libraries in small towns.",
-    ),
-    _bill(
-        "Veterans Tool Loan Act",
-        ("LOANS.\n\n    The Secretary of Veterans Affairs shall lend trade tools to apprentices.",),
-        "Veterans Tool Loan Act - Directs the Secretary of Veterans Affairs to lend tools to apprentices.",
-    ),
-    _bill(
-        "Harbor Seal Count Act",
-        ("SURVEY.\n\n    The Administrator shall count harbor seals every second spring.",),
-        "Harbor Seal Count Act - Provides for a count of harbor seals every two years.",
-    ),
-    _bill(
-        "School Well Water Act",
-        (
-            "TESTS.\n\n    A school with its own well shall have the water tested for lead twice a year.",
-            "COSTS.\n\n    The Administrator shall bear half the cost of each test.",
-        ),
-        "School Well Water Act - Has schools with wells test the water for lead and pays half the cost.",
-    ),
-)
-
-
 def _example(row: Mapping[str, Any], row_id: str) -> Example:
     # Bills are longer than most limits (5,000 to 20,000 characters); what is cut is the beginning. The title
     # is not shown: it often is the summary's first line.
@@ -74,7 +29,6 @@ TASKS.register("billsum")(
         description="BillSum: the summary of a bill of the US Congress.",
         columns=("text", "summary"),
         build=_example,
-        rows=SAMPLE,
         hub_id="FiscalNote/billsum",
         metric="similarity",
         # California's bills: another legislature's language, for a test across domains.

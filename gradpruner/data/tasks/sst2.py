@@ -10,15 +10,6 @@ from gradpruner.data.tasks.base import TASKS, Task, label_of, spaced, text_of
 
 LABELS = ("negative", "positive")  # the hub's order
 
-SAMPLE: tuple[Mapping[str, Any], ...] = (
-    {"sentence": "a warm and patient portrait of two brothers ", "label": 1},
-    {"sentence": "never once funny ", "label": 0},
-    {"sentence": "the camera lingers where it should have moved on ", "label": 0},
-    {"sentence": "worth every minute of its three hours ", "label": 1},
-    {"sentence": "a script without a single surprise ", "label": 0},
-    {"sentence": "the cast is a joy to watch ", "label": 1},
-)
-
 
 def _example(row: Mapping[str, Any], row_id: str) -> Example:
     prompt = (
@@ -36,7 +27,6 @@ TASKS.register("sst2")(
         description="SST-2: sentiment of sentences from film reviews, two classes.",
         columns=("sentence", "label"),
         build=_example,
-        rows=SAMPLE,
         hub_id="stanfordnlp/sst2",
         eval_split="validation",  # the hub's test split has no answers
     )

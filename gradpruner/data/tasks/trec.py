@@ -12,17 +12,6 @@ from gradpruner.data.tasks.base import TASKS, Task, label_of, spaced, text_of
 # names are pieces of tokens that no model has read in a sentence.
 LABELS = ("abbreviation", "entity", "description", "human", "location", "numeric")
 
-SAMPLE: tuple[Mapping[str, Any], ...] = (
-    {"text": "What do the letters WLAN mean ?", "coarse_label": 0},
-    {"text": "What is the short form of kilowatt hour ?", "coarse_label": 0},
-    {"text": "Which instrument has six strings and a long neck ?", "coarse_label": 1},
-    {"text": "Why do leaves fall in autumn ?", "coarse_label": 2},
-    {"text": "Who repaired the tower clock of Bern ?", "coarse_label": 3},
-    {"text": "In which valley does the cheese market take place ?", "coarse_label": 4},
-    {"text": "How many bridges cross the river below the dam ?", "coarse_label": 5},
-    {"text": "What year did the ferry make its last crossing ?", "coarse_label": 5},
-)
-
 
 def _example(row: Mapping[str, Any], row_id: str) -> Example:
     # The classes are listed so that an instruction-tuned model can answer before any training.
@@ -41,7 +30,6 @@ TASKS.register("trec")(
         description="TREC: what kind of thing a question asks for, six classes.",
         columns=("text", "coarse_label"),
         build=_example,
-        rows=SAMPLE,
         hub_id="CogComp/trec",
         # The main branch holds a loading script, which current `datasets` does not run.
         hub_revision="refs/convert/parquet",
