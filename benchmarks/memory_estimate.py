@@ -16,6 +16,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from gradpruner.data.encoding import Collator
 from gradpruner.evaluation.costing.per_device import Training, hold_training
 from gradpruner.evaluation.costing.rehearsal import working_bytes
+from gradpruner.models.loading import load_model
 from gradpruner.models.sizes import build_on_meta, count_parameters
 from gradpruner.progress import set_mode
 from gradpruner.provenance import provenance
@@ -45,6 +47,8 @@ CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("LoRA", {"mode": "lora"}, "float32"),
     ("LoRA, gradient checkpointing", {"mode": "lora", "gradient_checkpointing": True}, "float32"),
     ("LoRA on bf16 weights, bf16 autocast", {"mode": "lora", "precision": "bf16"}, "bfloat16"),
+    ("QLoRA", {"mode": "qlora"}, "float32"),
+    ("QLoRA, gradient checkpointing", {"mode": "qlora", "gradient_checkpointing": True}, "float32"),
 )
 
 
@@ -69,8 +73,12 @@ def samples_of(count: int, tokens: int, vocabulary: int) -> list[dict[str, list[
 
 def measured_peak(config: LlamaConfig, options: dict[str, Any], dtype: str, batch: int, tokens: int) -> int:
     torch.manual_seed(SEED)
-    model = LlamaForCausalLM(config).to(getattr(torch, dtype))
-    weights = sum(p.nbytes for p in model.parameters())
+    model: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
+    if options.get("mode") == "qlora":
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model = load_model(folder, dtype=dtype, device="cpu", quantise=True)
+    weights = sum(p.nbytes + scales_of(p) for p in model.parameters())
     steps = 2
     samples = samples_of(steps * batch * options.get("accumulation", 1), tokens, config.vocab_size)
     given = {"accumulation": 1, "merge_adapter": False} | options
@@ -87,6 +95,12 @@ def measured_peak(config: LlamaConfig, options: dict[str, Any], dtype: str, batc
         now += change
         most = max(most, now)
     return int(weights + most)
+
+
+def scales_of(weight: Any) -> int:
+    """Bytes of the scales beside a weight in 4 bits."""
+    state = getattr(weight, "quant_state", None)
+    return 0 if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
 
 
 def estimated(

@@ -57,7 +57,7 @@ def test_all_faults_are_told_at_once():
         "plan.num_prun: unknown key. Did you mean 'plan.num_prune'?",
         "plan.density: Input should be less than or equal to 1 (given: 1.5)",
         "record.steps: Input should be greater than or equal to 3 (given: 1)",
-        "finetune.mode: Input should be 'full' or 'lora' (given: 'fast')",
+        "finetune.mode: Input should be 'full', 'lora' or 'qlora' (given: 'fast')",
         "modle: unknown key. Did you mean 'model'?",
         "model.path:",
         "gradpruner schema",

@@ -311,7 +311,7 @@ def test_a_nan_loss_stops():
 
 
 def test_options_that_cannot_work_are_refused():
-    with pytest.raises(ConfigError, match="'full' or 'lora'"):
+    with pytest.raises(ConfigError, match="'full', 'lora' or 'qlora'"):
         tune(mode="adapters")
     with pytest.raises(ConfigError, match="'packed', 'grouped' or 'padded'"):
         tune(batching="bucketed")
@@ -377,11 +377,11 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch):
     with pytest.raises(ConfigError, match="needs a GPU"):
         check_liger("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("gradpruner.training.finetuning.find_spec", lambda name: None)
+    monkeypatch.setattr("gradpruner.training.checks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="liger-kernel is not installed") as caught:
         check_liger("auto")
     assert "gradpruner[gpu]" in str(caught.value.hint)
-    monkeypatch.setattr("gradpruner.training.finetuning.find_spec", lambda name: object())
+    monkeypatch.setattr("gradpruner.training.checks.find_spec", lambda name: object())
     check_liger("auto")
 
 

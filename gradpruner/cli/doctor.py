@@ -21,7 +21,7 @@ from gradpruner.provenance import machine
 FLOORS = {"torch": (2, 10), "transformers": (5, 3), "peft": (0, 18), "accelerate": (1, 12)}
 NEEDED = ("datasets", "safetensors", "pydantic", "typer", "rich", "jinja2", "matplotlib", "psutil")
 OPTIONAL = {
-    "bitsandbytes": "QLoRA recording (pip install gradpruner[quant])",
+    "bitsandbytes": "QLoRA and 8-bit optimizers (pip install gradpruner[quant])",
     "trl": "recording inside TRL's SFTTrainer (pip install gradpruner[trl])",
 }
 

@@ -58,6 +58,8 @@ plan:
 finetune:
   # full trains every weight: best, and {full_memory} for weights, gradients and optimizer.
   # lora trains small adapters: {lora_memory}, and it wants a learning rate several times as high.
+  # qlora is lora on weights in 4 bits: {qlora_memory} (pip install 'gradpruner[quant]'). Recording
+  # does the same with record.adapter: qlora; models are evaluated as they are kept, not in 4 bits.
   mode: {mode}
   # {rate_said}.
   # Too low learns nothing, too high forgets or diverges; --find-lr tries some on held-out training rows.
@@ -216,6 +218,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
         "mode": mode,
         "full_memory": readable_bytes(full),
         "lora_memory": f"{readable_bytes(lora)} for the weights",
+        "qlora_memory": readable_bytes(_in_4bit(sizes)),
         "rate_said": f"{said[0].upper()}{said[1:]}",
         "rate": f"{default_rate(decoder, mode):.1e}",
         "epochs": epochs,
@@ -223,6 +226,13 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
         "accumulation": accumulation,
         "steps": steps(accumulation, epochs),
     }
+
+
+def _in_4bit(sizes: ModelSizes) -> int:
+    """Bytes of the weights as QLoRA holds them."""
+    from gradpruner.evaluation.costing.per_device import Training, hold_training
+
+    return hold_training(sizes.model, Training(mode="qlora")).weights
 
 
 def _memory() -> int:

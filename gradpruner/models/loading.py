@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +238,8 @@ def load_model(
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None leaves it to transformers.
         trust_remote_code: Run model code that comes with the folder.
         native: Ignore model code that comes with the folder instead of refusing it.
-        quantise: Load in 4 bit (bitsandbytes), for QLoRA recording.
+        quantise: Load in 4 bits for QLoRA, as its paper does: NF4, the scales quantised too, computing in
+            `dtype` (bitsandbytes).
 
     Raises:
         ModelError: If weights are missing, unexpected or of the wrong shape: transformers would fill
@@ -245,13 +247,22 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    if quantise:
+        check_bitsandbytes("quantise=True")
     folder = Path(folder)
     check_model_folder(folder, trust_remote_code or native)
     config = _read_config(folder, trust_remote_code)
     target = resolve_device(device)
     options: dict[str, Any] = {}
     if quantise:
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True)
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=resolve_dtype(dtype, target),
+        )
+        # Without a word transformers takes the GPU, also where the CPU is asked for.
+        options["device_map"] = {"": "cpu"} if target.type == "cpu" else None
     try:
         loader = AutoModelForCausalLM if trust_remote_code else model_class(config)
         plan = narrowed_plan(folder)
@@ -272,10 +283,24 @@ def load_model(
     except Exception as error:
         raise ModelError(f"{folder} does not load: {type(error).__name__}: {str(error).strip()}") from error
     _refuse_gaps(folder, report, model.config)
-    if not quantise:
+    if quantise:
+        for part in model.modules():
+            # On some CPUs bitsandbytes 0.50 lays weights out anew at the first pass in evaluation mode, as in
+            # the trial of packed rows; gradients through them are wrong from then on.
+            if hasattr(part, "support_avx512bf16_for_cpu"):
+                part.support_avx512bf16_for_cpu = False
+    else:
         model = model.to(target)
     module: nn.Module = model.eval()
     return module
+
+
+def check_bitsandbytes(what: str) -> None:
+    """Raises ConfigError where bitsandbytes is not installed, which `what` needs."""
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{what} needs bitsandbytes, which is not installed.", hint="pip install 'gradpruner[quant]'"
+        )
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:

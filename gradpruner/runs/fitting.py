@@ -43,7 +43,7 @@ _REMEDIES: tuple[dict[str, Any], ...] = (
     {"finetune.optim": "adafactor"},
     {"finetune.mode": "lora"},
     {"finetune.mode": "lora", "model.dtype": "bfloat16"},
-    {"finetune.mode": "lora", "model.dtype": "bfloat16", "record.adapter": "qlora"},
+    {"finetune.mode": "qlora", "model.dtype": "bfloat16", "record.adapter": "qlora"},
 )
 
 
@@ -181,6 +181,8 @@ def _said(remedy: dict[str, Any]) -> str:
 
 def _helps(job: Job, remedy: dict[str, Any]) -> bool:
     """Whether a run would fit with some keys of its recipe changed."""
+    if "qlora" in remedy.values() and spread_of(job).strategy not in ("one", "ddp"):
+        return False
     changed = copy.copy(job)
     sections: dict[str, dict[str, Any]] = {}
     for key, value in remedy.items():

@@ -51,7 +51,9 @@ from gradpruner.runs.evaluation_data import (
 from gradpruner.runs.method_checks import check_methods
 from gradpruner.runs.plan_names import LABELS
 from gradpruner.runs.recipe import Recipe
-from gradpruner.training.finetuning import check_checkpointing, check_liger, check_trackers, planned_steps
+from gradpruner.training.adapters import is_4bit
+from gradpruner.training.checks import check_4bit, check_liger, check_optimizer, check_trackers
+from gradpruner.training.finetuning import check_checkpointing, planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, told
 from gradpruner.training.recording import default_steps
@@ -81,9 +83,14 @@ class Job:
         check_methods(recipe)
         resolve_device(recipe.model.device)
         check_trackers(recipe.finetune.report_to)
+        check_optimizer(recipe.finetune.optim)
         check_evaluation(recipe)
         check_checkpointing(recipe.finetune.gradient_checkpointing, recipe.model.device)
         check_sharding(recipe.finetune.fsdp, recipe.finetune.deepspeed, recipe.model.device)
+        if recipe.finetune.mode == "qlora":
+            check_4bit("finetune.mode", recipe.finetune.fsdp, recipe.finetune.deepspeed)
+        if recipe.record.adapter == "qlora":  # recorded without DeepSpeed
+            check_4bit("record.adapter", recipe.finetune.fsdp, None)
         if recipe.finetune.liger:
             check_liger(recipe.model.device)
         self.folder = locate_model(recipe.model.path)
@@ -375,7 +382,10 @@ class Job:
         """Gives a loaded model's memory back before the next one is loaded."""
         if model is self.loaded:
             return
-        if not getattr(model, "is_loaded_in_4bit", False):  # bitsandbytes refuses to be moved
+        if is_4bit(model):  # bitsandbytes refuses to be moved
+            for module in model.modules():
+                module._parameters.update(dict.fromkeys(module._parameters))
+        else:
             model.to("meta")
         gc.collect()
         if torch.cuda.is_available():

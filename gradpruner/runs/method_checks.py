@@ -26,6 +26,11 @@ def check_methods(recipe: Recipe) -> None:
                 f"The method {name} changes how a model is fine-tuned; with start: {recipe.start} none is.",
                 hint="Use start: base, or let the model recover: --set recover.epochs=1.",
             )
+        if recipe.finetune.mode == "qlora" and (method.alone or name == "sat"):
+            raise ConfigError(
+                f"The method {name} changes weights while it tunes; 4-bit weights do not allow that.",
+                hint="Use finetune.mode: lora, or take another method.",
+            )
         if recipe.plan.max_loss is not None and not method.score:
             raise ConfigError(
                 f"plan.max_loss needs methods that score layers; {name} decides by itself what goes.",

@@ -21,6 +21,7 @@ from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import data_identity, with_validation
 from gradpruner.runs.job import Job
 from gradpruner.runs.together import together
+from gradpruner.runs.work import finished
 from gradpruner.training.finetuning import finetune, planned_steps
 from gradpruner.training.rates import best_rate
 
@@ -106,13 +107,13 @@ def tune_at(job: Job, rate: float) -> tuple[Any, dict[str, Any]]:
     updated = job.recipe.model.trained_dtype(job.recipe.finetune.mode)
     changes = {"learning_rate": rate, "max_steps": _steps(job), "save_steps": None, "report_to": "none"}
     model, result = finetune(
-        job.load(job.folder, dtype=updated),
+        job.load(job.folder, dtype=updated, quantise=job.recipe.finetune.mode == "qlora"),
         _rows(job)[0],
         job.training.model_copy(update=changes),
         collator=job.collator,
         description=f"rate {rate:g}",
     )
-    return model, {"steps": result.steps, "seconds": round(result.seconds, 1)}
+    return finished(job, model, job.folder), {"steps": result.steps, "seconds": round(result.seconds, 1)}
 
 
 def _steps(job: Job) -> int:

@@ -141,7 +141,7 @@ class Recipe(Section):
         if (
             needs
             and self.start != "given"
-            and self.finetune.mode == "lora"
+            and self.finetune.mode != "full"
             and not self.finetune.merge_adapter
         ):
             raise ValueError(

@@ -29,6 +29,7 @@ from gradpruner.runs.evaluation_data import asked_of_harness, options_of
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import LABELS, variant_of
 from gradpruner.runs.together import together
+from gradpruner.training.adapters import Adapters
 from gradpruner.training.finetuning import FinetuneResult, finetune
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.world import this_world
@@ -191,8 +192,8 @@ class Work:
         options = self._training_options()
         updated = self.recipe.model.trained_dtype(options.mode)
         callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
-        return finetune(
-            self.job.load(self.source, dtype=updated),
+        model, result = finetune(
+            self.job.load(self.source, dtype=updated, quantise=options.mode == "qlora"),
             self.job.samples,
             options,
             collator=self.job.collator,
@@ -201,6 +202,7 @@ class Work:
             callbacks=callbacks,
             **self._teacher(),
         )
+        return finished(self.job, model, self.source), result
 
     def _training_options(self) -> FinetuneOptions:
         """The recipe's fine-tuning; of a pruned model that was tuned before, the shorter one of `recover`."""
@@ -274,6 +276,18 @@ class Work:
         found = asked_of_harness(self.recipe, model, self.job.tokenizer)
         self.job.release(model)
         return found
+
+
+def finished(job: Job, model: Any, folder: Path) -> Any:
+    """A fine-tuned model as it is measured and kept; of several processes only the first goes on with it.
+
+    What was learned on 4-bit weights goes onto those of `folder`, of which they were made.
+    """
+    if job.recipe.finetune.mode != "qlora" or not this_world().is_first:
+        return model
+    adapters = Adapters.of(model)
+    job.release(model)
+    return adapters.put_on(job.load(folder), merge=job.recipe.finetune.merge_adapter)
 
 
 def row_of(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Work:

@@ -6,7 +6,7 @@ rates           the learning rate where none is given
 batching        layouts of a batch: packed, grouped, padded
 callbacks       progress, and a guard against NaN; resume: the last complete checkpoint
 adapters        LoRA and its kin on every linear of every layer
-finetuning      finetune: full or LoRA, with a teacher or without
+finetuning      finetune: full, LoRA or QLoRA, with a teacher or without; checks: what cannot be
 sharding        weights spread over processes, and whole again
 teacher         the loss of a student, and the Trainer that computes it
 distillation    a student trained by its teacher alone

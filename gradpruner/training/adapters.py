@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from gradpruner.errors import ConfigError
+from gradpruner.errors import ConfigError, ModelError
 from gradpruner.gradients.trace import LinearRef
-from gradpruner.models.layers import LayeredModel
+from gradpruner.models.layers import LayeredModel, unwrap
 
 
 def attach_lora(
@@ -48,6 +50,54 @@ def attach_lora(
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
+
+
+def is_4bit(model: Any) -> bool:
+    """Whether a model, with adapters or without, was loaded in 4 bits."""
+    return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Trained adapters on their own, to be put on another model with the same linears.
+
+    Those that were trained on 4-bit weights belong on the weights these were made of: added to the 4-bit
+    ones, most of what was learned would be rounded away.
+
+    Attributes:
+        config: PEFT's.
+        weights: A and B by name, on the CPU.
+    """
+
+    config: Any
+    weights: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, model: Any) -> Adapters:
+        """Those of a PeftModel."""
+        from peft import get_peft_model_state_dict
+
+        weights = {name: w.detach().cpu().clone() for name, w in get_peft_model_state_dict(model).items()}
+        return cls(model.peft_config["default"], weights)
+
+    def put_on(self, model: nn.Module, *, merge: bool) -> Any:
+        """The model with them, added into its weights or beside these.
+
+        Raises:
+            ModelError: If they do not fit it.
+        """
+        from peft import get_peft_model, set_peft_model_state_dict
+
+        config = copy.deepcopy(self.config)
+        config.base_model_name_or_path = None  # PEFT asks the model
+        adapted: Any = get_peft_model(model, config)
+        try:
+            left = set_peft_model_state_dict(adapted, self.weights)
+        except RuntimeError as error:
+            raise ModelError(f"The adapters do not fit the model: {error}") from error
+        if left.unexpected_keys:
+            raise ModelError(f"The model has no place for {', '.join(left.unexpected_keys[:3])}.")
+        return adapted.merge_and_unload() if merge else adapted
 
 
 def find_lora_linears(
@@ -90,7 +140,7 @@ def adapter_kind(model: Any) -> tuple[str, float, bool]:
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
     if config is None:
         return "lora", 0.0, False
-    quantised = bool(getattr(model.get_base_model(), "is_loaded_in_4bit", False))
+    quantised = is_4bit(model)
     if getattr(config, "use_dora", False):
         kind = "dora"
     elif getattr(config, "use_rslora", False):

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers import TrainingArguments, set_seed
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.models.memory import PeakMemory
-from gradpruner.registry import suggest
-from gradpruner.training.adapters import attach_lora
+from gradpruner.training.adapters import attach_lora, is_4bit
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
+from gradpruner.training.checks import check_liger, check_optimizer, check_trackers
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
 from gradpruner.training.rates import PAPER_RATE, with_rate
 from gradpruner.training.resume import latest_complete_checkpoint, tally_of
@@ -134,42 +133,12 @@ def resolve_precision(precision: str, device: str = "auto") -> str:
     return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def check_trackers(report_to: str | Sequence[str]) -> None:
-    """Raises ConfigError for a tracker that is unknown or not installed, before anything is trained."""
-    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-
-    asked = [report_to] if isinstance(report_to, str) else list(report_to)
-    for name in asked:
-        if name in ("none", "all"):
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise ConfigError(
-                f"report_to: unknown tracker '{name}'.{suggest(name, INTEGRATION_TO_CALLBACK)}",
-                hint=f"Known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, all or none.",
-            )
-        if name not in get_available_reporting_integrations():
-            raise ConfigError(
-                f"report_to: tracker '{name}' is not installed.", hint=f"pip install {name}, or use none."
-            )
-
-
-def check_liger(device: str = "auto") -> None:
-    """Raises ConfigError where Liger's kernels cannot run, before anything is trained."""
-    if device == "cpu" or not torch.cuda.is_available():
-        raise ConfigError("finetune.liger needs a GPU.", hint="Leave it out; nothing else changes.")
-    if find_spec("liger_kernel") is None:
-        raise ConfigError(
-            "finetune.liger is asked for, but liger-kernel is not installed.",
-            hint="pip install 'gradpruner[gpu]', or leave it out.",
-        )
-
-
 @dataclass(frozen=True)
 class FinetuneResult:
     """What a fine-tuning did.
 
     Attributes:
-        mode: "full" or "lora".
+        mode: "full", "lora" or "qlora".
         steps: Optimizer steps.
         losses: Dicts of step, loss (mean over the logging interval) and learning_rate; with a teacher, also
             ce, the part of the loss that is cross entropy, unweighted, if it has a weight.
@@ -242,15 +211,18 @@ def finetune(
         **changes: Single options, such as learning_rate=1e-3.
 
     Returns:
-        The trained model (a PeftModel when mode is "lora" and `merge_adapter` is False) and the result. A
-        model that was sharded over processes is whole on the first one and without weights on the others.
+        The trained model and the result. It is a PeftModel when mode is "lora" and `merge_adapter` is False,
+        and always when mode is "qlora": 4-bit weights would round the adapters away, which belong on the
+        weights before (`adapters.Adapters`). A model that was sharded over processes is whole on the first
+        one and without weights on the others.
 
     Raises:
         ConfigError: If an option is unknown or not allowed, a tracker or Liger is not installed, fp16
             autocast is asked for weights that are float16 themselves, the teacher shares weights with the
             model, or there are options of distillation but no teacher.
         DataError: If the dataset is empty.
-        ModelError: If every weight is to be trained and they are quantised.
+        ModelError: If every weight is to be trained and they are quantised; if mode is not "qlora" and the
+            model is loaded in 4 bits, or the other way round.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
         ShapeError: If the teacher has another vocabulary.
 
@@ -265,12 +237,15 @@ def finetune(
     trainer_class = _trainer_class(model, teacher, distillation)
     set_seed(options.seed)
     trained: Any = model
-    if options.mode == "lora":
-        trained = attach_lora(model, rank=options.rank, alpha=options.alpha, dropout=options.dropout)
-    else:
-        _check_trainable(model)
+    _check_trainable(model, options.mode)
+    if options.mode == "full":
         model.requires_grad_(True)
+    else:
+        trained = attach_lora(
+            model, rank=options.rank, alpha=options.alpha, dropout=options.dropout, adapter=options.mode
+        )
     check_trackers(options.report_to)
+    check_optimizer(options.optim)
     arguments = training_arguments(
         options, checkpoints, max(1, planned_steps(len(dataset), options) // LOGGED_POINTS)
     )
@@ -316,11 +291,21 @@ def _trainer_class(
     return CausalTrainer
 
 
-def _check_trainable(model: nn.Module) -> None:
-    if not all(parameter.is_floating_point() for parameter in model.parameters()):
+def _check_trainable(model: nn.Module, mode: str) -> None:
+    if mode == "full" and not all(parameter.is_floating_point() for parameter in model.parameters()):
         raise ModelError(
             "The model's weights are quantised and cannot be trained.",
-            hint="Load it in float32 or bfloat16, or train adapters: mode lora.",
+            hint="Load it in float32 or bfloat16, or train adapters on 4-bit weights: mode qlora.",
+        )
+    if mode == "qlora" and not is_4bit(model):
+        raise ModelError(
+            "mode is qlora, and the model is not in 4 bits.",
+            hint="Load it with gradpruner.load_model(folder, quantise=True), or use mode lora.",
+        )
+    if mode == "lora" and is_4bit(model):
+        raise ModelError(
+            "mode is lora, and the model is in 4 bits: adapters added to such weights are rounded away.",
+            hint="Use mode qlora, or load the model in float32 or bfloat16.",
         )
 
 
@@ -329,7 +314,7 @@ def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = Non
 
     Args:
         trainer: What is to be run.
-        mode: "full" or "lora", for the result.
+        mode: "full", "lora" or "qlora", for the result.
         checkpoint: Where to go on from; None begins anew.
     """
     if checkpoint is not None:

@@ -92,8 +92,9 @@ class RecordOptions(RecordSection):
 class FinetuneSection(Section):
     """Fine-tuning of every variant, the same for all."""
 
-    mode: Literal["full", "lora"] = "full"
-    """full trains every weight; lora trains adapters."""
+    mode: Literal["full", "lora", "qlora"] = "full"
+    """full trains every weight; lora trains adapters; qlora trains them on weights in 4 bits (pip install
+    'gradpruner[quant]') and puts them on the weights as they were before."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate; null: by the size of the model and by mode (full at 8 B parameters: 1e-5, the
     paper's; smaller models need more). A dry run says which."""
@@ -117,11 +118,11 @@ class FinetuneSection(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision; auto: bf16 on GPUs that have it, fp32 elsewhere."""
     rank: int = Field(default=8, ge=1)
-    """LoRA r (mode lora)."""
+    """LoRA r (modes lora and qlora)."""
     alpha: float = Field(default=32, gt=0)
-    """LoRA alpha (mode lora)."""
+    """LoRA alpha (likewise)."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    """LoRA dropout (mode lora)."""
+    """LoRA dropout (likewise)."""
     merge_adapter: bool = True
     """Add LoRA into the weights on save, so that the folder is a plain model."""
     gradient_checkpointing: bool | Literal["offload"] = False

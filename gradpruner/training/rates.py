@@ -31,19 +31,19 @@ def default_rate(parameters: int, mode: str) -> float:
 
     Args:
         parameters: Of the decoder layers; embeddings and head do not count.
-        mode: "full" or "lora".
+        mode: "full", "lora" or "qlora", which is taken for LoRA.
 
     Source: GradPruner, C.2 (1e-5 at 8 B). The power is that of N in Step Law (Li et al., 2025,
         arXiv:2503.04715); ten times for LoRA is what LoRA Without Regret (Schulman et al., 2025) finds.
     """
     smaller = PAPER_PARAMETERS / parameters
     rate = PAPER_RATE * (smaller**_FULL_POWER if mode == "full" else _LORA_TIMES * smaller**_LORA_POWER)
-    return float(f"{min(rate, _HIGHEST[mode]):.0e}")
+    return float(f"{min(rate, _HIGHEST['full' if mode == 'full' else 'lora']):.0e}")
 
 
 def told(parameters: int, mode: str) -> str:
     """Where the default rate comes from, for people."""
-    what = "LoRA" if mode == "lora" else "full fine-tuning"
+    what = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[mode]
     return f"the default for {what} of {in_millions(parameters)} decoder parameters"
 
 

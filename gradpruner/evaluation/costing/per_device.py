@@ -26,9 +26,11 @@ _SPREAD: dict[str, tuple[str, ...]] = {
     "zero3": ("weights", "gradients", "optimizer"),
 }
 _FLOAT32 = 4
-# bitsandbytes: 4-bit weights have a float32 scale for 64 of them, 8-bit moments one for 256; moments of small
-# tensors and of embeddings stay in float32, and so stays what is not quantised (PEFT's preparation).
-_BLOCK_4BIT, _BLOCK_8BIT, _SMALLEST_8BIT = 64, 256, 4096
+# bitsandbytes: 4-bit weights have a scale of one byte for 64 of them, and one in float32 for 256 such scales;
+# what is not quantised becomes float32 (PEFT's preparation).
+_ITEM_4BIT = 0.5 + 1 / 64 + _FLOAT32 / (64 * 256)
+# 8-bit moments have a float32 scale for 256; those of small tensors and of embeddings stay in float32.
+_BLOCK_8BIT, _SMALLEST_8BIT = 256, 4096
 # Numbers an optimizer keeps for each weight, by what its name contains; AdamW's otherwise.
 _MOMENTS = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3}
 # DeepSpeed: a float32 copy of every trained weight and two moments.
@@ -227,7 +229,7 @@ def pieces_of(model: nn.Module, training: Training) -> list[Piece]:
     for weight in model.parameters():
         size: float = itemsize
         if training.mode == "qlora":
-            size = 0.5 + _FLOAT32 / _BLOCK_4BIT if id(weight) in quantised else _FLOAT32
+            size = _ITEM_4BIT if id(weight) in quantised else _FLOAT32
         found.append(Piece(tuple(weight.shape), size, full, id(weight) in embeddings))
     return found if full or not training.trains else found + _adapters(model, training)
 

@@ -1,0 +1,79 @@
+"""What fine-tuning asks for and this machine or its packages cannot do: said before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from gradpruner.errors import ConfigError
+from gradpruner.models.loading import check_bitsandbytes
+from gradpruner.registry import suggest
+
+
+def check_trackers(report_to: str | Sequence[str]) -> None:
+    """Raises ConfigError for a tracker that is unknown or not installed, before anything is trained."""
+    from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+    asked = [report_to] if isinstance(report_to, str) else list(report_to)
+    for name in asked:
+        if name in ("none", "all"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"report_to: unknown tracker '{name}'.{suggest(name, INTEGRATION_TO_CALLBACK)}",
+                hint=f"Known: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, all or none.",
+            )
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"report_to: tracker '{name}' is not installed.", hint=f"pip install {name}, or use none."
+            )
+
+
+def check_liger(device: str = "auto") -> None:
+    """Raises ConfigError where Liger's kernels cannot run, before anything is trained."""
+    if device == "cpu" or not torch.cuda.is_available():
+        raise ConfigError("finetune.liger needs a GPU.", hint="Leave it out; nothing else changes.")
+    if find_spec("liger_kernel") is None:
+        raise ConfigError(
+            "finetune.liger is asked for, but liger-kernel is not installed.",
+            hint="pip install 'gradpruner[gpu]', or leave it out.",
+        )
+
+
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError for an optimizer the Trainer does not know, or whose package is not installed."""
+    from transformers.training_args import OptimizerNames
+
+    known = [one.value for one in OptimizerNames]
+    if name not in known:
+        raise ConfigError(
+            f"finetune.optim: the Trainer knows no '{name}'.{suggest(name, known)}",
+            hint=f"Known: {', '.join(known)}.",
+        )
+    if any(part in name for part in ("8bit", "paged", "bnb")):
+        check_bitsandbytes(f"finetune.optim: {name}")
+
+
+def check_4bit(key: str, fsdp: Any, deepspeed: str | None) -> None:
+    """Raises ConfigError where weights cannot be held in 4 bits.
+
+    Args:
+        key: The recipe key that says qlora.
+        fsdp: As in `FinetuneSection`.
+        deepspeed: Likewise.
+    """
+    check_bitsandbytes(f"{key}: qlora")
+    spread = {
+        "DeepSpeed": deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true",
+        "FSDP": fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
+    }
+    for name, asked in spread.items():
+        if asked:
+            raise ConfigError(
+                f"{key} is qlora, and {name} is asked for: 4-bit weights are not spread over processes.",
+                hint=f"Leave {name} out, so that every process holds the 4-bit weights, or use lora.",
+            )
