@@ -29,266 +29,34 @@ import contextlib
 import json
 import os
 import re
-import runpy
-import subprocess
 import sys
 import tempfile
 import traceback
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llama_engine import (
+    AGREES,
+    NEW_TOKENS,
+    SEED,
+    Engine,
+    compare,
+    engine_options,
+    expected_outcomes,
+    running,
+    show_family,
+    updated,
+    verdict_of,
+    versions_of,
+)
+from llama_worker import SPM_VOCAB
+
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent
-SEED = 0
 PROMPT_TOKENS = range(24, 28)
-NEW_TOKENS = 32
-AGREES = 1e-2
-"""Largest relative error that counts as computing the same. Both sides are float32, but llama.cpp looks GELU
-up in a table of half precision, which alone makes up to 3e-3 in these models, and has another denominator in
-gemma3n's standard deviations (7e-3 with it); the others come to 1e-6 or 1e-5. What is wrong is off by 2e-1 or
-more."""
-BPE_VOCAB, SPM_VOCAB = 50304, 512
+BPE_VOCAB = 50304
 ROPE_THETA = 500.0
 PRUNED = 4  # layers of 12
-
-
-# -- the other interpreter: converter and engine -----------------------------------------------------------
-
-
-def work(converter: str) -> None:
-    """Takes jobs as lines of JSON; each is done in a fork, because llama.cpp may abort the process."""
-    sys.path[:0] = [converter, f"{converter}/gguf-py"]
-    import transformers  # here, so once for all forks
-    import xllamacpp
-    from conversion import base  # noqa: F401
-
-    versions = {"xllamacpp": xllamacpp.__version__, "transformers": transformers.__version__}
-    print(json.dumps(versions), flush=True)
-    for line in sys.stdin:
-        job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            try:
-                globals()[job["do"]](converter, job)
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        print(json.dumps({"status": os.waitpid(child, 0)[1]}), flush=True)
-
-
-def tokenizers(converter: str, job: dict[str, Any]) -> None:
-    """GPT-2's tokenizer, a small SentencePiece one, and that as a BPE of bytes and pieces (gemma4)."""
-    import gguf
-    import sentencepiece
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    folder, text = Path(job["folder"]), job["text"]
-    fields = gguf.GGUFReader(f"{converter}/models/ggml-vocab-gpt-2.gguf").fields
-    tokens, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "merges"))
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    gpt2 = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, pairs))
-    gpt2.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    gpt2.decoder = decoders.ByteLevel()
-    end = "<|endoftext|>"
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=gpt2, bos_token=end, eos_token=end)
-    wrapped.add_special_tokens({"additional_special_tokens": ["<|user|>"]})  # asked for by glm
-    wrapped.save_pretrained(folder / "bpe")
-
-    special = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
-    (folder / "spm").mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        input=text, model_prefix=str(folder / "spm" / "tokenizer"), vocab_size=SPM_VOCAB, model_type="bpe",
-        byte_fallback=True, minloglevel=2, **special,
-    )  # fmt: skip
-    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
-    small = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    small.normalizer = normalizers.Replace(" ", "\u2581")
-    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    small.decoder = decoders.Sequence(steps)
-    trainer = trainers.BpeTrainer(vocab_size=SPM_VOCAB, special_tokens=names, max_token_length=8)
-    small.train_from_iterator(Path(text).read_text(encoding="utf-8").splitlines(), trainer)
-    bytes_too = PreTrainedTokenizerFast(
-        tokenizer_object=small, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
-    bytes_too.save_pretrained(folder / "pieces")
-
-
-def convert(converter: str, job: dict[str, Any]) -> None:
-    """Runs convert_hf_to_gguf.py; with `pre`, a tokenizer it does not know passes for that kind."""
-    if job["pre"]:
-        from conversion.base import TextModel
-
-        TextModel.get_vocab_base_pre = lambda self, tokenizer: job["pre"]
-    script = f"{converter}/convert_hf_to_gguf.py"
-    sys.argv = [script, job["model"], "--outfile", job["gguf"], "--outtype", job["outtype"], *job["options"]]
-    runpy.run_path(script, run_name="__main__")
-
-
-def generate(converter: str, job: dict[str, Any]) -> None:
-    """Greedy tokens of llama.cpp's server, with the log-probabilities of all tokens at each of them."""
-    import numpy
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = job["gguf"]
-    params.n_ctx, params.n_parallel, params.warmup, params.fit_params = 512, 1, False, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    if job["exact"]:  # the default is a cache in half precision
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
-
-    def post(path: str, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as reply:
-            return json.load(reply)
-
-    # The server leaves out tokens that end inside a character; where tokens are given, none is generated.
-    harmless = post("/tokenize", {"content": "a"})["tokens"][-1]
-    answer: dict[str, Any] = {"prompts": [], "tokens": []}
-    arrays = {}
-    for number, prompt in enumerate(job["prompts"]):
-        options = {"temperature": 0, "logprobs": job["vocab"], "max_tokens": job["new"]}
-        if isinstance(prompt, str):
-            prompt = post("/tokenize", {"content": prompt, "add_special": True})["tokens"]
-        else:
-            options |= {"max_tokens": 1, "logit_bias": [[harmless, 1e6]]}  # log-probabilities come before it
-        reply = server.handle_completions({"prompt": prompt, **options})
-        steps = reply["choices"][0]["logprobs"]["content"]
-        table = numpy.full((len(steps), job["vocab"]), numpy.nan, numpy.float32)
-        for row, step in zip(table, steps, strict=True):
-            best = step["top_logprobs"]
-            row[[entry["id"] for entry in best]] = [entry["logprob"] for entry in best]
-        answer["prompts"].append(prompt)
-        answer["tokens"].append([step["id"] for step in steps])
-        arrays[f"prompt{number}"] = table
-    numpy.savez(job["arrays"], **arrays)
-    Path(job["answer"]).write_text(json.dumps(answer), encoding="utf-8")
-
-
-class Engine:
-    """The other interpreter, kept running."""
-
-    def __init__(self, python: Path, converter: Path, folder: Path) -> None:
-        command = [str(python.absolute()), str(Path(__file__).resolve()), "--work", str(converter.resolve())]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
-        )
-        self.folder = folder
-        self.versions: dict[str, str] = self._answer()
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit("The other Python does not start; it needs what the docstring says.")
-        return json.loads(line)
-
-    def do(self, what: str, **job: Any) -> str:
-        """Carries a job out. Returns "" or what went wrong."""
-        log = self.folder / "log.txt"
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": what, "log": str(log), **job}) + "\n")
-        self.process.stdin.flush()
-        status = self._answer()["status"]
-        return self._fault(log.read_text(encoding="utf-8", errors="replace"), status) if status else ""
-
-    def _fault(self, log: str, status: int) -> str:
-        """The line of a log that says most, without folders of this machine."""
-        lines = [line.strip() for line in log.splitlines() if line.strip()]
-        telling = [line for line in lines if re.search(r"error load|not supported|GGML_ASSERT", line)]
-        line = re.sub(r"\x1b\[[\d;]*m", "", (telling or lines[-1:] or [f"exit status {status}"])[0])
-        line = re.sub(r"^[\d.]+ E |^ERROR:hf-to-gguf:|llama_model_load: |check_tensor_dims: ", "", line)
-        return re.sub(r"/[\w/.-]*/([\w.-]+)", r"\1", line)[:200]
-
-    def close(self) -> None:
-        """Ends it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
-# -- comparing ---------------------------------------------------------------------------------------------
-
-
-def compare(
-    engine: Engine,
-    model: Path,
-    prompts: list[Any],
-    outtype: str = "f32",
-    pre: str = "",
-    exact: bool = True,
-    options: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Converts a checkpoint, runs it, and says how far llama.cpp is from transformers.
-
-    Args:
-        engine: The other interpreter.
-        model: A checkpoint.
-        prompts: Texts, to be continued greedily, or token ids.
-        outtype: Type of the file's tensors.
-        pre: Pre-tokenizer to claim.
-        exact: With the cache in float32; otherwise llama.cpp's defaults.
-        options: Further ones for the converter.
-    """
-    import numpy
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    file, arrays, answer_file = (engine.folder / name for name in ("model.gguf", "out.npz", "answer.json"))
-    for old in (file, arrays, answer_file):
-        old.unlink(missing_ok=True)
-    how = {"outtype": outtype, "pre": pre, "options": list(options)}
-    fault = engine.do("convert", model=str(model), gguf=str(file), **how)
-    if fault:
-        return {"outcome": "not converted", "error": fault}
-    reference = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval()
-    job = {"vocab": reference.config.get_text_config().vocab_size, "new": NEW_TOKENS, "exact": exact}
-    fault = engine.do(
-        "generate", gguf=str(file), prompts=prompts, arrays=str(arrays), answer=str(answer_file), **job
-    )
-    if fault:
-        return {"outcome": "not loaded", "error": fault}
-    answer = json.loads(answer_file.read_text(encoding="utf-8"))
-    difference, size, same, total = 0.0, 0.0, 0, 0
-    for number, (prompt, tokens) in enumerate(zip(answer["prompts"], answer["tokens"], strict=True)):
-        expected = log_probabilities(reference, [*prompt, *tokens], len(tokens))
-        found = numpy.load(arrays)[f"prompt{number}"].astype(numpy.float64)
-        same += int((expected.argmax(-1) == found.argmax(-1)).sum())
-        total += len(tokens)
-        expected, found = (x - x.mean(-1, keepdims=True) for x in (expected, found))
-        difference += float(((found - expected) ** 2).sum())
-        size += float((expected**2).sum())
-    error = (difference / size) ** 0.5
-    result = {
-        "outcome": "same" if error <= AGREES else "differs",
-        "relative_error": float(f"{error:.2e}"),
-        "likeliest_tokens_equal": [same, total],
-        "gguf_bytes": file.stat().st_size,
-    }
-    if isinstance(prompts[0], str):
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        result["prompts_tokenized_alike"] = [tokenizer(x).input_ids for x in prompts] == answer["prompts"]
-    return result
-
-
-def log_probabilities(model: Any, ids: list[int], count: int) -> Any:
-    """Of the last `count` tokens, by one forward pass over all."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -count - 1 : -1]
-    return logits.double().log_softmax(-1).numpy()
 
 
 # -- a trained model ---------------------------------------------------------------------------------------
@@ -464,21 +232,6 @@ def plans(config: Any, count: int, dropped: Sequence[int]) -> dict[str, Any]:
     return found
 
 
-def verdict_of(config: Any, keep: tuple[int, ...]) -> Any:
-    from gradpruner.models.engines import judge, layer_facts
-
-    return next(v for v in judge(layer_facts(config), keep) if v.engine == "llama.cpp")
-
-
-def expected_outcomes(status: str) -> tuple[str, ...]:
-    return {
-        "ok": ("same",),
-        "wrong": ("differs",),
-        "refused": ("not converted", "not loaded"),
-        "unknown": ("not converted", "not loaded"),
-    }[status]
-
-
 class Source:
     """A tiny random model of one type, saved as published models are.
 
@@ -599,63 +352,6 @@ def families(engine: Engine, only: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def show_family(row: dict[str, Any]) -> None:
-    measured = f"{row['relative_error']:.1e}" if "relative_error" in row else row["error"]
-    mark = "" if row["as_said"] else "  <-- NOT AS SAID"
-    print(
-        f"{row['model_type']:17} {row['layers']:3} layers  {row['plan']:11} {row['verdict']:8} "
-        f"{row['outcome']:13} {measured}{mark}",
-        flush=True,
-    )
-
-
-def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """An earlier result with the families that were run again; their commit is noted in their rows."""
-    again = {row["model_type"]: row for row in new["families"]}
-    for row in new["families"]:
-        row["commit"] = new["provenance"]["commit"]
-    rows, placed = [], set()
-    for row in old["families"]:
-        if row["model_type"] not in again:
-            rows.append(row)
-        elif row["model_type"] not in placed:
-            placed.add(row["model_type"])
-            rows += [r for r in new["families"] if r["model_type"] == row["model_type"]]
-    return old | {key: new[key] for key in ("trained",) if key in new} | {"families": rows}
-
-
-def engine_options(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark of llama.cpp asks for."""
-    parser.add_argument("--converter", type=Path, help="source tree of llama.cpp")
-    parser.add_argument("--python", type=Path, help="interpreter with xllamacpp")
-    parser.add_argument("--converter-name", default="", help="which llama.cpp it is, to be recorded")
-    parser.add_argument("--json", type=Path, help="file to write")
-
-
-@contextlib.contextmanager
-def running(args: argparse.Namespace) -> Iterator[Engine]:
-    """The other interpreter, with a folder of its own and tokenizers in it."""
-    with tempfile.TemporaryDirectory() as name:
-        engine = Engine(args.python, args.converter, Path(name))
-        fault = engine.do("tokenizers", folder=name, text=str(ROOT / "LICENSE"))
-        if fault:
-            sys.exit(fault)
-        yield engine
-        engine.close()
-
-
-def versions_of(engine: Engine, converter_name: str) -> dict[str, str]:
-    """What was run."""
-    from gradpruner.models.engines import VERSIONS
-
-    return {
-        "converter": converter_name,
-        "engine": f"xllamacpp {engine.versions['xllamacpp']}",
-        "converter_transformers": engine.versions["transformers"],
-        "rules_read_in": VERSIONS["llama.cpp"],
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -665,14 +361,10 @@ def main() -> None:
     parser.add_argument("--pre", default="gpt-2", help="pre-tokenizer of --model, as llama.cpp calls it")
     parser.add_argument("--only", nargs="*", default=[], help="these families; 'none' for no family")
     parser.add_argument("--update", action="store_true", help="replace only what was run in that file")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     # This file is called gguf.py: its folder must not be where `import gguf` is looked for.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    if args.work:
-        work(args.work)
-        return
     if not args.converter or not args.python:
         parser.error("--converter and --python are needed")
     from gradpruner.provenance import provenance

@@ -27,6 +27,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llama_engine import (
+    AGREES,
+    SEED,
+    compare,
+    engine_options,
+    expected_outcomes,
+    running,
+    verdict_of,
+    versions_of,
+)
+
 HERE = Path(__file__).resolve().parent
 # gguf.py of this folder, under another name: `import gguf` means the library.
 _SPEC = importlib.util.spec_from_file_location("gguf_benchmark", HERE / "gguf.py")
@@ -86,7 +97,7 @@ def narrowed(
         config: Of the unpruned model.
         whole: The plan that keeps everything.
         folder: For pruned checkpoints.
-        prompts: As for `base.compare`.
+        prompts: As for `compare`.
         how: Likewise.
     """
     from gradpruner.errors import GradPrunerError
@@ -109,7 +120,7 @@ def narrowed(
         if not plan.uniform:  # transformers does not load it either, so only whether llama.cpp does is asked
             found = loads(engine, target, prompts, **how)
         else:
-            found = base.compare(engine, target, prompts, **how)
+            found = compare(engine, target, prompts, **how)
         verdict = next(v for v in judge_plan(plan, layer_facts(config)) if v.engine == "llama.cpp")
         widths = dataclasses.asdict(plan.widths) if plan.uniform else None
         yield {
@@ -118,7 +129,7 @@ def narrowed(
             "verdict": verdict.status,
             "reason": verdict.reason,
             **found,
-            "as_said": found["outcome"] in base.expected_outcomes(verdict.status),
+            "as_said": found["outcome"] in expected_outcomes(verdict.status),
         }
 
 
@@ -151,7 +162,7 @@ def one_family(
     except GradPrunerError as error:
         yield head | {"plan": "none", "outcome": "not pruned", "error": str(error)[:160]}
         return
-    verdict = base.verdict_of(source.model.config, tuple(range(depth)))
+    verdict = verdict_of(source.model.config, tuple(range(depth)))
     if verdict.status == "wrong":
         yield head | {"plan": "none", "outcome": "wrong unpruned", "error": verdict.reason}
         return
@@ -206,7 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    base.engine_options(parser)
+    engine_options(parser)
     parser.add_argument("--model", type=Path, help="a trained Llama")
     parser.add_argument("--pre", default="gpt-2", help="pre-tokenizer of --model, as llama.cpp calls it")
     parser.add_argument("--only", nargs="*", default=[], help="these families; 'none' for no family")
@@ -217,16 +228,16 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     from gradpruner.provenance import provenance
 
-    with base.running(args) as engine:
+    with running(args) as engine:
         result: dict[str, Any] = {
             "what": "width-pruned checkpoints converted to GGUF and run by llama.cpp, against transformers",
-            "versions": base.versions_of(engine, args.converter_name),
-            "config": {"prompt_tokens": base.PROMPT_TOKENS[-1], "same_up_to": base.AGREES, "plans": PLANS},
+            "versions": versions_of(engine, args.converter_name),
+            "config": {"prompt_tokens": base.PROMPT_TOKENS[-1], "same_up_to": AGREES, "plans": PLANS},
         }
         if args.model:
             result["trained"] = trained(engine, args.model, args.pre, engine.folder)
         result["families"] = [] if args.only == ["none"] else families(engine, args.only)
-    result["provenance"] = provenance(base.SEED)
+    result["provenance"] = provenance(SEED)
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from small_llama import config_of, random_samples
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -52,25 +53,6 @@ CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
 )
 
 
-def config_of(shape: tuple[int, ...]) -> LlamaConfig:
-    hidden, channels, layers, heads, kv_heads, vocabulary = shape
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=channels,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-    )
-
-
-def samples_of(count: int, tokens: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """Samples of one length; the second half is learned."""
-    generator = torch.Generator().manual_seed(SEED)
-    rows = torch.randint(3, vocabulary, (count, tokens), generator=generator).tolist()
-    return [{"input_ids": ids, "labels": [-100] * (tokens // 2) + ids[tokens // 2 :]} for ids in rows]
-
-
 def measured_peak(config: LlamaConfig, options: dict[str, Any], dtype: str, batch: int, tokens: int) -> int:
     torch.manual_seed(SEED)
     model: Any = LlamaForCausalLM(config).to(getattr(torch, dtype))
@@ -80,7 +62,7 @@ def measured_peak(config: LlamaConfig, options: dict[str, Any], dtype: str, batc
             model = load_model(folder, dtype=dtype, device="cpu", quantise=True)
     weights = sum(p.nbytes + scales_of(p) for p in model.parameters())
     steps = 2
-    samples = samples_of(steps * batch * options.get("accumulation", 1), tokens, config.vocab_size)
+    samples = random_samples(steps * batch * options.get("accumulation", 1), tokens, config.vocab_size)
     given = {"accumulation": 1, "merge_adapter": False} | options
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

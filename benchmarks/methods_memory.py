@@ -41,7 +41,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import psutil
 import torch
-from transformers import LlamaConfig
+from small_llama import config_of, random_samples
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gradpruner.data.encoding import Collator, encode_all
@@ -216,7 +216,9 @@ def work(order: Order) -> dict[str, Any]:
 
 def small_order(order: Order, folder: Path) -> Order:
     """The same of a miniature."""
-    made = order_for(Subject("miniature", llama(SMALL)), random_samples(256, 16, 24), str(folder / "trace"))
+    made = order_for(
+        Subject("miniature", config_of(SMALL)), random_samples(256, 16, 24), str(folder / "trace")
+    )
     return replace(
         made, what=order.what, options=order.options, steps=4, device=order.device, dtype=order.dtype
     )
@@ -232,25 +234,6 @@ def order_for(subject: Subject, samples: Samples, trace: str, **options: Any) ->
         trace=trace,
         **options,
     )
-
-
-def llama(shape: tuple[int, ...]) -> LlamaConfig:
-    hidden, channels, layers, heads, kv_heads, vocabulary = shape
-    return LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=channels,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocabulary,
-    )
-
-
-def random_samples(vocabulary: int, count: int, tokens: int) -> Samples:
-    """Samples of one length; the second half is learned."""
-    generator = torch.Generator().manual_seed(SEED)
-    rows = torch.randint(min(3, vocabulary - 1), vocabulary, (count, tokens), generator=generator).tolist()
-    return [{"input_ids": ids, "labels": [-100] * (tokens // 2) + ids[tokens // 2 :]} for ids in rows]
 
 
 def samples_of(rows: str, subject: Subject, count: int, tokens: int) -> Samples:
@@ -362,13 +345,13 @@ def main() -> None:
         return
     if args.quick:
         args.steps, args.tokens, args.rounds = 4, 32, 1
-    made = Subject("llama", llama(SMALL if args.quick else MEDIUM))
+    made = Subject("llama", config_of(SMALL if args.quick else MEDIUM))
     subject = find_subject(args.model) if args.model else made
     count = args.steps * args.batch_size
     samples = (
         samples_of(args.rows, subject, count, args.tokens)
         if args.rows
-        else random_samples(int(subject.config.vocab_size), count, args.tokens)
+        else random_samples(count, args.tokens, int(subject.config.vocab_size))
     )
     load_before = os.getloadavg()
     settings = {key: getattr(args, key) for key in ("steps", "batch_size", "share", "device", "dtype")}
