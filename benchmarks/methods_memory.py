@@ -55,7 +55,7 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.loading import load_tokenizer, resolve_device, resolve_dtype
 from gradpruner.models.memory import PeakMemory
-from gradpruner.models.sizes import build_on_meta, count_parameters, layer_parameters
+from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.progress import set_mode
 from gradpruner.provenance import provenance
 from gradpruner.training.finetuning import finetune
@@ -229,7 +229,7 @@ def order_for(subject: Subject, samples: Samples, trace: str, **options: Any) ->
         what="",
         config=json.loads(subject.config.to_json_string(use_diff=False)),
         folder=str(subject.folder) if subject.folder else None,
-        layers=layer_parameters(subject.config),
+        layers=ModelSizes(subject.config).layer_parameters,
         samples=samples,
         trace=trace,
         **options,

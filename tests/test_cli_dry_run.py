@@ -7,7 +7,7 @@ from builders import make_project, make_rows, write_rows
 
 from gradpruner import dry_run
 from gradpruner.models import sizes
-from gradpruner.models.sizes import build_on_meta, count_parameters, macs_linear
+from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.runs import forecast as forecasting
 from gradpruner.runs import job as job_module
 from gradpruner.runs.job import Job
@@ -78,8 +78,8 @@ def test_the_estimate_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(forecasting._Trial, "seconds", lambda self, rows, length, training: float(rows))
     monkeypatch.setattr(forecasting._Trial, "optimizer_seconds", lambda self: 1e-3)
     model = build_on_meta(job.config)
-    layers = macs_linear(model, tokens=1) / forecasting._Trial(job).macs
-    found = forecasting.forecast(job, model)
+    layers = sum(ModelSizes(model).layer_macs) / forecasting._Trial(job).macs
+    found = forecasting.forecast(job)
     assert found.record == pytest.approx(4 * 4 * layers * 0.9)
     step = 2 * 4 * layers + 1e-3 * count_parameters(model)
     assert found.train == pytest.approx((1 + 2 * 0.5) * 6 * step)  # dense, two rows of 2 of 4 layers
@@ -87,7 +87,7 @@ def test_the_estimate_by_hand(tmp_path, monkeypatch):
     assert found.evaluate == pytest.approx(2 * (1 + 2 * 0.5) * layers * (12 + answer * 12))
     for where in (forecasting, finetuning):
         monkeypatch.setattr(where, "this_world", lambda: World(0, 2))
-    together = forecasting.forecast(job, model)
+    together = forecasting.forecast(job)
     assert forecasting.num_devices(job) == 2
     assert together.train == pytest.approx(found.train * 4 / 6)  # steps, each as long as before
     assert together.evaluate == pytest.approx(found.evaluate / 2)

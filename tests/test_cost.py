@@ -39,15 +39,15 @@ def test_parameters_by_hand():
     assert (LINEAR, LAYER) == (9216, 9280)
     model = cost.build_on_meta(tiny_config())
     assert cost.count_parameters(model) == 4 * LAYER + 2 * 3200 + 32
-    assert cost.layer_parameters(model) == [LAYER] * 4
-    assert cost.decoder_parameters(tiny_config()) == 4 * LAYER
+    assert cost.ModelSizes(model).layer_parameters == [LAYER] * 4
+    assert cost.ModelSizes(tiny_config()).decoder_parameters == 4 * LAYER
 
 
 def test_tied_embeddings_count_once():
     assert cost.count_parameters(cost.build_on_meta(tiny_config(tie_word_embeddings=True))) == (
         4 * LAYER + 3200 + 32
     )
-    assert cost.disk_bytes(tiny_config(tie_word_embeddings=True), torch.float16) == 2 * (
+    assert cost.ModelSizes(tiny_config(tie_word_embeddings=True, dtype="float16")).disk_bytes == 2 * (
         4 * LAYER + 3200 + 32
     )
 
@@ -55,7 +55,8 @@ def test_tied_embeddings_count_once():
 def test_real_and_meta_models_agree_and_meta_holds_no_numbers():
     real, meta = LlamaForCausalLM(tiny_config()), cost.build_on_meta(tiny_config())
     assert cost.count_parameters(real) == cost.count_parameters(meta)
-    assert cost.macs_linear(real) == cost.macs_linear(meta) == cost.macs_linear(tiny_config())
+    counted = [cost.ModelSizes(one).layer_macs for one in (real, meta, tiny_config())]
+    assert counted[0] == counted[1] == counted[2]
     assert all(parameter.is_meta for parameter in meta.parameters())
 
 
@@ -68,10 +69,10 @@ def test_trainable_only():
 
 def test_known_answers_of_the_paper():
     """GradPruner, Table 11, and the parameter counts of Llama-3.1-8B."""
-    assert round(cost.macs_linear(LLAMA_8B) / 1e9, 3) == 893.353
+    assert round(128 * sum(cost.ModelSizes(LLAMA_8B).layer_macs) / 1e9, 3) == 893.353
     saved = cost.ModelSizes(LLAMA_8B).savings([*range(18), 31])
     shorter = LlamaConfig(**(LLAMA_8B.to_dict() | {"num_hidden_layers": 19}))
-    assert round(cost.macs_linear(shorter) / 1e9, 3) == 530.428
+    assert round(128 * sum(cost.ModelSizes(shorter).layer_macs) / 1e9, 3) == 530.428
     assert saved["layers"] == {"before": 32, "after": 19}
     assert saved["parameters"]["before"] == 8_030_261_248
     assert round(saved["parameters"]["after"] / 1e9, 3) == 5.195
@@ -79,13 +80,13 @@ def test_known_answers_of_the_paper():
     # 2 (key, value) x 8 heads x 128 numbers x 2 bytes = 4096 bytes a layer.
     assert saved["kv_bytes_per_token"] == {"before": 32 * 4096, "after": 19 * 4096}
     assert saved["disk_bytes"]["after"] == 2 * saved["parameters"]["after"]
-    assert saved["flops_per_token"]["after"] == cost.flops_per_token(shorter)
+    assert saved["flops_per_token"]["after"] == cost.ModelSizes(shorter).flops_per_token
 
 
 def test_flops_include_the_head():
-    assert cost.flops_per_token(tiny_config()) == 2 * (4 * LINEAR + 3200)
-    assert cost.macs_linear(tiny_config(), tokens=10, lm_head=True) == 10 * (4 * LINEAR + 3200)
-    assert cost.macs_linear(tiny_config(), tokens=1) == 4 * LINEAR
+    assert cost.ModelSizes(tiny_config()).flops_per_token == 2 * (4 * LINEAR + 3200)
+    assert cost.ModelSizes(tiny_config()).head_macs == 3200
+    assert sum(cost.ModelSizes(tiny_config()).layer_macs) == 4 * LINEAR
 
 
 def test_savings_by_hand():
@@ -133,7 +134,7 @@ def test_layers_of_different_size():
         linear_key_head_dim=8,
         linear_value_head_dim=8,
     )
-    sizes = cost.layer_parameters(config)
+    sizes = cost.ModelSizes(config).layer_parameters
     assert sizes[0] == sizes[2] != sizes[1] == sizes[3]
     saved = cost.ModelSizes(config).savings([0, 1, 2])
     assert saved["decoder_parameters"] == {"before": sum(sizes), "after": sum(sizes[:3])}
@@ -143,7 +144,7 @@ def test_layers_of_different_size():
 def test_gpt2_conv1d():
     config = GPT2Config(n_embd=32, n_layer=3, n_head=4, n_positions=64, vocab_size=100)
     # c_attn 32x96, c_proj 32x32, c_fc 32x128, c_proj 128x32.
-    assert cost.macs_linear(config, tokens=1) == 3 * (3072 + 1024 + 4096 + 4096)
+    assert sum(cost.ModelSizes(config).layer_macs) == 3 * (3072 + 1024 + 4096 + 4096)
     assert cost.kv_bytes_per_token(config, torch.float16) == 3 * 2 * 32 * 2
 
 
@@ -169,7 +170,7 @@ def test_gpt_neox_layers_are_found():
         num_attention_heads=4,
         vocab_size=100,
     )
-    assert len(cost.layer_parameters(config)) == 3
+    assert len(cost.ModelSizes(config).layer_parameters) == 3
 
 
 def test_only_the_experts_a_token_uses_are_operations():
@@ -184,8 +185,8 @@ def test_only_the_experts_a_token_uses_are_operations():
         vocab_size=100,
     )
     attention, expert, router = 4 * 1024, 3 * 2048, 8 * 32
-    assert cost.macs_linear(config, tokens=1) == 2 * (attention + 2 * expert + router)
-    assert cost.layer_parameters(config) == [attention + 8 * expert + router + 64] * 2
+    assert sum(cost.ModelSizes(config).layer_macs) == 2 * (attention + 2 * expert + router)
+    assert cost.ModelSizes(config).layer_parameters == [attention + 8 * expert + router + 64] * 2
 
 
 def test_adapters_are_not_operations_of_the_model():
@@ -193,7 +194,7 @@ def test_adapters_are_not_operations_of_the_model():
     model = peft.get_peft_model(
         LlamaForCausalLM(tiny_config()), peft.LoraConfig(r=2, target_modules="all-linear")
     )
-    assert cost.macs_linear(model, tokens=1, lm_head=True) == 4 * LINEAR + 3200
+    assert cost.ModelSizes(model).flops_per_token == 2 * (4 * LINEAR + 3200)
     assert len(cost.decoder_layers(model)) == 4
 
 

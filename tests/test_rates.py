@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import NonFiniteError
 from gradpruner.evaluation.costing.shapes import shape_folder
-from gradpruner.models.sizes import decoder_parameters
+from gradpruner.models.sizes import ModelSizes
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe
 from gradpruner.training.finetuning import finetune
@@ -19,7 +19,7 @@ from gradpruner.training.rates import best_rate, default_rate
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "mistral-7b-v0.3"])
 def test_at_8_b_it_is_the_papers(name):
-    size = decoder_parameters(AutoConfig.from_pretrained(shape_folder(name)))
+    size = ModelSizes(AutoConfig.from_pretrained(shape_folder(name))).decoder_parameters
     assert default_rate(size, "full") == 1e-5
     assert default_rate(size, "lora") == 1e-4
 
@@ -43,7 +43,7 @@ def test_a_run_says_which_rate_it_took_and_a_given_one_stays(call, tmp_path):
     del values["finetune"]["learning_rate"]
     path.write_text(json.dumps(values))
     record = run(load_recipe(path), until="finetune")
-    taken = default_rate(decoder_parameters(make_llama()), "full")
+    taken = default_rate(ModelSizes(make_llama()).decoder_parameters, "full")
     assert record["recipe"]["finetune"]["learning_rate"] == taken == record["learning_rate"]["value"]
     assert "full fine-tuning" in record["learning_rate"]["source"]
     assert max(entry["learning_rate"] for entry in record["variants"]["dense"]["finetune"]["losses"]) == taken
@@ -58,7 +58,7 @@ def test_a_run_says_which_rate_it_took_and_a_given_one_stays(call, tmp_path):
 def test_in_python_too():
     model = make_llama()
     _, result = finetune(model, make_samples(4), collator=Collator(), device="cpu", max_steps=1, warmup=0)
-    assert result.losses[0]["learning_rate"] == default_rate(decoder_parameters(model), "full")
+    assert result.losses[0]["learning_rate"] == default_rate(ModelSizes(model).decoder_parameters, "full")
 
 
 @pytest.mark.parametrize(

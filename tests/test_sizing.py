@@ -12,7 +12,7 @@ from gradpruner.evaluation.costing.shapes import describe_shape, shape_folder, s
 from gradpruner.evaluation.costing.sizing import depth_alone, size_model, time_floor
 from gradpruner.evaluation.costing.subject import find_subject, plan_by_count, shorten
 from gradpruner.evaluation.costing.workload import Workload, checked_modes
-from gradpruner.models.sizes import build_on_meta
+from gradpruner.models.sizes import ModelSizes, build_on_meta
 
 # One layer by hand: q and o 32x32, k and v 16x32, three 32x64 in the MLP; two norms of 32. Head 100x32.
 LINEAR = 2 * 1024 + 2 * 512 + 3 * 2048
@@ -23,7 +23,7 @@ def test_table_11_of_the_paper():
     """GradPruner, Table 11: 1.79 and 1.06 TFLOPs, 893.35 and 530.43 GMACs, 7.5 and 4.67 B parameters."""
     dense = find_subject("llama-3.1-8b")
     pruned = shorten(dense, plan_by_count(32, 13))
-    before, after = size_model(dense.config), size_model(pruned.config)
+    before, after = size_model(ModelSizes(dense.config)), size_model(ModelSizes(pruned.config))
     assert (before.layers, after.layers) == (32, 19)
     assert [round(128 * one.layer_macs / 1e9, 3) for one in (before, after)] == [893.353, 530.428]
     # torch counts the products inside attention too: 2 x 2 x 128 x 128 x 4096 a layer.
@@ -49,15 +49,15 @@ def test_table_11_of_the_paper():
 def test_shapes_have_the_known_sizes(name, num_prune, billions, removed):
     dense = find_subject(name)
     pruned = shorten(dense, plan_by_count(dense.depth, num_prune))
-    before = size_model(dense.config).parameters
+    before = size_model(ModelSizes(dense.config)).parameters
     assert before / 1e9 == pytest.approx(billions, abs=5e-4)
-    assert 1 - size_model(pruned.config).parameters / before == pytest.approx(removed, abs=5e-4)
+    assert 1 - size_model(ModelSizes(pruned.config)).parameters / before == pytest.approx(removed, abs=5e-4)
     assert dense.folder is None and name in shape_names()
     assert describe_shape(name).startswith(f"{dense.depth} layers, hidden {dense.config.hidden_size}")
 
 
 def test_sizes_by_hand():
-    sizes = size_model(tiny_config(), tokens=8, rank=2)
+    sizes = size_model(ModelSizes(tiny_config()), tokens=8, rank=2)
     assert (sizes.layer_macs, sizes.head_macs) == (4 * LINEAR, HEAD)
     assert sizes.parameters == 4 * LAYER + 2 * HEAD + 32
     assert sizes.parameters_without_head == 4 * LAYER + HEAD + 32
@@ -69,7 +69,10 @@ def test_sizes_by_hand():
 
 
 def test_floors_by_hand():
-    dense, pruned = size_model(tiny_config()), size_model(tiny_config(num_hidden_layers=2))
+    dense, pruned = (
+        size_model(ModelSizes(tiny_config())),
+        size_model(ModelSizes(tiny_config(num_hidden_layers=2))),
+    )
     assert time_floor(dense, pruned, tokens=10, head_tokens=1) == (20 * LINEAR + HEAD) / (40 * LINEAR + HEAD)
     assert time_floor(dense, pruned, tokens=1, head_tokens=1) == (2 * LINEAR + HEAD) / (4 * LINEAR + HEAD)
     assert depth_alone(dense, pruned) == ""
@@ -91,15 +94,15 @@ def test_held_bytes_by_hand():
 
 
 def test_what_differs_besides_depth():
-    dense = size_model(tiny_config())
-    assert "size" in depth_alone(dense, size_model(tiny_config(intermediate_size=32)))
-    assert "vocabulary" in depth_alone(dense, size_model(tiny_config(vocab_size=50)))
+    dense = size_model(ModelSizes(tiny_config()))
+    assert "size" in depth_alone(dense, size_model(ModelSizes(tiny_config(intermediate_size=32))))
+    assert "vocabulary" in depth_alone(dense, size_model(ModelSizes(tiny_config(vocab_size=50))))
     other = AutoConfig.for_model("qwen2", **COMMON)
-    assert depth_alone(dense, size_model(other)) == "qwen2 instead of llama"
+    assert depth_alone(dense, size_model(ModelSizes(other))) == "qwen2 instead of llama"
 
 
 def test_experts_are_sized_even_where_torch_cannot_count_them():
-    sizes = size_model(MixtralConfig(**COMMON, num_local_experts=4, dtype="bfloat16"))
+    sizes = size_model(ModelSizes(MixtralConfig(**COMMON, num_local_experts=4, dtype="bfloat16")))
     assert sizes.layer_macs > 0 and sizes.flops is None
 
 
@@ -113,7 +116,7 @@ def test_a_config_of_several_kinds_of_layers_is_cut_like_a_checkpoint():
     pruned = shorten(Subject("g", config), PruningPlan.from_keep(6, [0, 2, 5]))
     assert pruned.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
     assert pruned.depth == 3 and pruned.name == "g without 1, 3-4"
-    assert size_model(pruned.config).flops > 0
+    assert size_model(ModelSizes(pruned.config)).flops > 0
 
 
 def test_workload_by_hand_and_its_limits():

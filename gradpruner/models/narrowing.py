@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradpruner.errors import ModelError, PlanError
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.layers import fingerprint, skeleton
-from gradpruner.models.sizes import count_parameters, disk_bytes, flops_per_token
+from gradpruner.models.sizes import ModelSizes
 from gradpruner.models.widths import HEAD_NORMS, WidthView, head_entries
 from gradpruner.plans.width_plan import WidthPlan
 
@@ -262,13 +262,13 @@ def width_savings(model: nn.Module, plan: WidthPlan) -> dict[str, dict[str, int]
 
 
 def _figures(view: WidthView, kv_heads: Sequence[int]) -> dict[str, int]:
-    parameters, on_disk = count_parameters(view.model), disk_bytes(view.model)
-    itemsize = on_disk // parameters
+    sizes = ModelSizes(view.model)
+    itemsize = sizes.disk_bytes // sizes.parameters
     return {
         "layers": view.shape.num_layers,
-        "decoder_parameters": sum(count_parameters(layer) for layer in view.layered.layers),
-        "parameters": parameters,
+        "decoder_parameters": sizes.decoder_parameters,
+        "parameters": sizes.parameters,
         "kv_bytes_per_token": 2 * sum(kv_heads) * view.shape.head_dim * itemsize,
-        "flops_per_token": flops_per_token(view.model),
-        "disk_bytes": on_disk,
+        "flops_per_token": sizes.flops_per_token,
+        "disk_bytes": sizes.disk_bytes,
     }

@@ -129,40 +129,6 @@ def count_parameters(module: nn.Module, *, trainable_only: bool = False) -> int:
     )
 
 
-def layer_parameters(model_or_config: Any) -> list[int]:
-    """Number of parameters of each decoder layer, in order."""
-    return [count_parameters(layer) for layer in decoder_layers(_as_model(model_or_config))]
-
-
-def decoder_parameters(model_or_config: Any) -> int:
-    """Number of parameters in all decoder layers: everything but embeddings, last norm and head."""
-    return sum(layer_parameters(model_or_config))
-
-
-def macs_linear(model_or_config: Any, *, tokens: int = 128, lm_head: bool = False) -> int:
-    """Multiply-accumulates of the linears when `tokens` tokens pass through the model once.
-
-    Of a mixture of experts only the experts that a token is sent to count.
-
-    Args:
-        model_or_config: A transformers model, or a config (then sized without weights).
-        tokens: Number of tokens, over the whole batch.
-        lm_head: Also count the projection to the vocabulary, for every token.
-
-    Source: GradPruner, Table 11 (128 tokens, no head): 893.353 GMAC for the 32 layers of
-        Llama-3.1-8B and
-    530.428 GMAC for 19 of them.
-    """
-    model = _as_model(model_or_config)
-    macs = sum(_layer_macs(layer, model) for layer in decoder_layers(model))
-    return tokens * (macs + (_head_macs(model) if lm_head else 0))
-
-
-def flops_per_token(model_or_config: Any) -> int:
-    """FLOPs of the linears, head included, to push one token through the model."""
-    return 2 * macs_linear(model_or_config, tokens=1, lm_head=True)
-
-
 def kv_bytes_per_token(
     config: Any, dtype: torch.dtype | None = None, *, keep: Sequence[int] | None = None
 ) -> int:
@@ -182,34 +148,24 @@ def kv_bytes_per_token(
     return entries * _dtype_of(text, dtype).itemsize
 
 
-def disk_bytes(model_or_config: Any, dtype: torch.dtype | None = None) -> int:
-    """Bytes of the weights in a checkpoint; tied weights are stored once.
-
-    Args:
-        model_or_config: A transformers model, or a config.
-        dtype: Type they are stored in; None for the one the config names, float32 if it names none.
-    """
-    model = _as_model(model_or_config)
-    return count_parameters(model) * _dtype_of(model.config, dtype).itemsize
-
-
 class ModelSizes:
-    """The sizes of the model a config describes, counted on one model that is built when first asked for.
+    """What a model is made of, counted on one model without numbers that is built when first asked for.
 
     Args:
-        config: A transformers config of any decoder family. It must not change afterwards.
+        counted: A transformers config of any decoder family, or a model. It must not change afterwards.
 
     Raises:
         ModelError: When first asked, if transformers has no causal language model for the config.
     """
 
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    def __init__(self, counted: Any) -> None:
+        self._counted = counted
+        self.config = counted.config if isinstance(counted, nn.Module) else counted
 
     @cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The model with shapes and no numbers; to be looked at, not changed."""
-        return build_on_meta(self.config)
+        return self._counted if isinstance(self._counted, nn.Module) else build_on_meta(self.config)
 
     @cached_property
     def parameters(self) -> int:
@@ -219,21 +175,47 @@ class ModelSizes:
     @cached_property
     def layer_parameters(self) -> list[int]:
         """Parameters of each decoder layer, in order."""
-        return layer_parameters(self.model)
+        return [count_parameters(layer) for layer in decoder_layers(self.model)]
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters in all decoder layers: everything but embeddings, last norm and head."""
+        return sum(self.layer_parameters)
 
     @cached_property
-    def disk_bytes(self) -> int:
-        """Bytes of the weights in a checkpoint of the dtype the config names."""
-        return disk_bytes(self.model)
+    def layer_macs(self) -> list[int]:
+        """Multiply-accumulates of each layer's linears for one token, in order.
 
-    def savings(self, keep: Sequence[int], *, dtype: torch.dtype | None = None) -> dict[str, dict[str, int]]:
+        Of a mixture of experts only the experts that a token is sent to count.
+
+        Source: GradPruner, Table 11 (128 tokens): 893.353 GMAC for the 32 layers of Llama-3.1-8B and 530.428
+        GMAC for 19 of them.
+        """
+        return [_layer_macs(layer, self.model) for layer in decoder_layers(self.model)]
+
+    @cached_property
+    def head_macs(self) -> int:
+        """Those of the projection to the vocabulary."""
+        head = self.model.get_output_embeddings()
+        return 0 if head is None else int(head.weight.numel())
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of the linears, head included, to push one token through the model."""
+        return 2 * (sum(self.layer_macs) + self.head_macs)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes of the weights in a checkpoint of the dtype the config names, else float32."""
+        return self.parameters * _dtype_of(self.model.config, None).itemsize
+
+    def savings(self, keep: Sequence[int]) -> dict[str, dict[str, int]]:
         """What keeping only some layers saves; layers may differ in size.
 
         A layer merged into another costs nothing: it counts as removed.
 
         Args:
             keep: Indices of the layers that stay, ascending, each in [0, num_layers).
-            dtype: Type of weights and cache; None for the checkpoint's.
 
         Returns:
             `{"before", "after"}` of "layers", "decoder_parameters", "parameters", "kv_bytes_per_token",
@@ -242,31 +224,21 @@ class ModelSizes:
         Raises:
             PlanError: If `keep` is empty, not ascending, repeats a layer or leaves the range.
         """
-        model: Any = self.model
-        layers, per_layer = decoder_layers(model), self.layer_parameters
-        _check_keep(keep, len(layers))
-        dropped = sorted(set(range(len(layers))) - set(keep))
-        gone_parameters = sum(per_layer[layer] for layer in dropped)
-        gone_flops = 2 * sum(_layer_macs(layers[layer], model) for layer in dropped)
-        itemsize = _dtype_of(model.config, dtype).itemsize
-        flops, parameters = flops_per_token(model), self.parameters
+        per_layer, whole = self.layer_parameters, self.decoder_parameters
+        _check_keep(keep, len(per_layer))
+        dropped = sorted(set(range(len(per_layer))) - set(keep))
+        gone = sum(per_layer[layer] for layer in dropped)
+        gone_flops = 2 * sum(self.layer_macs[layer] for layer in dropped)
+        itemsize = self.disk_bytes // self.parameters
+        cache = (kv_bytes_per_token(self.config), kv_bytes_per_token(self.config, keep=keep))
         return {
-            "layers": _change(len(layers), len(keep)),
-            "decoder_parameters": _change(sum(per_layer), sum(per_layer) - gone_parameters),
-            "parameters": _change(parameters, parameters - gone_parameters),
-            "kv_bytes_per_token": _change(
-                kv_bytes_per_token(self.config, dtype), kv_bytes_per_token(self.config, dtype, keep=keep)
-            ),
-            "flops_per_token": _change(flops, flops - gone_flops),
-            "disk_bytes": _change(parameters * itemsize, (parameters - gone_parameters) * itemsize),
+            "layers": _change(len(per_layer), len(keep)),
+            "decoder_parameters": _change(whole, whole - gone),
+            "parameters": _change(self.parameters, self.parameters - gone),
+            "kv_bytes_per_token": _change(*cache),
+            "flops_per_token": _change(self.flops_per_token, self.flops_per_token - gone_flops),
+            "disk_bytes": _change(self.disk_bytes, self.disk_bytes - gone * itemsize),
         }
-
-
-def _as_model(model_or_config: Any) -> Any:
-    """Returns the model itself, or the one a config describes, on meta."""
-    if isinstance(model_or_config, nn.Module):
-        return model_or_config
-    return build_on_meta(model_or_config)
 
 
 def _change(before: int, after: int) -> dict[str, int]:
@@ -325,12 +297,6 @@ def _module_macs(module: nn.Module, experts: int | None, used: int) -> int:
         share = used if parameter.ndim == 3 else experts
         macs += parameter.numel() // experts * share
     return macs
-
-
-def _head_macs(model: Any) -> int:
-    """Returns the multiply-accumulates of the projection to the vocabulary for one token."""
-    head = model.get_output_embeddings()
-    return 0 if head is None else int(head.weight.numel())
 
 
 def _kv_entries(config: Any, layer: int) -> int:

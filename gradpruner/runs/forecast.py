@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gradpruner.models.sizes import count_parameters, macs_linear
+from gradpruner.models.sizes import ModelSizes
 from gradpruner.runs.job import Job
 from gradpruner.training.finetuning import resolve_precision
 from gradpruner.world import this_world
@@ -72,7 +71,7 @@ class _Trial:
         )
         with self.device:
             self.model = LlamaForCausalLM(config)
-        self.macs = macs_linear(self.model, tokens=1) / _LAYERS
+        self.macs = sum(ModelSizes(self.model).layer_macs) / _LAYERS
         kind = resolve_precision(job.recipe.finetune.precision, job.device)
         self.cast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind)
         self.most = _MOST_FLOPS.get(self.device.type, _MOST_FLOPS_GPU)
@@ -112,29 +111,23 @@ class _Trial:
         start = time.perf_counter()
         optimizer.step()
         self._wait()
-        return (time.perf_counter() - start) / count_parameters(self.model)
+        return (time.perf_counter() - start) / ModelSizes(self.model).parameters
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def forecast(job: Job, model: nn.Module) -> Forecast:
-    """About how long the recipe takes, methods that search apart.
-
-    Args:
-        job: The recipe with its inputs.
-        model: The dense model on the meta device.
-    """
+def forecast(job: Job) -> Forecast:
+    """About how long the recipe takes, methods that search apart."""
     recipe, options = job.recipe, job.recipe.finetune
     trial = _Trial(job)
-    whole = macs_linear(model, tokens=1) / job.num_layers
+    whole = sum(job.sizes.layer_macs) / job.num_layers
     layers = job.num_layers * whole / trial.macs  # in layers of the trial
     length = max(1, round(sum(job.samples.lengths) / len(job.samples)))
     record = layers * trial.seconds(recipe.record.batch_size, length, True) * job.record_steps * _LORA
     one_pass = layers * trial.seconds(options.batch_size, length, True)
-    parameters = count_parameters(model)
-    update = trial.optimizer_seconds() * parameters if options.mode == "full" else 0.0
+    update = trial.optimizer_seconds() * job.sizes.parameters if options.mode == "full" else 0.0
     step = options.accumulation * one_pass * (1.0 if options.mode == "full" else _LORA) + update
     kept = job.num_keep / job.num_layers
     pruned = [name for name in recipe.variants if name != "dense"]

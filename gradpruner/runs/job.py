@@ -157,7 +157,7 @@ class Job:
 
     def _choose_rate(self) -> None:
         """Takes the default learning rate where the recipe gives none."""
-        tuning, size = self.recipe.finetune, sum(self.sizes.layer_parameters)
+        tuning, size = self.recipe.finetune, self.sizes.decoder_parameters
         self.rate_source = "as given"
         if tuning.learning_rate is None:
             self.set_rate(default_rate(size, tuning.mode), told(size, tuning.mode))

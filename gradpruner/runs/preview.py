@@ -39,7 +39,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
     needs = bytes_to_write(job)
     saved = job.sizes.savings(plan.keep)
     rows = len(recipe.variants)
-    taken = forecast(job, job.sizes.model)
+    taken = forecast(job)
     fitting = fitting_of(job, rehearse=True)
     return {
         "title": recipe.title or job.folder.name,

@@ -283,7 +283,7 @@ def model_facts(job: Job) -> dict[str, Any]:
         "model_type": job.config.model_type,
         "num_layers": job.num_layers,
         "num_parameters": job.sizes.parameters,
-        "decoder_parameters": sum(job.sizes.layer_parameters),
+        "decoder_parameters": job.sizes.decoder_parameters,
         "dtype": str(stored_dtype(job.folder)).removeprefix("torch."),
         "sha256": job.model_sha256,
     }

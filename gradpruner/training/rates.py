@@ -13,7 +13,7 @@ from collections.abc import Callable
 from torch import nn
 
 from gradpruner.errors import NonFiniteError
-from gradpruner.models.sizes import decoder_parameters
+from gradpruner.models.sizes import ModelSizes
 from gradpruner.training.options import FinetuneOptions
 
 PAPER_RATE = 1e-5
@@ -58,7 +58,7 @@ def with_rate(options: FinetuneOptions, model: nn.Module) -> FinetuneOptions:
     """The options with a learning rate: their own, or the default for the model."""
     if options.learning_rate is not None:
         return options
-    rate = default_rate(decoder_parameters(model), options.mode)
+    rate = default_rate(ModelSizes(model).decoder_parameters, options.mode)
     return options.model_copy(update={"learning_rate": rate})
 
 

@@ -18,7 +18,7 @@ from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
 from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 from gradpruner.models.loading import resolve_device, resolve_dtype
-from gradpruner.models.sizes import build_on_meta
+from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import Progress
 from gradpruner.provenance import provenance, utc_now
@@ -119,13 +119,13 @@ def measure_cost(
     pair = _find_pair(dense, pruned, random, fetch=not dry_run)
     if not dry_run:
         _check_buildable(pair)
-    sizes = (_size(pair[0], workload), _size(pair[1], workload))
+    models = [ModelSizes(subject.config) for subject in pair]
+    sizes = (_size(pair[0], models[0], workload), _size(pair[1], models[1], workload))
     differs = depth_alone(*sizes)
     _check_pair(pair, sizes, workload)
     device = resolve_device(workload.device)
     dtypes = {mode: weight_dtype(mode, workload, device) for mode in wanted}
     figures = size_figures(sizes, workload.tokens)
-    models = [build_on_meta(subject.config) for subject in pair]
     errors: dict[str, str] = {}
     with Progress(0 if dry_run else 2 * workload.steps * len(wanted), "cost") as progress:
         for mode in wanted:
@@ -134,7 +134,7 @@ def measure_cost(
                 progress.update(progress.completed, mode=mode)
                 orders = (Order(pair[0], mode, workload), Order(pair[1], mode, workload))
                 found = measure_pair(orders, progress.advance)
-            held = [held_bytes(model, mode, workload, dtypes[mode]) for model in models]
+            held = [held_bytes(one.model, mode, workload, dtypes[mode]) for one in models]
             figures += measured_figures(
                 found, mode, sizes, workload, (held[0], held[1]), with_floors=not differs
             )
@@ -188,9 +188,9 @@ def _check_buildable(pair: tuple[Subject, Subject]) -> None:
             )
 
 
-def _size(subject: Subject, workload: Workload) -> Sizes:
+def _size(subject: Subject, counted: ModelSizes, workload: Workload) -> Sizes:
     """Sizes by the config; of weights that are there, the bytes they have on disk."""
-    sizes = size_model(subject.config, tokens=workload.tokens, rank=workload.rank)
+    sizes = size_model(counted, tokens=workload.tokens, rank=workload.rank)
     stored = subject.stored_bytes
     return sizes if stored is None else replace(sizes, disk_bytes=stored)
 

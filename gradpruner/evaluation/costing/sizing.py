@@ -16,14 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gradpruner.errors import ModelError
 from gradpruner.evaluation.costing.per_device import adapter_parameters
-from gradpruner.models.sizes import (
-    build_on_meta,
-    count_parameters,
-    disk_bytes,
-    kv_bytes_per_token,
-    layer_parameters,
-    macs_linear,
-)
+from gradpruner.models.sizes import ModelSizes, count_parameters, kv_bytes_per_token
 
 log = logging.getLogger(__name__)
 
@@ -68,34 +61,32 @@ class Sizes:
         return asdict(self)
 
 
-def size_model(config: Any, *, tokens: int = 128, rank: int = 8) -> Sizes:
-    """Sizes of the model a config describes.
+def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Sizes:
+    """All that is known of a model's cost.
 
     Args:
-        config: A transformers config of any decoder family.
+        counted: The model.
         tokens: Length of the prompt whose operations torch counts.
         rank: LoRA r of the adapters that are counted.
 
     Raises:
         ModelError: If transformers has no causal language model for the config.
     """
-    model: Any = build_on_meta(config)
-    per_layer = layer_parameters(model)
-    layer_macs = macs_linear(model, tokens=1)
+    model = counted.model
     return Sizes(
         model_type=str(model.config.model_type),
-        layers=len(per_layer),
-        parameters=count_parameters(model),
+        layers=len(counted.layer_parameters),
+        parameters=counted.parameters,
         parameters_without_head=count_parameters(model.base_model),
-        decoder_parameters=sum(per_layer),
-        layer_kinds=tuple(sorted(set(per_layer))),
+        decoder_parameters=counted.decoder_parameters,
+        layer_kinds=tuple(sorted(set(counted.layer_parameters))),
         adapter_parameters=_adapters(model, rank),
-        layer_macs=layer_macs,
-        head_macs=macs_linear(model, tokens=1, lm_head=True) - layer_macs,
+        layer_macs=sum(counted.layer_macs),
+        head_macs=counted.head_macs,
         flops=count_flops(model, tokens=tokens),
-        kv_entries_per_token=kv_bytes_per_token(config, torch.int8),  # one byte an entry
-        kv_bytes_per_token=kv_bytes_per_token(config),
-        disk_bytes=disk_bytes(model),
+        kv_entries_per_token=kv_bytes_per_token(counted.config, torch.int8),  # one byte an entry
+        kv_bytes_per_token=kv_bytes_per_token(counted.config),
+        disk_bytes=counted.disk_bytes,
     )
 
 
@@ -125,7 +116,7 @@ def count_flops(model: Any, *, tokens: int = 128) -> int | None:
         return None
     counted = int(counter.get_total_flops())
     # Experts are left out where no token can be sent to them.
-    return counted if counted >= 2 * macs_linear(model, tokens=tokens) else None
+    return counted if counted >= 2 * tokens * sum(ModelSizes(model).layer_macs) else None
 
 
 def depth_alone(dense: Sizes, pruned: Sizes) -> str:
