@@ -124,7 +124,7 @@ def run_ours(
 
     clock(streaming, "Blueprint", "blueprint", spent)
     clock(streaming, "write_shards", "copying", spent)
-    clock(streaming, "verify_checkpoint", "verification", spent)
+    clock(streaming, "verify_written", "verification", spent)
     clock(in_memory, "merge_linear", "arithmetic", spent, count)
     clock(os, "fsync", "fsync", spent)
     plan, recorded = make_plan(layers), GradientTrace.load(trace) if trace else None

@@ -112,7 +112,7 @@ def unverified(monkeypatch):
     def accept(staged, *args, **options):
         return VerifyReport(str(staged), "structure", ())
 
-    monkeypatch.setattr(streaming, "verify_checkpoint", accept)
+    monkeypatch.setattr(streaming, "verify_written", accept)
 
 
 # -- a folder with everything in it ----------------------------------------------------------------------

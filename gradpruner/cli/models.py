@@ -144,7 +144,7 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
     from gradpruner.models.folder import locate_model
     from gradpruner.progress import Progress, bytes_reporter
     from gradpruner.pruning.blueprint import Blueprint
-    from gradpruner.pruning.on_disk import prune_checkpoint
+    from gradpruner.pruning.on_disk import write_pruned
 
     folder = locate_model(source)
     if (widths := which.width_plan) is not None:
@@ -153,14 +153,14 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
         _prune_widths(folder, source, destination, widths, chosen)
         return
     plan, trace = which.resolve(folder)
-    repair = which.repair
-    facts = Blueprint(folder, plan, trace, repair=repair).summary()
+    blueprint = Blueprint(folder, plan, trace, repair=which.repair)
+    facts = blueprint.summary()
     if not chosen.as_json:
         _print_summary(facts, plan)
     if not chosen.dry_run:
         with Progress(max(1, facts["bytes"][1] // 10**6), "prune [MB]") as progress:
-            report = prune_checkpoint(
-                source, destination, plan, trace, progress=bytes_reporter(progress), repair=repair, **options
+            report = write_pruned(
+                blueprint, destination, name=source, progress=bytes_reporter(progress), **options
             )
         facts |= _made(destination, report, chosen)
     if chosen.as_json:

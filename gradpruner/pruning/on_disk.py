@@ -26,7 +26,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.pieces import pack
-from gradpruner.pruning.verification import LEVELS, VerifyReport, compares_fully, verify_checkpoint
+from gradpruner.pruning.verification import LEVELS, VerifyReport, compares_fully, verify_written
 from gradpruner.pruning.writer import WrittenShard, write_shards
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -78,9 +78,26 @@ def prune_checkpoint(
 
     Source: GradPruner, section 3.2.
     """
-    source, target = locate_model(src), Path(dst).expanduser()
-    _check_request(source, target, max_shard_bytes, verify)
+    source = locate_model(src)
+    _check_request(source, Path(dst).expanduser(), max_shard_bytes, verify)
     blueprint = Blueprint(source, plan, trace, repair=repair)
+    return write_pruned(
+        blueprint, dst, name=str(src), max_shard_bytes=max_shard_bytes, verify=verify, progress=progress
+    )
+
+
+def write_pruned(
+    blueprint: Blueprint,
+    dst: str | Path,
+    *,
+    name: str,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: str = "auto",
+    progress: Callable[[int], None] | None = None,
+) -> VerifyReport:
+    """Makes the checkpoint of a blueprint, as `prune_checkpoint`; `name` is what the source is called."""
+    source, target = blueprint.source, Path(dst).expanduser()
+    _check_request(source, target, max_shard_bytes, verify)
     compares_fully(verify, blueprint)  # refuses now what could not be trusted later
     pieces, carried, previous = blueprint.pieces(), carried_files(source), _previous(source)
     needed = sum(piece.num_bytes for piece in pieces) + sum(path.stat().st_size for path in carried)
@@ -91,11 +108,11 @@ def prune_checkpoint(
         written = write_shards(staged, files, {"format": "pt", **metadata}, progress)
         write_text(staged / "config.json", _config_text(blueprint.new_config()))
         carry(source, carried, staged)
-        report = verify_checkpoint(staged, source, plan, trace, level=verify, repair=repair)
+        report = verify_written(staged, blueprint, verify)
         report = replace(report, folder=str(target))
         report.raise_on_failure()
         facts = _facts(blueprint, written, report, previous)
-        describe_model(staged, plan=plan, source=str(src), kind="model", facts=facts, origin=source)
+        describe_model(staged, plan=blueprint.plan, source=name, kind="model", facts=facts, origin=source)
     return report
 
 

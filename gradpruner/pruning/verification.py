@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -125,11 +126,24 @@ def verify_checkpoint(
     plan = plan or PruningPlan.from_dict(facts["plan"], str(target / PRUNING_FILE))
     origin = locate_model(source if source is not None else facts["source"])
     blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
+    return verify_written(target, blueprint, level, facts)
+
+
+def verify_written(
+    target: Path, blueprint: Blueprint, level: str, facts: Mapping[str, Any] = MappingProxyType({})
+) -> VerifyReport:
+    """Checks a folder against the blueprint it was written by, as `verify_checkpoint`.
+
+    Args:
+        target: The pruned checkpoint.
+        blueprint: What it is to be.
+        level: One of `LEVELS`.
+        facts: What its `pruning.json` says; nothing where it has none yet.
+    """
     full = compares_fully(level, blueprint)
-    may_skip = level == "auto" and blueprint.view.family.proven
     repaired = blueprint.repair_facts() or _repair_of(facts, target)
-    gate = _Gate(target, blueprint, trace, tuned="finetune" in facts, repaired=repaired)
-    gate.may_skip = may_skip
+    gate = _Gate(target, blueprint, tuned="finetune" in facts, repaired=repaired)
+    gate.may_skip = level == "auto" and blueprint.view.family.proven
     checks: list[Check] = []
     for name, work in gate.steps(full):
         try:
@@ -156,7 +170,7 @@ def _facts_of(folder: Path, plan: PruningPlan | None) -> dict[str, Any]:
     return facts
 
 
-def _repair_of(facts: dict[str, Any], folder: Path) -> dict[str, Any]:
+def _repair_of(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What `pruning.json` says of the repair; nothing if there was none."""
     raw = facts.get("repair")
     try:
@@ -215,12 +229,11 @@ class _Gate:
         self,
         folder: Path,
         blueprint: Blueprint,
-        trace: GradientTrace | None,
         *,
         tuned: bool,
         repaired: dict[str, Any],
     ) -> None:
-        self.folder, self.blueprint, self.trace, self.tuned = folder, blueprint, trace, tuned
+        self.folder, self.blueprint, self.tuned = folder, blueprint, tuned
         self.hashes: dict[str, str] = repaired.get("tensors", {})
         cuts = repaired.get("cuts", ())
         self.linears = {cut["layer"]: cut["linear"] for cut in cuts if cut["ridge"] is not None}
@@ -329,7 +342,7 @@ class _Gate:
         """The merging once more, in memory, against what was written: to the bit."""
         if not self.plan.merged:
             return "not done: no layer was merged"
-        if self.plan.needs_trace and self.trace is None:
+        if self.plan.needs_trace and self.blueprint.trace is None:
             return "not done: no trace given"
         here = open_shards(self.folder).tensors
         targets = self.blueprint.merged_names()
