@@ -82,8 +82,8 @@ def summed(x, r, w, size=7):
 def test_sums_and_error_of_an_update():
     x, r, w = tokens(40)
     sums = summed(x, r, w)
-    np.testing.assert_allclose(sums.gram_PP, np.einsum("t,tp,tq->pq", w, x, x), rtol=1e-12)
-    np.testing.assert_allclose(sums.cross_DP, np.einsum("t,td,tp->dp", w, r, x), rtol=1e-12)
+    np.testing.assert_allclose(sums.gram, np.einsum("t,tp,tq->pq", w, x, x), rtol=1e-12)
+    np.testing.assert_allclose(sums.cross, np.einsum("t,td,tp->dp", w, r, x), rtol=1e-12)
     assert sums.tokens == 40 and sums.is_finite
     assert sums.error(None) == pytest.approx((w[:, None] * r**2).sum() / 40)
     update = np.random.default_rng(1).normal(size=(3, 5))
@@ -126,8 +126,8 @@ def test_sums_of_parts_are_sums_of_all():
     one, other = summed(x[:15], r[:15], w[:15]), summed(x[15:], r[15:], w[15:])
     one.take(other)
     whole = summed(x, r, w)
-    torch.testing.assert_close(one.gram_PP, whole.gram_PP)
-    torch.testing.assert_close(one.cross_DP, whole.cross_DP)
+    torch.testing.assert_close(one.gram, whole.gram)
+    torch.testing.assert_close(one.cross, whole.cross)
     assert (one.tokens, one.energy) == (40, pytest.approx(whole.energy))
 
 

@@ -115,18 +115,9 @@ def keep_layers_(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     return model
 
 
-def count_parameters(module: nn.Module, *, trainable_only: bool = False) -> int:
-    """Number of parameters; one shared by two places (tied embeddings) counts once.
-
-    Args:
-        module: A model or a part of one.
-        trainable_only: Count only parameters that require a gradient.
-    """
-    return sum(
-        parameter.numel()
-        for parameter in module.parameters()
-        if parameter.requires_grad or not trainable_only
-    )
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters; one shared by two places (tied embeddings) counts once."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def kv_bytes_per_token(

@@ -182,7 +182,6 @@ def largest_certified(
     limit: float,
     *,
     confidence: float = 0.9,
-    max_measurements: int | None = None,
     first: int | None = None,
 ) -> Search:
     """Finds the largest number of layers whose loss is certified, by bisection.
@@ -201,7 +200,6 @@ def largest_certified(
         candidates: Numbers of layers to choose among, rising.
         limit: Largest relative loss allowed, 0 to 1, both excluded.
         confidence: Of the whole search, 0.5 to 1, both excluded.
-        max_measurements: Most calls of `measure`, at least 1; None for as many as bisection needs.
         first: Candidate to look at first, not chosen by these validation rows; the middle if None.
 
     Raises:
@@ -212,19 +210,17 @@ def largest_certified(
     """
     _check_limit(limit)
     _check_confidence(confidence)
-    order = _check_candidates(candidates, max_measurements, first)
-    left = len(order) if max_measurements is None else max_measurements
+    order = _check_candidates(candidates, first)
     best: int | None = None
     measured: list[tuple[int, Certificate]] = []
     low, high, budget = 0, len(order), 1.0 - confidence
-    while low < high and left > 0:
+    while low < high:
         at = order.index(first) if first is not None and not measured else (low + high) // 2
         # Bisection among k candidates takes at most k.bit_length() looks.
         longest = 1 + max(at - low, high - at - 1).bit_length()
-        share = budget / min(left, longest)
+        share = budget / longest
         certificate = certify(*measure(order[at]), limit=limit, confidence=1.0 - share)
         measured.append((order[at], certificate))
-        left -= 1
         if certificate.passed:
             best, low = order[at], at + 1
         else:
@@ -326,21 +322,10 @@ def _check_limit(limit: float) -> None:
         )
 
 
-def _check_candidates(candidates: Sequence[int], most: int | None, first: int | None) -> list[int]:
+def _check_candidates(candidates: Sequence[int], first: int | None) -> list[int]:
     order = list(candidates)
     if not order or any(a >= b for a, b in itertools.pairwise(order)):
         raise ConfigError(f"The numbers of layers to choose among are {order}: give at least one, rising.")
-    if most is not None and most < 1:
-        raise ConfigError(f"At most {most} measurements are allowed; it must be at least 1.")
     if first is not None and first not in order:
         raise ConfigError(f"The first number to look at is {first}; allowed: {', '.join(map(str, order))}.")
     return order
-
-
-def _finite(values: Sequence[float], at_least: int) -> Floats:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != 1 or array.size < at_least:
-        raise ShapeError(f"Expected a sequence of at least {at_least} numbers, got shape {array.shape}.")
-    if not np.isfinite(array).all():
-        raise DataError("A value is NaN or infinite.")
-    return array

@@ -19,20 +19,69 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 
 @dataclass
-class Sums:
+class AnySums:
     """Weighted sums over tokens of everything a ridge regression needs, in float64.
 
+    With regressors x, what is missing r and weights w:
+
     Attributes:
-        gram_PP: sum of w x x^T.
-        cross_DP: sum of w r x^T, r what is missing in the residual stream.
-        energy: sum of w |r|^2.
+        gram: Of regressors with each other.
+        cross: Of what is missing with regressors.
+        energy: sum w |r|^2.
         tokens: How many.
     """
 
-    gram_PP: Tensor
-    cross_DP: Tensor
+    gram: Tensor
+    cross: Tensor
     energy: float = 0.0
     tokens: int = 0
+
+    def take(self, other: AnySums) -> None:
+        """Takes in the tokens of another one of the same kind, in place."""
+        self.gram += other.gram
+        self.cross += other.cross
+        self.energy, self.tokens = self.energy + other.energy, self.tokens + other.tokens
+
+    def sum_on_first(self, world: World) -> None:
+        """Takes in the tokens of all processes, in place; only the first one can use the sums then."""
+        world.sum_on_first((self.gram, self.cross))
+        found = world.gathered([(self.energy, self.tokens)])
+        self.energy, self.tokens = (sum(values) for values in zip(*found, strict=True))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no token brought in NaN or Inf."""
+        return math.isfinite(self.energy + float(self.gram.sum()) + float(self.cross.sum()))
+
+    def add(self, x: Tensor, missing: Tensor, weight: Tensor) -> None:
+        """Takes in tokens: regressors, what is missing, and how much each counts; all float64."""
+        raise NotImplementedError
+
+    def solve(self, ridge: float) -> Tensor:
+        """`U = argmin sum w |r - U x|^2 + rho |U|^2`, float64.
+
+        Args:
+            ridge: rho in units of the mean diagonal of the regressors' sums, > 0. As it grows U goes to 0:
+                the old weights.
+
+        Raises:
+            ConfigError: If the ridge is so small that the system cannot be solved.
+        """
+        raise NotImplementedError
+
+    def error(self, update: Tensor | None) -> float:
+        """Mean weighted |r - U x|^2 over the tokens; |r|^2 without an update."""
+        if update is None:
+            return self.energy / max(1, self.tokens)
+        return max(0.0, self._left(update)) / max(1, self.tokens)
+
+    def _left(self, update: Tensor) -> float:
+        """The energy that an update leaves."""
+        raise NotImplementedError
+
+
+class Sums(AnySums):
+    """Every output by all regressors: gram is (P, P), cross (D, P), and so is U = C (G + rho I)^-1."""
 
     @classmethod
     def empty(cls, regressors: int, outputs: int, device: torch.device | str = "cpu") -> Sums:
@@ -40,36 +89,16 @@ class Sums:
         gram_PP = torch.zeros(regressors, regressors, dtype=torch.float64, device=device)
         return cls(gram_PP, torch.zeros(outputs, regressors, dtype=torch.float64, device=device))
 
-    def add(self, x_TP: Tensor, missing_TD: Tensor, weight_T: Tensor) -> None:
-        """Takes in tokens: regressors, what is missing, and how much each counts; all float64."""
+    def add(self, x_TP: Tensor, missing_TD: Tensor, weight_T: Tensor) -> None:  # noqa: D102
         root_T1 = weight_T.sqrt()[:, None]
         x_TP, missing_TD = x_TP * root_T1, missing_TD * root_T1
-        self.gram_PP.addmm_(x_TP.T, x_TP)
-        self.cross_DP.addmm_(missing_TD.T, x_TP)
+        self.gram.addmm_(x_TP.T, x_TP)
+        self.cross.addmm_(missing_TD.T, x_TP)
         self.energy += float(missing_TD.square().sum())
         self.tokens += len(x_TP)
 
-    def take(self, other: AnySums) -> None:
-        """Takes in the tokens of another one of the same kind, in place."""
-        assert isinstance(other, Sums)
-        self.gram_PP += other.gram_PP
-        self.cross_DP += other.cross_DP
-        self.energy, self.tokens = self.energy + other.energy, self.tokens + other.tokens
-
-    def sum_on_first(self, world: World) -> None:
-        """Takes in the tokens of all processes, in place; only the first one can use the sums then."""
-        _sum_on_first(self, (self.gram_PP, self.cross_DP), world)
-
-    def solve(self, ridge: float) -> Tensor:
-        """`U = argmin sum w |r - U x|^2 + rho |U|^2`, float64: U = C (G + rho I)^-1, shape (D, P).
-
-        Args:
-            ridge: rho in units of the mean diagonal of G, > 0. As it grows U goes to 0: the old weights.
-
-        Raises:
-            ConfigError: If the ridge is so small that the system cannot be solved.
-        """
-        system = self.gram_PP.clone()
+    def solve(self, ridge: float) -> Tensor:  # noqa: D102
+        system = self.gram.clone()
         diagonal = system.diagonal()
         diagonal += ridge * _positive(diagonal.mean())
         factor, failed = torch.linalg.cholesky_ex(system)
@@ -79,37 +108,19 @@ class Sums:
                 "solution in double precision.",
                 hint="Use a larger ridge (1e-9 or more), or more rows.",
             )
-        return torch.cholesky_solve(self.cross_DP.T, factor).T
+        return torch.cholesky_solve(self.cross.T, factor).T
 
-    def error(self, update_DP: Tensor | None) -> float:
-        """Mean weighted |r - U x|^2 over the tokens; |r|^2 without an update."""
-        if update_DP is None:
-            return self.energy / max(1, self.tokens)
-        explained = 2 * float((update_DP * self.cross_DP).sum())
-        own = float(((update_DP @ self.gram_PP) * update_DP).sum())
-        return max(0.0, self.energy - explained + own) / max(1, self.tokens)
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether no token brought in NaN or Inf."""
-        return math.isfinite(self.energy + float(self.gram_PP.sum()) + float(self.cross_DP.sum()))
+    def _left(self, update_DP: Tensor) -> float:
+        explained = 2 * float((update_DP * self.cross).sum())
+        own = float(((update_DP @ self.gram) * update_DP).sum())
+        return self.energy - explained + own
 
 
-@dataclass
-class ChannelSums:
-    """The same for one coefficient per channel: r_c is explained by u_c x_c alone.
+class ChannelSums(AnySums):
+    """Every output channel by a regressor of its own alone: `u_c = sum w r_c x_c / (sum w x_c^2 + rho)`.
 
-    Attributes:
-        gram_D: sum of w x_c^2.
-        cross_D: sum of w r_c x_c.
-        energy: sum of w |r|^2.
-        tokens: How many.
+    gram, cross and u are (D,): what fits one factor per channel of a norm.
     """
-
-    gram_D: Tensor
-    cross_D: Tensor
-    energy: float = 0.0
-    tokens: int = 0
 
     @classmethod
     def empty(cls, outputs: int, device: torch.device | str = "cpu") -> ChannelSums:
@@ -117,48 +128,17 @@ class ChannelSums:
         zeros = torch.zeros(outputs, dtype=torch.float64, device=device)
         return cls(zeros, zeros.clone())
 
-    def add(self, x_TD: Tensor, missing_TD: Tensor, weight_T: Tensor) -> None:
-        """Takes in tokens, as `Sums.add`."""
-        self.gram_D += weight_T @ x_TD.square()
-        self.cross_D += weight_T @ (x_TD * missing_TD)
+    def add(self, x_TD: Tensor, missing_TD: Tensor, weight_T: Tensor) -> None:  # noqa: D102
+        self.gram += weight_T @ x_TD.square()
+        self.cross += weight_T @ (x_TD * missing_TD)
         self.energy += float((weight_T @ missing_TD.square()).sum())
         self.tokens += len(x_TD)
 
-    def take(self, other: AnySums) -> None:
-        """Takes in the tokens of another one of the same kind, in place."""
-        assert isinstance(other, ChannelSums)
-        self.gram_D += other.gram_D
-        self.cross_D += other.cross_D
-        self.energy, self.tokens = self.energy + other.energy, self.tokens + other.tokens
+    def solve(self, ridge: float) -> Tensor:  # noqa: D102
+        return self.cross / (self.gram + ridge * _positive(self.gram.mean()))
 
-    def sum_on_first(self, world: World) -> None:
-        """As `Sums.sum_on_first`."""
-        _sum_on_first(self, (self.gram_D, self.cross_D), world)
-
-    def solve(self, ridge: float) -> Tensor:
-        """`u_c = sum w r_c x_c / (sum w x_c^2 + rho)`, shape (D,)."""
-        return self.cross_D / (self.gram_D + ridge * _positive(self.gram_D.mean()))
-
-    def error(self, update_D: Tensor | None) -> float:
-        """Mean weighted |r - u x|^2 over the tokens; |r|^2 without an update."""
-        if update_D is None:
-            return self.energy / max(1, self.tokens)
-        change = float((update_D * (update_D * self.gram_D - 2 * self.cross_D)).sum())
-        return max(0.0, self.energy + change) / max(1, self.tokens)
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether no token brought in NaN or Inf."""
-        return math.isfinite(self.energy + float(self.gram_D.sum()) + float(self.cross_D.sum()))
-
-
-AnySums = Sums | ChannelSums
-
-
-def _sum_on_first(sums: AnySums, tensors: Sequence[Tensor], world: World) -> None:
-    world.sum_on_first(tensors)
-    found = world.gathered([(sums.energy, sums.tokens)])
-    sums.energy, sums.tokens = (sum(values) for values in zip(*found, strict=True))
+    def _left(self, update_D: Tensor) -> float:
+        return self.energy + float((update_D * (update_D * self.gram - 2 * self.cross)).sum())
 
 
 def _positive(mean: Tensor) -> Tensor:

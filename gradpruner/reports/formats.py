@@ -44,12 +44,12 @@ def percent(value: Any, digits: int = 1) -> str:
     return MISSING if finite is None else f"{100 * finite:.{digits}f}%"
 
 
-def signed_percent(value: Any, digits: int = 1) -> str:
+def signed_percent(value: Any) -> str:
     """Formats a relative change (fraction) with its sign: -0.008 -> '−0.8%'."""
     finite = number(value)
     if finite is None:
         return MISSING
-    shown = f"{abs(100 * finite):.{digits}f}%"
+    shown = f"{abs(100 * finite):.1f}%"
     if float(shown[:-1]) == 0:
         return shown
     return ("−" if finite < 0 else "+") + shown

@@ -62,16 +62,13 @@ def with_rate(options: FinetuneOptions, model: nn.Module) -> FinetuneOptions:
     return options.model_copy(update={"learning_rate": rate})
 
 
-def best_rate(
-    losses: dict[float, float], loss_at: Callable[[float], float], largest: float = math.inf
-) -> float:
+def best_rate(losses: dict[float, float], loss_at: Callable[[float], float]) -> float:
     """The rate with the lowest loss; doubled or halved until the best one has a worse one on either side.
 
     Args:
         losses: Of the rates to begin with, at least one; infinite where training did not stay finite. Those
             that are tried come to it.
         loss_at: Trains and measures at a rate.
-        largest: Nothing above this is tried.
 
     Raises:
         NonFiniteError: If training stayed finite at no rate.
@@ -80,7 +77,7 @@ def best_rate(
         best = min(losses, key=lambda rate: (losses[rate], rate))
         finite = math.isfinite(losses[best])
         further = best / 2 if best == min(losses) else None
-        if finite and best == max(losses) and best * 2 <= largest:
+        if finite and best == max(losses):
             further = best * 2
         if further is None:
             return best

@@ -9,12 +9,6 @@ from gradpruner.data.examples import Example
 from gradpruner.data.tasks.base import TASKS, Task, spaced, text_of
 
 
-def _bill(title: str, sections: tuple[str, ...], summary: str) -> dict[str, str]:
-    head = f"SECTION 1. SHORT TITLE.\n\n    This Act may be cited as the ``{title}''.\n\n"
-    body = "\n\n".join(f"SEC. {number}. {text}" for number, text in enumerate(sections, start=2))
-    return {"text": head + body, "summary": summary, "title": f"A bill to enact the {title}."}
-
-
 def _example(row: Mapping[str, Any], row_id: str) -> Example:
     # Bills are longer than most limits (5,000 to 20,000 characters); what is cut is the beginning. The title
     # is not shown: it often is the summary's first line.
