@@ -40,6 +40,7 @@ def carry_out(tmp_path, **recipe):
 
 
 REPAIRED = {"num_prune": 2, "num_merge": 0, "repair": "least_squares", "repair_rows": 12}
+WHATEVER = {"steps": 3, "keep_better": False}
 
 
 def test_a_tuned_model_is_pruned_and_repaired_without_training(tmp_path):
@@ -90,11 +91,31 @@ def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
         distil={"teacher": "tuned", "prompts": 0.0},
     )
     tuning, recovery = (record["variants"][name]["finetune"] for name in ("dense", "dropped"))
-    assert (tuning["steps"], recovery["steps"]) == (6, 2)
+    assert (tuning["steps"], recovery["steps"]) == (5, 2)  # a fifth of the rows is held out
     assert max(entry["learning_rate"] for entry in recovery["losses"]) <= 5e-4
     assert "ce" in recovery["losses"][0] and "ce" not in tuning["losses"][0]
     model = AutoModelForCausalLM.from_pretrained(folder / "variants/dropped/model")
     assert model.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(1e-3, "trained"), (30.0, "pruned")])
+def test_a_recovery_is_kept_only_where_validation_rows_say_so(tmp_path, rate, kept):
+    record, folder = carry_out(
+        tmp_path,
+        start="tuned",
+        variants=["dense", "dropped"],
+        plan=REPAIRED,
+        recover={"steps": 4, "learning_rate": rate},
+    )
+    row = record["variants"]["dropped"]
+    found = row["finetune"]["kept"]
+    assert (found["model"], found["rows"]) == (kept, 4)
+    assert (found["after"] < found["before"]) == (kept == "trained")
+    both = [load_file(folder / f"variants/dropped/{name}/model.safetensors") for name in ("pruned", "model")]
+    same = all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    assert same == (kept == "pruned")
+    page = render_html(record, tmp_path / "r.html").read_text()
+    assert ("the model before it was kept" in page) == same
 
 
 def test_a_given_model_is_measured_as_it_is(tmp_path):
@@ -134,7 +155,7 @@ def test_costs_count_everything_a_row_needed(tmp_path):
         # 6 steps of 4 samples; 4 steps of 4 are recorded; 2 of 4 layers stay.
         ({"plan": REPAIRED | {"repair": "none"}}, 0.5 + 16 / 24),
         ({"plan": REPAIRED}, 0.5 + 16 / 24 + 12 * 2.5 / 3 / 24),
-        ({"plan": REPAIRED | {"repair": "none"}, "start": "tuned", "recover": {"steps": 3}}, 1.25 + 16 / 24),
+        ({"plan": REPAIRED | {"repair": "none"}, "start": "tuned", "recover": WHATEVER}, 1.25 + 16 / 24),
         ({"plan": REPAIRED | {"repair": "none"}, "distil": {"teacher": "tuned"}}, 1.5 + 1 / 3 + 16 / 24),
     ],
 )
@@ -149,7 +170,7 @@ def test_the_dense_model_is_shown_tuned_for_the_same_work(tmp_path):
         start="tuned",
         variants=["dense", "longer", "dropped"],
         plan=REPAIRED | {"repair": "none"},
-        recover={"steps": 3},
+        recover=WHATEVER,
         evaluate={"before_finetuning": False},
     )
     steps = {name: row["finetune"]["steps"] for name, row in record["variants"].items()}

@@ -57,6 +57,18 @@ def _what_to_change(recipe: dict[str, Any], steps: float | None) -> str:
     )
 
 
+def _recovery_note(row: Row) -> str:
+    """Says so where a pruned model was trained further for nothing."""
+    kept = row.recorded.finetune.kept
+    if kept is None or kept.model != "pruned" or kept.before is None or kept.rows is None:
+        return ""
+    after = "no number" if kept.after is None else f"{kept.after:.3f}"
+    return (
+        f"Training {row.label} further took its loss on {whole(kept.rows)} validation rows from "
+        f"{kept.before:.3f} to {after}: the model before it was kept."
+    )
+
+
 def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> tuple[str, ...]:
     """What a careful reader would object."""
     main = view.main
@@ -77,6 +89,7 @@ def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> tup
             f"Fine-tuning took {whole(others.steps)} steps for dense and {whole(own.steps)} for "
             f"{main.label}: the times and the accuracies are not like for like."
         )
+    notes.extend(filter(None, map(_recovery_note, view.rows)))
     for row in view.rows:
         if row.recorded.finetune.measured_from:
             notes.append(

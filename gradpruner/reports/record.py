@@ -97,6 +97,15 @@ class Evaluated(Part):
     n: Count = None
 
 
+class Kept(Part):
+    """Which model a recovery ended with, by losses on validation rows in nats per token."""
+
+    model: Any = None
+    before: Number = None
+    after: Number = None
+    rows: Number = None
+
+
 class Trained(Part):
     """What fine-tuning, or recording, gave and took."""
 
@@ -109,6 +118,7 @@ class Trained(Part):
     resumed_from: Number = None
     measured_from: Number = None
     output: Any = None
+    kept: Kept | None = None
 
 
 class Check(Part):

@@ -105,7 +105,7 @@ class Job:
         self.max_length = longest = min(recipe.data.max_length, int(positions))
         self.train, self.eval = load_rows(recipe, self.tokenizer, longest)
         self.validation: ExampleSet | None = None
-        if recipe.plan.max_loss is not None or recipe.data.validation is not None:
+        if recipe.plan.max_loss is not None or recipe.data.validation is not None or recipe.chooses_recovery:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
         self.also = load_also(recipe, self.tokenizer, longest)
         self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
@@ -287,6 +287,11 @@ class Job:
             seed=self.recipe.seed,
             device="cpu" if self.device == "cpu" else "auto",
         )
+
+    def held_out_samples(self) -> EncodedDataset:
+        """The validation rows, encoded as training rows are."""
+        assert self.validation is not None
+        return EncodedDataset(encode_all(self.tokenizer, self.validation.examples, self.max_length))
 
     @property
     def finetune_steps(self) -> int:

@@ -91,15 +91,24 @@ def _measured(job: Job, rate: float) -> dict[str, Any]:
     held_out = _rows(job)[1]
     try:
         model, facts = together(job, tune_at, rate)
-        device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
-        model.eval()
-        batches = sample_batches(held_out, job.collator, device, _BATCH)  # type: ignore[arg-type]
-        loss = mean_nll(model, batches, f"tuned at {rate:g}")
+        loss = loss_on(job, model, held_out, f"tuned at {rate:g}")
         job.release(model)
     except NonFiniteError as error:
         log.info("%g: %s", rate, error.message)
         facts, loss = {"steps": _steps(job), "seconds": None}, None
     return {"rate": rate, "loss": loss, "rows": len(held_out), **facts}
+
+
+def loss_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> float:
+    """Mean loss of a model on samples that it was not tuned on, in nats per learned token.
+
+    Raises:
+        NonFiniteError: If it is NaN or infinite; names `which`.
+    """
+    device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
+    model.eval()
+    batches = sample_batches(samples, job.collator, device, _BATCH)  # type: ignore[arg-type]
+    return mean_nll(model, batches, which)
 
 
 def tune_at(job: Job, rate: float) -> tuple[Any, dict[str, Any]]:

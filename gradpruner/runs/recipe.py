@@ -155,6 +155,11 @@ class Recipe(Section):
         return self.distil.teacher == "tuned"
 
     @property
+    def chooses_recovery(self) -> bool:
+        """Whether a pruned model trained further is kept only if validation rows say so."""
+        return self.start != "base" and self.recover.trains and self.recover.keep_better
+
+    @property
     def tunes_first(self) -> bool:
         """Whether other rows need the dense model after its fine-tuning."""
         return self.start == "tuned" or (self.distils and self.start == "base")

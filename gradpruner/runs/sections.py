@@ -84,7 +84,7 @@ class DataSection(Section):
     It is saved with the tokenizer of tuned models. null: the tokenizer's own."""
     validation: str | None = None
     """Rows on which choices are made: how many layers go (plan.max_loss), which row the report names to ship.
-    null: only plan.max_loss needs some, and holds them out of the training rows."""
+    null: only plan.max_loss and recover need some, and hold them out of the training rows."""
     validation_limit: int = Field(default=500, ge=1)
     """Validation rows at most; held out, they are at most a fifth of the training rows."""
     max_length: int = Field(default=2048, ge=2)
@@ -183,6 +183,9 @@ class RecoverSection(Section):
     """Optimizer steps instead; 0: none."""
     learning_rate: float | None = Field(default=None, gt=0)
     """Peak learning rate; null: that of finetune."""
+    keep_better: bool = True
+    """Keep the trained model only if its loss on validation rows is lower than before, else the pruned one.
+    The rows are data.validation, or are held out of the training rows. false: the trained one, always."""
 
     @property
     def trains(self) -> bool:
