@@ -40,13 +40,21 @@ from gradpruner.gradients.trace import QUANTISED
 from gradpruner.models.families import FAMILIES
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
-from gradpruner.plans.repair import REPAIR_FILE, WEIGHTS_FILE, Repair, RepairedCut, cuts_of, unrepaired
+from gradpruner.plans.repair import (
+    REPAIR_FILE,
+    WEIGHTS_FILE,
+    Repair,
+    RepairedCut,
+    cuts_of,
+    places_of,
+    unrepaired,
+)
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import FEWEST_ROWS, HELD_OUT, TOKENS_PER_REGRESSOR, enough_rows, fit_repair
 from gradpruner.pruning.ridge import ChannelSums, Sums, choose_update
 
 ROWS = 40
-KINDS = ("linear", "least_squares")
+KINDS = ("linear", "least_squares", "layer_wise")
 
 
 def fit(model, plan, kind="least_squares", rows=None, count=512, **options):
@@ -201,7 +209,7 @@ def numpy_repair(dense, handed, given, weight, kind, ridge, factor, chosen):
     return np.linalg.solve(gram + rho, (o[:, None] * a).T @ wanted + rho @ weight.T).T
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["linear", "least_squares"])
 @pytest.mark.parametrize(
     ("model_type", "options", "name", "factor"),
     [
@@ -365,7 +373,7 @@ def test_no_cut_is_worse_on_held_out_samples_than_before(seed, model_type, kind,
     model = make_model(model_type, seed=seed)
     before = {name: p.clone() for name, p in model.named_parameters()}
     repair = fit(model, dropping(gone), kind, rows=make_ids(count, seed=seed))
-    assert [(cut.layer, cut.gone) for cut in repair.cuts] == cuts_of(dropping(gone))
+    assert [(cut.layer, cut.gone) for cut in repair.cuts] == places_of(dropping(gone), kind)
     assert all(0 <= cut.error_after <= cut.error_before for cut in repair.cuts)
     assert all((cut.error_after < cut.error_before) == (cut.ridge is not None) for cut in repair.cuts)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -389,6 +397,36 @@ def test_a_second_cut_is_fitted_on_what_the_repaired_model_computes(model_type):
     assert second.error_before != pytest.approx(
         relative_errors(dense, states_behind(unrepaired_one, 2, rows), is_held_out), rel=1e-2
     )
+
+
+def test_layer_wise_refits_every_layer_behind_the_first_cut_to_what_the_dense_one_hands_on():
+    assert places_of(dropping([2, 4]), "layer_wise") == [(1, (2,)), (3, (4,)), (5, ())]
+    assert places_of(dropping([0, 3]), "layer_wise") == [(1, ()), (2, (3,)), (4, ()), (5, ())]
+    assert places_of(dropping([]), "layer_wise") == [] and places_of(dropping([5]), "layer_wise") == [
+        (4, (5,))
+    ]
+    model, rows, plan = make_model(), in_order(make_ids(ROWS), 25), dropping([2], depth=6)
+    repair = fit(model, plan, "layer_wise", count=25, ridges=(10.0,))
+    first, second, *_ = repair.cuts
+    cuts = fit(model, plan, count=25, ridges=(10.0,))
+    assert first == cuts.cuts[0] and torch.equal(repair.weights[1], cuts.weights[1])
+    # The layer behind is fitted on what the repaired model computes, to what the dense one has after it.
+    pruned = prune_(copy.deepcopy(model), plan, repair=cuts)
+    dense, handed = states_behind(model, 3, rows), states_behind(pruned, 2, rows)
+    old = LayeredModel(model).weight(3, "mlp.down_proj").detach().double().numpy()
+    given = inputs_of(pruned, 2, "mlp.down_proj", rows)
+    wanted = numpy_repair(dense, handed, given, old, "least_squares", 10.0, 1.0, lambda number: True)
+    assert (second.layer, second.gone) == (3, ())
+    np.testing.assert_allclose(repair.weights[3], wanted, rtol=2e-3, atol=2e-4)
+    unseen = make_ids(30, seed=99)
+    errors = [
+        relative_errors(
+            states_behind(model, 5, unseen),
+            states_behind(prune_(copy.deepcopy(model), plan, repair=fit(model, plan, kind)), 4, unseen),
+        )
+        for kind in ("least_squares", "layer_wise")
+    ]
+    assert errors[1] < errors[0]
 
 
 def test_a_repaired_model_is_nearer_to_the_dense_one_on_samples_it_never_saw():

@@ -32,6 +32,8 @@ LARGEST_RATE = 4e-4
 NUM_GONE = 12
 DEPTHS = (3, 6, 9, 15, 18)
 REPAIR_ROWS = 384
+LAYER_WISE_ROWS = 1200
+"""As many as determine it: the product's default for these tasks."""
 
 
 def dense(work: Work, rate: float) -> dict[str, Any]:
@@ -74,12 +76,13 @@ def tune(work: Work) -> Path:
 
 
 def repaired(
-    work: Work, model: Any, plan: Any, kind: str, count: int = REPAIR_ROWS, source: Work | None = None
+    work: Work, model: Any, plan: Any, kind: str, count: int | None = None, source: Work | None = None
 ) -> Any:
     """A repair of a plan, fitted on training rows, of the task itself unless another one is the source."""
     from gradpruner.pruning.refitting import fit_repair
 
     rows = (source or work).encoded["train"]
+    count = count or (LAYER_WISE_ROWS if kind == "layer_wise" else REPAIR_ROWS)
     return fit_repair(model, plan, rows, work.collator, kind=kind, rows=count, seed=work.seed)
 
 
@@ -108,6 +111,8 @@ def shrink(work: Work) -> None:
     for repair in ("least_squares", "none"):
         for choice in CHOICES:
             pruned(work, folder, choice, NUM_GONE, repair)
+    for choice in ("igia", "gate", "last"):
+        pruned(work, folder, choice, NUM_GONE, "layer_wise")
     for choice in ("gate", "igia", "last"):
         pruned(work, folder, choice, NUM_GONE, "linear")
     pruned(work, folder, "task_loss", NUM_GONE, "least_squares")
@@ -119,6 +124,7 @@ def depth(work: Work) -> None:
     for gone in DEPTHS:
         for choice in ("gate", "igia"):
             pruned(work, folder, choice, gone, "least_squares")
+        pruned(work, folder, "igia", gone, "layer_wise")
     for row in FULL_ROWS:
         for gone in DEPTHS:
             if work.wants(f"train/{row.name}/{gone}/"):
@@ -187,7 +193,7 @@ class Row:
         start: "base"; "tuned": the dense model tuned on the same rows before; or "quarter": the dense model
             tuned on the first quarter of them, and what is left after pruning on the other three.
         choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
-        repair: "none" or "least_squares".
+        repair: "none", "least_squares" or "layer_wise".
         distil: Whether it learns from the tuned dense model too.
     """
 
@@ -203,6 +209,8 @@ class Row:
 
 
 TRAINED = (
+    Row("base", "igia", "layer_wise"),
+    Row("tuned", "igia", "layer_wise", distil=True),
     Row("base", "igia", "least_squares"),
     Row("tuned", "igia", "least_squares", distil=True),
     Row("base", "igia", "none"),
@@ -220,7 +228,7 @@ TRAINED = (
 """In the order in which they are measured."""
 
 
-FULL_ROWS = (TRAINED[0], TRAINED[1])
+FULL_ROWS = TRAINED[:4]
 """The rows that are measured at every depth."""
 QUARTER = 0.25
 
@@ -276,8 +284,10 @@ def rate_of(work: Work, row: Row) -> float:
     def loss_at(rate: float) -> float:
         return float(trained(first, row, rate)["validation"]["nll"])
 
-    lower = row.start == "tuned" or best * 2 > LARGEST_RATE
-    rates = (best / 2, best) if lower else (best, best * 2)
+    if row.start == "tuned":
+        rates = (best / 4, best / 2)
+    else:
+        rates = (best / 2, best) if best * 2 > LARGEST_RATE else (best, best * 2)
     return best_of({rate: loss_at(rate) for rate in rates}, loss_at, LARGEST_RATE)
 
 

@@ -29,7 +29,10 @@ def add_to(app: typer.Typer) -> None:
         ),
     ],
     repair=Annotated[
-        Text, typer.Option("--repair", help="auto, least_squares, linear or none.", show_default="auto")
+        Text,
+        typer.Option(
+            "--repair", help="auto, layer_wise, least_squares, linear or none.", show_default="auto"
+        ),
     ],
     recover=Annotated[
         Number,

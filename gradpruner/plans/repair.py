@@ -29,7 +29,7 @@ from gradpruner.registry import suggest
 if TYPE_CHECKING:
     from rich.console import Console
 
-KINDS = ("none", "linear", "least_squares")
+KINDS = ("none", "linear", "least_squares", "layer_wise")
 REPAIR_FILE, WEIGHTS_FILE = "repair.json", "repair.safetensors"
 FORMAT_VERSION = 1
 
@@ -44,16 +44,16 @@ def check_kind(kind: str) -> None:
 
 @dataclass(frozen=True)
 class RepairedCut:
-    """What was done about one run of layers that go.
+    """What was done in one kept layer, about the run of layers that go behind it or about those before it.
 
     Attributes:
-        layer: The kept layer before the run; its last linear is refitted, or the norm that follows it.
+        layer: The kept layer; its last linear is refitted, or the norm that follows it.
         linear: Path of that linear or norm inside the layer.
-        gone: The layers of the run, neighbours, ascending.
+        gone: The layers of the run behind it, neighbours, ascending; () where none goes (`layer_wise`).
         ridge: The chosen multiple of the mean diagonal of the regressors' second moments; None when no
             ridge lowered the error on held-out samples and the weight stays as it was.
         error_before: Mean over held-out tokens of |h - y|^2 / |h|^2: h what the dense model hands to the
-            layer behind the run, y what the pruned model hands it without this refit.
+            next kept layer, y what the pruned model hands it without this refit.
         error_after: The same with the refit that was fitted on the other samples.
     """
 
@@ -84,9 +84,9 @@ class Repair(Printed):
     """The refitted weights of one plan of one model.
 
     Attributes:
-        kind: "linear" or "least_squares".
+        kind: "linear", "least_squares" or "layer_wise".
         pruned: The layers that go, ascending.
-        cuts: One per run of layers that go behind a kept layer, from input to output.
+        cuts: One per refitted layer, see `places_of`, from input to output.
         weights: Layer -> the refitted weight, float32: (out_features, in_features) of a linear, (hidden,) of
             a norm; without the cuts whose ridge is None.
         model: Fingerprint of the dense model; "" if it cannot be told.
@@ -127,11 +127,12 @@ class Repair(Printed):
                 f"{runs_of(plan.pruned)}.",
                 hint="Fit a repair for this plan.",
             )
-        wrong = {(cut.layer, cut.gone) for cut in self.cuts}.symmetric_difference(cuts_of(plan))
+        wrong = {(cut.layer, cut.gone) for cut in self.cuts}.symmetric_difference(places_of(plan, self.kind))
         if wrong:
             layer, gone = min(wrong)
+            behind = f"layers {runs_of(gone)} behind layer {layer}" if gone else f"layer {layer}"
             raise PlanError(
-                f"Repair and plan do not have the same cuts: layers {runs_of(gone)} behind layer {layer}.",
+                f"Repair and plan do not have the same cuts: {behind}.",
                 hint="Fit a repair for this plan.",
             )
         if self.model and fingerprint and not same_model(self.model, fingerprint):
@@ -160,7 +161,7 @@ class Repair(Printed):
         rows = [
             (
                 f"{cut.layer} {cut.linear}",
-                runs_of(cut.gone),
+                runs_of(cut.gone) if cut.gone else "those before",
                 f"{cut.error_before:.1%}",
                 f"{cut.error_after:.1%}" if cut.ridge is not None else "left as it was",
             )
@@ -234,6 +235,18 @@ def cuts_of(plan: PruningPlan) -> list[tuple[int, tuple[int, ...]]]:
         else:
             found.append((-1, [layer]))  # at the input: no kept layer before it
     return [(layer, tuple(run)) for layer, run in found if layer >= 0]
+
+
+def places_of(plan: PruningPlan, kind: str) -> list[tuple[int, tuple[int, ...]]]:
+    """The kept layers that a repair refits, from input to output: (layer, the run that goes behind it).
+
+    Those before a cut; "layer_wise" also every one behind the first cut, with () for its run.
+    """
+    runs = cuts_of(plan)
+    if kind != "layer_wise" or not plan.pruned:
+        return runs
+    behind, first = dict(runs), plan.pruned[0]
+    return [(layer, behind.get(layer, ())) for layer in plan.keep if layer in behind or layer > first]
 
 
 def unrepaired(plan: PruningPlan) -> Sequence[int]:

@@ -1,9 +1,9 @@
-"""Fitting a repair: one linear before every cut, by least squares on hidden states of the task's own samples.
+"""Fitting a repair: linears refitted by least squares on hidden states of the task's own samples.
 
 Dense and pruned model walk side by side through the layers (`walking.Walk`): at a cut the dense one goes on
 through the layers that go, and the kept layer before them is refitted so that the pruned one hands on what
-the dense one does. Each cut is fitted on what the pruned model itself computes up to there, repairs before
-it included. No label is looked at.
+the dense one does; layer-wise, every kept layer behind the first cut is. Each is fitted on what the pruned
+model itself computes up to there, repairs before it included. No label is looked at.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches, weight_set
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
-from gradpruner.plans.repair import Repair, RepairedCut, check_kind, cuts_of, unrepaired
+from gradpruner.plans.repair import KINDS, Repair, RepairedCut, check_kind, places_of, unrepaired
 from gradpruner.pruning.in_memory import check_merging, merge_planned, refuse_adapters, shapes_of
 from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
 from gradpruner.world import World
@@ -52,7 +52,7 @@ def fit_repair(
     ridges: Sequence[float] = RIDGES,
     world: World | None = None,
 ) -> Repair:
-    """Fits what the kept layers before the cuts must add so that the layers that go are missed least.
+    """Fits what kept layers must add so that the layers that go are missed least.
 
     For a run of layers that goes behind a kept layer, with A the input of that layer's last linear W in the
     pruned model, y what the layer hands on, h what the dense model hands on after the run, f the factor the
@@ -61,6 +61,8 @@ def fit_repair(
 
         least_squares   W' = W + argmin_U sum w |h - y - f U A|^2 + rho |U|^2
         linear          W' = (I + U) W,  U of the regression on W A instead of A (ReplaceMe's map)
+        layer_wise      least_squares in every kept layer behind the first cut, h after the layer where no run
+                        goes behind it: what a repair leaves is made up for by the layers that follow
 
     Where a norm follows the last linear (Gemma 2 and 3, OLMo 2) either kind fits one factor per channel of
     the norm's output n instead, and puts it into the norm's weight: n_c becomes (1 + u_c) n_c.
@@ -69,8 +71,8 @@ def fit_repair(
     there, the linear stays as it is, so that the error on held-out tokens never rises. Left out are padding
     and the first token of each sample; biases stay as they are.
 
-    Cost: the dense and the pruned model's layers up to the last cut once each, two more runs of every layer
-    that is refitted, and per cut tokens x P^2 multiplications and six solves of a P x P system; P is the
+    Cost: the dense and the pruned model's layers up to the last refitted one once each, two more runs of each
+    that is refitted, and for it tokens x P^2 multiplications and six solves of a P x P system; P is the
     in_features of the linear (least_squares, at most `MAX_REGRESSORS`, else linear is fitted) or the hidden
     size. Memory beyond the model: the hidden states of all tokens twice, one layer's linears, and in float64
     four P x P and four hidden x P matrices and the linear three times: about 9 GB for Llama-3.1-8B (P 14336),
@@ -81,7 +83,7 @@ def fit_repair(
         plan: Which layers go; merged ones are merged first, which needs the trace where the rule does.
         samples: Encoded samples (`input_ids`, `labels`), at least two; labels are not looked at.
         collator: Makes batches of them, padded on the right.
-        kind: "linear" or "least_squares".
+        kind: "linear", "least_squares" or "layer_wise".
         rows: Samples used at most, >= 2; None takes as many as `enough_rows` says.
         trace: The recorded gradients, for a plan that merges by them.
         seed: Of drawing the samples.
@@ -141,7 +143,7 @@ def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kin
     Args:
         view: The model, with or without numbers.
         samples: What rows are drawn from.
-        kind: "linear" or "least_squares".
+        kind: As for `fit_repair`.
     """
     shapes = [weight.shape for weight in view.weights(0).values()]
     regressors = max(int(shape[1]) for shape in shapes)
@@ -156,7 +158,7 @@ def _check_request(kind: str, rows: int | None, ridges: Sequence[float]) -> None
     check_kind(kind)
     if kind == "none":
         raise ConfigError(
-            "There is nothing to fit for repair 'none'.", hint="Allowed: linear, least_squares."
+            "There is nothing to fit for repair 'none'.", hint=f"Allowed: {', '.join(KINDS[1:])}."
         )
     if rows is not None and rows < 2:
         raise ConfigError(f"{rows} rows cannot be fitted and chosen by.", hint="Use 2 rows or more.")
@@ -219,10 +221,10 @@ class _Fitting:
 
     def go(self, progress: Callable[[int], None] | None) -> None:
         """Takes both states through all layers up to the last cut."""
-        runs = dict(cuts_of(self.plan))
+        runs = dict(places_of(self.plan, self.kind))
         dense, self.walk.start = self.walk.start, []  # what is replaced is then free
         pruned = dense  # one list as long as the states are the same
-        last = max((run[-1] for run in runs.values()), default=-1)
+        last = max((layer + len(run) for layer, run in runs.items()), default=-1)
         layer = 0
         while layer <= last:
             run = runs.get(layer, ())
@@ -231,7 +233,7 @@ class _Fitting:
             before = pruned
             self._advance((layer, *run), dense)
             if layer in self.plan.keep and before is not dense:
-                self._keep(layer, run, pruned, dense)
+                self._keep(layer, runs.get(layer), pruned, dense)
             layer += 1 + len(run)
             if progress is not None:
                 progress(1 + len(run))
@@ -243,10 +245,12 @@ class _Fitting:
                 state = self.walk.layer_on(layer, batch, state)
             states[batch] = state
 
-    def _keep(self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]) -> None:
-        """Takes the pruned states through a kept layer, which is refitted first if a run goes behind it."""
+    def _keep(
+        self, layer: int, run: tuple[int, ...] | None, pruned: list[Tensor], dense: list[Tensor]
+    ) -> None:
+        """Takes the pruned states through a kept layer, refitted first if it is one of the places."""
         with self._merged(layer):
-            new = self._refitted(layer, run, pruned, dense) if run else None
+            new = None if run is None else self._refitted(layer, run, pruned, dense)
             if new is None:
                 self._advance((layer,), pruned)
                 return
@@ -259,7 +263,7 @@ class _Fitting:
     def _refitted(
         self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]
     ) -> Tensor | None:
-        """The refitted weight of a layer before a cut, float32 on the CPU; None if none is better."""
+        """The refitted weight of a layer, float32 on the CPU; None if none is better."""
         output = self._output(layer, pruned[0])
         form = self._form(output)
         fitted, held_out = self._sums(layer, output, form, pruned, dense)
@@ -312,12 +316,12 @@ class _Fitting:
             )
             return "scale"
         regressors = output.weight.shape[1]
-        if self.kind == "least_squares" and regressors > MAX_REGRESSORS:
+        if self.kind != "linear" and regressors > MAX_REGRESSORS:
             self.notes.append(
                 f"the linear form was fitted, because {regressors} regressors are more than {MAX_REGRESSORS}"
             )
             return "linear"
-        return self.kind
+        return "linear" if self.kind == "linear" else "least_squares"
 
     def _sums(
         self, layer: int, output: Output, form: str, pruned: list[Tensor], dense: list[Tensor]

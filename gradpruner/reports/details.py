@@ -245,7 +245,7 @@ def repair_table(view: View) -> Table:
             gone = [int(layer) for layer in cut.gone if number(layer) is not None]
             words = (
                 row.label,
-                runs_of(gone),
+                runs_of(gone) if gone else "–",
                 f"{text(cut.linear)} of layer {whole(cut.layer)}",
                 "left as it was" if cut.ridge is None else f"{cut.ridge:g}",
                 percent(cut.error_before),

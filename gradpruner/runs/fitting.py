@@ -359,6 +359,6 @@ def _repair_bytes(job: Job) -> int:
     rows = job.repair_rows
     hidden, tokens = int(job.text.hidden_size), sum(job.samples.lengths) / len(job.samples)
     widths = [int(weight.shape[1]) for weight in job.structure.weights(0).values()]
-    width = max(widths) if job.recipe.plan.repair == "least_squares" else hidden
+    width = hidden if job.recipe.plan.repair == "linear" else max(widths)
     width = width if width <= MAX_REGRESSORS else hidden
     return round(2 * rows * tokens * hidden * _loaded(job).itemsize) + 4 * 8 * width**2

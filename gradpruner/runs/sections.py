@@ -156,7 +156,7 @@ class PlanSection(Section):
     """Combine rule (`gradpruner ls rules`)."""
     density: float = Field(default=DENSITY, gt=0, le=1)
     """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
-    repair: Literal["auto", "none", "linear", "least_squares"] = "none"
+    repair: Literal["auto", "none", "linear", "least_squares", "layer_wise"] = "none"
     """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
     hidden size (linear), or the linear itself (least_squares). Looks at training samples, at no labels. auto:
     least_squares where the model can be repaired (no mixture of experts, not quantised), else none."""

@@ -124,7 +124,7 @@ def prune(
         num_prune: Layers to remove.
         layer_fraction: Share of the layers to remove; 0.4 where neither is given.
         method: How layers are chosen (`gradpruner ls methods`).
-        repair: "auto", "least_squares", "linear" or "none".
+        repair: "auto", "layer_wise", "least_squares", "linear" or "none".
         steps: Steps to record; None: 40, or 1 % of a fine-tuning.
         seed: Of everything random.
         out: Run directory to keep, in which the same call goes on where it was; None takes a temporary one,
