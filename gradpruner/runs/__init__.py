@@ -9,6 +9,7 @@ shrinking        prune: a model and rows in, a smaller model out
 pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
 variant          one row of the comparison, stage by stage; work: what each stage does
 together         what all processes of a job do at the same time
+held_out         choices by the loss on rows that nothing was trained on
 rate_search      the learning rate, found on held-out training rows
 directory        the run directory: stages, fingerprints, lock
 evaluation_data  rows and metrics a recipe asks for

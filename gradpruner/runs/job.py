@@ -288,11 +288,6 @@ class Job:
             device="cpu" if self.device == "cpu" else "auto",
         )
 
-    def held_out_samples(self) -> EncodedDataset:
-        """The validation rows, encoded as training rows are."""
-        assert self.validation is not None
-        return EncodedDataset(encode_all(self.tokenizer, self.validation.examples, self.max_length))
-
     @property
     def finetune_steps(self) -> int:
         """Optimizer steps of every fine-tuning."""

@@ -10,15 +10,12 @@ import logging
 import math
 from typing import Any
 
-import torch
-
 from gradpruner.data.encoding import EncodedDataset, encode_all
 from gradpruner.data.examples import sample
 from gradpruner.errors import NonFiniteError
-from gradpruner.methods.calibration import mean_nll
-from gradpruner.models.walking import sample_batches
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import data_identity, with_validation
+from gradpruner.runs.held_out import loss_on
 from gradpruner.runs.job import Job
 from gradpruner.runs.together import together
 from gradpruner.runs.work import finished
@@ -29,7 +26,6 @@ log = logging.getLogger(__name__)
 
 STEPS = 100
 """Optimizer steps at every rate, at most; of a shorter fine-tuning, as many as it has."""
-_BATCH = 16
 
 
 def find_rate(job: Job, directory: RunDirectory) -> list[dict[str, Any]]:
@@ -97,18 +93,6 @@ def _measured(job: Job, rate: float) -> dict[str, Any]:
         log.info("%g: %s", rate, error.message)
         facts, loss = {"steps": _steps(job), "seconds": None}, None
     return {"rate": rate, "loss": loss, "rows": len(held_out), **facts}
-
-
-def loss_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> float:
-    """Mean loss of a model on samples that it was not tuned on, in nats per learned token.
-
-    Raises:
-        NonFiniteError: If it is NaN or infinite; names `which`.
-    """
-    device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
-    model.eval()
-    batches = sample_batches(samples, job.collator, device, _BATCH)  # type: ignore[arg-type]
-    return mean_nll(model, batches, which)
 
 
 def tune_at(job: Job, rate: float) -> tuple[Any, dict[str, Any]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from gradpruner.errors import NonFiniteError
 from gradpruner.evaluation.outputs import parts_of
 from gradpruner.evaluation.quality import Evaluation, evaluate
 from gradpruner.gradients.trace import GradientTrace
@@ -27,9 +26,9 @@ from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
 from gradpruner.runs.directory import RunDirectory, fingerprint
 from gradpruner.runs.evaluation_data import asked_of_harness, options_of
+from gradpruner.runs.held_out import better_of, loss_before
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import LABELS, variant_of
-from gradpruner.runs.rate_search import loss_on
 from gradpruner.runs.together import together
 from gradpruner.training.adapters import Adapters
 from gradpruner.training.finetuning import FinetuneResult, finetune
@@ -180,36 +179,15 @@ class Work:
     def tune(self) -> dict[str, Any]:
         """Pruned (or dense) model -> fine-tuned model"""
         compares = self.recipe.chooses_recovery and not self.is_dense
-        before = self._loss_before() if compares else None
+        before = loss_before(self.job, self.source) if compares else None
         model, result = together(self.job, train_row, *self._address())
         facts = result.to_dict()
         if before is not None:
-            model, facts["kept"] = self._better(model, before)
+            model, facts["kept"] = better_of(self.job, self.source, model, before)
         self._save(model, self.tuned, {"finetune": facts | {"losses": None}})
         self.directory.remove([self.checkpoints])
         self.job.release(model)
         return facts | {"output": self.tuned}
-
-    def _loss_before(self) -> float:
-        """The loss on validation rows of the pruned model that is about to be trained further."""
-        model = self.job.load(self.source)
-        loss = loss_on(self.job, model, self.job.held_out_samples(), "before it is trained further")
-        self.job.release(model)
-        return loss
-
-    def _better(self, trained: Any, before: float) -> tuple[Any, dict[str, Any]]:
-        """The model as it was pruned or the trained one, by their losses on validation rows; and these."""
-        samples = self.job.held_out_samples()
-        try:
-            after = loss_on(self.job, trained, samples, "trained further")
-        except NonFiniteError:
-            after = None
-        better = after is not None and after < before
-        kept = {"model": "trained" if better else "pruned", "before": before, "after": after}
-        if not better:
-            self.job.release(trained)
-            trained = self.job.load(self.source)
-        return trained, kept | {"rows": len(samples)}
 
     def _address(self) -> tuple[str, str, dict[str, Any] | None]:
         """What other processes need to make the same row; see `row_of`."""
