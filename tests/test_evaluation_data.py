@@ -1,6 +1,7 @@
 """What a recipe asks models to be measured on: metrics by task, wording, further tasks, lm-eval."""
 
 import json
+from pathlib import Path
 
 import pytest
 from builders import make_project, make_rows, make_tokenizer, write_rows
@@ -20,6 +21,8 @@ from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import check_recipe, load_recipe
 
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+
+ROWS = json.loads(Path(__file__).with_name("task_rows.json").read_text(encoding="utf-8"))
 
 
 def recipe(**data):
@@ -43,7 +46,7 @@ def test_the_task_says_what_is_measured_unless_the_recipe_does():
 
 
 def test_a_task_has_the_papers_number_of_training_rows(tmp_path, monkeypatch):
-    rows = [dict(row) for row in TASKS.find("arc_easy").rows]
+    rows = ROWS["arc_easy"]
     write_rows(tmp_path / "train.jsonl", rows)
     object.__setattr__(TASKS.find("arc_easy"), "train_limit", 3)  # frozen, as tasks are
     try:
@@ -74,7 +77,7 @@ def test_rows_to_be_measured_on_are_held_out_where_none_are_named(tmp_path):
 
 
 def test_chat_models_are_asked_in_conversations(tmp_path):
-    write_rows(tmp_path / "train.jsonl", [dict(row) for row in TASKS.find("arc_easy").rows])
+    write_rows(tmp_path / "train.jsonl", ROWS["arc_easy"])
     plain, chat = make_tokenizer(), make_tokenizer()
     chat.chat_template = CHAT
     asked = recipe(task="arc_easy", folder=str(tmp_path))
@@ -108,7 +111,7 @@ def test_skip_bad_covers_validation_rows_and_further_tasks(tmp_path):
     write_rows(tmp_path / "validation.jsonl", [*good, empty, {"prompt": "a"}])
     probe = tmp_path / "gsm8k"
     probe.mkdir()
-    rows = [dict(row) for row in TASKS.find("gsm8k").rows]
+    rows = ROWS["gsm8k"]
     write_rows(probe / "test.jsonl", [*rows, {"question": "no answer"}])
     overrides = (
         f"data.validation={tmp_path}/validation.jsonl",
@@ -144,7 +147,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setattr(Job, "release", lambda *a: None)
     probe = tmp_path / "gsm8k"
     probe.mkdir()
-    write_rows(probe / "test.jsonl", [dict(row) for row in TASKS.find("gsm8k").rows])
+    write_rows(probe / "test.jsonl", ROWS["gsm8k"])
     path, _ = make_project(
         tmp_path / "project",
         variants=["dense", "dropped"],

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from gradpruner.data.examples import Example, ExampleSet
     from gradpruner.evaluation.quality import Evaluation
     from gradpruner.runs.recipe import Recipe
+    from gradpruner.world import World
 
 SCORES, ANSWERS = "evaluation.json", "examples.jsonl"
 
@@ -118,7 +119,6 @@ def _measure(
 ) -> dict[str, Any]:
     """Measures one model folder as a recipe's `evaluate` section says; returns what is to be shown."""
     from gradpruner.evaluation.endpoint import Endpoint
-    from gradpruner.evaluation.quality import evaluate as measure
     from gradpruner.json_files import write_json
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import check_loadable
@@ -128,7 +128,6 @@ def _measure(
         check_evaluation,
         load_split,
         metrics_of,
-        options_of,
         tokenizer_of,
     )
     from gradpruner.runs.together import jointly
@@ -155,8 +154,7 @@ def _measure(
             model, result = jointly(measure_folder, recipe, folder, rows.examples, journal)
         else:
             server = Endpoint(endpoint, served_name, options.batch_size)
-            asked = options_of(recipe, metrics_of(recipe), recipe.data.max_length)
-            result = measure(server, tokenizer, rows.examples, asked, journal=journal)
+            result = _asked(recipe, server, tokenizer, rows.examples, journal)
         found |= result.summary(ANSWERS if out else None)
         if out:
             result.write_examples(out / ANSWERS)
@@ -176,14 +174,28 @@ def measure_folder(
     recipe: Recipe, folder: Path, rows: Sequence[Example], journal: Path | None
 ) -> tuple[Any, Evaluation]:
     """The model of a folder, and how well it answers; every process asks its share of the rows."""
-    from gradpruner.evaluation.quality import evaluate as measure
-    from gradpruner.runs.evaluation_data import metrics_of, options_of, tokenizer_of
+    from gradpruner.runs.evaluation_data import tokenizer_of
     from gradpruner.world import this_world
 
     tokenizer = tokenizer_of(recipe, folder)
     model = recipe.model.load(folder)
+    return model, _asked(recipe, model, tokenizer, rows, journal, this_world())
+
+
+def _asked(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    journal: Path | None,
+    world: World | None = None,
+) -> Evaluation:
+    """What a model, or a server, answers to rows, asked as the recipe says."""
+    from gradpruner.evaluation.quality import evaluate
+    from gradpruner.runs.evaluation_data import metrics_of, options_of
+
     options = options_of(recipe, metrics_of(recipe), recipe.data.max_length)
-    return model, measure(model, tokenizer, rows, options, journal=journal, world=this_world())
+    return evaluate(model, tokenizer, rows, options, journal=journal, world=world)
 
 
 def _journal(
