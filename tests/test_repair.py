@@ -50,8 +50,10 @@ from gradpruner.plans.repair import (
     unrepaired,
 )
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.pruning.refitting import FEWEST_ROWS, HELD_OUT, TOKENS_PER_REGRESSOR, enough_rows, fit_repair
+from gradpruner.pruning.refitting import FEWEST_ROWS, TOKENS_PER_REGRESSOR, enough_rows, fit_repair
 from gradpruner.pruning.ridge import ChannelSums, Sums, choose_update
+from gradpruner.pruning.tokens import HELD_OUT, Tokens
+from gradpruner.world import World
 
 ROWS = 40
 KINDS = ("linear", "least_squares", "layer_wise")
@@ -397,6 +399,25 @@ def test_a_second_cut_is_fitted_on_what_the_repaired_model_computes(model_type):
     assert second.error_before != pytest.approx(
         relative_errors(dense, states_behind(unrepaired_one, 2, rows), is_held_out), rel=1e-2
     )
+
+
+def test_positions_before_answers_have_half_of_the_weight_and_all_weights_are_one_on_average():
+    asked = {"input_ids": [1, 5, 6, 7, 8], "labels": [-100, -100, -100, -100, 8]}
+    text = {"input_ids": [1, 5, 6, 7, 8], "labels": [-100, 5, 6, 7, 8]}
+    view, position = LayeredModel(make_model()), torch.arange(1, 5)
+
+    def weights(row, answers):
+        batch = {name: torch.tensor([values]) for name, values in row.items()}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        tokens = Tokens(view, [batch], answers, World())
+        return tokens.weights(0, torch.zeros(4, dtype=torch.long), position).tolist()
+
+    # Of the four that count, the one before the answer has three times the weight of each of the others.
+    assert weights(asked, 0.5) == pytest.approx([2 / 3, 2 / 3, 2, 2 / 3])
+    assert weights(asked, 0.8) == pytest.approx([4 / 15, 4 / 15, 16 / 5, 4 / 15])
+    assert weights(asked, 0.0) == weights(text, 0.5) == [1.0] * 4  # three quarters are answered as it is
+    with pytest.raises(ConfigError, match="Answers cannot have"):
+        fit(make_model(), dropping([2]), answers=1.0)
 
 
 def test_layer_wise_refits_every_layer_behind_the_first_cut_to_what_the_dense_one_hands_on():

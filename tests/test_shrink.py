@@ -322,7 +322,7 @@ def test_shrink_is_one_command(tmp_path, monkeypatch):
     result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0
     row = json.loads(result.stdout)["variants"]["gradpruner"]
-    assert row["num_layers"] == 2 and row["repair"]["kind"] == "least_squares" and row["finetune"] is None
+    assert row["num_layers"] == 2 and row["repair"]["kind"] == "layer_wise" and row["finetune"] is None
     assert (tmp_path / "out/variants/gradpruner/pruned/model.safetensors").is_file()
 
 

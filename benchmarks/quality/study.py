@@ -82,8 +82,10 @@ def repaired(
     from gradpruner.pruning.refitting import fit_repair
 
     rows = (source or work).encoded["train"]
+    answers = 0.5 if kind == "layer_wise" else 0.0  # the older cells count all tokens alike
     count = count or (LAYER_WISE_ROWS if kind == "layer_wise" else REPAIR_ROWS)
-    return fit_repair(model, plan, rows, work.collator, kind=kind, rows=count, seed=work.seed)
+    options: dict[str, Any] = {"kind": kind, "rows": count, "answers": answers, "seed": work.seed}
+    return fit_repair(model, plan, rows, work.collator, **options)
 
 
 def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str, tuned_by: str = "") -> None:

@@ -77,6 +77,7 @@ class _Record:
     tokens: int
     seconds: float
     notes: tuple[str, ...]
+    answers: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Repair(Printed):
         tokens: Tokens of theirs that counted.
         seconds: Wall time of fitting.
         notes: Anything unusual, in words.
+        answers: Share of all weight that positions before answer tokens had at least, in [0, 1).
     """
 
     kind: str
@@ -105,6 +107,7 @@ class Repair(Printed):
     tokens: int = 0
     seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
+    answers: float = 0.0
 
     def __post_init__(self) -> None:
         refitted = {cut.layer for cut in self.cuts if cut.ridge is not None}

@@ -7,7 +7,7 @@ pieces          what a file will hold; writer: safetensors files written from pi
                 checked: reading back what is being written
 verification    the gate every pruned checkpoint passes; behaviour: what both models compute there
 on_demand       models whose weights are read from their files when they are used
-refitting       fit_repair: linears before the cuts, refitted; ridge: the regressions it rests on
+refitting       fit_repair: linears refitted; ridge: the regressions it rests on; tokens: on what
 delta           a pruned checkpoint as its difference from the source; delta_record: its record;
                 rebuilding: made again from them
 """

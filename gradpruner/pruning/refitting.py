@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from gradpruner.errors import ConfigError, DataError, NonFiniteError, PlanError
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.layers import LayeredModel, fingerprint
-from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches, weight_set
+from gradpruner.models.walking import BATCH_SIZE, Output, drawn, output_of, sample_batches, weight_set
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.repair import KINDS, Repair, RepairedCut, check_kind, places_of, unrepaired
 from gradpruner.pruning.in_memory import check_merging, merge_planned, refuse_adapters, shapes_of
 from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
+from gradpruner.pruning.tokens import Tokens
 from gradpruner.world import World
 
-HELD_OUT = 5
-"""One sample in so many is not fitted on: the ridge is chosen by it."""
 MAX_REGRESSORS = 16_384
 """Largest least-squares system: four matrices of 2.1 GB in float64. Above it the linear form is fitted."""
+ANSWERS = 0.5
+"""Share of all weight of the positions before answer tokens; see docs/quality.md."""
 TOKENS_PER_REGRESSOR = 20
 FEWEST_ROWS = 512
 TOKENS_AT_ONCE = 2048
@@ -46,6 +47,7 @@ def fit_repair(
     *,
     kind: str = "least_squares",
     rows: int | None = None,
+    answers: float = ANSWERS,
     trace: GradientTrace | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -56,8 +58,8 @@ def fit_repair(
 
     For a run of layers that goes behind a kept layer, with A the input of that layer's last linear W in the
     pruned model, y what the layer hands on, h what the dense model hands on after the run, f the factor the
-    layer multiplies what it adds with (1 but for Granite), and w = 1 / |h|^2 (so that tokens with massive
-    activations do not decide):
+    layer multiplies what it adds with (1 but for Granite), and w = c / |h|^2 (so that tokens with massive
+    activations do not decide), c greater where the next token is one of the answer (see `answers`):
 
         least_squares   W' = W + argmin_U sum w |h - y - f U A|^2 + rho |U|^2
         linear          W' = (I + U) W,  U of the regression on W A instead of A (ReplaceMe's map)
@@ -85,6 +87,8 @@ def fit_repair(
         collator: Makes batches of them, padded on the right.
         kind: "linear", "least_squares" or "layer_wise".
         rows: Samples used at most, >= 2; None takes as many as `enough_rows` says.
+        answers: Share of all weight that positions before answer tokens have at least, in [0, 1); by number
+            they are often a few of a hundred, and they are what the model is asked for. 0: all count alike.
         trace: The recorded gradients, for a plan that merges by them.
         seed: Of drawing the samples.
         progress: Called with 1 after every layer.
@@ -103,7 +107,7 @@ def fit_repair(
     Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form carried over to the linear
     itself and to a norm's weight.
     """
-    _check_request(kind, rows, ridges)
+    _check_request(kind, rows, answers, ridges)
     world = world or World()
     started = time.perf_counter()
     view = LayeredModel(model)
@@ -118,12 +122,12 @@ def fit_repair(
     was_training = model.training
     model.eval()
     try:
-        share = world.in_step(lambda: _Share(view, batches, world))
-        fitting = _Fitting(view, plan, share, kind, trace, ridges)
+        counted = world.in_step(lambda: Tokens(view, batches, answers, world))
+        fitting = _Fitting(view, plan, counted, kind, trace, ridges)
         fitting.go(progress)
     finally:
         model.train(was_training)
-    tokens = sum(world.gathered([sum(int(counted.sum()) for counted in share.walk.counted)]))
+    tokens = sum(world.gathered([sum(int(some.sum()) for some in counted.walk.counted)]))
     return Repair(
         kind=kind,
         pruned=plan.pruned,
@@ -132,6 +136,7 @@ def fit_repair(
         model=fingerprint(model),
         rows=len(chosen),
         tokens=tokens,
+        answers=answers,
         seconds=time.perf_counter() - started,
         notes=tuple(dict.fromkeys(fitting.notes)),
     )
@@ -154,7 +159,7 @@ def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kin
     return min(max(rows, FEWEST_ROWS), max(len(samples), 2))
 
 
-def _check_request(kind: str, rows: int | None, ridges: Sequence[float]) -> None:
+def _check_request(kind: str, rows: int | None, answers: float, ridges: Sequence[float]) -> None:
     check_kind(kind)
     if kind == "none":
         raise ConfigError(
@@ -162,6 +167,10 @@ def _check_request(kind: str, rows: int | None, ridges: Sequence[float]) -> None
         )
     if rows is not None and rows < 2:
         raise ConfigError(f"{rows} rows cannot be fitted and chosen by.", hint="Use 2 rows or more.")
+    if not 0 <= answers < 1:
+        raise ConfigError(
+            f"Answers cannot have {answers} of all weight.", hint="Use a share from 0, below 1."
+        )
     check_ridges(ridges)
 
 
@@ -178,25 +187,6 @@ def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -
         check_merging(plan, trace, shapes_of(view), identity)
 
 
-class _Share:
-    """The batches that this process walks.
-
-    Attributes:
-        walk: Over them.
-        first_number: Per batch, which one its first sample is among those of all processes.
-        world: The processes.
-    """
-
-    def __init__(self, view: LayeredModel, batches: Sequence[dict[str, Tensor]], world: World) -> None:
-        mine = [i for i in world.share(len(batches)) if batches[i]["attention_mask"][:, 1:].any()]
-        # Who has nothing to do walks along where the first process does: every process knows of every cut.
-        self.walk = Walk(view, [batches[i] for i in mine or (0,)])
-        if not mine:
-            self.walk.counted[0].zero_()
-        self.first_number = [i * BATCH_SIZE for i in mine or (0,)]
-        self.world = world
-
-
 class _Fitting:
     """One walk from input to output: dense states and pruned states, and what was fitted on the way."""
 
@@ -204,13 +194,13 @@ class _Fitting:
         self,
         view: LayeredModel,
         plan: PruningPlan,
-        share: _Share,
+        tokens: Tokens,
         kind: str,
         trace: GradientTrace | None,
         ridges: Sequence[float],
     ) -> None:
-        self.view, self.plan, self.share, self.kind, self.trace = view, plan, share, kind, trace
-        self.walk, self.world, self.ridges = share.walk, share.world, ridges
+        self.view, self.plan, self.tokens, self.kind, self.trace = view, plan, tokens, kind, trace
+        self.walk, self.world, self.ridges = tokens.walk, tokens.world, ridges
         self.cuts: list[RepairedCut] = []
         self.weights: dict[int, Tensor] = {}
         self.notes: list[str] = []
@@ -343,16 +333,14 @@ class _Fitting:
         try:
             for batch, state in enumerate(pruned):
                 handed = self.walk.layer_on(layer, batch, state)
-                counted, number = self.walk.counted[batch], self.share.first_number[batch]
-                numbers = torch.arange(number, number + len(counted)).to(counted.device)
-                is_held_out = (numbers % HELD_OUT == 0)[:, None].expand_as(counted)
-                for part, chosen in zip(sums, (counted & ~is_held_out, counted & is_held_out), strict=True):
+                for part, chosen in zip(sums, self.tokens.parts(batch), strict=True):
                     for sample, token in (t.unbind(1) for t in chosen.nonzero().split(TOKENS_AT_ONCE)):
                         target = dense[batch][sample, token].to(device, torch.float64)
                         missing = target - handed[sample, token].to(device, torch.float64)
                         x = caught["x"].view(*handed.shape[:2], -1)[sample, token].to(device, torch.float64)
                         x = (x if wide is None else x @ wide.T) * output.factor
-                        part.add(x, missing, 1 / target.square().sum(dim=1).clamp_min(1e-12))
+                        count = self.tokens.weights(batch, sample, token).to(device)
+                        part.add(x, missing, count / target.square().sum(dim=1).clamp_min(1e-12))
         finally:
             hook.remove()
         for part in sums:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradpruner.runs.job import Job
 
 # Keys of the recipe's plan section that say nothing about which layers go.
-REPAIR_KEYS = frozenset({"repair", "repair_rows", "max_loss", "confidence"})
+REPAIR_KEYS = frozenset({"repair", "repair_rows", "repair_answers", "max_loss", "confidence"})
 
 
 def placeholder_scores(num_layers: int) -> LayerScores:

@@ -130,7 +130,7 @@ class Job:
             self.warnings.append(
                 f"The model is not repaired: {found}. What is cut is only made up for by training."
             )
-        plan = self.recipe.plan.model_copy(update={"repair": "none" if found else "least_squares"})
+        plan = self.recipe.plan.model_copy(update={"repair": "none" if found else "layer_wise"})
         self.recipe = self.recipe.model_copy(update={"plan": plan})
 
     @cached_property
@@ -139,6 +139,11 @@ class Job:
         options, samples = self.recipe.plan, self.samples
         asked = options.repair_rows or enough_rows(self.structure, list(samples), options.repair)
         return min(asked, len(samples))
+
+    @property
+    def how_repaired(self) -> tuple[Any, ...]:
+        """What a repair depends on beside model, plan and samples."""
+        return self.recipe.plan.repair, self.repair_rows, self.recipe.plan.repair_answers
 
     def _check_budget(self) -> None:
         """Finds an impossible budget or plan before anything is recorded."""

@@ -345,7 +345,7 @@ class _Run:
             "model": self.job.origin_sha256,
             "train": data_identity(self.job.train),
             "validation": data_identity(validation),
-            "limit": [options.max_loss, options.confidence, options.repair, self.job.repair_rows],
+            "limit": [options.max_loss, options.confidence, *self.job.how_repaired],
             "metrics": list(self.job.metrics),
             "seed": self.recipe.seed,
         }

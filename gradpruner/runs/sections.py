@@ -158,10 +158,13 @@ class PlanSection(Section):
     """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
     repair: Literal["auto", "none", "linear", "least_squares", "layer_wise"] = "none"
     """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
-    hidden size (linear), or the linear itself (least_squares). Looks at training samples, at no labels. auto:
-    least_squares where the model can be repaired (no mixture of experts, not quantised), else none."""
+    hidden size (linear), or the linear itself (least_squares), or that of every layer behind the first cut
+    (layer_wise). Looks at training samples. auto: layer_wise where the model can be repaired (no mixture of
+    experts, not quantised), else none."""
     repair_rows: int | None = Field(default=None, ge=2)
     """Training samples a repair is fitted on, at most; null: as many as determine it well, 512 at least."""
+    repair_answers: float = Field(default=0.5, ge=0, lt=1)
+    """Share of a repair's weight that positions before answer tokens have at least; 0: all tokens alike."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanSection:

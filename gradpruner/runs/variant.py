@@ -72,7 +72,7 @@ class Variant(Work):
             "seed": recipe.seed,
         }
         if self.repairs:
-            self.prune_inputs["repair"] = [recipe.plan.repair, self.job.repair_rows, samples]
+            self.prune_inputs["repair"] = [*self.job.how_repaired, samples]
         same = {"report_to", "save_steps", "fsdp", "deepspeed"}
         learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude=same)} | self.job.spread
         if not self.is_dense and recipe.start != "base":

@@ -318,6 +318,7 @@ def fit_as_asked(
         job.collator,
         kind=job.recipe.plan.repair,
         rows=job.repair_rows,
+        answers=job.recipe.plan.repair_answers,
         trace=trace,
         seed=job.recipe.seed,
         progress=progress,
