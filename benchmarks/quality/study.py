@@ -82,7 +82,7 @@ def repaired(
     from gradpruner.pruning.refitting import fit_repair
 
     rows = (source or work).encoded["train"]
-    answers = 0.5 if kind == "layer_wise" else 0.0  # the older cells count all tokens alike
+    answers = 0.8 if kind == "layer_wise" else 0.0  # the older cells count all tokens alike
     count = count or (LAYER_WISE_ROWS if kind == "layer_wise" else REPAIR_ROWS)
     options: dict[str, Any] = {"kind": kind, "rows": count, "answers": answers, "seed": work.seed}
     return fit_repair(model, plan, rows, work.collator, **options)

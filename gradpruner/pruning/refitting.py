@@ -30,7 +30,7 @@ from gradpruner.world import World
 
 MAX_REGRESSORS = 16_384
 """Largest least-squares system: four matrices of 2.1 GB in float64. Above it the linear form is fitted."""
-ANSWERS = 0.5
+ANSWERS = 0.8
 """Share of all weight of the positions before answer tokens; see docs/quality.md."""
 TOKENS_PER_REGRESSOR = 20
 FEWEST_ROWS = 512

@@ -163,7 +163,7 @@ class PlanSection(Section):
     experts, not quantised), else none."""
     repair_rows: int | None = Field(default=None, ge=2)
     """Training samples a repair is fitted on, at most; null: as many as determine it well, 512 at least."""
-    repair_answers: float = Field(default=0.5, ge=0, lt=1)
+    repair_answers: float = Field(default=0.8, ge=0, lt=1)
     """Share of a repair's weight that positions before answer tokens have at least; 0: all tokens alike."""
 
     @model_validator(mode="after")
