@@ -15,7 +15,9 @@ different tasks or seeds. Models tuned on a task are kept in the scratch folder.
 from __future__ import annotations
 
 import argparse
+import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,12 @@ def best_rate(work: Work) -> float:
     def loss_at(rate: float) -> float:
         return float(dense(first, rate)["validation"]["nll"])
 
-    return best_of({rate: loss_at(rate) for rate in RATES}, loss_at, LARGEST_RATE)
+    return best_of({rate: loss_at(rate) for rate in RATES}, within(loss_at))
+
+
+def within(loss_at: Callable[[float], float]) -> Callable[[float], float]:
+    """The same, with rates above the largest one counted as never finite, and not trained at."""
+    return lambda rate: loss_at(rate) if rate <= LARGEST_RATE else math.inf
 
 
 def tune(work: Work) -> Path:
@@ -290,7 +297,7 @@ def rate_of(work: Work, row: Row) -> float:
         rates = (best / 4, best / 2)
     else:
         rates = (best / 2, best) if best * 2 > LARGEST_RATE else (best, best * 2)
-    return best_of({rate: loss_at(rate) for rate in rates}, loss_at, LARGEST_RATE)
+    return best_of({rate: loss_at(rate) for rate in rates}, within(loss_at))
 
 
 def train(work: Work) -> None:
