@@ -24,8 +24,10 @@ CHOICES = {
     "random": "random layers",
     "paper": "GradPruner, merged",
 }
-REPAIRS = {"none": "none", "linear": "linear", "least_squares": "least squares"}
+REPAIRS = {"none": "none", "linear": "linear", "least_squares": "least squares", "layer_wise": "layer-wise"}
 USUAL = 12
+KINDS = ("layer_wise", "least_squares", "linear")
+RECOVERED = "tuned/igia/least_squares/distil"
 RESAMPLES = 2000
 
 
@@ -148,7 +150,7 @@ def _dense_line() -> str:
 def shrunk() -> str:
     """Layers removed from tuned models, nothing trained."""
     lines = [*_head(f"{USUAL} of 30 layers gone"), _dense_line()]
-    for repair, how in (("least_squares", "least squares"), ("linear", "linear"), ("none", "no repair")):
+    for repair, how in (*((kind, REPAIRS[kind]) for kind in KINDS), ("none", "no repair")):
         for choice, label in CHOICES.items():
             found = pairs(f"shrink/{choice}/{USUAL}/{repair}")
             if found:
@@ -156,9 +158,18 @@ def shrunk() -> str:
     return "\n".join([*lines, "", _note()])
 
 
+def better() -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+    """Of the layer-wise repaired model and the recovered one, what has the lower loss on validation rows."""
+    as_it_was = {pair[:2]: pair for pair in pairs(f"shrink/igia/{USUAL}/layer_wise")}
+    recovered = {pair[:2]: pair for pair in trained(RECOVERED)}
+    both = [(as_it_was[run], recovered[run]) for run in as_it_was if run in recovered]
+    return [min(pair, key=lambda found: found[3]["validation"]["nll"]) for pair in both]
+
+
 DEPTHS = (3, 6, 9, 12, 15, 18)
 WAYS_DOWN = {
     "nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
+    "layer-wise, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/layer_wise"),
     "fast": lambda gone: trained("base/igia/least_squares/labels", gone),
     "best": lambda gone: trained("tuned/igia/least_squares/distil", gone),
 }
@@ -175,6 +186,7 @@ def depths() -> str:
 def decided() -> str:
     """What is decided on validation rows: how a base model is pruned before it is tuned."""
     rows = {
+        "layer-wise": "base/igia/layer_wise/labels",
         "repaired": "base/igia/least_squares/labels",
         "dropped": "base/igia/none/labels",
         "three merged": "base/paper/none/labels",
@@ -195,11 +207,12 @@ def decided() -> str:
 
 
 ROWS = {
-    "tuned/igia/least_squares/distil": "from tuned: IGIA, repaired, recovered with the teacher",
+    RECOVERED: "from tuned: IGIA, repaired, recovered with the teacher",
     "tuned/igia/least_squares/labels": "from tuned: IGIA, repaired, recovered",
     "tuned/igia/none/labels": "from tuned: IGIA, dropped, recovered",
     "base/igia/least_squares/distil": "from base: IGIA, repaired, tuned with the teacher",
-    "base/igia/least_squares/labels": "from base: IGIA, repaired, tuned (fast)",
+    "base/igia/layer_wise/labels": "from base: IGIA, repaired layer-wise, tuned (fast)",
+    "base/igia/least_squares/labels": "from base: IGIA, repaired, tuned",
     "base/gate/least_squares/labels": "from base: gate, repaired, tuned",
     "base/last/least_squares/labels": "from base: last layers, repaired, tuned",
     "base/igia/none/labels": "from base: IGIA, dropped, tuned",
@@ -215,6 +228,11 @@ def tuned() -> str:
     lines = [*_head(f"{USUAL} of 30 layers gone, then trained"), _dense_line()]
     twice = [pair for task in measured_tasks() for pair in _twice(task)]
     lines += [_line("dense, tuned for twice as long", twice)] if twice else []
+    lines += (
+        [_line("from tuned: repaired layer-wise, recovered where it helps (best)", found)]
+        if (found := better())
+        else []
+    )
     lines += [_line(label, found) for row, label in ROWS.items() if (found := trained(row))]
     return "\n".join(lines)
 
@@ -289,7 +307,7 @@ def varied() -> str:
 
 def headline() -> str:
     """Two sentences for the README."""
-    shrunk_, best = pairs(f"vary/igia/{USUAL}/rows-1200"), trained("tuned/igia/least_squares/distil")
+    shrunk_, best = pairs(f"shrink/igia/{USUAL}/layer_wise"), better()
     names = ", ".join(TASKS[task] for task in dict.fromkeys(task for task, *_ in shrunk_))
 
     def said(found: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> str:
@@ -301,7 +319,8 @@ def headline() -> str:
 
     return (
         f"SmolLM2-135M-Instruct tuned on {names}, {USUAL} of 30 layers removed and repaired on 1,200 rows: "
-        f"{said(shrunk_)}. Trained once more with the tuned model as teacher: {said(best)}."
+        f"{said(shrunk_)}. Trained once more with the tuned model as teacher, where validation rows say that it "
+        f"helps: {said(best)}."
     )
 
 
@@ -347,10 +366,12 @@ def draw() -> str:
 def _ways() -> list[tuple[str, tuple[float, float, float]]]:
     """Label, mean and interval of every way that is measured: repaired, then trained ones."""
     found = []
-    for choice, label in CHOICES.items():
-        here = pairs(f"shrink/{choice}/{USUAL}/least_squares")
-        if here:
-            found.append((f"not trained: {label}, repaired", loss(here)))
+    for repair in ("layer_wise", "least_squares"):
+        for choice, label in CHOICES.items():
+            here = pairs(f"shrink/{choice}/{USUAL}/{repair}")
+            if here:
+                found.append((f"not trained: {label}, {REPAIRS[repair]}", loss(here)))
+    found.append(("from tuned: recovered or not, by validation rows (best)", loss(better())))
     return found + [(label, loss(here)) for row, label in ROWS.items() if (here := trained(row))]
 
 
