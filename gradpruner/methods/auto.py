@@ -37,7 +37,7 @@ class AutoOptions(MethodOptions):
     """Where plans come from; the first ones where the pool is too small for all."""
     validation_samples: int = Field(default=128, ge=1)
     """Training samples put aside to choose by, at most a quarter of all."""
-    repair: Literal["none", "linear", "least_squares", "layer_wise"] = "layer_wise"
+    repair: Literal["none", "linear", "least_squares", "layer_wise"] = "least_squares"
     """How every candidate is repaired before it is judged and trained."""
     repair_rows: int | None = Field(default=None, ge=2)
     """Training samples a repair is fitted on, at most; null: as many as determine it well."""

@@ -37,7 +37,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Fits
 from gradpruner.provenance import hash_folder, sha256_json
-from gradpruner.pruning.refitting import enough_rows
+from gradpruner.pruning.refitting import ANSWERS, enough_rows
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import warnings_of
 from gradpruner.runs.evaluation_data import (
@@ -120,17 +120,15 @@ class Job:
         """Decides what `plan.repair: auto` means for this model."""
         if self.recipe.plan.repair != "auto":
             return
-        reasons = {
-            "its layers hold experts": bool(self.family.no_merge),
-            "its layers hand keys and values to one another": self.family.shared_kv,
-            "it is quantised": bool(getattr(self.config, "quantization_config", None)),
-        }
-        found = next((reason for reason, holds in reasons.items() if holds), "")
+        quantised = getattr(self.config, "quantization_config", None)
+        found = "its layers hold experts" if self.family.no_merge else "it is quantised" if quantised else ""
+        found = "its layers hand keys and values to one another" if self.family.shared_kv else found
         if found:
             self.warnings.append(
-                f"The model is not repaired: {found}. What is cut is only made up for by training."
+                f"The model is not repaired: {found}. Only training makes up for what is cut."
             )
-        plan = self.recipe.plan.model_copy(update={"repair": "none" if found else "layer_wise"})
+        kind = "least_squares" if self.recipe.start == "base" else "layer_wise"  # by docs/quality.md
+        plan = self.recipe.plan.model_copy(update={"repair": "none" if found else kind})
         self.recipe = self.recipe.model_copy(update={"plan": plan})
 
     @cached_property
@@ -141,9 +139,11 @@ class Job:
         return min(asked, len(samples))
 
     @property
-    def how_repaired(self) -> tuple[Any, ...]:
-        """What a repair depends on beside model, plan and samples."""
-        return self.recipe.plan.repair, self.repair_rows, self.recipe.plan.repair_answers
+    def how_repaired(self) -> tuple[str, int, float]:
+        """What a repair depends on beside model and samples: kind, rows, and answers' share of the weight."""
+        options, usual = self.recipe.plan, 0.0 if self.recipe.start == "base" else ANSWERS
+        answers = usual if options.repair_answers is None else options.repair_answers
+        return options.repair, self.repair_rows, answers
 
     def _check_budget(self) -> None:
         """Finds an impossible budget or plan before anything is recorded."""

@@ -159,12 +159,13 @@ class PlanSection(Section):
     repair: Literal["auto", "none", "linear", "least_squares", "layer_wise"] = "none"
     """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
     hidden size (linear), or the linear itself (least_squares), or that of every layer behind the first cut
-    (layer_wise). Looks at training samples. auto: layer_wise where the model can be repaired (no mixture of
-    experts, not quantised), else none."""
+    (layer_wise). Looks at training samples. auto: layer_wise for a tuned model, least_squares before tuning
+    (start: base); none where a model cannot be repaired (mixture of experts, quantised)."""
     repair_rows: int | None = Field(default=None, ge=2)
     """Training samples a repair is fitted on, at most; null: as many as determine it well, 512 at least."""
-    repair_answers: float = Field(default=0.8, ge=0, lt=1)
-    """Share of a repair's weight that positions before answer tokens have at least; 0: all tokens alike."""
+    repair_answers: float | None = Field(default=None, ge=0, lt=1)
+    """Share of a repair's weight that positions before answer tokens have at least; 0: all alike. null:
+    0.8 where a tuned model is pruned, 0 before tuning (start: base)."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanSection:

@@ -311,14 +311,15 @@ def fit_as_asked(
     progress: Callable[[int], None] | None = None,
 ) -> Repair:
     """A repair of a plan, fitted as the recipe says."""
+    kind, rows, answers = job.how_repaired
     return fit_repair(
         model,
         plan,
         job.samples,  # type: ignore[arg-type]
         job.collator,
-        kind=job.recipe.plan.repair,
-        rows=job.repair_rows,
-        answers=job.recipe.plan.repair_answers,
+        kind=kind,
+        rows=rows,
+        answers=answers,
         trace=trace,
         seed=job.recipe.seed,
         progress=progress,
