@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from types import TracebackType
-from typing import Literal, TextIO, TypeVar, get_args, overload
+from typing import Any, Literal, TextIO, TypeVar, get_args, overload
 
 from rich.console import Console
 from rich.errors import LiveError
@@ -26,8 +26,10 @@ from gradpruner.registry import suggest
 T = TypeVar("T")
 Mode = Literal["auto", "plain", "quiet"]
 
-# The only global state: where and how progress shows is a property of the process, not of one step.
+# Global state: where and how progress shows is a property of the process, not of one step.
 _mode: Mode = "auto"
+# What this process is at, for who looks on from outside; the innermost step.
+_in_hand: Progress | None = None
 
 # A plain line appears when a tenth more is done, or after a wait. The wait grows with the run, so
 # that a run of ten hours does not print seven thousand lines; steps under the shortest gap share a
@@ -56,6 +58,11 @@ def set_mode(mode: Mode) -> None:
             hint=f"Available: {', '.join(get_args(Mode))}.",
         )
     _mode = mode
+
+
+def in_hand() -> Progress | None:
+    """The step this process is at, the innermost of several; None between steps."""
+    return _in_hand
 
 
 def clock_text(seconds: float) -> str:
@@ -98,13 +105,20 @@ class Progress:
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._started = clock()
-        self._fields = ""
+        self.fields: dict[str, object] = {}
+        self.history: list[dict[str, Any]] = []
+        """What a training logged, {"step": ..., "loss": ...} among it; of other steps nothing."""
+        self.rate: Callable[[], float] | None = None
+        """Token positions a second, of a training."""
+        self._outer: Progress | None = None
         self._bar: RichProgress | None = None
         self._plain = False
         self._line_time = self._started
         self._line_completed = initial
 
     def __enter__(self) -> Progress:
+        global _in_hand
+        self._outer, _in_hand = _in_hand, self
         self._started = self._line_time = self._clock()
         if _mode == "quiet" or self.total == 0:  # nothing to do needs no line
             return self
@@ -119,6 +133,9 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        global _in_hand
+        if _in_hand is self:
+            _in_hand = self._outer
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -137,10 +154,10 @@ class Progress:
         """
         self.completed = completed
         if fields:
-            self._fields = " ".join(f"{name} {_field_text(value)}" for name, value in fields.items())
+            self.fields = fields
         if self._bar is not None:
             task = self._bar.task_ids[0]
-            self._bar.update(task, completed=completed, total=self.total, fields_text=self._fields)
+            self._bar.update(task, completed=completed, total=self.total, fields_text=self._fields_text())
         elif self._plain and self._line_due():
             self._print(self._time_left())
 
@@ -180,18 +197,29 @@ class Progress:
         gained = self.completed - self._line_completed
         return self.total is not None and gained >= _LINE_FRACTION * self.total
 
-    def _time_left(self) -> str:
-        """Returns the "ETA mm:ss", or the time gone by when there is no telling."""
-        elapsed = self._clock() - self._started
+    def seconds_left(self) -> float | None:
+        """How long it will still take; None when there is no telling."""
         done = self.completed - self._initial
         if self.total is None or done <= 0:
-            return f"after {clock_text(elapsed)}"
-        return f"ETA {clock_text(elapsed / done * (self.total - self.completed))}"
+            return None
+        return (self._clock() - self._started) / done * (self.total - self.completed)
+
+    def _time_left(self) -> str:
+        """Returns the "ETA mm:ss", or the time gone by when there is no telling."""
+        left = self.seconds_left()
+        return (
+            f"after {clock_text(self._clock() - self._started)}"
+            if left is None
+            else f"ETA {clock_text(left)}"
+        )
+
+    def _fields_text(self) -> str:
+        return " ".join(f"{name} {_field_text(value)}" for name, value in self.fields.items())
 
     def _print(self, ending: str) -> None:
         """Writes one plain line."""
         count = str(self.completed) if self.total is None else f"{self.completed}/{self.total}"
-        words = (self.description, count, self._fields, ending)
+        words = (self.description, count, self._fields_text(), ending)
         print(" ".join(word for word in words if word), file=self._stream, flush=True)
         self._line_time = self._clock()
         self._line_completed = self.completed

@@ -11,5 +11,6 @@ evaluate  evaluate
 studies   compare, ablate
 cost      cost
 export    export, push
+serve     serve
 doctor    what is missing here
 """

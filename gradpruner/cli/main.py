@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from gradpruner._version import __version__
-from gradpruner.cli import cost, evaluate, export, init, listing, models, shrink, studies
+from gradpruner.cli import cost, evaluate, export, init, listing, models, serve, shrink, studies
 from gradpruner.cli.executing import carry_out, console, prepare, resolve
 from gradpruner.cli.messages import complain, stop
 from gradpruner.cli.options import ENDING, KEYS, ROWS, Chosen, JsonOption, takes
@@ -127,7 +127,7 @@ def _root(
     pass
 
 
-for group in (init, listing, shrink, evaluate, models, export, cost, studies):
+for group in (init, listing, shrink, evaluate, models, export, serve, cost, studies):
     group.add_to(app)
 
 

@@ -9,7 +9,8 @@ answers    sample answers, dense beside pruned
 terminal   the summary on the console
 svg        one matplotlib figure as inline SVG; drawing: what figures are made of
 comparing  plots of rows; figures: plots of a run; sweep: plots of an ablation
-html       the page, section by section (page.html, parts.html, style.css, copy.js); page: what fills it
+folders    the runs below a folder, as they stand; serving: a server that shows them (serving.html)
+html       the page, section by section (page.html, parts.html, style.*, copy.js); page: what fills it
 """
 
 from __future__ import annotations

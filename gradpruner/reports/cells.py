@@ -28,12 +28,14 @@ class Cell:
         detail: A second, smaller text such as an interval.
         exact: The unrounded value, shown on hover.
         share: 0-1 draws a bar of that length; None draws none.
+        link: Where a click on it leads.
     """
 
     text: str
     detail: str = ""
     exact: str = ""
     share: float | None = None
+    link: str = ""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,11 @@ def score_plots(view: View) -> list[Plot]:
 def loss_plot(view: View) -> Plot | None:
     """Draws the fine-tuning loss of every row over its steps."""
     found = [(row.label, pairs(row.recorded.finetune.losses, "step", "loss")) for row in view.rows]
+    return curves_plot("losses", "Fine-tuning loss", found)
+
+
+def curves_plot(name: str, title: str, found: Sequence[tuple[str, list[tuple[float, float]]]]) -> Plot | None:
+    """Draws training losses over their steps; a row without any keeps its colour for the other figures."""
     curves = [(i, label, points) for i, (label, points) in enumerate(found) if points]
     if not curves:
         return None
@@ -65,11 +70,11 @@ def loss_plot(view: View) -> Plot | None:
         whole_ticks(axes, 10)
 
     return Plot(
-        "losses",
-        "Fine-tuning loss",
+        name,
+        title,
         f"Loss on the answer tokens of the training data{', logarithmic' if log else ''}.{smoothed}",
-        f"Fine-tuning loss, first and last value. {'; '.join(said)}.",
-        drawn("losses", 340, paint),
+        f"{title}, first and last value. {'; '.join(said)}.",
+        drawn(name, 340, paint),
         tuple(Key(series(i), label, "line", dash_css(i)) for i, label, _ in curves),
     )
 

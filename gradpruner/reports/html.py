@@ -99,24 +99,24 @@ def _sections(view: View, folder: Path) -> list[Section]:
 
 def _results(view: View, folder: Path) -> list[Section]:
     table = tables.results_table(view)
-    shown = _tables(table) or [("absent", "Nothing was measured yet.")]
+    shown = tables_of(table) or [("absent", "Nothing was measured yet.")]
     about = [reading_words(view), serving_note(view)] if table.lines else []
     shown = _notes("lead", budget_words(view)) + shown + _notes("note", *about)
     plots = [comparing.size_plot(view), comparing.cost_plot(view)]
     if view.kind == "ablation":
         kept = sweep.kept_plot(view) if view.record.plot.get("kind") == "stability" else None
-        drawn = _plots(kept, sweep.sweep_plot(view), *plots)
+        drawn = plots_of(kept, sweep.sweep_plot(view), *plots)
         results = [Section("figures", "Figures", drawn), Section("results", "Results", shown)]
     else:
-        drawn = _plots(comparing.quality_plot(view), comparing.difference_plot(view), *plots)
+        drawn = plots_of(comparing.quality_plot(view), comparing.difference_plot(view), *plots)
         results = [Section("results", "Results", shown + drawn)]
     answers = sample_answers(view, folder)
     return [
         *results,
         Section("answers", "Sample answers", [("answers", (answers, KINDS))] if answers else []),
-        Section("further", "Further metrics", _tables(tables.further_table(view))),
+        Section("further", "Further metrics", tables_of(tables.further_table(view))),
         Section("other-tasks", "Other rows and tasks",
-                _tables(tables.other_tasks_table(view), details.harness_table(view))),
+                tables_of(tables.other_tasks_table(view), details.harness_table(view))),
     ]  # fmt: skip
 
 
@@ -125,8 +125,8 @@ def _layers(view: View) -> list[Section]:
     if strips and view.kind != "run":
         strips.append(("note", "The plans of the first seed."))
     repair = [
-        *_plots(figures.depth_plot(view)),
-        *_tables(details.depth_table(view), details.repair_table(view)),
+        *plots_of(figures.depth_plot(view)),
+        *tables_of(details.depth_table(view), details.repair_table(view)),
     ]
     trace = view.record.trace
     recorded = _facts(
@@ -137,22 +137,22 @@ def _layers(view: View) -> list[Section]:
         ("Clipping", text(trace.clip)),
         ("Trace on disk", num_bytes(trace.bytes_on_disk)),
     )
-    pair = [plot for _, plot in _plots(figures.stability_plot(view), figures.recording_plot(view))]
+    pair = [plot for _, plot in plots_of(figures.stability_plot(view), figures.recording_plot(view))]
     return [
-        Section("layers", "Which layers go", strips + _plots(*figures.score_plots(view))),
+        Section("layers", "Which layers go", strips + plots_of(*figures.score_plots(view))),
         Section("repair", "Repair", repair),
-        Section("losses", "Fine-tuning", _plots(figures.loss_plot(view))),
+        Section("losses", "Fine-tuning", plots_of(figures.loss_plot(view))),
         Section("recording", "Recorded gradients", recorded + ([("pair", pair)] if pair else [])),
     ]
 
 
 def _costs(view: View) -> list[Section]:
-    stages = _tables(details.stage_table(view))
-    times = _tables(details.whole_cost_table(view), details.finetune_table(view))
-    engines = [*_notes("line", details.served_said(view)), *_tables(details.serving_table(view))]
+    stages = tables_of(details.stage_table(view))
+    times = tables_of(details.whole_cost_table(view), details.finetune_table(view))
+    engines = [*_notes("line", details.served_said(view)), *tables_of(details.serving_table(view))]
     return [
-        Section("savings", "Savings", _tables(*details.savings_tables(view), details.widths_table(view))),
-        Section("serving", "The pruned models on disk", engines + _tables(details.gate_table(view))),
+        Section("savings", "Savings", tables_of(*details.savings_tables(view), details.widths_table(view))),
+        Section("serving", "The pruned models on disk", engines + tables_of(details.gate_table(view))),
         Section("cost", "Time and memory",
                 times + ([("fold", (details.stages_said(view), stages))] if stages else [])),
     ]  # fmt: skip
@@ -166,7 +166,7 @@ def _data(view: View) -> list[Block]:
             f"{rows} evaluation row{' also occurs' if rows == 1 else 's also occur'} in the training data."
         )
         said.append(("callout", (words, "The accuracies above are too good by an unknown amount.")))
-    return said + _tables(details.data_table(view))
+    return said + tables_of(details.data_table(view))
 
 
 def _recipe(view: View) -> list[Block]:
@@ -211,11 +211,13 @@ def _descriptions(view: View) -> dict[str, str]:
     return {row.label: row.description for row in view.rows if row.description not in ("", MISSING)}
 
 
-def _tables(*found: Table) -> list[Block]:
+def tables_of(*found: Table) -> list[Block]:
+    """Tables that have lines."""
     return [("table", table) for table in found if table.lines]
 
 
-def _plots(*found: Plot | None) -> list[Block]:
+def plots_of(*found: Plot | None) -> list[Block]:
+    """Plots there are."""
     return [("figure", plot) for plot in found if plot is not None]
 
 

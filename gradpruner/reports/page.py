@@ -42,14 +42,24 @@ def write_page(context: dict[str, Any], out: Path) -> Path:
     Returns:
         `out`.
     """
-    # The only script, by its hash: no other one runs, whatever the record holds.
-    script = (files("gradpruner.reports") / "copy.js").read_text(encoding="utf-8").strip()
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    values = {"palette": PALETTE, "MISSING": MISSING, "script": Markup(script), "script_hash": allowed}
-    page = environment().get_template("page.html").render(values | context)
+    page = render("page.html", {"script": Markup(_script()), "script_hash": script_hash()} | context)
     # A lone surrogate from a file name must not cost the user the report.
     write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
     return out
+
+
+def render(template: str, context: dict[str, Any]) -> str:
+    """Returns a page of this package; what is missing in a context is an error."""
+    return environment().get_template(template).render({"palette": PALETTE, "MISSING": MISSING} | context)
+
+
+def _script() -> str:
+    return (files("gradpruner.reports") / "copy.js").read_text(encoding="utf-8").strip()
+
+
+def script_hash() -> str:
+    """Returns what names the only script in a content security policy: no other one runs on a page."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()
 
 
 def facts_of(*facts: tuple[str, str]) -> list[tuple[str, str]]:

@@ -17,7 +17,7 @@ from gradpruner.reports.record import (
 )
 from gradpruner.reports.view import Plan, Point, Quality, Row, View
 
-_PENDING = ("not run yet", "not finished")
+PENDING = ("not run yet", "not finished")
 """Errors of rows that did not fail: an unfinished study can be looked at."""
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
 _PREPARING = ("recording", "choosing", "repairing", "pruning")
@@ -126,14 +126,14 @@ def _read_point(point: PointRecord, sweep_label: str) -> Point:
 def _study_row(row: StudyRow) -> Row:
     error = str(row.error) if row.error else ""
     broken = [entry for entry in row.per_seed if entry.error]
-    failed = [entry.seed for entry in broken if entry.error not in _PENDING]
+    failed = [entry.seed for entry in broken if entry.error not in PENDING]
     plans = (read_plan(str(row.name), entry) for entry in row.plans)
     return Row(
         name=str(row.name),
         label=text(row.label or row.name, 80),
         description=text(row.description or ""),
-        error=None if not error or error in _PENDING else error,
-        pending=error in _PENDING,
+        error=None if not error or error in PENDING else error,
+        pending=error in PENDING,
         num_parameters=row.num_parameters,
         removed_share=row.removed_share,
         num_layers=row.num_layers,

@@ -38,6 +38,7 @@ from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.models.folder import check_output
 from gradpruner.models.memory import PeakMemory
 from gradpruner.provenance import package_versions, sha256_file, sha256_json, utc_now
+from gradpruner.runs.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +120,7 @@ class RunDirectory:
                 for folder, _, _ in os.walk(self.path):
                     sweep(Path(folder))
                 self.save()
+                self._pulse = opened.enter_context(Pulse(self.path, MANIFEST))
             except OSError as error:
                 raise write_failure(self.path, error) from error
             self._opened = opened.pop_all()
@@ -242,6 +244,7 @@ class RunDirectory:
         }
         self.save()
         started = time.perf_counter()
+        self._pulse.begin(name)
         log.info("%s", name)
         try:
             with PeakMemory(self.device) as memory:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,17 +14,34 @@ from gradpruner.errors import NonFiniteError
 from gradpruner.progress import Progress
 
 
-class ProgressCallback(TrainerCallback):
+class ClosingCallback(TrainerCallback):
+    """Changes a model for as long as it trains, and changes it back however training ends.
+
+    The Trainer tells no callback that it failed; `CausalTrainer` calls `close` in that case too.
+    """
+
+    def close(self) -> None:
+        """Undoes what was done to the model; nothing the second time."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Closes."""
+        self.close()
+
+
+class ProgressCallback(ClosingCallback):
     """Shows steps, loss and time left."""
 
     def __init__(self, description: str) -> None:
         self.description = description
         self._loss: float | None = None
         self._progress: Progress | None = None
+        self.rate: Callable[[], float] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the bar."""
         self._progress = Progress(int(state.max_steps), self.description)
+        self._progress.history = state.log_history  # the Trainer's own list, which grows
+        self._progress.rate = self.rate
         self._progress.__enter__()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -36,24 +55,11 @@ class ProgressCallback(TrainerCallback):
             fields = {"loss": round(self._loss, 4)} if self._loss is not None else {}
             self._progress.update(int(state.global_step), **fields)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
         """Closes the bar."""
         if self._progress is not None:
-            self._progress.__exit__(None, None, None)
-
-
-class ClosingCallback(TrainerCallback):
-    """Changes a model for as long as it trains, and changes it back however training ends.
-
-    The Trainer tells no callback that it failed; `finetune` calls `close` in that case too.
-    """
-
-    def close(self) -> None:
-        """Undoes what was done to the model; nothing the second time."""
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes."""
-        self.close()
+            self._progress.__exit__(*sys.exc_info())
+            self._progress = None
 
 
 class NonFiniteGuard(TrainerCallback):

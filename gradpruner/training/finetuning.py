@@ -19,7 +19,7 @@ from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.models.memory import PeakMemory
 from gradpruner.training.adapters import attach_lora, is_4bit
-from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
+from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback
 from gradpruner.training.checks import check_liger, check_optimizer, check_trackers
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
 from gradpruner.training.rates import PAPER_RATE, with_rate
@@ -266,12 +266,7 @@ def finetune(
     found = this_world().agreed(
         lambda: latest_complete_checkpoint(Path(checkpoints), trainer.sharding) if checkpoints else None
     )
-    try:
-        result = run_trainer(trainer, options.mode, found)
-    finally:
-        for callback in callbacks:
-            if isinstance(callback, ClosingCallback):
-                callback.close()
+    result = run_trainer(trainer, options.mode, found)
     make_whole_(trained, trainer.deepspeed)
     if options.mode == "lora" and options.merge_adapter:
         trained = trained.merge_and_unload()

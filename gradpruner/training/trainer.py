@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from gradpruner.data.encoding import IGNORED
 from gradpruner.models.layers import unwrap
 from gradpruner.training.batching import LengthGroups, PackedCollator, attention_tokens, packing_fault
+from gradpruner.training.callbacks import ClosingCallback, ProgressCallback
 from gradpruner.training.resume import TALLY, Tally
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,22 @@ class CausalTrainer(Trainer):
             self._places, self._padding = earlier.places, torch.tensor(earlier.padding)
             self._earlier_seconds = earlier.seconds
         self._started = time.perf_counter()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's; it tells no callback that it failed."""
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, ClosingCallback)]
+        for callback in callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.rate = self._rate
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for callback in callbacks:
+                callback.close()
+
+    def _rate(self) -> float:
+        """Token positions a second so far, over all processes."""
+        return self._places * int(self.args.world_size) / max(self.seconds, 1e-9)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """The Trainer's, with what was counted so far in trainer_state.json."""

@@ -24,6 +24,7 @@ from gradpruner.runs import pipeline
 from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.directory import MANIFEST, StageEntry, read_manifest
 from gradpruner.runs.job import Job
+from gradpruner.runs.pulse import Pulse
 from gradpruner.runs.recipe import Recipe
 from gradpruner.runs.run_record import read_run_record
 from gradpruner.runs.study.design import DENSE, Study, StudyRun
@@ -97,7 +98,8 @@ def carry_out(study: Study, *, command: str = "") -> Outcome:
         for seed in study.seeds:
             held.enter_context(working_in(study.out, f"{LOCK_FILE}-seed-{seed}"))
         write_text(study.out / MARKER, study.to_yaml())
-        return _Progress(study, checks, command).to_the_end()
+        pulse = held.enter_context(Pulse(study.out, MARKER))
+        return _Progress(study, checks, command, pulse).to_the_end()
 
 
 def _inputs(study: Study) -> tuple[Path, ...]:
@@ -151,8 +153,8 @@ def _facts(job: Job) -> dict[str, Any]:
 class _Progress:
     """One start of a study."""
 
-    def __init__(self, study: Study, checks: dict[str, dict[str, Any]], command: str) -> None:
-        self.study, self.command = study, command
+    def __init__(self, study: Study, checks: dict[str, dict[str, Any]], command: str, pulse: Pulse) -> None:
+        self.study, self.command, self.pulse = study, command, pulse
         self.first_error: GradPrunerError | None = None
         self.found = Found(created=_created(study.out / STUDY))
         for point in study.points:
@@ -169,6 +171,7 @@ class _Progress:
             self._recall(run)
         for number, run in enumerate(runs, start=1):
             log.info("run %d of %d: %s", number, len(runs), run.title)
+            self.pulse.begin(f"run {number} of {len(runs)}: {run.title}")
             self._adopt(run)
             self._carry_out(run)
             written = self._write()

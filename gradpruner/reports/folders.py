@@ -1,0 +1,262 @@
+"""Runs and studies below a folder, as they stand now: read only, without locks, through no link.
+
+A folder may be half written, or come from somebody else: what cannot be read is said, not raised.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AliasPath, Field
+
+from gradpruner.errors import GradPrunerError
+from gradpruner.files import LOCK_FILE
+from gradpruner.reports.formats import number, text
+from gradpruner.reports.reading import PENDING, pairs, read
+from gradpruner.reports.record import Each, Fields, Named, Number, Part, count, read_record
+from gradpruner.reports.view import View
+
+REPORT = "report.html"
+RUNNING, DONE, STOPPED, FAILED, DAMAGED = "running", "done", "stopped", "failed", "damaged"
+_GOES_ON = "the same command goes on."
+# Who works writes progress.json every five seconds at least.
+_ALIVE_SECONDS = 20.0
+_DEPTH, _MOST_FOLDERS = 6, 5000
+Curve = list[tuple[float, float]]
+
+
+class Stage(Part):
+    """What a manifest says of a stage."""
+
+    state: Any = None
+    seconds: Number = None
+    result: Fields = Field(default={})
+    error: Any = None
+
+
+class Manifest(Part):
+    """manifest.json, as far as it is shown."""
+
+    title: Any = Field(default=None, validation_alias=AliasPath("config", "title"))
+    stages: Annotated[dict[str, Stage], Named] = Field(default={})
+
+
+class Now(Part):
+    """progress.json: what is in hand; `left` in seconds, `began` a time."""
+
+    stage: Any = None
+    doing: Any = None
+    step: Number = None
+    steps: Number = None
+    left: Number = None
+    loss: Number = None
+    tokens_per_second: Number = None
+    began: Number = None
+    losses: Annotated[list[Any], Each] = Field(default=[])
+
+
+@dataclass(frozen=True)
+class Found:
+    """A run or a study.
+
+    Attributes:
+        name: Its path below the folder that is shown; '.' for the folder itself.
+        state: One of the words above.
+        fault: Why it failed, stopped or cannot be read.
+        view: What is known of its rows.
+        now: What is in hand, while it goes.
+        curves: Row -> (step, loss) so far, of a run that goes.
+        report: Its page, if it has one.
+        changed: When it last wrote a record.
+    """
+
+    name: str
+    state: str
+    fault: str = ""
+    view: View | None = None
+    now: Now | None = None
+    curves: dict[str, Curve] = field(default_factory=dict)
+    report: Path | None = None
+    changed: float = 0.0
+
+
+def find_runs(root: Path) -> tuple[list[Found], bool]:
+    """Everything below a folder, newest first, and whether all of it was looked through."""
+    root = root.resolve()
+    folders, whole = _folders(root)
+    found = [_examine(root, folder, record) for folder, record in folders]
+    return sorted(found, key=lambda entry: (-entry.changed, entry.name)), whole
+
+
+def report_of(root: Path, name: str) -> Path | None:
+    """The page of the run or study of that name; None if there is none, or it lies elsewhere."""
+    root = root.resolve()
+    known = (folder for folder, _ in _folders(root)[0] if folder.relative_to(root).as_posix() == name)
+    return next((_inside(root, folder / REPORT) for folder in known), None)
+
+
+def _folders(root: Path) -> tuple[list[tuple[Path, str]], bool]:
+    """Folders with their record's name; what lies below a run, or is part of a study, is shown there."""
+    found: list[tuple[Path, str]] = []
+    level, seen = [root], 0
+    for _ in range(_DEPTH):
+        below: list[Path] = []
+        for folder in level:
+            seen += 1
+            if seen > _MOST_FOLDERS:
+                return found, False
+            names, folders = _entries(folder)
+            if "study.json" in names or {"study.yaml", LOCK_FILE} <= names:
+                found.append((folder, "study.json"))
+            elif "run.json" in names or {"manifest.json", LOCK_FILE} <= names:
+                found.append((folder, "run.json"))
+            else:
+                below += folders
+        level = below
+    return found, not level
+
+
+def _entries(folder: Path) -> tuple[set[str], list[Path]]:
+    names, folders = set(), []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    names.add(entry.name)
+                elif not entry.name.startswith("."):
+                    folders.append(Path(entry.path))
+    except OSError:  # gone meanwhile, or not ours to read
+        pass
+    return names, sorted(folders)
+
+
+def _inside(root: Path, path: Path) -> Path | None:
+    """A file that is where its path says, not where a link leads."""
+    try:
+        real = path.resolve()
+        return path if real.is_file() and real == path and real.is_relative_to(root) else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _examine(root: Path, folder: Path, record: str) -> Found:
+    """One folder; whatever is wrong with it is said of it alone."""
+    name = folder.relative_to(root).as_posix()
+    report = _inside(root, folder / REPORT)
+    try:
+        return _found(root, folder, record, report)
+    except GradPrunerError as error:
+        fault = text(error.message.replace(str(folder), name), 300)
+    except Exception as error:  # what no check foresaw must not cost the page of all others
+        fault = f"It cannot be shown ({type(error).__name__})."
+    return Found(name, DAMAGED, fault, report=report, changed=_written(folder))
+
+
+def _written(path: Path | None) -> float:
+    try:
+        return path.stat().st_mtime if path else 0.0
+    except OSError:
+        return 0.0
+
+
+def _found(root: Path, folder: Path, name: str, report: Path | None) -> Found:
+    record, manifest, pulse = (_inside(root, folder / n) for n in (name, "manifest.json", "progress.json"))
+    where, study = folder.relative_to(root).as_posix(), name == "study.json"
+    if record is None and ((folder / name).is_symlink() or (manifest is None and not study)):
+        return Found(where, DAMAGED, "Its record is a link, or gone.", report=report)
+    known = _parsed(Manifest.model_validate, manifest) if manifest and not study else Manifest()
+    begun = [n for n, stage in known.stages.items() if stage.state in ("running", "interrupted")]
+    whole = record is not None and (not begun or _written(record) >= _written(manifest))
+    view = _parsed(read, record) if record and (whole or not known.stages) else _so_far(known)
+    now = _now(pulse)
+    state, fault = (
+        (RUNNING, "") if now else _study_ended(view, whole) if study else _ended(known, begun, view, whole)
+    )
+    curves = _curves(known, now) if now else {}
+    changed = max(map(_written, (record, manifest, pulse)))
+    return Found(
+        where, state, fault, view, now, curves, report, changed or _written(folder)
+    )  # fmt: skip
+
+
+def _parsed(shape: Callable[[dict[str, Any]], Any], path: Path) -> Any:
+    known = path.stat()
+    return _kept(shape, path, known.st_mtime_ns, known.st_size)
+
+
+@lru_cache(maxsize=512)
+def _kept(shape: Callable[[dict[str, Any]], Any], path: Path, when: int, size: int) -> Any:
+    """A file that has not changed is not read again every few seconds."""
+    return shape(read_record(path, "record"))
+
+
+def _now(pulse: Path | None) -> Now | None:
+    """What is in hand; None if nobody has said so lately."""
+    if pulse is None or time.time() - _written(pulse) > _ALIVE_SECONDS:
+        return None
+    try:
+        return Now.model_validate(read_record(pulse, "progress"))
+    except GradPrunerError:  # gone this moment, or another program's
+        return None
+
+
+def _study_ended(view: View, whole: bool) -> tuple[str, str]:
+    waiting = any(seed.error in PENDING for row in view.rows for seed in row.seeds)
+    if not whole or waiting:
+        done, planned = count(view.record.done) or 0, count(view.record.planned)
+        return STOPPED, f"Stopped after {done} of {planned or 'its'} runs; {_GOES_ON}"
+    return _outcome(view)
+
+
+def _outcome(view: View) -> tuple[str, str]:
+    errors = [text(row.error, 300) for row in view.rows if row.error]
+    return (FAILED, errors[0]) if errors and len(errors) == len(view.rows) else (DONE, "")
+
+
+def _ended(known: Manifest, begun: list[str], view: View, whole: bool) -> tuple[str, str]:
+    """State and fault of a run nobody works on."""
+    if whole:
+        return _outcome(view)
+    if begun:
+        return STOPPED, f"Stopped in {text(begun[-1], 80)}; {_GOES_ON}"
+    failed = [(name, stage.error) for name, stage in known.stages.items() if stage.state == "failed"]
+    if failed:
+        return FAILED, f"{text(failed[-1][0], 80)}: {text(failed[-1][1], 300)}"
+    return STOPPED, f"Stopped before its end; {_GOES_ON}"
+
+
+def _curves(known: Manifest, now: Now) -> dict[str, Curve]:
+    """The losses of trainings that are done, and of the one in hand."""
+    found = {
+        name.partition(" ")[2]: pairs(stage.result["losses"], "step", "loss")
+        for name, stage in known.stages.items()
+        if name.startswith(("finetune ", "recover ")) and isinstance(stage.result.get("losses"), list)
+    }
+    doing = str(now.doing)
+    row = doing.partition(" ")[2] if doing.startswith(("finetune ", "recover ")) else doing
+    dots = [{"step": p[0], "loss": p[1]} for p in now.losses if isinstance(p, list) and len(p) == 2]
+    found[row] = pairs(dots, "step", "loss") or found.get(row, [])
+    return {row: points for row, points in found.items() if points}
+
+
+def _so_far(known: Manifest) -> View:
+    """A run that has no record yet, as one: what its stages found."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, stage in known.stages.items():
+        kind, _, row = name.partition(" ")
+        if stage.state != "done" or kind not in ("evaluate", "finetune") or " " in row:
+            continue  # "evaluate dense before" is of a model that is not finished
+        entry = rows.setdefault(row, {"label": row, "plan": row})
+        entry["evaluation" if kind == "evaluate" else kind] = stage.result
+    plans = [name for name in known.stages if name.startswith("plan ")]
+    for row, entry in rows.items():
+        plan, end = (next(iter(plans), ""), "before") if row == "dense" else (f"plan {row}", "after")
+        sizes = known.stages.get(plan, Stage()).result.get("parameters")
+        entry["num_parameters"] = number(sizes.get(end)) if isinstance(sizes, dict) else None
+    return read({"title": known.title, "variants": rows})

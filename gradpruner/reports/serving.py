@@ -1,0 +1,255 @@
+"""The runs of a folder in a browser, on this machine alone: nothing is written.
+
+Only GET and HEAD, only this page and the report.html of runs found below the folder. The Host header must be
+this machine's, so that no web site reaches the runs under a name of its own (DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import socketserver
+import threading
+import time
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit
+
+from gradpruner.errors import ConfigError
+from gradpruner.files import path_fault, read_plain, shown
+from gradpruner.reports.cells import (
+    Cell,
+    Line,
+    Table,
+    difference_cell,
+    measured_cell,
+    short_cell,
+    time_cell,
+)
+from gradpruner.reports.figures import curves_plot
+from gradpruner.reports.folders import DONE, RUNNING, Found, find_runs, report_of
+from gradpruner.reports.formats import MISSING, duration, moment, ratio, short, text, whole
+from gradpruner.reports.html import Section, plots_of, tables_of
+from gradpruner.reports.page import render, script_hash
+from gradpruner.reports.svg import house_style
+from gradpruner.reports.tables import difference
+from gradpruner.reports.view import Row, View, metric_label
+
+ADDRESS = "127.0.0.1"
+_HOSTS = ("127.0.0.1", "localhost")
+_REFRESH, _REFRESH_IDLE = 5, 30
+_MOST_RUNS, _MOST_FIGURES = 300, 6
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501
+# Matplotlib's settings belong to the whole process.
+_drawing = threading.Lock()
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one folder; `url` says where."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        super().__init__((ADDRESS, port), partial(_Handler, folder=folder))
+
+    def server_bind(self) -> None:
+        """Without asking a name server what this machine is called."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = ADDRESS, self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        """The address of the page."""
+        return f"http://{ADDRESS}:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A reader who left is no news."""
+
+
+def open_server(folder: Path, port: int) -> Server:
+    """A server of the runs in a folder; `serve_forever` starts it.
+
+    Raises:
+        ConfigError: If there is no such folder, no run in it, or the port is taken.
+    """
+    if path_fault(folder) or not folder.is_dir():
+        raise ConfigError(f"There is no folder {shown(str(folder), 200)}.")
+    if not find_runs(folder)[0]:
+        raise ConfigError(
+            f"There are no runs in {shown(str(folder), 200)}: give what --out named, or a folder above."
+        )
+    try:
+        return Server(folder, port)
+    except OSError as error:
+        raise ConfigError(f"Port {port} cannot be used ({error.strerror}): choose another --port.") from error
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server_version, sys_version = "gradpruner", ""
+    error_message_format, error_content_type = "%(code)d %(message)s\n", "text/plain; charset=utf-8"
+    timeout = 30
+
+    def __init__(self, *args: Any, folder: Path) -> None:
+        self.folder = folder
+        super().__init__(*args)
+
+    def do_GET(self) -> None:
+        hosts = self.headers.get_all("Host") or []
+        if len(hosts) != 1 or hosts[0].partition(":")[0].lower() not in _HOSTS:
+            self.send_error(HTTPStatus.FORBIDDEN, "This server answers to 127.0.0.1 and localhost only")
+            return
+        path = urlsplit(self.path).path
+        if path == "/":
+            self._send(overview(self.folder).encode("utf-8", "replace"), _POLICY)
+            return
+        name = unquote(path.removeprefix("/report/"), errors="surrogateescape")
+        found = report_of(self.folder, name) if path.startswith("/report/") else None
+        try:
+            page = read_plain(found) if found is not None else None
+        except (OSError, ValueError):
+            page = None
+        if page is None:
+            self.send_error(HTTPStatus.NOT_FOUND, "There is no such page")
+            return
+        # A page that came with a folder from somebody else runs no script but ours, and sends nothing out.
+        self._send(page, f"{_POLICY}; script-src '{script_hash()}'")
+
+    do_HEAD = do_GET
+
+    def _refuse(self) -> None:
+        self.send_error(HTTPStatus.METHOD_NOT_ALLOWED, "Only GET and HEAD")
+
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse
+
+    def _send(self, page: bytes, policy: str) -> None:
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.send_header("Content-Security-Policy", policy)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(page)
+
+    def end_headers(self) -> None:
+        for name, value in (
+            ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+        ):
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """The terminal stays quiet."""
+
+
+def overview(folder: Path) -> str:
+    """The page of all runs of a folder, as they stand now."""
+    found, complete = find_runs(folder)
+    running = [run for run in found if run.state == RUNNING]
+    with _drawing, house_style():
+        curves = [
+            curves_plot(f"losses-{i}", f"Loss so far: {_named(run)}", list(run.curves.items()))
+            for i, run in enumerate(running[:_MOST_FIGURES])
+        ]
+    listed = found[:_MOST_RUNS]
+    sections = [
+        Section("running", "Running", [*tables_of(_running(running)), *plots_of(*curves)]),
+        Section("results", "Side by side",
+                tables_of(_results(listed)) or [("absent", "No row was measured yet.")]),
+        Section("all", "All runs", tables_of(_listed(listed))),
+    ]  # fmt: skip
+    root, states = folder.resolve(), sorted(run.state for run in found)
+    counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    cut = len(found) > len(listed) or not complete
+    context = {
+        "title": text(root.name or str(root), 100),
+        "folder": text(root, 300),
+        "said": f"{counted}{', not all of them shown' if cut else ''}",
+        "when": _moment(time.time()),
+        "refresh": _REFRESH if running else _REFRESH_IDLE,
+        "sections": [section for section in sections if section.blocks],
+    }
+    return render("serving.html", context)
+
+
+def _moment(seconds: float) -> str:
+    return moment(time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(seconds)))
+
+
+def _named(run: Found) -> str:
+    return text("this folder" if run.name == "." else run.name, 120)
+
+
+def _name_cell(run: Found) -> Cell:
+    link = "" if run.report is None else f"/report/{quote(run.name, errors='surrogateescape')}"
+    return Cell(_named(run), link=link)
+
+
+def _running(found: list[Found]) -> Table:
+    """What is in hand, and how far it is."""
+    lines = []
+    for run in found:
+        now = run.now
+        if now is None:
+            continue
+        share = ratio(now.step, now.steps)
+        step = whole(now.step) + (f" of {whole(now.steps)}" if now.steps else "")
+        gone = max(0.0, time.time() - now.began) if now.began else None
+        stage = text(now.stage or "starting", 120)
+        detail = "" if now.doing in (None, now.stage) else text(now.doing, 80)
+        lines.append(Line((
+            _name_cell(run), Cell(stage, detail),
+            Cell(step, share=None if share is None else min(1.0, max(0.0, share))),
+            Cell(MISSING if now.loss is None else f"{now.loss:.4g}"), Cell(short(now.tokens_per_second)),
+            Cell(duration(gone)), Cell(duration(now.left)),
+        )))  # fmt: skip
+    columns = ("Run", "Stage", "Step", "Loss", "Token positions/s", "For", "Time left in it")
+    return Table("What is running, as it says itself", columns, tuple(lines), words=("Stage",))
+
+
+def _results(found: list[Found]) -> Table:
+    """Every measured row of every run, and of every study over its seeds."""
+    lines = [
+        _row_line(run, run.view, point.label, row)
+        for run in found
+        if run.view is not None
+        for point in run.view.points
+        for row in point.rows
+        if row.error is not None or any(q.after is not None for q in row.quality.values())
+    ]
+    columns = ("Run", "Row", "State", "Metric", "Score [95%; of studies: seeds]", "Difference to dense [95%]",
+               "Parameters", "Time")  # fmt: skip
+    return Table("Rows of all runs", columns, tuple(lines), words=("Row", "State", "Metric"))
+
+
+def _row_line(run: Found, view: View, setting: str, row: Row) -> Line:
+    label = f"{setting}: {row.label}" if view.kind == "ablation" else row.label
+    error = text(row.error, 300) if row.error else ""
+    cells = (
+        _name_cell(run), Cell(text(label, 100)), Cell("failed" if error else run.state),
+        Cell(metric_label(view.metric)), measured_cell(row.after(view.metric)),
+        difference_cell(difference(view, row)), short_cell(row.num_parameters),
+        time_cell(row.costs.get("total_seconds")),
+    )  # fmt: skip
+    return Line(cells, "failed" if error else "", error)
+
+
+def _listed(found: list[Found]) -> Table:
+    kinds = {"run": "run", "compare": "comparison", "ablation": "ablation"}
+    lines = []
+    for run in found:
+        title = text(run.view.record.title, 80) if run.view else MISSING
+        kind = kinds[run.view.kind] if run.view else MISSING
+        report = Cell("report", link=_name_cell(run).link) if run.report else Cell(MISSING)
+        cells = (
+            _name_cell(run),
+            Cell(title),
+            Cell(kind),
+            Cell(run.state),
+            Cell(_moment(run.changed)),
+            report,
+        )
+        lines.append(Line(cells, "" if run.state in (RUNNING, DONE) else "failed", run.fault))
+    columns = ("Run", "Title", "Kind", "State", "Last written", "Report")
+    return Table("Everything found", columns, tuple(lines), words=columns[1:])
