@@ -67,7 +67,7 @@ def test_it_is_what_the_parts_make_in_memory(found):
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     gradpruner.prune_(model, found.plan, repair=found.repair)
     assert same(model.state_dict(), found.model.state_dict())
-    assert len(found.plan.pruned) == 5 and found.repair.kind == "least_squares"
+    assert len(found.plan.pruned) == 5 and found.repair.kind == "layer_wise"
 
 
 def same(one, other):
