@@ -66,6 +66,8 @@ def test_rows_to_be_measured_on_are_held_out_where_none_are_named(tmp_path):
     ids = [{row.id for row in found.examples} for found in (train, held)]
     assert list(map(len, ids)) == [27, 3] and not ids[0] & ids[1]
     assert [row.id for row in load_rows(alone, tokenizer)[1].examples] == [row.id for row in held.examples]
+    write_rows(tmp_path / "a#b.jsonl", make_rows(20))  # the mark is part of the name
+    assert list(map(len, load_rows(recipe(train=f"{tmp_path}/a#b.jsonl"), tokenizer))) == [18, 2]
     limited = recipe(train=str(tmp_path / "mine.jsonl"), eval_limit=2)
     assert len(load_rows(limited, tokenizer)[1]) == 2
     (tmp_path / "few").mkdir()

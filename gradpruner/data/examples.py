@@ -92,7 +92,7 @@ def load_examples(
             f"Unknown data format '{format}'.{suggest(format, allowed)}",
             hint=f"Allowed: {', '.join(allowed)}.",
         )
-    path, sample_size = _split_sample_suffix(str(source), limit)
+    path, sample_size = split_sample_suffix(str(source), limit)
     rows = renamed(read_rows(path, split, skip_bad=skip_bad), layout)
     name, shape, note = _shape_of(rows, format, layout)
     examples: list[Example] = []
@@ -170,7 +170,7 @@ def overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> int:
     return sum(key(example) in seen for example in evaluation)
 
 
-def _split_sample_suffix(source: str, limit: int | None) -> tuple[str, int | None]:
+def split_sample_suffix(source: str, limit: int | None) -> tuple[str, int | None]:
     """Separates "path#N" into path and N, unless a file is really called that."""
     match = re.fullmatch(r"(.+)#(\d{1,15})", source)
     if not match or Path(source).expanduser().exists():

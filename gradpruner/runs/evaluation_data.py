@@ -10,7 +10,14 @@ from typing import Any
 
 from gradpruner.data.chat_templates import choose_template, template_mark
 from gradpruner.data.encoding import usable
-from gradpruner.data.examples import Example, ExampleSet, Layout, as_conversation, load_examples
+from gradpruner.data.examples import (
+    Example,
+    ExampleSet,
+    Layout,
+    as_conversation,
+    load_examples,
+    split_sample_suffix,
+)
 from gradpruner.data.folders import has_split
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.errors import ConfigError, DataError
@@ -145,7 +152,7 @@ def holds_out(recipe: Recipe) -> bool:
     if data.task is not None or data.eval is not None:
         return False
     assert data.train is not None
-    source = Path(data.train.rpartition("#")[0] or data.train).expanduser()
+    source = Path(split_sample_suffix(data.train, None)[0]).expanduser()
     return source.is_file() or (source.is_dir() and not has_split(source, "eval"))
 
 
