@@ -118,6 +118,21 @@ def test_a_recovery_is_kept_only_where_validation_rows_say_so(tmp_path, rate, ke
     assert ("the model before it was kept" in page) == same
 
 
+def test_a_recovery_is_chosen_anew_by_other_validation_rows(tmp_path):
+    write_rows(tmp_path / "held.jsonl", make_rows(6, seed=7))
+    path, _ = make_project(
+        tmp_path, start="tuned", variants=["dense", "dropped"], plan=REPAIRED, recover={"steps": 1}
+    )
+    given = (f"data.validation={tmp_path / 'held.jsonl'}",)
+    run(load_recipe(path, given))
+    write_rows(tmp_path / "held.jsonl", make_rows(5, seed=8))
+    record = run(load_recipe(path, given))
+    row = next(row for name, row in record["variants"].items() if name != "dense" and row["finetune"])
+    states = {stage["name"]: stage["state"] for stage in record["stages"]}
+    assert states["finetune dense"] == states["repair dropped"] == "skipped"
+    assert states["finetune dropped"] == "done" and row["finetune"]["kept"]["rows"] == 5
+
+
 def test_a_given_model_is_measured_as_it_is(tmp_path):
     record, folder = carry_out(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
     dense = record["variants"]["dense"]

@@ -52,8 +52,8 @@ class RepairedCut:
         gone: The layers of the run behind it, neighbours, ascending; () where none goes (`layer_wise`).
         ridge: The chosen multiple of the mean diagonal of the regressors' second moments; None when no
             ridge lowered the error on held-out samples and the weight stays as it was.
-        error_before: Mean over held-out tokens of |h - y|^2 / |h|^2: h what the dense model hands to the
-            next kept layer, y what the pruned model hands it without this refit.
+        error_before: Mean of |h - y|^2 / |h|^2 over held-out tokens, weighted as in fitting: h what the dense
+            model hands to the next kept layer, y what the pruned model hands it without this refit.
         error_after: The same with the refit that was fitted on the other samples.
     """
 

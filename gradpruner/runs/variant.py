@@ -77,6 +77,8 @@ class Variant(Work):
         learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude=same)} | self.job.spread
         if not self.is_dense and recipe.start != "base":
             learned_from["recover"] = recipe.recover.model_dump()
+        if not self.is_dense and recipe.chooses_recovery and self.job.validation is not None:
+            learned_from["validation"] = data_identity(self.job.validation)
         if not self.is_dense and recipe.distils:
             learned_from["distil"] = recipe.distil.model_dump() | {"model": self.job.model_sha256}
         if self.method and (self.shrinks or self.method.recover or self.method.callbacks):
