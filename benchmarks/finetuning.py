@@ -94,11 +94,11 @@ def load_samples(args: argparse.Namespace, tokenizer: Any) -> Any:
 
     encoded = encode_all(tokenizer, load_examples(args.data, args.task, POOL), MAX_LENGTH)
     if args.path != "grouped":
-        return EncodedDataset(encoded[: args.batch * args.steps])
+        return encoded[: args.batch * args.steps]
     step = args.batch
-    order = list(LengthGroups([len(one.input_ids) for one in encoded], step, SEED))
+    order = list(LengthGroups(encoded.lengths, step, SEED))
     starts = random.Random(SEED).sample(range(0, len(order) - step + 1, step), args.steps)
-    return EncodedDataset([encoded[i] for start in starts for i in order[start : start + step]])
+    return EncodedDataset([encoded.encoded[i] for start in starts for i in order[start : start + step]])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -240,8 +240,7 @@ def samples_of(rows: str, subject: Subject, count: int, tokens: int) -> Samples:
     if subject.folder is None:
         raise SystemExit("--rows needs a model folder, whose tokenizer encodes them.")
     examples = load_examples(rows, limit=count, seed=SEED).examples
-    encoded = encode_all(load_tokenizer(subject.folder), examples, tokens)
-    return [{"input_ids": one.input_ids, "labels": one.labels} for one in encoded]
+    return list(encode_all(load_tokenizer(subject.folder), examples, tokens))
 
 
 def ask(order: Order) -> dict[str, Any]:

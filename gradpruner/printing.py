@@ -1,17 +1,28 @@
-"""Results that print as short tables: in a terminal or a script, and as HTML in a notebook."""
+"""What people read: numbers in words, and results that print as short tables.
+
+Whatever is missing or not finite becomes a dash, never 'nan'. Tables print in a terminal or a script, and as
+HTML in a notebook.
+"""
 
 from __future__ import annotations
 
 import html
 import io
+import math
 import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
+
+from gradpruner.files import readable_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+MISSING = "–"
+_NBSP = "\u00a0"
 WIDTH = 110
 """Columns, where nothing says how wide the place is."""
 
@@ -114,3 +125,135 @@ def _escaped(printed: Any) -> str:
 
     text = Text.from_markup(printed) if isinstance(printed, str) else printed
     return html.escape(text.plain if isinstance(text, Text) else str(text))
+
+
+def number(value: Any) -> float | None:
+    """Returns `value` as a finite float, or None for anything else (also True, NaN and Inf)."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        as_float = float(value)
+    except OverflowError:
+        return None
+    return as_float if math.isfinite(as_float) else None
+
+
+def text(value: Any, limit: int | None = None) -> str:
+    """Returns `value` as one clean line: no control characters, at most `limit` characters."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float) and number(value) is None:
+        return MISSING
+    spaced = str(value).replace("\n", " ").replace("\t", " ")
+    # Control, format and surrogate characters could move a terminal's cursor or reverse a line.
+    clean = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    if limit is not None and len(clean) > limit:
+        return clean[: limit - 1] + "…"
+    return clean
+
+
+def percent(value: Any, digits: int = 1) -> str:
+    """Formats a fraction (0-1) as a percentage: 0.834 -> '83.4%'."""
+    finite = number(value)
+    return MISSING if finite is None else f"{100 * finite:.{digits}f}%"
+
+
+def signed_percent(value: Any) -> str:
+    """Formats a relative change (fraction) with its sign: -0.008 -> '−0.8%'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    shown = f"{abs(100 * finite):.1f}%"
+    if float(shown[:-1]) == 0:
+        return shown
+    return ("−" if finite < 0 else "+") + shown
+
+
+def points(difference: Any) -> str:
+    """Formats a difference of fractions in percentage points: -0.019 -> '−1.9'."""
+    return signed_percent(difference).removesuffix("%")
+
+
+def times(value: Any) -> str:
+    """Formats a ratio: 0.63 -> '0.63×'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    return f"{finite:.2f}×" if abs(finite) >= 0.1 or finite == 0 else f"{finite:.2g}×"
+
+
+def whole(value: Any) -> str:
+    """Formats a count in full: 8030261248 -> '8,030,261,248'."""
+    finite = number(value)
+    return MISSING if finite is None else f"{round(finite):,}"
+
+
+def short(value: Any) -> str:
+    """Formats a count in three digits: 8030261248 -> '8.03B'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(finite) >= 0.9995 * size:
+            return f"{_three_digits(finite / size)}{letter}"
+    return f"{finite:.0f}" if finite == int(finite) else _three_digits(finite)
+
+
+def num_bytes(value: Any) -> str:
+    """Formats a number of bytes in binary units: 17179869184 -> '16.0 GiB'."""
+    finite = number(value)
+    return MISSING if finite is None else readable_bytes(finite).replace(" ", _NBSP)
+
+
+def duration(value: Any) -> str:
+    """Formats seconds: 0.41 -> '0.41 s', 192 -> '3 min 12 s', 7500 -> '2 h 05 min'."""
+    finite = number(value)
+    if finite is None:
+        return MISSING
+    if abs(finite) < 99.5:
+        return f"{_three_digits(finite) if finite else '0'}{_NBSP}s"
+    whole_seconds = round(finite)
+    if whole_seconds < 3600:
+        minutes, seconds = divmod(whole_seconds, 60)
+        return f"{minutes}{_NBSP}min{_NBSP}{seconds:02d}{_NBSP}s"
+    hours, minutes = divmod(round(finite / 60), 60)
+    return f"{hours}{_NBSP}h{_NBSP}{minutes:02d}{_NBSP}min"
+
+
+def moment(value: Any) -> str:
+    """Formats an ISO 8601 time: '2026-03-01T13:21:07+00:00' -> '2026-03-01 13:21 UTC'."""
+    try:
+        when = datetime.fromisoformat(str(value))
+    except ValueError:
+        return text(value)
+    # Never the reader's time zone: the same record must give the same page everywhere.
+    zone = " UTC" if when.utcoffset() == timedelta(0) else f" {when:%z}" if when.tzinfo else ""
+    return f"{when:%Y-%m-%d %H:%M}{zone}"
+
+
+def interval(low: Any, high: Any) -> str:
+    """Formats an interval of fractions: '[80.1, 86.3]' (in percent), '' when not known."""
+    low_finite, high_finite = number(low), number(high)
+    if low_finite is None or high_finite is None:
+        return ""
+    # Adding 0.0 turns -0.0 into 0.0. The minus is the one that every other percentage has.
+    shown = (f"{round(100 * end, 1) + 0.0:.1f}".replace("-", "−") for end in (low_finite, high_finite))
+    return f"[{', '.join(shown)}]"
+
+
+def ratio(after: Any, before: Any) -> float | None:
+    """Returns after / before, or None when that is not a finite number."""
+    after_finite, before_finite = number(after), number(before)
+    if after_finite is None or not before_finite:
+        return None
+    return number(after_finite / before_finite)
+
+
+def _three_digits(value: float) -> str:
+    """Formats |value| < 1000 or so with three significant digits and no exponent."""
+    size = abs(value)
+    if size >= 99.95:
+        return f"{value:.0f}"
+    if size >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if size >= 0.01 else f"{value:.1g}"

@@ -13,7 +13,6 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from gradpruner import progress
-from gradpruner.cli.cost import shown
 from gradpruner.cli.main import app
 from gradpruner.data.encoding import IGNORED
 from gradpruner.errors import ConfigError, PlanError
@@ -22,6 +21,7 @@ from gradpruner.evaluation.costing import worker
 from gradpruner.evaluation.costing.comparison import measure_cost
 from gradpruner.evaluation.costing.figures import Figure, time_floors
 from gradpruner.evaluation.costing.subject import Subject, find_subject
+from gradpruner.evaluation.costing.tables import shown
 from gradpruner.evaluation.costing.turns import worker_environment
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
 from gradpruner.plans.layer_plan import PruningPlan

@@ -20,7 +20,6 @@ from gradpruner.data.encoding import (
     IGNORED,
     Collator,
     Encoded,
-    EncodedDataset,
     answer_ids,
     encode,
     encode_all,
@@ -359,7 +358,7 @@ def test_collator_without_padding_token_uses_the_end_token():
 
 def test_dataset_counts_what_it_holds(tokenizer):
     examples = [SUM, Example("b", "word " * 30, " 4")]
-    dataset = EncodedDataset(encode_all(tokenizer, examples, 16))
+    dataset = encode_all(tokenizer, examples, 16)
     assert len(dataset) == 2
     assert dataset.lengths == [len(encode(tokenizer, SUM, 16).input_ids), 16]
     assert dataset.supervised_tokens == 2 * (len(answer_ids(tokenizer, " 4")) + 1)

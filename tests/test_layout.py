@@ -17,7 +17,7 @@ ALLOWED: dict[str, str] = {
     "data": "",
     "plans": "gradients",
     "models": "plans gradients",
-    "pruning": "models plans gradients",
+    "pruning": "models plans gradients data",
     "training": "models plans gradients data",
     "evaluation": "training models plans data",
     "methods": "training evaluation pruning models plans gradients data",

@@ -18,6 +18,16 @@ import pytest
 from pages import Page
 from rich.console import Console
 
+from gradpruner.printing import (
+    duration,
+    interval,
+    num_bytes,
+    percent,
+    short,
+    signed_percent,
+    text,
+    times,
+)
 from gradpruner.reports import (
     comparing,
     drawing,
@@ -31,16 +41,6 @@ from gradpruner.reports import (
 )
 from gradpruner.reports.answers import sample_answers
 from gradpruner.reports.details import served_said, serving_table
-from gradpruner.reports.formats import (
-    duration,
-    interval,
-    num_bytes,
-    percent,
-    short,
-    signed_percent,
-    text,
-    times,
-)
 from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tiles import tiles

@@ -42,15 +42,14 @@ class Work:
     rows: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
+        from gradpruner.data.encoding import Collator, encode_all
         from gradpruner.models.loading import load_tokenizer
 
         self.rows = splits(self.data, self.task, self.seed)
         self.tokenizer = load_tokenizer(self.model)
         self.collator = Collator(self.tokenizer)
         self.encoded = {
-            name: EncodedDataset(encode_all(self.tokenizer, rows, self.facts.max_length))
-            for name, rows in self.rows.items()
+            name: encode_all(self.tokenizer, rows, self.facts.max_length) for name, rows in self.rows.items()
         }
 
     @property
@@ -121,10 +120,8 @@ class Work:
 
     def part(self, start: float, stop: float) -> Any:
         """The training rows between two shares of them, such as the first quarter."""
-        from gradpruner.data.encoding import EncodedDataset
-
-        encoded = self.encoded["train"].encoded
-        return EncodedDataset(encoded[round(start * len(encoded)) : round(stop * len(encoded))])
+        encoded = self.encoded["train"]
+        return encoded[round(start * len(encoded)) : round(stop * len(encoded))]
 
     def tuned(self, model: Any, rate: float, rows: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
         """The model fine-tuned, with LoRA another object than was given, and how it went."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,6 @@ from gradpruner.evaluation.costing.workload import MODES, Workload, checked_mode
 
 if TYPE_CHECKING:
     from gradpruner.evaluation.costing.comparison import CostComparison
-    from gradpruner.evaluation.costing.figures import Figure
     from gradpruner.evaluation.costing.scaling import Scaling
     from gradpruner.evaluation.costing.subject import Subject
     from gradpruner.plans.layer_plan import PruningPlan
@@ -132,11 +131,11 @@ def cost(
     subject = find_subject(dense, random=random or scales, fetch=not chosen.dry_run)
     other: Any = pruned if pruned is not None else _chosen_plan(subject, said)
     if scales:
-        _tell(_scaling(subject, workload, other, names, said), _print_scaling, chosen)
+        _tell(_scaling(subject, workload, other, names, said), chosen)
         return
     modes = checked_modes(names if mode is not None else MODES)
     comparison = measure_cost(subject, other, workload, modes=modes, random=random, dry_run=chosen.dry_run)
-    _tell(comparison, _print, chosen)
+    _tell(comparison, chosen)
     if comparison.errors and len(comparison.errors) == 2 * len(modes):
         raise ResourceError("Nothing could be measured; the reasons stand above.")
 
@@ -160,7 +159,7 @@ def _check_asked(chosen: Chosen, pruned: str | None, scales: bool) -> None:
         )
 
 
-def _tell(found: Any, show: Callable[[Any], None], chosen: Chosen) -> None:
+def _tell(found: CostComparison | Scaling, chosen: Chosen) -> None:
     """Writes and prints what was found."""
     from gradpruner.json_files import write_json
 
@@ -169,7 +168,7 @@ def _tell(found: Any, show: Callable[[Any], None], chosen: Chosen) -> None:
     if chosen.as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
     else:
-        show(found)
+        found.show(console())
 
 
 def _chosen_plan(subject: Subject, said: Mapping[str, Any]) -> PruningPlan:
@@ -204,119 +203,3 @@ def _scaling(
         optim=said["optim"],
         num_merge=min(NUM_MERGE, len(plan.pruned)),
     )
-
-
-def _print_scaling(found: Scaling) -> None:
-    from rich.table import Table
-
-    from gradpruner.reports import formats
-
-    def size(value: int | None) -> str:
-        return formats.MISSING if value is None else formats.num_bytes(value)
-
-    have = f" ({size(found.device_bytes)})" if found.device_bytes else ""
-    each = "one device" if found.processes == 1 else f"each of {found.processes} devices"
-    title = f"{found.name}, {found.parameters / 1e9:.3g} B parameters: {each}{have}"
-    head = ("mode", "strategy", "weights", "gradients", "optimizer", "exchange", "activations", "at most")
-    table = Table(*head, *(["fits"] if have else []), title=title, title_justify="left")
-    for row in found.rows:
-        held = row.held
-        parts = (held.weights, held.gradients, held.optimizer, held.exchange, held.working, held.peak)
-        fits = [] if row.fits is None else ["yes" if row.fits else "no"]
-        table.add_row(row.mode, row.strategy, *map(size, parts), *fits)
-    stages, work, screen = found.stages, found.workload, console()
-    screen.print(table)
-    screen.print(
-        f"recording: {size(stages['trace'])} on disk, {size(stages['trace_in_memory'])} in the first "
-        f"process's memory. Gathering after sharded full training: {size(stages['gathered'])} on the first "
-        f"process's host, {size(stages['gathered_at_a_time'])} of it on its device at a time. Pruning "
-        f"{len(found.pruned)} layers ({found.merged} merged): {size(stages['surgery_read'])} read, "
-        f"{size(stages['surgery_written'])} written, without checks.",
-        highlight=False,
-    )
-    screen.print(
-        f"Computed, nothing was run: batches of {work.batch_size} x {work.tokens} tokens on each device, "
-        f"{found.optim}, weights in bfloat16 (float32 where all are trained), bf16 autocast. DeepSpeed's "
-        "buffers are not counted.",
-        style="dim",
-        highlight=False,
-    )
-
-
-def _print(comparison: CostComparison) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    workload, screen = comparison.workload, console()
-    dense, pruned = comparison.names
-    table = Table(
-        "", "dense", "pruned", "ratio", "pairs", "floor", "ratio/floor", title=f"{dense} | {pruned}",
-        title_justify="left", caption_justify="left",
-    )  # fmt: skip
-    for column in table.columns[1:]:
-        column.justify = "right"
-    groups = ["model"]
-    for figure in comparison.figures:
-        if figure.group != groups[-1]:
-            groups.append(figure.group)
-            table.add_section()
-            table.add_row(Text(figure.group, style="bold"))
-        first, second = figure.medians
-        table.add_row(
-            figure.label if figure.group == "model" else f"  {figure.label}",
-            shown(first, figure.unit),
-            shown(second, figure.unit),
-            _ratio(figure.ratio),
-            _spread(figure),
-            _ratio(figure.floor),
-            _ratio(figure.above_floor),
-        )
-    screen.print(table)
-    learned = "all" if workload.learned_tokens is None else f"the last {workload.learned_tokens}"
-    measured = f", median of {workload.repeats}" if comparison.measured else ""
-    weights = f"{'random' if comparison.random_weights else 'stored'} weights ({_dtypes(comparison)})"
-    screen.print(
-        f"{comparison.device}, {weights}, batch {workload.batch_size} x {workload.tokens} tokens ({learned} "
-        f"learned), {workload.new_tokens} new tokens{measured}. floor: what depth alone leaves; ratio/floor: "
-        "1 when nothing is lost to fixed costs.",
-        style="dim",
-        highlight=False,
-    )
-    for warning in comparison.warnings:
-        screen.print(Text(f"warning: {warning}", style="yellow"))
-    for cell, reason in comparison.errors.items():
-        screen.print(Text(f"failed: {cell}: {reason}", style="red"))
-
-
-def _dtypes(comparison: CostComparison) -> str:
-    """The type of the weights, or that of every mode where they differ."""
-    kinds = comparison.dtypes
-    if len(set(kinds.values())) == 1:
-        return next(iter(kinds.values()))
-    return ", ".join(f"{mode} {dtype}" for mode, dtype in kinds.items())
-
-
-def shown(value: float | None, unit: str) -> str:
-    """A value as people read it; durations below a second in milliseconds."""
-    from gradpruner.reports import formats
-
-    if value is None:
-        return formats.MISSING
-    if unit == "seconds":
-        return formats.duration(value) if value >= 0.9995 else f"{1000 * value:.3g} ms"
-    if unit == "bytes":
-        return formats.num_bytes(value)
-    if unit in ("MAC", "FLOP"):
-        return f"{value / 1e9:,.3f} G{unit}s"
-    if unit == "tokens/s":
-        return f"{value:.3g}/s"
-    return formats.short(value)
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _spread(figure: Figure) -> str:
-    pairs = figure.pairs
-    return f"{pairs[0]:.3f}-{pairs[-1]:.3f}" if len(pairs) > 1 else ""

@@ -219,7 +219,7 @@ def _journal(
 def _show(found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    from gradpruner.reports.formats import interval, percent
+    from gradpruner.printing import interval, percent
     from gradpruner.reports.record import FEW_EXAMPLES
     from gradpruner.reports.view import metric_label
 

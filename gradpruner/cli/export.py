@@ -61,7 +61,7 @@ def export(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    from gradpruner.reports.formats import num_bytes
+    from gradpruner.printing import num_bytes
 
     if found.reason:
         typer.echo(f"model: {found.folder}. {found.reason}")
@@ -161,7 +161,7 @@ def push(
     """Push a finished model to the hub: weights, tokenizer, model card, report. Private unless you say so."""
     from gradpruner.exports import hub
     from gradpruner.exports.shipped import open_model
-    from gradpruner.reports.formats import num_bytes
+    from gradpruner.printing import num_bytes
 
     hub.check_name(repo)
     prepare(quiet)

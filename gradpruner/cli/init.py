@@ -194,7 +194,7 @@ def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
     if tokenizer is None:
         return rows, "How long yours are, the dry run says."
     first = encode_all(tokenizer, rows.examples[:200], 10**6)
-    return rows, f"The longest of the first {len(first)}: {max(len(one.input_ids) for one in first)}."
+    return rows, f"The longest of the first {len(first)}: {max(first.lengths)}."
 
 
 def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def _print_portability(verdicts: list[dict[str, Any]]) -> None:
 
 def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
     from gradpruner.plans.layer_plan import runs_of
-    from gradpruner.reports.formats import num_bytes as shown
+    from gradpruner.printing import num_bytes as shown
 
     before, after = (shown(size) for size in facts["bytes"])
     typer.echo(
@@ -283,7 +283,7 @@ def diff(
     if as_json:
         typer.echo(json.dumps(vars(summary), indent=2, default=str))
     else:
-        from gradpruner.reports.formats import num_bytes as shown
+        from gradpruner.printing import num_bytes as shown
 
         typer.echo(
             f"delta: {summary.folder}, {shown(summary.num_bytes)} for a checkpoint of "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -52,10 +52,10 @@ class Encoded:
 
 
 class EncodedDataset(Dataset[dict[str, list[int]]]):
-    """Encoded examples as the dictionaries a Trainer takes.
+    """Encoded examples as the dictionaries a Trainer takes; a slice of it is one as well.
 
     Args:
-        encoded: What `encode_all` returned.
+        encoded: The examples, as `encode` gives them.
     """
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
@@ -66,7 +66,15 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
     def __len__(self) -> int:
         return len(self.encoded)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, list[int]]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> EncodedDataset: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, list[int]] | EncodedDataset:
+        if isinstance(index, slice):
+            return EncodedDataset(self.encoded[index])
         one = self.encoded[index]
         return {"input_ids": one.input_ids, "labels": one.labels}
 
@@ -176,8 +184,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
 
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
-) -> list[Encoded]:
+) -> EncodedDataset:
     """Encodes every example and refuses to go on if one teaches nothing.
+
+    Args:
+        tokenizer: Any Hugging Face tokenizer.
+        examples: Prompts and answers, or conversations.
+        max_length: In tokens, >= 2; see `encode` for what is cut.
+
+    Returns:
+        What `record_gradients`, `fit_repair`, `finetune` and a Trainer take: items are dictionaries of
+        input_ids and labels.
 
     Raises:
         DataError: If a sample has no supervised token (count and first ids are named), or a
@@ -193,7 +210,7 @@ def encode_all(
             f"{max_length} tokens.",
             hint=f"Raise data.max_length (now {max_length}) or shorten the texts.",
         )
-    return encoded
+    return EncodedDataset(encoded)
 
 
 def usable(

@@ -3,7 +3,7 @@
 Dense and pruned model walk side by side through the layers (`walking.Walk`): at a cut the dense one goes on
 through the layers that go, and the kept layer before them is refitted so that the pruned one hands on what
 the dense one does; layer-wise, every kept layer behind the first cut is. Each is fitted on what the pruned
-model itself computes up to there, repairs before it included. No label is looked at.
+model itself computes up to there, repairs before it included. Labels only say which tokens are answers.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, NonFiniteError, PlanError
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.layers import LayeredModel, fingerprint
@@ -43,7 +44,7 @@ def fit_repair(
     model: nn.Module,
     plan: PruningPlan,
     samples: Sequence[dict[str, list[int]]],
-    collator: Callable[[Any], dict[str, Tensor]],
+    collator: Callable[[Any], dict[str, Tensor]] | None = None,
     *,
     kind: str = "least_squares",
     rows: int | None = None,
@@ -83,8 +84,9 @@ def fit_repair(
     Args:
         model: The dense causal LM, without adapters; not changed.
         plan: Which layers go; merged ones are merged first, which needs the trace where the rule does.
-        samples: Encoded samples (`input_ids`, `labels`), at least two; labels are not looked at.
-        collator: Makes batches of them, padded on the right.
+        samples: Encoded samples (`input_ids`, `labels`), at least two, as `encode_all` gives them; labels say
+            only which tokens are of an answer.
+        collator: Makes batches of them, padded on the right; None pads with token 0.
         kind: "linear", "least_squares" or "layer_wise".
         rows: Samples used at most, >= 2; None takes as many as `enough_rows` says.
         answers: Share of all weight that positions before answer tokens have at least, in [0, 1); by number
@@ -118,7 +120,7 @@ def fit_repair(
         raise DataError(
             "There is one sample; a repair needs one to fit on and one to choose by.", hint="Give more rows."
         )
-    batches = list(sample_batches(chosen, collator, device, BATCH_SIZE))
+    batches = list(sample_batches(chosen, collator or Collator(), device, BATCH_SIZE))
     was_training = model.training
     model.eval()
     try:

@@ -1,6 +1,5 @@
 """run.json or study.json -> one self-contained HTML page, terminal and markdown tables. Never recomputes.
 
-formats    numbers as people read them
 record     run.json and study.json as forgiving types; reading: from there to what reports show (view)
 verdict    what the record shows, in one honest sentence; notes: what limits it; tiles: the headline numbers
 shipping   which model of a run is the one to ship, and why; the next commands

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.json_files import parse_json
-from gradpruner.reports.formats import text
+from gradpruner.printing import text
 from gradpruner.reports.view import Row, View
 
 KINDS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gradpruner.reports.formats import (
+from gradpruner.printing import (
     MISSING,
     duration,
     interval,

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from gradpruner.printing import duration, interval, number, percent, points, short, text
 from gradpruner.reports.drawing import Key, Plot, drawn, is_wide, percent_ticks, series
-from gradpruner.reports.formats import duration, interval, number, percent, points, short, text
 from gradpruner.reports.record import Measured
 from gradpruner.reports.svg import Margins, colour
 from gradpruner.reports.view import Row, View, metric_label

@@ -3,18 +3,7 @@
 from __future__ import annotations
 
 from gradpruner.plans.layer_plan import runs_of
-from gradpruner.reports.cells import (
-    Cell,
-    Line,
-    Table,
-    bytes_cell,
-    exact_of,
-    short_cell,
-    time_cell,
-    whole_cell,
-    words_line,
-)
-from gradpruner.reports.formats import (
+from gradpruner.printing import (
     MISSING,
     duration,
     num_bytes,
@@ -26,6 +15,17 @@ from gradpruner.reports.formats import (
     text,
     times,
     whole,
+)
+from gradpruner.reports.cells import (
+    Cell,
+    Line,
+    Table,
+    bytes_cell,
+    exact_of,
+    short_cell,
+    time_cell,
+    whole_cell,
+    words_line,
 )
 from gradpruner.reports.record import FEW_EXAMPLES, Change, Depth, Search
 from gradpruner.reports.view import Plan, View

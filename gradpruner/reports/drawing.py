@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
-from gradpruner.reports.formats import percent
+from gradpruner.printing import percent
 from gradpruner.reports.svg import Margins, colour, draw, plain_ticks
 
 WIDE = 840

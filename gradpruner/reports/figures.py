@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from gradpruner.printing import number, percent, text, whole
 from gradpruner.reports.details import searches
 from gradpruner.reports.drawing import (
     HALF,
@@ -22,7 +23,6 @@ from gradpruner.reports.drawing import (
     series,
     settled,
 )
-from gradpruner.reports.formats import number, percent, text, whole
 from gradpruner.reports.reading import pairs
 from gradpruner.reports.record import Scores
 from gradpruner.reports.svg import Margins, colour, plain_ticks, whole_ticks

@@ -17,7 +17,7 @@ from pydantic import AliasPath, Field
 
 from gradpruner.errors import GradPrunerError
 from gradpruner.files import LOCK_FILE
-from gradpruner.reports.formats import number, text
+from gradpruner.printing import number, text
 from gradpruner.reports.reading import PENDING, pairs, read
 from gradpruner.reports.record import Each, Fields, Named, Number, Part, count, read_record
 from gradpruner.reports.view import View

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradpruner.printing import MISSING, moment, num_bytes, text, whole
 from gradpruner.reports import comparing, details, figures, sweep, tables
 from gradpruner.reports.answers import KINDS, sample_answers
 from gradpruner.reports.cells import Table
 from gradpruner.reports.drawing import Plot
-from gradpruner.reports.formats import MISSING, moment, num_bytes, text, whole
 from gradpruner.reports.page import (
     as_yaml,
     facts_of,

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from gradpruner.files import write_text
-from gradpruner.reports.formats import MISSING, moment, num_bytes, number, short, text, whole
+from gradpruner.printing import MISSING, moment, num_bytes, number, short, text, whole
 from gradpruner.reports.record import Record
 from gradpruner.reports.svg import PALETTE
 from gradpruner.reports.view import Plan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradpruner.reports.formats import number, ratio, text
+from gradpruner.printing import number, ratio, text
 from gradpruner.reports.record import (
     Evaluated,
     Measured,

@@ -14,7 +14,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field,
 from gradpruner.errors import IntegrityError
 from gradpruner.files import shown
 from gradpruner.json_files import read_json
-from gradpruner.reports.formats import number
+from gradpruner.printing import number
 
 FEW_EXAMPLES = 100
 """Below this many evaluated examples a result is marked: its interval is about 20 points wide."""

@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from gradpruner.errors import ConfigError
 from gradpruner.files import path_fault, read_plain, shown
+from gradpruner.printing import MISSING, duration, moment, ratio, short, text, whole
 from gradpruner.reports.cells import (
     Cell,
     Line,
@@ -29,7 +30,6 @@ from gradpruner.reports.cells import (
 )
 from gradpruner.reports.figures import curves_plot
 from gradpruner.reports.folders import DONE, RUNNING, Found, find_runs, report_of
-from gradpruner.reports.formats import MISSING, duration, moment, ratio, short, text, whole
 from gradpruner.reports.html import Section, plots_of, tables_of
 from gradpruner.reports.page import render, script_hash
 from gradpruner.reports.svg import house_style

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import ConfigError
-from gradpruner.reports.formats import percent, text, whole
+from gradpruner.printing import percent, text, whole
 from gradpruner.reports.reading import read
 from gradpruner.reports.record import Search
 from gradpruner.reports.view import Row, View, metric_label

@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from gradpruner.printing import duration, num_bytes, number, percent, short, times
 from gradpruner.reports.drawing import DASHES, Key, Plot, dash_css, drawn, percent_ticks
-from gradpruner.reports.formats import duration, num_bytes, number, percent, short, times
 from gradpruner.reports.record import Measured
 from gradpruner.reports.svg import Margins, colour, plain_ticks
 from gradpruner.reports.view import Row, View, metric_label

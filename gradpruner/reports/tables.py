@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from gradpruner.printing import MISSING, short, signed_percent, text, times, whole
 from gradpruner.reports.cells import (
     Cell,
     Line,
@@ -17,7 +18,6 @@ from gradpruner.reports.cells import (
     short_cell,
     time_cell,
 )
-from gradpruner.reports.formats import MISSING, short, signed_percent, text, times, whole
 from gradpruner.reports.reading import known
 from gradpruner.reports.record import Measured
 from gradpruner.reports.view import Quality, Row, View, metric_label

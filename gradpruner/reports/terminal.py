@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from gradpruner.printing import number, text, whole
 from gradpruner.reports.cells import Table
 from gradpruner.reports.details import savings_tables
-from gradpruner.reports.formats import number, text, whole
 from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import short_table

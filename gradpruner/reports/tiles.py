@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradpruner.reports.formats import (
+from gradpruner.printing import (
     MISSING,
     duration,
     interval,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradpruner.reports.formats import (
+from gradpruner.printing import (
     interval,
     percent,
     points,

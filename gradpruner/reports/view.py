@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from gradpruner.reports.formats import text
+from gradpruner.printing import text
 from gradpruner.reports.record import Action, Measured, PlanRecord, Record, Seed, VariantRecord
 
 FAR_FROM_BUDGET = 0.03

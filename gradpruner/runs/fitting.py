@@ -27,8 +27,8 @@ from gradpruner.evaluation.costing.rehearsal import working_bytes
 from gradpruner.methods import METHODS
 from gradpruner.models.loading import resolve_dtype
 from gradpruner.models.sizes import decoder_layers, keep_layers_, kv_bytes_per_token
+from gradpruner.printing import num_bytes
 from gradpruner.pruning.refitting import MAX_REGRESSORS
-from gradpruner.reports.formats import num_bytes
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import STAGES, method_of
 from gradpruner.training.finetuning import resolve_precision

@@ -31,7 +31,7 @@ def loss_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> float:
 def validation_samples(job: Job) -> EncodedDataset:
     """The validation rows, encoded as training rows are."""
     assert job.validation is not None
-    return EncodedDataset(encode_all(job.tokenizer, job.validation.examples, job.max_length))
+    return encode_all(job.tokenizer, job.validation.examples, job.max_length)
 
 
 def loss_before(job: Job, source: Path) -> float:

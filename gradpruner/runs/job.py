@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
+from gradpruner.data.encoding import Collator, encode_all
 from gradpruner.data.examples import ExampleSet, overlap
 from gradpruner.errors import PlanError
 from gradpruner.evaluation.questions import Questions
@@ -108,7 +108,7 @@ class Job:
         if recipe.plan.max_loss is not None or recipe.data.validation is not None or recipe.chooses_recovery:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
         self.also = load_also(recipe, self.tokenizer, longest)
-        self.samples = EncodedDataset(encode_all(self.tokenizer, self.train.examples, longest))
+        self.samples = encode_all(self.tokenizer, self.train.examples, longest)
         read = {"record": recipe.record.batch_size, "finetune": recipe.finetune.batch_size}
         check_world_size(len(self.samples), {f"{name}.batch_size": size for name, size in read.items()})
         self.collator = Collator(self.tokenizer)

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from gradpruner.data.encoding import preview
 from gradpruner.errors import GradPrunerError, ResourceError
-from gradpruner.printing import Printed
-from gradpruner.reports.formats import duration, num_bytes
+from gradpruner.printing import Printed, duration, num_bytes
 from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.data_warnings import leading_spaces
 from gradpruner.runs.fitting import Fitting, fault_of, fitting_of

@@ -122,6 +122,6 @@ def _rows(job: Job) -> tuple[EncodedDataset, EncodedDataset]:
     needed = _steps(job) * tuning.batch_size * tuning.accumulation * job.spread.get("processes", 1)
     chosen, _ = sample(train.examples, needed, recipe.seed)
     return (
-        EncodedDataset(encode_all(job.tokenizer, chosen, job.max_length)),
-        EncodedDataset(encode_all(job.tokenizer, held_out.examples, job.max_length)),
+        encode_all(job.tokenizer, chosen, job.max_length),
+        encode_all(job.tokenizer, held_out.examples, job.max_length),
     )

@@ -156,7 +156,7 @@ def run_record(
         "model": model_facts(job),
         "data": {
             "train": data_facts(job.train) | {"supervised_tokens": job.samples.supervised_tokens},
-            "eval": data_facts(job.eval),
+            "eval": data_facts(job.eval) if job.measures else {},
             "overlap_rows": job.overlap,
         },
         "learning_rate": rate_facts(job, directory),

@@ -184,7 +184,7 @@ def finetune(
     dataset: Any,
     options: FinetuneOptions | None = None,
     *,
-    collator: Collator,
+    collator: Collator | None = None,
     teacher: nn.Module | None = None,
     distillation: DistillationOptions | None = None,
     checkpoints: str | Path | None = None,
@@ -196,10 +196,10 @@ def finetune(
 
     Args:
         model: The causal LM, pruned or not; trained in place.
-        dataset: Encoded samples with `input_ids` and `labels`.
+        dataset: Encoded samples with `input_ids` and `labels`, as `encode_all` gives them.
         options: How; None takes the paper's settings: AdamW, batch 64 (here 8 x 8 accumulated), 3 epochs,
             weight decay 0.1, warm-up 0.03, and at 8 B a learning rate of 1e-5 (`rates.default_rate`).
-        collator: Makes batches.
+        collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.
         teacher: A causal LM of the same vocabulary to learn from besides the labels. It is put into
             evaluation mode and moved to the device that trains; its weights stay as they are. A step costs
             its forward pass more.
@@ -258,7 +258,7 @@ def finetune(
         model=trained,
         args=arguments,
         samples=dataset,
-        collator=collator,
+        collator=collator or Collator(),
         batching=options.batching,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )

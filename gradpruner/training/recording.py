@@ -274,8 +274,8 @@ def record_gradients(
 
     Args:
         model: The causal LM; its weights are the same afterwards.
-        dataset: Encoded samples with `input_ids` and `labels` (-100 where not supervised); repeated
-            when there are fewer than steps * batch_size.
+        dataset: Encoded samples with `input_ids` and `labels` (-100 where not supervised), as `encode_all`
+            gives them; repeated when there are fewer than steps * batch_size.
         options: How; None takes the defaults, and 40 steps. The scale of the scores depends on alpha / rank.
         folder: Where the trace is written; None keeps it in host memory.
         collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -15,17 +15,22 @@ from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figur
 from gradpruner.evaluation.costing.per_device import held_bytes
 from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, size_model
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
+from gradpruner.evaluation.costing.tables import print_comparison
 from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.printing import Printed
 from gradpruner.progress import Progress
 from gradpruner.provenance import provenance, utc_now
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-@dataclass(frozen=True)
-class CostComparison:
+
+@dataclass(frozen=True, repr=False)
+class CostComparison(Printed):
     """What `measure_cost` found.
 
     Attributes:
@@ -64,6 +69,10 @@ class CostComparison:
         raise ConfigError(
             f"No figure '{name}'.", hint=f"There are {', '.join(f.name for f in self.figures)}."
         )
+
+    def show(self, console: Console) -> None:
+        """Prints the tables of the command `cost`."""
+        print_comparison(self, console)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with where they come from."""

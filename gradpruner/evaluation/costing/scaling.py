@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,11 +18,16 @@ from gradpruner.evaluation.costing.per_device import (
 )
 from gradpruner.evaluation.costing.rehearsal import working_bytes
 from gradpruner.evaluation.costing.subject import Subject
+from gradpruner.evaluation.costing.tables import print_scaling
 from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.printing import Printed
 from gradpruner.provenance import provenance, utc_now
 from gradpruner.registry import suggest
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SCALED_MODES = ("full", "lora", "qlora")
 RECORD_STEPS = 40
@@ -49,8 +54,8 @@ class Row:
         return {"mode": self.mode, "strategy": self.strategy, "fits": self.fits, **self.held.to_dict()}
 
 
-@dataclass(frozen=True)
-class Scaling:
+@dataclass(frozen=True, repr=False)
+class Scaling(Printed):
     """What `plan_scaling` found.
 
     Attributes:
@@ -77,6 +82,10 @@ class Scaling:
     stages: dict[str, int]
     pruned: tuple[int, ...]
     merged: int
+
+    def show(self, console: Console) -> None:
+        """Prints the tables of the command `cost`."""
+        print_scaling(self, console)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with where they come from."""
