@@ -240,15 +240,18 @@ TRAINED = (
 FULL_ROWS = TRAINED[:4]
 """The rows that are measured at every depth."""
 QUARTER = 0.25
+EARLY = 0.6
+"""Share of the rows after which the dense model's tuning ends, where that is all the tuning there is: about what
+a pruned model's tuning costs."""
 
 
-def begun(work: Work) -> Path:
-    """The dense model tuned on the first quarter of the rows."""
+def begun(work: Work, share: float = QUARTER) -> Path:
+    """The dense model tuned on the first rows alone, a quarter of them or another share."""
     rate = best_rate(work)
-    folder = work.scratch / f"{work.task}-{work.seed}-quarter"
+    folder = work.scratch / f"{work.task}-{work.seed}-{'quarter' if share == QUARTER else f'{share:g}'}"
     if not (folder / "model.safetensors").exists():
         model = work.load()
-        work.tune(model, rate, rows=work.part(0, QUARTER))
+        work.tune(model, rate, rows=work.part(0, share))
         model.save_pretrained(folder)
     return folder
 
@@ -306,6 +309,8 @@ def train(work: Work) -> None:
     for row in TRAINED:
         if work.wants(f"train/{row.name}/"):
             trained(work, row, rate_of(work, row))
+    if work.wants("early/"):
+        pruned(work, begun(work, EARLY), "igia", NUM_GONE, "layer_wise", tuned_by=f"early/{EARLY:g}/")
     if work.wants("dense-twice/"):
         work.cell(f"dense-twice/{best:g}", lambda: tuned_twice(work, best))
 
