@@ -21,8 +21,7 @@ from gradpruner.runs import fitting
 from gradpruner.runs.fitting import deepspeed_spread
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
-from gradpruner.training.finetuning import _checkpointing, finetune
-from gradpruner.training.options import FinetuneOptions
+from gradpruner.training.finetuning import _new_recompute, finetune
 
 CONFIG = tiny_config(num_hidden_layers=3, vocab_size=200)
 SAMPLES = [{"input_ids": list(range(i, i + 12)), "labels": list(range(i, i + 12))} for i in range(8)]
@@ -177,14 +176,34 @@ def test_activations_wait_on_the_host_of_a_gpu_only(call, tmp_path):
     path, _ = make_project(tmp_path)
     code, _, err = call("run", path, "--dry-run", "--set", "finetune.gradient_checkpointing=offload")
     assert code == 2 and "from a GPU to the host" in err
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.accelerator, "is_available", lambda: True)
-        patch.setattr("gradpruner.training.finetuning._new_recompute", lambda: True)
-        arguments = _checkpointing(FinetuneOptions(gradient_checkpointing="offload"))
-    assert arguments == {
-        "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"offload": True},
-    }
+
+
+@pytest.mark.skipif(not _new_recompute(), reason="transformers offloads from 5.23 on")
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_offloading_reaches_torch_for_every_layer_and_changes_no_loss(monkeypatch, mode):
+    """The CPU plays the GPU: torch is asked to move what it keeps, and copies it from here to here."""
+    asked = []
+
+    def moves(pin_memory, device_type):
+        asked.append(pin_memory)
+        return torch.autograd.graph.save_on_cpu()
+
+    def losses(kind):
+        options = {"mode": mode, "max_steps": 2, "gradient_checkpointing": kind, "save_steps": None}
+        model = LlamaForCausalLM(CONFIG)
+        torch.manual_seed(0)
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        _, found = finetune(
+            model, SAMPLES, collator=Collator(), batch_size=4, accumulation=1, dropout=0.0, **options
+        )
+        return [entry["loss"] for entry in found.losses]
+
+    plain = losses(True)
+    monkeypatch.setattr("gradpruner.training.finetuning.check_checkpointing", lambda *_: None)
+    monkeypatch.setattr("transformers.modeling_utils.save_on_cpu", moves)
+    assert losses("offload") == plain
+    assert asked == [True] * (2 * CONFIG.num_hidden_layers)
 
 
 def test_what_fits_without_activations_is_only_warned_of(call, tmp_path, monkeypatch):
@@ -206,7 +225,7 @@ def test_what_each_of_several_devices_would_hold(call):
     assert code == 0, err
     found = json.loads(out)
     rows = {(row["mode"], row["strategy"]): row for row in found["rows"]}
-    assert list(rows) == [("full", "ddp"), ("full", "fsdp"), ("qlora", "ddp"), ("qlora", "fsdp")]
+    assert list(rows) == [("full", "ddp"), ("full", "fsdp"), ("qlora", "ddp")]
     whole, sharded = rows["full", "ddp"], rows["full", "fsdp"]
     assert whole["weights"] == 4 * found["parameters"] == whole["exchange"]
     assert sharded["weights"] == pytest.approx(whole["weights"] / 4, rel=1e-3)
@@ -225,6 +244,7 @@ def test_what_each_of_several_devices_would_hold(call):
         (["--world-size", "2", "--strategy", "fdsp", "--dry-run"], "Did you mean 'fsdp'"),
         (["--world-size", "1", "--strategy", "ddp", "--dry-run"], "does not go with 1 process"),
         (["--world-size", "2", "--mode", "inference", "--dry-run"], "Unknown mode 'inference'"),
+        (["--world-size", "2", "--mode", "qlora", "--strategy", "zero3", "--dry-run"], "qlora with zero3"),
         (["--strategy", "ddp", "--num-prune", "3", "--dry-run"], "need --world-size"),
         (["--world-size", "2", "--device-memory", "much", "--dry-run"], "is not a size"),
     ],
@@ -245,3 +265,11 @@ def test_a_deepspeed_file_says_what_is_spread(tmp_path):
     assert strategies_for(1, ()) == ("one",) and "zero3" in strategies_for(2, ())
     with pytest.raises(ConfigError, match="Unknown strategy"):
         strategies_for(2, ("zero4",))
+
+
+def test_recording_is_data_parallel_where_deepspeed_tunes(tmp_path, monkeypatch):
+    job = Job(load_recipe(make_project(tmp_path)[0]))
+    monkeypatch.setattr(fitting, "spread_of", lambda _: Spread("zero3", 2))
+    stages = fitting.fitting_of(job).stages
+    assert stages["recording"].exchange == stages["recording"].gradients > 0  # DDP's buckets
+    assert stages["recording"].weights > 1.9 * stages["fine-tuning dense"].weights

@@ -189,7 +189,7 @@ def _chosen_plan(subject: Subject, said: Mapping[str, Any]) -> PruningPlan:
 def _scaling(
     subject: Subject, workload: Workload, plan: PruningPlan, modes: tuple[str, ...], said: Mapping[str, Any]
 ) -> Scaling:
-    from gradpruner.evaluation.costing.scaling import SCALED_MODES, plan_scaling
+    from gradpruner.evaluation.costing.scaling import plan_scaling
     from gradpruner.plans.defaults import NUM_MERGE
 
     return plan_scaling(
@@ -198,7 +198,7 @@ def _scaling(
         plan,
         processes=said["world_size"],
         strategies=tuple(said["strategy"].split(",")) if said["strategy"] else (),
-        modes=modes or SCALED_MODES,
+        modes=modes,
         device_bytes=num_bytes(said["device_memory"]) if said["device_memory"] else None,
         optim=said["optim"],
         num_merge=min(NUM_MERGE, len(plan.pruned)),

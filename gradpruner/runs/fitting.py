@@ -181,7 +181,7 @@ def _said(remedy: dict[str, Any]) -> str:
 
 def _helps(job: Job, remedy: dict[str, Any]) -> bool:
     """Whether a run would fit with some keys of its recipe changed."""
-    if "qlora" in remedy.values() and spread_of(job).strategy not in ("one", "ddp"):
+    if "qlora" in remedy.values() and Training("qlora", spread=spread_of(job)).refused:
         return False
     changed = copy.copy(job)
     sections: dict[str, dict[str, Any]] = {}
@@ -298,13 +298,15 @@ def _stages(job: Job) -> Iterator[Stage]:
 
 def _recording(job: Job) -> Training:
     """As `record_gradients` trains: padded batches, one to a step."""
-    options = job.recipe.record
+    options, shared = job.recipe.record, _shared(job)
+    if shared["spread"].strategy.startswith("zero"):  # DeepSpeed steps before gradients can be read
+        shared["spread"] = Spread("ddp", shared["spread"].size)
     return replace(
         _asking(job, options.batch_size),
         mode=options.adapter.replace("rslora", "lora"),
         rank=options.rank,
         dropout=options.dropout,
-        **_shared(job),
+        **shared,
     )
 
 

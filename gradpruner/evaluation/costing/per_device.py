@@ -103,6 +103,11 @@ class Training:
         return self.mode != "none"
 
     @property
+    def refused(self) -> bool:
+        """Whether a run refuses it, as `training.checks.check_4bit` does: 4-bit weights are not spread."""
+        return self.mode == "qlora" and self.spread.strategy in _SPREAD
+
+    @property
     def computing_dtype(self) -> torch.dtype:
         """Type of the weights a pass meets: FSDP2 and DeepSpeed cast them, where autocast keeps copies."""
         casts = self.spread.strategy == "fsdp" or self.spread.strategy.startswith("zero")
@@ -173,11 +178,6 @@ class Piece:
     trained: bool = False
     embedding: bool = False
 
-    @property
-    def quantised(self) -> bool:
-        """Whether it is kept in 4 bits."""
-        return self.itemsize < 1
-
 
 def hold_training(model: nn.Module, training: Training) -> Held:
     """What a device holds to train a model, activations apart.
@@ -190,17 +190,13 @@ def hold_training(model: nn.Module, training: Training) -> Held:
     trained = [piece for piece in pieces if piece.trained]
     zero = spread.strategy.startswith("zero")
 
-    def share(part: str, piece: Piece) -> int:
-        # accelerate leaves 4-bit weights out of what FSDP spreads.
-        return math.prod(piece.shape) if piece.quantised else spread.share(part, piece.shape)
-
     if zero:
-        optimizer = sum(_ZERO_OPTIMIZER * share("optimizer", piece) for piece in trained)
+        optimizer = sum(_ZERO_OPTIMIZER * spread.share("optimizer", piece.shape) for piece in trained)
     else:
         optimizer = sum(_optimizer_bytes(training.optim, piece, spread) for piece in trained)
-    gradients = sum(round(share("gradients", piece) * piece.itemsize) for piece in trained)
+    gradients = sum(round(spread.share("gradients", piece.shape) * piece.itemsize) for piece in trained)
     return Held(
-        weights=sum(round(share("weights", piece) * piece.itemsize) for piece in pieces),
+        weights=sum(round(spread.share("weights", piece.shape) * piece.itemsize) for piece in pieces),
         gradients=gradients,
         optimizer=optimizer,
         exchange=gradients if spread.strategy == "ddp" else _gathered(model, training),
@@ -284,7 +280,7 @@ def _quantised(model: Any) -> set[int]:
 
 def _gathered(model: Any, training: Training) -> int:
     """What FSDP has put together at a time: two layers, since the next one is fetched ahead, and the ends."""
-    if training.spread.strategy != "fsdp" or training.mode == "qlora":
+    if training.spread.strategy != "fsdp":
         return 0
     layers = [count_parameters(layer) for layer in decoder_layers(model)]
     ends = count_parameters(model) - sum(layers)

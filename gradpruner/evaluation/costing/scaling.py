@@ -113,7 +113,7 @@ def plan_scaling(
     *,
     processes: int,
     strategies: tuple[str, ...] = (),
-    modes: tuple[str, ...] = SCALED_MODES,
+    modes: tuple[str, ...] = (),
     device_bytes: int | None = None,
     optim: str = "adamw_torch_fused",
     num_merge: int = 0,
@@ -128,27 +128,34 @@ def plan_scaling(
         plan: Which layers go.
         processes: How many there are, each with a device.
         strategies: Of `per_device.STRATEGIES`; all that make sense for so many processes when empty.
-        modes: Of `SCALED_MODES`.
+        modes: Of `SCALED_MODES`; all when empty. What a run refuses has no row.
         device_bytes: Memory of each device, to say what fits.
         optim: The optimizer.
         num_merge: How many of the layers that go are merged into kept ones.
 
     Raises:
-        ConfigError: If a strategy or mode is unknown, or does not go with the number of processes.
+        ConfigError: If a strategy or mode is unknown, a strategy does not go with the number of processes, or
+            a run refuses a mode with every strategy asked for.
     """
     sizes = ModelSizes(subject.config)
     rows = []
-    for mode in _checked(modes, SCALED_MODES, "mode"):
+    for mode in _checked(modes, SCALED_MODES, "mode") or SCALED_MODES:
         training, rehearsed = _training(mode, workload, optim), {}
-        for strategy in strategies_for(processes, strategies):
-            spread = replace(training, spread=Spread(strategy, processes))
+        spreads = [Spread(one, processes) for one in strategies_for(processes, strategies)]
+        spreads = [one for one in spreads if not replace(training, spread=one).refused]
+        if modes and not spreads:
+            raise ConfigError(
+                f"A run refuses {mode} with {' or '.join(strategies)}: 4-bit weights are not spread.",
+                hint="Use --strategy ddp, where every process holds the 4-bit weights, or --mode lora.",
+            )
+        for one in spreads:
+            spread = replace(training, spread=one)
             kind = spread.computing_dtype
             if kind not in rehearsed:
                 rehearsed[kind] = working_bytes(sizes.model, spread, subject.depth)
             held = replace(hold_training(sizes.model, spread), working=rehearsed[kind])
-            rows.append(
-                Row(mode, strategy, held, None if device_bytes is None else held.peak <= device_bytes)
-            )
+            fits = None if device_bytes is None else held.peak <= device_bytes
+            rows.append(Row(mode, one.strategy, held, fits))
     return Scaling(
         subject.name,
         sizes.parameters,

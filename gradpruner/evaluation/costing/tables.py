@@ -46,7 +46,7 @@ def print_scaling(found: Scaling, screen: Console) -> None:
     screen.print(
         f"Computed, nothing was run: batches of {work.batch_size} x {work.tokens} tokens on each device, "
         f"{found.optim}, weights in bfloat16 (float32 where all are trained), bf16 autocast. DeepSpeed's "
-        "buffers are not counted.",
+        f"buffers are not counted.{' QLoRA goes with ddp alone.' if found.processes > 1 else ''}",
         style="dim",
         highlight=False,
     )
