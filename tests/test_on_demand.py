@@ -1,6 +1,8 @@
 """Models that read each weight when it is used, and the export gate that runs on them."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from builders import make_llama
 from families import COMMON, KEEP, make_family_model
 from safetensors.torch import load_file, save_file
 
+from gradpruner.errors import IntegrityError
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import load_config, load_model
 from gradpruner.models.shards import open_shards
@@ -15,7 +18,8 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning import on_demand as module
 from gradpruner.pruning import verification
 from gradpruner.pruning.behaviour import behaviour
-from gradpruner.pruning.on_demand import Unmatched, on_demand
+from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.verification import verify_checkpoint
 
@@ -23,8 +27,9 @@ PLAN = PruningPlan.from_keep(COMMON["num_hidden_layers"], KEEP)
 PREFIXES = {"gpt2": "transformer.h"}  # for the rest: model.layers
 
 
-def opened(folder, dtype=torch.float32, passed=(), prefix="model.layers"):
-    return on_demand(load_config(folder, native=True), open_shards(folder).tensors, prefix, dtype, passed)
+def opened(folder, passed=(), prefix="model.layers", reader=None):
+    reader = reader or Reader(torch.float32)
+    return on_demand(load_config(folder, native=True), open_shards(folder).tensors, prefix, reader, passed)
 
 
 def saved(folder, model_type="llama"):
@@ -53,25 +58,27 @@ def test_16_bits_are_computed_in_float32(tmp_path):
     assert torch.equal(found["logits"], expected["logits"])
 
 
-def test_memory_is_that_of_the_largest_weight_and_of_no_embedding(tmp_path, monkeypatch):
+def test_memory_is_that_of_a_block_and_of_what_may_be_remembered(tmp_path, monkeypatch):
     make_llama(vocab_size=4096).bfloat16().save_pretrained(tmp_path)
+    expected = behaviour(opened(tmp_path), 2)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1 << 12)
-    monkeypatch.setattr(module, "Reader", type("Watched", (module.Reader,), {}))
-    readers = []
-    monkeypatch.setattr(module.Reader, "__init__", watched(module.Reader.__init__, readers))
-    behaviour(opened(tmp_path), 2)
-    layers = [r for n, r in open_shards(tmp_path).tensors.items() if ".layers." in n]
-    assert len(readers) == 1
-    held = readers[0].memory.nbytes
-    assert 0 < held <= max(1 << 12, *(2 * ref.num_bytes for ref in layers)) < 4096 * 16 * 4
+    monkeypatch.setattr(module, "_PRODUCT_BYTES", 1 << 14)
+    reader = Reader(torch.float32)
+    found = behaviour(opened(tmp_path, reader=reader), 2)
+    assert reader._block.nbytes == 1 << 12
+    products = [product for products in reader._products.values() for _, product in products]
+    assert 0 < sum(product.nbytes for product in products) <= 1 << 14
+    torch.testing.assert_close(found, expected)
 
 
-def watched(init, readers):
-    def wrapped(self, dtype):
-        init(self, dtype)
-        readers.append(self)
-
-    return wrapped
+def test_a_product_is_computed_once_for_all_models_of_a_reader(tmp_path, monkeypatch):
+    make_llama().save_pretrained(tmp_path)
+    reader = Reader(torch.float32)
+    expected = behaviour(opened(tmp_path, reader=reader), 2)
+    monkeypatch.setattr(reader, "rows", Reader(torch.float32).rows)  # embeddings are looked up again
+    monkeypatch.setattr(reader, "_blocks", lambda *_: 1 / 0)
+    found = behaviour(opened(tmp_path, reader=reader), 2)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_what_is_stored_in_another_form_is_not_guessed(tmp_path):
@@ -85,7 +92,7 @@ def test_a_missing_tensor_is_never_filled(tmp_path, name):
     saved(tmp_path)
     tensors = {n: ref for n, ref in open_shards(tmp_path).tensors.items() if n != name}
     with pytest.raises(Unmatched):
-        on_demand(load_config(tmp_path, native=True), tensors, "model.layers", torch.float32)
+        on_demand(load_config(tmp_path, native=True), tensors, "model.layers", Reader(torch.float32))
 
 
 # -- the gate ------------------------------------------------------------------------------------------------
@@ -193,3 +200,22 @@ def test_faults_are_found(pruned, tmp_path, fault):
 
 def test_without_a_fault_it_passes(pruned):
     assert verify_checkpoint(pruned / "pruned").passed
+
+
+def test_layers_that_were_copied_to_the_wrong_places_are_found(pruned, tmp_path, monkeypatch):
+    rename = Blueprint.rename
+    wrong = {".4.": ".5.", ".5.": ".4."}  # both are kept, and of both kinds
+    swap = partial(re.compile(r"\.[45]\.").sub, lambda found: wrong[found[0]])
+    monkeypatch.setattr(Blueprint, "rename", lambda self, name: rename(self, swap(name)))
+    with pytest.raises(IntegrityError, match="failed verification: logits: relative error"):
+        prune_checkpoint(pruned / "source", tmp_path / "out", PLAN)
+
+
+def test_a_bit_that_changes_nothing_that_is_computed_is_found(tmp_path):
+    saved(tmp_path / "source")  # embeddings and head are two tensors
+    prune_checkpoint(tmp_path / "source", tmp_path / "pruned", PLAN)
+    tensors = load_file(tmp_path / "pruned" / "model.safetensors")
+    one_bit(tensors["model.embed_tokens.weight"][0])  # the prompt does not begin with token 0
+    save_file(tensors, tmp_path / "pruned" / "model.safetensors", metadata={"format": "pt"})
+    failed = verify_checkpoint(tmp_path / "pruned").checks[-1]
+    assert failed.name == "source" and "'model.embed_tokens.weight' is not" in failed.detail

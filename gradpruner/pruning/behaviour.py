@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradpruner.errors import IntegrityError
 from gradpruner.models.config_patch import text_config
+from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import load_config, load_model
 from gradpruner.models.shards import open_shards
 from gradpruner.pruning.blueprint import Blueprint
-from gradpruner.pruning.on_demand import on_demand
+from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.pieces import TORCH_DTYPES
-from gradpruner.pruning.writer import read_tensor
+from gradpruner.pruning.writer import read_tensor, same_bytes
 
 PROMPT_TOKENS = 16
 NEW_TOKENS = 8
@@ -97,8 +99,30 @@ class Both:
 _Cuts = Collection[tuple[int, str]]
 
 
+def _copies(blueprint: Blueprint, repaired: _Cuts) -> dict[str, TensorRef]:
+    """Every tensor of the checkpoint that is one of the source, and which."""
+    refitted = {blueprint.repaired_name(layer, name) for layer, name in repaired}
+    pieces = (piece for piece in blueprint.pieces() if piece.name not in refitted)
+    return {piece.name: piece.ref for piece in pieces if piece.ref is not None}
+
+
+def check_copies(folder: Path, blueprint: Blueprint, repaired: _Cuts) -> None:
+    """Compares every tensor that is one of the source with it, byte by byte.
+
+    Raises:
+        IntegrityError: If one differs.
+    """
+    here = open_shards(folder).tensors
+    for name, ref in _copies(blueprint, repaired).items():
+        if not same_bytes(here[name], ref):
+            raise IntegrityError(f"'{name}' is not '{ref.name}' of the source, byte by byte")
+
+
 def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_source: bool) -> Both:
     """Both models, each weight read when it is used; 16 bits are computed in float32.
+
+    With a source, kept tensors are read from there, and what both multiply with the same numbers is computed
+    once: `check_copies` has compared them.
 
     Args:
         folder: The checkpoint.
@@ -107,21 +131,25 @@ def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_s
         with_source: Run the source too.
 
     Raises:
-        Unmatched: If files hold weights in another form than they are computed with.
+        Unmatched: If files hold weights in another form than they are computed with, or what a layer that is
+            passed through computes is used.
         Exception: Whatever a model raises that cannot run like this.
     """
     stored = computing_dtype(folder)
     dtype = stored if stored.itemsize >= torch.float32.itemsize else torch.float32
-    here, expected = open_shards(folder).tensors, {}
+    here, expected, reader = open_shards(folder).tensors, {}, Reader(dtype)
     if with_source:
         taken = {
             blueprint.repaired_ref(layer, name).name: here[blueprint.repaired_name(layer, name)]
             for layer, name in _computed(blueprint, blueprint.view, repaired)
         }
         tensors = {**blueprint.shards.tensors, **taken}
-        source = on_demand(blueprint.config, tensors, blueprint.prefix, dtype, blueprint.plan.pruned)
+        source = on_demand(blueprint.config, tensors, blueprint.prefix, reader, blueprint.plan.pruned)
         expected = behaviour(source, FEW_NEW_TOKENS)
-    pruned = on_demand(load_config(folder, native=True), here, blueprint.prefix, dtype)
+        if not all(bool(torch.isfinite(numbers).all()) for numbers in expected.values()):
+            raise Unmatched("a layer that is passed through is used by others, or NaN or Inf is computed")
+        here = here | _copies(blueprint, repaired)
+    pruned = on_demand(load_config(folder, native=True), here, blueprint.prefix, reader)
     return Both(expected, behaviour(pruned, FEW_NEW_TOKENS), dtype, is_tied(pruned))
 
 

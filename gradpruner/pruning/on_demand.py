@@ -1,106 +1,129 @@
 """Models whose weights are read from their files when they are used, and forgotten right after.
 
 The model's own forward pass runs, so whatever it does between its layers is done here too; memory is that of
-its largest weight, rows of the embeddings and blocks of the head apart, however large the model is.
+its largest weight (linears go through block by block, embeddings by rows) however large the model is. Models
+that share a `Reader` share what they compute: a product of a weight and numbers it was multiplied with before
+is looked up.
 """
 
 from __future__ import annotations
 
 import copy
-import mmap
-import warnings
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers.initialization import no_init_weights
 
 from gradpruner.models.classes import model_class
 from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import LayeredModel
 from gradpruner.pruning.pieces import TORCH_DTYPES
-from gradpruner.pruning.writer import read_tensor
+from gradpruner.pruning.writer import fill, open_source, read_tensor
 
-_BLOCK_BYTES = 64 << 20  # of a weight that is used block by block, in the dtype it is computed in
+_BLOCK_BYTES = 2 << 20  # of a weight, in the dtype it is computed in: stays in the cache of a core
+_PRODUCT_BYTES = 256 << 20  # of products that are remembered; what comes later is computed again
 
 
 class Unmatched(Exception):
-    """A parameter is stored in another form than it is computed with: the model must be loaded whole."""
+    """A model cannot run like this: it must be loaded whole."""
 
 
 class Reader:
-    """Maps tensors into memory and converts them to the dtype they are computed in.
+    """Reads tensors, converts them to the dtype they are computed in, and remembers products.
 
-    What it returns is valid until the next call: the memory that is converted into is used again.
+    Args:
+        dtype: What is computed in.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.memory = torch.empty(0, dtype=dtype)
+        self._block = torch.empty(0, dtype=dtype)
+        self._stored = torch.empty(0, dtype=torch.uint8)
+        self._products: dict[TensorRef, list[tuple[Tensor, Tensor]]] = {}
+        self._given = torch.empty(0, dtype=dtype)  # the last that was remembered: q, k and v get the same
+        self._left = _PRODUCT_BYTES
 
     def __call__(self, ref: TensorRef) -> Tensor:
-        """The tensor, in the reader's dtype."""
-        stored = _mapped(ref)
-        if stored.dtype == self.dtype or not stored.is_floating_point():
-            return stored
-        if self.memory.numel() < stored.numel():
-            self.memory = torch.empty(0, dtype=self.dtype)  # freed before the larger one is taken
-            self.memory = torch.empty(stored.numel(), dtype=self.dtype)
-        return self.memory[: stored.numel()].view(stored.shape).copy_(stored)
+        """The whole tensor, in memory of its own."""
+        stored = read_tensor(ref)
+        return stored.to(self.dtype) if stored.is_floating_point() else stored
 
+    def rows(self, ref: TensorRef, first: int, stop: int) -> Tensor:
+        """Some rows of a matrix, valid until the next are read."""
+        return next(self._blocks(ref, first, stop, stop - first))
 
-def _mapped(ref: TensorRef) -> Tensor:
-    """A tensor whose numbers stay in the page cache; they leave the process with it."""
-    dtype = TORCH_DTYPES[ref.dtype]
-    if not ref.num_bytes or ref.start % dtype.itemsize:  # none, or where torch could not address them
-        return read_tensor(ref)
-    before = ref.start % mmap.ALLOCATIONGRANULARITY
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    with ref.file.open("rb") as file:
-        pages = mmap.mmap(
-            file.fileno(),
-            before + ref.num_bytes,
-            flags=flags,
-            prot=mmap.PROT_READ,
-            offset=ref.start - before,
-        )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it must not be written to: it is not
-        flat = torch.frombuffer(pages, dtype=dtype, count=ref.num_bytes // dtype.itemsize, offset=before)
-    return flat.view(ref.shape)
+    def product(self, given: Tensor, ref: TensorRef) -> Tensor:
+        """The linear without bias, `given @ weight.T`, block by block."""
+        for numbers, product in self._products.get(ref, ()):
+            if torch.equal(numbers, given):
+                return product.clone()
+        height = max(1, _BLOCK_BYTES // max(1, self.dtype.itemsize * ref.shape[1]))
+        blocks = self._blocks(ref, 0, ref.shape[0], height)
+        product = torch.cat([nn.functional.linear(given, block) for block in blocks], dim=-1)
+        self._left -= given.nbytes + product.nbytes
+        if self._left > 0:
+            if not torch.equal(self._given, given):
+                self._given = given.clone()
+            self._products.setdefault(ref, []).append((self._given, product.clone()))
+        return product
+
+    def _blocks(self, ref: TensorRef, first: int, stop: int, height: int) -> Iterator[Tensor]:
+        """The rows from `first` to `stop`, `height` at a time, each valid until the next."""
+        dtype, width = TORCH_DTYPES[ref.dtype], ref.shape[1]
+        size = dtype.itemsize * width
+        if self._stored.nbytes < height * size:
+            self._stored = torch.empty(height * size, dtype=torch.uint8)
+        if self._block.numel() < height * width:
+            self._block = torch.empty(height * width, dtype=self.dtype)
+        with open_source(ref.file) as file:
+            for start in range(first, stop, height):
+                count = min(height, stop - start)
+                stored = self._stored[: count * size]
+                fill(stored.numpy().data, file, ref.start + start * size, ref.file)
+                block = self._block[: count * width].view(count, width)
+                yield block.copy_(stored.view(dtype).view(count, width))
 
 
 class FileWeight(torch.Tensor):
     """A parameter that is in a file until an operation needs its numbers.
 
-    `embedding` reads only the rows it looks up, `linear` goes through large weights block by block; every
-    other operation reads all of it.
+    `embedding` reads only the rows it looks up, `linear` goes through the weight block by block; every other
+    operation reads all of it. Without a file (a layer that is passed through) all its numbers are NaN, so
+    what they reach shows.
     """
 
-    ref: TensorRef
+    ref: TensorRef | None
     reader: Reader
 
     @staticmethod
-    def __new__(cls, ref: TensorRef, reader: Reader) -> FileWeight:
+    def __new__(cls, shape: tuple[int, ...], ref: TensorRef | None, reader: Reader) -> FileWeight:
         """Announces shape and dtype; reads nothing."""
         made: FileWeight = torch.Tensor._make_wrapper_subclass(
-            cls, ref.shape, dtype=reader.dtype, device=torch.device("cpu")
+            cls, shape, dtype=reader.dtype, device=torch.device("cpu")
         )
         made.ref, made.reader = ref, reader
         made._is_param = True  # what makes it an nn.Parameter for isinstance
         return made
 
-    def rows(self, first: int, stop: int) -> Tensor:
-        """Some rows, valid until the next is read."""
-        size = self.ref.num_bytes // self.shape[0]
-        start = self.ref.start + first * size
-        part = replace(
-            self.ref, shape=(stop - first, *self.shape[1:]), start=start, stop=start + (stop - first) * size
-        )
-        return self.reader(part)
+    def read(self) -> Tensor:
+        """All of it."""
+        if self.ref is None:
+            return torch.full((), torch.nan, dtype=self.reader.dtype).expand(self.shape)
+        return self.reader(self.ref)
+
+    def row(self, index: int) -> Tensor:
+        """One row of a matrix."""
+        return self.read()[0] if self.ref is None else self.reader.rows(self.ref, index, index + 1)[0].clone()
+
+    def times(self, given: Tensor) -> Tensor:
+        """The linear without bias."""
+        if self.ref is None:
+            return given.new_full((*given.shape[:-1], self.shape[0]), torch.nan)
+        return self.reader.product(given, self.ref)
 
     @classmethod
     def __torch_function__(
@@ -110,7 +133,7 @@ class FileWeight(torch.Tensor):
         if func is nn.functional.embedding and isinstance(args[1], FileWeight):
             return _looked_up(args[0], args[1])
         if func is nn.functional.linear and isinstance(args[1], FileWeight):
-            return _product(*args, **(kwargs or {}))
+            return _linear(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -121,27 +144,21 @@ class FileWeight(torch.Tensor):
         """Reads what the operation needs."""
 
         def filled(value: Any) -> Any:
-            return value.reader(value.ref).clone() if isinstance(value, FileWeight) else value
+            return value.read() if isinstance(value, FileWeight) else value
 
         return func(*tree_map(filled, args), **tree_map(filled, kwargs or {}))
 
 
 def _looked_up(ids: Tensor, weight: FileWeight) -> Tensor:
     rows, places = ids.unique(return_inverse=True)
-    table = torch.stack([weight.rows(row, row + 1)[0].clone() for row in rows.tolist()])
-    return table[places]
+    return torch.stack([weight.row(row) for row in rows.tolist()])[places]
 
 
-def _product(given: Tensor, weight: FileWeight, bias: Tensor | None = None) -> Tensor:
-    rows = max(1, _BLOCK_BYTES // max(1, weight.reader.dtype.itemsize * weight.shape[-1]))
-    if isinstance(bias, FileWeight):
-        bias = bias.reader(bias.ref).clone()
-    parts = [
-        nn.functional.linear(given, weight.rows(first, min(first + rows, weight.shape[0])))
-        for first in range(0, weight.shape[0], rows)
-    ]
-    out = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-    return out if bias is None else out + bias
+def _linear(given: Tensor, weight: FileWeight, bias: Tensor | None = None) -> Tensor:
+    product = weight.times(given)
+    if bias is None:
+        return product
+    return product + (bias.read() if isinstance(bias, FileWeight) else bias)
 
 
 @torch.no_grad()
@@ -149,7 +166,7 @@ def on_demand(
     config: Any,
     tensors: Mapping[str, TensorRef],
     prefix: str,
-    dtype: torch.dtype,
+    reader: Reader,
     passed: Collection[int] = (),
 ) -> nn.Module:
     """A model in evaluation mode whose parameters are read from files when they are used.
@@ -158,20 +175,23 @@ def on_demand(
         config: Its transformers config.
         tensors: By name in the checkpoint.
         prefix: Under which name the layers are there.
-        dtype: What it computes in.
-        passed: Layers that hand on what they were given. They run on torch's meta device, without numbers,
-            so that a cache keeps its places.
+        reader: What its weights are read by.
+        passed: Layers that hand on what they were given. They still run, so that a cache keeps its places,
+            but all their numbers are NaN.
 
     Raises:
         Unmatched: If a parameter is not in the files in the form it is computed with.
     """
-    with init_empty_weights():  # not torch's meta device: buffers have numbers
-        model = model_class(config)._from_config(copy.deepcopy(config), dtype=dtype).eval()
+    with init_empty_weights(), no_init_weights():  # not torch's meta device: buffers have numbers
+        model = model_class(config)._from_config(copy.deepcopy(config), dtype=reader.dtype).eval()
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()  # the buffers
     model.tie_weights()  # which makes one parameter of two only out there
     view = LayeredModel(model)
     for index in passed:
-        view.layers[index] = _without_numbers(view.layers[index])
-    _fill(model, _Names(tensors, view.family.layers_path, prefix), Reader(dtype), set(passed))
+        view.layers[index] = _passed_through(view.layers[index], reader)
+    _fill(model, _Names(tensors, view.family.layers_path, prefix), reader, set(passed))
     return cast(nn.Module, model)
 
 
@@ -213,7 +233,7 @@ def _fill(model: nn.Module, names: _Names, reader: Reader, passed: Collection[in
             if ref.shape != tuple(parameter.shape) or ref.dtype not in TORCH_DTYPES:
                 raise Unmatched(f"'{name}' is stored in another form than it is computed with")
             several.setdefault(id(parameter), set()).add(ref.name)
-            made.setdefault(id(parameter), FileWeight(ref, reader))
+            made.setdefault(id(parameter), FileWeight(ref.shape, ref, reader))
     for name, module, key, parameter in places:
         if name.startswith(gone):
             continue
@@ -231,17 +251,18 @@ def _fill(model: nn.Module, names: _Names, reader: Reader, passed: Collection[in
         buffer.copy_(reader(ref))
 
 
-def _without_numbers(layer: nn.Module) -> nn.Module:
-    """A layer that runs on shapes alone and hands on what it was given."""
-    bare: Any = copy.deepcopy(layer).to("meta")
+def _passed_through(layer: nn.Module, reader: Reader) -> nn.Module:
+    """A layer without numbers that hands on what it was given."""
+    bare: Any = copy.deepcopy(layer)  # others may share its parts
+    for module in bare.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[key] = FileWeight(tuple(parameter.shape), None, reader)
     forward = bare.forward
 
-    def shapes(value: Any) -> Any:
-        return value.to("meta") if isinstance(value, Tensor) else value
-
     def hand_on(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
         given = args[0] if args else kwargs["hidden_states"]
-        out = forward(*tree_map(shapes, args), **tree_map(shapes, kwargs))
         return (given, *out[1:]) if isinstance(out, tuple) else given
 
     bare.forward = hand_on

@@ -21,10 +21,10 @@ from gradpruner.models.loading import load_config, load_structure
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
-from gradpruner.pruning.behaviour import Both, bits, dtype_name, run_on_demand, run_whole
+from gradpruner.pruning.behaviour import Both, bits, check_copies, dtype_name, run_on_demand, run_whole
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.in_memory import relative_error
-from gradpruner.pruning.on_demand import Unmatched, on_demand
+from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
 LEVELS = ("auto", "full", "structure")
@@ -216,7 +216,7 @@ def _fits(blueprint: Blueprint) -> bool:
 def _runs_on_demand(blueprint: Blueprint) -> bool:
     """Whether the files hold the weights in the form they are computed with."""
     try:
-        on_demand(blueprint.config, blueprint.shards.tensors, blueprint.prefix, torch.float32)
+        on_demand(blueprint.config, blueprint.shards.tensors, blueprint.prefix, Reader(torch.float32))
     except Unmatched:
         return False
     return True
@@ -304,6 +304,8 @@ class _Gate:
     def run_both(self) -> str:
         """What source and checkpoint compute."""
         cuts = self.linears.items()
+        if not self.tuned:
+            check_copies(self.folder, self.blueprint, cuts)
         try:
             self.both = run_on_demand(self.folder, self.blueprint, cuts, with_source=not self.tuned)
             how = "weights read as they are used"

@@ -97,7 +97,7 @@ def write_file(
         _write_all(out, header)
         check.follow(len(header))
         position = len(header)
-        sources: dict[Path, int] = {}
+        sources: dict[Path, BinaryIO] = {}
         for run in _runs(pieces):
             first = run[0].ref
             if first is None:
@@ -105,7 +105,7 @@ def write_file(
                 steps: Iterator[int] = _write_tensor(out, run[0].make())
             else:
                 if first.file not in sources:
-                    sources[first.file] = stack.enter_context(_open_source(first.file)).fileno()
+                    sources[first.file] = stack.enter_context(open_source(first.file))
                 length = sum(piece.num_bytes for piece in run)
                 steps = _copy(sources[first.file], first.start, length, out, first.file)
             for step in steps:
@@ -130,7 +130,7 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         yield run
 
 
-def _copy(source: int, start: int, length: int, out: int, path: Path) -> Iterator[int]:
+def _copy(source: BinaryIO, start: int, length: int, out: int, path: Path) -> Iterator[int]:
     """Copies a range, by the kernel where it can; yields the bytes of every step.
 
     Whatever keeps the kernel from it (another file system, an old kernel, a full disk, the end of the file),
@@ -143,35 +143,45 @@ def _copy(source: int, start: int, length: int, out: int, path: Path) -> Iterato
         count = 0
         if by_kernel:
             try:
-                count = os.copy_file_range(source, out, want, start + done)
+                count = os.copy_file_range(source.fileno(), out, want, start + done)
             except OSError:
                 by_kernel = False
         if count == 0:  # also what some file systems answer that cannot
-            data = _read(source, min(want, _READ_BYTES), start + done, path)
+            data = bytearray(min(want, _READ_BYTES))
+            fill(data, source, start + done, path)
             _write_all(out, data)
             count = len(data)
         done += count
         yield count
 
 
-def _open_source(path: Path) -> BinaryIO:
+def open_source(path: Path) -> BinaryIO:
+    """A file of weights, opened for `fill`."""
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
         raise _unreadable(path, error) from error
 
 
-def _read(source: int, count: int, start: int, path: Path) -> bytes:
-    """At least one byte and at most `count`."""
+def fill(data: bytearray | memoryview, source: BinaryIO, start: int, path: Path) -> None:
+    """Fills `data` with what stands at `start` of an open file.
+
+    Raises:
+        IntegrityError: If the file became shorter.
+        ModelError: If it cannot be read.
+    """
+    view = memoryview(data)
     try:
-        data = os.pread(source, count, start)
+        while view:
+            count = os.preadv(source.fileno(), [view], start)
+            if not count:
+                raise IntegrityError(
+                    f"{path} ended while it was read; it became shorter.",
+                    hint="Is something still writing to it?",
+                )
+            view, start = view[count:], start + count
     except OSError as error:
         raise _unreadable(path, error) from error
-    if not data:
-        raise IntegrityError(
-            f"{path} ended while it was read; it became shorter.", hint="Is something still writing to it?"
-        )
-    return data
 
 
 def _unreadable(path: Path, error: OSError) -> ModelError:
@@ -195,7 +205,7 @@ def sha256_tensor(tensor: Tensor) -> str:
     return hashlib.sha256(_bytes_of(tensor.contiguous()).data).hexdigest()
 
 
-def _write_all(out: int, data: bytes | memoryview) -> None:
+def _write_all(out: int, data: bytes | bytearray | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[os.write(out, view) :]
@@ -213,15 +223,32 @@ def read_tensor(ref: TensorRef, *, finite: bool = False) -> Tensor:
         ModelError: If it cannot be read.
     """
     tensor = torch.empty(ref.shape, dtype=TORCH_DTYPES[ref.dtype])
-    data, done = _bytes_of(tensor), 0
-    with _open_source(ref.file) as file:
-        while done < data.size:
-            part = _read(file.fileno(), min(CHECK_BYTES, data.size - done), ref.start + done, ref.file)
-            data[done : done + len(part)] = np.frombuffer(part, np.uint8)
-            done += len(part)
+    data = _bytes_of(tensor)
+    with open_source(ref.file) as file:
+        fill(data.data, file, ref.start, ref.file)
     if finite:
         scratch = np.empty(CHECK_BYTES, np.uint8)
         blocks = (data[start : start + CHECK_BYTES] for start in range(0, data.size, CHECK_BYTES))
         if any(holds_non_finite(block, ref.dtype, scratch) for block in blocks):
             raise non_finite(ref.name, ref)
     return tensor
+
+
+def same_bytes(one: TensorRef, other: TensorRef) -> bool:
+    """Whether two tensors on disk hold the same bytes.
+
+    Raises:
+        IntegrityError: If a file became shorter.
+        ModelError: If one cannot be read.
+    """
+    if one.num_bytes != other.num_bytes:
+        return False
+    here, there = (bytearray(min(CHECK_BYTES, one.num_bytes)) for _ in range(2))
+    with open_source(one.file) as first, open_source(other.file) as second:
+        for done in range(0, one.num_bytes, CHECK_BYTES):
+            size = min(CHECK_BYTES, one.num_bytes - done)  # behind it what was equal before
+            fill(memoryview(here)[:size], first, one.start + done, one.file)
+            fill(memoryview(there)[:size], second, other.start + done, other.file)
+            if here != there:
+                return False
+    return True
