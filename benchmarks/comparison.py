@@ -94,7 +94,7 @@ def shorten(task: str, prompt: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     from gradpruner.runs.recipe import check_recipe
-    from gradpruner.runs.study import carry_out, make_study
+    from gradpruner.runs.study import make_study, run_study
 
     write_rows(args, TASKS, shorten)
     for task in TASKS:
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
                 seeds=SEEDS,
                 title=f"{task}, {mode}",
             )
-            found = carry_out(study, command="benchmarks/comparison.py").study
+            found = run_study(study, command="benchmarks/comparison.py").study
             write(f"comparison/{target.name}", condensed(found, task))
 
 

@@ -9,7 +9,7 @@ from gradpruner.data.examples import Layout, Message, load_examples
 from gradpruner.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.runs.evaluation_data import load_split
 from gradpruner.runs.job import Job
-from gradpruner.runs.preview import examine
+from gradpruner.runs.preview import preview_run
 from gradpruner.runs.recipe import check_recipe, load_recipe
 
 TEXTS = [("good film", "positive"), ("bad film", "negative"), ("a film", "neutral")]
@@ -224,7 +224,7 @@ def test_a_recipe_lays_out_every_set_and_the_dry_run_shows_it(tmp_path):
         first = found.examples[0]
         assert (first.prompt, first.answer) == ("Review: text 0\nMood:", " negative")
         assert first.choices == (" negative", " positive")
-    shown = examine(load_recipe(path, overrides))
+    shown = preview_run(load_recipe(path, overrides))
     assert shown["format"].startswith("templates")
     # What the miniature vocabulary leaves of the first row: a prompt that is read, an answer that is learned.
     assert [learned for _, learned in shown["samples"][0]] == [False, True]

@@ -23,7 +23,7 @@ from gradpruner.data.encoding import (
     answer_ids,
     encode,
     encode_all,
-    preview,
+    labelled_text,
     prompt_ids,
 )
 from gradpruner.data.examples import Example, Message
@@ -369,11 +369,11 @@ def test_dataset_counts_what_it_holds(tokenizer):
 
 
 def test_preview_shows_what_is_learned(tokenizer, chat_tokenizer):
-    assert preview(tokenizer, encode(tokenizer, SUM, 100)) == [
+    assert labelled_text(tokenizer, encode(tokenizer, SUM, 100)) == [
         ("<s>2 + 2 =", False),
         (" 4</s>", True),
     ]
-    pieces = preview(chat_tokenizer, encode(chat_tokenizer, chat("Hi", "Hello", "b", "c"), 100))
+    pieces = labelled_text(chat_tokenizer, encode(chat_tokenizer, chat("Hi", "Hello", "b", "c"), 100))
     assert [text for text, is_learned in pieces if is_learned] == [
         "Hello<|im_end|>",
         "c<|im_end|>",

@@ -20,7 +20,7 @@ from gradpruner.runs import work
 from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
-from gradpruner.runs.preview import examine
+from gradpruner.runs.preview import preview_run
 from gradpruner.runs.recipe import load_recipe
 
 
@@ -335,7 +335,7 @@ def test_the_estimate_is_what_is_written(project):
     models = sum(p.stat().st_size for p in out.rglob("*.safetensors") if "trace" not in p.parts)
     assert needs["trace"] == pytest.approx(factors, rel=0.2)
     assert needs["models"] == pytest.approx(models, rel=0.2)
-    facts = examine(load_recipe(path))
+    facts = preview_run(load_recipe(path))
     assert facts["written_bytes"] == needs["trace"] + needs["models"]
     learned = "".join(text for text, supervised in facts["samples"][0] if supervised)
     assert learned.split()[0] in ("red", "blue", "green") and len(facts["samples"]) == 2

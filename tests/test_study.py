@@ -12,10 +12,10 @@ from gradpruner.progress import set_mode
 from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
-from gradpruner.runs.study import NamedPoint, Sweep, carry_out, make_study, read_study
+from gradpruner.runs.study import NamedPoint, Sweep, make_study, read_study, run_study
 from gradpruner.runs.study.carrying_out import MARKER, adopt, state_of, stored_record
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds
-from gradpruner.runs.study.preview import examine_study
+from gradpruner.runs.study.preview import preview_study
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +55,7 @@ def compared(tmp_path_factory):
             smaller=[smaller],
             seeds=[0, 1],
         )
-        outcome = carry_out(plan, command="gradpruner compare")
+        outcome = run_study(plan, command="gradpruner compare")
     return folder, plan, outcome
 
 
@@ -247,7 +247,7 @@ def test_a_second_start_does_no_work_twice_and_finds_the_same(compared, monkeypa
     monkeypatch.setitem(METHODS._entries, "broken", Method("Always fails.", score=refuse))
     monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     assert [state_of(plan.out, run) for run in plan.runs()] == ["begun", "done", "begun", "done"]
-    again = carry_out(plan)
+    again = run_study(plan)
     assert again.study["points"] == outcome.study["points"]
     assert again.study["created"] == outcome.study["created"]
 
@@ -263,7 +263,7 @@ def test_a_failed_seed_leaves_the_mean_of_the_others(compared, monkeypatch):
         return run(recipe, **options)
 
     monkeypatch.setattr(pipeline, "run", failing)
-    found = carry_out(plan)
+    found = run_study(plan)
     row, before = (rows_of(s)["last"]["metrics"]["exact_match"] for s in (found.study, outcome.study))
     assert row["per_seed"] == [before["per_seed"][0], None] and row["mean"] == before["per_seed"][0]
     assert row["paired"]["seeds"] == 1
@@ -277,10 +277,10 @@ def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path):
     sweep = Sweep(key="plan.num_prune", values=[2, 9])
     plan = make_study(load_recipe(path), out=tmp_path / "s", methods=["last"], seeds=[0], sweep=sweep)
     with pytest.raises(PlanError, match=r"plan.num_prune 9, seed 0: .*0 to 2"):
-        carry_out(plan)
+        run_study(plan)
     plan = make_study(load_recipe(path), out=tmp_path, methods=["last"], seeds=[0])
     with pytest.raises(ConfigError, match="not made by gradpruner"):
-        carry_out(plan)
+        run_study(plan)
     assert not (tmp_path / "s").exists()
 
 
@@ -289,7 +289,7 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(compared, tmp_path, monkeypa
     monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setitem(METHODS._entries, "broken", Method("Always fails.", score=refuse))
     before = {path: path.stat().st_mtime_ns for path in (folder / "study").rglob("*")}
-    facts = examine_study(plan)
+    facts = preview_study(plan)
     assert {path: path.stat().st_mtime_ns for path in (folder / "study").rglob("*")} == before
     assert facts["finetunings"] == 12 and facts["finetunings_left"] == 10
     assert facts["budgets"][""]["removed"] > 0 and facts["disk_bytes"] > 0
@@ -330,7 +330,7 @@ def test_a_sweep_shows_the_dense_row_everywhere_and_records_once(tmp_path, monke
     monkeypatch.setattr(pipeline.Variant, "tune", lambda self: trained.append(self.name) or finetune(self))
     sweep = Sweep(key="plan.num_merge", values=[0, 1], label="merged layers")
     plan = make_study(recipe_of(path), out=tmp_path / "s", methods=["gradpruner"], seeds=[0], sweep=sweep)
-    found = carry_out(plan).study
+    found = run_study(plan).study
     assert recorded == [1] and sorted(trained) == ["dense", "dropped", "merged", "merged"]
     assert found["sweep"] == {
         "key": "plan.num_merge",
@@ -356,9 +356,9 @@ def test_two_processes_may_share_a_folder_and_the_last_one_summarises(compared, 
     shutil.copytree(folder, tmp_path / "copy")
     recipe = plan.recipe
     given = {"methods": ["gradpruner", "last", "broken"], "out": tmp_path / "copy" / "study"}
-    alone = carry_out(make_study(recipe, seeds=[1], **given)).study
+    alone = run_study(make_study(recipe, seeds=[1], **given)).study
     assert alone["seeds"] == [1] and len(rows_of(alone)["last"]["metrics"]["exact_match"]["per_seed"]) == 1
-    both = carry_out(make_study(recipe, seeds=[0, 1], **given)).study
+    both = run_study(make_study(recipe, seeds=[0, 1], **given)).study
     rows = rows_of(outcome.study)
     assert rows_of(both)["last"]["metrics"] == rows["last"]["metrics"]
 

@@ -10,7 +10,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from gradpruner.data.chat import template_notes
-from gradpruner.data.encoding import encode, preview
+from gradpruner.data.encoding import encode, labelled_text
 from gradpruner.data.examples import Example, load_examples
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.errors import DataError, ModelError
@@ -52,7 +52,9 @@ def test_a_template_that_opens_no_reply_is_refused_with_the_header_it_lacks(tmp_
     with pytest.raises(DataError, match=r"ignores add_generation_prompt.*\[open\] assistant"):
         encode(make_chat_tokenizer(PLAIN), found.examples[0], 64)
     tokenizer = make_chat_tokenizer(OPENS)
-    learned = [text for text, kept in preview(tokenizer, encode(tokenizer, found.examples[0], 64)) if kept]
+    learned = [
+        text for text, kept in labelled_text(tokenizer, encode(tokenizer, found.examples[0], 64)) if kept
+    ]
     assert [" ".join(text.split()) for text in learned] == ["red [shut]"]
 
 

@@ -241,8 +241,8 @@ FULL_ROWS = TRAINED[:4]
 """The rows that are measured at every depth."""
 QUARTER = 0.25
 EARLY = 0.6
-"""Share of the rows that the dense model is tuned on where there is no other tuning: about what tuning a pruned
-model on all of them costs."""
+"""Share of the rows that the dense model is tuned on where nothing else is: as much work as tuning a pruned
+model on all of them."""
 
 
 def begun(work: Work, share: float = QUARTER) -> Path:

@@ -26,7 +26,7 @@ OPTIONAL = {
 }
 
 
-def examine() -> dict[str, Any]:
+def diagnose() -> dict[str, Any]:
     """Looks at versions, devices, disk and optional packages.
 
     Returns:

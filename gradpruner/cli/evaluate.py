@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.executing import carry_out, console, prepare, resolve
+from gradpruner.cli.executing import console, execute, prepare, resolve
 from gradpruner.cli.options import ENDING, KEYS, TUNING, Chosen, Number, Text, takes
 from gradpruner.errors import ConfigError
 
@@ -72,7 +72,7 @@ def evaluate(
     if what is None or not is_model_folder(what):
         if endpoint is not None or served_name is not None:
             raise ConfigError("--endpoint needs the folder of the model that is served, for its tokenizer.")
-        carry_out(resolve(what, chosen, chosen.out), "evaluate", chosen)
+        execute(resolve(what, chosen, chosen.out), "evaluate", chosen)
         return
     of_a_run = {KEYS[name] for name in _OF_A_RUN.split()}
     if strange := [key for key in chosen.values if key in of_a_run]:

@@ -74,7 +74,7 @@ def _unknown_recipe(name: str) -> NoReturn:
     )
 
 
-def carry_out(recipe: Recipe, name: str, chosen: Chosen) -> None:
+def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
     """Does a recipe up to the stage `name`, or says what it would do."""
     prepare(chosen.quiet)
     if chosen.dry_run:

@@ -13,7 +13,7 @@ import typer
 
 from gradpruner._version import __version__
 from gradpruner.cli import cost, evaluate, export, init, listing, models, serve, shrink, studies
-from gradpruner.cli.executing import carry_out, console, prepare, resolve
+from gradpruner.cli.executing import console, execute, prepare, resolve
 from gradpruner.cli.messages import complain, stop
 from gradpruner.cli.options import ENDING, KEYS, ROWS, Chosen, JsonOption, takes
 from gradpruner.errors import GradPrunerError
@@ -42,7 +42,7 @@ def _stage(name: str, summary: str) -> None:
     def command(chosen: Chosen) -> None:
         if name == "rate":
             chosen.values[KEYS["find_lr"]] = True
-        carry_out(resolve(chosen.recipe, chosen, chosen.out), name, chosen)
+        execute(resolve(chosen.recipe, chosen, chosen.out), name, chosen)
 
     command.__doc__ = summary
     app.command(name)(command)
@@ -93,9 +93,9 @@ def report(
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Versions, devices, free disk: what is missing here."""
-    from gradpruner.cli.doctor import examine, print_findings
+    from gradpruner.cli.doctor import diagnose, print_findings
 
-    findings = examine()
+    findings = diagnose()
     if as_json:
         typer.echo(json.dumps(findings, indent=2))
     else:

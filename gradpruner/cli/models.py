@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.executing import carry_out, console, prepare, resolve
+from gradpruner.cli.executing import console, execute, prepare, resolve
 from gradpruner.cli.options import ENDING, Chosen, JsonOption, QuietOption, given, takes
 from gradpruner.cli.suggestions import suggest
 from gradpruner.errors import ConfigError
@@ -78,7 +78,7 @@ def prune(
                 hint="A run fits its own: --set plan.repair=least_squares.",
             )
         chosen = replace(chosen, values=given(plan=str(plan) if plan else None))
-        carry_out(resolve(source, chosen, chosen.out), "prune", chosen)
+        execute(resolve(source, chosen, chosen.out), "prune", chosen)
         return
     if source is None or chosen.out is not None or chosen.overrides:
         raise ConfigError("--out and --set belong to a run; a model folder is pruned into the second folder.")

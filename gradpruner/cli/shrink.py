@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gradpruner.cli.executing import carry_out, resolve
+from gradpruner.cli.executing import execute, resolve
 from gradpruner.cli.options import ENDING, KEYS, Chosen, Number, Text, takes
 from gradpruner.errors import ConfigError
 
@@ -62,4 +62,4 @@ def shrink(
             "--learning-rate, --lora and --full say how the result is trained, and nothing is trained.",
             hint="Give --recover STEPS too, or leave them out.",
         )
-    carry_out(recipe, "run", chosen)
+    execute(recipe, "run", chosen)

@@ -245,7 +245,7 @@ def usable(
     return replace(found, examples=tuple(kept), num_dropped=dropped, notes=(*found.notes, note))
 
 
-def preview(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[str, bool]]:
+def labelled_text(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[str, bool]]:
     """Returns the sample as pieces of text, each with whether it is learned."""
     pieces: list[tuple[list[int], bool]] = []
     for token, label in zip(encoded.input_ids, encoded.labels, strict=True):

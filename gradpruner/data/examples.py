@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
-from gradpruner.data.rows import Row, RowSet, read_rows
+from gradpruner.data.rows import DataRow, RowSet, read_rows
 from gradpruner.data.shapes import FORMATS, BadRow, Example, Message, Shape
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.registry import suggest
@@ -236,7 +236,7 @@ def _check_faults(
     raise DataError(f"{rows.source}: {len(faults)} of {total} rows cannot be used: {named}.", hint)
 
 
-def _unused_note(rows: Sequence[Row], shape: Shape) -> str:
+def _unused_note(rows: Sequence[DataRow], shape: Shape) -> str:
     """Names the columns that hold something and are not looked at, and in how many rows they do."""
     counts: dict[str, int] = {}
     for row in rows:

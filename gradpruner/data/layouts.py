@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
-from gradpruner.data.parsing import Row, kind_of
+from gradpruner.data.parsing import DataRow, kind_of
 from gradpruner.data.rows import RowSet
 from gradpruner.data.shapes import BadRow, Example, Shape, text_field
 from gradpruner.errors import ConfigError, DataError
@@ -75,7 +75,7 @@ def renamed(rows: RowSet, layout: Layout) -> RowSet:
     if not layout.columns:
         return rows
     _refuse_unknown(rows, layout.columns.values(), "data.columns")
-    changed = tuple(Row(row.id, _renamed(row.fields, layout.columns)) for row in rows.rows)
+    changed = tuple(DataRow(row.id, _renamed(row.fields, layout.columns)) for row in rows.rows)
     names = dict(rows.label_names)
     names |= {new: rows.label_names[old] for new, old in layout.columns.items() if old in names}
     return RowSet(changed, rows.source, rows.sha256, rows.faults, names)

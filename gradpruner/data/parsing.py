@@ -43,7 +43,7 @@ _FIELD_LIMIT = 1 << 30  # bytes in one CSV field; Python's own limit of 128 KiB 
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One record and where it stands.
 
     Attributes:
@@ -62,7 +62,7 @@ class Faults:
 
     Attributes:
         skip: Whether bad rows are kept here instead of raised.
-        found: Row id and reason, in the order of the file.
+        found: DataRow id and reason, in the order of the file.
     """
 
     skip: bool = False
@@ -83,7 +83,7 @@ def type_of(path: Path) -> str:
     return suffix if suffix in SUFFIXES else ""
 
 
-def rows_of(path: Path, content: bytes, split: str, faults: Faults) -> Iterator[Row]:
+def rows_of(path: Path, content: bytes, split: str, faults: Faults) -> Iterator[DataRow]:
     """Yields the rows of a file's unpacked content.
 
     Args:
@@ -208,7 +208,7 @@ def kind_of(value: object) -> str:
     return names.get(type(value), "an object" if isinstance(value, Mapping) else "not JSON")
 
 
-def _jsonl_rows(path: Path, text: str, faults: Faults) -> Iterator[Row]:
+def _jsonl_rows(path: Path, text: str, faults: Faults) -> Iterator[DataRow]:
     # Only \n ends a line: U+2028 and its kin are legal inside JSON strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -224,10 +224,10 @@ def _jsonl_rows(path: Path, text: str, faults: Faults) -> Iterator[Row]:
         except DataError as error:
             faults.add(row_id, error)
             continue
-        yield Row(row_id, value)
+        yield DataRow(row_id, value)
 
 
-def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Row]:
+def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[DataRow]:
     first, _, rest = text.strip().partition("\n")
     if rest and first.startswith("{") and first.rstrip().endswith("}"):
         # JSON Lines under the name .json, as many tools write it.
@@ -253,7 +253,7 @@ def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Ro
     for index, item in enumerate(value):
         row_id = f"{path.name}[{index}]"
         if isinstance(item, dict):
-            yield Row(row_id, item)
+            yield DataRow(row_id, item)
             continue
         error = DataError(
             f"{path}[{index}]: expected an object, found {kind_of(item)}.",
@@ -262,7 +262,7 @@ def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Ro
         faults.add(row_id, error)
 
 
-def _csv_rows(path: Path, text: str, delimiter: str, faults: Faults) -> Iterator[Row]:
+def _csv_rows(path: Path, text: str, delimiter: str, faults: Faults) -> Iterator[DataRow]:
     limit = csv.field_size_limit(_FIELD_LIMIT)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] | None = None
@@ -281,7 +281,7 @@ def _csv_rows(path: Path, text: str, delimiter: str, faults: Faults) -> Iterator
                 )
                 faults.add(f"{path.name}:{line}", error)
             else:
-                yield Row(f"{path.name}:{line}", dict(zip(header, values, strict=True)))
+                yield DataRow(f"{path.name}:{line}", dict(zip(header, values, strict=True)))
             line = reader.line_num + 1
     except csv.Error as fault:
         raise DataError(
@@ -305,7 +305,7 @@ def _csv_header(path: Path, line: int, values: list[str]) -> list[str]:
     return header
 
 
-def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:
+def _parquet_rows(path: Path, content: bytes) -> Iterator[DataRow]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
@@ -318,7 +318,7 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[Row]:
             hint="Write it again, or pass JSON Lines.",
         ) from error
     for index, record in enumerate(records):
-        yield Row(f"{path.name}[{index}]", record)
+        yield DataRow(f"{path.name}[{index}]", record)
 
 
 def class_names(content: bytes) -> dict[str, tuple[str, ...]]:

@@ -20,8 +20,8 @@ from gradpruner.data.folders import is_saved_dataset, saved_split, split_files, 
 from gradpruner.data.parsing import (
     PACKED,
     SUFFIXES,
+    DataRow,
     Faults,
-    Row,
     class_names,
     kind_of,
     rows_of,
@@ -31,7 +31,7 @@ from gradpruner.data.parsing import (
 from gradpruner.errors import DataError
 from gradpruner.files import path_fault, shown
 
-__all__ = ["SUFFIXES", "Row", "RowSet", "kind_of", "read_file", "read_hub", "read_rows"]
+__all__ = ["SUFFIXES", "DataRow", "RowSet", "kind_of", "read_file", "read_hub", "read_rows"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
@@ -49,7 +49,7 @@ class RowSet:
         label_names: Names of the numbers in a column of classes, by column, where the source says them.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[DataRow, ...]
     source: str
     sha256: str
     faults: tuple[tuple[str, str], ...] = ()
@@ -129,7 +129,7 @@ def read_file(
     if root is not None:
         place = path.relative_to(root).parent.as_posix()
         prefix = "" if place == "." else f"{place}/"
-        found = tuple(Row(prefix + row.id, row.fields) for row in found)
+        found = tuple(DataRow(prefix + row.id, row.fields) for row in found)
         bad = [(prefix + row_id, reason) for row_id, reason in bad]
     names = class_names(content) if type_of(path) == ".parquet" else {}
     return RowSet(found, str(path), hashlib.sha256(packed).hexdigest(), tuple(bad), names)
@@ -170,7 +170,7 @@ def _read_saved(folder: Path, split: str) -> RowSet:
         ) from error
     if not rows:
         raise DataError(f"{part} holds no rows.", hint="Write at least one row.")
-    found = tuple(Row(f"{part.name}[{index}]", row) for index, row in enumerate(rows))
+    found = tuple(DataRow(f"{part.name}[{index}]", row) for index, row in enumerate(rows))
     return RowSet(found, str(part), _digest(rows), label_names=names)
 
 
@@ -232,7 +232,7 @@ def read_hub(
     if not rows:
         raise DataError(f"Hub dataset '{hub_id}', split '{taken}', holds no rows.")
     name = f"{hub_id}:{config}" if config else hub_id
-    found = tuple(Row(f"{name}/{taken}[{index}]", row) for index, row in enumerate(rows))
+    found = tuple(DataRow(f"{name}/{taken}[{index}]", row) for index, row in enumerate(rows))
     which = taken if taken == split else f"asked for {split}, took {taken}"
     return RowSet(found, f"{name} ({which})", _digest(rows), label_names=names)
 

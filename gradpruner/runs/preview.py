@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradpruner.data.encoding import preview
+from gradpruner.data.encoding import labelled_text
 from gradpruner.errors import GradPrunerError, ResourceError
 from gradpruner.printing import Printed, duration, num_bytes
 from gradpruner.runs.budget import bytes_to_write
@@ -24,7 +24,7 @@ from gradpruner.runs.recipe import Recipe
 NUM_SAMPLES = 2
 
 
-def examine(recipe: Recipe) -> dict[str, Any]:
+def preview_run(recipe: Recipe) -> dict[str, Any]:
     """Checks a recipe against model and data and says what it comes to.
 
     Returns:
@@ -81,7 +81,7 @@ def examine(recipe: Recipe) -> dict[str, Any]:
         "seconds_estimate": {**asdict(taken), "all": taken.seconds},
         "warnings": [*job.warnings, *_of_memory(job, fitting)],
         "samples": [
-            [[text, supervised] for text, supervised in preview(job.tokenizer, one)]
+            [[text, supervised] for text, supervised in labelled_text(job.tokenizer, one)]
             for one in job.samples.encoded[:NUM_SAMPLES]
         ],
     }
@@ -107,7 +107,7 @@ class DryRun(Printed):
     """What a run would do; prints as `gradpruner run --dry-run` does.
 
     Attributes:
-        facts: JSON values, see `examine`.
+        facts: JSON values, see `preview_run`.
         error: Why it would be refused here: what cannot fit into memory, unless the recipe says
             `memory: warn`.
     """
@@ -129,7 +129,7 @@ def dry_run(recipe: Recipe) -> DryRun:
     Raises:
         GradPrunerError: The first fault of recipe, data, model or machine, as in `run`.
     """
-    facts = examine(recipe)
+    facts = preview_run(recipe)
     refused = facts["memory_fault"] and recipe.memory == "refuse"
     return DryRun(facts, ResourceError(facts["memory_fault"]) if refused else None)
 

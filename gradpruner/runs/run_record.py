@@ -61,7 +61,7 @@ class Cost(TypedDict):
     tokens: NotRequired[int | None]
 
 
-class Row(TypedDict):
+class RowFacts(TypedDict):
     """What a study reads of a row."""
 
     error: NotRequired[str | None]
@@ -87,7 +87,7 @@ class RunRecord(TypedDict):
     model: Size
     plans: dict[str, dict[str, Any]]
     scores: dict[str, dict[str, Any]]
-    variants: dict[str, Row]
+    variants: dict[str, RowFacts]
     reference: NotRequired[dict[str, Any]]
     warnings: list[str]
 

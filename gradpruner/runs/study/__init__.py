@@ -9,7 +9,7 @@ preview        what would run
 comparing      compare: methods at one budget, as one call
 """
 
-from gradpruner.runs.study.carrying_out import Outcome, carry_out
+from gradpruner.runs.study.carrying_out import Outcome, run_study
 from gradpruner.runs.study.comparing import compare
 from gradpruner.runs.study.design import Study, make_study
 from gradpruner.runs.study.file import NamedPoint, StudyFile, Sweep, read_study
@@ -20,8 +20,8 @@ __all__ = [
     "Study",
     "StudyFile",
     "Sweep",
-    "carry_out",
     "compare",
     "make_study",
     "read_study",
+    "run_study",
 ]

@@ -53,7 +53,7 @@ class Outcome(Printed):
     """What a study came to, or would; prints as on the command line.
 
     Attributes:
-        study: What study.json says; after a dry run, what `preview.examine_study` finds.
+        study: What study.json says; after a dry run, what `preview.preview_study` finds.
         error: The first fault of any row; None when all rows are there.
         measured: Whether anything was run; not after a dry run.
         folder: Of the study.
@@ -75,7 +75,7 @@ class Outcome(Printed):
             print_study_preview(self.study, console)
 
 
-def carry_out(study: Study, *, command: str = "") -> Outcome:
+def run_study(study: Study, *, command: str = "") -> Outcome:
     """Carries out every run of a study that is not done yet, and summarises all.
 
     A run that fails becomes rows with its error; the others go on. Started again, the study goes on where it

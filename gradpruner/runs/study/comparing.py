@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gradpruner.runs.recipe import Recipe
-from gradpruner.runs.study.carrying_out import Outcome, carry_out
+from gradpruner.runs.study.carrying_out import Outcome, run_study
 from gradpruner.runs.study.design import Study, make_study
-from gradpruner.runs.study.preview import examine_study
+from gradpruner.runs.study.preview import preview_study
 
 METHODS = ("gradpruner", "last", "random")
 SEEDS = (0, 1, 2)
@@ -58,7 +58,7 @@ def compare(
 
 def carried_out(study: Study, *, dry_run: bool, command: str) -> Outcome:
     """What a study comes to, or would."""
-    return Outcome(examine_study(study), measured=False) if dry_run else carry_out(study, command=command)
+    return Outcome(preview_study(study), measured=False) if dry_run else run_study(study, command=command)
 
 
 def cleared(recipe: Recipe) -> Recipe:

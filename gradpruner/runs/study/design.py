@@ -54,7 +54,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One line of the table.
 
     Attributes:
@@ -112,7 +112,7 @@ class Study:
 
     kind: str
     recipe: Recipe
-    rows: tuple[Row, ...]
+    rows: tuple[StudyRow, ...]
     points: tuple[Point, ...]
     seeds: tuple[int, ...]
     out: Path
@@ -130,12 +130,12 @@ class Study:
             key.partition(".")[0] in PRUNING_SECTIONS for point in self.points for key in point.changes
         )
 
-    def folder(self, point: Point, row: Row, seed: int) -> str:
+    def folder(self, point: Point, row: StudyRow, seed: int) -> str:
         """The run that has a row at a point, relative to the study's folder."""
         parts = ["" if self.is_shared(row) else point.folder, row.part, f"seed-{seed}"]
         return "/".join(part for part in parts if part)
 
-    def is_shared(self, row: Row) -> bool:
+    def is_shared(self, row: StudyRow) -> bool:
         """Whether one run per seed has the row for all points."""
         return bool(row.part) and self.only_pruning_changes
 
@@ -154,7 +154,7 @@ class Study:
                         found[folder] = self._run(folder, point, row, seed)
         return list(found.values())
 
-    def _run(self, folder: str, point: Point, row: Row, seed: int) -> StudyRun:
+    def _run(self, folder: str, point: Point, row: StudyRow, seed: int) -> StudyRun:
         raw = self.recipe.model_dump(mode="json")
         if not self.is_shared(row):
             change(raw, point.changes)
@@ -274,7 +274,7 @@ def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _rows(methods: Sequence[str], smaller: Sequence[str]) -> tuple[Row, ...]:
+def _rows(methods: Sequence[str], smaller: Sequence[str]) -> tuple[StudyRow, ...]:
     names = [DENSE]
     for method in methods:
         names += _row_names(method)
@@ -283,7 +283,7 @@ def _rows(methods: Sequence[str], smaller: Sequence[str]) -> tuple[Row, ...]:
         name = Path(model).name
         description = f"A smaller model fine-tuned instead: {model}."
         part = f"smaller-{_slug(name)}"
-        rows.append(Row(f"smaller:{name}", f"{name}, fine-tuned", description, DENSE, part, model))
+        rows.append(StudyRow(f"smaller:{name}", f"{name}, fine-tuned", description, DENSE, part, model))
     doubled = [row.name for row in rows if sum(row.part == other.part != "" for other in rows) > 1]
     if doubled:  # their runs would share a folder
         raise ConfigError(
@@ -307,12 +307,12 @@ def _row_names(method: str) -> Sequence[str]:
     return [method]
 
 
-def _row(name: str) -> Row:
+def _row(name: str) -> StudyRow:
     if name in FIXED_ROWS:
         label, description = FIXED_ROWS[name]
-        return Row(name, label, description, name)
+        return StudyRow(name, label, description, name)
     method = METHODS.find(name)
-    return Row(name, method.label or name.replace("_", " "), method.description, name)
+    return StudyRow(name, method.label or name.replace("_", " "), method.description, name)
 
 
 def _points(sweep: Sweep | None, named: Sequence[NamedPoint] | None) -> tuple[Point, ...]:

@@ -14,7 +14,7 @@ from gradpruner.runs.study.carrying_out import check_study, state_of
 from gradpruner.runs.study.design import DENSE, Study
 
 
-def examine_study(study: Study) -> dict[str, Any]:
+def preview_study(study: Study) -> dict[str, Any]:
     """Checks a study against models and data and says what it comes to.
 
     Returns:
@@ -56,7 +56,7 @@ def examine_study(study: Study) -> dict[str, Any]:
 
 
 def print_study_preview(facts: dict[str, Any], console: Console) -> None:
-    """Prints what `examine_study` finds."""
+    """Prints what `preview_study` finds."""
     console.print(f"[bold]Dry run[/bold] of a study in {facts['out']}", highlight=False)
     console.print(
         f"{len(facts['runs'])} runs ({len(facts['seeds'])} seeds, {len(facts['points'])} points), "

@@ -11,7 +11,7 @@ from gradpruner.methods import METHODS
 from gradpruner.provenance import provenance, utc_now
 from gradpruner.runs.plan_names import method_of
 from gradpruner.runs.run_record import task_name
-from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Row, Study
+from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Study, StudyRow
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers
 
 # Work a method needs until the pruned model is there; what comes after is the same for every row.
@@ -92,7 +92,7 @@ class _Point:
         self.entries = {row.name: self._entries(row) for row in study.rows}
         self.answers = {row.name: self._answers(row) for row in study.rows}
 
-    def _entries(self, row: Row) -> dict[int, dict[str, Any]]:
+    def _entries(self, row: StudyRow) -> dict[int, dict[str, Any]]:
         """Seed -> the row in that seed's run, if the run has been made."""
         found = {}
         for seed in self.study.seeds:
@@ -101,7 +101,7 @@ class _Point:
                 found[seed] = _row_of(record, row.variant)
         return found
 
-    def _answers(self, row: Row) -> dict[int, Answers]:
+    def _answers(self, row: StudyRow) -> dict[int, Answers]:
         found = {}
         for seed, entry in self.entries[row.name].items():
             file = (entry.get("evaluation") or {}).get("per_example")
@@ -128,7 +128,7 @@ class _Point:
             "rows": [self._row(row) for row in self.study.rows],
         }
 
-    def _row(self, row: Row) -> dict[str, Any]:
+    def _row(self, row: StudyRow) -> dict[str, Any]:
         good = {seed: e for seed, e in self.entries[row.name].items() if is_measured(e)}
         per_seed = [self._seed(row, seed) for seed in self.study.seeds]
         errors = [entry["error"] for entry in per_seed if entry["error"]]
@@ -154,7 +154,7 @@ class _Point:
             "scores": self._facts(row, good, "scores"),
         }
 
-    def _seed(self, row: Row, seed: int) -> dict[str, Any]:
+    def _seed(self, row: StudyRow, seed: int) -> dict[str, Any]:
         folder = self.study.folder(self.point, row, seed)
         entry = self.entries[row.name].get(seed)
         if entry is not None:
@@ -183,7 +183,7 @@ class _Point:
     def _metric_names(self, entries: Mapping[int, dict[str, Any]]) -> list[str]:
         return list(dict.fromkeys(name for e in entries.values() for name in e["evaluation"]["metrics"]))
 
-    def _metric(self, row: Row, name: str, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    def _metric(self, row: StudyRow, name: str, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         def value(entry: dict[str, Any] | None, part: str) -> float | None:
             measured = ((entry or {}).get(part) or {}).get("metrics", {}).get(name)
             return None if measured is None else float(measured["value"])
@@ -212,12 +212,12 @@ class _Point:
             for name, first in found.items()
         }
 
-    def _paired(self, row: Row, other: str, metric: str) -> dict[str, Any] | None:
+    def _paired(self, row: StudyRow, other: str, metric: str) -> dict[str, Any] | None:
         if row.name == other or other not in self.answers:
             return None
         return paired_over_seeds(self.answers[row.name], self.answers[other], metric)
 
-    def _costs(self, row: Row, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    def _costs(self, row: StudyRow, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         dense = self.entries[DENSE]
         methods = [self._method_stages(row, seed) for seed in good] if row.variant != DENSE else []
         ratios: dict[str, list[float | None]] = {"finetune": [], "evaluation": []}
@@ -251,11 +251,11 @@ class _Point:
             "inference_ratio": _mean(ratios["evaluation"]),
         }
 
-    def _method_stages(self, row: Row, seed: int) -> list[dict[str, Any]]:
+    def _method_stages(self, row: StudyRow, seed: int) -> list[dict[str, Any]]:
         record = self.found.records[self.study.folder(self.point, row, seed)]
         return method_stages(record, row.variant)
 
-    def _facts(self, row: Row, good: Mapping[int, dict[str, Any]], part: str) -> list[dict[str, Any]]:
+    def _facts(self, row: StudyRow, good: Mapping[int, dict[str, Any]], part: str) -> list[dict[str, Any]]:
         """The plans, or the scores, of every seed."""
         name = row.variant if part == "plans" else method_of(row.variant)
         found = []
