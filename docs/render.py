@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,11 @@ def demo() -> str:
     )
 
 
-def demo_run() -> str:
-    result = read(RESULTS / "demo_run.json")
-    return f"{result['table']}\n\nAll stages together: {result['seconds']:.0f} s on {machine(result)}."
+def recipe_run(name: str) -> str:
+    result = read(RESULTS / f"{name}_run.json")
+    took = result["seconds"]
+    shown = f"{took:.0f} s" if took < 600 else f"{took / 60:.0f} minutes"
+    return f"{result['table']}\n\nAll stages together: {shown} on {machine(result)}."
 
 
 def training_step() -> str:
@@ -331,7 +334,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "real_tasks": real_tasks,
     "learning_rates": learning_rates,
     "demo": demo,
-    "demo_run": demo_run,
+    "demo_run": partial(recipe_run, "demo"),
+    "smollm2_run": partial(recipe_run, "smollm2"),
     "speed": speed,
     "families": families,
     "tasks": tasks,

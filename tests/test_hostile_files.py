@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +19,12 @@ from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, Plan
 from gradpruner.evaluation.outputs import Output, output_line, read_examples
 from gradpruner.gradients.scores import LayerScores, score_layers
 from gradpruner.gradients.trace import GradientTrace
+from gradpruner.json_files import read_object
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.reading import load_plan
 from gradpruner.plans.repair import Repair, RepairedCut
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 from gradpruner.reports import markdown_table, print_summary, render_html
-from gradpruner.reports.record import read_record
 from gradpruner.runs.directory import MANIFEST, RunDirectory
 from gradpruner.runs.recipe import check_recipe, load_recipe, recipe_yaml
 
@@ -202,7 +203,7 @@ def record():
 
 
 def shown_in_text(path):
-    found = read_record(path, "run record")
+    found = read_object(path, "run record", dict[str, Any])
     print_summary(found, Console(file=io.StringIO(), width=100))
     # Commands are code: nothing in them is markup.
     lines = [line for line in markdown_table(found).splitlines() if not line.startswith("    ")]
@@ -228,7 +229,7 @@ ATTACKS = (
 
 def test_run_records_as_a_page(tmp_path):
     def read(path):
-        page = render_html(read_record(path, "run record"), path.with_name("report.html"))
+        page = render_html(read_object(path, "run record", dict[str, Any]), path.with_name("report.html"))
         assert SCRIPT not in page.read_text()
 
     attack(tmp_path / "run.json", record(), read, 5)
@@ -292,8 +293,8 @@ def test_evidence_that_no_file_can_hold(value):
 
 def test_a_run_record_that_is_a_list(tmp_path):
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(IntegrityError, match="not an object"):
-        read_record(tmp_path / "run.json", "run record")
+    with pytest.raises(IntegrityError, match="should be an object"):
+        read_object(tmp_path / "run.json", "run record", dict[str, Any])
 
 
 @pytest.mark.parametrize(

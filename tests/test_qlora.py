@@ -147,7 +147,7 @@ def test_a_whole_run_by_command_line(tmp_path, call):
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch, keys, said):
-    monkeypatch.setattr("gradpruner.runs.job.check_sharding", lambda *_: None)
+    monkeypatch.setattr("gradpruner.runs.early_checks.check_sharding", lambda *_: None)
     path, _ = project(tmp_path, **keys)
     with pytest.raises(ConfigError, match=said):
         Job(load_recipe(path))

@@ -19,9 +19,9 @@ from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import render_html
 from gradpruner.runs.depth_search import possible_numbers, refuse_uncertified
 from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.early_checks import check_methods
 from gradpruner.runs.evaluation_data import with_validation
 from gradpruner.runs.job import Job
-from gradpruner.runs.method_checks import check_methods
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import check_recipe, load_recipe
 

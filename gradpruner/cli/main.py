@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,10 +75,10 @@ def report(
 ) -> None:
     """Render report.html again from run.json."""
     from gradpruner.files import working_in
+    from gradpruner.json_files import read_object
     from gradpruner.reports import markdown_table, print_summary, render_html
-    from gradpruner.reports.record import read_record
 
-    record = read_record(run_directory / "run.json", "run record")
+    record = read_object(run_directory / "run.json", "run record", dict[str, Any])
     with working_in(run_directory):
         path = render_html(record, run_directory / "report.html")
     if as_json:

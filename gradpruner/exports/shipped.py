@@ -11,13 +11,13 @@ from typing import Any
 from gradpruner.errors import ConfigError, ModelError
 from gradpruner.evaluation.outputs import read_examples
 from gradpruner.files import shown, staging
-from gradpruner.json_files import read_json
+from gradpruner.json_files import read_json, read_object
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, locate_model
 from gradpruner.models.loading import load_adapter, load_model, load_tokenizer
 from gradpruner.models.saving import save_model
 from gradpruner.plans.reading import Plan, read_plan
-from gradpruner.reports.record import Record, VariantRecord, read_record
+from gradpruner.reports.record import Record, VariantRecord
 from gradpruner.reports.shipping import model_to_ship
 from gradpruner.runs.directory import MANIFEST, read_manifest, stays_inside
 
@@ -125,7 +125,7 @@ def _of_run(run: Path, row: str | None) -> FinishedModel:
             f"The run in {run} is not finished: it has no run.json yet.",
             hint=f"Start it again, it goes on where it stopped: gradpruner run --out {run}",
         )
-    raw = read_record(run / "run.json", "run record")
+    raw = read_object(run / "run.json", "run record", dict[str, Any])
     chosen, record = model_to_ship(raw, row), Record.model_validate(raw)
     given = chosen.row == "dense" and chosen.folder == record.model.path
     if not given and not stays_inside(chosen.folder):

@@ -17,9 +17,10 @@ from pydantic import AliasPath, Field
 
 from gradpruner.errors import GradPrunerError
 from gradpruner.files import LOCK_FILE
+from gradpruner.json_files import read_object
 from gradpruner.printing import number, text
 from gradpruner.reports.reading import PENDING, pairs, read
-from gradpruner.reports.record import Each, Fields, Named, Number, Part, count, read_record
+from gradpruner.reports.record import Each, Fields, Named, Number, Part, count
 from gradpruner.reports.view import View
 
 REPORT = "report.html"
@@ -193,7 +194,7 @@ def _parsed(shape: Callable[[dict[str, Any]], Any], path: Path) -> Any:
 @lru_cache(maxsize=512)
 def _kept(shape: Callable[[dict[str, Any]], Any], path: Path, when: int, size: int) -> Any:
     """A file that has not changed is not read again every few seconds."""
-    return shape(read_record(path, "record"))
+    return shape(read_object(path, "record", dict[str, Any]))
 
 
 def _now(pulse: Path | None) -> Now | None:
@@ -201,7 +202,7 @@ def _now(pulse: Path | None) -> Now | None:
     if pulse is None or time.time() - _written(pulse) > _ALIVE_SECONDS:
         return None
     try:
-        return Now.model_validate(read_record(pulse, "progress"))
+        return Now.model_validate(read_object(pulse, "progress", dict[str, Any]))
     except GradPrunerError:  # gone this moment, or another program's
         return None
 

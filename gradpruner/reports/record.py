@@ -6,14 +6,10 @@ An interrupted run still has a report, and a record may come from somebody else.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field, model_validator
 
-from gradpruner.errors import IntegrityError
-from gradpruner.files import shown
-from gradpruner.json_files import read_json
 from gradpruner.printing import number
 
 FEW_EXAMPLES = 100
@@ -387,15 +383,3 @@ class Record(Part):
     plot: Fields = {}
     planned: Number = Field(default=None, validation_alias=AliasPath("runs", "planned"))
     done: Number = Field(default=None, validation_alias=AliasPath("runs", "finished"))
-
-
-def read_record(path: Path, kind: str) -> dict[str, Any]:
-    """Reads run.json or study.json as it stands.
-
-    Raises:
-        IntegrityError: If it is missing, no JSON, or no object.
-    """
-    found = read_json(path, kind)
-    if not isinstance(found, dict):
-        raise IntegrityError(f"{path} is not a readable {kind}: it is {shown(found)}, not an object.")
-    return found

@@ -40,6 +40,7 @@ from gradpruner.provenance import hash_folder, sha256_json
 from gradpruner.pruning.refitting import ANSWERS, enough_rows
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import warnings_of
+from gradpruner.runs.early_checks import check_methods, check_training
 from gradpruner.runs.evaluation_data import (
     check_evaluation,
     load_also,
@@ -48,16 +49,14 @@ from gradpruner.runs.evaluation_data import (
     tokenizer_of,
     with_validation,
 )
-from gradpruner.runs.method_checks import check_methods
 from gradpruner.runs.plan_names import LABELS
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.adapters import is_4bit
-from gradpruner.training.checks import check_4bit, check_liger, check_optimizer, check_trackers
-from gradpruner.training.finetuning import check_checkpointing, planned_steps
+from gradpruner.training.finetuning import planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, told
 from gradpruner.training.recording import default_steps
-from gradpruner.training.sharding import check_sharding, check_world_size
+from gradpruner.training.sharding import check_world_size
 from gradpruner.world import this_world
 
 
@@ -82,17 +81,8 @@ class Job:
                 self.method_options(name)
         check_methods(recipe)
         resolve_device(recipe.model.device)
-        check_trackers(recipe.finetune.report_to)
-        check_optimizer(recipe.finetune.optim)
+        check_training(recipe)
         check_evaluation(recipe)
-        check_checkpointing(recipe.finetune.gradient_checkpointing, recipe.model.device)
-        check_sharding(recipe.finetune.fsdp, recipe.finetune.deepspeed, recipe.model.device)
-        if recipe.finetune.mode == "qlora":
-            check_4bit("finetune.mode", recipe.finetune.fsdp, recipe.finetune.deepspeed)
-        if recipe.record.adapter == "qlora":  # recorded without DeepSpeed
-            check_4bit("record.adapter", recipe.finetune.fsdp, None)
-        if recipe.finetune.liger:
-            check_liger(recipe.model.device)
         self.folder = locate_model(recipe.model.path)
         self.origin = self.folder
         refuse_narrowed(self.folder)

@@ -1,4 +1,4 @@
-"""Rows of a recipe whose methods cannot do what it asks of them: found before model and data are opened."""
+"""What methods, packages or machine cannot do of what a recipe asks: found before a model is opened."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from gradpruner.errors import ConfigError
 from gradpruner.methods import METHODS
 from gradpruner.runs.plan_names import method_of
 from gradpruner.runs.recipe import Recipe
+from gradpruner.training.checks import check_4bit, check_liger, check_optimizer, check_trackers
+from gradpruner.training.finetuning import check_checkpointing
+from gradpruner.training.sharding import check_sharding
 from gradpruner.world import this_world
 
 
@@ -36,3 +39,18 @@ def check_methods(recipe: Recipe) -> None:
                 f"plan.max_loss needs methods that score layers; {name} decides by itself what goes.",
                 hint="Give plan.num_prune instead, or take another method: gate, gradpruner, shortgpt.",
             )
+
+
+def check_training(recipe: Recipe) -> None:
+    """Raises ConfigError for a way of recording or fine-tuning that cannot be had here."""
+    tuning, device = recipe.finetune, recipe.model.device
+    check_trackers(tuning.report_to)
+    check_optimizer(tuning.optim)
+    check_checkpointing(tuning.gradient_checkpointing, device)
+    check_sharding(tuning.fsdp, tuning.deepspeed, device)
+    if tuning.mode == "qlora":
+        check_4bit("finetune.mode", tuning.fsdp, tuning.deepspeed)
+    if recipe.record.adapter == "qlora":  # recorded without DeepSpeed
+        check_4bit("record.adapter", tuning.fsdp, None)
+    if tuning.liger:
+        check_liger(device)
