@@ -26,6 +26,9 @@ from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.runs.recipe import Recipe
 
+MOST_TO_CHOOSE = 200
+"""Training rows that are held out to choose between a model and the same trained further, at most; of fewer
+than ten times as many, a tenth. To certify a loss it is a fifth, and data.validation_limit at most."""
 MOST_HELD_OUT = 1000
 """Rows that are held out of the training rows to be measured on, at most; of fewer than ten times as many, a
 tenth."""
@@ -210,7 +213,10 @@ def with_validation(
     if data.validation is not None:
         found = _own_rows(recipe, data.validation, "validation", data.validation_limit)
         return train, _usable(recipe, found, tokenizer, max_length)
-    return _held_out(recipe, train, min(data.validation_limit, len(train) // 5), "validation", "validation")
+    count = min(data.validation_limit, len(train) // 5)
+    if recipe.chooses_recovery and recipe.plan.max_loss is None:
+        count = min(count, MOST_TO_CHOOSE, max(1, len(train) // 10))
+    return _held_out(recipe, train, count, "validation", "validation")
 
 
 def _held_out(
