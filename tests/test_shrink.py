@@ -109,7 +109,7 @@ def test_a_recovery_is_kept_only_where_validation_rows_say_so(tmp_path, rate, ke
     )
     row = record["variants"]["dropped"]
     found = row["finetune"]["kept"]
-    assert (found["model"], found["rows"]) == (kept, 4)
+    assert (found["model"], found["rows"]) == (kept, 2)
     assert (found["after"] < found["before"]) == (kept == "trained")
     both = [load_file(folder / f"variants/dropped/{name}/model.safetensors") for name in ("pruned", "model")]
     same = all(torch.equal(both[0][name], both[1][name]) for name in both[0])

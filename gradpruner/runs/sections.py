@@ -86,7 +86,7 @@ class DataSection(Section):
     """Rows on which choices are made: how many layers go (plan.max_loss), which row the report names to ship.
     null: only plan.max_loss and recover need some, and hold them out of the training rows."""
     validation_limit: int = Field(default=500, ge=1)
-    """Validation rows at most; held out, they are at most a fifth of the training rows, and a tenth and 200 where
+    """Validation rows at most; held out, they are at most a fifth of the training rows, a tenth and 200 where
     only a recovery is chosen by them."""
     max_length: int = Field(default=2048, ge=2)
     """Tokens per sample; longer prompts are cut from the left."""
