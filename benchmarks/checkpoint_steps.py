@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def write_source(folder: str, shape: Json) -> Json:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from gradpruner.pruning.checked import reading
     from gradpruner.pruning.pieces import Piece, pack
     from gradpruner.pruning.writer import write_shards
 
@@ -62,7 +64,9 @@ def write_source(folder: str, shape: Json) -> Json:
         return Piece(name, "BF16", tuple(size), 2 * size.numel(), make=lambda: values(name, size))
 
     pieces = [piece(name, tensor.shape) for name, tensor in state.items()]
-    files = write_shards(Path(folder), pack(pieces, SHARD_BYTES), {"format": "pt"})
+    with reading() as reader:
+        begun = write_shards(Path(folder), pack(pieces, SHARD_BYTES), {"format": "pt"}, reader)
+        files = [file.result() for file in begun]
     return {"parameters": sum(t.numel() for t in state.values()), "tensors": len(state), "files": len(files)}
 
 
@@ -147,7 +151,7 @@ def run_ours(
 def clock(
     module: Any, name: str, phase: str, spent: dict[str, float], look: Callable[..., None] | None = None
 ) -> None:
-    """Replaces a function by one that adds up the time spent in it."""
+    """Replaces a function by one that adds up the time that is spent in it, other threads left out."""
     original = getattr(module, name)
     spent[phase] = 0.0
 
@@ -158,7 +162,8 @@ def clock(
         try:
             return original(*args, **options)
         finally:
-            spent[phase] += time.perf_counter() - begin
+            if threading.current_thread() is threading.main_thread():
+                spent[phase] += time.perf_counter() - begin
 
     setattr(module, name, timed)
 

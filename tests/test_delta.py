@@ -24,6 +24,7 @@ from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.provenance import sha256_json
 from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.checked import reading
 from gradpruner.pruning.delta import diff_checkpoint
 from gradpruner.pruning.delta_record import read_record
 from gradpruner.pruning.on_disk import prune_checkpoint
@@ -55,7 +56,9 @@ def write_pruned(source, folder, plan, trace=None, max_bytes=10**9):
     """What prune_checkpoint writes, without the checks, which take most of its time."""
     folder.mkdir()
     blueprint = Blueprint(source, plan, trace)
-    write_shards(folder, pack(blueprint.pieces(), max_bytes), {"format": "pt"})
+    with reading() as reader:
+        for shard in write_shards(folder, pack(blueprint.pieces(), max_bytes), {"format": "pt"}, reader):
+            shard.result()
     write_json(folder / "config.json", blueprint.new_config())
     for path in carried_files(blueprint.source):
         (folder / path.relative_to(source)).parent.mkdir(exist_ok=True)

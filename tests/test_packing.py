@@ -230,7 +230,8 @@ def test_several_files_get_an_index_that_transformers_and_we_read(tmp_path):
     pieces = stored(tmp_path / "source", {f"w{i}": torch.randn(4, i + 1) for i in range(9)})
     folder = tmp_path / "out"
     folder.mkdir()
-    written = write_shards(folder, pack(pieces, 250), METADATA)
+    with checked.reading() as reader:
+        written = [shard.result() for shard in write_shards(folder, pack(pieces, 250), METADATA, reader)]
     assert len(written) > 2 and {s.name for s in written} | {INDEX_FILE} == set(os.listdir(folder))
     index = json.loads((folder / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(piece.num_bytes for piece in pieces)

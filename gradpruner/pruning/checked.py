@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,21 @@ def non_finite(name: str, ref: TensorRef | None) -> IntegrityError:
     )
 
 
-class ReadBack:
-    """Follows a file that is being written: hashes it and refuses NaN and Inf."""
+@contextmanager
+def reading() -> Iterator[Executor]:
+    """The thread that reads back; what it has not begun when the block ends is given up."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
-    def __init__(self, path: Path, data_start: int, pieces: Sequence[Piece]) -> None:
-        self.path = path
+
+class ReadBack:
+    """Follows a file that is being written, in a thread: hashes it and refuses NaN and Inf."""
+
+    def __init__(self, path: Path, data_start: int, pieces: Sequence[Piece], reader: Executor) -> None:
+        self.path, self._reader = path, reader
         self._spans: deque[tuple[int, int, Piece]] = deque()
         for piece in pieces:
             self._spans.append((data_start, data_start + piece.num_bytes, piece))
@@ -72,65 +83,59 @@ class ReadBack:
         self._hash = hashlib.sha256()
         self._done = 0
         self._pending: deque[Future[None]] = deque()
-        self._buffer = bytearray(CHECK_BYTES)
         self._begun = b""
-        self._bytes = np.frombuffer(self._buffer, np.uint8)
-        self._scratch = np.empty(CHECK_BYTES, np.uint8)
-
-    def __enter__(self) -> ReadBack:
-        self._file = self.path.open("rb", buffering=0)
-        self._pool = ThreadPoolExecutor(1)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
-        self._file.close()
 
     def follow(self, position: int) -> None:
         """The file is written up to here; waits if the check is far behind."""
-        self._pending.append(self._pool.submit(self._read_to, position))
+        self._pending.append(self._reader.submit(self._read_to, position))
         while len(self._pending) > _BACKLOG:
             self._pending.popleft().result()
 
-    def result(self) -> str:
-        """Waits for the end; the SHA-256 of the file."""
+    def digest(self) -> str:
+        """Waits until all that is written is read; the SHA-256 of the file."""
         while self._pending:
             self._pending.popleft().result()
         return self._hash.hexdigest()
 
     def _read_to(self, position: int) -> None:
-        while self._done < position:
-            view = memoryview(self._buffer)[: min(CHECK_BYTES, position - self._done)]
-            filled = 0
-            while filled < len(view):
-                count = self._file.readinto(view[filled:])
-                if not count:
-                    raise IntegrityError(f"{self.path} is shorter than what was written to it.")
-                filled += count
-            self._hash.update(view)
-            self._scan(self._done, self._done + len(view))
-            self._done += len(view)
+        block, scratch = np.empty((2, CHECK_BYTES), np.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._done)
+            while self._done < position:
+                data = block[: min(CHECK_BYTES, position - self._done)]
+                view = data.data
+                filled = 0
+                while filled < len(view):
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise IntegrityError(f"{self.path} is shorter than what was written to it.")
+                    filled += count
+                self._hash.update(view)
+                self._scan(data, self._done, scratch)
+                self._done += len(view)
 
-    def _scan(self, start: int, stop: int) -> None:
-        """Looks at the bytes from `start` to `stop` of the file, which are in the buffer."""
+    def _scan(self, read: np.ndarray[Any, Any], start: int, scratch: np.ndarray[Any, Any]) -> None:
+        """Looks at bytes that were read from `start` on."""
+        stop = start + read.size
         while self._spans and self._spans[0][0] < stop:
             first, last, piece = self._spans[0]
             word = _word_size(piece.dtype)
-            data = self._bytes[max(first, start) - start : min(last, stop) - start]
+            data = read[max(first, start) - start : min(last, stop) - start]
             if self._begun:  # a word that the block before ended in; only in headers we did not make
                 rest = data[: word - len(self._begun)]
                 data = data[rest.size :]
                 self._begun += rest.tobytes()
                 if len(self._begun) == word:
-                    self._refuse_non_finite(np.frombuffer(self._begun, np.uint8), piece)
+                    _refuse_non_finite(np.frombuffer(self._begun, np.uint8), piece, scratch)
                     self._begun = b""
             whole = data.size - data.size % word
-            self._refuse_non_finite(data[:whole], piece)
+            _refuse_non_finite(data[:whole], piece, scratch)
             self._begun += data[whole:].tobytes()
             if last > stop:
                 return
             self._spans.popleft()
 
-    def _refuse_non_finite(self, data: np.ndarray[Any, Any], piece: Piece) -> None:
-        if holds_non_finite(data, piece.dtype, self._scratch):
-            raise non_finite(piece.name, piece.ref)
+
+def _refuse_non_finite(data: np.ndarray[Any, Any], piece: Piece, scratch: np.ndarray[Any, Any]) -> None:
+    if holds_non_finite(data, piece.dtype, scratch):
+        raise non_finite(piece.name, piece.ref)

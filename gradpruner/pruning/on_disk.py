@@ -25,6 +25,7 @@ from gradpruner.models.headers import check_inside
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.blueprint import Blueprint
+from gradpruner.pruning.checked import reading
 from gradpruner.pruning.pieces import pack
 from gradpruner.pruning.verification import LEVELS, VerifyReport, compares_fully, verify_written
 from gradpruner.pruning.writer import WrittenShard, write_shards
@@ -103,12 +104,13 @@ def write_pruned(
     needed = sum(piece.num_bytes for piece in pieces) + sum(path.stat().st_size for path in carried)
     check_free_space(target.parent, int(needed * 1.01) + (16 << 20), "The pruned checkpoint")
     metadata = next((h.metadata for h in blueprint.shards.headers if h.metadata), {})
-    with staged_folder(target) as staged:
+    with staged_folder(target) as staged, reading() as reader:
         files = pack(pieces, max_shard_bytes)
-        written = write_shards(staged, files, {"format": "pt", **metadata}, progress)
+        begun = write_shards(staged, files, {"format": "pt", **metadata}, reader, progress)
         write_text(staged / "config.json", _config_text(blueprint.new_config()))
         carry(source, carried, staged)
         report = verify_written(staged, blueprint, verify)
+        written = [shard.result() for shard in begun]  # what is damaged there is the better reason
         report = replace(report, folder=str(target))
         report.raise_on_failure()
         facts = _facts(blueprint, written, report, previous)

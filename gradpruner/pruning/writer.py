@@ -1,7 +1,7 @@
 """Writing safetensors files from pieces of others: copied by the kernel, read back, never held in memory.
 
-What is written is read back by a second thread while the next range is copied: it hashes the file and looks
-for NaN and Inf, so both cost a core and hardly any time.
+What is written is read back by a second thread while the next range is copied, or something else is done: it
+hashes the file, looks for NaN and Inf, and makes it durable, so all three cost a core and hardly any time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from gradpruner.errors import IntegrityError, ModelError
+from gradpruner.files import make_durable
 from gradpruner.models.headers import TensorRef
 from gradpruner.models.shards import INDEX_FILE
-from gradpruner.pruning.checked import CHECK_BYTES, ReadBack, holds_non_finite, non_finite
+from gradpruner.pruning.checked import CHECK_BYTES, ReadBack, holds_non_finite, non_finite, reading
 from gradpruner.pruning.pieces import TORCH_DTYPES, Piece, header_of, shard_names
 
 _COPY_BYTES = 64 << 20  # copied at a time, so that progress moves and the check can follow
@@ -50,8 +52,9 @@ def write_shards(
     folder: Path,
     files: Sequence[Sequence[Piece]],
     metadata: dict[str, str],
+    reader: Executor,
     progress: Callable[[int], None] | None = None,
-) -> list[WrittenShard]:
+) -> list[Future[WrittenShard]]:
     """Writes the files and, if there is more than one, the index that transformers looks for.
 
     Memory: two blocks of half a megabyte, and what one computed tensor takes.
@@ -60,23 +63,33 @@ def write_shards(
         folder: Where to.
         files: The tensors of each file, in order.
         metadata: The free strings of every header ("format": "pt").
+        reader: The thread that reads back: `reading()`.
         progress: Called with the number of bytes written since the last call.
+
+    Returns:
+        The files, each when it is read back and durable; those errors are raised there too.
 
     Raises:
         IntegrityError: If a tensor holds NaN or Inf, or the source ends before its header says.
         OSError: If the disk is full.
     """
-    written = []
-    for name, pieces in zip(shard_names(len(files)), files, strict=True):
-        digest = write_file(folder / name, pieces, metadata, progress)
-        size = (folder / name).stat().st_size
-        written.append(WrittenShard(name, digest, size, tuple(piece.name for piece in pieces)))
+    names = shard_names(len(files))
+    checks = [
+        _write(folder / name, pieces, metadata, reader, progress)
+        for name, pieces in zip(names, files, strict=True)
+    ]
+
+    def finish(name: str, pieces: Sequence[Piece], check: ReadBack) -> WrittenShard:
+        digest, path = check.digest(), folder / name
+        make_durable(path)
+        return WrittenShard(name, digest, path.stat().st_size, tuple(piece.name for piece in pieces))
+
     if len(files) > 1:
-        weight_map = {tensor: shard.name for shard in written for tensor in shard.tensors}
+        weight_map = {piece.name: name for name, pieces in zip(names, files, strict=True) for piece in pieces}
         total = sum(piece.num_bytes for pieces in files for piece in pieces)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return written
+    return [reader.submit(finish, *shard) for shard in zip(names, files, checks, strict=True)]
 
 
 def write_file(
@@ -90,10 +103,23 @@ def write_file(
 
     `header` is written instead of one made from the pieces and `metadata`, length included.
     """
+    with reading() as reader:
+        return _write(path, pieces, metadata, reader, progress, header).digest()
+
+
+def _write(
+    path: Path,
+    pieces: Sequence[Piece],
+    metadata: dict[str, str],
+    reader: Executor,
+    progress: Callable[[int], None] | None,
+    header: bytes | None = None,
+) -> ReadBack:
+    """Writes one file, which is then still being read back."""
     header = header_of(pieces, metadata) if header is None else header
     with ExitStack() as stack:
         out = stack.enter_context(path.open("wb", buffering=0)).fileno()
-        check = stack.enter_context(ReadBack(path, len(header), pieces))
+        check = ReadBack(path, len(header), pieces, reader)
         _write_all(out, header)
         check.follow(len(header))
         position = len(header)
@@ -113,7 +139,7 @@ def write_file(
                 check.follow(position)
                 if progress is not None:
                     progress(step)
-        return check.result()
+        return check
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
