@@ -287,7 +287,7 @@ def read_plain(path: Path, limit: int = JSON_LIMIT) -> bytes:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody feeds would be waited for
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is no plain file")
+            raise ValueError("it is not a plain file")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(limit + 1)
     finally:
@@ -304,7 +304,7 @@ def path_fault(path: Path) -> str | None:
         path.lstat()
         path.exists()
     except UnicodeEncodeError:
-        return "its name is no UTF-8 text"
+        return "its name is not UTF-8 text"
     except ValueError:
         return "its name holds a NUL character"
     except OSError as error:

@@ -45,7 +45,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_json(value: Any) -> None:
-    """Raises ValueError if a JSON value holds text that is no text, NaN, or is nested too deeply."""
+    """Raises ValueError if a JSON value holds text that is not text, NaN, or is nested too deeply."""
     level, depth = [value], 0
     while level:
         depth += 1
@@ -55,7 +55,9 @@ def check_json(value: Any) -> None:
         for item in level:
             if isinstance(item, str):
                 if _SURROGATE.search(item):
-                    raise ValueError(f"it holds half a surrogate pair, which is no character: {item[:40]!r}")
+                    raise ValueError(
+                        f"it holds half a surrogate pair, which is not a character: {item[:40]!r}"
+                    )
             elif isinstance(item, dict):
                 below += [*item, *item.values()]
             elif isinstance(item, list | tuple):

@@ -34,7 +34,7 @@ class Printed:
         """Prints sentences and tables.
 
         Args:
-            console: Where to; no colours when it is no terminal, no symbols when it cannot show them.
+            console: Where to; no colours when it is not a terminal, no symbols when it cannot show them.
         """
         raise NotImplementedError
 

@@ -70,7 +70,7 @@ def test_a_jinja_file_is_a_template_and_anything_else_is_refused(tmp_path):
     ):
         choose_template(base_tokenizer(), "chatm")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="no UTF-8 text"):
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
         choose_template(base_tokenizer(), str(path))
     assert template_mark(None) == "" and template_mark("chatml") != template_mark("llama3")
 

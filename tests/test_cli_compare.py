@@ -153,7 +153,7 @@ def test_studies_that_come_along_are_listed(call, tmp_path, monkeypatch):
         (("--methods", ","), "--methods names nothing"),
         (("--seeds", ""), "A study needs seeds"),
         (("--seeds", "0,1,1"), "Seed 1 is given more than once"),
-        (("--seeds", "0,x"), "'x' is no seed"),
+        (("--seeds", "0,x"), "'x' is not a seed"),
         (("--unit", "layers"), "'parameters' or 'decoder_parameters'"),
         (("--epochs", "2", "--set", "finetune.epochs=3"), "--epochs and --set finetune.epochs=3 both set"),
         (("--set", "plan.num_merg=1"), "Did you mean 'plan.num_merge'"),

@@ -72,7 +72,7 @@ def test_a_packed_file_that_unpacks_beyond_the_limit(tmp_path, monkeypatch):
 
 def test_a_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
-    with pytest.raises(DataError, match="no regular file"):
+    with pytest.raises(DataError, match="not a regular file"):
         load_examples(tmp_path / "a.jsonl")
 
 

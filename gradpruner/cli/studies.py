@@ -137,13 +137,13 @@ def parsed_seeds(text: str) -> list[int]:
     """Seeds from "0,1,2".
 
     Raises:
-        ConfigError: If one is no whole number of at least 0.
+        ConfigError: If one is not a whole number of at least 0.
     """
     words = [word.strip() for word in text.split(",") if word.strip()]
     for word in words:
         if not word.isdecimal():
             raise ConfigError(
-                f"--seeds {text}: '{word}' is no seed.",
+                f"--seeds {text}: '{word}' is not a seed.",
                 hint="Seeds are whole numbers from 0 on: --seeds 0,1,2.",
             )
     return [int(word) for word in words]

@@ -84,7 +84,9 @@ def template_text(chosen: str) -> str:
     try:
         return read_plain(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is no UTF-8 text: {error}.", hint="Save the template as UTF-8.") from error
+        raise ConfigError(
+            f"{path} is not UTF-8 text: {error}.", hint="Save the template as UTF-8."
+        ) from error
 
 
 def template_mark(chosen: str | None) -> str:

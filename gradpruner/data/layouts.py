@@ -247,7 +247,7 @@ def _as_written(fields: Mapping[str, Any], column: str) -> str:
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if isinstance(value, float):
-        raise BadRow(f"field '{column}' is {value!r}, which is no label ({kind_of(value)})")
+        raise BadRow(f"field '{column}' is {value!r}, which is not a label ({kind_of(value)})")
     return text_field(fields, column).strip()
 
 

@@ -112,7 +112,8 @@ def read_file(
         )
     if not path.is_file():
         raise DataError(
-            f"{path} is no regular file.", hint="Write the rows to a file first; pipes cannot be read twice."
+            f"{path} is not a regular file.",
+            hint="Write the rows to a file first; pipes cannot be read twice.",
         )
     try:
         packed = path.read_bytes()
@@ -142,7 +143,7 @@ def _joined(folder: Path, parts: Sequence[RowSet]) -> RowSet:
             raise DataError(
                 f"{folder}: {Path(parts[0].source).name} and {Path(part.source).name} name the numbers of "
                 f"classes differently: {parts[0].label_names} and {part.label_names}.",
-                hint="They are no shards of one data set; write them again with the same names.",
+                hint="They are not shards of one dataset; write them again with the same names.",
             )
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
     return RowSet(

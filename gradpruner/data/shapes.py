@@ -123,7 +123,7 @@ def text_field(fields: Mapping[str, Any], name: str, *, blank: bool = False) -> 
     if not value.strip() and not blank:
         raise BadRow(f"field '{name}' is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRow(f"field '{name}' holds half a surrogate pair, which is no character")
+        raise BadRow(f"field '{name}' holds half a surrogate pair, which is not a character")
     return value
 
 

@@ -48,7 +48,7 @@ def file_type(asked: str | None, folder: Path) -> str:
     known = (*CONVERTED_TYPES, *QUANTISED_TYPES)
     if asked.upper() not in known:
         raise ConfigError(
-            f"'{asked}' is no type of GGUF file.{suggest(asked.upper(), known)}",
+            f"'{asked}' is not a type of GGUF file.{suggest(asked.upper(), known)}",
             hint=f"Types: {', '.join(known)}.",
         )
     return asked.upper()

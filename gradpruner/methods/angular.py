@@ -24,11 +24,11 @@ def score(context: MethodContext) -> LayerScores:
     d of the candidates it is part of. So the n lowest scores are the best block and nothing else; of blocks
     that turn equally little it is the later one (see `layer_values`).
 
-    A block that touches a protected layer is no candidate. Layers that no candidate contains come after all
-    that one does, protected ones last: to their smallest d, which is at most 1, 1 or 2 are added. So where
-    protected layers leave no room for a block, and in a plan that prunes another number of layers than n,
-    the pruned layers may be no block (the plan option `contiguous` makes them one). When n is 0, blocks of 1
-    are measured.
+    A block that touches a protected layer is not a candidate. Layers that no candidate contains come after
+    all that one does, protected ones last: to their smallest d, which is at most 1, 1 or 2 are added. So
+    where protected layers leave no room for a block, and in a plan that prunes another number of layers
+    than n, the pruned layers may be no block (the plan option `contiguous` makes them one). When n is 0,
+    blocks of 1 are measured.
 
     Measured on the first 256 training samples, whose last token is the one that ends the answer.
 

@@ -111,7 +111,7 @@ def _quantised(folder: Path, how: str) -> ModelError:
 
 
 def _no_config(folder: Path) -> ModelError:
-    """Why a folder without config.json is no model folder, and what to do about it."""
+    """Why a folder without config.json is not a model folder, and what to do about it."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if ADAPTER_FILE in names:
         return _adapters(folder)

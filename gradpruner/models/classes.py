@@ -1,4 +1,4 @@
-"""Which class of transformers a config means, and which models are no language models."""
+"""Which class of transformers a config means, and which models are not language models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from gradpruner.errors import ModelError
 
-# What the class of a model may end with; anything else is no language model that goes on with a text.
+# What the class of a model may end with; anything else is not a language model that continues a text.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 # What a class ends with -> what it is.
 _OTHERS = {

@@ -203,7 +203,7 @@ def largest_certified(
         first: Candidate to look at first, not chosen by these validation rows; the middle if None.
 
     Raises:
-        ConfigError: If an option is out of range, or the candidates are none or do not rise.
+        ConfigError: If an option is out of range, or there are no candidates, or they do not rise.
 
     Source: error that passes on as in Bretz et al., "A graphical approach to sequentially rejective multiple
     test procedures", 2009, here on a tree of bisection.

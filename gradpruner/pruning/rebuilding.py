@@ -84,7 +84,7 @@ def _check_file(folder: Path, name: str, facts: RecordedFile, hint: str) -> None
     real = check_inside(folder, path)
     size = real.stat().st_size if real.is_file() else None
     if size != facts.bytes:
-        found = "is no regular file" if size is None else f"has {size} bytes"
+        found = "is not a regular file" if size is None else f"has {size} bytes"
         raise IntegrityError(f"{path} {found}; {facts.bytes} bytes by {DELTA_FILE}.", hint=hint)
     if sha256_file(real) != facts.sha256:
         raise IntegrityError(f"{path} is damaged: its SHA-256 is not that in {DELTA_FILE}.", hint=hint)

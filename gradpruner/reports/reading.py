@@ -59,7 +59,7 @@ def read(source: dict[str, Any]) -> View:
 
 
 def read_plan(name: str, recorded: PlanRecord) -> Plan:
-    """Reads a pruning plan; what is no layer's action is left out."""
+    """Reads a pruning plan; entries without a layer are left out."""
     known = [action for action in recorded.actions if action.layer is not None]
     return Plan(name, tuple(sorted(known, key=lambda action: action.layer or 0)), recorded)
 

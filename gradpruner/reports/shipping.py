@@ -76,7 +76,7 @@ def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
     made = {row.name: row for row in view.rows if row.error is None}
     if wanted is not None:
         if wanted not in made:
-            state = "failed in this run" if wanted in view.names else "is none of this run"
+            state = "failed in this run" if wanted in view.names else "is not in this run"
             raise ConfigError(
                 f"The row '{wanted}' {state}.", hint=f"Rows that have a model: {', '.join(made) or 'none'}."
             )

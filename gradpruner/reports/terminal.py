@@ -38,7 +38,7 @@ def print_summary(source: dict[str, Any], console: Console, folder: Path | None 
 
     Args:
         source: A record as read from run.json or study.json; missing parts are left out.
-        console: Where to; no colours when it is no terminal, no symbols when it cannot show them.
+        console: Where to; no colours when it is not a terminal, no symbols when it cannot show them.
         folder: Where the record lies; by default where it was made.
     """
     view = read(source)

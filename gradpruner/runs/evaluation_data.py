@@ -60,7 +60,7 @@ def check_evaluation(recipe: Recipe) -> None:
     Raises:
         ConfigError: If a library, an encoder or a task of lm-eval is missing, or the wording cannot be
             chosen.
-        ModelError: If the encoder is no model that can be read.
+        ModelError: If the encoder cannot be read.
     """
     options = recipe.evaluate
     asked = [metrics_of(recipe), *(metrics_of_task(entry.task) for entry in options.also)]
@@ -198,7 +198,7 @@ def _usable(recipe: Recipe, found: ExampleSet, tokenizer: Any, max_length: int |
 def with_validation(
     recipe: Recipe, train: ExampleSet, tokenizer: Any, max_length: int | None = None
 ) -> tuple[ExampleSet, ExampleSet]:
-    """Training rows and the rows on which choices are made, which are no training rows.
+    """Training rows and the rows on which choices are made, which are not training rows.
 
     Args:
         recipe: As for `load_split`.

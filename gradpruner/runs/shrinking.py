@@ -278,7 +278,7 @@ def _as_lines(rows: Any) -> str:
             lines.append(json.dumps(dict(row), allow_nan=False))
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"Row {number} is no dictionary of plain values: {error}.",
+                f"Row {number} is not a dictionary of plain values: {error}.",
                 hint='A row looks like {"prompt": "...", "completion": "..."}.',
             ) from error
     return "\n".join([*lines, ""])

@@ -60,7 +60,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{shown(str(path), 200)} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise ConfigError(
-            f"{shown(str(path), 200)} is no recipe: {error}.", hint="Give a YAML file of sections, in UTF-8."
+            f"{shown(str(path), 200)} is not a recipe: {error}.",
+            hint="Give a YAML file of sections, in UTF-8.",
         ) from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

@@ -292,7 +292,7 @@ def number_of(row: Mapping[str, Any], column: str, allowed: range, row_id: str, 
         meanings: What to say is allowed, if not just the range.
 
     Raises:
-        DataError: If it is no whole number, or not allowed.
+        DataError: If it is not a whole number, or not allowed.
     """
     value = row[column]
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
@@ -303,7 +303,7 @@ def number_of(row: Mapping[str, Any], column: str, allowed: range, row_id: str, 
 
 
 def refusal(row: Mapping[str, Any], column: str, row_id: str, allowed: str) -> DataError:
-    """Returns the error for a label that is none of those allowed."""
+    """Returns the error for a label that is not allowed."""
     return DataError(f"{row_id}: label '{column}' is {row[column]!r}; allowed: {allowed}.", hint=FIX)
 
 

@@ -28,7 +28,7 @@ BUDGETS = ("file", "num_prune", "layer_fraction", "parameter_fraction", "layers"
 OWN_KEYS = ("out", "seed", "variants", "title")
 DENSE, GRADPRUNER = "dense", "merged"
 GRADPRUNER_ROWS = (GRADPRUNER, "dropped")
-# Rows that are no method's: name -> label and description.
+# Rows without a method: name -> label and description.
 FIXED_ROWS = {
     DENSE: ("Dense", "The whole model, fine-tuned."),
     GRADPRUNER: ("GradPruner", "Layers with the least LoRA-gradient energy go; the best of them are merged."),
