@@ -50,7 +50,7 @@ def paired_over_seeds(
 
     Returns:
         "mean" of row minus other, "low", "high", "n" examples, "seeds" compared, "wins": seeds in which the
-        row's own mean is higher; None if there is not a seed with both.
+        row's own mean is higher; None if no seed has both.
     """
     differences: list[list[float]] = []
     ids: list[tuple[str, ...]] = []
