@@ -6,8 +6,8 @@ WORKDIR /opt/gradpruner
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY gradpruner gradpruner
 RUN pip install --no-cache-dir --constraint constraints.txt .
-RUN useradd --create-home user && mkdir /data && chown user /data
-USER user
+RUN useradd --create-home --uid 1000 user && mkdir /data && chown user /data
+USER 1000
 WORKDIR /data
 ENTRYPOINT ["gradpruner"]
 CMD ["--help"]
