@@ -246,6 +246,11 @@ def this_world() -> World:
     """
     if not launched():
         return World()
+    if os.environ.get("MASTER_PORT") == "0":  # torch would wait for half an hour
+        raise ConfigError(
+            "MASTER_PORT is 0, where the processes cannot meet.",
+            hint="Give torchrun --standalone, or a port: --master-port 29500.",
+        )
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ConfigError(

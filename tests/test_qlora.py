@@ -6,9 +6,10 @@ import pytest
 import torch
 from builders import make_llama, make_project, make_samples
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, ModelError
+from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.evaluation.costing.per_device import Training, hold_training
 from gradpruner.models.loading import load_adapter, load_model
 from gradpruner.models.sizes import build_on_meta
@@ -77,6 +78,23 @@ def test_adapters_go_onto_the_weights_as_they_were(folder):
         torch.testing.assert_close(weight, before[name] + change, rtol=1e-5, atol=1e-6)
     with pytest.raises(ModelError, match="The adapters do not fit the model"):
         adapters.put_on(make_llama(), merge=True)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise DataError("Enough.")
+
+
+def test_a_tuning_that_ended_early_goes_on_to_the_very_adapters_of_one_that_did_not(folder, tmp_path):
+    options = {"dropout": 0.1, "checkpoints": tmp_path, "save_steps": 2}
+    whole, _ = tune(load_model(folder, quantise=True), dropout=0.1)
+    with pytest.raises(DataError, match="Enough"):
+        tune(load_model(folder, quantise=True), callbacks=[Stop()], **options)
+    gone_on, found = tune(load_model(folder, quantise=True), **options)
+    assert found.resumed_from == 2 and len(found.losses) == 4
+    expected = Adapters.of(whole).weights
+    assert all(torch.equal(weight, expected[key]) for key, weight in Adapters.of(gone_on).weights.items())
 
 
 def test_what_a_device_holds_is_what_bitsandbytes_holds(tmp_path):

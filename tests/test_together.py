@@ -9,7 +9,9 @@ from builders import make_llama, make_project, make_samples, make_tokenizer
 from safetensors.torch import load_file
 from together import together
 from transformers import TrainerCallback
+from typer.testing import CliRunner
 
+from gradpruner.cli.main import app
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.gradients.scores import LayerScores, score_layers
@@ -41,13 +43,16 @@ def pretend(self, *args, **kwargs):
 
 
 PartialState.__init__ = pretend
-sharding.check_sharding = finetuning.check_sharding = lambda *_: None
+for module in (job, sharding, finetuning):
+    module.check_sharding = lambda *_: None
 """
 
 SCRIPT = f"""
 import json, sys
 import torch
 sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
+from gradpruner.cli.main import main
+from gradpruner.runs import job
 from gradpruner.training import finetuning, sharding
 from gradpruner.world import this_world
 import test_together
@@ -63,7 +68,9 @@ for mode in ("full", "lora"):
     found["fsdp " + mode] = test_together.tuned(4, mode, fsdp=True)
 found["fsdp teacher"] = test_together.taught(4, fsdp=True)
 found["fsdp resumed"] = test_together.resumed(4, sys.argv[1], fsdp=True)
-print(json.dumps(found))
+print(json.dumps(found), flush=True)
+sys.argv[1:] = ["run", sys.argv[2], "--set", "finetune.fsdp=true"]
+main()
 """
 
 
@@ -128,18 +135,38 @@ def resumed(batch_size, folder, **options):
 
 
 def repaired():
-    """Refitted weights and errors of a repair on three batches of samples."""
-    model, plan = make_llama(), PruningPlan.from_keep(4, [0, 1, 3])
-    found = fit_repair(model, plan, make_samples(80), Collator(make_tokenizer()), world=this_world())
-    cut = found.cuts[0]
+    """Refitted weights and errors of a repair of every layer behind a cut, on three batches of samples."""
+    model, plan = make_llama(), PruningPlan.from_keep(4, [0, 2, 3])
+    samples, collator = make_samples(80), Collator(make_tokenizer())
+    found = fit_repair(model, plan, samples, collator, kind="layer_wise", world=this_world())
     weights = {str(layer): weight.double().norm().item() for layer, weight in found.weights.items()}
-    return {"weights": weights, "cut": [cut.ridge, cut.error_before, cut.error_after], "tokens": found.tokens}
+    cuts = [[cut.layer, cut.ridge, cut.error_before, cut.error_after] for cut in found.cuts]
+    return {"weights": weights, "cuts": cuts, "tokens": found.tokens}
+
+
+def project(folder, size, name="", **recipe):
+    """A recipe for so many processes, with the same rows in every step whatever their number."""
+    return make_project(
+        folder / (name or str(size)),
+        record={"steps": 4, "batch_size": 4 // size, "dropout": 0.0},
+        finetune={"batch_size": 4 // size, "accumulation": 1, "epochs": 1, "save_steps": 2},
+        plan={"repair": "linear"},
+        evaluate={"batch_size": 5},
+        **recipe,
+    )
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    return [json.loads(output) for output in together(SCRIPT, folder)]
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """What two processes find; they also leave a run, sharded, in `folder`/fsdp."""
+    sharded, _ = project(folder, 2, "fsdp", variants=["dense", "merged"])
+    said = together(SCRIPT, folder / "checkpoints", sharded)
+    return [json.loads(output.splitlines()[0]) for output in said]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +212,8 @@ def test_fine_tuning_learns_like_one_process(pair, alone, how, mode):
 def test_a_repair_is_fitted_as_by_one_process(pair, alone):
     for found in pair:
         assert found["repair"]["tokens"] == alone["repair"]["tokens"]
-        for part in ("weights", "cut"):
+        assert len(found["repair"]["weights"]) == 3
+        for part in ("weights", "cuts"):
             torch.testing.assert_close(found["repair"][part], alone["repair"][part], rtol=1e-6, atol=0)
 
 
@@ -223,48 +251,58 @@ for command in sys.argv[2:]:
 """
 
 
+def shrinking(folder, size):
+    """The command that shrinks the model of a project, repaired layer by layer."""
+    rows = f"--data {folder / 'train.jsonl'} --eval-data {folder / 'eval.jsonl'} --num-prune 2"
+    keys = {"record.steps": 4, "record.dropout": 0, "record.batch_size": 4 // size, "evaluate.batch_size": 5}
+    settings = " ".join(f"--set {key}={value}" for key, value in keys.items())
+    return f"shrink {folder / 'model'} {rows} {settings} --out {folder / 'shrunk'}"
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(folder):
     """The same job by one process and by two, with the same number of rows in every step."""
-    folder = tmp_path_factory.mktemp("runs")
-    alone, both = (
-        make_project(
-            folder / str(size),
-            record={"steps": 4, "batch_size": 4 // size, "dropout": 0.0},
-            finetune={"batch_size": 4 // size, "accumulation": 1, "epochs": 1, "save_steps": 2},
-            plan={"repair": "linear"},
-            evaluate={"batch_size": 5},
-        )
-        for size in (1, 2)
-    )
+    alone, both = (project(folder, size) for size in (1, 2))
     run(load_recipe(alone[0]))
+    CliRunner().invoke(app, shrinking(alone[0].parent, 1).split(), catch_exceptions=False)
     out = Path(both[1]["out"])
     failed = together(COMMAND, "NaN", f"run {both[0]}", expect=5)
     rows = f"--eval-data {both[0].parent / 'eval.jsonl'} --set evaluate.batch_size=5"
     measure = f"evaluate {out / 'variants/merged/model'} {rows} --out {out.parent / 'measured'}"
-    said = together(COMMAND, "well", f"run {both[0]}", measure)
+    said = together(COMMAND, "well", f"run {both[0]}", measure, shrinking(both[0].parent, 2))
     return Path(alone[1]["out"]), out, failed, said
 
 
-def test_a_run_by_two_processes_is_a_run_by_one(runs):
-    one, two, _, said = runs
-    assert "report done" in said[0] and said[1] == ""
+def alike(one, two, row, model):
+    """Whether a row of two run directories has the same answers, and nearly the same weights."""
+    answers, weights = [], []
+    for out in (one, two):
+        lines = (out / f"variants/{row}/examples.jsonl").read_text().splitlines()
+        answers.append([json.loads(line)["generated"] for line in lines])
+        weights.append(load_file(out / f"variants/{row}/{model}/model.safetensors"))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+    return answers[0] == answers[1] and len(answers[0]) == 12
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_a_run_by_two_processes_is_a_run_by_one(runs, pair, folder, how):
+    one, two = runs[0], runs[1] if how == "ddp" else folder / "fsdp/run"
     scores = [LayerScores.load(out / "scores" / "gradpruner.json").values for out in (one, two)]
     torch.testing.assert_close(scores[1], scores[0], rtol=1e-5, atol=0)
     plans = [PruningPlan.load(out / "plans" / "merged.json") for out in (one, two)]
     assert plans[0].pruned == plans[1].pruned
-    for row in ("dense", "merged", "dropped"):
-        answers = [
-            [json.loads(line)["generated"] for line in (out / f"variants/{row}/examples.jsonl").open()]
-            for out in (one, two)
-        ]
-        assert answers[0] == answers[1] and len(answers[0]) == 12
-        weights = [load_file(out / f"variants/{row}/model/model.safetensors") for out in (one, two)]
-        torch.testing.assert_close(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+    assert all(alike(one, two, row, "model") for row in ("dense", "merged"))
+    assert verify_checkpoint(two / "variants/merged/pruned").passed
+
+
+def test_other_commands_of_two_processes_do_what_one_does(runs):
+    one, two, _, said = runs
+    assert said[0].count("report done") == 2 and said[1] == ""
     measured = two.parent / "measured"
     assert (measured / "examples.jsonl").read_text() == (two / "variants/merged/examples.jsonl").read_text()
-    assert not [*two.rglob("*.part*"), *measured.rglob("*.part*")]
-    assert verify_checkpoint(two / "variants/merged/pruned").passed
+    assert not [*two.parent.rglob("*.part*")]
+    assert alike(one, two, "dropped", "model")
+    assert alike(one.parent / "shrunk", two.parent / "shrunk", "gradpruner", "pruned")
 
 
 def test_nan_on_one_process_ends_both_with_one_message_and_is_gone_on_from(runs):

@@ -158,6 +158,9 @@ def test_half_a_launcher_is_refused(monkeypatch):
     this_world.cache_clear()
     with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
         this_world()
+    monkeypatch.setitem(os.environ, "MASTER_PORT", "0")
+    with pytest.raises(ConfigError, match="the processes cannot meet"):
+        this_world()
     monkeypatch.delitem(os.environ, "WORLD_SIZE")
     assert this_world() == World()
     this_world.cache_clear()
