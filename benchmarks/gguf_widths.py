@@ -101,7 +101,7 @@ def narrowed(
         how: Likewise.
     """
     from gradpruner.errors import GradPrunerError
-    from gradpruner.models.engine_widths import judge_plan
+    from gradpruner.models.engine_widths import portability_of
     from gradpruner.models.engines import layer_facts
     from gradpruner.pruning.widths_on_disk import prune_width_checkpoint
 
@@ -121,7 +121,7 @@ def narrowed(
             found = loads(engine, target, prompts, **how)
         else:
             found = compare(engine, target, prompts, **how)
-        verdict = next(v for v in judge_plan(plan, layer_facts(config)) if v.engine == "llama.cpp")
+        verdict = next(v for v in portability_of(plan, layer_facts(config)) if v.engine == "llama.cpp")
         widths = dataclasses.asdict(plan.widths) if plan.uniform else None
         yield {
             "plan": name,

@@ -193,9 +193,9 @@ def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def verdict_of(config: Any, keep: tuple[int, ...]) -> Any:
-    from gradpruner.models.engines import judge, layer_facts
+    from gradpruner.models.engines import layer_facts, portability_of_layers
 
-    return next(v for v in judge(layer_facts(config), keep) if v.engine == "llama.cpp")
+    return next(v for v in portability_of_layers(layer_facts(config), keep) if v.engine == "llama.cpp")
 
 
 def expected_outcomes(status: str) -> tuple[str, ...]:

@@ -7,7 +7,16 @@ from transformers import AutoConfig
 
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.gradients.scores import LayerScores
-from gradpruner.models.engines import _ABSENT, _READ, ENGINES, RULES, VERSIONS, judge, layer_facts, slots
+from gradpruner.models.engines import (
+    _ABSENT,
+    _READ,
+    ENGINES,
+    RULES,
+    VERSIONS,
+    layer_facts,
+    portability_of_layers,
+    slots,
+)
 from gradpruner.plans.selection import plan_pruning
 
 FULL, SLIDING, CHUNKED, LINEAR = (
@@ -28,11 +37,11 @@ def without(facts, *dropped):
 
 
 def statuses(facts, keep):
-    return [verdict.status for verdict in judge(facts, keep)]
+    return [verdict.status for verdict in portability_of_layers(facts, keep)]
 
 
 def reasons(facts, keep):
-    return {verdict.engine: verdict.reason for verdict in judge(facts, keep)}
+    return {verdict.engine: verdict.reason for verdict in portability_of_layers(facts, keep)}
 
 
 def plan_for(facts, engines, count, seed=1):
@@ -132,7 +141,7 @@ def test_a_plan_made_to_be_portable_is(model_type, options, share):
     facts = facts_of(model_type, **options)
     for engines in [*([engine] for engine in ENGINES), list(ENGINES)]:
         plan = plan_for(facts, engines, int(share * facts.num_layers))
-        status = {verdict.engine: verdict.status for verdict in judge(facts, plan.keep)}
+        status = {verdict.engine: verdict.status for verdict in portability_of_layers(facts, plan.keep)}
         assert [status[engine] for engine in engines] == ["ok"] * len(engines)
 
 
@@ -142,7 +151,7 @@ def test_slots_say_what_the_verdict_says(data):
     model_type = data.draw(st.sampled_from(["gemma2", "gemma3_text", "gpt_oss", "llama4_text", "qwen3_next"]))
     facts = facts_of(model_type, num_hidden_layers=data.draw(st.integers(4, 14)))
     keep = sorted(data.draw(st.sets(st.integers(0, facts.num_layers - 1), min_size=2)))
-    for verdict in judge(facts, keep):
+    for verdict in portability_of_layers(facts, keep):
         fits = slots(facts, [verdict.engine])
         placed = fits is None or all(fits(old, new, len(keep)) for new, old in enumerate(keep))
         assert placed == (verdict.status == "ok")
@@ -175,8 +184,8 @@ def test_the_reason_says_which_layers_are_wrong_and_what_to_do():
 
 def test_what_an_engine_gets_wrong_anyway_is_told_apart_from_what_pruning_breaks():
     windowed, gemma = facts_of("mistral", sliding_window=64), facts_of("gemma2")
-    assert [v.also_unpruned for v in judge(windowed, [0, 1, 2])] == [False, True, True]
-    assert [v.also_unpruned for v in judge(gemma, [0, 2, 3])] == [False, False, False]
+    assert [v.also_unpruned for v in portability_of_layers(windowed, [0, 1, 2])] == [False, True, True]
+    assert [v.also_unpruned for v in portability_of_layers(gemma, [0, 2, 3])] == [False, False, False]
     reason = reasons(windowed, [0, 1, 2])["sglang"]
     assert reason.endswith("all kept layers break that, like the unpruned model.")
     # No choice of layers helps, so none is asked for.
@@ -275,4 +284,4 @@ def test_facts_can_be_had_of_every_type_that_was_read(model_type):
     facts = facts_of(model_type)
     assert facts.model_type == model_type
     assert all(len(values) == facts.num_layers for values in facts.attributes.values())
-    assert len(judge(facts, [0, 1])) == 3
+    assert len(portability_of_layers(facts, [0, 1])) == 3

@@ -8,7 +8,7 @@ import pytest
 from families import make_config
 from transformers import AutoConfig
 
-from gradpruner.models.engine_widths import _WIDTHS_READ, WIDTH_RULES, judge_plan
+from gradpruner.models.engine_widths import _WIDTHS_READ, WIDTH_RULES, portability_of
 from gradpruner.models.engines import _ABSENT, _READ, ENGINES, layer_facts
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 
@@ -38,11 +38,11 @@ def uneven(**fewer):
 
 
 def statuses(plan, facts):
-    return [verdict.status for verdict in judge_plan(plan, facts)]
+    return [verdict.status for verdict in portability_of(plan, facts)]
 
 
 def reason(engine, plan, facts):
-    return next(verdict.reason for verdict in judge_plan(plan, facts) if verdict.engine == engine)
+    return next(verdict.reason for verdict in portability_of(plan, facts) if verdict.engine == engine)
 
 
 PLANS = {
@@ -108,10 +108,10 @@ def test_a_gemma_of_27b_scales_attention_by_its_widths_in_llama_cpp():
 
 def test_what_an_engine_gets_wrong_of_the_unpruned_model_it_gets_wrong_of_the_narrowed_one():
     windowed = facts_of("mistral", sliding_window=8)
-    verdict = next(v for v in judge_plan(PLANS["channels"], windowed) if v.engine == "sglang")
+    verdict = next(v for v in portability_of(PLANS["channels"], windowed) if v.engine == "sglang")
     assert verdict.status == "wrong" and verdict.also_unpruned and "no attention windows" in verdict.reason
     # with fewer KV heads than heads SGLang takes no OLMo, pruned or not
-    verdict = next(v for v in judge_plan(PLANS["channels"], facts_of("olmo")) if v.engine == "sglang")
+    verdict = next(v for v in portability_of(PLANS["channels"], facts_of("olmo")) if v.engine == "sglang")
     assert verdict.status == "refused" and verdict.also_unpruned and "as many KV heads" in verdict.reason
 
 
@@ -153,5 +153,7 @@ def test_what_is_said_of_llama_cpp_is_what_was_run():
         scale = {name: facts.attributes[name] for name in ("query_scale",) if name in facts.attributes}
         plan = plan_of(shape, after.num_heads, after.num_kv_heads, after.intermediate_size, after.hidden_size)
         # attention windows were off where llama.cpp knows none
-        verdict = judge_plan(plan, dataclasses.replace(facts, attributes=scale))[ENGINES.index("llama.cpp")]
+        verdict = portability_of(plan, dataclasses.replace(facts, attributes=scale))[
+            ENGINES.index("llama.cpp")
+        ]
         assert verdict.status == row["verdict"], row

@@ -178,7 +178,7 @@ def _made(destination: Path, report: VerifyReport, chosen: Chosen) -> dict[str, 
 
 def _prune_widths(folder: Path, source: str, destination: Path, plan: WidthPlan, chosen: Chosen) -> None:
     from gradpruner.models.classes import model_class
-    from gradpruner.models.engine_widths import judge_plan
+    from gradpruner.models.engine_widths import portability_of
     from gradpruner.models.engines import layer_facts
     from gradpruner.models.folder import PRUNING_FILE, check_output
     from gradpruner.models.layers import skeleton
@@ -197,7 +197,7 @@ def _prune_widths(folder: Path, source: str, destination: Path, plan: WidthPlan,
         "model_type": config.model_type,
         "uniform": plan.uniform,
         "savings": saved,
-        "portability": [vars(verdict) for verdict in judge_plan(plan, layer_facts(config))],
+        "portability": [vars(verdict) for verdict in portability_of(plan, layer_facts(config))],
     }
     if not chosen.as_json:
         before, after = saved["parameters"]["before"], saved["parameters"]["after"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gradpruner.models.engines import LayerFacts, Verdict, judge
+from gradpruner.models.engines import LayerFacts, Portability, portability_of_layers
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.width_plan import WidthPlan, WidthShape
 
@@ -100,7 +100,7 @@ _WIDTHS_READ = """
 _SGLANG_BY_TRANSFORMERS = "ministral seed_oss smollm3"
 
 
-def judge_plan(plan: Plan, facts: LayerFacts) -> tuple[Verdict, ...]:
+def portability_of(plan: Plan, facts: LayerFacts) -> tuple[Portability, ...]:
     """How every engine serves the model that a plan leaves, in the order of `ENGINES`.
 
     Args:
@@ -108,18 +108,18 @@ def judge_plan(plan: Plan, facts: LayerFacts) -> tuple[Verdict, ...]:
         facts: The unpruned model (`engines.layer_facts`); what engines get wrong of it they get wrong of
             the pruned one.
     """
-    before = judge(facts, plan.keep)
+    before = portability_of_layers(facts, plan.keep)
     if plan.kind == "layers":
         return before
-    return tuple(_judge_one(verdict, plan, facts) for verdict in before)
+    return tuple(_on_engine(verdict, plan, facts) for verdict in before)
 
 
-def _judge_one(before: Verdict, plan: WidthPlan, facts: LayerFacts) -> Verdict:
+def _on_engine(before: Portability, plan: WidthPlan, facts: LayerFacts) -> Portability:
     engine, kind = before.engine, facts.model_type
     if before.status == "unknown":
         return before
     if kind not in _WIDTHS_READ.split():
-        return Verdict(
+        return Portability(
             engine, "unknown", f"How {engine} derives the widths of {kind} models has not been read."
         )
     found = [before, *_faults(engine, plan, facts)]
@@ -131,7 +131,7 @@ def _judge_one(before: Verdict, plan: WidthPlan, facts: LayerFacts) -> Verdict:
     )
 
 
-def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Verdict]:
+def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Portability]:
     """The rules that the pruned model breaks."""
     after = plan.widths if plan.uniform else replace(plan.shape, hidden_size=len(plan.hidden))
     faults = []
@@ -150,17 +150,17 @@ def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Verdict]:
             + (" and it does not load" if status == "refused" else "")
             + (", like the unpruned model." if before else ".")
         )
-        faults.append(Verdict(engine, status, reason, before))
+        faults.append(Portability(engine, status, reason, before))
     return faults
 
 
-def _uneven(engine: str, plan: WidthPlan, kind: str) -> Verdict:
+def _uneven(engine: str, plan: WidthPlan, kind: str) -> Portability:
     """Layers of different widths: the config goes on saying those of the unpruned model."""
     whole_heads = all(len(widths.heads) == plan.shape.num_heads for widths in plan.layers)
     if engine == "sglang" and whole_heads and kind not in _SGLANG_BY_TRANSFORMERS.split():
         # layers/linear.py pads gate, up and down projections that are too small, but no queries, keys, values
-        return Verdict(
+        return Portability(
             engine, "ok", "sglang fills channels up with zeros to the unpruned width; none are saved."
         )
     reason = f"layers have different widths; {engine} reads one for all from the config and does not load it."
-    return Verdict(engine, "refused", reason)
+    return Portability(engine, "refused", reason)

@@ -28,7 +28,7 @@ FULL, SLIDING, CHUNKED, LINEAR = (
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Portability:
     """How one engine serves a pruned model.
 
     Attributes:
@@ -265,27 +265,27 @@ def _attention_kinds(text: Any, depth: int) -> tuple[str, ...]:
     return tuple(FULL if unused.get(kind) else kind for kind in kinds)
 
 
-def judge(facts: LayerFacts, keep: Sequence[int]) -> tuple[Verdict, ...]:
+def portability_of_layers(facts: LayerFacts, keep: Sequence[int]) -> tuple[Portability, ...]:
     """How every engine serves the model that keeps these layers, in the order of `ENGINES`.
 
     Args:
         facts: The unpruned model.
         keep: Kept layers, ascending.
     """
-    return tuple(_judge_one(engine, facts, tuple(keep)) for engine in ENGINES)
+    return tuple(_on_engine(engine, facts, tuple(keep)) for engine in ENGINES)
 
 
-def _judge_one(engine: str, facts: LayerFacts, keep: tuple[int, ...]) -> Verdict:
+def _on_engine(engine: str, facts: LayerFacts, keep: tuple[int, ...]) -> Portability:
     kind = facts.model_type
     if kind not in _READ.split():
-        return Verdict(
+        return Portability(
             engine, "unknown", f"How {engine} builds the layers of {kind} models has not been read."
         )
     if kind in _ABSENT[engine].split():
-        return Verdict(engine, "unknown", f"{engine} {VERSIONS[engine]} has no {kind} models.", True)
+        return Portability(engine, "unknown", f"{engine} {VERSIONS[engine]} has no {kind} models.", True)
     faults = [fault for rule in _rules(facts, [engine]) if (fault := _fault(rule, facts, keep))]
     if not faults:
-        return Verdict(engine, "ok", "")
+        return Portability(engine, "ok", "")
     return min(faults, key=lambda fault: (fault.status != "refused", fault.also_unpruned))
 
 
@@ -295,7 +295,7 @@ def _rules(facts: LayerFacts, engines: Sequence[str]) -> list[Rule]:
     return [rule for rule in mine if rule.attribute in facts.attributes and rule.expects(facts)]
 
 
-def _fault(rule: Rule, facts: LayerFacts, keep: tuple[int, ...]) -> Verdict | None:
+def _fault(rule: Rule, facts: LayerFacts, keep: tuple[int, ...]) -> Portability | None:
     wrong = _misplaced(rule, facts, keep)
     if not wrong:
         return None
@@ -308,7 +308,7 @@ def _fault(rule: Rule, facts: LayerFacts, keep: tuple[int, ...]) -> Verdict | No
         + (", like the unpruned model." if before else ".")
         + (f" Use --portable-to {rule.engine} when planning." if _mendable(rule, facts) else "")
     )
-    return Verdict(rule.engine, rule.outcome, reason, before)
+    return Portability(rule.engine, rule.outcome, reason, before)
 
 
 def _named(wrong: list[int], kept: int) -> str:

@@ -22,7 +22,7 @@ from gradpruner.errors import ConfigError, DataError, ShapeError
 
 Floats = NDArray[np.float64]
 Scores = Sequence[float] | Sequence[bool] | NDArray[Any]
-Verdict = Literal["certified", "not certified", "too few rows"]
+Certainty = Literal["certified", "not certified", "too few rows"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Certificate:
     upper: float
     confidence: float
     limit: float
-    verdict: Verdict
+    verdict: Certainty
     rows_needed: int | None
 
     @property
@@ -166,7 +166,7 @@ def certify(dense: Scores, pruned: Scores, limit: float, confidence: float = 0.9
     sizes = np.sort(np.concatenate([lost, won]))[::-1]
     even = _margin(sizes[::2], sizes[1::2], error)
     beyond = change - _margin(won, lost, error) > allowed  # the loss is certainly above the limit
-    verdict: Verdict = "certified" if bound.upper <= limit else "not certified"
+    verdict: Certainty = "certified" if bound.upper <= limit else "not certified"
     margin, room = _margin(lost, won, error), allowed - change
     if verdict != "certified" and even > allowed and not beyond:
         verdict, margin, room = "too few rows", even, allowed

@@ -30,7 +30,7 @@ from gradpruner.models.config_patch import (
     patch_config,
     rename_modules,
 )
-from gradpruner.models.engines import judge, layer_facts
+from gradpruner.models.engines import layer_facts, portability_of_layers
 from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import (
     SAMPLES,
@@ -356,7 +356,7 @@ class Blueprint:
             "merged_tensors": len(self.merged_names()),
             "model_type": self.view.config.model_type,
             "fingerprint": self.fingerprint,
-            "portability": [vars(v) for v in judge(layer_facts(self.config), self.plan.keep)],
+            "portability": [vars(v) for v in portability_of_layers(layer_facts(self.config), self.plan.keep)],
             "warnings": self.warnings,
         }
 

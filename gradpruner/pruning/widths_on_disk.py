@@ -7,7 +7,7 @@ from typing import Any
 
 from gradpruner.errors import IntegrityError
 from gradpruner.models.dtypes import stored_dtype
-from gradpruner.models.engine_widths import judge_plan
+from gradpruner.models.engine_widths import portability_of
 from gradpruner.models.engines import layer_facts
 from gradpruner.models.loading import load_model, load_structure, refuse_narrowed
 from gradpruner.models.narrowing import narrow_
@@ -47,7 +47,7 @@ def prune_width_checkpoint(
     dtype = stored_dtype(source)
     model = load_model(source, dtype=str(dtype).removeprefix("torch."), device=device)
     expected = WidthView(model).parameters(plan)
-    verdicts = judge_plan(plan, layer_facts(model.config))  # of the config before it is changed
+    verdicts = portability_of(plan, layer_facts(model.config))  # of the config before it is changed
     error = narrow_(model, plan)
     save_model(
         model,

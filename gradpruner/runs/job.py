@@ -20,8 +20,8 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import check_keep, family_slots, required_layers, text_config
-from gradpruner.models.engine_widths import judge_plan
-from gradpruner.models.engines import Verdict, layer_facts, slots
+from gradpruner.models.engine_widths import portability_of
+from gradpruner.models.engines import Portability, layer_facts, slots
 from gradpruner.models.families import Family
 from gradpruner.models.folder import locate_model
 from gradpruner.models.layers import LayeredModel, skeleton
@@ -212,9 +212,9 @@ class Job:
         """The dense model without weights, made anew."""
         return skeleton(model_class(self.config), self.config)
 
-    def portability_of(self, plan: Plan) -> tuple[Verdict, ...]:
+    def portability_of(self, plan: Plan) -> tuple[Portability, ...]:
         """How engines serve what a plan leaves."""
-        return judge_plan(plan, layer_facts(self.config))
+        return portability_of(plan, layer_facts(self.config))
 
     def _check_merging(self) -> None:
         if self.family.no_merge:

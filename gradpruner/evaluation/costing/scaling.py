@@ -34,7 +34,7 @@ RECORD_STEPS = 40
 
 
 @dataclass(frozen=True)
-class Row:
+class Placement:
     """What a device holds in one mode under one strategy.
 
     Attributes:
@@ -78,7 +78,7 @@ class Scaling(Printed):
     device_bytes: int | None
     workload: Workload
     optim: str
-    rows: tuple[Row, ...]
+    rows: tuple[Placement, ...]
     stages: dict[str, int]
     pruned: tuple[int, ...]
     merged: int
@@ -155,7 +155,7 @@ def plan_scaling(
                 rehearsed[kind] = working_bytes(sizes.model, spread, subject.depth)
             held = replace(hold_training(sizes.model, spread), working=rehearsed[kind])
             fits = None if device_bytes is None else held.peak <= device_bytes
-            rows.append(Row(mode, one.strategy, held, fits))
+            rows.append(Placement(mode, one.strategy, held, fits))
     return Scaling(
         subject.name,
         sizes.parameters,
