@@ -38,7 +38,7 @@ def summarise(rows: dict[str, list[Json]]) -> Json:
     """Ratios within one round: ours over cp, the others over ours."""
     cp, drop = rows["cp"], rows.get("drop", [])
     found: Json = {}
-    for name in ("default", "drop", "merge"):
+    for name in ("floor", "default", "drop", "merge"):
         ours = rows.get(name, [])
         if not ours:
             continue
@@ -51,6 +51,8 @@ def summarise(rows: dict[str, list[Json]]) -> Json:
             ),
             "whole_process": spread([process_seconds(a) / durable_seconds(b) for a, b in pairs]),
         }
+        if all("cpu_seconds" in row for row in (*ours, *cp)):
+            found[name]["cpu"] = spread([a["cpu_seconds"] / b["cpu_seconds"] for a, b in pairs])
     for name in ("naive", "mergekit"):
         others = rows.get(name, [])
         if not others or "error" in others[0]:

@@ -13,6 +13,7 @@ layers are neighbours and little can be copied in one go. Steps take turns for `
 turning too:
 
     cp          `cp -r` of a finished pruned folder, then fsync of every file
+    floor       copy, read back and hash, fsync, with nothing but hashlib: with --default only
     default     gradpruner.pruning.on_disk.prune_checkpoint, 13 layers dropped, as users get it:
                 verify="auto", what both models compute is compared
     drop        the same with verify="structure": what copying alone takes
@@ -32,7 +33,7 @@ with posix_fadvise, what stayed in memory is recorded; this machine's cache only
 outputs in /dev/shm, so no disk is waited for; dropping only. Peak RSS is the kernel's VmHWM of the process,
 which counts mapped pages of files too; peak anonymous memory is sampled every 20 ms and does not.
 
-`--default` takes only cp and default, of one size, from a warm cache: what most people wait for.
+`--default` takes only cp, floor and default, of one size, from a warm cache: what most people wait for.
 
 Last, what mergekit and we make of tiny models of other families with one layer dropped. Linux only.
 """
@@ -79,6 +80,7 @@ from checkpoint_steps import (
     families_by_us,
     make_families,
     mergekit_versions,
+    run_floor,
     run_mergekit,
     run_naive,
     run_ours,
@@ -158,14 +160,14 @@ class Bench:
 
     def run(self, name: str, cold: bool = False) -> Json:
         """One step; its output is removed."""
-        inputs = [self.reference if name == "cp" else self.source]
+        inputs = [self.reference if name in ("cp", "floor") else self.source]
         inputs += [self.trace] if name == "merge" else []
         os.sync()
         (evict if cold else warm)(*inputs)
         held = in_memory(*inputs)
         try:
             row = self._work(name)
-            if name not in ("default", "drop", "merge"):  # ours has done so already
+            if name not in ("floor", "default", "drop", "merge"):  # these have done so already
                 row["sync_seconds"] = sync_folder(self.output)
             if name in ("naive", "mergekit") and name not in self.compared:
                 self.compared[name] = self._same()
@@ -181,6 +183,8 @@ class Bench:
     def _work(self, name: str) -> Json:
         if name == "cp":
             return copy_folder(self.reference, self.output)
+        if name == "floor":
+            return run_step(run_floor, source=str(self.reference), target=str(self.output))
         if name in ("drop", "default"):
             verify = "auto" if name == "default" else "structure"
             return self._ours(self.output, self.dropping, verify=verify)
@@ -327,7 +331,7 @@ def measure_default(args: argparse.Namespace, work: Path) -> Json:
     made = run_step(write_source, folder=str(source), shape=shape)
     bench = Bench(work, source, work / "no-trace", args.layers, None)
     say(f"{size_of(source) / 1e9:.2f} -> {size_of(bench.reference) / 1e9:.2f} GB, warm")
-    rows = bench.rounds(["cp", "default"], args.pairs)
+    rows = bench.rounds(["cp", "floor", "default"], args.pairs)
     found = report(rows)
     ratio = found["ratios"]["default"]["over_cp"]["median"]
     memory = found["medians"]["default"]["memory_above_imports"]
@@ -356,7 +360,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--work", type=Path, help="scratch on the disk to measure; 12 GB")
-    parser.add_argument("--default", action="store_true", help="only cp and the default, of one size")
+    parser.add_argument("--default", action="store_true", help="only cp, floor and default, of one size")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sizes", "--hidden", nargs="+", type=int, help="hidden sizes")
     parser.add_argument("--layers", type=int, default=LAYERS)

@@ -53,6 +53,7 @@ def prune_default() -> str:
     parts = ", ".join(
         f"{name} {middle[name]:.1f} s" for name in ("blueprint", "copying", "verification", "fsync")
     )
+    floor = result["ratios"].get("floor")  # newer results only
     return "\n".join(
         [
             f"| `gradpruner prune`, {size} | measured | goal | met |",
@@ -60,6 +61,11 @@ def prune_default() -> str:
             f"| {dropped}, over `cp` and fsync | {times(ratios['over_cp']['median'])} | "
             f"<= {goal['default_over_cp_at_most']:.0f}x | {met['default_over_cp']} |",
             f"| the same, both without fsync | {times(ratios['without_fsync']['median'])} |  |  |",
+            *(
+                [f"| copy, hash and fsync alone | {times(floor['over_cp']['median'])} |  |  |"]
+                if floor
+                else []
+            ),
             f"| peak RSS above the imported libraries | {gigabytes(middle['memory_above_imports'])} | "
             f"<= {gigabytes(goal['default_memory_above_imports_at_most'])} | {met['default_memory']} |",
             "",

@@ -115,14 +115,14 @@ def check_copies(folder: Path, blueprint: Blueprint, repaired: _Cuts) -> None:
     here = open_shards(folder).tensors
     for name, ref in _copies(blueprint, repaired).items():
         if not same_bytes(here[name], ref):
-            raise IntegrityError(f"'{name}' is not '{ref.name}' of the source, byte by byte")
+            raise IntegrityError(f"'{name}' does not hold the bytes of '{ref.name}' in the source")
 
 
 def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_source: bool) -> Both:
     """Both models, each weight read when it is used; 16 bits are computed in float32.
 
     With a source, kept tensors are read from there, and what both multiply with the same numbers is computed
-    once: `check_copies` has compared them.
+    once; it counts only if `check_copies` finds them equal.
 
     Args:
         folder: The checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -302,10 +303,20 @@ class _Gate:
         return "plain from_pretrained: nothing missing, unexpected or mismatched"
 
     def run_both(self) -> str:
-        """What source and checkpoint compute."""
+        """What source and checkpoint compute, while a thread compares the weights that both hold."""
+        if self.tuned:
+            return self._run_both() or "not compared: this model was fine-tuned after pruning"
+        with ThreadPoolExecutor(1) as thread:
+            comparing = thread.submit(check_copies, self.folder, self.blueprint, self.linears.items())
+            not_run = self._run_both()
+            comparing.result()
+        targets = self.plan.merged.keys() & set(self.plan.keep)
+        merged = f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights"
+        return not_run or merged + (f", {len(self.linears)} repaired" if self.linears else "")
+
+    def _run_both(self) -> str:
+        """Runs them; why they were not, if so."""
         cuts = self.linears.items()
-        if not self.tuned:
-            check_copies(self.folder, self.blueprint, cuts)
         try:
             self.both = run_on_demand(self.folder, self.blueprint, cuts, with_source=not self.tuned)
             how = "weights read as they are used"
@@ -319,11 +330,7 @@ class _Gate:
             self.both = run_whole(self.folder, self.blueprint, cuts, with_source=not self.tuned)
             how = f"loaded whole ({reason})"
         self.how = f"{how}, in {dtype_name(self.both.dtype)}"
-        if self.tuned:
-            return "not compared: this model was fine-tuned after pruning"
-        targets = self.plan.merged.keys() & set(self.plan.keep)
-        merged = f"{len(self.plan.pruned)} layers passed through, {len(targets)} with merged weights"
-        return merged + (f", {len(self.linears)} repaired" if self.linears else "")
+        return ""
 
     def repaired(self) -> str:
         """Refitted weights against the repair, or against the hashes noted when it was carried out."""
