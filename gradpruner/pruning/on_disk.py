@@ -48,9 +48,8 @@ def prune_checkpoint(
 
     Kept tensors are copied byte for byte under their new names; only merge targets are computed, one linear
     at a time. Everything is written to a folder beside `dst`, checked, made durable and renamed: a kill at
-    any moment leaves no `dst` or a complete one. Memory: that of the libraries plus the largest weight in
-    float32 (see `verify_checkpoint` for models that are loaded whole) and, when layers are merged, what
-    `merge_linear` states for the largest linear and its sources.
+    any moment leaves no `dst` or a complete one. Memory: that of the libraries plus what `verify_checkpoint`
+    says and, when layers are merged, what `merge_linear` states for the largest linear and its sources.
 
     Args:
         src: A model folder with safetensors in any float dtype, or a hub id. Quantised checkpoints can be

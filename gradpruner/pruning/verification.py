@@ -99,9 +99,10 @@ def verify_checkpoint(
     Merging is repeated in memory and compared to the bit (with a trace where the rule needs one); repaired
     linears must be those of the repair or, without it, have the hashes that `pruning.json` states. Reference
     for what the checkpoint computes is the source model with the pruned layers handing on what they were
-    given, and with the merged and repaired linears of the checkpoint. Both run on the CPU, one after the
-    other, each weight read from its file when it is used (`on_demand`), so memory is that of the largest
-    weight; 16 bits are computed in float32. Models whose weights are stored in another form than they are
+    given, and with the merged and repaired linears of the checkpoint. All other tensors must hold the bytes
+    of the source's. Both run on the CPU, one after the other, each weight read from its file when it is used
+    (`on_demand`), so memory is 256 MB at most for what both compute, and that of the largest weight that is
+    no linear; 16 bits are computed in float32. Models whose weights are stored in another form than they are
     computed with are loaded whole, in the dtype they are stored in, and the report says so.
 
     Args:
