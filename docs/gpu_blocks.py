@@ -176,7 +176,7 @@ def _quality(cells: Lines) -> str:
     """What is left of the dense score, the mean over tasks and seeds."""
     shares = []
     for cell in cells.values():
-        if cell["cell"] != "shrink/igia/12/least_squares":
+        if cell["cell"] != "shrink/igia/12/layer_wise":
             continue
         swept = {
             key.rpartition("/")[2]: one["validation"]["nll"]

@@ -330,3 +330,9 @@ def test_what_several_processes_cannot_do_is_refused_before_a_model_is_loaded(tm
         Job(load_recipe(path))
     with pytest.raises(ConfigError, match="there is no file"):
         check_sharding(False, "zero.json", "cpu")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="accelerate's FSDP needs GPUs"):
+        check_sharding(False, None, "cpu")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(ConfigError, match="accelerate was told to use DeepSpeed"):
+        check_sharding(False, None, "cpu")

@@ -118,7 +118,7 @@ def serving(place: Place) -> dict[str, Any]:
 
 
 def quality(place: Place) -> dict[str, Any]:
-    """The study of `benchmarks/quality` on this device: what pruned and repaired models keep.
+    """The study of `benchmarks/quality` on this device: what pruned models keep, repaired or not.
 
     It keeps a journal of its own, cell by cell, so that one that runs out of time is gone on with.
     """
@@ -130,9 +130,8 @@ def quality(place: Place) -> dict[str, Any]:
         sys.executable, str(STUDY), "tune", "shrink", "--model", str(place.model), "--data", str(place.data),
         "--scratch", str(place.scratch), "--results", str(results), "--task", *tasks, "--seed", *seeds,
         "--device", "cpu" if place.torch_device.type == "cpu" else "auto",
+        "--only", "igia/12/layer_wise", "igia/12/none",
     ]  # fmt: skip
-    if place.tiny:
-        command += ["--only", "igia/12/least_squares"]
     subprocess.run(command, check=True)
     cells = [json.loads(line) for path in results.glob("*.jsonl") for line in path.read_text().splitlines()]
     return {"cells": len(cells), "model": place.model.name}

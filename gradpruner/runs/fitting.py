@@ -32,6 +32,7 @@ from gradpruner.pruning.refitting import MAX_REGRESSORS
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import STAGES, method_of
 from gradpruner.training.finetuning import resolve_precision
+from gradpruner.training.sharding import accelerate_shards
 from gradpruner.training.trainer import answer_window
 from gradpruner.world import this_world
 
@@ -201,7 +202,7 @@ def spread_of(job: Job) -> Spread:
         return Spread()
     if options.deepspeed:
         return deepspeed_spread(Path(options.deepspeed), size)
-    if options.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if options.fsdp or accelerate_shards():
         given = options.fsdp if isinstance(options.fsdp, dict) else {}
         offload = given.get("cpu_offload") or given.get("fsdp_cpu_offload")
         return Spread("fsdp", size, ("weights", "gradients", "optimizer") if offload else ())

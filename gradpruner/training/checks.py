@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from gradpruner.errors import ConfigError
 from gradpruner.models.loading import check_bitsandbytes
 from gradpruner.registry import suggest
+from gradpruner.training.sharding import accelerate_shards
 
 
 def check_trackers(report_to: str | Sequence[str]) -> None:
@@ -67,11 +67,7 @@ def check_4bit(key: str, fsdp: Any, deepspeed: str | None) -> None:
         deepspeed: Likewise.
     """
     check_bitsandbytes(f"{key}: qlora")
-    spread = {
-        "DeepSpeed": deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true",
-        "FSDP": fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true",
-    }
-    for name, asked in spread.items():
+    for name, asked in {"DeepSpeed": deepspeed, "FSDP": fsdp or accelerate_shards()}.items():
         if asked:
             raise ConfigError(
                 f"{key} is qlora, and {name} is asked for: 4-bit weights are not spread over processes.",

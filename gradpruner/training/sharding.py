@@ -20,11 +20,18 @@ from gradpruner.world import this_world
 
 def check_sharding(fsdp: Any, deepspeed: str | None, device: str) -> None:
     """Raises ConfigError where weights cannot be spread over processes, before anything is loaded."""
+    if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ or "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        raise ConfigError(
+            "accelerate was told to use DeepSpeed, for recording too, where it steps before gradients can be "
+            "read.",
+            hint="Start without it, and name a DeepSpeed file: --set finetune.deepspeed=FILE.",
+        )
+    key = "finetune.deepspeed" if deepspeed else "finetune.fsdp" if fsdp else "accelerate's FSDP"
+    fsdp = fsdp or accelerate_shards()
     if not fsdp and not deepspeed:
         return
-    key = "finetune.deepspeed" if deepspeed else "finetune.fsdp"
     if fsdp and deepspeed:
-        raise ConfigError("finetune.fsdp and finetune.deepspeed are both given.", hint="Choose one.")
+        raise ConfigError("FSDP and finetune.deepspeed are both given.", hint="Choose one.")
     if this_world().size == 1:
         raise ConfigError(
             f"{key} needs several processes; this is one.",
@@ -32,11 +39,16 @@ def check_sharding(fsdp: Any, deepspeed: str | None, device: str) -> None:
         )
     if fsdp and (device == "cpu" or not torch.accelerator.is_available()):
         raise ConfigError(
-            "finetune.fsdp needs GPUs: on CPUs the Trainer would keep whole copies.",
+            f"{key} needs GPUs: on CPUs the Trainer would keep whole copies.",
             hint="Leave it out: several CPU processes work as plain data parallelism.",
         )
     if deepspeed:
         _check_deepspeed(Path(deepspeed))
+
+
+def accelerate_shards() -> bool:
+    """Whether accelerate was told to use FSDP, by its config or `--use_fsdp`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def check_world_size(rows: int, batch_sizes: Mapping[str, int]) -> None:
