@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from drawing import as_svg, digest, plotting
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
 TASKS = {"trec": "TREC", "banking77": "Banking77", "sst2": "SST-2", "scitldr": "SciTLDR (ROUGE-L)"}
@@ -346,53 +345,6 @@ def _note() -> str:
         "Test score in per cent, mean over seeds, their number in brackets. Intervals: bootstrap over runs and "
         f"rows. {len(cells())} cells so far, commits {', '.join(sorted(commits))}; {', '.join(sorted(machines))}."
     )
-
-
-def draw() -> str:
-    """Left: relative change of every way, against dense. Right: by number of layers."""
-    pyplot = plotting()
-    pyplot.rcParams["font.size"] = 8
-    ways = _ways()
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10.5, 0.27 * len(ways) + 1.6), width_ratios=(1.5, 1), layout="constrained"
-    )
-    for place, (_, (mean, low, high)) in enumerate(ways):
-        left.plot([100 * low, 100 * high], [place, place], color="#356a9a", linewidth=1.4)
-        left.plot([100 * mean], [place], "o", color="#356a9a", markersize=4)
-    left.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(range(len(ways)), [label for label, _ in ways])
-    left.invert_yaxis()
-    left.set_xlim(left=max(left.get_xlim()[0], -30))
-    left.set_xlabel("test score against dense, %")
-    for way, found_at in WAYS_DOWN.items():
-        line = [(gone, 100 * loss(found)[0]) for gone in DEPTHS if (found := found_at(gone))]
-        if line:
-            right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set_xlabel("layers gone of 30, IGIA, repaired")
-    right.set_ylabel("test score against dense, %")
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", linewidth=0.3)
-    return as_svg(figure, shown())
-
-
-def _ways() -> list[tuple[str, tuple[float, float, float]]]:
-    """Label, mean and interval of every way that is measured: repaired, then trained ones."""
-    found = []
-    for repair in ("layer_wise", "least_squares"):
-        for choice, label in CHOICES.items():
-            here = pairs(f"shrink/{choice}/{USUAL}/{repair}")
-            if here:
-                found.append((f"not trained: {label}, {REPAIRS[repair]}", loss(here)))
-    found.append(("from tuned: recovered or not, by validation rows (best)", loss(better())))
-    return found + [(label, loss(here)) for row, label in ROWS.items() if (here := trained(row))]
-
-
-def shown() -> str:
-    """A digest of what the drawing shows."""
-    return digest([[key, entry["test"]["score"]] for key, entry in sorted(cells().items())])
 
 
 BLOCKS = {

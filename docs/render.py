@@ -25,6 +25,7 @@ import memory_blocks
 import methods
 import pruning_blocks
 import quality_blocks
+import quality_drawing
 from drawing import RESULTS, gigabytes, machine, read, script, times
 
 ROOT = Path(__file__).parent.parent
@@ -356,7 +357,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 DRAWINGS = {
     "comparison.svg": (methods.comparison_digest, methods.draw_comparison),
     "ablations.svg": (ablation_blocks.shown, ablation_blocks.draw),
-    "quality.svg": (quality_blocks.shown, quality_blocks.draw),
+    "quality.svg": (quality_drawing.shown, quality_drawing.draw),
 }
 """File -> digest of what it is to show, and what draws it."""
 
