@@ -12,7 +12,7 @@ run: $(VENV)/.installed
 	$(BIN)/gradpruner run demo --out runs/demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -44,21 +44,19 @@ def test_it_shows_rates_what_is_in_a_step_and_about_how_long(call, tmp_path):
         assert part in shown
 
 
-@pytest.mark.parametrize(
-    ("overrides", "part"),
-    [
+def test_too_few_steps_are_warned_of_with_what_to_set(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecasting._Trial, "seconds", lambda self, rows, length, training: 1.0)
+    path, _ = make_project(tmp_path)
+    for overrides, part in (
         ([], "6 optimizer steps (24 rows x 1 epochs, 4 x 1 rows a step)"),
         (["finetune.epochs=9"], ". --set finetune.epochs=10 makes it 60 or more."),
         (["finetune.epochs=20", "finetune.accumulation=6"], "--set finetune.accumulation=2 makes it 60."),
         (["finetune.accumulation=4"], "--set finetune.accumulation=1 --set finetune.epochs=10 makes it 60"),
         (["finetune.epochs=10"], None),
         (["start=given"], None),  # nothing is trained
-    ],
-)
-def test_too_few_steps_are_warned_of_with_what_to_set(call, tmp_path, overrides, part):
-    path, _ = make_project(tmp_path)
-    said = [text for text in facts_of(call, path, *overrides)["warnings"] if "optimizer steps" in text]
-    assert part in said[0] if part else said == []
+    ):
+        said = [text for text in facts_of(call, path, *overrides)["warnings"] if "optimizer steps" in text]
+        assert part in said[0] if part else said == [], overrides
 
 
 def test_answers_of_which_some_begin_with_a_space_are_counted(call, tmp_path):

@@ -2,7 +2,6 @@
 
 import ast
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -95,14 +94,11 @@ def test_trl_records_tunes_and_the_trace_prunes(place, monkeypatch):
     assert gradpruner.load_model("again").config.num_hidden_layers == plan.num_layers - 2
 
 
-def test_the_notebook_runs(tmp_path):
-    """In a process of its own: cells in order, as a reader would run them."""
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Cells in order, as a reader would run them."""
     script = tmp_path / "notebook.py"
     script.write_text("\n\n".join(code_of(NOTEBOOK)), encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script))
     dense, pruned = (gradpruner.load_model(folder).config for folder in (MODEL_DIR, tmp_path / "pruned"))
     assert pruned.num_hidden_layers == dense.num_hidden_layers - 4

@@ -24,7 +24,8 @@ def together(script, *arguments, size=2, timeout=900, expect=0):
     shared["PYTHONPATH"] = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "script.py"
-        path.write_text(script, encoding="utf-8")
+        # As in conftest.py: what is imported is not looked through for garbage.
+        path.write_text(f"import gc\ngc.disable()\n{script}", encoding="utf-8")
         ranks = [
             subprocess.Popen(
                 [sys.executable, path, *map(str, arguments)],

@@ -30,11 +30,10 @@ from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.in_memory import prune_, relative_error
 from gradpruner.pruning.on_disk import prune_checkpoint
-from gradpruner.pruning.verification import verify_checkpoint
 
 LAYERS = COMMON["num_hidden_layers"]
 IDS = torch.arange(8, 32).reshape(2, 12)  # longer than the sliding window of 4
-MAIN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2")
+VARIED = ("qwen2", "gemma3_text", "gpt2")
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -59,6 +58,12 @@ def states_equal(one, other):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def fields(config):
+    """What a config says, but for dtypes: loading fills them in."""
+    kept = {name: value for name, value in config.items() if name != "dtype"}
+    return {name: fields(value) if isinstance(value, dict) else value for name, value in kept.items()}
+
+
 @torch.no_grad()
 def logits(model):
     return model(input_ids=IDS, use_cache=False).logits
@@ -69,21 +74,26 @@ def test_every_row_has_a_test_model():
     assert len(FAMILIES) >= 35
 
 
-def test_the_layers_of_a_row_differ_where_they_can(model_type):
-    config = text_config(make_config(model_type))
-    kinds = getattr(config, "layer_types", None)
-    windows = getattr(config, "sliding_window", None)
-    if kinds is not None and windows and model_type not in ("ministral", "mixtral", "phimoe"):
-        assert len(set(kinds)) > 1, "a model of equal layers cannot show that they are told apart"
+def test_the_layers_of_a_row_differ_where_they_can():
+    for model_type in sorted(set(FAMILIES) - {"ministral", "mixtral", "phimoe"}):
+        config = text_config(make_config(model_type))
+        if getattr(config, "layer_types", None) is not None and getattr(config, "sliding_window", None):
+            assert len(set(config.layer_types)) > 1, (
+                f"{model_type}: a model of equal layers cannot show that they are told apart"
+            )
 
 
 def test_memory_and_disk_agree_to_the_bit_and_with_the_source(model_type, tmp_path):
     model = make_family_model(model_type)
     view = LayeredModel(model)
     keep = SPECIAL_KEEP.get(model_type, KEEP)
+    check_dropping(copy.deepcopy(model), PruningPlan.from_keep(LAYERS, keep))
     plan = merging_plan(view, keep)
     trace = make_trace(model) if plan.merged else None
     model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    # A linear that is stored under another name cannot be sampled; there is no fingerprint then.
+    expected = "" if model_type == "phimoe" else fingerprint(model)
+    assert Blueprint(tmp_path / "source", plan, trace).fingerprint == expected
     report = prune_checkpoint(
         tmp_path / "source", tmp_path / "pruned", plan, trace, verify="full", max_shard_bytes=50_000
     )
@@ -93,15 +103,13 @@ def test_memory_and_disk_agree_to_the_bit_and_with_the_source(model_type, tmp_pa
     prune_(model, plan, trace)
     loaded = type(model).from_pretrained(tmp_path / "pruned", dtype=torch.float32)
     assert states_equal(loaded, model)
+    assert fields(loaded.config.to_diff_dict()) == fields(model.config.to_diff_dict())
     assert relative_error(logits(loaded), logits(model)) < 1e-6  # experts are batched in no fixed order
-    model.save_pretrained(tmp_path / "memory")
-    assert verify_checkpoint(tmp_path / "memory", tmp_path / "source", plan, trace, level="structure").passed
 
 
-def test_dropping_in_memory_is_passing_the_layers_through(model_type):
-    model = make_family_model(model_type)
+def check_dropping(model, plan):
+    """Layers that are dropped in memory are layers passed through, with and without a cache."""
     view = LayeredModel(model)
-    plan = PruningPlan.from_keep(LAYERS, SPECIAL_KEEP.get(model_type, KEEP))
     dense = logits(model)
     with view.passed_through(plan.pruned):
         expected = logits(model)
@@ -112,15 +120,6 @@ def test_dropping_in_memory_is_passing_the_layers_through(model_type):
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "attention_mask": ones}
     cached = model.generate(IDS, use_cache=True, **options)
     assert torch.equal(cached, model.generate(IDS, use_cache=False, **options))
-
-
-def test_the_fingerprint_on_disk_is_that_in_memory(model_type, tmp_path):
-    model = make_family_model(model_type)
-    model.save_pretrained(tmp_path)
-    plan = PruningPlan.from_keep(LAYERS, SPECIAL_KEEP.get(model_type, KEEP))
-    # A linear that is stored under another name cannot be sampled; there is no fingerprint then.
-    expected = "" if model_type == "phimoe" else fingerprint(model)
-    assert Blueprint(tmp_path, plan).fingerprint == expected
 
 
 @pytest.mark.parametrize("model_type", [name for name, row in sorted(FAMILIES.items()) if row.no_merge])
@@ -134,7 +133,7 @@ def test_merging_experts_is_refused_before_anything_changes(model_type):
     assert len(LayeredModel(model).layers) == LAYERS
 
 
-@pytest.mark.parametrize("model_type", MAIN)
+@pytest.mark.parametrize("model_type", VARIED)
 @settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_layers_may_go(model_type, tmp_path_factory, data):
