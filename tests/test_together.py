@@ -43,7 +43,7 @@ def pretend(self, *args, **kwargs):
 
 
 PartialState.__init__ = pretend
-for module in (job, sharding, finetuning):
+for module in (early_checks, sharding, finetuning):
     module.check_sharding = lambda *_: None
 """
 
@@ -52,7 +52,7 @@ import json, sys
 import torch
 sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
 from gradpruner.cli.main import main
-from gradpruner.runs import job
+from gradpruner.runs import early_checks
 from gradpruner.training import finetuning, sharding
 from gradpruner.world import this_world
 import test_together
