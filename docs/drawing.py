@@ -54,7 +54,7 @@ def read(path: Path) -> Any:
 
 def machine(result: dict[str, Any]) -> str:
     facts = result["provenance"]["machine"]
-    return f"{facts['cores']} cores of an {facts['cpu']}"
+    return f"{facts['cores']} core{'s'[: facts['cores'] != 1]} of an {facts['cpu']}"
 
 
 def dig(value: Any, path: str) -> Any:
