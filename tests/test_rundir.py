@@ -199,7 +199,8 @@ def test_a_second_process_is_refused_by_every_command_that_writes(project, call,
             path: content for path, content in before.items() if path.name != ".lock"
         }
         if "--out" in command and command[:2] != ("evaluate", "model"):
-            assert call(*command, "--dry-run")[0] == 0
+            code, _, err = call(*command, "--dry-run")
+            assert code == 0, err
 
 
 def test_processes_with_seeds_of_their_own_may_share_a_study(project):

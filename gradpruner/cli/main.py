@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import signal
@@ -135,6 +136,9 @@ def main() -> None:
     """Entry point: our errors become one clear message and their exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    # Libraries make a million objects while they are imported; looking through them time and again for
+    # garbage takes a fifth of every start.
+    gc.set_threshold(20_000, 10, 10)
     try:
         _in_its_world()
     except GradPrunerError as error:
