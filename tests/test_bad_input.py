@@ -174,9 +174,9 @@ def test_26_outputs(project, refuse):
     mine = project.parent / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("x")
-    refuse(USAGE, ["is the input", "--out"], "run", project, "--out", model)
+    refuse(USAGE, ["is the input", "another output folder"], "run", project, "--out", model)
     refuse(USAGE, ["lies inside it"], "run", project, "--out", model / "run")
-    refuse(USAGE, ["not made by gradpruner", "--out"], "run", project, "--out", mine)
+    refuse(USAGE, ["not made by gradpruner", "another output folder"], "run", project, "--out", mine)
     refuse(USAGE, ["is a file"], "run", project, "--out", mine / "thesis.tex")
     assert {p: p.read_bytes() for p in model.iterdir()} == before
     assert [p.name for p in mine.iterdir()] == ["thesis.tex"]

@@ -128,6 +128,8 @@ def test_adapters_are_saved_as_such_and_load_onto_their_model(tmp_path, folder):
 
 def test_places_without_a_model(tmp_path, folder):
     assert locate_model(folder) == folder
+    with pytest.raises(ModelError, match="is a GGUF file"):
+        locate_model("model.gguf")
     with pytest.raises(ModelError, match="no model folder at"):
         locate_model(tmp_path / "none")
     with pytest.raises(ModelError, match=r"'some/model' is neither a folder .* nor a model the hub"):

@@ -98,7 +98,7 @@ def test_doctor(call):
         (["run", "nowhere.yaml"], "There is no recipe at nowhere.yaml"),
         (["run", "dmo"], "no recipe file or built-in recipe 'dmo'"),
         (["run", "--oot", "x"], "No such option"),
-        (["plan", "--model", "m"], "give data.train, or data.task"),
+        (["plan", "--model", "m"], "give data.train (--data), or data.task"),
         (["fly"], "No such command"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_fault_is_named_with_what_is_allowed(values, part):
 
 
 def test_missing_sections_are_named():
-    with pytest.raises(ConfigError, match=r"model: missing; give model\.path\.\n.*data: missing; give"):
+    with pytest.raises(ConfigError, match=r"model: missing; give model\.path.*\n.*data: missing; give"):
         check_recipe({})
 
 

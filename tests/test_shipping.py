@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from gradpruner.cli.suggestions import suggest_after_run
 from gradpruner.errors import ConfigError
-from gradpruner.reports.shipping import model_to_ship
+from gradpruner.reports.reading import read
+from gradpruner.reports.shipping import advice, model_to_ship
 
 
 def row(size: int, test: float, validation: float | None = None, **more: Any) -> dict[str, Any]:
@@ -36,6 +38,16 @@ def test_without_validation_rows_test_rows_do_not_decide_either() -> None:
     run = record(dense=DENSE, dropped=row(60, 0.9), merged=row(60, 0.5))
     found = model_to_ship(run)
     assert found.row == "merged" and "nothing was compared" in found.reason
+
+
+def test_after_a_run_of_the_dense_model_alone_shrink_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    run = record(dense=DENSE)
+    found = advice(read(run))
+    assert found is not None and "gradpruner shrink" in found.reason
+    run |= {"rows": {"dense": "dense"}, "plans": {}}
+    suggest_after_run("report", run, "tuned")
+    said = "".join(capsys.readouterr())
+    assert "gradpruner shrink tuned/variants/dense/model" in said and "num-prune" not in said
 
 
 def test_rows_of_other_plans_must_fit_the_budget() -> None:

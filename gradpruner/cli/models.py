@@ -222,7 +222,7 @@ def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
     before, after = (shown(size) for size in facts["bytes"])
     typer.echo(
         f"{facts['model_type']}: {facts['layers'][0]} -> {facts['layers'][1]} layers, {before} -> "
-        f"{after}; without layers {runs_of(plan.pruned)}"
+        f"{after}; without {'layer' if len(plan.pruned) == 1 else 'layers'} {runs_of(plan.pruned)}"
         + (f", {sum(map(len, plan.merged.values()))} of them merged" if plan.merged else "")
     )
     _print_portability(facts["portability"])
@@ -338,7 +338,7 @@ def layer_numbers(text: str, depth: int) -> list[int]:
         if last < first or last >= depth:
             raise ConfigError(
                 f"'{part.strip()}' is not a layer or range of layers of this model.",
-                hint=f"Write layers of 0 to {depth - 1} as 0-17,30,31.",
+                hint=f"Write layers of 0 to {depth - 1} with commas, ranges too: 1,2 or 3-5.",
             )
         numbers += range(first, last + 1)
     return numbers

@@ -26,6 +26,13 @@ NEXT: dict[str, tuple[tuple[str, str], ...]] = {
         ("remove fewer or more layers, from the same recording", "gradpruner run --out {out} --num-prune N"),
         ("the table as Markdown", "gradpruner report {out} --markdown"),
     ),
+    "report of the dense model alone": (
+        (
+            "remove layers of it",
+            "gradpruner shrink {model} --data ROWS --eval-data ROWS --out {out}-small",
+        ),
+        ("the table as Markdown", "gradpruner report {out} --markdown"),
+    ),
     "prune a folder": (
         ("check it again, at any time", "gradpruner verify {folder}"),
         ("measure it", "gradpruner evaluate {folder} --eval-data ROWS"),
@@ -61,5 +68,10 @@ def suggest_after_run(until: str, record: dict[str, Any], out: str) -> None:
         model = Path(out) / model_to_ship(record).folder
     except ConfigError:
         model = None
+    dense = record["rows"].get("dense")
+    if until == "report" and list(record["rows"].values()) == [dense]:
+        tuned = (record["variants"][dense]["finetune"] or {}).get("output")
+        suggest("report of the dense model alone", out=out, model=Path(out) / tuned if tuned else None)
+        return
     plan = Path(out) / "plans" / f"{pruned[0]}.json" if pruned else None
     suggest(until, out=out, plan=plan, model=model)

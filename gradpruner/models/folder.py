@@ -70,6 +70,11 @@ def locate_model(model: str | Path, *, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     name = str(model)
+    if folder.suffix.lower() == ".gguf":
+        raise ModelError(
+            f"{folder} is a GGUF file: give the model it was made from.",
+            hint="That is a folder with config.json and *.safetensors. `gradpruner export` makes GGUF of it.",
+        )
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(
             f"There is no model folder at {folder}.",
@@ -103,23 +108,23 @@ def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) ->
     if fault:
         raise ConfigError(
             f"The output {shown(str(folder))} cannot be used: {fault}.",
-            hint="Choose another --out; every part of its path may have 255 bytes.",
+            hint="Choose another output folder; every part of its path may have 255 bytes.",
         )
     resolved = folder.resolve()
     for source in inputs:
         if resolved == source.resolve() or source.resolve() in resolved.parents:
             raise ConfigError(
                 f"The output {folder} is the input {source} or lies inside it.",
-                hint="Choose another --out.",
+                hint="Choose another output folder.",
             )
     if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"The output {folder} is a file.", hint="Choose another --out.")
+        raise ConfigError(f"The output {folder} is a file.", hint="Choose another output folder.")
     entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     # A run directory may hold nothing but its lock: killed before its first file was written.
     if not all(name.startswith(LOCK_FILE) for name in entries) and marker not in entries:
         raise ConfigError(
             f"The output folder {folder} is not empty and was not made by gradpruner.",
-            hint="Nothing is ever overwritten: choose another --out, or empty it yourself.",
+            hint="Only what gradpruner made is replaced: choose another output folder, or empty it yourself.",
         )
 
 
@@ -168,7 +173,7 @@ def _take_place(staged: Path, folder: Path) -> None:
                 os.replace(aside, folder)
             if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise ConfigError(
-                    f"{folder} was written by somebody else meanwhile.", hint="Choose another --out."
+                    f"{folder} was written by somebody else meanwhile.", hint="Choose another output folder."
                 ) from error
             raise
         finally:

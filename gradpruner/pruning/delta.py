@@ -138,7 +138,9 @@ def existing(folder: str | Path, what: str) -> Path:
 def _check_free(target: Path, inputs: tuple[Path, ...]) -> None:
     check_output(target, inputs=inputs, marker=DELTA_FILE)
     if (target / DELTA_FILE).exists():  # ours, but staged_folder replaces models only
-        raise ConfigError(f"{target} holds a delta.", hint="Remove it first, or choose another --out.")
+        raise ConfigError(
+            f"{target} holds a delta.", hint="Remove it first, or choose another output folder."
+        )
 
 
 def _pruning_of(folder: Path) -> tuple[dict[str, Any], PruningPlan]:

@@ -126,7 +126,7 @@ def _check_request(source: Path, target: Path, max_shard_bytes: int, verify: str
     if target.resolve() in source.resolve().parents:
         raise ConfigError(
             f"The source {source} lies inside the output {target}, which would be replaced.",
-            hint="Choose another --out.",
+            hint="Choose another output folder.",
         )
     if max_shard_bytes < 1:
         raise ConfigError(f"Files of at most {max_shard_bytes} bytes hold nothing; 1 is the least.")

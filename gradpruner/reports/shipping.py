@@ -85,7 +85,7 @@ def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
     if row is None:
         raise ConfigError(
             "This run has no pruned model that is measured.",
-            hint="Start it again: it goes on where it stopped. A row may also be named.",
+            hint="Start it again, and it goes on where it stopped; or name a row yourself.",
         )
     return Shipped(row.name, _folder(view, row), _reason(view, row, basis))
 
@@ -102,6 +102,12 @@ def advice(view: View, folder: Path | None = None, learned: bool = True) -> Advi
     if view.kind == "ablation" or not any(view.metric in row.quality for row in view.rows):
         return None
     if row is None:
+        if all(row.is_dense for row in view.rows):
+            return Advice(
+                "Nothing to ship",
+                "",
+                "Only the dense model was measured; `gradpruner shrink` makes it smaller.",
+            )
         return Advice("Nothing to ship", "", "No pruned row within the budget is measured; see below.")
     if not learned:
         return Advice("Nothing to ship yet", "", "The task was not learned; what to change is said below.")
@@ -119,7 +125,15 @@ def _reason(view: View, row: Row, basis: str) -> str:
         rows = f" on {whole(found.n)} validation rows" if found.n else " on validation rows"
         dense = view.dense.validation.get(view.metric) if view.dense else None
         against = f", where the dense model has {percent(dense.value)}" if dense else ""
-        return f"It has the best {name}{rows} of those that fit the budget: {percent(found.value)}{against}."
+        search = row.plan.recorded.search if row.plan else Search()
+        sure = (
+            f" Removing so many layers is certified to lose at most {percent(search.limit)}, on "
+            f"{whole(search.rows)} validation rows."
+            if search.best is not None
+            else ""
+        )
+        said = f"It has the best {name}{rows} of those that fit the budget: {percent(found.value)}{against}."
+        return said + sure
     if basis == "certified":
         search = row.plan.recorded.search if row.plan else Search()
         rows = f"{whole(search.rows)} validation rows"

@@ -143,6 +143,8 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
         highlight=False,
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
+    if facts["max_loss"] is not None:
+        title += ", as an example: the search says how many"
     console.print(savings_table(facts["savings"], title))
     console.print(
         f"disk: trace {num_bytes(facts['trace_bytes'])}, everything written "
@@ -185,8 +187,8 @@ def _training(facts: dict[str, Any]) -> str:
     parts = {"recording": "record", "training": "train", "evaluation": "evaluate"}
     spent = ", ".join(f"{name} {duration(taken[key])}" for name, key in parts.items() if taken[key])
     lines.append(
-        f"time: about {duration(taken['all'])} ({spent}); estimated from {taken['basis']}; loading, writing "
-        "and methods that search come on top"
+        f"time: about {duration(taken['all'])} ({spent}); estimated from {taken['basis']}; loading, writing, "
+        "repair and searches come on top"
     )
     return "\n".join(lines)
 

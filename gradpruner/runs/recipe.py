@@ -241,7 +241,10 @@ def _fault(entry: Any, known: list[str]) -> str:
         close = f" Did you mean '{meant}'?" if meant else ""
         return f"{path}: unknown key.{close}"
     if entry["type"] == "missing":
-        needed = {"model": "give model.path", "data": "give data.train, or data.task"}
+        needed = {
+            "model": "give model.path (--model)",
+            "data": "give data.train (--data), or data.task (--task)",
+        }
         return f"{path}: missing{'; ' + needed[path] if path in needed else ''}."
     message = str(entry["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(entry["input"], dict) else f" (given: {shown(entry['input'])})"
