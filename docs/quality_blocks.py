@@ -220,6 +220,7 @@ def decided() -> str:
 
 ROWS = {
     RECOVERED: "from tuned: IGIA, repaired, recovered with the teacher",
+    "tuned/igia/layer_wise/distil": "from tuned: IGIA, repaired layer-wise, recovered with the teacher",
     "tuned/igia/least_squares/labels": "from tuned: IGIA, repaired, recovered",
     "tuned/igia/none/labels": "from tuned: IGIA, dropped, recovered",
     "base/igia/least_squares/distil": "from base: IGIA, repaired, tuned with the teacher",
