@@ -31,11 +31,13 @@ def render_html(source: dict[str, Any], out: str | Path) -> Path:
     return html.render_html(source, Path(out))
 
 
-def print_summary(source: dict[str, Any], console: Console, folder: Path | None = None) -> None:
+def print_summary(
+    source: dict[str, Any], console: Console, folder: Path | None = None, *, advise: bool = True
+) -> None:
     """Prints a run or a study in the terminal; see `gradpruner.reports.terminal.print_summary`."""
     from gradpruner.reports import terminal
 
-    terminal.print_summary(source, console, folder)
+    terminal.print_summary(source, console, folder, advise=advise)
 
 
 def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:

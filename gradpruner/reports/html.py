@@ -76,7 +76,7 @@ def page_of(view: View, folder: Path) -> dict[str, Any]:
             ("Fine-tuning", text(record.mode)),
             ("Seeds", ", ".join(map(str, view.seeds)) or MISSING),
         ),
-        "ship": advice(view, folder, verdict.word != NOT_LEARNED),
+        "ship": advice(view, folder, verdict.word != NOT_LEARNED, verdict.level == "worse"),
         "verdict": verdict,
         "tiles": tiles(view),
         "warnings": [text(warning) for warning in record.warnings],

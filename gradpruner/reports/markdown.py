@@ -24,7 +24,7 @@ def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
     """
     view = read(source)
     verdict = judge(view)
-    ship = advice(view, folder, verdict.word != NOT_LEARNED)
+    ship = advice(view, folder, verdict.word != NOT_LEARNED, verdict.level == "worse")
     said = [
         f"{verdict.word}. {verdict.sentence}",
         budget_words(view),

@@ -21,6 +21,12 @@ _SPLIT_HINT = (
 )
 
 
+_KEEP_MORE = (
+    "Fewer layers (plan.num_prune), training after the cut (recover.epochs) or a limit on the loss "
+    "(plan.max_loss) keep more."
+)
+
+
 @dataclass(frozen=True)
 class Shipped:
     """The model to ship.
@@ -90,13 +96,16 @@ def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
     return Shipped(row.name, _folder(view, row), _reason(view, row, basis))
 
 
-def advice(view: View, folder: Path | None = None, learned: bool = True) -> Advice | None:
+def advice(
+    view: View, folder: Path | None = None, learned: bool = True, worse: bool = False
+) -> Advice | None:
     """What to do with a run or a comparison; None for an ablation, and where nothing was measured.
 
     Args:
         view: The record.
         folder: Where it lies; by default where it was made.
         learned: Whether the task was learned at all.
+        worse: Whether the row is clearly worse than the dense model.
     """
     row, basis = view.choice
     if view.kind == "ablation" or not any(view.metric in row.quality for row in view.rows):
@@ -113,10 +122,13 @@ def advice(view: View, folder: Path | None = None, learned: bool = True) -> Advi
         return Advice("Nothing to ship yet", "", "The task was not learned; what to change is said below.")
     here = folder if folder is not None else Path(str(view.record.recipe.get("out") or "."))
     reason = _reason(view, row, basis)
+    title = f"{row.label}, clearly worse than the dense model" if worse else row.label
+    if worse:
+        reason = f"{reason} {_KEEP_MORE}"
     if view.record.recipe.get("keep_models") == "none":
-        return Advice(row.label, "", f"{reason} The model was not kept.", (_remake(row, here),))
+        return Advice(title, "", f"{reason} The model was not kept.", (_remake(row, here),))
     path = str(here / _folder(view, row))
-    return Advice(row.label, path, reason, _next_steps(view, row, path, here))
+    return Advice(title, path, reason, _next_steps(view, row, path, here))
 
 
 def _reason(view: View, row: Row, basis: str) -> str:
@@ -175,16 +187,13 @@ def _next_steps(view: View, row: Row, path: str, here: Path) -> tuple[Command, .
     of_run = shlex.quote(str(here) if view.kind == "run" else path)
     note = f"llama.cpp does not take it: {fault}" if fault else ""
     export = Command("Convert for llama.cpp and Ollama", f"gradpruner export {of_run} --gguf", note)
-    data = view.record.recipe.get("data")
-    train = data.get("train") if isinstance(data, dict) else None
-    source = str(Path(str(train).partition("#")[0]).parent) if train else "FOLDER_OF_ROWS"
     sft = (
-        f"trl sft --model_name_or_path {shlex.quote(path)} --dataset_name {shlex.quote(source)} "
+        f"trl sft --model_name_or_path {shlex.quote(path)} --dataset_name FOLDER_OF_ROWS "
         f"--output_dir {shlex.quote(f'{path}-tuned')}"
     )
     note = (
-        "TRL takes rows of prompt and completion, or of messages; without a GPU add --bf16 false "
-        "--use_cpu true. Any other trainer of Hugging Face models takes the folder, too."
+        "FOLDER_OF_ROWS holds rows of prompt and completion, or of messages, and nothing else; without a GPU "
+        "add --bf16 false --use_cpu true. Any other trainer of Hugging Face models takes the model, too."
     )
     return serve, export, Command("Continue training", sft, note)
 

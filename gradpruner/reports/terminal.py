@@ -33,18 +33,23 @@ _ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "→": "->", "…": "
 _PER_LINE = 80
 
 
-def print_summary(source: dict[str, Any], console: Console, folder: Path | None = None) -> None:
+def print_summary(
+    source: dict[str, Any], console: Console, folder: Path | None = None, *, advise: bool = True
+) -> None:
     """Prints results, layers, verdict, advice and warnings of one run or study.
 
     Args:
         source: A record as read from run.json or study.json; missing parts are left out.
         console: Where to; no colours when it is not a terminal, no symbols when it cannot show them.
         folder: Where the record lies; by default where it was made.
+        advise: Say what to do with the model.
     """
     view = read(source)
     say(console, text(title_of(view), 90), "bold")
     if any(row.quality or row.error for row in view.rows) or not _print_decisions(view, console):
-        _print_results(view, console, folder)
+        _print_results(view, console)
+        if advise:
+            _print_advice(view, console, folder)
     for warning in view.record.warnings:
         say(console, f"Warning: {text(warning)}", "yellow")
 
@@ -55,8 +60,8 @@ def title_of(view: View) -> str:
     return text(view.record.title or fallback[view.kind], 200)
 
 
-def _print_results(view: View, console: Console, folder: Path | None) -> None:
-    """What was measured: the table of rows, their layers, the verdict, what to do."""
+def _print_results(view: View, console: Console) -> None:
+    """What was measured: the table of rows, their layers, the verdict."""
     table = short_table(view)
     if table.lines:
         console.print(rich_table(table, console))
@@ -75,7 +80,12 @@ def _print_results(view: View, console: Console, folder: Path | None) -> None:
             say(console, line)
     for note in verdict.notes:
         say(console, f"- {note}")
-    ship = advice(view, folder, verdict.word != NOT_LEARNED)
+
+
+def _print_advice(view: View, console: Console, folder: Path | None) -> None:
+    """Which model to ship, and the next commands."""
+    verdict = judge(view)
+    ship = advice(view, folder, verdict.word != NOT_LEARNED, verdict.level == "worse")
     if ship is not None:
         say(console, f"To ship: {ship.title}", "bold")
         for words in (ship.path, ship.reason):

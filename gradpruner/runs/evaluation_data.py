@@ -26,6 +26,7 @@ from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.runs.recipe import Recipe
 
+_SHORT = 200  # characters of a command that a message may hold
 MOST_TO_CHOOSE = 200
 """Training rows that are held out to choose between a model and the same trained further, at most; of fewer
 than ten times as many, a tenth. To certify a loss it is a fifth, and data.validation_limit at most."""
@@ -169,10 +170,11 @@ def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
     )
     if learned == asked or not learned or not asked:
         return ""
-    differing = ", ".join(sorted(learned ^ asked)[:8])
+    differing, both = ", ".join(sorted(learned ^ asked)[:8]), ", ".join(sorted(learned | asked))
+    named = f"--set 'data.labels=[{both}]'" if len(both) < _SHORT else "all of them in data.labels"
     return (
         f"Training rows have {len(learned)} labels, evaluation rows {len(asked)} (not in both: {differing}), "
-        "so the choices differ: name all of them in data.labels."
+        f"so the choices differ: name {named}."
     )
 
 

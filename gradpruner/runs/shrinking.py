@@ -7,7 +7,7 @@ import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import mkdtemp
@@ -50,6 +50,7 @@ class Pruned(Printed):
         record: Everything that was found, as in `run.json`.
         recipe: What was done, as a recipe.
         dtype: Dtype the model is loaded in.
+        temporary: Whether the folder goes with this object.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class Pruned(Printed):
     record: dict[str, Any]
     recipe: Recipe
     dtype: str
+    temporary: bool = False
 
     @cached_property
     def model(self) -> nn.Module:
@@ -89,8 +91,9 @@ class Pruned(Printed):
         """Prints what was measured, or else scores, layers and savings, and where the model is."""
         from gradpruner.reports import print_summary
 
-        print_summary(self.record, console, Path(self.recipe.out))
-        print_line(console, f"The pruned model: {self.folder}")
+        print_summary(self.record, console, Path(self.recipe.out), advise=not self.temporary)
+        where = "in a temporary folder until save(FOLDER)" if self.temporary else str(self.folder)
+        print_line(console, f"The pruned model: {where}")
 
 
 def prune(
@@ -165,7 +168,7 @@ def prune(
         dtype = (
             str(stored_dtype(job.folder)).removeprefix("torch.") if loaded is not None else recipe.model.dtype
         )
-        result = _result(recipe, record, method, dtype)
+        result = replace(_result(recipe, record, method, dtype), temporary=out is None)
     except BaseException:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
