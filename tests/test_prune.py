@@ -61,6 +61,8 @@ def test_it_is_the_run_of_the_command(found, demo_rows, tmp_path):
     assert (found.plan.actions, found.plan.evidence["trace"]) == (plan.actions, plan.evidence["trace"])
     assert found.scores == gradpruner.LayerScores.load(out / "scores" / "gradpruner.json")
     assert same(load_file(found.folder / "model.safetensors"), load_file(there / "pruned/model.safetensors"))
+    shown = str(found)  # a command would name a folder that goes with the object
+    assert str(found.folder) not in shown and "save(FOLDER)" in shown and "vllm" not in shown
 
 
 def test_it_is_what_the_parts_make_in_memory(found):

@@ -50,6 +50,14 @@ def test_after_a_run_of_the_dense_model_alone_shrink_is_named(capsys: pytest.Cap
     assert "gradpruner shrink tuned/variants/dense/model" in said and "num-prune" not in said
 
 
+def test_of_a_row_that_is_clearly_worse_it_is_said_what_keeps_more() -> None:
+    view = read(record(dense=DENSE, dropped=row(60, 0.5)))
+    found, fine = advice(view, worse=True), advice(view)
+    assert found is not None and fine is not None
+    assert "clearly worse" in found.title and "plan.max_loss" in found.reason
+    assert "worse" not in fine.title and "plan.max_loss" not in fine.reason
+
+
 def test_rows_of_other_plans_must_fit_the_budget() -> None:
     run = record(merged=row(60, 0.9, 0.7), dropped=row(59, 0.9, 0.7))
     run["variants"] |= {"merged@num_prune=1": row(90, 0.9, 0.95), "merged@num_prune=9": row(50, 0.9, 0.75)}
