@@ -1,7 +1,7 @@
 """Figures in the documents are those of the committed JSON, and links lead somewhere."""
 
 import re
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,10 +9,11 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "LOG.md"]
 
 
-def test_figures_are_rendered_from_the_committed_json(monkeypatch, capsys) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs")
-    monkeypatch.setattr(sys, "argv", ["render.py", "--check"])
-    assert runpy.run_path(str(ROOT / "docs" / "render.py"))["main"]() == 0, capsys.readouterr().err
+def test_figures_are_rendered_from_the_committed_json() -> None:
+    # A process of its own: a test that takes a row out of the table of families puts it back at the end.
+    command = [sys.executable, ROOT / "docs" / "render.py", "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_links_lead_to_files() -> None:
