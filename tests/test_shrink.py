@@ -341,6 +341,15 @@ def test_shrink_is_one_command(tmp_path, monkeypatch):
     assert (tmp_path / "out/variants/gradpruner/pruned/model.safetensors").is_file()
 
 
+def test_a_model_that_was_not_tuned_is_named_before_the_repair(tmp_path, caplog):
+    make_project(tmp_path)
+    with caplog.at_level("INFO", logger="gradpruner"):
+        carry_out(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
+    said = [record.getMessage() for record in caplog.records]
+    doubt = next(i for i, line in enumerate(said) if "was it tuned on this task?" in line)
+    assert said.index("evaluate dense") < doubt < said.index("repair dropped")
+
+
 def test_shrink_dry_run_loads_nothing(tmp_path):
     make_project(tmp_path)
     arguments = ["shrink", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--dry-run", "--quiet"]

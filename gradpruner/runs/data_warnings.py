@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from gradpruner.data.chat import template_notes
 from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
+from gradpruner.evaluation.metrics import majority_class
 from gradpruner.runs.evaluation_data import holds_out, unequal_labels
 from gradpruner.training.finetuning import planned_steps
 
@@ -53,6 +55,24 @@ def warnings_of(job: Job) -> list[str]:
             f"give data.{key}, rows it has not seen."
         )
     return found
+
+
+def not_tuned(job: Job, measured: Mapping[str, Any] | None) -> str:
+    """Says so where a model that is given as tuned answers no better than always the same; "" else.
+
+    Args:
+        job: Has the evaluation rows.
+        measured: What evaluating the model as it was given found; None if that was not done.
+    """
+    score = measured["metrics"].get("exact_match") if measured and job.recipe.start == "given" else None
+    most_frequent = majority_class([example.answer for example in job.eval.examples]) if score else 0.0
+    if score is None or score["value"] > most_frequent:
+        return ""
+    return (
+        f"The model answers {score['value']:.1%} of {score['n']} rows right, always the most frequent answer "
+        f"{most_frequent:.1%}: was it tuned on this task? What is left of it can hardly be better. "
+        "`gradpruner run` tunes a base model."
+    )
 
 
 def too_few_steps(job: Job) -> str:

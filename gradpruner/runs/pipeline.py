@@ -23,7 +23,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.provenance import sha256_file
 from gradpruner.runs.budget import REPAIR_KEYS, bytes_missing, plan_for
-from gradpruner.runs.data_warnings import too_few_steps
+from gradpruner.runs.data_warnings import not_tuned, too_few_steps
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.evaluation_data import data_identity
@@ -124,6 +124,8 @@ class _Run:
             with self.row(variant):
                 if variant not in self.failures:
                     self.carry_out(variant, depth)
+            if variant == "dense" and (doubt := not_tuned(self.job, self.directory.result("evaluate dense"))):
+                log.warning("warning: %s", doubt)
         if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
             self.directory.remove([tuned_folder("dense")])  # kept until now for the other rows
         rows = {variant: self.name_of(variant) for variant in self.recipe.variants}
