@@ -192,7 +192,12 @@ def _detect(rows: RowSet) -> str:
     # A task that needs more than text and label is not a text and its label.
     if labelled and not _tasks_with(tuple(found), more_than=len(labelled)):
         return LABELLED
-    hint = "Rename the columns, or say what they mean: data.columns, or data.prompt and data.completion."
+    names = [str(name) for name in found] + ["QUESTION", "ANSWER"]
+    hint = (
+        f"Rename the columns, or say what they mean: --set 'data.columns={{prompt: {names[0]}, completion: "
+        f"{names[1]}}}', with text and label instead for a text with its label. Or write data.prompt and "
+        "data.completion, text with columns in braces."
+    )
     if tasks:
         hint = f"These are the columns of the task {tasks}: name that task instead."
     raise _unrecognised(rows, tuple(found), hint)
