@@ -51,11 +51,14 @@ def test_after_a_run_of_the_dense_model_alone_shrink_is_named(capsys: pytest.Cap
 
 
 def test_of_a_row_that_is_clearly_worse_it_is_said_what_keeps_more() -> None:
-    view = read(record(dense=DENSE, dropped=row(60, 0.5)))
-    found, fine = advice(view, worse=True), advice(view)
-    assert found is not None and fine is not None
-    assert "clearly worse" in found.title and "plan.max_loss" in found.reason
-    assert "worse" not in fine.title and "plan.max_loss" not in fine.reason
+    def said(change: float) -> str:
+        paired = {"task": {"exact_match": {"value": change, "low": change - 0.1, "high": change + 0.1}}}
+        found = advice(read(record(dense=DENSE, dropped=row(60, 0.9 + change, paired=paired))))
+        assert found is not None
+        return f"{found.title} {found.reason}"
+
+    assert "clearly worse" in said(-0.4) and "plan.max_loss" in said(-0.4)
+    assert "worse" not in said(0.0) and "plan.max_loss" not in said(0.0)
 
 
 def test_rows_of_other_plans_must_fit_the_budget() -> None:

@@ -24,7 +24,7 @@ from gradpruner.reports.shipping import advice
 from gradpruner.reports.svg import house_style
 from gradpruner.reports.terminal import title_of
 from gradpruner.reports.tiles import tiles
-from gradpruner.reports.verdict import NOT_LEARNED, budget_words, judge, reading_words, serving_note
+from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note
 from gradpruner.reports.view import View
 
 _MOST_STRIPS = 24
@@ -76,7 +76,7 @@ def page_of(view: View, folder: Path) -> dict[str, Any]:
             ("Fine-tuning", text(record.mode)),
             ("Seeds", ", ".join(map(str, view.seeds)) or MISSING),
         ),
-        "ship": advice(view, folder, verdict.word != NOT_LEARNED, verdict.level == "worse"),
+        "ship": advice(view, folder),
         "verdict": verdict,
         "tiles": tiles(view),
         "warnings": [text(warning) for warning in record.warnings],

@@ -9,7 +9,7 @@ from gradpruner.printing import text
 from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import markdown_results
-from gradpruner.reports.verdict import NOT_LEARNED, budget_words, judge, reading_words, serving_note
+from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note
 
 
 def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
@@ -24,7 +24,7 @@ def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
     """
     view = read(source)
     verdict = judge(view)
-    ship = advice(view, folder, verdict.word != NOT_LEARNED, verdict.level == "worse")
+    ship = advice(view, folder)
     said = [
         f"{verdict.word}. {verdict.sentence}",
         budget_words(view),

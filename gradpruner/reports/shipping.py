@@ -14,6 +14,7 @@ from gradpruner.errors import ConfigError
 from gradpruner.printing import percent, text, whole
 from gradpruner.reports.reading import read
 from gradpruner.reports.record import Search
+from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import Row, View, metric_label
 
 _SPLIT_HINT = (
@@ -96,16 +97,12 @@ def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
     return Shipped(row.name, _folder(view, row), _reason(view, row, basis))
 
 
-def advice(
-    view: View, folder: Path | None = None, learned: bool = True, worse: bool = False
-) -> Advice | None:
+def advice(view: View, folder: Path | None = None) -> Advice | None:
     """What to do with a run or a comparison; None for an ablation, and where nothing was measured.
 
     Args:
         view: The record.
         folder: Where it lies; by default where it was made.
-        learned: Whether the task was learned at all.
-        worse: Whether the row is clearly worse than the dense model.
     """
     row, basis = view.choice
     if view.kind == "ablation" or not any(view.metric in row.quality for row in view.rows):
@@ -118,13 +115,14 @@ def advice(
                 "Only the dense model was measured; `gradpruner shrink` makes it smaller.",
             )
         return Advice("Nothing to ship", "", "No pruned row within the budget is measured; see below.")
-    if not learned:
+    verdict = judge(view)
+    if verdict.word == NOT_LEARNED:
         return Advice("Nothing to ship yet", "", "The task was not learned; what to change is said below.")
     here = folder if folder is not None else Path(str(view.record.recipe.get("out") or "."))
     reason = _reason(view, row, basis)
-    title = f"{row.label}, clearly worse than the dense model" if worse else row.label
-    if worse:
-        reason = f"{reason} {_KEEP_MORE}"
+    title = row.label
+    if view.kind == "run" and verdict.level == "worse":  # of a study it is said of GradPruner's row
+        title, reason = f"{title}, clearly worse than the dense model", f"{reason} {_KEEP_MORE}"
     if view.record.recipe.get("keep_models") == "none":
         return Advice(title, "", f"{reason} The model was not kept.", (_remake(row, here),))
     path = str(here / _folder(view, row))

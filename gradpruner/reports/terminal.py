@@ -16,7 +16,7 @@ from gradpruner.reports.details import savings_tables
 from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import short_table
-from gradpruner.reports.verdict import NOT_LEARNED, budget_words, judge, serving_note
+from gradpruner.reports.verdict import budget_words, judge, serving_note
 from gradpruner.reports.view import Plan, View
 
 _STYLES = {
@@ -84,8 +84,7 @@ def _print_results(view: View, console: Console) -> None:
 
 def _print_advice(view: View, console: Console, folder: Path | None) -> None:
     """Which model to ship, and the next commands."""
-    verdict = judge(view)
-    ship = advice(view, folder, verdict.word != NOT_LEARNED, verdict.level == "worse")
+    ship = advice(view, folder)
     if ship is not None:
         say(console, f"To ship: {ship.title}", "bold")
         for words in (ship.path, ship.reason):
