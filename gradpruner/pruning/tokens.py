@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradpruner.data.encoding import IGNORED
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import BATCH_SIZE, Walk
 from gradpruner.world import World
 
-IGNORED = -100  # the label of what is not learned, as everywhere in transformers
 HELD_OUT = 5
 """One sample in so many is not fitted on: the ridge is chosen by it."""
 
