@@ -62,7 +62,7 @@ class Faults:
 
     Attributes:
         skip: Whether bad rows are kept here instead of raised.
-        found: DataRow id and reason, in the order of the file.
+        found: Row id and reason, in the order of the file.
     """
 
     skip: bool = False

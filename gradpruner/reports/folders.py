@@ -181,9 +181,7 @@ def _found(root: Path, folder: Path, name: str, report: Path | None) -> Found:
     )
     curves = _curves(known, now) if now else {}
     changed = max(map(_written, (record, manifest, pulse)))
-    return Found(
-        where, state, fault, view, now, curves, report, changed or _written(folder)
-    )  # fmt: skip
+    return Found(where, state, fault, view, now, curves, report, changed or _written(folder))
 
 
 def _parsed(shape: Callable[[dict[str, Any]], Any], path: Path) -> Any:

@@ -110,9 +110,12 @@ class Job:
         """Decides what `plan.repair: auto` means for this model."""
         if self.recipe.plan.repair != "auto":
             return
-        quantised = getattr(self.config, "quantization_config", None)
-        found = "its layers hold experts" if self.family.no_merge else "it is quantised" if quantised else ""
-        found = "its layers hand keys and values to one another" if self.family.shared_kv else found
+        reasons = {
+            "its layers hold experts": bool(self.family.no_merge),
+            "its layers hand keys and values to one another": self.family.shared_kv,
+            "it is quantised": bool(getattr(self.config, "quantization_config", None)),
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), "")
         if found:
             self.warnings.append(
                 f"The model is not repaired: {found}. Only training makes up for what is cut."
