@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gradpruner.reports import markdown_table
+from gradpruner.reports.markdown import markdown_table
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe
 

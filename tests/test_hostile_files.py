@@ -24,7 +24,9 @@ from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.reading import load_plan
 from gradpruner.plans.repair import Repair, RepairedCut
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
-from gradpruner.reports import markdown_table, print_summary, render_html
+from gradpruner.reports.html import render_html
+from gradpruner.reports.markdown import markdown_table
+from gradpruner.reports.terminal import print_summary
 from gradpruner.runs.directory import MANIFEST, RunDirectory
 from gradpruner.runs.recipe import check_recipe, load_recipe, recipe_yaml
 

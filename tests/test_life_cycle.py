@@ -19,7 +19,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.width_plan import LayerWidths
 from gradpruner.progress import set_mode
-from gradpruner.reports import render_html
+from gradpruner.reports.html import render_html
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe

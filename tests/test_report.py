@@ -28,21 +28,14 @@ from gradpruner.printing import (
     text,
     times,
 )
-from gradpruner.reports import (
-    comparing,
-    drawing,
-    figures,
-    html,
-    markdown_table,
-    print_summary,
-    render_html,
-    svg,
-    tables,
-)
+from gradpruner.reports import comparing, figures, html, svg, tables
 from gradpruner.reports.answers import sample_answers
 from gradpruner.reports.details import served_said, serving_table
+from gradpruner.reports.html import render_html
+from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
+from gradpruner.reports.terminal import print_summary
 from gradpruner.reports.tiles import tiles
 from gradpruner.reports.verdict import judge
 
@@ -378,7 +371,7 @@ def test_a_failed_variant_is_a_row_with_its_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", ["", *make_run(16, ("dense", "merged"))])
 def test_any_part_may_be_missing(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawing is slow and tested above and below; here only that nothing is looked up in vain.
-    monkeypatch.setattr(drawing, "draw", lambda *_: "<svg></svg>")
+    monkeypatch.setattr(svg.Figure, "savefig", lambda _, file, **__: file.write('<svg viewBox="">'))
     run = make_run(16, ("dense", "merged"), num_losses=3)
     for replacement in (None, [], "odd"):
         changed = {**run, missing: replacement} if missing else {}

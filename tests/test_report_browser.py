@@ -12,8 +12,8 @@ from browser import CHROMIUM, Browser, browser
 from test_report import make_run
 from test_study_report import make_study
 
-from gradpruner.reports import render_html
 from gradpruner.reports.answers import MOST
+from gradpruner.reports.html import render_html
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is not installed (apt-get install chromium)"

@@ -16,7 +16,7 @@ from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.plans.repair import Repair
 from gradpruner.progress import set_mode
 from gradpruner.pruning.verification import verify_checkpoint
-from gradpruner.reports import render_html
+from gradpruner.reports.html import render_html
 from gradpruner.runs.depth_search import possible_numbers, refuse_uncertified
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.early_checks import check_methods

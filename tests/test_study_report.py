@@ -15,10 +15,12 @@ import pytest
 from pages import Page
 from rich.console import Console
 
-from gradpruner.reports import markdown_table, print_summary, render_html
+from gradpruner.reports.html import render_html
+from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import results_table
+from gradpruner.reports.terminal import print_summary
 from gradpruner.reports.verdict import judge
 
 NUM_LAYERS = 16
@@ -362,7 +364,8 @@ def test_any_part_may_be_missing(
     missing: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Drawing is slow and tested elsewhere; here only that nothing is looked up in vain.
-    monkeypatch.setattr("gradpruner.reports.drawing.draw", lambda *_: "<svg></svg>")
+    saved = "gradpruner.reports.svg.Figure.savefig"
+    monkeypatch.setattr(saved, lambda _, file, **__: file.write('<svg viewBox="">'))
     study = make_study(("dense", "merged", "last")) if kind == "compare" else make_sweep((1, 2, 3))
     for replacement in (None, [], "odd", [{}]):
         changed = {**study, missing: replacement}

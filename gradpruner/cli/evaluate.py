@@ -220,7 +220,7 @@ def _show(found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     from gradpruner.printing import interval, percent
-    from gradpruner.reports.record import FEW_EXAMPLES
+    from gradpruner.reports.fields import FEW_EXAMPLES
     from gradpruner.reports.view import metric_label
 
     screen = console()

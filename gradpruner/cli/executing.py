@@ -126,7 +126,7 @@ def _print_record(record: dict[str, Any], until: str) -> None:
         found = record["learning_rate"]
         console().print(f"learning rate {found['value']:g}: {found['source']}", highlight=False)
         return
-    from gradpruner.reports import print_summary
+    from gradpruner.reports.terminal import print_summary
 
     print_summary(record, console())
 

@@ -77,7 +77,9 @@ def report(
     """Render report.html again from run.json."""
     from gradpruner.files import working_in
     from gradpruner.json_files import read_object
-    from gradpruner.reports import markdown_table, print_summary, render_html
+    from gradpruner.reports.html import render_html
+    from gradpruner.reports.markdown import markdown_table
+    from gradpruner.reports.terminal import print_summary
 
     record = read_object(run_directory / "run.json", "run record", dict[str, Any])
     with working_in(run_directory):

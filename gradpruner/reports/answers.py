@@ -113,8 +113,7 @@ def _file(view: View, row: Row, folder: Path) -> Path | None:
     """Where a row's answers lie, if that is a plain file inside the folder."""
     named = row.recorded.evaluation.per_example
     if view.kind != "run":
-        runs = [seed.run for seed in row.seeds if not seed.error]
-        named = f"{runs[0]}/variants/{row.name}/examples.jsonl" if runs else None
+        named = f"{row.first_run}/variants/{row.name}/examples.jsonl" if row.first_run else None
     try:
         path = (folder / str(named)).resolve() if named else None
         inside = path is not None and path.is_relative_to(folder.resolve()) and path.is_file()

@@ -16,19 +16,10 @@ from gradpruner.printing import (
     times,
     whole,
 )
-from gradpruner.reports.cells import (
-    Cell,
-    Line,
-    Table,
-    bytes_cell,
-    exact_of,
-    short_cell,
-    time_cell,
-    whole_cell,
-    words_line,
-)
-from gradpruner.reports.record import FEW_EXAMPLES, Change, Depth, Search
-from gradpruner.reports.view import Plan, View
+from gradpruner.reports.cells import Cell, Line, Table, exact_cell, line
+from gradpruner.reports.fields import FEW_EXAMPLES
+from gradpruner.reports.record import Change, Depth, Plan, Search
+from gradpruner.reports.view import View
 
 _UNITS = {
     "layers": "Decoder layers",
@@ -44,55 +35,53 @@ PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
 
 def plan_label(view: View, name: str) -> str:
     """What the row made by a plan is called."""
-    return next((row.label for row in view.rows if row.plan and row.plan.name == name), text(name))
+    plan = view.record.plans[name]
+    return next((row.label for row in view.rows if row.plan is plan), text(name))
 
 
-def savings_tables(view: View) -> tuple[Table, ...]:
+def savings_tables(view: View) -> list[Table]:
     """One table per distinct saving; plans that save the same share one."""
-    groups: dict[str, list[Plan]] = {}
-    for plan in view.plans.values():
-        if plan.recorded.savings:
-            groups.setdefault(repr(plan.recorded.savings), []).append(plan)
+    groups: dict[str, list[str]] = {}
+    for name, plan in view.record.plans.items():
+        if plan.savings:
+            groups.setdefault(repr(plan.savings), []).append(name)
     tables = []
-    for plans in groups.values():
-        names = " · ".join(plan_label(view, plan.name) for plan in plans)
-        lines = [_saving(unit, change) for unit, change in plans[0].recorded.savings.items()]
-        tables.append(Table(names, ("Unit", "Before", "After", "Removed", "Ratio"), tuple(lines)))
-    return tuple(tables)
+    for names in groups.values():
+        lines = [_saving(unit, change) for unit, change in view.record.plans[names[0]].savings.items()]
+        caption = " · ".join(plan_label(view, name) for name in names)
+        tables.append(Table(caption, ("Unit", "Before", "After", "Removed", "Ratio"), lines))
+    return tables
 
 
 def _saving(unit: str, change: Change) -> Line:
     show = num_bytes if "bytes" in unit else short if unit.startswith("flops") else whole
     kept = ratio(change.after, change.before)
-    cells = (
-        Cell(_UNITS.get(unit, text(unit).replace("_", " ").capitalize())),
-        Cell(show(change.before), exact=exact_of(change.before)),
-        Cell(show(change.after), exact=exact_of(change.after)),
-        Cell(signed_percent(None if kept is None else kept - 1)),
+    return line(
+        _UNITS.get(unit, text(unit).replace("_", " ").capitalize()),
+        exact_cell(show, change.before),
+        exact_cell(show, change.after),
+        signed_percent(None if kept is None else kept - 1),
         Cell(times(kept), share=None if kept is None else min(max(kept, 0.0), 1.0)),
     )
-    return Line(cells)
 
 
 def widths_table(view: View) -> Table:
     """How wide the layers are that plans of heads, channels and hidden dimensions leave."""
-    lines = []
     parts = {"heads": "num_heads", "kv_heads": "num_kv_heads", "channels": "intermediate_size"}
-    for name, plan in view.plans.items():
-        found = plan.recorded
-        if not found.widths:
+    lines = []
+    for name, plan in view.record.plans.items():
+        if not plan.widths:
             continue
         cells = [Cell(plan_label(view, name))]
         for key, dense in parts.items():
-            known = [value for layer in found.widths if (value := number(layer.get(key))) is not None]
+            known = [value for layer in plan.widths if (value := number(layer.get(key))) is not None]
             low, high = (whole(min(known)), whole(max(known))) if known else (MISSING, MISSING)
-            cells.append(
-                Cell(low if low == high else f"{low} to {high}", f"of {whole(found.shape.get(dense))}")
-            )
-        cells.append(Cell(whole(found.hidden), f"of {whole(found.shape.get('hidden_size'))}"))
-        lines.append(Line(tuple(cells)))
+            shown = low if low == high else f"{low} to {high}"
+            cells.append(Cell(shown, f"of {whole(plan.shape.get(dense))}"))
+        cells.append(Cell(whole(plan.hidden), f"of {whole(plan.shape.get('hidden_size'))}"))
+        lines.append(line(*cells))
     columns = ("Plan", "Query heads", "Key/value heads", "MLP channels", "Hidden dimensions")
-    return Table("Widths of a layer", columns, tuple(lines))
+    return Table("Widths of a layer", columns, lines)
 
 
 def whole_cost_table(view: View) -> Table:
@@ -100,21 +89,19 @@ def whole_cost_table(view: View) -> Table:
 
     "resumed" stands where a stage went on from an interrupted start, which may lack seconds.
     """
-    lines = []
-    for row in view.rows:
-        cost = row.recorded.cost
-        if not cost:
-            continue
-        cells = [
-            Cell(row.label),
-            *(time_cell(cost.get(part) or None) for part in PARTS),
-            time_cell(cost.get("total"), "resumed" if row.recorded.cost_resumed else ""),
-            Cell(MISSING if row.is_dense else times(row.costs.get("total_ratio"))),
-            whole_cell(row.recorded.cost_tokens),
-        ]
-        lines.append(Line(tuple(cells)))
+    lines = [
+        line(
+            row.label,
+            *(exact_cell(duration, cost.get(part) or None) for part in PARTS),
+            exact_cell(duration, cost.get("total"), "resumed" if row.recorded.cost_resumed else ""),
+            MISSING if row.is_dense else times(row.costs.get("total_ratio")),
+            whole(row.recorded.cost_tokens),
+        )
+        for row in view.rows
+        if (cost := row.recorded.cost)
+    ]
     names = (*(part.capitalize() for part in PARTS), "In all", "vs dense", "Trained tokens")
-    return Table("Whole cost", ("Variant", *names), tuple(lines))
+    return Table("Whole cost", ("Variant", *names), lines)
 
 
 def finetune_table(view: View) -> Table:
@@ -126,22 +113,22 @@ def finetune_table(view: View) -> Table:
         resumed = f"resumed at {whole(tuned.resumed_from)}" if tuned.resumed_from else ""
         if tuned.measured_from:
             resumed = f"timed from {whole(tuned.measured_from)}"
-        cells = (
-            Cell(row.label),
-            short_cell(tuned.trainable_parameters),
+        found = line(
+            row.label,
+            exact_cell(short, tuned.trainable_parameters),
             Cell(whole(tuned.steps), resumed),
-            short_cell(tuned.tokens),
-            time_cell(tuned.seconds),
-            bytes_cell(tuned.peak_memory_bytes),
-            time_cell(evaluated.seconds),
-            Cell(short(evaluated.tokens_per_second)),
-            bytes_cell(evaluated.peak_memory_bytes),
+            exact_cell(short, tuned.tokens),
+            exact_cell(duration, tuned.seconds),
+            exact_cell(num_bytes, tuned.peak_memory_bytes),
+            exact_cell(duration, evaluated.seconds),
+            short(evaluated.tokens_per_second),
+            exact_cell(num_bytes, evaluated.peak_memory_bytes),
         )
-        if any(cell.text != MISSING for cell in cells[1:]):
-            lines.append(Line(cells))
+        if any(cell.text != MISSING for cell in found.cells[1:]):
+            lines.append(found)
     columns = ("Variant", "Trainable", "Steps", "Tokens", "Tuning time", "Tuning memory",
                "Evaluation time", "Tokens/s", "Evaluation memory")  # fmt: skip
-    return Table("Fine-tuning and evaluation", columns, tuple(lines))
+    return Table("Fine-tuning and evaluation", columns, lines)
 
 
 def stage_table(view: View) -> Table:
@@ -152,68 +139,67 @@ def stage_table(view: View) -> Table:
     for stage in stages:
         state, share = text(stage.state), ratio(stage.seconds, total)
         cells = (
-            Cell(text(stage.name).replace("_", " ")),
+            text(stage.name).replace("_", " "),
             Cell(state, "resumed" if stage.resumed is True else ""),
-            time_cell(stage.seconds),
+            exact_cell(duration, stage.seconds),
             Cell(percent(share), share=share),
-            bytes_cell(stage.peak_memory_bytes),
+            exact_cell(num_bytes, stage.peak_memory_bytes),
         )
-        lines.append(Line(cells, kind="failed" if state == "failed" else ""))
-    columns = ("Stage", "State", "Time", "Share", "Peak memory")
-    return Table("Stages", columns, tuple(lines), words=("State",))
+        lines.append(line(*cells, kind="failed" if state == "failed" else ""))
+    return Table("Stages", ("Stage", "State", "Time", "Share", "Peak memory"), lines, words=("State",))
 
 
 def stages_said(view: View) -> str:
     """All stages in one line."""
     stages = view.record.stages
-    failed = sum(1 for stage in stages if stage.state == "failed")
+    failed = sum(stage.state == "failed" for stage in stages)
     total = duration(sum(stage.seconds or 0 for stage in stages))
     return f"{len(stages)} stages, {total} in all" + (f", {failed} failed" if failed else "")
 
 
 def data_table(view: View) -> Table:
     """Source and size of the training and evaluation data."""
-    lines = []
-    for label, part in (("Training", view.record.train), ("Evaluation", view.record.eval)):
-        if part.model_fields_set:
-            cells = (
-                Cell(label),
-                Cell(text(part.source)),
-                Cell(text(part.format)),
-                whole_cell(part.rows),
-                whole_cell(part.dropped_rows),
-                whole_cell(part.supervised_tokens),
-                Cell(text(part.sha256)[:12], exact="" if part.sha256 is None else text(part.sha256)),
-            )
-            lines.append(Line(cells))
+    lines = [
+        line(
+            label,
+            text(part.source),
+            text(part.format),
+            whole(part.rows),
+            whole(part.dropped_rows),
+            whole(part.supervised_tokens),
+            Cell(text(part.sha256)[:12], exact="" if part.sha256 is None else text(part.sha256)),
+        )
+        for label, part in (("Training", view.record.train), ("Evaluation", view.record.eval))
+        if part.model_fields_set
+    ]
     columns = ("Data", "Source", "Format", "Rows", "Dropped", "Supervised tokens", "SHA-256")
-    return Table("Data", columns, tuple(lines), words=("Source", "Format", "SHA-256"))
+    return Table("Data", columns, lines, words=("Source", "Format", "SHA-256"))
 
 
 def serving_table(view: View) -> Table:
     """The engines that do not serve what a plan leaves as it is, from reading their sources."""
     lines = []
-    for name, plan in view.plans.items():
-        for found in plan.recorded.portability:
+    for name, plan in view.record.plans.items():
+        for found in plan.portability:
             status = text(found.status)
             if status == "ok":
                 continue
             both = " (also without pruning)" if found.also_unpruned else ""
             kind = "failed" if status in ("wrong", "refused") and not both else ""
             words = (plan_label(view, name), text(found.engine), status + both, text(found.reason or "-"))
-            lines.append(words_line(*words, kind=kind))
+            lines.append(line(*words, kind=kind))
     columns = ("Plan", "Engine", "State", "Why")
-    return Table("Engines that do not serve it", columns, tuple(lines), words=columns[1:])
+    return Table("Engines that do not serve it", columns, lines, words=columns[1:])
 
 
 def served_said(view: View) -> str:
     """The engines that serve every plan, in one line; '' when there is none."""
     states: dict[str, set[str]] = {}
-    for plan in view.plans.values():
-        for found in plan.recorded.portability:
+    for plan in view.record.plans.values():
+        for found in plan.portability:
             states.setdefault(text(found.engine), set()).add(text(found.status))
     fine = [engine for engine, found in states.items() if found == {"ok"}]
-    plans = "every plan" if len(view.plans) > 1 else "it"
+    plans = "every plan" if len(view.record.plans) > 1 else "it"
     named = " and ".join(part for part in (", ".join(fine[:-1]), *fine[-1:]) if part)
     return f"{named}: {plans} is served as it is, going by their sources." if fine else ""
 
@@ -228,11 +214,10 @@ def gate_table(view: View) -> Table:
         passed = sum(1 for check in report.checks if check.passed)
         logits = next((text(c.detail) for c in report.checks if c.name == "logits"), "-")
         words = f"{passed} of {len(report.checks)} checks made, none failed" if report.passed else "failed"
-        lines.append(
-            words_line(row.label, text(report.level), words, logits, kind="" if report.passed else "failed")
-        )
+        kind = "" if report.passed else "failed"
+        lines.append(line(row.label, text(report.level), words, logits, kind=kind))
     columns = ("Variant", "Level", "Result", "Logits against the source")
-    return Table("Verified before use", columns, tuple(lines), words=columns[1:])
+    return Table("Verified before use", columns, lines, words=columns[1:])
 
 
 def repair_table(view: View) -> Table:
@@ -245,27 +230,26 @@ def repair_table(view: View) -> Table:
             gone = [int(layer) for layer in cut.gone if number(layer) is not None]
             words = (
                 row.label,
-                runs_of(gone) if gone else "–",
+                runs_of(gone) if gone else MISSING,
                 f"{text(cut.linear)} of layer {whole(cut.layer)}",
                 "left as it was" if cut.ridge is None else f"{cut.ridge:g}",
                 percent(cut.error_before),
                 percent(cut.error_after),
             )
-            lines.append(words_line(*words))
+            lines.append(line(*words))
     columns = ("Variant", "Layers gone", "Refitted", "Ridge", "Error before", "Error after")
     caption = f"Repair ({', '.join(sorted(kinds))}): squared error of the hidden state, held-out samples"
-    return Table(caption, columns, tuple(lines), words=("Layers gone", "Refitted"))
+    return Table(caption, columns, lines, words=("Layers gone", "Refitted"))
 
 
 def searches(view: View) -> list[tuple[int, str, Search, list[Depth]]]:
-    """Of every row whose depth was searched: its place, its label, and the depths measured whole."""
+    """Of every row whose depth was searched: its place, its label, and the depths measured in full."""
     found = []
     for i, row in enumerate(view.rows):
-        plan = row.plan or view.plans.get(row.name)
-        curve = plan.recorded.search.curve if plan else []
-        whole_ones = [d for d in curve if None not in (d.num_prune, d.loss, d.upper, d.rows)]
-        if plan and whole_ones:
-            found.append((i, row.label, plan.recorded.search, whole_ones))
+        search = (row.plan or view.record.plans.get(row.name, Plan())).search
+        complete = [d for d in search.curve if None not in (d.num_prune, d.loss, d.upper, d.rows)]
+        if complete:
+            found.append((i, row.label, search, complete))
     return found
 
 
@@ -283,9 +267,9 @@ def depth_table(view: View) -> Table:
                 whole(depth.rows),
                 text(depth.verdict),
             )
-            lines.append(words_line(*words, kind="main" if depth.num_prune == search.best else ""))
+            lines.append(line(*words, kind="main" if depth.num_prune == search.best else ""))
     columns = ("Variant", "Layers gone", "Parameters left", "Measured", "At worst", "Rows", "Verdict")
-    return Table("How many layers may go", columns, tuple(lines), words=("Verdict",))
+    return Table("How many layers may go", columns, lines, words=("Verdict",))
 
 
 def harness_table(view: View) -> Table:
@@ -300,8 +284,8 @@ def harness_table(view: View) -> Table:
                 shown = percent(value) if fraction else f"{value:.4g}" if value is not None else MISSING
                 error = f"± {100 * spread:.1f}" if spread is not None and fraction else ""
                 few = "*" if (entry.n or FEW_EXAMPLES) < FEW_EXAMPLES else ""
-                names = [Cell(text(task)), Cell(row.label), Cell(text(metric))]
-                lines.append(Line((*names, Cell(shown, error), Cell(whole(entry.n) + few))))
+                names = (text(task), row.label, text(metric))
+                lines.append(line(*names, Cell(shown, error), whole(entry.n) + few))
     lines.sort(key=lambda line: (line.cells[0].text, line.cells[2].text))
     columns = ("Task", "Variant", "Metric", "Value ± standard error", "n")
-    return Table("lm-evaluation-harness", columns, tuple(lines), words=("Variant", "Metric"))
+    return Table("lm-evaluation-harness", columns, lines, words=("Variant", "Metric"))

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 
 from gradpruner.printing import percent
-from gradpruner.reports.svg import Margins, colour, draw, plain_ticks
-
-WIDE = 840
-
-HALF = 420
-
+from gradpruner.reports.svg import colour, plain_ticks
 
 _MOST_POINTS = 120
-
-
 _LOG_SPREAD = 30.0
 """Positive values further apart than this are drawn on a logarithmic scale: on a plain one most look flat."""
-
-
 DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
-
-
 _LINE_WIDTH = 1.8
 
 
@@ -64,13 +53,6 @@ def series(index: int) -> str:
     return "series-0" if index == 0 else f"series-{1 + (index - 1) % 6}"
 
 
-def drawn(
-    name: str, height: int, paint: Callable[[Axes], None], width: int = WIDE, margins: Margins | None = None
-) -> str:
-    """Draws one figure; screens narrower than it scroll it sideways, so that its text stays readable."""
-    return draw(name, width, height, margins or Margins(), paint)
-
-
 def line(axes: Axes, points: Sequence[tuple[float, float]], index: int, marker: bool = False) -> None:
     """One curve in the colour and dashes of its series, `index`."""
     xs, ys = zip(*points, strict=True)
@@ -102,8 +84,8 @@ def averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 def is_wide(values: Sequence[float | None]) -> bool:
     """Whether values are drawn on a logarithmic scale."""
     known = [value for value in values if value is not None]
-    positive = [value for value in known if value > 0]
-    return bool(positive) and min(known) >= 0 and max(positive) > _LOG_SPREAD * min(positive)
+    least = min((value for value in known if value > 0), default=0.0)
+    return least > 0 and min(known) >= 0 and max(known) > _LOG_SPREAD * least
 
 
 def loss_axis(axes: Axes, log: bool, label: str) -> None:

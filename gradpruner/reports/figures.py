@@ -10,13 +10,11 @@ from matplotlib.axes import Axes
 from gradpruner.printing import number, percent, text, whole
 from gradpruner.reports.details import searches
 from gradpruner.reports.drawing import (
-    HALF,
     Key,
     Plot,
     averaged,
     bucket,
     dash_css,
-    drawn,
     is_wide,
     line,
     loss_axis,
@@ -24,9 +22,9 @@ from gradpruner.reports.drawing import (
     settled,
 )
 from gradpruner.reports.reading import pairs
-from gradpruner.reports.record import Scores
-from gradpruner.reports.svg import Margins, colour, plain_ticks, whole_ticks
-from gradpruner.reports.view import Plan, View, metric_label
+from gradpruner.reports.record import Plan, Scores
+from gradpruner.reports.svg import HALF, Margins, colour, draw, plain_ticks, whole_ticks
+from gradpruner.reports.view import View, metric_label
 
 
 def score_plots(view: View) -> list[Plot]:
@@ -39,10 +37,12 @@ def score_plots(view: View) -> list[Plot]:
         values = [number(value) for value in recorded[method].values]
         if not any(value is not None for value in values):
             continue
-        plan = view.plans.get(method)
+        plan = view.record.plans.get(method)
         if plan is None and i == 0:
-            plan = view.main.plan if view.main else next(iter(view.plans.values()), None)
-        plots.append(_score_plot(i, method, recorded[method], values, plan))
+            plan = view.main.plan if view.main else next(iter(view.record.plans.values()), None)
+        name, norm = metric_label(method).lower(), recorded[method].norm
+        title = f"Layer scores: {name}" + (f" ({text(norm)})" if norm else "")
+        plots.append(_score_plot(f"scores-{i}", title, recorded[method], values, plan or Plan()))
     return plots
 
 
@@ -74,7 +74,7 @@ def curves_plot(name: str, title: str, found: Sequence[tuple[str, list[tuple[flo
         title,
         f"Loss on the answer tokens of the training data{', logarithmic' if log else ''}.{smoothed}",
         f"{title}, first and last value. {'; '.join(said)}.",
-        drawn(name, 340, paint),
+        draw(name, 340, paint),
         tuple(Key(series(i), label, "line", dash_css(i)) for i, label, _ in curves),
     )
 
@@ -105,7 +105,7 @@ def stability_plot(view: View) -> Plot | None:
         "Rank stability",
         f"Share of the finally kept layers that would be kept already at this step. {'; '.join(said)}.",
         f"Overlap of the kept set at each step with the final one. {'; '.join(said)}.",
-        drawn("stability", 280, paint, HALF),
+        draw("stability", 280, paint, HALF),
         tuple(legend) if len(legend) > 1 else (),
     )
 
@@ -132,7 +132,7 @@ def recording_plot(view: View) -> Plot | None:
         "Loss while recording",
         f"{used}{why}{' Logarithmic.' if log else ''}".strip(),
         f"Recording loss, from {points[0][1]:.3g} to {points[-1][1]:.3g}.",
-        drawn("recording", 280, paint, HALF),
+        draw("recording", 280, paint, HALF),
     )
 
 
@@ -166,67 +166,57 @@ def depth_plot(view: View) -> Plot | None:
         "How many layers may go",
         f"Dots are measured losses; lines reach down to the worst case. {said}, {words}.",
         f"Loss by layers gone. {said}.",
-        drawn("depths", 300, paint),
+        draw("depths", 300, paint),
         (*(Key(series(i), label, "line") for i, label, _, _ in found), Key("ink", words, "line", "5 4")),
     )
 
 
-def _score_plot(
-    index: int, method: str, entry: Scores, values: list[float | None], plan: Plan | None
-) -> Plot:
+def _score_plot(name: str, title: str, entry: Scores, values: list[float | None], plan: Plan) -> Plot:
     known = [value for value in values if value is not None]
     log = is_wide(known)
-    roles = [plan.role(layer) if plan else "keep" for layer in range(len(values))]
+    roles = [plan.roles.get(layer, "keep") for layer in range(len(values))]
     words = {"keep": "kept", "receive": "kept, receives a merge", "merge": "merged into another",
              "drop": "dropped"}  # fmt: skip
-    legend = tuple(Key(role, word) for role, word in words.items() if role in roles)
-    merges = [f"{i} into {to}" for to, layers in plan.targets.items() for i in layers] if plan else []
-    groups = [
+    shown = {role: word for role, word in words.items() if role in roles}
+    merges = ", ".join(f"{i} into {to}" for to, layers in plan.targets.items() for i in layers)
+    groups = "; ".join(
         f"{word}: {', '.join(str(i) for i, r in enumerate(roles) if r == role)}"
-        for role, word in words.items()
-        if role in roles
-    ]
-    has_intervals = bool(entry.low) and bool(entry.high)
-    caption = " ".join(
-        (
-            "Higher is more important.",
-            "Logarithmic scale." if log else "",
-            "Thin lines are bootstrap intervals over the recorded steps." if has_intervals else "",
-            f"Merged: {', '.join(merges)}." if merges else "",
-        )
+        for role, word in shown.items()
     )
-    paint = lambda axes: _paint_scores(axes, entry, values, plan, log)  # noqa: E731
-    norm = entry.norm
+    caption = (
+        "Higher is more important.",
+        "Logarithmic scale." if log else "",
+        "Thin lines are bootstrap intervals over the recorded steps." if entry.low and entry.high else "",
+        f"Merged: {merges}." if merges else "",
+    )
     room = 30 if merges else 0
+    has_plan = bool(plan.model_fields_set)
     return Plot(
-        f"scores-{index}",
-        f"Layer scores: {metric_label(method).lower()}" + (f" ({text(norm)})" if norm else ""),
-        " ".join(caption.split()),
+        name,
+        title,
+        " ".join(part for part in caption if part),
         f"Scores of {len(values)} layers, from {min(known):.3g} to {max(known):.3g}. "
-        + (f"Layers {'; '.join(groups)}." if plan else ""),
-        drawn(f"scores-{index}", 330 + room, paint, margins=Margins(top=12 + room)),
-        legend if plan else (),
+        + (f"Layers {groups}." if has_plan else ""),
+        draw(
+            name,
+            330 + room,
+            lambda axes: _paint_scores(axes, entry, values, plan, log),
+            margins=Margins(top=12 + room),
+        ),
+        tuple(Key(role, word) for role, word in shown.items()) if has_plan else (),
     )
 
 
-def _paint_scores(
-    axes: Axes,
-    entry: Scores,
-    values: Sequence[float | None],
-    plan: Plan | None,
-    log: bool,
-) -> None:
+def _paint_scores(axes: Axes, entry: Scores, values: Sequence[float | None], plan: Plan, log: bool) -> None:
     layers = range(len(values))
-    positive = [value for value in values if value is not None and value > 0]
-    floor = min(positive) / 3 if log else 0.0
+    floor = min(value for value in values if value is not None and value > 0) / 3 if log else 0.0
     heights = [floor if value is None or (log and value <= 0) else value for value in values]
-    colours = [colour(plan.role(layer) if plan else "keep") for layer in layers]
+    colours = [colour(plan.roles.get(layer, "keep")) for layer in layers]
     axes.bar(layers, [h - floor for h in heights], bottom=floor, width=0.78, color=colours)
-    for layer, low, high in zip(layers, entry.low, entry.high, strict=False):
-        ends = number(low), number(high)
-        if ends[0] is not None and ends[1] is not None:
-            bottom = max(ends[0], floor) if log else ends[0]
-            axes.vlines(layer, bottom, ends[1], color=colour("ink"), linewidth=0.9)
+    for layer, *ends in zip(layers, entry.low, entry.high, strict=False):
+        low, high = map(number, ends)
+        if low is not None and high is not None:
+            axes.vlines(layer, max(low, floor) if log else low, high, color=colour("ink"), linewidth=0.9)
     if log:
         axes.set_yscale("log")
         axes.set_ylim(bottom=floor)
@@ -235,7 +225,7 @@ def _paint_scores(
     axes.set_xlabel("layer")
     axes.set_ylabel("score")
     whole_ticks(axes, 16)
-    if plan and plan.targets:
+    if plan.targets:
         _paint_merges(axes, plan.targets)
 
 

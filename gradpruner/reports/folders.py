@@ -19,8 +19,9 @@ from gradpruner.errors import GradPrunerError
 from gradpruner.files import LOCK_FILE
 from gradpruner.json_files import read_object
 from gradpruner.printing import number, text
-from gradpruner.reports.reading import PENDING, pairs, read
-from gradpruner.reports.record import Each, Fields, Named, Number, Part, count
+from gradpruner.reports.fields import Each, Fields, Named, Number, Part, count
+from gradpruner.reports.reading import pairs, read
+from gradpruner.reports.record import PENDING
 from gradpruner.reports.view import View
 
 REPORT = "report.html"
@@ -37,7 +38,7 @@ class Stage(Part):
 
     state: Any = None
     seconds: Number = None
-    result: Fields = Field(default={})
+    result: Fields = {}
     error: Any = None
 
 
@@ -45,7 +46,7 @@ class Manifest(Part):
     """manifest.json, as far as it is shown."""
 
     title: Any = Field(default=None, validation_alias=AliasPath("config", "title"))
-    stages: Annotated[dict[str, Stage], Named] = Field(default={})
+    stages: Annotated[dict[str, Stage], Named] = {}
 
 
 class Now(Part):
@@ -59,7 +60,7 @@ class Now(Part):
     loss: Number = None
     tokens_per_second: Number = None
     began: Number = None
-    losses: Annotated[list[Any], Each] = Field(default=[])
+    losses: Annotated[list[Any], Each] = []
 
 
 @dataclass(frozen=True)

@@ -190,10 +190,10 @@ def _provenance(view: View) -> list[Block]:
 def _strips(view: View) -> list[dict[str, Any]]:
     """A strip of layers per plan, the headline's first; of a study those of its first seed."""
     if view.kind == "run":
-        plans = [plan for plan in view.plans.values() if plan.actions]
+        plans = [(name, plan) for name, plan in view.record.plans.items() if plan.actions]
         first = view.main.plan if view.main else None
-        plans.sort(key=lambda plan: plan is not first)
-        return [strip_of(plan, details.plan_label(view, plan.name)) for plan in plans]
+        plans.sort(key=lambda entry: entry[1] is not first)
+        return [strip_of(plan, details.plan_label(view, name)) for name, plan in plans]
     strips = []
     for point in view.points:
         for row in point.rows:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.printing import text
+from gradpruner.reports.cells import Table
 from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
-from gradpruner.reports.tables import markdown_results
+from gradpruner.reports.tables import results_table, short_table
 from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note
 
 
@@ -33,7 +34,9 @@ def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
     ]
     if ship is not None:
         said.append(f"To ship: {ship.title}. {ship.reason}")
-    parts = [markdown_results(view), *(f"{_plain(words)}\n" for words in said if words)]
+    # Of a run what the terminal shows, of a study all of it.
+    table = short_table(view) if view.kind == "run" else results_table(view)
+    parts = [_markdown_of(table), *(f"{_plain(words)}\n" for words in said if words)]
     if ship is not None and ship.commands:
         parts.append("".join(f"    {text(step.command)}\n" for step in ship.commands))
     if verdict.notes:
@@ -44,3 +47,24 @@ def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
 def _plain(line: str) -> str:
     """Keeps names from becoming markup."""
     return line.replace("<", "\\<").replace("*", "\\*").replace("_", "\\_").replace("\u00a0", " ")
+
+
+def _markdown_of(table: Table) -> str:
+    rule = ["---", *("---" if name in table.words else "---:" for name in table.columns[1:])]
+    lines = [[_markdown_cell(name) for name in table.columns], rule]
+    for line in table.lines:
+        cells = [f"{c.text} {c.detail}".strip() for c in line.cells]
+        if line.kind == "failed":
+            cells[table.error_at] = f"failed: {line.error}"
+        lines.append([_markdown_cell(cell) for cell in cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _markdown_cell(cell: str) -> str:
+    """Escapes what would end the cell or start markup."""
+    cell = " ".join(cell.splitlines())
+    for character in ("\\", "|", "*", "_", "`", "<", "["):
+        # An interval such as "[80.1, 86.3]" is no link, since no "(" follows it.
+        if character != "[" or "](" in cell:
+            cell = cell.replace(character, f"\\{character}")
+    return cell.replace("\u00a0", " ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradpruner.printing import number, percent, ratio, whole
-from gradpruner.reports.record import FEW_EXAMPLES, Measured
+from gradpruner.reports.fields import FEW_EXAMPLES, Measured
 from gradpruner.reports.tables import headline_of
 from gradpruner.reports.view import FAR_FROM_BUDGET, Row, View
 
@@ -25,8 +25,8 @@ def not_learned(view: View, tuned: bool = True) -> str:
     Only where no dense model of any point is above the most frequent answer: a sweep may hold settings that
     learn nothing beside others that do.
     """
-    found = [(row, row.after(view.metric) if tuned else row.before(view.metric)) for row in view.rows]
-    measured = [(row, m.value) for row, m in found if m is not None and m.value is not None]
+    found = [(row, (row.after if tuned else row.before).get(view.metric)) for row in view.rows]
+    measured = [(row, m.value) for row, m in found if m is not None]
     dense = max((value for row, value in measured if row.is_dense), default=None)
     if measured and not any(value for _, value in measured):
         why = "No row gives a single right answer: there is nothing to compare."
@@ -91,10 +91,11 @@ def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> tup
         )
     notes.extend(filter(None, map(_recovery_note, view.rows)))
     for row in view.rows:
-        if row.recorded.finetune.measured_from:
+        tuning = row.recorded.finetune
+        if tuning.measured_from:
             notes.append(
                 f"Fine-tuning of {row.label} was interrupted: its time and memory are those of the steps "
-                f"after {whole(row.recorded.finetune.measured_from)} of {whole(row.recorded.finetune.steps)}."
+                f"after {whole(tuning.measured_from)} of {whole(tuning.steps)}."
             )
     if (ratio(own.seconds, others.seconds) or 0) >= 1:
         notes.append("Fine-tuning the pruned model was not faster in this run.")
@@ -110,7 +111,7 @@ def _few_words(examples: int | None) -> str:
 
 def _majority_notes(majority: float | None, dense: Measured, pruned: Measured, main: Row) -> list[str]:
     """Warns when a model is not clearly above the most frequent answer; one below it is the headline."""
-    if majority is None or dense.value is None or dense.value <= majority:
+    if majority is None or dense.value <= majority:
         return []
     always = f"always giving the most frequent answer ({percent(majority)})"
     if (dense.low if dense.low is not None else dense.value) <= majority:
@@ -118,25 +119,24 @@ def _majority_notes(majority: float | None, dense: Measured, pruned: Measured, m
             f"Even the dense model is not clearly above {always}: it has not learned the task, so "
             "this run says little about pruning."
         ]
-    if (pruned.low if pruned.low is not None else pruned.value or 0) <= majority:
+    if (pruned.low if pruned.low is not None else pruned.value) <= majority:
         return [f"{main.label} is not clearly above {always}."]
     return []
 
 
 def _rival_notes(view: View) -> list[str]:
     """Names the other pruned rows that did at least as well."""
-    main = view.main
-    mine = main.after(view.metric) if main else None
-    if main is None or mine is None or mine.value is None:
+    main, metric = view.main, view.metric
+    if main is None or metric not in main.after:
         return []
     rivals = [
-        f"{row.label} ({percent(other.value)})"
+        f"{row.label} ({percent(row.after[metric].value)})"
         for row in view.first.rows
         if not row.is_dense
         and row is not main
         and row.error is None
-        and (other := row.after(view.metric)) is not None
-        and other.value >= mine.value
+        and metric in row.after
+        and row.after[metric].value >= main.after[metric].value
     ]
     return [f"Scored at least as high as {main.label}: {', '.join(rivals)}."] if rivals else []
 
@@ -145,11 +145,11 @@ def probe_notes(view: View) -> tuple[str, ...]:
     """Warnings about reasoning that was lost, or could not be probed."""
     notes = []
     for name in PROBE_TASKS:
-        found = [headline_of(row, name) if row else None for row in (view.dense, view.main)]
+        found = [headline_of(row, name) for row in (view.dense, view.main) if row]
         values = [entry[1].value for entry in found if entry is not None]
         if len(values) < 2:
             continue
-        before, after = values[0] or 0.0, values[1] or 0.0
+        before, after = values
         if before <= _PROBE_FLOOR:
             notes.append(
                 f"The reasoning probe ({name}) says nothing here: the dense model itself solves only "
@@ -178,7 +178,7 @@ def comparison_notes(view: View) -> tuple[str, ...]:
     ]
     if off:
         notes.append(f"Not at the budget of {percent(share)} removed: {', '.join(off)}.")
-    rows = sum(1 for row in view.first.rows if not row.is_dense and view.metric in row.quality)
+    rows = sum(1 for row in view.first.rows if not row.is_dense and view.metric in row.after)
     if rows >= 10:
         notes.append(
             f"{rows} rows are compared at 95%: about one interval in twenty excludes zero by chance."

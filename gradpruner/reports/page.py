@@ -15,9 +15,8 @@ from markupsafe import Markup
 
 from gradpruner.files import write_text
 from gradpruner.printing import MISSING, moment, num_bytes, number, short, text, whole
-from gradpruner.reports.record import Record
+from gradpruner.reports.record import Plan, Record
 from gradpruner.reports.svg import PALETTE
-from gradpruner.reports.view import Plan
 
 
 @cache
@@ -70,15 +69,16 @@ def facts_of(*facts: tuple[str, str]) -> list[tuple[str, str]]:
 def strip_of(plan: Plan, label: str) -> dict[str, Any]:
     """Returns one plan as a row of cells, one per layer, with its counts in words."""
     words = {"keep": "kept", "receive": "kept", "drop": "dropped"}
+    roles = [plan.roles[action.layer] for action in plan.actions]
     cells = [
         (role, f"Layer {action.layer}: {words.get(role, f'merged into {whole(action.into)}')}")
-        for action, role in zip(plan.actions, plan.roles, strict=True)
+        for action, role in zip(plan.actions, roles, strict=True)
     ]
     merged = [f"{', '.join(map(str, layers))} → {to}" for to, layers in plan.targets.items()]
     counts = [f"{len(plan.kept)} of {len(cells)} layers kept"]
     for role, word in (("merge", "merged"), ("drop", "dropped")):
-        if role in plan.roles:
-            counts.append(f"{plan.roles.count(role)} {word}")
+        if role in roles:
+            counts.append(f"{roles.count(role)} {word}")
     return {
         "label": label,
         "cells": cells,

@@ -1,85 +1,27 @@
-"""run.json and study.json as types. What is missing, or is not what it should be, reads as empty.
-
-An interrupted run still has a report, and a record may come from somebody else.
-"""
+"""run.json and study.json as types; see `fields` for how they are read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from functools import cached_property
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, AliasPath, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, AliasPath, BeforeValidator, Field
 
-from gradpruner.printing import number
+from gradpruner.reports.fields import (
+    Count,
+    Each,
+    Fields,
+    Measured,
+    Metrics,
+    Named,
+    Number,
+    Part,
+    Values,
+    count,
+)
 
-FEW_EXAMPLES = 100
-"""Below this many evaluated examples a result is marked: its interval is about 20 points wide."""
-T = TypeVar("T")
-
-
-def count(value: Any) -> int | None:
-    """Returns a whole number, or None."""
-    finite = number(value)
-    return None if finite is None else round(finite)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}
-
-
-Number = Annotated[float | None, BeforeValidator(number)]
-Count = Annotated[int | None, BeforeValidator(count)]
-Each = BeforeValidator(lambda value: list(value) if isinstance(value, list | tuple) else [])
-Named = BeforeValidator(_mapping)
-Fields = Annotated[dict[str, Any], Named]
-Values = Annotated[list[Any], Each]
-
-
-class Part(BaseModel):
-    """A JSON object; anything else reads as an empty one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _object(cls, value: Any) -> Any:
-        return _mapping(value) if not isinstance(value, Part) else value
-
-
-class Measured(Part):
-    """One metric of one model, or the difference of two: fractions, with a 95 % interval and the examples.
-
-    Those without a value are left out by whoever reads them, so that it is a number everywhere else.
-    """
-
-    value: Annotated[Any, BeforeValidator(number)] = Field(
-        default=None, validation_alias=AliasChoices("value", "mean")
-    )
-    low: Number = None
-    high: Number = None
-    n: Count = None
-    stderr: Number = None
-    per_seed: Values = []
-    before: Number = None
-    paired: Fields = {}
-    paired_gradpruner: Fields = {}
-
-    @property
-    def has_interval(self) -> bool:
-        """Whether both ends of the interval are known."""
-        return self.low is not None and self.high is not None
-
-    @property
-    def is_small(self) -> bool:
-        """Whether too few examples were evaluated to rely on the value."""
-        return self.n is not None and self.n < FEW_EXAMPLES
-
-    def turned(self) -> Measured:
-        """The same difference, seen from the other side."""
-        ends = [None if end is None else -end for end in (self.high, self.low)]
-        value = None if self.value is None else -self.value
-        return Measured(value=value, low=ends[0], high=ends[1], n=self.n)
-
-
-Metrics = Annotated[dict[str, Measured], Named]
+PENDING = ("not run yet", "not finished")
+"""Errors of rows that did not fail: an unfinished study can be looked at."""
 
 
 class Evaluated(Part):
@@ -90,6 +32,12 @@ class Evaluated(Part):
     tokens_per_second: Number = None
     peak_memory_bytes: Number = None
     per_example: Any = None
+
+
+class Harnessed(Part):
+    """What lm-evaluation-harness measured on one of its tasks."""
+
+    metrics: Annotated[dict[str, Measured], Named] = {}
     n: Count = None
 
 
@@ -166,7 +114,7 @@ class VariantRecord(Part):
     )
     cost_tokens: Number = Field(default=None, validation_alias=AliasPath("cost", "tokens"))
     cost_resumed: Values = Field(default=[], validation_alias=AliasPath("cost", "resumed"))
-    lm_eval: Annotated[dict[str, Evaluated], Named] = Field(
+    lm_eval: Annotated[dict[str, Harnessed], Named] = Field(
         default={}, validation_alias=AliasPath("lm_eval", "tasks")
     )
 
@@ -174,9 +122,13 @@ class VariantRecord(Part):
 class Action(Part):
     """What a plan does with one layer: keep, drop or merge (then `into` names the target)."""
 
-    layer: Count = None
+    layer: Annotated[Any, BeforeValidator(count)] = None
     action: Any = None
     into: Count = None
+
+
+def _in_layer_order(actions: list[Action]) -> list[Action]:
+    return sorted((action for action in actions if action.layer is not None), key=lambda a: a.layer)
 
 
 class Change(Part):
@@ -215,19 +167,40 @@ class Search(Part):
     curve: Annotated[list[Depth], Each] = []
 
 
-class PlanRecord(Part):
-    """A plan; one of widths has no actions."""
+class Plan(Part):
+    """A plan; one of widths has no actions, any other has one for every layer, in their order."""
 
-    actions: Annotated[list[Action], Each] = []
+    actions: Annotated[list[Action], Each, AfterValidator(_in_layer_order)] = []
     num_kept: Count = None
     savings: Annotated[dict[str, Change], Named] = {}
     portability: Annotated[list[Engine], Each] = []
     search: Search = Search()
     shape: Fields = {}
-    widths: Annotated[
-        list[Fields], BeforeValidator(lambda v: [_mapping(e) for e in v] if isinstance(v, list) else [])
-    ] = []
+    widths: Annotated[list[Fields], Each] = []
     hidden: Number = None
+
+    @cached_property
+    def targets(self) -> dict[int, list[int]]:
+        """Target layer -> the layers merged into it, in layer order."""
+        found: dict[int, list[int]] = {}
+        for action in self.actions:
+            if action.action == "merge" and action.into is not None:
+                found.setdefault(action.into, []).append(action.layer)
+        return found
+
+    @cached_property
+    def roles(self) -> dict[int, str]:
+        """Layer -> keep, drop, merge, or receive (kept, and the target of a merge)."""
+        kept = {
+            action.layer: "receive" if action.layer in self.targets else "keep" for action in self.actions
+        }
+        gone = {a.layer: str(a.action) for a in self.actions if a.action in ("drop", "merge")}
+        return kept | gone
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """The layers that stay."""
+        return frozenset(layer for layer, role in self.roles.items() if role not in ("drop", "merge"))
 
 
 class Scores(Part):
@@ -303,30 +276,12 @@ class Seed(Part):
     error: Any = None
 
 
-class StudyRow(Part):
-    """A row of a study, over its seeds."""
-
-    name: Any = None
-    label: Any = None
-    description: Any = None
-    error: Any = None
-    num_parameters: Count = None
-    removed_share: Number = None
-    num_layers: Count = None
-    uniform: Any = None
-    metrics: Metrics = {}
-    validation: Metrics = {}
-    costs: Fields = {}
-    per_seed: Annotated[list[Seed], Each] = []
-    plans: Annotated[list[PlanRecord], Each] = []
-
-
 class PointRecord(Part):
     """One setting of a study."""
 
     value: Any = None
     label: Any = None
-    rows: Annotated[list[StudyRow], Each] = []
+    rows: Values = []
 
 
 class Sweep(Part):
@@ -367,7 +322,7 @@ class Record(Part):
     overlap_rows: Count = Field(default=None, validation_alias=AliasPath("data", "overlap_rows"))
     trace: Trace = Trace()
     scores: Annotated[dict[str, Scores], Named] = {}
-    plans: Annotated[dict[str, PlanRecord], Named] = {}
+    plans: Annotated[dict[str, Plan], Named] = {}
     rows: Fields = {}
     variants: Annotated[dict[str, VariantRecord], Named] = {}
     stages: Annotated[list[StageRecord], Each] = []

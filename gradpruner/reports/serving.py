@@ -19,15 +19,7 @@ from urllib.parse import quote, unquote, urlsplit
 from gradpruner.errors import ConfigError
 from gradpruner.files import path_fault, read_plain, shown
 from gradpruner.printing import MISSING, duration, moment, ratio, short, text, whole
-from gradpruner.reports.cells import (
-    Cell,
-    Line,
-    Table,
-    difference_cell,
-    measured_cell,
-    short_cell,
-    time_cell,
-)
+from gradpruner.reports.cells import Cell, Line, Table, difference_cell, exact_cell, line, measured_cell
 from gradpruner.reports.figures import curves_plot
 from gradpruner.reports.folders import DONE, RUNNING, Found, find_runs, report_of
 from gradpruner.reports.html import Section, plots_of, tables_of
@@ -198,14 +190,18 @@ def _running(found: list[Found]) -> Table:
         gone = max(0.0, time.time() - now.began) if now.began else None
         stage = text(now.stage or "starting", 120)
         detail = "" if now.doing in (None, now.stage) else text(now.doing, 80)
-        lines.append(Line((
-            _name_cell(run), Cell(stage, detail),
+        cells = (
+            _name_cell(run),
+            Cell(stage, detail),
             Cell(step, share=None if share is None else min(1.0, max(0.0, share))),
-            Cell(MISSING if now.loss is None else f"{now.loss:.4g}"), Cell(short(now.tokens_per_second)),
-            Cell(duration(gone)), Cell(duration(now.left)),
-        )))  # fmt: skip
+            MISSING if now.loss is None else f"{now.loss:.4g}",
+            short(now.tokens_per_second),
+            duration(gone),
+            duration(now.left),
+        )
+        lines.append(line(*cells))
     columns = ("Run", "Stage", "Step", "Loss", "Token positions/s", "For", "Time left in it")
-    return Table("What is running, as it says itself", columns, tuple(lines), words=("Stage",))
+    return Table("What is running, as it says itself", columns, lines, words=("Stage",))
 
 
 def _results(found: list[Found]) -> Table:
@@ -216,23 +212,27 @@ def _results(found: list[Found]) -> Table:
         if run.view is not None
         for point in run.view.points
         for row in point.rows
-        if row.error is not None or any(q.after is not None for q in row.quality.values())
+        if row.error is not None or row.after
     ]
     columns = ("Run", "Row", "State", "Metric", "Score [95%; of studies: seeds]", "Difference to dense [95%]",
                "Parameters", "Time")  # fmt: skip
-    return Table("Rows of all runs", columns, tuple(lines), words=("Row", "State", "Metric"))
+    return Table("Rows of all runs", columns, lines, words=("Row", "State", "Metric"))
 
 
 def _row_line(run: Found, view: View, setting: str, row: Row) -> Line:
     label = f"{setting}: {row.label}" if view.kind == "ablation" else row.label
     error = text(row.error, 300) if row.error else ""
     cells = (
-        _name_cell(run), Cell(text(label, 100)), Cell("failed" if error else run.state),
-        Cell(metric_label(view.metric)), measured_cell(row.after(view.metric)),
-        difference_cell(difference(view, row)), short_cell(row.num_parameters),
-        time_cell(row.costs.get("total_seconds")),
-    )  # fmt: skip
-    return Line(cells, "failed" if error else "", error)
+        _name_cell(run),
+        text(label, 100),
+        "failed" if error else run.state,
+        metric_label(view.metric),
+        measured_cell(row.after.get(view.metric)),
+        difference_cell(difference(view, row)),
+        exact_cell(short, row.num_parameters),
+        exact_cell(duration, row.costs.get("total_seconds")),
+    )
+    return line(*cells, kind="failed" if error else "", error=error)
 
 
 def _listed(found: list[Found]) -> Table:
@@ -242,14 +242,8 @@ def _listed(found: list[Found]) -> Table:
         title = text(run.view.record.title, 80) if run.view else MISSING
         kind = kinds[run.view.kind] if run.view else MISSING
         report = Cell("report", link=_name_cell(run).link) if run.report else Cell(MISSING)
-        cells = (
-            _name_cell(run),
-            Cell(title),
-            Cell(kind),
-            Cell(run.state),
-            Cell(_moment(run.changed)),
-            report,
-        )
-        lines.append(Line(cells, "" if run.state in (RUNNING, DONE) else "failed", run.fault))
+        cells = (_name_cell(run), title, kind, run.state, _moment(run.changed), report)
+        failed = "" if run.state in (RUNNING, DONE) else "failed"
+        lines.append(line(*cells, kind=failed, error=run.fault))
     columns = ("Run", "Title", "Kind", "State", "Last written", "Report")
-    return Table("Everything found", columns, tuple(lines), words=columns[1:])
+    return Table("Everything found", columns, lines, words=columns[1:])

@@ -17,11 +17,6 @@ from gradpruner.reports.record import Search
 from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import Row, View, metric_label
 
-_SPLIT_HINT = (
-    "With data.validation in the recipe the rows are measured on validation rows, and the best is taken."
-)
-
-
 _KEEP_MORE = (
     "Fewer layers (plan.num_prune), training after the cut (recover.epochs) or a limit on the loss "
     "(plan.max_loss) keep more."
@@ -105,16 +100,13 @@ def advice(view: View, folder: Path | None = None) -> Advice | None:
         folder: Where it lies; by default where it was made.
     """
     row, basis = view.choice
-    if view.kind == "ablation" or not any(view.metric in row.quality for row in view.rows):
+    if view.kind == "ablation" or not any(view.metric in (*row.after, *row.before) for row in view.rows):
         return None
     if row is None:
+        reason = "No pruned row within the budget is measured; see below."
         if all(row.is_dense for row in view.rows):
-            return Advice(
-                "Nothing to ship",
-                "",
-                "Only the dense model was measured; `gradpruner shrink` makes it smaller.",
-            )
-        return Advice("Nothing to ship", "", "No pruned row within the budget is measured; see below.")
+            reason = "Only the dense model was measured; `gradpruner shrink` makes it smaller."
+        return Advice("Nothing to ship", "", reason)
     verdict = judge(view)
     if verdict.word == NOT_LEARNED:
         return Advice("Nothing to ship yet", "", "The task was not learned; what to change is said below.")
@@ -130,37 +122,30 @@ def advice(view: View, folder: Path | None = None) -> Advice | None:
 
 
 def _reason(view: View, row: Row, basis: str) -> str:
+    search = row.plan.search if row.plan else Search()
+    certified = f"certified to lose at most {percent(search.limit)}"
+    rows = f"{whole(search.rows)} validation rows"
     if basis == "validation":
         found, name = row.validation[view.metric], metric_label(view.metric).lower()
-        rows = f" on {whole(found.n)} validation rows" if found.n else " on validation rows"
+        measured_on = f" on {whole(found.n)} validation rows" if found.n else " on validation rows"
         dense = view.dense.validation.get(view.metric) if view.dense else None
         against = f", where the dense model has {percent(dense.value)}" if dense else ""
-        search = row.plan.recorded.search if row.plan else Search()
-        sure = (
-            f" Removing so many layers is certified to lose at most {percent(search.limit)}, on "
-            f"{whole(search.rows)} validation rows."
-            if search.best is not None
-            else ""
-        )
-        said = f"It has the best {name}{rows} of those that fit the budget: {percent(found.value)}{against}."
-        return said + sure
-    if basis == "certified":
-        search = row.plan.recorded.search if row.plan else Search()
-        rows = f"{whole(search.rows)} validation rows"
-        return f"It is the smallest model certified to lose at most {percent(search.limit)}, on {rows}."
-    if basis == "only":
-        return "It is the only pruned row that fits the budget; nothing was compared on validation rows."
-    said = (
-        "It is the row this is about: nothing was compared on validation rows, and test rows do not choose."
-    )
-    return f"{said} {_SPLIT_HINT}"
+        sure = f" Removing so many layers is {certified}, on {rows}." if search.best is not None else ""
+        best = f"It has the best {name}{measured_on} of those that fit the budget"
+        return f"{best}: {percent(found.value)}{against}.{sure}"
+    nothing = "nothing was compared on validation rows"
+    return {
+        "certified": f"It is the smallest model {certified}, on {rows}.",
+        "only": f"It is the only pruned row that fits the budget; {nothing}.",
+        "recipe": f"It is the row this is about: {nothing}, and test rows do not choose. With "
+        "data.validation in the recipe the rows are measured on validation rows, and the best is taken.",
+    }[basis]
 
 
 def _folder(view: View, row: Row) -> str:
     """Where the finished model of a row is, below the record; of a dense one that was given, that model."""
     if view.kind != "run":
-        runs = [text(seed.run) for seed in row.seeds if not seed.error]
-        return f"{runs[0] if runs else '.'}/variants/{row.name}/model"
+        return f"{row.first_run or '.'}/variants/{row.name}/model"
     found = row.recorded
     if found.finetune.output:
         return str(found.finetune.output)
@@ -171,10 +156,10 @@ def _folder(view: View, row: Row) -> str:
 
 def _next_steps(view: View, row: Row, path: str, here: Path) -> tuple[Command, ...]:
     """Serve, convert, continue training."""
-    engines = {str(e.engine): e for e in row.plan.recorded.portability} if row.plan else {}
+    engines = {str(e.engine): e for e in row.plan.portability} if row.plan else {}
     faults = {name: text(e.reason) for name, e in engines.items() if e.status in ("wrong", "refused")}
     loading = f"from transformers import pipeline; print(pipeline('text-generation', {path!r})('Hello'))"
-    if row.uniform is False or (row.plan is not None and row.plan.recorded.widths):
+    if row.uniform is False or (row.plan is not None and row.plan.widths):
         loading = f"import gradpruner; print(gradpruner.load_model({path!r}))"
     odd = set('"$`\\!') & set(loading)
     python = f"python -c {shlex.quote(loading)}" if odd else f'python -c "{loading}"'
@@ -198,8 +183,7 @@ def _next_steps(view: View, row: Row, path: str, here: Path) -> tuple[Command, .
 
 def _remake(row: Row, here: Path) -> Command:
     """How to make a row whose model was not kept."""
-    runs = [text(seed.run) for seed in row.seeds if not seed.error]
-    recipe = here / (runs[0] if runs else ".") / "recipe.yaml"
+    recipe = here / (row.first_run or ".") / "recipe.yaml"
     command = (
         f"gradpruner run {shlex.quote(str(recipe))} --set keep_models=all "
         f"--set {shlex.quote(f'variants=[dense,{row.name}]')} --out {shlex.quote(f'{here}-{row.name}')}"

@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 # Figures are drawn in the light colours; each is then replaced by the CSS variable of that name, so
 # one drawing serves both themes. The values must be distinct. Variant colours follow Okabe and Ito.
@@ -37,6 +37,7 @@ PALETTE = {
 }
 """Name -> (light, dark)."""
 
+WIDE, HALF = 840, 420
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -80,15 +81,21 @@ class Margins:
     top: int = 12
 
 
-def draw(identity: str, width: int, height: int, margins: Margins, paint: Callable[[Axes], None]) -> str:
+def draw(
+    identity: str,
+    height: int,
+    paint: Callable[[Axes], None],
+    width: int = WIDE,
+    margins: Margins = Margins(),
+) -> str:
     """Draws one figure; to be called within `house_style`.
 
     Args:
         identity: Prefix of every id in the SVG, so that figures on one page cannot clash.
-        width: Width in CSS pixels.
-        height: Height in CSS pixels.
-        margins: Room for labels around the axes.
+        height: In CSS pixels.
         paint: Draws into the axes it is given.
+        width: In CSS pixels; narrower screens scroll it sideways, so that its text stays readable.
+        margins: Room for labels around the axes.
 
     Returns:
         An `<svg>` element without namespaces, ids and colours made local to the page; the same
@@ -111,13 +118,13 @@ def plain_ticks(axes: Axes, log: bool = False) -> None:
         axes.yaxis.set_minor_locator(LogLocator(subs=[], numticks=6))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, log)))
+    axes.yaxis.set_major_formatter(lambda value, _: _tick(value, log))
 
 
 def whole_ticks(axes: Axes, num_ticks: int) -> None:
     """Puts at most `num_ticks` whole numbers on the horizontal axis."""
     axes.xaxis.set_major_locator(MaxNLocator(num_ticks, integer=True, steps=[1, 2, 4, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def _tick(value: float, log: bool) -> str:

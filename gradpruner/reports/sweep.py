@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from gradpruner.printing import duration, num_bytes, number, percent, short, times
-from gradpruner.reports.drawing import DASHES, Key, Plot, dash_css, drawn, percent_ticks
-from gradpruner.reports.record import Measured
-from gradpruner.reports.svg import Margins, colour, plain_ticks
-from gradpruner.reports.view import Row, View, metric_label
+from gradpruner.reports.drawing import DASHES, Key, Plot, dash_css, percent_ticks
+from gradpruner.reports.fields import Measured
+from gradpruner.reports.svg import Margins, colour, draw, plain_ticks
+from gradpruner.reports.view import Point, Row, View, metric_label
 
 _MOST_SERIES = 6
 _MOST_NUMBERS = 16
@@ -33,10 +33,9 @@ Series = tuple[str, str, list[tuple[float, Measured]]]
 def sweep_plot(view: View) -> Plot | None:
     """Draws the main metric, or the cost the study asks for, over the settings: lines, or bars for names."""
     found = _series(view)
-    if not any(points for _, _, points in found):
+    if not found:
         return None
-    wanted = str(view.record.plot.get("y") or "quality")
-    name, show = _COSTS.get(wanted, (metric_label(view.metric), percent))
+    name, show = _COSTS.get(str(view.record.plot.get("y")), (metric_label(view.metric), percent))
     bars = _is_categorical(view)
     reference = _flat_dense(found)
     shown = [s for s in found if reference is None or s[0] != "dense"]
@@ -63,16 +62,15 @@ def sweep_plot(view: View) -> Plot | None:
     if reference is not None:
         legend.append(Key("series-0", f"dense ({show(reference)})", "line", "5 4"))
     said = [f"{label}: {', '.join(_said(view, points, show))}" for _, label, points in shown]
-    seeds = max((len(q.per_seed) for row in view.rows for q in row.quality.values()), default=0)
-    how = {True: "Bars are means over seeds", False: "Points are means over seeds"}[bars]
-    reach = ", thin lines" if bars else ", the shaded band"
-    caption = f"{how}{reach} from the lowest to the highest seed." if seeds > 1 else "One seed."
+    seeds = max((len(m.per_seed) for row in view.rows for m in row.after.values()), default=0)
+    how = "Bars are means over seeds, thin lines" if bars else "Points are means over seeds, the shaded band"
+    caption = f"{how} from the lowest to the highest seed." if seeds > 1 else "One seed."
     return Plot(
         "sweep",
         f"{name} over {view.sweep_label}",
         caption,
         f"{name} over {view.sweep_label}. {'; '.join(said)}.",
-        drawn("sweep", 400, paint, margins=Margins(left=74)),
+        draw("sweep", 400, paint, margins=Margins(left=74)),
         tuple(legend),
     )
 
@@ -83,7 +81,7 @@ def kept_plot(view: View) -> Plot | None:
     Final is the last setting of the sweep, seed by seed.
     """
     main = view.main_name
-    rows = [(at, point.row(main)) for at, point in _positions(view)] if main is not None else []
+    rows = [(at, point.row(main)) for at, point in _positions(view)]
     known = [(at, row.plans) for at, row in rows if row is not None and row.plans]
     final = [plan.kept for plan in known[-1][1]] if known else []
     if len(known) < 3 or not all(final):
@@ -106,33 +104,29 @@ def kept_plot(view: View) -> Plot | None:
         "How early the kept layers settle",
         f"Share of the layers kept at the last setting that are kept at this one{seeds}.",
         f"Agreement with the layers kept at the last setting: {', '.join(_said(view, points, percent))}.",
-        drawn("stability", 340, paint, margins=Margins(left=74)),
+        draw("stability", 340, paint, margins=Margins(left=74)),
     )
 
 
 def _series(view: View) -> list[Series]:
-    wanted = str(view.record.plot.get("y") or "quality")
     found: list[Series] = []
     for name, label in list(view.names.items())[: _MOST_SERIES + 1]:
-        points = []
-        for at, point in _positions(view):
-            row = point.row(name)
-            measured = _value(row, view, wanted) if row is not None else None
-            if measured is not None:
-                points.append((at, measured))
+        rows = [(at, point.row(name)) for at, point in _positions(view)]
+        points = [(at, m) for at, row in rows if row is not None and (m := _value(row, view)) is not None]
         if points:
             found.append((name, label, points))
     return found
 
 
-def _value(row: Row, view: View, wanted: str) -> Measured | None:
+def _value(row: Row, view: View) -> Measured | None:
+    wanted = str(view.record.plot.get("y"))
     if wanted in _COSTS:
         value = number(row.costs.get(wanted))
         return None if value is None else Measured(value=value)
-    return row.after(view.metric)
+    return row.after.get(view.metric)
 
 
-def _positions(view: View) -> list[tuple[float, Any]]:
+def _positions(view: View) -> list[tuple[float, Point]]:
     """Where every setting stands: at its value, or in order where values are names."""
     if _is_categorical(view):
         return [(float(i), point) for i, point in enumerate(view.points)]
@@ -140,8 +134,7 @@ def _positions(view: View) -> list[tuple[float, Any]]:
 
 
 def _is_categorical(view: View) -> bool:
-    names = any(number(point.value) is None for point in view.points)
-    return names or view.record.plot.get("kind") == "bars"
+    return view.record.plot.get("kind") == "bars" or any(number(p.value) is None for p in view.points)
 
 
 def _flat_dense(found: Sequence[Series]) -> float | None:
@@ -193,14 +186,15 @@ def _paint_bars(axes: Axes, view: View, found: Sequence[Series], show: Any) -> N
     """Bars from zero: a difference looks as large as it is; the numbers tell small ones apart."""
     width = (0.6 if len(found) == 1 else 0.8) / max(len(found), 1)
     total = sum(len(points) for _, _, points in found)
-    top = max(m.value if m.high is None else m.high for _, _, points in found for _, m in points)
+    tops = (m.value if m.high is None else m.high for _, _, points in found for _, m in points)
+    top = max(tops, default=0.0)
     for i, (name, _, points) in enumerate(found):
         offset = (i - (len(found) - 1) / 2) * width
         xs = [at + offset for at, _ in points]
         axes.bar(xs, [m.value for _, m in points], width=0.92 * width, color=colour(_hue(i, name)), zorder=2)
         for x, (_, m) in zip(xs, points, strict=True):
-            if m.low is not None and m.high is not None:
-                axes.vlines(x, m.low, m.high, color=colour("ink"), linewidth=1.2, zorder=3)
+            if m.ends:
+                axes.vlines(x, *m.ends, color=colour("ink"), linewidth=1.2, zorder=3)
             if total <= _MOST_NUMBERS:
                 # Inside the bar: above it would be where the dense model's line is.
                 y = m.value if m.low is None else min(m.low, m.value)

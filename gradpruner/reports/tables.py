@@ -5,35 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gradpruner.printing import MISSING, short, signed_percent, text, times, whole
-from gradpruner.reports.cells import (
-    Cell,
-    Line,
-    Table,
-    bytes_cell,
-    difference_cell,
-    exact_of,
-    markdown_of,
-    measured_cell,
-    short_cell,
-    time_cell,
+from gradpruner.printing import (
+    duration,
+    num_bytes,
+    short,
+    signed_percent,
+    text,
+    times,
+    whole,
 )
-from gradpruner.reports.reading import known
-from gradpruner.reports.record import Measured
-from gradpruner.reports.view import Quality, Row, View, metric_label
-
-
-def _times_cell(value: Any) -> Cell:
-    return Cell(times(value), exact=exact_of(value))
-
+from gradpruner.reports.cells import Cell, Line, Table, difference_cell, exact_cell, line, measured_cell
+from gradpruner.reports.fields import Measured
+from gradpruner.reports.record import Evaluated
+from gradpruner.reports.view import Row, View, metric_label
 
 _COSTS: dict[str, tuple[str, Any]] = {
-    "method_seconds": ("Method time", time_cell),
-    "method_peak_memory_bytes": ("Method memory", bytes_cell),
-    "training_ratio": ("Training", _times_cell),
-    "inference_ratio": ("Inference", _times_cell),
-    "total_ratio": ("In all", _times_cell),
-    "trained_tokens": ("Trained tokens", short_cell),
+    "method_seconds": ("Method time", duration),
+    "method_peak_memory_bytes": ("Method memory", num_bytes),
+    "training_ratio": ("Training", times),
+    "inference_ratio": ("Inference", times),
+    "total_ratio": ("In all", times),
+    "trained_tokens": ("Trained tokens", short),
 }
 _TERMINAL_COSTS = {
     "run": ("Training", "In all"),
@@ -47,7 +39,7 @@ def results_table(view: View) -> Table:
 
     A dense model that all settings share stands once.
     """
-    sweep, rival = view.kind == "ablation", _has_rivals(view)
+    sweep, costs = view.kind == "ablation", _costs(view)
     several, shared = len(view.names) > 1, _shared_dense(view)
     names = (view.sweep_label.capitalize(), *(("Method",) if several else ())) if sweep else (_name(view),)
     layers = view.kind != "compare"
@@ -56,26 +48,27 @@ def results_table(view: View) -> Table:
         *(("Layers",) if layers else ()),
         "Parameters",
         *_quality_columns(view),
-        *(name for name, _ in _costs(view).values()),
+        *(name for name, _ in costs.values()),
     )
     lines = []
     for i, point in enumerate(view.points):
         for row in point.rows:
             if row.is_dense and shared and i:
                 continue
-            label = Cell(row.label, "to ship" if row is view.choice[0] else "")
-            head = [label]
-            if sweep:
-                head = [
-                    Cell("any" if row.is_dense and shared else point.label),
-                    *([label] if several else []),
-                ]
-            head += [Cell(whole(row.num_layers))] if layers else []
-            cells = [*head, _size_cell(row), *_quality_cells(view, row, rival)]
-            cells += [show(row.costs.get(key)) for key, (_, show) in _costs(view).items()]
-            lines.append(_line(view, row, cells))
+            setting = ["any" if row.is_dense and shared else point.label] if sweep else []
+            label = [Cell(row.label, "to ship" if row is view.choice[0] else "")]
+            size = "" if row.removed_share is None or row.is_dense else signed_percent(-row.removed_share)
+            cells = [
+                *setting,
+                *(label if several or not sweep else []),
+                *([whole(row.num_layers)] if layers else []),
+                exact_cell(short, row.num_parameters, size),
+                *_quality_cells(view, row),
+                *(exact_cell(show, row.costs.get(key)) for key, (_, show) in costs.items()),
+            ]
+            lines.append(_line(view, row, *cells))
     caption = f"{metric_label(view.metric)} and cost of every {'setting' if sweep else 'row'}"
-    return Table(caption, columns, tuple(lines), words=("Method",))
+    return Table(caption, columns, lines, words=("Method",))
 
 
 def further_table(view: View) -> Table:
@@ -85,12 +78,10 @@ def further_table(view: View) -> Table:
     lines = []
     for point in view.points:
         for row in point.rows:
-            if not metrics or row.error is not None or not row.quality:
-                continue
-            label = f"{point.label}: {row.label}" if view.kind == "ablation" else row.label
-            cells = [Cell(label), *(_mean_cell(view, row.quality.get(name)) for name in metrics)]
-            lines.append(_line(view, row, cells))
-    return Table("Further metrics", columns, tuple(lines))
+            if metrics and row.error is None and (row.after or row.before):
+                label = f"{point.label}: {row.label}" if view.kind == "ablation" else row.label
+                lines.append(_line(view, row, label, *(_mean_cell(view, row, name) for name in metrics)))
+    return Table("Further metrics", columns, lines)
 
 
 def short_table(view: View) -> Table:
@@ -100,49 +91,40 @@ def short_table(view: View) -> Table:
     at = [full.columns.index(name) for name in wanted if name in full.columns]
     lead = full.columns.index("Parameters") - (view.kind != "compare")
     lines = []
-    for line in full.lines:
+    for one in full.lines:
         # Setting and method share a column: only the first may wrap.
-        head = ": ".join(f"{'→ ' if c.detail else ''}{c.text}" for c in line.cells[:lead])
-        lines.append(replace(line, cells=(Cell(head), *(line.cells[i] for i in at))))
+        head = ": ".join(f"{'→ ' if c.detail else ''}{c.text}" for c in one.cells[:lead])
+        lines.append(replace(one, cells=(Cell(head), *(one.cells[i] for i in at))))
     names = (full.columns[i].replace("Difference to", "vs") for i in at)
-    return Table(full.caption, (full.columns[0], *names), tuple(lines))
-
-
-def markdown_results(view: View) -> str:
-    """The results as a markdown table: of a run what the terminal shows, of a study all of it."""
-    return markdown_of(short_table(view) if view.kind == "run" else results_table(view))
+    return Table(full.caption, (full.columns[0], *names), lines)
 
 
 def other_tasks_table(view: View) -> Table:
     """The headline metric of every row on every further task; validation rows are among them."""
-    names = dict.fromkeys(name for row in view.rows for name in row.recorded.also)
     lines = []
-    for name in names:
+    for task in dict.fromkeys(name for row in view.rows for name in row.recorded.also):
         for row in view.rows:
-            found = headline_of(row, name)
-            if found is not None:
+            if (found := headline_of(row, task)) is not None:
                 metric, measured = found
-                cells = [Cell(text(name)), Cell(row.label), Cell(metric_label(metric))]
-                paired = row.recorded.paired.get(name, {}).get(metric)
-                cells += [measured_cell(measured), difference_cell(paired), Cell(whole(measured.n))]
-                lines.append(_line(view, row, cells))
+                words = (text(task), row.label, metric_label(metric))
+                paired = difference_cell(row.recorded.paired.get(task, {}).get(metric))
+                lines.append(_line(view, row, *words, measured_cell(measured), paired, whole(measured.n)))
     columns = ("Rows of", "Variant", "Metric", "Value [95%]", "Difference to dense [95%]", "n")
-    return Table("Further rows, not trained on", columns, tuple(lines), words=("Variant", "Metric"))
+    return Table("Further rows, not trained on", columns, lines, words=("Variant", "Metric"))
 
 
 def headline_of(row: Row, task: str) -> tuple[str, Measured] | None:
     """The first metric recorded of a further task, which is the most telling one."""
-    evaluated = row.recorded.also.get(task)
-    return next(iter(known(evaluated).items()), None) if evaluated else None
+    return next(iter(row.recorded.also.get(task, Evaluated()).metrics.items()), None)
 
 
 def difference(view: View, row: Row) -> Measured | None:
     """The difference to the dense model: on the same examples where that was measured."""
-    paired = row.paired(view.metric)
-    mine = row.after(view.metric)
-    dense = view.dense.after(view.metric) if view.dense else None
-    if row.is_dense or paired is not None or view.kind != "run" or mine is None or dense is None:
-        return None if row.is_dense else paired
+    if row.is_dense:
+        return None
+    mine, dense = (one.after.get(view.metric) if one else None for one in (row, view.dense))
+    if view.metric in row.paired or view.kind != "run" or mine is None or dense is None:
+        return row.paired.get(view.metric)
     return Measured(value=mine.value - dense.value)
 
 
@@ -160,17 +142,17 @@ def _quality_columns(view: View) -> tuple[str, ...]:
     )
 
 
-def _quality_cells(view: View, row: Row, rival: bool) -> list[Cell]:
-    quality = row.quality.get(view.metric)
-    cells = [_mean_cell(view, quality), difference_cell(difference(view, row))]
-    if rival:
-        is_main = row.name == view.main_name
-        cells.append(difference_cell(quality.rival if quality is not None and not is_main else None))
+def _quality_cells(view: View, row: Row) -> list[Cell | str]:
+    metric = view.metric
+    after, before = row.after.get(metric), row.before.get(metric)
+    cells: list[Cell | str] = [_mean_cell(view, row, metric), difference_cell(difference(view, row))]
+    if _has_rivals(view):
+        cells.append(difference_cell(None if row.name == view.main_name else row.rival.get(metric)))
     if _any_before(view):
-        cells.append(measured_cell(quality.before if quality is not None else None))
+        cells.append(measured_cell(before))
     if view.kind == "run":
-        measured = (quality.after or quality.before) if quality is not None else None
-        cells.append(Cell(whole(measured.n if measured else None)))
+        measured = after or before
+        cells.append(whole(measured.n if measured else None))
     return cells
 
 
@@ -184,57 +166,46 @@ def _costs(view: View) -> dict[str, tuple[str, Any]]:
     return {k: v for k, v in known.items() if k not in left_out.get(view.kind, ())}
 
 
-def _line(view: View, row: Row, cells: list[Cell]) -> Line:
+def _line(view: View, row: Row, *cells: Cell | str) -> Line:
     error = text(row.error, 500) if row.error else ""
     kind = "failed" if error else "main" if row is view.main and stands_out(view) else ""
-    return Line(tuple(cells), kind, error)
+    return line(*cells, kind=kind, error=error)
 
 
 def stands_out(view: View) -> bool:
     """Whether the headline's row is set in bold: not where another row, in a run the dense one, beats it."""
-    main = view.main
-    mine = main.after(view.metric) if main else None
-    if main is None or mine is None or mine.value is None:
+    main, metric = view.main, view.metric
+    if main is None or metric not in main.after:
         return False
-    paired = main.paired(view.metric)
+    paired = main.paired.get(metric)
     if view.kind == "run" and paired is not None and paired.high is not None and paired.high < 0:
         return False
-    others = (row.after(view.metric) for row in view.first.rows if row is not main and not row.is_dense)
-    return all(other is None or other.value <= mine.value for other in others)
+    rivals = (row for row in view.first.rows if row is not main and not row.is_dense and metric in row.after)
+    return all(row.after[metric].value <= main.after[metric].value for row in rivals)
 
 
-def _size_cell(row: Row) -> Cell:
-    share = row.removed_share
-    detail = "" if share is None or row.is_dense else signed_percent(-share)
-    return Cell(short(row.num_parameters), detail, exact_of(row.num_parameters))
-
-
-def _mean_cell(view: View, quality: Quality | None) -> Cell:
-    cell = measured_cell(quality.after if quality is not None else None)
-    if quality is not None and len(quality.per_seed) == 1 and cell.text != MISSING:
-        seeds = f"1 of {len(view.seeds)} seeds" if len(view.seeds) > 1 else ""
-        return replace(cell, detail=seeds)
+def _mean_cell(view: View, row: Row, metric: str) -> Cell:
+    after = row.after.get(metric)
+    cell = measured_cell(after)
+    if after is not None and len(after.per_seed) == 1:
+        return replace(cell, detail=f"1 of {len(view.seeds)} seeds" if len(view.seeds) > 1 else "")
     return cell
 
 
-def _qualities(view: View) -> list[Quality]:
-    return [row.quality[view.metric] for row in view.rows if view.metric in row.quality]
-
-
 def _has_rivals(view: View) -> bool:
-    return view.kind == "compare" and any(q.rival is not None for q in _qualities(view))
+    return view.kind == "compare" and any(view.metric in row.rival for row in view.rows)
 
 
 def _any_before(view: View) -> bool:
-    return any(quality.before is not None for quality in _qualities(view))
+    return any(view.metric in row.before for row in view.rows)
 
 
 def _shared_dense(view: View) -> bool:
     """Whether every setting has one and the same dense model; its difference to GradPruner may change."""
     rows = [point.row("dense") for point in view.points]
     found = [
-        (row.costs, {name: (q.per_seed, q.before) for name, q in row.quality.items()})
+        (row.costs, row.before, {name: measured.per_seed for name, measured in row.after.items()})
         for row in rows
-        if row is not None and row.quality
+        if row is not None and row.after
     ]
     return len(found) == len(rows) > 1 and all(entry == found[0] for entry in found)

@@ -14,10 +14,11 @@ from gradpruner.printing import number, text, whole
 from gradpruner.reports.cells import Table
 from gradpruner.reports.details import savings_tables
 from gradpruner.reports.reading import read
+from gradpruner.reports.record import Plan
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import short_table
 from gradpruner.reports.verdict import budget_words, judge, serving_note
-from gradpruner.reports.view import Plan, View
+from gradpruner.reports.view import View
 
 _STYLES = {
     "even": "bold cyan",
@@ -46,7 +47,7 @@ def print_summary(
     """
     view = read(source)
     say(console, text(title_of(view), 90), "bold")
-    if any(row.quality or row.error for row in view.rows) or not _print_decisions(view, console):
+    if any(row.after or row.before or row.error for row in view.rows) or not _print_decisions(view, console):
         _print_results(view, console)
         if advise:
             _print_advice(view, console, folder)
@@ -70,7 +71,9 @@ def _print_results(view: View, console: Console) -> None:
     if view.kind == "run":
         strips = [(row.label, row.plan) for row in view.rows if row.plan is not None]
         rows = {row.name for row in view.rows}
-        planned = [(f"planned: {text(name)}", plan) for name, plan in view.plans.items() if name not in rows]
+        planned = [
+            (f"planned: {text(name)}", plan) for name, plan in view.record.plans.items() if name not in rows
+        ]
         _print_strips(strips + planned, console)
         console.print()
     verdict = judge(view)
@@ -99,15 +102,15 @@ def _print_decisions(view: View, console: Console) -> bool:
     record = view.record
     for name, scores in record.scores.items():
         _print_scores(text(name), scores.values, console)
-    _print_strips([(text(name), plan) for name, plan in view.plans.items()], console)
+    _print_strips([(text(name), plan) for name, plan in view.record.plans.items()], console)
     for table in savings_tables(view):
         say(console, f"Savings: {table.caption}", "bold")
         console.print(rich_table(table, console))
     recorded = bool(record.trace.model_fields_set)
-    if recorded and not view.plans:
+    if recorded and not view.record.plans:
         steps, effective = whole(record.trace.num_steps), whole(record.trace.effective_steps)
         say(console, f"{steps} steps recorded, {effective} with energy.")
-    return bool(recorded or view.plans or record.scores)
+    return bool(recorded or view.record.plans or record.scores)
 
 
 def _print_scores(name: str, values: list[Any], console: Console) -> None:
@@ -168,7 +171,8 @@ def _strip_lines(plan: Plan, glyphs: dict[str, str]) -> list[Text]:
     for start in range(0, len(plan.actions), _PER_LINE):
         part = plan.actions[start : start + _PER_LINE]
         line = Text(f"{part[0].layer:>4} ", style="dim")
-        for role in plan.roles[start : start + _PER_LINE]:
+        for action in part:
+            role = plan.roles[action.layer]
             line.append(glyphs[role], style=_GLYPH_STYLES[role])
         line.append(f" {part[-1].layer}", style="dim")
         lines.append(line)
@@ -179,7 +183,7 @@ def _merge_words(plan: Plan) -> str:
     """Returns ': 19 of 32 kept; merged 18 and 19 into 17'."""
     words = [f"{', '.join(map(str, layers))} into {to}" for to, layers in plan.targets.items()]
     merged = f"; merged {'; '.join(words)}" if words else ""
-    return f": {whole(plan.recorded.num_kept)} of {len(plan.actions)} kept{merged}"
+    return f": {whole(plan.num_kept)} of {len(plan.actions)} kept{merged}"
 
 
 def _plain(shown: str, console: Console) -> str:

@@ -16,7 +16,7 @@ from gradpruner.printing import (
     times,
     whole,
 )
-from gradpruner.reports.record import Measured
+from gradpruner.reports.fields import Measured
 from gradpruner.reports.verdict import compared
 from gradpruner.reports.view import Row, View, metric_label
 
@@ -32,38 +32,34 @@ class Tile:
     remark: str = ""
 
 
-def tiles(view: View) -> tuple[Tile, ...]:
+def tiles(view: View) -> list[Tile]:
     """The headline numbers that are known: size, quality, time."""
-    main, dense = view.main, view.dense
+    main, dense, metric = view.main, view.dense, view.metric
     if view.kind == "ablation" or main is None:
-        return ()
+        return []
     model = view.record.model
-    found = []
-    if view.kind == "run":
-        layers = (dense.num_layers if dense else None) or model.num_layers
-        found.append(Tile("Layers", _change(main.num_layers, layers), whole(layers), whole(main.num_layers)))
+    layers = (dense.num_layers if dense else None) or model.num_layers
     size = (dense.num_parameters if dense else None) or model.num_parameters
-    found.append(
-        Tile(
-            "Parameters",
-            _change(main.num_parameters, size),
-            short(size),
-            short(main.num_parameters),
-            main.label,
-        )
-    )
     before, after, tuned = compared(view)
-    name = "Against dense" + ("" if tuned else ", not fine-tuned")
-    found.append(_quality_tile(name, before, after, main.paired(view.metric) if tuned else None, view.metric))
+    change = _change(main.num_parameters, size)
+    found = [
+        Tile("Layers", _change(main.num_layers, layers), whole(layers), whole(main.num_layers)),
+        Tile("Parameters", change, short(size), short(main.num_parameters), main.label),
+        _quality_tile(
+            "Against dense" + ("" if tuned else ", not fine-tuned"),
+            before,
+            after,
+            main.paired.get(metric) if tuned else None,
+            metric,
+        ),
+    ]
     last = view.first.row("last")
-    if view.kind == "compare" and last is not None and last is not main and view.metric in last.quality:
-        rival = last.quality[view.metric].rival
-        gain = rival.turned() if rival else None
-        found.append(
-            _quality_tile("Against the last layers", last.after(view.metric), after, gain, view.metric)
-        )
+    if view.kind == "compare" and last is not None and last is not main and metric in last.after:
+        gain = last.rival[metric].turned() if metric in last.rival else None
+        found.append(_quality_tile("Against the last layers", last.after[metric], after, gain, metric))
     found.append(_time_tile(main, dense))
-    return tuple(tile for tile in found if {tile.before, tile.after} != {MISSING})
+    shown = found if view.kind == "run" else found[1:]
+    return [tile for tile in shown if {tile.before, tile.after} != {MISSING}]
 
 
 def _quality_tile(
@@ -73,7 +69,7 @@ def _quality_tile(
     change, remark = MISSING, metric_label(metric)
     if paired is not None:
         change = f"{points(paired.value)} points"
-        remark += f"; 95%: {interval(paired.low, paired.high)}" if paired.has_interval else ""
+        remark += f"; 95%: {interval(paired.low, paired.high)}" if paired.ends else ""
     elif other is not None and mine is not None:
         change = f"{points(mine.value - other.value)} points"
     before, after = (percent(m.value if m else None) for m in (other, mine))

@@ -5,16 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradpruner.printing import (
-    interval,
-    percent,
-    points,
-    ratio,
-    text,
-    whole,
-)
+from gradpruner.printing import interval, percent, points, ratio, text, whole
+from gradpruner.reports.fields import Measured
 from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes
-from gradpruner.reports.record import Measured
 from gradpruner.reports.view import Point, Row, View, metric_label
 
 _SMALL_LOSS = 0.02
@@ -52,12 +45,12 @@ def compared(view: View) -> tuple[Measured | None, Measured | None, bool]:
     A fine-tuned model is never compared with one that is not: without both, the two measurements
     before fine-tuning are taken.
     """
-    dense, main, metric = view.dense, view.main, view.metric
-    after = (dense.after(metric) if dense else None, main.after(metric) if main else None)
-    before = (dense.before(metric) if dense else None, main.before(metric) if main else None)
-    if None in after and None not in before:
-        return (*before, False)
-    return (*after, True)
+    rows = (view.dense, view.main)
+    dense, main = (row.after.get(view.metric) if row else None for row in rows)
+    early, pruned = (row.before.get(view.metric) if row else None for row in rows)
+    if (dense is None or main is None) and early is not None and pruned is not None:
+        return early, pruned, False
+    return dense, main, True
 
 
 def _judge_run(view: View) -> Verdict:
@@ -72,7 +65,7 @@ def _judge_run(view: View) -> Verdict:
         )
         sentence = f"Nothing to compare: {lacking} has no {metric_label(view.metric).lower()}."
         return Verdict("unknown", "No result", sentence, failures)
-    level, word, finding = _finding(before, after, main.paired(view.metric) if tuned else None)
+    level, word, finding = _finding(before, after, main.paired.get(view.metric) if tuned else None)
     learned = not_learned(view, tuned)
     if learned:
         level, word, finding = "unclear", NOT_LEARNED, learned
@@ -89,17 +82,16 @@ def _judge_comparison(view: View) -> Verdict:
     point, main = view.first, view.main
     failed = tuple(f"{r.label} failed: {text(r.error, 300)}" for r in point.rows if r.error is not None)
     notes = (*failed, *size_notes(view), *comparison_notes(view))
-    mine = main.after(view.metric) if main else None
-    if main is None or mine is None:
+    if main is None or view.metric not in main.after:
         return Verdict("unknown", "No result", "No pruned model was measured.", notes)
-    paired, dense = main.paired(view.metric), point.row("dense")
-    whole_model = dense.after(view.metric) if dense else None
-    of_dense = f" where the dense model scores {percent(whole_model.value)}" if whole_model else ""
-    of_dense += f" ({_paired_words(paired)})" if whole_model and paired else ""
-    parts = [f"{main.label} scores {percent(mine.value)}{of_dense}."]
+    paired = main.paired.get(view.metric)
+    dense = view.dense.after.get(view.metric) if view.dense else None
+    of_dense = f" where the dense model scores {percent(dense.value)}" if dense else ""
+    of_dense += f" ({_paired_words(paired)})" if dense and paired else ""
+    parts = [f"{main.label} scores {percent(main.after[view.metric].value)}{of_dense}."]
     last = point.row("last")
     level, word, against = "unknown", "Nothing to compare", ""
-    if last is not None and last is not main and last.after(view.metric) is not None:
+    if last is not None and last is not main and view.metric in last.after:
         level, word, against = _against_last(main, last, view.metric)
     elif paired is not None:
         level, word = _level(paired, ("Better than dense", "No clear difference", "Below dense"))
@@ -113,11 +105,8 @@ def _judge_comparison(view: View) -> Verdict:
 def _judge_sweep(view: View) -> Verdict:
     """Names the best and the worst setting of the main row, and whether they can be told apart."""
     main = view.main_name
-    found = []
-    for point in view.points:
-        row = point.row(main)
-        if row is not None and (after := row.after(view.metric)) is not None and after.value is not None:
-            found.append((after.value, point, after, len(row.quality[view.metric].per_seed)))
+    rows = [(point.label, point.row(main)) for point in view.points]
+    found = [(label, row.after[view.metric]) for label, row in rows if row and view.metric in row.after]
     failed = tuple(
         f"{row.label} at {point.label} failed: {text(row.error, 200)}"
         for point in view.points
@@ -127,22 +116,22 @@ def _judge_sweep(view: View) -> Verdict:
     notes = (*failed, *size_notes(view))
     if not found or main is None:
         return Verdict("unknown", "No result", "No setting was measured.", notes)
-    high, low = max(found, key=lambda entry: entry[0]), min(found, key=lambda entry: entry[0])
+    (best, high), (worst, low) = (pick(found, key=lambda entry: entry[1].value) for pick in (max, min))
     name = f"{view.names[main]}, {view.sweep_label}"
     if len(found) == 1:
-        sentence = f"{name}: only {high[1].label} was measured, {percent(high[0])}."
+        sentence = f"{name}: only {best} was measured, {percent(high.value)}."
         return Verdict("unknown", "One setting", sentence, notes)
     sentence = (
-        f"{name}: highest at {high[1].label} ({percent(high[0])}), lowest at {low[1].label} "
-        f"({percent(low[0])}), {points(high[0] - low[0]).lstrip('+')} points apart."
+        f"{name}: highest at {best} ({percent(high.value)}), lowest at {worst} "
+        f"({percent(low.value)}), {points(high.value - low.value).lstrip('+')} points apart."
     )
     learned = not_learned(view)
     if learned:
         return Verdict("unclear", NOT_LEARNED, f"{sentence} {learned}", notes)
-    seeds = min(high[3], low[3])
+    seeds = min(len(high.per_seed), len(low.per_seed))
     if seeds < 2:
         return Verdict("unclear", "Cannot tell", f"{sentence} One seed each: this may be chance.", notes)
-    if low[2].high is not None and high[2].low is not None and low[2].high < high[2].low:
+    if low.high is not None and high.low is not None and low.high < high.low:
         sentence += f" Every seed of the first is above every seed of the second ({seeds} each)."
         return Verdict("better", "It makes a difference", sentence, notes)
     sentence += f" The seeds of the two overlap ({seeds} each): no clear difference."
@@ -152,11 +141,11 @@ def _judge_sweep(view: View) -> Verdict:
 def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> tuple[str, str, str]:
     """The level, its words and the sentence, from the paired difference or else from two intervals."""
     small = dense.is_small or pruned.is_small
-    if difference is not None and difference.has_interval:
+    if difference is not None and difference.ends:
         how = f"The difference on the same examples is {_paired_words(difference)}"
         level, _ = _level(difference, ("", "", ""))
         loss, gain = difference.value, False
-    elif dense.has_interval and pruned.has_interval:
+    elif dense.ends and pruned.ends:
         apart = (pruned.low or 0) - (dense.high or 0), (pruned.high or 0) - (dense.low or 0)
         level, _ = _level(Measured(value=0, low=apart[0], high=apart[1]), ("", "", ""))
         how = f"The 95% intervals {'overlap' if level == 'even' else 'do not overlap'}"
@@ -198,13 +187,13 @@ def budget_words(view: View) -> str:
 def tally_words(view: View, point: Point) -> str:
     """Wins, ties and losses of GradPruner by paired intervals, '' without any."""
     rivals = [
-        row.quality[view.metric].rival
+        row.rival[view.metric].turned()
         for row in point.rows
         if row.name not in ("dense", "dropped", view.main_name)
         and not row.is_smaller
-        and view.metric in row.quality
+        and view.metric in row.rival
     ]
-    levels = [_level(r.turned(), ("", "", ""))[0] for r in rivals if r is not None and r.has_interval]
+    levels = [_level(rival, ("", "", ""))[0] for rival in rivals if rival.ends]
     if not levels:
         return ""
     wins, losses = levels.count("better"), levels.count("worse")
@@ -230,27 +219,24 @@ def serving_note(view: View) -> str:
 
 def _against_last(main: Row, last: Row, metric: str) -> tuple[str, str, str]:
     """Returns level, its words and the sentence on the simplest rival there is."""
-    mine, theirs = main.after(metric), last.quality[metric]
-    value = percent(theirs.after.value if theirs.after else None)
-    if theirs.rival is None or not theirs.rival.has_interval:
-        other = theirs.after.value if theirs.after else None
-        ahead = "above" if mine and other is not None and mine.value > other else "not above"
-        sentence = (
-            f"That is {ahead} just dropping the last layers ({value}), without an interval: it may be chance."
-        )
-        return "unclear", "Cannot tell", sentence
-    gain = theirs.rival.turned()
+    mine, theirs = main.after[metric].value, last.after[metric].value
+    rival = last.rival.get(metric)
+    if rival is None or not rival.ends:
+        ahead = "above" if mine > theirs else "not above"
+        said = f"That is {ahead} just dropping the last layers ({percent(theirs)}), without an interval"
+        return "unclear", "Cannot tell", f"{said}: it may be chance."
+    gain = rival.turned()
     than = "dropping the last layers"
     level, word = _level(gain, (f"Better than {than}", f"No clear gain over {than}", f"Worse than {than}"))
     verbs = {"better": "beats", "even": "cannot be told from", "worse": "loses to"}
-    return level, word, f"It {verbs[level]} just {than} ({value}): {_paired_words(gain)}."
+    return level, word, f"It {verbs[level]} just {than} ({percent(theirs)}): {_paired_words(gain)}."
 
 
 def _merging(point: Point, metric: str) -> str:
     """Says what merging adds over dropping the same layers."""
     dropped = point.row("dropped")
-    rival = dropped.quality[metric].rival if dropped is not None and metric in dropped.quality else None
-    if rival is None or not rival.has_interval:
+    rival = dropped.rival.get(metric) if dropped is not None else None
+    if rival is None or not rival.ends:
         return ""
     gain = rival.turned()
     level, verb = _level(gain, ("adds", "adds nothing that can be told from chance", "costs"))
@@ -285,7 +271,7 @@ def reading_words(view: View) -> str:
             f"{metric_label(view.metric)} is the mean over {len(view.seeds)} seeds, in brackets the lowest "
             "and the highest."
         )
-    if any(q.paired is not None for row in view.rows for q in row.quality.values()):
+    if any(row.paired for row in view.rows):
         words.append(
             "Differences are in points, example by example, with 95% bootstrap intervals over examples."
         )
@@ -293,6 +279,6 @@ def reading_words(view: View) -> str:
         words.append(
             "Training, inference and all there is are times against the dense model of the same seed."
         )
-    if any(m.is_small for row in view.rows for q in row.quality.values() for m in (q.after, q.before) if m):
+    if any(m.is_small for row in view.rows for m in (*row.after.values(), *row.before.values())):
         words.append("* Fewer than 100 examples: read the interval, not the value.")
     return " ".join(words)

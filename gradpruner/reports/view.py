@@ -7,97 +7,55 @@ per setting.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AliasChoices, BeforeValidator, Field
 
 from gradpruner.printing import text
-from gradpruner.reports.record import Action, Measured, PlanRecord, Record, Seed, VariantRecord
+from gradpruner.reports.fields import Count, Each, Fields, Metrics, Number, Part
+from gradpruner.reports.record import PENDING, Plan, Record, Seed, VariantRecord
 
 FAR_FROM_BUDGET = 0.03
 """Removed shares further than this from the budget are not at it."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A pruning plan as recorded; `actions` has one entry per layer, in layer order."""
-
-    name: str
-    actions: tuple[Action, ...]
-    recorded: PlanRecord
-
-    @cached_property
-    def targets(self) -> dict[int, list[int]]:
-        """Target layer -> the layers merged into it, in layer order."""
-        found: dict[int, list[int]] = {}
-        for action in self.actions:
-            if action.action == "merge" and action.into is not None and action.layer is not None:
-                found.setdefault(action.into, []).append(action.layer)
-        return found
-
-    @cached_property
-    def roles(self) -> tuple[str, ...]:
-        """Of every layer: keep, drop, merge, or receive (kept, and the target of a merge)."""
-        kept = ("receive" if action.layer in self.targets else "keep" for action in self.actions)
-        return tuple(
-            str(action.action) if action.action in ("drop", "merge") else role
-            for action, role in zip(self.actions, kept, strict=True)
-        )
-
-    @property
-    def kept(self) -> frozenset[int | None]:
-        """The layers that stay."""
-        return frozenset(action.layer for action in self.actions if action.action not in ("drop", "merge"))
-
-    def role(self, layer: int) -> str:
-        """The role of a layer by its number."""
-        return next((r for a, r in zip(self.actions, self.roles, strict=True) if a.layer == layer), "keep")
+def _failure(error: Any) -> str | None:
+    return str(error) if error and error not in PENDING else None
 
 
-@dataclass(frozen=True)
-class Quality:
-    """One metric of one row.
+class Row(Part):
+    """One model: the dense one, or what a method leaves. Read as it stands from study.json.
 
     Attributes:
-        after: Of the finished model. In a study the mean, with the lowest and the highest seed.
-        before: Before fine-tuning.
-        paired: Difference to the dense model on the same examples, with its 95 % interval.
-        rival: The same difference to GradPruner; in studies only.
-        per_seed: The value of every seed of a study.
+        after: Metrics of the finished model.
+        before: Those before fine-tuning.
+        paired: Differences to the dense model on the same examples, with their 95 % intervals.
+        rival: The same differences to GradPruner; in studies only.
+        error: Why it failed; None also for what has not been run yet.
+        uniform: False if layers differ in width, so that only gradpruner loads the result.
+        plans: Of a study those of every seed.
+        recorded: What a run knows beyond that.
     """
 
-    after: Measured | None
-    before: Measured | None = None
-    paired: Measured | None = None
-    rival: Measured | None = None
-    per_seed: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True)
-class Row:
-    """One model: the dense one, or what a method leaves.
-
-    `uniform` False means that layers differ in width, so that only gradpruner loads the result. `pending`
-    rows have not been run yet. `missing_seeds` are those that failed where others did not. `recorded` is
-    what a run knows beyond that.
-    """
-
-    name: str
-    label: str
-    num_layers: int | None
-    num_parameters: int | None
-    removed_share: float | None
-    quality: dict[str, Quality]
-    validation: dict[str, Measured]
-    costs: dict[str, Any]
-    plans: tuple[Plan, ...]
-    error: str | None = None
-    pending: bool = False
-    description: str = ""
-    uniform: bool | None = None
-    seeds: tuple[Seed, ...] = ()
-    missing_seeds: tuple[int, ...] = ()
-    recorded: VariantRecord = field(default_factory=lambda: VariantRecord())
+    name: Annotated[str, BeforeValidator(str)] = "None"
+    label: Annotated[str, BeforeValidator(lambda value: text(value or "", 80))] = ""
+    description: Annotated[str, BeforeValidator(lambda value: text(value or ""))] = ""
+    error: Annotated[str | None, BeforeValidator(_failure)] = None
+    num_layers: Count = None
+    num_parameters: Count = None
+    removed_share: Number = None
+    uniform: Any = None
+    after: Metrics = Field(default={}, validation_alias=AliasChoices("after", "metrics"))
+    before: Metrics = {}
+    paired: Metrics = {}
+    rival: Metrics = {}
+    validation: Metrics = {}
+    costs: Fields = {}
+    plans: Annotated[list[Plan], Each] = []
+    seeds: Annotated[list[Seed], Each] = Field(default=[], validation_alias="per_seed")
+    recorded: VariantRecord = VariantRecord()
 
     @property
     def is_dense(self) -> bool:
@@ -114,17 +72,16 @@ class Row:
         """The plan, of the first seed."""
         return self.plans[0] if self.plans else None
 
-    def after(self, metric: str) -> Measured | None:
-        """A metric of the finished model."""
-        return self.quality[metric].after if metric in self.quality else None
+    @property
+    def first_run(self) -> str:
+        """Of a study: the folder of the first seed that worked; '' if there is none."""
+        return next((text(seed.run) for seed in self.seeds if not seed.error), "")
 
-    def before(self, metric: str) -> Measured | None:
-        """A metric before fine-tuning."""
-        return self.quality[metric].before if metric in self.quality else None
-
-    def paired(self, metric: str) -> Measured | None:
-        """The difference to the dense model, example by example."""
-        return self.quality[metric].paired if metric in self.quality else None
+    @property
+    def missing_seeds(self) -> list[int]:
+        """The seeds that failed where others did not."""
+        failed = [seed.seed for seed in self.seeds if seed.error and seed.error not in PENDING]
+        return [seed for seed in failed if seed is not None] if self.after else []
 
 
 @dataclass(frozen=True)
@@ -149,7 +106,6 @@ class View:
         kind: 'run', 'compare', or 'ablation' where there are settings to compare.
         points: In recorded order.
         metric: The main metric; `metrics` are all, main first.
-        plans: Of a run, by name.
         seeds: Of a study, as asked for.
         sweep_label: What is varied, in words; '' without settings.
         majority: Accuracy of always giving the most frequent answer; None where the main metric is no
@@ -161,7 +117,6 @@ class View:
     points: tuple[Point, ...]
     metric: str
     metrics: tuple[str, ...]
-    plans: dict[str, Plan]
     seeds: tuple[int, ...]
     sweep_label: str
     majority: float | None
@@ -212,13 +167,9 @@ class View:
     def num_examples(self) -> int | None:
         """Fewest evaluated examples behind a row; None when that was not recorded."""
         found = [
-            measured.n
-            for row in self.rows
-            for q in row.quality.values()
-            for measured in (q.after, q.paired, q.rival)
-            if measured is not None and measured.n is not None
+            m.n for row in self.rows for part in (row.after, row.paired, row.rival) for m in part.values()
         ]
-        return min(found, default=None)
+        return min((n for n in found if n is not None), default=None)
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
@@ -226,9 +177,12 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     pruned = [row for row in rows if not row.is_dense and not row.is_smaller]
 
     def rank(row: Row) -> tuple[bool, ...]:
-        measured = [(q.after is not None, q.before is not None) for q in row.quality.values()]
-        after, before = any(a for a, _ in measured), any(b for _, b in measured)
-        return row.error is not None, not after, not before, row.name.partition("@")[0] != "merged"
+        return (
+            row.error is not None,
+            not row.after,
+            not row.before,
+            row.name.partition("@")[0] != "merged",
+        )
 
     return sorted(pruned, key=rank)
 
@@ -244,7 +198,7 @@ def choose(view: View) -> tuple[Row | None, str]:
         row
         for row in in_order(view.first.rows)
         if row.error is None
-        and row.after(view.metric) is not None
+        and view.metric in row.after
         and (row.removed_share is None or row.removed_share > 0)
     ]
     if view.kind == "run":  # what the recipe asks for is within its budget, and so is what is no larger
@@ -262,7 +216,7 @@ def choose(view: View) -> tuple[Row | None, str]:
     ]
     if validated:
         return max(validated)[3], "validation"
-    certified = [row for row in fits if row.plan and row.plan.recorded.search.best is not None]
+    certified = [row for row in fits if row.plan and row.plan.search.best is not None]
     if certified:
         return min(certified, key=lambda row: row.num_parameters or 0), "certified"
     if not fits:

@@ -368,7 +368,7 @@ class _Run:
 
     def report(self, record: dict[str, Any]) -> None:
         """run.json -> report.html"""
-        from gradpruner.reports import render_html
+        from gradpruner.reports.html import render_html
 
         render_html(record, self.path("report.html"))
 

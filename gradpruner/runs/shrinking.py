@@ -89,7 +89,7 @@ class Pruned(Printed):
 
     def show(self, console: Console) -> None:
         """Prints what was measured, or else scores, layers and savings, and where the model is."""
-        from gradpruner.reports import print_summary
+        from gradpruner.reports.terminal import print_summary
 
         print_summary(self.record, console, Path(self.recipe.out), advise=not self.temporary)
         where = "in a temporary folder until save(FOLDER)" if self.temporary else str(self.folder)

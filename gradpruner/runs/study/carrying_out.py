@@ -66,7 +66,7 @@ class Outcome(Printed):
 
     def show(self, console: Console) -> None:
         """Prints the table and the verdict, or what would be run."""
-        from gradpruner.reports import print_summary
+        from gradpruner.reports.terminal import print_summary
         from gradpruner.runs.study.preview import print_study_preview
 
         if self.measured:
@@ -238,7 +238,8 @@ def named(error: GradPrunerError, where: str) -> GradPrunerError:
 
 def write_report(study: dict[str, Any], out: Path) -> None:
     """study.json -> report.html and table.md"""
-    from gradpruner.reports import markdown_table, render_html
+    from gradpruner.reports.html import render_html
+    from gradpruner.reports.markdown import markdown_table
 
     render_html(study, out / REPORT)
     write_text(out / TABLE, markdown_table(study, out))
