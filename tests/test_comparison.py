@@ -19,9 +19,8 @@ from gradpruner.errors import ConfigError, PlanError
 from gradpruner.evaluation.costing import turns as turns_module
 from gradpruner.evaluation.costing import worker
 from gradpruner.evaluation.costing.comparison import measure_cost
-from gradpruner.evaluation.costing.figures import Figure, time_floors
+from gradpruner.evaluation.costing.figures import Figure, shown, time_floors
 from gradpruner.evaluation.costing.subject import Subject, find_subject
-from gradpruner.evaluation.costing.tables import shown
 from gradpruner.evaluation.costing.turns import worker_environment
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
 from gradpruner.plans.layer_plan import PruningPlan

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast as FastTokenizer
 from gradpruner.data.encoding import Collator, encode
 from gradpruner.data.examples import Example, Message
 from gradpruner.errors import ConfigError, DataError, NonFiniteError, ResourceError
+from gradpruner.evaluation.metrics import Interval
 from gradpruner.evaluation.quality import evaluate
 from gradpruner.evaluation.questions import Questions
 
@@ -138,12 +139,7 @@ def likelihood_by_hand(model, prompt, target):
 
 def test_a_model_that_learned_the_task(taught, tokenizer):
     result = evaluate(taught, tokenizer, EXAMPLES, batch_size=2)
-    assert result.metrics["exact_match"].as_dict() == {
-        "value": 1.0,
-        "low": 1.0,
-        "high": 1.0,
-        "n": 5,
-    }
+    assert result.metrics["exact_match"] == Interval(value=1.0, low=1.0, high=1.0, n=5)
     assert result.metrics["choice_accuracy"].value == 1.0
     assert [output.generated for output in result.outputs] == [e.answer for e in EXAMPLES]
     assert all(output.finished for output in result.outputs)

@@ -189,12 +189,3 @@ def test_paired_difference_needs_the_same_examples():
 def test_two_dimensional_values_are_refused():
     with pytest.raises(ShapeError):
         bootstrap_interval([[1.0, 0.0]])
-
-
-def test_as_dict():
-    assert Interval(0.5, 0.4, 0.6, 10).as_dict() == {
-        "value": 0.5,
-        "low": 0.4,
-        "high": 0.6,
-        "n": 10,
-    }

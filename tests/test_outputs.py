@@ -138,7 +138,7 @@ class Scorer:
 
 
 def test_text_metrics_look_at_the_greedy_answer(model, tokenizer, monkeypatch):
-    monkeypatch.setattr("gradpruner.evaluation.quality.bert_scorer", lambda encoder, layer: Scorer())
+    monkeypatch.setattr("gradpruner.evaluation.quality.BertScorer", lambda encoder, layer: Scorer())
     found = evaluate(
         model,
         tokenizer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from journal import Journal
@@ -71,9 +71,9 @@ def two_ways(place: Place, names: tuple[str, str], orders: tuple[Order, Order]) 
     error = "; ".join(f"{name}: {one.error}" for name, one in zip(names, found, strict=True) if one.error)
     return {
         "ways": names,
-        "workload": orders[1].workload.to_dict(),
-        "step_seconds": compared(found, [one.seconds.get("step_seconds", ()) for one in found]),
-        "peak_bytes": compared(found, [one.peak_bytes for one in found]),
+        "workload": asdict(orders[1].workload),
+        "step_seconds": compared(found, [one.values.get("step_seconds", ()) for one in found]),
+        "peak_bytes": compared(found, [one.values.get("peak_bytes", ()) for one in found]),
         "memory": found[0].kind,
         "error": error,
     }

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def job(place: Place) -> dict[str, Any]:
         "repair": repair.facts(),
         "layers": layers,
         "samples": len(samples),
-        "workload": workload.to_dict(),
+        "workload": asdict(workload),
     }
 
 

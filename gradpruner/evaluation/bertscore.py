@@ -101,7 +101,7 @@ class BertScorer:
         encoder: A folder or a hub id.
         layer: Whose output is compared, counted from 1; 0 is the embeddings. None takes the one that
             published figures use for an encoder of this name, and the last one for all others.
-        device: A torch device.
+        device: A torch device; None takes a GPU if there is one.
 
     Raises:
         ConfigError: If `layer` is out of range.
@@ -110,16 +110,13 @@ class BertScorer:
     """
 
     def __init__(
-        self,
-        encoder: str | Path = DEFAULT_ENCODER,
-        layer: int | None = None,
-        device: str = "cpu",
+        self, encoder: str | Path = DEFAULT_ENCODER, layer: int | None = None, device: str | None = None
     ) -> None:
         self.folder, config = check_encoder(encoder)
         self.encoder = str(encoder)
-        self.device = device
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.layer = _choose_layer(config, (self.encoder, self.folder.name), layer)
-        self._model, self._tokenizer = _load(self.folder, self.layer, device)
+        self._model, self._tokenizer = _load(self.folder, self.layer, self.device)
 
     def f1(self, generated: Sequence[str], answers: Sequence[str]) -> list[float]:
         """BERTScore F1 of each generated text with its answer: not rescaled, without idf weights.
@@ -170,15 +167,9 @@ class BertScorer:
             output = self._model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
         vectors = functional.normalize(output.last_hidden_state, dim=-1)
         # What only opens and closes a text may be matched, but does not count itself.
-        ends = torch.tensor(
-            [
-                token
-                for token in (self._tokenizer.cls_token_id, self._tokenizer.sep_token_id)
-                if token is not None
-            ],
-            device=self.device,
-        )
-        counts = ~torch.isin(rows.input_ids, ends)
+        ends = [self._tokenizer.cls_token_id, self._tokenizer.sep_token_id]
+        known = torch.tensor([token for token in ends if token is not None], device=self.device)
+        counts = ~torch.isin(rows.input_ids, known)
         own = rows.attention_mask.bool()
         return [(vectors[row, own[row]], counts[row, own[row]]) for row in range(len(texts))]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -40,10 +40,6 @@ class Interval:
     low: float
     high: float
     n: int
-
-    def as_dict(self) -> dict[str, float | int]:
-        """Returns `{"value", "low", "high", "n"}`, ready for JSON."""
-        return asdict(self)
 
 
 def normalise_answer(text: str) -> str:

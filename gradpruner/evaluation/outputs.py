@@ -14,6 +14,16 @@ from gradpruner.evaluation.questions import Questions
 from gradpruner.files import is_held, open_private, read_plain
 from gradpruner.json_files import parse_json, typed
 
+_FIELDS = {
+    "final_number": "number_correct",
+    "exact_match": "correct",
+    "choice_accuracy": "choice_correct",
+    "choice_accuracy_normalised": "normalised_correct",
+    "bert_score": "bert_score",
+    "rouge_l": "rouge_l",
+}
+"""Metric -> where an output has it, the most telling first."""
+
 
 @dataclass(frozen=True)
 class Output:
@@ -125,21 +135,14 @@ def parts_of(path: Path, count: int | None = None) -> list[Path]:
 
 def values_of(outputs: Sequence[Output]) -> dict[str, list[float]]:
     """One number per example of every metric that all of them have, the most telling first."""
-    columns: dict[str, list[Any]] = {
+    found: dict[str, list[Any]] = {
         "similarity": [
             None if o.bert_score is None or o.rouge_l is None else paper_score(o.bert_score, o.rouge_l)
             for o in outputs
         ],
-        "final_number": [o.number_correct for o in outputs],
-        "exact_match": [o.correct for o in outputs],
-        "choice_accuracy": [o.choice_correct for o in outputs],
-        "choice_accuracy_normalised": [o.normalised_correct for o in outputs],
-        "bert_score": [o.bert_score for o in outputs],
-        "rouge_l": [o.rouge_l for o in outputs],
+        **{name: [getattr(o, field) for o in outputs] for name, field in _FIELDS.items()},
     }
-    return {
-        name: [float(value) for value in values] for name, values in columns.items() if None not in values
-    }
+    return {name: [float(value) for value in values] for name, values in found.items() if None not in values}
 
 
 def paired_intervals(
@@ -159,7 +162,7 @@ def paired_intervals(
         return {}
     first, second = values_of(dense), values_of(other)
     return {
-        name: paired_difference(second[name], first[name], seed=seed).as_dict()
+        name: asdict(paired_difference(second[name], first[name], seed=seed))
         for name in first
         if name in second
     }

@@ -7,18 +7,18 @@ OpenAI completions protocol (`endpoint.Endpoint`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gradpruner.data.examples import Example
 from gradpruner.errors import ConfigError, DataError, ResourceError
 from gradpruner.evaluation.bertscore import BertScorer
-from gradpruner.evaluation.generation import Answer, LocalModel
+from gradpruner.evaluation.generation import LocalModel
 from gradpruner.evaluation.metrics import (
     Interval,
     bootstrap_interval,
@@ -36,6 +36,9 @@ from gradpruner.progress import Progress
 from gradpruner.training.options import changed
 from gradpruner.world import World
 
+if TYPE_CHECKING:
+    from gradpruner.evaluation.endpoint import Endpoint
+
 TASK_METRICS: Mapping[str, tuple[str, ...]] = {
     "accuracy": ("exact_match", "choice_likelihood"),
     "exact_match": ("exact_match",),
@@ -43,28 +46,6 @@ TASK_METRICS: Mapping[str, tuple[str, ...]] = {
     "final_number": ("final_number",),
 }
 """What the metric of a task (`Task.metric`) asks for."""
-
-
-class Answering(Protocol):
-    """Whoever answers questions; see `generation.LocalModel` for the meaning of the methods."""
-
-    batch_size: int
-
-    def longest(self, max_length: int) -> int:
-        """Most tokens of prompt and answer together."""
-        ...
-
-    def answers(
-        self, questions: Questions, indices: Sequence[int], max_new_tokens: int
-    ) -> Iterator[tuple[list[int], list[Answer]]]:
-        """Greedy answers, batch by batch."""
-        ...
-
-    def option_scores(
-        self, questions: Questions, indices: Sequence[int]
-    ) -> Iterator[tuple[list[int], list[list[float]]]]:
-        """Log-likelihoods of options, batch by batch."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +78,7 @@ class Evaluation:
             per_example: Where `write_examples` wrote, relative to the run folder.
         """
         return {
-            "metrics": {name: interval.as_dict() for name, interval in self.metrics.items()},
+            "metrics": {name: asdict(interval) for name, interval in self.metrics.items()},
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
             "peak_memory_bytes": self.peak_memory_bytes,
@@ -152,7 +133,7 @@ def evaluate(
     metrics = options.metrics or TASK_METRICS["accuracy"]
     rows = examples.examples if isinstance(examples, Questions) else examples
     use_choices = _check_request(rows, metrics)
-    scorer = bert_scorer(options.encoder, options.encoder_layer) if "bert_score" in metrics else None
+    scorer = BertScorer(options.encoder, options.encoder_layer) if "bert_score" in metrics else None
     answering = model if hasattr(model, "option_scores") else LocalModel(model, tokenizer, options.batch_size)
     longest = answering.longest(options.max_length)
     questions = examples if isinstance(examples, Questions) else Questions(tokenizer, examples, longest)
@@ -171,20 +152,13 @@ def evaluate(
     graded = _grade(world.in_order([outputs[i] for i in share]), metrics, scorer)
     details = _details(metrics, scorer, answering, use_choices, options.score_ends)
     return Evaluation(
-        metrics={
-            name: bootstrap_interval(values, seed=options.seed) for name, values in values_of(graded).items()
-        },
+        metrics={name: bootstrap_interval(v, seed=options.seed) for name, v in values_of(graded).items()},
         seconds=time.perf_counter() - started,
         tokens_per_second=speed,
         peak_memory_bytes=peak.peak_bytes,
         outputs=graded,
         details=details,
     )
-
-
-def bert_scorer(encoder: str, layer: int | None) -> Any:
-    """Loads what computes BERTScore; see `bertscore.BertScorer`."""
-    return BertScorer(encoder, layer, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _generates(metrics: Sequence[str]) -> bool:
@@ -195,7 +169,7 @@ def _generates(metrics: Sequence[str]) -> bool:
 class _Asking:
     """The share of the questions that this process asks, and where its answers go."""
 
-    answering: Answering
+    answering: LocalModel | Endpoint
     questions: Questions
     outputs: Journal
     share: range

@@ -155,6 +155,7 @@ def overview(folder: Path) -> str:
     counted = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     cut = len(found) > len(listed) or not complete
     context = {
+        "brand": "GradPruner runs",
         "title": text(root.name or str(root), 100),
         "folder": text(root, 300),
         "said": f"{counted}{', not all of them shown' if cut else ''}",

@@ -9,5 +9,5 @@ rehearsal    activations of a training step, found without data
 scaling      both for several processes, and what recording, gathering and pruning move
 turns        the two models run in turns, one process a model and mode
 worker       what such a process does
-figures      every figure of both models, beside its floor; tables: all of them for people
+figures      every figure of both models, beside its floor
 """

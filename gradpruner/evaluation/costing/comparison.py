@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.table import Table
+from rich.text import Text
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from gradpruner.errors import ConfigError, ModelError
-from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, size_figures
+from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, shown, size_figures
 from gradpruner.evaluation.costing.per_device import held_bytes
 from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, size_model
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
-from gradpruner.evaluation.costing.tables import print_comparison
 from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 from gradpruner.models.loading import resolve_device, resolve_dtype
+from gradpruner.models.shards import open_shards
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.printing import Printed
@@ -34,15 +36,10 @@ class CostComparison(Printed):
     """What `measure_cost` found.
 
     Attributes:
-        names: Of the dense and the pruned model.
-        sizes: Sizes of the two.
-        workload: What was run.
+        names: Of the dense and the pruned model, as `sizes`.
         device: Where, in words.
-        random_weights: Whether the weights were random.
-        figures: Every quantity.
         dtypes: Mode -> type of the weights.
         errors: "dense, full fine-tuning" -> why it could not be measured.
-        warnings: What the reader should know.
         measured: Whether the models were run; not after a dry run.
     """
 
@@ -71,17 +68,53 @@ class CostComparison(Printed):
         )
 
     def show(self, console: Console) -> None:
-        """Prints the tables of the command `cost`."""
-        print_comparison(self, console)
+        """Prints every figure of both models, their ratio, and how far it is above the floor."""
+        columns = ("", "dense", "pruned", "ratio", "pairs", "floor", "ratio/floor")
+        table = Table(*columns, title=" | ".join(self.names), title_justify="left", caption_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        group = "model"
+        for figure in self.figures:
+            if figure.group != group:
+                group = figure.group
+                table.add_section()
+                table.add_row(Text(group, style="bold"))
+            pairs = figure.pairs
+            table.add_row(
+                figure.label if group == "model" else f"  {figure.label}",
+                *(shown(median, figure.unit) for median in figure.medians),
+                _three(figure.ratio),
+                f"{_three(pairs[0])}-{_three(pairs[-1])}" if len(pairs) > 1 else "",
+                _three(figure.floor),
+                _three(figure.above_floor),
+            )
+        console.print(table)
+        work, kinds = self.workload, self.dtypes
+        learned = "all" if work.learned_tokens is None else f"the last {work.learned_tokens}"
+        measured = f", median of {work.repeats}" if self.measured else ""
+        by_mode = ", ".join(f"{mode} {kind}" for mode, kind in kinds.items())
+        dtype = by_mode if len({*kinds.values()}) > 1 else next(iter(kinds.values()))
+        console.print(
+            f"{self.device}, {'random' if self.random_weights else 'stored'} weights ({dtype}), batch "
+            f"{work.batch_size} x {work.tokens} tokens ({learned} learned), {work.new_tokens} new "
+            f"tokens{measured}. floor: what depth alone leaves; ratio/floor: 1 when nothing is lost to fixed "
+            "costs.",
+            style="dim",
+            highlight=False,
+        )
+        for warning in self.warnings:
+            console.print(Text(f"warning: {warning}", style="yellow"))
+        for cell, reason in self.errors.items():
+            console.print(Text(f"failed: {cell}: {reason}", style="red"))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with where they come from."""
         return {
             "what": "cost of a pruned model against the dense one; ratio = pruned / dense",
             "when": utc_now(),
-            "dense": {"name": self.names[0], **self.sizes[0].to_dict()},
-            "pruned": {"name": self.names[1], **self.sizes[1].to_dict()},
-            "workload": self.workload.to_dict(),
+            "dense": {"name": self.names[0], **asdict(self.sizes[0])},
+            "pruned": {"name": self.names[1], **asdict(self.sizes[1])},
+            "workload": asdict(self.workload),
             "device": self.device,
             "random_weights": self.random_weights,
             "dtypes": self.dtypes,
@@ -133,7 +166,7 @@ def measure_cost(
     differs = depth_alone(*sizes)
     _check_pair(pair, sizes, workload)
     device = resolve_device(workload.device)
-    dtypes = {mode: weight_dtype(mode, workload, device) for mode in wanted}
+    dtypes = {mode: resolve_dtype(workload.weight_dtype(mode), device) for mode in wanted}
     figures = size_figures(sizes, workload.tokens)
     errors: dict[str, str] = {}
     with Progress(0 if dry_run else 2 * workload.steps * len(wanted), "cost") as progress:
@@ -164,13 +197,6 @@ def measure_cost(
     )
 
 
-def weight_dtype(mode: str, workload: Workload, device: torch.device) -> torch.dtype:
-    """Type of the weights in a mode, chosen as in a run: weights that are updated are float32."""
-    if mode == "full" and workload.dtype == "auto":
-        return torch.float32
-    return resolve_dtype(workload.dtype, device)
-
-
 def _find_pair(
     dense: str | Path | Subject, pruned: str | Path | Subject | PruningPlan, random: bool, fetch: bool
 ) -> tuple[Subject, Subject]:
@@ -181,7 +207,7 @@ def _find_pair(
     else:
         second = pruned if isinstance(pruned, Subject) else shorten(first, pruned)
     if random or first.folder is None or second.folder is None:
-        return first.with_random_weights(), second.with_random_weights()
+        return replace(first, folder=None), replace(second, folder=None)
     return first, second
 
 
@@ -200,8 +226,9 @@ def _check_buildable(pair: tuple[Subject, Subject]) -> None:
 def _size(subject: Subject, counted: ModelSizes, workload: Workload) -> Sizes:
     """Sizes by the config; of weights that are there, the bytes they have on disk."""
     sizes = size_model(counted, tokens=workload.tokens, rank=workload.rank)
-    stored = subject.stored_bytes
-    return sizes if stored is None else replace(sizes, disk_bytes=stored)
+    if subject.folder is None:
+        return sizes
+    return replace(sizes, disk_bytes=open_shards(subject.folder).total_bytes)
 
 
 def _check_pair(pair: tuple[Subject, Subject], sizes: tuple[Sizes, Sizes], workload: Workload) -> None:
@@ -233,3 +260,7 @@ def _warnings(differs: str, sizes: tuple[Sizes, Sizes]) -> tuple[str, ...]:
     if any(one.flops is None for one in sizes):
         warnings.append("torch cannot count the FLOPs of this family without weights; the row is left out.")
     return tuple(warnings)
+
+
+def _three(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from gradpruner import printing
 from gradpruner.evaluation.costing.sizing import Sizes, time_floor
 from gradpruner.evaluation.costing.turns import Measurement
 from gradpruner.evaluation.costing.workload import Workload
 
 # Mode -> what the tables call it.
 LABELS = {"full": "full fine-tuning", "lora": "LoRA fine-tuning", "inference": "inference"}
-# Mode -> what memory it holds for sure (`per_device.held_bytes`).
+# What is known without running anything: name, as in `Sizes` but for the MACs; label; unit.
+_SIZES = (
+    ("layers", "layers", ""),
+    ("parameters", "parameters", ""),
+    ("parameters_without_head", "parameters without the head", ""),
+    ("decoder_parameters", "parameters of layers", ""),
+    ("kv_bytes_per_token", "KV cache per token", "bytes"),
+    ("disk_bytes", "weights on disk", "bytes"),
+    ("macs", "MACs of linears, no head", "MAC"),
+    ("flops", "FLOPs torch counts, no head", "FLOP"),
+)
+# What running a model says: name, without the mode; label; unit.
+_MEASURED = {
+    "step_seconds": ("one step", "seconds"),
+    "prefill_seconds": ("prompt", "seconds"),
+    "decode_seconds": ("each new token", "seconds"),
+    "generation_seconds": ("prompt and new tokens", "seconds"),
+    "rate": ("new tokens a second", "tokens/s"),
+    "peak_bytes": ("peak memory", "bytes"),
+    "rise_bytes": ("peak above an empty process", "bytes"),
+}
+# Mode -> the memory it needs in any case (`per_device.held_bytes`).
 _HELD = {
     "full": "weights, gradients, moments",
     "lora": "weights, adapters, moments",
     "inference": "weights and cache",
-}
-# What is known without running anything: name, label, unit, value of one model for a prompt of some tokens.
-_SIZES: tuple[tuple[str, str, str, Callable[[Sizes, int], int | None]], ...] = (
-    ("layers", "layers", "", lambda one, _: one.layers),
-    ("parameters", "parameters", "", lambda one, _: one.parameters),
-    (
-        "parameters_without_head",
-        "parameters without the head",
-        "",
-        lambda one, _: one.parameters_without_head,
-    ),
-    ("decoder_parameters", "parameters of layers", "", lambda one, _: one.decoder_parameters),
-    ("kv_bytes_per_token", "KV cache per token", "bytes", lambda one, _: one.kv_bytes_per_token),
-    ("disk_bytes", "weights on disk", "bytes", lambda one, _: one.disk_bytes),
-    ("macs", "MACs of linears, no head", "MAC", lambda one, tokens: tokens * one.layer_macs),
-    ("flops", "FLOPs torch counts, no head", "FLOP", lambda one, _: one.flops),
-)
-# Mode -> the times that are measured: name, label.
-_STEP = (("step_seconds", "one step"),)
-_TIMES = {
-    "full": _STEP,
-    "lora": _STEP,
-    "inference": (
-        ("prefill_seconds", "prompt"),
-        ("decode_seconds", "each new token"),
-        ("generation_seconds", "prompt and new tokens"),
-    ),
 }
 
 
@@ -73,7 +67,8 @@ class Figure:
     @property
     def medians(self) -> tuple[float | None, float | None]:
         """The median of each; None where there is no value."""
-        return _median(self.dense), _median(self.pruned)
+        first, second = (statistics.median(side) if side else None for side in (self.dense, self.pruned))
+        return first, second
 
     @property
     def ratio(self) -> float | None:
@@ -100,10 +95,7 @@ class Figure:
             "highest": pairs[-1],
         }
         return {
-            "name": self.name,
-            "group": self.group,
-            "label": self.label,
-            "unit": self.unit,
+            **{key: getattr(self, key) for key in ("name", "group", "label", "unit")},
             "dense": self.medians[0],
             "pruned": self.medians[1],
             "ratio": self.ratio,
@@ -123,8 +115,9 @@ def size_figures(sizes: tuple[Sizes, Sizes], tokens: int) -> list[Figure]:
         tokens: Length of the prompt that operations are counted for.
     """
     figures = []
-    for name, label, unit, value in _SIZES:
-        dense, pruned = (value(one, tokens) for one in sizes)
+    for name, label, unit in _SIZES:
+        known = (asdict(one) | {"macs": tokens * one.layer_macs} for one in sizes)
+        dense, pruned = (values[name] for values in known)
         if dense is not None and pruned is not None:
             group = f"{tokens} tokens" if unit in ("MAC", "FLOP") else "model"
             figures.append(Figure(name, group, label, unit, (float(dense),), (float(pruned),)))
@@ -147,34 +140,33 @@ def measured_figures(
         mode: One of `workload.MODES`.
         sizes: Of the two models.
         workload: What was run.
-        held: Bytes each of the two holds for sure.
+        held: Bytes that either needs in any case.
         with_floors: The models differ in depth alone.
     """
-    floors = time_floors(mode, sizes, workload) if with_floors else {}
-    memory_floor = held[1] / held[0] if with_floors else None
     kinds = {one.kind for one in found if one.kind}
-
-    # Name, label, unit, values of both, floor.
-    rows: list[tuple[str, str, str, list[tuple[float, ...]], float | None]] = [
-        (name, label, "seconds", [one.seconds.get(name, ()) for one in found], floors.get(name))
-        for name, label in _TIMES[mode]
-    ]
-    if mode == "inference":
-        rates = [
-            tuple(workload.batch_size / t for t in one.seconds.get("decode_seconds", ())) for one in found
-        ]
-        rows.append(("rate", "new tokens a second", "tokens/s", rates, None))
-    rows.append(("held_bytes", _HELD[mode], "bytes", [(float(held[0]),), (float(held[1]),)], None))
-    if kinds:
-        # Of a whole process, Python and the libraries count too.
-        floor = memory_floor if kinds == {"cuda"} else None
-        rows.append(("peak_bytes", "peak memory", "bytes", [one.peak_bytes for one in found], floor))
-    if kinds == {"rss"}:
-        rise = [one.rise_bytes for one in found]
-        rows.append(("rise_bytes", "peak above an empty process", "bytes", rise, memory_floor))
+    floors = time_floors(mode, sizes, workload)
+    names = [*floors, *(["rate"] if mode == "inference" else []), "held_bytes"]
+    names += (["peak_bytes"] if kinds else []) + (["rise_bytes"] if kinds == {"rss"} else [])
+    floors["rise_bytes"] = held[1] / held[0]
+    if kinds == {"cuda"}:  # elsewhere Python and the libraries count too
+        floors["peak_bytes"] = held[1] / held[0]
+    dense, pruned = (
+        one.values
+        | {"rate": tuple(workload.batch_size / seconds for seconds in one.values.get("decode_seconds", ()))}
+        | {"held_bytes": (float(certain),)}
+        for one, certain in zip(found, held, strict=True)
+    )
+    labels = _MEASURED | {"held_bytes": (_HELD[mode], "bytes")}
     return [
-        Figure(f"{mode}_{name}", LABELS[mode], label, unit, dense, pruned, floor)
-        for name, label, unit, (dense, pruned), floor in rows
+        Figure(
+            f"{mode}_{name}",
+            LABELS[mode],
+            *labels[name],
+            dense.get(name, ()),
+            pruned.get(name, ()),
+            floors.get(name) if with_floors else None,
+        )
+        for name in names
     ]
 
 
@@ -191,5 +183,16 @@ def time_floors(mode: str, sizes: tuple[Sizes, Sizes], workload: Workload) -> di
     }
 
 
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
+def shown(value: float | None, unit: str) -> str:
+    """A value as people read it; durations below a second in milliseconds."""
+    if value is None:
+        return printing.MISSING
+    if unit == "seconds":
+        return printing.duration(value) if value >= 0.9995 else f"{1000 * value:.3g} ms"
+    if unit == "bytes":
+        return printing.num_bytes(value)
+    if unit in ("MAC", "FLOP"):
+        return f"{value / 1e9:,.3f} G{unit}s"
+    if unit == "tokens/s":
+        return f"{value:.3g}/s"
+    return printing.short(value)

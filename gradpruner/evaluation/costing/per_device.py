@@ -164,14 +164,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that is held.
-
-    Attributes:
-        shape: Of the whole tensor.
-        itemsize: Bytes of an entry, a fraction where it is quantised.
-        trained: Whether it has a gradient.
-        embedding: Whether it is an embedding.
-    """
+    """A tensor that is held; `itemsize` are the bytes of an entry, a fraction where it is quantised."""
 
     shape: tuple[int, ...]
     itemsize: float
@@ -188,9 +181,7 @@ def hold_training(model: nn.Module, training: Training) -> Held:
     """
     spread, pieces = training.spread, pieces_of(model, training)
     trained = [piece for piece in pieces if piece.trained]
-    zero = spread.strategy.startswith("zero")
-
-    if zero:
+    if spread.strategy.startswith("zero"):
         optimizer = sum(_ZERO_OPTIMIZER * spread.share("optimizer", piece.shape) for piece in trained)
     else:
         optimizer = sum(_optimizer_bytes(training.optim, piece, spread) for piece in trained)
@@ -206,12 +197,7 @@ def hold_training(model: nn.Module, training: Training) -> Held:
 
 
 def pieces_of(model: nn.Module, training: Training) -> list[Piece]:
-    """Every tensor of a model as it is trained, adapters included.
-
-    Args:
-        model: The whole model on the meta device, without adapters.
-        training: How it is trained.
-    """
+    """Every tensor of a model as it is trained, adapters included; for arguments see `hold_training`."""
     low = training.precision != "fp32"
     itemsize = training.dtype.itemsize
     if training.spread.strategy.startswith("zero"):  # DeepSpeed casts the model itself

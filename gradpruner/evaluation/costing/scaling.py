@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.table import Table
 
 from gradpruner.errors import ConfigError
 from gradpruner.evaluation.costing.per_device import (
@@ -18,13 +19,11 @@ from gradpruner.evaluation.costing.per_device import (
 )
 from gradpruner.evaluation.costing.rehearsal import working_bytes
 from gradpruner.evaluation.costing.subject import Subject
-from gradpruner.evaluation.costing.tables import print_scaling
-from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.evaluation.costing.workload import Workload, check_known
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.printing import Printed
+from gradpruner.printing import MISSING, Printed, num_bytes
 from gradpruner.provenance import provenance, utc_now
-from gradpruner.registry import suggest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +39,6 @@ class Placement:
     Attributes:
         mode: One of `SCALED_MODES`.
         strategy: One of `per_device.STRATEGIES`.
-        held: The bytes.
         fits: Whether that is at most the memory of a device; None if it is not said how much that is.
     """
 
@@ -49,23 +47,14 @@ class Placement:
     held: Held
     fits: bool | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {"mode": self.mode, "strategy": self.strategy, "fits": self.fits, **self.held.to_dict()}
-
 
 @dataclass(frozen=True, repr=False)
 class Scaling(Printed):
     """What `plan_scaling` found.
 
     Attributes:
-        name: Of the model.
-        parameters: All of them.
-        processes: How many there are.
         device_bytes: Memory of each device; None where it is not said.
         workload: Batch and lengths on each device.
-        optim: The optimizer.
-        rows: Modes and strategies.
         stages: Bytes by what they are of: "trace", "trace_in_memory", "gathered", "gathered_at_a_time",
             "surgery_read", "surgery_written".
         pruned: Layers that go, for surgery.
@@ -84,11 +73,45 @@ class Scaling(Printed):
     merged: int
 
     def show(self, console: Console) -> None:
-        """Prints the tables of the command `cost`."""
-        print_scaling(self, console)
+        """Prints what each device holds, and what the stages around training move."""
+
+        def size(value: int | None) -> str:
+            return MISSING if value is None else num_bytes(value)
+
+        have = f" ({size(self.device_bytes)})" if self.device_bytes else ""
+        each = "one device" if self.processes == 1 else f"each of {self.processes} devices"
+        title = f"{self.name}, {self.parameters / 1e9:.3g} B parameters: {each}{have}"
+        head = ("mode", "strategy", "weights", "gradients", "optimizer", "exchange", "activations", "at most")
+        table = Table(*head, *(["fits"] if have else []), title=title, title_justify="left")
+        for row in self.rows:
+            held = row.held
+            parts = (held.weights, held.gradients, held.optimizer, held.exchange, held.working, held.peak)
+            fits = [] if row.fits is None else ["yes" if row.fits else "no"]
+            table.add_row(row.mode, row.strategy, *map(size, parts), *fits)
+        stages, work = self.stages, self.workload
+        console.print(table)
+        console.print(
+            f"recording: {size(stages['trace'])} on disk, {size(stages['trace_in_memory'])} in the first "
+            f"process's memory. Gathering after sharded full training: {size(stages['gathered'])} on the "
+            f"first process's host, {size(stages['gathered_at_a_time'])} of it on its device at a time. "
+            f"Pruning {len(self.pruned)} layers ({self.merged} merged): {size(stages['surgery_read'])} read, "
+            f"{size(stages['surgery_written'])} written, without checks.",
+            highlight=False,
+        )
+        console.print(
+            f"Computed, nothing was run: batches of {work.batch_size} x {work.tokens} tokens on each device, "
+            f"{self.optim}, weights in bfloat16 (float32 where all are trained), bf16 autocast. DeepSpeed's "
+            f"buffers are not counted.{' QLoRA goes with ddp alone.' if self.processes > 1 else ''}",
+            style="dim",
+            highlight=False,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, with where they come from."""
+        rows = [
+            {"mode": row.mode, "strategy": row.strategy, "fits": row.fits, **row.held.to_dict()}
+            for row in self.rows
+        ]
         return {
             "what": "bytes on each device and of each stage, computed from shapes; nothing was run",
             "when": utc_now(),
@@ -97,8 +120,8 @@ class Scaling(Printed):
             "processes": self.processes,
             "device_bytes": self.device_bytes,
             "optim": self.optim,
-            "workload": self.workload.to_dict(),
-            "rows": [row.to_dict() for row in self.rows],
+            "workload": asdict(self.workload),
+            "rows": rows,
             "stages": self.stages,
             "pruned": list(self.pruned),
             "merged": self.merged,
@@ -139,7 +162,8 @@ def plan_scaling(
     """
     sizes = ModelSizes(subject.config)
     rows = []
-    for mode in _checked(modes, SCALED_MODES, "mode") or SCALED_MODES:
+    check_known("mode", modes, SCALED_MODES)
+    for mode in modes or SCALED_MODES:
         training, rehearsed = _training(mode, workload, optim), {}
         spreads = [Spread(one, processes) for one in strategies_for(processes, strategies)]
         spreads = [one for one in spreads if not replace(training, spread=one).refused]
@@ -178,24 +202,15 @@ def strategies_for(processes: int, asked: tuple[str, ...]) -> tuple[str, ...]:
     """
     if processes < 1:
         raise ConfigError(f"There are {processes} processes; at least 1 is needed.")
-    found = _checked(asked, STRATEGIES, "strategy")
+    check_known("strategy", asked, STRATEGIES)
     possible = ("one",) if processes == 1 else STRATEGIES[1:]
-    for one in found:
+    for one in asked:
         if one not in possible:
             raise ConfigError(
                 f"The strategy '{one}' does not go with {processes} processes.",
                 hint=f"Any of {', '.join(possible)}.",
             )
-    return found or possible
-
-
-def _checked(asked: tuple[str, ...], known: tuple[str, ...], what: str) -> tuple[str, ...]:
-    for one in asked:
-        if one not in known:
-            raise ConfigError(
-                f"Unknown {what} '{one}'.{suggest(one, known)}", hint=f"Any of {', '.join(known)}."
-            )
-    return asked
+    return asked or possible
 
 
 def _training(mode: str, workload: Workload, optim: str) -> Training:

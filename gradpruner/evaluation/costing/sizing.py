@@ -8,7 +8,7 @@ measurement has above it are fixed costs: launching, the optimizer's bookkeeping
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,10 +56,6 @@ class Sizes:
     kv_bytes_per_token: int
     disk_bytes: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
 
 def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Sizes:
     """All that is known of a model's cost.
@@ -73,6 +69,10 @@ def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Size
         ModelError: If transformers has no causal language model for the config.
     """
     model = counted.model
+    try:
+        adapters = adapter_parameters(model, rank)
+    except ModelError:  # its layers cannot be told, so it gets none
+        adapters = 0
     return Sizes(
         model_type=str(model.config.model_type),
         layers=len(counted.layer_parameters),
@@ -80,7 +80,7 @@ def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Size
         parameters_without_head=count_parameters(model.base_model),
         decoder_parameters=counted.decoder_parameters,
         layer_kinds=tuple(sorted(set(counted.layer_parameters))),
-        adapter_parameters=_adapters(model, rank),
+        adapter_parameters=adapters,
         layer_macs=sum(counted.layer_macs),
         head_macs=counted.head_macs,
         flops=count_flops(model, tokens=tokens),
@@ -148,10 +148,3 @@ def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) ->
     """
     work = [tokens * sizes.layer_macs + head_tokens * sizes.head_macs for sizes in (dense, pruned)]
     return work[1] / work[0]
-
-
-def _adapters(model: Any, rank: int) -> int:
-    try:
-        return adapter_parameters(model, rank)
-    except ModelError:  # its layers cannot be told, so it gets none
-        return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from gradpruner.models.config_patch import check_keep, patch_config, text_config
 from gradpruner.models.families import find_family, generic_family
 from gradpruner.models.folder import locate_model
 from gradpruner.models.loading import check_loadable, load_config, refuse_narrowed
-from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.registry import suggest
 
@@ -39,15 +38,6 @@ class Subject:
     def depth(self) -> int:
         """Number of decoder layers."""
         return int(self.config.num_hidden_layers)
-
-    @property
-    def stored_bytes(self) -> int | None:
-        """Bytes of the weights on disk; None when there are none."""
-        return open_shards(self.folder).total_bytes if self.folder else None
-
-    def with_random_weights(self) -> Subject:
-        """The same without the weights it has."""
-        return replace(self, folder=None)
 
 
 def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True) -> Subject:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload
@@ -26,8 +26,7 @@ _PACKAGE_PARENT = str(Path(__file__).resolve().parents[3])
 _END_SECONDS = 30.0
 
 
-@dataclass(frozen=True)
-class Order:
+class Order(NamedTuple):
     """What one process measures.
 
     Attributes:
@@ -46,16 +45,14 @@ class Measurement:
     """What was measured of one model in one mode.
 
     Attributes:
-        seconds: Times by name, in the order measured, warm-up left out.
-        peak_bytes: Peak memory of the process, one value: of the device on CUDA, else all that was resident.
-        rise_bytes: The same above the process before it had a model.
+        values: Times in seconds by name, in the order measured, warm-up left out; "peak_bytes", one value:
+            peak memory on CUDA of the device, else of all that was resident; "rise_bytes": the same above
+            the process before it had a model. {} if it could not be measured.
         kind: "cuda" or "rss"; "" where nothing was measured.
         error: Why it could not be measured; "" when it could.
     """
 
-    seconds: dict[str, tuple[float, ...]]
-    peak_bytes: tuple[float, ...] = ()
-    rise_bytes: tuple[float, ...] = ()
+    values: dict[str, tuple[float, ...]]
     kind: str = ""
     error: str = ""
 
@@ -95,11 +92,11 @@ class Worker:
 
     def __init__(self, order: Order) -> None:
         self.error = ""
-        workload = order.workload
-        self._environment = worker_environment(workload.device)
-        if self._environment.get("CUDA_VISIBLE_DEVICES") and workload.device.startswith("cuda"):
-            workload = replace(workload, device="cuda")
-        self._order = (order.subject, order.mode, workload)
+        device = order.workload.device
+        self._environment = worker_environment(device)
+        if self._environment.get("CUDA_VISIBLE_DEVICES") and device.startswith("cuda"):
+            order = order._replace(workload=replace(order.workload, device="cuda"))
+        self._order = order
         self._times: list[dict[str, float]] = []
 
     def __enter__(self) -> Worker:
@@ -140,14 +137,10 @@ class Worker:
         memory = self.receive()
         if self.error:
             return Measurement({}, error=self.error)
-        measured = self._times[self._order[2].warmup :]
+        measured = self._times[self._order.workload.warmup :]
+        values = {name: tuple(one[name] for one in measured) for name in measured[0]}
         peak, empty = float(memory["peak_bytes"]), float(memory["empty_bytes"])
-        return Measurement(
-            {name: tuple(one[name] for one in measured) for name in measured[0]},
-            (peak,),
-            (peak - empty,),
-            memory["kind"],
-        )
+        return Measurement(values | {"peak_bytes": (peak,), "rise_bytes": (peak - empty,)}, memory["kind"])
 
     def receive(self) -> dict[str, Any]:
         """What the process says next; {} once it has failed."""

@@ -113,13 +113,9 @@ def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, 
                 generation_config=config,
                 streamer=times,
             )
-            given, first, last = times.seconds[0], times.seconds[1], times.seconds[-1]
-            tokens = len(times.seconds) - 2
-            gate.say(
-                generation_seconds=last,
-                prefill_seconds=first - given,
-                decode_seconds=(last - first) / tokens,
-            )
+            given, first, *_, last = times.seconds
+            decoding = (last - first) / (len(times.seconds) - 2)
+            gate.say(generation_seconds=last, prefill_seconds=first - given, decode_seconds=decoding)
     return memory.peak_bytes, memory.kind
 
 
@@ -166,19 +162,14 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
 
 def build(subject: Subject, mode: str, workload: Workload, device: torch.device) -> nn.Module:
     """A model on the device: its weights loaded, or random ones where it has none."""
-    # As in a run: AdamW's updates are far below the resolution of bfloat16.
-    dtype = "float32" if mode == "full" and workload.dtype == "auto" else workload.dtype
+    dtype, attn = workload.weight_dtype(mode), workload.attn
     if subject.folder is not None:
         return load_model(
-            subject.folder,
-            dtype=dtype,
-            device=str(device),
-            attn_implementation=workload.attn,
-            native=True,
+            subject.folder, dtype=dtype, device=str(device), attn_implementation=attn, native=True
         )
     with device:
         model: nn.Module = AutoModelForCausalLM.from_config(
-            subject.config, dtype=resolve_dtype(dtype, device), attn_implementation=workload.attn
+            subject.config, dtype=resolve_dtype(dtype, device), attn_implementation=attn
         )
     return model.to(device).eval()
 
@@ -236,16 +227,13 @@ def random_samples(model: Any, workload: Workload) -> list[dict[str, list[int]]]
     from gradpruner.data.encoding import IGNORED
 
     samples = []
-    shares = torch.rand(
-        workload.steps * workload.batch_size, generator=torch.Generator().manual_seed(workload.seed)
-    )
+    generator = torch.Generator().manual_seed(workload.seed)
+    shares = torch.rand(workload.steps * workload.batch_size, generator=generator)
     for ids, share in zip(_random_ids(model, workload), shares.tolist(), strict=True):
         if workload.shortest is not None:
             ids = ids[: round(workload.shortest * (workload.tokens / workload.shortest) ** share)]
-        learned = min(workload.learned_tokens or len(ids), len(ids))
-        samples.append(
-            {"input_ids": ids, "labels": [IGNORED] * (len(ids) - learned) + ids[len(ids) - learned :]}
-        )
+        ignored = max(0, len(ids) - (workload.learned_tokens or len(ids)))
+        samples.append({"input_ids": ids, "labels": [IGNORED] * ignored + ids[ignored:]})
     return samples
 
 

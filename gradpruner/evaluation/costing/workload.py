@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from gradpruner.errors import ConfigError
 from gradpruner.registry import suggest
@@ -71,10 +70,7 @@ class Workload:
             )
         if self.shortest is not None and not 2 <= self.shortest <= self.tokens:
             raise ConfigError(f"shortest is {self.shortest}; 2 to {self.tokens}, the longest, is needed.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(
-                f"Unknown dtype '{self.dtype}'.{suggest(self.dtype, DTYPES)}", hint=f"One of {_list(DTYPES)}."
-            )
+        check_known("dtype", [self.dtype], DTYPES)
 
     @property
     def head_tokens(self) -> int:
@@ -84,14 +80,14 @@ class Workload:
         """
         return self.tokens if self.learned_tokens is None else min(self.tokens, self.learned_tokens + 1)
 
+    def weight_dtype(self, mode: str) -> str:
+        """Type of the weights in a mode, chosen as in a run: bfloat16 is too coarse for AdamW's updates."""
+        return "float32" if mode == "full" and self.dtype == "auto" else self.dtype
+
     @property
     def steps(self) -> int:
         """Steps of either model, warm-up included."""
         return self.warmup + self.repeats
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 def checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
@@ -100,13 +96,16 @@ def checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
     Raises:
         ConfigError: If there is none, or one is unknown.
     """
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(f"Unknown mode '{mode}'.{suggest(mode, MODES)}", hint=f"Any of {_list(MODES)}.")
+    check_known("mode", modes, MODES)
     if not modes:
-        raise ConfigError("No mode is given.", hint=f"Any of {_list(MODES)}.")
+        raise ConfigError("No mode is given.", hint=f"Any of {', '.join(MODES)}.")
     return tuple(mode for mode in MODES if mode in modes)
 
 
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def check_known(kind: str, names: Sequence[str], known: Collection[str]) -> None:
+    """ConfigError if a name is unknown."""
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"Unknown {kind} '{name}'.{suggest(name, known)}", hint=f"Any of {', '.join(known)}."
+            )
