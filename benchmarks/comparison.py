@@ -94,7 +94,8 @@ def shorten(task: str, prompt: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     from gradpruner.runs.recipe import check_recipe
-    from gradpruner.runs.study import make_study, run_study
+    from gradpruner.runs.study.carrying_out import run_study
+    from gradpruner.runs.study.design import make_study
 
     write_rows(args, TASKS, shorten)
     for task in TASKS:

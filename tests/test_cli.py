@@ -8,10 +8,10 @@ import time
 import pytest
 from builders import make_project
 
-from gradpruner import reports as report
 from gradpruner.cli.listing import KINDS
 from gradpruner.errors import ConfigError, ResourceError
 from gradpruner.progress import set_mode
+from gradpruner.reports import html
 from gradpruner.runs import pipeline, work
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
@@ -149,13 +149,9 @@ def test_an_interrupt_marks_the_stage(call, tmp_path, monkeypatch, number, code)
 def test_a_failed_row_is_shown_with_the_good_ones_and_decides_the_exit_code(call, tmp_path, monkeypatch):
     path, _ = make_project(tmp_path)
 
-    def run(recipe, **options):
-        record = {"variants": {"dense": {"error": None}, "merged": {"error": "full"}}}
-        (tmp_path / "run").mkdir(exist_ok=True)
-        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-        raise ResourceError("The disk is full.")
-
-    monkeypatch.setattr(pipeline, "run", run)
+    record = {"variants": {"dense": {"error": None}, "merged": {"error": "full"}}}
+    failure = ResourceError("The disk is full.")
+    monkeypatch.setattr(pipeline, "run_rows", lambda *a, **k: (record, failure))
     code, out, err = call("run", path, "--json")
     assert code == 5 and json.loads(out)["variants"]["merged"]["error"] == "full"
     assert err.startswith("error: The disk is full.")
@@ -163,14 +159,14 @@ def test_a_failed_row_is_shown_with_the_good_ones_and_decides_the_exit_code(call
     def refuse(recipe, **options):
         raise ConfigError("Not today.")
 
-    monkeypatch.setattr(pipeline, "run", refuse)  # what an earlier run left is not this run's result
+    monkeypatch.setattr(pipeline, "run_rows", refuse)
     code, out, err = call("run", path, "--json")
     assert (code, out) == (2, "") and "Not today." in err
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_figures(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    monkeypatch.setattr(html, "render_html", lambda record, path: path)
     monkeypatch.setattr(Job, "release", lambda *a: None)
     options = {
         "variants": ["merged"],

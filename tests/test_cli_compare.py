@@ -11,11 +11,11 @@ import yaml
 from builders import make_project
 
 import gradpruner
-from gradpruner import reports as report
 from gradpruner.cli import studies as cli_compare
 from gradpruner.errors import ModelError
 from gradpruner.methods import METHODS, Method
 from gradpruner.progress import set_mode
+from gradpruner.reports import html, markdown, terminal
 from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
@@ -25,10 +25,10 @@ from gradpruner.runs.study import comparing
 @pytest.fixture(autouse=True)
 def as_it_was(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    monkeypatch.setattr(report, "render_html", lambda found, out: out.write_text(found["title"]))
-    monkeypatch.setattr(report, "markdown_table", lambda found, folder: found["kind"])
+    monkeypatch.setattr(html, "render_html", lambda found, out: out.write_text(found["title"]))
+    monkeypatch.setattr(markdown, "markdown_table", lambda found, folder: found["kind"])
     monkeypatch.setattr(
-        report,
+        terminal,
         "print_summary",
         lambda found, console, folder: console.print(f"table of {len(found['points'])} points"),
     )
@@ -161,7 +161,7 @@ def test_studies_that_come_along_are_listed(call, tmp_path, monkeypatch):
 )
 def test_bad_options_are_refused_with_what_to_do(call, tmp_path, monkeypatch, options, part):
     path, _ = make_project(tmp_path)
-    monkeypatch.setattr(pipeline, "run", lambda *a, **k: pytest.fail("something ran"))
+    monkeypatch.setattr(pipeline, "run_rows", lambda *a, **k: pytest.fail("something ran"))
     code, _, err = call("compare", path, "--out", tmp_path / "s", *options)
     assert code == 2 and part in err and not (tmp_path / "s").exists()
 
@@ -183,20 +183,20 @@ def test_an_interrupted_study_goes_on_where_it_was(call, tmp_path, monkeypatch):
     path, _ = make_project(tmp_path)
     out = tmp_path / "s"
     command = ("compare", path, "--methods", "last", "--seeds", "0,1", "--out", out, *QUICK)
-    run = pipeline.run
+    run = pipeline.run_rows
 
     def interrupted(recipe, **options):
         if recipe.seed == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return run(recipe, **options)
 
-    monkeypatch.setattr(pipeline, "run", interrupted)
+    monkeypatch.setattr(pipeline, "run_rows", interrupted)
     code, _, err = call(*command)
     assert code == 130 and "Start the same command again" in err
     half = json.loads((out / "study.json").read_text())
     assert half["runs"] == {"planned": 2, "finished": 1, "failed": 0}
     ran = []
-    monkeypatch.setattr(pipeline, "run", lambda recipe, **o: ran.append(recipe.seed) or run(recipe, **o))
+    monkeypatch.setattr(pipeline, "run_rows", lambda recipe, **o: ran.append(recipe.seed) or run(recipe, **o))
     code, _, err = call(*command)
     assert code == 0 and ran == [0, 1] and "evaluate last: done before, skipped" in err
     assert json.loads((out / "study.json").read_text())["runs"]["finished"] == 2

@@ -30,7 +30,8 @@ def test_it_shows_rates_what_is_in_a_step_and_about_how_long(call, tmp_path):
     assert facts["batch"] == {"samples": 4, "accumulation": 2, "devices": 1}
     assert facts["answers_with_space"] == [24, 24]
     taken = facts["seconds_estimate"]
-    assert 0 < taken["record"] + taken["train"] + taken["evaluate"] == pytest.approx(taken["all"])
+    parts = ("record", "repair", "train", "evaluate")
+    assert 0 < sum(taken[part] for part in parts) == pytest.approx(taken["all"])
     _, out, _ = call("run", path, "--dry-run", "--set", "finetune.accumulation=2")
     shown = " ".join(out.split())
     for part in (
@@ -83,6 +84,9 @@ def test_the_estimate_by_hand(tmp_path, monkeypatch):
     assert found.train == pytest.approx((1 + 2 * 0.5) * 6 * step)  # dense, two rows of 2 of 4 layers
     answer = 2  # a colour and the end
     assert found.evaluate == pytest.approx(2 * (1 + 2 * 0.5) * layers * (12 + answer * 12))
+    repaired = Job(load_recipe(path, ("plan.repair=least_squares",)))
+    two_rows = 2 * 2.5 * layers * repaired.repair_rows
+    assert found.repair == 0 and forecasting.forecast(repaired).repair == pytest.approx(two_rows)
     for where in (forecasting, finetuning):
         monkeypatch.setattr(where, "this_world", lambda: World(0, 2))
     together = forecasting.forecast(job)

@@ -7,13 +7,13 @@ import pytest
 from builders import make_project, make_rows, make_tokenizer, write_rows
 from typer.testing import CliRunner
 
-from gradpruner import reports as report
 from gradpruner.cli.main import app
 from gradpruner.data.examples import Example, Message, as_conversation
 from gradpruner.data.tasks import TASKS
 from gradpruner.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.progress import set_mode
+from gradpruner.reports import html
 from gradpruner.reports.notes import PROBE_TASKS
 from gradpruner.runs.evaluation_data import check_evaluation, load_rows, load_split, metrics_of
 from gradpruner.runs.job import Job
@@ -204,7 +204,7 @@ def invoke(*arguments):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    monkeypatch.setattr(html, "render_html", lambda record, path: path)
     make_project(tmp_path)
     return tmp_path
 

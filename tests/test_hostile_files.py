@@ -27,7 +27,7 @@ from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 from gradpruner.reports.html import render_html
 from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.terminal import print_summary
-from gradpruner.runs.directory import MANIFEST, RunDirectory
+from gradpruner.runs.directory import MANIFEST, RunDirectory, Stage
 from gradpruner.runs.recipe import check_recipe, load_recipe, recipe_yaml
 
 SCRIPT = "<script>alert(1)</script>"
@@ -159,12 +159,12 @@ def test_repairs(tmp_path, seed=0):
 def test_manifests(tmp_path, seed=0):
     with RunDirectory(tmp_path) as directory:
         directory.describe({"seed": 1}, {"model": "ab"})
-        directory.stage("work", 1, lambda: {"a": (tmp_path / "a.txt").write_text("x")}, ["a.txt"])
+        directory.ensure(Stage("work", 1, lambda: {"a": (tmp_path / "a.txt").write_text("x")}, ["a.txt"]))
     value = json.loads((tmp_path / MANIFEST).read_text())
 
     def read(path):
         with RunDirectory(path.parent) as directory:
-            directory.stage("work", 1, lambda: {"a": (tmp_path / "a.txt").write_text("x")}, ["a.txt"])
+            directory.ensure(Stage("work", 1, lambda: {"a": (tmp_path / "a.txt").write_text("x")}, ["a.txt"]))
 
     assert attack(tmp_path / MANIFEST, value, read, 240, seed) > 60
 

@@ -8,7 +8,6 @@ from builders import make_project
 from conftest import make_model
 from families import make_family_model
 
-from gradpruner import reports as report
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext
@@ -17,6 +16,7 @@ from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.on_disk import prune_checkpoint
+from gradpruner.reports import html
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe
 
@@ -292,7 +292,7 @@ def test_options_are_checked(raw):
 @pytest.fixture
 def unrendered(monkeypatch):
     """Without the report's figures, which take longer than the run."""
-    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    monkeypatch.setattr(html, "render_html", lambda record, path: path)
 
 
 def test_a_row_of_the_comparison_needs_no_recording(unrendered, tmp_path):

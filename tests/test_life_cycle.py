@@ -9,7 +9,6 @@ from builders import make_project
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gradpruner import load_model, prune_checkpoint
-from gradpruner import reports as report
 from gradpruner.errors import ConfigError, ModelError, PlanError
 from gradpruner.evaluation.costing.subject import find_subject
 from gradpruner.methods import METHODS, Method, MethodOptions
@@ -19,6 +18,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.width_plan import LayerWidths
 from gradpruner.progress import set_mode
+from gradpruner.reports import html
 from gradpruner.reports.html import render_html
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
@@ -30,7 +30,7 @@ from gradpruner.training.finetuning import finetune
 def quiet(monkeypatch):
     set_mode("quiet")
     monkeypatch.setattr(Job, "release", lambda *a: None)
-    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    monkeypatch.setattr(html, "render_html", lambda record, path: path)
     yield
     set_mode("auto")
 

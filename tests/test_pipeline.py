@@ -10,12 +10,13 @@ from families import make_family_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from gradpruner import reports as report
 from gradpruner.errors import ConfigError, NonFiniteError, PlanError, ResourceError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.progress import set_mode
+from gradpruner.reports import html
+from gradpruner.reports.terminal import print_summary
 from gradpruner.runs import work
 from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.job import Job
@@ -28,7 +29,7 @@ from gradpruner.runs.recipe import load_recipe
 def quick_and_quiet(project, monkeypatch):
     """The report and the clearing of memory, seconds each, are left to the first run."""
     set_mode("quiet")
-    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    monkeypatch.setattr(html, "render_html", lambda record, path: path)
     monkeypatch.setattr(Job, "release", lambda *a: None)
     yield
     set_mode("auto")
@@ -102,8 +103,8 @@ def test_evaluation_rows_are_tokenised_once_for_all_models(project, tmp_path, mo
     monkeypatch.setattr("gradpruner.evaluation.questions.prompt_ids", None)
     for name in ("dense", "dropped"):
         plan = None if name == "dense" else PruningPlan.load(out / f"plans/{name}.json").to_dict()
-        where = str(out / record["variants"][name]["finetune"]["output"]), str(tmp_path / name)
-        found = work.measure_row(job, str(out), name, plan, *where, "eval", job.metrics)
+        asked = str(out / record["variants"][name]["finetune"]["output"]), "eval", job.metrics
+        found = work.on_row(job, str(out), name, plan, "evaluate", *asked, str(tmp_path / name))
         found.write_examples(tmp_path / "examples.jsonl")
         recorded = out / record["variants"][name]["evaluation"]["per_example"]
         assert (tmp_path / "examples.jsonl").read_text() == recorded.read_text()
@@ -188,7 +189,7 @@ def test_another_plan_leaves_all_that_is_finished(copy, until):
             assert layers == len(PruningPlan.load(own).keep)
     if until == "plan":  # what was asked for is shown too
         with StringIO() as screen:
-            report.print_summary(after, Console(file=screen, width=110))
+            print_summary(after, Console(file=screen, width=110))
             assert "planned: merged@num_prune=1+num_merge=0: 3 of 4 kept" in screen.getvalue()
     # And back: nothing is done twice.
     again = run(load_recipe(out / "recipe.yaml", ("plan.num_prune=2", "plan.num_merge=1")))

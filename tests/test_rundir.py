@@ -12,7 +12,7 @@ from builders import make_project
 
 from gradpruner.errors import ConfigError, DataError, IntegrityError, ResourceError
 from gradpruner.files import working_in
-from gradpruner.runs.directory import MANIFEST, RunDirectory
+from gradpruner.runs.directory import MANIFEST, RunDirectory, Stage
 
 
 class Work:
@@ -38,7 +38,7 @@ def test_a_stage_is_done_once(tmp_path):
     work = Work(tmp_path / "run")
     for state in ("done", "skipped", "skipped"):
         with RunDirectory(tmp_path / "run") as directory:
-            assert directory.stage("work", {"x": 1}, work, ["a.txt"]) == {"value": 1}
+            assert directory.ensure(Stage("work", {"x": 1}, work, ["a.txt"])) == {"value": 1}
             assert directory.visited == {"work": state}
     assert work.count == 1
 
@@ -48,7 +48,7 @@ def test_a_stage_is_done_again_when_anything_changed(tmp_path, change):
     folder = tmp_path / "run"
     work = Work(folder)
     with RunDirectory(folder) as directory:
-        directory.stage("work", {"x": 1}, work, ["a.txt"])
+        directory.ensure(Stage("work", {"x": 1}, work, ["a.txt"]))
     if change == "content":
         (folder / "a.txt").write_text("2")
     elif change == "size":
@@ -56,14 +56,14 @@ def test_a_stage_is_done_again_when_anything_changed(tmp_path, change):
     elif change == "gone":
         (folder / "a.txt").unlink()
     with RunDirectory(folder) as directory:
-        directory.stage("work", {"x": 2 if change == "inputs" else 1}, work, ["a.txt"])
+        directory.ensure(Stage("work", {"x": 2 if change == "inputs" else 1}, work, ["a.txt"]))
     assert work.count == 2
 
 
 def test_the_manifest_says_what_was_done_with_what(tmp_path):
     with RunDirectory(tmp_path / "run") as directory:
         directory.describe({"seed": 1}, {"model": "abc"})
-        directory.stage("work", {"x": 1}, Work(tmp_path / "run"), ["a.txt"])
+        directory.ensure(Stage("work", {"x": 1}, Work(tmp_path / "run"), ["a.txt"]))
     found = manifest(tmp_path / "run")
     assert found["config"] == {"seed": 1} and found["inputs"] == {"model": "abc"}
     assert found["created"].endswith("Z") and found["gradpruner_version"]
@@ -82,11 +82,11 @@ def test_the_manifest_says_what_was_done_with_what(tmp_path):
 def test_a_failed_stage_is_marked_and_cleared_before_the_next_try(tmp_path, error, state):
     folder = tmp_path / "run"
     with pytest.raises(type(error)), RunDirectory(folder) as directory:
-        directory.stage("work", 1, Work(folder, "out/half.txt", error), ["out"])
+        directory.ensure(Stage("work", 1, Work(folder, "out/half.txt", error), ["out"]))
     assert manifest(folder)["stages"]["work"]["state"] == state
     work = Work(folder, "out/whole.txt")
     with RunDirectory(folder) as directory:
-        directory.stage("work", 1, work, ["out"])
+        directory.ensure(Stage("work", 1, work, ["out"]))
     assert [p.name for p in (folder / "out").iterdir()] == ["whole.txt"] and work.count == 1
 
 
@@ -94,9 +94,9 @@ def test_partial_output_stays_for_a_stage_that_can_go_on(tmp_path):
     for inputs, expected in ((1, ["half.txt", "whole.txt"]), (2, ["whole.txt"])):
         folder = tmp_path / f"run{inputs}"
         with pytest.raises(KeyboardInterrupt), RunDirectory(folder) as directory:
-            directory.stage("work", 1, Work(folder, "out/half.txt", KeyboardInterrupt()), ["out"])
+            directory.ensure(Stage("work", 1, Work(folder, "out/half.txt", KeyboardInterrupt()), ["out"]))
         with RunDirectory(folder) as directory:
-            directory.stage("work", inputs, Work(folder, "out/whole.txt"), ["out"], keep_partial=True)
+            directory.ensure(Stage("work", inputs, Work(folder, "out/whole.txt"), ["out"], resumes=True))
         assert sorted(p.name for p in (folder / "out").iterdir()) == expected
 
 
@@ -114,7 +114,7 @@ def test_partial_output_stays_for_a_stage_that_can_go_on(tmp_path):
 )
 def test_disk_and_memory_running_out_are_told_in_words(tmp_path, error, part):
     with pytest.raises(ResourceError, match=part), RunDirectory(tmp_path / "run") as directory:
-        directory.stage("work", 1, Work(tmp_path / "run", error=error), ["a.txt"])
+        directory.ensure(Stage("work", 1, Work(tmp_path / "run", error=error), ["a.txt"]))
 
 
 def test_foreign_folders_are_refused_and_untouched(tmp_path):
@@ -232,10 +232,10 @@ def test_the_time_of_a_stage_that_is_gone_on_with_adds_up(tmp_path):
     folder = tmp_path / "run"
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt), RunDirectory(folder) as directory:
-            directory.stage("work", 1, lambda: slow(KeyboardInterrupt()), ["out"], keep_partial=True)
+            directory.ensure(Stage("work", 1, lambda: slow(KeyboardInterrupt()), ["out"], resumes=True))
     with RunDirectory(folder) as directory:
-        directory.stage("work", 1, slow, ["out"], keep_partial=True)
-        directory.stage("other", 1, slow, ["out"])
+        directory.ensure(Stage("work", 1, slow, ["out"], resumes=True))
+        directory.ensure(Stage("other", 1, slow, ["out"]))
     stages = manifest(folder)["stages"]
     assert stages["work"]["seconds"] >= 3 * 0.05 and stages["work"]["resumed"]
     assert stages["other"]["seconds"] < stages["work"]["seconds"] and not stages["other"]["resumed"]
@@ -243,7 +243,7 @@ def test_the_time_of_a_stage_that_is_gone_on_with_adds_up(tmp_path):
 
 def run_folder(folder):
     with RunDirectory(folder) as directory:
-        directory.stage("work", 1, Work(folder, "out/a.txt"), ["out"])
+        directory.ensure(Stage("work", 1, Work(folder, "out/a.txt"), ["out"]))
     return folder
 
 

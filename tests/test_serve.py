@@ -20,7 +20,7 @@ from gradpruner.files import LOCK_FILE
 from gradpruner.progress import Progress
 from gradpruner.reports.folders import find_runs
 from gradpruner.reports.serving import open_server
-from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.directory import RunDirectory, Stage
 from gradpruner.runs.pulse import PULSE
 
 EVIL = "<script>alert(1)</script>"
@@ -180,7 +180,7 @@ def test_a_run_says_what_is_in_hand_and_no_more_when_it_ends(tmp_path: Path) -> 
         return {}
 
     with RunDirectory(tmp_path) as directory:
-        directory.stage("finetune merged", {}, work)
+        directory.ensure(Stage("finetune merged", {}, work))
     now = said[0].now
     assert (now.stage, now.doing, now.steps, now.loss) == ("finetune merged", "finetune merged", 10, 2.5)
     assert said[0].curves == {"merged": [(1.0, 2.5)]} and said[0].state == "running"
@@ -191,7 +191,7 @@ def test_progress_that_cannot_be_written_harms_nothing(tmp_path: Path) -> None:
     write(tmp_path / "manifest.json", {"format_version": 1, "created": "x", "stages": {}})
     write(tmp_path / PULSE / "mine", "x")
     with RunDirectory(tmp_path) as directory:
-        assert directory.stage("a", {}, lambda: time.sleep(1.2) or {"x": 1}) == {"x": 1}
+        assert directory.ensure(Stage("a", {}, lambda: time.sleep(1.2) or {"x": 1})) == {"x": 1}
     assert (tmp_path / PULSE / "mine").exists() and not list(tmp_path.glob(".progress*"))
 
 

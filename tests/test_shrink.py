@@ -1,6 +1,8 @@
 """Models pruned after tuning: start, repair, recovery, certified depth, effort, and what it all took."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,21 +11,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from gradpruner import reports as report
 from gradpruner.cli.main import app
 from gradpruner.errors import ConfigError, DataError, PlanError
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.plans.repair import Repair
 from gradpruner.progress import set_mode
 from gradpruner.pruning.verification import verify_checkpoint
+from gradpruner.reports import html
 from gradpruner.reports.html import render_html
-from gradpruner.runs.depth_search import possible_numbers, refuse_uncertified
+from gradpruner.runs.depth_search import possible_plans, refuse_uncertified
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.early_checks import check_methods
 from gradpruner.runs.evaluation_data import with_validation
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import check_recipe, load_recipe
+from gradpruner.runs.run_record import title_of
 
 
 @pytest.fixture(autouse=True)
@@ -252,7 +255,7 @@ def test_validation_rows_are_no_training_rows(tmp_path):
     held_out = {example.id for example in job.validation.examples}
     assert (len(train), len(held_out)) == (20, 4) and not train & held_out
     assert len(job.samples) == 20
-    assert possible_numbers(job) == [1, 2]
+    assert list(possible_plans(job)) == [1, 2]
     again = Job(load_recipe(path, ("plan.num_prune=null", "plan.max_loss=0.05")))
     assert {example.id for example in again.validation.examples} == held_out
 
@@ -329,16 +332,24 @@ def test_methods_that_cannot_do_what_is_asked_are_refused(recipe, said):
 
 
 def test_shrink_is_one_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "render_html", lambda record, path: path)
+    monkeypatch.setattr(html, "render_html", lambda record, path: path)
     make_project(tmp_path)
     arguments = ["shrink", tmp_path / "model", "--data", tmp_path / "train.jsonl"]
     arguments += ["--eval-data", tmp_path / "eval.jsonl", "--out", tmp_path / "out", "--num-prune", 2]
     arguments += ["--set", "record.steps=4", "--set", "evaluate.metrics=[exact_match]", "--json", "--quiet"]
     result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0
-    row = json.loads(result.stdout)["variants"]["gradpruner"]
+    record = json.loads(result.stdout)
+    assert record["title"] == f"model on {tmp_path.name}"  # where the file is called train
+    row = record["variants"]["gradpruner"]
     assert row["num_layers"] == 2 and row["repair"]["kind"] == "layer_wise" and row["finetune"] is None
     assert (tmp_path / "out/variants/gradpruner/pruned/model.safetensors").is_file()
+
+
+def test_a_shrunk_model_of_a_run_is_called_after_that_run():
+    recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "/rows/sst2.jsonl#50"}})
+    job = SimpleNamespace(folder=Path("/my/runs/banking/variants/dense/model"), recipe=recipe)
+    assert title_of(job) == "banking on sst2"
 
 
 def test_a_model_that_was_not_tuned_is_named_before_the_repair(tmp_path, caplog):

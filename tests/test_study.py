@@ -5,15 +5,16 @@ import shutil
 import pytest
 from builders import make_llama, make_project, make_tokenizer
 
-from gradpruner import reports as report
 from gradpruner.errors import ConfigError, ModelError, PlanError
 from gradpruner.methods import METHODS, Method
 from gradpruner.progress import set_mode
+from gradpruner.reports import html, markdown
 from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
-from gradpruner.runs.study import NamedPoint, Sweep, make_study, read_study, run_study
-from gradpruner.runs.study.carrying_out import MARKER, adopt, state_of, stored_record
+from gradpruner.runs.study.carrying_out import MARKER, adopt, run_study, state_of, stored_record
+from gradpruner.runs.study.design import make_study
+from gradpruner.runs.study.file import NamedPoint, Sweep, read_study
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds
 from gradpruner.runs.study.preview import preview_study
 
@@ -23,8 +24,8 @@ def quick_and_quiet():
     """Reports, and the clearing of memory, seconds each, are left out."""
     set_mode("quiet")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "render_html", lambda found, out: out.write_text(found["title"]))
-        patch.setattr(report, "markdown_table", lambda found, folder: found["kind"])
+        patch.setattr(html, "render_html", lambda found, out: out.write_text(found["title"]))
+        patch.setattr(markdown, "markdown_table", lambda found, folder: found["kind"])
         patch.setattr(Job, "release", lambda *a: None)
         yield
     set_mode("auto")
@@ -255,14 +256,14 @@ def test_a_second_start_does_no_work_twice_and_finds_the_same(compared, monkeypa
 def test_a_failed_seed_leaves_the_mean_of_the_others(compared, monkeypatch):
     _, plan, outcome = compared
     monkeypatch.setitem(METHODS._entries, "broken", Method("Always fails.", score=refuse))
-    run = pipeline.run
+    run = pipeline.run_rows
 
     def failing(recipe, **options):
         if recipe.seed == 1 and "smaller" not in recipe.out:
             raise ModelError("The weights are gone.")
         return run(recipe, **options)
 
-    monkeypatch.setattr(pipeline, "run", failing)
+    monkeypatch.setattr(pipeline, "run_rows", failing)
     found = run_study(plan)
     row, before = (rows_of(s)["last"]["metrics"]["exact_match"] for s in (found.study, outcome.study))
     assert row["per_seed"] == [before["per_seed"][0], None] and row["mean"] == before["per_seed"][0]

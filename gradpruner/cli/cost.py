@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.executing import console, prepare
+from gradpruner.cli.executing import prepare, tell
 from gradpruner.cli.models import kept_layers, num_bytes
-from gradpruner.cli.options import ENDING, Chosen, takes
+from gradpruner.cli.options import ENDING, Chosen, takes, words
 from gradpruner.errors import ConfigError, ResourceError
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 
@@ -127,7 +126,7 @@ def cost(
     scales = said["world_size"] is not None
     _check_asked(chosen, pruned, scales)
     workload = Workload(**{name: said[name] for name in WORKLOAD})
-    names = tuple(name.strip() for name in (mode or "").split(",") if name.strip())
+    names = tuple(words(mode or ""))
     subject = find_subject(dense, random=random or scales, fetch=not chosen.dry_run)
     other: Any = pruned if pruned is not None else _chosen_plan(subject, said)
     if scales:
@@ -165,10 +164,7 @@ def _tell(found: CostComparison | Scaling, chosen: Chosen) -> None:
 
     if chosen.out is not None:
         write_json(Path(chosen.out), found.to_dict())
-    if chosen.as_json:
-        typer.echo(json.dumps(found.to_dict(), indent=2))
-    else:
-        found.show(console())
+    tell(found, found.to_dict(), chosen.as_json)
 
 
 def _chosen_plan(subject: Subject, said: Mapping[str, Any]) -> PruningPlan:

@@ -15,7 +15,7 @@ import typer
 from gradpruner.cli.listing import RECIPES, recipe_names
 from gradpruner.cli.options import Chosen, settled
 from gradpruner.cli.suggestions import suggest_after_run
-from gradpruner.errors import ConfigError, GradPrunerError
+from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,22 +89,21 @@ def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
 
 
 def _run(recipe: Recipe, until: str, as_json: bool) -> None:
-    from gradpruner.runs.pipeline import run
+    from gradpruner.runs.pipeline import run_rows
 
-    error: GradPrunerError | None = None
-    path = Path(recipe.out) / "run.json"
-    before = _written(path)
-    try:
-        record = run(recipe, until=until, command=command_line())
-    except GradPrunerError as failure:
-        # When only some rows failed, the record of the others was written.
-        if _written(path) == before or not _has_good_row(path):
-            raise
-        record, error = json.loads(path.read_text(encoding="utf-8")), failure
+    record, error = run_rows(recipe, until=until, command=command_line())
+    if error is not None and all(row["error"] for row in record["variants"].values()):
+        raise error
     if as_json:
         typer.echo(json.dumps(record, indent=2))
     else:
-        _print_record(record, until)
+        if until == "rate":
+            found = record["learning_rate"]
+            console().print(f"learning rate {found['value']:g}: {found['source']}", highlight=False)
+        else:
+            from gradpruner.reports.terminal import print_summary
+
+            print_summary(record, console())
         where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
         console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
         if error is None:
@@ -119,25 +118,6 @@ def tell(found: Printed, values: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(values, indent=2))
     else:
         found.show(console())
-
-
-def _print_record(record: dict[str, Any], until: str) -> None:
-    if until == "rate":
-        found = record["learning_rate"]
-        console().print(f"learning rate {found['value']:g}: {found['source']}", highlight=False)
-        return
-    from gradpruner.reports.terminal import print_summary
-
-    print_summary(record, console())
-
-
-def _written(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _has_good_row(path: Path) -> bool:
-    rows = json.loads(path.read_text(encoding="utf-8"))["variants"].values()
-    return not all(row["error"] for row in rows)
 
 
 def console() -> Console:

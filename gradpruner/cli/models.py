@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,6 @@ from gradpruner.errors import ConfigError
 if TYPE_CHECKING:
     from gradpruner.gradients.trace import GradientTrace
     from gradpruner.plans.layer_plan import PruningPlan
-    from gradpruner.plans.repair import Repair
     from gradpruner.plans.width_plan import WidthPlan
     from gradpruner.pruning.verification import VerifyReport
 
@@ -87,30 +86,22 @@ def prune(
     _prune_folder(source, destination, which, chosen, max_shard_bytes=num_bytes(max_shard_size), verify=level)
 
 
+@dataclass(frozen=True)
 class _Choice:
     """Which layers go, however it was said."""
 
-    def __init__(
-        self,
-        plan: Path | None,
-        trace: Path | None,
-        keep: str | None,
-        drop: str | None,
-        repair: Path | None,
-    ) -> None:
-        said = [name for name, value in (("--plan", plan), ("--keep", keep), ("--drop", drop)) if value]
+    plan_file: Path | None
+    trace_folder: Path | None
+    keep: str | None
+    drop: str | None
+    repair_folder: Path | None
+
+    def __post_init__(self) -> None:
+        options = {"--plan": self.plan_file, "--keep": self.keep, "--drop": self.drop}
+        said = [name for name, value in options.items() if value]
         if len(said) != 1:
             what = " and ".join(said) or "Neither --plan nor --keep nor --drop"
             raise ConfigError(f"{what} given; exactly one is needed.")
-        self.plan_file, self.trace_folder, self.keep, self.drop = plan, trace, keep, drop
-        self.repair_folder = repair
-
-    @property
-    def repair(self) -> Repair | None:
-        """The fitted repair, if there is one."""
-        from gradpruner.plans.repair import Repair
-
-        return Repair.load(self.repair_folder) if self.repair_folder is not None else None
 
     @property
     def width_plan(self) -> WidthPlan | None:
@@ -142,6 +133,7 @@ class _Choice:
 
 def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen, **options: Any) -> None:
     from gradpruner.models.folder import locate_model
+    from gradpruner.plans.repair import Repair
     from gradpruner.progress import Progress, bytes_reporter
     from gradpruner.pruning.blueprint import Blueprint
     from gradpruner.pruning.on_disk import write_pruned
@@ -153,7 +145,8 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
         _prune_widths(folder, source, destination, widths, chosen)
         return
     plan, trace = which.resolve(folder)
-    blueprint = Blueprint(folder, plan, trace, repair=which.repair)
+    repair = Repair.load(which.repair_folder) if which.repair_folder is not None else None
+    blueprint = Blueprint(folder, plan, trace, repair=repair)
     facts = blueprint.summary()
     if not chosen.as_json:
         _print_summary(facts, plan)

@@ -41,13 +41,6 @@ KEYS = {
     "seed": "seed",
 }
 """Option -> the recipe key it sets."""
-_BUDGETS = (
-    "plan.num_prune",
-    "plan.layer_fraction",
-    "plan.parameter_fraction",
-    "plan.layers",
-    "plan.max_loss",
-)
 _LISTS = {"portable_to", "lm_eval"}  # words with commas
 
 
@@ -60,26 +53,34 @@ def given(**options: Any) -> dict[str, Any]:
     return {KEYS[name]: value for name, value in options.items() if value is not None and value is not False}
 
 
+def words(text: str) -> list[str]:
+    """The words of a text with commas between them."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def settled(chosen: Chosen) -> dict[str, Any]:
     """The keys that options set, and those of a recipe that they exclude, as null.
 
     Raises:
         ConfigError: If --set sets one of them too.
     """
+    from gradpruner.runs.sections import BUDGETS
+
     values = chosen.values
     for item in chosen.overrides:
         key = item.partition("=")[0].strip()
         if key in values:
             flag = next(name for name, own in KEYS.items() if own == key).replace("_", "-")
             raise ConfigError(f"--{flag} and --set {item} both set {key}.", hint="Give one of them.")
+    budgets = tuple(f"plan.{name}" for name in BUDGETS)
     gone: tuple[str, ...] = ()
     rows = {"data.train", "data.eval"} & set(values)
     if "data.task" in values and not rows:
         gone = ("data.train", "data.eval")
     elif rows and "data.task" not in values:
         gone = ("data.task", "data.folder")
-    if set(_BUDGETS) & set(values):
-        gone += _BUDGETS
+    if set(budgets) & set(values):
+        gone += budgets
     return dict.fromkeys(gone) | values
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradpruner.cli.executing import command_line, console, prepare, resolve, tell
-from gradpruner.cli.options import ENDING, ROWS, TUNING, Chosen, Text, settled, takes
+from gradpruner.cli.options import ENDING, ROWS, TUNING, Chosen, Text, settled, takes, words
 from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradpruner.runs.recipe import Recipe
-    from gradpruner.runs.study import Outcome, StudyFile
+    from gradpruner.runs.study.carrying_out import Outcome
+    from gradpruner.runs.study.file import StudyFile
 
 ABLATIONS = Path(__file__).parents[1] / "recipes" / "ablations"
 DEFAULT_METHODS = "gradpruner,last,random"
@@ -97,8 +98,9 @@ def ablate(
 
     A sweep over recipe keys, with seeds; one table and one figure. Start it again to go on.
     """
-    from gradpruner.runs.study import make_study, read_study
     from gradpruner.runs.study.comparing import carried_out, cleared
+    from gradpruner.runs.study.design import make_study
+    from gradpruner.runs.study.file import read_study
 
     path = _study_path(study)
     prepare(chosen.quiet)
@@ -126,8 +128,12 @@ def _asked(
 ) -> dict[str, Any]:
     """Rows and seeds: what was said, otherwise these."""
     said = chosen.others
+    if said["methods"] is not None:
+        methods = words(said["methods"])
+        if not methods:
+            raise ConfigError("--methods names nothing.", hint="`gradpruner ls methods` lists what there is.")
     return {
-        "methods": methods if said["methods"] is None else _words(said["methods"], "--methods"),
+        "methods": methods,
         "smaller": said["smaller"] or smaller,
         "seeds": seeds if said["seeds"] is None else parsed_seeds(said["seeds"]),
     }
@@ -139,26 +145,18 @@ def parsed_seeds(text: str) -> list[int]:
     Raises:
         ConfigError: If one is not a whole number of at least 0.
     """
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    for word in words:
+    for word in words(text):
         if not word.isdecimal():
             raise ConfigError(
                 f"--seeds {text}: '{word}' is not a seed.",
                 hint="Seeds are whole numbers from 0 on: --seeds 0,1,2.",
             )
-    return [int(word) for word in words]
+    return [int(word) for word in words(text)]
 
 
 def ablation_names() -> list[str]:
     """Studies that come along."""
     return sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
-
-
-def _words(text: str, option: str) -> list[str]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not words:
-        raise ConfigError(f"{option} names nothing.", hint="`gradpruner ls methods` lists what there is.")
-    return words
 
 
 def _study_path(name: str) -> Path:

@@ -21,7 +21,7 @@ REPAIR_KEYS = frozenset({"repair", "repair_rows", "repair_answers", "max_loss", 
 
 
 def placeholder_scores(num_layers: int) -> LayerScores:
-    """Scores for asking what a budget comes to; how many layers go does not depend on the scores."""
+    """Scores to work out a budget with: how many layers go does not depend on them."""
     return LayerScores("placeholder", tuple(map(float, range(num_layers))))
 
 

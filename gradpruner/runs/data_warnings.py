@@ -69,8 +69,8 @@ def not_tuned(job: Job, measured: Mapping[str, Any] | None) -> str:
     if score is None or score["value"] > most_frequent:
         return ""
     return (
-        f"The model answers {score['value']:.1%} of {score['n']} rows right, always the most frequent answer "
-        f"{most_frequent:.1%}: was it tuned on this task? What is left of it can hardly be better. "
+        f"The model answers {score['value']:.1%} of {score['n']} rows right; always the most frequent "
+        f"answer would get {most_frequent:.1%}: was it tuned on this task? Pruned, it can hardly be better. "
         "`gradpruner run` tunes a base model."
     )
 

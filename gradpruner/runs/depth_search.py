@@ -6,16 +6,15 @@ Nothing is trained: each number of layers costs one repair and one evaluation.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from gradpruner.errors import PlanError
 from gradpruner.evaluation.outputs import values_of
 from gradpruner.evaluation.quality import evaluate
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.plans.certification import Search, largest_certified
+from gradpruner.plans.certification import largest_certified
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.runs.budget import placeholder_scores, plan_for
@@ -47,27 +46,39 @@ def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path)
         found = together(job, validated, make_plan(count).to_dict(), str(trace))
         return dense[metric], found[metric]
 
-    numbers = possible_numbers(job)
+    possible = possible_plans(job)
     usual = job.num_layers - job.num_keep
     found = largest_certified(
         measure,
-        numbers,
+        list(possible),
         options.max_loss,
         confidence=options.confidence,
-        first=usual if usual in numbers else None,
+        first=usual if usual in possible else None,
     )
-    return _facts(job, found, metric)
+    return {
+        "best": found.best,
+        "metric": metric,
+        "rows": len(job.validation.examples),
+        "limit": options.max_loss,
+        "confidence": found.confidence,
+        "curve": [
+            {
+                "num_prune": count,
+                "parameters": job.savings_of(possible[count])["parameters"]["after"],
+                **certificate.as_dict(),
+            }
+            for count, certificate in found.curve
+        ],
+    }
 
 
-def possible_numbers(job: Job) -> list[int]:
-    """Numbers of layers that can go, given the family, protected layers and engines."""
-    found = []
+def possible_plans(job: Job) -> dict[int, PruningPlan]:
+    """Number of layers that can go, given the family, protected layers and engines -> such a plan."""
+    found = {}
     for count in range(1, job.num_layers):
-        try:
-            plan_for(job, placeholder_scores(job.num_layers), merging=False, num_prune=count)
-        except PlanError:
-            continue
-        found.append(count)
+        with suppress(PlanError):
+            scores = placeholder_scores(job.num_layers)
+            found[count] = plan_for(job, scores, merging=False, num_prune=count)
     return found
 
 
@@ -81,7 +92,10 @@ def validated(job: Job, plan: dict[str, Any] | None, trace: str) -> dict[str, li
     """
     model = job.load(job.origin)
     if plan is not None:
-        _prune_and_repair_(job, model, PruningPlan.from_dict(plan), trace)
+        found = PruningPlan.from_dict(plan)
+        recorded = GradientTrace.load(trace) if found.needs_trace else None
+        repair = fit_as_asked(job, model, found, recorded) if job.recipe.plan.repair != "none" else None
+        prune_(model, found, recorded, repair=repair)
     return _scores_of(job, model)
 
 
@@ -91,30 +105,6 @@ def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
     result = evaluate(model, job.tokenizer, questions, options, progress="validate", world=this_world())
     job.release(model)
     return values_of(result.outputs)
-
-
-def _prune_and_repair_(job: Job, model: nn.Module, plan: PruningPlan, trace: str) -> None:
-    recorded = GradientTrace.load(trace) if plan.needs_trace else None
-    repair = fit_as_asked(job, model, plan, recorded) if job.recipe.plan.repair != "none" else None
-    prune_(model, plan, recorded, repair=repair)
-
-
-def _facts(job: Job, found: Search, metric: str) -> dict[str, Any]:
-    def left(count: int) -> int:
-        plan = plan_for(job, placeholder_scores(job.num_layers), merging=False, num_prune=count)
-        return job.savings_of(plan)["parameters"]["after"]
-
-    return {
-        "best": found.best,
-        "metric": metric,
-        "rows": len(job.validation.examples) if job.validation else 0,
-        "limit": job.recipe.plan.max_loss,
-        "confidence": found.confidence,
-        "curve": [
-            {"num_prune": count, "parameters": left(count), **certificate.as_dict()}
-            for count, certificate in found.curve
-        ],
-    }
 
 
 def refuse_uncertified(found: dict[str, Any]) -> int:

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any, Literal, NotRequired
@@ -87,6 +88,29 @@ class Manifest(TypedDict):
     inputs: NotRequired[dict[str, str]]
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One arrow of a run: what it depends on, what it writes, and the work itself.
+
+    Attributes:
+        name: In the manifest.
+        inputs: JSON values of everything its result depends on.
+        work: Does it and returns the result, JSON values.
+        outputs: Files or folders it writes, relative to the run directory. What stands there from other
+            inputs is removed first.
+        resumes: Whether `work` goes on from what an interrupted attempt with the same inputs left
+            (checkpoints); the time of that attempt is then part of the stage's.
+        step: How far a run has to go to do it, one of `plan_names.STAGES`.
+    """
+
+    name: str
+    inputs: Any
+    work: Callable[[], dict[str, Any]]
+    outputs: Sequence[str] = ()
+    resumes: bool = False
+    step: str = ""
+
+
 class RunDirectory:
     """A locked run directory; use as a context manager.
 
@@ -116,7 +140,9 @@ class RunDirectory:
                 self.path.mkdir(parents=True, exist_ok=True)
                 opened.enter_context(working_in(self.path))
                 refuse_links(self.path)
-                self.manifest = self._manifest()  # only now: another process may have worked here
+                self.manifest = {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
+                if (self.path / MANIFEST).exists():  # asked only now: another process may have worked here
+                    self.manifest = read_manifest(self.path / MANIFEST)
                 for folder, _, _ in os.walk(self.path):
                     sweep(Path(folder))
                 self.save()
@@ -125,12 +151,6 @@ class RunDirectory:
                 raise write_failure(self.path, error) from error
             self._opened = opened.pop_all()
         return self
-
-    def _manifest(self) -> Manifest:
-        """What earlier starts left."""
-        if (self.path / MANIFEST).exists():
-            return read_manifest(self.path / MANIFEST)
-        return {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
@@ -175,64 +195,37 @@ class RunDirectory:
     def is_done(self, name: str, inputs: Any) -> bool:
         """Whether a stage is done, with these inputs; its files may be gone or changed."""
         entry = self.stages.get(name)
-        if entry is None or entry["state"] != "done":
-            return False
-        return entry["inputs"] in (fingerprint(inputs), sha256_json(inputs))  # that of version 0.1.0
+        return entry is not None and entry["state"] == "done" and entry["inputs"] == fingerprint(inputs)
 
-    def is_current(self, name: str, inputs: Any) -> bool:
+    def is_current(self, stage: Stage) -> bool:
         """Whether a stage is done, with these inputs, and its files are still there."""
-        return self.is_done(name, inputs) and self.has_files(name)
+        return self.is_done(stage.name, stage.inputs) and self.has_files(stage.name)
 
     def has_files(self, name: str) -> bool:
         """Whether the files of a stage are as it left them."""
-        return all(self._as_recorded(path, seen) for path, seen in self.stages[name]["files"].items())
+        files = self.stages[name]["files"].items()
+        return all((self.path / path).is_file() and self._describe(path) == seen for path, seen in files)
 
     def forget(self, names: Iterable[str]) -> None:
         """Takes stages out: what they were about is there no longer."""
         for name in names:
             self.stages.pop(name, None)
 
-    def _as_recorded(self, relative: str, seen: SeenFile) -> bool:
-        path = self.path / relative
-        if not path.is_file() or path.stat().st_size != seen["bytes"]:
-            return False
-        return "sha256" not in seen or sha256_file(path) == seen["sha256"]
-
-    def stage(
-        self,
-        name: str,
-        inputs: Any,
-        work: Callable[[], dict[str, Any]],
-        outputs: Sequence[str] = (),
-        *,
-        keep_partial: bool = False,
-    ) -> dict[str, Any]:
-        """Does a stage, or recalls its result when it is current.
-
-        Args:
-            name: The stage.
-            inputs: JSON values of everything its result depends on.
-            work: Does it and returns the result, JSON values.
-            outputs: Files or folders it writes, relative to the run directory. What stands there from
-                other inputs is removed first.
-            keep_partial: Leave such files to `work` (checkpoints it can go on from) when the inputs
-                are those of an interrupted attempt; its time is then part of the stage's.
-
-        Returns:
-            The result.
-        """
-        if self.is_current(name, inputs):
+    def ensure(self, stage: Stage) -> dict[str, Any]:
+        """The result of a stage, which is done now unless it is current."""
+        name = stage.name
+        if self.is_current(stage):
             log.info("%s: done before, skipped", name)
             self.visited[name] = "skipped"
             return self.stages[name]["result"]
-        asked = fingerprint(inputs)
+        asked = fingerprint(stage.inputs)
         earlier = self.stages.get(name)
-        resumable = keep_partial and earlier is not None and earlier["inputs"] == asked
-        if earlier is None or not resumable or earlier["state"] == "done":
-            self.remove(outputs)
-            resumable = False
-        # A killed start could not say how long it took: its seconds are missing, and "resumed" says so.
-        before = float(earlier.get("seconds", 0.0)) if earlier is not None and resumable else 0.0
+        before, resumed = 0.0, False
+        if stage.resumes and earlier and earlier["inputs"] == asked and earlier["state"] != "done":
+            # A killed start could not say how long it took: its seconds are missing, and "resumed" says so.
+            before, resumed = float(earlier.get("seconds", 0.0)), True
+        else:
+            self.remove(stage.outputs)
         entry = self.stages[name] = {
             "state": "running",
             "inputs": asked,
@@ -240,7 +233,7 @@ class RunDirectory:
             "versions": self._versions,
             "files": {},
             "seconds": before,
-            "resumed": resumable,
+            "resumed": resumed,
         }
         self.save()
         started = time.perf_counter()
@@ -248,11 +241,13 @@ class RunDirectory:
         log.info("%s", name)
         try:
             with PeakMemory(self.device) as memory:
-                result = work()
+                result = stage.work()
         except BaseException as error:
             ours = _as_ours(error, self.path)
             entry["seconds"] = before + time.perf_counter() - started
-            entry["state"], entry["error"] = "interrupted" if _is_interrupt(error) else "failed", str(ours)
+            # Not an Exception: a person or the system stopped the process.
+            entry["state"] = "failed" if isinstance(error, Exception) else "interrupted"
+            entry["error"] = str(ours)
             self.visited[name] = "failed"
             with contextlib.suppress(ResourceError):  # a full disk; the first error says more
                 self.save()
@@ -261,7 +256,7 @@ class RunDirectory:
             raise ours from error
         entry["seconds"] = before + time.perf_counter() - started
         entry["peak_memory_bytes"], entry["result"] = memory.peak_bytes, result
-        entry["files"] = {relative: self._describe(relative) for relative in self._files(outputs)}
+        entry["files"] = {relative: self._describe(relative) for relative in self._files(stage.outputs)}
         entry["state"] = "done"
         self.visited[name] = "done"
         self.save()
@@ -306,7 +301,7 @@ def read_manifest(path: Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
-        IntegrityError: If it is missing, of another version, or says what none says.
+        IntegrityError: If it is missing, of another version, or holds values a manifest cannot have.
     """
     raw = read_json(path, "run manifest")
     found = raw.get("format_version") if isinstance(raw, dict) else None
@@ -337,11 +332,6 @@ def stays_inside(relative: str) -> bool:
     """Whether a path that a file names can be one in the run directory."""
     path = Path(relative)
     return ".." not in path.parts and not path.is_absolute() and path_fault(path) is None
-
-
-def _is_interrupt(error: BaseException) -> bool:
-    """Whether a person or the system stopped the process, rather than the work failing."""
-    return not isinstance(error, Exception)
 
 
 def _is_of(error: OSError, folder: Path) -> bool:

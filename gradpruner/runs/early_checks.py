@@ -1,4 +1,4 @@
-"""What methods, packages or machine cannot do of what a recipe asks: found before a model is opened."""
+"""What a recipe asks and methods, packages or this machine cannot do: found before a model is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a recipe asks models to be measured on: rows, wording, metrics; checked before anything is loaded."""
+"""The rows of a recipe, how they are worded, and the metrics; checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -202,11 +202,7 @@ def with_validation(
 ) -> tuple[ExampleSet, ExampleSet]:
     """Training rows and the rows on which choices are made, which are not training rows.
 
-    Args:
-        recipe: As for `load_split`.
-        train: What `load_split` returned.
-        tokenizer: Of the model.
-        max_length: Tokens per sample; None: as the recipe says.
+    Arguments are as for `load_split`; `train` is what that returned.
 
     Raises:
         DataError: If there are too few rows to hold any out.

@@ -49,7 +49,7 @@ _REMEDIES: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class Phase:
     """Something a run does that holds a model.
 
     Attributes:
@@ -136,7 +136,9 @@ def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fi
         until: The last of `plan_names.STAGES` that is done.
     """
     name, available = _device(job)
-    models = {"dense": job.sizes.model, "pruned": _pruned(job)}
+    # As large as the recipe's plan leaves it; which layers go is not known yet.
+    pruned = keep_layers_(copy.deepcopy(job.sizes.model), job.expected_plan.keep)
+    models = {"dense": job.sizes.model, "pruned": pruned}
     held = {
         stage.name: _held(job, stage, models[stage.model], rehearse)
         for stage in _stages(job)
@@ -166,7 +168,8 @@ def fault_of(job: Job, found: Fitting) -> ResourceError:
     held = found.stages[name]
     size = found.spread.size
     shared = f" for each of {size} processes ({found.spread.strategy})" if size > 1 else ""
-    fits = [_said(remedy) for remedy in _REMEDIES if _helps(job, remedy)][:3]
+    remedies = [remedy for remedy in _REMEDIES if _helps(job, remedy)][:3]
+    fits = [" ".join(f"--set {key}={value}" for key, value in remedy.items()) for remedy in remedies]
     return ResourceError(
         f"{name.capitalize()} holds {num_bytes(held.certain)} for weights, gradients and optimizer alone; "
         f"{found.device} has {num_bytes(found.available)}{shared}.",
@@ -174,10 +177,6 @@ def fault_of(job: Job, found: Fitting) -> ResourceError:
         + "More GPUs share it with torchrun and --set finetune.fsdp=true (`gradpruner cost MODEL "
         "--world-size N --dry-run` shows what fits where). --set memory=warn goes on all the same.",
     )
-
-
-def _said(remedy: dict[str, Any]) -> str:
-    return " ".join(f"--set {key}={value}" for key, value in remedy.items())
 
 
 def _helps(job: Job, remedy: dict[str, Any]) -> bool:
@@ -189,9 +188,7 @@ def _helps(job: Job, remedy: dict[str, Any]) -> bool:
     for key, value in remedy.items():
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
-    changed.recipe = job.recipe.model_copy(
-        update={name: getattr(job.recipe, name).model_copy(update=keys) for name, keys in sections.items()}
-    )
+    changed.recipe = job.recipe.with_values(**sections)
     return not fitting_of(changed).impossible
 
 
@@ -247,13 +244,7 @@ def host_memory() -> int:
         return total
 
 
-def _pruned(job: Job) -> nn.Module:
-    """The model that a plan of the recipe's size leaves; which layers go is not known yet."""
-    plan = job.expected_plan
-    return keep_layers_(copy.deepcopy(job.sizes.model), plan.keep)
-
-
-def _held(job: Job, stage: Stage, model: nn.Module, rehearse: bool) -> Held:
+def _held(job: Job, stage: Phase, model: nn.Module, rehearse: bool) -> Held:
     """What a stage holds; with its activations only where asked for."""
     training = stage.training
     held = replace(hold_training(model, training), cache=stage.cache)
@@ -273,28 +264,28 @@ def _loaded(job: Job) -> torch.dtype:
     return resolve_dtype(job.recipe.model.dtype, torch.device(job.device))
 
 
-def _stages(job: Job) -> Iterator[Stage]:
+def _stages(job: Job) -> Iterator[Phase]:
     """What a run does that holds a model, in order."""
     recipe, dense = job.recipe, "dense" in job.recipe.variants
     methods = [METHODS.find(method_of(v)) for v in recipe.variants if v != "dense"]
     if any(method.needs_trace for method in methods):
-        yield Stage("recording", "record", "dense", _recording(job))
+        yield Phase("recording", "record", "dense", _recording(job))
     if recipe.plan.repair != "none" and methods:
-        yield Stage("repair", "prune", "dense", _asking(job), cache=_repair_bytes(job))
+        yield Phase("repair", "prune", "dense", _asking(job), cache=_repair_bytes(job))
     tuning = _tuning(job)
     if dense and recipe.start != "given":
         # The dense model is tuned first where others start from it.
-        yield Stage("fine-tuning dense", "record" if recipe.start == "tuned" else "finetune", "dense", tuning)
+        yield Phase("fine-tuning dense", "record" if recipe.start == "tuned" else "finetune", "dense", tuning)
     if methods and (recipe.start == "base" or recipe.recover.trains):
         if recipe.distils and recipe.distil.prompts:
             tuning = replace(tuning, head_tokens=tuning.tokens)
         what = "distillation" if recipe.distils else "fine-tuning" if recipe.start == "base" else "recovery"
-        yield Stage(f"{what} pruned", "finetune", "pruned", tuning, taught=recipe.distils)
+        yield Phase(f"{what} pruned", "finetune", "pruned", tuning, taught=recipe.distils)
     asking = _asking(job)
     longest = asking.tokens + (recipe.evaluate.max_new_tokens or asking.head_tokens + _MORE_TOKENS)
     cache = asking.batch_size * longest * kv_bytes_per_token(job.config, asking.dtype)
     asking = replace(asking, head_tokens=1)
-    yield Stage("evaluation", "evaluate", "dense" if dense else "pruned", asking, cache=cache)
+    yield Phase("evaluation", "evaluate", "dense" if dense else "pruned", asking, cache=cache)
 
 
 def _recording(job: Job) -> Training:

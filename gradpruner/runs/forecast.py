@@ -15,7 +15,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradpruner.models.sizes import ModelSizes
-from gradpruner.runs.job import Job
+from gradpruner.models.walking import BATCH_SIZE
+from gradpruner.runs.job import REPAIR_PASSES, Job
 from gradpruner.training.finetuning import resolve_precision
 from gradpruner.world import this_world
 
@@ -35,12 +36,14 @@ class Forecast:
 
     Attributes:
         record: Recording the first LoRA steps.
+        repair: Fitting the repairs of all pruned rows.
         train: Fine-tuning or recovery of all rows.
         evaluate: Answers to all evaluation rows, before and after.
         basis: How it was estimated, for people.
     """
 
     record: float
+    repair: float
     train: float
     evaluate: float
     basis: str
@@ -48,7 +51,7 @@ class Forecast:
     @property
     def seconds(self) -> float:
         """Everything together."""
-        return self.record + self.train + self.evaluate
+        return self.record + self.repair + self.train + self.evaluate
 
 
 class _Trial:
@@ -136,6 +139,7 @@ def forecast(job: Job) -> Forecast:
     taught = 4 / 3 if recipe.distils else 1.0
     train = dense + len(pruned) * kept * taught * steps * step
     train /= _gpus_of_one_process(job)  # `planned_steps` knows of processes only
+    repair = trial.seconds(BATCH_SIZE, length, False) * job.repair_rows / BATCH_SIZE * REPAIR_PASSES
     answer = max(1, math.ceil(job.samples.supervised_tokens / len(job.samples)))
     batch = min(recipe.evaluate.batch_size, len(job.eval))
     passes = math.ceil(len(job.eval) / batch)
@@ -144,6 +148,7 @@ def forecast(job: Job) -> Forecast:
     rows = ("dense" in recipe.variants) + kept * len(pruned)
     return Forecast(
         record=0.0 if not pruned else record,
+        repair=layers * repair * len(pruned) / this_world().size if recipe.plan.repair != "none" else 0.0,
         train=train,
         evaluate=layers * asked * passes * times * rows / this_world().size,
         basis=f"two layers of these widths, timed here on {trial.device.type}",

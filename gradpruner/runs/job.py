@@ -43,6 +43,7 @@ from gradpruner.runs.data_warnings import warnings_of
 from gradpruner.runs.early_checks import check_methods, check_training
 from gradpruner.runs.evaluation_data import (
     check_evaluation,
+    data_identity,
     load_also,
     load_rows,
     metrics_of,
@@ -59,13 +60,16 @@ from gradpruner.training.recording import default_steps
 from gradpruner.training.sharding import check_world_size
 from gradpruner.world import this_world
 
+REPAIR_PASSES = 2.5
+"""How many times a repair passes its samples forward through all layers, about."""
+
 
 @dataclass
 class Job:
     """A recipe with its inputs opened: what every stage looks at.
 
     Making one checks the recipe against model and data, and loads no weights. `loaded` is the recipe's model
-    where it is in memory already, and is never changed. Without `measures` evaluation rows do not matter.
+    where it is in memory already, and is never changed. Without `measures` nothing is evaluated.
     """
 
     recipe: Recipe
@@ -121,8 +125,7 @@ class Job:
                 f"The model is not repaired: {found}. Only training makes up for what is cut."
             )
         kind = "least_squares" if self.recipe.start == "base" else "layer_wise"  # by docs/quality.md
-        plan = self.recipe.plan.model_copy(update={"repair": "none" if found else kind})
-        self.recipe = self.recipe.model_copy(update={"plan": plan})
+        self.recipe = self.recipe.with_values(plan={"repair": "none" if found else kind})
 
     @cached_property
     def repair_rows(self) -> int:
@@ -150,8 +153,13 @@ class Job:
         self.expected_plan = plan
         removed = self.sizes.savings(plan.keep)["parameters"]
         self.num_remove = removed["before"] - removed["after"]
-        if "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None:
-            self._check_merging()
+        merges = "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None
+        if merges and self.family.no_merge:
+            raise PlanError(
+                f"plan.num_merge is {self.recipe.plan.num_merge}, but layers of {self.text.model_type} "
+                f"models can only be dropped: {self.family.no_merge}.",
+                hint="Use --set plan.num_merge=0 and --set 'variants=[dense, dropped]'.",
+            )
 
     def _choose_rate(self) -> None:
         """Takes the default learning rate where the recipe gives none."""
@@ -161,14 +169,8 @@ class Job:
             self.set_rate(default_rate(size, tuning.mode), told(size, tuning.mode))
 
     def set_rate(self, rate: float, source: str) -> None:
-        """Fine-tunes at this learning rate from now on.
-
-        Args:
-            rate: The peak.
-            source: Where it comes from, for people.
-        """
-        tuning = self.recipe.finetune.model_copy(update={"learning_rate": rate})
-        self.recipe = self.recipe.model_copy(update={"finetune": tuning})
+        """Fine-tunes at this peak learning rate from now on; `source` says where it comes from."""
+        self.recipe = self.recipe.with_values(finetune={"learning_rate": rate})
         self.rate_source = source
 
     def method_options(self, name: str) -> MethodOptions:
@@ -218,14 +220,6 @@ class Job:
     def portability_of(self, plan: Plan) -> tuple[Portability, ...]:
         """How engines serve what a plan leaves."""
         return portability_of(plan, layer_facts(self.config))
-
-    def _check_merging(self) -> None:
-        if self.family.no_merge:
-            raise PlanError(
-                f"plan.num_merge is {self.recipe.plan.num_merge}, but layers of {self.text.model_type} "
-                f"models can only be dropped: {self.family.no_merge}.",
-                hint="Use --set plan.num_merge=0 and --set 'variants=[dense, dropped]'.",
-            )
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -304,8 +298,8 @@ class Job:
     def pruned_work(self) -> float:
         """What a pruned row takes in all, in units of the dense model's fine-tuning; estimated.
 
-        Steps count by their samples and layers. A repair passes its samples about two and a half times
-        forward, a teacher passes them once; a forward pass is a third of a training step.
+        Steps count by their samples and layers. A repair passes its samples `REPAIR_PASSES` times forward, a
+        teacher passes them once; a forward pass is a third of a training step.
         """
         recipe, options = self.recipe, self.recipe.finetune
         whole = self.finetune_steps * options.batch_size * options.accumulation
@@ -313,7 +307,7 @@ class Job:
         share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
         work = share * kept + self.record_steps * recipe.record.batch_size / whole
         if recipe.plan.repair != "none":
-            work += self.repair_rows * 2.5 / 3 / whole
+            work += self.repair_rows * REPAIR_PASSES / 3 / whole
         if recipe.distils:
             work += share / 3
         return work + (1.0 if recipe.tunes_first else 0.0)
@@ -327,6 +321,16 @@ class Job:
     def model_sha256(self) -> str:
         """Hash of config and weights."""
         return _hash_of(self.folder)
+
+    @property
+    def learned(self) -> dict[str, Any]:
+        """What every training, and every choice by training rows, depends on."""
+        return {"train": data_identity(self.train), "max_length": self.max_length, "seed": self.recipe.seed}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How models are loaded, wherever they are."""
+        return self.recipe.model.model_dump(exclude={"path"})
 
     @property
     def spread(self) -> dict[str, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from gradpruner.provenance import sha256_file
 from gradpruner.runs.budget import REPAIR_KEYS, bytes_missing, plan_for
 from gradpruner.runs.data_warnings import not_tuned, too_few_steps
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
-from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.directory import RunDirectory, Stage
 from gradpruner.runs.evaluation_data import data_identity
 from gradpruner.runs.fitting import check_fitting
 from gradpruner.runs.job import Job
@@ -70,6 +70,21 @@ def run(
         GradPrunerError: The first fault of recipe, data, model or machine. A variant that fails while
             others succeed is a row of the report, and raises after the report is written.
     """
+    record, failure = run_rows(recipe, until=until, command=command, one_plan=one_plan, job=job)
+    if failure is not None:
+        raise failure
+    return record
+
+
+def run_rows(
+    recipe: Recipe,
+    *,
+    until: str = "report",
+    command: str = "",
+    one_plan: bool = False,
+    job: Job | None = None,
+) -> tuple[dict[str, Any], GradPrunerError | None]:
+    """Like `run`, but the first fault of a row is returned beside the record, not raised."""
     if until not in STAGES:
         raise ConfigError(f"Unknown stage '{until}'.", hint=f"Stages: {', '.join(STAGES)}.")
     job = job or Job(recipe, command)
@@ -79,18 +94,17 @@ def run(
     if STAGES.index(until) >= STAGES.index("finetune") and (short := too_few_steps(job)):
         log.warning("warning: %s", short)
     with directory:
-        directory.describe(_unnamed(job.recipe).model_dump(mode="json"), job.input_hashes())
+        # A name is given to one plan; the next start may make another.
+        unnamed = {"name": None}
+        directory.describe(job.recipe.with_values(plan=unnamed).model_dump(mode="json"), job.input_hashes())
         # As it was given: another start may have another mode, and then another learning rate.
-        write_text(directory.path / "recipe.yaml", recipe_yaml(_unnamed(recipe)))
+        write_text(directory.path / "recipe.yaml", recipe_yaml(recipe.with_values(plan=unnamed)))
         if recipe.find_rate:
             find_rate(job, directory)
-            directory.describe(_unnamed(job.recipe).model_dump(mode="json"), job.input_hashes())
+            directory.describe(
+                job.recipe.with_values(plan=unnamed).model_dump(mode="json"), job.input_hashes()
+            )
         return _Run(job, directory, one_plan).up_to(until)
-
-
-def _unnamed(recipe: Recipe) -> Recipe:
-    """The recipe for the next start: a name is given to one plan, and that one may make another."""
-    return recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"name": None})})
 
 
 class _Run:
@@ -99,7 +113,7 @@ class _Run:
     def __init__(self, job: Job, directory: RunDirectory, one_plan: bool) -> None:
         self.job, self.directory, self.one_plan = job, directory, one_plan
         self.recipe = job.recipe
-        self.record_inputs: dict[str, Any] | None = None
+        self.open_trace = cache(lambda: GradientTrace.load(self.path("trace")))
         self.record_failure: Exception | None = None
         self.scores: dict[str, LayerScores] = {}
         self.plans: dict[str, Plan] = {}
@@ -110,7 +124,8 @@ class _Run:
     def path(self, *parts: str) -> Path:
         return self.directory.path.joinpath(*parts)
 
-    def up_to(self, until: str) -> dict[str, Any]:
+    def up_to(self, until: str) -> tuple[dict[str, Any], GradPrunerError | None]:
+        """The run record, and the first fault of a row."""
         depth = STAGES.index(until)
         pruned = [v for v in self.recipe.variants if v != "dense"]
         if self.recipe.start == "tuned" and depth > STAGES.index("rate"):
@@ -133,10 +148,10 @@ class _Run:
         record = run_record(self.job, self.directory, rows, errors)
         write_json(self.path("run.json"), record)
         if depth >= STAGES.index("evaluate"):
-            self.report(record)
-        for error in self.failures.values():
-            raise error
-        return record
+            from gradpruner.reports.html import render_html
+
+            render_html(record, self.path("report.html"))
+        return record, next(iter(self.failures.values()), None)
 
     def tune_dense(self, depth: int) -> None:
         """Fine-tunes the dense model, which everything after this is recorded on and pruned from."""
@@ -176,29 +191,31 @@ class _Run:
 
     # -- stages --------------------------------------------------------------------------------------
 
-    def record(self) -> None:
-        """Model + task -> trace/"""
-        if self.record_inputs is not None:
-            return
-        if self.record_failure is not None:  # not once more for every row that needs the trace
-            raise self.record_failure
-        inputs = {
+    @property
+    def record_inputs(self) -> dict[str, Any]:
+        """What the recorded gradients depend on."""
+        return {
             "model": self.job.origin_sha256,
-            "train": data_identity(self.job.train),
-            "max_length": self.job.max_length,
             "record": self.recipe.record.model_dump(),
             "steps": self.job.record_steps,
-            "loading": self.recipe.model.model_dump(exclude={"path"}),
+            "loading": self.job.loading,
             "precision": self.recipe.finetune.precision,
-            "seed": self.recipe.seed,
-        } | self.job.spread
+            **self.job.learned,
+            **self.job.spread,
+        }
+
+    def record(self) -> None:
+        """Model + task -> trace/; done, or tried in vain, once for all rows that need it."""
+        if self.record_failure is not None:
+            raise self.record_failure
+        if "record" in self.directory.visited:
+            return
         try:
-            result = self.directory.stage("record", inputs, self._record, ["trace"])
+            result = self.directory.ensure(Stage("record", self.record_inputs, self._record, ["trace"]))
         except Exception as error:
             self.record_failure = error
             raise
         self.job.warnings += result["notes"]
-        self.record_inputs = inputs
 
     def _record(self) -> dict[str, Any]:
         options = self.recipe.record
@@ -218,14 +235,6 @@ class _Run:
             "notes": [f"recording: {note}" for note in trace.info.notes],
         }
 
-    @cached_property
-    def trace(self) -> GradientTrace:
-        return GradientTrace.load(self.path("trace"))
-
-    def open_trace(self) -> GradientTrace:
-        """The recorded gradients, opened once."""
-        return self.trace
-
     def decision_inputs(self, method: str) -> dict[str, Any]:
         """What scores or a plan depend on."""
         options = self.recipe.plan
@@ -239,9 +248,7 @@ class _Run:
             "budget": None if found.score else [self.job.num_remove, options.unit, options.portable_to],
             "record": self.record_inputs if found.needs_trace else None,
             "model": self.job.origin_sha256,
-            "train": data_identity(self.job.train),
-            "max_length": self.job.max_length,
-            "seed": self.recipe.seed,
+            **self.job.learned,
         }
 
     def score(self, method: str) -> None:
@@ -256,7 +263,7 @@ class _Run:
             score(self.context(method)).save(self.path(target))
             return {}
 
-        self.directory.stage(f"score {method}", self.decision_inputs(method), work, [target])
+        self.directory.ensure(Stage(f"score {method}", self.decision_inputs(method), work, [target]))
         self.scores[method] = LayerScores.load(self.path(target))
 
     def context(self, method: str) -> MethodContext:
@@ -299,7 +306,7 @@ class _Run:
             plan.save(self.path(plan_file(row)))
             return self.job.savings_of(plan)
 
-        self.directory.stage(f"plan {row}", inputs, work, [plan_file(row)])
+        self.directory.ensure(Stage(f"plan {row}", inputs, work, [plan_file(row)]))
         plan = self.plans[variant] = load_plan(self.path(plan_file(row)))
         for verdict in self.job.portability_of(plan):
             if verdict.status in ("wrong", "refused") and not verdict.also_unpruned:
@@ -358,19 +365,13 @@ class _Run:
         def work() -> dict[str, Any]:
             return search_depth(self.job, lambda count: self.planned(variant, count), self.path("trace"))
 
-        return self.directory.stage(f"search {self.names[variant]}", inputs, work)
+        return self.directory.ensure(Stage(f"search {self.names[variant]}", inputs, work))
 
     def carry_out(self, variant: str, depth: int) -> None:
         """Plan -> pruned model -> fine-tuned model -> figures, for one row of the comparison."""
         if depth >= STAGES.index("prune"):
             row = self.names.setdefault(variant, variant)
             Variant(self.job, self.directory, row, self.plans.get(variant), self.open_trace).up_to(depth)
-
-    def report(self, record: dict[str, Any]) -> None:
-        """run.json -> report.html"""
-        from gradpruner.reports.html import render_html
-
-        render_html(record, self.path("report.html"))
 
 
 def record_rows(job: Job, folder: str) -> GradientTrace:

@@ -18,10 +18,10 @@ MARK = "@"
 STAGES = ("rate", "record", "score", "plan", "prune", "finetune", "evaluate", "report")
 # The rows every run can have; any other row is named after the scoring method it compares with.
 LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
-# Stages by which a row is more than a plan.
+# Stages that make something of a plan, or measure it.
 MADE = ("repair", "prune", "recover", "finetune", "evaluate")
 _LONGEST = 60
-# Sections and keys that make no other plan.
+# Sections and keys that do not change a plan.
 _INDIFFERENT = (
     "out", "title", "effort", "variants", "keep_models", "memory", "verify", "evaluate", "plan.name",
     "find_rate",

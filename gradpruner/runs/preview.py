@@ -15,11 +15,12 @@ from gradpruner.errors import GradPrunerError, ResourceError
 from gradpruner.printing import Printed, duration, num_bytes
 from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.data_warnings import leading_spaces
-from gradpruner.runs.fitting import Fitting, fault_of, fitting_of
+from gradpruner.runs.fitting import fault_of, fitting_of
 from gradpruner.runs.forecast import forecast, num_devices
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import label_of
 from gradpruner.runs.recipe import Recipe
+from gradpruner.runs.run_record import title_of
 
 NUM_SAMPLES = 2
 
@@ -37,15 +38,16 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
     plan = job.expected_plan
     needs = bytes_to_write(job)
     saved = job.sizes.savings(plan.keep)
-    rows = len(recipe.variants)
     taken = forecast(job)
     fitting = fitting_of(job, rehearse=True)
+    fault = str(fault_of(job, fitting)) if fitting.impossible else None
+    ignored = [fault] if fault is not None and recipe.memory == "warn" else []
     return {
-        "title": recipe.title or job.folder.name,
+        "title": title_of(job),
         "model": str(job.folder),
         "num_layers": job.num_layers,
         "num_prune": len(plan.pruned),
-        "variants": [label_of(v, job.recipe.plan.repair != "none") for v in recipe.variants],
+        "variants": [label_of(v, recipe.plan.repair != "none") for v in recipe.variants],
         "train_rows": len(job.train),
         "eval_rows": len(job.eval),
         "format": job.train.format,
@@ -70,27 +72,21 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "teacher": recipe.distil.teacher,
         "max_loss": recipe.plan.max_loss,
         "validation_rows": len(job.validation) if job.validation is not None else None,
-        "finetunings": rows,
+        "finetunings": len(recipe.variants),
         "savings": saved,
         "trace_bytes": needs["trace"],
         "written_bytes": needs["trace"] + needs["models"],
         "temporary_bytes": needs["temporary"],
         "model_bytes": job.sizes.disk_bytes,
         "memory": fitting.to_dict(),
-        "memory_fault": str(fault_of(job, fitting)) if fitting.impossible else None,
+        "memory_fault": fault,
         "seconds_estimate": {**asdict(taken), "all": taken.seconds},
-        "warnings": [*job.warnings, *_of_memory(job, fitting)],
+        "warnings": [*job.warnings, *fitting.warnings, *ignored],
         "samples": [
             [[text, supervised] for text, supervised in labelled_text(job.tokenizer, one)]
             for one in job.samples.encoded[:NUM_SAMPLES]
         ],
     }
-
-
-def _of_memory(job: Job, fitting: Fitting) -> list[str]:
-    """What may not fit; what cannot, if the recipe says `memory: warn`."""
-    ignored = fitting.impossible and job.recipe.memory == "warn"
-    return [*fitting.warnings, *([str(fault_of(job, fitting))] if ignored else [])]
 
 
 def _learning_rate(job: Job) -> tuple[float | None, str]:
@@ -184,11 +180,11 @@ def _training(facts: dict[str, Any]) -> str:
             f"{math.prod(batch.values())} samples per step ({of}: batch, accumulation, devices); "
             f"recording: learning rate {facts['record_learning_rate']:g}"
         )
-    parts = {"recording": "record", "training": "train", "evaluation": "evaluate"}
+    parts = {"recording": "record", "repair": "repair", "training": "train", "evaluation": "evaluate"}
     spent = ", ".join(f"{name} {duration(taken[key])}" for name, key in parts.items() if taken[key])
     lines.append(
-        f"time: about {duration(taken['all'])} ({spent}); estimated from {taken['basis']}; loading, writing, "
-        "repair and searches come on top"
+        f"time: about {duration(taken['all'])} ({spent}); estimated from {taken['basis']}; loading, writing "
+        "and searches come on top"
     )
     return "\n".join(lines)
 

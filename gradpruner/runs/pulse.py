@@ -1,6 +1,6 @@
 """A sign of life: while a folder is worked in, one small file there says what is in hand.
 
-Who looks on reads it instead of asking for the lock, which could refuse a run that starts at that moment. A
+`gradpruner serve` reads it instead of asking for the lock, which could refuse a run that starts just then. A
 thread writes it, so nothing waits for it; what it cannot write is left out.
 """
 

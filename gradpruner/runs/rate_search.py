@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import partial
 from typing import Any
 
 from gradpruner.data.encoding import EncodedDataset, encode_all
 from gradpruner.data.examples import sample
 from gradpruner.errors import NonFiniteError
-from gradpruner.runs.directory import RunDirectory
+from gradpruner.runs.directory import RunDirectory, Stage
 from gradpruner.runs.evaluation_data import data_identity, with_validation
 from gradpruner.runs.held_out import loss_on
 from gradpruner.runs.job import Job
@@ -28,12 +29,8 @@ STEPS = 100
 """Optimizer steps at every rate, at most; of a shorter fine-tuning, as many as it has."""
 
 
-def find_rate(job: Job, directory: RunDirectory) -> list[dict[str, Any]]:
+def find_rate(job: Job, directory: RunDirectory) -> None:
     """Searches from the job's learning rate on, doubling and halving, and gives the job the best one.
-
-    Returns:
-        JSON values of every rate that was tried, ascending: rate, loss (None where training did not stay
-        finite), steps, seconds.
 
     Raises:
         DataError: If there are too few rows to hold any out.
@@ -45,7 +42,8 @@ def find_rate(job: Job, directory: RunDirectory) -> list[dict[str, Any]]:
     tried: list[dict[str, Any]] = []
 
     def loss_at(rate: float) -> float:
-        found = directory.stage(f"rate {rate:g}", inputs | {"rate": rate}, lambda: _measured(job, rate))
+        work = partial(_measured, job, rate)
+        found = directory.ensure(Stage(f"rate {rate:g}", inputs | {"rate": rate}, work))
         tried.append(found)
         return math.inf if found["loss"] is None else float(found["loss"])
 
@@ -53,18 +51,10 @@ def find_rate(job: Job, directory: RunDirectory) -> list[dict[str, Any]]:
     held_out = tried[0]["rows"]
     job.set_rate(best, f"the best of {len(tried)} tried on {held_out} held-out training rows")
     tried.sort(key=lambda entry: entry["rate"])
-    for line in table(tried, best):
-        log.info("%s", line)
-    return tried
-
-
-def table(tried: list[dict[str, Any]], best: float) -> list[str]:
-    """What was tried, as lines for a terminal."""
-    lines = [f"learning rate  loss on {tried[0]['rows']} held-out rows after {tried[0]['steps']} steps"]
+    log.info("learning rate  loss on %d held-out rows after %d steps", held_out, tried[0]["steps"])
     for entry in tried:
         loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
-        lines.append(f"{entry['rate']:<13g}  {loss}{'  (taken)' if entry['rate'] == best else ''}")
-    return lines
+        log.info("%-13g  %s%s", entry["rate"], loss, "  (taken)" if entry["rate"] == best else "")
 
 
 def _inputs(job: Job) -> dict[str, Any]:
@@ -72,14 +62,13 @@ def _inputs(job: Job) -> dict[str, Any]:
     same = {"report_to", "save_steps", "fsdp", "deepspeed", "learning_rate"}
     return {
         "model": job.model_sha256,
-        "train": data_identity(job.train),
         "validation": data_identity(job.validation) if job.validation else job.recipe.data.validation,
         "limit": job.recipe.data.validation_limit,
-        "max_length": job.max_length,
         "finetune": job.recipe.finetune.model_dump(exclude=same),
-        "loading": job.recipe.model.model_dump(exclude={"path"}),
-        "seed": job.recipe.seed,
-    } | job.spread
+        "loading": job.loading,
+        **job.learned,
+        **job.spread,
+    }
 
 
 def _measured(job: Job, rate: float) -> dict[str, Any]:

@@ -114,40 +114,36 @@ class Recipe(Section):
         return _filled(raw, EFFORTS.get(effort, {})) if isinstance(effort, str) else raw
 
     @model_validator(mode="after")
-    def _known_variants(self) -> Recipe:
+    def _consistent(self) -> Recipe:
         if len(set(self.variants)) != len(self.variants):
             raise ValueError("variants lists a row more than once")
-        return self
-
-    @model_validator(mode="after")
-    def _something_is_tuned(self) -> Recipe:
         if self.find_rate and self.start == "given":
             raise ValueError("find_rate tunes the dense model, and with start: given that is tuned already")
-        return self
-
-    @model_validator(mode="after")
-    def _tuned_before_certified(self) -> Recipe:
         if self.plan.max_loss is not None and self.start == "base":
             raise ValueError(
                 "plan.max_loss needs start: tuned or given; a model not tuned yet has no score to keep"
             )
+        if self.tunes_first:
+            needs = "start: tuned" if self.start == "tuned" else "distil.teacher: tuned"
+            if "dense" not in self.variants:
+                raise ValueError(f"{needs} needs the row dense: it is the model that is tuned first")
+            if self.finetune.mode != "full" and not self.finetune.merge_adapter:
+                raise ValueError(
+                    f"{needs} needs finetune.merge_adapter: true, so that the tuned model is a plain one"
+                )
         return self
 
-    @model_validator(mode="after")
-    def _dense_comes_first(self) -> Recipe:
-        needs = "start: tuned" if self.start == "tuned" else "distil.teacher: tuned" if self.distils else ""
-        if needs and self.start != "given" and "dense" not in self.variants:
-            raise ValueError(f"{needs} needs the row dense: it is the model that is tuned first")
-        if (
-            needs
-            and self.start != "given"
-            and self.finetune.mode != "full"
-            and not self.finetune.merge_adapter
-        ):
-            raise ValueError(
-                f"{needs} needs finetune.merge_adapter: true, so that the tuned model is a plain one"
-            )
-        return self
+    def with_values(self, **sections: dict[str, Any]) -> Recipe:
+        """This recipe with single values of sections changed: `recipe.with_values(plan={"name": None})`."""
+        changed = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
+        return self.model_copy(update=changed)
+
+    @property
+    def task_name(self) -> str:
+        """What a run is about, in a word: its task, its training file, or the folder of a file "train"."""
+        source = Path(str(self.data.train).partition("#")[0])
+        name = source.resolve().parent.name if source.stem == "train" else source.stem
+        return self.data.task or name or source.stem
 
     @property
     def distils(self) -> bool:
@@ -291,11 +287,11 @@ _PATHS = (
 
 def resolve_paths(raw: dict[str, Any], base: Path) -> None:
     """Makes paths that begin with ./ or ../ absolute."""
-    sections = [(raw.get(section), key) for section, key in _PATHS]
+    places = [(raw.get(section), key) for section, key in _PATHS]
     measured = raw.get("evaluate")
     also = measured.get("also") if isinstance(measured, dict) else None
-    sections += [(entry, "folder") for entry in also] if isinstance(also, list) else []
-    for inner, key in sections:
+    places += [(entry, "folder") for entry in also] if isinstance(also, list) else []
+    for inner, key in places:
         value = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and isinstance(value, str) and value.startswith(("./", "../")):
             inner[key] = str((base / value).resolve())

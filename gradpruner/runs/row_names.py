@@ -73,7 +73,7 @@ def row_for(
 
 
 def row_of_failed(directory: RunDirectory, variant: str) -> str:
-    """The row of a variant that failed before it had a plan: it must hide no finished one."""
+    """The row of a variant that failed before it had a plan; never that of a finished one."""
     made = rows_in(directory.stages, MADE)
     if variant not in made:
         return variant

@@ -21,9 +21,9 @@ from gradpruner.models.dtypes import stored_dtype
 from gradpruner.provenance import provenance, utc_now
 from gradpruner.runs.directory import RunDirectory, stays_inside
 from gradpruner.runs.job import Job
-from gradpruner.runs.plan_names import MADE, differences, method_of, rows_in
+from gradpruner.runs.plan_names import MADE, differences, label_of, method_of, rows_in
 from gradpruner.runs.recipe import Recipe
-from gradpruner.runs.variant import described
+from gradpruner.runs.variant import PARTS
 from gradpruner.runs.work import stored_plan
 
 
@@ -48,16 +48,11 @@ class Trained(TypedDict):
     peak_memory_bytes: NotRequired[int | None]
 
 
-class Total(TypedDict):
-    """Seconds of everything a row needed."""
-
-    total: float
-
-
 class Cost(TypedDict):
     """What a row took in all."""
 
-    seconds: Total
+    seconds: dict[str, float]
+    """By part, and "total"."""
     tokens: NotRequired[int | None]
 
 
@@ -96,7 +91,7 @@ def read_run_record(path: Path) -> dict[str, Any]:
     """A run record as it was written, if every value a study reads is of its type.
 
     Raises:
-        IntegrityError: If it is missing, no JSON, or a value is of another type.
+        IntegrityError: If it is missing, not JSON, or a value is of another type.
     """
     raw: dict[str, Any] = read_json(path, "run record")
     fault = f"{path} is not a readable run record"
@@ -150,7 +145,7 @@ def run_record(
         "created": directory.manifest["created"],
         "finished": utc_now(),
         "command": job.command,
-        "title": recipe.title or f"{job.folder.name} on {task_name(recipe)}",
+        "title": title_of(job),
         "provenance": provenance(recipe.seed),
         "recipe": directory.manifest["config"],
         "model": model_facts(job),
@@ -171,18 +166,37 @@ def run_record(
     }
 
 
+def title_of(job: Job) -> str:
+    """Headline of the report: as the recipe says, else model and task; a model of a run is called like it."""
+    *_, run, variants, _, last = ("", "", "", *job.folder.resolve().parts)
+    name = run if variants == "variants" else last
+    return job.recipe.title or f"{name} on {job.recipe.task_name}"
+
+
 def row_facts(
     job: Job, directory: RunDirectory, name: str, plan: Mapping[str, Any] | None, error: str | None
 ) -> dict[str, Any]:
-    """One row of the comparison: what was done for it, how large its model is, why it failed."""
-    row = described(name, directory) | {"plan": name if plan else None, "error": error}
+    """One row of the comparison: all that was ever done for it, how large its model is, why it failed."""
+    found = {part: directory.result(stage.format(name)) for part, stage in PARTS.items()}
+    further = {stage: directory.result(stage) for stage in directory.stages}
+    of_row = f"evaluate {name} on "
     if plan is not None:
         sizes = {unit: change["after"] for unit, change in plan["savings"].items()}
-    elif error is None:
-        sizes = {"layers": job.num_layers, "parameters": job.sizes.parameters}
     else:
-        sizes = {}
-    return row | {"num_layers": sizes.get("layers"), "num_parameters": sizes.get("parameters")}
+        sizes = {"layers": job.num_layers, "parameters": job.sizes.parameters} if error is None else {}
+    return {
+        "label": label_of(name, found["repair"] is not None),
+        "plan": name if plan else None,
+        **found,
+        "also": {
+            stage.removeprefix(of_row): result
+            for stage, result in further.items()
+            if stage.startswith(of_row) and result is not None
+        },
+        "error": error,
+        "num_layers": sizes.get("layers"),
+        "num_parameters": sizes.get("parameters"),
+    }
 
 
 def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
@@ -271,11 +285,6 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Ma
         }
 
 
-def task_name(recipe: Recipe) -> str:
-    """What a run is about, in a word: its task, or the name of its training file."""
-    return recipe.data.task or Path(str(recipe.data.train).partition("#")[0]).stem
-
-
 def model_facts(job: Job) -> dict[str, Any]:
     """The dense model."""
     return {
@@ -348,7 +357,7 @@ def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | 
 
 
 def stage_facts(directory: RunDirectory) -> list[dict[str, Any]]:
-    """Every stage this run came by: done or skipped, how long it took, how much memory.
+    """Every stage of this start: done or skipped, how long it took, how much memory.
 
     `resumed`: it went on from where an interrupted start was; the seconds of a killed one are missing.
     """

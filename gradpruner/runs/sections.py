@@ -17,6 +17,9 @@ from gradpruner.training.options import Section
 if TYPE_CHECKING:
     from torch import nn
 
+BUDGETS = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
+"""Keys of the plan section of which one at most says how much goes."""
+
 
 class ModelSection(Section):
     """Which model, and how it is loaded."""
@@ -170,8 +173,7 @@ class PlanSection(Section):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanSection:
-        names = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
-        given = [name for name in names if getattr(self, name) is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are all budgets; give one")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):

@@ -37,7 +37,7 @@ from gradpruner.world import this_world
 
 
 class Work:
-    """The arrows of one row; in which order, and when they are skipped, is for `variant.Variant` to say.
+    """The arrows of one row. `variant.Variant` says in which order, and when they are skipped.
 
     Args:
         job: The recipe and its inputs.
@@ -63,7 +63,6 @@ class Work:
         self.pruned, self.recovered, self.tuned = f"{base}/pruned", f"{base}/recovered", tuned_folder(name)
         self.repaired, self.own_plan = f"{base}/repair", own_plan(name)
         self.checkpoints, self.scratch = f"{base}/checkpoints", f"{base}/method"
-        self.before, self.examples = f"{base}/examples_before.jsonl", f"{base}/examples.jsonl"
 
     def path(self, relative: str) -> Path:
         """A path inside the run directory."""
@@ -106,9 +105,14 @@ class Work:
             return self.path(self.pruned)
         return self.job.folder if self.is_dense else self.job.origin
 
+    @property
+    def outcome(self) -> Path:
+        """The model after everything that is done to it."""
+        return self.path(self.tuned) if self.trains else self.source
+
     def repair(self) -> dict[str, Any]:
         """Dense model, plan and samples -> refitted linears"""
-        found = together(self.job, repair_row, *self._address())
+        found: Repair = self._together("fit")
         found.save(self.path(self.repaired))
         return found.facts()
 
@@ -180,18 +184,20 @@ class Work:
         """Pruned (or dense) model -> fine-tuned model"""
         compares = self.recipe.chooses_recovery and not self.is_dense
         before = loss_before(self.job, self.source) if compares else None
-        model, result = together(self.job, train_row, *self._address())
+        result: FinetuneResult
+        model, result = self._together("train")
         facts = result.to_dict()
         if before is not None:
             model, facts["kept"] = better_of(self.job, self.source, model, before)
-        self._save(model, self.tuned, {"finetune": facts | {"losses": None}})
+        self._save(model, self.tuned, finetune=facts | {"losses": None})
         self.directory.remove([self.checkpoints])
         self.job.release(model)
         return facts | {"output": self.tuned}
 
-    def _address(self) -> tuple[str, str, dict[str, Any] | None]:
-        """What other processes need to make the same row; see `row_of`."""
-        return str(self.directory.path), self.name, self.plan.to_dict() if self.plan else None
+    def _together(self, arrow: str, *arguments: Any) -> Any:
+        """What every process of the job makes of one arrow of this row, see `on_row`."""
+        plan = self.plan.to_dict() if self.plan else None
+        return together(self.job, on_row, str(self.directory.path), self.name, plan, arrow, *arguments)
 
     def train(self) -> tuple[Any, FinetuneResult]:
         """The fine-tuned model, in memory, and how it went."""
@@ -228,7 +234,9 @@ class Work:
         folder = self.job.folder if self.recipe.start == "given" else self.path(tuned_folder("dense"))
         return {"teacher": self.job.load(folder), "distillation": self.recipe.distil}
 
-    def _save(self, model: Any, folder: str, facts: dict[str, Any] | None = None) -> None:
+    def _save(self, model: Any, folder: str, **facts: Any) -> None:
+        if self.plan is not None:  # how engines take the pruned model, for its card
+            facts["portability"] = [vars(v) for v in self.job.portability_of(self.plan)]
         save_model(
             model,
             self.job.tokenizer,
@@ -236,15 +244,9 @@ class Work:
             dtype=stored_dtype(self.job.folder),
             plan=self.plan,
             source=self.recipe.model.path,
-            facts=(facts or {}) | self._served(),
+            facts=facts,
             like=self.job.folder,
         )
-
-    def _served(self) -> dict[str, Any]:
-        """How engines take the pruned model, for its card."""
-        if self.plan is None:
-            return {}
-        return {"portability": [vars(v) for v in self.job.portability_of(self.plan)]}
 
     def load(self, folder: Path) -> Any:
         """Loads what is on disk: the very folder a user would load."""
@@ -254,23 +256,24 @@ class Work:
 
     def measure(self, folder: Path, file: str, rows: str, metrics: tuple[str, ...]) -> dict[str, Any]:
         """Evaluates a model folder on rows (see `Job.rows`); what it answered goes to `file`."""
-        where = str(folder), str(self.path(journal(file)))
-        result = together(self.job, measure_row, *self._address(), *where, rows, metrics)
+        result: Evaluation = self._together(
+            "evaluate", str(folder), rows, metrics, str(self.path(journal(file)))
+        )
         result.write_examples(self.path(file))
         for part in parts_of(self.path(journal(file))):
             part.unlink()
         return result.summary() | {"per_example": file, "source": self.job.rows(rows).source}
 
-    def evaluate(self, folder: Path, rows: str, metrics: tuple[str, ...], kept: Path) -> Evaluation:
-        """What a model folder answers and what that scores; `kept` is the journal of what is done."""
-        model = self.load(folder)
+    def evaluate(self, folder: str, rows: str, metrics: tuple[str, ...], kept: str) -> Evaluation:
+        """What a model folder answers and what that scores; answers found so far are kept in a journal."""
+        model = self.load(Path(folder))
         result = evaluate(
             model,
             self.job.tokenizer,
             self.job.questions(rows),
             options_of(self.recipe, metrics, self.job.max_length),
             progress=f"evaluate {self.name}",
-            journal=kept,
+            journal=Path(kept),
             world=this_world(),
         )
         self.job.release(model)
@@ -278,7 +281,7 @@ class Work:
 
     def run_harness(self) -> dict[str, Any]:
         """Fine-tuned model -> scores of lm-evaluation-harness"""
-        model = self.load(self.path(self.tuned) if self.trains else self.source)
+        model = self.load(self.outcome)
         found = asked_of_harness(self.recipe, model, self.job.tokenizer)
         self.job.release(model)
         return found
@@ -296,11 +299,12 @@ def finished(job: Job, model: Any, folder: Path) -> Any:
     return adapters.put_on(job.load(folder), merge=job.recipe.finetune.merge_adapter)
 
 
-def row_of(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Work:
-    """A row of a run directory as every process sees it, for work they do together."""
-    found = read_plan(plan) if plan is not None else None
+def on_row(job: Job, out: str, name: str, plan: dict[str, Any] | None, arrow: str, *arguments: Any) -> Any:
+    """One arrow of a row, by the name of its method in `Work`, as every process of the job does it."""
     directory = RunDirectory(out, device=job.device)
-    return Work(job, directory, name, found, lambda: GradientTrace.load(directory.path / "trace"))
+    found = read_plan(plan) if plan is not None else None
+    row = Work(job, directory, name, found, lambda: GradientTrace.load(directory.path / "trace"))
+    return getattr(row, arrow)(*arguments)
 
 
 def fit_as_asked(
@@ -325,30 +329,6 @@ def fit_as_asked(
         progress=progress,
         world=this_world(),
     )
-
-
-def repair_row(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> Repair:
-    """Fits the repair of a row; arguments as for `row_of`."""
-    return row_of(job, out, name, plan).fit()
-
-
-def train_row(job: Job, out: str, name: str, plan: dict[str, Any] | None) -> tuple[Any, FinetuneResult]:
-    """Fine-tunes the model of a row; arguments as for `row_of`."""
-    return row_of(job, out, name, plan).train()
-
-
-def measure_row(
-    job: Job,
-    out: str,
-    name: str,
-    plan: dict[str, Any] | None,
-    folder: str,
-    kept: str,
-    rows: str,
-    metrics: tuple[str, ...],
-) -> Evaluation:
-    """Evaluates a model of a row; arguments as for `row_of` and `Work.evaluate`."""
-    return row_of(job, out, name, plan).evaluate(Path(folder), rows, metrics, Path(kept))
 
 
 def tuned_folder(name: str) -> str:

@@ -1,4 +1,4 @@
-"""YAML files as plain values: what they may hold, and what is wrong with one that cannot be used.
+"""YAML files as plain values: what they may hold, and what is wrong with those that cannot be used.
 
 Importing this imports no torch.
 """
@@ -80,8 +80,8 @@ def parse_yaml(text: str) -> Any:
     """YAML as plain values, of the kinds JSON has (and NaN, which sections refuse with the key).
 
     Raises:
-        yaml.YAMLError: If it is none; with line and column where these are known.
-        ValueError: If it holds what no recipe can: a date, numbers beyond 64 bits, half a surrogate pair,
+        yaml.YAMLError: If it is not YAML; with line and column where these are known.
+        ValueError: If it holds what a recipe cannot: a date, numbers beyond 64 bits, half a surrogate pair,
             NUL, sections in sections in sections, a few aliases that stand for millions of values.
     """
     depth = 0

@@ -8,20 +8,3 @@ pairing        differences example by example, over seeds
 preview        what would run
 comparing      compare: methods at one budget, as one call
 """
-
-from gradpruner.runs.study.carrying_out import Outcome, run_study
-from gradpruner.runs.study.comparing import compare
-from gradpruner.runs.study.design import Study, make_study
-from gradpruner.runs.study.file import NamedPoint, StudyFile, Sweep, read_study
-
-__all__ = [
-    "NamedPoint",
-    "Outcome",
-    "Study",
-    "StudyFile",
-    "Sweep",
-    "compare",
-    "make_study",
-    "read_study",
-    "run_study",
-]

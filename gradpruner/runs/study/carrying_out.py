@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from gradpruner.printing import Printed
 from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
 from gradpruner.runs.budget import bytes_to_write
-from gradpruner.runs.directory import MANIFEST, StageEntry, read_manifest
+from gradpruner.runs.directory import MANIFEST, read_manifest
 from gradpruner.runs.job import Job
 from gradpruner.runs.pulse import Pulse
 from gradpruner.runs.recipe import Recipe
@@ -55,8 +54,7 @@ class Outcome(Printed):
     Attributes:
         study: What study.json says; after a dry run, what `preview.preview_study` finds.
         error: The first fault of any row; None when all rows are there.
-        measured: Whether anything was run; not after a dry run.
-        folder: Of the study.
+        measured: Whether anything was run.
     """
 
     study: dict[str, Any]
@@ -90,7 +88,8 @@ def run_study(study: Study, *, command: str = "") -> Outcome:
         GradPrunerError: A fault of recipe, data, model or folder that is found before the first run.
         ConfigError: Also if another process works on one of these seeds.
     """
-    check_output(study.out, inputs=_inputs(study), marker=MARKER)
+    models = {locate_model(run.recipe.model.path) for run in study.runs()}
+    check_output(study.out, inputs=tuple(models), marker=MARKER)
     checks = check_study(study)
     with ExitStack() as held:
         study.out.mkdir(parents=True, exist_ok=True)
@@ -100,10 +99,6 @@ def run_study(study: Study, *, command: str = "") -> Outcome:
         write_text(study.out / MARKER, study.to_yaml())
         pulse = held.enter_context(Pulse(study.out, MARKER))
         return _Progress(study, checks, command, pulse).to_the_end()
-
-
-def _inputs(study: Study) -> tuple[Path, ...]:
-    return tuple({locate_model(run.recipe.model.path) for run in study.runs()})
 
 
 def check_study(study: Study) -> dict[str, dict[str, Any]]:
@@ -167,32 +162,26 @@ class _Progress:
 
     def to_the_end(self) -> Outcome:
         runs = self.study.runs()
-        for run in runs:
-            self._recall(run)
+        for run in runs:  # what an earlier start left of exactly this run is shown meanwhile
+            record = stored_record(self.study.out / run.folder)
+            if record is not None and is_of(record, run.recipe):
+                self.found.records[run.folder] = record
         for number, run in enumerate(runs, start=1):
             log.info("run %d of %d: %s", number, len(runs), run.title)
             self.pulse.begin(f"run {number} of {len(runs)}: {run.title}")
-            self._adopt(run)
+            if not (self.study.out / run.folder).exists():
+                self._adopt(run, runs)
             self._carry_out(run)
             written = self._write()
         return Outcome(written, self.first_error, folder=self.study.out)
 
-    def _recall(self, run: StudyRun) -> None:
-        """Takes up what an earlier start left of exactly this run, so that it is shown meanwhile."""
-        record = stored_record(self.study.out / run.folder)
-        if record is not None and is_of(record, run.recipe):
-            self.found.records[run.folder] = record
-
     def _carry_out(self, run: StudyRun) -> None:
-        folder, path = self.study.out / run.folder, self.study.out / run.folder / "run.json"
-        before = _written(path)
-        error: GradPrunerError | None = None
+        record: dict[str, Any] | None = None
         try:
-            pipeline.run(run.recipe, command=self.command, one_plan=True)
-        except GradPrunerError as failure:
+            _, error = pipeline.run_rows(run.recipe, command=self.command, one_plan=True)
+            record = stored_record(self.study.out / run.folder)
+        except GradPrunerError as failure:  # of the run as a whole: it has no record
             error = failure
-        # A run whose rows failed one by one has a record; one that failed as a whole has not.
-        record = stored_record(folder) if error is None or _written(path) != before else None
         self.found.records.pop(run.folder, None)
         self.found.errors.pop(run.folder, None)
         if record is not None:
@@ -213,36 +202,29 @@ class _Progress:
             where = f"{failed}, {run.title}" if failed else run.title
             self.first_error = named(error, where)
 
-    def _adopt(self, run: StudyRun) -> None:
+    def _adopt(self, run: StudyRun, runs: list[StudyRun]) -> None:
         """Starts a run with what another one of its seed has done; stages that differ are done anew."""
-        folder = self.study.out / run.folder
-        if folder.exists():
-            return
-        for other in self.study.runs():
+        for other in runs:
             same = other.seed == run.seed and other.recipe.variants == run.recipe.variants
             if same and other.folder in self.found.records:
-                adopt(self.study.out / other.folder, folder)
+                adopt(self.study.out / other.folder, self.study.out / run.folder)
                 return
 
     def _write(self) -> dict[str, Any]:
+        """What is known so far -> study.json, report.html and table.md"""
+        from gradpruner.reports.html import render_html
+        from gradpruner.reports.markdown import markdown_table
+
         found = summarise(self.study, self.found, self.command)
         write_json(self.study.out / STUDY, found)
-        write_report(found, self.study.out)
+        render_html(found, self.study.out / REPORT)
+        write_text(self.study.out / TABLE, markdown_table(found, self.study.out))
         return found
 
 
 def named(error: GradPrunerError, where: str) -> GradPrunerError:
     """The same error, saying where it happened."""
     return type(error)(f"{where}: {error.message}", error.hint)
-
-
-def write_report(study: dict[str, Any], out: Path) -> None:
-    """study.json -> report.html and table.md"""
-    from gradpruner.reports.html import render_html
-    from gradpruner.reports.markdown import markdown_table
-
-    render_html(study, out / REPORT)
-    write_text(out / TABLE, markdown_table(study, out))
 
 
 def stored_record(folder: Path) -> dict[str, Any] | None:
@@ -281,36 +263,25 @@ def state_of(out: Path, run: StudyRun) -> str:
 
 
 def adopt(source: Path, folder: Path) -> None:
-    """Makes a run directory that begins with the finished stages of another.
+    """Makes a run directory, in a new folder, that begins with the finished stages of another.
 
     Every stage is fingerprinted by what it depends on, so the new run uses only those that are the same for
     it: the recording, say, in a sweep over what is merged. Files are hard links: nothing in a run directory
     is ever changed in place.
-
-    Args:
-        source: A run directory nobody works in.
-        folder: A folder that does not exist yet.
     """
     manifest = read_manifest(source / MANIFEST)
     done = {name: stage for name, stage in manifest["stages"].items() if stage["state"] == "done"}
+    files = sorted({relative for stage in done.values() for relative in stage["files"]})
     with staged_folder(folder) as staged:
-        for relative in _present(source, done.values()):
-            target = staged / relative
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _link(source / relative, target)
+        for relative in files:
+            if (source / relative).is_file():
+                target = staged / relative
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(source / relative, target)
+                except OSError:  # a file system without hard links
+                    shutil.copy2(source / relative, target)
         write_json(staged / MANIFEST, manifest | {"created": utc_now(), "stages": done})
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)
-
-
-def _present(folder: Path, stages: Iterable[StageEntry]) -> list[str]:
-    files = {relative for stage in stages for relative in stage["files"]}
-    return sorted(relative for relative in files if (folder / relative).is_file())
 
 
 def _created(path: Path) -> str:
@@ -319,10 +290,6 @@ def _created(path: Path) -> str:
         return typed(read_json(path, "study"), Begun, f"{path} is not a readable study")["created"]
     except IntegrityError:  # none yet, or none that says when
         return utc_now()
-
-
-def _written(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def _lines(record: dict[str, Any] | None) -> list[str]:

@@ -19,11 +19,11 @@ from gradpruner.errors import ConfigError
 from gradpruner.methods import METHODS
 from gradpruner.registry import suggest
 from gradpruner.runs.recipe import Recipe, assign, check_recipe, resolve_paths
+from gradpruner.runs.sections import BUDGETS
 from gradpruner.runs.study.file import NamedPoint, Sweep
 
 # What these sections say is no business of a model that is not pruned.
 PRUNING_SECTIONS = ("plan", "record", "score", "methods")
-BUDGETS = ("file", "num_prune", "layer_fraction", "parameter_fraction", "layers")
 # The study itself decides these.
 OWN_KEYS = ("out", "seed", "variants", "title")
 DENSE, GRADPRUNER = "dense", "merged"
@@ -42,7 +42,7 @@ class Point:
 
     Attributes:
         value: Of the swept key; None where there is none.
-        label: What it is called; "" for the only point of a plain comparison.
+        label: "" for the only point of a plain comparison.
         changes: Dotted recipe keys -> values.
         folder: Of its runs, relative to the study's; "" for the study's own.
     """
@@ -59,8 +59,6 @@ class StudyRow:
 
     Attributes:
         name: Unique in the study: "dense", "merged", "last", "smaller:qwen".
-        label: What reports call it.
-        description: One sentence.
         variant: What it is called in its runs.
         part: Folder of runs of its own; "" where it belongs to the run of its point.
         model: Its own model, folder or hub id; None for that of the recipe.
@@ -76,14 +74,7 @@ class StudyRow:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of the pipeline.
-
-    Attributes:
-        folder: Relative to the study's.
-        seed: Its seed.
-        recipe: What it does.
-        title: What it is called in progress and messages.
-    """
+    """One run of the pipeline; `folder` is relative to the study's, `title` is for progress and messages."""
 
     folder: str
     seed: int
@@ -96,13 +87,13 @@ class Study:
     """Everything a study runs.
 
     Attributes:
-        kind: "compare" or "ablation".
         recipe: What all runs start from.
         rows: Lines of the table, dense first.
         points: At least one.
         seeds: At least one.
         out: The study's folder.
-        title: Headline.
+        kind: "compare" or "ablation".
+        title: Headline; "" makes one.
         figure: The table or figure of the paper it repeats, or "".
         what: What is done, in a sentence, or "".
         sweep: "key", "label", "values" and "log" of the swept key; None without one.
@@ -110,12 +101,12 @@ class Study:
         base_folder: What relative paths in the points are relative to.
     """
 
-    kind: str
     recipe: Recipe
     rows: tuple[StudyRow, ...]
     points: tuple[Point, ...]
     seeds: tuple[int, ...]
     out: Path
+    kind: str = "compare"
     title: str = ""
     figure: str = ""
     what: str = ""
@@ -143,7 +134,7 @@ class Study:
         """Every run once; all points of the first seed come first.
 
         Raises:
-            ConfigError: If a point makes a recipe that is none.
+            ConfigError: If the recipe of a point is not valid.
         """
         found: dict[str, StudyRun] = {}
         for seed in self.seeds:
@@ -192,9 +183,10 @@ class Study:
 
 def change(raw: dict[str, Any], changes: dict[str, Any]) -> None:
     """Sets dotted keys in a recipe's values; a budget among them replaces the one that is there."""
-    if any(key == f"plan.{name}" for key in changes for name in BUDGETS):
-        for name in BUDGETS:
-            assign(raw, f"plan.{name}", None)
+    budgets = [f"plan.{name}" for name in ("file", *BUDGETS)]
+    if set(budgets) & set(changes):
+        for key in budgets:
+            assign(raw, key, None)
     for key, value in changes.items():
         assign(raw, key, value)
 
@@ -208,12 +200,7 @@ def make_study(
     seeds: Sequence[int] = (0, 1, 2),
     sweep: Sweep | None = None,
     points: Sequence[NamedPoint] | None = None,
-    kind: str = "compare",
-    title: str = "",
-    figure: str = "",
-    what: str = "",
-    plot: dict[str, Any] | None = None,
-    base_folder: Path = Path(),
+    **others: Any,
 ) -> Study:
     """Works out what a study runs, and checks every recipe of it.
 
@@ -226,29 +213,19 @@ def make_study(
         seeds: One run each at every point.
         sweep: Values of one recipe key, a point each.
         points: Points with several changes, instead.
-        kind: "compare" or "ablation".
-        title: Headline; "" makes one.
-        figure: See `Study`.
-        what: See `Study`.
-        plot: See `Study`.
-        base_folder: What relative paths in the points are relative to.
+        others: Further fields of `Study`.
 
     Raises:
         ConfigError: If a method, a key or a value is unknown, or something is listed twice.
     """
     study = Study(
-        kind=kind,
         recipe=recipe,
         rows=_rows(methods if methods is not None else recipe.variants, smaller),
         points=_points(sweep, points),
         seeds=checked_seeds(seeds),
         out=Path(out),
-        title=title,
-        figure=figure,
-        what=what,
         sweep=sweep.model_dump() | {"label": sweep.label or sweep.key} if sweep is not None else None,
-        plot=plot or {},
-        base_folder=base_folder,
+        **others,
     )
     if len(study.points) > 1 and study.only_pruning_changes:
         own = tuple(replace(row, part=DENSE) if row.name == DENSE else row for row in study.rows)
@@ -275,10 +252,15 @@ def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
 
 
 def _rows(methods: Sequence[str], smaller: Sequence[str]) -> tuple[StudyRow, ...]:
-    names = [DENSE]
-    for method in methods:
-        names += _row_names(method)
-    rows = [_row(name) for name in dict.fromkeys(names)]
+    names = dict.fromkeys([DENSE, *(name for word in methods for name in _row_names(word))])
+    rows = []
+    for name in names:
+        if name in FIXED_ROWS:
+            label, description = FIXED_ROWS[name]
+        else:
+            method = METHODS.find(name)
+            label, description = method.label or name.replace("_", " "), method.description
+        rows.append(StudyRow(name, label, description, name))
     for model in smaller:
         name = Path(model).name
         description = f"A smaller model fine-tuned instead: {model}."
@@ -307,20 +289,12 @@ def _row_names(method: str) -> Sequence[str]:
     return [method]
 
 
-def _row(name: str) -> StudyRow:
-    if name in FIXED_ROWS:
-        label, description = FIXED_ROWS[name]
-        return StudyRow(name, label, description, name)
-    method = METHODS.find(name)
-    return StudyRow(name, method.label or name.replace("_", " "), method.description, name)
-
-
 def _points(sweep: Sweep | None, named: Sequence[NamedPoint] | None) -> tuple[Point, ...]:
     if sweep is not None:
         key, name = sweep.key, sweep.label or sweep.key
-        shown = [(value, _shown(value)) for value in sweep.values]
         given = [
-            Point(value, f"{name} {text}", {key: value}, _slug(f"{key}={text}")) for value, text in shown
+            Point(value, f"{name} {_shown(value)}", {key: value}, _slug(f"{key}={_shown(value)}"))
+            for value in sweep.values
         ]
     elif named is not None:
         given = [Point(None, point.label, point.changes, f"point-{_slug(point.label)}") for point in named]

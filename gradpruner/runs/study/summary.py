@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,6 @@ from gradpruner._version import __version__
 from gradpruner.methods import METHODS
 from gradpruner.provenance import provenance, utc_now
 from gradpruner.runs.plan_names import method_of
-from gradpruner.runs.run_record import task_name
 from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Study, StudyRow
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers
 
@@ -51,7 +50,8 @@ def summarise(study: Study, found: Found, command: str = "") -> dict[str, Any]:
     runs = study.runs()
     finished = [run for run in runs if run.folder in found.records]
     first = next((found.records[run.folder] for run in finished), {})
-    base = next((r for r in found.records.values() if _row_of(r, DENSE).get("evaluation")), first)
+    base = next((r for r in found.records.values() if _at(r, "variants", DENSE, "evaluation")), first)
+    rows = (row for record in found.records.values() for row in record["variants"].values())
     points = [_Point(study, point, found) for point in study.points]
     return {
         "schema_version": 1,
@@ -74,10 +74,10 @@ def summarise(study: Study, found: Found, command: str = "") -> dict[str, Any]:
         "mode": study.recipe.finetune.mode,
         "sweep": study.sweep,
         "plot": study.plot,
-        "task": task_name(study.recipe),
+        "task": study.recipe.task_name,
         "model": base.get("model"),
         "budget": next(iter(found.budgets.values()), None),
-        "metrics": _metric_names(found.records.values()),
+        "metrics": _metric_names(filter(is_measured, rows)),
         "points": [point.summary() for point in points if point.is_begun],
         "reference": first.get("reference", {}),
         "warnings": _warnings(found),
@@ -94,17 +94,17 @@ class _Point:
 
     def _entries(self, row: StudyRow) -> dict[int, dict[str, Any]]:
         """Seed -> the row in that seed's run, if the run has been made."""
-        found = {}
-        for seed in self.study.seeds:
-            record = self.found.records.get(self.study.folder(self.point, row, seed))
-            if record is not None and _row_of(record, row.variant):
-                found[seed] = _row_of(record, row.variant)
-        return found
+        found = {seed: _at(self._record(row, seed), "variants", row.variant) for seed in self.study.seeds}
+        return {seed: entry for seed, entry in found.items() if entry}
+
+    def _record(self, row: StudyRow, seed: int) -> dict[str, Any]:
+        """The record of the run that has a row; {} if there is none yet."""
+        return self.found.records.get(self.study.folder(self.point, row, seed), {})
 
     def _answers(self, row: StudyRow) -> dict[int, Answers]:
         found = {}
         for seed, entry in self.entries[row.name].items():
-            file = (entry.get("evaluation") or {}).get("per_example")
+            file = _at(entry, "evaluation", "per_example")
             if file and not entry.get("error"):
                 folder = self.study.folder(self.point, row, seed)
                 answers = read_answers(self.study.out / folder / file)
@@ -133,21 +133,21 @@ class _Point:
         per_seed = [self._seed(row, seed) for seed in self.study.seeds]
         errors = [entry["error"] for entry in per_seed if entry["error"]]
         plans = self._facts(row, good, "plans")
-        sizes = [self._size(entry) for entry in good.values()]
+        # Against the dense model of the study, also for a row that is another model.
+        left, dense = [entry["num_parameters"] for entry in good.values()], self.dense_parameters
+        gone = [] if dense is None else [dense - size for size in left]
         return {
             "name": row.name,
             "label": row.label,
             "description": row.description,
             "error": (errors[0] if errors else None) if not good else None,
-            **{
-                key: _rounded_mean(size[key] for size in sizes)
-                for key in ("num_parameters", "removed_parameters")
-            },
-            "removed_share": _mean(size["removed_share"] for size in sizes),
-            "num_layers": _rounded_mean(entry.get("num_layers") for entry in good.values()),
+            "num_parameters": _rounded(_mean(left)),
+            "removed_parameters": _rounded(_mean(gone)),
+            "removed_share": _mean(size / dense for size in gone) if dense else None,
+            "num_layers": _rounded(_mean(entry.get("num_layers") for entry in good.values())),
             "uniform": next((plan["uniform"] for plan in plans if "uniform" in plan), None),
-            "metrics": {name: self._metric(row, name, good) for name in self._metric_names(good)},
-            "validation": self._validation(good),
+            "metrics": {name: self._metric(row, name, good) for name in _metric_names(good.values())},
+            "validation": _validation(good.values()),
             "costs": self._costs(row, good),
             "per_seed": per_seed,
             "plans": plans,
@@ -163,30 +163,16 @@ class _Point:
             error = self.found.errors.get(folder, "not run yet")
         return {"seed": seed, "run": folder, "error": error}
 
-    def _size(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """Parameters against the dense model of the study, also for a row that is another model."""
-        dense, left = self.dense_parameters, entry["num_parameters"]
-        gone = None if dense is None else dense - left
-        share = None if dense is None or gone is None else gone / dense
-        return {"num_parameters": left, "removed_parameters": gone, "removed_share": share}
-
     @property
     def dense_parameters(self) -> int | None:
         """Parameters of the model the study prunes."""
-        for row in self.study.rows:
-            for seed in self.study.seeds if row.model is None else ():
-                record = self.found.records.get(self.study.folder(self.point, row, seed))
-                if record is not None:
-                    return int(record["model"]["num_parameters"])
-        return None
-
-    def _metric_names(self, entries: Mapping[int, dict[str, Any]]) -> list[str]:
-        return list(dict.fromkeys(name for e in entries.values() for name in e["evaluation"]["metrics"]))
+        rows = [row for row in self.study.rows if row.model is None]
+        records = (self._record(row, seed) for row in rows for seed in self.study.seeds)
+        return next((int(record["model"]["num_parameters"]) for record in records if record), None)
 
     def _metric(self, row: StudyRow, name: str, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-        def value(entry: dict[str, Any] | None, part: str) -> float | None:
-            measured = ((entry or {}).get(part) or {}).get("metrics", {}).get(name)
-            return None if measured is None else float(measured["value"])
+        def value(entry: dict[str, Any] | None, part: str) -> Any:
+            return _at(entry, part, "metrics", name, "value")
 
         per_seed = [value(good.get(seed), "evaluation") for seed in self.study.seeds]
         there = [found for found in per_seed if found is not None]
@@ -203,64 +189,45 @@ class _Point:
             "paired_gradpruner": self._paired(row, GRADPRUNER, name),
         }
 
-    def _validation(self, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-        """Means over the seeds on validation rows, where these were measured; choices go by them."""
-        measured = [(e.get("also") or {}).get("validation", {}).get("metrics", {}) for e in good.values()]
-        return {
-            name: {"mean": _mean(m[name]["value"] for m in measured if name in m), "n": first["n"]}
-            for found in measured[:1]
-            for name, first in found.items()
-        }
-
     def _paired(self, row: StudyRow, other: str, metric: str) -> dict[str, Any] | None:
         if row.name == other or other not in self.answers:
             return None
         return paired_over_seeds(self.answers[row.name], self.answers[other], metric)
 
     def _costs(self, row: StudyRow, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-        dense = self.entries[DENSE]
-        methods = [self._method_stages(row, seed) for seed in good] if row.variant != DENSE else []
-        ratios: dict[str, list[float | None]] = {"finetune": [], "evaluation": []}
-        for part, found in ratios.items():
-            for seed, entry in good.items():
-                whole = _seconds(dense.get(seed), part)
-                mine = _seconds(entry, part)
-                found.append(mine / whole if mine is not None and whole else None)
-        totals = {seed: _total(entry) for seed, entry in good.items()}
-        wholes = {seed: _total(dense.get(seed)) for seed in good}
-        return {
-            "total_seconds": _mean(totals.values()),
-            "total_ratio": _mean(
-                total / whole
-                for seed, total in totals.items()
-                if total is not None and (whole := wholes[seed])
-            ),
-            "trained_tokens": _rounded_mean(
-                (entry.get("cost") or {}).get("tokens") for entry in good.values()
-            ),
-            "method_seconds": _mean(sum(s["seconds"] or 0.0 for s in stages) for stages in methods),
-            "method_peak_memory_bytes": _rounded_mean(
-                max((s["peak_memory_bytes"] or 0 for s in stages), default=None) for stages in methods
-            ),
-            "training_seconds": _mean(_seconds(entry, "finetune") for entry in good.values()),
-            "training_ratio": _mean(ratios["finetune"]),
-            "training_peak_memory_bytes": _rounded_mean(
-                (entry.get("finetune") or {}).get("peak_memory_bytes") for entry in good.values()
-            ),
-            "inference_seconds": _mean(_seconds(entry, "evaluation") for entry in good.values()),
-            "inference_ratio": _mean(ratios["evaluation"]),
-        }
+        wholes = self.entries[DENSE]
+        records = [self._record(row, seed) for seed in good] if row.variant != DENSE else []
+        methods = [method_stages(record, row.variant) for record in records]
 
-    def _method_stages(self, row: StudyRow, seed: int) -> list[dict[str, Any]]:
-        record = self.found.records[self.study.folder(self.point, row, seed)]
-        return method_stages(record, row.variant)
+        def mean(*keys: str) -> float | None:
+            return _mean(_at(entry, *keys) for entry in good.values())
+
+        def ratio(*keys: str) -> float | None:
+            """Mean over the seeds of what a row takes against the dense model."""
+            pairs = [(_at(entry, *keys), _at(wholes.get(seed), *keys)) for seed, entry in good.items()]
+            return _mean(mine / whole for mine, whole in pairs if mine is not None and whole)
+
+        return {
+            "total_seconds": mean("cost", "seconds", "total"),
+            "total_ratio": ratio("cost", "seconds", "total"),
+            "trained_tokens": _rounded(mean("cost", "tokens")),
+            "method_seconds": _mean(sum(s["seconds"] or 0.0 for s in stages) for stages in methods),
+            "method_peak_memory_bytes": _rounded(
+                _mean(max((s["peak_memory_bytes"] or 0 for s in stages), default=None) for stages in methods)
+            ),
+            "training_seconds": mean("finetune", "seconds"),
+            "training_ratio": ratio("finetune", "seconds"),
+            "training_peak_memory_bytes": _rounded(mean("finetune", "peak_memory_bytes")),
+            "inference_seconds": mean("evaluation", "seconds"),
+            "inference_ratio": ratio("evaluation", "seconds"),
+        }
 
     def _facts(self, row: StudyRow, good: Mapping[int, dict[str, Any]], part: str) -> list[dict[str, Any]]:
         """The plans, or the scores, of every seed."""
         name = row.variant if part == "plans" else method_of(row.variant)
         found = []
         for seed in good:
-            facts = self.found.records[self.study.folder(self.point, row, seed)].get(part, {}).get(name)
+            facts = _at(self._record(row, seed), part, name)
             if facts is not None and row.variant != DENSE:
                 kept = {k: v for k, v in facts.items() if k not in ("savings", "portability")}
                 found.append({"seed": seed, **kept})
@@ -286,15 +253,19 @@ def _title(study: Study, of_run: str) -> str:
     return f"{of_run}: {what}".removeprefix(": ")
 
 
-def _row_of(record: Mapping[str, Any], variant: str) -> dict[str, Any]:
-    row: dict[str, Any] = record.get("variants", {}).get(variant, {})
-    return row
-
-
-def _metric_names(records: Iterable[Mapping[str, Any]]) -> list[str]:
+def _metric_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Every metric that was measured, the main one first."""
-    rows = [row for record in records for row in record["variants"].values() if is_measured(row)]
-    return list(dict.fromkeys(name for row in rows for name in row["evaluation"]["metrics"]))
+    return list(dict.fromkeys(name for row in rows for name in _at(row, "evaluation", "metrics") or ()))
+
+
+def _validation(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds on validation rows, where these were measured; choices go by them."""
+    measured = [_at(row, "also", "validation", "metrics") or {} for row in rows]
+    return {
+        name: {"mean": _mean(_at(metrics, name, "value") for metrics in measured), "n": first["n"]}
+        for found in measured[:1]
+        for name, first in found.items()
+    }
 
 
 def _warnings(found: Found) -> list[str]:
@@ -302,15 +273,11 @@ def _warnings(found: Found) -> list[str]:
     return list(dict.fromkeys([*found.warnings, *said]))
 
 
-def _seconds(entry: Mapping[str, Any] | None, part: str) -> float | None:
-    found = ((entry or {}).get(part) or {}).get("seconds")
-    return None if found is None else float(found)
-
-
-def _total(entry: Mapping[str, Any] | None) -> float | None:
-    """Everything a row took, see `run_record.add_costs`."""
-    found = (((entry or {}).get("cost") or {}).get("seconds") or {}).get("total")
-    return None if found is None else float(found)
+def _at(values: Any, *keys: str) -> Any:
+    """The value below these keys of nested JSON objects; None where one is not there."""
+    for key in keys:
+        values = (values or {}).get(key)
+    return values
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -318,6 +285,5 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(there) / len(there) if there else None
 
 
-def _rounded_mean(values: Iterable[float | None] | Sequence[int]) -> int | None:
-    mean = _mean(values)
-    return None if mean is None else round(mean)
+def _rounded(value: float | None) -> int | None:
+    return None if value is None else round(value)
