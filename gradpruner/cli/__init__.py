@@ -1,7 +1,7 @@
 """The command line: one file per group of commands, everything heavy imported inside.
 
 main      the app, the stage commands, report; options: what several commands are told alike
-executing a recipe found and carried out, and the terminal it is told on
+executing what commands share: finding a recipe, carrying it out, printing
 messages  errors and interruptions on the terminal; suggestions: what to do next
 init      init
 listing   ls

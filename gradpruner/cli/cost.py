@@ -193,7 +193,7 @@ def _scaling(
         workload,
         plan,
         processes=said["world_size"],
-        strategies=tuple(said["strategy"].split(",")) if said["strategy"] else (),
+        strategies=tuple(words(said["strategy"] or "")),
         modes=modes,
         device_bytes=num_bytes(said["device_memory"]) if said["device_memory"] else None,
         optim=said["optim"],

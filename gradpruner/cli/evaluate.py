@@ -85,37 +85,29 @@ def evaluate(
             f"What should {what} be measured on?", hint="Give --task, --eval-data or --lm-eval."
         )
     prepare(chosen.quiet)
-    found = _evaluate_folder(what, chosen, endpoint, served_name)
+    found = _evaluate_folder(what, chosen, (endpoint, served_name))
     if chosen.as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
         _show(found)
 
 
-def _evaluate_folder(
-    what: str, chosen: Chosen, endpoint: str | None, served_name: str | None
-) -> dict[str, Any]:
-    """Measures a model folder as the options say."""
+def _evaluate_folder(what: str, chosen: Chosen, server: tuple[str | None, str | None]) -> dict[str, Any]:
+    """Measures a model folder, or its server (address and name of the model there), as the options say."""
     from gradpruner.files import LOCK_FILE, working_in
 
     rows = chosen.values.get("data.eval")
     # A recipe needs data; rows that are not there are never read.
     stand_in = {} if "data.task" in chosen.values else {"data.train": rows or "-", "data.eval": rows or "-"}
     recipe = resolve(None, chosen, defaults={"model.path": what, **stand_in})
-    measures_task = bool({"data.task", "data.eval"} & set(chosen.values))
     results = Path(chosen.out) if chosen.out else None
     in_a_run = results is not None and not chosen.dry_run and (results / LOCK_FILE).exists()
     with working_in(results) if results is not None and in_a_run else nullcontext():
-        return _measure(recipe, measures_task, endpoint, served_name, results, chosen.dry_run)
+        return _measure(recipe, chosen, server, results)
 
 
 def _measure(
-    recipe: Recipe,
-    measures_task: bool,
-    endpoint: str | None,
-    served_name: str | None,
-    out: Path | None,
-    dry_run: bool,
+    recipe: Recipe, chosen: Chosen, server: tuple[str | None, str | None], out: Path | None
 ) -> dict[str, Any]:
     """Measures one model folder as a recipe's `evaluate` section says; returns what is to be shown."""
     from gradpruner.evaluation.endpoint import Endpoint
@@ -132,7 +124,8 @@ def _measure(
     )
     from gradpruner.runs.together import jointly
 
-    options, choice = recipe.evaluate, recipe.model
+    options, choice, endpoint = recipe.evaluate, recipe.model, server[0]
+    measures_task = bool({"data.task", "data.eval"} & set(chosen.values))
     check_evaluation(recipe)
     folder = locate_model(choice.path)
     if endpoint is None:  # of a model that is served elsewhere only the tokenizer is read
@@ -146,15 +139,15 @@ def _measure(
         found["metrics_asked"] = list(metrics_of(recipe))
     if endpoint is not None and options.lm_eval:
         raise ConfigError("--lm-eval needs the model loaded here; it does not go with --endpoint.")
-    if dry_run:
+    if chosen.dry_run:
         return found
-    journal = _journal(out, folder, recipe, endpoint, served_name, rows) if out and rows else None
+    journal = _journal(out, folder, recipe, server, rows) if out and rows else None
     if rows is not None:
         if endpoint is None:
             model, result = jointly(measure_folder, recipe, folder, rows.examples, journal)
         else:
-            server = Endpoint(endpoint, served_name, options.batch_size)
-            result = _asked(recipe, server, tokenizer, rows.examples, journal)
+            answering = Endpoint(endpoint, server[1], options.batch_size)
+            result = _asked(recipe, answering, tokenizer, rows.examples, journal)
         found |= result.summary(ANSWERS if out else None)
         if out:
             result.write_examples(out / ANSWERS)
@@ -199,7 +192,7 @@ def _asked(
 
 
 def _journal(
-    out: Path, folder: Path, recipe: Recipe, endpoint: str | None, served_name: str | None, rows: ExampleSet
+    out: Path, folder: Path, recipe: Recipe, server: tuple[str | None, str | None], rows: ExampleSet
 ) -> Path:
     """Where answers are kept until all are there: a file of its own for every model, server and question."""
     from gradpruner.provenance import sha256_json
@@ -208,7 +201,7 @@ def _journal(
     asked = {
         "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
         "model": recipe.model.model_dump() | {"path": str(folder.resolve())},
-        "server": [endpoint, served_name],
+        "server": server,
         "rows": [rows.sha256, rows.format, [example.id for example in rows.examples]],
         "evaluate": recipe.evaluate.model_dump(),
         "max_length": recipe.data.max_length,

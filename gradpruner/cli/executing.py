@@ -1,4 +1,4 @@
-"""What commands share: a recipe found and carried out, and the terminal it is told on."""
+"""What commands share: finding a recipe, carrying it out, and printing."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ def resolve(
 ) -> Recipe:
     """The recipe from a file, a name, or the run directory that holds one, with all overrides.
 
-    Args:
-        recipe: File or name.
-        chosen: What the options said; --set goes before everything else.
-        out: Run directory.
-        defaults: Recipe keys the command itself sets where nothing else does.
+    Keys are taken from the file, then from `defaults` of the command, from its options, and from --set.
 
     Raises:
         ConfigError: If nothing says what to run, an option and --set say the same key, or a value is wrong.

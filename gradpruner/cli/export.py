@@ -53,7 +53,7 @@ def export(
 
     if not (gguf or ollama):
         raise ConfigError(
-            "Nothing says as what to export.", hint="--gguf makes a GGUF file; --ollama a Modelfile too."
+            "No format to export to is given.", hint="--gguf makes a GGUF file; --ollama a Modelfile too."
         )
     prepare(quiet)
     found = open_model(model, variant)

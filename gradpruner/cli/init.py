@@ -134,12 +134,7 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def written(target: Path, values: dict[str, Any]) -> str:
-    """The recipe as text.
-
-    Args:
-        target: Where it will be.
-        values: Recipe keys of model and data.
-    """
+    """The text of the recipe that will be at `target`; `values` are its keys of model and data."""
     from gradpruner.data.layouts import UnnamedLabels
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import load_config
@@ -199,14 +194,19 @@ def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
 
 def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     """Mode, rate and steps for a model and so many rows."""
+    from gradpruner.evaluation.costing.per_device import Training, hold_training
     from gradpruner.files import readable_bytes
+    from gradpruner.models.loading import resolve_device
+    from gradpruner.runs.fitting import device_memory
     from gradpruner.training.finetuning import planned_steps
     from gradpruner.training.options import FinetuneSection
     from gradpruner.training.rates import default_rate, told
 
     decoder = sum(sizes.layer_parameters)
     full, lora = 16 * sizes.parameters, 2 * sizes.parameters
-    mode = "full" if full < 0.8 * _memory() else "lora"
+    qlora = hold_training(sizes.model, Training(mode="qlora")).weights
+    _, memory = device_memory(resolve_device("auto"))
+    mode = "full" if full < 0.8 * memory else "lora"
 
     def steps(accumulation: int, epochs: int) -> int:
         return planned_steps(rows, FinetuneSection(accumulation=accumulation, epochs=epochs))
@@ -218,7 +218,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
         "mode": mode,
         "full_memory": readable_bytes(full),
         "lora_memory": f"{readable_bytes(lora)} for the weights",
-        "qlora_memory": readable_bytes(_in_4bit(sizes)),
+        "qlora_memory": readable_bytes(qlora),
         "rate_said": f"{said[0].upper()}{said[1:]}",
         "rate": f"{default_rate(decoder, mode):.1e}",
         "epochs": epochs,
@@ -226,23 +226,6 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
         "accumulation": accumulation,
         "steps": steps(accumulation, epochs),
     }
-
-
-def _in_4bit(sizes: ModelSizes) -> int:
-    """Bytes of the weights as QLoRA holds them."""
-    from gradpruner.evaluation.costing.per_device import Training, hold_training
-
-    return hold_training(sizes.model, Training(mode="qlora")).weights
-
-
-def _memory() -> int:
-    """Bytes of the first GPU, or of the machine where there is none."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(0).total_memory)
-    return int(psutil.virtual_memory().total)
 
 
 def _data_lines(base: Path, values: dict[str, Any], labels: Any) -> str:

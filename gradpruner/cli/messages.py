@@ -1,4 +1,4 @@
-"""How errors and interruptions are told on the terminal."""
+"""Errors and interruptions, printed on standard error."""
 
 from __future__ import annotations
 

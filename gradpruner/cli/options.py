@@ -1,4 +1,4 @@
-"""Options several commands share, so that they are called and explained alike, and the recipe key of each."""
+"""Options that several commands share, under one name and with one help text, and the recipe key of each."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def given(**options: Any) -> dict[str, Any]:
     if options.get("lora") is not None:
         options["lora"] = "lora" if options["lora"] else "full"
     for name in _LISTS & set(options):
-        options[name] = options[name].split(",") if options[name] else None
+        options[name] = words(options[name]) if options[name] else None
     return {KEYS[name]: value for name, value in options.items() if value is not None and value is not False}
 
 
@@ -159,7 +159,7 @@ ENDING = "dry_run as_json quiet"
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was said by the options that `takes` gave a command."""
+    """The values of the options that `takes` gave a command."""
 
     values: dict[str, Any]
     """Recipe keys."""

@@ -11,7 +11,7 @@ variant          one row of the comparison, stage by stage; work: what each stag
 together         what all processes of a job do at the same time
 held_out         choices by the loss on rows that nothing was trained on
 rate_search      the learning rate, found on held-out training rows
-directory        the run directory: stages, fingerprints, lock; pulse: what is in hand, for who looks on
+directory        the run directory: stages, fingerprints, lock; pulse: a file that says what is being done
 evaluation_data  rows and metrics a recipe asks for
 data_warnings    what to know of the rows before training
 plan_names       what rows are called, so that one folder holds the results of many plans;

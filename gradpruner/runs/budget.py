@@ -32,14 +32,9 @@ def plan_for(
     chosen_by_method: dict[str, Any] | None = None,
     num_prune: int | None = None,
 ) -> PruningPlan:
-    """The recipe's budget applied to scores; what the method itself chooses comes before the recipe.
+    """The recipe's budget, or `num_prune` layers, applied to scores; all are dropped without `merging`.
 
-    Args:
-        job: The recipe and its inputs.
-        scores: Of the layers.
-        merging: Whether layers are merged as the recipe says; else all are dropped.
-        chosen_by_method: Keys of the plan section a method sets itself.
-        num_prune: Another number of layers than the recipe's budget.
+    Keys of the plan section that a method sets itself (`chosen_by_method`) come before the recipe's.
     """
     options = job.recipe.plan
     fractions: dict[str, Any] = {}

@@ -58,12 +58,7 @@ def warnings_of(job: Job) -> list[str]:
 
 
 def not_tuned(job: Job, measured: Mapping[str, Any] | None) -> str:
-    """Says so where a model that is given as tuned answers no better than always the same; "" else.
-
-    Args:
-        job: Has the evaluation rows.
-        measured: What evaluating the model as it was given found; None if that was not done.
-    """
+    """Says so where a model given as tuned was measured to be no better than the most frequent answer."""
     score = measured["metrics"].get("exact_match") if measured and job.recipe.start == "given" else None
     most_frequent = majority_class([example.answer for example in job.eval.examples]) if score else 0.0
     if score is None or score["value"] > most_frequent:

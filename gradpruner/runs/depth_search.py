@@ -28,10 +28,8 @@ from gradpruner.world import this_world
 def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path) -> dict[str, Any]:
     """The largest number of layers whose loss on validation rows is certified, see `largest_certified`.
 
-    Args:
-        job: The recipe and its inputs; `plan.max_loss` is the limit.
-        make_plan: The plan that removes so many layers.
-        trace: Folder of the recorded gradients; opened only when layers are merged.
+    `make_plan` gives the plan that removes so many layers. `trace` is the folder of the recorded gradients,
+    opened only when layers are merged.
 
     Returns:
         JSON values: `best` (None if no number was certified), `metric`, `rows`, `limit`, `confidence`, and
@@ -85,10 +83,7 @@ def possible_plans(job: Job) -> dict[int, PruningPlan]:
 def validated(job: Job, plan: dict[str, Any] | None, trace: str) -> dict[str, list[float]]:
     """Score of every validation row, by metric, the most telling first.
 
-    Args:
-        job: The recipe and its inputs.
-        plan: What is removed from the model first, and repaired; None for the dense model.
-        trace: As for `search_depth`.
+    The model is pruned by the plan and repaired before; None leaves it dense.
     """
     model = job.load(job.origin)
     if plan is not None:

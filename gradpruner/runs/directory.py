@@ -158,12 +158,7 @@ class RunDirectory:
         self._opened.close()
 
     def describe(self, config: dict[str, Any], inputs: dict[str, str]) -> None:
-        """Notes what this start works on.
-
-        Args:
-            config: The resolved recipe.
-            inputs: Name of every input -> SHA-256 of its content.
-        """
+        """Notes what this start works on: the resolved recipe, and the SHA-256 of every input by its name."""
         self._recipe = sha256_json(config)[:16]
         self.manifest["gradpruner_version"] = __version__
         self.manifest["config"], self.manifest["inputs"] = config, inputs

@@ -110,11 +110,7 @@ def tokenizer_of(recipe: Recipe, folder: Path) -> Any:
 def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | None = None) -> ExampleSet:
     """The recipe's rows to learn from ("train") or to be measured on ("eval").
 
-    Args:
-        recipe: Names the rows, and says whether unusable ones are dropped.
-        split: "train" or "eval".
-        tokenizer: Of the model.
-        max_length: Tokens per sample; None: as the recipe says.
+    Those that `max_length` tokens (None: as many as the recipe says) cannot hold are unusable.
 
     Raises:
         ConfigError: If the task or a limit is unknown or out of range.
@@ -253,11 +249,6 @@ def load_also(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> 
 
 def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:
     """A named task asked as the model is used to: in a conversation, if it has a template for one.
-
-    Args:
-        found: The task's rows.
-        tokenizer: Of the model.
-        chat: "auto", "always" or "never", see `recipe.DataSection`.
 
     Raises:
         ConfigError: If a conversation is wanted and the tokenizer has no template.

@@ -111,7 +111,7 @@ class Fitting:
         ]
         unknown = [name for name, held in self.stages.items() if held.working is None]
         if unknown:
-            found.append("Activations of this family cannot be told without data: they come on top.")
+            found.append("Activations of this family cannot be estimated without data: they come on top.")
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,12 +130,9 @@ class Fitting:
 def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fitting:
     """What the stages of a run hold on each device.
 
-    Args:
-        job: The recipe with its inputs.
-        rehearse: Also find the activations, which takes seconds.
-        until: The last of `plan_names.STAGES` that is done.
+    `rehearse` also finds the activations, which takes seconds; `until` is the last stage that is done.
     """
-    name, available = _device(job)
+    name, available = device_memory(torch.device(job.device))
     # As large as the recipe's plan leaves it; which layers go is not known yet.
     pruned = keep_layers_(copy.deepcopy(job.sizes.model), job.expected_plan.keep)
     models = {"dense": job.sizes.model, "pruned": pruned}
@@ -222,9 +219,8 @@ def deepspeed_spread(file: Path, size: int) -> Spread:
     return Spread(f"zero{stage}" if 1 <= stage <= 3 else "ddp", size, waits)
 
 
-def _device(job: Job) -> tuple[str, int]:
-    """The device in words, and the memory that a process has on it."""
-    device = torch.device(job.device)
+def device_memory(device: torch.device) -> tuple[str, int]:
+    """A device in words, and the memory that a process has on it."""
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         return facts.name, int(facts.total_memory)

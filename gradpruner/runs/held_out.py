@@ -43,16 +43,9 @@ def loss_before(job: Job, source: Path) -> float:
 
 
 def better_of(job: Job, source: Path, trained: Any, before: float) -> tuple[Any, dict[str, Any]]:
-    """The pruned model that was trained further, or as it was, by their losses on validation rows.
+    """Of the pruned model in `source` and the same `trained` further, the one with the lower validation loss.
 
-    Args:
-        job: Has the validation rows.
-        source: The model as it was.
-        trained: The trained one; released if it is not the better one.
-        before: See `loss_before`.
-
-    Returns:
-        The model, and what run.json says of the choice.
+    Returns it with what run.json says of the choice; a trained model that is not kept is released.
     """
     samples = validation_samples(job)
     try:

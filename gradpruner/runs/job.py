@@ -178,13 +178,7 @@ class Job:
         return METHODS.find(name).read_options(name, self.recipe.methods.get(name, {}))
 
     def context(self, name: str, trace: Callable[[], GradientTrace], folder: Path) -> MethodContext:
-        """What a method may look at.
-
-        Args:
-            name: The method.
-            trace: Opens the recorded gradients.
-            folder: Where it may keep checkpoints while it trains.
-        """
+        """What a method may look at; in `folder` it may keep checkpoints while it trains."""
         plan = self.recipe.plan
         protected = {*plan.protect, *required_layers(self.text, self.family), *range(plan.protect_first)}
         protected |= set(range(self.num_layers - plan.protect_last, self.num_layers))

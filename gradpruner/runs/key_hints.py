@@ -81,10 +81,7 @@ def meant_key(path: str, known: Sequence[str]) -> str | None:
 
     In this order: the same last name, here or in any section, fine-tuning first; a name from `ALIASES`; the
     nearest name, in the section it stands in before all others; the nearest whole path.
-
-    Args:
-        path: The unknown key with its section: "finetune.lr".
-        known: All dotted keys there are, sections included.
+    `known` are all dotted keys there are, sections included.
     """
     parent, _, name = path.lower().replace("-", "_").rpartition(".")
     parent = SECTION_ALIASES.get(parent, parent)

@@ -177,7 +177,7 @@ class _Run:
             self.failures[name] = ours
 
     def decide(self, variant: str, depth: int) -> None:
-        """What a row prunes, as far as that is known before its model is made."""
+        """Chooses what a row prunes, as far as that is known before its model is made."""
         method = METHODS.find(method_of(variant))
         if method.needs_trace and depth >= STAGES.index("record"):
             self.record()

@@ -71,14 +71,8 @@ def derived_name(
 ) -> str:
     """A name for a plan after the settings in which it differs from the first one of its variant.
 
-    Args:
-        variant: The row of the recipe.
-        before: The recipe of the first plan.
-        now: The recipe of this one.
-        taken: Names of rows that are something else.
-
-    Returns:
-        The name without the variant: "num_prune=4", "repair=linear", "seed=1"; a number for too many.
+    `before` and `now` are the two recipes, `taken` the rows that are something else. Returns the name without
+    the variant: "num_prune=4", "repair=linear", "seed=1"; a number where too much differs.
     """
     changed = {key: value for key, (_, value) in differences(before, now).items()}
     of_plan = {key: value for key, value in changed.items() if key.startswith("plan.")} or changed

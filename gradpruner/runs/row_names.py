@@ -31,13 +31,8 @@ def row_for(
 ) -> str:
     """The row of the run directory in which this recipe's model of a variant is, or is to be.
 
-    Args:
-        job: The recipe and its inputs.
-        directory: What is there.
-        variant: A row of the recipe that is pruned.
-        alike: The plan this recipe makes, if it is that of the row asked about; else None. Methods that
-            decide while they train have none.
-        trace: Opens the recorded gradients.
+    `alike` gives the plan this recipe makes, if it is that of the row asked about, else None; methods that
+    decide while they train have none.
 
     Raises:
         ConfigError: If the name the recipe gives belongs to another plan.

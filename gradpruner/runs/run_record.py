@@ -116,14 +116,8 @@ def run_record(
 ) -> dict[str, Any]:
     """Everything the run directory holds, by this start and by earlier ones, as the report reads it.
 
-    Args:
-        job: What was asked for.
-        directory: What was done, stage by stage.
-        asked: Row of the recipe -> its row of the run directory, see `plan_names`.
-        errors: Why rows failed.
-
-    Returns:
-        JSON values. `rows` is `asked`; rows of other plans come after those of this recipe.
+    `asked` is row of the recipe -> its row of the run directory, see `plan_names`; `errors` says why rows
+    failed. Rows of other plans come after those of this recipe.
     """
     recipe = job.recipe
     made = rows_in(directory.stages, MADE)
@@ -167,7 +161,7 @@ def run_record(
 
 
 def title_of(job: Job) -> str:
-    """Headline of the report: as the recipe says, else model and task; a model of a run is called like it."""
+    """Headline of the report: the recipe's, else model and task; a model of a run is named after that run."""
     *_, run, variants, _, last = ("", "", "", *job.folder.resolve().parts)
     name = run if variants == "variants" else last
     return job.recipe.title or f"{name} on {job.recipe.task_name}"

@@ -247,7 +247,7 @@ def _refuse_unusable(model: Any, tokenizer: Any) -> None:
         )
     if not hasattr(model, "save_pretrained") or any(p.is_meta for p in model.parameters()):
         raise ModelError(
-            f"A {type(model).__name__} without weights of its own, or that transformers cannot save.",
+            f"This {type(model).__name__} has no weights of its own, or transformers cannot save it.",
             hint="Give a causal LM of transformers, a model folder or a hub id.",
         )
     if tokenizer is None:

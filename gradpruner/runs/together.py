@@ -29,9 +29,7 @@ T = TypeVar("T")
 def jointly(work: Callable[..., T], *arguments: Any) -> T:
     """Has every process do `work(*arguments)` at the same time; returns what this one makes of it.
 
-    Args:
-        work: A function of a module.
-        *arguments: Plain values that can be sent.
+    The work is a function of a module, and the arguments plain values: both are sent.
 
     Raises:
         PeerError: If it fails on another process; an error of this one as it is.

@@ -10,7 +10,7 @@ from gradpruner.runs.evaluation_data import data_identity, metrics_of_task
 from gradpruner.runs.plan_names import STAGES
 from gradpruner.runs.work import Work, journal
 
-# What a row says of its stages -> their names in the manifest.
+# What run.json says of a row -> the stage that found it, by its name in the manifest.
 PARTS = {
     "repair": "repair {}",
     "pruning": "prune {}",

@@ -40,8 +40,6 @@ class Work:
     """The arrows of one row. `variant.Variant` says in which order, and when they are skipped.
 
     Args:
-        job: The recipe and its inputs.
-        directory: Where the stages are.
         name: "dense", "merged", "dropped", or a method of `METHODS`; of one of several plans "merged@NAME".
         plan: What is pruned; None for the dense model, and where that is known only after pruning.
         trace: Opens the recorded gradients; called only when layers are merged.

@@ -80,10 +80,6 @@ def run_study(study: Study, *, command: str = "") -> Outcome:
     was. Processes may share a folder if each works on seeds of its own; the last one, given all seeds,
     summarises.
 
-    Args:
-        study: What to run.
-        command: How the user called it, for the report.
-
     Raises:
         GradPrunerError: A fault of recipe, data, model or folder that is found before the first run.
         ConfigError: Also if another process works on one of these seeds.

@@ -41,12 +41,7 @@ def read_answers(path: Path) -> Answers | None:
 def paired_over_seeds(
     rows: Mapping[int, Answers], others: Mapping[int, Answers], metric: str
 ) -> dict[str, Any] | None:
-    """Mean difference of a metric with its 95 % interval, over the seeds both rows have.
-
-    Args:
-        rows: Answers of the one row by seed.
-        others: Answers of the row it is compared with.
-        metric: Which.
+    """Mean difference of a metric with its 95 % interval, of the answers by seed of a row and another one.
 
     Returns:
         "mean" of row minus other, "low", "high", "n" examples, "seeds" compared, "wins": seeds in which the

@@ -37,16 +37,7 @@ class Found:
 
 
 def summarise(study: Study, found: Found, command: str = "") -> dict[str, Any]:
-    """What study.json says and the report of a study reads.
-
-    Args:
-        study: What was to be run.
-        found: What is known of it so far.
-        command: How the user called it.
-
-    Returns:
-        JSON values.
-    """
+    """What study.json says and the report of a study reads, as JSON values."""
     runs = study.runs()
     finished = [run for run in runs if run.folder in found.records]
     first = next((found.records[run.folder] for run in finished), {})
