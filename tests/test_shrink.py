@@ -350,6 +350,8 @@ def test_a_shrunk_model_of_a_run_is_called_after_that_run():
     recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "/rows/sst2.jsonl#50"}})
     job = SimpleNamespace(folder=Path("/my/runs/banking/variants/dense/model"), recipe=recipe)
     assert title_of(job) == "banking on sst2"
+    recipe.data.train, job.folder = "/my/reviews/data/train.jsonl", Path("/models/smollm2")
+    assert title_of(job) == "smollm2 on reviews"
 
 
 def test_a_model_that_was_not_tuned_is_named_before_the_repair(tmp_path, caplog):

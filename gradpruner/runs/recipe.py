@@ -140,10 +140,11 @@ class Recipe(Section):
 
     @property
     def task_name(self) -> str:
-        """What a run is about, in a word: its task, its training file, or the folder of a file "train"."""
+        """What a run is about: its task, or its training file; of data/train.jsonl the folder above that."""
         source = Path(str(self.data.train).partition("#")[0])
-        name = source.resolve().parent.name if source.stem == "train" else source.stem
-        return self.data.task or name or source.stem
+        names = [source.stem, *(folder.name for folder in source.resolve().parents)]
+        telling = [name for name in names if name not in ("", "data", "train")]
+        return self.data.task or next(iter(telling), source.stem)
 
     @property
     def distils(self) -> bool:
