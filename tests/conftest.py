@@ -52,6 +52,24 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rehearsed_once():
+    """Dry runs of equal models find what a training step holds once: a second of the two that they take."""
+    from gradpruner.runs import fitting
+
+    found, rehearse = {}, fitting.working_bytes
+
+    def working_bytes(model, training, layers):
+        key = model.config.to_json_string(use_diff=False), training, layers
+        if key not in found:
+            found[key] = rehearse(model, training, layers)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fitting, "working_bytes", working_bytes)
+        yield
+
+
 @pytest.fixture
 def quiet():
     """No progress lines."""

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from builders import make_project
+from processes import COMMAND, begin
 
 from gradpruner.cli.listing import KINDS
 from gradpruner.errors import ConfigError, ResourceError
@@ -174,24 +175,22 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_figures(call, 
         "evaluate": {"before_finetuning": False},
     }
     path, _ = make_project(tmp_path, **options)
-    command = [sys.executable, "-m", "gradpruner", "run", str(path), "--quiet"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+    said, errors = tmp_path / "said", tmp_path / "errors"
+    process = begin(COMMAND, "run", path, "--quiet", outputs=(said, errors))
     try:
         deadline = time.monotonic() + 120
         checkpoints = tmp_path / "run" / "variants" / "merged" / "checkpoints"
         while not list(checkpoints.glob("checkpoint-*/trainer_state.json")):
-            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            assert process.is_alive() and time.monotonic() < deadline, errors.read_text()
             time.sleep(0.01)
         refused = call("run", path)
         assert refused[0] == 2 and f"in use by process {process.pid}" in refused[2]
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
     finally:
         process.kill()
-        said = process.stderr.read().splitlines()  # no progress in a quiet run
-        assert len(said) == 1 and said[0].startswith(b"warning: ")
-        process.stderr.close()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    (line,) = errors.read_text().splitlines()  # no progress in a quiet run
+    assert line.startswith("warning: ")
 
     code, _, err = call("run", path)
     assert code == 0 and "record: done before, skipped" in err

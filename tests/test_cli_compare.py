@@ -1,14 +1,13 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from builders import make_project
+from processes import COMMAND, begin
 
 import gradpruner
 from gradpruner.cli import studies as cli_compare
@@ -207,18 +206,17 @@ def test_a_killed_process_leaves_a_study_that_can_be_finished(call, tmp_path):
     path, _ = make_project(tmp_path, finetune={"epochs": 6})
     out = tmp_path / "s"
     options = ("--methods", "last", "--seeds", "0", "--out", str(out), "--quiet", *QUICK)
-    command = [sys.executable, "-m", "gradpruner", "compare", str(path), *options]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    process = begin(COMMAND, "compare", path, *options, outputs=(tmp_path / "said", tmp_path / "errors"))
     try:
         deadline = time.monotonic() + 120
         manifest = out / "seed-0" / "manifest.json"
         while not (manifest.exists() and "finetune dense" in manifest.read_text()):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
     finally:
         process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert Path(out / "study.yaml").exists()
     code, _, _ = call("compare", path, *options)
     assert code == 0 and json.loads((out / "study.json").read_text())["runs"]["finished"] == 1

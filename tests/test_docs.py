@@ -1,9 +1,9 @@
 """Figures in the documents are those of the committed JSON, and links lead somewhere."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import RUN_PATH, ended
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "LOG.md"]
@@ -11,9 +11,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 
 def test_figures_are_rendered_from_the_committed_json() -> None:
     # A process of its own: a test that takes a row out of the table of families puts it back at the end.
-    command = [sys.executable, ROOT / "docs" / "render.py", "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, _, errors = ended(RUN_PATH, ROOT / "docs" / "render.py", "--check")
+    assert code == 0, errors
 
 
 def test_links_lead_to_files() -> None:

@@ -2,13 +2,13 @@
 
 import argparse
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
+from processes import RUN_PATH, ended
 from test_comparison import FakeProcess
 
 from gradpruner.evaluation.costing import turns
@@ -46,15 +46,15 @@ def arguments(tmp_path, **changes):
 
 
 def test_as_a_user_calls_it(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--tiny", "--device", "cpu", "--results", str(tmp_path)]
-    done = subprocess.run([*command, "--only", "device", "serving"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "measured  device" in done.stdout and "skipped   serving: not installed: vllm" in done.stdout
+    command = ["--tiny", "--device", "cpu", "--results", tmp_path, "--only", "device", "serving"]
+    code, said, errors = ended(RUN_PATH, SCRIPT, *command)
+    assert code == 0, errors
+    assert "measured  device" in said and "skipped   serving: not installed: vllm" in said
     (first, second) = map(json.loads, (tmp_path / "cpu-tiny.jsonl").read_text().splitlines())
     assert (first["part"], first["outcome"]) == ("serving", "skipped")
     assert second["bytes_per_second"] > 0 and second["provenance"]["packages"]["torch"] == torch.__version__
-    refused = subprocess.run([sys.executable, str(SCRIPT), "--device", "cpu"], capture_output=True, text=True)
-    assert refused.returncode == 2 and "--tiny" in refused.stderr
+    code, _, errors = ended(RUN_PATH, SCRIPT, "--device", "cpu")
+    assert code == 2 and "--tiny" in errors
 
 
 class Engine:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import make_project
+from processes import RUN_PATH, ended
 
 from gradpruner.errors import ConfigError, DataError, IntegrityError, ResourceError
 from gradpruner.files import working_in
@@ -216,10 +217,8 @@ def test_processes_with_seeds_of_their_own_may_share_a_study(project):
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
-    done = subprocess.run(
-        [sys.executable, script, "--kills", "3", "--seed", "1"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and "3 kills in" in done.stdout, done.stdout + done.stderr[-2000:]
+    code, said, errors = ended(RUN_PATH, script, "--kills", 3, "--seed", 1)
+    assert code == 0 and "3 kills in" in said, said + errors[-2000:]
 
 
 def test_the_time_of_a_stage_that_is_gone_on_with_adds_up(tmp_path):

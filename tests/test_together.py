@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders import make_llama, make_project, make_samples, make_tokenizer
+from processes import together
 from safetensors.torch import load_file
-from together import together
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 

@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from together import together
+from processes import together
 
 from gradpruner.errors import ConfigError
 from gradpruner.world import PeerError, World, this_world

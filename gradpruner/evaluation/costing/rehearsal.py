@@ -11,6 +11,7 @@ import copy
 import logging
 import warnings
 import weakref
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def working_bytes(model: nn.Module, training: Training, layers: int) -> int | No
     """
     depths = sorted({min(depth, layers, len(decoder_layers(model))) for depth in _DEPTHS})
     try:
-        found = [_rehearsed(_shortened(model, depth), training) for depth in depths]
+        found = _at_depths(model, training, tuple(depths))
     except Exception as error:  # whatever an architecture does with data it has not
         log.debug("A step of %s cannot be rehearsed without data: %s", type(model).__name__, error)
         return None
@@ -57,6 +58,11 @@ def working_bytes(model: nn.Module, training: Training, layers: int) -> int | No
         away = states * (_FLOAT32 if training.mode == "qlora" else training.computing_dtype.itemsize)
     each = [max(0, more - less - away) for less, more in zip(first, last, strict=True)]
     return max(least + slope * (layers - depths[0]) for least, slope in zip(first, each, strict=True))
+
+
+@lru_cache(maxsize=4)  # the dense and the pruned model differ in depth alone
+def _at_depths(model: nn.Module, training: Training, depths: tuple[int, ...]) -> list[tuple[int, ...]]:
+    return [_rehearsed(_shortened(model, depth), training) for depth in depths]
 
 
 def _text(model: Any) -> Any:
