@@ -106,13 +106,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", nargs="+", default=["dense", "merged", "dropped"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     set_mode("quiet")
     with tempfile.TemporaryDirectory() as folder:
         recipe, _ = make_project(
             Path(folder),
-            variants=["dense", "merged", "dropped"],
+            variants=options.variants,
             plan={"repair": "least_squares", "repair_rows": 12},
             finetune={"epochs": 2, "save_steps": 3},
         )
