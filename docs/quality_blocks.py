@@ -67,7 +67,7 @@ def pairs(name: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
     found = []
     for entry in cells().values():
         dense = dense_of(entry["task"], entry["seed"])
-        if entry["cell"] == name and dense is not None:
+        if entry["cell"] == name and dense is not None and entry["task"] in TASKS:
             found.append((entry["task"], entry["seed"], dense, entry))
     return found
 
