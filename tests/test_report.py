@@ -33,11 +33,10 @@ from gradpruner.reports.answers import sample_answers
 from gradpruner.reports.details import served_said, serving_table
 from gradpruner.reports.html import render_html
 from gradpruner.reports.markdown import markdown_table
-from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.terminal import print_summary
-from gradpruner.reports.tiles import tiles
-from gradpruner.reports.verdict import judge
+from gradpruner.reports.verdict import judge, tiles
+from gradpruner.reports.view import read
 
 SECTIONS = [
     "headline", "results", "further", "layers", "losses", "recording",

@@ -6,8 +6,8 @@ import pytest
 
 from gradpruner.cli.suggestions import suggest_after_run
 from gradpruner.errors import ConfigError
-from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice, model_to_ship
+from gradpruner.reports.view import read
 
 
 def row(size: int, test: float, validation: float | None = None, **more: Any) -> dict[str, Any]:

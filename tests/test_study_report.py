@@ -17,11 +17,11 @@ from rich.console import Console
 
 from gradpruner.reports.html import render_html
 from gradpruner.reports.markdown import markdown_table
-from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import results_table
 from gradpruner.reports.terminal import print_summary
 from gradpruner.reports.verdict import judge
+from gradpruner.reports.view import read
 
 NUM_LAYERS = 16
 METHODS = {

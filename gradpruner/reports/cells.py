@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradpruner.printing import MISSING, duration, interval, num_bytes, number, percent, points
+from gradpruner.printing import (
+    MISSING,
+    duration,
+    interval,
+    num_bytes,
+    number,
+    percent,
+    points,
+    ratio,
+    signed_percent,
+)
 from gradpruner.reports.fields import Measured
 
 
@@ -52,10 +62,12 @@ class Table:
     lines: Sequence[Line]
     words: tuple[str, ...] = ()
 
-    @property
-    def error_at(self) -> int:
-        """The column that says of a failed line that it failed: the one of its quality."""
-        return next((i for i, name in enumerate(self.columns) if name.endswith("]")), 1)
+    def texts(self, line: Line, failed: str) -> list[str]:
+        """The cells of a line as plain texts; of a failed line `failed` in place of its quality."""
+        texts = [f"{cell.text} {cell.detail}".strip() for cell in line.cells]
+        if line.kind == "failed":
+            texts[next((i for i, name in enumerate(self.columns) if name.endswith("]")), 1)] = failed
+        return texts
 
 
 def measured_cell(measured: Measured | None) -> Cell:
@@ -72,6 +84,12 @@ def difference_cell(difference: Measured | None) -> Cell:
     if difference is None:
         return Cell(MISSING)
     return exact_cell(points, difference.value, interval(difference.low, difference.high))
+
+
+def change(after: Any, before: Any) -> str:
+    """The relative change of a size, with its sign."""
+    kept = ratio(after, before)
+    return signed_percent(None if kept is None else kept - 1)
 
 
 def exact_cell(show: Callable[[Any], str], value: Any, detail: str = "") -> Cell:

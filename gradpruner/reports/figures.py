@@ -9,22 +9,26 @@ from matplotlib.axes import Axes
 
 from gradpruner.printing import number, percent, text, whole
 from gradpruner.reports.details import searches
-from gradpruner.reports.drawing import (
+from gradpruner.reports.record import Plan, Scores
+from gradpruner.reports.svg import (
+    HALF,
     Key,
+    Margins,
     Plot,
     averaged,
     bucket,
+    colour,
     dash_css,
+    draw,
     is_wide,
     line,
     loss_axis,
+    plain_ticks,
     series,
     settled,
+    whole_ticks,
 )
-from gradpruner.reports.reading import pairs
-from gradpruner.reports.record import Plan, Scores
-from gradpruner.reports.svg import HALF, Margins, colour, draw, plain_ticks, whole_ticks
-from gradpruner.reports.view import View, metric_label
+from gradpruner.reports.view import View, metric_label, pairs
 
 
 def score_plots(view: View) -> list[Plot]:

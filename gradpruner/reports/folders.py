@@ -20,9 +20,8 @@ from gradpruner.files import LOCK_FILE
 from gradpruner.json_files import read_object
 from gradpruner.printing import number, text
 from gradpruner.reports.fields import Each, Fields, Named, Number, Part, count
-from gradpruner.reports.reading import pairs, read
 from gradpruner.reports.record import PENDING
-from gradpruner.reports.view import View
+from gradpruner.reports.view import View, pairs, read
 
 REPORT = "report.html"
 RUNNING, DONE, STOPPED, FAILED, DAMAGED = "running", "done", "stopped", "failed", "damaged"

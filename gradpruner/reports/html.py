@@ -6,26 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradpruner.files import write_text
 from gradpruner.printing import MISSING, moment, num_bytes, text, whole
 from gradpruner.reports import comparing, details, figures, sweep, tables
 from gradpruner.reports.answers import KINDS, sample_answers
 from gradpruner.reports.cells import Table
-from gradpruner.reports.drawing import Plot
-from gradpruner.reports.page import (
-    as_yaml,
-    facts_of,
-    packages_of,
-    provenance_facts,
-    strip_of,
-    write_page,
-)
-from gradpruner.reports.reading import read
+from gradpruner.reports.page import as_yaml, facts_of, provenance_facts, render, strip_of
 from gradpruner.reports.shipping import advice
-from gradpruner.reports.svg import house_style
+from gradpruner.reports.svg import Plot, house_style
 from gradpruner.reports.terminal import title_of
-from gradpruner.reports.tiles import tiles
-from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note
-from gradpruner.reports.view import View
+from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note, tiles
+from gradpruner.reports.view import View, read
 
 _MOST_STRIPS = 24
 Block = tuple[str, Any]
@@ -53,19 +44,20 @@ def render_html(source: dict[str, Any], out: Path) -> Path:
     Returns:
         `out`. The bytes depend on the record and the answers alone.
     """
-    return write_page(page_of(read(source), out.parent), out)
+    page = render("page.html", page_of(read(source), out.parent))
+    # A lone surrogate from a file name must not cost the user the report.
+    write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
+    return out
 
 
 def page_of(view: View, folder: Path) -> dict[str, Any]:
     """What page.html shows."""
     record = view.record
-    verdict = judge(view)
     with house_style():
         sections = [section for section in _sections(view, folder) if section.blocks]
-    name = "run.json" if view.kind == "run" else "study.json"
-    kind = "report" if view.kind == "run" else "study"
+    kind, name = ("report", "run.json") if view.kind == "run" else ("study", "study.json")
     return {
-        "brand": " · ".join(part for part in (f"GradPruner {kind}", text(record.figure or "")) if part),
+        "brand": f"GradPruner {kind}" + (f" · {text(record.figure)}" if record.figure else ""),
         "title": title_of(view),
         "what": text(record.what or ""),
         "made": facts_of(
@@ -77,7 +69,7 @@ def page_of(view: View, folder: Path) -> dict[str, Any]:
             ("Seeds", ", ".join(map(str, view.seeds)) or MISSING),
         ),
         "ship": advice(view, folder),
-        "verdict": verdict,
+        "verdict": judge(view),
         "tiles": tiles(view),
         "warnings": [text(warning) for warning in record.warnings],
         "sections": sections,
@@ -86,12 +78,13 @@ def page_of(view: View, folder: Path) -> dict[str, Any]:
 
 
 def _sections(view: View, folder: Path) -> list[Section]:
+    descriptions = {row.label: row.description for row in view.rows if row.description}
     return [
         *_results(view, folder),
         *_layers(view),
         *_costs(view),
         Section("data", "Data", _data(view)),
-        Section("methods", "What the rows are", _facts(*_descriptions(view).items(), kind="columns")),
+        Section("methods", "What the rows are", _facts(*descriptions.items(), kind="columns")),
         Section("recipe", "Recipe", _recipe(view)),
         Section("provenance", "Provenance", _provenance(view)),
     ]
@@ -121,9 +114,9 @@ def _results(view: View, folder: Path) -> list[Section]:
 
 
 def _layers(view: View) -> list[Section]:
-    strips: list[Block] = [("strips", found)] if (found := _strips(view)) else []
-    if strips and view.kind != "run":
-        strips.append(("note", "The plans of the first seed."))
+    found = _strips(view)
+    note = _notes("note", "The plans of the first seed.") if view.kind != "run" else []
+    strips: list[Block] = [("strips", found), *note] if found else []
     repair = [
         *plots_of(figures.depth_plot(view)),
         *tables_of(details.depth_table(view), details.repair_table(view)),
@@ -183,8 +176,8 @@ def _recipe(view: View) -> list[Block]:
 
 def _provenance(view: View) -> list[Block]:
     known = _facts(*provenance_facts(view.record), kind="columns") or [("absent", "Nothing was recorded.")]
-    packages = packages_of(view.record)
-    return known + ([("heading", "Packages"), *_facts(*packages)] if packages else [])
+    packages = _facts(*((text(k), text(v)) for k, v in view.record.provenance.packages.items()))
+    return known + ([("heading", "Packages"), *packages] if packages else [])
 
 
 def _strips(view: View) -> list[dict[str, Any]]:
@@ -204,11 +197,6 @@ def _strips(view: View) -> list[dict[str, Any]]:
                 label += f", {row.label}"
             strips.append(strip_of(row.plan, label))
     return strips[:_MOST_STRIPS]
-
-
-def _descriptions(view: View) -> dict[str, str]:
-    """Label -> what the method is, where that was recorded."""
-    return {row.label: row.description for row in view.rows if row.description not in ("", MISSING)}
 
 
 def tables_of(*found: Table) -> list[Block]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from gradpruner.printing import text
 from gradpruner.reports.cells import Table
-from gradpruner.reports.reading import read
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import results_table, short_table
 from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note
+from gradpruner.reports.view import read
 
 
 def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
@@ -53,10 +53,7 @@ def _markdown_of(table: Table) -> str:
     rule = ["---", *("---" if name in table.words else "---:" for name in table.columns[1:])]
     lines = [[_markdown_cell(name) for name in table.columns], rule]
     for line in table.lines:
-        cells = [f"{c.text} {c.detail}".strip() for c in line.cells]
-        if line.kind == "failed":
-            cells[table.error_at] = f"failed: {line.error}"
-        lines.append([_markdown_cell(cell) for cell in cells])
+        lines.append([_markdown_cell(cell) for cell in table.texts(line, f"failed: {line.error}")])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

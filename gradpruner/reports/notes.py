@@ -69,27 +69,26 @@ def _recovery_note(row: Row) -> str:
     )
 
 
-def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> tuple[str, ...]:
+def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> list[str]:
     """What a careful reader would object."""
-    main = view.main
-    assert main is not None and view.dense is not None
+    main, reference = view.main, view.dense
+    assert main is not None and reference is not None
     notes = []
     if dense.is_small or pruned.is_small:
         notes.append(_few_words(min(m.n for m in (dense, pruned) if m.n is not None)))
-    notes.extend(_majority_notes(view.majority, dense, pruned, main))
-    notes.extend(_rival_notes(view))
+    notes += [_majority_note(view.majority, dense, pruned, main), _rival_note(view)]
     if not tuned:
         notes.append("Both models were compared as they are, before fine-tuning.")
-    own, others = main.recorded.finetune, view.dense.recorded.finetune
+    own, others = main.recorded.finetune, reference.recorded.finetune
     if tuned and bool(own.model_fields_set) != bool(others.model_fields_set):
-        tuned_label = view.dense.label if others.model_fields_set else main.label
+        tuned_label = reference.label if others.model_fields_set else main.label
         notes.append(f"Only {tuned_label} was fine-tuned: the comparison is not like for like.")
     if None not in (own.steps, others.steps) and own.steps != others.steps:
         notes.append(
             f"Fine-tuning took {whole(others.steps)} steps for dense and {whole(own.steps)} for "
             f"{main.label}: the times and the accuracies are not like for like."
         )
-    notes.extend(filter(None, map(_recovery_note, view.rows)))
+    notes += [_recovery_note(row) for row in view.rows]
     for row in view.rows:
         tuning = row.recorded.finetune
         if tuning.measured_from:
@@ -99,7 +98,7 @@ def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> tup
             )
     if (ratio(own.seconds, others.seconds) or 0) >= 1:
         notes.append("Fine-tuning the pruned model was not faster in this run.")
-    return tuple(notes)
+    return [note for note in notes if note]
 
 
 def _few_words(examples: int | None) -> str:
@@ -109,26 +108,26 @@ def _few_words(examples: int | None) -> str:
     )
 
 
-def _majority_notes(majority: float | None, dense: Measured, pruned: Measured, main: Row) -> list[str]:
+def _majority_note(majority: float | None, dense: Measured, pruned: Measured, main: Row) -> str:
     """Warns when a model is not clearly above the most frequent answer; one below it is the headline."""
     if majority is None or dense.value <= majority:
-        return []
+        return ""
     always = f"always giving the most frequent answer ({percent(majority)})"
-    if (dense.low if dense.low is not None else dense.value) <= majority:
-        return [
+    if (dense.value if dense.low is None else dense.low) <= majority:
+        return (
             f"Even the dense model is not clearly above {always}: it has not learned the task, so "
             "this run says little about pruning."
-        ]
-    if (pruned.low if pruned.low is not None else pruned.value) <= majority:
-        return [f"{main.label} is not clearly above {always}."]
-    return []
+        )
+    if (pruned.value if pruned.low is None else pruned.low) <= majority:
+        return f"{main.label} is not clearly above {always}."
+    return ""
 
 
-def _rival_notes(view: View) -> list[str]:
+def _rival_note(view: View) -> str:
     """Names the other pruned rows that did at least as well."""
     main, metric = view.main, view.metric
     if main is None or metric not in main.after:
-        return []
+        return ""
     rivals = [
         f"{row.label} ({percent(row.after[metric].value)})"
         for row in view.first.rows
@@ -138,10 +137,10 @@ def _rival_notes(view: View) -> list[str]:
         and metric in row.after
         and row.after[metric].value >= main.after[metric].value
     ]
-    return [f"Scored at least as high as {main.label}: {', '.join(rivals)}."] if rivals else []
+    return f"Scored at least as high as {main.label}: {', '.join(rivals)}." if rivals else ""
 
 
-def probe_notes(view: View) -> tuple[str, ...]:
+def probe_notes(view: View) -> list[str]:
     """Warnings about reasoning that was lost, or could not be probed."""
     notes = []
     for name in PROBE_TASKS:
@@ -161,12 +160,12 @@ def probe_notes(view: View) -> tuple[str, ...]:
                 f"{percent(after)}. Depth pruning keeps classification and short answers well and loses "
                 "such reasoning far more, and fine-tuning does not bring it all back."
             )
-    return tuple(notes)
+    return notes
 
 
-def comparison_notes(view: View) -> tuple[str, ...]:
+def comparison_notes(view: View) -> list[str]:
     """What a careful reader of a comparison would object."""
-    notes = _rival_notes(view)
+    notes = [_rival_note(view)]
     share = view.record.budget.share
     off = [
         f"{row.label} ({percent(row.removed_share)})"
@@ -183,7 +182,7 @@ def comparison_notes(view: View) -> tuple[str, ...]:
         notes.append(
             f"{rows} rows are compared at 95%: about one interval in twenty excludes zero by chance."
         )
-    return tuple(notes)
+    return [note for note in notes if note]
 
 
 def size_notes(view: View) -> list[str]:
@@ -200,7 +199,6 @@ def size_notes(view: View) -> list[str]:
         notes.append(f"{seeds} seeds: the ranges say little about how much another seed would change.")
     if view.num_examples is not None and view.num_examples < FEW_EXAMPLES:
         notes.append(_few_words(view.num_examples))
-    missing = {row.label: row.missing_seeds for row in view.rows if row.missing_seeds}
-    for label, failed in missing.items():
+    for label, failed in {row.label: row.missing_seeds for row in view.rows if row.missing_seeds}.items():
         notes.append(f"{label}: seed{'s' if len(failed) > 1 else ''} {', '.join(map(str, failed))} failed.")
     return notes

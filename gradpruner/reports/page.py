@@ -1,4 +1,4 @@
-"""What fills the page: templates, writing, provenance, strips of layers."""
+"""What fills the page: templates, provenance, strips of layers."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import base64
 import hashlib
 from functools import cache
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from gradpruner.files import write_text
 from gradpruner.printing import MISSING, moment, num_bytes, number, short, text, whole
 from gradpruner.reports.record import Plan, Record
 from gradpruner.reports.svg import PALETTE
 
 
 @cache
-def environment() -> Environment:
-    """Returns the templates of this package; what is missing in a context is an error."""
+def _environment() -> Environment:
     return Environment(
         loader=PackageLoader("gradpruner.reports", "."),
         autoescape=select_autoescape(["html"]),
@@ -31,25 +28,11 @@ def environment() -> Environment:
     )
 
 
-def write_page(context: dict[str, Any], out: Path) -> Path:
-    """Renders page.html and writes it in one step; what is missing in a context is an error.
-
-    Args:
-        context: The template's values.
-        out: The file to write; its folder is made, an existing file is replaced.
-
-    Returns:
-        `out`.
-    """
-    page = render("page.html", {"script": Markup(_script()), "script_hash": script_hash()} | context)
-    # A lone surrogate from a file name must not cost the user the report.
-    write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
-    return out
-
-
 def render(template: str, context: dict[str, Any]) -> str:
     """Returns a page of this package; what is missing in a context is an error."""
-    return environment().get_template(template).render({"palette": PALETTE, "MISSING": MISSING} | context)
+    script = {"script": Markup(_script()), "script_hash": script_hash()}
+    given = {"palette": PALETTE, "MISSING": MISSING, **script, **context}
+    return _environment().get_template(template).render(given)
 
 
 def _script() -> str:
@@ -106,11 +89,6 @@ def _plain_data(value: Any) -> Any:
     if isinstance(value, float):
         return number(value)
     return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
-def packages_of(record: Record) -> list[tuple[str, str]]:
-    """Returns the packages that were used, with their versions."""
-    return facts_of(*((text(k), text(v)) for k, v in record.provenance.packages.items()))
 
 
 def provenance_facts(record: Record) -> list[tuple[str, str]]:

@@ -12,10 +12,9 @@ from typing import Any
 
 from gradpruner.errors import ConfigError
 from gradpruner.printing import percent, text, whole
-from gradpruner.reports.reading import read
 from gradpruner.reports.record import Search
 from gradpruner.reports.verdict import NOT_LEARNED, judge
-from gradpruner.reports.view import Row, View, metric_label
+from gradpruner.reports.view import Row, View, metric_label, read
 
 _KEEP_MORE = (
     "Fewer layers (plan.num_prune), training after the cut (recover.epochs) or a limit on the loss "

@@ -9,9 +9,18 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from gradpruner.printing import duration, num_bytes, number, percent, short, times
-from gradpruner.reports.drawing import DASHES, Key, Plot, dash_css, percent_ticks
 from gradpruner.reports.fields import Measured
-from gradpruner.reports.svg import Margins, colour, draw, plain_ticks
+from gradpruner.reports.svg import (
+    DASHES,
+    Key,
+    Margins,
+    Plot,
+    colour,
+    dash_css,
+    draw,
+    percent_ticks,
+    plain_ticks,
+)
 from gradpruner.reports.view import Point, Row, View, metric_label
 
 _MOST_SERIES = 6

@@ -13,12 +13,11 @@ from rich.text import Text
 from gradpruner.printing import number, text, whole
 from gradpruner.reports.cells import Table
 from gradpruner.reports.details import savings_tables
-from gradpruner.reports.reading import read
 from gradpruner.reports.record import Plan
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import short_table
 from gradpruner.reports.verdict import budget_words, judge, serving_note
-from gradpruner.reports.view import View
+from gradpruner.reports.view import View, read
 
 _STYLES = {
     "even": "bold cyan",
@@ -27,9 +26,13 @@ _STYLES = {
     "worse": "bold red",
     "unknown": "bold",
 }
-_GLYPHS = {"keep": "█", "receive": "█", "merge": "▼", "drop": "·"}
-_PLAIN_GLYPHS = {"keep": "#", "receive": "#", "merge": "m", "drop": "."}
-_GLYPH_STYLES = {"keep": "blue", "receive": "blue", "merge": "yellow", "drop": "dim"}
+# Role of a layer -> its sign, that of a console without symbols, and its style.
+_GLYPHS = {
+    "keep": ("█", "#", "blue"),
+    "receive": ("█", "#", "blue"),
+    "merge": ("▼", "m", "yellow"),
+    "drop": ("·", ".", "dim"),
+}
 _ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "→": "->", "…": "...", "·": "."})
 _PER_LINE = 80
 
@@ -117,11 +120,12 @@ def _print_scores(name: str, values: list[Any], console: Console) -> None:
     """One line per layer, least important first; the bar is the share of the highest score."""
     numbers = [number(value) or 0.0 for value in values]
     highest = max(numbers, default=0.0)
-    table = RichTable("layer", "score", "of the highest", title=f"Scores: {name}", title_justify="left")
+    frame = box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD
+    title = f"Scores: {name}"
+    table = RichTable("layer", "score", "of the highest", title=title, title_justify="left", box=frame)
     for layer in sorted(range(len(numbers)), key=lambda i: (numbers[i], i)):
         share = numbers[layer] / highest if highest else 0.0
         table.add_row(str(layer), f"{numbers[layer]:.3e}", f"{share:.2%}")
-    table.box = box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD
     console.print(table)
 
 
@@ -143,40 +147,28 @@ def rich_table(table: Table, console: Console) -> RichTable:
             shown.add_column(Text(name), overflow="fold", min_width=12, max_width=26)
     styles = {"failed": "red", "main": "bold", "": ""}
     for line in table.lines:
-        cells = [_plain(f"{c.text} {c.detail}".strip(), console) for c in line.cells]
-        if line.kind == "failed":
-            cells[table.error_at] = "failed"
+        cells = [_plain(text, console) for text in table.texts(line, "failed")]
         shown.add_row(*(Text(cell) for cell in cells), style=styles[line.kind])
     return shown
 
 
 def _print_strips(plans: list[tuple[str, Plan]], console: Console) -> None:
-    glyphs = _PLAIN_GLYPHS if console.options.ascii_only else _GLYPHS
     shown = [(label, plan) for label, plan in plans if plan.actions]
     if not shown:
         return
+    glyphs = {role: (sign[console.options.ascii_only], style) for role, (*sign, style) in _GLYPHS.items()}
     legend = Text("Layers: ")
     for role, word in (("keep", "kept"), ("merge", "merged"), ("drop", "dropped")):
-        legend.append(glyphs[role], style=_GLYPH_STYLES[role])
-        legend.append(f" {word}  ")
+        legend.append(*glyphs[role]).append(f" {word}  ")
     console.print(legend)
     for label, plan in shown:
         say(console, f"{label}{_merge_words(plan)}")
-        for line in _strip_lines(plan, glyphs):
-            console.print(line)
-
-
-def _strip_lines(plan: Plan, glyphs: dict[str, str]) -> list[Text]:
-    lines = []
-    for start in range(0, len(plan.actions), _PER_LINE):
-        part = plan.actions[start : start + _PER_LINE]
-        line = Text(f"{part[0].layer:>4} ", style="dim")
-        for action in part:
-            role = plan.roles[action.layer]
-            line.append(glyphs[role], style=_GLYPH_STYLES[role])
-        line.append(f" {part[-1].layer}", style="dim")
-        lines.append(line)
-    return lines
+        for start in range(0, len(plan.actions), _PER_LINE):
+            part = plan.actions[start : start + _PER_LINE]
+            line = Text(f"{part[0].layer:>4} ", style="dim")
+            for action in part:
+                line.append(*glyphs[plan.roles[action.layer]])
+            console.print(line.append(f" {part[-1].layer}", style="dim"))
 
 
 def _merge_words(plan: Plan) -> str:

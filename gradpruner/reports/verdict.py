@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gradpruner.printing import interval, percent, points, ratio, text, whole
+from gradpruner.printing import MISSING, duration, interval, percent, points, ratio, short, text, times, whole
+from gradpruner.reports.cells import change
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes
 from gradpruner.reports.view import Point, Row, View, metric_label
@@ -31,12 +31,30 @@ class Verdict:
     level: str
     word: str
     sentence: str
-    notes: tuple[str, ...]
+    notes: list[str]
 
 
 def judge(view: View) -> Verdict:
     """Says whether the headline's row is as good as dense, beats the last layers, or what settings change."""
     return {"run": _judge_run, "compare": _judge_comparison, "ablation": _judge_sweep}[view.kind](view)
+
+
+def _concluded(
+    view: View, lead: str, finding: tuple[str, str, str], notes: list[str], tuned: bool = True
+) -> Verdict:
+    """A verdict by level, word and sentence, unless the task was not learned: then they say nothing."""
+    learned = not_learned(view, tuned)
+    level, word, sentence = ("unclear", NOT_LEARNED, learned) if learned else finding
+    return Verdict(level, word, f"{lead} {sentence}".rstrip(), notes)
+
+
+def _failures(view: View) -> list[str]:
+    return [
+        f"{row.label}{f' at {point.label}' if view.kind == 'ablation' else ''} failed: {text(row.error, 300)}"
+        for point in view.points
+        for row in point.rows
+        if row.error
+    ]
 
 
 def compared(view: View) -> tuple[Measured | None, Measured | None, bool]:
@@ -54,52 +72,44 @@ def compared(view: View) -> tuple[Measured | None, Measured | None, bool]:
 
 
 def _judge_run(view: View) -> Verdict:
-    dense, main = view.dense, view.main
-    failures = tuple(f"{row.label} failed: {text(row.error, 300)}" for row in view.rows if row.error)
+    dense, main, failures = view.dense, view.main, _failures(view)
     if main is None:
         return Verdict("unknown", "No result", "This run holds no pruned model.", failures)
     before, after, tuned = compared(view)
     if dense is None or before is None or after is None:
-        lacking = " and ".join(
-            name for name, value in (("the dense model", before), (main.label, after)) if value is None
-        )
+        measured = {"the dense model": before, main.label: after}
+        lacking = " and ".join(name for name, value in measured.items() if value is None)
         sentence = f"Nothing to compare: {lacking} has no {metric_label(view.metric).lower()}."
         return Verdict("unknown", "No result", sentence, failures)
-    level, word, finding = _finding(before, after, main.paired.get(view.metric) if tuned else None)
-    learned = not_learned(view, tuned)
-    if learned:
-        level, word, finding = "unclear", NOT_LEARNED, learned
-    sentence = (
+    finding = _finding(before, after, main.paired.get(view.metric) if tuned else None)
+    lead = (
         f"{main.label} keeps {whole(main.num_layers)} of {whole(dense.num_layers)} layers and scores "
-        f"{percent(after.value)} where the dense model scores {percent(before.value)}. {finding}"
+        f"{percent(after.value)} where the dense model scores {percent(before.value)}."
     )
-    notes = (*failures, *probe_notes(view), *run_notes(view, before, after, tuned))
-    return Verdict(level, word, sentence, notes)
+    notes = [*failures, *probe_notes(view), *run_notes(view, before, after, tuned)]
+    return _concluded(view, lead, finding, notes, tuned)
 
 
 def _judge_comparison(view: View) -> Verdict:
     """Compares GradPruner with dropping the last layers and counts wins, ties and losses."""
     point, main = view.first, view.main
-    failed = tuple(f"{r.label} failed: {text(r.error, 300)}" for r in point.rows if r.error is not None)
-    notes = (*failed, *size_notes(view), *comparison_notes(view))
+    notes = [*_failures(view), *size_notes(view), *comparison_notes(view)]
     if main is None or view.metric not in main.after:
         return Verdict("unknown", "No result", "No pruned model was measured.", notes)
     paired = main.paired.get(view.metric)
     dense = view.dense.after.get(view.metric) if view.dense else None
     of_dense = f" where the dense model scores {percent(dense.value)}" if dense else ""
     of_dense += f" ({_paired_words(paired)})" if dense and paired else ""
-    parts = [f"{main.label} scores {percent(main.after[view.metric].value)}{of_dense}."]
+    lead = f"{main.label} scores {percent(main.after[view.metric].value)}{of_dense}."
     last = point.row("last")
     level, word, against = "unknown", "Nothing to compare", ""
     if last is not None and last is not main and view.metric in last.after:
         level, word, against = _against_last(main, last, view.metric)
     elif paired is not None:
-        level, word = _level(paired, ("Better than dense", "No clear difference", "Below dense"))
-    learned = not_learned(view)
-    if learned:
-        return Verdict("unclear", NOT_LEARNED, f"{parts[0]} {learned}", notes)
-    parts += [words for words in (against, tally_words(view, point), _merging(point, view.metric)) if words]
-    return Verdict(level, word, " ".join(parts), notes)
+        level = _level(paired)
+        word = {"better": "Better than dense", "even": "No clear difference", "worse": "Below dense"}[level]
+    words = (against, _tally_words(view, point), _merging(point, view.metric))
+    return _concluded(view, lead, (level, word, " ".join(filter(None, words))), notes)
 
 
 def _judge_sweep(view: View) -> Verdict:
@@ -107,13 +117,7 @@ def _judge_sweep(view: View) -> Verdict:
     main = view.main_name
     rows = [(point.label, point.row(main)) for point in view.points]
     found = [(label, row.after[view.metric]) for label, row in rows if row and view.metric in row.after]
-    failed = tuple(
-        f"{row.label} at {point.label} failed: {text(row.error, 200)}"
-        for point in view.points
-        for row in point.rows
-        if row.error is not None
-    )
-    notes = (*failed, *size_notes(view))
+    notes = [*_failures(view), *size_notes(view)]
     if not found or main is None:
         return Verdict("unknown", "No result", "No setting was measured.", notes)
     (best, high), (worst, low) = (pick(found, key=lambda entry: entry[1].value) for pick in (max, min))
@@ -121,21 +125,22 @@ def _judge_sweep(view: View) -> Verdict:
     if len(found) == 1:
         sentence = f"{name}: only {best} was measured, {percent(high.value)}."
         return Verdict("unknown", "One setting", sentence, notes)
-    sentence = (
+    lead = (
         f"{name}: highest at {best} ({percent(high.value)}), lowest at {worst} "
         f"({percent(low.value)}), {points(high.value - low.value).lstrip('+')} points apart."
     )
-    learned = not_learned(view)
-    if learned:
-        return Verdict("unclear", NOT_LEARNED, f"{sentence} {learned}", notes)
     seeds = min(len(high.per_seed), len(low.per_seed))
+    finding = (
+        "even",
+        "No clear difference",
+        f"The seeds of the two overlap ({seeds} each): no clear difference.",
+    )
     if seeds < 2:
-        return Verdict("unclear", "Cannot tell", f"{sentence} One seed each: this may be chance.", notes)
-    if low.high is not None and high.low is not None and low.high < high.low:
-        sentence += f" Every seed of the first is above every seed of the second ({seeds} each)."
-        return Verdict("better", "It makes a difference", sentence, notes)
-    sentence += f" The seeds of the two overlap ({seeds} each): no clear difference."
-    return Verdict("even", "No clear difference", sentence, notes)
+        finding = ("unclear", "Cannot tell", "One seed each: this may be chance.")
+    elif low.high is not None and high.low is not None and low.high < high.low:
+        above = f"Every seed of the first is above every seed of the second ({seeds} each)."
+        finding = ("better", "It makes a difference", above)
+    return _concluded(view, lead, finding, notes)
 
 
 def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> tuple[str, str, str]:
@@ -143,11 +148,10 @@ def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> 
     small = dense.is_small or pruned.is_small
     if difference is not None and difference.ends:
         how = f"The difference on the same examples is {_paired_words(difference)}"
-        level, _ = _level(difference, ("", "", ""))
-        loss, gain = difference.value, False
+        level, loss, gain = _level(difference), difference.value, False
     elif dense.ends and pruned.ends:
         apart = (pruned.low or 0) - (dense.high or 0), (pruned.high or 0) - (dense.low or 0)
-        level, _ = _level(Measured(value=0, low=apart[0], high=apart[1]), ("", "", ""))
+        level = _level(Measured(low=apart[0], high=apart[1]))
         how = f"The 95% intervals {'overlap' if level == 'even' else 'do not overlap'}"
         loss = pruned.value - dense.value
         gain = loss > 0
@@ -184,7 +188,7 @@ def budget_words(view: View) -> str:
     )
 
 
-def tally_words(view: View, point: Point) -> str:
+def _tally_words(view: View, point: Point) -> str:
     """Wins, ties and losses of GradPruner by paired intervals, '' without any."""
     rivals = [
         row.rival[view.metric].turned()
@@ -193,7 +197,7 @@ def tally_words(view: View, point: Point) -> str:
         and not row.is_smaller
         and view.metric in row.rival
     ]
-    levels = [_level(rival, ("", "", ""))[0] for rival in rivals if rival.ends]
+    levels = [_level(rival) for rival in rivals if rival.ends]
     if not levels:
         return ""
     wins, losses = levels.count("better"), levels.count("worse")
@@ -226,10 +230,13 @@ def _against_last(main: Row, last: Row, metric: str) -> tuple[str, str, str]:
         said = f"That is {ahead} just dropping the last layers ({percent(theirs)}), without an interval"
         return "unclear", "Cannot tell", f"{said}: it may be chance."
     gain = rival.turned()
-    than = "dropping the last layers"
-    level, word = _level(gain, (f"Better than {than}", f"No clear gain over {than}", f"Worse than {than}"))
-    verbs = {"better": "beats", "even": "cannot be told from", "worse": "loses to"}
-    return level, word, f"It {verbs[level]} just {than} ({percent(theirs)}): {_paired_words(gain)}."
+    level, than = _level(gain), "dropping the last layers"
+    word, verb = {
+        "better": ("Better than", "beats"),
+        "even": ("No clear gain over", "cannot be told from"),
+        "worse": ("Worse than", "loses to"),
+    }[level]
+    return level, f"{word} {than}", f"It {verb} just {than} ({percent(theirs)}): {_paired_words(gain)}."
 
 
 def _merging(point: Point, metric: str) -> str:
@@ -239,21 +246,19 @@ def _merging(point: Point, metric: str) -> str:
     if rival is None or not rival.ends:
         return ""
     gain = rival.turned()
-    level, verb = _level(gain, ("adds", "adds nothing that can be told from chance", "costs"))
+    level = _level(gain)
     if level == "even":
-        return f"Merging {verb} ({_paired_words(gain)})."
+        return f"Merging adds nothing that can be told from chance ({_paired_words(gain)})."
     size = points(abs(gain.value)).lstrip("+")
-    ends = sorted(abs(end) for end in (gain.low or 0, gain.high or 0))
-    return f"Merging {verb} {size} points, 95% {interval(*ends)}."
+    ends = sorted(map(abs, gain.ends or ()))
+    return f"Merging {'adds' if level == 'better' else 'costs'} {size} points, 95% {interval(*ends)}."
 
 
-def _level(gain: Measured, words: Sequence[str]) -> tuple[str, str]:
+def _level(gain: Measured) -> str:
     """Better, even or worse, by where the interval of a difference lies."""
     if gain.low is not None and gain.low > 0:
-        return "better", words[0]
-    if gain.high is not None and gain.high < 0:
-        return "worse", words[2]
-    return "even", words[1]
+        return "better"
+    return "worse" if gain.high is not None and gain.high < 0 else "even"
 
 
 def _paired_words(paired: Measured) -> str:
@@ -282,3 +287,73 @@ def reading_words(view: View) -> str:
     if any(m.is_small for row in view.rows for m in (*row.after.values(), *row.before.values())):
         words.append("* Fewer than 100 examples: read the interval, not the value.")
     return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline number: what it is, its change, from what to what, and a remark."""
+
+    name: str
+    change: str
+    before: str
+    after: str
+    remark: str = ""
+
+
+def tiles(view: View) -> list[Tile]:
+    """The headline numbers that are known: size, quality, time."""
+    main, dense, metric = view.main, view.dense, view.metric
+    if view.kind == "ablation" or main is None:
+        return []
+    model = view.record.model
+    layers = (dense.num_layers if dense else None) or model.num_layers
+    size = (dense.num_parameters if dense else None) or model.num_parameters
+    before, after, tuned = compared(view)
+    smaller = change(main.num_parameters, size)
+    found = [
+        Tile("Layers", change(main.num_layers, layers), whole(layers), whole(main.num_layers)),
+        Tile("Parameters", smaller, short(size), short(main.num_parameters), main.label),
+        _quality_tile(
+            "Against dense" + ("" if tuned else ", not fine-tuned"),
+            before,
+            after,
+            main.paired.get(metric) if tuned else None,
+            metric,
+        ),
+    ]
+    last = view.first.row("last")
+    if view.kind == "compare" and last is not None and last is not main and metric in last.after:
+        gain = last.rival[metric].turned() if metric in last.rival else None
+        found.append(_quality_tile("Against the last layers", last.after[metric], after, gain, metric))
+    found.append(_time_tile(main, dense))
+    shown = found if view.kind == "run" else found[1:]
+    return [tile for tile in shown if {tile.before, tile.after} != {MISSING}]
+
+
+def _quality_tile(
+    name: str, other: Measured | None, mine: Measured | None, paired: Measured | None, metric: str
+) -> Tile:
+    """A difference in points, with its interval where it was measured example by example."""
+    gain, remark = MISSING, metric_label(metric)
+    if paired is not None:
+        gain = f"{points(paired.value)} points"
+        remark += f"; 95%: {interval(*paired.ends)}" if paired.ends else ""
+    elif other is not None and mine is not None:
+        gain = f"{points(mine.value - other.value)} points"
+    before, after = (percent(m.value if m else None) for m in (other, mine))
+    return Tile(name, gain, before, after, remark)
+
+
+def _time_tile(main: Row, dense: Row | None) -> Tile:
+    """Everything a row took, where that was recorded; else fine-tuning alone, and it says so."""
+    costs = main.costs
+    alone = times(costs.get("training_ratio"))
+    if costs.get("total_ratio") is not None:
+        before, after = (duration(row.costs.get("total_seconds") if row else None) for row in (dense, main))
+        words = "all but measuring" + (f"; fine-tuning alone {alone}" if alone != MISSING else "")
+        return Tile("Time in all", times(costs["total_ratio"]), before, after, words)
+    if main.recorded.finetune.seconds is not None or dense is None:
+        before, after = (duration(row.recorded.finetune.seconds if row else None) for row in (dense, main))
+    else:
+        before, after = times(dense.costs.get("training_ratio")), alone
+    return Tile("Fine-tuning time", alone, before, after, "without recording, choosing and pruning")
