@@ -1,7 +1,7 @@
 """Asking a server that is not trusted: JSON there and back, one deadline, one host, a reply of limited size.
 
-The key goes to the host that was named and nowhere else: no redirect is followed. What fails in passing
-(429, 5xx) is tried again, ever more slowly, until the deadline; a connection that broke, once.
+The key goes to the host that was named and nowhere else: no redirect is followed. What may succeed in a
+moment (429, 5xx) is asked again, ever more slowly, until the deadline; after a broken connection, once.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Connection:
             ) from None
 
     async def _until_it_works(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
-        """Tries again what may be better in a moment, until there have been TRIES or the time is up."""
+        """Tries again what may succeed in a moment, up to TRIES times, until the time is up."""
         end = time.monotonic() + DEADLINE_SECONDS
         for attempt in range(1, TRIES + 1):
             try:

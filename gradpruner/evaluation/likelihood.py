@@ -183,22 +183,17 @@ class Rows:
         self.segments = torch.full_like(self.ids, -1)
         self._sets = sets
         # Of every scored token: its row, where its logits stand, itself, the number of its option.
-        self._rows: list[int] = []
-        self._places: list[int] = []
-        self._tokens: list[int] = []
-        self._options: list[int] = []
-        num_options = 0
+        self._scored: list[tuple[int, int, int, int]] = []
+        self._num_options = 0
         for row, one in enumerate(sets):
+            behind = len(one.prompt)
             place = self._lay(row, 0, one.prompt, position=0, segment=0)
             for segment, target in enumerate(one.targets, start=1):
-                places = [len(one.prompt) - 1, *range(place, place + len(target) - 1)]
-                self._rows += [row] * len(target)
-                self._places += places
-                self._tokens += target
-                self._options += [num_options] * len(target)
-                num_options += 1
-                place = self._lay(row, place, target[:-1], position=len(one.prompt), segment=segment)
-        self._num_options = num_options
+                places = [behind - 1, *range(place, place + len(target) - 1)]
+                scored = zip(places, target, strict=True)
+                self._scored += [(row, at, token, self._num_options) for at, token in scored]
+                self._num_options += 1
+                place = self._lay(row, place, target[:-1], position=behind, segment=segment)
 
     def _lay(self, row: int, place: int, tokens: list[int], position: int, segment: int) -> int:
         """Writes tokens into a row; returns the place behind them."""
@@ -225,13 +220,11 @@ class Rows:
         Returns:
             Nats, by example and option.
         """
-        device, skipped = logits.device, self.ids.shape[1] - logits.shape[1]
-        rows = torch.tensor(self._rows, device=device)
-        places = torch.tensor(self._places, device=device) - skipped
-        tokens = torch.tensor(self._tokens, device=device)
-        losses = functional.cross_entropy(logits[rows, places].float(), tokens, reduction="none")
+        rows, places, tokens, options = torch.tensor(self._scored, device=logits.device).T
+        kept = logits[rows, places - (self.ids.shape[1] - logits.shape[1])]
+        losses = functional.cross_entropy(kept.float(), tokens, reduction="none")
         sums = torch.zeros(self._num_options, dtype=torch.float64)
-        sums.index_add_(0, torch.tensor(self._options), -losses.double().cpu())
+        sums.index_add_(0, options.cpu(), -losses.double().cpu())
         values = iter(sums.tolist())
         return [[next(values) for _ in one.targets] for one in self._sets]
 

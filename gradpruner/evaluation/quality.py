@@ -1,6 +1,6 @@
 """How well a model does its task: greedy answers, the likelihood of the options, and what they score.
 
-Who answers is exchangeable: a loaded transformers model (`generation.LocalModel`) or a server that speaks the
+Answers come from a loaded transformers model (`generation.LocalModel`) or from a server that speaks the
 OpenAI completions protocol (`endpoint.Endpoint`).
 """
 
@@ -167,7 +167,7 @@ def _generates(metrics: Sequence[str]) -> bool:
 
 @dataclass(frozen=True)
 class _Asking:
-    """The share of the questions that this process asks, and where its answers go."""
+    """One process asking its share of the questions, and noting the answers."""
 
     answering: LocalModel | Endpoint
     questions: Questions

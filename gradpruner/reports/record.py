@@ -24,6 +24,11 @@ PENDING = ("not run yet", "not finished")
 """Errors of rows that did not fail: an unfinished study can be looked at."""
 
 
+def _at(*path: str, default: Any = None) -> Any:
+    """A field whose value stands deeper in the JSON."""
+    return Field(default=default, validation_alias=AliasPath(*path))
+
+
 class Evaluated(Part):
     """What measuring a model gave and took."""
 
@@ -106,17 +111,13 @@ class VariantRecord(Part):
     paired: Annotated[dict[str, Metrics], Named] = {}
     finetune: Trained = Trained()
     recovery: Trained = Trained()
-    verified: Verified = Field(default=Verified(), validation_alias=AliasPath("pruning", "verified"))
-    repair_kind: Any = Field(default=None, validation_alias=AliasPath("repair", "kind"))
-    cuts: Annotated[list[Cut], Each] = Field(default=[], validation_alias=AliasPath("repair", "cuts"))
-    cost: Annotated[dict[str, Number], Named] = Field(
-        default={}, validation_alias=AliasPath("cost", "seconds")
-    )
-    cost_tokens: Number = Field(default=None, validation_alias=AliasPath("cost", "tokens"))
-    cost_resumed: Values = Field(default=[], validation_alias=AliasPath("cost", "resumed"))
-    lm_eval: Annotated[dict[str, Harnessed], Named] = Field(
-        default={}, validation_alias=AliasPath("lm_eval", "tasks")
-    )
+    verified: Verified = _at("pruning", "verified", default=Verified())
+    repair_kind: Any = _at("repair", "kind")
+    cuts: Annotated[list[Cut], Each] = _at("repair", "cuts", default=[])
+    cost: Annotated[dict[str, Number], Named] = _at("cost", "seconds", default={})
+    cost_tokens: Number = _at("cost", "tokens")
+    cost_resumed: Values = _at("cost", "resumed", default=[])
+    lm_eval: Annotated[dict[str, Harnessed], Named] = _at("lm_eval", "tasks", default={})
 
 
 class Action(Part):
@@ -313,13 +314,13 @@ class Record(Part):
     provenance: Provenance = Provenance()
     recipe: Fields = {}
     model: ModelRecord = ModelRecord()
-    majority: Number = Field(default=None, validation_alias=AliasPath("reference", "majority_class"))
+    majority: Number = _at("reference", "majority_class")
     warnings: Values = []
     budget: Budget = Budget()
     # Of a run.
-    train: Rows = Field(default=Rows(), validation_alias=AliasPath("data", "train"))
-    eval: Rows = Field(default=Rows(), validation_alias=AliasPath("data", "eval"))
-    overlap_rows: Count = Field(default=None, validation_alias=AliasPath("data", "overlap_rows"))
+    train: Rows = _at("data", "train", default=Rows())
+    eval: Rows = _at("data", "eval", default=Rows())
+    overlap_rows: Count = _at("data", "overlap_rows")
     trace: Trace = Trace()
     scores: Annotated[dict[str, Scores], Named] = {}
     plans: Annotated[dict[str, Plan], Named] = {}
@@ -336,5 +337,5 @@ class Record(Part):
     task: Any = None
     sweep: Sweep | None = None
     plot: Fields = {}
-    planned: Number = Field(default=None, validation_alias=AliasPath("runs", "planned"))
-    done: Number = Field(default=None, validation_alias=AliasPath("runs", "finished"))
+    planned: Number = _at("runs", "planned")
+    done: Number = _at("runs", "finished")

@@ -249,11 +249,10 @@ def averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
 
 
-def is_wide(values: Sequence[float | None]) -> bool:
+def is_wide(values: Sequence[float]) -> bool:
     """Whether values are drawn on a logarithmic scale."""
-    known = [value for value in values if value is not None]
-    least = min((value for value in known if value > 0), default=0.0)
-    return least > 0 and min(known) >= 0 and max(known) > _LOG_SPREAD * least
+    least = min((value for value in values if value > 0), default=0.0)
+    return least > 0 and min(values) >= 0 and max(values) > _LOG_SPREAD * least
 
 
 def loss_axis(axes: Axes, log: bool, label: str) -> None:

@@ -48,8 +48,7 @@ class Figure:
 
     Attributes:
         name: As in JSON: "full_step_seconds".
-        group: What it belongs to in tables: "full fine-tuning".
-        label: As in tables.
+        group: Heading it stands under in tables: "full fine-tuning".
         unit: "seconds", "bytes", "tokens/s", "MAC", "FLOP" or "" for a count.
         dense: Values of the dense model in the order measured; one if it is known without measuring.
         pruned: Those of the pruned one; value i of both was measured side by side.
@@ -83,7 +82,7 @@ class Figure:
 
     @property
     def above_floor(self) -> float | None:
-        """Ratio / floor: 1 where all that depth promises is had."""
+        """Ratio / floor: 1 where the model is as fast or as small as its depth allows."""
         return self.ratio / self.floor if self.ratio is not None and self.floor else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,12 +107,7 @@ class Figure:
 
 
 def size_figures(sizes: tuple[Sizes, Sizes], tokens: int) -> list[Figure]:
-    """What is known without running anything.
-
-    Args:
-        sizes: Of the dense and the pruned model.
-        tokens: Length of the prompt that operations are counted for.
-    """
+    """What is known without running anything; operations are counted for a prompt of so many tokens."""
     figures = []
     for name, label, unit in _SIZES:
         known = (asdict(one) | {"macs": tokens * one.layer_macs} for one in sizes)
@@ -136,12 +130,12 @@ def measured_figures(
     """What was measured of both models in one mode.
 
     Args:
-        found: What was measured; of a model that failed there are no values.
+        found: What was measured; a model that failed has no values.
         mode: One of `workload.MODES`.
         sizes: Of the two models.
         workload: What was run.
-        held: Bytes that either needs in any case.
-        with_floors: The models differ in depth alone.
+        held: Bytes that each needs in any case.
+        with_floors: Whether the models differ in depth alone.
     """
     kinds = {one.kind for one in found if one.kind}
     floors = time_floors(mode, sizes, workload)

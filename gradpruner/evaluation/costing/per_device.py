@@ -65,7 +65,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Training:
-    """What decides how much memory a training step takes, the model apart.
+    """Everything but the model that decides how much memory a training step takes.
 
     Attributes:
         mode: "full", "lora", "dora" or "qlora"; "none" where nothing is trained.
@@ -73,14 +73,12 @@ class Training:
         precision: Of autocast: "fp32", "bf16" or "fp16".
         optim: The Trainer's name of the optimizer.
         rank: LoRA r.
-        dropout: LoRA dropout.
         batch_size: Samples of a forward pass, on each device.
         tokens: Of each sample.
         head_tokens: Positions of each sample at which logits are computed.
         accumulation: Forward passes of an optimizer step.
         checkpointing: Whether activations are recomputed; "offload" if what is kept waits on the host.
         attn: Attention implementation; None leaves it to transformers.
-        spread: Over which processes.
     """
 
     mode: str = "full"
@@ -110,7 +108,7 @@ class Training:
     @property
     def computing_dtype(self) -> torch.dtype:
         """Type of the weights a pass meets: FSDP2 and DeepSpeed cast them, where autocast keeps copies."""
-        casts = self.spread.strategy == "fsdp" or self.spread.strategy.startswith("zero")
+        casts = self.spread.strategy in _SPREAD
         low = {"bf16": torch.bfloat16, "fp16": torch.float16}
         return low.get(self.precision, self.dtype) if casts else self.dtype
 
@@ -224,8 +222,8 @@ def adapter_shapes(model: nn.Module, rank: int) -> list[tuple[int, int]]:
 
 
 def adapter_parameters(model: nn.Module, rank: int) -> int:
-    """Parameters of LoRA on every linear of every decoder layer."""
-    return sum(math.prod(shape) for shape in adapter_shapes(model, rank))
+    """Number of parameters of these adapters."""
+    return sum(map(math.prod, adapter_shapes(model, rank)))
 
 
 def trace_bytes(model: nn.Module, rank: int, steps: int) -> int:
@@ -234,7 +232,7 @@ def trace_bytes(model: nn.Module, rank: int, steps: int) -> int:
 
 
 def held_bytes(model: Any, mode: str, workload: Workload, dtype: torch.dtype) -> int:
-    """Bytes one device holds for sure in a mode of `gradpruner cost`; activations come on top.
+    """Bytes one device needs in any case in a mode of `gradpruner cost`; activations come on top.
 
     Args:
         model: The whole model on the meta device.

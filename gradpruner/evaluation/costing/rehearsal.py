@@ -32,7 +32,7 @@ _FLOAT32 = 4
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def working_bytes(model: nn.Module, training: Training, layers: int) -> int | None:
+def working_bytes(model: Any, training: Training, layers: int) -> int | None:
     """Bytes at the worst moment of a pass, weights and their gradients apart: activations.
 
     Args:
@@ -46,7 +46,7 @@ def working_bytes(model: nn.Module, training: Training, layers: int) -> int | No
     depths = sorted({min(depth, layers, len(decoder_layers(model))) for depth in _DEPTHS})
     try:
         found = _at_depths(model, training, tuple(depths))
-    except Exception as error:  # whatever an architecture does with data it has not
+    except Exception as error:  # an architecture may do anything with data that is not there
         log.debug("A step of %s cannot be rehearsed without data: %s", type(model).__name__, error)
         return None
     first, last = found[0], found[-1]
@@ -54,7 +54,8 @@ def working_bytes(model: nn.Module, training: Training, layers: int) -> int | No
         return max(last)
     away = 0
     if training.checkpointing == "offload":
-        states = training.batch_size * training.tokens * int(_text(model).hidden_size)
+        width = int(model.config.get_text_config(decoder=True).hidden_size)
+        states = training.batch_size * training.tokens * width
         away = states * (_FLOAT32 if training.mode == "qlora" else training.computing_dtype.itemsize)
     each = [max(0, more - less - away) for less, more in zip(first, last, strict=True)]
     return max(least + slope * (layers - depths[0]) for least, slope in zip(first, each, strict=True))
@@ -62,15 +63,7 @@ def working_bytes(model: nn.Module, training: Training, layers: int) -> int | No
 
 @lru_cache(maxsize=4)  # the dense and the pruned model differ in depth alone
 def _at_depths(model: nn.Module, training: Training, depths: tuple[int, ...]) -> list[tuple[int, ...]]:
-    return [_rehearsed(_shortened(model, depth), training) for depth in depths]
-
-
-def _text(model: Any) -> Any:
-    return model.config.get_text_config(decoder=True)
-
-
-def _shortened(model: nn.Module, depth: int) -> nn.Module:
-    return keep_layers_(copy.deepcopy(model), range(depth))
+    return [_rehearsed(keep_layers_(copy.deepcopy(model), range(depth)), training) for depth in depths]
 
 
 def _rehearsed(model: Any, training: Training) -> tuple[int, ...]:

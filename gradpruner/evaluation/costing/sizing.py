@@ -27,7 +27,6 @@ class Sizes:
 
     Attributes:
         model_type: Of its decoder.
-        layers: Number of decoder layers.
         parameters: All parameters; tied ones once.
         parameters_without_head: The same without the projection to the vocabulary.
         decoder_parameters: Those in decoder layers.
@@ -39,7 +38,6 @@ class Sizes:
             be counted without weights (experts, which data chooses).
         kv_entries_per_token: Numbers the cache grows by with every token.
         kv_bytes_per_token: The same in bytes of the checkpoint's type.
-        disk_bytes: Size of the weights in a checkpoint.
     """
 
     model_type: str
@@ -111,7 +109,7 @@ def count_flops(model: Any, *, tokens: int = 128) -> int | None:
         model.set_attn_implementation("eager")
         with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception as error:  # whatever an architecture does with data it has not
+    except Exception as error:  # an architecture may do anything with data that is not there
         log.debug("FLOPs of %s cannot be counted without weights: %s", type(model).__name__, error)
         return None
     counted = int(counter.get_total_flops())
@@ -133,9 +131,9 @@ def depth_alone(dense: Sizes, pruned: Sizes) -> str:
 
 
 def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) -> float:
-    """Ratio of the operations of two models: what depth leaves of the time of work that computing bounds.
+    """Ratio of the operations of two models: the least a shallower one takes where computing is the bound.
 
-    It is also what it leaves of the weights read, which bound the decoding of small batches.
+    It is also the ratio of the weights read, which bound the decoding of small batches.
 
     Args:
         dense: Sizes of the dense model.

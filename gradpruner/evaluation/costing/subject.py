@@ -1,4 +1,4 @@
-"""Subject: a model whose cost is measured, given as folder, hub id or shape, or another with fewer layers."""
+"""Subject: a model whose cost is measured, given as folder, hub id or shape, or as one with fewer layers."""
 
 from __future__ import annotations
 
@@ -63,8 +63,7 @@ def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True)
     if not Path(model).expanduser().is_dir():
         _refuse_misspelt_shape(name)
     folder = locate_model(model, weights=fetch and not random)
-    has_weights = any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
-    random = random or not has_weights
+    random = random or not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
     # Code that comes with a model is never run here; quantised weights cannot be trained or cast.
     check_config(folder, True)
     refuse_narrowed(folder)

@@ -1,4 +1,4 @@
-"""Two things measured in turns, each in a process of its own, so that what the machine does meets both alike.
+"""Two things measured in turns, each in a process of its own, so that a busy machine slows both alike.
 
 A process of its own, because memory that a process once held counts in its peak for ever after, and because a
 model that does not fit should take nothing else with it. The processes are started by `subprocess` and not by
@@ -60,14 +60,14 @@ class Measurement:
 def measure_pair(
     pair: tuple[Order, Order], advance: Callable[[], None] = lambda: None
 ) -> tuple[Measurement, Measurement]:
-    """Measures two orders of as many steps; they go first by turns: A B, B A, A B ...
+    """Measures two orders with the same number of steps; each goes first in turn: A B, B A, A B ...
 
     Args:
         pair: Such as the dense and the pruned model in one mode, or one model in two ways.
         advance: Called after every step.
 
     Returns:
-        What was measured of either; one that fails leaves the other to go on alone.
+        What was measured of either; if one fails, the other goes on alone.
     """
     with ExitStack() as stack:
         one, other = (stack.enter_context(Worker(order)) for order in pair)
@@ -82,9 +82,6 @@ def measure_pair(
 
 class Worker:
     """A process that carries out one order; it ends with the `with` block, whatever happens.
-
-    Args:
-        order: What it measures.
 
     Attributes:
         error: Why it failed; "" while it works. After a failure, nothing is asked of it any more.

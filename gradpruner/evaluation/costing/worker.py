@@ -43,7 +43,8 @@ class Gate:
 
     Args:
         device: The device that is waited for before the clock is read: its kernels run behind Python's back.
-        turns: Where leave to go comes from and times go; None lets everything through and keeps nothing.
+        turns: The pipe on which a step is asked for and its times are sent; None runs all steps at once and
+            keeps no times.
     """
 
     def __init__(self, device: torch.device, turns: Connection | None) -> None:
