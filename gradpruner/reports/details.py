@@ -18,7 +18,7 @@ from gradpruner.printing import (
 )
 from gradpruner.reports.cells import Cell, Line, Table, exact_cell, line
 from gradpruner.reports.fields import FEW_EXAMPLES
-from gradpruner.reports.record import Change, Depth, Plan, Search
+from gradpruner.reports.record import Change, Plan, Search
 from gradpruner.reports.view import View
 
 _UNITS = {
@@ -242,28 +242,24 @@ def repair_table(view: View) -> Table:
     return Table(caption, columns, lines, words=("Layers gone", "Refitted"))
 
 
-def searches(view: View) -> list[tuple[int, str, Search, list[Depth]]]:
-    """Of every row whose depth was searched: its place, its label, and the depths measured in full."""
-    found = []
-    for i, row in enumerate(view.rows):
-        search = (row.plan or view.record.plans.get(row.name, Plan())).search
-        complete = [d for d in search.curve if None not in (d.num_prune, d.loss, d.upper, d.rows)]
-        if complete:
-            found.append((i, row.label, search, complete))
-    return found
+def searches(view: View) -> list[tuple[int, str, Search]]:
+    """Of every row whose depth was searched: its place, its label, and the search."""
+    plans = [row.plan or view.record.plans.get(row.name, Plan()) for row in view.rows]
+    found = zip(view.rows, plans, strict=True)
+    return [(i, row.label, plan.search) for i, (row, plan) in enumerate(found) if plan.search.curve]
 
 
 def depth_table(view: View) -> Table:
     """One line per number of layers that was measured on validation rows, and its certificate."""
     lines = []
-    for _, label, search, depths in searches(view):
-        for depth in depths:
+    for _, label, search in searches(view):
+        for depth in search.curve:
             words = (
                 label,
                 whole(depth.num_prune),
                 short(depth.parameters),
-                signed_percent(-(depth.loss or 0)),
-                signed_percent(-(depth.upper or 0)),
+                signed_percent(-depth.loss),
+                signed_percent(-depth.upper),
                 whole(depth.rows),
                 text(depth.verdict),
             )

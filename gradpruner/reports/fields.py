@@ -32,6 +32,8 @@ def _numbers(values: Any) -> list[float]:
 
 
 Number = Annotated[float | None, BeforeValidator(number)]
+Known = Annotated[Any, BeforeValidator(number)]
+"""A number of which a record without it is left out, so that it is there wherever it is used."""
 Count = Annotated[int | None, BeforeValidator(count)]
 Each = BeforeValidator(lambda value: list(value) if isinstance(value, list | tuple) else [])
 """Of a list; anything else reads as an empty one."""
@@ -53,13 +55,10 @@ class Part(BaseModel):
 class Measured(Part):
     """One metric of one model, or the difference of two: fractions, with a 95 % interval and the examples.
 
-    Those without a value are left out (`known`), so that it is a number everywhere else. In a study `low` and
-    `high` are the lowest and the highest seed.
+    In a study `low` and `high` are the lowest and the highest seed.
     """
 
-    value: Annotated[Any, BeforeValidator(number)] = Field(
-        default=None, validation_alias=AliasChoices("value", "mean")
-    )
+    value: Known = Field(default=None, validation_alias=AliasChoices("value", "mean"))
     low: Number = None
     high: Number = None
     n: Count = None
@@ -81,9 +80,8 @@ class Measured(Part):
 
     def turned(self) -> Measured:
         """The same difference, seen from the other side."""
-        ends = [None if end is None else -end for end in (self.high, self.low)]
-        value = None if self.value is None else -self.value
-        return Measured(value=value, low=ends[0], high=ends[1], n=self.n)
+        low, high = (None if end is None else -end for end in (self.high, self.low))
+        return Measured(value=-self.value, low=low, high=high, n=self.n)
 
 
 def known(metrics: Mapping[str, Measured | None]) -> dict[str, Measured]:

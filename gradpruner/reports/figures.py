@@ -148,12 +148,11 @@ def depth_plot(view: View) -> Plot | None:
     limit, rows = found[0][2].limit or 0.0, found[0][2].rows
 
     def paint(axes: Axes) -> None:
-        for i, _, _, depths in found:
-            hue = colour(series(i))
-            axes.plot([d.num_prune or 0 for d in depths], [-(d.loss or 0) for d in depths], "o-", color=hue,
-                      markersize=5)  # fmt: skip
-            for d in depths:
-                axes.vlines(d.num_prune or 0, -(d.upper or 0), -(d.loss or 0), color=hue, linewidth=1.4)
+        for i, _, search in found:
+            hue, curve = colour(series(i)), search.curve
+            axes.plot([d.num_prune for d in curve], [-d.loss for d in curve], "o-", color=hue, markersize=5)
+            for d in curve:
+                axes.vlines(d.num_prune, -d.upper, -d.loss, color=hue, linewidth=1.4)
         axes.axhline(-limit, color=colour("ink"), linewidth=1.2, dashes=(4, 3))
         axes.set_xlabel("layers gone")
         axes.set_ylabel("against dense, before any recovery")
@@ -162,7 +161,7 @@ def depth_plot(view: View) -> Plot | None:
 
     said = "; ".join(
         f"{label}: {search.best if search.best is not None else 'no number of'} layers certified"
-        for _, label, search, _ in found
+        for _, label, search in found
     )
     words = f"at most {percent(limit, 2)} lost on {whole(rows)} validation rows"
     return Plot(
@@ -171,7 +170,7 @@ def depth_plot(view: View) -> Plot | None:
         f"Dots are measured losses; lines reach down to the worst case. {said}, {words}.",
         f"Loss by layers gone. {said}.",
         draw("depths", 300, paint),
-        (*(Key(series(i), label, "line") for i, label, _, _ in found), Key("ink", words, "line", "5 4")),
+        (*(Key(series(i), label, "line") for i, label, _ in found), Key("ink", words, "line", "5 4")),
     )
 
 

@@ -11,6 +11,7 @@ from gradpruner.reports.fields import (
     Count,
     Each,
     Fields,
+    Known,
     Measured,
     Metrics,
     Named,
@@ -151,12 +152,16 @@ class Engine(Part):
 class Depth(Part):
     """One number of layers, measured on validation rows."""
 
-    num_prune: Count = None
+    num_prune: Known = None
     parameters: Number = None
-    loss: Number = None
-    upper: Number = None
-    rows: Count = None
+    loss: Known = None
+    upper: Known = None
+    rows: Known = None
     verdict: Any = None
+
+
+def _complete(curve: list[Depth]) -> list[Depth]:
+    return [depth for depth in curve if None not in (depth.num_prune, depth.loss, depth.upper, depth.rows)]
 
 
 class Search(Part):
@@ -165,7 +170,7 @@ class Search(Part):
     best: Count = None
     limit: Number = None
     rows: Count = None
-    curve: Annotated[list[Depth], Each] = []
+    curve: Annotated[list[Depth], Each, AfterValidator(_complete)] = []
 
 
 class Plan(Part):
