@@ -113,7 +113,7 @@ def held(path: Path) -> Iterator[None]:
 
 @contextmanager
 def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A new, empty file or folder beside `path`, held until the block ends; what is left of it then goes.
+    """A new, empty file or folder beside `path`, held until the block ends and removed if it is still there.
 
     Raises:
         OSError: If it cannot be made.
@@ -148,12 +148,7 @@ def remove(path: Path) -> None:
 def sweep(folder: Path, name: str | None = None) -> list[Path]:
     """Removes staged files and folders that nobody holds: what killed processes left behind.
 
-    Args:
-        folder: Where to look, not below.
-        name: Only what was to become this name; None takes all.
-
-    Returns:
-        What was removed.
+    Looks in the folder, not below; with a name, only for what was to become it. Returns what was removed.
     """
     pattern = _STAGED
     if name is not None:
@@ -298,7 +293,7 @@ def read_plain(path: Path, limit: int = JSON_LIMIT) -> bytes:
 
 
 def path_fault(path: Path) -> str | None:
-    """Why nothing can have this path, in a few words (a name too long, NUL, a circle of links); else None."""
+    """Why a path cannot be used, in a few words (too long, NUL, a circle of links); None if it can."""
     try:
         str(path).encode("utf-8")
         path.lstat()
@@ -361,7 +356,7 @@ def is_write_failure(error: BaseException) -> bool:
 
 
 def write_failure(path: Path, error: BaseException) -> ResourceError:
-    """The same in our words: what could not be written, why, and what to do."""
+    """Such an error as ours: what could not be written, why, and what to do."""
     reason = str(getattr(error, "strerror", None) or error).rstrip(".")
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in reason
     hint = "The disk is full: free some space and start again." if full else "Is the folder writable?"
@@ -371,7 +366,7 @@ def write_failure(path: Path, error: BaseException) -> ResourceError:
 
 
 def unusable(error: OSError) -> GradPrunerError:
-    """What the system refuses, in words: a file or folder, where the error says which."""
+    """An error of the operating system as ours; names the file or folder where it is known."""
     if error.filename is None:
         return ResourceError(f"{type(error).__name__}: {str(error).rstrip('.')}.")
     message = f"{shown(str(error.filename), 200)} cannot be used: {error.strerror}."

@@ -24,10 +24,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as one may trust it.
+    """Reads JSON strictly.
 
-    Everything that some later step could not take is refused here: NaN and Inf, numbers of more than 64 bits,
-    half a surrogate pair, a key that is there twice, lists in lists in lists.
+    What a later step could not take is refused here: NaN and Inf, numbers of more than 64 bits, half a
+    surrogate pair, a key that is there twice, lists in lists in lists.
 
     Raises:
         ValueError: Saying what is wrong.
@@ -63,7 +63,7 @@ def check_json(value: Any) -> None:
             elif isinstance(item, list | tuple):
                 below += item
             elif isinstance(item, float) and not math.isfinite(item):
-                raise ValueError(f"it holds {item}, which is no JSON number")
+                raise ValueError(f"it holds {item}, which is not a JSON number")
         level = below
 
 
@@ -90,11 +90,7 @@ def _number(text: str) -> float:
 
 
 def read_json(path: Path, kind: str) -> Any:
-    """Reads a JSON file this package wrote.
-
-    Args:
-        path: The file.
-        kind: What it is, for the message ("pruning plan").
+    """Reads a JSON file this package wrote; `kind` says what it is, for the message ("pruning plan").
 
     Raises:
         IntegrityError: If it is missing or not JSON as `parse_json` takes it; where it is not JSON at all the
@@ -113,10 +109,7 @@ def read_json(path: Path, kind: str) -> Any:
 def read_object(path: Path, kind: str, shape: type[T]) -> T:
     """Reads a JSON file this package wrote and checks the type of every value.
 
-    Args:
-        path: The file.
-        kind: What it is, for the message ("score file").
-        shape: A dataclass or TypedDict that says which fields there are, and of which types.
+    `shape` is a dataclass or TypedDict that says which fields there are, and of which types.
 
     Raises:
         IntegrityError: As `read_json`, or naming the first field that is missing, unknown or of another type.
@@ -125,7 +118,7 @@ def read_object(path: Path, kind: str, shape: type[T]) -> T:
 
 
 def typed(value: Any, shape: type[T], fault: str) -> T:
-    """A JSON value as what it has to be.
+    """Checks a JSON value against a type and returns it as that type.
 
     Args:
         value: JSON values, as `parse_json` gives them.

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, TextIO, TypeVar, get_args, overload
+from typing import Any, Literal, TextIO, TypeVar, get_args
 
 from rich.console import Console
 from rich.errors import LiveError
@@ -28,7 +28,7 @@ Mode = Literal["auto", "plain", "quiet"]
 
 # Global state: where and how progress shows is a property of the process, not of one step.
 _mode: Mode = "auto"
-# What this process is at, for who looks on from outside; the innermost step.
+# The step this process is at, the innermost of several: the server shows it.
 _in_hand: Progress | None = None
 
 # A plain line appears when a tenth more is done, or after a wait. The wait grows with the run, so
@@ -225,26 +225,10 @@ class Progress:
         self._line_completed = self.completed
 
 
-@overload
-def track(items: int, description: str) -> Iterator[int]: ...
-@overload
-def track(items: Iterable[T], description: str) -> Iterator[T]: ...
-def track(items: int | Iterable[T], description: str) -> Iterator[int] | Iterator[T]:
-    """Yields the items, showing how many are done.
-
-    Args:
-        items: Things to go through, or a number to count up to.
-        description: What is being done.
-    """
-    source: Iterable[object] = range(items) if isinstance(items, int) else items
-    total = len(source) if isinstance(source, Sized) else None
-    return _tracked(source, total, description)  # type: ignore[return-value]
-
-
-def _tracked(source: Iterable[object], total: int | None, description: str) -> Iterator[object]:
-    """The generator behind `track`."""
-    with Progress(total, description) as progress:
-        for item in source:
+def track(items: Sequence[T], description: str) -> Iterator[T]:
+    """Yields the items, showing how many are done."""
+    with Progress(len(items), description) as progress:
+        for item in items:
             yield item
             progress.advance()
 

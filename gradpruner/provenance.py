@@ -40,9 +40,6 @@ _PACKAGE_FOLDER = Path(__file__).resolve().parent
 def provenance(seed: int) -> dict[str, Any]:
     """Everything needed to say under what conditions a run was made.
 
-    Args:
-        seed: The seed of the run's recipe.
-
     Returns:
         `{"commit", "dirty", "python", "packages", "machine", "seed"}` as in run.json. `commit` and
         `dirty` are None unless the package runs from a git checkout of its own.

@@ -9,8 +9,8 @@ folder, plans, models, report); the others wait for work that all do at the same
     answers = world.in_order(mine)         # what each found for its share, put together
     world.sum_on_first(tensors)            # sums over all rows, where the first one goes on with them
 
-With one process each of these does nothing but the work itself. A process that leaves for good leaves word
-why, so that the first one can say it.
+With one process each of these does nothing but the work itself. A process that ends early says why in the
+store that all share, so that the first one can report it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GoneError(PeerError):
 
 
 class _HeededError(PeerError):
-    """Work that was left because another process failed, which will say why."""
+    """Work was given up because another process failed; that one says why."""
 
 
 @dataclass
@@ -80,7 +80,7 @@ class World:
         return self.rank == 0
 
     def agreed(self, work: Callable[[], T]) -> T:
-        """What the first process makes of `work`, on all processes; the others do not run it.
+        """Runs `work` on the first process alone; returns its result on all.
 
         Raises:
             PeerError: On the others, when `work` failed on the first, which raises the error itself.
@@ -103,7 +103,7 @@ class World:
         return result
 
     def in_step(self, work: Callable[[], T]) -> T:
-        """Does work that all processes do at the same time, each its share, and waits for all of them.
+        """Runs work on all processes at the same time, each on its share, and waits for all of them.
 
         Raises:
             PeerError: If it failed on other processes alone. As after any other error that all know of, the
@@ -132,12 +132,12 @@ class World:
             raise
         _count(arrived, 1)
         if failure is not None:
-            _count_failed(1)
+            _count(_FAILED, 1)
             if not self._all_come(arrived):  # they wait in the middle of the work, for this one
                 self.broken = True
                 _leave_word(failure)
                 raise failure
-            _count_failed(-1)
+            _count(_FAILED, -1)
         self._talk(lambda: dist.monitored_barrier(self.group, timeout=PATIENCE))
         own = None if failure is None or isinstance(failure, _HeededError) else failure
         told = self.gathered([_told(own) if own is not None else None])
@@ -158,12 +158,12 @@ class World:
         return False
 
     def heed(self) -> None:
-        """In the middle of long work `in_step` that needs no other process: ends it if another one failed.
+        """Called in the middle of long work of `in_step`: ends it if another process failed.
 
         Raises:
             PeerError: If so; `in_step` then says why.
         """
-        if self.size > 1 and _count_failed(0):
+        if self.size > 1 and _count(_FAILED, 0):
             raise _HeededError("Another process stopped.")
 
     def gathered(self, values: Sequence[T]) -> list[T]:
@@ -189,7 +189,7 @@ class World:
         return whole
 
     def sum_on_first(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up tensors over all processes, in place; on the others they are void then."""
+        """Adds up tensors over all processes, in place; only the first one can use them afterwards."""
         if self.size == 1:
             return
         import torch.distributed as dist
@@ -278,7 +278,7 @@ def _talk(exchange: Callable[[], T]) -> T:
 
 
 def _gone(error: Exception) -> GoneError:
-    """What an error of the connection means: what the other process left word of, if it did."""
+    """The error for a lost connection: the other process's own reason where it left one."""
     return last_word() or GoneError(
         "Another process of this job has ended.",
         hint=f"Its own message says why ({str(error).splitlines()[0][:200]}).",
@@ -300,20 +300,15 @@ def _count(what: str, change: int) -> int:
     return int(_talk(lambda: _store().add(what, change)))
 
 
-def _count_failed(change: int) -> int:
-    """How many processes have failed in the work they are at, after a change of that number."""
-    return _count(_FAILED, change)
-
-
 def _leave_word(error: BaseException) -> None:
-    """Says for good why this process ends; the first word of all counts."""
+    """Tells the others why this process ends; the first reason of all stays."""
     told = _told(error)
     with contextlib.suppress(RuntimeError):
         _store().compare_set(_WORD, "", json.dumps([str(told), told.exit_code]))
 
 
 def last_word() -> GoneError | None:
-    """Why another process ended, if it left word."""
+    """Why another process ended, if it said so."""
     if not this_world.cache_info().currsize or this_world().size == 1:
         return None
     try:
@@ -335,7 +330,7 @@ def _is_connection(error: Exception) -> bool:
 
 
 def _told(error: BaseException) -> PeerError:
-    """An error of one process as the others are told; with its exit code, so that all end with the same."""
+    """An error as the other processes are told it, with its exit code, so that all end with the same."""
     if isinstance(error, OSError):
         error = unusable(error)
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)

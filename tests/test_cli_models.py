@@ -142,6 +142,9 @@ def test_wrong_folders(call, source, tmp_path):
     assert call("prune", tmp_path / "none", tmp_path / "new", "--drop", "1")[0] == 4
     code, _, err = call("verify", source)
     assert code == 2 and "has no pruning.json" in err
+    PruningPlan.from_keep(6, [0, 1, 2]).save(tmp_path / "plan.json")
+    code, _, err = call("verify", source, "--plan", tmp_path / "plan.json")
+    assert code == 2 and "does not say which model it was made from. Pass --source" in err.replace("\n", " ")
     code, _, err = call("rebuild", source, tmp_path / "run", tmp_path / "new")
     assert code == 6 and "has no delta.json" in err
     code, _, err = call("diff", source, source, tmp_path / "delta")

@@ -23,6 +23,7 @@ from gradpruner.models.folder import carried_files, describe_model
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.provenance import sha256_json
+from gradpruner.pruning import writer
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.checked import reading
 from gradpruner.pruning.delta import diff_checkpoint
@@ -207,8 +208,7 @@ def test_delta_names_what_it_was_made_from(sources, deltas):
 
 
 def test_progress_adds_up(sources, pruned, tmp_path, monkeypatch):
-    for where in (module, rebuilding):
-        monkeypatch.setattr(where, "BLOCK_BYTES", 1000)  # tensors of several blocks
+    monkeypatch.setattr(writer, "CHECK_BYTES", 1000)  # tensors of several blocks
     folder, steps = pruned["merging", "sharded"], []
     diff_checkpoint(sources["sharded"], folder, tmp_path / "delta", progress=steps.append)
     assert sum(steps) == open_shards(folder).total_bytes
@@ -510,21 +510,24 @@ def test_names_that_are_no_plain_names(given_source, given_delta, tmp_path):
 ENTRY = {"sha256": "0" * 64, "bytes": 1}
 FORGED = {
     "format_version is 2": lambda r: r.update(format_version=2),
-    "format_version is True": lambda r: r.update(format_version=True),
-    "missing or unknown": lambda r: r.update(more=1),
-    "source is not a string": lambda r: r.update(source=["x"]),
-    "gradpruner_version is not a string": lambda r: r.update(gradpruner_version=None),
+    "format_version: Input should be a valid integer": lambda r: r.update(format_version=True),
+    "unknown field 'more'": lambda r: r.update(more=1),
+    "source: Input should be a valid string": lambda r: r.update(source=["x"]),
+    "gradpruner_version: Input should be a valid string": lambda r: r.update(gradpruner_version=None),
     "its plan is wrong": lambda r: r["plan"].update(actions=[]),
-    "files is not an object": lambda r: r.update(files=[]),
-    "needs sha256 and bytes": lambda r: r["files"].update(LICENSE={"sha256": "0" * 64}),
-    "LICENSE needs sha256": lambda r: r["files"]["LICENSE"].update(sha256="A" * 64),
-    "bytes is not a count": lambda r: r["files"]["LICENSE"].update(bytes=-1),
-    "README.md: bytes is not a count": lambda r: r["files"]["README.md"].update(bytes=True),
-    "tensors needs sha256": lambda r: r.update(tensors="x"),
-    "copied is not an object": lambda r: r.update(copied=None),
-    "needs source and sha256": lambda r: r["copied"].update(x={"sha256": "0" * 64}),
-    "needs the name of a tensor": lambda r: r["copied"].update(x={"source": 1, "sha256": "0" * 64}),
-    "stored is not a list": lambda r: r.update(stored={"x": 1}),
+    "files: Input should be an object": lambda r: r.update(files=[]),
+    "files.LICENSE.bytes: Field required": lambda r: r["files"].update(LICENSE={"sha256": "0" * 64}),
+    "files.LICENSE.sha256: String should match": lambda r: r["files"]["LICENSE"].update(sha256="A" * 64),
+    "bytes: Input should be greater": lambda r: r["files"]["LICENSE"].update(bytes=-1),
+    "missing or unknown": lambda r: r["files"]["LICENSE"].update(more=1),
+    "README.md.bytes: Input should be a valid integer": lambda r: r["files"]["README.md"].update(bytes=True),
+    "tensors: Input should be an object": lambda r: r.update(tensors="x"),
+    "copied: Input should be an object": lambda r: r.update(copied=None),
+    "copied.x.source: Field required": lambda r: r["copied"].update(x={"sha256": "0" * 64}),
+    "copied.x.source: Input should be a valid string": lambda r: r["copied"].update(
+        x={"source": 1, "sha256": "0" * 64}
+    ),
+    "stored: Input should be a valid array": lambda r: r.update(stored={"x": 1}),
     "twice in stored and copied": lambda r: r["stored"].append(next(iter(r["copied"]))),
     "tensors are stored without": lambda r: r.update(tensors=None),
     "do not name the same files": lambda r: r["weights"].popitem(),
@@ -566,7 +569,7 @@ def test_records_that_are_no_records(text, given_source, given_delta, tmp_path, 
     (given_delta / "delta.json").write_bytes(b"\xff")
     refused(IntegrityError, "not the record of a delta", given_source, given_delta, tmp_path / "out")
     monkeypatch.setattr(record_module, "RECORD_LIMIT", 0)
-    refused(IntegrityError, "bytes; 0 are allowed", given_source, given_delta, tmp_path / "out")
+    refused(IntegrityError, "more than 0 bytes", given_source, given_delta, tmp_path / "out")
 
 
 def test_a_surrogate_in_a_sealed_record(given_source, given_delta, tmp_path):

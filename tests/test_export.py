@@ -68,7 +68,7 @@ def test_what_is_missing_or_refused_is_said_and_nothing_is_left(call, model, tmp
     broken = llama_cpp(tmp_path / "broken", fails=True, quantises=False)
     before = set(tmp_path.iterdir())
     for arguments, code, said in (
-        ([], 2, "Nothing says as what"),
+        ([], 2, "no format to export to"),
         (["--gguf"], 2, "pip install 'gradpruner[gguf]'"),
         (["--gguf", "--quantize", "Q4_K_X"], 2, "did you mean"),
         (["--gguf", "--llama-cpp", tmp_path], 2, "no convert_hf_to_gguf.py in"),

@@ -235,8 +235,8 @@ def test_several_files_get_an_index_that_transformers_and_we_read(tmp_path):
     assert len(written) > 2 and {s.name for s in written} | {INDEX_FILE} == set(os.listdir(folder))
     index = json.loads((folder / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == sum(piece.num_bytes for piece in pieces)
-    assert index["weight_map"] == {name: shard.name for shard in written for name in shard.tensors}
     shards = open_shards(folder)
+    assert index["weight_map"] == {name: ref.file.name for name, ref in shards.tensors.items()}
     assert shards.tensors.keys() == {piece.name for piece in pieces}
     for shard in written:
         content = (folder / shard.name).read_bytes()
@@ -319,6 +319,7 @@ def test_the_largest_and_the_smallest_values_are_accepted(tmp_path, dtype):
 def test_nan_and_inf_are_found_wherever_they_are(tmp_path, monkeypatch, dtype):
     for where in (packing, checked):
         monkeypatch.setattr(where, "CHECK_BYTES", 64)  # so that 100 entries span several blocks
+    monkeypatch.setattr(packing, "_COPY_BYTES", 67)  # so that what is written ends inside words
     sign = 1 << (8 * WORDS[dtype]().itemsize - 1)
     for number, place in enumerate((0, 99, 50, 7, 8, 63, 64)):
         for bad in EXTREMES[dtype][:3]:
@@ -347,33 +348,6 @@ def test_a_computed_tensor_that_overflows_is_not_blamed_on_the_source(tmp_path):
     huge = torch.tensor([1e30]).half()
     with pytest.raises(IntegrityError, match=r"'w' became NaN or Inf when it was computed.*norm_preserving"):
         write_file(tmp_path / "out", [Piece("w", "F16", (1,), 2, make=lambda: huge)], METADATA)
-
-
-@pytest.mark.parametrize("shift", [0, 1, 2, 3, 5, 7])
-def test_a_foreign_header_need_not_be_aligned(tmp_path, monkeypatch, shift):
-    for where in (packing, checked):
-        monkeypatch.setattr(where, "CHECK_BYTES", 61)
-    monkeypatch.setattr(packing, "_COPY_BYTES", 3)
-    # Read at a wrong place, the bytes of each of these are NaN of some dtype.
-    tensors = {
-        "f32": from_bits("F32", [0x00FFFFFF] * 50),
-        "bf16": from_bits("BF16", [0x00FF] * 90),
-        "u8": torch.full((13,), 255, dtype=torch.uint8),
-        "f64": from_bits("F64", [0x00FF_FFFF_FFFF_FFFF] * 30),
-    }
-    save_file(tensors, tmp_path / "source", METADATA)
-    refs = read_header(tmp_path / "source").tensors
-    pieces = [Piece.copied(name, refs[name]) for name in tensors]
-    text = header_of(pieces, {})[8:].rstrip() + b" " * shift
-    header = len(text).to_bytes(8, "little") + text
-    digest = write_file(tmp_path / "out", pieces, {}, header=header)
-    expected = header + b"".join(raw_bytes(tensor) for tensor in tensors.values())
-    assert (tmp_path / "out").read_bytes() == expected
-    assert digest == hashlib.sha256(expected).hexdigest()
-    tensors["f64"][-1] = float("nan")
-    save_file(tensors, tmp_path / "source", METADATA)
-    with pytest.raises(IntegrityError, match="'f64'"):
-        write_file(tmp_path / "out", pieces, {}, header=header)
 
 
 def test_reading_a_tensor_gives_what_safetensors_gives(tmp_path):

@@ -124,6 +124,17 @@ def test_adapters_are_merged_into_the_pruned_model(run) -> None:
     assert sorted(path.name for path in run.iterdir() if path.name.startswith(".")) == []
 
 
+def test_of_a_task_that_was_not_learned_it_is_said(call, run):
+    code, _, err = call("push", run, "me/small", "--dry-run")
+    assert code == 0 and "not learned" not in err
+    record = json.loads((run / "run.json").read_text())
+    for row in record["variants"].values():
+        row["evaluation"]["metrics"]["exact_match"]["value"] = 0.0
+    write_json(run / "run.json", record)
+    code, _, err = call("push", run, "me/small", "--dry-run")
+    assert code == 0 and "the task of this run was not learned" in err and "No row gives a single" in err
+
+
 def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(call, run, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

@@ -373,7 +373,7 @@ BAD_INDEXES = [
     (b'{"weight_map":{"x":"b.safetensors","x":"b.safetensors"}}', "'x' is there twice"),
     (b'{"weight_map":{"\xff":"b.safetensors"}}', "'utf-8' codec can't decode"),
     ('{"metadata":nope,%s}', "Expecting value"),
-    ('{"metadata":' + "[" * 100_000, "maximum recursion depth exceeded"),
+    ('{"metadata":' + "[" * 100_000, "nested more than 64 levels deep"),
 ]
 
 
@@ -393,7 +393,7 @@ def test_indexes_that_are_none(folder, text, part):
 
 def test_an_index_that_is_too_large_is_not_read(folder):
     os.truncate(folder / "model.safetensors.index.json", 2**40)
-    with pytest.raises(IntegrityError, match="has 1099511627776 bytes; 64000000 are allowed"):
+    with pytest.raises(IntegrityError, match="more than 64000000 bytes"):
         open_shards(folder)
 
 

@@ -49,14 +49,12 @@ def export(
 
     llama.cpp's own converter does it: pip install 'gradpruner[gguf]', or name its sources.
     """
-    from gradpruner.exports.shipped import open_model
-
     if not (gguf or ollama):
         raise ConfigError(
             "No format to export to is given.", hint="--gguf makes a GGUF file; --ollama a Modelfile too."
         )
     prepare(quiet)
-    found = open_model(model, variant)
+    found = _opened(model, variant)
     facts = _write(found, file, quantize, ollama, llama_cpp)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -70,6 +68,16 @@ def export(
     if ollama:
         typer.echo(f"ollama: {facts['modelfile']}. {facts['note']}")
         typer.echo(f"next: ollama create {facts['ollama_name']} -f {facts['modelfile']}")
+
+
+def _opened(model: str, variant: str | None) -> FinishedModel:
+    """The model that is meant; a task that was not learned is said before any work is done."""
+    from gradpruner.exports.shipped import open_model
+
+    found = open_model(model, variant)
+    if found.warning:
+        typer.echo(f"warning: the task of this run was not learned. {found.warning}", err=True)
+    return found
 
 
 def _write(
@@ -160,12 +168,11 @@ def push(
 ) -> None:
     """Push a finished model to the hub: weights, tokenizer, model card, report. Private unless you say so."""
     from gradpruner.exports import hub
-    from gradpruner.exports.shipped import open_model
     from gradpruner.printing import num_bytes
 
     hub.check_name(repo)
     prepare(quiet)
-    found = open_model(model, variant)
+    found = _opened(model, variant)
     hub.check_finished(found)
     options = hub.PushOptions(public, not no_report, base_model, licence)
     token = "" if dry_run else hub.hub_token()

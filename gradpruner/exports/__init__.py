@@ -1,6 +1,6 @@
 """A finished model on its way out: to llama.cpp and Ollama, and to the hub.
 
-shipped    the model folder that is meant: of a run the one to ship, adapters merged in
+shipped    the model that is exported or pushed: of a run the one to ship, adapters merged in
 gguf       llama.cpp's own converter and quantiser, found and run
 comparing  whether the GGUF answers as transformers does; engine: llama.cpp in a process of its own
 ollama     the Modelfile; turns: a chat template as the texts around its turns

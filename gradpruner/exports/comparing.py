@@ -29,7 +29,7 @@ MOST_PROMPTS = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of it.
+    """How the answers of both compare.
 
     Attributes:
         engine: Who ran the file; empty where nobody could.
@@ -78,7 +78,7 @@ def has_llama_cpp() -> bool:
 
 
 def compare(folder: Path, gguf: Path, kind: str, asked: Sequence[str] = ()) -> Comparison:
-    """Asks the model and the file the same, greedily.
+    """Asks the model and the file the same prompts, greedily, and compares their answers.
 
     Args:
         folder: The model, in transformers' format.

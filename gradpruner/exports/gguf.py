@@ -57,9 +57,7 @@ def file_type(asked: str | None, folder: Path) -> str:
 def find_tools(kind: str, given: Path | None = None) -> Tools:
     """Where llama.cpp is: the folder given, `LLAMA_CPP_DIR`, the extra `gguf`, or the PATH.
 
-    Args:
-        kind: Type of the file to write; most of them need llama-quantize.
-        given: A folder with llama.cpp's sources, built or not.
+    Most types of file need llama-quantize too.
 
     Raises:
         ConfigError: If a tool is missing; says how to get it.

@@ -16,7 +16,7 @@ from gradpruner.models.card import CARD_FILE, Base, Figure, Results, base_of, mo
 from gradpruner.models.folder import PRUNING_FILE, carried_files
 from gradpruner.models.headers import check_inside
 from gradpruner.models.loading import load_tokenizer
-from gradpruner.reports.record import Record, VariantRecord
+from gradpruner.reports.record import VariantRecord
 
 REPORT = "report.html"
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
@@ -32,7 +32,7 @@ class PushOptions:
         public: Anybody may see it.
         report: The report goes along.
         base_model: Hub id of the base model, where it is not known.
-        licence: The licence, where it is not known.
+        licence: Where it is not known.
     """
 
     public: bool = False
@@ -99,7 +99,8 @@ def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iter
     """Name in the repository -> file or content; adapters are merged in, for as long as the block lasts."""
     beside = model.run / "push" if model.run is not None else model.folder.with_name(model.name)
     with whole_model(model, beside) as folder:
-        found: dict[str, Path | bytes] = {CARD_FILE: card_text(model, repo, options).encode("utf-8")}
+        card = model_card(_base(model, options), model.plan, model.facts, _results(model, repo))
+        found: dict[str, Path | bytes] = {CARD_FILE: card.encode("utf-8")}
         paths = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.safetensors.index.json"))]
         paths += [folder / "config.json", *carried_files(folder)]
         for path in paths:
@@ -126,12 +127,8 @@ def _base(model: FinishedModel, options: PushOptions) -> Base:
     return replace(base, hub_id=options.base_model or base.hub_id, metadata=metadata)
 
 
-def card_text(model: FinishedModel, repo: str, options: PushOptions) -> str:
-    """The card, with what was measured where the model comes from a run."""
-    return model_card(_base(model, options), model.plan, model.facts, _results(model, repo))
-
-
 def _results(model: FinishedModel, repo: str) -> Results | None:
+    """What the card says was measured, where the model comes from a run."""
     record = model.record
     dense = record.variants.get("dense", VariantRecord()).evaluation.metrics
     figures = [
@@ -141,9 +138,10 @@ def _results(model: FinishedModel, repo: str) -> Results | None:
     ]
     if not figures:
         return None
-    rows, versions = record.eval, record.provenance.packages
+    rows, versions, data = record.eval, record.provenance.packages, record.recipe.get("data")
+    task = data.get("task") if isinstance(data, dict) else None
     return Results(
-        task=str(_task(record) or record.title or "own data"),
+        task=str(task or record.title or "own data"),
         rows=_name_of(rows.source),
         num_rows=int(rows.rows) if rows.rows is not None else None,
         trained_on=_name_of(record.train.source),
@@ -153,11 +151,6 @@ def _results(model: FinishedModel, repo: str) -> Results | None:
         prompt=_example(model),
         repo=repo,
     )
-
-
-def _task(record: Record) -> Any:
-    data = record.recipe.get("data")
-    return data.get("task") if isinstance(data, dict) else None
 
 
 def _name_of(source: Any) -> str:

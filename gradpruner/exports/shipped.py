@@ -1,10 +1,11 @@
-"""The model that a command is about: a folder, or the one to ship of a run."""
+"""The model that is exported or pushed: a folder, or the one of a run that is to be shipped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from gradpruner.evaluation.outputs import read_examples
 from gradpruner.files import shown, staging
 from gradpruner.json_files import read_json, read_object
 from gradpruner.models.dtypes import stored_dtype
-from gradpruner.models.folder import PRUNING_FILE, locate_model
+from gradpruner.models.folder import PRUNING_FILE, locate_model, read_pruning
 from gradpruner.models.loading import load_adapter, load_model, load_tokenizer
 from gradpruner.models.saving import save_model
 from gradpruner.plans.reading import Plan, read_plan
 from gradpruner.reports.record import Record, VariantRecord
 from gradpruner.reports.shipping import model_to_ship
+from gradpruner.reports.verdict import NOT_LEARNED, judge
+from gradpruner.reports.view import read
 from gradpruner.runs.directory import MANIFEST, read_manifest, stays_inside
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -36,6 +39,7 @@ class FinishedModel:
         run: The run directory, None for a folder.
         row: Its row of the run.
         record: run.json, empty for a folder.
+        warning: Why the run says that its task was not learned; empty where it was, and for a folder.
     """
 
     folder: Path
@@ -44,13 +48,12 @@ class FinishedModel:
     run: Path | None = None
     row: str = ""
     record: Record = field(default_factory=Record)
+    warning: str = ""
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, Any]:
         """What `pruning.json` says; {} where there is none."""
-        path = self.folder / PRUNING_FILE
-        found = read_json(path, "pruning record") if path.is_file() else {}
-        return found if isinstance(found, dict) else {}
+        return read_pruning(self.folder)
 
     @property
     def plan(self) -> Plan | None:
@@ -88,11 +91,7 @@ class FinishedModel:
 
 
 def open_model(where: str, row: str | None = None) -> FinishedModel:
-    """Finds the model that is meant.
-
-    Args:
-        where: Run directory, model folder or hub id.
-        row: A row of the run instead of the one to ship.
+    """Finds the model that a run directory, model folder or hub id means; of a run, `row` if it is given.
 
     Raises:
         ConfigError: If there is no such row, the run is not far enough, or the model is no longer there.
@@ -140,7 +139,9 @@ def _of_run(run: Path, row: str | None) -> FinishedModel:
         )
         raise ConfigError(f"The model of '{chosen.row}' is not in {folder}.", hint=hint)
     name = f"{run.resolve().name}-{chosen.row}"
-    return FinishedModel(folder, name, chosen.reason, run, chosen.row, record)
+    verdict = judge(read(raw))
+    warning = verdict.sentence if verdict.word == NOT_LEARNED else ""
+    return FinishedModel(folder, name, chosen.reason, run, chosen.row, record, warning)
 
 
 def unfinished_stages(model: FinishedModel) -> list[str]:
@@ -156,11 +157,7 @@ def unfinished_stages(model: FinishedModel) -> list[str]:
 
 @contextmanager
 def whole_model(model: FinishedModel, beside: Path) -> Iterator[Path]:
-    """The folder of the model; adapters are merged into a folder that goes when the block ends.
-
-    Args:
-        model: What is exported.
-        beside: A path next to which there is space for it.
+    """The folder of the model; adapters are merged into a folder next to `beside` while the block lasts.
 
     Raises:
         ModelError: If the adapters do not fit.
@@ -171,9 +168,7 @@ def whole_model(model: FinishedModel, beside: Path) -> Iterator[Path]:
     base = model.base
     with staging(beside, folder=True) as staged:
         target = staged / model.folder.name
-        merged = load_adapter(
-            load_model(base, dtype=str(stored_dtype(base)).removeprefix("torch.")), model.folder
-        )
+        merged = load_adapter(load_model(base, dtype=stored_dtype(base)), model.folder)
         save_model(
             merged,
             load_tokenizer(base),

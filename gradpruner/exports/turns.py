@@ -55,8 +55,7 @@ class Turns:
     def go_template(self, start_is_added: bool) -> str:
         """The same as a template of Go's text/template over Ollama's Messages.
 
-        Args:
-            start_is_added: The engine writes the start token itself.
+        With `start_is_added` the engine writes the start token itself.
         """
         user, answer = ([_escaped(text) for text in pair] for pair in (self.user, self.assistant))
         joined = ""

@@ -3,6 +3,7 @@
 families       how every model type keeps its layers: one row a type
 config_patch   the config of a model with fewer layers
 layers         LayeredModel: a causal LM as its ordered decoder layers and their linears
+proof          whether two models compute the same
 walking        Walk: layers run one by one on hidden states
 widths         WidthView: heads, channels and hidden dimensions of a model
 narrowing      a model made narrower in memory, and classes for layers of different widths

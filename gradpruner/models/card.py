@@ -26,8 +26,8 @@ class Base:
 
     Attributes:
         name: As it was given.
-        hub_id: What the hub calls it, or the model it was made from; None where that is not known.
-        metadata: Licence and languages, as the base's own card gives them.
+        hub_id: Its name on the hub, or that of the model it was made from; None where that is not known.
+        metadata: Licence and languages, as its own card gives them.
     """
 
     name: str
@@ -51,9 +51,7 @@ class Results:
     """What the model was measured to do.
 
     Attributes:
-        task: The task in a word.
         rows: Where the test rows came from.
-        num_rows: How many there were.
         trained_on: Where the training rows came from.
         figures: The metrics, headline first.
         versions: Package -> version it was made with.
@@ -72,12 +70,7 @@ class Results:
 
 
 def base_of(source: str, folder: Path | None = None) -> Base:
-    """What is known of a base model.
-
-    Args:
-        source: As it was given: folder or hub id.
-        folder: Where it lies; its card says the licence.
-    """
+    """What is known of a base model that was given as `source`; its card in `folder` says the licence."""
     known = card_metadata(folder) if folder is not None else {}
     cached = _IN_CACHE.search(str(folder or source))
     if cached:
@@ -117,9 +110,9 @@ def model_card(
 
     Args:
         base: What it was made from.
-        plan: What was pruned; None for a dense model.
+        plan: None for a dense model.
         facts: Of `pruning.json`: `portability`, `repair`.
-        results: What was measured; None where nothing has been yet.
+        results: None where nothing has been measured yet.
     """
     kind = {None: "fine-tuned", "width": "pruned", "layers": "depth-pruned"}[plan.kind if plan else None]
     name = base.hub_id or base.name

@@ -35,7 +35,7 @@ def check_model_folder(
     Args:
         folder: The folder.
         trust_remote_code: Accept a config that needs code from its folder.
-        quantised: Accept a checkpoint whose weights are quantised.
+        quantised: Accept quantised weights.
 
     Raises:
         ModelError: If config.json is missing or invalid, the folder holds adapters, weights are not

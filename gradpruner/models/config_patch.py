@@ -37,10 +37,7 @@ def parts_of(config: Any) -> list[Any]:
 def depth_fields(config: Any, family: Family, keep: Sequence[int]) -> dict[str, Any]:
     """The decoder's config fields that change when only the layers `keep` stay, with their new values.
 
-    Args:
-        config: The decoder's config as transformers reads it, so with all lists materialised.
-        family: Its row.
-        keep: Kept layers, ascending.
+    All lists of the config must be there, as transformers makes them when it reads it.
     """
     fields: dict[str, Any] = {"num_hidden_layers": len(keep)}
     depth = config.num_hidden_layers
@@ -132,9 +129,7 @@ def _spell_rope_twice(part: dict[str, Any]) -> None:
 def rename_modules(section: Any, rename: Callable[[str], str | None]) -> Any:
     """A config section (quantization_config) with the module names in it renumbered.
 
-    Args:
-        section: Any JSON value.
-        rename: New name of a tensor or module, None when its layer is gone.
+    `rename` gives the new name of a tensor or module, None when its layer is gone.
     """
     if isinstance(section, dict):
         renamed_keys = {rename(key): value for key, value in section.items()}

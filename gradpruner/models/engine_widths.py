@@ -103,10 +103,7 @@ _SGLANG_BY_TRANSFORMERS = "ministral seed_oss smollm3"
 def portability_of(plan: Plan, facts: LayerFacts) -> tuple[Portability, ...]:
     """How every engine serves the model that a plan leaves, in the order of `ENGINES`.
 
-    Args:
-        plan: What stays.
-        facts: The unpruned model (`engines.layer_facts`); what engines get wrong of it they get wrong of
-            the pruned one.
+    `facts` are those of the unpruned model; what engines get wrong of it they get wrong of the pruned one.
     """
     before = portability_of_layers(facts, plan.keep)
     if plan.kind == "layers":

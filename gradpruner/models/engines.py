@@ -35,7 +35,7 @@ class Portability:
         engine: A name in `ENGINES`.
         status: "ok"; "wrong" (loads, and computes something else than transformers); "refused" (does not
             load); "unknown" (not read, or the engine does not know the architecture).
-        reason: Why, for people; "" when ok, unless there is something to know.
+        reason: For people; "" when ok, unless there is something to know.
         also_unpruned: The same holds for the model before pruning.
     """
 
@@ -51,7 +51,6 @@ class LayerFacts:
 
     Attributes:
         model_type: That of the decoder's config.
-        num_layers: Number of decoder layers.
         attributes: Name -> one value per layer (`layer_types`, `no_rope_layers`, `moe` ...).
         settings: Numbers of the config that engines count with; pruning does not change them.
     """
@@ -210,11 +209,7 @@ _ABSENT = {
 
 
 def layer_facts(config: Any) -> LayerFacts:
-    """What a transformers config says of every layer.
-
-    Args:
-        config: As `AutoConfig` reads it; of a vision-language model the text part is taken.
-    """
+    """What a transformers config says of every layer; of a vision-language model the text part is taken."""
     text = config.get_text_config(decoder=True)
     depth: int = text.num_hidden_layers
     kinds = _attention_kinds(text, depth)
@@ -266,12 +261,7 @@ def _attention_kinds(text: Any, depth: int) -> tuple[str, ...]:
 
 
 def portability_of_layers(facts: LayerFacts, keep: Sequence[int]) -> tuple[Portability, ...]:
-    """How every engine serves the model that keeps these layers, in the order of `ENGINES`.
-
-    Args:
-        facts: The unpruned model.
-        keep: Kept layers, ascending.
-    """
+    """How every engine serves the model that keeps these layers, in the order of `ENGINES`."""
     return tuple(_on_engine(engine, facts, tuple(keep)) for engine in ENGINES)
 
 
@@ -339,10 +329,6 @@ def slots(facts: LayerFacts, engines: Sequence[str]) -> Callable[[int, int, int]
 
     A rule that the unpruned model breaks, and that no choice of layers could mend, is left out: the engine is
     wrong about the model itself.
-
-    Args:
-        facts: The unpruned model.
-        engines: Names in `ENGINES`.
 
     Returns:
         `fits(old, new, kept)`: whether layer `old` may become layer `new` of `kept`; None when any may.

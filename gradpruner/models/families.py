@@ -179,11 +179,7 @@ def find_family(config: Any) -> Family | None:
 
 
 def generic_family(config: Any) -> Family:
-    """What can be told of an unknown type without knowing it: every field as long as the model is deep.
-
-    Args:
-        config: The decoder's config, lists materialised.
-    """
+    """The row of an unknown type: every field as long as the model is deep has one entry per layer."""
     depth = config.num_hidden_layers
     values = config.to_dict()
     lists = tuple(name for name, value in values.items() if _is_list(value) and len(value) == depth)
@@ -191,7 +187,7 @@ def generic_family(config: Any) -> Family:
 
 
 def nested_family(row: Family, layers_path: str, part: str) -> Family:
-    """The row of a decoder, for a larger model that holds it.
+    """The row of a larger model that holds a decoder.
 
     Args:
         row: The decoder's own row.

@@ -27,9 +27,10 @@ from gradpruner.files import (
     write_failure,
     write_text,
 )
-from gradpruner.json_files import write_json
+from gradpruner.json_files import read_object, write_json
 from gradpruner.models.card import CARD_FILE, base_of, model_card
 from gradpruner.models.headers import check_inside
+from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan
 
 PRUNING_FILE = "pruning.json"
@@ -56,9 +57,7 @@ _LEFT_BEHIND = ("config.json", "params.json", "readme.md", PRUNING_FILE)
 def locate_model(model: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model given as a folder or a hub id.
 
-    Args:
-        model: Folder or hub id.
-        weights: Fetch everything from the hub; else config.json alone.
+    From the hub everything is fetched, or config.json alone where no weights are needed.
 
     Raises:
         ModelError: If it is neither a folder nor to be had from the hub; the message lists what was tried.
@@ -206,6 +205,30 @@ def describe_model(
             **facts,
         },
     )
+
+
+def read_pruning(folder: Path) -> dict[str, Any]:
+    """What the `pruning.json` of a folder says; {} where there is none.
+
+    Raises:
+        IntegrityError: If it leads out of the folder, or is not a JSON object.
+    """
+    path = folder / PRUNING_FILE
+    return read_object(check_inside(folder, path), "pruning record", dict[str, Any]) if path.is_file() else {}
+
+
+def recorded_plan(folder: Path, facts: dict[str, Any], hint: str) -> PruningPlan:
+    """The plan of layers in what `read_pruning` gave.
+
+    Raises:
+        ConfigError: If there is none; with the hint.
+        PlanError: If it cannot be read.
+    """
+    if not facts:
+        raise ConfigError(f"{folder} has no {PRUNING_FILE}, so what was pruned is not known.", hint=hint)
+    if not facts.get("plan"):
+        raise ConfigError(f"{folder} was not pruned: its {PRUNING_FILE} holds no plan.", hint=hint)
+    return PruningPlan.from_dict(facts["plan"], str(folder / PRUNING_FILE))
 
 
 def carried_files(source: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from gradpruner.errors import IntegrityError, ModelError
+from gradpruner.files import shown
 
 # All of safetensors 0.8; the small floats share bytes, so only some shapes fill whole ones.
 DTYPE_BYTES: dict[str, int | Fraction] = {
@@ -42,12 +43,8 @@ class TensorRef:
     """One tensor on disk.
 
     Attributes:
-        name: Its name in the checkpoint.
-        file: The file that holds it.
         dtype: safetensors' name of its dtype, a key of `DTYPE_BYTES`.
-        shape: Its extents.
-        start: Absolute offset in the file of its first byte.
-        stop: Absolute offset behind its last byte.
+        start: Absolute offset in the file of its first byte; `stop` is that behind its last.
     """
 
     name: str
@@ -68,11 +65,8 @@ class ShardHeader:
     """What one safetensors file says about itself.
 
     Attributes:
-        path: The file.
         tensors: By name, in the order of their data; they cover the file from `data_start` to its end.
         metadata: The free strings of `__metadata__`.
-        data_start: Offset of the first byte of data.
-        file_bytes: Size of the file.
     """
 
     path: Path
@@ -83,17 +77,10 @@ class ShardHeader:
 
 
 def check_inside(folder: Path, path: Path) -> Path:
-    """Follows the links of a path and makes sure that they do not leave the model folder.
+    """A file of a model folder with all links followed, none of which may leave the folder.
 
     A snapshot in the Hugging Face cache is made of links into `blobs` of the same repository, and since
     huggingface_hub 2 from there into the cache's shared `blobs`; these two are the only way out.
-
-    Args:
-        folder: The model folder.
-        path: A file in it.
-
-    Returns:
-        The file with all links followed.
 
     Raises:
         IntegrityError: If the file is missing, or is or passes a link to elsewhere.
@@ -127,7 +114,7 @@ def _in_same_cache(base: Path, real: Path) -> bool:
 
 
 @contextmanager
-def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+def _open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
     """Opens a regular file and yields it with its size; our own errors instead of OSError."""
 
     def without_waiting(name: str, flags: int) -> int:
@@ -151,11 +138,7 @@ def open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
 
 
 def read_header(path: Path, root: Path | None = None) -> ShardHeader:
-    """Reads the header of a safetensors file.
-
-    Args:
-        path: The file.
-        root: The folder that its links must not leave; None follows them anywhere.
+    """Reads the header of a safetensors file; its links must not leave `root`, where one is given.
 
     Raises:
         IntegrityError: If it is missing, is not safetensors, is cut off, or says anything that does not add
@@ -163,7 +146,7 @@ def read_header(path: Path, root: Path | None = None) -> ShardHeader:
         ModelError: If the operating system will not let us read it.
     """
     real = path if root is None else check_inside(root, path)
-    with open_regular(real) as (file, file_bytes):
+    with _open_regular(real) as (file, file_bytes):
         data_start = 8 + _header_length(path, file, file_bytes)
     try:
         with safe_open(real, framework="np") as opened:
@@ -205,9 +188,3 @@ def _header_length(path: Path, file: BinaryIO, file_bytes: int) -> int:
             hint=AGAIN,
         )
     return length
-
-
-def shown(value: str, most: int = 80) -> str:
-    """A stranger's text for a message: quoted, with escapes, and short."""
-    text = ascii(value[:most])
-    return text if len(text) <= most else f"{text[: most - 3]}..."

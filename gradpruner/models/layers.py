@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.errors import ModelError
+from gradpruner.errors import ModelError, PlanError
 from gradpruner.gradients.trace import QUANTISED
 from gradpruner.models.config_patch import check_keep, patch_config, text_config
 from gradpruner.models.families import Family, find_family, generic_family, nested_family
@@ -43,6 +43,14 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             module: nn.Module = inner
             return module
+
+
+def refuse_adapters(model: nn.Module, why: str) -> None:
+    """Raises PlanError if a model carries adapters."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise PlanError(
+            f"The model carries adapters; {why}.", hint="Call merge_and_unload() or unload() first."
+        )
 
 
 def skeleton(model_class: Any, config: Any) -> nn.Module:
@@ -147,14 +155,9 @@ class LayeredModel:
         return found
 
     def weight(self, layer: int, name: str) -> Tensor | None:
-        """The weight of one linear or norm of a layer; None when there is no such module.
+        """The weight of a linear, (out_features, in_features), or norm, (features,), of a layer.
 
-        Args:
-            layer: Which layer.
-            name: Path of the module inside the layer.
-
-        Returns:
-            Shape (out_features, in_features) of a linear, (features,) of a norm.
+        None when there is no such layer or module.
         """
         if not 0 <= layer < self.num_layers:
             return None
@@ -188,22 +191,10 @@ class LayeredModel:
 
     @contextmanager
     def passed_through(self, layers: Sequence[int]) -> Iterator[None]:
-        """While it lasts, these layers hand on what they were given; what pruning them must amount to.
-
-        They still run, so that a cache keeps its places.
-        """
-
-        def hand_on(forward: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapped(*args: Any, **kwargs: Any) -> Any:
-                out = forward(*args, **kwargs)
-                given = args[0] if args else kwargs["hidden_states"]
-                return (given, *out[1:]) if isinstance(out, tuple) else given
-
-            return wrapped
-
+        """Inside the block these layers return their input, as if they were pruned."""
         modules = [self.layers[i] for i in layers]
         for module in modules:
-            module.forward = hand_on(module.forward)
+            module.forward = returning_input(module.forward)
         try:
             yield
         finally:
@@ -221,9 +212,10 @@ class LayeredModel:
             ModelError: If the config cannot describe the kept layers; nothing is changed then.
         """
         check_keep(self.config, self.family, plan)
-        old = self._skeleton(self.model.config)
-        config = self._new_config(plan.keep)
-        new = self._skeleton(config)
+        whole = self.model.config
+        old = skeleton(type(self.model), whole)
+        config = type(whole).from_dict(patch_config(whole.to_dict(), whole, self.family, plan.keep))
+        new = skeleton(type(self.model), config)
         self._check_same_parameters(old, new, plan.keep)
         kept = [self.layers[i] for i in plan.keep]
         setattr(self._parent, self._name, nn.ModuleList(kept))
@@ -231,13 +223,6 @@ class LayeredModel:
             self._cut(name, axis, plan)
         self._take_over(old, new, plan.keep)
         self._replace_configs(config)
-
-    def _skeleton(self, config: Any) -> nn.Module:
-        return skeleton(type(self.model), config)
-
-    def _new_config(self, keep: Sequence[int]) -> Any:
-        old = self.model.config
-        return type(old).from_dict(patch_config(old.to_dict(), old, self.family, keep))
 
     def _check_same_parameters(self, old: nn.Module, new: nn.Module, keep: Sequence[int]) -> None:
         shapes = {name: tuple(p.shape) for name, p in new.named_parameters()}
@@ -303,6 +288,17 @@ class LayeredModel:
             vars(one).clear()
             vars(one).update(copy.deepcopy(vars(parts[type(one)])) | stay)
         self.config = text_config(self.model.config)
+
+
+def returning_input(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward that returns its input; the layer still runs, so that a cache keeps its places."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given, *out[1:]) if isinstance(out, tuple) else given
+
+    return wrapped
 
 
 def slice_layers(tensor: Tensor, axis: int, num_layers: int, keep: Sequence[int]) -> Tensor:

@@ -10,15 +10,12 @@ import torch
 from torch import nn
 
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
-from gradpruner.json_files import read_json
 from gradpruner.models.checking import check_config, check_model_folder, refuse_embedding_model
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import parts_of, text_config
 from gradpruner.models.dtypes import majority_dtype
 from gradpruner.models.families import FAMILIES
-from gradpruner.models.folder import (
-    PRUNING_FILE,
-)
+from gradpruner.models.folder import PRUNING_FILE, read_pruning
 from gradpruner.models.narrowing import resized_class
 from gradpruner.models.raw_config import BEYOND_SIGNS, CONFIG_FILE, beyond_fields, is_beyond, read_raw_config
 from gradpruner.plans.width_plan import WidthPlan
@@ -52,10 +49,7 @@ def load_config(
 def check_loadable(folder: Path, trust_remote_code: bool = False) -> Any:
     """The config of a model folder that `load_model` will load: everything it checks, but no weight is read.
 
-    Args:
-        folder: The model folder.
-        trust_remote_code: Code that comes with the folder may be run; names and shapes of the weights are
-            then checked only when they are loaded.
+    With `trust_remote_code`, names and shapes of the weights are checked only when they are loaded.
 
     Raises:
         ModelError: If it is not a model that can be used, as `load_config` says.
@@ -136,14 +130,12 @@ def load_structure(folder: Path) -> nn.Module:
     """
     check_config(folder, trust_remote_code=True)
     config = _read_config(folder)
-    chosen = model_class(config)
-    plan = narrowed_plan(folder)
-    if plan is not None:
-        chosen = resized_class(chosen, plan)
     try:
-        model, report = chosen.from_pretrained(
+        model, report = _class_for(folder, config).from_pretrained(
             folder, config=config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except GradPrunerError:
+        raise
     except Exception as error:  # conversions raise types of their own
         raise IntegrityError(
             f"{folder}: the weights do not fit its config: {type(error).__name__}: {str(error).strip()}"
@@ -151,6 +143,16 @@ def load_structure(folder: Path) -> nn.Module:
     _refuse_gaps(folder, report, model.config)
     module: nn.Module = model.eval()
     return module
+
+
+def _class_for(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
+    """What loads a folder: the class its config names, with layers of its widths where they differ."""
+    from transformers import AutoModelForCausalLM
+
+    plan = narrowed_plan(folder)
+    if plan is not None:
+        return resized_class(model_class(config), plan)
+    return AutoModelForCausalLM if trust_remote_code else model_class(config)
 
 
 # What transformers reports -> what may have happened.
@@ -195,14 +197,12 @@ def narrowed_plan(folder: Path) -> WidthPlan | None:
 
     Raises:
         PlanError: If `pruning.json` holds a width plan that cannot be read.
-        IntegrityError: If it is not JSON.
+        IntegrityError: If it is not a JSON object.
     """
-    path = folder / PRUNING_FILE
-    raw = read_json(path, "pruning record") if path.is_file() else {}
-    plan = raw.get("plan") if isinstance(raw, dict) else None
+    plan = read_pruning(folder).get("plan")
     if not isinstance(plan, dict) or plan.get("kind") != "width":
         return None
-    read = WidthPlan.from_dict(plan, str(path))
+    read = WidthPlan.from_dict(plan, str(folder / PRUNING_FILE))
     return None if read.uniform else read
 
 
@@ -219,7 +219,7 @@ def refuse_narrowed(folder: Path) -> None:
 def load_model(
     folder: str | Path,
     *,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str = "auto",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -232,7 +232,7 @@ def load_model(
 
     Args:
         folder: The model folder.
-        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on accelerators that have it,
+        dtype: torch's, its name, or "auto": bfloat16 on accelerators that have it,
             float32 elsewhere.
         device: "auto" (an accelerator when there is one) or a torch device.
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None leaves it to transformers.
@@ -245,7 +245,7 @@ def load_model(
         ModelError: If weights are missing, unexpected or of the wrong shape: transformers would fill
             the gaps with random numbers and only warn.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     if quantise:
         check_bitsandbytes("quantise=True")
@@ -264,11 +264,7 @@ def load_model(
         # Without a word transformers takes the GPU, also where the CPU is asked for.
         options["device_map"] = {"": "cpu"} if target.type == "cpu" else None
     try:
-        loader = AutoModelForCausalLM if trust_remote_code else model_class(config)
-        plan = narrowed_plan(folder)
-        if plan is not None:
-            loader = resized_class(model_class(config), plan)
-        model, report = loader.from_pretrained(
+        model, report = _class_for(folder, config, trust_remote_code).from_pretrained(
             folder,
             config=config,
             dtype=resolve_dtype(dtype, target),
@@ -340,8 +336,10 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cpu")
 
 
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Turns "auto" into bfloat16 on CUDA devices that have it, else float32."""
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Turns a name into a dtype; "auto" is bfloat16 on CUDA devices that have it, else float32."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
     if dtype != "auto":
         named = getattr(torch, dtype, None)
         if not isinstance(named, torch.dtype):

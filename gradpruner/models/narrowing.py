@@ -13,22 +13,15 @@ from torch import Tensor, nn
 from gradpruner.errors import ModelError, PlanError
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.layers import fingerprint, skeleton
+from gradpruner.models.proof import probe_logits, relative_error, tolerance
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.models.widths import HEAD_NORMS, WidthView, head_entries
 from gradpruner.plans.width_plan import WidthPlan
 
-PROOF_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""Relative error allowed between a pruned model and its source with what goes set to zero, by dtype."""
-_PROOF_TOLERANCE_16_BIT = 5e-2
-_PROOF_TOKENS = 12
-
 
 @torch.no_grad()
 def prune_width_(model: nn.Module, plan: WidthPlan) -> nn.Module:
-    """Removes heads, channels and hidden dimensions of a model in place.
-
-    See `narrow_`; this one returns the model.
-    """
+    """Removes heads, channels and hidden dimensions of a model in place, as `narrow_`; returns the model."""
     narrow_(model, plan)
     return model
 
@@ -61,28 +54,22 @@ def narrow_(model: nn.Module, plan: WidthPlan) -> float | None:
     expected = None
     if whole_hidden and not on_meta:
         with view.masked(plan):
-            expected = _logits(view.model)
+            expected = probe_logits(view.model)
     if not whole_hidden:
         _cut_hidden_(view, plan)
     _cut_layers_(view, plan)
-    _describe_(view, plan)
+    for name, value in _config_values(plan).items():
+        setattr(view.layered.config, name, value)
     if expected is None:
         return None
-    error = float((_logits(view.model) - expected).norm() / expected.norm())
-    if not error <= PROOF_TOLERANCE.get(next(model.parameters()).dtype, _PROOF_TOLERANCE_16_BIT):
+    error = relative_error(probe_logits(view.model), expected)
+    if not error <= tolerance(next(model.parameters()).dtype, reordered=True):
         raise ModelError(
             f"The pruned '{view.layered.config.model_type}' model does not compute what it did with the "
             f"removed parts set to zero (relative error {error:.2g}).",
             hint="Use a method that prunes whole layers (`gradpruner ls methods`).",
         )
     return error
-
-
-def _logits(model: Any) -> Tensor:
-    config = model.get_input_embeddings()
-    ids = torch.arange(_PROOF_TOKENS, device=config.weight.device)[None] % config.weight.shape[0]
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
-    return logits
 
 
 def _cut_layers_(view: WidthView, plan: WidthPlan) -> None:
@@ -158,17 +145,10 @@ def _cut_embeddings_(model: Any, kept: Tensor) -> None:
         head.in_features = len(kept)
 
 
-def _describe_(view: WidthView, plan: WidthPlan) -> None:
-    """Brings the config to the new widths, as far as a config can say them."""
-    for name, value in _config_values(plan).items():
-        setattr(view.layered.config, name, value)
-
-
 def _config_values(plan: WidthPlan) -> dict[str, int]:
-    values = {
-        "head_dim": plan.shape.head_dim,
-        "hidden_size": len(plan.hidden),
-    }  # one no longer gives the other
+    """The new widths, as far as a config can say them."""
+    # The hidden size no longer gives that of a head.
+    values = {"head_dim": plan.shape.head_dim, "hidden_size": len(plan.hidden)}
     if plan.uniform:
         values["num_attention_heads"] = plan.widths.num_heads
         values["num_key_value_heads"] = plan.widths.num_kv_heads
@@ -178,10 +158,6 @@ def _config_values(plan: WidthPlan) -> dict[str, int]:
 
 def check_widths(view: WidthView, plan: WidthPlan) -> None:
     """Refuses what transformers would not load: for many types heads must divide the hidden size.
-
-    Args:
-        view: The dense model, with or without weights.
-        plan: What stays.
 
     Raises:
         PlanError: If no config of the family says these widths, or the family does not build them from it.
@@ -226,11 +202,9 @@ def _parameter(old: Tensor, values: Tensor) -> nn.Parameter:
 
 
 def resized_class(base: Any, plan: WidthPlan) -> Any:
-    """The model class `base` with the layers of a plan of differing widths, as `from_pretrained` needs it.
+    """The class `base`, its layers as narrow as a plan with different widths says; for `from_pretrained`.
 
-    Args:
-        base: The class the config names.
-        plan: What the folder was pruned to; its hidden dimensions are in the config already.
+    The plan's hidden dimensions are in the folder's config already.
     """
 
     class Resized(base):
@@ -248,9 +222,7 @@ def resized_class(base: Any, plan: WidthPlan) -> Any:
 def width_savings(model: nn.Module, plan: WidthPlan) -> dict[str, dict[str, int]]:
     """What a width plan saves, in the units of `ModelSizes.savings`.
 
-    Args:
-        model: The dense model without weights (`layers.skeleton`); pruned in place.
-        plan: What stays.
+    `model` is the dense model without weights (`layers.skeleton`); it is pruned in place.
     """
     before = _figures(WidthView(model), plan.shape.num_layers * [plan.shape.num_kv_heads])
     view = WidthView(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.errors import IntegrityError, ModelError
+from gradpruner.files import read_plain
 
 CONFIG_FILE = "config.json"
 CONFIG_BYTES = 32 << 20
@@ -44,9 +45,7 @@ def read_raw_config(path: Path) -> dict[str, Any]:
         ModelError: If it cannot be read, is larger than `CONFIG_BYTES`, or is no JSON object.
     """
     try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise ValueError(f"it has more than {CONFIG_BYTES} bytes")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(read_plain(path, CONFIG_BYTES).decode("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -156,8 +155,7 @@ def wants_code(config: dict[str, Any]) -> bool:
 def beyond_fields(config: Any) -> dict[str, int]:
     """Field -> number of layers stored behind the last one (multi-token prediction), of any model type.
 
-    Args:
-        config: The decoder's config as transformers reads it, or its part of a config.json.
+    `config` is the decoder's config as transformers reads it, or its part of a config.json.
     """
     values = config if isinstance(config, dict) else vars(config)
     return {

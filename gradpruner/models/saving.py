@@ -44,7 +44,7 @@ def save_model(
         tokenizer: Saved beside it; None: there is none, or it is carried.
         folder: The target; replaced if it is ours.
         dtype: Stored dtype.
-        plan: What was pruned; None for a dense model.
+        plan: None for a dense model.
         source: Where the model came from, for the card.
         facts: Further lines for `pruning.json`.
         carried_from: Model folder whose tokenizer, chat template, generation config and licence are carried

@@ -5,24 +5,15 @@ Names and links come from a stranger's folder; none leads out of it.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.models.headers import (
-    AGAIN,
-    ShardHeader,
-    TensorRef,
-    check_inside,
-    open_regular,
-    read_header,
-    shown,
-)
+from gradpruner.files import read_plain, shown
+from gradpruner.json_files import parse_json
+from gradpruner.models.headers import AGAIN, ShardHeader, TensorRef, check_inside, read_header
 
 INDEX_LIMIT = 64_000_000  # bytes; several times what the largest public models need
 
@@ -39,7 +30,6 @@ class Shards:
     """All tensors of a model folder.
 
     Attributes:
-        folder: The folder.
         headers: One per file, in the order in which the index first names them.
         tensors: By name, file after file, each in the order of its data.
     """
@@ -61,9 +51,6 @@ def open_shards(folder: Path) -> Shards:
     and the two must be the same model; if the shards hold other tensors, one of the two is stale, and we
     refuse rather than guess. A model.safetensors beside an index that names only it is one set, not two.
     Adapters and Mistral's consolidated files are left alone.
-
-    Args:
-        folder: The model folder.
 
     Raises:
         ModelError: If it holds no safetensors weights, or it is not clear which of them are the model.
@@ -180,33 +167,22 @@ def _join(folder: Path, headers: list[ShardHeader]) -> Shards:
 
 def _read_index(folder: Path, index: Path) -> dict[str, str]:
     """The weight map of an index, tensor name -> file name; all files are plain names."""
-    with open_regular(check_inside(folder, index)) as (file, size):
-        if size > INDEX_LIMIT:
-            raise IntegrityError(
-                f"{index} has {size} bytes; {INDEX_LIMIT} are allowed.", hint="It is not a weight index."
-            )
-        text = file.read(size)
+    real = check_inside(folder, index)
     try:
-        found = json.loads(text, object_pairs_hook=_unique)
+        found = parse_json(read_plain(real, INDEX_LIMIT))
         weight_map = found.get("weight_map") if isinstance(found, dict) else None
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError("it has no weight_map, or an empty one")
         for shard in dict.fromkeys(map(str, weight_map.values())):
             _check_shard_name(index, shard)
-    except (ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ModelError(f"{index} cannot be read: {error.strerror}.", hint="Who may read it?") from error
+    except ValueError as error:
         raise IntegrityError(
             f"{index} is not a weight index: {error}.",
             hint="It needs an object weight_map, from the names of tensors to those of files. " + AGAIN,
         ) from error
     return weight_map
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON file; a key that is there twice would be read differently by others."""
-    twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if twice:
-        raise ValueError(f"{_examples(twice)} is there twice")
-    return dict(pairs)
 
 
 def _check_shard_name(index: Path, shard: str) -> None:

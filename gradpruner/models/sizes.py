@@ -8,7 +8,7 @@ FLOPs. Operations count the linears only; attention scores add a share that grow
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -27,9 +27,6 @@ _CACHED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention
 
 def build_on_meta(config: Any) -> nn.Module:
     """Builds the causal language model a config describes, with shapes but without numbers.
-
-    Args:
-        config: A transformers config of any decoder family.
 
     Raises:
         ModelError: If transformers has no causal language model for it.
@@ -97,13 +94,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def keep_layers_(model: nn.Module, keep: Sequence[int]) -> nn.Module:
-    """Leaves only some decoder layers in a model that is to be sized, not run as what it was; returns it.
+    """Leaves only some decoder layers in a model that is to be sized, in place, and returns it.
 
     The config learns their number and nothing else; pruning is `LayeredModel.keep_layers`.
-
-    Args:
-        model: Changed in place.
-        keep: Indices of the layers that stay.
     """
     layers = decoder_layers(model)
     for parent in list(model.modules()):
@@ -130,8 +123,8 @@ def kv_bytes_per_token(
 
     Args:
         config: A transformers config.
-        dtype: Type of the cache; None for the checkpoint's.
-        keep: Indices of the layers to count; None for all.
+        dtype: Of the cache; None for the checkpoint's.
+        keep: Layers to count; None for all.
     """
     text = config.get_text_config(decoder=True)
     layers = range(text.num_hidden_layers) if keep is None else keep
@@ -265,14 +258,8 @@ def _layer_macs(layer: nn.Module, model: Any) -> int:
     config = model.config.get_text_config(decoder=True)
     experts = _first_field(config, _EXPERT_COUNT_FIELDS)
     used = _first_field(config, _EXPERTS_USED_FIELDS) or 1
-    return sum(_module_macs(module, experts, used) for module in _modules(layer))
-
-
-def _modules(layer: nn.Module) -> Iterator[nn.Module]:
-    """Yields the modules of a layer that hold weights of their own, adapters left out."""
-    for name, module in layer.named_modules():
-        if ".lora_" not in name:
-            yield module
+    own = (module for name, module in layer.named_modules() if ".lora_" not in name)  # without adapters
+    return sum(_module_macs(module, experts, used) for module in own)
 
 
 def _module_macs(module: nn.Module, experts: int | None, used: int) -> int:

@@ -1,9 +1,9 @@
 """Walking: hidden states of samples carried through the decoder one layer at a time.
 
-What goes into a layer beside the hidden state (masks, angles of the positions) is caught once, from the
+What goes into a layer beside the hidden state (masks, angles of the positions) is recorded once, from the
 model's own forward pass. After that any layer can be run on any state: the layers of a dense and a pruned
-model side by side, or a suffix without its prefix. Whether a model can be walked is tried, not listed: the
-walk must arrive where the model does.
+model side by side, or the last layers without the first. Whether a model can be walked is tried, not listed:
+the walk must come to the same states as the model.
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ class Walk:
 
     Raises:
         DataError: If there are no samples, or only samples of one token.
-        ModelError: If the layers cannot be run one by one: what they compute rests on more than their
-            arguments.
+        ModelError: If the layers cannot be run one by one: they need more than their arguments.
         NonFiniteError: If the states after the last layer are NaN or infinite.
     """
 
@@ -125,7 +124,7 @@ class Walk:
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     def _catch(self, batch: dict[str, Tensor], is_tuple: bool) -> None:
-        """Calls and first states of a batch, whose layers need not run for that."""
+        """Records what the layers of a batch are called with, without running them."""
         calls: list[_Call] = []
         start: list[Tensor] = []
 
@@ -141,10 +140,10 @@ class Walk:
         self._calls.append(calls)
 
     def _prove(self, batch: dict[str, Tensor]) -> bool:
-        """Some samples, walked, must come to what the model came to; whether layers return tuples.
+        """Walks some samples and compares with the model's own pass; returns whether layers give tuples.
 
-        Other states take each step too, right after. What a layer keeps for a later one (keys that are
-        shared, say) is then that of the other states, and the walk arrives somewhere else.
+        Each layer then runs on other states too. What it keeps for a later layer (shared keys, say) is then
+        that of the other states, and the walk comes to something else.
         """
         calls, seen = self._watched(batch)
         start, reached = seen["start"], seen["last"]
@@ -224,9 +223,9 @@ class Output:
     Attributes:
         name: Its path inside the layer.
         module: A linear, or a norm that follows the last linear (Gemma 2 and 3, OLMo 2).
-        weight: Its weight: (out_features, in_features), or (hidden,) of a norm.
-        factor: What arrives in the stream is this times the output (Granite multiplies it).
-        offset: None for a linear. The output of a norm is x (weight + offset), x what it has normalised: 0,
+        weight: (out_features, in_features), or (hidden,) of a norm.
+        factor: What the output is multiplied by before it is added (not 1 in Granite).
+        offset: None for a linear. The output of a norm is x (weight + offset), x the normalised input: 0,
             or 1 where the weight is kept around 0 (Gemma).
     """
 
@@ -241,14 +240,9 @@ class Output:
 def output_of(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> Output:
     """The module whose output a layer adds to the residual stream last.
 
-    Found by trial on the first batch: what is added to its output must appear in the layer's output, times
-    one factor. The last linear is tried, then the last norm.
-
-    Args:
-        view: The model.
-        walk: Samples.
-        layer: Which layer.
-        state: What enters it, of the first batch.
+    Found by trial on the first batch, whose hidden states before the layer are `state`: what is added to the
+    module's output must appear in the layer's output, times one factor. The last linear is tried, then the
+    last norm.
 
     Raises:
         ModelError: If there is none, or the layers are mixtures of experts.
@@ -301,7 +295,7 @@ def _candidates(
 
 
 def _factor(walk: Walk, layer: int, state: Tensor, plain: Tensor, module: nn.Module) -> float | None:
-    """How a change of the module's output shows in the layer's: its factor; None if not just as one.
+    """The factor by which a change of the module's output appears in the layer's; None if there is none.
 
     Judged by nine tenths of the entries: in 16 bits the few channels with massive activations round away
     more than the change.
@@ -356,7 +350,7 @@ def _offset(walk: Walk, layer: int, state: Tensor, module: nn.Module) -> float |
 
 @contextmanager
 def weight_set(weight: Tensor, new: Tensor) -> Iterator[None]:
-    """While it lasts, a weight has other numbers."""
+    """Inside the block, a weight has other numbers."""
     original = weight.detach().clone()
     weight.copy_(new)
     try:

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from gradpruner.errors import ModelError, PlanError
-from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.sizes import count_parameters
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 
@@ -27,16 +27,10 @@ UNITS = ("parameters", "decoder_parameters")
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The seven linears of one layer, by role.
+    """The seven linears of one layer.
 
-    Attributes:
-        q_proj: Its output is the query heads, one after the other.
-        k_proj: Its output is the KV heads.
-        v_proj: Likewise.
-        o_proj: Its input is the query heads.
-        gate_proj: Its output is the MLP channels.
-        up_proj: Likewise.
-        down_proj: Its input is the MLP channels.
+    Query heads are rows of q_proj and columns of o_proj, KV heads rows of k_proj and v_proj; channels are
+    rows of gate_proj and up_proj and columns of down_proj.
     """
 
     q_proj: nn.Linear
@@ -55,20 +49,12 @@ class WidthView:
         model: A Hugging Face causal LM without adapters; Llama, Mistral, Qwen, Gemma, OLMo, SmolLM and others
             that name their linears alike.
 
-    Attributes:
-        layered: Its decoder layers.
-        shape: Its widths.
-
     Raises:
         ModelError: If a layer has other linears than the seven, or widths that differ between layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if any(hasattr(module, "base_layer") for module in model.modules()):
-            raise PlanError(
-                "The model carries adapters; pruning under them would silently misplace them.",
-                hint="Call merge_and_unload() or unload() first.",
-            )
+        refuse_adapters(model, "pruning under them would silently misplace them")
         self.layered = LayeredModel(model)
         self.model: Any = self.layered.model
         self._parts = [self._find_parts(i) for i in range(self.layered.num_layers)]
@@ -177,9 +163,7 @@ class WidthView:
     def parameters(self, plan: WidthPlan, unit: str = "parameters") -> int:
         """Parameters that remain, without building anything.
 
-        Args:
-            plan: What stays.
-            unit: "parameters" of the whole model, or "decoder_parameters" without embeddings and head.
+        `unit` is "parameters" of the whole model, or "decoder_parameters" without embeddings and head.
         """
         sizes = [(len(w.heads), len(plan.kv_heads(i)), len(w.channels)) for i, w in enumerate(plan.layers)]
         return self.parameters_of(sizes, len(plan.hidden), unit)
@@ -187,13 +171,7 @@ class WidthView:
     def parameters_of(
         self, sizes: Sequence[tuple[int, int, int]], hidden: int, unit: str = "parameters"
     ) -> int:
-        """Parameters of a model of these widths.
-
-        Args:
-            sizes: Query heads, KV heads and channels of every layer.
-            hidden: Hidden dimensions.
-            unit: As for `parameters`.
-        """
+        """Parameters of a model whose layers have these query heads, KV heads and channels."""
         if unit not in UNITS:
             raise PlanError(f"unit is '{unit}'; one of {', '.join(UNITS)} is needed.")
         units, counts = self.unit_parameters(hidden), self._counts
@@ -212,13 +190,7 @@ class WidthView:
         return decoder + vectors * hidden + counts["outside_rest"]
 
     def config_takes(self, hidden: int, heads: int, kv_heads: int) -> bool:
-        """Whether a config of the family can say so; that of a Llama wants hidden to be a multiple of heads.
-
-        Args:
-            hidden: Hidden dimensions.
-            heads: Query heads of every layer.
-            kv_heads: KV heads of every layer.
-        """
+        """Whether a config of the family takes these widths: in a Llama heads must divide the hidden size."""
         config = copy.deepcopy(self.layered.config)
         config.head_dim, config.hidden_size = self.shape.head_dim, hidden
         config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
@@ -243,9 +215,9 @@ class WidthView:
 
     @contextmanager
     def masked(self, plan: WidthPlan) -> Iterator[None]:
-        """While it lasts, heads and channels that a plan removes hand on zeros: what pruning must amount to.
+        """Inside the block, heads and channels that a plan removes give zeros, as if they were pruned.
 
-        Hidden dimensions are left as they are; without them the norms change, and no mask is the same.
+        Hidden dimensions are left as they are: without them the norms change, which no mask can imitate.
         """
         hooks = []
         for layer, widths in enumerate(plan.layers):
@@ -288,10 +260,5 @@ def _sizes(shape: WidthShape) -> dict[str, tuple[int, int]]:
 
 
 def head_entries(heads: Sequence[int], head_dim: int) -> Tensor:
-    """The rows or columns of a linear that belong to some heads.
-
-    Args:
-        heads: Numbers of heads.
-        head_dim: Entries of one.
-    """
+    """The rows or columns of a linear that belong to some heads of `head_dim` entries."""
     return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)

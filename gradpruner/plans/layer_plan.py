@@ -140,14 +140,6 @@ class PruningPlan(Printed):
         return out
 
     @property
-    def merge_order(self) -> tuple[int, ...]:
-        """The targets of `merged` in the order in which they take in others: the last one first.
-
-        What a target takes in has then taken in all it was to.
-        """
-        return tuple(sorted(self.merged, reverse=True))
-
-    @property
     def needs_trace(self) -> bool:
         """Whether carrying it out needs the recorded gradients."""
         return bool(self.merged) and needs_importance(self.rule)

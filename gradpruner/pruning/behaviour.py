@@ -16,13 +16,13 @@ from gradpruner.models.config_patch import text_config
 from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import load_config, load_model
+from gradpruner.models.proof import probe_ids, probe_logits
 from gradpruner.models.shards import open_shards
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.pieces import TORCH_DTYPES
 from gradpruner.pruning.writer import read_tensor, same_bytes
 
-PROMPT_TOKENS = 16
 NEW_TOKENS = 8
 FEW_NEW_TOKENS = 2
 """Where every pass reads all weights again: one token after the prompt, one after a step with a cache."""
@@ -42,11 +42,6 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """What `load_model` calls a dtype."""
-    return str(dtype).removeprefix("torch.")
-
-
 def is_tied(model: Any) -> bool | None:
     """Whether input and output embeddings are one tensor, where the config says so; None elsewhere."""
     if not getattr(text_config(model.config), "tie_word_embeddings", False):
@@ -59,9 +54,8 @@ def is_tied(model: Any) -> bool | None:
 def behaviour(model: nn.Module, new_tokens: int = NEW_TOKENS) -> dict[str, Tensor]:
     """Logits without a cache, and greedy tokens with their logits computed with one."""
     lm: Any = model
-    vocabulary = lm.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(PROMPT_TOKENS) * 37 + 11).remainder(vocabulary)[None]
-    logits = lm(input_ids=ids, use_cache=False).logits
+    ids = probe_ids(model)
+    logits = probe_logits(model)
     out = lm.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -74,7 +68,7 @@ def behaviour(model: nn.Module, new_tokens: int = NEW_TOKENS) -> dict[str, Tenso
         output_logits=True,
         return_dict_in_generate=True,
     )
-    tokens = out.sequences[0, PROMPT_TOKENS:]
+    tokens = out.sequences[0, ids.shape[1] :]
     return {"logits": logits, "cached": torch.stack(out.logits), "tokens": tokens}
 
 
@@ -124,15 +118,9 @@ def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_s
     With a source, kept tensors are read from there, and what both multiply with the same numbers is computed
     once; it counts only if `check_copies` finds them equal.
 
-    Args:
-        folder: The checkpoint.
-        blueprint: What was pruned.
-        repaired: Layer and name of what was repaired.
-        with_source: Run the source too.
-
     Raises:
-        Unmatched: If files hold weights in another form than they are computed with, or what a layer that is
-            passed through computes is used.
+        Unmatched: If files hold weights in another form than they are computed with, or others use what a
+            passed layer computes.
         Exception: Whatever a model raises that cannot run like this.
     """
     stored = computing_dtype(folder)
@@ -158,14 +146,14 @@ def run_whole(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_sourc
     dtype = computing_dtype(folder)
     expected: dict[str, Tensor] = {}
     if with_source:
-        model = load_model(blueprint.source, dtype=dtype_name(dtype), device="cpu", native=True)
+        model = load_model(blueprint.source, dtype=dtype, device="cpu", native=True)
         view = LayeredModel(model)
         _take_computed(view, folder, blueprint, repaired)
         with view.passed_through(blueprint.plan.pruned):
             expected = behaviour(model)
         del model, view
         gc.collect()
-    model = load_model(folder, dtype=dtype_name(dtype), device="cpu", native=True)
+    model = load_model(folder, dtype=dtype, device="cpu", native=True)
     return Both(expected, behaviour(model), dtype, is_tied(model))
 
 

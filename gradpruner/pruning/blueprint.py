@@ -65,8 +65,7 @@ class Blueprint:
 
     Attributes:
         shards: The tensors of the source.
-        raw: The content of its config.json.
-        config: The same as transformers reads it.
+        raw: The content of its config.json; `config`: the same as transformers reads it.
         view: Its layers, without weights.
         prefix: Under which name the layers are on disk.
         warnings: What the user should know, in words.
@@ -314,10 +313,7 @@ class Blueprint:
         transposed = self._transposed(target, name)
 
         def weight(layer: int) -> Tensor:
-            if layer != target and layer in self.plan.merged:  # merged on, after it took in others itself
-                tensor = self._merge(layer, name)
-            else:
-                tensor = read_tensor(self.linears[layer][name], finite=True)
+            tensor = read_tensor(self.linears[layer][name], finite=True)
             return tensor.T if transposed else tensor
 
         merged = merge_planned(self.plan, self.trace, target, name, weight)

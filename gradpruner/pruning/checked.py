@@ -28,9 +28,7 @@ _NOT_FINITE: dict[str, tuple[Any, int]] = {
 }
 
 
-CHECK_BYTES = 512 << 10  # looked at at a time: stays in cache between hashing and scanning
-
-
+CHECK_BYTES = 512 << 10  # a multiple of 8, looked at at a time: stays in cache between hashing and scanning
 _BACKLOG = 8  # ranges copied but not yet checked
 
 
@@ -42,10 +40,6 @@ def holds_non_finite(data: np.ndarray[Any, Any], dtype: str, scratch: np.ndarray
     shifted = scratch[: data.size].view(word)
     np.left_shift(data.view(word), 1, out=shifted)
     return int(shifted.max()) >= least
-
-
-def _word_size(dtype: str) -> int:
-    return np.dtype(_NOT_FINITE[dtype][0]).itemsize if dtype in _NOT_FINITE else 1
 
 
 def non_finite(name: str, ref: TensorRef | None) -> IntegrityError:
@@ -63,7 +57,7 @@ def non_finite(name: str, ref: TensorRef | None) -> IntegrityError:
 
 @contextmanager
 def reading() -> Iterator[Executor]:
-    """The thread that reads back; what it has not begun when the block ends is given up."""
+    """A thread that reads files back; what it has not begun when the block ends is cancelled."""
     pool = ThreadPoolExecutor(1)
     try:
         yield pool
@@ -83,10 +77,12 @@ class ReadBack:
         self._hash = hashlib.sha256()
         self._done = 0
         self._pending: deque[Future[None]] = deque()
-        self._begun = b""
+        self._end = data_start
 
     def follow(self, position: int) -> None:
         """The file is written up to here; waits if the check is far behind."""
+        if position < self._end:
+            position -= position % 8  # no word is cut: every tensor begins where its words are aligned
         self._pending.append(self._reader.submit(self._read_to, position))
         while len(self._pending) > _BACKLOG:
             self._pending.popleft().result()
@@ -119,23 +115,9 @@ class ReadBack:
         stop = start + read.size
         while self._spans and self._spans[0][0] < stop:
             first, last, piece = self._spans[0]
-            word = _word_size(piece.dtype)
             data = read[max(first, start) - start : min(last, stop) - start]
-            if self._begun:  # a word that the block before ended in; only in headers we did not make
-                rest = data[: word - len(self._begun)]
-                data = data[rest.size :]
-                self._begun += rest.tobytes()
-                if len(self._begun) == word:
-                    _refuse_non_finite(np.frombuffer(self._begun, np.uint8), piece, scratch)
-                    self._begun = b""
-            whole = data.size - data.size % word
-            _refuse_non_finite(data[:whole], piece, scratch)
-            self._begun += data[whole:].tobytes()
+            if holds_non_finite(data, piece.dtype, scratch):
+                raise non_finite(piece.name, piece.ref)
             if last > stop:
                 return
             self._spans.popleft()
-
-
-def _refuse_non_finite(data: np.ndarray[Any, Any], piece: Piece, scratch: np.ndarray[Any, Any]) -> None:
-    if holds_non_finite(data, piece.dtype, scratch):
-        raise non_finite(piece.name, piece.ref)

@@ -20,12 +20,19 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from gradpruner.errors import ConfigError, IntegrityError, PlanError
 from gradpruner.files import check_free_space, readable_bytes
-from gradpruner.json_files import read_json, write_json
-from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, staged_folder
+from gradpruner.json_files import write_json
+from gradpruner.models.folder import (
+    PRUNING_FILE,
+    check_output,
+    locate_model,
+    read_pruning,
+    recorded_plan,
+    staged_folder,
+)
 from gradpruner.models.headers import ShardHeader, TensorRef, check_inside
 from gradpruner.models.shards import Shards, open_shards
 from gradpruner.plans.layer_plan import PruningPlan
@@ -46,11 +53,10 @@ from gradpruner.pruning.delta_record import (
     header_file,
 )
 from gradpruner.pruning.pieces import Piece, pack
-from gradpruner.pruning.writer import write_file
+from gradpruner.pruning.writer import same_bytes, write_file
 
 # A delta of which more than this share of the checkpoint had to be stored is not worth its own format.
 STORED_LIMIT = 0.5
-BLOCK_BYTES = 4 << 20
 SPARE_BYTES = 16 << 20  # what a file system takes for itself, generously
 
 
@@ -59,7 +65,6 @@ class DeltaSummary:
     """What a delta holds.
 
     Attributes:
-        folder: Where it is.
         num_bytes: Size of all its files.
         checkpoint_bytes: Size of all files it rebuilds.
         copied: Tensors that are taken from the source.
@@ -85,8 +90,8 @@ def diff_checkpoint(
 ) -> DeltaSummary:
     """Writes the difference between a pruned checkpoint and the model it was made from.
 
-    Both are read once, in blocks; memory is that of the libraries. Hidden files of the pruned folder are left
-    out.
+    The source is read once, the checkpoint twice, in blocks; memory is that of the libraries. Hidden files of
+    the pruned folder are left out.
 
     Args:
         source: The original, a model folder or a hub id.
@@ -106,11 +111,12 @@ def diff_checkpoint(
     """
     origin, folder, target = locate_model(source), existing(pruned, "pruned checkpoint"), Path(out)
     _check_free(target, (origin, folder))
-    facts, plan = _pruning_of(folder)
+    facts = read_pruning(folder)
+    plan = recorded_plan(folder, facts, "A delta is made of a folder that `gradpruner prune` wrote.")
     shards = open_shards(folder)
     others = _other_files(folder, {header.path.name for header in shards.headers})
     origins = _origins(_blueprint(origin, plan, folder, facts), shards)
-    record = DeltaRecord(str(source), plan.to_dict())
+    record = DeltaRecord(source=str(source), plan=plan.to_dict())
     for header in shards.headers:
         _compare_file(header, origins, record, progress)
     stored = [shards.tensors[name] for name in record.stored]
@@ -143,30 +149,15 @@ def _check_free(target: Path, inputs: tuple[Path, ...]) -> None:
         )
 
 
-def _pruning_of(folder: Path) -> tuple[dict[str, Any], PruningPlan]:
-    """What pruning.json says, and the plan in it."""
-    path = folder / PRUNING_FILE
-    hint = "A delta is made of a folder that `gradpruner prune` wrote."
-    if not path.is_file():
-        raise ConfigError(f"{folder} has no {PRUNING_FILE}, so what was pruned is not known.", hint=hint)
-    facts = read_json(check_inside(folder, path), "pruning record")
-    if not isinstance(facts, dict) or not facts.get("plan"):
-        raise ConfigError(f"{folder} was not pruned: its {PRUNING_FILE} holds no plan.", hint=hint)
-    return facts, PruningPlan.from_dict(facts["plan"], str(path))
-
-
 def _blueprint(origin: Path, plan: PruningPlan, folder: Path, facts: Mapping[str, Any]) -> Blueprint:
     try:
         # Names do not depend on merging, and merging would need the recorded gradients.
         return Blueprint(origin, plan.without_merging())
     except PlanError as error:
         raise ConfigError(
-            f"{origin} is not the model that {folder} was made from: {error.message}", hint=_made_from(facts)
+            f"{origin} is not the model that {folder} was made from: {error.message}",
+            hint=f"Give the source that its {PRUNING_FILE} names: {facts.get('source', 'none')}.",
         ) from error
-
-
-def _made_from(facts: Mapping[str, Any]) -> str:
-    return f"Give the source that its {PRUNING_FILE} names: {facts.get('source', 'none')}."
 
 
 def _origins(blueprint: Blueprint, shards: Shards) -> dict[str, TensorRef | None]:
@@ -219,55 +210,26 @@ def _compare_file(
     record: DeltaRecord,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Hashes one file of weights from its first byte to its last, and compares every tensor on the way."""
+    """Compares every tensor of one file of weights with that of the source, and hashes the file."""
     name = header.path.name
     if not WEIGHTS_NAME.fullmatch(name):
         raise ConfigError(f"{header.path} has a name that a delta cannot hold.", hint="Rename the file.")
-    digest = hashlib.sha256()
-    with header.path.open("rb") as file:
-        raw = file.read(header.data_start)
-        digest.update(raw)
-        for ref in header.tensors.values():
-            origin = origins[ref.name]
-            same = _compare_tensor(file, ref, origin, digest, progress)
-            if origin is not None and same is not None:
-                record.copied[ref.name] = CopiedTensor(origin.name, same)
-            else:
-                record.stored.append(ref.name)
-    record.weights[name] = RecordedFile(digest.hexdigest(), header.file_bytes)
+    for ref in header.tensors.values():
+        origin, digest = origins[ref.name], hashlib.sha256()
+        if origin is not None and same_bytes(ref, origin, digest):
+            record.copied[ref.name] = CopiedTensor(origin.name, digest.hexdigest())
+        else:
+            record.stored.append(ref.name)
+        if progress is not None:
+            progress(ref.num_bytes)
+    raw = _header_bytes(header)
+    record.weights[name] = RecordedFile(sha256_file(header.path), header.file_bytes)
     record.headers[name] = RecordedFile(hashlib.sha256(raw).hexdigest(), len(raw))
 
 
-def _compare_tensor(
-    file: BinaryIO,
-    ref: TensorRef,
-    origin: TensorRef | None,
-    whole: Any,
-    progress: Callable[[int], None] | None,
-) -> str | None:
-    """Reads one tensor on from where the file stands; its SHA-256 if the source has the same bytes."""
-    digest = hashlib.sha256()
-    other = origin.file.open("rb", buffering=0) if origin else None
-    try:
-        if other and origin:
-            other.seek(origin.start)
-        for start in range(0, ref.num_bytes, BLOCK_BYTES):
-            want = min(BLOCK_BYTES, ref.num_bytes - start)
-            block = file.read(want)
-            if len(block) != want:
-                raise IntegrityError(f"{ref.file} ended while it was read; it became shorter.")
-            whole.update(block)
-            if other and other.read(want) == block:
-                digest.update(block)
-            elif other:  # one difference is enough; the rest is read for the hash of the file
-                other.close()
-                other = None
-            if progress is not None:
-                progress(want)
-        return digest.hexdigest() if other else None
-    finally:
-        if other:
-            other.close()
+def _header_bytes(header: ShardHeader) -> bytes:
+    with header.path.open("rb") as file:
+        return file.read(header.data_start)
 
 
 def _refuse_large(
@@ -317,14 +279,10 @@ def _write_delta(
         record.tensors = RecordedFile(digest, (staged / TENSORS_FILE).stat().st_size)
     (staged / HEADERS_FOLDER).mkdir()
     for header in shards.headers:
-        with header.path.open("rb") as source:
-            (staged / header_file(header.path.name)).write_bytes(source.read(header.data_start))
+        (staged / header_file(header.path.name)).write_bytes(_header_bytes(header))
     for name, path in others.items():
         target = staged / FILES_FOLDER / name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
         record.files[name] = RecordedFile(sha256_file(target), target.stat().st_size)
     write_json(staged / DELTA_FILE, record.to_dict())
-
-
-# -- rebuilding ------------------------------------------------------------------------------------------

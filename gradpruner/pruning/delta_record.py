@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from gradpruner._version import __version__
 from gradpruner.errors import ConfigError, IntegrityError
+from gradpruner.files import read_plain
+from gradpruner.json_files import parse_json, typed
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.models.headers import HEADER_LIMIT, check_inside
 from gradpruner.plans.layer_plan import PruningPlan
@@ -23,20 +26,19 @@ SMALL_FILE_LIMIT = 100_000_000  # bytes; the largest tokenizers have 40 million
 RECORD_LIMIT = 200_000_000  # bytes of delta.json; half a million tensors
 TEMPLATES_FOLDER = "additional_chat_templates"
 AGAIN = "Download or copy the delta again."
-_COUNT_LIMIT = 2**63
 # No path on any system (`a/b`, `C:a`), nothing hidden (nor `..`), nothing that UTF-8 cannot say.
 _PLAIN = r"(?!\.)[^/\\:\x00-\x1f\ud800-\udfff]+"
 WEIGHTS_NAME = re.compile(rf"{_PLAIN}\.safetensors")
 FILE_NAME = re.compile(rf"({TEMPLATES_FOLDER}/)?{_PLAIN}")
-_HASH = re.compile(r"[0-9a-f]{64}")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
 class RecordedFile:
     """A file as it must be: hash of its content, and its size in bytes."""
 
-    sha256: str
-    bytes: int
+    sha256: Sha256
+    bytes: Annotated[int, Field(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class CopiedTensor:
     """A tensor of the checkpoint that is one of the source: its name there, and the hash of its bytes."""
 
     source: str
-    sha256: str
+    sha256: Sha256
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DeltaRecord:
     """The content of delta.json.
 
@@ -62,6 +64,8 @@ class DeltaRecord:
         stored: Names of the others.
     """
 
+    format_version: int = FORMAT_VERSION
+    gradpruner_version: str = __version__
     source: str
     plan: dict[str, Any]
     weights: dict[str, RecordedFile] = field(default_factory=dict)
@@ -73,7 +77,7 @@ class DeltaRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, sealed with a hash over themselves."""
-        content = {"format_version": FORMAT_VERSION, "gradpruner_version": __version__, **asdict(self)}
+        content = asdict(self)
         return {**content, "sha256": sha256_json(content)}
 
     def own_files(self) -> dict[str, RecordedFile]:
@@ -88,9 +92,6 @@ class DeltaRecord:
     def checkpoint_bytes(self) -> int:
         """Size of what is rebuilt."""
         return sum(facts.bytes for facts in (*self.weights.values(), *self.files.values()))
-
-
-_FIELDS = {"format_version", "gradpruner_version", "sha256", *DeltaRecord.__dataclass_fields__}
 
 
 def header_file(name: str) -> str:
@@ -110,90 +111,38 @@ def read_record(folder: Path) -> DeltaRecord:
             f"{folder} has no {DELTA_FILE}.",
             hint="Give a folder that `gradpruner diff` made. Is the download complete?",
         )
+    fault = f"{path} is not the record of a delta"
     real = check_inside(folder, path)
     try:
-        if real.stat().st_size > RECORD_LIMIT:
-            raise ValueError(f"it has {real.stat().st_size} bytes; {RECORD_LIMIT} are allowed")
-        return _parse_record(json.loads(real.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is not the record of a delta: {error}.", hint=AGAIN) from error
-
-
-def _parse_record(raw: Any) -> DeltaRecord:
-    """The record, every value checked; ValueError says which is wrong."""
-    if not isinstance(raw, dict):
-        raise ValueError("it is not a JSON object")
-    version = raw.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(f"format_version is {version!r}; gradpruner {__version__} reads {FORMAT_VERSION}")
-    if raw.keys() != _FIELDS:
-        raise ValueError(f"the fields {sorted(raw.keys() ^ _FIELDS)} are missing or unknown")
-    if raw["sha256"] != sha256_json({key: value for key, value in raw.items() if key != "sha256"}):
-        raise ValueError("its content does not have the SHA-256 that it states")
-    for name in ("source", "gradpruner_version"):
-        if not isinstance(raw[name], str):
-            raise ValueError(f"{name} is not a string")
-    record = DeltaRecord(
-        raw["source"],
-        _parse_plan(raw["plan"]),
-        _parse_files(raw["weights"], "weights", WEIGHTS_NAME),
-        _parse_files(raw["headers"], "headers", WEIGHTS_NAME),
-        _parse_files(raw["files"], "files", FILE_NAME),
-        None if raw["tensors"] is None else _parse_file(raw["tensors"], "tensors"),
-        _parse_copied(raw["copied"]),
-        raw["stored"],
-    )
-    _check_consistent(record)
+        raw = parse_json(read_plain(real, RECORD_LIMIT))
+        if isinstance(raw, dict) and raw.get("format_version") != FORMAT_VERSION:
+            found = raw.get("format_version")
+            raise ValueError(f"format_version is {found!r}; gradpruner {__version__} reads {FORMAT_VERSION}")
+        content = {key: raw[key] for key in raw if key != "sha256"} if isinstance(raw, dict) else raw
+        record = typed(content, DeltaRecord, fault)
+        if record.to_dict() != raw:
+            raise ValueError("fields are missing or unknown, or it does not have the SHA-256 that it states")
+        _check_consistent(record)
+    except IntegrityError as error:
+        raise IntegrityError(error.message, hint=AGAIN) from error
+    except (OSError, ValueError) as error:
+        raise IntegrityError(f"{fault}: {error}.", hint=AGAIN) from error
     return record
 
 
-def _parse_plan(raw: Any) -> dict[str, Any]:
+def _check_consistent(record: DeltaRecord) -> None:
+    """Raises ValueError for names that lead elsewhere, and parts that contradict each other."""
+    for where, names in (("weights", WEIGHTS_NAME), ("headers", WEIGHTS_NAME), ("files", FILE_NAME)):
+        odd = [name for name in getattr(record, where) if not names.fullmatch(name)]
+        if odd:
+            raise ValueError(f"{where} names the file {odd[0][:80]!r}, which is not a plain name")
     try:
-        return PruningPlan.from_dict(raw, "plan").to_dict()
+        PruningPlan.from_dict(record.plan, "plan")
     except (ConfigError, ArithmeticError) as error:
         raise ValueError(f"its plan is wrong: {error}") from error
-
-
-def _parse_files(raw: Any, field_name: str, names: re.Pattern[str]) -> dict[str, RecordedFile]:
-    if not isinstance(raw, dict):
-        raise ValueError(f"{field_name} is not an object")
-    for name in raw:
-        if not names.fullmatch(name):
-            raise ValueError(f"{field_name} names the file {name[:80]!r}, which is not a plain name")
-    return {name: _parse_file(entry, f"{field_name}: {name}") for name, entry in raw.items()}
-
-
-def _parse_file(raw: Any, where: str) -> RecordedFile:
-    if not isinstance(raw, dict) or raw.keys() != {"sha256", "bytes"} or not _is_hash(raw["sha256"]):
-        raise ValueError(f"{where} needs sha256 and bytes, once each and nothing else")
-    if type(raw["bytes"]) is not int or not 0 <= raw["bytes"] < _COUNT_LIMIT:
-        raise ValueError(f"{where}: bytes is not a count")
-    return RecordedFile(raw["sha256"], raw["bytes"])
-
-
-def _parse_copied(raw: Any) -> dict[str, CopiedTensor]:
-    if not isinstance(raw, dict):
-        raise ValueError("copied is not an object")
-    for name, entry in raw.items():
-        if not isinstance(entry, dict) or entry.keys() != {"source", "sha256"}:
-            raise ValueError(f"copied: {name[:80]!r} needs source and sha256, once each and nothing else")
-        if not isinstance(entry["source"], str) or not _is_hash(entry["sha256"]):
-            raise ValueError(f"copied: {name[:80]!r} needs the name of a tensor and a SHA-256")
-    return {name: CopiedTensor(**entry) for name, entry in raw.items()}
-
-
-def _is_hash(value: Any) -> bool:
-    return isinstance(value, str) and _HASH.fullmatch(value) is not None
-
-
-def _check_consistent(record: DeltaRecord) -> None:
-    """Raises ValueError when the parts of a record contradict each other."""
-    stored: Any = record.stored
-    if not isinstance(stored, list) or not all(isinstance(name, str) for name in stored):
-        raise ValueError("stored is not a list of names")
-    if len({*stored, *record.copied}) != len(stored) + len(record.copied):
+    if len({*record.stored, *record.copied}) != len(record.stored) + len(record.copied):
         raise ValueError("a tensor is there twice in stored and copied")
-    if bool(stored) != (record.tensors is not None):
+    if bool(record.stored) != (record.tensors is not None):
         raise ValueError(f"tensors are stored without {TENSORS_FILE}, or the other way round")
     if not record.weights or record.weights.keys() != record.headers.keys():
         raise ValueError("weights and headers do not name the same files")

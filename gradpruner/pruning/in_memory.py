@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,8 @@ from gradpruner.errors import ModelError, PlanError
 from gradpruner.gradients.importance import Factors
 from gradpruner.gradients.trace import QUANTISED, GradientTrace, same_model
 from gradpruner.models.config_patch import check_keep
-from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
+from gradpruner.models.proof import probe_logits, relative_error
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.merging import Source, merge_linear
 from gradpruner.plans.repair import Repair
@@ -66,7 +66,14 @@ def prune_(
         repair.check(plan, identity)
         found = {layer: (name, view.weight(layer, name)) for layer, name in repair.linears.items()}
         repair.check_shapes({i: {n: tuple(w.shape)} for i, (n, w) in found.items() if w is not None})
-    _merge_layers_(view, plan, trace, identity, shapes, progress)
+    if plan.merged:
+        if identity.endswith(QUANTISED):
+            raise PlanError(
+                "The model is quantised; layers of it can be dropped but not merged.",
+                hint="Plan with num_merge: 0, or prune the unquantised model.",
+            )
+        check_merging(plan, trace, shapes, identity)
+        _merge_layers_(view, plan, trace, progress)
     if repair is not None:
         _repair_(view, repair)
     if view.family.proven:
@@ -76,25 +83,21 @@ def prune_(
     return model
 
 
+@torch.no_grad()
 def _merge_layers_(
     view: LayeredModel,
     plan: PruningPlan,
     trace: GradientTrace | None,
-    identity: str,
-    shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], None] | None,
 ) -> None:
-    """Merges what the plan merges, in place, and removes nothing yet; everything is checked first."""
-    if not plan.merged:
-        return
-    if identity.endswith(QUANTISED):
-        raise PlanError(
-            "The model is quantised; layers of it can be dropped but not merged.",
-            hint="Plan with num_merge: 0, or prune the unquantised model.",
-        )
-    check_merging(plan, trace, shapes, identity)
-    for target in plan.merge_order:
-        _merge_one_(view, target, plan.merged[target], plan, trace, progress)
+    """Adds merged layers to the kept ones in place, and removes nothing yet."""
+    linears = {layer: view.weights(layer) for layer in range(view.num_layers)}
+    for target in sorted(plan.merged.keys() & set(plan.keep), reverse=True):
+        for name, weight in linears[target].items():
+            if progress is not None:
+                progress(f"layer {target} {name}")
+            originals = {layer: found[name] for layer, found in linears.items() if name in found}
+            weight.copy_(merge_planned(plan, trace, target, name, originals.__getitem__))
 
 
 def shapes_of(view: LayeredModel) -> dict[int, dict[str, tuple[int, ...]]]:
@@ -114,16 +117,13 @@ def _repair_(view: LayeredModel, repair: Repair) -> None:
 @torch.no_grad()
 def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
     """For a model type without a row: kept layers must compute what they did with the others passed by."""
-    embedding: Any = view.model.get_input_embeddings().weight
-    ids = torch.arange(1, 17, device=embedding.device).remainder(embedding.shape[0])[None]
     was_training = view.model.training
     view.model.eval()
     with view.passed_through(plan.pruned):
-        expected = view.model(input_ids=ids, use_cache=False).logits
+        expected = probe_logits(view.model)
     view.keep_layers(plan)
-    found = view.model(input_ids=ids, use_cache=False).logits
+    error = relative_error(probe_logits(view.model), expected)
     view.model.train(was_training)
-    error = relative_error(found, expected)
     if not error <= PROOF_TOLERANCE:
         raise ModelError(
             f"Model type '{view.config.model_type}' is not known, and pruning it by the general rule changes "
@@ -132,20 +132,6 @@ def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
             "position.",
         )
     log.info("Model type '%s' has no row; pruning it was checked: %.1e.", view.config.model_type, error)
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected value; NaN when either is not finite."""
-    found, expected = found.float(), expected.float()
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-def refuse_adapters(model: nn.Module, why: str) -> None:
-    """Raises PlanError if a model carries adapters."""
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise PlanError(
-            f"The model carries adapters; {why}.", hint="Call merge_and_unload() or unload() first."
-        )
 
 
 def check_merging(
@@ -198,12 +184,7 @@ def check_merging(
 
 
 def check_alike(plan: PruningPlan, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
-    """Raises PlanError unless every merged layer has the linears of the layer it goes into.
-
-    Args:
-        plan: A plan that merges.
-        shapes: Layer -> linear -> (out_features, in_features).
-    """
+    """Raises PlanError unless every merged layer has the linears of the layer it goes into."""
     for target, layers in plan.merged.items():
         for layer in layers:
             if shapes[layer] != shapes[target]:
@@ -229,24 +210,6 @@ def _check_recorded(
             )
 
 
-@torch.no_grad()
-def _merge_one_(
-    view: LayeredModel,
-    target: int,
-    layers: tuple[int, ...],
-    plan: PruningPlan,
-    trace: GradientTrace | None,
-    progress: Callable[[str], None] | None,
-) -> None:
-    """Adds the linears of `layers` into those of `target`; sign tests use the original target."""
-    sources = {layer: view.weights(layer) for layer in layers}
-    for name, weight in view.weights(target).items():
-        if progress is not None:
-            progress(f"layer {target} {name}")
-        given = {target: weight} | {layer: linears[name] for layer, linears in sources.items()}
-        weight.copy_(merge_planned(plan, trace, target, name, given.__getitem__))
-
-
 def merge_planned(
     plan: PruningPlan,
     trace: GradientTrace | None,
@@ -254,22 +217,26 @@ def merge_planned(
     name: str,
     weight: Callable[[int], Tensor],
 ) -> Tensor:
-    """One linear of a target with everything the plan merges into it.
+    """One linear of a target with everything the plan merges into it, chains included.
 
     Args:
         plan: What to do with every layer.
         trace: The recorded gradients; None where the plan needs none.
         target: The layer that takes in others.
         name: Path of the linear inside the layer.
-        weight: Gives that linear of a layer; of a layer that is merged on, after it has taken in others.
+        weight: Gives that linear of a layer as it was before merging.
     """
 
     def factors(layer: int) -> Factors | None:
         return trace.factors(layer, name) if trace is not None and plan.needs_trace else None
 
+    def taken_in(layer: int) -> Tensor:
+        merged_itself = layer in plan.merged
+        return merge_planned(plan, trace, layer, name, weight) if merged_itself else weight(layer)
+
     return merge_linear(
         weight(target),
-        [Source(weight(layer), factors(layer)) for layer in plan.merged[target]],
+        [Source(taken_in(layer), factors(layer)) for layer in plan.merged[target]],
         rule=plan.rule,
         density=plan.density,
         target_factors=factors(target) if plan.rule == "fisher" else None,

@@ -20,7 +20,7 @@ from transformers.initialization import no_init_weights
 
 from gradpruner.models.classes import model_class
 from gradpruner.models.headers import TensorRef
-from gradpruner.models.layers import LayeredModel
+from gradpruner.models.layers import LayeredModel, returning_input
 from gradpruner.pruning.pieces import TORCH_DTYPES
 from gradpruner.pruning.writer import fill, open_source, read_tensor
 
@@ -33,11 +33,7 @@ class Unmatched(Exception):
 
 
 class Reader:
-    """Reads tensors, converts them to the dtype they are computed in, and remembers products.
-
-    Args:
-        dtype: What is computed in.
-    """
+    """Reads tensors, converts them to the dtype they are computed in, and remembers products."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -176,8 +172,8 @@ def on_demand(
         tensors: By name in the checkpoint.
         prefix: Under which name the layers are there.
         reader: What its weights are read by.
-        passed: Layers that hand on what they were given. They still run, so that a cache keeps its places,
-            but all their numbers are NaN.
+        passed: Layers that return their input. They still run, so that a cache keeps its places, but all
+            their numbers are NaN.
 
     Raises:
         Unmatched: If a parameter is not in the files in the form it is computed with.
@@ -258,12 +254,5 @@ def _passed_through(layer: nn.Module, reader: Reader) -> nn.Module:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[key] = FileWeight(tuple(parameter.shape), None, reader)
-    forward = bare.forward
-
-    def hand_on(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        given = args[0] if args else kwargs["hidden_states"]
-        return (given, *out[1:]) if isinstance(out, tuple) else given
-
-    bare.forward = hand_on
+    bare.forward = returning_input(bare.forward)
     return cast(nn.Module, bare)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from gradpruner.errors import ConfigError
 from gradpruner.files import check_free_space, write_failure, write_text
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.json_files import read_json
 from gradpruner.models.folder import (
     PRUNING_FILE,
     carried_files,
@@ -19,16 +17,16 @@ from gradpruner.models.folder import (
     check_output,
     describe_model,
     locate_model,
+    read_pruning,
     staged_folder,
 )
-from gradpruner.models.headers import check_inside
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.checked import reading
 from gradpruner.pruning.pieces import pack
 from gradpruner.pruning.verification import LEVELS, VerifyReport, compares_fully, verify_written
-from gradpruner.pruning.writer import WrittenShard, write_shards
+from gradpruner.pruning.writer import write_shards
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -99,20 +97,27 @@ def write_pruned(
     source, target = blueprint.source, Path(dst).expanduser()
     _check_request(source, target, max_shard_bytes, verify)
     compares_fully(verify, blueprint)  # refuses now what could not be trusted later
-    pieces, carried, previous = blueprint.pieces(), carried_files(source), _previous(source)
+    pieces, carried, previous = blueprint.pieces(), carried_files(source), read_pruning(source) or None
     needed = sum(piece.num_bytes for piece in pieces) + sum(path.stat().st_size for path in carried)
     check_free_space(target.parent, int(needed * 1.01) + (16 << 20), "The pruned checkpoint")
     metadata = next((h.metadata for h in blueprint.shards.headers if h.metadata), {})
     with staged_folder(target) as staged, reading() as reader:
         files = pack(pieces, max_shard_bytes)
         begun = write_shards(staged, files, {"format": "pt", **metadata}, reader, progress)
-        write_text(staged / "config.json", _config_text(blueprint.new_config()))
+        # As transformers writes it: some configs hold Infinity, which strict JSON has not.
+        write_text(staged / "config.json", json.dumps(blueprint.new_config(), indent=2) + "\n")
         carry(source, carried, staged)
         report = verify_written(staged, blueprint, verify)
         written = [shard.result() for shard in begun]  # what is damaged there is the better reason
         report = replace(report, folder=str(target))
         report.raise_on_failure()
-        facts = _facts(blueprint, written, report, previous)
+        facts = {
+            **blueprint.summary(),
+            "files": {shard.name: {"sha256": shard.sha256, "bytes": shard.num_bytes} for shard in written},
+            "verified": report.to_dict(),
+            "repair": blueprint.repair_facts(),
+            "previous": previous,
+        }
         describe_model(staged, plan=blueprint.plan, source=name, kind="model", facts=facts, origin=source)
     return report
 
@@ -132,26 +137,3 @@ def _check_request(source: Path, target: Path, max_shard_bytes: int, verify: str
         raise ConfigError(f"Files of at most {max_shard_bytes} bytes hold nothing; 1 is the least.")
     if verify not in LEVELS:
         raise ConfigError(f"Unknown level '{verify}'.", hint=f"Allowed: {', '.join(LEVELS)}.")
-
-
-def _previous(source: Path) -> Any:
-    """What the source's own pruning record says; None when it was not pruned."""
-    path = source / PRUNING_FILE
-    return read_json(check_inside(source, path), "pruning record") if path.is_file() else None
-
-
-def _config_text(config: dict[str, Any]) -> str:
-    """As transformers writes it; some configs hold Infinity, which strict JSON has not."""
-    return json.dumps(config, indent=2) + "\n"
-
-
-def _facts(
-    blueprint: Blueprint, written: Sequence[WrittenShard], report: VerifyReport, previous: Any
-) -> dict[str, Any]:
-    return {
-        **blueprint.summary(),
-        "files": {shard.name: {"sha256": shard.sha256, "bytes": shard.num_bytes} for shard in written},
-        "verified": report.to_dict(),
-        "repair": blueprint.repair_facts(),
-        "previous": previous,
-    }

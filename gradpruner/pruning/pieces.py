@@ -27,10 +27,7 @@ class Piece:
     """One tensor of a file to be written.
 
     Attributes:
-        name: Its name there.
         dtype: safetensors' name of its dtype.
-        shape: Its extents.
-        num_bytes: Its size.
         ref: Where its bytes are copied from; None when it is computed.
         make: Computes it when its turn comes; None when it is copied.
     """

@@ -13,7 +13,7 @@ from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, s
 from gradpruner.models.headers import ShardHeader, TensorRef, check_inside, read_header
 from gradpruner.models.shards import Shards, open_shards
 from gradpruner.provenance import sha256_file
-from gradpruner.pruning.delta import BLOCK_BYTES, SPARE_BYTES, existing
+from gradpruner.pruning.delta import SPARE_BYTES, existing
 from gradpruner.pruning.delta_record import (
     AGAIN,
     DELTA_FILE,
@@ -25,7 +25,7 @@ from gradpruner.pruning.delta_record import (
     read_record,
 )
 from gradpruner.pruning.pieces import Piece
-from gradpruner.pruning.writer import write_file
+from gradpruner.pruning.writer import same_bytes, write_file
 
 
 def rebuild_checkpoint(
@@ -169,7 +169,7 @@ def _piece(ref: TensorRef, origin: TensorRef, record: DeltaRecord) -> Piece:
 def _wrong_weights(name: str, pieces: Sequence[Piece], record: DeltaRecord) -> IntegrityError:
     """Why a file has another hash than recorded: looks for tensors of the source that are not the same."""
     copied = [piece for piece in pieces if piece.name in record.copied]
-    wrong = [piece for piece in copied if _digest(piece) != record.copied[piece.name].sha256]
+    wrong = [piece for piece in copied if _digest(piece.ref) != record.copied[piece.name].sha256]
     if not wrong:
         return IntegrityError(
             f"{name} came out with another SHA-256 than {DELTA_FILE} says, though every tensor of the source "
@@ -185,11 +185,9 @@ def _wrong_weights(name: str, pieces: Sequence[Piece], record: DeltaRecord) -> I
     )
 
 
-def _digest(piece: Piece) -> str:
-    ref, digest = piece.ref, hashlib.sha256()
+def _digest(ref: TensorRef | None) -> str:
+    """SHA-256 of a tensor's bytes."""
     assert ref is not None
-    with ref.file.open("rb", buffering=0) as file:
-        file.seek(ref.start)
-        for start in range(0, ref.num_bytes, BLOCK_BYTES):
-            digest.update(file.read(min(BLOCK_BYTES, ref.num_bytes - start)))
+    digest = hashlib.sha256()
+    same_bytes(ref, ref, digest)
     return digest.hexdigest()

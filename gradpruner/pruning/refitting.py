@@ -1,9 +1,9 @@
 """Fitting a repair: linears refitted by least squares on hidden states of the task's own samples.
 
-Dense and pruned model walk side by side through the layers (`walking.Walk`): at a cut the dense one goes on
-through the layers that go, and the kept layer before them is refitted so that the pruned one hands on what
-the dense one does; layer-wise, every kept layer behind the first cut is. Each is fitted on what the pruned
-model itself computes up to there, repairs before it included. Labels only say which tokens are answers.
+Dense and pruned model run side by side, layer by layer (`walking.Walk`). At a cut the dense model also runs
+the removed layers, and the kept layer before them is refitted so that the pruned model's hidden states come
+close to the dense ones; `layer_wise` refits every kept layer behind the first cut. Each is fitted on what the
+pruned model computes up to there, earlier repairs included. Labels only say which tokens are answers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, NonFiniteError, PlanError
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
-from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.walking import BATCH_SIZE, Output, drawn, output_of, sample_batches, weight_set
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 from gradpruner.plans.repair import KINDS, Repair, RepairedCut, check_kind, places_of, unrepaired
-from gradpruner.pruning.in_memory import check_merging, merge_planned, refuse_adapters, shapes_of
+from gradpruner.pruning.in_memory import check_merging, merge_planned, shapes_of
 from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
 from gradpruner.pruning.tokens import Tokens
 from gradpruner.world import World
@@ -55,17 +56,17 @@ def fit_repair(
     ridges: Sequence[float] = RIDGES,
     world: World | None = None,
 ) -> Repair:
-    """Fits what kept layers must add so that the layers that go are missed least.
+    """Refits linears of kept layers so that removing the others changes the hidden states least.
 
-    For a run of layers that goes behind a kept layer, with A the input of that layer's last linear W in the
-    pruned model, y what the layer hands on, h what the dense model hands on after the run, f the factor the
-    layer multiplies what it adds with (1 but for Granite), and w = c / |h|^2 (so that tokens with massive
+    For a run of removed layers behind a kept layer, with A the input of that layer's last linear W in the
+    pruned model, y the layer's output, h the dense model's hidden states after the run, f the factor by which
+    the layer multiplies what it adds (1 but for Granite), and w = c / |h|^2 (so that tokens with massive
     activations do not decide), c greater where the next token is one of the answer (see `answers`):
 
         least_squares   W' = W + argmin_U sum w |h - y - f U A|^2 + rho |U|^2
         linear          W' = (I + U) W,  U of the regression on W A instead of A (ReplaceMe's map)
-        layer_wise      least_squares in every kept layer behind the first cut, h after the layer where no run
-                        goes behind it: what a repair leaves is made up for by the layers that follow
+        layer_wise      least_squares in every kept layer behind the first cut (h after the layer itself where
+                        no run follows), so that later layers make up for what a repair could not
 
     Where a norm follows the last linear (Gemma 2 and 3, OLMo 2) either kind fits one factor per channel of
     the norm's output n instead, and puts it into the norm's weight: n_c becomes (1 + u_c) n_c.
@@ -145,13 +146,7 @@ def fit_repair(
 
 
 def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kind: str) -> int:
-    """Samples that hold `TOKENS_PER_REGRESSOR` tokens for every unknown of a row; `FEWEST_ROWS` at least.
-
-    Args:
-        view: The model, with or without numbers.
-        samples: What rows are drawn from.
-        kind: As for `fit_repair`.
-    """
+    """Samples that hold `TOKENS_PER_REGRESSOR` tokens for every unknown of a row; `FEWEST_ROWS` at least."""
     shapes = [weight.shape for weight in view.weights(0).values()]
     regressors = max(int(shape[1]) for shape in shapes)
     if kind == "linear" or regressors > MAX_REGRESSORS:
@@ -231,7 +226,7 @@ class _Fitting:
                 progress(1 + len(run))
 
     def _advance(self, layers: Sequence[int], states: list[Tensor]) -> None:
-        """Takes states through layers, in place, so that one batch at most is there twice."""
+        """Runs layers on states, in place, so that at most one batch is in memory twice."""
         for batch, state in enumerate(states):
             for layer in layers:
                 state = self.walk.layer_on(layer, batch, state)
@@ -359,28 +354,19 @@ class _Fitting:
 
     @contextmanager
     def _merged(self, layer: int) -> Iterator[None]:
-        """While it lasts, a kept layer has taken in those that the plan merges into it."""
+        """Inside the block, a kept layer holds what the plan merges into it."""
         if layer not in self.plan.merged:
             yield
             return
-        originals = {name: weight.clone() for name, weight in self.view.weights(layer).items()}
-        try:
+        with ExitStack() as stack:
             for name, weight in self.view.weights(layer).items():
-                weight.copy_(self._taken_in(layer, name))
+                original = partial(self._linear, name)
+                new = merge_planned(self.plan, self.trace, layer, name, original)
+                stack.enter_context(weight_set(weight, new))
             yield
-        finally:
-            for name, weight in self.view.weights(layer).items():
-                weight.copy_(originals[name])
 
-    def _taken_in(self, target: int, name: str) -> Tensor:
-        """One linear of a layer with everything the plan merges into it, chains included."""
-
-        def weight(layer: int) -> Tensor:
-            if layer != target and layer in self.plan.merged:
-                return self._taken_in(layer, name)
-            return self.view.weights(layer)[name]
-
-        return merge_planned(self.plan, self.trace, target, name, weight)
+    def _linear(self, name: str, layer: int) -> Tensor:
+        return self.view.weights(layer)[name]
 
 
 def _sums_device(weight: Tensor) -> torch.device:

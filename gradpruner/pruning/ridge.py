@@ -37,13 +37,13 @@ class AnySums:
     tokens: int = 0
 
     def take(self, other: AnySums) -> None:
-        """Takes in the tokens of another one of the same kind, in place."""
+        """Adds the sums of other tokens, in place."""
         self.gram += other.gram
         self.cross += other.cross
         self.energy, self.tokens = self.energy + other.energy, self.tokens + other.tokens
 
     def sum_on_first(self, world: World) -> None:
-        """Takes in the tokens of all processes, in place; only the first one can use the sums then."""
+        """Adds the sums of all processes, in place; only the first one can use them afterwards."""
         world.sum_on_first((self.gram, self.cross))
         found = world.gathered([(self.energy, self.tokens)])
         self.energy, self.tokens = (sum(values) for values in zip(*found, strict=True))
@@ -54,7 +54,7 @@ class AnySums:
         return math.isfinite(self.energy + float(self.gram.sum()) + float(self.cross.sum()))
 
     def add(self, x: Tensor, missing: Tensor, weight: Tensor) -> None:
-        """Takes in tokens: regressors, what is missing, and how much each counts; all float64."""
+        """Adds tokens: regressors, what is missing, and how much each counts; all float64."""
         raise NotImplementedError
 
     def solve(self, ridge: float) -> Tensor:

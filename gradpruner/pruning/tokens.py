@@ -27,7 +27,6 @@ class Tokens:
 
     Attributes:
         walk: Over this process's batches.
-        world: The processes.
     """
 
     def __init__(

@@ -15,24 +15,19 @@ import torch
 from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
 from gradpruner.files import readable_bytes
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.json_files import read_json
 from gradpruner.models.config_patch import text_config
-from gradpruner.models.folder import PRUNING_FILE, locate_model
+from gradpruner.models.folder import PRUNING_FILE, locate_model, read_pruning, recorded_plan
 from gradpruner.models.loading import load_config, load_structure
+from gradpruner.models.proof import relative_error, tolerance
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
-from gradpruner.pruning.behaviour import Both, bits, check_copies, dtype_name, run_on_demand, run_whole
+from gradpruner.pruning.behaviour import Both, bits, check_copies, run_on_demand, run_whole
 from gradpruner.pruning.blueprint import Blueprint
-from gradpruner.pruning.in_memory import relative_error
 from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
 LEVELS = ("auto", "full", "structure")
-# Relative error allowed between logits of the pruned model and of its source with the pruned layers passed
-# through. The same operations run in the same order, so what is measured is almost always zero.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
-COARSE_TOLERANCE = 1e-2
 _MEMORY_SHARE = 0.7  # of what is free: a model loaded once, its activations, and what else goes on
 
 
@@ -56,7 +51,6 @@ class VerifyReport:
     """What was verified of a checkpoint.
 
     Attributes:
-        folder: The checkpoint.
         level: "full" or "structure".
         checks: In the order they were made; none is made after one failed.
     """
@@ -97,10 +91,10 @@ def verify_checkpoint(
     """Checks a pruned checkpoint against its plan and its source.
 
     Merging is repeated in memory and compared to the bit (with a trace where the rule needs one); repaired
-    linears must be those of the repair or, without it, have the hashes that `pruning.json` states. Reference
-    for what the checkpoint computes is the source model with the pruned layers handing on what they were
-    given, and with the merged and repaired linears of the checkpoint. All other tensors must hold the bytes
-    of the source's. Both run on the CPU, one after the other, each weight read from its file when it is used
+    linears must be those of the repair or, without it, have the hashes that `pruning.json` states. What the
+    checkpoint computes is compared with the source model whose pruned layers return their input, and which
+    has the merged and repaired linears of the checkpoint. All other tensors must hold the bytes of the
+    source's. Both run on the CPU, one after the other, each weight read from its file when it is used
     (`on_demand`), so memory is 256 MB at most for what both compute, and that of the largest weight that is
     no linear; 16 bits are computed in float32. Models whose weights are stored in another form than they are
     computed with are loaded whole, in the dtype they are stored in, and the report says so.
@@ -124,8 +118,10 @@ def verify_checkpoint(
     if level not in LEVELS:
         raise ConfigError(f"Unknown level '{level}'.", hint=f"Allowed: {', '.join(LEVELS)}.")
     target = Path(folder)
-    facts = _facts_of(target, plan)
-    plan = plan or PruningPlan.from_dict(facts["plan"], str(target / PRUNING_FILE))
+    facts = read_pruning(target)
+    plan = plan or recorded_plan(target, facts, "Pass --plan and --source.")
+    if source is None and not isinstance(facts.get("source"), str):
+        raise ConfigError(f"{target} does not say which model it was made from.", hint="Pass --source.")
     origin = locate_model(source if source is not None else facts["source"])
     blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
     return verify_written(target, blueprint, level, facts)
@@ -136,11 +132,7 @@ def verify_written(
 ) -> VerifyReport:
     """Checks a folder against the blueprint it was written by, as `verify_checkpoint`.
 
-    Args:
-        target: The pruned checkpoint.
-        blueprint: What it is to be.
-        level: One of `LEVELS`.
-        facts: What its `pruning.json` says; nothing where it has none yet.
+    `facts` are those of its `pruning.json`; nothing where it has none yet.
     """
     full = compares_fully(level, blueprint)
     repaired = blueprint.repair_facts() or _repair_of(facts, target)
@@ -157,19 +149,6 @@ def verify_written(
         if gate.skipped:
             break
     return VerifyReport(str(target), "full" if full and not gate.skipped else "structure", tuple(checks))
-
-
-def _facts_of(folder: Path, plan: PruningPlan | None) -> dict[str, Any]:
-    path = folder / PRUNING_FILE
-    if plan is None and not path.is_file():
-        raise ConfigError(
-            f"{folder} has no {PRUNING_FILE}, so what was pruned is not known.",
-            hint="Pass --plan and --source.",
-        )
-    facts: dict[str, Any] = read_json(path, "pruning record") if path.is_file() else {}
-    if plan is None and not facts.get("plan"):
-        raise ConfigError(f"{folder} was not pruned: its {PRUNING_FILE} holds no plan.")
-    return facts
 
 
 def _repair_of(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -225,7 +204,7 @@ def _runs_on_demand(blueprint: Blueprint) -> bool:
 
 
 class _Gate:
-    """The checks, in order; what one loads the next ones use."""
+    """The checks, in order; later ones use what earlier ones have loaded."""
 
     def __init__(
         self,
@@ -330,7 +309,7 @@ class _Gate:
                 return f"not done: the models must be loaded whole, for which memory is too small ({reason})"
             self.both = run_whole(self.folder, self.blueprint, cuts, with_source=not self.tuned)
             how = f"loaded whole ({reason})"
-        self.how = f"{how}, in {dtype_name(self.both.dtype)}"
+        self.how = f"{how}, in {str(self.both.dtype).removeprefix('torch.')}"
         return ""
 
     def repaired(self) -> str:
@@ -379,11 +358,11 @@ class _Gate:
         if not self.both.source:
             return "not compared: no reference"
         error = relative_error(self.both.pruned[what], self.both.source[what])
-        tolerance = TOLERANCE.get(self.both.dtype, COARSE_TOLERANCE)
-        if not error <= tolerance:
+        allowed = tolerance(self.both.dtype)
+        if not error <= allowed:
             raise _Failed(
                 f"relative error {error:.1e} against the source with the pruned layers passed through; at "
-                f"most {tolerance:.0e} is allowed"
+                f"most {allowed:.0e} is allowed"
             )
         return f"relative error {error:.1e} ({how})"
 

@@ -45,7 +45,7 @@ def prune_width_checkpoint(
     """
     refuse_narrowed(source)
     dtype = stored_dtype(source)
-    model = load_model(source, dtype=str(dtype).removeprefix("torch."), device=device)
+    model = load_model(source, dtype=dtype, device=device)
     expected = WidthView(model).parameters(plan)
     verdicts = portability_of(plan, layer_facts(model.config))  # of the config before it is changed
     error = narrow_(model, plan)
@@ -66,10 +66,7 @@ def prune_width_checkpoint(
 def check_narrowed(folder: Path, expected: int, error: float | None) -> VerifyReport:
     """Checks that a written folder loads and has the parameters it should.
 
-    Args:
-        folder: What was written.
-        expected: Parameters it must have.
-        error: Of the proof, see `widths.narrow_`; None when there was none.
+    `error` is that of the proof, see `narrowing.narrow_`; None when there was none.
 
     Raises:
         IntegrityError: If it does not.

@@ -33,19 +33,11 @@ _READ_BYTES = 8 << 20  # read at a time where the kernel cannot copy
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A file that was written.
-
-    Attributes:
-        name: File name.
-        sha256: Hash of the whole file.
-        num_bytes: Its size.
-        tensors: The names of its tensors.
-    """
+    """A file that was written, and the hash of the whole."""
 
     name: str
     sha256: str
     num_bytes: int
-    tensors: tuple[str, ...]
 
 
 def write_shards(
@@ -79,17 +71,17 @@ def write_shards(
         for name, pieces in zip(names, files, strict=True)
     ]
 
-    def finish(name: str, pieces: Sequence[Piece], check: ReadBack) -> WrittenShard:
+    def finish(name: str, check: ReadBack) -> WrittenShard:
         digest, path = check.digest(), folder / name
         make_durable(path)
-        return WrittenShard(name, digest, path.stat().st_size, tuple(piece.name for piece in pieces))
+        return WrittenShard(name, digest, path.stat().st_size)
 
     if len(files) > 1:
         weight_map = {piece.name: name for name, pieces in zip(names, files, strict=True) for piece in pieces}
         total = sum(piece.num_bytes for pieces in files for piece in pieces)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [reader.submit(finish, *shard) for shard in zip(names, files, checks, strict=True)]
+    return [reader.submit(finish, name, check) for name, check in zip(names, checks, strict=True)]
 
 
 def write_file(
@@ -101,7 +93,8 @@ def write_file(
 ) -> str:
     """Writes one safetensors file; returns the SHA-256 of what stands on disk.
 
-    `header` is written instead of one made from the pieces and `metadata`, length included.
+    `header` is written instead of one made from the pieces and `metadata`, length included; the pieces are
+    plain bytes then (U8).
     """
     with reading() as reader:
         return _write(path, pieces, metadata, reader, progress, header).digest()
@@ -238,11 +231,7 @@ def _write_all(out: int, data: bytes | bytearray | memoryview) -> None:
 
 
 def read_tensor(ref: TensorRef, *, finite: bool = False) -> Tensor:
-    """Reads one tensor into memory of its own.
-
-    Args:
-        ref: The tensor.
-        finite: Refuse NaN and Inf.
+    """Reads one tensor into memory of its own; `finite` refuses NaN and Inf.
 
     Raises:
         IntegrityError: If the file became shorter, or for NaN and Inf.
@@ -260,8 +249,8 @@ def read_tensor(ref: TensorRef, *, finite: bool = False) -> Tensor:
     return tensor
 
 
-def same_bytes(one: TensorRef, other: TensorRef) -> bool:
-    """Whether two tensors on disk hold the same bytes.
+def same_bytes(one: TensorRef, other: TensorRef, digest: Any = None) -> bool:
+    """Whether two tensors on disk hold the same bytes, which `digest`, a hash, takes in on the way.
 
     Raises:
         IntegrityError: If a file became shorter.
@@ -277,4 +266,6 @@ def same_bytes(one: TensorRef, other: TensorRef) -> bool:
             fill(memoryview(there)[:size], second, other.start + done, other.file)
             if here != there:
                 return False
+            if digest is not None:
+                digest.update(memoryview(here)[:size])
     return True

@@ -25,10 +25,11 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.config_patch import check_keep, family_slots, required_layers, text_config
 from gradpruner.models.families import FAMILIES
 from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.proof import relative_error
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.blueprint import Blueprint
-from gradpruner.pruning.in_memory import prune_, relative_error
+from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.on_disk import prune_checkpoint
 
 LAYERS = COMMON["num_hidden_layers"]
