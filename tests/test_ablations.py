@@ -11,6 +11,8 @@ import yaml
 
 import gradpruner
 from gradpruner.runs.recipe import Recipe, key_names, load_recipe
+from gradpruner.runs.study.design import make_study
+from gradpruner.runs.study.file import read_study
 
 PACKAGE = Path(gradpruner.__file__).parent
 ABLATIONS = PACKAGE / "recipes" / "ablations"
@@ -79,10 +81,9 @@ def test_the_document_names_every_file_and_no_other() -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_makes_a_study(path: Path, tmp_path: Path) -> None:
-    study_package = pytest.importorskip("gradpruner.runs.study")
-    file = study_package.read_study(path)
+    file = read_study(path)
     recipe = load_recipe(base(yaml.safe_load(path.read_text(encoding="utf-8")), tmp_path))
-    study = study_package.make_study(
+    study = make_study(
         recipe,
         out=tmp_path / "out",
         methods=file.methods,

@@ -10,6 +10,7 @@ from builders import make_project
 from processes import COMMAND, begin
 
 import gradpruner
+from gradpruner.cli import bundled
 from gradpruner.cli import studies as cli_compare
 from gradpruner.errors import ModelError
 from gradpruner.methods import METHODS, Method
@@ -135,7 +136,7 @@ def test_an_ablation_is_a_file_whose_model_and_data_can_be_exchanged(call, tmp_p
 
 
 def test_studies_that_come_along_are_listed(call, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_compare, "ABLATIONS", tmp_path)
+    monkeypatch.setattr(bundled, "ABLATIONS", tmp_path)
     make_project(tmp_path / "project")
     write_study(tmp_path, base=str(tmp_path / "project/recipe.yaml"))
     assert json.loads(call("ls", "ablations", "--json")[1]) == {"study": "A study"}

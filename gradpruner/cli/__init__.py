@@ -1,8 +1,8 @@
 """The command line: one file per group of commands, everything heavy imported inside.
 
 main      the app, the stage commands, report; options: what several commands are told alike
-executing what commands share: finding a recipe, carrying it out, printing
-messages  errors and interruptions on the terminal; suggestions: what to do next
+executing what commands share: carrying out a recipe; bundled: recipes and studies that come along
+messages  results, errors and interruptions on the terminal; suggestions: what to do next
 init      init
 listing   ls
 models    prune, verify, diff, rebuild

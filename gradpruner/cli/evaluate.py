@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.executing import console, execute, prepare, resolve
+from gradpruner.cli.executing import execute, prepare, resolve
+from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, KEYS, TUNING, Chosen, Number, Text, takes
 from gradpruner.errors import ConfigError
 

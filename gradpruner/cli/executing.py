@@ -8,18 +8,17 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gradpruner.cli.listing import RECIPES, recipe_names
+from gradpruner.cli.bundled import recipe_file
+from gradpruner.cli.messages import console
 from gradpruner.cli.options import Chosen, settled
 from gradpruner.cli.suggestions import suggest_after_run
 from gradpruner.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from gradpruner.printing import Printed
     from gradpruner.runs.recipe import Recipe
 
@@ -38,11 +37,7 @@ def resolve(
 
     path: Path | None = None
     if recipe is not None:
-        path = Path(recipe)
-        if not path.is_file() and not recipe.endswith((".yaml", ".yml")):
-            path = RECIPES / f"{recipe}.yaml"
-            if not path.exists():
-                _unknown_recipe(recipe)
+        path = recipe_file(recipe)
     elif out is not None and chosen.values.get("model.path") is None:
         stored = Path(out) / "recipe.yaml"
         path = stored if stored.exists() else None
@@ -53,21 +48,6 @@ def resolve(
             hint="`gradpruner run demo` runs the embedded miniature.",
         )
     return load_recipe(path, chosen.overrides, values)
-
-
-def _unknown_recipe(name: str) -> NoReturn:
-    from gradpruner.registry import suggest
-
-    names = recipe_names()
-    if "/" in name and not any(known.startswith(name.split("/")[0]) for known in names):
-        raise ConfigError(
-            f"There is no recipe, model folder or other file at {name}.",
-            hint=f"Recipes that come along: {', '.join(names)}.",
-        )
-    raise ConfigError(
-        f"There is no recipe file or built-in recipe '{name}'.{suggest(name, names)}",
-        hint=f"Built in: {', '.join(names)}.",
-    )
 
 
 def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
@@ -114,13 +94,6 @@ def tell(found: Printed, values: dict[str, Any], as_json: bool) -> None:
         typer.echo(json.dumps(values, indent=2))
     else:
         found.show(console())
-
-
-def console() -> Console:
-    """Standard output; wide enough for the tables where nothing says how wide it is."""
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def command_line() -> str:

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from gradpruner.cli.bundled import ABLATIONS, RECIPES, ablation_names, recipe_names
 from gradpruner.cli.options import JsonOption
 from gradpruner.errors import ConfigError
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 KINDS = {
     "methods": "ways to choose what goes",
     "tasks": "named tasks with data, prompts and metrics",
@@ -26,12 +26,6 @@ KINDS = {
 def add_to(app: typer.Typer) -> None:
     """Adds the command."""
     app.command("ls")(list_entries)
-
-
-def recipe_names() -> list[str]:
-    """Every recipe that comes with the package, by its path without the ending."""
-    names = (str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("ablations/"))  # those are studies
 
 
 def list_entries(
@@ -65,10 +59,7 @@ def _entries(kind: str) -> dict[str, str]:
     if kind == "recipes":
         return {name: _first_comment(RECIPES / f"{name}.yaml") for name in recipe_names()}
     if kind == "ablations":
-        from gradpruner.cli import studies as cli_compare
-
-        names = cli_compare.ablation_names()
-        return {name: _first_comment(cli_compare.ABLATIONS / f"{name}.yaml") for name in names}
+        return {name: _first_comment(ABLATIONS / f"{name}.yaml") for name in ablation_names()}
     if kind == "families":
         from gradpruner.models.families import FAMILIES
 

@@ -14,8 +14,8 @@ import typer
 
 from gradpruner._version import __version__
 from gradpruner.cli import cost, evaluate, export, init, listing, models, serve, shrink, studies
-from gradpruner.cli.executing import console, execute, prepare, resolve
-from gradpruner.cli.messages import complain, stop
+from gradpruner.cli.executing import execute, prepare, resolve
+from gradpruner.cli.messages import complain, console, stop
 from gradpruner.cli.options import ENDING, KEYS, ROWS, Chosen, JsonOption, takes
 from gradpruner.errors import GradPrunerError
 

@@ -1,12 +1,22 @@
-"""Errors and interruptions, printed on standard error."""
+"""Where commands print: results on standard output, errors and interruptions on standard error."""
 
 from __future__ import annotations
 
 import os
 import sys
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from gradpruner.errors import GradPrunerError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    """Standard output; wide enough for the tables where nothing says how wide it is."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def stop(number: int, frame: object) -> NoReturn:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gradpruner.cli.executing import command_line, console, prepare, resolve, tell
+from gradpruner.cli.bundled import study_file
+from gradpruner.cli.executing import command_line, prepare, resolve, tell
+from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, ROWS, TUNING, Chosen, Text, settled, takes, words
 from gradpruner.errors import ConfigError
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from gradpruner.runs.study.carrying_out import Outcome
     from gradpruner.runs.study.file import StudyFile
 
-ABLATIONS = Path(__file__).parents[1] / "recipes" / "ablations"
 DEFAULT_METHODS = "gradpruner,last,random"
 DEFAULT_SEEDS = "0,1,2"
 
@@ -102,7 +103,7 @@ def ablate(
     from gradpruner.runs.study.design import make_study
     from gradpruner.runs.study.file import read_study
 
-    path = _study_path(study)
+    path = study_file(study)
     prepare(chosen.quiet)
     file = read_study(path)
     recipe = _base_recipe(file, path, chosen)
@@ -152,27 +153,6 @@ def parsed_seeds(text: str) -> list[int]:
                 hint="Seeds are whole numbers from 0 on: --seeds 0,1,2.",
             )
     return [int(word) for word in words(text)]
-
-
-def ablation_names() -> list[str]:
-    """Studies that come along."""
-    return sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
-
-
-def _study_path(name: str) -> Path:
-    from gradpruner.registry import suggest
-
-    path = Path(name)
-    if path.is_file():
-        return path
-    known = ABLATIONS / f"{name}.yaml"
-    if known.is_file():
-        return known
-    names = ablation_names()
-    raise ConfigError(
-        f"There is no study file or built-in study '{name}'.{suggest(name, names)}",
-        hint=f"Built in: {', '.join(names) or 'none'}.",
-    )
 
 
 def _base_recipe(file: StudyFile, path: Path, chosen: Chosen) -> Recipe:

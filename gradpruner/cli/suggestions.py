@@ -6,6 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from gradpruner.cli.messages import console
+
 NEXT: dict[str, tuple[tuple[str, str], ...]] = {
     "init": (
         ("check it, without loading weights", "gradpruner run {recipe} --dry-run"),
@@ -43,8 +45,6 @@ NEXT: dict[str, tuple[tuple[str, str], ...]] = {
 
 def suggest(after: str, **places: Any) -> None:
     """Prints what to do after a command; a line whose place is not known is left out."""
-    from gradpruner.cli.executing import console
-
     known = {name: shlex.quote(str(value)) for name, value in places.items() if value is not None}
     lines = []
     for why, command in NEXT.get(after, ()):

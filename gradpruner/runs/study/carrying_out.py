@@ -49,7 +49,7 @@ class Begun(TypedDict):
 
 @dataclass(frozen=True, repr=False)
 class Outcome(Printed):
-    """What a study came to, or would; prints as on the command line.
+    """What a study came to, or would (`preview.Preview`); prints as on the command line.
 
     Attributes:
         study: What study.json says; after a dry run, what `preview.preview_study` finds.
@@ -63,14 +63,10 @@ class Outcome(Printed):
     folder: Path | None = None
 
     def show(self, console: Console) -> None:
-        """Prints the table and the verdict, or what would be run."""
+        """Prints the table and the verdict."""
         from gradpruner.reports.terminal import print_summary
-        from gradpruner.runs.study.preview import print_study_preview
 
-        if self.measured:
-            print_summary(self.study, console, self.folder)
-        else:
-            print_study_preview(self.study, console)
+        print_summary(self.study, console, self.folder)
 
 
 def run_study(study: Study, *, command: str = "") -> Outcome:

@@ -8,7 +8,7 @@ from pathlib import Path
 from gradpruner.runs.recipe import Recipe
 from gradpruner.runs.study.carrying_out import Outcome, run_study
 from gradpruner.runs.study.design import Study, make_study
-from gradpruner.runs.study.preview import preview_study
+from gradpruner.runs.study.preview import Preview, preview_study
 
 METHODS = ("gradpruner", "last", "random")
 SEEDS = (0, 1, 2)
@@ -58,7 +58,7 @@ def compare(
 
 def carried_out(study: Study, *, dry_run: bool, command: str) -> Outcome:
     """What a study comes to, or would."""
-    return Outcome(preview_study(study), measured=False) if dry_run else run_study(study, command=command)
+    return Preview(preview_study(study), measured=False) if dry_run else run_study(study, command=command)
 
 
 def cleared(recipe: Recipe) -> Recipe:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from gradpruner.printing import num_bytes
 from gradpruner.runs.preview import savings_table
-from gradpruner.runs.study.carrying_out import check_study, state_of
+from gradpruner.runs.study.carrying_out import Outcome, check_study, state_of
 from gradpruner.runs.study.design import DENSE, Study
 
 
@@ -55,8 +55,15 @@ def preview_study(study: Study) -> dict[str, Any]:
     }
 
 
-def print_study_preview(facts: dict[str, Any], console: Console) -> None:
-    """Prints what `preview_study` finds."""
+class Preview(Outcome):
+    """What a study would come to."""
+
+    def show(self, console: Console) -> None:
+        """Prints what `preview_study` found."""
+        _print_preview(self.study, console)
+
+
+def _print_preview(facts: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]Dry run[/bold] of a study in {facts['out']}", highlight=False)
     console.print(
         f"{len(facts['runs'])} runs ({len(facts['seeds'])} seeds, {len(facts['points'])} points), "
