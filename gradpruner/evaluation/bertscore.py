@@ -166,7 +166,7 @@ class BertScorer:
         with torch.inference_mode():
             output = self._model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
         vectors = functional.normalize(output.last_hidden_state, dim=-1)
-        # What only opens and closes a text may be matched, but does not count itself.
+        # Tokens that only open or close a text may be matched, but their own match does not count.
         ends = [self._tokenizer.cls_token_id, self._tokenizer.sep_token_id]
         known = torch.tensor([token for token in ends if token is not None], device=self.device)
         counts = ~torch.isin(rows.input_ids, known)
@@ -190,7 +190,7 @@ def _choose_layer(config: dict[str, Any], names: Sequence[str], layer: int | Non
     if layer is None:
         own = {name.rsplit("/", 1)[-1] for name in names}
         known = [number for number, encoders in _PUBLISHED_LAYERS.items() if own & set(encoders.split())]
-        # A name says little of a model; one too shallow is another one.
+        # A model with fewer layers than the published one only shares its name.
         return known[0] if known and known[0] <= num_layers else num_layers
     if not 0 <= layer <= num_layers:
         raise ConfigError(
@@ -215,7 +215,7 @@ def _load(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
     if layer != config.num_hidden_layers:
         config.num_hidden_layers = layer
     try:
-        with _quietly():  # layers left out and a missing pooler are meant
+        with _quietly():  # that layers are left out and the pooler is missing is intended
             model = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
             )
@@ -243,7 +243,7 @@ def _load(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keeps transformers' report of the weights it did not need to itself."""
+    """Silences transformers' report of the weights it did not need."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 """Sample answers of a run, dense beside pruned, from the files of examples it left.
 
-The rows are whatever the task holds: untrusted text, cut short here and escaped where they are shown.
+Rows hold whatever the task holds: untrusted text, which is cut short here and escaped where it is shown.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FIELDS = {
 }
 """Metric -> what says whether an answer is right, and the answer."""
 _GRADED = 0.5
-"""Where answers are graded, those from here on count as right."""
+"""From this score on, a graded answer counts as right."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def sample_answers(view: View, folder: Path) -> Answers | None:
                 prompt = text(one.get("prompt_tail"))
                 prompt = prompt if len(prompt) <= _LONGEST else "…" + prompt[-_LONGEST:]
                 found[kind].append(Answer(kind, prompt, text(one.get("answer"), _LONGEST), *shown))
-    except (OSError, ValueError, KeyError, TypeError):  # none of ours, or without what is looked for
+    except (OSError, ValueError, KeyError, TypeError):  # another program's file, or a field is missing
         return None
     answers = tuple(answer for kind in KINDS for answer in found[kind])
     return Answers(row.label, answers, counts, graded) if answers else None
@@ -123,7 +123,7 @@ def _file(view: View, row: Row, folder: Path) -> Path | None:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, as far as it is read."""
+    """The rows in the first `_MOST_BYTES` of a file."""
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES)
     for line in data[: data.rfind(b"\n") + 1].splitlines():

@@ -33,7 +33,7 @@ def _numbers(values: Any) -> list[float]:
 
 Number = Annotated[float | None, BeforeValidator(number)]
 Known = Annotated[Any, BeforeValidator(number)]
-"""A number of which a record without it is left out, so that it is there wherever it is used."""
+"""A number without which the whole entry is left out: whoever uses it need not check."""
 Count = Annotated[int | None, BeforeValidator(count)]
 Each = BeforeValidator(lambda value: list(value) if isinstance(value, list | tuple) else [])
 """Of a list; anything else reads as an empty one."""

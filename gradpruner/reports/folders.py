@@ -26,7 +26,7 @@ from gradpruner.reports.view import View, pairs, read
 REPORT = "report.html"
 RUNNING, DONE, STOPPED, FAILED, DAMAGED = "running", "done", "stopped", "failed", "damaged"
 _GOES_ON = "the same command goes on."
-# Who works writes progress.json every five seconds at least.
+# A run at work writes progress.json at least every five seconds.
 _ALIVE_SECONDS = 20.0
 _DEPTH, _MOST_FOLDERS = 6, 5000
 Curve = list[tuple[float, float]]
@@ -49,7 +49,7 @@ class Manifest(Part):
 
 
 class Now(Part):
-    """progress.json: what is in hand; `left` in seconds, `began` a time."""
+    """progress.json: what a run is doing; `left` in seconds, `began` a time."""
 
     stage: Any = None
     doing: Any = None
@@ -71,8 +71,8 @@ class Found:
         state: One of the words above.
         fault: Why it failed, stopped or cannot be read.
         view: What is known of its rows.
-        now: What is in hand, while it goes.
-        curves: Row -> (step, loss) so far, of a run that goes.
+        now: What it is doing, while it runs.
+        curves: Row -> (step, loss) so far, while it runs.
         report: Its page, if it has one.
         changed: When it last wrote a record.
     """
@@ -196,7 +196,7 @@ def _kept(shape: Callable[[dict[str, Any]], Any], path: Path, when: int, size: i
 
 
 def _now(pulse: Path | None) -> Now | None:
-    """What is in hand; None if nobody has said so lately."""
+    """What a run is doing; None if progress.json is missing or too old."""
     if pulse is None or time.time() - _written(pulse) > _ALIVE_SECONDS:
         return None
     try:
@@ -231,7 +231,7 @@ def _ended(known: Manifest, begun: list[str], view: View, whole: bool) -> tuple[
 
 
 def _curves(known: Manifest, now: Now) -> dict[str, Curve]:
-    """The losses of trainings that are done, and of the one in hand."""
+    """The losses of finished trainings, and of the one going on."""
     found = {
         name.partition(" ")[2]: pairs(stage.result["losses"], "step", "loss")
         for name, stage in known.stages.items()
@@ -245,7 +245,7 @@ def _curves(known: Manifest, now: Now) -> dict[str, Curve]:
 
 
 def _so_far(known: Manifest) -> View:
-    """A run that has no record yet, as one: what its stages found."""
+    """What the stages of a run without a record have found, in the form of a record."""
     rows: dict[str, dict[str, Any]] = {}
     for name, stage in known.stages.items():
         kind, _, row = name.partition(" ")

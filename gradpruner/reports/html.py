@@ -163,7 +163,7 @@ def _data(view: View) -> list[Block]:
 
 
 def _recipe(view: View) -> list[Block]:
-    recipe, sweep_of = as_yaml(view.record.recipe), view.record.sweep
+    recipe, sweep_of = view.record.recipe, view.record.sweep
     shown = _facts(
         ("Varied", text(sweep_of.key if sweep_of else None)),
         ("Settings", whole(len(view.points)) if view.kind == "ablation" else MISSING),
@@ -171,7 +171,7 @@ def _recipe(view: View) -> list[Block]:
     if not recipe:
         return [*shown, ("absent", "The recipe was not recorded.")]
     what = "The resolved recipe" if view.kind == "run" else "The recipe all rows share"
-    return [*shown, ("fold", (f"{what}, every default included", [("text", recipe)]))]
+    return [*shown, ("fold", (f"{what}, every default included", [("text", as_yaml(recipe))]))]
 
 
 def _provenance(view: View) -> list[Block]:

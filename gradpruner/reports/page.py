@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -12,7 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from gradpruner.printing import MISSING, moment, num_bytes, number, short, text, whole
+from gradpruner.printing import MISSING, moment, num_bytes, short, text, whole
 from gradpruner.reports.record import Plan, Record
 from gradpruner.reports.svg import PALETTE
 
@@ -73,22 +74,12 @@ def strip_of(plan: Plan, label: str) -> dict[str, Any]:
     }
 
 
-def as_yaml(recipe: Any) -> str:
-    """Returns a recipe as YAML, '' when there is none."""
-    if not recipe:
-        return ""
-    # Through text for whatever is not plain data, so that an odd value cannot stop the report.
-    return yaml.safe_dump(_plain_data(recipe), sort_keys=False, allow_unicode=True, width=96)
-
-
-def _plain_data(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain_data(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_data(item) for item in value]
-    if isinstance(value, float):
-        return number(value)
-    return value if value is None or isinstance(value, str | int | bool) else str(value)
+def as_yaml(recipe: dict[str, Any]) -> str:
+    """Returns a recipe as YAML."""
+    # Through JSON, so that an odd value cannot stop the report; what is not finite becomes null.
+    plain = json.loads(json.dumps(recipe, default=str), parse_constant=lambda _: None)
+    shown: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=96)
+    return shown
 
 
 def provenance_facts(record: Record) -> list[tuple[str, str]]:

@@ -54,7 +54,7 @@ class Server(ThreadingHTTPServer):
         return f"http://{ADDRESS}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A reader who left is no news."""
+        """Says nothing of a reader who left."""
 
 
 def open_server(folder: Path, port: int) -> Server:
@@ -180,7 +180,7 @@ def _name_cell(run: Found) -> Cell:
 
 
 def _running(found: list[Found]) -> Table:
-    """What is in hand, and how far it is."""
+    """What every run is doing, and how far it is."""
     lines = []
     for run in found:
         now = run.now

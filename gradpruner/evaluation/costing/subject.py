@@ -25,7 +25,7 @@ class Subject:
     """A model whose cost is measured.
 
     Attributes:
-        name: What it is called in tables: no folder of this machine.
+        name: What it is called in tables; holds no folder of this machine.
         config: The config of its decoder as transformers reads it.
         folder: Where its weights are; None when they are made at random.
     """
@@ -48,7 +48,7 @@ def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True)
 
     Args:
         model: Folder, hub id, or a name in `shapes.shape_names()`.
-        random: Leave weights that are there alone; nothing but config.json is then read or fetched.
+        random: Ignore weights that are there; nothing but config.json is then read or fetched.
         fetch: Fetch the weights of a hub id; those of a folder are looked at in any case.
 
     Raises:

@@ -107,5 +107,5 @@ def check_known(kind: str, names: Sequence[str], known: Collection[str]) -> None
     for name in names:
         if name not in known:
             raise ConfigError(
-                f"Unknown {kind} '{name}'.{suggest(name, known)}", hint=f"Any of {', '.join(known)}."
+                f"Unknown {kind} '{name}'.{suggest(name, known)}", hint=f"Allowed: {', '.join(known)}."
             )
