@@ -10,5 +10,5 @@ terminal   print_summary: the summary on the console; markdown: markdown_table
 svg        one matplotlib figure as inline SVG, and what figures are made of
 comparing  plots of rows; figures: plots of a run; sweep: plots of an ablation
 folders    the runs below a folder, as they stand; serving: a server that shows them
-html       render_html: the page, section by section; page: what fills it (the *.html, style.css)
+html       render_html: the page, section by section, and what fills its templates
 """

@@ -22,8 +22,7 @@ from gradpruner.printing import MISSING, duration, moment, ratio, short, text, w
 from gradpruner.reports.cells import Cell, Line, Table, difference_cell, exact_cell, line, measured_cell
 from gradpruner.reports.figures import curves_plot
 from gradpruner.reports.folders import DONE, RUNNING, Found, find_runs, report_of
-from gradpruner.reports.html import Section, plots_of, tables_of
-from gradpruner.reports.page import render, script_hash
+from gradpruner.reports.html import Section, plots_of, render, script_hash, tables_of
 from gradpruner.reports.svg import house_style
 from gradpruner.reports.tables import difference
 from gradpruner.reports.view import Row, View, metric_label

@@ -89,11 +89,7 @@ class Margins:
 
 
 def draw(
-    identity: str,
-    height: int,
-    paint: Callable[[Axes], None],
-    width: int = WIDE,
-    margins: Margins = Margins(),
+    identity: str, height: int, paint: Callable[[Axes], None], width: int = WIDE, margins: Margins = Margins()
 ) -> str:
     """Draws one figure; to be called within `house_style`.
 

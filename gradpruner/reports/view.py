@@ -263,12 +263,7 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     pruned = [row for row in rows if not row.is_dense and not row.is_smaller]
 
     def rank(row: Row) -> tuple[bool, ...]:
-        return (
-            row.error is not None,
-            not row.after,
-            not row.before,
-            row.name.partition("@")[0] != "merged",
-        )
+        return (row.error is not None, not row.after, not row.before, row.name.partition("@")[0] != "merged")
 
     return sorted(pruned, key=rank)
 
