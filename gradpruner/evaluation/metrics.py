@@ -27,14 +27,7 @@ _QUANTILES = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its confidence interval.
-
-    Attributes:
-        value: The mean over the examples.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-        n: Number of examples.
-    """
+    """A mean over `n` examples, with the ends of its 95 % interval."""
 
     value: float
     low: float

@@ -30,7 +30,6 @@ class Output:
     """What the model did with one example; a field is None when its metric was not asked for.
 
     Attributes:
-        id: The example's id.
         prompt_tail: The end of the prompt as the model saw it.
         answer: The right answer, as a model writes it (`Questions.reference`).
         generated: The greedy answer, up to the end-of-text token.
@@ -39,7 +38,6 @@ class Output:
         rouge_l: ROUGE-L F1 of `generated` against `answer`, 0 to 1.
         bert_score: BERTScore F1 of the same.
         number_correct: Whether both end in the same number, see `metrics.same_number`.
-        choices: The options, in the example's order.
         choice_scores: Log-likelihood in nats of each option, its end included unless asked otherwise.
         chosen: The option with the highest score; the first of equals.
         choice_correct: Whether `chosen` matches `answer`.

@@ -52,11 +52,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """A bounded sample of answers.
+    """Some answers of the pruned row called `label`, at most `MOST` of a kind.
 
     Attributes:
-        label: The pruned row they are of.
-        answers: At most `MOST` of a kind.
         counts: How many there are of every kind.
         graded: Whether "right" stands for a score of at least a half.
     """

@@ -22,11 +22,9 @@ from gradpruner.reports.fields import Measured
 
 @dataclass(frozen=True)
 class Cell:
-    """One value.
+    """One value; `detail` is a second, smaller text such as an interval.
 
     Attributes:
-        text: As shown.
-        detail: A second, smaller text such as an interval.
         exact: The unrounded value, shown on hover.
         share: 0-1 draws a bar of that length; None draws none.
         link: Where a click on it leads.

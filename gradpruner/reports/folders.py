@@ -68,11 +68,8 @@ class Found:
 
     Attributes:
         name: Its path below the folder that is shown; '.' for the folder itself.
-        state: One of the words above.
-        fault: Why it failed, stopped or cannot be read.
-        view: What is known of its rows.
-        now: What it is doing, while it runs.
-        curves: Row -> (step, loss) so far, while it runs.
+        state: One of the words above; `fault` says why it failed, stopped or cannot be read.
+        now: What it is doing, while it runs; `curves` are its losses so far: row -> (step, loss).
         report: Its page, if it has one.
         changed: When it last wrote a record.
     """

@@ -24,13 +24,7 @@ _KEEP_MORE = (
 
 @dataclass(frozen=True)
 class Shipped:
-    """The model to ship.
-
-    Attributes:
-        row: Its row of the run.
-        folder: Where it lies: relative to the run directory, or the model that was given.
-        reason: Why this one, in a sentence.
-    """
+    """The model to ship: its row, where it lies (in the run directory, or as it was given), and why."""
 
     row: str
     folder: str
@@ -48,14 +42,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Advice:
-    """What stands on top of a report.
-
-    Attributes:
-        title: The row to ship, in a few words.
-        path: Its folder; '' where it is not on disk.
-        reason: Why this one, or why none, in a sentence.
-        commands: What comes next.
-    """
+    """What stands on top of a report: what to ship, its folder ('' if there is none), why, and what next."""
 
     title: str
     path: str

@@ -101,8 +101,8 @@ def draw(
         margins: Room for labels around the axes.
 
     Returns:
-        An `<svg>` element without namespaces, ids and colours made local to the page; the same
-        bytes for the same drawing.
+        An `<svg>` element without namespaces, with the page's ids and colours; the same bytes for the same
+        drawing.
     """
     figure = Figure(figsize=(width / 72, height / 72))
     room = (width - margins.left - margins.right, height - margins.top - margins.bottom)
@@ -193,16 +193,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure.
-
-    Attributes:
-        name: Identity on the page, letters and dashes.
-        title: Heading.
-        caption: How to read it.
-        description: What it shows, in words and numbers; the text alternative.
-        drawing: The SVG.
-        legend: What the colours mean.
-    """
+    """A drawn figure: `caption` says how to read it, `description` in words and numbers what it shows."""
 
     name: str
     title: str

@@ -18,13 +18,11 @@ _UNITS = {"parameters": "all parameters", "decoder_parameters": "the decoder's p
 
 @dataclass(frozen=True)
 class Verdict:
-    """The conclusion.
+    """The conclusion: its level, that in two or three words, and what was found.
 
     Attributes:
         level: 'even' (no clear difference), 'unclear' (a difference that may be chance), 'better',
             'worse' or 'unknown'.
-        word: The level as two or three words.
-        sentence: What was found.
         notes: What limits the finding, most serious first.
     """
 

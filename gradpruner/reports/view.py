@@ -104,9 +104,7 @@ class View:
     """Everything a report shows.
 
     Attributes:
-        record: What was read.
         kind: 'run', 'compare', or 'ablation' where there are settings to compare.
-        points: In recorded order.
         metric: The main metric; `metrics` are all, main first.
         seeds: Of a study, as asked for.
         sweep_label: What is varied, in words; '' without settings.

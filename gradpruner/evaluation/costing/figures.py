@@ -127,15 +127,9 @@ def measured_figures(
     *,
     with_floors: bool = True,
 ) -> list[Figure]:
-    """What was measured of both models in one mode.
+    """What was measured of both models in one mode; a model that failed has no values.
 
-    Args:
-        found: What was measured; a model that failed has no values.
-        mode: One of `workload.MODES`.
-        sizes: Of the two models.
-        workload: What was run.
-        held: Bytes that each needs in any case.
-        with_floors: Whether the models differ in depth alone.
+    `held` are the bytes each needs in any case. Floors are given where the models differ in depth alone.
     """
     kinds = {one.kind for one in found if one.kind}
     floors = time_floors(mode, sizes, workload)

@@ -118,11 +118,9 @@ class Held:
     """Bytes on each device; with several, on the one that holds most.
 
     Attributes:
-        weights: The model's own, and adapters.
         gradients: Of what is trained.
         optimizer: Moments, and master copies where there are some.
         exchange: DDP's buckets, or the layers FSDP has put together at a time. DeepSpeed's are not counted.
-        teacher: Weights of a teacher.
         working: Activations, or in inference what a forward pass needs; None where it cannot be told.
         cache: Keys and values in inference, or the sums of a repair.
         accumulates: Whether gradients are there while a forward pass runs.
@@ -234,11 +232,7 @@ def trace_bytes(model: nn.Module, rank: int, steps: int) -> int:
 def held_bytes(model: Any, mode: str, workload: Workload, dtype: torch.dtype) -> int:
     """Bytes one device needs in any case in a mode of `gradpruner cost`; activations come on top.
 
-    Args:
-        model: The whole model on the meta device.
-        mode: "full", "lora" or "inference", which has the cache at its longest.
-        workload: Batch and lengths.
-        dtype: Type of the weights.
+    The model is a whole one on the meta device. Inference has the cache at its longest.
     """
     cached = 0
     if mode == "inference":

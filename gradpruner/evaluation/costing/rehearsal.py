@@ -148,10 +148,7 @@ def _without_data(model: nn.Module) -> None:
 
 
 class _Living(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is entered and still in use.
-
-    Args:
-        model: Its own weights are not counted.
+    """Counts the bytes of all storages that are made while it is entered and still in use.
 
     Attributes:
         now: At the moment.

@@ -26,18 +26,16 @@ class Sizes:
     """What is known of a model's cost without running it.
 
     Attributes:
-        model_type: Of its decoder.
-        parameters: All parameters; tied ones once.
+        parameters: All of them; tied ones once.
         parameters_without_head: The same without the projection to the vocabulary.
-        decoder_parameters: Those in decoder layers.
         layer_kinds: Parameter counts of one layer that occur, ascending.
         adapter_parameters: Of LoRA adapters on every linear of every layer.
         layer_macs: Multiply-accumulates of all layers' linears for one token.
         head_macs: Those of the projection to the vocabulary for one token.
         flops: Counted by torch for one prompt, attention included, head left out; None when the model cannot
             be counted without weights (experts, which data chooses).
-        kv_entries_per_token: Numbers the cache grows by with every token.
-        kv_bytes_per_token: The same in bytes of the checkpoint's type.
+        kv_entries_per_token: Numbers the cache grows by with every token; `kv_bytes_per_token` in the
+            checkpoint's type.
     """
 
     model_type: str
@@ -56,12 +54,7 @@ class Sizes:
 
 
 def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Sizes:
-    """All that is known of a model's cost.
-
-    Args:
-        counted: The model.
-        tokens: Length of the prompt whose operations torch counts.
-        rank: LoRA r of the adapters that are counted.
+    """All that is known of a model's cost; operations are those of a prompt, adapters those of LoRA.
 
     Raises:
         ModelError: If transformers has no causal language model for the config.
@@ -92,11 +85,7 @@ def count_flops(model: Any, *, tokens: int = 128) -> int | None:
     """FLOPs torch counts in one forward pass of a model on the meta device, head left out.
 
     Matrix products of linears and of attention (all pairs of tokens: a causal kernel computes about half of
-    these); what works entry by entry counts nothing.
-
-    Args:
-        model: A causal LM on the meta device; its attention becomes "eager".
-        tokens: Length of the one sequence.
+    these); what works entry by entry counts nothing. The model's attention becomes "eager".
 
     Returns:
         The count; None when the model's forward pass depends on data, as with experts.
@@ -133,13 +122,8 @@ def depth_alone(dense: Sizes, pruned: Sizes) -> str:
 def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) -> float:
     """Ratio of the operations of two models: the least a shallower one takes where computing is the bound.
 
-    It is also the ratio of the weights read, which bound the decoding of small batches.
-
-    Args:
-        dense: Sizes of the dense model.
-        pruned: Sizes of the pruned model.
-        tokens: Tokens that pass through the layers.
-        head_tokens: Tokens that are projected to the vocabulary.
+    It is also the ratio of the weights read, which bound the decoding of small batches. `tokens` pass through
+    the layers, `head_tokens` are projected to the vocabulary.
 
     Returns:
         (L' c + h) / (L c + h), with c the multiply-accumulates of one layer and h those of the head.

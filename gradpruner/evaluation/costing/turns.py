@@ -27,12 +27,9 @@ _END_SECONDS = 30.0
 
 
 class Order(NamedTuple):
-    """What one process measures.
+    """What one process measures: a mode of `workload.MODES`, or `workload.RECORDING`, of a model.
 
-    Attributes:
-        subject: The model.
-        mode: One of `workload.MODES`, or `workload.RECORDING`.
-        workload: What is run; its device is the only one the process sees.
+    The device of the workload is the only one the process sees.
     """
 
     subject: Subject
