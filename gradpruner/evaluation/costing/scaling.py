@@ -22,7 +22,7 @@ from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload, check_known
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.printing import MISSING, Printed, num_bytes
+from gradpruner.printing import Printed, num_bytes
 from gradpruner.provenance import provenance, utc_now
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ class Scaling(Printed):
 
     def show(self, console: Console) -> None:
         """Prints what each device holds, and what the stages around training move."""
-
-        def size(value: int | None) -> str:
-            return MISSING if value is None else num_bytes(value)
-
-        have = f" ({size(self.device_bytes)})" if self.device_bytes else ""
+        have = f" ({num_bytes(self.device_bytes)})" if self.device_bytes else ""
         each = "one device" if self.processes == 1 else f"each of {self.processes} devices"
         title = f"{self.name}, {self.parameters / 1e9:.3g} B parameters: {each}{have}"
         head = ("mode", "strategy", "weights", "gradients", "optimizer", "exchange", "activations", "at most")
@@ -87,15 +83,15 @@ class Scaling(Printed):
             held = row.held
             parts = (held.weights, held.gradients, held.optimizer, held.exchange, held.working, held.peak)
             fits = [] if row.fits is None else ["yes" if row.fits else "no"]
-            table.add_row(row.mode, row.strategy, *map(size, parts), *fits)
-        stages, work = self.stages, self.workload
+            table.add_row(row.mode, row.strategy, *map(num_bytes, parts), *fits)
         console.print(table)
+        moved, work = {name: num_bytes(count) for name, count in self.stages.items()}, self.workload
         console.print(
-            f"recording: {size(stages['trace'])} on disk, {size(stages['trace_in_memory'])} in the first "
-            f"process's memory. Gathering after sharded full training: {size(stages['gathered'])} on the "
-            f"first process's host, {size(stages['gathered_at_a_time'])} of it on its device at a time. "
-            f"Pruning {len(self.pruned)} layers ({self.merged} merged): {size(stages['surgery_read'])} read, "
-            f"{size(stages['surgery_written'])} written, without checks.",
+            f"recording: {moved['trace']} on disk, {moved['trace_in_memory']} in the first process's memory. "
+            f"Gathering after sharded full training: {moved['gathered']} on the first process's host, "
+            f"{moved['gathered_at_a_time']} of it on its device at a time. Pruning {len(self.pruned)} layers "
+            f"({self.merged} merged): {moved['surgery_read']} read, {moved['surgery_written']} written, "
+            "without checks.",
             highlight=False,
         )
         console.print(
@@ -165,21 +161,21 @@ def plan_scaling(
     check_known("mode", modes, SCALED_MODES)
     for mode in modes or SCALED_MODES:
         training, rehearsed = _training(mode, workload, optim), {}
-        spreads = [Spread(one, processes) for one in strategies_for(processes, strategies)]
-        spreads = [one for one in spreads if not replace(training, spread=one).refused]
-        if modes and not spreads:
+        names = strategies_for(processes, strategies)
+        trainings = [replace(training, spread=Spread(name, processes)) for name in names]
+        trainings = [one for one in trainings if not one.refused]
+        if modes and not trainings:
             raise ConfigError(
                 f"A run refuses {mode} with {' or '.join(strategies)}: 4-bit weights are not spread.",
                 hint="Use --strategy ddp, where every process holds the 4-bit weights, or --mode lora.",
             )
-        for one in spreads:
-            spread = replace(training, spread=one)
-            kind = spread.computing_dtype
+        for one in trainings:
+            kind = one.computing_dtype
             if kind not in rehearsed:
-                rehearsed[kind] = working_bytes(sizes.model, spread, subject.depth)
-            held = replace(hold_training(sizes.model, spread), working=rehearsed[kind])
+                rehearsed[kind] = working_bytes(sizes.model, one, subject.depth)
+            held = replace(hold_training(sizes.model, one), working=rehearsed[kind])
             fits = None if device_bytes is None else held.peak <= device_bytes
-            rows.append(Placement(mode, one.strategy, held, fits))
+            rows.append(Placement(mode, one.spread.strategy, held, fits))
     return Scaling(
         subject.name,
         sizes.parameters,
