@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gradpruner.cli.bundled import ABLATIONS, RECIPES, ablation_names, recipe_names
+from gradpruner.cli.bundled import ablation_names, recipe_file, recipe_names, study_file
 from gradpruner.cli.options import JsonOption
 from gradpruner.errors import ConfigError
 
@@ -57,9 +57,9 @@ def _entries(kind: str) -> dict[str, str]:
         rules = [name for name in MERGE_RULES.names() if needs_importance(name)]  # the others are LaCo's own
         return {name: (MERGE_RULES.find(name).__doc__ or "").splitlines()[0] for name in rules}
     if kind == "recipes":
-        return {name: _first_comment(RECIPES / f"{name}.yaml") for name in recipe_names()}
+        return {name: _first_comment(recipe_file(name)) for name in recipe_names()}
     if kind == "ablations":
-        return {name: _first_comment(ABLATIONS / f"{name}.yaml") for name in ablation_names()}
+        return {name: _first_comment(study_file(name)) for name in ablation_names()}
     if kind == "families":
         from gradpruner.models.families import FAMILIES
 
