@@ -9,7 +9,7 @@ from gradpruner import dry_run
 from gradpruner.models import sizes
 from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.runs import forecast as forecasting
-from gradpruner.runs import job as job_module
+from gradpruner.runs import inputs
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import load_recipe
 from gradpruner.training import finetuning
@@ -119,7 +119,7 @@ def test_the_model_is_built_once_without_weights(call, tmp_path, monkeypatch):
         return counted
 
     monkeypatch.setattr(sizes, "build_on_meta", counting(sizes.build_on_meta))
-    monkeypatch.setattr(job_module, "skeleton", counting(job_module.skeleton))
+    monkeypatch.setattr(inputs, "skeleton", counting(inputs.skeleton))
     facts_of(call, path)
     assert built == ["build_on_meta"]
 

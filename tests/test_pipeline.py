@@ -18,7 +18,7 @@ from gradpruner.progress import set_mode
 from gradpruner.reports import html
 from gradpruner.reports.terminal import print_summary
 from gradpruner.runs import work
-from gradpruner.runs.budget import bytes_to_write
+from gradpruner.runs.disk import bytes_to_write
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.preview import preview_run

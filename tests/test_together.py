@@ -326,7 +326,7 @@ def test_bad_input_is_said_once_and_ends_all(runs):
 
 def test_what_several_processes_cannot_do_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     path, _ = make_project(tmp_path, variants=["dense", "apt"])
-    for module in ("runs.job", "runs.early_checks", "training.sharding"):
+    for module in ("runs.inputs", "runs.early_checks", "training.sharding"):
         monkeypatch.setattr(f"gradpruner.{module}.this_world", lambda: World(0, 7))
     with pytest.raises(ConfigError, match="apt trains by itself, in one process; this job has 7"):
         Job(load_recipe(path))

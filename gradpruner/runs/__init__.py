@@ -2,9 +2,9 @@
 
 recipe           Recipe: everything a run depends on, checked at once; sections: its keys
 key_hints        which key of a recipe an unknown one stands for; yaml_files: YAML as plain values
-job              a recipe with its inputs opened
+inputs           its model without weights and its rows, opened; job: a recipe with its inputs, checked
 early_checks     what its methods, or packages and machine, cannot do
-budget           what it comes to: plans from scores or a file, bytes on disk
+budget           what it comes to: plans from scores; disk: bytes a run writes
 shrinking        prune: a model and rows in, a smaller model out
 pipeline         run: record, score, plan, repair, prune, fine-tune, evaluate, report
 variant          one row of the comparison, stage by stage; work: what each stage does

@@ -14,13 +14,13 @@ from gradpruner.runs.evaluation_data import holds_out, unequal_labels
 from gradpruner.training.finetuning import planned_steps
 
 if TYPE_CHECKING:
-    from gradpruner.runs.job import Job
+    from gradpruner.runs.inputs import Inputs
 
 FEW_STEPS = 60
 """Fewer optimizer steps rarely teach a task; see benchmarks/LOG.md."""
 
 
-def warnings_of(job: Job) -> list[str]:
+def warnings_of(inputs: Inputs) -> list[str]:
     """Too few rows, rows in two sets, cut prompts, and what reading and encoding the rows found.
 
     Raises:
@@ -28,27 +28,27 @@ def warnings_of(job: Job) -> list[str]:
         DataError: If a prompt is empty.
     """
     found = []
-    needed = job.record_steps * job.recipe.record.batch_size
-    if len(job.samples) < needed:
+    needed = inputs.record_steps * inputs.recipe.record.batch_size
+    if len(inputs.samples) < needed:
         found.append(
-            f"{len(job.samples)} training samples for {job.record_steps} recording steps of "
-            f"{job.recipe.record.batch_size}: samples are used more than once."
+            f"{len(inputs.samples)} training samples for {inputs.record_steps} recording steps of "
+            f"{inputs.recipe.record.batch_size}: samples are used more than once."
         )
-    found += filter(None, [too_few_steps(job), _uneven_spaces(job)])
-    found += _cut_prompts(job)
-    found += _doubtful_measurements(job) if job.measures else []
-    found += _notes_of_rows(job)
-    ends = {one.input_ids[-1] for one in job.samples.encoded if not one.cut_answer_tokens}
+    found += filter(None, [too_few_steps(inputs), _uneven_spaces(inputs)])
+    found += _cut_prompts(inputs)
+    found += _doubtful_measurements(inputs) if inputs.measures else []
+    found += _notes_of_rows(inputs)
+    ends = {one.input_ids[-1] for one in inputs.samples.encoded if not one.cut_answer_tokens}
     found += [
         f"{n[0].upper()}{n[1:]}{'' if n.endswith('?') else '.'}"
-        for n in vocabulary_notes(job.tokenizer, job.text, ends)
+        for n in vocabulary_notes(inputs.tokenizer, inputs.text, ends)
     ]
-    found += [f"training data: {note}" for note in job.samples.notes()]
+    found += [f"training data: {note}" for note in inputs.samples.notes()]
     held_out = {
-        "validation": job.validation is not None and job.recipe.data.validation is None,
-        "eval": job.measures and holds_out(job.recipe),
+        "validation": inputs.validation is not None and inputs.recipe.data.validation is None,
+        "eval": inputs.measures and holds_out(inputs.recipe),
     }
-    for key in (key for key, holds in held_out.items() if holds and job.recipe.start == "given"):
+    for key in (key for key, holds in held_out.items() if holds and inputs.recipe.start == "given"):
         rows = "Validation" if key == "validation" else "Evaluation"
         found.append(
             f"{rows} rows are held out of the training rows, on which the model may have been tuned: "
@@ -57,10 +57,10 @@ def warnings_of(job: Job) -> list[str]:
     return found
 
 
-def not_tuned(job: Job, measured: Mapping[str, Any] | None) -> str:
+def not_tuned(inputs: Inputs, measured: Mapping[str, Any] | None) -> str:
     """Says so where a model given as tuned was measured to be no better than the most frequent answer."""
-    score = measured["metrics"].get("exact_match") if measured and job.recipe.start == "given" else None
-    most_frequent = majority_class([example.answer for example in job.eval.examples]) if score else 0.0
+    score = measured["metrics"].get("exact_match") if measured and inputs.recipe.start == "given" else None
+    most_frequent = majority_class([example.answer for example in inputs.eval.examples]) if score else 0.0
     if score is None or score["value"] > most_frequent:
         return ""
     return (
@@ -70,14 +70,14 @@ def not_tuned(job: Job, measured: Mapping[str, Any] | None) -> str:
     )
 
 
-def too_few_steps(job: Job) -> str:
+def too_few_steps(inputs: Inputs) -> str:
     """Says so where fine-tuning is too short to teach a task, and what to set; "" where it is not."""
-    tuning, steps = job.recipe.finetune, job.finetune_steps
-    if job.recipe.start == "given" or steps >= FEW_STEPS:
+    tuning, steps = inputs.recipe.finetune, inputs.finetune_steps
+    if inputs.recipe.start == "given" or steps >= FEW_STEPS:
         return ""
 
     def steps_with(accumulation: int) -> int:
-        return planned_steps(len(job.samples), tuning.model_copy(update={"accumulation": accumulation}))
+        return planned_steps(len(inputs.samples), tuning.model_copy(update={"accumulation": accumulation}))
 
     enough = [n for n in range(1, tuning.accumulation) if steps_with(n) >= FEW_STEPS]
     if enough:
@@ -87,20 +87,20 @@ def too_few_steps(job: Job) -> str:
         first = "finetune.accumulation=1 --set " if tuning.accumulation > 1 else ""
         advice = f"{first}finetune.epochs={epochs} makes it {FEW_STEPS} or more"
     return (
-        f"{steps} optimizer steps ({len(job.samples)} rows x {tuning.epochs:g} epochs, "
+        f"{steps} optimizer steps ({len(inputs.samples)} rows x {tuning.epochs:g} epochs, "
         f"{tuning.batch_size} x {tuning.accumulation} rows a step): models rarely learn a task in fewer than "
         f"{FEW_STEPS}. --set {advice}."
     )
 
 
-def leading_spaces(job: Job) -> list[int] | None:
+def leading_spaces(inputs: Inputs) -> list[int] | None:
     """How many answers begin with a space, of how many; None for conversations, which a template spaces."""
-    plain = [example.answer for example in job.train.examples if not example.messages]
+    plain = [example.answer for example in inputs.train.examples if not example.messages]
     return [sum(answer[:1].isspace() for answer in plain), len(plain)] if plain else None
 
 
-def _uneven_spaces(job: Job) -> str:
-    spaces = leading_spaces(job)
+def _uneven_spaces(inputs: Inputs) -> str:
+    spaces = leading_spaces(inputs)
     if spaces is None or spaces[0] in (0, spaces[1]):
         return ""
     return (
@@ -109,48 +109,55 @@ def _uneven_spaces(job: Job) -> str:
     )
 
 
-def _doubtful_measurements(job: Job) -> list[str]:
+def _doubtful_measurements(inputs: Inputs) -> list[str]:
     """What makes the evaluation rows say less than they seem to."""
-    found = list(filter(None, [unequal_labels(job.train, job.eval)]))
-    if job.overlap:
-        found.append(f"{job.overlap} of {len(job.eval)} evaluation prompts also occur in the training data.")
-    if len(job.eval) < 100:
-        found.append(f"Only {len(job.eval)} evaluation examples: differences of several points are noise.")
+    found = list(filter(None, [unequal_labels(inputs.train, inputs.eval)]))
+    if inputs.overlap:
+        found.append(
+            f"{inputs.overlap} of {len(inputs.eval)} evaluation prompts also occur in the training data."
+        )
+    if len(inputs.eval) < 100:
+        found.append(f"Only {len(inputs.eval)} evaluation examples: differences of several points are noise.")
     return found
 
 
-def _notes_of_rows(job: Job) -> list[str]:
+def _notes_of_rows(inputs: Inputs) -> list[str]:
     """What reading each set and asking it in the model's template left out or changed."""
     found = []
-    sets = {"training": job.train, "evaluation": job.eval, "validation": job.validation, **job.also}
+    sets = {
+        "training": inputs.train,
+        "evaluation": inputs.eval,
+        "validation": inputs.validation,
+        **inputs.also,
+    }
     for name, examples in sets.items():
-        if examples is None or (name == "validation" and job.recipe.data.validation is None):
+        if examples is None or (name == "validation" and inputs.recipe.data.validation is None):
             continue  # held out of training rows, of which all is said already
-        if name == "evaluation" and not job.measures:
+        if name == "evaluation" and not inputs.measures:
             continue
         if examples.num_dropped:
             found.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
         telling = ("not used", "dropped", "has these columns too")
         notes = [note for note in examples.notes if any(part in note for part in telling)]
-        notes += template_notes(job.tokenizer, examples.examples)
+        notes += template_notes(inputs.tokenizer, examples.examples)
         texts = {row.id: f"{row.prompt}{row.answer}" for row in examples.examples if not row.messages}
-        notes += filter(None, [foreign_markers(job.tokenizer, texts)])
+        notes += filter(None, [foreign_markers(inputs.tokenizer, texts)])
         found += [f"{name} data: {note}" for note in notes]
     return found
 
 
-def _cut_prompts(job: Job) -> list[str]:
+def _cut_prompts(inputs: Inputs) -> list[str]:
     """Which evaluation sets have prompts that are too long; refuses tokens the model does not have."""
     found = []
-    vocabulary = int(job.text.vocab_size)
-    check_vocabulary(job.tokenizer, vocabulary, (one.input_ids for one in job.samples.encoded))
-    for name in ("eval", *job.also) if job.measures else ():
-        questions, called = job.questions(name), "evaluation" if name == "eval" else name
-        check_vocabulary(job.tokenizer, vocabulary, questions.prompts)
+    vocabulary = int(inputs.text.vocab_size)
+    check_vocabulary(inputs.tokenizer, vocabulary, (one.input_ids for one in inputs.samples.encoded))
+    for name in ("eval", *inputs.also) if inputs.measures else ():
+        questions, called = inputs.questions(name), "evaluation" if name == "eval" else name
+        check_vocabulary(inputs.tokenizer, vocabulary, questions.prompts)
         cut = questions.num_cut(questions.most_new_tokens())
         if cut:
             found.append(
                 f"{called} data: {cut} of {len(questions)} prompts are cut from the left to fit into "
-                f"{job.max_length} tokens beside the answer."
+                f"{inputs.max_length} tokens beside the answer."
             )
     return found

@@ -22,10 +22,11 @@ from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.provenance import sha256_file
-from gradpruner.runs.budget import REPAIR_KEYS, bytes_missing, plan_for
+from gradpruner.runs.budget import REPAIR_KEYS, plan_for
 from gradpruner.runs.data_warnings import not_tuned, too_few_steps
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
 from gradpruner.runs.directory import RunDirectory, Stage
+from gradpruner.runs.disk import bytes_missing
 from gradpruner.runs.evaluation_data import data_identity
 from gradpruner.runs.fitting import check_fitting
 from gradpruner.runs.job import Job

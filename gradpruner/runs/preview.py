@@ -13,8 +13,8 @@ from rich.text import Text
 from gradpruner.data.encoding import labelled_text
 from gradpruner.errors import GradPrunerError, ResourceError
 from gradpruner.printing import Printed, duration, num_bytes
-from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.data_warnings import leading_spaces
+from gradpruner.runs.disk import bytes_to_write
 from gradpruner.runs.fitting import fault_of, fitting_of
 from gradpruner.runs.forecast import forecast, num_devices
 from gradpruner.runs.job import Job

@@ -20,8 +20,8 @@ from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.printing import Printed
 from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
-from gradpruner.runs.budget import bytes_to_write
 from gradpruner.runs.directory import MANIFEST, read_manifest
+from gradpruner.runs.disk import bytes_to_write
 from gradpruner.runs.job import Job
 from gradpruner.runs.pulse import Pulse
 from gradpruner.runs.recipe import Recipe

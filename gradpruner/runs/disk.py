@@ -1,0 +1,44 @@
+"""The bytes a run writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradpruner.evaluation.costing.per_device import trace_bytes
+from gradpruner.methods import METHODS
+from gradpruner.runs.job import Job
+from gradpruner.runs.plan_names import STAGES, method_of
+
+
+def bytes_to_write(job: Job) -> dict[str, int]:
+    """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
+    recipe = job.recipe
+    plan = job.expected_plan
+    sizes = job.sizes.savings(plan.keep)["disk_bytes"]
+    rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
+    trace = 0
+    if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
+        trace = trace_bytes(job.sizes.model, recipe.record.rank, job.record_steps)
+    temporary = 0 if recipe.keep_models == "all" else max(rows)
+    options = recipe.finetune
+    if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
+        # float32 weights and two moments; two checkpoints are kept while a third is written.
+        temporary += 3 * 12 * job.sizes.parameters
+    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+
+
+def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
+    """The pruned model, the recovered one, and the fine-tuned one."""
+    method = METHODS.find(method_of(variant))
+    if not method.removes:
+        return sizes["before"]
+    return (3 if method.recover else 2) * sizes["after"]
+
+
+def bytes_missing(job: Job, folder: Path, until: str) -> int:
+    """What a run has still to write, given what an earlier start left in its directory."""
+    needs = bytes_to_write(job)
+    total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
+    files = (path for path in folder.rglob("*") if path.is_file() and job.folder not in path.parents)
+    present = sum(path.stat().st_size for path in files)
+    return max(0, total - present)
