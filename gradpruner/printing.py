@@ -87,7 +87,7 @@ def print_table(
         numbers = all(re.fullmatch(r"[\d.e+-]+%?", cell) for cell in cells)
         shown.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
     for cells in texts:
-        shown.add_row(*map(Text, cells))  # Text: a name such as "[red]" is no markup
+        shown.add_row(*map(Text, cells))  # Text: a name such as "[red]" is not markup
     print_line(console, title, "bold")
     console.print(shown)
     for note in notes:

@@ -214,7 +214,8 @@ class Progress:
         )
 
     def _fields_text(self) -> str:
-        return " ".join(f"{name} {_field_text(value)}" for name, value in self.fields.items())
+        values = (f"{value:.4g}" if isinstance(value, float) else value for value in self.fields.values())
+        return " ".join(f"{name} {value}" for name, value in zip(self.fields, values, strict=True))
 
     def _print(self, ending: str) -> None:
         """Writes one plain line."""
@@ -231,11 +232,6 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
         for item in items:
             yield item
             progress.advance()
-
-
-def _field_text(value: object) -> str:
-    """Formats one field; floats with four significant digits."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def bytes_reporter(progress: Progress) -> Callable[[int], None]:

@@ -18,7 +18,7 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """A dictionary whose failed look-up tells what there is.
+    """A dictionary whose failed look-up lists what there is.
 
     Args:
         kind: What the entries are called in messages, singular ("task").

@@ -285,7 +285,7 @@ def _gone(error: Exception) -> GoneError:
     )
 
 
-# What is known of failures stands in the store through which the processes met; it needs nobody's answer.
+# What is known of failures is in the store through which the processes met; reading it needs no other one.
 _FAILED, _WORD, _ARRIVED = "gradpruner/failed", "gradpruner/word", "gradpruner/arrived"
 
 
@@ -334,7 +334,7 @@ def _told(error: BaseException) -> PeerError:
     if isinstance(error, OSError):
         error = unusable(error)
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
-    if isinstance(error, PeerError):  # it was told itself
+    if isinstance(error, PeerError):  # another process told it
         told = PeerError(str(error))
     elif isinstance(error, GradPrunerError):
         told = PeerError(f"Another process stopped: {error}")

@@ -89,6 +89,8 @@ def compare(folder: Path, gguf: Path, kind: str, asked: Sequence[str] = ()) -> C
     Raises:
         ModelError: If the file cannot be run, though there is an engine for it.
     """
+    from transformers import AutoModelForCausalLM
+
     if not has_llama_cpp() and kind not in PLAIN_TYPES:
         return Comparison(why_not="llama.cpp cannot be run here; pip install 'gradpruner[gguf]' brings it.")
     tokenizer = load_tokenizer(folder)
@@ -102,15 +104,17 @@ def compare(folder: Path, gguf: Path, kind: str, asked: Sequence[str] = ()) -> C
         alike: bool | None = found["tokenised"] == [tokenizer.encode(text) for text in TEXTS]
     else:
         try:
-            right = _greedy(_read_by_transformers(gguf), prompts, tokenizer.pad_token_id or 0)
+            read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name).eval()
+            right = _greedy(read, prompts, tokenizer.pad_token_id or 0)
         except Exception as error:  # what transformers reads of GGUF changes with every release
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
             return Comparison(
                 why_not=f"no llama.cpp here, and transformers does not read the file ({reason})."
             )
         engine, alike = "reading the GGUF itself; llama.cpp was not run", None
-    model = load_model(folder)
-    ends = _ends(model, tokenizer)
+    model: Any = load_model(folder)
+    named = model.generation_config.eos_token_id  # engines differ in whether they hand out the end
+    ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
     expected = _greedy(model, prompts, tokenizer.pad_token_id or 0)
     return _judged(
         engine, [_up_to(ids, ends) for ids in expected], [_up_to(ids, ends) for ids in right], alike
@@ -128,14 +132,8 @@ def _judged(engine: str, expected: list[list[int]], found: list[list[int]], alik
     return Comparison(engine, len(expected), whole, sum(map(len, expected)), same, alike)
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer; engines differ in whether they hand them out."""
-    named = model.generation_config.eos_token_id
-    return {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-
-
 def _up_to(ids: list[int], ends: set[int]) -> list[int]:
-    """An answer without its end, and with one mark for it, so that stopping too is compared."""
+    """An answer up to its end, which becomes one mark, so that stopping is compared too."""
     stop = next((place for place, token in enumerate(ids) if token in ends), None)
     return ids if stop is None else [*ids[:stop], -1]
 
@@ -158,12 +156,6 @@ def _greedy(model: Any, prompts: list[list[int]], padding: int) -> list[list[int
             )
         answers.append(whole[0, len(prompt) :].tolist())
     return answers
-
-
-def _read_by_transformers(gguf: Path) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name).eval()
 
 
 def _llama_cpp(gguf: Path, prompts: list[list[int]]) -> dict[str, Any]:

@@ -31,14 +31,14 @@ _UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 
 @dataclass(frozen=True)
 class Tools:
-    """llama.cpp as it was found: how the converter is called, and llama-quantize where it is needed."""
+    """The programs of llama.cpp: how its converter is called, and llama-quantize where it is needed."""
 
     converter: tuple[str, ...]
     quantiser: str | None = None
 
 
 def file_type(asked: str | None, folder: Path) -> str:
-    """The type of the file: as asked, else the 16 bits that hold most of what is stored.
+    """The type of the GGUF file: as asked, else the 16-bit type that suits the stored weights.
 
     Raises:
         ConfigError: If llama.cpp has no such type.
@@ -102,7 +102,7 @@ def _converter(named: Path | None) -> tuple[str, ...]:
 
 
 def write_gguf(folder: Path, target: Path, kind: str, tools: Tools) -> None:
-    """Converts a model folder to `target`, which is written over.
+    """Converts a model folder to `target`, which is overwritten.
 
     Raises:
         ModelError: If llama.cpp refuses the model; its reason is in the message.

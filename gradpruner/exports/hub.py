@@ -105,18 +105,13 @@ def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iter
         paths += [folder / "config.json", *carried_files(folder)]
         for path in paths:
             found[str(path.relative_to(folder))] = check_inside(folder, path)
-        found[PRUNING_FILE] = _without_paths(model)
+        base = _base(model, PushOptions())
+        facts = {**model.facts, "source": base.hub_id or Path(base.name).name}  # no folder of this machine
+        found[PRUNING_FILE] = json.dumps(facts, indent=2).encode("utf-8")
         report = model.run / REPORT if model.run is not None and options.report else None
         if report is not None and report.is_file():
             found[REPORT] = report
         yield found
-
-
-def _without_paths(model: FinishedModel) -> bytes:
-    """`pruning.json` without folders of this machine."""
-    facts = model.facts
-    base = _base(model, PushOptions())
-    return json.dumps({**facts, "source": base.hub_id or Path(base.name).name}, indent=2).encode("utf-8")
 
 
 def _base(model: FinishedModel, options: PushOptions) -> Base:

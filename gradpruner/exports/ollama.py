@@ -20,7 +20,7 @@ MOST_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Modelfile:
-    """The text, and what is to be known of it."""
+    """The text of a Modelfile, and a note on it for the user."""
 
     text: str
     note: str
@@ -44,7 +44,7 @@ def modelfile(folder: Path, gguf: Path, asked: Sequence[str] = ()) -> Modelfile:
     ]
     if isinstance(longest, int):
         lines.append(f"PARAMETER num_ctx {min(longest, MOST_CONTEXT)}")
-    # As it was measured: greedy, and nothing kept from being said twice.
+    # As it was measured: greedy, without a penalty on repetition.
     lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
     return Modelfile("\n".join([*lines, ""]), note)
 
@@ -63,7 +63,8 @@ def _template(tokenizer: Any, asked: Sequence[str]) -> tuple[str, Turns | None, 
     ending = f"{turns.user[1]}{turns.reply}".rstrip()
     if asked and not any(prompt.rstrip().endswith(ending) for prompt in asked):
         return PLAIN, None, "The model was tuned and measured on plain prompts: it is given them as they are."
-    template = turns.go_template(start_is_added=_adds_start(tokenizer))
+    start = tokenizer.encode("a")[:1]  # before a text, the start token comes by itself in some tokenizers
+    template = turns.go_template(start_is_added=bool(start) and start[0] == tokenizer.bos_token_id)
     if '"""' in template:
         return PLAIN, None, "The chat template cannot stand in a Modelfile; the prompt is given as it is."
     dated = "strftime_now" in str(tokenizer.chat_template)
@@ -73,12 +74,6 @@ def _template(tokenizer: Any, asked: Sequence[str]) -> tuple[str, Turns | None, 
     if turns.system is None and turns.joint is None:
         note += " It has no system messages."
     return template, turns, note
-
-
-def _adds_start(tokenizer: Any) -> bool:
-    """Whether the start token comes by itself before a text."""
-    ids = tokenizer.encode("a")
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def _stops(folder: Path, tokenizer: Any, turns: Turns | None) -> list[str]:

@@ -57,7 +57,7 @@ class FinishedModel:
 
     @property
     def plan(self) -> Plan | None:
-        """What was pruned."""
+        """Its plan; None for a dense model."""
         raw = self.facts.get("plan")
         return read_plan(raw, str(self.folder / PRUNING_FILE)) if raw is not None else None
 

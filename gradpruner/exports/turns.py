@@ -34,7 +34,7 @@ class Turns:
     reply: str
 
     def render(self, messages: Sequence[Message]) -> str:
-        """A conversation as text, the answer opened."""
+        """A conversation as text, up to where the answer begins."""
         first = messages[0]
         system = first["content"] if first["role"] == "system" else None
         text = self.start + (self.default if system is None or self.system is None else "")
@@ -76,7 +76,7 @@ class Turns:
 
 
 def find_turns(tokenizer: Any) -> Turns | str:
-    """The turns of a tokenizer's chat template, or why it cannot be said that way, in words."""
+    """The turns of a tokenizer's chat template, or why it cannot be written as turns, in words."""
 
     def render(*messages: Message, opened: bool = False) -> str:
         return str(
@@ -85,7 +85,7 @@ def find_turns(tokenizer: Any) -> Turns | str:
 
     try:
         found = _guess(render, tokenizer.bos_token or "")
-    except Exception as error:  # a template is somebody's program
+    except Exception as error:  # a template is a program and may raise anything
         return f"it does not put turns one after the other ({str(error).splitlines()[0][:120]})"
     for messages in _probes(found):
         try:

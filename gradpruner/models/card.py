@@ -16,7 +16,7 @@ CARD_FILE = "README.md"
 UNKNOWN_LICENCE = "unknown"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _IN_CACHE = re.compile(r"models--(.+?)--(.+?)/snapshots/")
-# What a licence covers goes on to what is made from the model.
+# Licence and languages of a model hold for what is made from it.
 _TAKEN_OVER = ("license", "license_name", "license_link", "language")
 
 
@@ -132,7 +132,9 @@ def model_card(
     else:
         repair = facts.get("repair")
         lines += _width_lines(plan) if plan.kind == "width" else _depth_lines(plan, repair)
-    lines += _made_with(results) if results else []
+    if results and results.versions:
+        made_with = ", ".join(f"{plain(name)} {plain(version)}" for name, version in results.versions.items())
+        lines += ["", f"With {made_with}."]
     lines += ["", "## Use", "", *_use(plan, results)]
     engines = [
         f"- {entry['engine']}: {entry['status']}. {entry['reason'].replace('<', '&lt;')}".rstrip()
@@ -212,11 +214,6 @@ def _results(results: Results) -> list[str]:
         metric = plain(figure.metric.replace("_", " "))
         lines.append(f"| {metric} | {figure.value:.1%} | {between} | {dense} |")
     return [*lines, ""]
-
-
-def _made_with(results: Results) -> list[str]:
-    said = [f"{plain(name)} {plain(version)}" for name, version in results.versions.items()]
-    return ["", f"With {', '.join(said)}."] if said else []
 
 
 def _use(plan: Plan | None, results: Results | None) -> list[str]:

@@ -120,7 +120,7 @@ def _spell_rope_twice(part: dict[str, Any]) -> None:
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return
-    if part.get("rope_theta") is None:  # null says as little as no key
+    if part.get("rope_theta") is None:  # null means the same as no key
         part["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default" and part.get("rope_scaling") is None:
         part["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
@@ -135,7 +135,7 @@ def rename_modules(section: Any, rename: Callable[[str], str | None]) -> Any:
         renamed_keys = {rename(key): value for key, value in section.items()}
         return {key: rename_modules(value, rename) for key, value in renamed_keys.items() if key is not None}
     if isinstance(section, list):
-        # What named a layer that is gone goes too; what was null before stays.
+        # Names of removed layers are left out; what was null before stays.
         pairs = [(value, rename_modules(value, rename)) for value in section]
         return [new for old, new in pairs if new is not None or old is None]
     return rename(section) if isinstance(section, str) else section

@@ -46,7 +46,7 @@ def _head_size(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
 
 
 def _exact_head_size(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
-    """Where heads have to divide the hidden size."""
+    """The same, where heads must divide the hidden size."""
     return widths.hidden_size / widths.num_heads, widths.head_dim
 
 
@@ -55,7 +55,7 @@ def _kv_heads(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
 
 
 def _query_scale(depth: int) -> Sizes:
-    """Of models of one depth alone."""
+    """The query scale, which the engine derives for models of one depth only."""
 
     def sizes(facts: LayerFacts, widths: WidthShape) -> tuple[float, float] | None:
         scale = facts.attributes.get("query_scale")
@@ -152,7 +152,7 @@ def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Portability
 
 
 def _uneven(engine: str, plan: WidthPlan, kind: str) -> Portability:
-    """Layers of different widths: the config goes on saying those of the unpruned model."""
+    """The verdict on layers of different widths, for which the config keeps those of the unpruned model."""
     whole_heads = all(len(widths.heads) == plan.shape.num_heads for widths in plan.layers)
     if engine == "sglang" and whole_heads and kind not in _SGLANG_BY_TRANSFORMERS.split():
         # layers/linear.py pads gate, up and down projections that are too small, but no queries, keys, values

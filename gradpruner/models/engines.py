@@ -315,7 +315,7 @@ def _ordinal(number: int) -> str:
 
 
 def _misplaced(rule: Rule, facts: LayerFacts, keep: Sequence[int]) -> list[int]:
-    """Kept layers that the engine takes for something else, by the answer that suits the most of them."""
+    """Kept layers that the engine takes for another kind, by the answer that fits the most layers."""
     values = facts.attributes[rule.attribute]
     answers = [
         [old for new, old in enumerate(keep) if expected(new, len(keep)) not in (None, values[old])]
@@ -357,7 +357,7 @@ def slots(facts: LayerFacts, engines: Sequence[str]) -> Callable[[int, int, int]
 
 
 def _best_answer(rule: Rule, facts: LayerFacts) -> Expected:
-    """Of several answers that would do, the one that holds for the most layers."""
+    """Of several answers that are allowed, the one that holds for the most layers."""
     values, depth = facts.attributes[rule.attribute], facts.num_layers
     return max(rule.expects(facts), key=lambda e: sum(e(i, depth) in (None, values[i]) for i in range(depth)))
 

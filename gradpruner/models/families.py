@@ -1,8 +1,8 @@
 """Architectures as data: where the decoder layers live and which config fields number or count them.
 
-Together with depth.py and layered.py, which read this table, the only module that knows an architecture. A
-row says what naive layer deletion gets wrong; an architecture that needs none of it needs no row either (see
-`generic_family`), but is then proved before it is trusted.
+Together with config_patch.py and layers.py, which read this table, the only module that knows an
+architecture. A row says what naive layer deletion gets wrong. A type without a row is pruned by
+`generic_family`, and the result is proved before it is trusted.
 
 To add a row: name the fields of its config that have one entry per layer (`lists`), name layers by number
 (`indices`), or count layers from one end (`leading`, `trailing`), and give it a line in tests/families.py.
@@ -174,7 +174,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(config: Any) -> Family | None:
-    """The row for a decoder's config, or None: then there is only `generic_family`, and a proof."""
+    """The row for a decoder's config; None for a type without one (see `generic_family`)."""
     return FAMILIES.get(getattr(config, "model_type", None) or "unknown")
 
 
@@ -182,7 +182,8 @@ def generic_family(config: Any) -> Family:
     """The row of an unknown type: every field as long as the model is deep has one entry per layer."""
     depth = config.num_hidden_layers
     values = config.to_dict()
-    lists = tuple(name for name, value in values.items() if _is_list(value) and len(value) == depth)
+    sequences = {n: v for n, v in values.items() if isinstance(v, Sequence) and not isinstance(v, str)}
+    lists = tuple(name for name, value in sequences.items() if len(value) == depth)
     return Family(lists=lists, proven=False)
 
 
@@ -195,7 +196,3 @@ def nested_family(row: Family, layers_path: str, part: str) -> Family:
         part: Name of the decoder's part in its config.
     """
     return replace(row, layers_path=layers_path, disk_paths=_TEXT_TOWER, nested=part)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)

@@ -155,9 +155,9 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 
 
 def _take_place(staged: Path, folder: Path) -> None:
-    """Renames; a folder of ours that stands there steps aside, and back if that fails."""
+    """Renames the staged folder; a folder of ours in its place is moved aside, and back if that fails."""
     aside = folder.with_name(staging_name(folder.name, ".old"))
-    placed = False  # then what stepped aside may go, even if another process has just moved ours away
+    placed = False  # then the old one may go, even if another process has just moved ours away
     with ExitStack() as holding:
         try:
             if (folder / PRUNING_FILE).exists():

@@ -319,13 +319,16 @@ def fingerprint(model: nn.Module) -> str:
     view = LayeredModel(model)
     identity = identity_of(view.config)
     digest = hashlib.sha256()
-    for layer, name, weight in _base_weights(view):
-        if not weight.is_floating_point():
-            return identity + QUANTISED
-        # FSDP2 spreads weights over processes, all of which take part in gathering one.
-        whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        flat = whole.detach().reshape(-1)
-        add_sample(digest, layer, name, tuple(weight.shape), flat[:: sample_step(flat.numel())][:SAMPLES])
+    for layer in range(view.num_layers):
+        for name, module in view.linears(layer).items():
+            weight: Any = getattr(module, "base_layer", module).weight  # without adapters
+            if not weight.is_floating_point():
+                return identity + QUANTISED
+            # FSDP2 spreads weights over processes, all of which take part in gathering one.
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            flat = whole.detach().reshape(-1)
+            sample = flat[:: sample_step(flat.numel())][:SAMPLES]
+            add_sample(digest, layer, name, tuple(weight.shape), sample)
     return f"{identity}-{digest.hexdigest()[:12]}"
 
 
@@ -347,10 +350,3 @@ def add_sample(digest: Any, layer: int, name: str, shape: tuple[int, ...], sampl
     """Adds one linear to the hash of a fingerprint."""
     digest.update(f"{layer}.{name}{shape}".encode())
     digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
-
-
-def _base_weights(view: LayeredModel) -> Iterator[tuple[int, str, Tensor]]:
-    for index in range(view.num_layers):
-        for name, module in view.linears(index).items():
-            linear: Any = getattr(module, "base_layer", module)
-            yield index, name, linear.weight

@@ -261,7 +261,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=resolve_dtype(dtype, target),
         )
-        # Without a word transformers takes the GPU, also where the CPU is asked for.
+        # transformers would silently take the GPU, even where the CPU is asked for.
         options["device_map"] = {"": "cpu"} if target.type == "cpu" else None
     try:
         model, report = _class_for(folder, config, trust_remote_code).from_pretrained(

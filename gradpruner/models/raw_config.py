@@ -28,7 +28,7 @@ _QUANTISATION = ("quantization_config", "compression_config", "quantization")
 _BEYOND = re.compile(r"num_nextn_predict_layers$|.*mtp.*(layers|modules|depth)$|(num_)?mtp$")
 # What the layers of such a predictor have and no other layer has.
 BEYOND_SIGNS = (".eh_proj.weight", ".enorm.weight", ".hnorm.weight", ".shared_head.norm.weight")
-# Largest value a field may have: far above any model there is, far below what ends the memory.
+# Largest value a field may have: far above any model there is, far below what would fill the memory.
 _LIMITS = (
     (re.compile(r"(?:layers?|depth|blocks)$"), 2_000),
     (re.compile(r"(?:experts?|heads?|groups)$"), 1 << 16),

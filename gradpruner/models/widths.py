@@ -229,19 +229,14 @@ class WidthView:
             for module, indices in kept.items():
                 mask = torch.zeros(module.in_features, device=module.weight.device, dtype=module.weight.dtype)
                 mask[indices.to(mask.device)] = 1
-                hooks.append(module.register_forward_pre_hook(_masking(mask)))
+                hooks.append(
+                    module.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask, *args[1:]))
+                )
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _masking(mask: Tensor) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (args[0] * mask, *args[1:])
-
-    return hook
 
 
 def _sizes(shape: WidthShape) -> dict[str, tuple[int, int]]:

@@ -37,11 +37,6 @@ def computing_dtype(folder: Path) -> torch.dtype:
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, to be compared as they are."""
-    return tensor.contiguous().view(torch.uint8)
-
-
 def is_tied(model: Any) -> bool | None:
     """Whether input and output embeddings are one tensor, where the config says so; None elsewhere."""
     if not getattr(text_config(model.config), "tie_word_embeddings", False):

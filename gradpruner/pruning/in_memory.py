@@ -116,7 +116,7 @@ def _repair_(view: LayeredModel, repair: Repair) -> None:
 
 @torch.no_grad()
 def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
-    """For a model type without a row: kept layers must compute what they did with the others passed by."""
+    """Removes layers of an unknown model type, and proves that the kept ones compute what they did."""
     was_training = view.model.training
     view.model.eval()
     with view.passed_through(plan.pruned):

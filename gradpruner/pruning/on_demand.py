@@ -106,7 +106,7 @@ class FileWeight(torch.Tensor):
         return made
 
     def read(self) -> Tensor:
-        """All of it."""
+        """The whole tensor."""
         if self.ref is None:
             return torch.full((), torch.nan, dtype=self.reader.dtype).expand(self.shape)
         return self.reader(self.ref)
@@ -127,7 +127,8 @@ class FileWeight(torch.Tensor):
     ) -> Any:
         """Lookups and products by parts; the rest goes on to `__torch_dispatch__`."""
         if func is nn.functional.embedding and isinstance(args[1], FileWeight):
-            return _looked_up(args[0], args[1])
+            rows, places = args[0].unique(return_inverse=True)
+            return torch.stack([args[1].row(row) for row in rows.tolist()])[places]
         if func is nn.functional.linear and isinstance(args[1], FileWeight):
             return _linear(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
@@ -143,11 +144,6 @@ class FileWeight(torch.Tensor):
             return value.read() if isinstance(value, FileWeight) else value
 
         return func(*tree_map(filled, args), **tree_map(filled, kwargs or {}))
-
-
-def _looked_up(ids: Tensor, weight: FileWeight) -> Tensor:
-    rows, places = ids.unique(return_inverse=True)
-    return torch.stack([weight.row(row) for row in rows.tolist()])[places]
 
 
 def _linear(given: Tensor, weight: FileWeight, bias: Tensor | None = None) -> Tensor:
@@ -183,7 +179,7 @@ def on_demand(
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     model.initialize_weights()  # the buffers
-    model.tie_weights()  # which makes one parameter of two only out there
+    model.tie_weights()  # which works only outside that context
     view = LayeredModel(model)
     for index in passed:
         view.layers[index] = _passed_through(view.layers[index], reader)
@@ -214,7 +210,7 @@ class _Names:
 def _fill(model: nn.Module, names: _Names, reader: Reader, passed: Collection[int]) -> None:
     """Puts a `FileWeight` in the place of every parameter, and the stored numbers into buffers."""
     gone = tuple(f"{names.layers}{index}." for index in passed)
-    stored = set(model.state_dict())  # asked before: it would read every weight
+    stored = set(model.state_dict())  # before weights are put in: later it would read them all
     made: dict[int, FileWeight] = {}
     several: dict[int, set[str]] = {}
     places = [
@@ -248,7 +244,7 @@ def _fill(model: nn.Module, names: _Names, reader: Reader, passed: Collection[in
 
 
 def _passed_through(layer: nn.Module, reader: Reader) -> nn.Module:
-    """A layer without numbers that hands on what it was given."""
+    """A layer without numbers that returns its input."""
     bare: Any = copy.deepcopy(layer)  # others may share its parts
     for module in bare.modules():
         for key, parameter in module._parameters.items():

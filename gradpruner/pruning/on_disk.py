@@ -108,7 +108,7 @@ def write_pruned(
         write_text(staged / "config.json", json.dumps(blueprint.new_config(), indent=2) + "\n")
         carry(source, carried, staged)
         report = verify_written(staged, blueprint, verify)
-        written = [shard.result() for shard in begun]  # what is damaged there is the better reason
+        written = [shard.result() for shard in begun]  # a damaged source is the better reason to give
         report = replace(report, folder=str(target))
         report.raise_on_failure()
         facts = {

@@ -70,7 +70,7 @@ def rebuild_checkpoint(
             digest = write_file(staged / name, pieces, {}, progress, header=raw)
             if digest != record.weights[name].sha256:
                 raise _wrong_weights(name, pieces, record)
-        # The mark of a whole one last.
+        # pruning.json last: it marks the folder as complete.
         for name in sorted(record.files, key=lambda name: name == PRUNING_FILE):
             (staged / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(check_inside(folder, folder / FILES_FOLDER / name), staged / name)
@@ -138,7 +138,7 @@ def _lay_out(
 
 
 def _outline(raw: Path, path: Path, size: int) -> ShardHeader:
-    """Reads a header alone as that of a file of full size: one of holes, which takes no space."""
+    """Reads a header by itself, as that of a sparse file of full size, which takes no space."""
     text = raw.read_bytes()
     with path.open("wb") as file:
         file.write(text)

@@ -209,7 +209,7 @@ class _Fitting:
     def go(self, progress: Callable[[int], None] | None) -> None:
         """Takes both states through all layers up to the last cut."""
         runs = dict(places_of(self.plan, self.kind))
-        dense, self.walk.start = self.walk.start, []  # what is replaced is then free
+        dense, self.walk.start = self.walk.start, []  # so that states that are replaced are freed
         pruned = dense  # one list as long as the states are the same
         last = max((layer + len(run) for layer, run in runs.items()), default=-1)
         layer = 0
@@ -315,7 +315,8 @@ class _Fitting:
     ) -> tuple[AnySums, AnySums]:
         """Sums over the tokens that are fitted and over those held out, from one run of the layer."""
         weight = output.weight.detach()
-        device = _sums_device(weight)
+        # MPS has no double precision.
+        device = torch.device("cpu") if weight.device.type == "mps" else weight.device
         width = weight.shape[0]
         regressors = {"scale": 1, "linear": width}.get(form, weight.shape[-1])
         sums: list[AnySums] = [
@@ -367,7 +368,3 @@ class _Fitting:
 
     def _linear(self, name: str, layer: int) -> Tensor:
         return self.view.weights(layer)[name]
-
-
-def _sums_device(weight: Tensor) -> torch.device:
-    return torch.device("cpu") if weight.device.type == "mps" else weight.device  # no double precision there

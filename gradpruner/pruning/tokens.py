@@ -33,7 +33,7 @@ class Tokens:
         self, view: LayeredModel, batches: Sequence[dict[str, Tensor]], answers: float, world: World
     ) -> None:
         mine = [i for i in world.share(len(batches)) if batches[i]["attention_mask"][:, 1:].any()]
-        # Who has nothing to do walks along where the first process does: every process knows of every cut.
+        # A process without batches walks the first one with nothing counted: all take part in every cut.
         self.walk = Walk(view, [batches[i] for i in mine or (0,)])
         if not mine:
             self.walk.counted[0].zero_()

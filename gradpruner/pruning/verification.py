@@ -22,7 +22,7 @@ from gradpruner.models.proof import relative_error, tolerance
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
-from gradpruner.pruning.behaviour import Both, bits, check_copies, run_on_demand, run_whole
+from gradpruner.pruning.behaviour import Both, check_copies, run_on_demand, run_whole
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.writer import read_tensor, sha256_tensor
@@ -168,7 +168,7 @@ def _repair_of(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def compares_fully(level: str, blueprint: Blueprint) -> bool:
-    """Whether a level means that what both models compute is compared, on this machine.
+    """Whether what both models compute is compared at this level, on this machine.
 
     Raises:
         ModelError: If a model type without a row in the table of families would not be.
@@ -295,14 +295,14 @@ class _Gate:
         return not_run or merged + (f", {len(self.linears)} repaired" if self.linears else "")
 
     def _run_both(self) -> str:
-        """Runs them; why they were not, if so."""
+        """Runs both; returns why they were not run, else ""."""
         cuts = self.linears.items()
         try:
             self.both = run_on_demand(self.folder, self.blueprint, cuts, with_source=not self.tuned)
             how = "weights read as they are used"
         except GradPrunerError:
             raise
-        except Exception as error:  # whatever a model does that such weights cannot
+        except Exception as error:  # whatever a model does that weights in files cannot
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
             if self.may_skip and not _fits(self.blueprint):
                 self.skipped = True
@@ -328,7 +328,7 @@ class _Gate:
         return f"{len(self.hashes)} tensors have the hashes of the repair"
 
     def merged(self) -> str:
-        """The merging once more, in memory, against what was written: to the bit."""
+        """Merges once more in memory and compares with what was written, to the bit."""
         if not self.plan.merged:
             return "not done: no layer was merged"
         if self.plan.needs_trace and self.blueprint.trace is None:
@@ -340,7 +340,7 @@ class _Gate:
             if piece.name not in targets or piece.name in self.hashes:
                 continue
             assert piece.make is not None
-            if not torch.equal(bits(read_tensor(here[piece.name])), bits(piece.make())):
+            if sha256_tensor(read_tensor(here[piece.name])) != sha256_tensor(piece.make()):
                 raise _Failed(f"'{piece.name}' is not what merging gives")
             count += 1
         return f"{count} tensors merged again in memory: equal to the bit"

@@ -261,7 +261,7 @@ def same_bytes(one: TensorRef, other: TensorRef, digest: Any = None) -> bool:
     here, there = (bytearray(min(CHECK_BYTES, one.num_bytes)) for _ in range(2))
     with open_source(one.file) as first, open_source(other.file) as second:
         for done in range(0, one.num_bytes, CHECK_BYTES):
-            size = min(CHECK_BYTES, one.num_bytes - done)  # behind it what was equal before
+            size = min(CHECK_BYTES, one.num_bytes - done)  # behind it: the block before
             fill(memoryview(here)[:size], first, one.start + done, one.file)
             fill(memoryview(there)[:size], second, other.start + done, other.file)
             if here != there:
