@@ -45,7 +45,7 @@ from small_llama import config_of, random_samples
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from gradpruner.data.encoding import Collator, encode_all
-from gradpruner.data.examples import load_examples
+from gradpruner.data.loading import load_examples
 from gradpruner.evaluation.costing.subject import Subject, find_subject
 from gradpruner.evaluation.costing.turns import worker_environment
 from gradpruner.evaluation.costing.worker import build

@@ -65,7 +65,8 @@ from gradpruner._version import __version__
 
 if TYPE_CHECKING:
     from gradpruner.data.encoding import encode_all
-    from gradpruner.data.examples import Example, load_examples
+    from gradpruner.data.examples import Example
+    from gradpruner.data.loading import load_examples
     from gradpruner.errors import GradPrunerError
     from gradpruner.evaluation.costing.comparison import measure_cost
     from gradpruner.evaluation.costing.workload import Workload
@@ -115,7 +116,7 @@ _HOMES = {
     "evaluate": "evaluation.quality",
     "finetune": "training.finetuning",
     "fit_repair": "pruning.refitting",
-    "load_examples": "data.examples",
+    "load_examples": "data.loading",
     "load_model": "models.loading",
     "load_recipe": "runs.recipe",
     "measure_cost": "evaluation.costing.comparison",

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gradpruner.data.chat_templates import TEMPLATES, choose_template, foreign_markers, template_mark
 from gradpruner.data.encoding import encode
-from gradpruner.data.examples import load_examples
+from gradpruner.data.loading import load_examples
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner.data.examples import FORMATS, Example, Message, load_examples, overlap
-from gradpruner.data.shapes import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from gradpruner.data.examples import Example, Message, overlap
+from gradpruner.data.loading import load_examples
+from gradpruner.data.shapes import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, FORMATS
 from gradpruner.errors import ConfigError, DataError
 
 PAIR = {"prompt": "2 + 2 =", "completion": " 4"}

@@ -10,7 +10,7 @@ import os
 import datasets
 import pytest
 
-from gradpruner.data.examples import load_examples
+from gradpruner.data.loading import load_examples
 from gradpruner.data.rows import read_rows
 from gradpruner.errors import DataError
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from gradpruner.data.chat import template_notes
 from gradpruner.data.encoding import encode, labelled_text
-from gradpruner.data.examples import Example, load_examples
+from gradpruner.data.examples import Example
+from gradpruner.data.loading import load_examples
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.errors import DataError, ModelError
 from gradpruner.evaluation.questions import Questions

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Any
 
+from gradpruner.data.examples import Example
 from gradpruner.data.parsing import DataRow, kind_of
 from gradpruner.data.rows import RowSet
-from gradpruner.data.shapes import BadRow, Example, Shape, text_field
+from gradpruner.data.shapes import BadRow, Shape, text_field
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.provenance import sha256_json
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradpruner.data.examples import Example, Message
 from gradpruner.data.parsing import kind_of
 
 ALPACA_WITH_INPUT = (
@@ -40,49 +41,6 @@ _ROLES = {
 }
 # Ways to say that an assistant turn is (1, true) or is not (0, false) to be learned.
 _WEIGHTS = ("weight", "loss", "train")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: system, user, assistant or tool.
-        content: Its text.
-        extra: What else the row says of the turn (reasoning_content, tool_calls, name ...), as a JSON object;
-            the chat template sees it. "" for nothing.
-        learned: Whether an assistant turn is learned; a turn of weight 0 is only read.
-    """
-
-    role: str
-    content: str
-    extra: str = ""
-    learned: bool = True
-
-    def as_turn(self) -> dict[str, Any]:
-        """The turn as a chat template takes it."""
-        return {"role": self.role, "content": self.content} | (json.loads(self.extra) if self.extra else {})
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to learn: after this prompt, this answer.
-
-    Attributes:
-        id: Stable within the source, e.g. "train.jsonl:17".
-        prompt: Text before the answer; "" when `messages` is given.
-        answer: Text to be learned and compared, without an end-of-text token.
-        choices: Every possible answer, written like `answer`; () for free text.
-        messages: The conversation, the last turn the assistant's, equal to `answer`; () otherwise.
-        tools: The tools of a conversation, as a JSON list; "" for none.
-    """
-
-    id: str
-    prompt: str
-    answer: str
-    choices: tuple[str, ...] = ()
-    messages: tuple[Message, ...] = ()
-    tools: str = ""
 
 
 class BadRow(Exception):

@@ -10,15 +10,10 @@ from typing import Any
 
 from gradpruner.data.chat_templates import choose_template, template_mark
 from gradpruner.data.encoding import usable
-from gradpruner.data.examples import (
-    Example,
-    ExampleSet,
-    Layout,
-    as_conversation,
-    load_examples,
-    split_sample_suffix,
-)
+from gradpruner.data.examples import Example, ExampleSet, as_conversation
 from gradpruner.data.folders import has_split
+from gradpruner.data.layouts import Layout
+from gradpruner.data.loading import load_examples, split_sample_suffix
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gradpruner.data.examples import Example, load_examples, overlap
+from gradpruner.data.examples import Example, overlap
+from gradpruner.data.loading import load_examples
 from gradpruner.data.tasks import TASKS, Task, load_task
 from gradpruner.data.tasks.base import METRICS
 from gradpruner.errors import ConfigError, DataError

@@ -1,0 +1,177 @@
+"""The usable rows of a user's own file as examples, sampled, with notes for the user."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from gradpruner.data.examples import Example, ExampleSet, sample
+from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
+from gradpruner.data.rows import DataRow, RowSet, read_rows
+from gradpruner.data.shapes import FORMATS, BadRow, Shape
+from gradpruner.data.tasks import TASKS
+from gradpruner.errors import ConfigError, DataError
+from gradpruner.registry import suggest
+
+LABELLED = "labelled_text"
+"""The fifth format: a text and its label."""
+
+_ROWS_LOOKED_AT = 20  # to tell the shape; more than one, because the first may be the bad one
+_ROWS_NAMED = 3  # in an error about many rows
+_AS_WRITTEN = Layout()
+
+
+def load_examples(
+    source: str | Path,
+    *,
+    split: str = "train",
+    format: str = "auto",
+    limit: int | None = None,
+    seed: int = 0,
+    skip_bad: bool = False,
+    layout: Layout = _AS_WRITTEN,
+) -> ExampleSet:
+    """Reads a user's own data.
+
+    Args:
+        source: A file (JSON Lines, JSON, CSV, TSV, parquet), a folder with a file per split, or a
+            hub dataset id ("owner/name", "owner/name:config"). "path#N" samples N rows.
+        split: The file of a folder, key of a JSON object or split of a hub dataset.
+        format: "auto", "labelled_text" or one of `FORMATS`.
+        limit: Sample this many rows at most, >= 1; None takes all. With "#N", the smaller counts.
+        seed: Of the sampling.
+        skip_bad: Drop and count unusable rows instead of refusing the file.
+        layout: What the columns mean: other names, templates, names of labels.
+
+    Raises:
+        ConfigError: If `format`, `limit` or a template is not allowed.
+        DataError: If nothing is found, a file is malformed, the columns are not recognised, or rows
+            are unusable; the message names file, row, field and what to do.
+    """
+    allowed = ("auto", *FORMATS, LABELLED)
+    if format not in allowed:
+        raise ConfigError(
+            f"Unknown data format '{format}'.{suggest(format, allowed)}",
+            hint=f"Allowed: {', '.join(allowed)}.",
+        )
+    path, sample_size = split_sample_suffix(str(source), limit)
+    rows = renamed(read_rows(path, split, skip_bad=skip_bad), layout)
+    name, shape, note = _shape_of(rows, format, layout)
+    examples: list[Example] = []
+    faults = list(rows.faults)
+    for row in rows.rows:
+        try:
+            examples.append(shape.build(row.id, row.fields))
+        except BadRow as fault:
+            faults.append((row.id, str(fault)))
+    total = len(rows.rows) + len(rows.faults)
+    _check_faults(rows, name, shape, faults, skip_bad)
+    notes = [note, _unused_note(rows.rows, shape)]
+    if faults:
+        notes.append(f"{rows.source}: dropped {len(faults)} of {total} rows as unusable")
+    chosen, note = sample(examples, sample_size, seed)
+    notes.append(note)
+    said = tuple(filter(None, notes))
+    return ExampleSet(tuple(chosen), rows.source, name + layout.mark(), rows.sha256, len(faults), said)
+
+
+def _shape_of(rows: RowSet, format: str, layout: Layout) -> tuple[str, Shape, str]:
+    """The name of the rows' shape, the shape, and what to say of it."""
+    if layout.has_templates:
+        return "templates", *templated(rows, layout)
+    name = _detect(rows) if format == "auto" else format
+    if name != LABELLED:
+        return name, FORMATS[name], ""
+    if labelled_columns(column_names(rows)) is None:
+        raise _unrecognised(rows, column_names(rows), "Rename the columns, or name them in data.columns.")
+    tasks = _tasks_with(column_names(rows))
+    try:
+        shape, note = templated(rows, layout)
+    except DataError as error:
+        if tasks:  # whose labels have names
+            error.hint = f"{error.hint} Or, if these are rows of the task {tasks}, name that task instead."
+        raise
+    if tasks:
+        note += f"; the task {tasks} has these columns too: name it if the rows are its own"
+    return name, shape, note
+
+
+def split_sample_suffix(source: str, limit: int | None) -> tuple[str, int | None]:
+    """Separates "path#N" into path and N, unless a file is really called that."""
+    match = re.fullmatch(r"(.+)#(\d{1,15})", source)
+    if not match or Path(source).expanduser().exists():
+        return source, limit
+    count = int(match[2])
+    return match[1], count if limit is None else min(count, limit)
+
+
+def _detect(rows: RowSet) -> str:
+    """The name of the shape whose required columns the first rows have."""
+    found: dict[str, None] = {}
+    for row in rows.rows[:_ROWS_LOOKED_AT]:
+        found.update(dict.fromkeys(row.fields))
+    for name, shape in FORMATS.items():
+        if found.keys() >= set(shape.required):
+            return name
+    labelled = labelled_columns(tuple(found))
+    tasks = _tasks_with(tuple(found))
+    # A task that needs more than text and label is not a text and its label.
+    if labelled and not _tasks_with(tuple(found), more_than=len(labelled)):
+        return LABELLED
+    names = [str(name) for name in found] + ["QUESTION", "ANSWER"]
+    hint = (
+        f"Rename the columns, or say what they mean: --set 'data.columns={{prompt: {names[0]}, completion: "
+        f"{names[1]}}}', with text and label instead for a text with its label. Or write data.prompt and "
+        "data.completion, text with columns in braces."
+    )
+    if tasks:
+        hint = f"These are the columns of the task {tasks}: name that task instead."
+    raise _unrecognised(rows, tuple(found), hint)
+
+
+_EVERYBODYS = {"text", "label"}  # say nothing of whose rows they are
+
+
+def _tasks_with(columns: Sequence[str], more_than: int = 0) -> str:
+    """The named tasks whose columns these are, of those that need more than so many; "" for none."""
+    if set(columns) == _EVERYBODYS:
+        return ""
+    needed = {name: TASKS.find(name).columns for name in TASKS.names()}
+    fitting = {n: len(c) for n, c in needed.items() if len(c) > more_than and set(columns) >= set(c)}
+    # The most columns win: MMLU's rows have those of GSM8K too.
+    return " or ".join(f"'{n}'" for n, count in fitting.items() if count == max(fitting.values()))
+
+
+def _unrecognised(rows: RowSet, found: Sequence[str], hint: str) -> DataError:
+    accepted = [shape.columns() for shape in FORMATS.values()]
+    accepted.append(f"one of {'/'.join(TEXTS)} with one of {'/'.join(LABELS)}")
+    shapes = "; ".join(f"({i}) {columns}" for i, columns in enumerate(accepted, 1))
+    named = ", ".join(map(str, found)) or "none"
+    return DataError(f"{rows.source}: columns not recognised: {named}. Accepted: {shapes}.", hint=hint)
+
+
+def _check_faults(
+    rows: RowSet, name: str, shape: Shape, faults: Sequence[tuple[str, str]], skip_bad: bool
+) -> None:
+    total = len(rows.rows) + len(rows.faults)
+    if not faults or (skip_bad and len(faults) < total):
+        return
+    named = "; ".join(f"{row_id}: {reason}" for row_id, reason in faults[:_ROWS_NAMED])
+    more = len(faults) - _ROWS_NAMED
+    named += f"; and {more} more" if more > 0 else ""
+    hint = "Fix these rows" + ("." if skip_bad else ", or drop them with --skip-bad.")
+    if len(faults) == total:
+        hint = f"No row can be read as {name}; its columns are {shape.columns()}."
+    raise DataError(f"{rows.source}: {len(faults)} of {total} rows cannot be used: {named}.", hint)
+
+
+def _unused_note(rows: Sequence[DataRow], shape: Shape) -> str:
+    """Names the columns that hold something and are not looked at, and in how many rows they do."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        for name, value in row.fields.items():
+            if name not in shape.used(row.fields) and value not in (None, "", [], {}):
+                counts[str(name)] = counts.get(str(name), 0) + 1
+    named = ", ".join(f"{name} ({count} rows)" for name, count in counts.items())
+    return f"columns not used: {named}" if named else ""
