@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, TextIO, TypeVar, get_args
+from typing import Any, Literal, TextIO, TypeVar
 
 from rich.console import Console
 from rich.errors import LiveError
@@ -20,11 +20,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from gradpruner.errors import ConfigError
-from gradpruner.registry import suggest
-
 T = TypeVar("T")
-Mode = Literal["auto", "plain", "quiet"]
+Mode = Literal["auto", "quiet"]
 
 # Global state: where and how progress shows is a property of the process, not of one step.
 _mode: Mode = "auto"
@@ -43,20 +40,9 @@ _SHORTEST_GAP_SECONDS = 1.0
 def set_mode(mode: Mode) -> None:
     """Chooses how progress shows in this process.
 
-    Args:
-        mode: "auto" draws a bar on a terminal and prints plain lines elsewhere; "plain" always
-            prints lines; "quiet" shows nothing (also right for every rank but the first of a
-            distributed run).
-
-    Raises:
-        ConfigError: If there is no such mode.
+    "auto" draws a bar on a terminal and prints plain lines elsewhere; "quiet" shows nothing.
     """
     global _mode
-    if mode not in get_args(Mode):
-        raise ConfigError(
-            f"Unknown progress mode '{mode}'.{suggest(str(mode), get_args(Mode))}",
-            hint=f"Available: {', '.join(get_args(Mode))}.",
-        )
     _mode = mode
 
 
@@ -81,17 +67,16 @@ class Progress:
                 progress.update(step, loss=1.23)
 
     Args:
-        total: Number of units until done; None when unknown (no bar end and no ETA then).
+        total: Number of units until done.
         description: What is being done, a few words.
-        initial: Units already done before the start, as after a resume; they do not count in the
-            speed.
+        initial: Units already done before the start, as after a resume; they do not count in the speed.
         stream: Where to write; standard error by default.
         clock: Returns seconds; only differences matter.
     """
 
     def __init__(
         self,
-        total: int | None,
+        total: int,
         description: str,
         *,
         initial: int = 0,
@@ -122,8 +107,7 @@ class Progress:
         self._started = self._line_time = self._clock()
         if _mode == "quiet" or self.total == 0:  # nothing to do needs no line
             return self
-        if _mode == "auto":
-            self._bar = self._open_bar()
+        self._bar = self._open_bar()
         self._plain = self._bar is None
         return self
 
@@ -159,7 +143,9 @@ class Progress:
             task = self._bar.task_ids[0]
             self._bar.update(task, completed=completed, total=self.total, fields_text=self._fields_text())
         elif self._plain and self._line_due():
-            self._print(self._time_left())
+            left = self.seconds_left()
+            passed = self._clock() - self._started
+            self._print(f"after {clock_text(passed)}" if left is None else f"ETA {clock_text(left)}")
 
     def advance(self, count: int = 1, **fields: object) -> None:
         """Reports that `count` more units are done; `fields` as in `update`."""
@@ -194,24 +180,14 @@ class Progress:
             return False  # The closing line says it.
         if waited >= max(_WAIT_SECONDS, _WAIT_OF_ELAPSED * (now - self._started)):
             return True
-        gained = self.completed - self._line_completed
-        return self.total is not None and gained >= _LINE_FRACTION * self.total
+        return self.completed - self._line_completed >= _LINE_FRACTION * self.total
 
     def seconds_left(self) -> float | None:
         """How long it will still take; None when there is no telling."""
         done = self.completed - self._initial
-        if self.total is None or done <= 0:
+        if done <= 0:
             return None
         return (self._clock() - self._started) / done * (self.total - self.completed)
-
-    def _time_left(self) -> str:
-        """Returns the "ETA mm:ss", or the time gone by when there is no telling."""
-        left = self.seconds_left()
-        return (
-            f"after {clock_text(self._clock() - self._started)}"
-            if left is None
-            else f"ETA {clock_text(left)}"
-        )
 
     def _fields_text(self) -> str:
         values = (f"{value:.4g}" if isinstance(value, float) else value for value in self.fields.values())
@@ -219,8 +195,7 @@ class Progress:
 
     def _print(self, ending: str) -> None:
         """Writes one plain line."""
-        count = str(self.completed) if self.total is None else f"{self.completed}/{self.total}"
-        words = (self.description, count, self._fields_text(), ending)
+        words = (self.description, f"{self.completed}/{self.total}", self._fields_text(), ending)
         print(" ".join(word for word in words if word), file=self._stream, flush=True)
         self._line_time = self._clock()
         self._line_completed = self.completed

@@ -386,7 +386,7 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch):
 
 
 def test_progress_shows_steps_and_loss(capsys):
-    set_mode("plain")
+    set_mode("auto")
     tune(max_steps=3, description="finetune merged")
     shown = capsys.readouterr()
     assert shown.out == "" and "finetune merged 3/3 loss" in shown.err
