@@ -177,7 +177,6 @@ class Plan(Part):
     """A plan; one of widths has no actions, any other has one for every layer, in their order."""
 
     actions: Annotated[list[Action], Each, AfterValidator(_in_layer_order)] = []
-    num_kept: Count = None
     savings: Annotated[dict[str, Change], Named] = {}
     portability: Annotated[list[Engine], Each] = []
     search: Search = Search()

@@ -175,7 +175,7 @@ def _merge_words(plan: Plan) -> str:
     """Returns ': 19 of 32 kept; merged 18 and 19 into 17'."""
     words = [f"{', '.join(map(str, layers))} into {to}" for to, layers in plan.targets.items()]
     merged = f"; merged {'; '.join(words)}" if words else ""
-    return f": {whole(plan.num_kept)} of {len(plan.actions)} kept{merged}"
+    return f": {len(plan.kept)} of {len(plan.actions)} kept{merged}"
 
 
 def _plain(shown: str, console: Console) -> str:
