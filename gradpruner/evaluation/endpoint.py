@@ -85,7 +85,7 @@ class Endpoint:
         return Connection(self.url)
 
     def longest(self, max_length: int) -> int:
-        """`max_length`: how much the server can hold is for it to say."""
+        """`max_length`: only the server knows how much it can hold."""
         return max_length
 
     def answers(

@@ -112,7 +112,7 @@ def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 @cache
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """What finds tasks. Reading the harness's own thousands of task files takes half a minute."""
+    """The object that finds tasks. Reading the harness's thousands of own task files takes half a minute."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:

@@ -34,7 +34,7 @@ class AskingSection(Section):
 
 
 class EvaluateOptions(AskingSection):
-    """What `evaluate` is told."""
+    """The options of `evaluate`."""
 
     max_length: int = Field(default=2048, ge=1)
     """Most tokens of prompt and answer together; the model's positions bound it too. A longer prompt loses

@@ -177,7 +177,7 @@ class _Asking:
     world: World
 
     def ask(self, budget: int, use_choices: bool) -> float | None:
-        """Has answers of at most `budget` tokens generated, if that is not 0, and options scored.
+        """Generates answers of at most `budget` tokens, unless that is 0, and scores options.
 
         Returns:
             Tokens generated per second; None if nothing had to be.
@@ -235,7 +235,7 @@ def _is_right(text: str, example: Example, answer: str) -> bool:
 
 
 def _chosen(example: Example, scores: Sequence[float]) -> dict[str, Any]:
-    """What the likelihoods of an example's options come to."""
+    """The fields of an output that follow from the likelihoods of its options."""
 
     def best(values: Sequence[float]) -> str:
         return example.choices[max(range(len(values)), key=values.__getitem__)]

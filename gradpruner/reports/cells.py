@@ -47,7 +47,7 @@ class Line:
 
 
 def line(*cells: Cell | str, kind: str = "", error: str = "") -> Line:
-    """A line of cells; a plain text is one with nothing else."""
+    """A line of cells; plain texts become cells."""
     return Line(tuple(Cell(cell) if isinstance(cell, str) else cell for cell in cells), kind, error)
 
 
@@ -91,7 +91,7 @@ def change(after: Any, before: Any) -> str:
 
 
 def exact_cell(show: Callable[[Any], str], value: Any, detail: str = "") -> Cell:
-    """A number as `show` rounds it, for those who hover in full."""
+    """A number rounded by `show`; hovering over it shows all digits."""
     unit = "s" if show is duration else "bytes" if show is num_bytes else ""
     return Cell(show(value), detail, exact_of(value, unit))
 

@@ -34,7 +34,7 @@ PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
 
 
 def plan_label(view: View, name: str) -> str:
-    """What the row made by a plan is called."""
+    """The label of the row that a plan made."""
     plan = view.record.plans[name]
     return next((row.label for row in view.rows if row.plan is plan), text(name))
 
@@ -177,7 +177,7 @@ def data_table(view: View) -> Table:
 
 
 def serving_table(view: View) -> Table:
-    """The engines that do not serve what a plan leaves as it is, from reading their sources."""
+    """The engines that cannot serve a plan's model as it is, judging by their sources."""
     lines = []
     for name, plan in view.record.plans.items():
         for found in plan.portability:

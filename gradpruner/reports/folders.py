@@ -144,7 +144,7 @@ def _inside(root: Path, path: Path) -> Path | None:
 
 
 def _examine(root: Path, folder: Path, record: str) -> Found:
-    """One folder; whatever is wrong with it is said of it alone."""
+    """One folder; what is wrong with it does not concern the others."""
     name = folder.relative_to(root).as_posix()
     report = _inside(root, folder / REPORT)
     try:
@@ -188,7 +188,7 @@ def _parsed(shape: Callable[[dict[str, Any]], Any], path: Path) -> Any:
 
 @lru_cache(maxsize=512)
 def _kept(shape: Callable[[dict[str, Any]], Any], path: Path, when: int, size: int) -> Any:
-    """A file that has not changed is not read again every few seconds."""
+    """Reads a file again only when it has changed."""
     return shape(read_object(path, "record", dict[str, Any]))
 
 
@@ -216,7 +216,7 @@ def _outcome(view: View) -> tuple[str, str]:
 
 
 def _ended(known: Manifest, begun: list[str], view: View, whole: bool) -> tuple[str, str]:
-    """State and fault of a run nobody works on."""
+    """State and fault of a run that is not at work any more."""
     if whole:
         return _outcome(view)
     if begun:

@@ -209,12 +209,12 @@ def _strips(view: View) -> list[dict[str, Any]]:
 
 
 def tables_of(*found: Table) -> list[Block]:
-    """Tables that have lines."""
+    """A block for every table that has lines."""
     return [("table", table) for table in found if table.lines]
 
 
 def plots_of(*found: Plot | None) -> list[Block]:
-    """Plots there are."""
+    """A block for every plot that was drawn."""
     return [("figure", plot) for plot in found if plot is not None]
 
 
@@ -315,5 +315,5 @@ def _script() -> str:
 
 
 def script_hash() -> str:
-    """Returns what names the only script in a content security policy: no other one runs on a page."""
+    """Returns the hash with which a content security policy allows our script and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""What limits what a run or a study shows: what a careful reader would object."""
+"""What limits the finding of a run or a study: what a careful reader would object to."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _what_to_change(recipe: dict[str, Any], steps: float | None) -> str:
 
 
 def _recovery_note(row: Row) -> str:
-    """Says so where a pruned model was trained further for nothing."""
+    """Says where training a pruned model further did not help."""
     kept = row.recorded.finetune.kept
     if kept is None or kept.model != "pruned" or kept.before is None or kept.rows is None:
         return ""
@@ -70,7 +70,7 @@ def _recovery_note(row: Row) -> str:
 
 
 def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> list[str]:
-    """What a careful reader would object."""
+    """What a careful reader of a run would object to."""
     main, reference = view.main, view.dense
     assert main is not None and reference is not None
     notes = []
@@ -164,7 +164,7 @@ def probe_notes(view: View) -> list[str]:
 
 
 def comparison_notes(view: View) -> list[str]:
-    """What a careful reader of a comparison would object."""
+    """What a careful reader of a comparison would object to."""
     notes = [_rival_note(view)]
     share = view.record.budget.share
     off = [

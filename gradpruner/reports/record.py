@@ -298,7 +298,7 @@ class Sweep(Part):
 
 
 class Budget(Part):
-    """How much is to go."""
+    """How much is to be removed."""
 
     unit: Any = None
     removed: Number = None
@@ -307,7 +307,7 @@ class Budget(Part):
 
 
 class Record(Part):
-    """run.json or study.json; what belongs to the other is empty."""
+    """run.json or study.json; the parts that only the other has are empty."""
 
     schema_version: Any = None
     gradpruner_version: Any = None

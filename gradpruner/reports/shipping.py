@@ -129,7 +129,7 @@ def _reason(view: View, row: Row, basis: str) -> str:
 
 
 def _folder(view: View, row: Row) -> str:
-    """Where the finished model of a row is, below the record; of a dense one that was given, that model."""
+    """Where the finished model of a row lies, relative to the record; a given dense one lies elsewhere."""
     if view.kind != "run":
         return f"{row.first_run or '.'}/variants/{row.name}/model"
     found = row.recorded

@@ -154,7 +154,7 @@ def _style(axes: Axes) -> None:
 
 
 def _localise(svg: str, identity: str) -> str:
-    """Strips what belongs to a stand-alone file and ties ids, colours and fonts to the page."""
+    """Removes what only a stand-alone file needs; ids, colours and fonts become the page's."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     # Matplotlib's style rule is for `*`: inlined, it would reach the whole page.
@@ -259,7 +259,7 @@ def percent_ticks(axes: Axes, which: str = "y") -> None:
 
 
 def settled(points: Sequence[tuple[float, float]]) -> str:
-    """Says from which step on the overlap stays what it finally is."""
+    """Says from which step on the overlap does not change any more."""
     step = points[-1][0]
     for x, y in reversed(points):
         if y != points[-1][1]:

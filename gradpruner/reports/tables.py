@@ -149,7 +149,7 @@ def _quality_cells(view: View, row: Row) -> list[Cell | str]:
 
 
 def _costs(view: View) -> dict[str, tuple[str, Any]]:
-    """The cost columns of which anything is known; details have a table of their own in a run."""
+    """The cost columns that have a value; a run shows its details in a table of their own."""
     known = {k: v for k, v in _COSTS.items() if any(row.costs.get(k) is not None for row in view.rows)}
     left_out = {
         "run": ("method_seconds", "inference_ratio", "trained_tokens"),

@@ -80,7 +80,7 @@ def _rehearsed(model: Any, training: Training) -> tuple[int, ...]:
 
 
 def _most_in_a_pass(model: Any, training: Training) -> tuple[int, ...]:
-    """The most that is held up to the head's gradient, in the layers' backward pass, and behind it.
+    """The most that is held up to the head's gradient, in the layers' backward pass, and after it.
 
     The last part has the embedding's gradient and no activations: with few layers it is the largest, and only
     the others grow with depth. To be called where tensors are fake.

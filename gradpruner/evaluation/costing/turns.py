@@ -127,7 +127,7 @@ class Worker:
         return not self.error
 
     def finish(self) -> Measurement:
-        """All of it after the last step; nothing but the error after a failure."""
+        """What was measured, after the last step; only the error after a failure."""
         memory = self.receive()
         if self.error:
             return Measurement({}, error=self.error)

@@ -92,7 +92,7 @@ class _TokenTimes(BaseStreamer):
 
 
 def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, str]:
-    """Generates greedily from random prompts, once at every go; returns the peak memory and its kind."""
+    """Generates greedily from random prompts, once a step; returns the peak memory and its kind."""
     rows = _random_ids(model, workload)
     config = GenerationConfig(
         do_sample=False,
@@ -121,7 +121,7 @@ def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, 
 
 
 def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: str) -> tuple[int, str]:
-    """Fine-tunes on random samples, a step at every go; returns the peak memory and its kind."""
+    """Fine-tunes on random samples; returns the peak memory and its kind."""
     # Not at the top: inference needs none of a Trainer's imports, which take memory and seconds.
     from transformers import TrainerCallback
 
@@ -208,7 +208,7 @@ def main(descriptor: int) -> None:
 
 
 def _exercise(measure: Callable[..., tuple[int, str]], device: torch.device) -> None:
-    """Does all of it once with a miniature: what libraries load at first use then counts as empty process."""
+    """Runs everything once with a miniature: what libraries load at first use counts as empty process."""
     config = LlamaConfig(
         vocab_size=16,
         hidden_size=16,
