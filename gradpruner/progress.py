@@ -69,7 +69,6 @@ class Progress:
     Args:
         total: Number of units until done.
         description: What is being done, a few words.
-        initial: Units already done before the start, as after a resume; they do not count in the speed.
         stream: Where to write; standard error by default.
         clock: Returns seconds; only differences matter.
     """
@@ -79,14 +78,13 @@ class Progress:
         total: int,
         description: str,
         *,
-        initial: int = 0,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
         self.description = description
-        self.completed = initial
-        self._initial = initial
+        self.completed = 0
+        self._skipped = 0
         self._stream = stream if stream is not None else sys.stderr
         self._clock = clock
         self._started = clock()
@@ -99,7 +97,7 @@ class Progress:
         self._bar: RichProgress | None = None
         self._plain = False
         self._line_time = self._started
-        self._line_completed = initial
+        self._line_completed = 0
 
     def __enter__(self) -> Progress:
         global _in_hand
@@ -132,7 +130,7 @@ class Progress:
         """Reports that `completed` units are done in all.
 
         Args:
-            completed: Units done since the very beginning, `initial` included.
+            completed: Units done since the very beginning, skipped ones included.
             **fields: Numbers or words to show beside, such as `loss=1.23`; the last ones given
                 stay.
         """
@@ -151,6 +149,13 @@ class Progress:
         """Reports that `count` more units are done; `fields` as in `update`."""
         self.update(self.completed + count, **fields)
 
+    def skip(self, count: int) -> None:
+        """Counts units that were done before the start, as after a resume; they do not count in the speed."""
+        self.completed += count
+        self._skipped += count
+        if self._bar is not None:
+            self._bar.reset(self._bar.task_ids[0], completed=self.completed)
+
     def _open_bar(self) -> RichProgress | None:
         """Starts a bar if the stream is a terminal that can draw one."""
         console = Console(file=self._stream)
@@ -164,7 +169,7 @@ class Progress:
             TimeRemainingColumn(),
             console=console,
         )
-        bar.add_task(escape(self.description), total=self.total, completed=self._initial, fields_text="")
+        bar.add_task(escape(self.description), total=self.total, fields_text="")
         try:
             bar.start()
         except LiveError:
@@ -184,7 +189,7 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """How long it will still take; None when there is no telling."""
-        done = self.completed - self._initial
+        done = self.completed - self._skipped
         if done <= 0:
             return None
         return (self._clock() - self._started) / done * (self.total - self.completed)

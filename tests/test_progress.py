@@ -62,7 +62,8 @@ def test_long_runs_print_few_lines():
 
 def test_resumed_work_does_not_count_in_the_speed():
     clock, stream = Clock(), io.StringIO()
-    with Progress(100, "train", initial=80, stream=stream, clock=clock) as bar:
+    with Progress(100, "train", stream=stream, clock=clock) as bar:
+        bar.skip(80)
         clock.now = 10.0
         bar.update(90)
     assert stream.getvalue().splitlines()[0] == "train 90/100 ETA 00:10"
@@ -93,7 +94,8 @@ def test_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
     with Progress(4, "score [llama]", stream=stream) as bar:
-        for step in range(1, 5):
+        bar.skip(2)
+        for step in range(3, 5):
             bar.update(step, loss=0.123456, note="[red]")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "score [llama]" in text

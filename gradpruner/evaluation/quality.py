@@ -195,7 +195,7 @@ class _Asking:
 
     def _missing(self, field: str) -> list[int]:
         missing = [i for i in self.share if getattr(self.outputs[i], field) is None]
-        self.bar.advance(len(self.share) - len(missing))
+        self.bar.skip(len(self.share) - len(missing))
         return missing
 
     def _generate(self, budget: int) -> float | None:

@@ -173,12 +173,9 @@ def compares_fully(level: str, blueprint: Blueprint) -> bool:
     Raises:
         ModelError: If a model type without a row in the table of families would not be.
     """
-    unknown = not blueprint.view.family.proven
-    if level == "structure" or blueprint.quantised:
-        full = False
-    else:
-        full = level == "full" or _fits(blueprint) or _runs_on_demand(blueprint)
-    if unknown and not full:
+    full = level != "structure" and not blueprint.quantised
+    full = full and (level == "full" or _fits(blueprint) or _runs_on_demand(blueprint))
+    if not full and not blueprint.view.family.proven:
         raise ModelError(
             f"Model type '{blueprint.view.config.model_type}' has no row in the table of families, so what a "
             "pruned one computes must be compared before it can be trusted; that was not asked for, or "

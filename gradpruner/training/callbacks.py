@@ -39,10 +39,11 @@ class ProgressCallback(ClosingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Opens the bar."""
-        self._progress = Progress(int(state.max_steps), self.description, initial=int(state.global_step))
+        self._progress = Progress(int(state.max_steps), self.description)
         self._progress.history = state.log_history  # the Trainer's own list, which grows
         self._progress.rate = self.rate
         self._progress.__enter__()
+        self._progress.skip(int(state.global_step))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Remembers the last loss."""
