@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from gradpruner.data.examples import Example, ExampleSet, sample
@@ -28,6 +29,13 @@ METRICS = ("accuracy", "exact_match", "similarity", "final_number")
 TASKS: Registry[Task] = Registry("task")
 """Every task, by name."""
 
+CONVERTED = "refs/convert/parquet"
+"""A branch of parquet files, for datasets whose main branch holds a loading script: `datasets` runs none."""
+
+Row = Mapping[str, Any]
+Build = Callable[[Row, str], Example]
+"""Makes an example of (row, row id)."""
+
 FIX = "Fix or remove this row."
 """What to do about a row that cannot be used."""
 
@@ -40,12 +48,12 @@ class Task:
 
     Attributes:
         name: As registered.
-        version: >= 1; raised whenever a prompt or an answer changes, because scores before and
-            after cannot be compared.
         description: One sentence for lists.
         columns: Columns of the hub schema that are needed, the one that holds the answer last.
-        build: Makes one example of (row, row id); raises DataError naming the row.
+        build: Makes the examples; raises DataError naming the row.
         hub_id: "owner/name" on the Hugging Face hub.
+        version: >= 1; raised whenever a prompt or an answer changes, because scores before and
+            after cannot be compared.
         hub_config: Configuration there; None is the default one.
         hub_revision: Branch, tag or commit; None is the main branch.
         hub_files: File pattern per split, for repositories that have to be read file by file.
@@ -68,11 +76,11 @@ class Task:
     """
 
     name: str
-    version: int
     description: str
     columns: tuple[str, ...]
-    build: Callable[[Mapping[str, Any], str], Example]
+    build: Build
     hub_id: str
+    version: int = 1
     hub_config: str | None = None
     hub_revision: str | None = None
     hub_files: Mapping[str, str] = field(default_factory=dict)
@@ -107,7 +115,7 @@ class Task:
         return (self.train_split, self.eval_split, *self.other_splits)
 
     def examples(
-        self, rows: Iterable[Mapping[str, Any]], split: str, ids: Iterable[str] | None = None
+        self, rows: Iterable[Row], split: str, ids: Iterable[str] | None = None
     ) -> tuple[Example, ...]:
         """Returns rows in the hub schema as examples.
 
@@ -132,6 +140,12 @@ class Task:
                 )
             examples.append(self.build(row, row_id))
         return tuple(examples)
+
+
+def add(*tasks: Task) -> None:
+    """Registers tasks under their names."""
+    for task in tasks:
+        TASKS.register(task.name)(task)
 
 
 def load_task(
@@ -245,7 +259,13 @@ def _held_out(examples: Sequence[Example], count: int, *, evaluation: bool) -> l
     return [one for index, one in enumerate(unique) if (index in chosen) == evaluation]
 
 
-def text_of(row: Mapping[str, Any], column: str, row_id: str) -> str:
+def filled(prompt: str, row: Row, row_id: str) -> str:
+    """Returns a prompt with the texts of the columns it names in braces; raises as `text_of`."""
+    names = [name for _, name, _, _ in Formatter().parse(prompt) if name]
+    return prompt.format_map({name: text_of(row, name, row_id) for name in names})
+
+
+def text_of(row: Row, column: str, row_id: str) -> str:
     """Returns the text in `column`, stripped.
 
     Raises:
@@ -257,7 +277,7 @@ def text_of(row: Mapping[str, Any], column: str, row_id: str) -> str:
     return value.strip()
 
 
-def texts_of(row: Mapping[str, Any], column: str, row_id: str) -> list[str]:
+def texts_of(row: Row, column: str, row_id: str) -> list[str]:
     """Returns the list of texts in `column`, stripped, the empty ones left out.
 
     Raises:
@@ -271,7 +291,7 @@ def texts_of(row: Mapping[str, Any], column: str, row_id: str) -> list[str]:
     return found
 
 
-def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], row_id: str) -> str:
+def label_of(row: Row, column: str, names: Sequence[str], row_id: str) -> str:
     """Returns the name of the class number in `column` (a whole number, also as text from CSV).
 
     Raises:
@@ -281,7 +301,7 @@ def label_of(row: Mapping[str, Any], column: str, names: Sequence[str], row_id: 
     return names[number_of(row, column, range(len(names)), row_id, meanings)]
 
 
-def number_of(row: Mapping[str, Any], column: str, allowed: range, row_id: str, meanings: str = "") -> int:
+def number_of(row: Row, column: str, allowed: range, row_id: str, meanings: str = "") -> int:
     """Returns the whole number in `column`, also written as text.
 
     Args:
@@ -302,11 +322,11 @@ def number_of(row: Mapping[str, Any], column: str, allowed: range, row_id: str, 
     return number
 
 
-def refusal(row: Mapping[str, Any], column: str, row_id: str, allowed: str) -> DataError:
+def refusal(row: Row, column: str, row_id: str, allowed: str) -> DataError:
     """Returns the error for a label that is not allowed."""
     return DataError(f"{row_id}: label '{column}' is {row[column]!r}; allowed: {allowed}.", hint=FIX)
 
 
 def spaced(word: str) -> str:
-    """Returns a task's answer or choice as text that follows the prompt: one leading space."""
+    """Returns an answer or choice as it follows a prompt: with one leading space."""
     return f" {word}"
