@@ -451,6 +451,13 @@ def test_names_are_bars_with_their_values(tmp_path: Path) -> None:
     assert all(f">{value}</text>" in svg for value in ("84.2%", "84.8%", "85.4%", "sum", "mean", "fisher"))
 
 
+def test_a_sweep_over_names_can_be_looked_at_when_only_dense_is_measured(tmp_path: Path) -> None:
+    study = make_sweep(("sum", "mean"), ("dense", "merged"))
+    for point in study["points"]:
+        point["rows"][1].update(error="not run yet", metrics={}, costs={}, plans=[])
+    assert "dense (86.1%)" in Page(render(study, tmp_path)).words
+
+
 def test_stability_is_the_share_of_the_finally_kept_layers(tmp_path: Path) -> None:
     study = make_sweep((4, 10, 40), ("dense", "merged"))
     study["plot"] = {"kind": "stability"}
