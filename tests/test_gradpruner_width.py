@@ -211,8 +211,6 @@ def test_hidden_dimensions_need_not_have_all_linears_recorded():
 
 def test_what_cannot_work_is_said():
     model = make_llama()
-    with pytest.raises(ConfigError, match="num_remove"):
-        METHOD.plan(make_context(model, num_remove=None))
     with pytest.raises(ConfigError, match="Unknown norm"):
         METHOD.plan(make_context(model, norm="cubed"))
     for axis in ("hidden", "inner", "both"):

@@ -9,7 +9,7 @@ from conftest import make_model
 from families import make_family_model
 
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
+from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.laco import LacoOptions, _Likeness, _Runs, _standing_in
 from gradpruner.models.layers import LayeredModel, fingerprint
@@ -227,21 +227,8 @@ def test_transposed_linears_are_searched_too():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ConfigError, match="how many stay is not known") as caught:
-        plan("laco", make_model())
-    assert "num_keep" in caught.value.hint
-    for wrong in (1, 7):
-        with pytest.raises(ConfigError, match=f"num_keep is {wrong}; 2 to 6"):
-            plan("laco", make_model(), num_keep=wrong)
-    with pytest.raises(DataError, match="there are none"):
-        plan("laco", make_model(), num_keep=4, samples=[])
     with pytest.raises(PlanError, match="LaCo can remove 1 of the 3 layers"):
         plan("laco", make_model(), num_keep=3, protected=(1, 3, 4))
-    with pytest.raises(ModelError, match=r"stored as torch\.uint8"):
-        model = make_model()
-        linear = model.model.layers[2].mlp.up_proj
-        linear.weight = torch.nn.Parameter(linear.weight.to(torch.uint8), requires_grad=False)
-        plan("laco", model, num_keep=4)
     with pytest.raises(ModelError, match="can only be dropped"):
         plan("laco", make_family_model("mixtral"), num_keep=8)
     with pytest.raises(NonFiniteError, match="NaN or infinite"):

@@ -408,14 +408,6 @@ def test_models_without_heads_and_channels_are_refused():
         METHOD.plan(make_context(gpt2))
 
 
-def test_quantised_weights_are_refused():
-    model = make_llama()
-    quantised = torch.zeros(32, 16, dtype=torch.int8)
-    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(quantised, requires_grad=False)
-    with pytest.raises(ModelError, match="int8"):
-        METHOD.plan(make_context(model))
-
-
 def test_gradients_that_are_no_numbers_are_refused():
     model = make_llama()
     with torch.no_grad():

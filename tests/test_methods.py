@@ -8,7 +8,7 @@ import torch
 from builders import pass_through
 
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
+from gradpruner.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.angular import layer_values
@@ -192,8 +192,6 @@ def test_shortgpt_takes_a_state_in_several_streams():
 def test_angular_distance_needs_to_know_how_many_layers_stay(tiny_llama):
     with pytest.raises(ConfigError, match="how many stay is not known"):
         score("angular", tiny_llama())
-    with pytest.raises(ConfigError, match="num_keep is 7; 2 to 6"):
-        score("angular", tiny_llama(), num_keep=7)
 
 
 # --- SLEB ---------------------------------------------------------------------------------------------------
@@ -289,8 +287,6 @@ def test_sleb_needs_learned_tokens_and_finite_likelihoods(tiny_llama):
     unlearned = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in SAMPLES]
     with pytest.raises(DataError, match="calibration samples have none"):
         score("sleb", tiny_llama(), samples=unlearned, num_keep=4)
-    with pytest.raises(DataError, match="there are none"):
-        score("sleb", tiny_llama(), samples=[], num_keep=4)
     broken = tiny_llama()
     with torch.no_grad():
         broken.lm_head.weight[0] = math.nan
@@ -326,14 +322,6 @@ def test_magnitude_does_not_depend_on_how_wide_a_layer_is():
             for weight in LayeredModel(model).weights(layer).values():
                 weight.fill_(-1.0 - layer)
     assert score("magnitude", model, samples=[]).values == (1.0, 2.0, 3.0)
-
-
-def test_magnitude_refuses_quantised_weights(tiny_llama):
-    model = tiny_llama()
-    linear = model.model.layers[2].mlp.up_proj
-    linear.weight = torch.nn.Parameter(linear.weight.to(torch.uint8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"stored as torch\.uint8"):
-        score("magnitude", model)
 
 
 # --- names and presets --------------------------------------------------------------------------------------

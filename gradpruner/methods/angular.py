@@ -24,26 +24,21 @@ def score(context: MethodContext) -> LayerScores:
     d of the candidates it is part of. So the n lowest scores are the best block and nothing else; of blocks
     that turn equally little it is the later one (see `layer_values`).
 
-    A block that touches a protected layer is not a candidate. Layers that no candidate contains come after
-    all that one does, protected ones last: to their smallest d, which is at most 1, 1 or 2 are added. So
-    where protected layers leave no room for a block, and in a plan that prunes another number of layers
-    than n, the pruned layers may be no block (the plan option `contiguous` makes them one). When n is 0,
-    blocks of 1 are measured.
+    A block that touches a protected layer is not a candidate. Layers outside all candidates come after the
+    others, protected ones last: 1 or 2 is added to their smallest d, which is at most 1. So where protected
+    layers leave no room for a block, and in a plan that prunes another number of layers than n, the pruned
+    layers may not be a block (the plan option `contiguous` makes them one). When n is 0, blocks of 1 are
+    measured.
 
     Measured on the first 256 training samples, whose last token is the one that ends the answer.
-
-    Raises:
-        ConfigError: If the number of layers to keep is unknown or impossible.
-        DataError: If there are no samples.
 
     Source: The Unreasonable Ineffectiveness of the Deeper Layers (Gromov et al., 2025).
     """
     view = LayeredModel(context.model())
     size = max(1, view.num_layers - context.kept())
-    device = next(view.model.parameters()).device
     totals = torch.zeros(view.num_layers - size + 1, dtype=torch.float64)
     num_samples = 0
-    for batch in calibration_batches(context, device):
+    for batch in calibration_batches(context, view.model):
         states = _last_states(view, batch)
         cosines = cosine_similarity(states[:-size], states[size:], dim=-1).clamp(-1, 1)
         totals += (torch.arccos(cosines) / math.pi).sum(dim=1)
@@ -59,11 +54,10 @@ def score(context: MethodContext) -> LayerScores:
 
 
 def layer_values(distances: Sequence[float], size: int, protected: Collection[int] = ()) -> list[float]:
-    """The smallest distance of the candidates a layer is part of, for every layer.
+    """The smallest distance of the candidates a layer is part of, for every layer; see `score`.
 
-    The `size` least important layers are then one block with the smallest distance: its layers have just
-    that value, and other layers with the same value, being part of an equal block, come before it if it is
-    the last of the equal ones, and `LayerScores.ascending` counts the earlier layer as more important.
+    The `size` least important layers are then one block with the smallest distance, the last of equal ones:
+    its layers have that value, and of layers with equal values `LayerScores.ascending` takes the later first.
 
     Args:
         distances: Of the blocks that begin at layer 0, 1, ...
@@ -93,8 +87,7 @@ def _last_states(view: LayeredModel, batch: dict[str, Tensor]) -> Tensor:
 
     def see(index: int, before: Tensor, after: Tensor) -> None:
         for place, x in ((index, before), (index + 1, after)):
-            # Gemma 3n has four streams, in an axis before the samples: together they are the state.
-            states[place] = x[..., rows, last, :].movedim(-2, 0).flatten(1).cpu().double()
+            states[place] = x[rows, last].cpu().double()
 
     with watched(view, see):
         run(view.model, batch)

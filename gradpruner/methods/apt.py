@@ -1,4 +1,4 @@
-"""APT-like pruning: heads and channels go little by little while LoRA adapters train and grow."""
+"""APT-like pruning: heads and channels are removed step by step while LoRA adapters train and grow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MASK_STEP = 0.01
 """How far masks move in an optimizer step, if that is fast enough."""
 LAST_PART = 0.25
 """Share of the steps that masks may take, at most, to get where the last cut sends them."""
-# What of the recipe's fine-tuning holds here too.
+# Keys of the recipe's fine-tuning that hold here too.
 _SHARED = {"accumulation", "batch_size", "batching", "device", "gradient_checkpointing", "precision"}
 
 
@@ -60,7 +60,7 @@ class APTOptions(MethodOptions):
     growth: float = Field(default=4.0, ge=1)
     """Parameters of all adapters at the end, in first sizes, at most; 1: they do not grow."""
     distil: bool = False
-    """Self-distillation: learn, more and more, what the model predicts with nothing masked."""
+    """Self-distillation: learn, with growing weight, what the model predicts with nothing masked."""
 
 
 def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
@@ -71,18 +71,18 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
 
         S(unit) = sum over its entries of  (sum_{b,t} |H|) (sum_{b,t} |dL/dH|),
 
-    averaged over optimizer steps with weight 0.85 for what was before, to which comes, for every entry,
+    averaged over optimizer steps with weight 0.85 for earlier steps, plus, for every entry,
     `sqrt(max(kurtosis, 0))` of its column of o_proj or down_proj (`salience.outlier_term`). Divided by the
     unit's parameters this is its density. At each of `num_prunings` steps all units of all layers are sorted
-    by it, and the lightest go, of those left as many as the cubic schedule (`kept_share`) allows; a group
-    that no longer fits stays and channels fill up, so that the budget is met to less than one channel as
-    long as there are channels. Every layer keeps its best group and channel; `protected` layers keep all.
-    Masks move towards 0 or 1 by 0.01 a step, faster if that would take more than a quarter of the run;
-    what is still on its way at the end is cut.
+    by it, and the least dense go, as many as the cubic schedule (`kept_share`) asks for; where a group is
+    too large for the rest of the budget, channels go instead, so that the budget is met to less than one
+    channel as long as there are channels. Every layer keeps its best group and channel; `protected` layers
+    keep all. Masks move towards 0 or 1 by 0.01 a step, faster if that would take more than a quarter of the
+    run; a mask still on its way to 0 at the end is cut.
 
     LoRA is on q, v, gate and up. At every pruning the more salient half of the adapters grows
-    (`growing_ranks`) until all together have 1 + (growth - 1) (1 - u^3) times their first parameters, u being
-    what the schedule has of its way left.
+    (`growing_ranks`) until all together have 1 + (growth - 1) (1 - u^3) times their first parameters, with u
+    as in `kept_share`.
 
     All tokens count, padding included. No checkpoint is written: an interrupted run begins again.
 
@@ -91,8 +91,7 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     teacher; mu rises linearly from 0 to 1 while units go.
 
     Raises:
-        ConfigError: If `num_remove` is unknown or more than can go, with fp16, or on several GPUs.
-        DataError: If there are no samples.
+        ConfigError: If `num_remove` is more than can go, with fp16, or on several GPUs.
         ModelError: If heads and channels cannot be told apart, or a linear is quantised.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
 
@@ -129,13 +128,9 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
 
 
 def kept_share(step: float, target: float, warmup: float, end: float) -> float:
-    """Share of the parameters that are kept at a step: `k + (1 - k) u^3`, `u = (end - t) / (end - warmup)`.
+    """Share of the parameters kept at step t: `k + (1 - k) u^3`, `u = (end - t) / (end - warmup)` in [0, 1].
 
-    Args:
-        step: t, in optimizer steps.
-        target: k, the share at the end, in [0, 1].
-        warmup: Steps before anything goes.
-        end: Step from which on the share is the target.
+    k is the `target`; nothing goes in the first `warmup` steps, and from `end` on the share is k.
     """
     u = min(1.0, max(0.0, (end - step) / (end - warmup)))
     return target + (1 - target) * u**3
@@ -150,7 +145,7 @@ def pruning_steps(total: int, num_prunings: int, warmup: float) -> tuple[list[in
         warmup: Share of the steps before the first, in [0, 1).
 
     Returns:
-        Steps after which there is a pruning, ascending, the last as early as masks need to get to their
+        Steps after which there is a pruning, ascending, the last early enough for masks to reach their
         targets; steps of warm-up; how far masks move in a step.
     """
     mask_step = max(MASK_STEP, 1 / max(1.0, LAST_PART * total))
@@ -161,15 +156,12 @@ def pruning_steps(total: int, num_prunings: int, warmup: float) -> tuple[list[in
 
 
 def lightest(densities: Tensor, sizes: Tensor, budget: int) -> Tensor:
-    """Units that go: the least dense first, passing over those too large for what is left of the budget.
+    """Units that go: the least dense first, skipping those too large for the rest of the budget.
 
     Args:
         densities: Salience per parameter, shape (units,); of equal ones the first goes first.
         sizes: Parameters, int64, shape (units,).
         budget: Parameters to remove at most.
-
-    Returns:
-        Indices, in the order in which they go.
     """
     order = densities.argsort(stable=True)
     gone = []
@@ -186,11 +178,10 @@ class AdaptivePruning(ClosingCallback):
     """Masks away the least dense heads and channels of a model in training, and lets its adapters grow.
 
     Args:
-        view: The model before it got its adapters; q_proj, v_proj and such may get one, o_proj and down_proj
-            not.
+        view: The model before it got its adapters; o_proj and down_proj must not get one.
         options: Schedule and growth.
-        num_remove: Parameters that have gone at the end.
-        protected: Layers of which nothing goes.
+        num_remove: Parameters to remove by the end.
+        protected: Layers that keep everything.
         seed: Seeds new ranks.
 
     Raises:
@@ -241,12 +232,12 @@ class AdaptivePruning(ClosingCallback):
         self._adapters = (self._ranks.parameters(),) * 2
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at the adapters while they have gradients."""
+        """Updates the saliences of the adapters while they have gradients."""
         if self._ranks is not None:
             self._ranks.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes the step into the saliences, moves the masks, and chooses anew when it is time."""
+        """Updates the saliences of the units, moves the masks, and prunes when it is time."""
         for masks in self._masks:
             masks.end_step()
             masks.move(self._mask_step)
@@ -273,7 +264,7 @@ class AdaptivePruning(ClosingCallback):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """While it lasts, nothing is masked."""
+        """Inside the block, nothing is masked."""
         for masks in self._masks:
             masks.paused = True
         try:
@@ -287,7 +278,7 @@ class AdaptivePruning(ClosingCallback):
         return min(1.0, max(0.0, (step - self._begin) / max(1, self._steps[-1] - self._begin)))
 
     def evidence(self) -> dict[str, Any]:
-        """What happened when, as JSON values."""
+        """The prunings and the growth of the adapters, as JSON values."""
         return {
             "cuts": self._cuts,
             "mask_step": self._mask_step,
@@ -313,19 +304,14 @@ class AdaptivePruning(ClosingCallback):
 
 
 class SelfDistillationTrainer(DistillationTrainer):
-    """A `DistillationTrainer` that learns from its own model with the masks off, and from the labels.
-
-    Args:
-        pruning: Has the masks, and says how much of the loss is distillation.
-        **kwargs: As for `CausalTrainer`.
-    """
+    """A `DistillationTrainer` that learns from its own model with the masks off, and from the labels."""
 
     def __init__(self, *, pruning: AdaptivePruning, **kwargs: Any) -> None:
         super().__init__(teacher=self._whole, **kwargs)
         self.pruning = pruning
 
     def _whole(self, **inputs: Any) -> Any:
-        """What the model says with nothing masked, and without dropout."""
+        """What the model computes with nothing masked, and without dropout."""
         model: Any = self.model
         with self.pruning.paused():
             model.eval()

@@ -1,4 +1,4 @@
-"""Auto: many plans, each repaired, the best trained a little, the best of these a little longer."""
+"""Auto: many plans, each repaired; the best are trained a little, and the best of these a little longer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -15,11 +15,10 @@ from torch import nn
 from gradpruner.errors import DataError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import mean_nll
-from gradpruner.methods.candidates import FAMILIES, FAULTS, Candidate, Failure, Family, make_pool
+from gradpruner.methods.candidates import FAMILIES, FAULTS, Candidate, Family, make_pool
 from gradpruner.models.layers import fingerprint
 from gradpruner.models.walking import BATCH_SIZE, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
-from gradpruner.plans.repair import Repair
 from gradpruner.progress import Progress
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import fit_repair
@@ -54,8 +53,8 @@ def plan(context: MethodContext) -> PruningPlan:
     """The plan whose repaired model has the lowest loss on samples put aside, after some training.
 
     1. `validation_samples` of the training samples, drawn with the seed, at most a quarter of all, are put
-       aside. Nothing below is fitted, measured for a choice within a family, or trained on them. (The trace
-       was recorded before; the steps it was recorded in may have seen some of them.)
+       aside. No family chooses by them, and nothing is fitted or trained on them. (The trace was recorded
+       before, so it may have seen some of them.)
     2. A pool of plans is made, see `candidates.make_pool`.
     3. Every candidate is pruned and repaired and its loss on the samples put aside is measured: mean negative
        log-likelihood of the learned tokens, in nats.
@@ -66,17 +65,12 @@ def plan(context: MethodContext) -> PruningPlan:
 
     The best of the last round is the plan, of equal ones the first in the pool. A candidate or family that
     fails is noted; it is an error only if no candidate is left. `evidence["candidates"]` is the whole table.
-
-    Cost with the default options: 12 repairs (see `fit_repair`), 12 evaluations, the search of `task_loss`
-    (see there), a forward pass of 256 samples for each of shortgpt and window, and 6 * 5 % + 3 * 15 % = 75 %
-    of the steps of the fine-tuning to come; with `rounds: 0` no training. Memory: the model, a pruned copy in
-    training (float32 where every weight is trained), and on the CPU the refitted weights of the best half of
-    the pool.
+    docs/methods.md says what it costs. Memory: the model, a pruned copy in training (float32 where every
+    weight is trained), and on the CPU the refitted weights of the best half of the pool.
 
     The plan holds no repair: set `plan.repair` to what candidates were judged with.
 
     Raises:
-        ConfigError: If the number of layers to keep is unknown or impossible.
         PlanError: If no candidate is left, naming what each failed with.
         DataError: If there are fewer than two samples, or those put aside have no learned token.
 
@@ -91,20 +85,15 @@ def plan(context: MethodContext) -> PruningPlan:
         search.fill(num_prune)
     else:
         whole = PruningPlan.from_keep(context.num_layers, range(context.num_layers))
-        search.rows = [_Row(Candidate(("whole",), whole))]
+        search.candidates = [Candidate(["whole"], whole)]
     search.judge()
     search.halve()
     best = search.best()
-    return replace(best.candidate.plan, method="auto", evidence=search.evidence(best))
+    return replace(best.plan, method="auto", evidence=search.evidence(best))
 
 
 def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """Samples to choose by, and all others.
-
-    Args:
-        samples: The training samples, at least two.
-        count: How many to choose by; never more than a quarter of all, and at least one.
-        seed: Of the draw.
+    """`count` samples to choose by (at least one, at most a quarter of all), and all others.
 
     Raises:
         DataError: If there are fewer than two samples.
@@ -129,38 +118,6 @@ def _check_learned(validation: Sequence[Any]) -> None:
         )
 
 
-@dataclass
-class _Row:
-    """A candidate and what has been found out about it.
-
-    Attributes:
-        candidate: Which.
-        losses: On the samples put aside: repaired, after the first round ...
-        steps: Training steps before each of these losses.
-        seconds: Wall time spent on it.
-        repair: As long as it may be needed again.
-        error: Why it is out, in words.
-    """
-
-    candidate: Candidate
-    losses: list[float] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    seconds: float = 0.0
-    repair: Repair | None = None
-    error: str = ""
-
-    def facts(self) -> dict[str, Any]:
-        """JSON values."""
-        found: dict[str, Any] = {
-            "names": list(self.candidate.names),
-            "pruned": list(self.candidate.plan.pruned),
-            "losses": self.losses,
-            "steps": self.steps,
-            "seconds": round(self.seconds, 2),
-        }
-        return found | ({"error": self.error} if self.error else {})
-
-
 class _Search:
     """The candidates and their way through the rounds.
 
@@ -172,8 +129,8 @@ class _Search:
 
     def __init__(self, context: MethodContext, options: AutoOptions, validation: list[Any]) -> None:
         self.context, self.options, self.validation = context, options, validation
-        self.rows: list[_Row] = []
-        self.failures: list[Failure] = []
+        self.candidates: list[Candidate] = []
+        self.failures: dict[str, str] = {}
         self.rounds: list[dict[str, int]] = []
         self.dense: Any = context.model()
         self.model = fingerprint(self.dense)
@@ -183,7 +140,7 @@ class _Search:
         """Makes the pool."""
         options = self.options
         with Progress(len(set(options.families)), "plan auto: pool") as progress:
-            pool, self.failures = make_pool(
+            self.candidates, self.failures = make_pool(
                 self.context,
                 num_prune,
                 options.pool,
@@ -191,15 +148,13 @@ class _Search:
                 options.task_loss_samples,
                 report=lambda name: progress.advance(),
             )
-        self.rows = [_Row(candidate) for candidate in pool]
 
     def judge(self) -> None:
         """Repairs and measures every candidate; keeps the repairs of those that may be trained."""
-        with Progress(len(self.rows), "plan auto: repair") as progress:
-            for row in self.rows:
-                self._try(row, 0)
-                for beaten in self._ranked()[self._number(1) if self.options.rounds else 0 :]:
-                    beaten.repair = None
+        with Progress(len(self.candidates), "plan auto: repair") as progress:
+            for candidate in self.candidates:
+                self._try(candidate, 0)
+                self._forget_repairs(self._number(1) if self.options.rounds else 0)
                 progress.advance()
         self.dense = None if self.options.rounds == 0 else self.dense
 
@@ -211,13 +166,12 @@ class _Search:
                 break
             share = self.options.share * _GROWTH ** (number - 1)
             steps = max(1, round(min(1.0, share) * self.steps))
-            for row in chosen:
-                self._try(row, steps)
+            for candidate in chosen:
+                self._try(candidate, steps)
             self.rounds.append({"candidates": len(chosen), "steps": steps})
-            for beaten in self._ranked()[self._number(number + 1) :]:
-                beaten.repair = None
+            self._forget_repairs(self._number(number + 1))
 
-    def best(self) -> _Row:
+    def best(self) -> Candidate:
         """The winner.
 
         Raises:
@@ -226,14 +180,14 @@ class _Search:
         ranked = self._ranked()
         if ranked:
             return ranked[0]
-        reasons = [*self.failures, *(Failure(row.candidate.names, row.error) for row in self.rows)]
-        told = "; ".join(f"{', '.join(each.names)}: {each.error}" for each in reasons)
+        reasons = self.failures | {", ".join(one.names): one.error for one in self.candidates}
+        told = "; ".join(f"{name}: {error}" for name, error in reasons.items())
         raise PlanError(
             f"None of the plans can be used. {told}",
             hint="Take a method by name, or set methods.auto.repair to none.",
         )
 
-    def evidence(self, best: _Row) -> dict[str, Any]:
+    def evidence(self, best: Candidate) -> dict[str, Any]:
         """Everything that was found, as JSON values."""
         return {
             "num_layers": self.context.num_layers,
@@ -243,37 +197,40 @@ class _Search:
             "validation_samples": len(self.validation),
             "finetune_steps": self.steps,
             "rounds": self.rounds,
-            "winner": list(best.candidate.names),
-            "candidates": [row.facts() for row in self.rows],
-            "failed": [{"names": list(each.names), "error": each.error} for each in self.failures],
+            "winner": best.names,
+            "candidates": [candidate.facts() for candidate in self.candidates],
+            "failed": [{"names": [name], "error": error} for name, error in self.failures.items()],
         }
+
+    def _forget_repairs(self, kept: int) -> None:
+        """Frees all repairs but those of the best."""
+        for beaten in self._ranked()[kept:]:
+            beaten.repair = None
 
     def _number(self, number: int) -> int:
         """Candidates trained in a round."""
-        return -(-len(self.rows) // (1 << number))
+        return -(-len(self.candidates) // (1 << number))
 
-    def _ranked(self) -> list[_Row]:
-        """Those that have come as far as any, best first; of equal ones the first in the pool."""
-        fit = [(row, place) for place, row in enumerate(self.rows) if row.losses and not row.error]
-        furthest = max((len(row.losses) for row, _ in fit), default=0)
-        fit = [(row, place) for row, place in fit if len(row.losses) == furthest]
-        return [row for row, _ in sorted(fit, key=lambda pair: (pair[0].losses[-1], pair[1]))]
+    def _ranked(self) -> list[Candidate]:
+        """Those with the most rounds behind them, best first; of equal ones the first in the pool."""
+        fit = [one for one in self.candidates if one.losses and not one.error]
+        furthest = max((len(one.losses) for one in fit), default=0)
+        return sorted((one for one in fit if len(one.losses) == furthest), key=lambda one: one.losses[-1])
 
-    def _try(self, row: _Row, steps: int) -> None:
-        """Adds the loss after so many steps, or what went wrong."""
+    def _try(self, candidate: Candidate, steps: int) -> None:
+        """Adds the loss after these steps of training, or the error."""
         started = time.perf_counter()
         try:
-            row.losses.append(self._loss(row, steps))
-            row.steps.append(steps)
+            candidate.losses.append(self._loss(candidate, steps))
+            candidate.steps.append(steps)
         except FAULTS as error:
-            row.error = f"{error}"
-            row.repair = None
-        row.seconds += time.perf_counter() - started
+            candidate.error, candidate.repair = str(error), None
+        candidate.seconds += time.perf_counter() - started
 
-    def _loss(self, row: _Row, steps: int) -> float:
-        plan, context = row.candidate.plan, self.context
+    def _loss(self, candidate: Candidate, steps: int) -> float:
+        plan, context = candidate.plan, self.context
         if steps == 0 and self.options.repair != "none" and plan.pruned:
-            row.repair = fit_repair(
+            candidate.repair = fit_repair(
                 self.dense,
                 plan,
                 context.samples,
@@ -282,9 +239,9 @@ class _Search:
                 rows=self.options.repair_rows,
                 seed=context.seed,
             )
-        model: Any = prune_(copy.deepcopy(self.dense), plan, repair=row.repair)
+        model: Any = prune_(copy.deepcopy(self.dense), plan, repair=candidate.repair)
         if steps:
-            model = self._trained(model, steps, row.candidate.names[0])
+            model = self._trained(model, steps, candidate.names[0])
         model.eval()
         device = next(model.parameters()).device
         batches = sample_batches(self.validation, context.collator, device, BATCH_SIZE)
@@ -302,12 +259,11 @@ class _Search:
             "merge_adapter": True,
             "report_to": "none",
         }
-        collator: Any = self.context.collator
         return finetune(
             model,
             self.context.samples,
             tuning.model_copy(update=changes),
-            collator=collator,
+            collator=self.context.collator,
             description=f"auto {name}",
         )[0]
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import TrainerCallback
 
+from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.gradients.trace import GradientTrace
@@ -33,27 +34,25 @@ class MethodOptions(BaseModel):
 
 @dataclass(frozen=True)
 class MethodContext:
-    """Everything a method may rest its decision on; expensive parts are made when first asked for.
+    """Everything a method may base its decision on; expensive parts are made when asked for.
 
     Attributes:
         num_layers: Decoder layers of the model.
-        seed: The run's seed.
         trace: Gives the recorded LoRA gradients.
         model: Gives the dense model, in evaluation mode, loaded anew at every call; not to be changed by
             methods that only score or plan.
         samples: Encoded training samples (`input_ids`, `labels`), the calibration data.
-        collator: Makes a padded batch of samples.
         norm: GradPruner's norm, "squared" or "frobenius".
-        num_keep: Layers that will be kept by a method that prunes layers.
-        num_remove: Parameters to remove by a method that prunes anything else: those of the layers pruned
-            otherwise. The method may miss it by less than one of its units.
+        num_keep: Layers that stay, for methods that prune layers.
+        num_remove: Parameters to remove, for methods that prune anything else: as many as the layers hold
+            that would go otherwise. A method may miss it by less than one of its units.
         unit: What `num_remove` counts: "parameters" (of the whole model) or "decoder_parameters" (without
             embeddings and head).
         protected: Layers that must stay whole, ascending.
         fits: Which layer may stand where, see `selection.plan_pruning`; None: any.
         options: The method's own options, an instance of `Method.options`.
-        pruned_work: What a pruned row takes in all, in units of the dense model's fine-tuning: recording,
-            repair, teacher and training, estimated from steps and layers.
+        pruned_work: Work of a pruned row (recording, repair, teacher, training), in units of the dense
+            model's fine-tuning; estimated from steps and layers.
         finetune: How the result is fine-tuned later; methods that train take batch size, precision and
             device from here.
         folder: Where a method that trains for long may keep checkpoints; None: nowhere.
@@ -64,7 +63,7 @@ class MethodContext:
     trace: Callable[[], GradientTrace]
     model: Callable[[], nn.Module]
     samples: Sequence[dict[str, list[int]]]
-    collator: Callable[[Any], dict[str, Any]]
+    collator: Collator
     norm: str = "squared"
     num_keep: int | None = None
     num_remove: int | None = None
@@ -84,7 +83,7 @@ class MethodContext:
         return self.num_layers - self.num_keep
 
     def kept(self) -> int:
-        """`num_keep`, for methods that cannot do without; ConfigError if it is unknown or impossible."""
+        """`num_keep`, for methods that need it; ConfigError if it is unknown or impossible."""
         if self.num_keep is None:
             raise ConfigError(
                 "This method decides for a number of layers, and how many stay is not known.",
@@ -97,12 +96,12 @@ class MethodContext:
         return self.num_keep
 
     def plan_by(self, scores: LayerScores, **which: Any) -> PruningPlan:
-        """What scores lead to where nothing is merged; `which` as for `plan_pruning`."""
+        """The plan by these scores when nothing is merged; `which` as for `plan_pruning`."""
         known = {"num_merge": 0, "protect_first": 0, "protect": self.protected, "fits": self.fits}
         return plan_pruning(scores, **known, **which)  # type: ignore[arg-type]
 
     def budget(self) -> int:
-        """`num_remove`, likewise; PlanError if it is negative."""
+        """`num_remove`, for methods that need it; ConfigError if it is unknown, PlanError if negative."""
         if self.num_remove is None:
             raise ConfigError(
                 "This method removes a number of parameters, and how many is not known.",
@@ -135,26 +134,26 @@ class MethodContext:
 class Method:
     """A way to make a model smaller, or cheaper to train: one of `score`, `plan`, `shrink`, `callbacks`.
 
+    Each may also raise what the guards of `MethodContext` raise.
+
     Attributes:
         description: One line for `gradpruner ls methods`.
-        score: Says how important every layer is; higher is more important, one finite number per layer,
-            the same for the same context. Which layers go is then decided by `selection.plan_pruning`.
+        score: One finite number per layer, higher is more important, the same for the same context.
+            `selection.plan_pruning` then decides which layers go.
         plan: Decides by itself what goes; touches no weights.
         shrink: Prunes while it trains: gives the pruned, trained model and what it consists of.
-        callbacks: Changes fine-tuning and leaves the model as large as it was: the callbacks of that
-            fine-tuning.
+        callbacks: Callbacks that change the fine-tuning; the model keeps its size.
         training: Keys of the recipe's `finetune` section that a method with `callbacks` sets itself. The row
             is then the dense model as it was given, also where others start from the tuned one.
-        recover: Trains the pruned model (second argument, in place) before fine-tuning; what it returns, JSON
-            values, goes into the run record.
-        options: What can be set.
+        recover: Trains the pruned model (second argument, in place) before fine-tuning; the JSON values it
+            returns go into the run record.
         needs_trace: Whether it reads recorded gradients; also whether its layers can be merged.
-        merges: Whether its plan is made with the recipe's `num_merge`, else all layers are dropped.
+        merges: Whether its plan uses the recipe's `num_merge`; otherwise all pruned layers are dropped.
         uniform: Whether the model it leaves is a plain Hugging Face one: whole layers gone, or the same
             widths in every layer.
         plan_options: Keys of the recipe's `plan` section that it sets itself.
         alone: Whether it trains candidates while it plans, which works in one process only.
-        label: What it is called in reports; "" makes it from the name. Ends in "-like" where a method is
+        label: What reports call it; "" makes one from the name. It ends in "-like" where a method is
             reconstructed from a paper without code.
     """
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from gradpruner.data.encoding import IGNORED
@@ -25,47 +25,41 @@ BATCH_SIZE = 16
 
 
 def calibration_batches(
-    context: MethodContext, device: torch.device, max_samples: int = MAX_SAMPLES
+    context: MethodContext, model: nn.Module, max_samples: int = MAX_SAMPLES
 ) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of the first training samples, on the device of the model.
-
-    Args:
-        context: Gives samples and collator.
-        device: Where the batches go.
-        max_samples: Samples taken at most.
-
-    Raises:
-        DataError: If there are no samples.
-    """
+    """Padded batches of the first training samples, on the model's device; DataError if there are none."""
     found = context.checked_samples()
     samples = [found[i] for i in range(min(max_samples, len(found)))]
+    device = next(model.parameters()).device
     yield from sample_batches(samples, context.collator, device, BATCH_SIZE)
 
 
 @contextmanager
 def watched(view: LayeredModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """While it lasts, every layer that runs hands its index, input and output to `see`.
+    """Inside the block, every layer that runs passes its index, input and output state to `see`.
 
-    States are read at the layers themselves: `hidden_states[-1]` of transformers comes after the final norm.
+    States have shape (samples, tokens, size). They are read at the layers themselves: `hidden_states[-1]` of
+    transformers comes after the final norm.
     """
 
     def hook(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = args[0] if args else kwargs["hidden_states"]
-        see(index, before, output[0] if isinstance(output, tuple) else output)
+        after = output[0] if isinstance(output, tuple) else output
+        see(index, _one_state(before), _one_state(after))
 
-    hooks = [
-        layer.register_forward_hook(partial(hook, index), with_kwargs=True)
-        for index, layer in enumerate(view.layers)
-    ]
-    try:
+    with ExitStack() as hooks:
+        for index, layer in enumerate(view.layers):
+            hooks.enter_context(layer.register_forward_hook(partial(hook, index), with_kwargs=True))
         yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+
+
+def _one_state(x: Tensor) -> Tensor:
+    """Gemma 3n has four streams, in an axis before the samples: together they are the state."""
+    return x if x.ndim == 3 else x.movedim(0, -2).flatten(-2)
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> None:
-    """A forward pass of a padded batch, for what hooks see of it."""
+    """A forward pass of a padded batch, whose states hooks read."""
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
@@ -76,7 +70,7 @@ def mean_nll(model: Any, batches: Iterable[dict[str, Tensor]], which: str) -> fl
     Args:
         model: The causal LM, without wrappers.
         batches: Padded, on the device of the model.
-        which: What sets this model apart, for the error: "without layers [3]".
+        which: Which model this is, for the error: "without layers [3]".
 
     Raises:
         DataError: If no batch has a learned token.

@@ -27,10 +27,9 @@ class GateOptions(MethodOptions):
     """What can be set about gates."""
 
     order: Literal["second", "first"] = "second"
-    """What a layer is judged by on its own: the mean square of its gate's gradient, or minus the mean."""
-
+    """The score of a single layer: the mean square of its gate's gradient, or minus the mean."""
     pairwise: bool = False
-    """Choose the layers together, by both derivatives and all pairs; `order` then has no part in it."""
+    """Choose the layers together, by both derivatives and all pairs; `order` is then not used."""
 
 
 def score(context: MethodContext) -> LayerScores:
@@ -64,18 +63,17 @@ def score_gates(
         first:    -mean_e g_el
         pairwise: the set S of n layers that minimises -sum_l mean(g_l) + 1/2 sum_{l,m} mean(g_l g_m)
 
-    In pairwise scores a layer outside S has the rise it would add to S, a layer of S the rise that ends when
-    it comes back. Where the layers of S would not all come before the others, the others are raised by one
-    amount: so the n lowest scores are S. A plan that prunes another number than n, or must leave a layer of S
-    where it is, takes the next lowest. Such scores have no interval; the others have one over examples.
+    The pairwise score of a layer outside S is the rise it would add to S, that of a layer of S the rise it
+    contributes to S. Where layers of S would not all come before the others, the others are raised by one
+    amount, so that the n lowest scores are S. A plan that prunes another number than n, or must keep a layer
+    of S, takes the next lowest. Such scores have no interval; the others have one over examples.
 
-    Unlike energies (`score_layers`), gates count from the first step on, since they need no LoRA that has
-    already moved.
+    Unlike energies (`score_layers`), gates count from the first step on: they need no LoRA that has moved.
 
     Args:
-        trace: What was recorded, with gates.
+        trace: A trace with gates.
         order: "second" or "first".
-        pairwise: Choose together.
+        pairwise: Choose a set of layers together.
         num_keep: Layers that will be kept; default 60 % of the depth.
         protected: Layers that are not chosen in a set.
         resamples: Bootstrap resamples of examples for the 95 % interval, >= 1.
@@ -128,12 +126,7 @@ def score_gates(
 
 
 def set_values(gates_EL: Tensor, chosen: Collection[int]) -> list[float]:
-    """One value per layer, those of the chosen set below all others; see `score_gates`.
-
-    Args:
-        gates_EL: Shape (examples, layers).
-        chosen: Layers of the set.
-    """
+    """One value per layer, those of the chosen set below all others; see `score_gates`."""
     inside = set(chosen)
     rise = predicted_rise(gates_EL, inside)
     layers = range(gates_EL.shape[1])
@@ -149,7 +142,7 @@ def set_values(gates_EL: Tensor, chosen: Collection[int]) -> list[float]:
     highest = max(values[layer] for layer in inside)
     overlap = highest - min(values[layer] for layer in outside)
     if overlap >= 0:
-        # Beyond the overlap by something that is not lost in rounding.
+        # Raised by more than the overlap, so much that it is not lost in rounding.
         raised = overlap + (max(map(abs, values)) or 1.0)
         for layer in outside:
             values[layer] += raised

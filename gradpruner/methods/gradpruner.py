@@ -14,9 +14,9 @@ def score(context: MethodContext) -> LayerScores:
 def score_released(context: MethodContext) -> LayerScores:
     """`sum_k sum_i ||gB_i gA_i||_F` per layer: not squared, unlike the paper's.
 
-    With its plan this is the released code as far as that is a rule: one block of neighbouring layers, the
-    final layer kept, the best-scored layers of the block merged into the layer before it, by the sum of the
-    entries that agree in sign.
+    With its plan this is the part of the released code that follows a rule: one block of neighbouring layers,
+    the final layer kept, the best-scored layers of the block merged into the layer before it, by the sum of
+    the entries that agree in sign.
 
     Source: GradPruner, released code `layer_important.py` and `process_important.py`.
     """

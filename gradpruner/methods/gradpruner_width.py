@@ -14,13 +14,7 @@ from gradpruner.gradients.importance import column_energies, row_energies
 from gradpruner.gradients.scores import NORMS
 from gradpruner.gradients.trace import GradientTrace, same_model, trace_digest
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.methods.width_choice import (
-    BY_ROW,
-    UnitScores,
-    budget_facts,
-    most_important,
-    unit_scores,
-)
+from gradpruner.methods.width_choice import BY_ROW, UnitScores, budget_facts, most_important, unit_scores
 from gradpruner.models.widths import ATTENTION, MLP, WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 from gradpruner.registry import suggest
@@ -46,15 +40,15 @@ def plan(context: MethodContext) -> WidthPlan:
     (`row_energies`). With the norm "frobenius" the root of each step's and linear's sum is added up.
 
     The budget is met to half a channel of every layer (`widths_of`). Hidden dimensions go in multiples of the
-    query heads that stay, because configs of Llama and others are refused otherwise: with `hidden` channels
-    make up what is left, in Llama-3.1-8B less than 1 % of the parameters. `inner` takes shares of KV heads
-    and channels as much alike as that rule and whole KV heads allow, `both` of hidden dimensions too.
+    query heads that stay, because configs of Llama and others are refused otherwise: with `hidden`, channels
+    make up the rest, in Llama-3.1-8B less than 1 % of the parameters. `inner` takes shares of KV heads and
+    channels that are as equal as that rule and whole KV heads allow, `both` of hidden dimensions too.
 
     Widths are the same everywhere, so protected layers cannot be spared. Linears that were not recorded, and
-    embeddings, have no say.
+    embeddings, do not count.
 
     Raises:
-        ConfigError: If the number of parameters to remove is unknown, or no step has any energy.
+        ConfigError: If no step has any energy.
         PlanError: If the trace is of another model, holds no factors, or the budget cannot be met.
         ModelError: If heads and channels of the model cannot be told apart.
 
@@ -129,11 +123,8 @@ def widths_of(view: WidthView, axis: str, num_remove: int, unit: str = "paramete
     Args:
         view: The model.
         axis: "hidden", "inner" or "both".
-        num_remove: Parameters to remove.
-        unit: What they count, see `WidthView.parameters`.
-
-    Returns:
-        KV heads, channels and hidden dimensions that stay.
+        num_remove: Parameters to remove, counted in `unit` (see `WidthView.parameters`).
+        unit: "parameters" or "decoder_parameters".
 
     Raises:
         PlanError: If the budget cannot be met.

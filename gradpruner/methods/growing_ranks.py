@@ -16,14 +16,10 @@ MAX_GROWTH = 8
 
 
 class GrowingRanks:
-    """Ranks of a model's LoRA adapters.
+    """Ranks of the LoRA adapters of a PEFT model with one active adapter.
 
-    An adapter's salience is the mean over its ranks of `sum |B dL/dB|`, averaged over the steps like
-    that of heads. Whenever there is room, the salient half of the adapters grows.
-
-    Args:
-        model: A PEFT model with one active LoRA adapter.
-        seed: Seeds the new rows of A.
+    An adapter's salience is the mean over its ranks of `sum |B dL/dB|`, averaged over the steps like that of
+    heads. In `grow` the more salient half of the adapters gets more ranks.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -51,7 +47,7 @@ class GrowingRanks:
         return sum(map(self._size, self._modules))
 
     def end_step(self) -> None:
-        """Looks at the gradients of a step, which must still be there."""
+        """Updates the saliences by the gradients of a step, which must still be there."""
         weight = EMA if self._steps else 0.0
         for name in self._modules:
             _, lora_b = self._parts(name)
@@ -61,14 +57,11 @@ class GrowingRanks:
         self._steps += 1
 
     def grow(self, times: float, optimizer: Any) -> None:
-        """Grows the salient half until all adapters have so many times their first parameters.
+        """Grows the salient half until all adapters together have `times` their first parameters.
 
-        Every one of them to `floor(r ((wanted - present) / parameters of the half + 1))`, 8 times its first
-        rank at most. What the model computes stays the same.
-
-        Args:
-            times: Wanted size, in first sizes.
-            optimizer: Trains the adapters; its moments of the new entries are zero.
+        Every rank r of the half becomes `floor(r ((wanted - present) / parameters of the half + 1))`, at most
+        8 times its first rank. What the model computes stays the same. The optimizer's moments of new entries
+        are zero.
         """
         half = sorted(self._modules, key=lambda name: -self._salience[name])[
             : max(1, len(self._modules) // 2)

@@ -58,21 +58,19 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
     candidate is I layers further down, else one. Since I is below C, what one merge made is mostly among the
     layers of the next: the plan is a chain (see `PruningPlan`).
 
-    The layers to prune are given: T is found by bisection, and the merge that reaches the budget takes only
-    as many layers as are missing. What follows a layer is taken up to the first that is protected or of
-    another shape (protected layers take in others, but never go). No copy of the model is made: the linears
-    of a candidate stand in for those of the model while its states are computed, and the layers that went
-    are switched off.
+    The number of layers to prune is given, so T is found by bisection, and the merge that reaches the budget
+    takes only as many layers as are missing. A layer takes in those that follow it up to the first that is
+    protected or of another shape (protected layers take in others, but never go). No copy of the model is
+    made: the linears of a candidate replace those of the model while its states are computed, and the
+    layers that went are switched off.
 
-    Work: at most one pass of `num_samples` samples per layer and threshold (12 of these); a candidate that
-    comes up again is not measured again. Memory: beside the model the linears of the merged layers that are
-    there at a time, and the original's last states on the CPU.
+    Work: at most one pass of `num_samples` samples per layer and threshold (12 of these); no candidate is
+    measured twice. Memory: beside the model the linears of the merged layers, and the original's last states
+    on the CPU.
 
     Raises:
-        ConfigError: If the number of layers to keep is unknown or impossible.
         PlanError: If merges cannot reach the budget, or none found leaves layers that fit.
-        ModelError: If the model is quantised, or its layers can only be dropped.
-        DataError: If there are no samples.
+        ModelError: If the model's layers can only be dropped.
         NonFiniteError: If the model computes NaN or infinite states.
 
     Source: LaCo: Large Language Model Pruning via Layer Collapse (Yang et al., 2024).
@@ -105,7 +103,7 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
 def _search(
     runs: _Runs, likeness: _Likeness, context: MethodContext, name: str
 ) -> tuple[tuple[Merge, ...], float | None]:
-    """Merges that remove exactly the budget, and the threshold that led to them; None: whatever comes."""
+    """Merges that remove exactly the budget, and their threshold; None: every candidate is accepted."""
     fits = context.fits
 
     def left_over(merges: Sequence[Merge]) -> list[int]:
@@ -146,14 +144,7 @@ def _search(
 
 
 class _Runs:
-    """Which runs of layers are candidates, in which order.
-
-    Args:
-        view: The model.
-        options: Length of a run and the steps between them.
-        budget: Layers to remove.
-        protected: Layers that never go.
-    """
+    """Which runs of layers are candidates, in which order, when `budget` layers are to go."""
 
     def __init__(self, view: LayeredModel, options: LacoOptions, budget: int, protected: set[int]) -> None:
         self.options, self.budget, self.protected = options, budget, protected
@@ -168,13 +159,10 @@ class _Runs:
         return self.budget - sum(len(layers) for _, layers in merges)
 
     def sweep(self, accepts: Callable[[tuple[Merge, ...]], bool]) -> tuple[Merge, ...]:
-        """One way down the layers.
+        """The merges of one way down the layers, the last layers' first; no layer takes in others twice.
 
         Args:
             accepts: Is given the merges so far with one more, and says whether it is made.
-
-        Returns:
-            The merges that were made, the last layers' first; no layer takes in others twice.
         """
         merges: tuple[Merge, ...] = ()
         present = list(range(self.num_layers))
@@ -202,17 +190,12 @@ class _Runs:
 class _Likeness:
     """How like the original a model is after some merges; remembers what it has measured.
 
-    Args:
-        view: The original model; it is the same to the bit after every measurement.
-        rule: How layers are merged.
-        context: Gives samples and collator.
-        num_samples: Samples to compare on.
+    The original model in `view` is the same to the bit after every measurement.
     """
 
     def __init__(self, view: LayeredModel, rule: str, context: MethodContext, num_samples: int) -> None:
         self.view, self.rule = view, rule
-        device = next(view.model.parameters()).device
-        self.batches = list(calibration_batches(context, device, num_samples))
+        self.batches = list(calibration_batches(context, view.model, num_samples))
         self.original = self._states()
         if not all(bool(torch.isfinite(state).all()) for state in self.original):
             raise NonFiniteError(
@@ -231,12 +214,12 @@ class _Likeness:
                 states = self._states()
             cosines = [_cosine(a, b) for a, b in zip(states, self.original, strict=True)]
             mean = math.fsum(cosines) / len(cosines)
-            # Weights that leave the range of the format are as far from the original as can be.
+            # Weights that overflow are as far from the original as can be.
             self.measured[merges] = mean if math.isfinite(mean) else -1.0
         return self.measured[merges]
 
     def is_above(self, threshold: float, merges: tuple[Merge, ...]) -> bool:
-        """Whether a model is more like the original than a threshold."""
+        """Whether the cosine is above a threshold."""
         return self.of(merges) > threshold
 
     def facts(self, merges: tuple[Merge, ...]) -> dict[str, Any]:
@@ -288,7 +271,7 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 @contextmanager
 def _standing_in(view: LayeredModel, weights: Mapping[int, Linears]) -> Iterator[None]:
-    """While it lasts, layers compute with other linears; afterwards with their own, never touched."""
+    """Inside the block, layers compute with other linears; their own are never touched."""
     own: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for layer, linears in weights.items():

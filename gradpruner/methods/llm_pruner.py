@@ -11,13 +11,7 @@ from pydantic import Field
 from gradpruner.errors import DataError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.taylor import Batch, TaylorSalience
-from gradpruner.methods.width_choice import (
-    UnitScores,
-    budget_facts,
-    descending,
-    most_important,
-    share_out,
-)
+from gradpruner.methods.width_choice import UnitScores, budget_facts, descending, most_important, share_out
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 
@@ -42,11 +36,11 @@ class LLMPrunerOptions(MethodOptions):
 def plan(context: MethodContext) -> WidthPlan:
     """Removes the units with the least `sum |s|`, s the salience of a weight, see `TaylorSalience`.
 
-    Units are MLP channels and KV heads with all query heads that share them (`unit_scores`). Pruned are the
-    layers in a middle range that are not protected: all but the first L/8 and the last L/16 of L, halves
-    rounded up, which is 4 to 29 of 32. Each loses the same share of its units, `share_out`: floor(p K) of K
-    KV heads, channels for the rest. Channels that do not divide evenly among the layers go, one more each,
-    where the next one weighs least. What is removed is within half a channel of the budget.
+    Units are MLP channels and KV heads with all query heads that share them (`unit_scores`). Only layers of a
+    middle range that are not protected are pruned: all but the first L/8 and the last L/16 of L, halves
+    rounded up, which is 4 to 29 of 32. Each loses the same share of its units (`share_out`): floor(p K) of K
+    KV heads, channels for the rest. Where channels do not divide evenly among the layers, one more goes from
+    those whose next channel is least salient. The budget is met to half a channel.
 
     Memory: the model, the activations of one pass over `num_samples * max_tokens` tokens, and the gradient of
     one linear; with `param_mix` 4 bytes per weight of `layers_at_once` layers on top.
@@ -54,10 +48,9 @@ def plan(context: MethodContext) -> WidthPlan:
     The result has layers of differing widths: it loads through this package, and no engine serves it.
 
     Raises:
-        ConfigError: If the number of parameters to remove is unknown.
-        PlanError: If the layers that may be pruned cannot hold the budget.
+        PlanError: If the layers that may be pruned do not have so many parameters to lose.
         DataError: If there is no sample of two tokens.
-        ModelError: If heads and channels cannot be told apart, or the weights are quantised.
+        ModelError: If heads and channels cannot be told apart.
         NonFiniteError: If a gradient is NaN or infinite.
 
     Source: LLM-Pruner (Ma et al., 2023), "block-wise" pruning; released code, `llama3.py` and `hf_prune.py`.

@@ -1,4 +1,4 @@
-"""The dense model, tuned for the work a smaller one takes in all: what the same compute buys otherwise."""
+"""The dense model, tuned with as much compute as a pruned row takes in all: what it buys without pruning."""
 
 from __future__ import annotations
 
@@ -14,15 +14,13 @@ class LongerOptions(MethodOptions):
     """What can be set about the dense model tuned for longer."""
 
     factor: float | None = Field(default=None, gt=0)
-    """Times the epochs of the dense model; null: as many as make it the work of a pruned row in all."""
+    """Factor of the dense model's epochs; null: so that the work is that of a pruned row in all."""
 
 
 def training(context: MethodContext) -> dict[str, Any]:
-    """Epochs that make the dense model's fine-tuning as much work as a pruned row is in all.
+    """Epochs that make the dense model's fine-tuning as much work as all of a pruned row's.
 
-    That is the work of recording, repair, teacher and training, in units of the dense fine-tuning; see
-    `runs.job.Job.pruned_work`. Below 1 where pruning saves more than it costs: the dense model is then tuned
-    for a shorter time.
+    See `MethodContext.pruned_work`; where that is below 1, the dense model is tuned for a shorter time.
     """
     options: LongerOptions = context.options or LongerOptions()
     factor = context.pruned_work if options.factor is None else options.factor

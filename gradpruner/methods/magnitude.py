@@ -14,11 +14,8 @@ from gradpruner.models.layers import LayeredModel
 def score(context: MethodContext) -> LayerScores:
     """`sum over linears of sum |W| / sum over linears of entries of W`, per layer.
 
-    Weights alone are read: no data, no forward pass. Expert weights that a model keeps as one tensor are no
+    Only weights are read: no data, no forward pass. Expert weights that a model keeps as one tensor are not
     linears and do not count.
-
-    Raises:
-        ModelError: If the weights are quantised.
 
     Source: Shortened LLaMA (Kim et al., 2024), criterion "Mag", `norm_power` 1.
     """

@@ -1,4 +1,4 @@
-"""Minitron, depth: layers of little block influence go, then the model is distilled from the dense one."""
+"""Minitron, depth: layers of small block influence go, then the model is distilled from the dense one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 from gradpruner.training.distillation import distil
 from gradpruner.training.options import FinetuneOptions
 
-# Of the fine-tuning that follows; what else it sets (learning rate, mode ...) distillation sets itself.
+# Keys of the recipe's fine-tuning that hold here too; distillation has its own learning rate, mode ...
 _SHARED = {"accumulation", "batching", "device", "gradient_checkpointing", "max_grad_norm", "precision"}
 
 
@@ -26,8 +26,8 @@ class MinitronOptions(MethodOptions):
     """Whether the pruned model learns from the dense one's logits before it is fine-tuned."""
     distil_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps of distillation; null: one pass over the training samples, in steps as large as
-    fine-tuning's. A pass costs an epoch of fine-tuning and the dense model's forward passes; with 40 %
-    removed, one and a half epochs in all."""
+    fine-tuning's. A pass costs an epoch of fine-tuning and the dense model's forward passes: with 40 %
+    removed, about one and a half epochs."""
     distil_batch_size: int | None = Field(default=None, ge=1)
     """Samples per forward pass; null: as many as fine-tuning."""
     distil_learning_rate: float = Field(default=1e-4, gt=0)
@@ -39,28 +39,26 @@ class MinitronOptions(MethodOptions):
 
 
 def score(context: MethodContext) -> LayerScores:
-    """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, as `shortgpt`; what differs is the recovery.
-
-    Raises:
-        DataError: If there are no samples.
+    """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, as `shortgpt`; only the recovery differs.
 
     Source: LLM Pruning and Distillation in Practice: The Minitron Approach (Sreenivas et al., 2024).
     """
-    return shortgpt.score(context, _options(context).calibration_samples, "minitron_depth")
+    options: MinitronOptions = context.options or MinitronOptions()
+    return shortgpt.score(context, options.calibration_samples, "minitron_depth")
 
 
 def recover(context: MethodContext, model: nn.Module) -> dict[str, Any]:
     """Distils the pruned model, in place, from the dense one on the training samples.
 
     Returns:
-        What the training did; nothing if the options leave it out.
+        What `distil` reports; nothing if the options leave it out.
 
     Raises:
         DataError: If there are no samples.
         ModelError: If the model is quantised.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
     """
-    options = _options(context)
+    options: MinitronOptions = context.options or MinitronOptions()
     if not options.distil:
         return {}
     tuning = FinetuneOptions(
@@ -72,23 +70,16 @@ def recover(context: MethodContext, model: nn.Module) -> dict[str, Any]:
         save_steps=context.finetune.save_steps,
         seed=context.seed,
     )
-    collator: Any = context.collator
     return distil(
         model,
         context.model(),
         context.samples,
         tuning,
-        collator=collator,
+        collator=context.collator,
         temperature=options.temperature,
         tokens=options.distil_tokens,
         checkpoints=context.folder,
     )
-
-
-def _options(context: MethodContext) -> MinitronOptions:
-    options = MinitronOptions() if context.options is None else context.options
-    assert isinstance(options, MinitronOptions)
-    return options
 
 
 METHODS.register("minitron_depth")(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import Any, Literal
@@ -52,9 +52,9 @@ class ChannelStatistics:
     """How large activations are, fp32 on the CPU; higher is more important.
 
     Attributes:
-        channels_LF: MLP channels of every layer, shape (layers, channels).
-        heads_LQ: Query heads of every layer, shape (layers, heads).
-        hidden_H: Hidden dimensions, shape (hidden,); zeros if they were not asked for.
+        channels_LF: Shape (layers, MLP channels).
+        heads_LQ: Shape (layers, query heads).
+        hidden_H: Shape (hidden dimensions,); zeros if they were not measured.
         samples: Samples measured.
     """
 
@@ -78,34 +78,32 @@ def plan(context: MethodContext) -> WidthPlan:
     All layers keep the same numbers, and the same hidden dimensions, so the result is a plain Hugging Face
     model. The numbers come from a grid over hidden, ffn and heads in multiples of 256, 512 and 1 (at most a
     sixteenth of the width, down to a power of two: smaller models get finer grids), at most `max_prune` of an
-    axis, without those a config of the family cannot say (hidden dimensions of a Llama are a multiple of its
-    heads). The `top_k` combinations nearest to `num_remove` are taken; the channels of each are then set to
-    meet it to half a unit, a unit being one channel in every layer (without the axis ffn the next possible
+    axis, without those a config of the family does not allow (hidden dimensions of a Llama are a multiple of
+    its heads). The `top_k` combinations nearest to `num_remove` are taken; the channels of each are then set
+    to meet it to half a unit, a unit being one channel in every layer (without the axis ffn the next possible
     number of hidden dimensions, without both of heads). Each is built from the loaded weights and the one
     whose training answers are likeliest is the plan. Memory beyond the model: one pruned model.
 
-    Norms are all those that a layer has. Protected layers become narrower with all others.
+    Protected layers become narrower with all others.
 
     Raises:
-        ConfigError: If the number of parameters to remove is unknown.
-        PlanError: If so many cannot be removed.
-        DataError: If there are no samples, or there is a choice and none has an answer.
-        ModelError: If the model is quantised, or heads and channels cannot be told apart.
+        PlanError: If so many parameters cannot be removed.
+        DataError: If there is a choice and no sample has an answer.
+        ModelError: If heads and channels cannot be told apart.
         NonFiniteError: If activations or likelihoods are NaN or infinite.
 
     Source: Minitron (Muralidharan et al., 2024), section 2; released code (NVIDIA ModelOpt).
     """
     num_remove = context.budget()
-    options = MinitronWidthOptions() if context.options is None else context.options
+    options: MinitronWidthOptions = context.options or MinitronWidthOptions()
     view = WidthView(context.floating_model())
     sizes = candidates(view, options, num_remove, context.unit)
-    device = next(view.model.parameters()).device
-    batches = calibration_batches(context, device, options.calibration_samples)
+    batches = calibration_batches(context, view.model, options.calibration_samples)
     found = channel_statistics(view, batches, "hidden" in options.axes)
     plans = [_plan_of(view, found, size) for size in sizes]
     losses: list[float | None] = [None]
     if len(plans) > 1:
-        ranked_on = list(calibration_batches(context, device, _RANKED_SAMPLES))
+        ranked_on = list(calibration_batches(context, view.model, _RANKED_SAMPLES))
         losses = [_loss(view, one, ranked_on) for one in track(plans, "plan minitron_width")]
     best = min(range(len(plans)), key=lambda i: (losses[i] or 0.0, i))
     evidence = plans[best].evidence | {
@@ -123,12 +121,7 @@ def plan(context: MethodContext) -> WidthPlan:
 def channel_statistics(
     view: WidthView, batches: Iterable[dict[str, Tensor]], hidden: bool = True
 ) -> ChannelStatistics:
-    """Measures activations in forward passes; see `plan` for the formulas.
-
-    Args:
-        view: The dense model, in evaluation mode.
-        batches: Padded, on the device of the model.
-        hidden: Whether the norms are measured too.
+    """Measures activations of padded batches, those of norms only if `hidden`; see `plan` for the formulas.
 
     Raises:
         ModelError: If hidden dimensions are asked for and the layers have no norms with weights.
@@ -169,11 +162,11 @@ def channel_statistics(
 def _squared_means(
     inputs: Sequence[nn.Module], outputs: Sequence[nn.Module]
 ) -> Iterator[tuple[dict[nn.Module, Tensor], list[Tensor]]]:
-    """While it lasts, sums up the squared means of what modules are given, or give.
+    """Inside the block, sums up the squared means of some modules' inputs and other modules' outputs.
 
     Yields:
         Module -> sum over samples of the squared mean over tokens of |activation|; and a list whose one entry
-        weighs the tokens of the batch that runs, shape (samples, tokens).
+        holds the weights of the tokens of the running batch, shape (samples, tokens).
     """
     totals: dict[nn.Module, Tensor] = {}
     weight_BT: list[Tensor] = []
@@ -189,26 +182,21 @@ def _squared_means(
     def after(module: nn.Module, _: Any, output: Tensor) -> None:
         add(module, output)
 
-    hooks = [module.register_forward_pre_hook(before) for module in inputs]
-    hooks += [module.register_forward_hook(after) for module in outputs]
-    try:
+    with ExitStack() as hooks:
+        for module in inputs:
+            hooks.enter_context(module.register_forward_pre_hook(before))
+        for module in outputs:
+            hooks.enter_context(module.register_forward_hook(after))
         yield totals, weight_BT
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 # --- budget -------------------------------------------------------------------------------------------------
 
 
 def candidates(view: WidthView, options: MinitronWidthOptions, num_remove: int, unit: str) -> list[Size]:
-    """The widths to choose from, the ones nearest to the budget on the grid first; at most `top_k`.
+    """The widths to choose from, at most `top_k`, those nearest to the budget on the grid first.
 
-    Args:
-        view: The dense model.
-        options: Axes, largest share, and number of candidates.
-        num_remove: Parameters to remove; every candidate does so to half of the finest axis' unit.
-        unit: See `WidthView.parameters`.
+    Every one meets the budget (in `unit`, see `WidthView.parameters`) to half of the fine axis' unit.
 
     Raises:
         PlanError: If so many cannot be removed; it says how many can.
@@ -268,13 +256,13 @@ class _Search:
             yield {**self.whole, **dict(zip(self._grids, widths, strict=True))}
 
     def allowed(self, size: Size) -> list[int]:
-        """Widths of the fine axis, ascending, that the model's config can say."""
+        """Widths of the fine axis, ascending, that the model's config allows."""
         widths = range(_lowest(self.whole[self.fine], self.max_prune), self.whole[self.fine] + 1)
         if self.fine == "ffn":
-            return list(widths) if self._can_say(size) else []
-        return [n for n in widths if self._can_say({**size, self.fine: n})]
+            return list(widths) if self._is_allowed(size) else []
+        return [n for n in widths if self._is_allowed({**size, self.fine: n})]
 
-    def _can_say(self, size: Size) -> bool:
+    def _is_allowed(self, size: Size) -> bool:
         kv_heads = self.view.shape.num_kv_heads
         return self.view.config_takes(size["hidden"], size["heads"] * kv_heads, kv_heads)
 

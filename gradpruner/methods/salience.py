@@ -1,4 +1,4 @@
-"""Masks on heads and MLP channels of a model in training, and how much each of them matters (APT)."""
+"""Masks on heads and MLP channels of a model in training, and their salience (APT)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 EMA = 0.85
-"""Weight of what was known before, at every optimizer step."""
+"""Weight of the earlier steps in a moving average."""
 
 
 def outlier_term(weight: Tensor) -> Tensor:
@@ -20,8 +20,8 @@ def outlier_term(weight: Tensor) -> Tensor:
     Returns:
         Shape (in_features,), float32, >= 0. A column without spread has 0.
 
-    Source: APT, section 4.2: kurtosis, over the outputs, of what an entry contributes. That is its mean
-        activation times the column, and kurtosis is the same for every multiple.
+    Source: APT, section 4.2: kurtosis, over the outputs, of an entry's contribution. That is its mean
+        activation times the column; multiples of a column have the same kurtosis.
     """
     centred = weight.detach().float()
     centred = centred - centred.mean(dim=0)
@@ -43,10 +43,10 @@ class UnitMasks:
         units: KV groups or channels; the entries of one stand together.
 
     Attributes:
-        masks: What every unit is multiplied with, in [0, 1], shape (units,).
+        masks: Factor of every unit, in [0, 1], shape (units,).
         targets: Where the masks are going, 0 or 1.
         salience: Moving average of S, shape (units,), float64; zeros before the first step.
-        paused: While True, nothing is masked: the whole model's answer, to learn from.
+        paused: While True, nothing is masked.
     """
 
     def __init__(self, linear: nn.Linear, units: int) -> None:
@@ -62,18 +62,18 @@ class UnitMasks:
         self._hook = linear.register_forward_pre_hook(self._apply)
 
     def scores(self) -> Tensor:
-        """Salience and outlier term of every unit, (units,), float64; 0 of one that is masked away."""
+        """Salience plus outlier term of every unit, (units,), float64; 0 where it is masked away."""
         return (self.salience + self._outliers) * (self.masks > 0).cpu()
 
     def end_step(self) -> None:
-        """Takes what an optimizer step's passes have shown into the average."""
+        """Adds what the passes of an optimizer step have shown to the average."""
         found = self._per_unit(self._inputs.cpu().double() * self._gradients.cpu().double())
         self.salience = found if self._steps == 0 else EMA * self.salience + (1 - EMA) * found
         self._steps += 1
         self._inputs, self._gradients = torch.zeros_like(self._inputs), torch.zeros_like(self._inputs)
 
     def move(self, amount: float) -> None:
-        """Takes the masks towards their targets, by so much at most."""
+        """Moves the masks towards their targets, by at most `amount`."""
         self.masks += (self.targets - self.masks).clamp(-amount, amount)
         self._masked = bool((self.masks < 1).any())
 

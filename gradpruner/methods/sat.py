@@ -23,7 +23,7 @@ MAX_RATE = 0.95
 
 
 class SATOptions(MethodOptions):
-    """The staircase of omission rates."""
+    """The stages of SAT and their omission rates."""
 
     stages: int = Field(default=5, ge=2)
     """Stages of equal length, >= 2; the last one leaves nothing out."""
@@ -43,16 +43,13 @@ def callbacks(context: MethodContext) -> list[TrainerCallback]:
     backward; all forward passes of a step keep the same. Evaluation passes are whole.
 
     Unless `start_rate` is given, r_0 is such that the share of decoder parameters left out, averaged over the
-    steps, comes closest to the share the other methods remove; that is about twice that share. Rounding up
-    to whole units, of which KV groups are large ones, is reckoned with.
+    steps, comes closest to the share the other methods remove; that is about twice that share. This takes
+    into account that numbers of kept units are rounded up.
 
     Means run over all tokens of the steps in which a unit was kept, padding included; one not yet kept counts
     as an average one. Norms, of the base weights, are taken anew at every stage. After an interruption the
     selection of a step depends on its number and the seed as before, but means begin anew, so a resumed run
     is like, not equal to, an uninterrupted one.
-
-    Raises:
-        ConfigError: If neither `num_remove` nor `start_rate` is known.
 
     Source: Sparsity-Accelerated Training for Large Language Models (Ma et al., 2024).
     """
@@ -62,14 +59,7 @@ def callbacks(context: MethodContext) -> list[TrainerCallback]:
 
 
 def ladder(step: int, total_steps: int, start_rate: float, stages: int) -> float:
-    """Omission rate of one optimizer step.
-
-    Args:
-        step: Counted from 0.
-        total_steps: Optimizer steps, >= `stages`.
-        start_rate: Rate of the first stage, in [0, 1].
-        stages: >= 2; the last has rate 0.
-    """
+    """Omission rate of one optimizer step, counted from 0 of at least `stages`; the last stage has rate 0."""
     stage = min(step * stages // total_steps, stages - 1)
     return start_rate * (stages - 1 - stage) / (stages - 1)
 
@@ -80,7 +70,7 @@ def num_kept(rate: float, units: int) -> int:
 
 
 def sample_units(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draws without replacement, every next one in proportion to the weights of those left.
+    """Draws `count` units of every layer without replacement, in proportion to the weights of those left.
 
     Args:
         weights: Shape (layers, units), >= 0, on the CPU; units of weight 0 are taken last.
@@ -98,14 +88,7 @@ def sample_units(weights: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def mean_omitted(start_rate: float, total_steps: int, stages: int, units: Sequence[tuple[int, int]]) -> float:
-    """Parameters of a layer left out, averaged over the steps.
-
-    Args:
-        start_rate: Rate of the first stage.
-        total_steps: Optimizer steps.
-        stages: Stages of the ladder.
-        units: Number and parameters each, for every kind of unit.
-    """
+    """Parameters of a layer left out, averaged over the steps; `units` as `SlicedModel.units`."""
     steps = [0] * stages
     for step in range(total_steps):
         steps[min(step * stages // total_steps, stages - 1)] += 1
@@ -115,7 +98,7 @@ def mean_omitted(start_rate: float, total_steps: int, stages: int, units: Sequen
 
 
 def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[tuple[int, int]]) -> float:
-    """The rate of the first stage with which `mean_omitted` comes closest to what is wanted.
+    """The rate of the first stage with which `mean_omitted` comes closest to `wanted`.
 
     Raises:
         ConfigError: If that would be above 0.95.
@@ -131,7 +114,7 @@ def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[t
             f"begin above {MAX_RATE}: it falls to 0, so that its average is about half of that.",
             hint="Remove fewer parameters (plan.num_prune), or set methods.sat.start_rate.",
         )
-    # What is left out grows in steps with the rate; the two sides of one are as close as it gets.
+    # What is left out grows in steps with the rate: the answer is one of the two sides of a step.
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if found(middle) < wanted else (low, middle)
@@ -139,10 +122,10 @@ def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[t
 
 
 class OmissionCallback(ClosingCallback):
-    """Leaves heads and channels out of every step as the ladder says; for any Trainer.
+    """Leaves heads and channels out of every step, by the rate of `ladder`; for any Trainer.
 
     Args:
-        options: The staircase.
+        options: The stages and their rates.
         num_remove: Parameters left out on average; not read when the options have a `start_rate`.
         seed: Seed of the selection.
 
@@ -154,8 +137,7 @@ class OmissionCallback(ClosingCallback):
     Raises:
         ConfigError: At the beginning of training, if the rate would have to be above 0.95, there are fewer
             than two steps, the model is compiled, or is split over several GPUs.
-        ModelError: Likewise, if heads and channels cannot be told apart, or a linear is quantised or has an
-            adapter other than LoRA.
+        ModelError: At the beginning of training, as `SlicedModel`.
     """
 
     def __init__(self, options: SATOptions, num_remove: int, seed: int) -> None:
@@ -173,7 +155,7 @@ class OmissionCallback(ClosingCallback):
         self._stages = min(self.options.stages, state.max_steps)
         self.rates, self._norms = [], None
         self._sliced = sliced = SlicedModel(kwargs["model"])
-        units, layers = list(sliced.unit_sizes()), len(sliced.layers)
+        units, layers = sliced.units, len(sliced.layers)
         try:
             self.start_rate = self.options.start_rate or matched_rate(
                 self.num_remove / layers, state.max_steps, self._stages, units
@@ -196,8 +178,8 @@ class OmissionCallback(ClosingCallback):
             return
         rate = ladder(state.global_step, state.max_steps, self.start_rate, self._stages)
         self.rates.append(rate)
-        kept = [num_kept(rate, units) for units, _ in self._sliced.unit_sizes()]
-        if kept == [units for units, _ in self._sliced.unit_sizes()]:
+        kept = [num_kept(rate, units) for units, _ in self._sliced.units]
+        if kept == [units for units, _ in self._sliced.units]:
             self._sliced.keep(None, None)
             return
         if self._norms is None or self._norms[0] != rate:
@@ -218,7 +200,7 @@ class OmissionCallback(ClosingCallback):
 def _check_arguments(args: Any, steps: int) -> None:
     if steps < 2:
         raise ConfigError(
-            f"SAT leaves less and less out from step to step, and there is {steps} step.",
+            f"SAT leaves out less from step to step and needs two or more; there is {steps} step.",
             hint="Train longer, or with smaller batches.",
         )
     if args.torch_compile:

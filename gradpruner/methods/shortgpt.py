@@ -16,33 +16,21 @@ from gradpruner.models.layers import LayeredModel
 def score(context: MethodContext, max_samples: int = MAX_SAMPLES, method: str = "shortgpt") -> LayerScores:
     """Block influence, `BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, x_l the input of layer l.
 
-    The lowest go at once, neighbours or not. Measured on the first training samples, padding left out.
-
-    Args:
-        context: Gives the model and the samples.
-        max_samples: Samples taken at most.
-        method: What the scores are called.
-
-    Returns:
-        Scores from 0 (a layer that turns no state) to 2.
-
-    Raises:
-        DataError: If there are no samples.
+    From 0 (a layer that turns no state) to 2; the lowest go at once, neighbours or not. Measured on the first
+    `max_samples` training samples, padding left out. `method` is what the scores are called.
 
     Source: ShortGPT (Men et al., 2025), Block Influence.
     """
     view = LayeredModel(context.model())
-    device = next(view.model.parameters()).device
     latest_L = [torch.empty(0)] * view.num_layers  # per layer: 1 - cos of the batch in hand, (batch, length)
     total_L = torch.zeros(view.num_layers, dtype=torch.float64)
     num_samples = num_tokens = 0
 
     def see(index: int, before: Tensor, after: Tensor) -> None:
-        before, after = (_one_state(x.float()) for x in (before, after))
-        latest_L[index] = 1 - cosine_similarity(before, after, dim=-1)
+        latest_L[index] = 1 - cosine_similarity(before.float(), after.float(), dim=-1)
 
     with watched(view, see):
-        for batch in calibration_batches(context, device, max_samples):
+        for batch in calibration_batches(context, view.model, max_samples):
             real = batch["attention_mask"].bool().cpu()
             num_samples += len(real)
             num_tokens += int(real.sum())
@@ -50,11 +38,6 @@ def score(context: MethodContext, max_samples: int = MAX_SAMPLES, method: str = 
             total_L += torch.stack([turned.cpu().double()[real].sum() for turned in latest_L])
     evidence = {"num_layers": view.num_layers, "samples": num_samples, "tokens": num_tokens}
     return LayerScores(method, tuple((total_L / num_tokens).tolist()), evidence=evidence)
-
-
-def _one_state(x: Tensor) -> Tensor:
-    """Gemma 3n has four streams, in an axis before the samples: together they are the state."""
-    return x if x.ndim == 3 else x.movedim(0, -2).flatten(-2)
 
 
 METHODS.register("shortgpt")(

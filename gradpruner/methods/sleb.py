@@ -1,8 +1,10 @@
-"""SLEB: one layer after another goes, always the one whose absence costs least."""
+"""SLEB, and greedy removal: one layer after another goes, always the one whose absence costs least."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,12 +29,10 @@ class SlebOptions(MethodOptions):
 def score(context: MethodContext) -> LayerScores:
     """Order of a greedy removal by the mean negative log-likelihood of the learned tokens.
 
-    In every round each layer still there, protected ones and the first and the last apart, is switched off
+    In every round each remaining layer, except the protected ones and the first and the last, is switched off
     in turn, and the one without which the likelihood is best is removed; of equal ones the later. There are
     n rounds, n the number of layers to prune (at least 1; 40 % of the depth when it is unknown), or fewer
-    where fewer layers can go. The score is a rank: of the removed layers the round, above them the others by
-    what their removal would have cost in the last round, then the last and the first layer, on top the
-    protected ones.
+    where fewer layers can go. The scores are ranks, see `greedy_scores`.
 
     Work: with L layers and none protected `1 + n (L - 2) - n (n - 1) / 2` evaluations, 313 for 13 of 32, each
     of `num_samples / 16` forward passes of 16 samples. Layers that are switched off still run.
@@ -47,43 +47,81 @@ def score(context: MethodContext) -> LayerScores:
     """
     options: SlebOptions = context.options or SlebOptions()
     view = LayeredModel(context.model())
-    device = next(view.model.parameters()).device
-    batches = list(calibration_batches(context, device, options.num_samples))
+    batches = list(calibration_batches(context, view.model, options.num_samples))
     middle = [layer for layer in range(1, view.num_layers - 1) if layer not in context.protected]
     rounds = min(max(1, context.num_prune), len(middle))
+    return greedy_scores(
+        "sleb",
+        context,
+        middle,
+        [len(middle) - done for done in range(rounds)],
+        partial(_mean_nll, view, batches),
+        evidence={"samples": sum(len(batch["labels"]) for batch in batches)},
+    )
+
+
+def greedy_scores(
+    name: str,
+    context: MethodContext,
+    free: Collection[int],
+    tries: Sequence[int],
+    loss_without: Callable[[Sequence[int]], float],
+    *,
+    evidence: dict[str, Any],
+    can_go: Callable[[Sequence[int]], bool] = lambda layers: True,
+    remove: Callable[[int], None] = lambda layer: None,
+) -> LayerScores:
+    """Removes one layer after another, always the one whose absence costs least; of equal ones the later.
+
+    The scores are ranks: of a removed layer its round; above them the others by their cost when last tried,
+    then those never tried, the first layer on top; last the protected ones.
+
+    Args:
+        name: What the scores are called.
+        context: Gives number of layers and protected ones.
+        free: Layers that may go.
+        tries: For every round, how many layers are tried at most; those that cost least when last tried.
+        loss_without: The loss when these layers are gone, the last one being on trial.
+        evidence: What goes into the evidence besides the losses.
+        can_go: Whether these layers may go together.
+        remove: Told which layer has gone, after every round but the last.
+    """
     removed: list[int] = []
-    costs: dict[int, float] = {}  # of the last round
-    with Progress(1 + sum(len(middle) - i for i in range(rounds)), "score sleb") as progress:
-        history = [_mean_nll(view, batches, removed)]
-        progress.advance()
-        for _ in range(rounds):
-            costs = {}
-            for layer in (i for i in middle if i not in removed):
-                costs[layer] = _mean_nll(view, batches, [*removed, layer])
+    costs: dict[int, float] = {}  # of every layer, when last tried
+    history = [loss_without([])]
+    with Progress(sum(tries), f"score {name}") as progress:
+        for number in tries:
+            left = sorted(
+                (layer for layer in free if layer not in removed),
+                key=lambda layer: (costs.get(layer, -math.inf), -layer),
+            )
+            tried = [layer for layer in left if can_go([*removed, layer])][:number]
+            for layer in tried:
+                costs[layer] = loss_without([*removed, layer])
                 progress.advance()
-            removed.append(cheapest_first(costs)[0])
+            if not tried:
+                break
+            removed.append(_cheapest_first(costs, tried)[0])
             history.append(costs[removed[-1]])
-    others = [layer for layer in cheapest_first(costs) if layer not in removed]
-    ends = [layer for layer in (view.num_layers - 1, 0) if layer not in context.protected]
-    order = list(dict.fromkeys([*removed, *others, *ends, *sorted(context.protected, reverse=True)]))
-    evidence = {
-        "num_layers": view.num_layers,
-        "samples": sum(len(batch["labels"]) for batch in batches),
+            progress.advance(number - len(tried))
+            if len(removed) < len(tries):
+                remove(removed[-1])
+    others = _cheapest_first(costs, set(costs) - set(removed))
+    protected = sorted(set(context.protected), reverse=True)
+    rest = [i for i in reversed(range(context.num_layers)) if i not in costs and i not in protected]
+    order = [*removed, *others, *rest, *protected]
+    found = {
+        "num_layers": context.num_layers,
+        **evidence,
         "removed": removed,
         "nll": history,
         "next_nll": {str(layer): costs[layer] for layer in others},
     }
-    return ranked("sleb", order, evidence)
+    return LayerScores(name, tuple(float(order.index(i)) for i in range(len(order))), evidence=found)
 
 
-def cheapest_first(costs: dict[int, float]) -> list[int]:
-    """Layers by what their absence costs; of equal ones the later comes first."""
-    return sorted(costs, key=lambda layer: (costs[layer], -layer))
-
-
-def ranked(method: str, order: Sequence[int], evidence: dict[str, Any]) -> LayerScores:
-    """Scores that are ranks: the layers in the order in which they go."""
-    return LayerScores(method, tuple(float(order.index(i)) for i in range(len(order))), evidence=evidence)
+def _cheapest_first(costs: dict[int, float], layers: Collection[int]) -> list[int]:
+    return sorted(layers, key=lambda layer: (costs[layer], -layer))
 
 
 def _mean_nll(view: LayeredModel, batches: Sequence[dict[str, Tensor]], without: Sequence[int]) -> float:

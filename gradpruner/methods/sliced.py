@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +10,14 @@ from torch.nn.functional import linear as product
 
 from gradpruner.errors import ModelError
 from gradpruner.models.layers import LayeredModel, skeleton
+from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import ATTENTION, MLP, WidthView
 
 COLUMNS = ("o_proj", "down_proj")
 
 
 class Usage:
-    """Running mean of the absolute input of a linear, entry by entry.
-
-    Args:
-        entries: Inputs of the linear.
-        device: Where it is kept.
-    """
+    """Running mean of the absolute input of a linear, entry by entry."""
 
     def __init__(self, entries: int, device: torch.device) -> None:
         self._sums = torch.zeros(entries, device=device)
@@ -30,7 +25,7 @@ class Usage:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, kept: Tensor) -> None:
-        """Counts the inputs of one forward pass, shape (..., len(kept)), padding included."""
+        """Counts the inputs of a forward pass, shape (..., len(kept)), padding included."""
         flat = inputs.detach().flatten(0, -2)
         seen = torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=torch.float32)
         self._sums.index_add_(0, kept, seen)
@@ -47,11 +42,11 @@ class Usage:
 
 
 class SlicedLayer:
-    """The linears of one layer, which multiply the kept rows and columns only, while the model trains.
+    """The linears of one layer; while the model trains they multiply only the kept rows and columns.
 
-    q, k, v, gate and up give the outputs of what is kept, o and down take them as input; gradients of the
-    rest are zero. Of a LoRA adapter, B is sliced like the rows and A like the columns. In evaluation mode
-    all of it is there.
+    q, k, v, gate and up compute the kept outputs, o and down take them as input; gradients of the rest are
+    zero. Of a LoRA adapter, B is sliced like the rows and A like the columns. In evaluation mode everything
+    is computed.
 
     Args:
         linears: The seven linears by role, plain or with LoRA.
@@ -71,12 +66,7 @@ class SlicedLayer:
                 self._patch(part, role, part is self.bases[role])
 
     def keep(self, groups: Tensor | None, channels: Tensor | None) -> None:
-        """Sets what is computed with from now on.
-
-        Args:
-            groups: KV heads, ascending, on the CPU; None keeps all.
-            channels: MLP channels, likewise.
-        """
+        """Computes with these KV heads and MLP channels from now on: ascending, on the CPU; None: all."""
         self._kept = {}
         for roles, units, total in (
             (ATTENTION, groups, self._num_groups),
@@ -108,12 +98,8 @@ class SlicedLayer:
     def _patch(self, module: Any, role: str, counted: bool) -> None:
         whole = module.forward
         self._patched.append((module, vars(module).get("forward")))
-        module.forward = self._sliced(module, role, whole, counted)
 
-    def _sliced(
-        self, module: Any, role: str, whole: Callable[..., Tensor], counted: bool
-    ) -> Callable[..., Tensor]:
-        def forward(inputs: Tensor) -> Tensor:
+        def forward(inputs: Tensor) -> Any:
             kept = self._kept.get(role)
             if kept is None or not module.training:
                 return whole(inputs)
@@ -124,7 +110,7 @@ class SlicedLayer:
                 self.usage[role].add(inputs, kept)
             return product(inputs, module.weight.index_select(1, kept), module.bias)
 
-        return forward
+        module.forward = forward
 
 
 class SlicedModel:
@@ -134,8 +120,8 @@ class SlicedModel:
         model: The model; its linears' `forward` is replaced until `restore`.
 
     Attributes:
-        view: Its widths, of a model without weights.
-        layers: One per decoder layer.
+        units: Number in a layer, and parameters each, of KV groups and of channels.
+        decoder_parameters: Of all layers, adapters left out.
 
     Raises:
         ModelError: If heads and channels cannot be told apart, or a linear is quantised or has an adapter
@@ -144,15 +130,21 @@ class SlicedModel:
 
     def __init__(self, model: nn.Module) -> None:
         layered = LayeredModel(model)
-        # Adapters and their base do not matter for the widths; a skeleton has neither.
-        self.view = WidthView(skeleton(type(layered.model), layered.model.config))
+        # A skeleton has the widths, and no adapters.
+        view = WidthView(skeleton(type(layered.model), layered.model.config))
+        self._num_groups, sizes = view.shape.num_kv_heads, view.unit_parameters()
+        self.units = [
+            (self._num_groups, sizes["group"]), (view.shape.intermediate_size, sizes["channel"])
+        ]  # fmt: skip
+        self.decoder_parameters = sum(map(count_parameters, view.layered.layers))
         linears = [
             {name.rpartition(".")[2]: module for name, module in layered.linears(i).items()}
             for i in range(layered.num_layers)
         ]
-        for module in (module for layer in linears for module in layer.values()):
-            check_linear(module)
-        self.layers = [SlicedLayer(layer, self.view.shape.num_kv_heads) for layer in linears]
+        for layer in linears:
+            for module in layer.values():
+                check_linear(module)
+        self.layers = [SlicedLayer(layer, self._num_groups) for layer in linears]
 
     def keep(self, groups: Tensor | None, channels: Tensor | None) -> None:
         """Sets what every layer computes with; shapes (layers, kept), or None for all."""
@@ -172,7 +164,7 @@ class SlicedModel:
             role: norms[role] * torch.stack([layer.usage[role].means() for layer in self.layers])
             for role in COLUMNS
         }
-        groups = found["o_proj"].unflatten(1, (self.view.shape.num_kv_heads, -1)).sum(-1)
+        groups = found["o_proj"].unflatten(1, (self._num_groups, -1)).sum(-1)
         return groups, found["down_proj"]
 
     def column_norms(self) -> dict[str, Tensor]:
@@ -180,24 +172,9 @@ class SlicedModel:
         return {role: torch.stack([layer.column_norms(role) for layer in self.layers]) for role in COLUMNS}
 
     def restore(self) -> None:
-        """Makes the model what it was, apart from what it learned."""
+        """Gives all linears their own forward back."""
         for layer in self.layers:
             layer.restore()
-
-    def unit_sizes(self) -> Iterator[tuple[int, int]]:
-        """Number in a layer, and parameters each, of KV groups and of channels."""
-        sizes, shape = self.view.unit_parameters(), self.view.shape
-        yield shape.num_kv_heads, sizes["group"]
-        yield shape.intermediate_size, sizes["channel"]
-
-    @property
-    def decoder_parameters(self) -> int:
-        """Parameters of all layers."""
-        shape = self.view.shape
-        dense: Sequence[tuple[int, int, int]] = [
-            (shape.num_heads, shape.num_kv_heads, shape.intermediate_size)
-        ] * shape.num_layers
-        return self.view.parameters_of(dense, shape.hidden_size, "decoder_parameters")
 
 
 def check_linear(module: Any) -> None:

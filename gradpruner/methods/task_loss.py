@@ -1,12 +1,12 @@
-"""Task loss: again and again the layer goes whose absence, once its cut is repaired, costs the task least.
+"""Task loss: one after another, the layer goes whose absence, with its cut repaired, costs the task least.
 
 Shape suffixes: T tokens, D hidden size.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,11 +17,10 @@ from gradpruner.errors import ModelError, NonFiniteError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import mean_nll
-from gradpruner.methods.sleb import cheapest_first, ranked
+from gradpruner.methods.sleb import greedy_scores
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches
 from gradpruner.plans.layer_plan import MIN_KEPT
-from gradpruner.progress import Progress
 from gradpruner.pruning.ridge import AnySums, ChannelSums, Sums
 
 States = list[Tensor]
@@ -34,7 +33,7 @@ class TaskLossOptions(MethodOptions):
     num_samples: int = Field(default=64, ge=1)
     """Training samples the loss is measured on; the work is proportional to it."""
     repair: Literal["none", "linear"] = "linear"
-    """What is done about a cut before its loss is measured: nothing, or a linear map fitted to it."""
+    """How a cut is repaired before its loss is measured: not at all, or by a linear map fitted to it."""
     repair_samples: int = Field(default=128, ge=2)
     """Further training samples, whose loss is not measured, that the maps are fitted on."""
     ridge: float = Field(default=0.1, gt=0)
@@ -48,21 +47,21 @@ def score(context: MethodContext) -> LayerScores:
     """Order of a greedy removal by the loss of the pruned and repaired model.
 
     The loss is the mean negative log-likelihood, in nats, of the learned tokens (labels other than -100) of
-    `num_samples` training samples drawn with the seed. In every round each layer still there, protected ones
-    apart, is left out in turn, and the one without which the loss is lowest goes; of equal ones the later.
+    `num_samples` training samples drawn with the seed. In every round each remaining layer, except protected
+    ones, is left out in turn, and the one without which the loss is lowest goes; of equal ones the later.
     There are n rounds, n the number of layers to prune (at least 1; 40 % of the depth when it is unknown).
     With `fits`, layers are tried only if the rest of the n can be chosen so that all kept ones fit.
 
     `repair: linear` fits, for every cut that is tried, the map that fit_repair(kind="linear") would build
-    into the last linear W of the kept layer before the cut. With x what that linear gives, y what the
-    layer hands on, h what the dense model hands to the layer behind the cut, and w = 1 / |h|^2:
+    into the last linear W of the kept layer before the cut. With x the output of that linear, y the output
+    of the layer, h what the dense model gives to the layer behind the cut, and w = 1 / |h|^2:
 
         y + U x,   U = argmin sum w |h - y - U x|^2 + rho |U|^2,   rho = ridge * mean diagonal of sum w x x^T
 
     over the tokens of `repair_samples` samples other than those the loss is measured on (the same ones where
-    there are not two others). Where a norm follows the last linear, x is what the norm gives, and U one
-    factor per channel. Cuts behind it keep their maps while a layer is tried, and get new ones, from
-    input to output, when it has gone. Before a cut at the very input there is nothing to repair.
+    there are fewer than two others). Where a norm follows the last linear, x is the output of the norm, and U
+    one factor per channel. Later cuts keep their maps while a layer is tried, and get new ones, from input to
+    output, when it has gone. In front of a cut at the very input there is no layer to repair.
 
     Removed layers do not run, and states at the input of every kept layer are held, so that trying a layer
     costs the layers behind it. With L layers, none protected, m = L, L - 1, ... L - n + 1 layers in a round
@@ -73,12 +72,10 @@ def score(context: MethodContext) -> LayerScores:
 
     and to all samples that maps are fitted on, L + sum over rounds (m - 1) + sum over rounds but the last
     (m - 1 - p, and 1 more with p > 0). For 12 of 30 layers about 4,000 and 460: 133 and 15 forward passes of
-    the dense model. Preparing costs some more passes of one batch. Per candidate there is one solve of a
-    D x D system. Memory beyond the model: L + 1 hidden states of every token of the measured samples, twice
-    as many of the others.
+    the dense model. Every candidate takes the solution of a D x D system. Memory beyond the model: L + 1
+    hidden states of every token of the measured samples, twice as many of the others.
 
-    The score is a rank: of the removed layers the round, above them the others by what they cost when last
-    tried, then those never tried, on top the protected ones.
+    The scores are ranks, see `sleb.greedy_scores`.
 
     Raises:
         DataError: If there are no samples or none has a learned token.
@@ -96,40 +93,19 @@ def score(context: MethodContext) -> LayerScores:
     tries = [len(free) - done for done in range(rounds)]
     if options.shortlist is not None:
         tries = [min(count, options.shortlist) if done else count for done, count in enumerate(tries)]
-    removed: list[int] = []
-    costs: dict[int, float] = {}  # of every layer, when last tried
-    history = [pruned.loss]
-    with Progress(sum(tries), "score task_loss") as progress:
-        for number in tries:
-            left = [layer for layer in free if layer not in removed]
-            left = sorted(left, key=lambda layer: (costs.get(layer, -math.inf), -layer))
-            tried = [one for one in left if _can_go(context, [*removed, one], wanted)][:number]
-            for layer in tried:
-                costs[layer] = pruned.loss_without(layer)
-                progress.advance()
-            if not tried:
-                break
-            removed.append(cheapest_first({layer: costs[layer] for layer in tried})[0])
-            history.append(costs[removed[-1]])
-            progress.advance(number - len(tried))
-            if len(removed) < rounds:
-                pruned.remove(removed[-1])
-    others = [layer for layer in cheapest_first(costs) if layer not in removed]
-    rest = reversed([layer for layer in free if layer not in costs])
-    order = [*removed, *others, *rest, *sorted(set(context.protected), reverse=True)]
-    evidence = {
-        "num_layers": num_layers,
-        "model": fingerprint(pruned.view.model),
-        "repair": options.repair,
-        **pruned.counts,
-        "removed": removed,
-        "nll": history,
-        "next_nll": {str(layer): costs[layer] for layer in others},
-    }
-    return ranked("task_loss", order, evidence)
+    return greedy_scores(
+        "task_loss",
+        context,
+        free,
+        tries,
+        lambda gone: pruned.loss_without(gone[-1]) if gone else pruned.loss,
+        evidence={"model": fingerprint(pruned.view.model), "repair": options.repair, **pruned.counts},
+        can_go=partial(_can_go, context, wanted),
+        remove=pruned.remove,
+    )
 
 
-def _can_go(context: MethodContext, gone: Sequence[int], count: int) -> bool:
+def _can_go(context: MethodContext, count: int, gone: Sequence[int]) -> bool:
     """Whether these layers can be among `count` that go so that all others fit where they come to stand."""
     if context.fits is None:
         return True
@@ -149,7 +125,7 @@ class _Pruned:
 
     Attributes:
         kept: Layers still there, ascending.
-        updates: Kept layer -> the map U, (D, D), that is added behind it; (D,) where a norm ends the layer.
+        updates: Kept layer -> the map U, (D, D), added after it; (D,) where a norm ends the layer.
         loss: Of the dense model.
         counts: Samples and tokens, for the evidence.
     """
@@ -164,7 +140,6 @@ class _Pruned:
         measured, fitted = samples[:number], samples[number:]
         if self.repairs and len(fitted) < 2:
             fitted = measured
-        self._returns_tuple = False
         self._measured = self._walk(context, measured)
         self._states = self._all_states(self._measured)
         self.loss = self._loss(self._states[-1], "as it was given")
@@ -186,7 +161,7 @@ class _Pruned:
         return self._loss(states, f"without layers {gone}")
 
     def remove(self, layer: int) -> None:
-        """Lets a layer go; repairs its cut and, anew, those behind it."""
+        """Removes a layer; repairs its cut and, anew, the later ones."""
         place = self.kept.index(layer)
         states, fitted_states, update = self._behind(place)
         self.updates.pop(layer, None)
@@ -208,7 +183,7 @@ class _Pruned:
                 self._fitted_states[here + 1] = self._fitted.layer(layer, self._fitted_states[here])
 
     def _behind(self, place: int) -> tuple[States, States, Tensor | None]:
-        """What stands behind a cut: states of both kinds of samples, and the map that repairs it."""
+        """States of both kinds of samples behind a cut, and the map that repairs it."""
         if not self.repairs:
             return self._states[place], [], None
         if place == 0:
@@ -218,7 +193,7 @@ class _Pruned:
     def _repaired(
         self, place: int, states: States, fitted_states: States, behind: int
     ) -> tuple[States, States, Tensor]:
-        """States behind a kept layer refitted to hand on what the dense model hands to another kept layer."""
+        """States behind a kept layer refitted to give what the dense model gives to another kept layer."""
         layer = self.kept[place]
         target = self._dense[self.kept[behind] if behind < len(self.kept) else self.view.num_layers]
         handed, given = self._with_output(self._fitted, layer, fitted_states)
@@ -254,7 +229,7 @@ class _Pruned:
         return [y + x @ scaled.T for y, x in zip(handed, given, strict=True)]
 
     def _with_output(self, walk: Walk, layer: int, states: States) -> tuple[States, States]:
-        """What a layer hands on, and what its last linear (or the norm behind it) gives, bias left out."""
+        """Outputs of a layer, and of its last linear (or the norm behind it) without the bias."""
         module: Any = self._output_of(layer).module
         given: States = []
 
@@ -262,11 +237,8 @@ class _Pruned:
             bias = getattr(module, "bias", None)
             given.append(output if bias is None else output - bias)
 
-        hook = module.register_forward_hook(keep)
-        try:
+        with module.register_forward_hook(keep):
             handed = walk.layer(layer, states)
-        finally:
-            hook.remove()
         return handed, [x.view_as(y) for x, y in zip(given, handed, strict=True)]
 
     def _output_of(self, layer: int) -> Output:
@@ -280,16 +252,7 @@ class _Pruned:
 
     def _walk(self, context: MethodContext, samples: Sequence[Any]) -> Walk:
         device = next(self.view.model.parameters()).device
-        seen: list[bool] = []
-        hook = self.view.layers[0].register_forward_hook(
-            lambda _, __, output: seen.append(isinstance(output, tuple))
-        )
-        try:
-            walk = Walk(self.view, list(sample_batches(samples, context.collator, device, BATCH_SIZE)))
-        finally:
-            hook.remove()
-        self._returns_tuple = seen[0]
-        return walk
+        return Walk(self.view, list(sample_batches(samples, context.collator, device, BATCH_SIZE)))
 
     def _all_states(self, walk: Walk) -> list[States]:
         found = [walk.start]
@@ -298,11 +261,11 @@ class _Pruned:
         return found
 
     def _loss(self, states: States, which: str) -> float:
-        """The loss of the final states, by the model's own norm and head: its layers only hand them on."""
+        """The loss of the final states, by the model's own norm and head: its layers only pass them on."""
         current: States = []
 
-        def hand_on(*args: Any, **kwargs: Any) -> Any:
-            return (current[0],) if self._returns_tuple else current[0]
+        def pass_on(*args: Any, **kwargs: Any) -> Any:
+            return (current[0],) if self._measured.tuples else current[0]
 
         def batches() -> Iterator[dict[str, Tensor]]:
             for batch, state in zip(self._measured.batches, states, strict=True):
@@ -311,7 +274,7 @@ class _Pruned:
 
         modules = list(self.view.layers)
         for module in modules:
-            module.forward = hand_on
+            module.forward = pass_on
         try:
             return mean_nll(self.view.model, batches(), which)
         finally:

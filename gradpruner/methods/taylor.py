@@ -1,7 +1,7 @@
-"""What the loss would lose with each head and channel, by its Taylor expansion in the weights.
+"""What the loss would change without each head and channel, by its Taylor expansion in the weights.
 
-Full gradients, without ever holding them: each is reduced to one number per row or column while the backward
-pass goes on, and freed.
+Gradients of all weights are never held together: during the backward pass each is reduced to one number per
+row or column and freed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from gradpruner.models.widths import WidthView
 from gradpruner.progress import Progress
 
 TAYLOR = ("param_first", "param_second", "param_mix")
-Hook = Callable[[nn.Parameter], None]
 Batch = dict[str, Tensor]
 
 
@@ -31,11 +30,11 @@ class TaylorSalience:
     |w g - 0.5 w a w| (`param_mix`). A unit's salience is the sum over its rows and columns; biases that go
     with a unit count as a further column.
 
-    Memory beyond the model and the activations of one pass: of `param_first` and `param_second` the gradient
-    of one linear, whatever the depth. The first is one pass over all samples. The second is a pass per
-    sample; since w a w is the mean of (w g)**2, no `a` is kept. In `param_mix` the absolute value stands
-    outside the sum over samples, so `a` must be there in full, in fp32: it is formed for `layers_at_once`
-    layers at a time, with a pass per sample and one over all for every such slice.
+    `param_first` takes one pass over all samples, `param_second` one per sample: w a w is the mean of
+    (w g)**2, so no `a` is kept. Beyond the model and the activations of a pass, both hold the gradient of one
+    linear, whatever the depth. In `param_mix` the absolute value stands outside the sum over samples, so `a`
+    is needed in full, in fp32: it is formed for `layers_at_once` layers at a time, by a pass per sample and
+    one over all.
 
     Args:
         view: The model.
@@ -49,15 +48,12 @@ class TaylorSalience:
         self._squares: dict[int, Tensor] = {}
 
     def measure(self, layers: Sequence[int], batch: Batch, singles: Sequence[Batch]) -> list[UnitScores]:
-        """Salience of the units of every layer given.
+        """Salience of the units of each of these layers, in their order.
 
         Args:
             layers: The layers.
             batch: All samples, with labels.
             singles: Each sample as a batch.
-
-        Returns:
-            One per layer, in the order given.
 
         Raises:
             NonFiniteError: If a gradient is NaN or infinite.
@@ -141,16 +137,16 @@ def _matrix(values: Tensor) -> Tensor:
 
 @contextmanager
 def gradients_through(view: WidthView, layers: Sequence[int], hook: Callable[..., None]) -> Iterator[None]:
-    """While it lasts, backward passes hand the gradients of some layers' linears to a hook and free them.
+    """Inside the block, backward passes give the gradients of some layers' linears to a hook and free them.
 
-    Nothing else of the model needs gradients meanwhile, so a pass also ends at the first of the layers.
-    Afterwards parameters need gradients, and have them, as before.
+    Nothing else of the model needs gradients meanwhile, so a pass ends at the first of the layers.
+    Afterwards `requires_grad` and `grad` of all parameters are as before.
 
     Args:
         view: The model.
         layers: The layers.
-        hook: Called with a parameter that has a gradient, its layer and the role of its linear; of
-            biases with those that go with a head or channel.
+        hook: Called with a parameter that has a gradient, its layer and the role of its linear. Of the
+            biases only those of heads and channels are passed.
     """
     before = [(p, p.requires_grad, p.grad) for p in view.model.parameters()]
     handles = []

@@ -23,12 +23,7 @@ BY_ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 
 @dataclass(frozen=True)
 class UnitScores:
-    """Scores of one layer's units, float64 on the CPU; higher is more important.
-
-    Attributes:
-        kv_heads_K: Of every KV head with all its query heads.
-        channels_C: Of every MLP channel.
-    """
+    """Scores of one layer's KV heads (each with its query heads) and channels, float64 on the CPU."""
 
     kv_heads_K: Tensor
     channels_C: Tensor
@@ -44,7 +39,7 @@ def unit_scores(shape: WidthShape, vectors: Mapping[str, Tensor]) -> UnitScores:
     Args:
         shape: The model's widths.
         vectors: By role of a linear ("q_proj" ...) a score for every row, of o_proj and down_proj for every
-            column. A linear that is missing adds nothing.
+            column; a missing linear adds nothing.
 
     Raises:
         NonFiniteError: If a score is NaN or infinite.
@@ -72,8 +67,8 @@ def most_important(scores: Sequence[float] | Tensor, num_keep: int) -> tuple[int
 
 def descending(scores: Sequence[float] | Tensor) -> list[int]:
     """Units from most to least important; of equal ones the lower index comes first."""
-    values = scores.tolist() if isinstance(scores, Tensor) else scores
-    return sorted(range(len(values)), key=lambda unit: (-values[unit], unit))
+    order = torch.as_tensor(scores, dtype=torch.float64).argsort(descending=True, stable=True)
+    return [int(unit) for unit in order]
 
 
 def budget_facts(view: WidthView, plan: WidthPlan, context: MethodContext) -> dict[str, Any]:
@@ -85,7 +80,7 @@ def budget_facts(view: WidthView, plan: WidthPlan, context: MethodContext) -> di
 def share_out(
     shape: WidthShape, units: Mapping[str, int], num_layers: int, num_remove: int
 ) -> tuple[int, int]:
-    """How much goes of layers that each lose the same share of their KV heads and of their channels.
+    """How much to remove from layers that each lose the same share of their KV heads and of their channels.
 
     The share is p = num_remove / (parameters of all heads and channels of these layers). Of K KV heads
     floor(p * K) go, with all their query heads; channels make up the rest, rounded to the nearest. Where the
@@ -93,13 +88,13 @@ def share_out(
 
     Args:
         shape: The model's widths.
-        units: Parameters of a "group" and a "channel", see `WidthView.unit_parameters`.
+        units: What `WidthView.unit_parameters` gives.
         num_layers: Layers that are pruned.
         num_remove: Parameters to remove from them.
 
     Returns:
-        KV heads that go from each layer; channels that go from all of them together, within half a
-        channel of `num_remove`.
+        KV heads that go from each layer; channels that go from all of them together. They meet `num_remove`
+        to half a channel.
 
     Raises:
         PlanError: If the layers do not have so many parameters to lose.

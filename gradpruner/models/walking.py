@@ -69,6 +69,7 @@ class Walk:
         start: Per batch, the states that enter layer 0, shape (samples, tokens, hidden).
         counted: Per batch, which tokens count: real, and not the first of their sample (which attention
             treats apart). Shape (samples, tokens), bool.
+        tuples: Whether the model's layers return their state in a tuple.
 
     Raises:
         DataError: If there are no samples, or only samples of one token.
@@ -86,9 +87,9 @@ class Walk:
         if not any(bool(counted.any()) for counted in self.counted):
             raise DataError("Every sample is a single token; at least two are needed.")
         with torch.no_grad():
-            is_tuple = self._prove({name: t[:PROOF_ROWS] for name, t in self.batches[0].items()})
+            self.tuples = self._prove({name: t[:PROOF_ROWS] for name, t in self.batches[0].items()})
             for batch in self.batches:
-                self._catch(batch, is_tuple)
+                self._catch(batch)
 
     @torch.no_grad()
     def layer(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
@@ -123,7 +124,7 @@ class Walk:
         decoder = getattr(model, model.base_model_prefix, model)
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
-    def _catch(self, batch: dict[str, Tensor], is_tuple: bool) -> None:
+    def _catch(self, batch: dict[str, Tensor]) -> None:
         """Records what the layers of a batch are called with, without running them."""
         calls: list[_Call] = []
         start: list[Tensor] = []
@@ -132,7 +133,7 @@ class Walk:
             state, rest, named = _split(args, kwargs)
             start.append(state)
             calls.append((rest, named))
-            return (state,) if is_tuple else state
+            return (state,) if self.tuples else state
 
         with self._replaced([forward] * self.view.num_layers):
             self._run(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ class Work:
         before = loss_before(self.job, self.source) if compares else None
         result: FinetuneResult
         model, result = self._together("train")
-        facts = result.to_dict()
+        facts = asdict(result)
         if before is not None:
             model, facts["kept"] = better_of(self.job, self.source, model, before)
         self._save(model, self.tuned, finetune=facts | {"losses": None})

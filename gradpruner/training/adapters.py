@@ -29,7 +29,7 @@ def attach_lora(
         model: The causal LM (4-bit quantised for "qlora").
         rank: LoRA r, >= 1.
         alpha: LoRA alpha.
-        dropout: LoRA dropout, in [0, 1).
+        dropout: In [0, 1).
         adapter: "lora", "rslora", "dora" or "qlora".
         only: Names of the linears that get one, such as "q_proj"; all when empty.
 
@@ -61,8 +61,8 @@ def is_4bit(model: Any) -> bool:
 class Adapters:
     """Trained adapters on their own, to be put on another model with the same linears.
 
-    Those that were trained on 4-bit weights belong on the weights these were made of: added to the 4-bit
-    ones, most of what was learned would be rounded away.
+    Adapters trained on 4-bit weights belong on the weights that were quantised: added to the 4-bit ones, most
+    of what was learned would be rounded away.
 
     Attributes:
         config: PEFT's.
@@ -81,11 +81,7 @@ class Adapters:
         return cls(model.peft_config["default"], weights)
 
     def put_on(self, model: nn.Module, *, merge: bool) -> Any:
-        """The model with them, added into its weights or beside these.
-
-        Raises:
-            ModelError: If they do not fit it.
-        """
+        """The model with the adapters, if asked merged into its weights; ModelError if they do not fit."""
         from peft import get_peft_model, set_peft_model_state_dict
 
         config = copy.deepcopy(self.config)

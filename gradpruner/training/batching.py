@@ -1,8 +1,8 @@
-"""How the samples of a batch become rows: end to end, or each in a row of its own with padding behind it.
+"""How the samples of a batch become rows: end to end, or each in its own row with padding behind it.
 
 Packing is only another layout of the same batch. Samples stand end to end, positions start at 0 in each, and
 attention stays inside each, so losses and gradients are those of padded rows. transformers builds such masks
-from the positions, for the models whose code hands them on; `packing_fault` finds out which do.
+from the positions, if the model's code passes them on; `packing_fault` finds out whether it does.
 """
 
 from __future__ import annotations
@@ -32,14 +32,11 @@ _ROUNDING = {"float32": 1e-4, "16 bits": 0.125}
 
 
 def spread(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
-    """Samples spread over rows as evenly as the greedy rule does: the next longest to the emptiest row.
+    """Samples spread over rows, for every row their indices: the next longest goes to the emptiest row.
 
     Args:
-        lengths: Tokens of every sample.
-        num_rows: Rows, between 1 and the number of samples.
-
-    Returns:
-        For every row the indices of its samples. Equal lengths keep their order.
+        lengths: Tokens of every sample; equal ones keep their order.
+        num_rows: Between 1 and the number of samples.
 
     Source: Graham, Bounds on multiprocessing timing anomalies, 1969 (longest processing time first).
     """
@@ -61,7 +58,7 @@ def choose_rows(lengths: Sequence[int], attention_tokens: float = math.inf) -> l
             that work on masked places too; infinite for those that do not, which get one row.
 
     Returns:
-        For every row the indices of its samples.
+        As `spread`.
     """
     best, least = [list(range(len(lengths)))], math.inf
     for num_rows in range(1, len(lengths) + 1):
@@ -82,13 +79,13 @@ def lay_out(
 
     Args:
         samples: `input_ids` and `labels`.
-        rows: For every row the indices of its samples.
-        pad_token_id: Fills the beginning of shorter rows, as a sample of its own. The answers that end rows
-            stand in the same columns then, which is what the window of logits counts.
+        rows: As `spread` gives them.
+        pad_token_id: Fills the beginning of shorter rows, as a sample of its own, so that answers at the end
+            of rows stand in the same columns and the window of logits is small.
 
     Returns:
-        `input_ids`, `position_ids`, `labels`, each (rows, width), int64, and `padding`, the number of places
-        that are; then row and first column of every sample. The first label of a sample is `IGNORED`: it
+        `input_ids`, `position_ids`, `labels`, each (rows, width), int64, and `padding`, the number of padded
+        places; then row and first column of every sample. The first label of a sample is `IGNORED`: it
         would be predicted from the sample before.
     """
     width = max(sum(len(samples[i]["input_ids"]) for i in row) for row in rows)
@@ -113,18 +110,13 @@ def lay_out(
 
 
 class PackedCollator:
-    """Lays the samples of a batch end to end; for models in which `packing_fault` finds none.
-
-    Args:
-        attention_tokens: As for `choose_rows`.
-        pad_token_id: Fills what is left of a row.
-    """
+    """Lays the samples of a batch end to end; for models without a `packing_fault`."""
 
     def __init__(self, attention_tokens: float, pad_token_id: int = 0) -> None:
         self.attention_tokens, self.pad_token_id = attention_tokens, pad_token_id
 
     def __call__(self, features: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Returns the batch of `lay_out`."""
+        """The batch of `lay_out`."""
         rows = choose_rows([len(feature["input_ids"]) for feature in features], self.attention_tokens)
         return lay_out(features, rows, self.pad_token_id)[0]
 
@@ -134,11 +126,6 @@ class LengthGroups(Sampler[int]):
 
     The Trainer's own sampler draws from the global generator, so that a resumed run would see other
     samples than the interrupted one would have.
-
-    Args:
-        lengths: Tokens of every sample.
-        group: Samples per optimizer step.
-        seed: Seed of the order.
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
@@ -157,14 +144,9 @@ class LengthGroups(Sampler[int]):
 
 
 def attention_tokens(config: Any) -> float:
-    """Length of a row at which attention costs as much as the linears; see `choose_rows`.
-
-    Args:
-        config: The config of a loaded model.
-    """
-    if "flash" in str(
-        getattr(config, "_attn_implementation", "")
-    ):  # no work between samples, and one row only
+    """Length of a row at which attention costs as much as the linears, by the config of a loaded model."""
+    # Flash attention does no work between samples, and takes one row only.
+    if "flash" in str(getattr(config, "_attn_implementation", "")):
         return math.inf
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return float(_LINEAR_TO_ATTENTION * text.hidden_size)
@@ -177,15 +159,15 @@ def packing_fault(
 ) -> str:
     """Why samples must not be packed for this model, found by trying; "" if they may be.
 
-    States that run along a row (Mamba, linear attention, convolutions), biases by distance in the row
-    (ALiBi), positions counted from the mask, and code that forgets to hand positions on to the mask all
-    make packed samples something else. Four pieces of the data, 36 tokens, go through the model padded,
+    Packing changes the results of models with states that run along a row (Mamba, linear attention,
+    convolutions), biases by distance in the row (ALiBi), positions counted from the mask, or code that does
+    not pass positions on to the mask. Four pieces of the data, 36 tokens, go through the model padded,
     packed, and packed with one piece exchanged. The likelihoods of tokens must be the same packed as
-    padded, up to rounding, and those of the other pieces must not feel the exchange, up to what another
-    layout does to them anyway (nothing, or the last bits).
+    padded, up to rounding, and the exchange must not change those of the other pieces, up to what another
+    layout changes anyway (nothing, or the last bits).
 
-    The pieces are shorter than the attention windows of most models. That is left to transformers: one piece
-    of code lays windows and samples over each other, at any length.
+    The pieces are shorter than the attention windows of most models. For longer ones this relies on
+    transformers, where one piece of code combines windows and samples at any length.
 
     Args:
         model: The causal LM, on the device it will train on.
@@ -200,10 +182,10 @@ def packing_fault(
     model.eval()
     try:
         with torch.no_grad(), computing():
-            alone = _padded_likelihoods(model, trial[:1])
-            padded = _padded_likelihoods(model, trial)
-            packed = _packed_likelihoods(model, trial, rows)
-            other = _packed_likelihoods(model, exchanged, rows)
+            alone = _likelihoods(model, trial[:1])
+            padded = _likelihoods(model, trial)
+            packed = _likelihoods(model, trial, rows)
+            other = _likelihoods(model, exchanged, rows)
             exact = not torch.is_autocast_enabled(padded[0].device.type)
     except Exception as error:  # models raise what they like on rows they were not written for
         return f"this model does not take packed rows: {type(error).__name__}"
@@ -217,26 +199,15 @@ def packing_fault(
     return "" if same and independent else "packing changes what this model computes"
 
 
-def _padded_likelihoods(model: nn.Module, pieces: list[list[int]]) -> list[Tensor]:
-    batch = Collator()([{"input_ids": piece, "labels": piece} for piece in pieces])
-    return _likelihoods(model, pieces, [(i, 0) for i in range(len(pieces))], batch, "attention_mask")
-
-
-def _packed_likelihoods(
-    model: nn.Module, pieces: list[list[int]], rows: Sequence[Sequence[int]]
-) -> list[Tensor]:
-    batch, places = lay_out([{"input_ids": piece, "labels": piece} for piece in pieces], rows)
-    return _likelihoods(model, pieces, places, batch, "position_ids")
-
-
 def _likelihoods(
-    model: nn.Module,
-    pieces: list[list[int]],
-    places: list[tuple[int, int]],
-    batch: dict[str, Tensor],
-    layout: str,
+    model: nn.Module, pieces: list[list[int]], rows: Sequence[Sequence[int]] | None = None
 ) -> list[Tensor]:
-    """Log-likelihood of every token but the first of every piece."""
+    """Log-likelihood of every token but the first of every piece, packed into rows; None: padded."""
+    samples = [{"input_ids": piece, "labels": piece} for piece in pieces]
+    if rows is None:
+        batch, places, layout = Collator()(samples), [(i, 0) for i in range(len(pieces))], "attention_mask"
+    else:
+        (batch, places), layout = lay_out(samples, rows), "position_ids"
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", layout)}
     logits = model(**inputs, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""What looks on while a Trainer trains: progress, a guard against NaN, and what must be undone afterwards."""
+"""Callbacks of a Trainer: progress, a guard against NaN, and a base for those that must undo something."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradpruner.progress import Progress
 
 
 class ClosingCallback(TrainerCallback):
-    """Changes a model for as long as it trains, and changes it back however training ends.
+    """Changes a model while it trains, and changes it back however training ends.
 
     The Trainer tells no callback that it failed; `CausalTrainer` calls `close` in that case too.
     """
@@ -64,10 +64,10 @@ class ProgressCallback(ClosingCallback):
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Ends training at the first NaN or Inf; the Trainer itself would go on and save the damage.
+    """Ends training at the first NaN or Inf; the Trainer itself would go on and save damaged weights.
 
-    Gradients are looked at before the optimizer uses them, so no checkpoint is ever written with
-    damaged weights. That costs one pass over the gradients per optimizer step.
+    Gradients are checked before the optimizer uses them, so no checkpoint has damaged weights. That costs
+    one pass over the gradients per optimizer step.
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What fine-tuning asks for and this machine or its packages cannot do: said before a model is loaded."""
+"""Checks that this machine and its packages can do what fine-tuning asks for, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradpruner.training.sharding import accelerate_shards
 
 
 def check_trackers(report_to: str | Sequence[str]) -> None:
-    """Raises ConfigError for a tracker that is unknown or not installed, before anything is trained."""
+    """Raises ConfigError for a tracker that is unknown or not installed."""
     from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
     asked = [report_to] if isinstance(report_to, str) else list(report_to)
@@ -34,7 +34,7 @@ def check_trackers(report_to: str | Sequence[str]) -> None:
 
 
 def check_liger(device: str = "auto") -> None:
-    """Raises ConfigError where Liger's kernels cannot run, before anything is trained."""
+    """Raises ConfigError where Liger's kernels cannot run."""
     if device == "cpu" or not torch.cuda.is_available():
         raise ConfigError("finetune.liger needs a GPU.", hint="Leave it out; nothing else changes.")
     if find_spec("liger_kernel") is None:
@@ -59,13 +59,7 @@ def check_optimizer(name: str) -> None:
 
 
 def check_4bit(key: str, fsdp: Any, deepspeed: str | None) -> None:
-    """Raises ConfigError where weights cannot be held in 4 bits.
-
-    Args:
-        key: The recipe key that says qlora.
-        fsdp: As in `FinetuneSection`.
-        deepspeed: Likewise.
-    """
+    """Raises ConfigError where weights cannot be held in 4 bits; `key` is the recipe key that says qlora."""
     check_bitsandbytes(f"{key}: qlora")
     for name, asked in {"DeepSpeed": deepspeed, "FSDP": fsdp or accelerate_shards()}.items():
         if asked:

@@ -1,12 +1,13 @@
 """Distillation on its own: a pruned model learns to predict what the dense one predicts.
 
-While fine-tuning, a teacher is given to `finetuning.finetune`; the loss of both is that of `teacher.py`.
+To learn from a teacher while fine-tuning, give one to `finetuning.finetune`; both losses are in `teacher`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +41,8 @@ def distil(
 ) -> dict[str, Any]:
     """Trains every weight of a student on its teacher's logits, in place.
 
-    A student in 16 bits is trained in float32, for AdamW's updates are below its resolution, and gets its
-    number format back. A training step costs that of a plain one and the teacher's forward pass.
+    A student in 16 bits is trained in float32, because AdamW's updates are below its resolution, and gets its
+    number format back. A training step costs a plain one and the teacher's forward pass.
 
     Args:
         student: The causal LM to train.
@@ -49,7 +50,7 @@ def distil(
         samples: Encoded samples with `input_ids` and `labels`.
         options: How, see `finetune`. A cosine leads down from the learning rate, to a tenth of it if
             `final_learning_rate` is None; a `warmup` of None is 100 steps, but at most a tenth of all.
-        collator: Makes batches.
+        collator: Makes padded batches.
         temperature: See `distillation_loss`.
         tokens: Where the student learns: at "all" real tokens, or those of the "answers" alone.
         checkpoints: As for `finetune`.
@@ -91,7 +92,7 @@ def distil(
         )
     student.eval()
     facts = {"losses": list(result.losses), "temperature": temperature, "learned_tokens": tokens}
-    return result.to_dict() | facts
+    return asdict(result) | facts
 
 
 def _learned(samples: Sequence[dict[str, list[int]]], tokens: str) -> list[dict[str, list[int]]]:
@@ -113,7 +114,7 @@ def _learned(samples: Sequence[dict[str, list[int]]], tokens: str) -> list[dict[
 
 @contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """While it lasts, 16-bit parameters are float32; buffers stay what they are."""
+    """Inside the block, 16-bit parameters are float32; buffers stay what they are."""
     # Parameter by parameter, because model.to() would round the angles of the positions too.
     halves = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     for parameter, _ in halves:

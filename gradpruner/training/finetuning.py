@@ -6,7 +6,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ _RECOMPUTE = "activation_checkpointing"
 def training_arguments(
     options: FinetuneOptions, output: str | Path | None = None, logging_steps: int = 1
 ) -> TrainingArguments:
-    """Our options as the Trainer's, with nothing it does by default that surprises here.
+    """Our options as the Trainer's, without its surprising defaults.
 
     Args:
-        options: What is to be done.
+        options: Its learning rate is given, see `with_rate`.
         output: Folder for checkpoints; None writes none.
         logging_steps: Interval of loss values.
     """
@@ -85,7 +85,7 @@ def training_arguments(
 
 
 def _checkpointing(options: FinetuneOptions) -> dict[str, Any]:
-    """Whether activations are recomputed, and where what is kept of them waits."""
+    """Whether activations are recomputed, and where those that are kept wait for the backward pass."""
     kind = options.gradient_checkpointing
     check_checkpointing(kind, options.device)
     recompute = _RECOMPUTE if _new_recompute() else "gradient_checkpointing"
@@ -99,7 +99,7 @@ def _new_recompute() -> bool:
 
 
 def check_checkpointing(kind: bool | str, device: str = "auto") -> None:
-    """Raises ConfigError where what is kept of the activations cannot wait on the host."""
+    """Raises ConfigError where kept activations cannot be offloaded to the host."""
     if kind != "offload":
         return
     if device == "cpu" or not torch.accelerator.is_available():
@@ -116,7 +116,7 @@ def check_checkpointing(kind: bool | str, device: str = "auto") -> None:
 
 
 def _sharding(options: FinetuneOptions) -> dict[str, Any]:
-    """How the Trainer spreads the model over processes; plain data parallelism needs no word."""
+    """How the Trainer spreads the model over processes; nothing for plain data parallelism."""
     if options.deepspeed:
         return {"deepspeed": options.deepspeed}
     if not options.fsdp:
@@ -146,11 +146,11 @@ class FinetuneResult:
         peak_memory_bytes: Peak during training: device memory on CUDA, resident memory on CPU.
         trainable_parameters: Parameters with a gradient.
         tokens: Input tokens seen, padding not counted.
-        batching: "packed", "grouped" or "padded", with the reason where packing was asked for in vain.
+        batching: "packed", "grouped" or "padded", with the reason where packing was wanted but not possible.
         padding_fraction: Share of the computed token positions that were padding, in [0, 1]; measured.
-        resumed_from: Step of the checkpoint training went on from; 0 for a fresh start.
-        measured_from: Step behind which `seconds` and `padding_fraction` count; above 0 where it is not known
-            what was before.
+        resumed_from: Step of the checkpoint that training resumed from; 0 for a fresh start.
+        measured_from: `seconds` and `padding_fraction` leave out the steps up to this one; above 0 where an
+            interrupted start left no figures.
     """
 
     mode: str
@@ -164,10 +164,6 @@ class FinetuneResult:
     padding_fraction: float = 0.0
     resumed_from: int = 0
     measured_from: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
 
 def planned_steps(num_samples: int, options: FinetuneSection) -> int:
@@ -201,11 +197,11 @@ def finetune(
             weight decay 0.1, warm-up 0.03, and at 8 B a learning rate of 1e-5 (`rates.default_rate`).
         collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.
         teacher: A causal LM of the same vocabulary to learn from besides the labels. It is put into
-            evaluation mode and moved to the device that trains; its weights stay as they are. A step costs
-            its forward pass more.
-        distillation: How labels and teacher are weighed; None takes `DistillationOptions()`.
+            evaluation mode and moved to the device that trains; its weights stay as they are. Every step
+            costs an extra forward pass of it.
+        distillation: How labels and teacher are weighted; None takes `DistillationOptions()`.
         checkpoints: Folder for checkpoints, every `options.save_steps` steps; an interrupted run there is
-            taken up again. None writes none.
+            resumed. None writes none.
         description: Name for the progress bar.
         callbacks: Further Trainer callbacks; a `ClosingCallback` is closed also when training fails.
         **changes: Single options, such as learning_rate=1e-3.
@@ -262,11 +258,11 @@ def finetune(
         batching=options.batching,
         callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
     )
-    # One process looks: it removes what is broken.
+    # One process looks, because looking removes broken checkpoints.
     found = this_world().agreed(
         lambda: latest_complete_checkpoint(Path(checkpoints), trainer.sharding) if checkpoints else None
     )
-    result = run_trainer(trainer, options.mode, found)
+    result = _train(trainer, options.mode, found)
     make_whole_(trained, trainer.deepspeed)
     if options.mode == "lora" and options.merge_adapter:
         trained = trained.merge_and_unload()
@@ -304,14 +300,8 @@ def _check_trainable(model: nn.Module, mode: str) -> None:
         )
 
 
-def run_trainer(trainer: CausalTrainer, mode: str, checkpoint: Path | None = None) -> FinetuneResult:
-    """Trains, and says how it went.
-
-    Args:
-        trainer: What is to be run.
-        mode: "full", "lora" or "qlora", for the result.
-        checkpoint: Where to go on from; None begins anew.
-    """
+def _train(trainer: CausalTrainer, mode: str, checkpoint: Path | None) -> FinetuneResult:
+    """Trains from a checkpoint on, or anew, and says how it went."""
     if checkpoint is not None:
         log.info("Going on from %s.", checkpoint)
     resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

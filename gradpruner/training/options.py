@@ -1,6 +1,6 @@
 """Options of recording, fine-tuning and distillation: sections of the recipe, and what a run adds to them.
 
-The same objects travel from the recipe through methods to the Trainer, so every default is said once.
+The same objects go from the recipe through methods to the Trainer, so every default is defined once.
 Importing this module imports no torch.
 """
 
@@ -16,15 +16,9 @@ T = TypeVar("T", bound=BaseModel)
 
 
 def validated(kind: type[T], raw: dict[str, Any], where: str = "") -> T:
-    """Options made of plain values.
+    """Options made of plain values, the rest at defaults; ConfigError if one is unknown or not allowed.
 
-    Args:
-        kind: Which options.
-        raw: Values by name; the rest stays at its default.
-        where: What their names begin with in messages: "methods.laco.".
-
-    Raises:
-        ConfigError: If one is unknown or not allowed.
+    In messages their names begin with `where`: "methods.laco.".
     """
     try:
         return kind.model_validate(raw)
@@ -75,7 +69,7 @@ class RecordSection(Section):
 
 
 class RecordOptions(RecordSection):
-    """What `record_gradients` is told: the recipe's section, and what belongs to a run."""
+    """The options of `record_gradients`: the recipe's section, and what belongs to a run."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast precision, as in `FinetuneSection`."""
@@ -150,7 +144,7 @@ class FinetuneSection(Section):
 
 
 class FinetuneOptions(FinetuneSection):
-    """What `finetune` is told: the recipe's section, and what belongs to a run."""
+    """The options of `finetune`: the recipe's section, and what belongs to a run."""
 
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps instead of epochs."""
@@ -165,18 +159,18 @@ class FinetuneOptions(FinetuneSection):
 
 
 class DistillationOptions(Section):
-    """What the loss of a student is made of.
+    """The terms of a student's loss.
 
     With T the temperature, p the teacher's distribution at T and q the student's,
 
         loss = ce * mean -log q(label) + answers * T^2 mean KL(p || q) + prompts * T^2 mean KL(p || q).
 
     The first two means are over the answer tokens of an optimizer step, those with a label (the cross entropy
-    knows no temperature); the third is over its prompt tokens, which are all others but padding and the first
-    of every sample: that one is predicted from nothing. The weights need not add up to 1.
+    is without temperature); the third is over its prompt tokens, which are all others but padding and the
+    first of every sample, which is predicted from nothing. The weights need not add up to 1.
 
     Source: Distilling the Knowledge in a Neural Network (Hinton et al., 2015), section 2, for soft and hard
-    targets together and for T^2. That prompt tokens have a weight of their own is this project's.
+    targets together and for T^2. The weight of prompt tokens is this project's own.
     """
 
     ce: float = Field(default=0.3, ge=0)

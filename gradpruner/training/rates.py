@@ -1,4 +1,4 @@
-"""Learning rates: what is taken where none is given, by the size of the model and by what is trained.
+"""Default learning rates, by the size of the model and by what is trained; and a search for the best one.
 
 Smaller models need higher rates. For full fine-tuning the default is the paper's rate at 8 B, carried to
 other sizes by the power of the published Step Law; for LoRA it is ten times that at 8 B and rises with the
@@ -27,11 +27,7 @@ _MOST_RATES = 12
 
 
 def default_rate(parameters: int, mode: str) -> float:
-    """The learning rate for a model where none is given, to one digit.
-
-    Args:
-        parameters: Of the decoder layers; embeddings and head do not count.
-        mode: "full", "lora" or "qlora", which is taken for LoRA.
+    """The default learning rate by the number of decoder parameters, without embeddings and head; one digit.
 
     Source: GradPruner, C.2 (1e-5 at 8 B). The power is that of N in Step Law (Li et al., 2025,
         arXiv:2503.04715); ten times for LoRA is what LoRA Without Regret (Schulman et al., 2025) finds.
@@ -42,13 +38,13 @@ def default_rate(parameters: int, mode: str) -> float:
 
 
 def told(parameters: int, mode: str) -> str:
-    """Where the default rate comes from, for people."""
+    """Where the default rate comes from, in words."""
     what = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[mode]
     return f"the default for {what} of {in_millions(parameters)} decoder parameters"
 
 
 def in_millions(count: int) -> str:
-    """A number of parameters as people say it: 7.0 B, 106 M, 0.4 M."""
+    """A number of parameters in words: 7.0 B, 106 M, 0.4 M."""
     if count >= 1e9:
         return f"{count / 1e9:.1f} B"
     return f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count / 1e6:.1f} M"
@@ -66,8 +62,8 @@ def best_rate(losses: dict[float, float], loss_at: Callable[[float], float]) -> 
     """The rate with the lowest loss; doubled or halved until the best one has a worse one on either side.
 
     Args:
-        losses: Of the rates to begin with, at least one; infinite where training did not stay finite. Those
-            that are tried come to it.
+        losses: Rate -> loss of at least one rate, infinite where training did not stay finite; rates that
+            are tried are added.
         loss_at: Trains and measures at a rate.
 
     Raises:

@@ -61,7 +61,7 @@ class GradientRecorder(ClosingCallback):
     leave the model when recording ends or fails; after a training that failed elsewhere, call `close`.
 
     Memory: layer energies are kilobytes. Factors are float32 on the host, 4 * rank * (in + out) bytes
-    for each linear and step; with a `folder` they go to disk and at most two steps' worth is in memory.
+    for each linear and step; with a `folder` they go to disk and at most those of two steps are in memory.
     Nothing stays on the training device.
 
     Args:
@@ -110,11 +110,7 @@ class GradientRecorder(ClosingCallback):
 
     @property
     def trace(self) -> GradientTrace:
-        """The finished trace.
-
-        Raises:
-            ConfigError: If nothing has been recorded yet.
-        """
+        """The finished trace; ConfigError if nothing has been recorded yet."""
         if self._trace is None:
             raise ConfigError("Nothing has been recorded yet.", hint="Call trainer.train() first.")
         return self._trace
@@ -122,7 +118,7 @@ class GradientRecorder(ClosingCallback):
     # -- Trainer events ----------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finds the LoRA linears of every decoder layer, and puts a hook on the layer."""
+        """Finds the LoRA linears of every decoder layer, and hooks the layers for their gates."""
         if self._trace is not None:  # a second train() of the same Trainer goes unrecorded
             return
         model = kwargs["model"]
@@ -153,11 +149,11 @@ class GradientRecorder(ClosingCallback):
         weakref.finalize(self, self._gates.close)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Takes in the gradients of this optimizer step."""
+        """Records the gradients of this optimizer step."""
         if self._writer is None or self._trace is not None:
             return
         try:
-            self._take_in(self._writer, state.global_step + 1, kwargs.get("optimizer"), control)
+            self._record(self._writer, state.global_step + 1, kwargs.get("optimizer"), control)
         except BaseException:
             self.close()
             raise
@@ -178,12 +174,12 @@ class GradientRecorder(ClosingCallback):
         self._finish()
 
     def close(self) -> None:
-        """Takes the hooks off the model; what was recorded stays."""
+        """Removes the hooks from the model; what was recorded stays."""
         self._gates.close()
 
     # ------------------------------------------------------------------------------------------------
 
-    def _take_in(self, writer: TraceWriter, step: int, optimizer: Any, control: Any) -> None:
+    def _record(self, writer: TraceWriter, step: int, optimizer: Any, control: Any) -> None:
         gates_EL = self._gates.step(loss_scale(optimizer))
         if unscale(optimizer):
             self._meet_overflow(step)
@@ -245,7 +241,7 @@ class GradientRecorder(ClosingCallback):
 
 
 def _check_folder(folder: Path) -> Path:
-    """Refuses a folder with anything but what a killed recording left."""
+    """The folder; ConfigError if it holds anything but what an interrupted recording left."""
     if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {"factors"}:
         raise ConfigError(
             f"The trace folder {folder} is not empty.",
@@ -327,39 +323,28 @@ def record_gradients(
 
 @contextmanager
 def _adapters(model: nn.Module, options: RecordOptions) -> Iterator[Any]:
-    """The model with LoRA for the length of the block; afterwards it is as it was, whatever happened."""
-    before = _state_of(model)
+    """The model with LoRA inside the block; afterwards it is as it was, also after an error."""
+    # PEFT, its preparation for quantised training, and the Trainer change these.
+    config: Any = model.config
+    training, use_cache = model.training, bool(getattr(config, "use_cache", True))
+    before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     peft_model = attach_lora(model, **options.model_dump(include={"rank", "alpha", "dropout", "adapter"}))
     try:
         yield peft_model
     finally:
         peft_model.unload()
-        _restore(model, before, bool(options.gradient_checkpointing))
-
-
-def _state_of(model: nn.Module) -> tuple[bool, bool, dict[str, tuple[bool, Any]]]:
-    """What PEFT, its preparation for quantised training, and the Trainer change in a model."""
-    config: Any = model.config
-    parameters = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
-    return model.training, bool(getattr(config, "use_cache", True)), parameters
-
-
-def _restore(
-    model: nn.Module, state: tuple[bool, bool, dict[str, tuple[bool, Any]]], checkpointed: bool
-) -> None:
-    training, use_cache, parameters = state
-    # Named gradient_checkpointing_disable before transformers 5.23.
-    uncheckpoint: Any = getattr(model, "activation_checkpointing_disable", None) or getattr(
-        model, "gradient_checkpointing_disable", None
-    )
-    if checkpointed and uncheckpoint is not None:
-        uncheckpoint()
-    if hasattr(model, "peft_config"):  # older PEFT leaves it behind
-        del model.peft_config
-    for name, parameter in model.named_parameters():
-        requires_grad, dtype = parameters[name]
-        parameter.requires_grad_(requires_grad)
-        if parameter.dtype != dtype:
-            parameter.data = parameter.data.to(dtype)
-    model.config.use_cache = use_cache  # type: ignore[union-attr]
-    model.train(training)
+        # Named gradient_checkpointing_disable before transformers 5.23.
+        uncheckpoint: Any = getattr(model, "activation_checkpointing_disable", None) or getattr(
+            model, "gradient_checkpointing_disable", None
+        )
+        if options.gradient_checkpointing and uncheckpoint is not None:
+            uncheckpoint()
+        if hasattr(model, "peft_config"):  # older PEFT leaves it behind
+            del model.peft_config
+        for name, parameter in model.named_parameters():
+            requires_grad, dtype = before[name]
+            parameter.requires_grad_(requires_grad)
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
+        config.use_cache = use_cache
+        model.train(training)

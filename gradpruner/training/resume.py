@@ -1,4 +1,4 @@
-"""Which Trainer checkpoint an interrupted fine-tuning can go on from."""
+"""Which Trainer checkpoint an interrupted fine-tuning can resume from."""
 
 from __future__ import annotations
 
@@ -24,21 +24,17 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 @dataclass(frozen=True)
 class Tally:
-    """What was counted of a training up to a checkpoint, over all its starts.
-
-    Attributes:
-        seconds: Wall time.
-        places: Token positions computed.
-        padding: How many of them were padding.
-    """
+    """What was counted of a training up to a checkpoint, over all its starts."""
 
     seconds: float
     places: int
+    """Token positions computed."""
     padding: int
+    """How many of them were padding."""
 
 
 def tally_of(checkpoint: Path) -> Tally | None:
-    """What was counted up to a checkpoint; None where it does not say (it was written by another program)."""
+    """What was counted up to a checkpoint; None if another program wrote it."""
     try:
         raw = read_json(checkpoint / "trainer_state.json", "checkpoint")
         found = typed(raw["stateful_callbacks"][TALLY]["attributes"], Tally, str(checkpoint))
@@ -55,7 +51,7 @@ def latest_complete_checkpoint(folder: Path, sharding: str = "") -> Path | None:
 
     Args:
         folder: Where they are.
-        sharding: What spreads the weights, and writes them its own way: "fsdp" or "deepspeed"; "" if nothing.
+        sharding: "fsdp" or "deepspeed", which write weights in their own formats; "" if neither was used.
     """
     steps = [int(found[1]) for p in folder.glob("checkpoint-*") if (found := _CHECKPOINT.match(p.name))]
     for candidate in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
@@ -100,7 +96,7 @@ def _checkpoint_fault(folder: Path, sharding: str = "") -> str | None:
 
 
 def _has_shards(folder: Path, sharding: str) -> bool:
-    """Whether weights and optimizer of a sharded training are there, as whole as can be told."""
+    """Whether the files with weights and optimizer of a sharded training are there."""
     if sharding == "deepspeed":
         latest = folder / "latest"  # written last: names the folder with the states of every process
         return latest.is_file() and any((folder / latest.read_text().strip()).glob("*optim_states.pt"))

@@ -55,8 +55,8 @@ def check_world_size(rows: int, batch_sizes: Mapping[str, int]) -> None:
     """Raises ConfigError where a step of all processes would read more training rows than there are.
 
     Args:
-        rows: Training rows.
-        batch_sizes: Rows that one process reads in a step, by the recipe key that says so.
+        rows: Number of training rows.
+        batch_sizes: Recipe key -> rows that one process reads in a step.
     """
     size = this_world().size
     for key, batch_size in batch_sizes.items():
@@ -84,11 +84,6 @@ def _check_deepspeed(path: Path) -> None:
         )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only parts of the weights."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters())
-
-
 def num_trainable(model: nn.Module) -> int:
     """Parameters that are trained, those of all processes (ZeRO 3 leaves tensors empty)."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -102,9 +97,9 @@ def make_whole_(model: nn.Module, engine: Any = None) -> None:
 
     Args:
         model: What was trained.
-        engine: DeepSpeed's, which is then of no use any more.
+        engine: DeepSpeed's; it is destroyed.
     """
-    if is_sharded(model):
+    if any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters()):
         gathered: dict[int, nn.Parameter] = {}
         for module in model.modules():
             # DeepSpeed's own mapping gathers what is looked up in it.
@@ -137,7 +132,7 @@ def _whole(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _leave_deepspeed(engine: Any) -> None:
-    """Lets go of what DeepSpeed keeps for the whole process: models loaded later would be sharded too."""
+    """Removes what DeepSpeed keeps for the whole process: models loaded later would be sharded too."""
     engine.destroy()
     import_module("transformers.integrations.deepspeed").unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

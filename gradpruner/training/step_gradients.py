@@ -1,4 +1,4 @@
-"""Reading gradients at the moment before an optimizer step: un-scaled, whole, whoever trains."""
+"""Gradients just before an optimizer step, un-scaled and gathered, for any Trainer."""
 
 from __future__ import annotations
 
@@ -27,10 +27,7 @@ def unscale(optimizer: Any) -> bool:
 
 
 def loss_scale(optimizer: Any) -> float:
-    """What the fp16 scaler multiplied this step's losses with; 1 where there is none.
-
-    DeepSpeed's optimizers scale by themselves and say by how much.
-    """
+    """The factor of the fp16 scaler, or of a DeepSpeed optimizer, on this step's losses; 1 without one."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None and scaler.is_enabled():
         return float(scaler.get_scale())
@@ -38,11 +35,7 @@ def loss_scale(optimizer: Any) -> float:
 
 
 def full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
-    """The whole, reduced gradient of one LoRA weight.
-
-    Raises:
-        ModelError: If there is none.
-    """
+    """The gathered, reduced gradient of one LoRA weight; ModelError if there is none."""
     grad = weight.grad
     if grad is None:
         raise ModelError(

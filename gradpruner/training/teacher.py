@@ -19,9 +19,9 @@ from gradpruner.training.options import DistillationOptions
 from gradpruner.training.trainer import CausalTrainer, answer_window
 
 PROMPT = -101
-"""Label of a prompt token whose distribution the student takes over from its teacher."""
+"""Label of a prompt token whose distribution the student learns from its teacher."""
 
-# Entries of the logits of which both distributions exist at a time, in fp32: 64 MB each.
+# Entries of the logits whose two distributions exist at a time, in fp32: 64 MB each.
 _CHUNK = 2**24
 
 
@@ -30,12 +30,7 @@ ANSWERS_ALONE = DistillationOptions(ce=0, answers=1, prompts=0)
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
-    """Refuses a teacher that cannot teach this student.
-
-    Raises:
-        ShapeError: If their vocabularies differ in size.
-        ConfigError: If they share weights, which would make the teacher change while it teaches.
-    """
+    """Raises ShapeError if the vocabularies differ in size, ConfigError if the models share weights."""
     models: list[Any] = [unwrap(teacher), unwrap(student)]
     theirs, ours = (model.config.get_text_config().vocab_size for model in models)
     if theirs != ours:
@@ -61,8 +56,8 @@ def distillation_loss(
     """`T^2 / n * sum over positions of c * sum_v p_v (log p_v - log q_v)`: KL(p || q).
 
     p is `softmax(teacher / T)`, q `softmax(student / T)`; T^2 keeps the size of gradients the same for every
-    temperature. Computed in fp32 (in fp64 for fp64 logits), a chunk of positions at a time; the gradient,
-    whose form is known, is formed on the way. So memory beyond the logits is one tensor like the student's.
+    temperature. Computed in fp32 (in fp64 for fp64 logits), a chunk of positions at a time, together with the
+    gradient, which has a closed form. So memory beyond the logits is one tensor like the student's.
 
     Args:
         student_logits: Shape (..., vocabulary).
@@ -131,11 +126,11 @@ class _Divergence(torch.autograd.Function):
 
 
 class DistillationTrainer(CausalTrainer):
-    """A `CausalTrainer` whose loss also, or only, says how far the student is from a teacher.
+    """A `CausalTrainer` with the loss of `DistillationOptions`.
 
     Logits of student and teacher are computed only where a counted token is predicted, whatever the batch's
     layout: at answer tokens, and at prompt tokens if those have a weight. In the log, `loss` is the whole
-    loss and `ce` its cross entropy alone, unweighted, if that has a weight.
+    loss and `ce` the cross entropy alone, unweighted, if that has a weight.
 
     Args:
         teacher: Gives the logits to learn: a model, which is put into evaluation mode and moved to the device
@@ -165,7 +160,7 @@ class DistillationTrainer(CausalTrainer):
         return fault
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of an optimizer step and how many answer tokens they have; counts prompt tokens too."""
+        """The batches of an optimizer step and their number of answer tokens; counts prompt tokens too."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batches:
@@ -183,7 +178,7 @@ class DistillationTrainer(CausalTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Asks the teacher first; the rest is the Trainer's way with a loss of one's own."""
+        """Asks the teacher first; then the Trainer calls `_loss`."""
         inputs = {**inputs, "use_cache": False}
         seen = {name: value for name, value in inputs.items() if name not in ("labels", "padding")}
         if self._windowed:
@@ -234,8 +229,8 @@ class DistillationTrainer(CausalTrainer):
 
 
 def _with_prompts_marked(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples with `PROMPT` as the label of every token that had none, but for the first."""
-    # Said by labels, it holds in every layout: a collator knows what is padding and where a sample begins.
+    """The samples with `PROMPT` as the label of every token that had none, except the first."""
+    # As labels they work in every layout: the collator knows what is padding and where a sample begins.
     return [
         sample
         | {"labels": [IGNORED, *(PROMPT if label == IGNORED else label for label in sample["labels"][1:])]}
@@ -244,13 +239,13 @@ def _with_prompts_marked(samples: Iterable[dict[str, Any]]) -> list[dict[str, An
 
 
 def _kinds(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where answer and where prompt tokens are predicted: two times (rows, tokens - 1), bool."""
+    """Where answer and where prompt tokens are predicted: two bool tensors of shape (rows, tokens - 1)."""
     targets = labels[:, 1:]
     return targets >= 0, targets == PROMPT
 
 
 def _count(marked: Tensor, of_step: Any) -> Any:
-    """The number of tokens a mean is over, at least 1: those of the whole step if it is known."""
+    """The number of tokens of a mean, at least 1: those of the whole step if that is known."""
     count = marked.sum() if of_step is None else torch.as_tensor(of_step)
     return count.clamp_min(1)
 

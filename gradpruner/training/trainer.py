@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that computes little that is thrown away."""
+"""A `transformers.Trainer` that computes logits only where something is learned."""
 
 from __future__ import annotations
 
@@ -23,24 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class CausalTrainer(Trainer):
-    """A Trainer that computes little that is thrown away: logits of learned tokens only, and packed rows.
+    """A Trainer that saves work with the same loss: logits of learned tokens only, and packed rows.
 
-    With the loss on answer tokens alone, most rows of the (tokens, vocabulary) logits are thrown
-    away; they are the largest activation of a small-batch step. The base model runs on everything,
-    the head on the positions that predict a label in any row of the batch. Packed, the samples of a
-    batch share rows (`training/batching.py`). The loss is the same number.
+    With the loss on answer tokens alone, most of the (tokens, vocabulary) logits are not needed, and they
+    are the largest activation of a small-batch step. The base model runs on all positions, the head on those
+    that predict a label in any row of the batch. Packed, the samples of a batch share rows (`batching`).
 
     Args:
         samples: Encoded samples with `input_ids` and `labels`.
         collator: Makes a padded batch of them.
-        batching: "packed", "grouped" or "padded"; see `finetune`.
+        batching: "packed", "grouped" or "padded"; see `FinetuneSection`.
         **kwargs: As for `transformers.Trainer`.
 
     Attributes:
-        batching: What is done: "grouped" instead of "packed" for models that cannot be.
-        packing_fault: Why they cannot; "" otherwise.
-        padding_fraction: Share of the token positions computed so far that were padding, in [0, 1].
-        seconds: Wall time of training so far, that of interrupted starts up to their checkpoints included.
+        batching: What is done: "grouped" instead of "packed" where the model does not allow packing.
+        packing_fault: Why it does not; "" otherwise.
     """
 
     def __init__(self, *, samples: Any, collator: Any, batching: str = "padded", **kwargs: Any) -> None:
@@ -73,23 +70,23 @@ class CausalTrainer(Trainer):
 
     @property
     def padding_fraction(self) -> float:
-        """Share of the computed positions that were padding."""
+        """Share of the token positions computed so far that were padding, in [0, 1]."""
         return int(self._padding) / max(1, self._places)
 
     @property
     def seconds(self) -> float:
-        """Wall time of training, over all starts."""
+        """Wall time of training so far, with that of interrupted starts up to their checkpoints."""
         return self._earlier_seconds + time.perf_counter() - self._started
 
     def start_counting(self, earlier: Tally | None) -> None:
-        """Begins to measure; `earlier` is what was counted up to the checkpoint that is gone on from."""
+        """Begins to measure; `earlier` was counted up to the checkpoint that training resumes from."""
         if earlier is not None:
             self._places, self._padding = earlier.places, torch.tensor(earlier.padding)
             self._earlier_seconds = earlier.seconds
         self._started = time.perf_counter()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; it tells no callback that it failed."""
+        """The Trainer's; closes callbacks also when it fails, of which it tells none."""
         callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, ClosingCallback)]
         for callback in callbacks:
             if isinstance(callback, ProgressCallback):
@@ -125,7 +122,7 @@ class CausalTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _count(self, inputs: dict[str, Any]) -> None:
-        """Counts places and padding; on the device, because looking at the number would wait for it."""
+        """Counts places and padding; on the device, because reading the number would wait for it."""
         self._places += inputs["input_ids"].numel()
         if "padding" in inputs:
             padding = inputs.pop("padding")
@@ -146,10 +143,7 @@ class CausalTrainer(Trainer):
 
 
 def answer_window(labels: Tensor) -> dict[str, Tensor]:
-    """Positions whose logits are needed for a batch's labels, and the labels that go with them.
-
-    Args:
-        labels: Shape (rows, tokens), `IGNORED` where nothing is learned.
+    """Positions whose logits are needed for a batch's labels (rows, tokens), and the labels to go with them.
 
     Returns:
         `logits_to_keep`, the positions just before those learned in any row and, last, the last learned

@@ -11,7 +11,6 @@ from gradpruner.data.encoding import Collator
 from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
-from gradpruner.models.layers import LayeredModel
 from gradpruner.models.narrowing import prune_width_
 from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import WidthView
@@ -178,17 +177,39 @@ def test_planning_without_a_budget_is_refused(name, make_context):
         plan_by(name, make_context(num_keep=None, num_remove=None))
 
 
-def test_what_a_context_cannot_give_is_refused(make_context, tiny_llama):
+def test_what_a_context_cannot_give_is_refused(make_context):
     with pytest.raises(PlanError, match="num_remove is -1"):
         make_context(num_remove=-1).budget()
-    with pytest.raises(ConfigError, match="num_keep is 1; 2 to 6"):
-        make_context(num_keep=1).kept()
+    for wrong in (1, 7):
+        with pytest.raises(ConfigError, match=f"num_keep is {wrong}; 2 to 6"):
+            make_context(num_keep=wrong).kept()
+    with pytest.raises(ConfigError, match="how many stay is not known") as caught:
+        make_context(num_keep=None).kept()
+    assert "num_keep" in caught.value.hint
     assert make_context(num_keep=None).num_prune == 2 and make_context().num_prune == 2
-    model = tiny_llama()
-    weight = model.model.layers[1].mlp.up_proj.weight
-    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.float8_e4m3fn), False)
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp.*float8_e4m3fn: the model is quantised"):
-        make_context(model=lambda: model).floating_model()
+
+
+SEEING = [
+    "angular", "apt", "auto", "laco", "laco_released", "llm_pruner", "minitron_depth", "minitron_width",
+    "shortgpt", "sleb", "task_loss",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_methods_that_look_at_samples_refuse_to_have_none(name, make_context):
+    method = METHODS.find(name)
+    with pytest.raises(DataError, match=r"there are none|no training samples|are 0 training samples"):
+        (method.score or method.plan or method.shrink)(make_context(samples=[]))
+
+
+@pytest.mark.parametrize("name", ["laco", "llm_pruner", "magnitude", "minitron_width"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_methods_that_compute_with_weights_refuse_quantised_ones(name, dtype, make_context, tiny_llama):
+    method, model = METHODS.find(name), tiny_llama()
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.to(dtype), requires_grad=False)
+    with pytest.raises(ModelError, match=rf"layers\.1\.mlp.*{dtype}: the model is quantised"):
+        (method.score or method.plan)(make_context(model=lambda: model))
 
 
 # --- methods that prune while they train --------------------------------------------------------------------
@@ -268,19 +289,3 @@ def test_shortgpt_against_hidden_states(make_context, tiny_llama):
     scores = METHODS.find("shortgpt").score(make_context())
     assert scores.values[:5] == pytest.approx((sums / tokens).tolist(), rel=1e-4)
     assert scores.evidence["tokens"] == tokens
-
-
-def test_shortgpt_of_a_layer_that_does_nothing_is_zero(make_context, tiny_llama):
-    model = tiny_llama()
-    with torch.no_grad():
-        for linear in LayeredModel(model).linears(3).values():
-            linear.weight.zero_()
-    context = make_context()
-    object.__setattr__(context, "model", lambda: model)
-    scores = METHODS.find("shortgpt").score(context)
-    assert scores.values[3] == pytest.approx(0, abs=1e-6) and scores.ascending()[0] == 3
-
-
-def test_shortgpt_needs_samples(make_context):
-    with pytest.raises(DataError, match="there are none"):
-        METHODS.find("shortgpt").score(make_context(samples=[]))
