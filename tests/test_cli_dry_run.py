@@ -11,7 +11,7 @@ from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.runs import forecast as forecasting
 from gradpruner.runs import inputs
 from gradpruner.runs.job import Job
-from gradpruner.runs.recipe import load_recipe
+from gradpruner.runs.recipe import check_recipe, load_recipe
 from gradpruner.training import finetuning
 from gradpruner.world import World
 
@@ -58,6 +58,25 @@ def test_too_few_steps_are_warned_of_with_what_to_set(call, tmp_path, monkeypatc
     ):
         said = [text for text in facts_of(call, path, *overrides)["warnings"] if "optimizer steps" in text]
         assert part in said[0] if part else said == [], overrides
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "passes"),
+    [
+        (20_000, {}, 8),
+        (1_600, {}, 4),  # 8 passes of 8 rows make 75 steps of 3 epochs, 4 make 150
+        (24, {}, 1),
+        (24, {"start": "given"}, 8),  # nothing is tuned, and a recovery is counted in such steps
+        (24, {"effort": "paper"}, 8),
+        (24, {"finetune": {"accumulation": 3}}, 3),
+    ],
+)
+def test_small_data_are_learned_in_smaller_steps(tmp_path, rows, overrides, passes):
+    make_project(tmp_path)
+    write_rows(tmp_path / "train.jsonl", make_rows(rows))
+    data = {"train": str(tmp_path / "train.jsonl"), "eval": str(tmp_path / "eval.jsonl")}
+    recipe = check_recipe({"model": {"path": str(tmp_path / "model")}, "data": data} | overrides)
+    assert Job(recipe).training.accumulation == passes
 
 
 def test_answers_of_which_some_begin_with_a_space_are_counted(call, tmp_path):

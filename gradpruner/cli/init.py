@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from gradpruner.models.sizes import ModelSizes
 
 RECIPE_NAME = "recipe.yaml"
-WANTED_STEPS = 100
-"""Optimizer steps a first recipe aims at: as many as taught the tasks of docs/quality.md."""
 _MOST_EPOCHS = 10
 _UNNAMED = "number of the label: what the model is to answer; names tell it more than numbers do"
 _NOT_GIVEN = "the split of that folder or hub dataset, else a tenth of the training rows is held out"
@@ -198,7 +196,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     from gradpruner.files import readable_bytes
     from gradpruner.models.loading import resolve_device
     from gradpruner.runs.fitting import device_memory
-    from gradpruner.training.finetuning import planned_steps
+    from gradpruner.training.finetuning import WANTED_STEPS, chosen_accumulation, planned_steps
     from gradpruner.training.options import FinetuneSection
     from gradpruner.training.rates import default_rate, told
 
@@ -211,7 +209,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     def steps(accumulation: int, epochs: int) -> int:
         return planned_steps(rows, FinetuneSection(accumulation=accumulation, epochs=epochs))
 
-    accumulation = next((n for n in (8, 4, 2) if steps(n, 3) >= WANTED_STEPS), 1)
+    accumulation = chosen_accumulation(rows, FinetuneSection(accumulation=None))
     epochs = next((n for n in range(3, _MOST_EPOCHS) if steps(accumulation, n) >= WANTED_STEPS), _MOST_EPOCHS)
     said = told(decoder, mode)
     return {

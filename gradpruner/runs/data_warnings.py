@@ -11,7 +11,7 @@ from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.evaluation.metrics import majority_class
 from gradpruner.runs.evaluation_data import holds_out, unequal_labels
-from gradpruner.training.finetuning import planned_steps
+from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 
 if TYPE_CHECKING:
     from gradpruner.runs.inputs import Inputs
@@ -75,20 +75,21 @@ def too_few_steps(inputs: Inputs) -> str:
     tuning, steps = inputs.recipe.finetune, inputs.finetune_steps
     if inputs.recipe.start == "given" or steps >= FEW_STEPS:
         return ""
+    passes = chosen_accumulation(len(inputs.samples), tuning)
 
     def steps_with(accumulation: int) -> int:
         return planned_steps(len(inputs.samples), tuning.model_copy(update={"accumulation": accumulation}))
 
-    enough = [n for n in range(1, tuning.accumulation) if steps_with(n) >= FEW_STEPS]
+    enough = [n for n in range(1, passes) if steps_with(n) >= FEW_STEPS]
     if enough:
         advice = f"finetune.accumulation={enough[-1]} makes it {steps_with(enough[-1])}"
     else:
         epochs = math.ceil(tuning.epochs * FEW_STEPS / steps_with(1))
-        first = "finetune.accumulation=1 --set " if tuning.accumulation > 1 else ""
+        first = "finetune.accumulation=1 --set " if passes > 1 else ""
         advice = f"{first}finetune.epochs={epochs} makes it {FEW_STEPS} or more"
     return (
         f"{steps} optimizer steps ({len(inputs.samples)} rows x {tuning.epochs:g} epochs, "
-        f"{tuning.batch_size} x {tuning.accumulation} rows a step): models rarely learn a task in fewer than "
+        f"{tuning.batch_size} x {passes} rows a step): models rarely learn a task in fewer than "
         f"{FEW_STEPS}. --set {advice}."
     )
 

@@ -300,7 +300,7 @@ def _recording(job: Job) -> Training:
 
 def _tuning(job: Job) -> Training:
     """As `finetune` trains."""
-    options = job.recipe.finetune
+    options = job.training
     updated = job.recipe.model.trained_dtype(options.mode)
     return replace(
         _asking(job, options.batch_size, packed=options.batching == "packed"),

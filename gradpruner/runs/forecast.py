@@ -123,7 +123,7 @@ class _Trial:
 
 def forecast(job: Job) -> Forecast:
     """About how long the recipe takes, methods that search apart."""
-    recipe, options = job.recipe, job.recipe.finetune
+    recipe, options = job.recipe, job.training
     trial = _Trial(job)
     whole = sum(job.sizes.layer_macs) / job.num_layers
     layers = job.num_layers * whole / trial.macs  # in layers of the trial

@@ -32,7 +32,7 @@ from gradpruner.runs.evaluation_data import (
 from gradpruner.runs.inputs import Inputs, hash_model
 from gradpruner.runs.plan_names import LABELS
 from gradpruner.training.adapters import is_4bit
-from gradpruner.training.finetuning import planned_steps
+from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, told
 
@@ -59,6 +59,7 @@ class Job(Inputs):
         self._check_budget()
         self._choose_rate()
         self.open_rows()
+        self._choose_accumulation()
         self.warnings += warnings_of(self)
 
     def _settle_repair(self) -> None:
@@ -119,6 +120,14 @@ class Job(Inputs):
         if tuning.learning_rate is None:
             self.set_rate(default_rate(size, tuning.mode), told(size, tuning.mode))
 
+    def _choose_accumulation(self) -> None:
+        """Makes steps of fewer rows than the paper's where the recipe leaves it open and there are few rows."""
+        tuning, given = self.recipe.finetune, self.recipe.start == "given"
+        if tuning.accumulation is None:
+            # What trains a model that is tuned already is counted in steps of the paper's size.
+            passes = 8 if given else chosen_accumulation(len(self.samples), tuning)
+            self.recipe = self.recipe.with_values(finetune={"accumulation": passes})
+
     def set_rate(self, rate: float, source: str) -> None:
         """Fine-tunes at this peak learning rate from now on; `source` says where it comes from."""
         self.recipe = self.recipe.with_values(finetune={"learning_rate": rate})
@@ -177,7 +186,7 @@ class Job(Inputs):
         Steps count by their samples and layers. A repair passes its samples `REPAIR_PASSES` times forward, a
         teacher passes them once; a forward pass is a third of a training step.
         """
-        recipe, options = self.recipe, self.recipe.finetune
+        recipe, options = self.recipe, self.training
         whole = self.finetune_steps * options.batch_size * options.accumulation
         kept = self.num_keep / self.num_layers
         share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps

@@ -104,7 +104,7 @@ def _steps(job: Job) -> int:
 
 def _rows(job: Job) -> tuple[EncodedDataset, EncodedDataset]:
     """Samples to tune on, as many as the steps need, and held-out ones."""
-    recipe, tuning = job.recipe, job.recipe.finetune
+    recipe, tuning = job.recipe, job.training
     train, held_out = job.train, job.validation
     if held_out is None:
         train, held_out = with_validation(recipe, train, job.tokenizer, job.max_length)

@@ -28,11 +28,17 @@ from gradpruner.training.options import DistilSection, FinetuneSection, RecordSe
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "fast": {"start": "base", "variants": ["dense", "dropped"], "plan": {"repair": "auto"}},
+    "fast": {
+        "start": "base",
+        "variants": ["dense", "dropped"],
+        "plan": {"repair": "auto"},
+        "finetune": {"accumulation": None},
+    },
     "best": {
         "start": "tuned",
         "variants": ["dense", "dropped"],
         "plan": {"repair": "auto"},
+        "finetune": {"accumulation": None},
         "recover": {"epochs": 1.0},
         "distil": {"teacher": "tuned", "prompts": 0.0},
     },

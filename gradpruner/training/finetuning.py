@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 # About this many points make a readable loss curve.
 LOGGED_POINTS = 200
+WANTED_STEPS = 100
+"""Optimizer steps that were enough to teach the tasks of docs/quality.md."""
 _RECOMPUTE = "activation_checkpointing"
 
 
@@ -171,8 +173,19 @@ def planned_steps(num_samples: int, options: FinetuneSection) -> int:
     if isinstance(options, FinetuneOptions) and options.max_steps is not None:
         return options.max_steps
     batches = math.ceil(num_samples / (options.batch_size * this_world().size))
-    per_epoch = math.ceil(batches / options.accumulation)
+    per_epoch = math.ceil(batches / chosen_accumulation(num_samples, options))
     return max(1, math.ceil(per_epoch * options.epochs))
+
+
+def chosen_accumulation(num_samples: int, options: FinetuneSection) -> int:
+    """Forward passes per optimizer step: as given, else 8, or fewer where these make too few steps."""
+    if options.accumulation is not None:
+        return options.accumulation
+
+    def steps(count: int) -> int:
+        return planned_steps(num_samples, options.model_copy(update={"accumulation": count}))
+
+    return next((count for count in (8, 4, 2) if steps(count) >= WANTED_STEPS), 1)
 
 
 def finetune(

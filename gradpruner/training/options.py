@@ -94,8 +94,9 @@ class FinetuneSection(Section):
     paper's; smaller models need more). A dry run says which."""
     batch_size: int = Field(default=8, ge=1)
     """Samples per forward pass and device."""
-    accumulation: int = Field(default=8, ge=1)
-    """Forward passes per optimizer step."""
+    accumulation: int | None = Field(default=8, ge=1)
+    """Forward passes per optimizer step; null (effort fast and best): 8, or fewer where these make less than
+    100 optimizer steps of the rows there are."""
     epochs: float = Field(default=3.0, gt=0)
     """Passes over the training data."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -146,6 +147,8 @@ class FinetuneSection(Section):
 class FinetuneOptions(FinetuneSection):
     """The options of `finetune`: the recipe's section, and what belongs to a run."""
 
+    accumulation: int = Field(default=8, ge=1)
+    """Forward passes per optimizer step."""
     max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps instead of epochs."""
     warmup: int | None = Field(default=None, ge=0)
