@@ -11,8 +11,8 @@ from gradpruner.progress import set_mode
 from gradpruner.reports import html, markdown
 from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job
-from gradpruner.runs.recipe import load_recipe
-from gradpruner.runs.study.carrying_out import MARKER, adopt, run_study, state_of, stored_record
+from gradpruner.runs.recipe import check_recipe, load_recipe
+from gradpruner.runs.study.carrying_out import MARKER, adopt, is_of, run_study, state_of, stored_record
 from gradpruner.runs.study.design import make_study
 from gradpruner.runs.study.file import NamedPoint, Sweep, read_study
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds
@@ -251,6 +251,15 @@ def test_a_second_start_does_no_work_twice_and_finds_the_same(compared, monkeypa
     again = run_study(plan)
     assert again.study["points"] == outcome.study["points"]
     assert again.study["created"] == outcome.study["created"]
+
+
+def test_a_finished_run_is_known_by_its_recipe_also_where_that_leaves_things_open():
+    recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "t.jsonl"}})
+    settled = {"finetune": {"learning_rate": 1e-5, "accumulation": 4}, "plan": {"repair": "none"}}
+    made = recipe.with_values(**settled)
+    assert is_of({"recipe": made.model_dump(mode="json")}, recipe)
+    for other in ({"finetune": {"learning_rate": 1e-4}}, {"plan": {"num_prune": 3}}):
+        assert not is_of({"recipe": made.model_dump(mode="json")}, recipe.with_values(**other))
 
 
 def test_a_failed_seed_leaves_the_mean_of_the_others(compared, monkeypatch):

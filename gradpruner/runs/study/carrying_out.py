@@ -39,6 +39,8 @@ STUDY, REPORT, TABLE = "study.json", "report.html", "table.md"
 MARKER = "study.yaml"
 # Keys of a recipe that change no figure.
 _INDIFFERENT = ("out", "title", "keep_models", "memory")
+# Keys that a job settles where the recipe leaves them open.
+_SETTLED = (("finetune", "learning_rate"), ("finetune", "accumulation"), ("plan", "repair"))
 
 
 class Begun(TypedDict):
@@ -238,8 +240,12 @@ def stored_record(folder: Path) -> dict[str, Any] | None:
 
 def is_of(record: dict[str, Any], recipe: Recipe) -> bool:
     """Whether a run record is that of a recipe, wherever it was written."""
-    wanted = json.loads(recipe.model_dump_json())
-    return all(record.get("recipe", {}).get(key) == wanted[key] for key in wanted if key not in _INDIFFERENT)
+    wanted, made = json.loads(recipe.model_dump_json()), record.get("recipe", {})
+    for section, key in _SETTLED:
+        found = made.get(section)
+        if wanted[section][key] in (None, "auto") and isinstance(found, dict):
+            wanted[section][key] = found.get(key)
+    return all(made.get(key) == wanted[key] for key in wanted if key not in _INDIFFERENT)
 
 
 def state_of(out: Path, run: StudyRun) -> str:
