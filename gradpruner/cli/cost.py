@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from gradpruner.plans.layer_plan import PruningPlan
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command to the command line."""
-    app.command()(cost)
-
-
 WORKLOAD: dict[str, Any] = {
     "batch_size": Annotated[int, typer.Option(help="Sequences per step and per generation.")],
     "tokens": Annotated[int, typer.Option(help="Tokens of every sample and prompt.")],

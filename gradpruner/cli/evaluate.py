@@ -24,11 +24,6 @@ if TYPE_CHECKING:
 SCORES, ANSWERS = "evaluation.json", "examples.jsonl"
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command to the command line."""
-    app.command()(evaluate)
-
-
 _MEASURED = {"data.task", "data.eval", "evaluate.lm_eval"}
 _OF_A_RUN = f"model data plan num_prune layer_fraction {TUNING}"
 

@@ -22,12 +22,6 @@ VariantOption = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the commands."""
-    app.command("export")(export)
-    app.command("push")(push)
-
-
 def export(
     model: ModelArgument,
     file: Annotated[
@@ -85,6 +79,7 @@ def _write(
 ) -> dict[str, Any]:
     """Converts, compares, and only then gives the files their names."""
     import os
+    import re
 
     from gradpruner.exports.comparing import compare
     from gradpruner.exports.gguf import file_type, find_tools, write_gguf
@@ -125,7 +120,8 @@ def _write(
         if ollama:
             made = modelfile(folder, target, model.asked())
             write_text(beside, made.text)
-            facts |= {"modelfile": str(beside), "note": made.note, "ollama_name": _ollama_name(model.name)}
+            name = re.sub(r"[^a-z0-9._-]+", "-", model.name.lower()).strip("-._") or "pruned"
+            facts |= {"modelfile": str(beside), "note": made.note, "ollama_name": name}
         make_durable(staged)
         os.replace(staged, target)
     return facts
@@ -139,12 +135,6 @@ def _refuse_unfit(model: FinishedModel) -> None:
                 f"llama.cpp does not serve this model right ({entry['status']}): {entry['reason']}",
                 hint="`gradpruner plan --portable-to llama.cpp` chooses layers so that it does.",
             )
-
-
-def _ollama_name(name: str) -> str:
-    import re
-
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "pruned"
 
 
 def push(

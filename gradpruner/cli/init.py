@@ -71,11 +71,6 @@ finetune:
 """
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command to the command line."""
-    app.command()(init)
-
-
 @takes(f"where {ROWS} trust_remote_code")
 def init(
     chosen: Chosen,

@@ -23,12 +23,7 @@ KINDS = {
 }
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command("ls")(list_entries)
-
-
-def list_entries(
+def ls(
     kind: Annotated[str | None, typer.Argument(help=f"{', '.join(KINDS)}; none lists the kinds.")] = None,
     as_json: JsonOption = False,
 ) -> None:

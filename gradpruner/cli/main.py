@@ -130,8 +130,23 @@ def _root(
     pass
 
 
-for group in (init, listing, shrink, evaluate, models, export, serve, cost, studies):
-    group.add_to(app)
+for _command_of in (
+    init.init,
+    listing.ls,
+    shrink.shrink,
+    evaluate.evaluate,
+    models.prune,
+    models.verify,
+    models.diff,
+    models.rebuild,
+    export.export,
+    export.push,
+    serve.serve,
+    cost.cost,
+    studies.compare,
+    studies.ablate,
+):
+    app.command()(_command_of)
 
 
 def main() -> None:

@@ -36,12 +36,6 @@ LevelOption = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the commands to the command line."""
-    for command in (prune, verify, diff, rebuild):
-        app.command()(command)
-
-
 @takes(
     f"source destination plan trace keep drop repair max_shard_size level out overrides {ENDING}",
     out=Annotated[str | None, typer.Option("--out", help="Run directory, to do it up to pruning.")],

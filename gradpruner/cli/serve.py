@@ -12,11 +12,6 @@ from typing import Annotated, NoReturn
 import typer
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command."""
-    app.command()(serve)
-
-
 def serve(
     folder: Annotated[Path, typer.Argument(help="A run directory, or a folder of them.")],
     port: Annotated[
@@ -29,6 +24,8 @@ def serve(
 
     Reads only, answers to this machine only. Ctrl-C ends it.
     """
+    import webbrowser
+
     from gradpruner.reports.serving import open_server
 
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -37,7 +34,7 @@ def serve(
         typer.echo(f"{server.url} shows {folder} until Ctrl-C.")
         if not no_open and _has_screen():
             # In a thread of its own: some browsers come back only when they are closed.
-            threading.Thread(target=_open, args=(server.url,), daemon=True).start()
+            threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         server.serve_forever()
 
 
@@ -49,9 +46,3 @@ def _end(number: int, frame: object) -> NoReturn:
 def _has_screen() -> bool:
     """Whether a browser gets a window; a text browser would take the terminal."""
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
-
-
-def _open(url: str) -> None:
-    import webbrowser
-
-    webbrowser.open(url)

@@ -11,11 +11,6 @@ from gradpruner.cli.options import ENDING, KEYS, Chosen, Number, Text, takes
 from gradpruner.errors import ConfigError
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the command to the command line."""
-    app.command()(shrink)
-
-
 @takes(
     "model data eval_data validation_data task task_folder out num_prune layer_fraction max_loss method "
     f"repair recover learning_rate lora train_limit seed overrides trust_remote_code skip_bad {ENDING}",

@@ -30,12 +30,6 @@ _SMALLER = Annotated[
 ]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Adds the commands to the command line."""
-    app.command()(compare)
-    app.command()(ablate)
-
-
 @takes(
     f"recipe {ROWS} methods smaller seeds unit num_prune layer_fraction {TUNING} out overrides "
     f"trust_remote_code skip_bad {ENDING}",

@@ -195,11 +195,7 @@ def _result(recipe: Recipe, record: dict[str, Any], method: str, dtype: str) -> 
 
 
 class _Inputs:
-    """What a recipe calls a model and rows that may be in memory, and what is to be written for that.
-
-    Args:
-        folder: Where it goes.
-    """
+    """What a recipe calls a model and rows that may be in memory, and what `folder` must hold for that."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
