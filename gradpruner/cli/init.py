@@ -201,11 +201,12 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     _, memory = device_memory(resolve_device("auto"))
     mode = "full" if full < 0.8 * memory else "lora"
 
-    def steps(accumulation: int, epochs: int) -> int:
+    accumulation = chosen_accumulation(rows, FinetuneSection(accumulation=None))
+
+    def steps(epochs: int) -> int:
         return planned_steps(rows, FinetuneSection(accumulation=accumulation, epochs=epochs))
 
-    accumulation = chosen_accumulation(rows, FinetuneSection(accumulation=None))
-    epochs = next((n for n in range(3, _MOST_EPOCHS) if steps(accumulation, n) >= WANTED_STEPS), _MOST_EPOCHS)
+    epochs = next((n for n in range(3, _MOST_EPOCHS) if steps(n) >= WANTED_STEPS), _MOST_EPOCHS)
     said = told(decoder, mode)
     return {
         "mode": mode,
@@ -217,7 +218,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
         "epochs": epochs,
         "batch": FinetuneSection().batch_size,
         "accumulation": accumulation,
-        "steps": steps(accumulation, epochs),
+        "steps": steps(epochs),
     }
 
 

@@ -121,7 +121,7 @@ class Job(Inputs):
             self.set_rate(default_rate(size, tuning.mode), told(size, tuning.mode))
 
     def _choose_accumulation(self) -> None:
-        """Makes steps of fewer rows than the paper's where the recipe leaves it open and there are few rows."""
+        """Where the recipe leaves it open, few rows make smaller optimizer steps than the paper's."""
         tuning, given = self.recipe.finetune, self.recipe.start == "given"
         if tuning.accumulation is None:
             # What trains a model that is tuned already is counted in steps of the paper's size.

@@ -62,16 +62,16 @@ class Variant(Work):
         name, pruned, tuned = self.name, self.prune_inputs, self.tune_inputs
         removes = self.plan is not None or self.shrinks
         recovers = self.method is not None and self.method.recover is not None
-        before = self.trains and self.recipe.evaluate.before_finetuning
+        options = self.recipe.evaluate
+        before = self.trains and options.before_finetuning
         further = {task: metrics_of_task(task) for task in self.job.also}
         if self.recipe.data.validation is not None:
             further["validation"] = self.job.metrics
-        lm_eval = self.recipe.evaluate
-        asked = [lm_eval.lm_eval, lm_eval.lm_eval_folder, lm_eval.lm_eval_limit, lm_eval.batch_size]
+        asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
         scored, by_harness = tuned | {"lm_eval": asked}, PARTS["lm_eval"].format(name)
         made = self.pruned, self.scratch, self.own_plan
         recovered, trained = (self.recovered, self.scratch), (self.tuned, self.checkpoints)
-        table = [
+        table = [  # whether it is wanted, and its name, inputs, work, outputs, whether it resumes, and step
             (self.repairs, Stage(f"repair {name}", pruned, self.repair, [self.repaired], True, "prune")),
             (removes, Stage(f"prune {name}", pruned, self.prune, made, self.shrinks, "prune")),
             (recovers, Stage(f"recover {name}", tuned, self.recover, recovered, True, "prune")),
@@ -79,7 +79,7 @@ class Variant(Work):
             (self.trains, Stage(f"finetune {name}", tuned, self.tune, trained, True, "finetune")),
             (True, self._measuring("", tuned)),
             *((True, self._measuring(f"on {task}", tuned, task, names)) for task, names in further.items()),
-            (bool(lm_eval.lm_eval), Stage(by_harness, scored, self.run_harness, (), True, "evaluate")),
+            (bool(options.lm_eval), Stage(by_harness, scored, self.run_harness, (), True, "evaluate")),
         ]
         return [stage for wanted, stage in table if wanted]
 
