@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,15 @@ def test_the_table_has_no_circle_and_few_levels() -> None:
     assert max(map(level, ALLOWED)) <= 10
     rooms = {home(path) for path in modules()} - {"__init__", "__main__"}
     assert len(rooms) <= 22 and rooms == {*ALLOWED, *ROOT}
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    """Neither at the top nor inside a function nor for types alone."""
+    named = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in modules()}
+    named = {name.removesuffix(".__init__"): path for name, path in named.items()}
+    named.pop("gradpruner")
+    order = TopologicalSorter({name: imported(path) & set(named) - {name} for name, path in named.items()})
+    order.prepare()  # raises CycleError with the files
 
 
 def test_every_package_is_described_by_its_docstring() -> None:

@@ -594,9 +594,8 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(src, tmp
 
 
 def test_a_result_that_fails_verification_never_appears(src, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        streaming, "_config_text", lambda config: json.dumps(config | {"num_hidden_layers": 3})
-    )
+    right = Blueprint.new_config
+    monkeypatch.setattr(Blueprint, "new_config", lambda self: right(self) | {"num_hidden_layers": 3})
     with pytest.raises(
         IntegrityError, match=r"dst failed verification: config: 3 layers in config.json, 4 in"
     ):
