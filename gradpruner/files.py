@@ -196,12 +196,9 @@ def open_private(path: Path) -> IO[str]:
 
 @contextmanager
 def working_in(folder: Path, name: str = LOCK_FILE, *, shared: bool = False) -> Iterator[None]:
-    """Holds an existing folder, so that no second process works in it.
+    """Holds an existing folder by its lock file, so that no second process works in it.
 
-    Args:
-        folder: The folder.
-        name: Its lock: an empty file, or one that holds a process number for the message.
-        shared: Others may share it, if they say so too.
+    With `shared`, others may hold it too, if they also say so.
 
     Raises:
         ConfigError: If another process holds it.

@@ -120,10 +120,8 @@ def read_object(path: Path, kind: str, shape: type[T]) -> T:
 def typed(value: Any, shape: type[T], fault: str) -> T:
     """Checks a JSON value against a type and returns it as that type.
 
-    Args:
-        value: JSON values, as `parse_json` gives them.
-        shape: A type that pydantic understands; types are exact (no "1" for 1), lists stand for tuples.
-        fault: The beginning of the message.
+    The type is one that pydantic understands; it is exact (no "1" for 1), and lists stand for tuples.
+    `fault` is the beginning of the message.
 
     Raises:
         IntegrityError: Naming the first field that is missing or of another type.

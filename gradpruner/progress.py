@@ -127,12 +127,9 @@ class Progress:
         self._plain = False
 
     def update(self, completed: int, **fields: object) -> None:
-        """Reports that `completed` units are done in all.
+        """Reports that `completed` units are done in all, skipped ones included.
 
-        Args:
-            completed: Units done since the very beginning, skipped ones included.
-            **fields: Numbers or words to show beside, such as `loss=1.23`; the last ones given
-                stay.
+        Fields are numbers or words to show beside, such as `loss=1.23`; the last ones given stay.
         """
         self.completed = completed
         if fields:

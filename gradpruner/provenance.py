@@ -56,17 +56,11 @@ def provenance(seed: int) -> dict[str, Any]:
 
 
 def source_state(folder: Path = _PACKAGE_FOLDER) -> tuple[str | None, bool | None]:
-    """Git commit of the sources in `folder`, and whether they differ from it.
+    """Git commit of the sources in `folder`, and whether any file there is changed or untracked.
 
     Only a checkout that tracks this very package counts: a copy installed inside somebody else's
-    repository (a virtual environment in a project) must not borrow that project's commit.
-
-    Args:
-        folder: Folder of a Python package.
-
-    Returns:
-        The full commit hash and True when any file in the folder is changed or untracked; (None,
-        None) when there is no git, no checkout, or no commit yet.
+    repository (a virtual environment in a project) must not borrow that project's commit. (None, None) when
+    there is no git, no checkout, or no commit yet.
     """
     tracked = _git(folder, "ls-files", "--error-unmatch", "--", "__init__.py")
     commit = _git(folder, "rev-parse", "--verify", "HEAD") if tracked is not None else None
@@ -137,13 +131,8 @@ def sha256_json(value: Any) -> str:
 def hash_folder(files: str | Path | Iterable[str | Path]) -> str:
     """One SHA-256 over several files: their names and their contents, not their dates or order.
 
-    Args:
-        files: A folder, meaning every file below it, or the files themselves. Names count relative
-            to the folder, or to the deepest folder that holds all the files, so a moved copy hashes
-            alike.
-
-    Returns:
-        64 hex digits.
+    Given are a folder, meaning every file below it, or the files. Names count relative to the folder, or
+    to the deepest folder that holds all the files, so a moved copy hashes alike.
 
     Raises:
         DataError: If there are no files or one cannot be read.

@@ -80,11 +80,8 @@ def has_llama_cpp() -> bool:
 def compare(folder: Path, gguf: Path, kind: str, asked: Sequence[str] = ()) -> Comparison:
     """Asks the model and the file the same prompts, greedily, and compares their answers.
 
-    Args:
-        folder: The model, in transformers' format.
-        gguf: What was made of it.
-        kind: Type of the file.
-        asked: Prompts the model was measured with, special tokens included; some texts where there are none.
+    Asked are the prompts the model was measured with, special tokens included, or some texts where there are
+    none.
 
     Raises:
         ModelError: If the file cannot be run, though there is an engine for it.

@@ -27,12 +27,9 @@ class Modelfile:
 
 
 def modelfile(folder: Path, gguf: Path, asked: Sequence[str] = ()) -> Modelfile:
-    """Writes the Modelfile of a model.
+    """Writes the Modelfile of a model, which will lie beside its GGUF file.
 
-    Args:
-        folder: The model, in transformers' format.
-        gguf: The file, which will lie beside it.
-        asked: Ends of the prompts it was measured with: they say whether it is asked through its template.
+    `asked` are ends of the prompts it was measured with: they say whether it is asked through its template.
     """
     tokenizer = load_tokenizer(folder)
     template, turns, note = _template(tokenizer, asked)

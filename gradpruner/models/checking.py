@@ -32,10 +32,7 @@ def check_model_folder(
 ) -> dict[str, Any]:
     """Looks at a model folder before anything is loaded; returns its raw config.
 
-    Args:
-        folder: The folder.
-        trust_remote_code: Accept a config that needs code from its folder.
-        quantised: Accept quantised weights.
+    `trust_remote_code` accepts a config that needs code from its folder, `quantised` quantised weights.
 
     Raises:
         ModelError: If config.json is missing or invalid, the folder holds adapters, weights are not

@@ -190,9 +190,6 @@ def generic_family(config: Any) -> Family:
 def nested_family(row: Family, layers_path: str, part: str) -> Family:
     """The row of a larger model that holds a decoder.
 
-    Args:
-        row: The decoder's own row.
-        layers_path: Where the layers are in the larger model.
-        part: Name of the decoder's part in its config.
+    Its layers are at `layers_path` there, and its config is the part of that name.
     """
     return replace(row, layers_path=layers_path, disk_paths=_TEXT_TOWER, nested=part)

@@ -78,9 +78,6 @@ class DeltaSummary:
     stored: int
 
 
-# -- making one ------------------------------------------------------------------------------------------
-
-
 def diff_checkpoint(
     source: str | Path,
     pruned: str | Path,

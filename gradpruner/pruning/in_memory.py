@@ -219,12 +219,7 @@ def merge_planned(
 ) -> Tensor:
     """One linear of a target with everything the plan merges into it, chains included.
 
-    Args:
-        plan: What to do with every layer.
-        trace: The recorded gradients; None where the plan needs none.
-        target: The layer that takes in others.
-        name: Path of the linear inside the layer.
-        weight: Gives that linear of a layer as it was before merging.
+    `weight` gives that linear of a layer as it was before merging.
     """
 
     def factors(layer: int) -> Factors | None:

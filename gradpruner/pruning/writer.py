@@ -49,14 +49,8 @@ def write_shards(
 ) -> list[Future[WrittenShard]]:
     """Writes the files and, if there is more than one, the index that transformers looks for.
 
-    Memory: two blocks of half a megabyte, and what one computed tensor takes.
-
-    Args:
-        folder: Where to.
-        files: The tensors of each file, in order.
-        metadata: The free strings of every header ("format": "pt").
-        reader: The thread that reads back: `reading()`.
-        progress: Called with the number of bytes written since the last call.
+    Memory: two blocks of half a megabyte, and what one computed tensor takes. `reader` is the thread of
+    `reading()`; `progress` is called with the number of bytes written since the last call.
 
     Returns:
         The files, each when it is read back and durable; those errors are raised there too.
