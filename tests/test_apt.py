@@ -61,9 +61,7 @@ def shrunk():
 
 
 def test_the_kept_share_falls_with_the_third_power():
-    assert [kept_share(t, 0.6, 2, 6) for t in (0, 2, 6, 9)] == [1, 1, 0.6, 0.6]
-    assert kept_share(4, 0.6, 2, 6) == pytest.approx(0.6 + 0.4 / 8)
-    assert kept_share(5, 0.6, 2, 6) == pytest.approx(0.6 + 0.4 / 64)
+    assert [kept_share(t, 2, 6) for t in (0, 2, 4, 5, 6, 9)] == [1, 1, 1 / 8, 1 / 64, 0, 0]
 
 
 def test_prunings_are_evenly_spread_and_leave_masks_time():
@@ -278,7 +276,7 @@ def test_what_happened_is_written_down():
     steps, begin, _ = pruning_steps(12, 16, 0.1)
     assert [cut["step"] for cut in evidence["cuts"]] == steps
     for cut in evidence["cuts"]:
-        wanted = 3500 * (1 - kept_share(cut["step"], 0.0, begin, steps[-1]))
+        wanted = 3500 * (1 - kept_share(cut["step"], begin, steps[-1]))
         assert 0 <= wanted + 0.5 - cut["removed"] <= CHANNEL
     first, last = evidence["adapter_parameters"]
     assert 1.5 * first < last <= 4 * first

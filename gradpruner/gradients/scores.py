@@ -102,6 +102,20 @@ def default_num_prune(num_layers: int, fraction: float = 0.4) -> int:
     return round(fraction * num_layers)
 
 
+def check_energy(trace: GradientTrace, norm: str) -> None:
+    """Raises ConfigError for an unknown norm, or if no step of the trace has any energy."""
+    if norm not in NORMS:
+        raise ConfigError(
+            f"Unknown norm '{norm}'.{suggest(norm, NORMS)}", hint=f"Available: {', '.join(NORMS)}."
+        )
+    if trace.effective_steps == 0:
+        raise ConfigError(
+            f"None of the {trace.num_steps} recorded steps has any energy, so nothing can be told apart. "
+            "LoRA B is zero at the first step and stays zero while warm-up leaves the learning rate at zero.",
+            hint="Record more steps or shorten the warm-up.",
+        )
+
+
 def score_layers(
     trace: GradientTrace,
     *,
@@ -131,19 +145,9 @@ def score_layers(
 
     Source: GradPruner, Eq. 3-4, Algorithm 1 step 3, Fig. 2.
     """
-    if norm not in NORMS:
-        raise ConfigError(
-            f"Unknown norm '{norm}'.{suggest(norm, NORMS)}", hint=f"Available: {', '.join(NORMS)}."
-        )
+    check_energy(trace, norm)
     if resamples < 1:
         raise ConfigError(f"resamples is {resamples}; 1 or more is needed.")
-    if trace.effective_steps == 0:
-        raise ConfigError(
-            f"None of the {trace.num_steps} recorded steps has any energy, so layers cannot be told "
-            "apart. LoRA B is zero at the first step and stays zero while warm-up leaves the learning "
-            "rate at zero.",
-            hint="Record more steps or shorten the warm-up.",
-        )
     energy_SL = trace.layer_energies(1.0 if norm == "squared" else 0.5)
     divisor = trace.num_steps if norm == "squared" else 1
     values_L = energy_SL.sum(dim=0) / divisor

@@ -198,6 +198,19 @@ class GradientTrace(Printed):
         """Whether element importance can be formed, hence layers merged."""
         return self._factors is not None or (self.folder is not None and self._factor_file(0).exists())
 
+    def check_model(self, num_layers: int, identity: str) -> None:
+        """Raises PlanError if another model was recorded; an `identity` of "" is not compared."""
+        if self.info.num_layers != num_layers:
+            raise PlanError(
+                f"The trace was recorded on {self.info.num_layers} layers; this model has {num_layers}.",
+                hint="Record on this model.",
+            )
+        if self.info.model and identity and not same_model(self.info.model, identity):
+            raise PlanError(
+                f"The trace was recorded on model {self.info.model}; this is {identity}.",
+                hint="Record on this model.",
+            )
+
     def show(self, console: Console) -> None:
         """Prints what was recorded."""
         info, losses = self.info, self.info.losses

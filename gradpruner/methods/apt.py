@@ -127,13 +127,10 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     return model.requires_grad_(True), plan
 
 
-def kept_share(step: float, target: float, warmup: float, end: float) -> float:
-    """Share of the parameters kept at step t: `k + (1 - k) u^3`, `u = (end - t) / (end - warmup)` in [0, 1].
-
-    k is the `target`; nothing goes in the first `warmup` steps, and from `end` on the share is k.
-    """
+def kept_share(step: float, warmup: float, end: float) -> float:
+    """Share of the budget still there at step t: `u^3`, with `u = (end - t) / (end - warmup)` in [0, 1]."""
     u = min(1.0, max(0.0, (end - step) / (end - warmup)))
-    return target + (1 - target) * u**3
+    return float(u**3)
 
 
 def pruning_steps(total: int, num_prunings: int, warmup: float) -> tuple[list[int], int, float]:
@@ -177,15 +174,10 @@ def lightest(densities: Tensor, sizes: Tensor, budget: int) -> Tensor:
 class AdaptivePruning(ClosingCallback):
     """Masks away the least dense heads and channels of a model in training, and lets its adapters grow.
 
-    Args:
-        view: The model before it got its adapters; o_proj and down_proj must not get one.
-        options: Schedule and growth.
-        num_remove: Parameters to remove by the end.
-        protected: Layers that keep everything.
-        seed: Seeds new ranks.
+    `view` is of the model before it got its adapters, of which o_proj and down_proj must have none.
 
     Raises:
-        ConfigError: If so much cannot go.
+        ConfigError: If so many parameters cannot go.
         ModelError: If a linear is quantised.
     """
 
@@ -242,7 +234,7 @@ class AdaptivePruning(ClosingCallback):
             masks.end_step()
             masks.move(self._mask_step)
         if state.global_step in self._steps and self._ranks is not None:
-            left = kept_share(state.global_step, 0.0, self._begin, self._steps[-1])
+            left = kept_share(state.global_step, self._begin, self._steps[-1])
             self._prune(state.global_step, round(self.num_remove * (1 - left)))
             self._ranks.grow(1 + (self.options.growth - 1) * (1 - left), kwargs["optimizer"])
             self._adapters = (self._adapters[0], self._ranks.parameters())

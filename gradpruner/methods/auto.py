@@ -119,13 +119,7 @@ def _check_learned(validation: Sequence[Any]) -> None:
 
 
 class _Search:
-    """The candidates and their way through the rounds.
-
-    Args:
-        context: Its samples are those that may be fitted and trained on.
-        options: Of the search.
-        validation: The samples put aside.
-    """
+    """The candidates and their way through the rounds; the context has no sample of `validation`."""
 
     def __init__(self, context: MethodContext, options: AutoOptions, validation: list[Any]) -> None:
         self.context, self.options, self.validation = context, options, validation

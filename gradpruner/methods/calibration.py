@@ -67,10 +67,7 @@ def run(model: Any, batch: dict[str, Tensor]) -> None:
 def mean_nll(model: Any, batches: Iterable[dict[str, Tensor]], which: str) -> float:
     """Mean negative log-likelihood of the learned tokens of all batches, in nats.
 
-    Args:
-        model: The causal LM, without wrappers.
-        batches: Padded, on the device of the model.
-        which: Which model this is, for the error: "without layers [3]".
+    The model has no wrappers, batches are on its device; errors say `which` one it is: "without layers [3]".
 
     Raises:
         DataError: If no batch has a learned token.

@@ -9,15 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradpruner.errors import ConfigError, PlanError
+from gradpruner.errors import PlanError
 from gradpruner.gradients.importance import column_energies, row_energies
-from gradpruner.gradients.scores import NORMS
-from gradpruner.gradients.trace import GradientTrace, same_model, trace_digest
+from gradpruner.gradients.scores import check_energy
+from gradpruner.gradients.trace import GradientTrace, trace_digest
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.width_choice import BY_ROW, UnitScores, budget_facts, most_important, unit_scores
 from gradpruner.models.widths import ATTENTION, MLP, WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
-from gradpruner.registry import suggest
 
 Sizes = tuple[int, int, int]
 """KV heads and channels of every layer, and hidden dimensions."""
@@ -84,20 +83,8 @@ def plan(context: MethodContext) -> WidthPlan:
 
 
 def _check(context: MethodContext, trace: GradientTrace, whole: WidthPlan, axis: str) -> None:
-    if context.norm not in NORMS:
-        raise ConfigError(
-            f"Unknown norm '{context.norm}'.{suggest(context.norm, NORMS)}",
-            hint=f"Available: {', '.join(NORMS)}.",
-        )
-    model = str(whole.evidence["model"])
-    if trace.info.num_layers != whole.num_layers or not (
-        trace.info.model == "" or same_model(trace.info.model, model)
-    ):
-        raise PlanError(
-            f"The trace was recorded on model {trace.info.model or 'of unknown weights'} with "
-            f"{trace.info.num_layers} layers; this is {model}.",
-            hint="Record gradients of this model.",
-        )
+    check_energy(trace, context.norm)
+    trace.check_model(whole.num_layers, str(whole.evidence["model"]))
     if not trace.has_factors:
         raise PlanError(
             "This trace holds layer energies only; those of rows and columns need the factor history.",
@@ -110,24 +97,12 @@ def _check(context: MethodContext, trace: GradientTrace, whole: WidthPlan, axis:
             f"The trace holds no gradients of {', '.join(unknown[0])}: their units cannot be told apart.",
             hint="Record with LoRA on all linears, or set methods.gradpruner_width.axis to hidden.",
         )
-    if trace.effective_steps == 0:
-        raise ConfigError(
-            f"None of the {trace.num_steps} recorded steps has any energy, so nothing can be told apart.",
-            hint="Record more steps or shorten the warm-up.",
-        )
 
 
 def widths_of(view: WidthView, axis: str, num_remove: int, unit: str = "parameters") -> Sizes:
     """The uniform widths that meet a budget, to half a channel of every layer.
 
-    Args:
-        view: The model.
-        axis: "hidden", "inner" or "both".
-        num_remove: Parameters to remove, counted in `unit` (see `WidthView.parameters`).
-        unit: "parameters" or "decoder_parameters".
-
-    Raises:
-        PlanError: If the budget cannot be met.
+    `num_remove` counts parameters in `unit`, see `WidthView.parameters`; PlanError if it cannot be met.
     """
     shape = view.shape
     whole = (shape.num_kv_heads, shape.intermediate_size, shape.hidden_size)

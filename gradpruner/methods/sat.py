@@ -124,10 +124,7 @@ def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[t
 class OmissionCallback(ClosingCallback):
     """Leaves heads and channels out of every step, by the rate of `ladder`; for any Trainer.
 
-    Args:
-        options: The stages and their rates.
-        num_remove: Parameters left out on average; not read when the options have a `start_rate`.
-        seed: Seed of the selection.
+    `num_remove` parameters are left out on average, unless the options have a `start_rate`.
 
     Attributes:
         start_rate: Rate of the first stage, once training has begun.

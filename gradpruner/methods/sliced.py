@@ -47,10 +47,6 @@ class SlicedLayer:
     q, k, v, gate and up compute the kept outputs, o and down take them as input; gradients of the rest are
     zero. Of a LoRA adapter, B is sliced like the rows and A like the columns. In evaluation mode everything
     is computed.
-
-    Args:
-        linears: The seven linears by role, plain or with LoRA.
-        num_groups: KV heads.
     """
 
     def __init__(self, linears: dict[str, Any], num_groups: int) -> None:
@@ -116,8 +112,7 @@ class SlicedLayer:
 class SlicedModel:
     """A causal LM, plain or with LoRA, of which any KV groups and channels can be left out while it trains.
 
-    Args:
-        model: The model; its linears' `forward` is replaced until `restore`.
+    The `forward` of its linears is replaced until `restore`.
 
     Attributes:
         units: Number in a layer, and parameters each, of KV groups and of channels.
@@ -152,13 +147,9 @@ class SlicedModel:
             layer.keep(*(None if units is None else units[index] for units in (groups, channels)))
 
     def importance(self, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """`||column|| * mean|input|` of every channel, and summed over their entries of every KV group.
+        """`||column|| * mean|input|`, summed over the entries of every KV group, and of every channel.
 
-        Args:
-            norms: What `column_norms` gave.
-
-        Returns:
-            Shapes (layers, KV heads) and (layers, channels), float64, >= 0.
+        `norms` are those of `column_norms`. Shapes (layers, KV heads) and (layers, channels), float64, >= 0.
         """
         found = {
             role: norms[role] * torch.stack([layer.usage[role].means() for layer in self.layers])

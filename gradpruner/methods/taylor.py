@@ -35,11 +35,6 @@ class TaylorSalience:
     linear, whatever the depth. In `param_mix` the absolute value stands outside the sum over samples, so `a`
     is needed in full, in fp32: it is formed for `layers_at_once` layers at a time, by a pass per sample and
     one over all.
-
-    Args:
-        view: The model.
-        taylor: One of `TAYLOR`.
-        layers_at_once: Layers of which `param_mix` holds `a` at a time, >= 1.
     """
 
     def __init__(self, view: WidthView, taylor: str, layers_at_once: int = 1) -> None:
@@ -50,13 +45,8 @@ class TaylorSalience:
     def measure(self, layers: Sequence[int], batch: Batch, singles: Sequence[Batch]) -> list[UnitScores]:
         """Salience of the units of each of these layers, in their order.
 
-        Args:
-            layers: The layers.
-            batch: All samples, with labels.
-            singles: Each sample as a batch.
-
-        Raises:
-            NonFiniteError: If a gradient is NaN or infinite.
+        `batch` holds all samples, with labels, `singles` each of them alone. NonFiniteError if a gradient is
+        NaN or infinite.
         """
         self._sums.clear()
         size = self.layers_at_once if self.taylor == "param_mix" else max(1, len(layers))
@@ -140,13 +130,8 @@ def gradients_through(view: WidthView, layers: Sequence[int], hook: Callable[...
     """Inside the block, backward passes give the gradients of some layers' linears to a hook and free them.
 
     Nothing else of the model needs gradients meanwhile, so a pass ends at the first of the layers.
-    Afterwards `requires_grad` and `grad` of all parameters are as before.
-
-    Args:
-        view: The model.
-        layers: The layers.
-        hook: Called with a parameter that has a gradient, its layer and the role of its linear. Of the
-            biases only those of heads and channels are passed.
+    Afterwards `requires_grad` and `grad` of all parameters are as before. The hook is called with a parameter
+    that has a gradient, its layer and the role of its linear; biases only if they are of heads or channels.
     """
     before = [(p, p.requires_grad, p.grad) for p in view.model.parameters()]
     handles = []

@@ -36,10 +36,8 @@ def unit_scores(shape: WidthShape, vectors: Mapping[str, Tensor]) -> UnitScores:
     columns of o_proj: the heads that `repeat_kv` makes share it. Channel j has row j of gate_proj and up_proj
     and column j of down_proj.
 
-    Args:
-        shape: The model's widths.
-        vectors: By role of a linear ("q_proj" ...) a score for every row, of o_proj and down_proj for every
-            column; a missing linear adds nothing.
+    `vectors` has by role of a linear ("q_proj" ...) a score for every row, of o_proj and down_proj for every
+    column; a missing linear adds nothing.
 
     Raises:
         NonFiniteError: If a score is NaN or infinite.
@@ -85,12 +83,7 @@ def share_out(
     The share is p = num_remove / (parameters of all heads and channels of these layers). Of K KV heads
     floor(p * K) go, with all their query heads; channels make up the rest, rounded to the nearest. Where the
     channels cannot, further KV heads go until they can. One KV head and one channel stay in every layer.
-
-    Args:
-        shape: The model's widths.
-        units: What `WidthView.unit_parameters` gives.
-        num_layers: Layers that are pruned.
-        num_remove: Parameters to remove from them.
+    `units` are the `WidthView.unit_parameters`.
 
     Returns:
         KV heads that go from each layer; channels that go from all of them together. They meet `num_remove`

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradpruner.errors import ModelError, PlanError
 from gradpruner.gradients.importance import Factors
-from gradpruner.gradients.trace import QUANTISED, GradientTrace, same_model
+from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.config_patch import check_keep
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.proof import probe_logits, relative_error
@@ -161,16 +161,7 @@ def check_merging(
             f"The plan merges {count} layers, which needs the recorded gradients.",
             hint="Pass the trace, or plan with num_merge=0.",
         )
-    if trace.info.num_layers != len(shapes):
-        raise PlanError(
-            f"The trace was recorded on {trace.info.num_layers} layers; this model has {len(shapes)}.",
-            hint="Record on this model.",
-        )
-    if trace.info.model and identity and not same_model(trace.info.model, identity):
-        raise PlanError(
-            f"The trace was recorded on model {trace.info.model}; this is {identity}.",
-            hint="Record on this model.",
-        )
+    trace.check_model(len(shapes), identity)
     if not trace.has_factors:
         raise PlanError(
             "The plan merges layers but this trace holds layer energies only.",

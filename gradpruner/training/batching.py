@@ -56,9 +56,6 @@ def choose_rows(lengths: Sequence[int], attention_tokens: float = math.inf) -> l
         lengths: Tokens of every sample.
         attention_tokens: Length of a row at which attention costs as much as everything else, for kernels
             that work on masked places too; infinite for those that do not, which get one row.
-
-    Returns:
-        As `spread`.
     """
     best, least = [list(range(len(lengths)))], math.inf
     for num_rows in range(1, len(lengths) + 1):

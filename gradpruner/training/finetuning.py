@@ -41,13 +41,7 @@ _RECOMPUTE = "activation_checkpointing"
 def training_arguments(
     options: FinetuneOptions, output: str | Path | None = None, logging_steps: int = 1
 ) -> TrainingArguments:
-    """Our options as the Trainer's, without its surprising defaults.
-
-    Args:
-        options: Its learning rate is given, see `with_rate`.
-        output: Folder for checkpoints; None writes none.
-        logging_steps: Interval of loss values.
-    """
+    """Our options as the Trainer's, without its surprising defaults; checkpoints go to `output`, if any."""
     chosen = resolve_precision(options.precision, options.device)
     final = options.final_learning_rate
     return TrainingArguments(

@@ -48,10 +48,7 @@ def latest_complete_checkpoint(folder: Path, sharding: str = "") -> Path | None:
 
     The Trainer writes checkpoints in place: after a kill the newest may be cut short, and one without
     optimizer state would resume silently with a fresh optimizer. Broken ones are reported and removed.
-
-    Args:
-        folder: Where they are.
-        sharding: "fsdp" or "deepspeed", which write weights in their own formats; "" if neither was used.
+    `sharding` is as `CausalTrainer.sharding`: weights that are spread are stored in other formats.
     """
     steps = [int(found[1]) for p in folder.glob("checkpoint-*") if (found := _CHECKPOINT.match(p.name))]
     for candidate in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):

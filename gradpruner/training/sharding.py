@@ -52,11 +52,9 @@ def accelerate_shards() -> bool:
 
 
 def check_world_size(rows: int, batch_sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError where a step of all processes would read more training rows than there are.
+    """Raises ConfigError where a step of all processes would read more than these training rows.
 
-    Args:
-        rows: Number of training rows.
-        batch_sizes: Recipe key -> rows that one process reads in a step.
+    `batch_sizes` says by recipe key how many one process reads in a step.
     """
     size = this_world().size
     for key, batch_size in batch_sizes.items():
@@ -93,11 +91,7 @@ def make_whole_(model: nn.Module, engine: Any = None) -> None:
     """Gathers a sharded model in place: whole on the CPU of the first process, without weights on the others.
 
     Parameters are gathered one at a time and their shards let go, so that no process ever holds two copies.
-    Every process must call it. A model that is not sharded stays as it is.
-
-    Args:
-        model: What was trained.
-        engine: DeepSpeed's; it is destroyed.
+    Every process must call it. A model that is not sharded stays as it is. DeepSpeed's engine is destroyed.
     """
     if any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters()):
         gathered: dict[int, nn.Parameter] = {}
