@@ -54,7 +54,7 @@ class APTOptions(MethodOptions):
     rank: int = Field(default=8, ge=1)
     """LoRA r at first."""
     alpha: float = Field(default=16, gt=0)
-    """LoRA alpha; alpha / r stays what it is at first."""
+    """LoRA alpha at first; alpha / r stays the same."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """LoRA dropout."""
     growth: float = Field(default=4.0, ge=1)
@@ -78,7 +78,7 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     too large for the rest of the budget, channels go instead, so that the budget is met to less than one
     channel as long as there are channels. Every layer keeps its best group and channel; `protected` layers
     keep all. Masks move towards 0 or 1 by 0.01 a step, faster if that would take more than a quarter of the
-    run; a mask still on its way to 0 at the end is cut.
+    run; a unit whose mask has not reached 0 at the end is cut all the same.
 
     LoRA is on q, v, gate and up. At every pruning the more salient half of the adapters grows
     (`growing_ranks`) until all together have 1 + (growth - 1) (1 - u^3) times their first parameters, with u
@@ -207,7 +207,7 @@ class AdaptivePruning(ClosingCallback):
         self._cuts: list[dict[str, Any]] = []
         self._steps: list[int] = []
         self._begin, self._mask_step = 0, 1.0
-        self._ranks: GrowingRanks | None = None
+        self._ranks: GrowingRanks  # there once training has begun
         self._adapters = (0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -225,15 +225,14 @@ class AdaptivePruning(ClosingCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates the saliences of the adapters while they have gradients."""
-        if self._ranks is not None:
-            self._ranks.end_step()
+        self._ranks.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Updates the saliences of the units, moves the masks, and prunes when it is time."""
         for masks in self._masks:
             masks.end_step()
             masks.move(self._mask_step)
-        if state.global_step in self._steps and self._ranks is not None:
+        if state.global_step in self._steps:
             left = kept_share(state.global_step, self._begin, self._steps[-1])
             self._prune(state.global_step, round(self.num_remove * (1 - left)))
             self._ranks.grow(1 + (self.options.growth - 1) * (1 - left), kwargs["optimizer"])
@@ -275,7 +274,7 @@ class AdaptivePruning(ClosingCallback):
             "cuts": self._cuts,
             "mask_step": self._mask_step,
             "adapter_parameters": list(self._adapters),
-            "ranks": self._ranks.ranks() if self._ranks else {},
+            "ranks": self._ranks.ranks(),
         }
 
     def _prune(self, step: int, budget: int) -> None:

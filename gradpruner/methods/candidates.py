@@ -76,7 +76,7 @@ def make_pool(
     protected layer, and in all of them kept layers fit where they stand.
 
     Args:
-        context: What methods may look at; its samples are what they measure on.
+        context: Methods measure on its samples.
         num_prune: Layers that go, >= 1.
         size: Candidates at most, >= 1.
         families: Which; where the pool is too small for all, the first ones.

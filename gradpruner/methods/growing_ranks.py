@@ -12,7 +12,7 @@ from gradpruner.methods.salience import EMA
 from gradpruner.models.layers import LayeredModel
 
 MAX_GROWTH = 8
-"""An adapter's rank becomes at most this many times what it was at first."""
+"""An adapter's rank becomes at most this many times its first rank."""
 
 
 class GrowingRanks:

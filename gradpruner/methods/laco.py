@@ -34,10 +34,8 @@ class LacoOptions(MethodOptions):
 
     merge_layers: int = Field(default=4, ge=2)
     """Layers that become one in a merge (C)."""
-
     interval: int = Field(default=2, ge=1)
     """How many layers below an accepted merge the next one is tried (I)."""
-
     num_samples: int = Field(default=10, ge=1)
     """Training samples on which candidates are compared with the original model."""
 

@@ -106,7 +106,7 @@ def score(context: MethodContext) -> LayerScores:
 
 
 def _can_go(context: MethodContext, count: int, gone: Sequence[int]) -> bool:
-    """Whether these layers can be among `count` that go so that all others fit where they come to stand."""
+    """Whether these layers can be among `count` that go so that all others fit at their new places."""
     if context.fits is None:
         return True
     values = tuple(-1.0 if layer in gone else 0.0 for layer in range(context.num_layers))
@@ -196,14 +196,14 @@ class _Pruned:
         """States behind a kept layer refitted to give what the dense model gives to another kept layer."""
         layer = self.kept[place]
         target = self._dense[self.kept[behind] if behind < len(self.kept) else self.view.num_layers]
-        handed, given = self._with_output(self._fitted, layer, fitted_states)
+        layer_out, linear_out = self._with_output(self._fitted, layer, fitted_states)
         output = self._output_of(layer)
         size = target[0].shape[-1]
         on_cpu = target[0].device.type == "mps"  # no double precision there
         device = torch.device("cpu") if on_cpu else target[0].device
         by_channel = output.offset is not None
         sums: AnySums = ChannelSums.empty(size, device) if by_channel else Sums.empty(size, size, device)
-        for counted, h, y, x in zip(self._fitted.counted, target, handed, given, strict=True):
+        for counted, h, y, x in zip(self._fitted.counted, target, layer_out, linear_out, strict=True):
             h_TD, y_TD, x_TD = (part[counted].to(device, torch.float64) for part in (h, y, x))
             weight_T = 1 / h_TD.square().sum(dim=1).clamp_min(1e-12)
             sums.add(x_TD, (h_TD - y_TD) / output.factor, weight_T)
@@ -214,7 +214,7 @@ class _Pruned:
             )
         update = sums.solve(self.ridge)
         ours = self._with_output(self._measured, layer, states)
-        return self._added(layer, update, *ours), self._added(layer, update, handed, given), update
+        return self._added(layer, update, *ours), self._added(layer, update, layer_out, linear_out), update
 
     def _run(self, walk: Walk, layer: int, states: States) -> States:
         """States behind a kept layer, its map included."""
@@ -222,24 +222,24 @@ class _Pruned:
             return walk.layer(layer, states)
         return self._added(layer, self.updates[layer], *self._with_output(walk, layer, states))
 
-    def _added(self, layer: int, update: Tensor, handed: States, given: States) -> States:
-        scaled = (update * self._output_of(layer).factor).to(handed[0])
+    def _added(self, layer: int, update: Tensor, layer_out: States, linear_out: States) -> States:
+        scaled = (update * self._output_of(layer).factor).to(layer_out[0])
         if scaled.ndim == 1:
-            return [y + x * scaled for y, x in zip(handed, given, strict=True)]
-        return [y + x @ scaled.T for y, x in zip(handed, given, strict=True)]
+            return [y + x * scaled for y, x in zip(layer_out, linear_out, strict=True)]
+        return [y + x @ scaled.T for y, x in zip(layer_out, linear_out, strict=True)]
 
     def _with_output(self, walk: Walk, layer: int, states: States) -> tuple[States, States]:
         """Outputs of a layer, and of its last linear (or the norm behind it) without the bias."""
         module: Any = self._output_of(layer).module
-        given: States = []
+        linear_out: States = []
 
         def keep(_: Any, __: Any, output: Tensor) -> None:
             bias = getattr(module, "bias", None)
-            given.append(output if bias is None else output - bias)
+            linear_out.append(output if bias is None else output - bias)
 
         with module.register_forward_hook(keep):
-            handed = walk.layer(layer, states)
-        return handed, [x.view_as(y) for x, y in zip(given, handed, strict=True)]
+            layer_out = walk.layer(layer, states)
+        return layer_out, [x.view_as(y) for x, y in zip(linear_out, layer_out, strict=True)]
 
     def _output_of(self, layer: int) -> Output:
         if layer not in self._outputs:

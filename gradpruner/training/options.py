@@ -139,7 +139,7 @@ class FinetuneSection(Section):
     """DeepSpeed configuration file (ZeRO 1 to 3; pip install deepspeed). It is for fine-tuning: recording is
     data parallel all the same, because DeepSpeed steps before gradients can be read."""
     save_steps: int | None = Field(default=500, ge=1)
-    """Checkpoint interval; an interrupted fine-tuning goes on from the last whole one. null: none."""
+    """Checkpoint interval; an interrupted fine-tuning resumes from the last complete one. null: none."""
     report_to: str | list[str] = "none"
     """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, all or none."""
 

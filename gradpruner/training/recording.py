@@ -56,7 +56,7 @@ class GradientRecorder(ClosingCallback):
     released code; clipping by c scales that step's energy by c**4).
 
     The same backward passes also give the gates of every decoder layer and example (`gates.GateHooks`), not
-    clipped, of the same steps. Models whose layers do not hand on one hidden state of shape (rows, tokens,
+    clipped, of the same steps. Models whose layers do not pass on one hidden state of shape (rows, tokens,
     hidden size), such as Gemma 3n, and several GPUs without a launcher get none, and a note says so. Hooks
     leave the model when recording ends or fails; after a training that failed elsewhere, call `close`.
 
