@@ -137,10 +137,6 @@ def adapter_kind(model: Any) -> tuple[str, float, bool]:
     if config is None:
         return "lora", 0.0, False
     quantised = is_4bit(model)
-    if getattr(config, "use_dora", False):
-        kind = "dora"
-    elif getattr(config, "use_rslora", False):
-        kind = "rslora"
-    else:
-        kind = "qlora" if quantised else "lora"
+    kinds = {"dora": config.use_dora, "rslora": config.use_rslora, "qlora": quantised, "lora": True}
+    kind = next(kind for kind, holds in kinds.items() if holds)
     return kind, float(config.lora_alpha), quantised
