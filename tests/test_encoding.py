@@ -20,6 +20,7 @@ from gradpruner.data.encoding import (
     IGNORED,
     Collator,
     Encoded,
+    EncodedDataset,
     answer_ids,
     encode,
     encode_all,
@@ -342,8 +343,8 @@ def test_what_is_learned_of_a_conversation_is_its_answers(chat_tokenizer, conten
 
 
 def test_collator_pads_on_the_right(tokenizer):
-    short, long = Encoded([1, 5], [IGNORED, 5]), Encoded([1, 5, 6], [IGNORED, 5, 6])
-    batch = Collator(tokenizer)([short, {"input_ids": long.input_ids, "labels": long.labels}])
+    rows = EncodedDataset([Encoded([1, 5], [IGNORED, 5]), Encoded([1, 5, 6], [IGNORED, 5, 6])])
+    batch = Collator(tokenizer)(list(rows))
     assert batch["input_ids"].tolist() == [[1, 5, tokenizer.pad_token_id], [1, 5, 6]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [[IGNORED, 5, IGNORED], [IGNORED, 5, 6]]

@@ -17,7 +17,7 @@ from gradpruner.errors import ConfigError, IntegrityError, NonFiniteError, PlanE
 from gradpruner.gradients.gates import (
     GateHooks,
     Gates,
-    bootstrap_mean,
+    bootstrap,
     choose_pairwise,
     first_order,
     predicted_rise,
@@ -530,11 +530,11 @@ def test_values_of_a_set_put_it_first():
     assert values == [predicted_rise(HAND, [layer]) for layer in range(3)]
 
 
-def test_bootstrap_mean_covers_what_it_should():
-    low_L, high_L = bootstrap_mean(torch.full((5, 2), 3.0), resamples=10, seed=0)
+def test_bootstrap_covers_what_it_should():
+    low_L, high_L = bootstrap(torch.full((5, 2), 3.0), 5, resamples=10, seed=0)
     assert low_L.tolist() == high_L.tolist() == [3.0, 3.0]
     rows = torch.from_numpy(np.random.default_rng(0).normal(size=(400, 3)))
-    low_L, high_L = bootstrap_mean(rows, resamples=1000, seed=0)
+    low_L, high_L = bootstrap(rows, len(rows), resamples=1000, seed=0)
     half_L = 1.96 * rows.std(dim=0) / 20
     torch.testing.assert_close(low_L, rows.mean(dim=0) - half_L, rtol=0, atol=0.01)
     torch.testing.assert_close(high_L, rows.mean(dim=0) + half_L, rtol=0, atol=0.01)

@@ -59,7 +59,7 @@ MARKERS = (
 
 
 def choose_template(tokenizer: Any, chosen: str | None) -> Any:
-    """The tokenizer with a chat template: one of `TEMPLATES`, or of a Jinja file; None leaves its own.
+    """Gives the tokenizer a chat template: one of `TEMPLATES` or a Jinja file; None leaves its own.
 
     Raises:
         ConfigError: If there is neither a template of that name nor such a file.
@@ -90,16 +90,14 @@ def template_text(chosen: str) -> str:
 
 
 def template_mark(chosen: str | None) -> str:
-    """What tells rows asked in two templates apart, in words; "" for the tokenizer's own."""
+    """Words that name a template by its hash, for the format of a set; "" for the tokenizer's own."""
     return "" if chosen is None else f", chat template {sha256_json(template_text(chosen))[:12]}"
 
 
 def foreign_markers(tokenizer: Any, texts: Mapping[str, str]) -> str:
-    """Names markers of other models that stand in rows as plain text; "" if there are none.
+    """Names markers of other models that stand in rows (row id -> text) as plain text; "" if there are none.
 
-    Args:
-        tokenizer: Of the model; what is one token of its own is no foreign marker.
-        texts: Row id -> prompt and answer.
+    A marker that is one token of this tokenizer is not foreign.
     """
     known = tokenizer.get_vocab()
     foreign = [marker for marker in MARKERS if marker not in known]

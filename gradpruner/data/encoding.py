@@ -1,14 +1,14 @@
-"""Examples as token ids, with the loss on the answer and nowhere else.
+"""Examples as token ids, with a loss on the answer alone.
 
 A plain example is prompt ids (with whatever start token the tokenizer adds) + answer ids + end
-token. Prompt and answer are tokenised separately, so that the prompt evaluation sees is, token for
-token, the one training saw. A conversation is rendered by the tokenizer's chat template and cut
+token. Prompt and answer are tokenised separately, so that evaluation sees the same prompt, token for
+token, as training did. A conversation is rendered by the tokenizer's chat template and cut
 into the same two kinds of piece. Labels are `IGNORED` on every prompt token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
@@ -52,11 +52,7 @@ class Encoded:
 
 
 class EncodedDataset(Dataset[dict[str, list[int]]]):
-    """Encoded examples as the dictionaries a Trainer takes; a slice of it is one as well.
-
-    Args:
-        encoded: The examples, as `encode` gives them.
-    """
+    """Encoded examples as the dictionaries a Trainer takes; a slice of it is one as well."""
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
         self.encoded = tuple(encoded)
@@ -108,25 +104,17 @@ class Collator:
             pad = tokenizer.eos_token_id if pad is None else pad
         self.pad_token_id = 0 if pad is None else int(pad)
 
-    def __call__(self, features: Sequence[Encoded | Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Returns input_ids, attention_mask and labels, each (batch, longest), int64."""
-        ids, labels = [], []
-        for feature in features:
-            if isinstance(feature, Encoded):
-                ids.append(feature.input_ids)
-                labels.append(feature.labels)
-            else:
-                ids.append(list(feature["input_ids"]))
-                labels.append(list(feature["labels"]))
-        longest = max(len(row) for row in ids)
+        longest = max(len(feature["input_ids"]) for feature in features)
 
-        def pad(row: list[int], value: int) -> list[int]:
-            return row + [value] * (longest - len(row))
+        def padded(rows: Iterable[Sequence[int]], value: int) -> Tensor:
+            return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
         return {
-            "input_ids": torch.tensor([pad(row, self.pad_token_id) for row in ids]),
-            "attention_mask": torch.tensor([pad([1] * len(row), 0) for row in ids]),
-            "labels": torch.tensor([pad(row, IGNORED) for row in labels]),
+            "input_ids": padded((one["input_ids"] for one in features), self.pad_token_id),
+            "attention_mask": padded(([1] * len(one["input_ids"]) for one in features), 0),
+            "labels": padded((one["labels"] for one in features), IGNORED),
         }
 
 
@@ -136,7 +124,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int
     Raises:
         DataError: If the example is a conversation and the tokenizer cannot render it.
     """
-    return _head_and_answer(tokenizer, example)[0]
+    return _labelled(tokenizer, example)[0]
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -156,11 +144,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
     What does not fit is cut from the left of the prompt, behind the start token, so that the
     question next to the answer and the whole answer stay. Only when the answer alone is too long is
     the sample cut from the right; nothing supervised may then be left (`encode_all` refuses that).
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
-        example: Prompt and answer, or a conversation.
-        max_length: In tokens, >= 2.
 
     Raises:
         ConfigError: If `max_length` is below 2.
@@ -185,12 +168,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> EncodedDataset:
-    """Encodes every example and refuses to go on if one teaches nothing.
-
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
-        examples: Prompts and answers, or conversations.
-        max_length: In tokens, >= 2; see `encode` for what is cut.
+    """Encodes every example, cut as in `encode`, and refuses those from which nothing can be learned.
 
     Returns:
         What `record_gradients`, `fit_repair`, `finetune` and a Trainer take: items are dictionaries of
@@ -218,11 +196,7 @@ def usable(
 ) -> ExampleSet:
     """Returns the examples that can be rendered and learned from; the others count as dropped.
 
-    Args:
-        tokenizer: Any Hugging Face tokenizer.
-        found: Rows to learn from or to be asked.
-        max_length: In tokens, >= 2.
-        skip_bad: Whether bad rows are dropped; else `found` comes back as it is.
+    Without `skip_bad`, `found` comes back as it is.
 
     Raises:
         DataError: If none is left.
@@ -280,11 +254,6 @@ def _plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         bare = text_ids(tokenizer, text)
         return ids[:-1] if ids[-1:] != bare[-1:] else ids
     return ids
-
-
-def _head_and_answer(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int]]:
-    head, _, answer = _labelled(tokenizer, example)
-    return head, answer
 
 
 def _labelled(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[list[int], list[int], list[int]]:

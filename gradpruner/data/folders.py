@@ -39,11 +39,15 @@ def split_files(folder: Path, split: str) -> list[Path]:
     for name in names:
         if found := _files_of(folder, name):
             return found
-    present = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*") if type_of(path))
-    present += sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*") if type_of(path))
+    present = [
+        path.relative_to(folder).as_posix()
+        for pattern in ("*", "*/*")
+        for path in sorted(folder.glob(pattern))
+        if type_of(path)
+    ]
     raise DataError(
         f"{folder}: no file for split '{split}'. Tried: "
-        f"{', '.join(name + suffix for name in names[:1] for suffix in SUFFIXES)}, "
+        f"{', '.join(split + suffix for suffix in SUFFIXES)}, "
         f"packed ones ({', '.join(PACKED)}), shards ({split}-00000-of-00002.parquet), folders and "
         f"the names {', '.join(names)}. Data files there: {', '.join(present[:_FILES_NAMED]) or 'none'}.",
         hint="Rename a file, or pass the file itself.",
@@ -64,17 +68,14 @@ def has_split(folder: Path, split: str) -> bool:
 
 def _files_of(folder: Path, name: str) -> list[Path]:
     """The files of a split by one of its names; [] where there are none."""
-    found = [path for path in map(folder.joinpath, _file_names(name)) if path.is_file()]
+    files = [folder / (name + suffix + packed) for suffix in SUFFIXES for packed in ("", *PACKED)]
+    found = [path for path in files if path.is_file()]
     if len(found) > 1:
         raise DataError(
             f"{folder}: several files for split '{name}': {', '.join(p.name for p in found)}.",
             hint="Pass the file you mean, or remove the others.",
         )
     return found or _laid_out(folder, name)
-
-
-def _file_names(name: str) -> list[str]:
-    return [name + suffix + packed for suffix in SUFFIXES for packed in ("", *PACKED)]
 
 
 def _laid_out(folder: Path, name: str) -> list[Path]:

@@ -50,11 +50,11 @@ class Layout:
 
     @property
     def has_templates(self) -> bool:
-        """Whether rows are filled into templates of the user's."""
+        """Whether the user gives templates."""
         return self.prompt is not None or self.completion is not None
 
     def mark(self) -> str:
-        """What tells the same rows under two layouts apart, in words; "" where nothing is laid out."""
+        """Words that name the layout by its hash, for the format of a set; "" where nothing is laid out."""
         said = [self.columns, self.prompt, self.completion, self.labels]
         if not any(part for part in said):
             return ""

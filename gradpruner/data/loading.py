@@ -8,7 +8,8 @@ from pathlib import Path
 
 from gradpruner.data.examples import Example, ExampleSet, sample
 from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
-from gradpruner.data.rows import DataRow, RowSet, read_rows
+from gradpruner.data.parsing import DataRow
+from gradpruner.data.rows import RowSet, read_rows
 from gradpruner.data.shapes import FORMATS, BadRow, Shape
 from gradpruner.data.tasks import TASKS
 from gradpruner.errors import ConfigError, DataError

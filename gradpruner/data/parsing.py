@@ -1,8 +1,8 @@
 """The content of one data file as rows: JSON Lines, JSON, CSV and parquet.
 
-Own readers for JSON Lines, JSON and CSV, because a user who has one bad line in ten thousand needs
-its file, line and column, and because an empty file, a ragged row or a field written twice must be
-an error and not a guess. Parquet is read by pyarrow, imported only when it is needed.
+JSON Lines, JSON and CSV have readers of our own: a user with one bad line in ten thousand needs its
+file, line and column, and an empty file, a ragged row or a field written twice must be an error, not
+a guess. Parquet is read by pyarrow, imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -58,12 +58,7 @@ class DataRow:
 
 @dataclass
 class Faults:
-    """What cannot be read of a file: raised at once, or kept for those who skip bad rows.
-
-    Attributes:
-        skip: Whether bad rows are kept here instead of raised.
-        found: Row id and reason, in the order of the file.
-    """
+    """Rows of a file that cannot be read: raised at once or, with `skip`, kept as (row id, reason)."""
 
     skip: bool = False
     found: list[tuple[str, str]] = field(default_factory=list)
@@ -84,13 +79,9 @@ def type_of(path: Path) -> str:
 
 
 def rows_of(path: Path, content: bytes, split: str, faults: Faults) -> Iterator[DataRow]:
-    """Yields the rows of a file's unpacked content.
+    """Yields the rows of a file's unpacked content; the path says the type and is named in messages.
 
-    Args:
-        path: Says the type and is named in messages.
-        content: What the file holds.
-        split: The key of a JSON object whose list is read.
-        faults: What happens to a row that cannot be read.
+    Of a JSON object the list under `split` is read.
 
     Raises:
         DataError: If the file is empty, in no encoding that can be told, or malformed.

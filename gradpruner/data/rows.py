@@ -23,15 +23,12 @@ from gradpruner.data.parsing import (
     DataRow,
     Faults,
     class_names,
-    kind_of,
     rows_of,
     type_of,
     unpacked,
 )
 from gradpruner.errors import DataError
 from gradpruner.files import path_fault, shown
-
-__all__ = ["SUFFIXES", "DataRow", "RowSet", "kind_of", "read_file", "read_hub", "read_rows"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 
@@ -61,7 +58,7 @@ def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = Fals
 
     Args:
         source: Path of a file or folder, or a hub id: "owner/name", "name", "owner/name:config".
-        split: Which files of a folder, which key of a JSON object, which split of a hub dataset.
+        split: Which files of a folder, key of a JSON object, or split of a hub dataset.
         skip_bad: Keep lines that cannot be read in `RowSet.faults` instead of refusing the file.
 
     Raises:
@@ -93,7 +90,7 @@ def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = Fals
 def read_file(
     path: Path, split: str = "train", *, skip_bad: bool = False, root: Path | None = None
 ) -> RowSet:
-    """Reads one data file, its type and compression told by the name.
+    """Reads one data file; its name says type and compression.
 
     Args:
         path: The file.
@@ -169,10 +166,7 @@ def _read_saved(folder: Path, split: str) -> RowSet:
             f"{part}: a folder of save_to_disk that load_from_disk cannot read ({cause}).",
             hint="Save it again, or write it with to_json(...) or to_parquet(...).",
         ) from error
-    if not rows:
-        raise DataError(f"{part} holds no rows.", hint="Write at least one row.")
-    found = tuple(DataRow(f"{part.name}[{index}]", row) for index, row in enumerate(rows))
-    return RowSet(found, str(part), _digest(rows), label_names=names)
+    return _row_set(rows, part.name, str(part), names, str(part))
 
 
 def _names_of(table: Any) -> dict[str, tuple[str, ...]]:
@@ -181,13 +175,18 @@ def _names_of(table: Any) -> dict[str, tuple[str, ...]]:
     return {column: tuple(names) for column, names in named.items() if names}
 
 
-def _digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of rows as canonical JSON lines."""
+def _row_set(
+    rows: Sequence[dict[str, Any]], name: str, source: str, names: dict[str, tuple[str, ...]], what: str
+) -> RowSet:
+    """The rows that `datasets` read, called "name[0]" and so on; `what` is their source in an error."""
+    if not rows:
+        raise DataError(f"{what} holds no rows.", hint="Write at least one row.")
     digest = hashlib.sha256()
     for row in rows:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
-    return digest.hexdigest()
+    found = tuple(DataRow(f"{name}[{index}]", row) for index, row in enumerate(rows))
+    return RowSet(found, source, digest.hexdigest(), label_names=names)
 
 
 def read_hub(
@@ -230,12 +229,10 @@ def read_hub(
     else:
         assert refused is not None
         _refuse_hub(hub_id, split, config, tried, refused)
-    if not rows:
-        raise DataError(f"Hub dataset '{hub_id}', split '{taken}', holds no rows.")
     name = f"{hub_id}:{config}" if config else hub_id
-    found = tuple(DataRow(f"{name}/{taken}[{index}]", row) for index, row in enumerate(rows))
     which = taken if taken == split else f"asked for {split}, took {taken}"
-    return RowSet(found, f"{name} ({which})", _digest(rows), label_names=names)
+    what = f"Hub dataset '{hub_id}', split '{taken}',"
+    return _row_set(rows, f"{name}/{taken}", f"{name} ({which})", names, what)
 
 
 def _refuse_hub(

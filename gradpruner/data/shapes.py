@@ -135,12 +135,9 @@ def _from_alpaca(row_id: str, fields: Mapping[str, Any]) -> Example:
     return Example(row_id, prompt, answer, _choices(fields, answer))
 
 
-def _from_conversations(row_id: str, fields: Mapping[str, Any]) -> Example:
-    return _from_turns(row_id, _list(fields, "conversations"), fields)
-
-
-def _from_messages(row_id: str, fields: Mapping[str, Any]) -> Example:
-    return _from_turns(row_id, _list(fields, "messages"), fields)
+def _conversation(name: str) -> Shape:
+    """The shape of rows whose column `name` holds the turns."""
+    return Shape((name,), ("system", "tools"), lambda row_id, row: _from_turns(row_id, _list(row, name), row))
 
 
 def _from_turns(row_id: str, turns: Sequence[Any], fields: Mapping[str, Any], only_read: int = 0) -> Example:
@@ -222,8 +219,8 @@ def _joined_parts(parts: Sequence[Any], number: int) -> str:
 
 # Order matters: a table that has both is the richer shape, which stands first.
 FORMATS: Mapping[str, Shape] = {
-    "messages": Shape(("messages",), ("system", "tools"), _from_messages),
-    "sharegpt": Shape(("conversations",), ("system", "tools"), _from_conversations),
+    "messages": _conversation("messages"),
+    "sharegpt": _conversation("conversations"),
     "prompt_completion": Shape(("prompt", "completion"), ("choices",), _from_completion),
     "alpaca": Shape(("instruction", "output"), ("input", "choices"), _from_alpaca),
 }

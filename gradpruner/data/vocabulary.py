@@ -11,15 +11,9 @@ _FEWEST = 0.9  # of an embedding's rows; embeddings are padded, but by far less 
 
 
 def check_vocabulary(tokenizer: Any, vocabulary: int, ids: Iterable[Sequence[int]]) -> None:
-    """Refuses token ids that the model's embedding does not have.
+    """Raises ModelError if a token of samples or prompts, or the padding token, is beyond the embedding.
 
-    Args:
-        tokenizer: Of the model.
-        vocabulary: Rows of the embedding.
-        ids: All samples and prompts as token ids.
-
-    Raises:
-        ModelError: If a sample or the padding token is beyond the embedding.
+    `vocabulary` is the number of its rows.
     """
     hint = (
         "Use the tokenizer the model was trained with, or add the rows first: "
@@ -42,12 +36,9 @@ def check_vocabulary(tokenizer: Any, vocabulary: int, ids: Iterable[Sequence[int
 
 
 def vocabulary_notes(tokenizer: Any, config: Any, ends: Iterable[int]) -> tuple[str, ...]:
-    """Returns in sentences what does not fit between a tokenizer and a model's config.
+    """Returns in sentences what does not fit between a tokenizer and a decoder's config.
 
-    Args:
-        tokenizer: Of the model.
-        config: The config of the decoder, with vocab_size, bos_token_id and eos_token_id.
-        ends: The last token of every answer as it is learned.
+    `ends` are the last tokens of the answers as they are learned.
     """
     notes = []
     size, vocabulary = len(tokenizer), int(config.vocab_size)

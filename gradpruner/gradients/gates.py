@@ -1,6 +1,6 @@
 """Gates: what leaving a decoder layer out does to the loss, read off the backward passes of a training.
 
-Layer l gets an imagined gate a_l on what it adds to the hidden state,
+Imagine a gate a_l on what layer l adds to the hidden state,
 
     y_l = x_l + a_l (layer_l(x_l) - x_l),    a_l = 1,
 
@@ -30,9 +30,8 @@ from torch import Tensor, distributed, nn
 from gradpruner.errors import ConfigError, ShapeError
 from gradpruner.files import save_tensors
 
-# A swap must lower the rise by more than rounding can, or two equal sets would be exchanged for ever.
+# An exchange must lower the rise by more than rounding can, or two equal sets would be exchanged for ever.
 _ROUNDING = 1e-12
-_RESAMPLES_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,12 @@ def predicted_rise(gates_EL: Tensor, layers: Iterable[int]) -> float:
 
 
 def choose_pairwise(gates_EL: Tensor, num_prune: int, candidates: Collection[int] | None = None) -> list[int]:
-    """The layers whose leaving out together is predicted to raise the loss least.
+    """The layers that, left out together, are predicted to raise the loss least.
 
-    A search from several starts, one for every candidate: the layer that adds least to what is chosen joins
-    it, again and again; then the exchange of one chosen layer for another that lowers the prediction most is
-    made, until none does. The best result counts. It cannot be improved by one exchange; that it is the best
-    of all sets is likely, not certain. Of equal choices the later layer goes.
+    The search starts once from every candidate. It adds the layer that raises the prediction least until
+    there are enough; then it exchanges one chosen layer for another, always the pair that lowers the
+    prediction most, until no exchange helps. The best result of all starts is returned. No single exchange
+    improves it; it is likely, not certain, to be the best of all sets. Of equal choices the later layer goes.
 
     Args:
         gates_EL: Shape (examples, layers).
@@ -136,7 +135,7 @@ def choose_pairwise(gates_EL: Tensor, num_prune: int, candidates: Collection[int
 
 
 def _search(mean_L: Tensor, fisher_LL: Tensor, free: list[int], first: int, num_prune: int) -> list[int]:
-    """A set with `first` in it to begin with, then made better by exchanges until none helps."""
+    """Grows a set from `first`, then exchanges layers until no exchange helps."""
     chosen = [first]
     while len(chosen) < num_prune:
         added_L = -mean_L + fisher_LL.diagonal() / 2 + fisher_LL[:, chosen].sum(dim=1)
@@ -165,27 +164,31 @@ def _best_swap(
     return inside[best // len(outside)], outside[best % len(outside)]
 
 
-def bootstrap_mean(values_EL: Tensor, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """95 % percentile interval of the mean over examples when these are drawn with replacement.
+def bootstrap(
+    values_EL: Tensor, divisor: int, resamples: int, seed: int, at_once: int = 64
+) -> tuple[Tensor, Tensor]:
+    """95 % percentile interval of a sum over rows drawn with replacement, divided by `divisor`.
 
     Args:
-        values_EL: Shape (examples, layers).
+        values_EL: Shape (rows, layers), a row for an example or a step.
+        divisor: The number of rows gives an interval of the mean.
         resamples: Number of resamples, >= 1.
         seed: Seeds the draws.
+        at_once: Resamples held in memory at a time; with many rows, drawn indices are large.
 
     Returns:
         Lower and upper ends, each of shape (layers,), float64.
     """
     examples = values_EL.shape[0]
     generator = torch.Generator().manual_seed(seed)
-    means = []
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):  # the drawn indices of all would be large
-        size = min(_RESAMPLES_AT_ONCE, resamples - start)
+    sums = []
+    for start in range(0, resamples, at_once):
+        size = min(at_once, resamples - start)
         drawn_BE = torch.randint(examples, (size, examples), generator=generator)
         counts_BE = torch.zeros(size, examples, dtype=torch.float64)
         counts_BE.scatter_add_(1, drawn_BE, torch.ones(size, examples, dtype=torch.float64))
-        means.append(counts_BE @ values_EL.double() / examples)
-    ends = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
+        sums.append(counts_BE @ values_EL.double() / divisor)
+    ends = torch.quantile(torch.cat(sums), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
     return ends[0], ends[1]
 
 
@@ -201,7 +204,7 @@ def _checked(gates_EL: Tensor) -> Tensor:
 class GateHooks:
     """Measures the gates of every decoder layer during ordinary backward passes.
 
-    A forward hook on a layer asks autograd for the gradient at the layer's output y; where it comes along,
+    A forward hook on a layer asks autograd for the gradient at the layer's output y. When it arrives,
     `sum (dL/dy) (y - x)` over the tokens and hidden dimensions of a row is that row's gate gradient. x and y
     are not copied: autograd holds them anyway. Products and their sums over the hidden dimension are formed
     in fp32 (fp64 for fp64 models), sums over tokens in fp64. Nothing is measured where no gradient flows,
@@ -211,13 +214,13 @@ class GateHooks:
     A row of the batch counts as one example; where several samples share a row (packing, padding-free
     batches) they count as one together.
 
-    With several processes (torch.distributed) every one must take part in every `step`. Assumed is data
-    parallelism: each has rows of its own and the same layers, and gradients are averaged over processes
+    With several processes (torch.distributed) every one must take part in every `step`. Data parallelism is
+    assumed: each has rows of its own and the same layers, and gradients are averaged over processes
     (DDP, FSDP).
 
     Args:
-        layers: The decoder layers, in order. They take hidden states of shape (rows, tokens, hidden size)
-            first, and return them, alone or first in a tuple.
+        layers: The decoder layers, in order. Their first argument is hidden states of shape (rows, tokens,
+            hidden size), which they return alone or first in a tuple.
         fault: Why nothing can be measured, when known beforehand.
 
     Attributes:
@@ -325,7 +328,7 @@ def save_gates(path: Path, gates: Gates | None) -> None:
 
 
 def load_gates(path: Path) -> Gates | None:
-    """The gates of a trace; None where there is no file, as in traces of earlier versions."""
+    """The gates of a trace; None where none were recorded."""
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:

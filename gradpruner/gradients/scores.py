@@ -1,6 +1,6 @@
 """LayerScores: one number per decoder layer, with its confidence.
 
-Shape suffixes: S recorded steps, L decoder layers, B bootstrap resamples.
+Shape suffixes: S recorded steps, L decoder layers.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.files import shown
+from gradpruner.gradients.gates import bootstrap
 from gradpruner.gradients.trace import GradientTrace, trace_digest
 from gradpruner.json_files import read_object, write_json
 from gradpruner.printing import Printed, print_table
@@ -151,7 +151,7 @@ def score_layers(
     energy_SL = trace.layer_energies(1.0 if norm == "squared" else 0.5)
     divisor = trace.num_steps if norm == "squared" else 1
     values_L = energy_SL.sum(dim=0) / divisor
-    low_L, high_L = _bootstrap(energy_SL, divisor, resamples, seed)
+    low_L, high_L = bootstrap(energy_SL, divisor, resamples, seed, at_once=resamples)
     num_layers = trace.info.num_layers
     keep = num_keep if num_keep is not None else num_layers - default_num_prune(num_layers)
     return LayerScores(
@@ -172,18 +172,6 @@ def score_layers(
             "trace": trace_digest(trace),
         },
     )
-
-
-def _bootstrap(energy_SL: Tensor, divisor: int, resamples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """95 % percentile interval of the per-layer total when steps are drawn with replacement."""
-    steps = energy_SL.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    drawn_BS = torch.randint(steps, (resamples, steps), generator=generator)
-    counts_BS = torch.zeros(resamples, steps, dtype=torch.float64)
-    counts_BS.scatter_add_(1, drawn_BS, torch.ones_like(drawn_BS, dtype=torch.float64))
-    totals_BL = counts_BS @ energy_SL / divisor
-    quantiles = torch.quantile(totals_BL, torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    return quantiles[0], quantiles[1]
 
 
 def rank_stability(energy_SL: Tensor, num_keep: int) -> tuple[tuple[int, float], ...]:

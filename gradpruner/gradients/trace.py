@@ -249,7 +249,7 @@ class GradientTrace(Printed):
                 f"This trace holds no gates{f' ({why[0]})' if why else ''}.",
                 hint="Take a method that does without them."
                 if why
-                else "Earlier versions recorded none: delete the trace folder and record again.",
+                else "Delete the trace folder and record again, or take a method that does without them.",
             )
         return self.gates.values_EL
 
@@ -282,9 +282,9 @@ class GradientTrace(Printed):
         return Factors(torch.stack(grad_b).float(), torch.stack(grad_a).float())
 
     def check_factors(self) -> None:
-        """Reads the header of every factor file: all there, whole, and of the shapes the index says.
+        """Checks by their headers that all factor files are there, whole, and of the recorded shapes.
 
-        Cheap; for before weights are changed, where a damaged file would leave a model half merged.
+        It is cheap, and called before weights are changed: a damaged file would leave a model half merged.
 
         Raises:
             IntegrityError: Naming the file that is missing, truncated or of other shapes.
@@ -307,7 +307,7 @@ class GradientTrace(Printed):
                             )
 
     def _factor_file(self, step: int) -> Path:
-        assert self.folder is not None
+        assert self.folder is not None  # else the factors are in memory
         return factor_file(self.folder, step)
 
     def _read_step(self, step: int, group: int, row: int) -> tuple[Tensor, Tensor]:
@@ -352,7 +352,7 @@ class GradientTrace(Printed):
                 energies_SK = file.get_tensor("energies")
             gates = load_gates(folder / GATES_FILE)
             trace = cls(info, energies_SK, folder, gates=gates)
-        except Exception as error:  # whatever a damaged or foreign file leads to
+        except Exception as error:  # a damaged or foreign file can raise anything
             raise IntegrityError(
                 f"{folder} does not hold a usable gradient trace: {error}.", hint="Record again."
             ) from error
@@ -373,7 +373,7 @@ class GradientTrace(Printed):
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A safetensors file; IntegrityError when it is missing, damaged or lacks what is read from it."""
+    """Opens a safetensors file; IntegrityError when it is missing, damaged or lacks a tensor that is read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradpruner.errors import ConfigError
 from gradpruner.gradients.gates import (
-    bootstrap_mean,
+    bootstrap,
     choose_pairwise,
     first_order,
     predicted_rise,
@@ -114,7 +114,7 @@ def score_gates(
     evidence |= {"order": order, "resamples": resamples, "seed": seed}
     terms_EL = gates_EL.square() if order == "second" else -gates_EL
     values_L = second_order(gates_EL) if order == "second" else first_order(gates_EL)
-    low_L, high_L = bootstrap_mean(terms_EL, resamples, seed)
+    low_L, high_L = bootstrap(terms_EL, len(terms_EL), resamples, seed)
     return LayerScores(
         method="gate",
         values=tuple(values_L.tolist()),

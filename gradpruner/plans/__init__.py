@@ -1,6 +1,7 @@
 """What will happen to a model, decided before a weight is touched. Pure torch.
 
 defaults       what is protected, merged and kept where nothing is said
+base           what both kinds of plan share: a checked JSON file, a method, evidence
 layer_plan     PruningPlan: keep, drop or merge, for every layer
 width_plan     WidthPlan: which heads, channels and hidden dimensions stay
 reading        a plan of either kind, from a file

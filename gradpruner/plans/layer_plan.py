@@ -1,22 +1,17 @@
-"""PruningPlan: what happens to every layer, decided before any weight is touched.
-
-A plan is a small JSON file a person can read and edit; everything about it is checked on load.
-"""
+"""PruningPlan: what happens to every layer, decided before any weight is touched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gradpruner.errors import ConfigError, PlanError
 from gradpruner.files import shown
-from gradpruner.gradients.trace import same_model
-from gradpruner.json_files import check_json, read_json, write_json
+from gradpruner.plans.base import FORMAT_VERSION, METHOD_LIMIT, BasePlan
 from gradpruner.plans.defaults import DENSITY
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
-from gradpruner.printing import Printed, print_table
+from gradpruner.printing import print_table
 from gradpruner.registry import suggest
 
 if TYPE_CHECKING:
@@ -24,9 +19,6 @@ if TYPE_CHECKING:
 
 ACTIONS = ("keep", "drop", "merge")
 MIN_KEPT = 2
-FORMAT_VERSION = 1
-METHOD_LIMIT = 200  # characters
-_FIELDS = ("format_version", "num_layers", "actions", "rule", "density", "method", "evidence")
 
 
 @dataclass(frozen=True)
@@ -44,7 +36,7 @@ class LayerAction:
 
 
 @dataclass(frozen=True)
-class PruningPlan(Printed):
+class PruningPlan(BasePlan):
     """Keep, drop or merge, for every decoder layer.
 
     A layer that has taken in others can itself be merged into an earlier one, but only by a rule that needs
@@ -64,11 +56,20 @@ class PruningPlan(Printed):
     density: float = DENSITY
     method: str = "explicit"
     evidence: dict[str, Any] = field(default_factory=dict)
+    title: ClassVar[str] = "pruning plan"
+    json_fields: ClassVar = (
+        "format_version",
+        "num_layers",
+        "actions",
+        "rule",
+        "density",
+        "method",
+        "evidence",
+    )
     kind: ClassVar[Literal["layers"]] = "layers"
-    """What goes: whole layers."""
 
     def __post_init__(self) -> None:
-        check_method(self.method)
+        super().__post_init__()
         MERGE_RULES.find(self.rule)
         check_density(self.density)
         for layer, entry in enumerate(self.actions):
@@ -156,7 +157,7 @@ class PruningPlan(Printed):
                 f"The plan is for a model of {self.num_layers} layers; this one has {num_layers}.",
                 hint="Make a plan from this model's own scores.",
             )
-        check_origin(self.evidence, fingerprint)
+        self.check_origin(fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values."""
@@ -174,20 +175,7 @@ class PruningPlan(Printed):
         }
 
     @classmethod
-    def from_dict(cls, raw: Any, where: str = "plan") -> PruningPlan:
-        """Reads a plan, possibly edited by hand.
-
-        Raises:
-            PlanError: Naming the field that is wrong and what is allowed.
-        """
-        if not isinstance(raw, dict):
-            raise PlanError(f"{where} is not a pruning plan: a JSON object is needed.")
-        if raw.get("kind") == "width":
-            raise PlanError(
-                f"{where} is a width plan; a plan that keeps, drops and merges whole layers is needed here.",
-                hint="`gradpruner prune MODEL NEW --plan FILE` takes plans of either kind.",
-            )
-        check_fields(raw, _FIELDS, where)
+    def _read(cls, raw: dict[str, Any], where: str) -> Self:
         entries = raw.get("actions")
         if not isinstance(entries, list) or not entries:
             raise PlanError(f"{where}: 'actions' must list every layer, in order.")
@@ -199,18 +187,11 @@ class PruningPlan(Printed):
         density = raw.get("density", DENSITY)
         if not isinstance(density, int | float) or isinstance(density, bool) or not -1e9 < density < 1e9:
             raise PlanError(f"{where}: density is {shown(density)}; a number is needed.")
-        evidence = raw.get("evidence", {})
-        if not isinstance(evidence, dict):
-            raise PlanError(f"{where}: evidence is {shown(evidence)}; a JSON object is needed.")
         rule, method = raw.get("rule", "sum"), raw.get("method", "explicit")
         if not isinstance(rule, str) or not rule.isprintable() or len(rule) > METHOD_LIMIT:
             raise PlanError(f"{where}: rule is {shown(rule)}; the name of a rule is needed.")
         try:
-            check_json(evidence)
-        except ValueError as error:
-            raise PlanError(f"{where}: evidence: {error}.", hint="Evidence is JSON values.") from error
-        try:
-            return cls(actions, rule, float(density), method, evidence)
+            return cls(actions, rule, float(density), method, raw.get("evidence", {}))
         except ConfigError as error:
             raise PlanError(f"{where}: {error.message}", error.hint) from error
 
@@ -236,62 +217,11 @@ class PruningPlan(Printed):
             [(what, runs_of(layers), len(layers)) for what, layers in rows if layers],
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Writes the plan as JSON."""
-        write_json(Path(path), self.to_dict())
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> PruningPlan:
-        """Reads and validates a plan file.
-
-        Raises:
-            PlanError: If there is none, or it says what no plan can.
-            IntegrityError: If it is not JSON.
-        """
-        if not Path(path).is_file():
-            raise PlanError(
-                f"There is no pruning plan at {path}.",
-                hint="`gradpruner plan` writes plans/<variant>.json into the run directory.",
-            )
-        return cls.from_dict(read_json(Path(path), "pruning plan"), str(path))
-
     @classmethod
     def from_keep(cls, num_layers: int, keep: Sequence[int]) -> PruningPlan:
         """A plan for people who know which layers they want; the others are dropped."""
         pruned = set(range(num_layers)) - set(checked_layers(keep, num_layers, "keep"))
         return cls(tuple(LayerAction("drop" if i in pruned else "keep") for i in range(num_layers)))
-
-
-def check_fields(raw: dict[str, Any], known: Sequence[str], where: str) -> None:
-    """Raises PlanError when a plan's JSON object has a field that none has, or is of another version."""
-    for key in raw:
-        if key not in known:
-            raise PlanError(
-                f"{where}: unknown field {shown(key)}.{suggest(key, known)}",
-                hint=f"Allowed: {', '.join(known)}.",
-            )
-    if raw.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-        raise PlanError(f"{where}: format_version {shown(raw['format_version'])} is not {FORMAT_VERSION}.")
-
-
-def check_method(method: Any) -> None:
-    """Raises PlanError unless the name of a method is one line of text that can stand in a model card."""
-    if not isinstance(method, str) or len(method) > METHOD_LIMIT or not method.isprintable():
-        raise PlanError(
-            f"The method of the plan is {shown(method)}; a name is needed.",
-            hint=f"One line of text, at most {METHOD_LIMIT} characters.",
-        )
-
-
-def check_origin(evidence: dict[str, Any], fingerprint: str) -> None:
-    """Raises PlanError when what a plan rests on was found on another model than this one."""
-    planned = evidence.get("model")
-    if planned and fingerprint and not same_model(str(planned), fingerprint):
-        raise PlanError(
-            f"The plan was made from model {shown(str(planned))[1:-1]}; this is {fingerprint}.",
-            hint="Make a plan on this model.",
-        )
 
 
 def _read_action(entry: Any, layer: int, where: str) -> LayerAction:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gradpruner.json_files import read_json
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.width_plan import KIND, WidthPlan
+from gradpruner.plans.width_plan import WidthPlan
 
 Plan = PruningPlan | WidthPlan
 
@@ -18,7 +18,7 @@ def read_plan(raw: Any, where: str = "plan") -> Plan:
     Raises:
         PlanError: If it says what no plan can.
     """
-    kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == KIND else PruningPlan
+    kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == WidthPlan.kind else PruningPlan
     return kind.from_dict(raw, where)
 
 

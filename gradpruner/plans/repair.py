@@ -1,4 +1,4 @@
-"""Repair: weights refitted so that what stands after a cut sees what it saw before the layers went.
+"""Repair: weights refitted so that the layers after a cut get nearly the input they had before the cut.
 
 A repair is made for one plan of one model (`refitting.fit_repair`) and carried out with it:
 `prune_(model, plan, repair=...)` in memory and `prune_checkpoint(..., repair=...)` on disk put in the same
@@ -10,7 +10,7 @@ On disk a repair is a folder: `repair.json` (what was fitted, and how well) and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ def check_kind(kind: str) -> None:
 
 @dataclass(frozen=True)
 class RepairedCut:
-    """What was done in one kept layer, about the run of layers that go behind it or about those before it.
+    """The refit in one kept layer, which makes up for the layers removed behind it, or for those before it.
 
     Attributes:
         layer: The kept layer; its last linear is refitted, or the norm that follows it.
@@ -92,10 +92,10 @@ class Repair(Printed):
             a norm; without the cuts whose ridge is None.
         model: Fingerprint of the dense model; "" if it cannot be told.
         rows: Samples it was fitted on.
-        tokens: Tokens of theirs that counted.
+        tokens: Their tokens that counted.
         seconds: Wall time of fitting.
         notes: Anything unusual, in words.
-        answers: Share of all weight that positions before answer tokens had at least, in [0, 1).
+        answers: Least share of all weight given to positions before answer tokens, in [0, 1).
     """
 
     kind: str
@@ -106,7 +106,7 @@ class Repair(Printed):
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     answers: float = 0.0
 
     def __post_init__(self) -> None:
@@ -123,7 +123,7 @@ class Repair(Printed):
         return {cut.layer: cut.linear for cut in self.cuts if cut.ridge is not None}
 
     def check(self, plan: PruningPlan, fingerprint: str = "") -> None:
-        """Raises PlanError when it was fitted for other layers or on another model."""
+        """Raises PlanError when the repair was fitted for other layers or on another model."""
         if self.pruned != plan.pruned:
             raise PlanError(
                 f"The repair was fitted for a model without layers {runs_of(self.pruned)}; the plan removes "
@@ -160,7 +160,7 @@ class Repair(Printed):
                 )
 
     def show(self, console: Console) -> None:
-        """Prints what every refit makes up for, on samples it was not fitted on."""
+        """Prints the error before and after every refit, on samples it was not fitted on."""
         rows = [
             (
                 f"{cut.layer} {cut.linear}",
@@ -180,9 +180,7 @@ class Repair(Printed):
 
     def facts(self) -> dict[str, Any]:
         """Everything but the weights, as JSON values."""
-        found = asdict(self)
-        del found["weights"]
-        return found
+        return asdict(_Record(**{entry.name: getattr(self, entry.name) for entry in fields(_Record)}))
 
     def save(self, folder: Path) -> Path:
         """Writes the two files; `repair.json` last, so that a folder that has one is whole."""
@@ -205,20 +203,11 @@ class Repair(Printed):
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
             record = typed(raw, _Record, str(folder / REPAIR_FILE))
-            cuts = record.cuts
-            named = {f"{cut.layer}.{cut.linear}": cut.layer for cut in cuts if cut.ridge is not None}
+            named = {f"{cut.layer}.{cut.linear}": cut.layer for cut in record.cuts if cut.ridge is not None}
             with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
                 weights = {named[name]: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             repair = cls(weights=weights, **vars(record))
-        except (
-            OSError,
-            SafetensorError,
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            ShapeError,
-        ) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise IntegrityError(
                 f"{folder} does not hold a usable repair: {error}.", hint="Fit the repair again."
             ) from error

@@ -1,7 +1,4 @@
-"""WidthPlan: which heads, channels and hidden dimensions stay, decided before any weight is touched.
-
-Like a `PruningPlan` it is a JSON file a person can read and edit; everything about it is checked on load.
-"""
+"""WidthPlan: which heads, channels and hidden dimensions stay, decided before any weight is touched."""
 
 from __future__ import annotations
 
@@ -9,20 +6,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gradpruner.errors import PlanError
 from gradpruner.files import shown
-from gradpruner.json_files import check_json, read_json, write_json
-from gradpruner.plans.layer_plan import FORMAT_VERSION, check_fields, check_method, check_origin, runs_of
-from gradpruner.printing import Printed, print_table
+from gradpruner.plans.base import FORMAT_VERSION, BasePlan
+from gradpruner.plans.layer_plan import runs_of
+from gradpruner.printing import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-KIND = "width"
-_FIELDS = ("format_version", "kind", "shape", "layers", "hidden", "method", "evidence")
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ class LayerWidths:
 
 
 @dataclass(frozen=True)
-class WidthPlan(Printed):
+class WidthPlan(BasePlan):
     """What stays of every layer, and of the hidden state that all layers share.
 
     Attributes:
@@ -103,12 +96,13 @@ class WidthPlan(Printed):
     hidden: tuple[int, ...]
     method: str = "explicit"
     evidence: dict[str, Any] = field(default_factory=dict)
+    title: ClassVar[str] = "width plan"
+    json_fields: ClassVar = ("format_version", "kind", "shape", "layers", "hidden", "method", "evidence")
     kind: ClassVar[Literal["width"]] = "width"
-    """What goes: parts of layers, as in its JSON."""
 
     def __post_init__(self) -> None:
         shape = self.shape
-        check_method(self.method)
+        super().__post_init__()
         if len(self.layers) != shape.num_layers:
             raise PlanError(f"The plan has {len(self.layers)} layers; its shape says {shape.num_layers}.")
         _check_kept(self.hidden, shape.hidden_size, "hidden")
@@ -181,13 +175,13 @@ class WidthPlan(Printed):
                 f"The plan is for a model of {asdict(self.shape)}; this one has {asdict(shape)}.",
                 hint="Make a plan for this model.",
             )
-        check_origin(self.evidence, fingerprint)
+        self.check_origin(fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; kept units as text with runs joined, "0-5, 7"."""
         return {
             "format_version": FORMAT_VERSION,
-            "kind": KIND,
+            "kind": self.kind,
             "method": self.method,
             "shape": asdict(self.shape),
             "hidden": runs_of(self.hidden),
@@ -199,22 +193,10 @@ class WidthPlan(Printed):
         }
 
     @classmethod
-    def from_dict(cls, raw: Any, where: str = "plan") -> WidthPlan:
-        """Reads a plan, possibly edited by hand.
-
-        Raises:
-            PlanError: Naming the field that is wrong and what is allowed.
-        """
-        if not isinstance(raw, dict) or raw.get("kind") != KIND:
-            raise PlanError(f"{where} is not a width plan: a JSON object of kind '{KIND}' is needed.")
-        check_fields(raw, _FIELDS, where)
-        evidence, entries = raw.get("evidence", {}), raw.get("layers")
-        if not isinstance(evidence, dict) or not isinstance(entries, list):
-            raise PlanError(f"{where}: 'layers' must be a list and 'evidence' an object.")
-        try:
-            check_json(evidence)
-        except ValueError as error:
-            raise PlanError(f"{where}: evidence: {error}.", hint="Evidence is JSON values.") from error
+    def _read(cls, raw: dict[str, Any], where: str) -> Self:
+        entries = raw.get("layers")
+        if not isinstance(entries, list):
+            raise PlanError(f"{where}: 'layers' must list every layer, in order.")
         try:
             shape = WidthShape(**raw["shape"])
         except (TypeError, KeyError) as error:
@@ -222,7 +204,7 @@ class WidthPlan(Printed):
             raise PlanError(f"{where}: 'shape' needs exactly {names}.") from error
         layers = tuple(_read_layer(entry, layer, where) for layer, entry in enumerate(entries))
         hidden = _read_runs(raw.get("hidden"), f"{where}: hidden")
-        return cls(shape, layers, hidden, raw.get("method", "explicit"), evidence)
+        return cls(shape, layers, hidden, raw.get("method", "explicit"), raw.get("evidence", {}))
 
     def facts(self) -> dict[str, Any]:
         """What stays of every layer, as `run.json` has it."""
@@ -260,23 +242,6 @@ class WidthPlan(Printed):
             ("in a layer", "before", "after"),
             [(what, total, _from_to(kept)) for what, kept, total in rows],
         )
-
-    def save(self, path: str | Path) -> Path:
-        """Writes the plan as JSON."""
-        write_json(Path(path), self.to_dict())
-        return Path(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> WidthPlan:
-        """Reads and validates a plan file.
-
-        Raises:
-            PlanError: If there is none, or it says what no plan can.
-            IntegrityError: If it is not JSON.
-        """
-        if not Path(path).is_file():
-            raise PlanError(f"There is no width plan at {path}.")
-        return cls.from_dict(read_json(Path(path), "width plan"), str(path))
 
 
 def _from_to(counts: Sequence[int]) -> int | str:

@@ -117,12 +117,7 @@ class Task:
     def examples(
         self, rows: Iterable[Row], split: str, ids: Iterable[str] | None = None
     ) -> tuple[Example, ...]:
-        """Returns rows in the hub schema as examples.
-
-        Args:
-            rows: With at least `columns`.
-            split: Names the examples "split[index]" when `ids` is None.
-            ids: One for each row.
+        """Returns rows in the hub schema as examples, called "split[index]" unless there are `ids`.
 
         Raises:
             DataError: If a column is missing or a value is not allowed; the row is named.
@@ -223,7 +218,7 @@ def load_task(
 
 
 def _built(task: Task, table: RowSet, split: str, skip_bad: bool) -> tuple[list[Example], list[str]]:
-    """The rows as examples, and what is wrong with those that cannot be read, where they are skipped."""
+    """The rows as examples, and the faults of the rows that were skipped."""
     found: list[Example] = []
     faults: list[DataError] = []
     for row in table.rows:
@@ -302,14 +297,7 @@ def label_of(row: Row, column: str, names: Sequence[str], row_id: str) -> str:
 
 
 def number_of(row: Row, column: str, allowed: range, row_id: str, meanings: str = "") -> int:
-    """Returns the whole number in `column`, also written as text.
-
-    Args:
-        row: The row.
-        column: Which column.
-        allowed: The numbers it may be.
-        row_id: Names the row in the message.
-        meanings: What to say is allowed, if not just the range.
+    """Returns the whole number in `column`, also written as text; `meanings` explains `allowed` in an error.
 
     Raises:
         DataError: If it is not a whole number, or not allowed.

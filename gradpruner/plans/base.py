@@ -1,0 +1,114 @@
+"""What both kinds of plan share: a method, what its choice rests on, and a file that is checked on load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from gradpruner.errors import PlanError
+from gradpruner.files import shown
+from gradpruner.gradients.trace import same_model
+from gradpruner.json_files import check_json, read_json, write_json
+from gradpruner.printing import Printed
+from gradpruner.registry import suggest
+
+FORMAT_VERSION = 1
+METHOD_LIMIT = 200  # characters
+_PARTS = {"layers": "whole layers", "width": "widths"}
+
+
+class BasePlan(Printed):
+    """A small JSON file a person can read and edit.
+
+    Attributes:
+        method: The method that chose, or "explicit".
+        evidence: What the choice rests on, JSON values only; "model" is the fingerprint, if known.
+        kind: What goes: "layers" or "width".
+        title: What such a plan is called in messages.
+        json_fields: Every field its JSON may have.
+    """
+
+    method: str
+    evidence: dict[str, Any]
+    kind: ClassVar[str]
+    title: ClassVar[str]
+    json_fields: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        method = self.method
+        if not isinstance(method, str) or len(method) > METHOD_LIMIT or not method.isprintable():
+            raise PlanError(
+                f"The method of the plan is {shown(method)}; a name is needed.",
+                hint=f"One line of text, at most {METHOD_LIMIT} characters.",
+            )
+
+    def check_origin(self, fingerprint: str) -> None:
+        """Raises PlanError when the choice rests on another model than this one; "" is an unknown model."""
+        planned = self.evidence.get("model")
+        if planned and fingerprint and not same_model(str(planned), fingerprint):
+            raise PlanError(
+                f"The plan was made from model {shown(str(planned))[1:-1]}; this is {fingerprint}.",
+                hint="Make a plan on this model.",
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the plan as JSON."""
+        write_json(Path(path), self.to_dict())
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads and validates a plan file.
+
+        Raises:
+            PlanError: If there is none, or it says what no plan can.
+            IntegrityError: If it is not JSON.
+        """
+        if not Path(path).is_file():
+            raise PlanError(
+                f"There is no {cls.title} at {path}.",
+                hint="`gradpruner plan` writes plans/<variant>.json into the run directory.",
+            )
+        return cls.from_dict(read_json(Path(path), cls.title), str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str = "plan") -> Self:
+        """Reads a plan, possibly edited by hand.
+
+        Raises:
+            PlanError: Naming the field that is wrong and what is allowed.
+        """
+        if not isinstance(raw, dict):
+            raise PlanError(f"{where} is not a {cls.title}: a JSON object is needed.")
+        found = "width" if raw.get("kind") == "width" else "layers"
+        if found != cls.kind:
+            raise PlanError(
+                f"{where} is not a {cls.title}: a plan of {_PARTS[cls.kind]} is needed here, not of "
+                f"{_PARTS[found]}.",
+                hint="`gradpruner prune MODEL NEW --plan FILE` takes plans of either kind.",
+            )
+        for key in raw:
+            if key not in cls.json_fields:
+                raise PlanError(
+                    f"{where}: unknown field {shown(key)}.{suggest(key, cls.json_fields)}",
+                    hint=f"Allowed: {', '.join(cls.json_fields)}.",
+                )
+        version, evidence = raw.get("format_version", FORMAT_VERSION), raw.get("evidence", {})
+        if version != FORMAT_VERSION:
+            raise PlanError(f"{where}: format_version {shown(version)} is not {FORMAT_VERSION}.")
+        if not isinstance(evidence, dict):
+            raise PlanError(f"{where}: evidence is {shown(evidence)}; a JSON object is needed.")
+        try:
+            check_json(evidence)
+        except ValueError as error:
+            raise PlanError(f"{where}: evidence: {error}.", hint="Evidence is JSON values.") from error
+        return cls._read(raw, where)
+
+    @classmethod
+    def _read(cls, raw: dict[str, Any], where: str) -> Self:
+        """Makes the plan of a JSON object whose fields are known and whose evidence is checked."""
+        raise NotImplementedError
