@@ -171,7 +171,7 @@ def test_a_block_that_fits():
         ({"num_prune": 3, "contiguous": True}, r"no 3 neighbouring layers of 8 .* Prune 2 or 4 layers"),
         ({"num_prune": 1, "protect_first": 6}, r"no 1 layers .* Prune 2 layers;"),
         ({"num_prune": 2, "protect_first": 6, "fits": lambda *_: False}, "No other number of layers helps"),
-        ({"layers": [2, 3, 5]}, r"Without layers 2-3, 5, layers 6-7 stand where they do not fit"),
+        ({"layers": [2, 3, 5]}, r"Without layers 2-3, 5, layers 6-7 do not fit at their new positions"),
     ],
 )
 def test_restrictions_that_cannot_be_met(options, message):

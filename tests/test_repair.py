@@ -45,7 +45,6 @@ from gradpruner.plans.repair import (
     WEIGHTS_FILE,
     Repair,
     RepairedCut,
-    cuts_of,
     places_of,
     unrepaired,
 )
@@ -476,9 +475,9 @@ def test_in_16_bits_the_next_cut_sees_the_rounded_weight():
 
 
 def test_layers_at_the_input_have_nothing_before_them():
-    assert cuts_of(dropping([0, 1, 3, 4])) == [(2, (3, 4))]
+    assert places_of(dropping([0, 1, 3, 4]), "linear") == [(2, (3, 4))]
     assert list(unrepaired(dropping([0, 1, 3, 4]))) == [0, 1]
-    assert cuts_of(dropping([1, 2, 5])) == [(0, (1, 2)), (4, (5,))]
+    assert places_of(dropping([1, 2, 5]), "linear") == [(0, (1, 2)), (4, (5,))]
     model = make_model()
     repair = fit(model, dropping([0, 1, 4]))
     assert [cut.layer for cut in repair.cuts] == [3] and any("0-1 go at the input" in n for n in repair.notes)

@@ -19,7 +19,7 @@ from gradpruner.methods.task_loss import TaskLossOptions, _Pruned
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import Output, Walk, drawn, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.repair import Repair, RepairedCut, cuts_of
+from gradpruner.plans.repair import Repair, RepairedCut, places_of
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
 
@@ -137,11 +137,11 @@ def repaired(gone, fitted, given=None, ridge=0.1):
         }
         cuts = tuple(
             RepairedCut(layer, "mlp.down_proj", run, 0.1 if layer in weights else None, 1.0, 1.0)
-            for layer, run in cuts_of(plan)
+            for layer, run in places_of(plan, "linear")
         )
         return Repair("linear", plan.pruned, cuts, weights)
 
-    for layer, run in cuts_of(plan):
+    for layer, run in places_of(plan, "linear"):
         if given and layer in given:
             maps[layer] = given[layer]
             continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
@@ -79,7 +79,7 @@ def renamed(rows: RowSet, layout: Layout) -> RowSet:
     changed = tuple(DataRow(row.id, _renamed(row.fields, layout.columns)) for row in rows.rows)
     names = dict(rows.label_names)
     names |= {new: rows.label_names[old] for new, old in layout.columns.items() if old in names}
-    return RowSet(changed, rows.source, rows.sha256, rows.faults, names)
+    return replace(rows, rows=changed, label_names=names)
 
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:

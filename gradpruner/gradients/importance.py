@@ -73,19 +73,12 @@ def element_importance(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
 def row_energies(grad_b_SOR: Tensor, grad_a_SRI: Tensor) -> Tensor:
     """Squared simulated gradient at every step, summed along the rows of one linear weight.
 
-    With `G = gB gA` the sum over row o is `gB[o] (gA gA^T) gB[o]^T`: an R x R matrix a step, and no G.
-    Computed in double precision, whose range the squares need. The mean over steps is the sum of the IGIA
-    matrix along rows; `column_energies` is the sum along columns.
-
-    Args:
-        grad_b_SOR: Gradients of LoRA B, shape (steps, out_features, rank), any float dtype.
-        grad_a_SRI: Gradients of LoRA A, shape (steps, rank, in_features).
+    With `G = gB gA` the sum over row o is `gB[o] (gA gA^T) gB[o]^T`, which needs an R x R matrix a step
+    instead of G. Computed in double precision, whose range the squares need. The mean over steps is the sum
+    of the IGIA matrix along rows. Arguments and errors are those of `element_importance`.
 
     Returns:
         Shape (steps, out_features), float64, >= 0.
-
-    Raises:
-        ShapeError: If the two disagree on steps or rank.
 
     Source: GradPruner, Eq. 2-3.
     """

@@ -34,8 +34,8 @@ class LayerScores(Printed):
     Attributes:
         method: Name of the method that produced them.
         values: One score per layer, finite; only comparisons within one object mean anything.
-        low: Lower end of the 95 % bootstrap interval over steps, or () when there is none.
-        high: Upper end, likewise.
+        low: Lower ends of the 95 % bootstrap intervals over steps, or () when there are none.
+        high: Upper ends, likewise.
         stability: (step, overlap) pairs: the fraction of the finally kept layers that are also kept
             by the scores of the first `step` steps (paper Fig. 2); () when there is none.
         evidence: What the scores rest on (steps, norm, digest of the trace ...), JSON values only.
@@ -175,7 +175,7 @@ def score_layers(
 
 
 def rank_stability(energy_SL: Tensor, num_keep: int) -> tuple[tuple[int, float], ...]:
-    """How early the kept set is what it will be.
+    """How early in the recording the kept set is already the final one.
 
     Args:
         energy_SL: Per-step layer energies, shape (steps, layers).

@@ -1,4 +1,4 @@
-"""How many layers may go: bounds on the loss of quality that hold, and a search that keeps their error rate.
+"""How many layers may go: valid bounds on the loss of quality, and a search that keeps their error rate.
 
 A loss is relative and paired: (mean(dense) - mean(pruned)) / mean(dense), both scored on the same validation
 rows. With a few hundred rows and a loss near 1 % only a handful of rows differ at all, so everything here
@@ -27,7 +27,7 @@ Certainty = Literal["certified", "not certified", "too few rows"]
 
 @dataclass(frozen=True)
 class LossBound:
-    """What rows say about a relative loss.
+    """A relative loss as measured on some rows, and its upper bound.
 
     Attributes:
         loss: The paired relative loss on these rows; negative if the pruned model is ahead; at most 1.
@@ -52,12 +52,12 @@ class Certificate:
         upper: One-sided upper bound of the loss.
         confidence: Of this bound alone.
         limit: Largest loss allowed, a fraction of the dense score.
-        verdict: "certified": the bound is within the limit. "too few rows": it would not be even if as much
-            had been won as was lost, and these rows do not show the loss to be beyond the limit either.
-            "not certified": neither.
-        rows_needed: About how many rows would certify what was measured, if more rows went on like these: for
-            "certified" the rows there are; for "too few rows" those that a pruned model without any loss
-            would need; for "not certified" None where the measured loss itself is not below the limit.
+        verdict: "certified": the bound is within the limit. "too few rows": on so few rows even a pruned
+            model that won as much as it lost would not be certified, and these rows do not show that the loss
+            is above the limit either. "not certified": all other cases.
+        rows_needed: About how many rows of this kind would certify what was measured. For "certified" the
+            rows there are; for "too few rows" those that a pruned model without any loss would need; for
+            "not certified" None where the measured loss itself is not below the limit.
     """
 
     rows: int
@@ -186,13 +186,13 @@ def largest_certified(
 ) -> Search:
     """Finds the largest number of layers whose loss is certified, by bisection.
 
-    The true loss is assumed not to fall when more layers go. The error allowed, 1 - confidence, is a budget:
-    a look takes the budget over the looks that may still follow, itself included; one that passes gives its
-    share back, one that fails does not. A search that has not erred has passed all its looks at losses within
-    the limit (after a failure there only smaller numbers follow, where none can err) and failed the others.
-    So which looks beyond the limit it takes is fixed, and their shares sum up to the budget at most. Every
-    look at the full error would not keep the rate; testing upwards one by one would, with far more
-    measurements.
+    The true loss is assumed not to fall when more layers go. The error allowed, 1 - confidence, is a budget.
+    A look spends the budget divided by the number of looks that may still follow, itself included; a look
+    that passes gives its share back, one that fails does not. To err is to pass a look at a loss above the
+    limit. After a failure at a loss within the limit only smaller numbers follow, where no look can err; a
+    search without such a failure takes a fixed sequence of looks above the limit until it errs, and their
+    shares sum up to the budget at most. Looks that each spend the whole budget would not keep the error rate;
+    testing upwards one by one would, with far more measurements.
 
     Args:
         measure: Scores of dense and pruned model for a number of layers, as `relative_loss_bound` takes them;
@@ -229,7 +229,7 @@ def largest_certified(
 
 
 def _margin(lost: Floats, won: Floats, error: float) -> float:
-    """What the bound adds to sum(lost) - sum(won), in rows; both are sorted downwards."""
+    """What the bound adds to sum(lost) - sum(won), in rows; both are sorted in descending order."""
     upper, lower = _limits(lost.size, error)[0], _limits(won.size, error)[1]
     above = upper[0] + float(np.diff(upper) @ lost) - lost.sum()
     below = won.sum() - float(np.diff(lower) @ won)
@@ -281,7 +281,7 @@ def _solved(counts: Floats, error: float, *, upper: bool) -> Floats:
 
 
 def _differences(dense: Floats, pruned: Floats) -> tuple[Floats, Floats]:
-    """What rows lost and what rows won, each above 0 and sorted downwards."""
+    """What rows lost and what rows won, each above 0 and in descending order."""
     change = np.sort(dense - pruned)
     return change[change > 0][::-1], -change[change < 0]
 

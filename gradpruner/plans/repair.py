@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -216,29 +217,15 @@ class Repair(Printed):
         return repair
 
 
-def cuts_of(plan: PruningPlan) -> list[tuple[int, tuple[int, ...]]]:
-    """Every run of layers that go behind a kept layer: (that layer, the run), from input to output."""
-    found: list[tuple[int, list[int]]] = []
-    for layer in plan.pruned:
-        if found and found[-1][1][-1] == layer - 1:
-            found[-1][1].append(layer)
-        elif layer > 0:
-            found.append((layer - 1, [layer]))
-        else:
-            found.append((-1, [layer]))  # at the input: no kept layer before it
-    return [(layer, tuple(run)) for layer, run in found if layer >= 0]
-
-
 def places_of(plan: PruningPlan, kind: str) -> list[tuple[int, tuple[int, ...]]]:
-    """The kept layers that a repair refits, from input to output: (layer, the run that goes behind it).
+    """The kept layers that a repair refits, from input to output: (layer, the run removed behind it).
 
     Those before a cut; "layer_wise" also every one behind the first cut, with () for its run.
     """
-    runs = cuts_of(plan)
-    if kind != "layer_wise" or not plan.pruned:
-        return runs
-    behind, first = dict(runs), plan.pruned[0]
-    return [(layer, behind.get(layer, ())) for layer in plan.keep if layer in behind or layer > first]
+    gone = set(plan.pruned)
+    first = min(gone, default=plan.num_layers) if kind == "layer_wise" else plan.num_layers
+    runs = ((layer, tuple(takewhile(gone.__contains__, count(layer + 1)))) for layer in plan.keep)
+    return [(layer, run) for layer, run in runs if run or layer > first]
 
 
 def unrepaired(plan: PruningPlan) -> Sequence[int]:

@@ -126,7 +126,7 @@ def _listed(layers: Sequence[int], free: list[int], total: int, fits: Fits | Non
     wrong = list(_misfits(pruned, total, fits))
     if wrong:
         raise PlanError(
-            f"Without layers {runs_of(pruned)}, layers {runs_of(wrong)} stand where they do not fit.",
+            f"Without layers {runs_of(pruned)}, layers {runs_of(wrong)} do not fit at their new positions.",
             hint="Give a number of layers instead of a list, and ones that fit are chosen; or plan without "
             "the restriction (portable_to).",
         )
@@ -134,7 +134,7 @@ def _listed(layers: Sequence[int], free: list[int], total: int, fits: Fits | Non
 
 
 def _misfits(pruned: Sequence[int], total: int, fits: Fits | None) -> Iterator[int]:
-    """Kept layers that do not fit where they come to stand."""
+    """Kept layers that do not fit at their new position."""
     gone = set(pruned)
     keep = [layer for layer in range(total) if layer not in gone]
     return (old for new, old in enumerate(keep) if fits is not None and not fits(old, new, len(keep)))
@@ -260,7 +260,7 @@ def _exact(values: Sequence[float]) -> list[int]:
 def _no_fit(
     scores: LayerScores, free: list[int], count: int, contiguous: bool, fits: Fits | None
 ) -> PlanError:
-    """Says which numbers of layers could be pruned instead."""
+    """An error that names the nearest numbers of layers that could be pruned instead."""
     flat = LayerScores("any", (0.0,) * scores.num_layers)
     search = _best_block if contiguous else _best_fit
     most = min(len(free), scores.num_layers - MIN_KEPT)
@@ -270,8 +270,8 @@ def _no_fit(
         near += [n for n in [next(found, None)] if n is not None]
     block = "neighbouring layers" if contiguous else "layers"
     return PlanError(
-        f"There are no {count} {block} of {scores.num_layers} that can go so that all others fit where they "
-        "come to stand.",
+        f"There are no {count} {block} of {scores.num_layers} that can go so that all others fit at their "
+        "new positions.",
         hint=(f"Prune {' or '.join(map(str, near))} layers" if near else "No other number of layers helps")
         + "; or protect fewer, or plan without the restriction (portable_to).",
     )
