@@ -20,7 +20,6 @@ from gradpruner.data.tasks.base import (
 )
 from gradpruner.errors import DataError
 
-SENTIMENTS = ("negative", "neutral", "positive")  # the hub's order
 # The hub's order: ABBR, ENTY, DESC, HUM, LOC, NUM. Written out in lower case because the short
 # names are pieces of tokens that no model has read in a sentence.
 QUESTIONS = ("abbreviation", "entity", "description", "human", "location", "numeric")
@@ -49,10 +48,14 @@ wrong exchange rate for cash withdrawal"""
 INTENTS = tuple(" ".join(_INTENTS.split()).split(", "))
 
 
-def _classified(prompt: str, column: str, names: Sequence[str]) -> Build:
-    """Examples whose answer is the name of the class number in `column`; the prompt lists the names.
+def classified(prompt: str, column: str, names: Sequence[str]) -> Build:
+    """Returns what makes an example whose answer is the name of the class number in `column`.
 
-    They are listed so that an instruction-tuned model can answer before any training.
+    Args:
+        prompt: With columns in braces; "<names>" becomes the list of names, so that an instruction-tuned
+            model can answer before any training.
+        column: Holds the number, from 0.
+        names: Of the classes, in the order of their numbers.
     """
     choices = tuple(map(spaced, names))
     listed = prompt.replace("<names>", ", ".join(names))
@@ -107,7 +110,7 @@ add(
         name="sst2",
         description="SST-2: sentiment of sentences from film reviews, two classes.",
         columns=("sentence", "label"),
-        build=_classified(
+        build=classified(
             "What is the sentiment of this sentence: <names>?\nSentence: {sentence}\nAnswer:",
             "label",
             ("negative", "positive"),  # the hub's order
@@ -119,11 +122,11 @@ add(
         name="financial_phrasebank",
         description="Financial PhraseBank (half the annotators agree): sentiment, three classes.",
         columns=("sentence", "label"),
-        build=_classified(
+        build=classified(
             # "for an investor" is the question the annotators of the dataset were asked.
             "What is the sentiment of this sentence for an investor: <names>?\nSentence: {sentence}\nAnswer:",
             "label",
-            SENTIMENTS,
+            ("negative", "neutral", "positive"),  # the hub's order
         ),
         hub_id="takala/financial_phrasebank",
         hub_revision=CONVERTED,
@@ -134,7 +137,7 @@ add(
         name="trec",
         description="TREC: what kind of thing a question asks for, six classes.",
         columns=("text", "coarse_label"),
-        build=_classified(
+        build=classified(
             "Classify the question by what it asks for: <names>.\nQuestion: {text}\nAnswer:",
             "coarse_label",
             QUESTIONS,
