@@ -191,6 +191,11 @@ def _parse_json(path: Path, text: str, first_line: int) -> Any:
         ) from error
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     if value is None:
@@ -303,9 +308,8 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[DataRow]:
     try:
         records: list[dict[str, Any]] = pq.read_table(io.BytesIO(content)).to_pylist()
     except (pa.ArrowException, OSError, ValueError) as error:
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{path}: not a readable parquet file ({cause}).",
+            f"{path}: not a readable parquet file ({first_line(error)}).",
             hint="Write it again, or pass JSON Lines.",
         ) from error
     for index, record in enumerate(records):

@@ -23,6 +23,7 @@ from gradpruner.data.parsing import (
     DataRow,
     Faults,
     class_names,
+    first_line,
     rows_of,
     type_of,
     unpacked,
@@ -161,9 +162,8 @@ def _read_saved(folder: Path, split: str) -> RowSet:
         table = datasets.load_from_disk(str(part))
         rows, names = [dict(row) for row in table], _names_of(table)
     except Exception as error:  # what is missing or damaged there comes as types of four packages
-        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{part}: a folder of save_to_disk that load_from_disk cannot read ({cause}).",
+            f"{part}: a folder of save_to_disk that load_from_disk cannot read ({first_line(error)}).",
             hint="Save it again, or write it with to_json(...) or to_parquet(...).",
         ) from error
     return _row_set(rows, part.name, str(part), names, str(part))
@@ -245,9 +245,8 @@ def _refuse_hub(
     where = f"hub dataset {hub_id}" + (f", configuration {config}" if config else "")
     where += f", split {split}" + (" (offline: local cache only)" if offline else "")
     places = "; ".join([*(f"file or folder {place}" for place in tried), where])
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
     hint = "Check the spelling of the path or id and the split, or download the data "
     hint += f"and pass the file or a folder holding {split}.jsonl."
     if offline:
         hint += " Unset HF_HUB_OFFLINE to look on the hub."
-    raise DataError(f"No data at '{hub_id}'. Tried: {places} ({cause}).", hint=hint) from error
+    raise DataError(f"No data at '{hub_id}'. Tried: {places} ({first_line(error)}).", hint=hint) from error

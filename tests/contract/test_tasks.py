@@ -136,7 +136,7 @@ def test_an_answer_that_is_none_names_the_row(task, value):
     if (task.name, value) == ("billsum", "great"):
         pytest.skip("a summary may be any text")
     with pytest.raises(DataError) as caught:
-        task.examples([{**ROWS[task.name][0], column: value}], "test", ids=["test.jsonl:5"])
+        task.example({**ROWS[task.name][0], column: value}, "test.jsonl:5")
     assert "test.jsonl:5: " in str(caught.value)
     assert f"'{column}' is {value!r}" in str(caught.value)
     assert caught.value.hint

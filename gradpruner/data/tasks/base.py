@@ -114,27 +114,24 @@ class Task:
         """Every split that can be read: to learn from, to measure on, and others."""
         return (self.train_split, self.eval_split, *self.other_splits)
 
-    def examples(
-        self, rows: Iterable[Row], split: str, ids: Iterable[str] | None = None
-    ) -> tuple[Example, ...]:
-        """Returns rows in the hub schema as examples, called "split[index]" unless there are `ids`.
+    def example(self, row: Row, row_id: str) -> Example:
+        """Returns a row in the hub schema as an example.
 
         Raises:
             DataError: If a column is missing or a value is not allowed; the row is named.
         """
-        rows = list(rows)
-        names = list(ids) if ids is not None else [f"{split}[{i}]" for i in range(len(rows))]
-        examples = []
-        for row, row_id in zip(rows, names, strict=True):
-            missing = [column for column in self.columns if row.get(column) is None]
-            if missing:
-                raise DataError(
-                    f"{row_id}: task '{self.name}' needs '{missing[0]}'; "
-                    f"found columns: {', '.join(map(str, row)) or 'none'}.",
-                    hint=f"Rows must be as on the hub ({self.hub_id}): {', '.join(self.columns)}.",
-                )
-            examples.append(self.build(row, row_id))
-        return tuple(examples)
+        missing = [column for column in self.columns if row.get(column) is None]
+        if missing:
+            raise DataError(
+                f"{row_id}: task '{self.name}' needs '{missing[0]}'; "
+                f"found columns: {', '.join(map(str, row)) or 'none'}.",
+                hint=f"Rows must be as on the hub ({self.hub_id}): {', '.join(self.columns)}.",
+            )
+        return self.build(row, row_id)
+
+    def examples(self, rows: Iterable[Row], split: str) -> tuple[Example, ...]:
+        """Returns rows in the hub schema as examples called "split[index]"."""
+        return tuple(self.example(row, f"{split}[{index}]") for index, row in enumerate(rows))
 
 
 def add(*tasks: Task) -> None:
@@ -191,7 +188,7 @@ def load_task(
             revision=task.hub_revision,
             data_files=task.hub_files.get(hub_split),
         )
-    built, faults = _built(task, table, split, skip_bad)
+    built, faults = _built(task, table, skip_bad)
     if faults:
         total = len(table.rows) + len(table.faults)
         notes.append(f"{table.source}: dropped {len(faults)} of {total} rows as unusable, first: {faults[0]}")
@@ -217,13 +214,13 @@ def load_task(
     )
 
 
-def _built(task: Task, table: RowSet, split: str, skip_bad: bool) -> tuple[list[Example], list[str]]:
+def _built(task: Task, table: RowSet, skip_bad: bool) -> tuple[list[Example], list[str]]:
     """The rows as examples, and the faults of the rows that were skipped."""
     found: list[Example] = []
     faults: list[DataError] = []
     for row in table.rows:
         try:
-            found += task.examples([row.fields], split, [row.id])
+            found.append(task.example(row.fields, row.id))
         except DataError as error:
             if not skip_bad:
                 raise
