@@ -321,7 +321,7 @@ def families_by_us(folder: str) -> Json:
 
 
 def describe() -> Json:
-    from gradpruner.provenance import provenance
+    from gradpruner.common.provenance import provenance
 
     return provenance(SEED)
 

@@ -136,9 +136,9 @@ def main() -> None:
 
     from torch import get_num_threads
 
+    from gradpruner.common.progress import set_mode
+    from gradpruner.common.provenance import provenance
     from gradpruner.data.tasks import load_task
-    from gradpruner.progress import set_mode
-    from gradpruner.provenance import provenance
 
     set_mode("quiet")
     contest = Contest(args.model, args.batch_size)

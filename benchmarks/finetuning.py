@@ -35,8 +35,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gradpruner.common.provenance import provenance
 from gradpruner.data.examples import Example
-from gradpruner.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "finetuning.json"
 PATHS = ("plain", "window", "grouped", "packed")
@@ -106,8 +106,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
+    from gradpruner.common.progress import set_mode
     from gradpruner.data.encoding import Collator
-    from gradpruner.progress import set_mode
     from gradpruner.training.finetuning import training_arguments
     from gradpruner.training.options import FinetuneOptions
     from gradpruner.training.trainer import CausalTrainer

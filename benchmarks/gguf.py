@@ -197,7 +197,7 @@ def subjects(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def plans(config: Any, count: int, dropped: Sequence[int]) -> dict[str, Any]:
     """Kept layers: all; chosen freely, so that the verdict is bad if it can be; chosen for llama.cpp."""
-    from gradpruner.errors import PlanError
+    from gradpruner.common.errors import PlanError
     from gradpruner.gradients.scores import LayerScores
     from gradpruner.models.config_patch import family_slots, required_layers, text_config
     from gradpruner.models.engines import layer_facts, slots
@@ -367,7 +367,7 @@ def main() -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if not args.converter or not args.python:
         parser.error("--converter and --python are needed")
-    from gradpruner.provenance import provenance
+    from gradpruner.common.provenance import provenance
 
     with running(args) as engine:
         result: dict[str, Any] = {

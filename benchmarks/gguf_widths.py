@@ -55,7 +55,7 @@ def make_plan(whole: Any, name: str) -> Any:
     Raises:
         PlanError: If attention has no two KV heads, or no two query heads for each.
     """
-    from gradpruner.errors import PlanError
+    from gradpruner.common.errors import PlanError
     from gradpruner.plans.width_plan import LayerWidths
 
     shape, full = whole.shape, whole.layers[0]
@@ -100,7 +100,7 @@ def narrowed(
         prompts: As for `compare`.
         how: Likewise.
     """
-    from gradpruner.errors import GradPrunerError
+    from gradpruner.common.errors import GradPrunerError
     from gradpruner.models.engine_widths import portability_of
     from gradpruner.models.engines import layer_facts
     from gradpruner.pruning.widths_on_disk import prune_width_checkpoint
@@ -150,7 +150,7 @@ def one_family(
     engine: Any, model_type: str, options: dict[str, Any], folder: Path
 ) -> Iterator[dict[str, Any]]:
     """Its records, or the one that says why there are none."""
-    from gradpruner.errors import GradPrunerError
+    from gradpruner.common.errors import GradPrunerError
     from gradpruner.models.widths import WidthView
 
     options = {key: value for key, value in options.items() if key not in ("PRUNED", "DROP")}
@@ -226,7 +226,7 @@ def main() -> None:
         parser.error("--converter and --python are needed")
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    from gradpruner.provenance import provenance
+    from gradpruner.common.provenance import provenance
 
     with running(args) as engine:
         result: dict[str, Any] = {

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import torch
 from builders import make_project
 
-from gradpruner.progress import set_mode
+from gradpruner.common.progress import set_mode
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe
 

@@ -24,13 +24,13 @@ from small_llama import config_of, random_samples
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gradpruner.common.progress import set_mode
+from gradpruner.common.provenance import provenance
 from gradpruner.data.encoding import Collator
 from gradpruner.evaluation.costing.per_device import Training, hold_training
 from gradpruner.evaluation.costing.rehearsal import working_bytes
 from gradpruner.models.loading import load_model
 from gradpruner.models.sizes import build_on_meta, count_parameters
-from gradpruner.progress import set_mode
-from gradpruner.provenance import provenance
 from gradpruner.training.finetuning import finetune
 
 RESULT = Path(__file__).parent / "results" / "memory_estimate.json"

@@ -44,6 +44,8 @@ import torch
 from small_llama import config_of, random_samples
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from gradpruner.common.progress import set_mode
+from gradpruner.common.provenance import provenance
 from gradpruner.data.encoding import Collator, encode_all
 from gradpruner.data.loading import load_examples
 from gradpruner.evaluation.costing.subject import Subject, find_subject
@@ -56,8 +58,6 @@ from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.loading import load_tokenizer, resolve_device, resolve_dtype
 from gradpruner.models.memory import PeakMemory
 from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
-from gradpruner.progress import set_mode
-from gradpruner.provenance import provenance
 from gradpruner.training.finetuning import finetune
 from gradpruner.training.recording import record_gradients
 

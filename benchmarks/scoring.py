@@ -27,8 +27,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from torch import Tensor
 
+from gradpruner.common.provenance import provenance
 from gradpruner.gradients.trace import gram_energies
-from gradpruner.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "scoring.json"
 SEED, RANK, LAYERS = 0, 8, 32

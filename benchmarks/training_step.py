@@ -22,8 +22,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gradpruner.common.provenance import provenance
 from gradpruner.data.encoding import IGNORED
-from gradpruner.provenance import provenance
 from gradpruner.training.trainer import answer_window
 
 RESULT = Path(__file__).parent / "results" / "training_step.json"

@@ -63,9 +63,7 @@ def rows_of(entry: dict[str, Any], split: str = "test") -> list[float]:
     return [float(score) for score in packed]
 
 
-def pairs(
-    name: str, tasks: Iterable[str] = TASKS
-) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
+def pairs(name: str, tasks: Iterable[str] = TASKS) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
     """(task, seed, dense, cell) wherever the cell `name` and its dense model are measured."""
     found = []
     for entry in cells().values():
@@ -92,7 +90,7 @@ def trained(
         }
         if rates:
             best = min(rates, key=lambda rate: rates[rate])
-            found += [pair for pair in pairs(f"train/{row}/{gone}/{best}", (task,))]
+            found += pairs(f"train/{row}/{gone}/{best}", (task,))
     return found
 
 

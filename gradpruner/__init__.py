@@ -64,10 +64,10 @@ from typing import TYPE_CHECKING, Any
 from gradpruner._version import __version__
 
 if TYPE_CHECKING:
+    from gradpruner.common.errors import GradPrunerError
     from gradpruner.data.encoding import encode_all
     from gradpruner.data.examples import Example
     from gradpruner.data.loading import load_examples
-    from gradpruner.errors import GradPrunerError
     from gradpruner.evaluation.costing.comparison import measure_cost
     from gradpruner.evaluation.costing.workload import Workload
     from gradpruner.evaluation.quality import evaluate

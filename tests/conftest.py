@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from gradpruner.common.progress import set_mode
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter
 from gradpruner.models.layers import LayeredModel, fingerprint
-from gradpruner.progress import set_mode
 
 torch.set_num_threads(1)
 # Imports leave 700,000 objects that never go; looking through them was more than half of the suite's time.

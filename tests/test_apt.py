@@ -8,8 +8,8 @@ import torch
 from builders import make_llama, make_samples
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.apt import (
     ADAPTED,

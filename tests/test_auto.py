@@ -9,8 +9,8 @@ from builders import make_llama, make_samples
 from conftest import make_trace
 from torch.nn.functional import cross_entropy
 
+from gradpruner.common.errors import DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext, auto
 from gradpruner.methods.auto import AutoOptions, put_aside
 from gradpruner.methods.candidates import FAMILIES, Candidate, make_pool

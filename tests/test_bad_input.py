@@ -10,12 +10,12 @@ from builders import make_llama, make_project, make_rows, write_rows
 from safetensors.torch import load_file, save_file
 
 from gradpruner.cli import main as cli
-from gradpruner.errors import IntegrityError, PlanError
+from gradpruner.common.errors import IntegrityError, PlanError
+from gradpruner.common.progress import set_mode
 from gradpruner.gradients.scores import score_layers
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
-from gradpruner.progress import set_mode
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.training import finetuning as training
 from gradpruner.training import recording
@@ -190,7 +190,7 @@ def test_27_a_small_disk(project, refuse, monkeypatch):
 
 
 def test_27_a_disk_that_fills_up(project, refuse, monkeypatch):
-    from gradpruner import files
+    from gradpruner.common import files
 
     make_durable = files.make_durable
 

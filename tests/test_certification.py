@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from gradpruner.errors import ConfigError, DataError, ShapeError
+from gradpruner.common.errors import ConfigError, DataError, ShapeError
 from gradpruner.plans.certification import (
     _limits,
     _margin,

@@ -10,10 +10,10 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
+from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.chat_templates import TEMPLATES, choose_template, foreign_markers, template_mark
 from gradpruner.data.encoding import encode
 from gradpruner.data.loading import load_examples
-from gradpruner.errors import ConfigError, DataError
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe

@@ -7,7 +7,7 @@ import torch
 from builders import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from gradpruner.errors import ConfigError, IntegrityError, ModelError, ResourceError
+from gradpruner.common.errors import ConfigError, IntegrityError, ModelError, ResourceError
 from gradpruner.models import folder as folder_module
 from gradpruner.models.checking import check_model_folder
 from gradpruner.models.dtypes import stored_dtype

@@ -10,8 +10,8 @@ from builders import make_project
 from processes import COMMAND, begin
 
 from gradpruner.cli.listing import KINDS
-from gradpruner.errors import ConfigError, ResourceError
-from gradpruner.progress import set_mode
+from gradpruner.common.errors import ConfigError, ResourceError
+from gradpruner.common.progress import set_mode
 from gradpruner.reports import html
 from gradpruner.runs import pipeline, work
 from gradpruner.runs.job import Job

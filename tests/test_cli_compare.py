@@ -12,9 +12,9 @@ from processes import COMMAND, begin
 import gradpruner
 from gradpruner.cli import bundled
 from gradpruner.cli import studies as cli_compare
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
+from gradpruner.common.progress import set_mode
 from gradpruner.methods import METHODS, Method
-from gradpruner.progress import set_mode
 from gradpruner.reports import html, markdown, terminal
 from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job

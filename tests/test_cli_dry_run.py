@@ -6,6 +6,7 @@ import pytest
 from builders import make_project, make_rows, write_rows
 
 from gradpruner import dry_run
+from gradpruner.common.world import World
 from gradpruner.models import sizes
 from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.runs import forecast as forecasting
@@ -13,7 +14,6 @@ from gradpruner.runs import inputs
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import check_recipe, load_recipe
 from gradpruner.training import finetuning
-from gradpruner.world import World
 
 
 def facts_of(call, path, *overrides):

@@ -10,7 +10,7 @@ from families import make_family_model
 from transformers import AutoModelForCausalLM
 
 from gradpruner.cli.models import layer_numbers, num_bytes
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan

@@ -12,10 +12,10 @@ from conftest import COMMON, make_model
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from gradpruner import progress
 from gradpruner.cli.main import app
+from gradpruner.common import progress
+from gradpruner.common.errors import ConfigError, PlanError
 from gradpruner.data.encoding import IGNORED
-from gradpruner.errors import ConfigError, PlanError
 from gradpruner.evaluation.costing import turns as turns_module
 from gradpruner.evaluation.costing import worker
 from gradpruner.evaluation.costing.comparison import measure_cost

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 from gradpruner.runs.recipe import Recipe, check_recipe, load_recipe, recipe_schema, recipe_yaml
 
 GOOD = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}

@@ -15,7 +15,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.models import memory
 from gradpruner.models import sizes as cost
 

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.examples import Example, Message, overlap
 from gradpruner.data.loading import load_examples
 from gradpruner.data.shapes import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, FORMATS
-from gradpruner.errors import ConfigError, DataError
 
 PAIR = {"prompt": "2 + 2 =", "completion": " 4"}
 CHAT = {

@@ -10,9 +10,9 @@ import os
 import datasets
 import pytest
 
+from gradpruner.common.errors import DataError
 from gradpruner.data.loading import load_examples
 from gradpruner.data.rows import read_rows
-from gradpruner.errors import DataError
 
 ROWS = [{"prompt": f"Wie heißt {i}? ✓", "completion": f" ä{i}"} for i in range(7)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in ROWS)

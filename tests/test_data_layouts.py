@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from builders import make_project, write_rows
 
+from gradpruner.common.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.data.examples import Message
 from gradpruner.data.layouts import Layout
 from gradpruner.data.loading import load_examples
-from gradpruner.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.runs.evaluation_data import load_split
 from gradpruner.runs.job import Job
 from gradpruner.runs.preview import preview_run

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 import gradpruner.pruning.delta as module
 import gradpruner.pruning.delta_record as record_module
 import gradpruner.pruning.rebuilding as rebuilding
-from gradpruner.errors import ConfigError, IntegrityError, ModelError, PlanError, ResourceError
-from gradpruner.json_files import write_json
+from gradpruner.common.errors import ConfigError, IntegrityError, ModelError, PlanError, ResourceError
+from gradpruner.common.json_files import write_json
+from gradpruner.common.provenance import sha256_json
 from gradpruner.models.folder import carried_files, describe_model
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
-from gradpruner.provenance import sha256_json
 from gradpruner.pruning import writer
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.checked import reading

@@ -7,8 +7,8 @@ import torch
 from builders import make_llama, make_samples
 from torch.nn import functional
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
 from gradpruner.data.encoding import IGNORED, Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
 from gradpruner.training import teacher as teaching
 from gradpruner.training.distillation import distil
 from gradpruner.training.finetuning import training_arguments

@@ -16,6 +16,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
+from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.encoding import (
     IGNORED,
     Collator,
@@ -29,7 +30,6 @@ from gradpruner.data.encoding import (
 )
 from gradpruner.data.examples import Example, Message
 from gradpruner.data.tasks import TASKS
-from gradpruner.errors import ConfigError, DataError
 
 CORPUS = [
     "What is the sentiment of this news? Answer: positive",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
+from gradpruner.common.errors import ConfigError, ResourceError
 from gradpruner.data.examples import Example
-from gradpruner.errors import ConfigError, ResourceError
 from gradpruner.evaluation import connection
 from gradpruner.evaluation.endpoint import Endpoint
 from gradpruner.evaluation.quality import evaluate

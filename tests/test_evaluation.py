@@ -12,9 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, ResourceError
 from gradpruner.data.encoding import Collator, encode
 from gradpruner.data.examples import Example, Message
-from gradpruner.errors import ConfigError, DataError, NonFiniteError, ResourceError
 from gradpruner.evaluation.metrics import Interval
 from gradpruner.evaluation.quality import evaluate
 from gradpruner.evaluation.questions import Questions

@@ -8,11 +8,11 @@ from builders import make_project, make_rows, make_tokenizer, write_rows
 from typer.testing import CliRunner
 
 from gradpruner.cli.main import app
+from gradpruner.common.errors import ConfigError, DataError, GradPrunerError
+from gradpruner.common.progress import set_mode
 from gradpruner.data.examples import Example, Message, as_conversation
 from gradpruner.data.tasks import TASKS
-from gradpruner.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.evaluation.quality import TASK_METRICS
-from gradpruner.progress import set_mode
 from gradpruner.reports import html
 from gradpruner.reports.notes import PROBE_TASKS
 from gradpruner.runs.evaluation_data import check_evaluation, load_rows, load_split, metrics_of

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gradpruner import files
-from gradpruner.errors import IntegrityError, ResourceError
-from gradpruner.files import (
+from gradpruner.common import files
+from gradpruner.common.errors import IntegrityError, ResourceError
+from gradpruner.common.files import (
     check_free_space,
     open_private,
     refuse_links,
@@ -20,7 +20,7 @@ from gradpruner.files import (
     sweep,
     write_text,
 )
-from gradpruner.json_files import parse_json, read_json, read_object, write_json
+from gradpruner.common.json_files import parse_json, read_json, read_object, write_json
 
 
 def names(folder):

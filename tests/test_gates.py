@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from gradpruner.common.errors import ConfigError, IntegrityError, NonFiniteError, PlanError, ShapeError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, IntegrityError, NonFiniteError, PlanError, ShapeError
 from gradpruner.gradients.gates import (
     GateHooks,
     Gates,

@@ -9,8 +9,8 @@ from builders import make_llama
 from conftest import make_trace
 from transformers import AutoModelForCausalLM
 
+from gradpruner.common.errors import ConfigError, PlanError, ShapeError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, PlanError, ShapeError
 from gradpruner.gradients.importance import column_energies, element_importance, row_energies
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext

@@ -6,8 +6,8 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
+from gradpruner.common.errors import ConfigError
 from gradpruner.data.examples import Example
-from gradpruner.errors import ConfigError
 from gradpruner.evaluation.harness import check_harness, evaluate_harness
 from gradpruner.evaluation.quality import evaluate
 

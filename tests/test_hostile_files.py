@@ -15,11 +15,11 @@ from builders import make_llama
 from conftest import make_trace
 from rich.console import Console
 
-from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, PlanError
+from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, PlanError
+from gradpruner.common.json_files import read_object
 from gradpruner.evaluation.outputs import Output, output_line, read_examples
 from gradpruner.gradients.scores import LayerScores, score_layers
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.json_files import read_object
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.reading import load_plan
 from gradpruner.plans.repair import Repair, RepairedCut

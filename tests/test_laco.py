@@ -8,8 +8,8 @@ from builders import make_project
 from conftest import make_model
 from families import make_family_model
 
+from gradpruner.common.errors import ConfigError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.laco import LacoOptions, _Likeness, _Runs, _standing_in
 from gradpruner.models.layers import LayeredModel, fingerprint

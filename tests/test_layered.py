@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 from gradpruner.models.config_patch import depth_fields
 from gradpruner.models.families import FAMILIES
 from gradpruner.models.layers import LayeredModel, fingerprint, unwrap

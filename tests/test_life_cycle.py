@@ -9,7 +9,8 @@ from builders import make_project
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from gradpruner import load_model, prune_checkpoint
-from gradpruner.errors import ConfigError, ModelError, PlanError
+from gradpruner.common.errors import ConfigError, ModelError, PlanError
+from gradpruner.common.progress import set_mode
 from gradpruner.evaluation.costing.subject import find_subject
 from gradpruner.methods import METHODS, Method, MethodOptions
 from gradpruner.models.narrowing import prune_width_
@@ -17,7 +18,6 @@ from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.width_plan import LayerWidths
-from gradpruner.progress import set_mode
 from gradpruner.reports import html
 from gradpruner.reports.html import render_html
 from gradpruner.runs.job import Job

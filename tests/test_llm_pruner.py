@@ -9,8 +9,8 @@ import torch
 from builders import make_llama, make_qwen2, make_samples
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.llm_pruner import LLMPrunerOptions, layers_to_prune
 from gradpruner.methods.taylor import TAYLOR, TaylorSalience

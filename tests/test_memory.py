@@ -10,8 +10,8 @@ from conftest import COMMON
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, TrainerCallback
 
+from gradpruner.common.errors import ConfigError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError
 from gradpruner.evaluation.costing import rehearsal
 from gradpruner.evaluation.costing.per_device import Held, Spread, Training, hold_training
 from gradpruner.evaluation.costing.rehearsal import working_bytes

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner.errors import ConfigError, ShapeError
+from gradpruner.common.errors import ConfigError, ShapeError
 from gradpruner.gradients import importance
 from gradpruner.gradients.importance import Factors, element_importance
 from gradpruner.plans import merging

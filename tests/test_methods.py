@@ -7,8 +7,8 @@ import pytest
 import torch
 from builders import pass_through
 
+from gradpruner.common.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.angular import layer_values

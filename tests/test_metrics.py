@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gradpruner.errors import DataError, ShapeError
+from gradpruner.common.errors import DataError, ShapeError
 from gradpruner.evaluation.metrics import (
     Interval,
     bootstrap_interval,

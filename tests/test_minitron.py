@@ -10,8 +10,8 @@ import torch
 from builders import make_llama, make_samples
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import IGNORED, Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.methods.minitron_depth import MinitronOptions

@@ -8,7 +8,7 @@ import transformers as T
 from builders import VOCABULARY, make_llama, make_rows, make_tokenizer, write_rows
 from safetensors.torch import load_file, save_file
 
-from gradpruner.errors import GradPrunerError, IntegrityError, ModelError
+from gradpruner.common.errors import GradPrunerError, IntegrityError, ModelError
 from gradpruner.evaluation.costing.comparison import measure_cost
 from gradpruner.evaluation.costing.subject import find_subject
 from gradpruner.evaluation.costing.workload import Workload

@@ -10,7 +10,7 @@ from builders import make_llama
 from families import COMMON, KEEP, make_family_model
 from safetensors.torch import load_file, save_file
 
-from gradpruner.errors import IntegrityError
+from gradpruner.common.errors import IntegrityError
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import load_config, load_model
 from gradpruner.models.shards import open_shards

@@ -7,8 +7,8 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
+from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.data.examples import Example
-from gradpruner.errors import ConfigError, IntegrityError
 from gradpruner.evaluation.outputs import Output, paired_intervals, read_examples, values_of
 from gradpruner.evaluation.quality import evaluate
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gradpruner.errors import IntegrityError, ModelError
+from gradpruner.common.errors import IntegrityError, ModelError
 from gradpruner.models.headers import DTYPE_BYTES, read_header
 from gradpruner.models.shards import INDEX_FILE, open_shards
 from gradpruner.pruning import checked

@@ -10,11 +10,11 @@ from families import make_family_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from gradpruner.errors import ConfigError, NonFiniteError, PlanError, ResourceError
+from gradpruner.common.errors import ConfigError, NonFiniteError, PlanError, ResourceError
+from gradpruner.common.progress import set_mode
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.progress import set_mode
 from gradpruner.reports import html
 from gradpruner.reports.terminal import print_summary
 from gradpruner.runs import work

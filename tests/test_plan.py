@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gradpruner.errors import ConfigError, PlanError
+from gradpruner.common.errors import ConfigError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES

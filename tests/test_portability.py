@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from gradpruner.errors import ConfigError, PlanError
+from gradpruner.common.errors import ConfigError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.engines import (
     _ABSENT,

@@ -4,7 +4,7 @@ import re
 import pytest
 from transformers import TrainerState
 
-from gradpruner.progress import Progress, clock_text, set_mode, track
+from gradpruner.common.progress import Progress, clock_text, set_mode, track
 from gradpruner.training.callbacks import ProgressCallback
 
 

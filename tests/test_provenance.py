@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from gradpruner import provenance as module
-from gradpruner.errors import DataError
-from gradpruner.provenance import (
+from gradpruner.common import provenance as module
+from gradpruner.common.errors import DataError
+from gradpruner.common.provenance import (
     hash_folder,
     package_versions,
     provenance,

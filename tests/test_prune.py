@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import gradpruner
 from gradpruner.cli.main import app
+from gradpruner.common.errors import ConfigError, DataError, ModelError
+from gradpruner.common.progress import set_mode
 from gradpruner.demo import DATA_DIR, MODEL_DIR
-from gradpruner.errors import ConfigError, DataError, ModelError
-from gradpruner.progress import set_mode
 
 SETTINGS = {"record.batch_size": 2, "data.max_length": 128, "plan.repair_rows": 16}
 

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
+from gradpruner.common.json_files import write_json
 from gradpruner.exports.hub import PushOptions, files_to_push
 from gradpruner.exports.shipped import open_model, whole_model
-from gradpruner.json_files import write_json
 from gradpruner.models.loading import load_model
 from gradpruner.models.saving import save_model
 from gradpruner.plans.layer_plan import PruningPlan

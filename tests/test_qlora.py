@@ -8,8 +8,8 @@ from builders import make_llama, make_project, make_samples
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.evaluation.costing.per_device import Training, hold_training
 from gradpruner.models.loading import load_adapter, load_model
 from gradpruner.models.sizes import build_on_meta

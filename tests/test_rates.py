@@ -7,8 +7,8 @@ import pytest
 from builders import make_llama, make_project, make_samples
 from transformers import AutoConfig
 
+from gradpruner.common.errors import NonFiniteError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import NonFiniteError
 from gradpruner.evaluation.costing.shapes import shape_folder
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.runs.pipeline import run

@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.layers import fingerprint
 from gradpruner.models.loading import load_model

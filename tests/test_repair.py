@@ -27,7 +27,7 @@ from repairs import (
 from torch import nn
 
 import gradpruner.pruning.refitting as module
-from gradpruner.errors import (
+from gradpruner.common.errors import (
     ConfigError,
     DataError,
     IntegrityError,
@@ -36,6 +36,7 @@ from gradpruner.errors import (
     PlanError,
     ShapeError,
 )
+from gradpruner.common.world import World
 from gradpruner.gradients.trace import QUANTISED
 from gradpruner.models.families import FAMILIES
 from gradpruner.models.layers import LayeredModel, fingerprint
@@ -52,7 +53,6 @@ from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import FEWEST_ROWS, TOKENS_PER_REGRESSOR, enough_rows, fit_repair
 from gradpruner.pruning.ridge import ChannelSums, Sums, choose_update
 from gradpruner.pruning.tokens import HELD_OUT, Tokens
-from gradpruner.world import World
 
 ROWS = 40
 KINDS = ("linear", "least_squares", "layer_wise")

@@ -12,7 +12,7 @@ from repairs import SEED, collate, dropping, make_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gradpruner.errors import IntegrityError, PlanError
+from gradpruner.common.errors import IntegrityError, PlanError
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.repair import Repair

@@ -18,7 +18,7 @@ import pytest
 from pages import Page
 from rich.console import Console
 
-from gradpruner.printing import (
+from gradpruner.common.printing import (
     duration,
     interval,
     num_bytes,

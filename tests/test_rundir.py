@@ -11,8 +11,8 @@ import torch
 from builders import make_project
 from processes import RUN_PATH, ended
 
-from gradpruner.errors import ConfigError, DataError, IntegrityError, ResourceError
-from gradpruner.files import working_in
+from gradpruner.common.errors import ConfigError, DataError, IntegrityError, ResourceError
+from gradpruner.common.files import working_in
 from gradpruner.runs.directory import MANIFEST, RunDirectory, Stage
 
 

@@ -9,8 +9,8 @@ from builders import make_llama, make_qwen2, make_samples
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
+from gradpruner.common.errors import ConfigError, ModelError, NonFiniteError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, ModelError, NonFiniteError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.sat import (
     OmissionCallback,

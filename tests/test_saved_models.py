@@ -4,7 +4,7 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
-from gradpruner.errors import ModelError, NonFiniteError
+from gradpruner.common.errors import ModelError, NonFiniteError
 from gradpruner.models.folder import describe_model, locate_model
 from gradpruner.models.saving import save_model
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan

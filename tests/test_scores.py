@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner.errors import ConfigError, IntegrityError
+from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.gradients.scores import LayerScores, default_num_prune, rank_stability, score_layers
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from pages import Page
 
-from gradpruner.errors import ConfigError
-from gradpruner.files import LOCK_FILE
-from gradpruner.progress import Progress
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.files import LOCK_FILE
+from gradpruner.common.progress import Progress
 from gradpruner.reports.folders import find_runs
 from gradpruner.reports.serving import open_server
 from gradpruner.runs.directory import RunDirectory, Stage

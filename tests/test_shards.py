@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 
-from gradpruner.errors import IntegrityError, ModelError
+from gradpruner.common.errors import IntegrityError, ModelError
 from gradpruner.models import headers
 from gradpruner.models.headers import DTYPE_BYTES, check_inside, read_header
 from gradpruner.models.shards import open_shards

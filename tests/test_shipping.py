@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gradpruner.cli.suggestions import suggest_after_run
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 from gradpruner.reports.shipping import advice, model_to_ship
 from gradpruner.reports.view import read
 

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from gradpruner.cli.main import app
-from gradpruner.errors import ConfigError, DataError, PlanError
+from gradpruner.common.errors import ConfigError, DataError, PlanError
+from gradpruner.common.progress import set_mode
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.plans.repair import Repair
-from gradpruner.progress import set_mode
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import html
 from gradpruner.reports.html import render_html

@@ -19,7 +19,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from gradpruner.errors import ConfigError, IntegrityError, ModelError, ShapeError
+from gradpruner.common.errors import ConfigError, IntegrityError, ModelError, ShapeError
 from gradpruner.evaluation import bertscore as similarity
 from gradpruner.evaluation.bertscore import BertScorer, check_encoder
 

@@ -6,7 +6,7 @@ from builders import tiny_config
 from conftest import COMMON
 from transformers import AutoConfig, MixtralConfig
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 from gradpruner.evaluation.costing.per_device import adapter_parameters, held_bytes
 from gradpruner.evaluation.costing.shapes import describe_shape, shape_folder, shape_names
 from gradpruner.evaluation.costing.sizing import depth_alone, size_model, time_floor

@@ -22,7 +22,7 @@ from families import make_family_model, make_seeing_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradpruner.errors import (
+from gradpruner.common.errors import (
     ConfigError,
     GradPrunerError,
     IntegrityError,
@@ -30,7 +30,7 @@ from gradpruner.errors import (
     PlanError,
     ResourceError,
 )
-from gradpruner.files import held
+from gradpruner.common.files import held
 from gradpruner.models import folder as folder_module
 from gradpruner.models.folder import PRUNING_FILE, check_output, staged_folder
 from gradpruner.models.layers import fingerprint

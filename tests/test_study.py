@@ -5,9 +5,9 @@ import shutil
 import pytest
 from builders import make_llama, make_project, make_tokenizer
 
-from gradpruner.errors import ConfigError, ModelError, PlanError
+from gradpruner.common.errors import ConfigError, ModelError, PlanError
+from gradpruner.common.progress import set_mode
 from gradpruner.methods import METHODS, Method
-from gradpruner.progress import set_mode
 from gradpruner.reports import html, markdown
 from gradpruner.runs import pipeline
 from gradpruner.runs.job import Job

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gradpruner.errors import IntegrityError, PlanError
+from gradpruner.common.errors import IntegrityError, PlanError
 from gradpruner.gradients.trace import GradientTrace, factor_file
 from gradpruner.models.layers import LayeredModel
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan

@@ -12,8 +12,8 @@ from conftest import make_model
 from families import make_family_model
 from torch.nn.functional import cross_entropy
 
+from gradpruner.common.errors import DataError, ModelError, NonFiniteError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import DataError, ModelError, NonFiniteError
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.task_loss import TaskLossOptions, _Pruned
 from gradpruner.models.layers import LayeredModel

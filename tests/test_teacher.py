@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from torch.nn import functional
 from transformers import TrainerCallback
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
 from gradpruner.data.encoding import IGNORED, Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, NonFiniteError, ShapeError
 from gradpruner.training import teacher as teaching
 from gradpruner.training.finetuning import finetune, training_arguments
 from gradpruner.training.options import DistillationOptions, FinetuneOptions

@@ -9,12 +9,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from gradpruner.common.errors import DataError, ModelError
 from gradpruner.data.chat import template_notes
 from gradpruner.data.encoding import encode, labelled_text
 from gradpruner.data.examples import Example
 from gradpruner.data.loading import load_examples
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
-from gradpruner.errors import DataError, ModelError
 from gradpruner.evaluation.questions import Questions
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "[open]", "[shut]", "user", "assistant", "system", "think", "call"]

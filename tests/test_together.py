@@ -12,11 +12,12 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from gradpruner.cli.main import app
+from gradpruner.common.errors import ConfigError, DataError
+from gradpruner.common.progress import set_mode
+from gradpruner.common.world import World, this_world
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError
 from gradpruner.gradients.scores import LayerScores, score_layers
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.progress import set_mode
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.runs.job import Job
@@ -26,7 +27,6 @@ from gradpruner.training.finetuning import finetune
 from gradpruner.training.options import DistillationOptions
 from gradpruner.training.recording import record_gradients
 from gradpruner.training.sharding import check_sharding
-from gradpruner.world import World, this_world
 
 FSDP_ON_CPU = """
 # accelerate turns FSDP on for GPUs only; it is told that there are some. Tensors stay on the CPU.
@@ -54,7 +54,7 @@ sys.path.insert(0, {str(__import__("pathlib").Path(__file__).parent)!r})
 from gradpruner.cli.main import main
 from gradpruner.runs import early_checks
 from gradpruner.training import finetuning, sharding
-from gradpruner.world import this_world
+from gradpruner.common.world import this_world
 import test_together
 
 world = this_world()
@@ -228,7 +228,7 @@ COMMAND = """
 import sys
 from gradpruner.cli.main import main
 from gradpruner.training.trainer import CausalTrainer
-from gradpruner.world import this_world
+from gradpruner.common.world import this_world
 
 whole = CausalTrainer.compute_loss
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gradpruner.errors import IntegrityError, PlanError, ShapeError
+from gradpruner.common.errors import IntegrityError, PlanError, ShapeError
 from gradpruner.gradients.trace import (
     ENERGIES_FILE,
     TRACE_FILE,

@@ -10,9 +10,9 @@ from builders import make_llama, make_samples
 from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 
+from gradpruner.common.errors import ConfigError, DataError, NonFiniteError
+from gradpruner.common.progress import set_mode
 from gradpruner.data.encoding import IGNORED, Collator
-from gradpruner.errors import ConfigError, DataError, NonFiniteError
-from gradpruner.progress import set_mode
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.batching import LengthGroups
 from gradpruner.training.callbacks import ProgressCallback

@@ -9,7 +9,7 @@ from families import make_family_model
 from repairs import collate, dropping, make_ids
 from torch import nn
 
-from gradpruner.errors import DataError, ModelError, NonFiniteError
+from gradpruner.common.errors import DataError, ModelError, NonFiniteError
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import Walk, drawn, output_of, sample_batches
 from gradpruner.pruning.in_memory import prune_

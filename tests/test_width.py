@@ -14,7 +14,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.models.engine_widths import _WIDTHS_READ
 from gradpruner.models.narrowing import prune_width_, resized_class, width_savings
 from gradpruner.models.sizes import count_parameters

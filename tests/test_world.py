@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 from processes import together
 
-from gradpruner.errors import ConfigError
-from gradpruner.world import PeerError, World, this_world
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.world import PeerError, World, this_world
 
 SCRIPT = """
 import json, sys, time
 import torch
-from gradpruner.errors import DataError
-from gradpruner.world import GoneError, PeerError, this_world
+from gradpruner.common.errors import DataError
+from gradpruner.common.world import GoneError, PeerError, this_world
 
 world = this_world()
 found = {"rank": world.rank, "size": world.size}
@@ -101,9 +101,9 @@ import sys
 from datetime import timedelta
 sys.path.insert(0, sys.argv[1])
 from builders import make_llama, make_samples
-import gradpruner.world as module
+import gradpruner.common.world as module
 from gradpruner.data.encoding import Collator
-from gradpruner.progress import set_mode
+from gradpruner.common.progress import set_mode
 from gradpruner.training.finetuning import finetune
 
 set_mode("quiet")

@@ -44,7 +44,7 @@ def look(device: str) -> dict[str, Any]:
         return found
     import torch
 
-    from gradpruner.provenance import package_versions, provenance
+    from gradpruner.common.provenance import package_versions, provenance
 
     found["missing"] = _missing({name for part in PARTS for name in part.needs})
     found["provenance"] = provenance(0)
@@ -67,7 +67,7 @@ def work(name: str, args: argparse.Namespace, journal: Path) -> dict[str, Any]:
     """One part, in this process."""
     from place import Place
 
-    from gradpruner.progress import set_mode
+    from gradpruner.common.progress import set_mode
 
     set_mode("quiet")
     part = next(part for part in PARTS if part.name == name)

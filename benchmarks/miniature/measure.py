@@ -20,8 +20,8 @@ from pretrain import held_out_loss, text_sha256, unigram_loss
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from gradpruner.common.provenance import provenance
 from gradpruner.demo import DATA_DIR, DEMO_DIR, MODEL_DIR
-from gradpruner.provenance import provenance
 
 EPOCHS, BATCH = 3, 16
 FULL_LR, LORA_LR = 1e-3, 3e-3

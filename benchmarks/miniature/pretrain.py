@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from world import corpus, make_rows
 
+from gradpruner.common.progress import Progress
+from gradpruner.common.provenance import provenance
 from gradpruner.demo import DEMO_DIR, MODEL_DIR
-from gradpruner.progress import Progress
-from gradpruner.provenance import provenance
 
 CONTEXT = 128
 """Tokens per training sequence and the model's context length."""

@@ -81,7 +81,7 @@ class Work:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        from gradpruner.provenance import provenance
+        from gradpruner.common.provenance import provenance
 
         found = provenance(self.seed)
         return {key: found[key] for key in ("commit", "dirty", "packages", "machine")}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradpruner.errors import ConfigError
-from gradpruner.registry import suggest
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.registry import suggest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ABLATIONS = RECIPES / "ablations"

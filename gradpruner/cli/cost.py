@@ -11,7 +11,7 @@ import typer
 from gradpruner.cli.executing import prepare, tell
 from gradpruner.cli.models import kept_layers, num_bytes
 from gradpruner.cli.options import ENDING, Chosen, takes, words
-from gradpruner.errors import ConfigError, ResourceError
+from gradpruner.common.errors import ConfigError, ResourceError
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _check_asked(chosen: Chosen, pruned: str | None, scales: bool) -> None:
 
 def _tell(found: CostComparison | Scaling, chosen: Chosen) -> None:
     """Writes and prints what was found."""
-    from gradpruner.json_files import write_json
+    from gradpruner.common.json_files import write_json
 
     if chosen.out is not None:
         write_json(Path(chosen.out), found.to_dict())

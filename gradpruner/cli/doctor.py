@@ -14,8 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from gradpruner._version import __version__
-from gradpruner.files import readable_bytes
-from gradpruner.provenance import machine
+from gradpruner.common.files import readable_bytes
+from gradpruner.common.provenance import machine
 
 # Security floors: see pyproject.toml.
 FLOORS = {"torch": (2, 10), "transformers": (5, 3), "peft": (0, 18), "accelerate": (1, 12)}

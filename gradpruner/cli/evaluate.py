@@ -13,13 +13,13 @@ import typer
 from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, KEYS, TUNING, Chosen, Number, Text, takes
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
+    from gradpruner.common.world import World
     from gradpruner.data.examples import Example, ExampleSet
     from gradpruner.evaluation.quality import Evaluation
     from gradpruner.runs.recipe import Recipe
-    from gradpruner.world import World
 
 SCORES, ANSWERS = "evaluation.json", "examples.jsonl"
 
@@ -90,7 +90,7 @@ def evaluate(
 
 def _evaluate_folder(what: str, chosen: Chosen, server: tuple[str | None, str | None]) -> dict[str, Any]:
     """Measures a model folder, or its server (address and name of the model there), as the options say."""
-    from gradpruner.files import LOCK_FILE, working_in
+    from gradpruner.common.files import LOCK_FILE, working_in
 
     rows = chosen.values.get("data.eval")
     # A recipe needs data; rows that are not there are never read.
@@ -106,11 +106,11 @@ def _measure(
     recipe: Recipe, chosen: Chosen, server: tuple[str | None, str | None], out: Path | None
 ) -> dict[str, Any]:
     """Measures one model folder as a recipe's `evaluate` section says; returns what is to be shown."""
+    from gradpruner.common.json_files import write_json
+    from gradpruner.common.provenance import provenance
     from gradpruner.evaluation.endpoint import Endpoint
-    from gradpruner.json_files import write_json
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import check_loadable
-    from gradpruner.provenance import provenance
     from gradpruner.runs.evaluation_data import (
         asked_of_harness,
         check_evaluation,
@@ -163,8 +163,8 @@ def measure_folder(
     recipe: Recipe, folder: Path, rows: Sequence[Example], journal: Path | None
 ) -> tuple[Any, Evaluation]:
     """The model of a folder, and how well it answers; every process asks its share of the rows."""
+    from gradpruner.common.world import this_world
     from gradpruner.runs.evaluation_data import tokenizer_of
-    from gradpruner.world import this_world
 
     tokenizer = tokenizer_of(recipe, folder)
     model = recipe.model.load(folder)
@@ -191,7 +191,7 @@ def _journal(
     out: Path, folder: Path, recipe: Recipe, server: tuple[str | None, str | None], rows: ExampleSet
 ) -> Path:
     """Where answers are kept until all are there: a file of its own for every model, server and question."""
-    from gradpruner.provenance import sha256_json
+    from gradpruner.common.provenance import sha256_json
 
     files = sorted(path for path in folder.iterdir() if path.is_file())
     asked = {
@@ -208,7 +208,7 @@ def _journal(
 def _show(found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
-    from gradpruner.printing import interval, percent
+    from gradpruner.common.printing import interval, percent
     from gradpruner.reports.fields import FEW_EXAMPLES
     from gradpruner.reports.view import metric_label
 

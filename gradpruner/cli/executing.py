@@ -16,10 +16,10 @@ from gradpruner.cli.bundled import recipe_file
 from gradpruner.cli.messages import console
 from gradpruner.cli.options import Chosen, settled
 from gradpruner.cli.suggestions import suggest_after_run
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gradpruner.printing import Printed
+    from gradpruner.common.printing import Printed
     from gradpruner.runs.recipe import Recipe
 
 
@@ -108,7 +108,7 @@ def prepare(quiet: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from gradpruner.progress import set_mode
+    from gradpruner.common.progress import set_mode
 
     if quiet:
         set_mode("quiet")

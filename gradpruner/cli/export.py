@@ -10,7 +10,7 @@ import typer
 
 from gradpruner.cli.executing import prepare
 from gradpruner.cli.options import JsonOption, QuietOption
-from gradpruner.errors import ConfigError, ModelError
+from gradpruner.common.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from gradpruner.exports.comparing import Comparison
@@ -53,7 +53,7 @@ def export(
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    from gradpruner.printing import num_bytes
+    from gradpruner.common.printing import num_bytes
 
     if found.reason:
         typer.echo(f"model: {found.folder}. {found.reason}")
@@ -81,11 +81,11 @@ def _write(
     import os
     import re
 
+    from gradpruner.common.files import make_durable, staging, write_text
     from gradpruner.exports.comparing import compare
     from gradpruner.exports.gguf import file_type, find_tools, write_gguf
     from gradpruner.exports.ollama import MODELFILE, modelfile
     from gradpruner.exports.shipped import whole_model
-    from gradpruner.files import make_durable, staging, write_text
 
     kind = file_type(quantize, model.base if model.is_adapter else model.folder)
     tools = find_tools(kind, llama_cpp)
@@ -157,8 +157,8 @@ def push(
     quiet: QuietOption = False,
 ) -> None:
     """Push a finished model to the hub: weights, tokenizer, model card, report. Private unless you say so."""
+    from gradpruner.common.printing import num_bytes
     from gradpruner.exports import hub
-    from gradpruner.printing import num_bytes
 
     hub.check_name(repo)
     prepare(quiet)

@@ -13,7 +13,7 @@ import typer
 from gradpruner.cli.executing import prepare
 from gradpruner.cli.options import ROWS, Chosen, takes
 from gradpruner.cli.suggestions import suggest
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradpruner.data.examples import ExampleSet
@@ -83,7 +83,7 @@ def init(
     Looks at the model's config and at the rows, never at weights, and fills in what suits them. What is not
     given is looked for beside the recipe: a model folder, and files called train and test.
     """
-    from gradpruner.files import write_text
+    from gradpruner.common.files import write_text
     from gradpruner.runs.recipe import check_recipe
     from gradpruner.runs.yaml_files import parse_yaml
 
@@ -187,8 +187,8 @@ def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
 
 def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     """Mode, rate and steps for a model and so many rows."""
+    from gradpruner.common.files import readable_bytes
     from gradpruner.evaluation.costing.per_device import Training, hold_training
-    from gradpruner.files import readable_bytes
     from gradpruner.models.loading import resolve_device
     from gradpruner.runs.fitting import device_memory
     from gradpruner.training.finetuning import WANTED_STEPS, chosen_accumulation, planned_steps

@@ -10,7 +10,7 @@ import typer
 
 from gradpruner.cli.bundled import ablation_names, recipe_file, recipe_names, study_file
 from gradpruner.cli.options import JsonOption
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 KINDS = {
     "methods": "ways to choose what goes",
@@ -63,7 +63,7 @@ def _entries(kind: str) -> dict[str, str]:
         from gradpruner.evaluation.costing.shapes import describe_shape, shape_names
 
         return {name: describe_shape(name) for name in shape_names()}
-    from gradpruner.registry import suggest
+    from gradpruner.common.registry import suggest
 
     raise ConfigError(f"Unknown kind '{kind}'.{suggest(kind, KINDS)}", hint=f"Available: {', '.join(KINDS)}.")
 

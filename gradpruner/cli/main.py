@@ -17,7 +17,7 @@ from gradpruner.cli import cost, evaluate, export, init, listing, models, serve,
 from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import complain, console, stop
 from gradpruner.cli.options import ENDING, KEYS, ROWS, Chosen, JsonOption, takes
-from gradpruner.errors import GradPrunerError
+from gradpruner.common.errors import GradPrunerError
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 command line, recipe or plan, 3 data, 4 model, 5 disk, memory or NaN, "
@@ -75,8 +75,8 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Render report.html again from run.json."""
-    from gradpruner.files import working_in
-    from gradpruner.json_files import read_object
+    from gradpruner.common.files import working_in
+    from gradpruner.common.json_files import read_object
     from gradpruner.reports.html import render_html
     from gradpruner.reports.markdown import markdown_table
     from gradpruner.reports.terminal import print_summary
@@ -170,7 +170,7 @@ def _command() -> None:
     try:
         app()
     except OSError as error:  # what we write ourselves has its own messages
-        from gradpruner.files import unusable
+        from gradpruner.common.files import unusable
 
         if error.filename is None:
             raise
@@ -179,7 +179,7 @@ def _command() -> None:
 
 def _in_its_world() -> None:
     """Carries out the command; of several processes the first does, and the others help where it says so."""
-    from gradpruner.world import launched, this_world
+    from gradpruner.common.world import launched, this_world
 
     if not launched():
         _command()

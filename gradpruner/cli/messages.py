@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from gradpruner.errors import GradPrunerError
+from gradpruner.common.errors import GradPrunerError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ def console() -> Console:
 
 def stop(number: int, frame: object) -> NoReturn:
     """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
-    from gradpruner.world import last_word
+    from gradpruner.common.world import last_word
 
     word = last_word()  # a launcher ends all processes when one has failed: what that one said counts
     if os.environ.get("RANK", "0") == "0":  # of several processes one says it

@@ -14,7 +14,7 @@ from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, Chosen, JsonOption, QuietOption, given, takes
 from gradpruner.cli.suggestions import suggest
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradpruner.gradients.trace import GradientTrace
@@ -127,9 +127,9 @@ class _Choice:
 
 
 def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen, **options: Any) -> None:
+    from gradpruner.common.progress import Progress, bytes_reporter
     from gradpruner.models.folder import locate_model
     from gradpruner.plans.repair import Repair
-    from gradpruner.progress import Progress, bytes_reporter
     from gradpruner.pruning.blueprint import Blueprint
     from gradpruner.pruning.on_disk import write_pruned
 
@@ -204,8 +204,8 @@ def _print_portability(verdicts: list[dict[str, Any]]) -> None:
 
 
 def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
+    from gradpruner.common.printing import num_bytes as shown
     from gradpruner.plans.layer_plan import runs_of
-    from gradpruner.printing import num_bytes as shown
 
     before, after = (shown(size) for size in facts["bytes"])
     typer.echo(
@@ -271,7 +271,7 @@ def diff(
     if as_json:
         typer.echo(json.dumps(vars(summary), indent=2, default=str))
     else:
-        from gradpruner.printing import num_bytes as shown
+        from gradpruner.common.printing import num_bytes as shown
 
         typer.echo(
             f"delta: {summary.folder}, {shown(summary.num_bytes)} for a checkpoint of "

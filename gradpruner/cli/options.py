@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 KEYS = {
     "model": "model.path",

@@ -8,7 +8,7 @@ import typer
 
 from gradpruner.cli.executing import execute, resolve
 from gradpruner.cli.options import ENDING, KEYS, Chosen, Number, Text, takes
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 
 @takes(

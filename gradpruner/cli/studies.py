@@ -13,7 +13,7 @@ from gradpruner.cli.bundled import study_file
 from gradpruner.cli.executing import command_line, prepare, resolve, tell
 from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, ROWS, TUNING, Chosen, Text, settled, takes, words
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradpruner.runs.recipe import Recipe

@@ -60,7 +60,7 @@ def suggest(after: str, **places: Any) -> None:
 
 def suggest_after_run(until: str, record: dict[str, Any], out: str) -> None:
     """Prints what to do after a run that went as far as a stage."""
-    from gradpruner.errors import ConfigError
+    from gradpruner.common.errors import ConfigError
     from gradpruner.reports.shipping import model_to_ship
 
     pruned = [row for variant, row in record["rows"].items() if variant != "dense" and row in record["plans"]]

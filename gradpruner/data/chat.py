@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from gradpruner.common.errors import DataError
 from gradpruner.data.chat_templates import TEMPLATES
 from gradpruner.data.examples import Example, Message
-from gradpruner.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError
-from gradpruner.files import read_plain
-from gradpruner.provenance import sha256_json
-from gradpruner.registry import suggest
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.files import read_plain
+from gradpruner.common.provenance import sha256_json
+from gradpruner.common.registry import suggest
 
 _SYSTEM_IN_USER = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.chat import conversation_ids, text_ids
 from gradpruner.data.examples import Example, ExampleSet
-from gradpruner.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 
 @dataclass(frozen=True)

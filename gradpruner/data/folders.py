@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradpruner.common.errors import DataError
 from gradpruner.data.parsing import PACKED, SUFFIXES, type_of
-from gradpruner.errors import DataError
 
 # A run asks for "eval"; data sets have a test split, or only a validation split.
 _ALSO_CALLED = {

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from string import Formatter
 from typing import Any
 
+from gradpruner.common.errors import ConfigError, DataError
+from gradpruner.common.provenance import sha256_json
 from gradpruner.data.examples import Example
 from gradpruner.data.parsing import DataRow, kind_of
 from gradpruner.data.rows import RowSet
 from gradpruner.data.shapes import BadRow, Shape, text_field
-from gradpruner.errors import ConfigError, DataError
-from gradpruner.provenance import sha256_json
 
 TEXTS = ("text", "sentence", "review", "question", "content", "body")
 """Columns a labelled text may stand in; the first one present is taken."""

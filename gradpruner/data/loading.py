@@ -6,14 +6,14 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from gradpruner.common.errors import ConfigError, DataError
+from gradpruner.common.registry import suggest
 from gradpruner.data.examples import Example, ExampleSet, sample
 from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
 from gradpruner.data.parsing import DataRow
 from gradpruner.data.rows import RowSet, read_rows
 from gradpruner.data.shapes import FORMATS, BadRow, Shape
 from gradpruner.data.tasks import TASKS
-from gradpruner.errors import ConfigError, DataError
-from gradpruner.registry import suggest
 
 LABELLED = "labelled_text"
 """The fifth format: a text and its label."""

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gradpruner.common.errors import DataError
+from gradpruner.common.files import path_fault, shown
 from gradpruner.data.folders import is_saved_dataset, saved_split, split_files, split_names
 from gradpruner.data.parsing import (
     PACKED,
@@ -28,8 +30,6 @@ from gradpruner.data.parsing import (
     type_of,
     unpacked,
 )
-from gradpruner.errors import DataError
-from gradpruner.files import path_fault, shown
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
 

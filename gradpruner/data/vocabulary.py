@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 
 _FEWEST = 0.9  # of an embedding's rows; embeddings are padded, but by far less than a tenth
 

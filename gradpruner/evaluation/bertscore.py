@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradpruner.errors import ConfigError, ModelError, ShapeError
+from gradpruner.common.errors import ConfigError, ModelError, ShapeError
+from gradpruner.common.provenance import hash_folder
 from gradpruner.evaluation.options import DEFAULT_ENCODER
 from gradpruner.models.checking import check_model_folder
 from gradpruner.models.folder import locate_model
-from gradpruner.provenance import hash_folder
 
 # Layer -> encoders whose published figures compare the output of that layer, by name without organisation:
 # where it agrees best with human judgement (Zhang et al., 2020). The library has the same table.

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
-from gradpruner.errors import ConfigError, ResourceError
-from gradpruner.files import shown
-from gradpruner.json_files import parse_json
+from gradpruner.common.errors import ConfigError, ResourceError
+from gradpruner.common.files import shown
+from gradpruner.common.json_files import parse_json
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,12 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field
 
-from gradpruner.errors import ConfigError, IntegrityError, ResourceError
+from gradpruner.common.errors import ConfigError, IntegrityError, ResourceError
+from gradpruner.common.files import shown
+from gradpruner.common.json_files import typed
 from gradpruner.evaluation.connection import API_KEY, Connection
 from gradpruner.evaluation.generation import Answer
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import shown
-from gradpruner.json_files import typed
 
 T = TypeVar("T")
 _MODELS_LIMIT = 16 * 2**20  # bytes of a list of models

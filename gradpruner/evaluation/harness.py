@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError, DataError
-from gradpruner.registry import suggest
+from gradpruner.common.errors import ConfigError, DataError
+from gradpruner.common.registry import suggest
 
 
 def check_harness(tasks: Sequence[str], folder: str | None = None) -> None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradpruner.errors import NonFiniteError
+from gradpruner.common.errors import NonFiniteError
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradpruner.common.errors import DataError, ShapeError
 from gradpruner.data.numbers import final_number
-from gradpruner.errors import DataError, ShapeError
 
 # Resamples are drawn in blocks of at most this many indices, so that 2000 resamples of 100 000
 # examples need 64 MB and not 1.6 GB.

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError, IntegrityError
+from gradpruner.common.errors import ConfigError, IntegrityError
+from gradpruner.common.files import is_held, open_private, read_plain
+from gradpruner.common.json_files import parse_json, typed
 from gradpruner.evaluation.metrics import paired_difference, paper_score
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import is_held, open_private, read_plain
-from gradpruner.json_files import parse_json, typed
 
 _FIELDS = {
     "final_number": "number_correct",

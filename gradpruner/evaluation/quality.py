@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradpruner.common.errors import ConfigError, DataError, ResourceError
+from gradpruner.common.files import write_text
+from gradpruner.common.progress import Progress
+from gradpruner.common.world import World
 from gradpruner.data.examples import Example
-from gradpruner.errors import ConfigError, DataError, ResourceError
 from gradpruner.evaluation.bertscore import BertScorer
 from gradpruner.evaluation.generation import LocalModel
 from gradpruner.evaluation.metrics import (
@@ -30,11 +33,8 @@ from gradpruner.evaluation.metrics import (
 from gradpruner.evaluation.options import EvaluateOptions
 from gradpruner.evaluation.outputs import Journal, Output, output_line, values_of
 from gradpruner.evaluation.questions import Questions
-from gradpruner.files import write_text
 from gradpruner.models.memory import PeakMemory
-from gradpruner.progress import Progress
 from gradpruner.training.options import changed
-from gradpruner.world import World
 
 if TYPE_CHECKING:
     from gradpruner.evaluation.endpoint import Endpoint

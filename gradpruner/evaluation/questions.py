@@ -13,10 +13,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
+from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.chat import special_ids
 from gradpruner.data.encoding import answer_ids, closed, encode, prompt_ids
 from gradpruner.data.examples import Example
-from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.likelihood import OptionSet
 
 _PROMPT_TAIL_TOKENS = 64

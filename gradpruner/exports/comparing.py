@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 from gradpruner.exports.gguf import PLAIN_TYPES
 from gradpruner.models.loading import load_model, load_tokenizer
 

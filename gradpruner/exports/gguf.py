@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from gradpruner.errors import ConfigError, ModelError, ResourceError
+from gradpruner.common.errors import ConfigError, ModelError, ResourceError
+from gradpruner.common.registry import suggest
 from gradpruner.models.dtypes import stored_dtype
-from gradpruner.registry import suggest
 
 FOLDER_VARIABLE = "LLAMA_CPP_DIR"
 SCRIPT = "convert_hf_to_gguf"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
+from gradpruner.common.errors import ConfigError, GradPrunerError, ResourceError
 from gradpruner.exports.shipped import FinishedModel, unfinished_stages, whole_model
 from gradpruner.models.card import CARD_FILE, Base, Figure, Results, base_of, model_card
 from gradpruner.models.folder import PRUNING_FILE, carried_files

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gradpruner.common.json_files import read_json
 from gradpruner.exports.turns import Turns, find_turns
-from gradpruner.json_files import read_json
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.loading import load_config, load_tokenizer
 

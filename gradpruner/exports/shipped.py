@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError, ModelError
+from gradpruner.common.errors import ConfigError, ModelError
+from gradpruner.common.files import shown, staging
+from gradpruner.common.json_files import read_json, read_object
 from gradpruner.evaluation.outputs import read_examples
-from gradpruner.files import shown, staging
-from gradpruner.json_files import read_json, read_object
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, locate_model, read_pruning
 from gradpruner.models.loading import load_adapter, load_model, load_tokenizer

@@ -27,8 +27,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, distributed, nn
 
-from gradpruner.errors import ConfigError, ShapeError
-from gradpruner.files import save_tensors
+from gradpruner.common.errors import ConfigError, ShapeError
+from gradpruner.common.files import save_tensors
 
 # An exchange must lower the rise by more than rounding can, or two equal sets would be exchanged for ever.
 _ROUNDING = 1e-12

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradpruner.errors import ShapeError
+from gradpruner.common.errors import ShapeError
 
 # Rows are visited in blocks of about this many entries: 1 MB in fp32, which stays in the processor's cache.
 BLOCK_ENTRIES = 262_144

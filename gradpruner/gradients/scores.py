@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gradpruner.errors import ConfigError, IntegrityError
-from gradpruner.files import shown
+from gradpruner.common.errors import ConfigError, IntegrityError
+from gradpruner.common.files import shown
+from gradpruner.common.json_files import read_object, write_json
+from gradpruner.common.printing import Printed, print_table
+from gradpruner.common.registry import suggest
 from gradpruner.gradients.gates import bootstrap
 from gradpruner.gradients.trace import GradientTrace, trace_digest
-from gradpruner.json_files import read_object, write_json
-from gradpruner.printing import Printed, print_table
-from gradpruner.registry import suggest
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -26,12 +26,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradpruner.errors import IntegrityError, PlanError, ShapeError
-from gradpruner.files import save_tensors
+from gradpruner.common.errors import IntegrityError, PlanError, ShapeError
+from gradpruner.common.files import save_tensors
+from gradpruner.common.json_files import read_json, typed, write_json
+from gradpruner.common.printing import Printed, print_table
 from gradpruner.gradients.gates import Gates, load_gates, save_gates
 from gradpruner.gradients.importance import Factors
-from gradpruner.json_files import read_json, typed, write_json
-from gradpruner.printing import Printed, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gradpruner.errors import IntegrityError
-from gradpruner.files import save_tensors
+from gradpruner.common.errors import IntegrityError
+from gradpruner.common.files import save_tensors
 from gradpruner.gradients.gates import Gates
 from gradpruner.gradients.trace import (
     ENERGIES_FILE,

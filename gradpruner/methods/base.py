@@ -12,15 +12,15 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import TrainerCallback
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError, PlanError
+from gradpruner.common.registry import Registry
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Fits, plan_pruning
 from gradpruner.plans.width_plan import WidthPlan
-from gradpruner.registry import Registry
 from gradpruner.training.options import FinetuneOptions, validated
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from gradpruner.common.errors import DataError, NonFiniteError
 from gradpruner.data.encoding import IGNORED
-from gradpruner.errors import DataError, NonFiniteError
 from gradpruner.methods.base import MethodContext
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import sample_batches

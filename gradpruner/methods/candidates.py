@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
-from gradpruner.errors import GradPrunerError, PlanError
+from gradpruner.common.errors import GradPrunerError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import angular
 from gradpruner.methods.base import METHODS, MethodContext

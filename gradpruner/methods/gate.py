@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 from gradpruner.gradients.gates import (
     bootstrap,
     choose_pairwise,

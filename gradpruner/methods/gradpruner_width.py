@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradpruner.errors import PlanError
+from gradpruner.common.errors import PlanError
 from gradpruner.gradients.importance import column_energies, row_energies
 from gradpruner.gradients.scores import check_energy
 from gradpruner.gradients.trace import GradientTrace, trace_digest

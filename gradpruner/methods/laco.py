@@ -13,14 +13,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.progress import Progress
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches
 from gradpruner.models.config_patch import required_layers
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan, runs_of
 from gradpruner.plans.merging import Source, merge_linear
-from gradpruner.progress import Progress
 
 BISECTIONS = 12
 """Thresholds tried: the one that is taken is within 2 / 2**12 of the highest that reaches the budget."""

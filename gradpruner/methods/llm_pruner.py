@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from gradpruner.errors import DataError, PlanError
+from gradpruner.common.errors import DataError, PlanError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.taylor import Batch, TaylorSalience
 from gradpruner.methods.width_choice import UnitScores, budget_facts, descending, most_important, share_out

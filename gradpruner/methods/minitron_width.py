@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gradpruner.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.progress import track
 from gradpruner.methods.base import METHODS, Method, MethodContext
 from gradpruner.methods.calibration import calibration_batches, mean_nll, run
 from gradpruner.methods.minitron_depth import MinitronOptions, recover
@@ -22,7 +23,6 @@ from gradpruner.methods.width_choice import budget_facts, most_important
 from gradpruner.models.narrowing import prune_width_
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
-from gradpruner.progress import track
 
 Axis = Literal["ffn", "heads", "hidden"]
 # The axis that meets the budget exactly: the first of these that may be pruned.

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import TrainerCallback
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.sliced import SlicedModel
 from gradpruner.training.callbacks import ClosingCallback

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gradpruner.common.progress import Progress
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches, mean_nll
 from gradpruner.models.layers import LayeredModel
-from gradpruner.progress import Progress
 
 
 class SlebOptions(MethodOptions):

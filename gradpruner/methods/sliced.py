@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear as product
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 from gradpruner.models.layers import LayeredModel, skeleton
 from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import ATTENTION, MLP, WidthView

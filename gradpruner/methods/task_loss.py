@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gradpruner.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import mean_nll

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from gradpruner.common.progress import Progress
 from gradpruner.gradients.importance import row_blocks
 from gradpruner.methods.width_choice import BY_ROW, UnitScores, unit_scores
 from gradpruner.models.widths import WidthView
-from gradpruner.progress import Progress
 
 TAYLOR = ("param_first", "param_second", "param_mix")
 Batch = dict[str, Tensor]

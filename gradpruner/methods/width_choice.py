@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradpruner.errors import NonFiniteError, PlanError
+from gradpruner.common.errors import NonFiniteError, PlanError
 from gradpruner.methods.base import MethodContext
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import WidthPlan, WidthShape

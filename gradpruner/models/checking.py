@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 from gradpruner.models.headers import check_inside
 from gradpruner.models.raw_config import (
     CONFIG_FILE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 
 # What the class of a model may end with; anything else is not a language model that continues a text.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.models.families import Family
 from gradpruner.models.raw_config import beyond_fields
 from gradpruner.plans.layer_plan import PruningPlan, runs_of

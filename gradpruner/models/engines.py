@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.registry import suggest
 from gradpruner.plans.layer_plan import runs_of
-from gradpruner.registry import suggest
 
 ENGINES = ("vllm", "sglang", "llama.cpp")
 # llama.cpp is the commit inside llama-cpp-python 0.3.36, with its convert_hf_to_gguf.py.

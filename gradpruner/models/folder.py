@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner._version import __version__
-from gradpruner.errors import ConfigError, ModelError
-from gradpruner.files import (
+from gradpruner.common.errors import ConfigError, ModelError
+from gradpruner.common.files import (
     LOCK_FILE,
     held,
     is_write_failure,
@@ -27,7 +27,7 @@ from gradpruner.files import (
     write_failure,
     write_text,
 )
-from gradpruner.json_files import read_object, write_json
+from gradpruner.common.json_files import read_object, write_json
 from gradpruner.models.card import CARD_FILE, base_of, model_card
 from gradpruner.models.headers import check_inside
 from gradpruner.plans.layer_plan import PruningPlan

@@ -21,8 +21,8 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.files import shown
+from gradpruner.common.errors import IntegrityError, ModelError
+from gradpruner.common.files import shown
 
 # All of safetensors 0.8; the small floats share bytes, so only some shapes fill whole ones.
 DTYPE_BYTES: dict[str, int | Fraction] = {

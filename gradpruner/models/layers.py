@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.gradients.trace import QUANTISED
 from gradpruner.models.config_patch import check_keep, patch_config, text_config
 from gradpruner.models.families import Family, find_family, generic_family, nested_family

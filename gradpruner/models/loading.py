@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
+from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
+from gradpruner.common.registry import suggest
 from gradpruner.models.checking import check_config, check_model_folder, refuse_embedding_model
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import parts_of, text_config
@@ -19,7 +20,6 @@ from gradpruner.models.folder import PRUNING_FILE, read_pruning
 from gradpruner.models.narrowing import resized_class
 from gradpruner.models.raw_config import BEYOND_SIGNS, CONFIG_FILE, beyond_fields, is_beyond, read_raw_config
 from gradpruner.plans.width_plan import WidthPlan
-from gradpruner.registry import suggest
 
 
 def load_config(

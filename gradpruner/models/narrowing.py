@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.layers import fingerprint, skeleton
 from gradpruner.models.proof import probe_logits, relative_error, tolerance

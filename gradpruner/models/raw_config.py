@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.files import read_plain
+from gradpruner.common.errors import IntegrityError, ModelError
+from gradpruner.common.files import read_plain
 
 CONFIG_FILE = "config.json"
 CONFIG_BYTES = 32 << 20

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from gradpruner.errors import NonFiniteError
+from gradpruner.common.errors import NonFiniteError
 from gradpruner.models.config_patch import parts_of
 from gradpruner.models.dtypes import cast_like
 from gradpruner.models.folder import (

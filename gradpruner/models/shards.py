@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.files import read_plain, shown
-from gradpruner.json_files import parse_json
+from gradpruner.common.errors import IntegrityError, ModelError
+from gradpruner.common.files import read_plain, shown
+from gradpruner.common.json_files import parse_json
 from gradpruner.models.headers import AGAIN, ShardHeader, TensorRef, check_inside, read_header
 
 INDEX_LIMIT = 64_000_000  # bytes; several times what the largest public models need

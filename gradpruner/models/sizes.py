@@ -17,7 +17,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 
 # Spellings of the same three facts across model families.
 _EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.errors import DataError, ModelError, NonFiniteError
+from gradpruner.common.errors import DataError, ModelError, NonFiniteError
 from gradpruner.models.layers import LayeredModel
 
 BATCH_SIZE = 32

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.sizes import count_parameters
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape

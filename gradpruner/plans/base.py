@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from gradpruner.errors import PlanError
-from gradpruner.files import shown
+from gradpruner.common.errors import PlanError
+from gradpruner.common.files import shown
+from gradpruner.common.json_files import check_json, read_json, write_json
+from gradpruner.common.printing import Printed
+from gradpruner.common.registry import suggest
 from gradpruner.gradients.trace import same_model
-from gradpruner.json_files import check_json, read_json, write_json
-from gradpruner.printing import Printed
-from gradpruner.registry import suggest
 
 FORMAT_VERSION = 1
 METHOD_LIMIT = 200  # characters

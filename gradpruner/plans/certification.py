@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from gradpruner.errors import ConfigError, DataError, ShapeError
+from gradpruner.common.errors import ConfigError, DataError, ShapeError
 
 Floats = NDArray[np.float64]
 Scores = Sequence[float] | Sequence[bool] | NDArray[Any]

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from gradpruner.errors import ConfigError, PlanError
-from gradpruner.files import shown
+from gradpruner.common.errors import ConfigError, PlanError
+from gradpruner.common.files import shown
+from gradpruner.common.printing import print_table
+from gradpruner.common.registry import suggest
 from gradpruner.plans.base import FORMAT_VERSION, METHOD_LIMIT, BasePlan
 from gradpruner.plans.defaults import DENSITY
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
-from gradpruner.printing import print_table
-from gradpruner.registry import suggest
 
 if TYPE_CHECKING:
     from rich.console import Console

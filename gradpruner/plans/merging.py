@@ -17,10 +17,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gradpruner.errors import ConfigError, ShapeError
+from gradpruner.common.errors import ConfigError, ShapeError
+from gradpruner.common.registry import Registry
 from gradpruner.gradients.importance import BLOCK_ENTRIES, Factors, ScaledImportance, row_blocks
 from gradpruner.plans.defaults import DENSITY
-from gradpruner.registry import Registry
 
 # Entries that are sorted to bracket the threshold of a matrix.
 SAMPLE_ENTRIES = 65_536

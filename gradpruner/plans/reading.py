@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradpruner.json_files import read_json
+from gradpruner.common.json_files import read_json
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.width_plan import WidthPlan
 

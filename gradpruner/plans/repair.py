@@ -19,13 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradpruner.errors import ConfigError, IntegrityError, PlanError, ShapeError
-from gradpruner.files import save_tensors
+from gradpruner.common.errors import ConfigError, IntegrityError, PlanError, ShapeError
+from gradpruner.common.files import save_tensors
+from gradpruner.common.json_files import read_json, typed, write_json
+from gradpruner.common.printing import Printed, print_table
+from gradpruner.common.registry import suggest
 from gradpruner.gradients.trace import same_model
-from gradpruner.json_files import read_json, typed, write_json
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
-from gradpruner.printing import Printed, print_table
-from gradpruner.registry import suggest
 
 if TYPE_CHECKING:
     from rich.console import Console

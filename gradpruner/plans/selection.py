@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
-from gradpruner.errors import PlanError
+from gradpruner.common.errors import PlanError
+from gradpruner.common.registry import suggest
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
 from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, checked_layers, runs_of
-from gradpruner.registry import suggest
 
 TARGETS = ("preceding", "nearest")
 # fits(old, new, kept): whether layer `old` may become layer `new` of the `kept` that stay.

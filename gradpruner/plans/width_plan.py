@@ -8,11 +8,11 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from gradpruner.errors import PlanError
-from gradpruner.files import shown
+from gradpruner.common.errors import PlanError
+from gradpruner.common.files import shown
+from gradpruner.common.printing import print_table
 from gradpruner.plans.base import FORMAT_VERSION, BasePlan
 from gradpruner.plans.layer_plan import runs_of
-from gradpruner.printing import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console

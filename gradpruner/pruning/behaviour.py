@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.errors import IntegrityError
+from gradpruner.common.errors import IntegrityError
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import LayeredModel

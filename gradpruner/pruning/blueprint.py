@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.errors import IntegrityError, ModelError, PlanError
+from gradpruner.common.errors import IntegrityError, ModelError, PlanError
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.checking import check_model_folder, is_quantised
 from gradpruner.models.classes import model_class

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gradpruner.errors import IntegrityError
+from gradpruner.common.errors import IntegrityError
 from gradpruner.models.headers import TensorRef
 from gradpruner.pruning.pieces import Piece
 

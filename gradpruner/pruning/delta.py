@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError, IntegrityError, PlanError
-from gradpruner.files import check_free_space, readable_bytes
-from gradpruner.json_files import write_json
+from gradpruner.common.errors import ConfigError, IntegrityError, PlanError
+from gradpruner.common.files import check_free_space, readable_bytes
+from gradpruner.common.json_files import write_json
+from gradpruner.common.provenance import sha256_file
 from gradpruner.models.folder import (
     PRUNING_FILE,
     check_output,
@@ -36,7 +37,6 @@ from gradpruner.models.folder import (
 from gradpruner.models.headers import ShardHeader, TensorRef, check_inside
 from gradpruner.models.shards import Shards, open_shards
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.provenance import sha256_file
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.delta_record import (
     DELTA_FILE,

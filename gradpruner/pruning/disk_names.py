@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gradpruner.errors import IntegrityError
+from gradpruner.common.errors import IntegrityError
 from gradpruner.models.config_patch import layer_pattern
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.raw_config import BEYOND_SIGNS, beyond_fields

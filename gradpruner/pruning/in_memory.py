@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from gradpruner.errors import ModelError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.gradients.importance import Factors
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.config_patch import check_keep

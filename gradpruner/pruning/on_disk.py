@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from gradpruner.errors import ConfigError
-from gradpruner.files import check_free_space, write_failure, write_text
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.files import check_free_space, write_failure, write_text
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.folder import (
     PRUNING_FILE,

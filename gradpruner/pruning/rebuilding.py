@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from gradpruner.errors import IntegrityError
-from gradpruner.files import check_free_space
+from gradpruner.common.errors import IntegrityError
+from gradpruner.common.files import check_free_space
+from gradpruner.common.provenance import sha256_file
 from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, staged_folder
 from gradpruner.models.headers import ShardHeader, TensorRef, check_inside, read_header
 from gradpruner.models.shards import Shards, open_shards
-from gradpruner.provenance import sha256_file
 from gradpruner.pruning.delta import SPARE_BYTES, existing
 from gradpruner.pruning.delta_record import (
     AGAIN,

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, PlanError
+from gradpruner.common.world import World
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, NonFiniteError, PlanError
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.walking import BATCH_SIZE, Output, drawn, output_of, sample_batches, weight_set
@@ -28,7 +29,6 @@ from gradpruner.plans.repair import KINDS, Repair, RepairedCut, check_kind, plac
 from gradpruner.pruning.in_memory import check_merging, merge_planned, shapes_of
 from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
 from gradpruner.pruning.tokens import Tokens
-from gradpruner.world import World
 
 MAX_REGRESSORS = 16_384
 """Largest least-squares system: four matrices of 2.1 GB in float64. Above it the linear form is fitted."""

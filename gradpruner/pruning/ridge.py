@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradpruner.errors import ConfigError, NonFiniteError
-from gradpruner.world import World
+from gradpruner.common.errors import ConfigError, NonFiniteError
+from gradpruner.common.world import World
 
 RIDGES = (0.01, 0.1, 1.0, 10.0)
 

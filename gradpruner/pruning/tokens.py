@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradpruner.common.world import World
 from gradpruner.data.encoding import IGNORED
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import BATCH_SIZE, Walk
-from gradpruner.world import World
 
 HELD_OUT = 5
 """One sample in so many is not fitted on: the ridge is chosen by it."""

@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
-from gradpruner.files import readable_bytes
+from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
+from gradpruner.common.files import readable_bytes
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.folder import PRUNING_FILE, locate_model, read_pruning, recorded_plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import IntegrityError
+from gradpruner.common.errors import IntegrityError
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.engine_widths import portability_of
 from gradpruner.models.engines import layer_facts

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradpruner.errors import IntegrityError, ModelError
-from gradpruner.files import make_durable
+from gradpruner.common.errors import IntegrityError, ModelError
+from gradpruner.common.files import make_durable
 from gradpruner.models.headers import TensorRef
 from gradpruner.models.shards import INDEX_FILE
 from gradpruner.pruning.checked import CHECK_BYTES, ReadBack, holds_non_finite, non_finite, reading

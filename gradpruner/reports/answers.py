@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradpruner.json_files import parse_json
-from gradpruner.printing import text
+from gradpruner.common.json_files import parse_json
+from gradpruner.common.printing import text
 from gradpruner.reports.view import Row, View
 
 KINDS = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gradpruner.printing import (
+from gradpruner.common.printing import (
     MISSING,
     duration,
     interval,

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
-from gradpruner.printing import duration, interval, number, percent, points, short, text
+from gradpruner.common.printing import duration, interval, number, percent, points, short, text
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.svg import Key, Margins, Plot, colour, draw, is_wide, percent_ticks, series
 from gradpruner.reports.view import Row, View, metric_label

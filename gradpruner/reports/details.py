@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from gradpruner.plans.layer_plan import runs_of
-from gradpruner.printing import (
+from gradpruner.common.printing import (
     MISSING,
     duration,
     num_bytes,
@@ -16,6 +15,7 @@ from gradpruner.printing import (
     times,
     whole,
 )
+from gradpruner.plans.layer_plan import runs_of
 from gradpruner.reports.cells import Cell, Line, Table, exact_cell, line
 from gradpruner.reports.fields import FEW_EXAMPLES
 from gradpruner.reports.record import Change, Plan, Search

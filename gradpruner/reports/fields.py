@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
-from gradpruner.printing import number
+from gradpruner.common.printing import number
 
 FEW_EXAMPLES = 100
 """Below this many evaluated examples a result is marked: its interval is about 20 points wide."""

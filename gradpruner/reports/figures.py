@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from gradpruner.printing import number, percent, text, whole
+from gradpruner.common.printing import number, percent, text, whole
 from gradpruner.reports.details import searches
 from gradpruner.reports.record import Plan, Scores
 from gradpruner.reports.svg import (

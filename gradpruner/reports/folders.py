@@ -15,10 +15,10 @@ from typing import Annotated, Any
 
 from pydantic import AliasPath, Field
 
-from gradpruner.errors import GradPrunerError
-from gradpruner.files import LOCK_FILE
-from gradpruner.json_files import read_object
-from gradpruner.printing import number, text
+from gradpruner.common.errors import GradPrunerError
+from gradpruner.common.files import LOCK_FILE
+from gradpruner.common.json_files import read_object
+from gradpruner.common.printing import number, text
 from gradpruner.reports.fields import Each, Fields, Named, Number, Part, count
 from gradpruner.reports.record import PENDING
 from gradpruner.reports.view import View, pairs, read

@@ -15,8 +15,8 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from gradpruner.files import write_text
-from gradpruner.printing import MISSING, moment, num_bytes, short, text, whole
+from gradpruner.common.files import write_text
+from gradpruner.common.printing import MISSING, moment, num_bytes, short, text, whole
 from gradpruner.reports import comparing, details, figures, sweep, tables
 from gradpruner.reports.answers import KINDS, sample_answers
 from gradpruner.reports.cells import Table

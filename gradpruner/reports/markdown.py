@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradpruner.printing import text
+from gradpruner.common.printing import text
 from gradpruner.reports.cells import Table
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import results_table, short_table

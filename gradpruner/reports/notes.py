@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradpruner.printing import number, percent, ratio, whole
+from gradpruner.common.printing import number, percent, ratio, whole
 from gradpruner.reports.fields import FEW_EXAMPLES, Measured
 from gradpruner.reports.tables import headline_of
 from gradpruner.reports.view import FAR_FROM_BUDGET, Row, View

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError
-from gradpruner.printing import percent, text, whole
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.printing import percent, text, whole
 from gradpruner.reports.record import Search
 from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import Row, View, metric_label, read

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from gradpruner.printing import percent
+from gradpruner.common.printing import percent
 
 # Figures are drawn in the light colours; each is then replaced by the CSS variable of that name, so
 # one drawing serves both themes. The values must be distinct. Variant colours follow Okabe and Ito.

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from gradpruner.printing import duration, num_bytes, number, percent, short, times
+from gradpruner.common.printing import duration, num_bytes, number, percent, short, times
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.svg import (
     DASHES,

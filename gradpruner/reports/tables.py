@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from gradpruner.printing import duration, num_bytes, short, signed_percent, text, times, whole
+from gradpruner.common.printing import duration, num_bytes, short, signed_percent, text, times, whole
 from gradpruner.reports.cells import Cell, Line, Table, difference_cell, exact_cell, line, measured_cell
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.record import Evaluated

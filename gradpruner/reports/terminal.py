@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradpruner.printing import number, text, whole
+from gradpruner.common.printing import number, text, whole
 from gradpruner.reports.cells import Table
 from gradpruner.reports.details import savings_tables
 from gradpruner.reports.record import Plan

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradpruner.printing import MISSING, duration, interval, percent, points, ratio, short, text, times, whole
+from gradpruner.common.printing import (
+    MISSING,
+    duration,
+    interval,
+    percent,
+    points,
+    ratio,
+    short,
+    text,
+    times,
+    whole,
+)
 from gradpruner.reports.cells import change
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AliasChoices, BeforeValidator, Field
 
-from gradpruner.printing import number, ratio, text
+from gradpruner.common.printing import number, ratio, text
 from gradpruner.reports.fields import Count, Each, Fields, Measured, Metrics, Number, Part, count, known
 from gradpruner.reports.record import PENDING, Evaluated, Plan, PointRecord, Record, Seed, VariantRecord
 

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import PlanError
+from gradpruner.common.errors import PlanError
+from gradpruner.common.world import this_world
 from gradpruner.evaluation.outputs import values_of
 from gradpruner.evaluation.quality import evaluate
 from gradpruner.gradients.trace import GradientTrace
@@ -22,7 +23,6 @@ from gradpruner.runs.evaluation_data import options_of
 from gradpruner.runs.job import Job
 from gradpruner.runs.together import together
 from gradpruner.runs.work import fit_as_asked
-from gradpruner.world import this_world
 
 
 def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from gradpruner._version import __version__
-from gradpruner.errors import GradPrunerError, IntegrityError, ResourceError
-from gradpruner.files import (
+from gradpruner.common.errors import GradPrunerError, IntegrityError, ResourceError
+from gradpruner.common.files import (
     is_write_failure,
     path_fault,
     refuse_links,
@@ -35,10 +35,10 @@ from gradpruner.files import (
     working_in,
     write_failure,
 )
-from gradpruner.json_files import read_json, typed, write_json
+from gradpruner.common.json_files import read_json, typed, write_json
+from gradpruner.common.provenance import package_versions, sha256_file, sha256_json, utc_now
 from gradpruner.models.folder import check_output
 from gradpruner.models.memory import PeakMemory
-from gradpruner.provenance import package_versions, sha256_file, sha256_json, utc_now
 from gradpruner.runs.pulse import Pulse
 
 log = logging.getLogger(__name__)

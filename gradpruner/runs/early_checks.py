@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.world import this_world
 from gradpruner.methods import METHODS
 from gradpruner.runs.plan_names import method_of
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.checks import check_4bit, check_liger, check_optimizer, check_trackers
 from gradpruner.training.finetuning import check_checkpointing
 from gradpruner.training.sharding import check_sharding
-from gradpruner.world import this_world
 
 
 def check_methods(recipe: Recipe) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.chat_templates import choose_template, template_mark
 from gradpruner.data.encoding import usable
 from gradpruner.data.examples import Example, ExampleSet, as_conversation
@@ -15,7 +16,6 @@ from gradpruner.data.folders import has_split
 from gradpruner.data.layouts import Layout
 from gradpruner.data.loading import load_examples, split_sample_suffix
 from gradpruner.data.tasks import TASKS, load_task
-from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.models.loading import load_tokenizer

@@ -20,21 +20,21 @@ import psutil
 import torch
 from torch import nn
 
+from gradpruner.common.errors import ResourceError
+from gradpruner.common.printing import num_bytes
+from gradpruner.common.world import this_world
 from gradpruner.data.encoding import IGNORED
-from gradpruner.errors import ResourceError
 from gradpruner.evaluation.costing.per_device import Held, Spread, Training, hold_training
 from gradpruner.evaluation.costing.rehearsal import working_bytes
 from gradpruner.methods import METHODS
 from gradpruner.models.loading import resolve_dtype
 from gradpruner.models.sizes import decoder_layers, keep_layers_, kv_bytes_per_token
-from gradpruner.printing import num_bytes
 from gradpruner.pruning.refitting import MAX_REGRESSORS
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import STAGES, method_of
 from gradpruner.training.finetuning import resolve_precision
 from gradpruner.training.sharding import accelerate_shards
 from gradpruner.training.trainer import answer_window
-from gradpruner.world import this_world
 
 # Two tokens more than the longest reference answer are generated at most.
 _MORE_TOKENS = 2

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gradpruner.common.world import this_world
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.models.walking import BATCH_SIZE
 from gradpruner.runs.job import REPAIR_PASSES, Job
 from gradpruner.training.finetuning import resolve_precision
-from gradpruner.world import this_world
 
 # At most so much is computed in one trial pass, about a second on one core: larger batches are cut.
 _MOST_FLOPS = {"cpu": 3e10}

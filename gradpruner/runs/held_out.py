@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from gradpruner.common.errors import NonFiniteError
 from gradpruner.data.encoding import EncodedDataset, encode_all
-from gradpruner.errors import NonFiniteError
 from gradpruner.methods.calibration import mean_nll
 from gradpruner.models.walking import sample_batches
 from gradpruner.runs.job import Job

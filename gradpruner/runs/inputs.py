@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from gradpruner.common.provenance import hash_folder
+from gradpruner.common.world import this_world
 from gradpruner.data.encoding import Collator, encode_all
 from gradpruner.data.examples import ExampleSet, overlap
 from gradpruner.evaluation.questions import Questions
@@ -24,7 +26,6 @@ from gradpruner.models.narrowing import width_savings
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Fits
-from gradpruner.provenance import hash_folder
 from gradpruner.runs.evaluation_data import (
     data_identity,
     load_also,
@@ -37,7 +38,6 @@ from gradpruner.runs.recipe import Recipe
 from gradpruner.training.finetuning import planned_steps
 from gradpruner.training.recording import default_steps
 from gradpruner.training.sharding import check_world_size
-from gradpruner.world import this_world
 
 
 @dataclass

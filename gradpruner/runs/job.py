@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpruner.errors import PlanError
+from gradpruner.common.errors import PlanError
+from gradpruner.common.provenance import sha256_json
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.config_patch import check_keep, required_layers
@@ -21,7 +22,6 @@ from gradpruner.models.loading import (
     resolve_dtype,
 )
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.provenance import sha256_json
 from gradpruner.pruning.refitting import ANSWERS, enough_rows
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import warnings_of

@@ -13,15 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gradpruner.errors import ConfigError, GradPrunerError, ModelError
-from gradpruner.files import check_free_space, write_text
+from gradpruner.common.errors import ConfigError, GradPrunerError, ModelError
+from gradpruner.common.files import check_free_space, write_text
+from gradpruner.common.json_files import write_json
+from gradpruner.common.provenance import sha256_file
+from gradpruner.common.world import this_world
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.json_files import write_json
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan
-from gradpruner.provenance import sha256_file
 from gradpruner.runs.budget import REPAIR_KEYS, plan_for
 from gradpruner.runs.data_warnings import not_tuned, too_few_steps
 from gradpruner.runs.depth_search import refuse_uncertified, search_depth
@@ -41,7 +42,6 @@ from gradpruner.runs.work import plan_file, same_plan, stored_plan, tuned_folder
 from gradpruner.training.callbacks import ProgressCallback
 from gradpruner.training.options import RecordOptions
 from gradpruner.training.recording import record_gradients
-from gradpruner.world import this_world
 
 log = logging.getLogger(__name__)
 

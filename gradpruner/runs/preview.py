@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gradpruner.common.errors import GradPrunerError, ResourceError
+from gradpruner.common.printing import Printed, duration, num_bytes
 from gradpruner.data.encoding import labelled_text
-from gradpruner.errors import GradPrunerError, ResourceError
-from gradpruner.printing import Printed, duration, num_bytes
 from gradpruner.runs.data_warnings import leading_spaces
 from gradpruner.runs.disk import bytes_to_write
 from gradpruner.runs.fitting import fault_of, fitting_of

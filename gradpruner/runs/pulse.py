@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gradpruner.files import staging
-from gradpruner.json_files import check_json
-from gradpruner.progress import Progress, in_hand
+from gradpruner.common.files import staging
+from gradpruner.common.json_files import check_json
+from gradpruner.common.progress import Progress, in_hand
 
 PULSE = "progress.json"
 _SECONDS, _SECONDS_IDLE = 1.0, 5.0

@@ -11,9 +11,9 @@ import math
 from functools import partial
 from typing import Any
 
+from gradpruner.common.errors import NonFiniteError
 from gradpruner.data.encoding import EncodedDataset, encode_all
 from gradpruner.data.examples import sample
-from gradpruner.errors import NonFiniteError
 from gradpruner.runs.directory import RunDirectory, Stage
 from gradpruner.runs.evaluation_data import data_identity, with_validation
 from gradpruner.runs.held_out import loss_on

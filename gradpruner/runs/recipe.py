@@ -12,8 +12,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from gradpruner.errors import ConfigError
-from gradpruner.files import shown
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.files import shown
 from gradpruner.runs.key_hints import meant_key
 from gradpruner.runs.sections import (
     DataSection,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS
 from gradpruner.plans.reading import Plan

@@ -9,16 +9,16 @@ from typing import Any, NotRequired
 from typing_extensions import TypedDict
 
 from gradpruner._version import __version__
+from gradpruner.common.errors import IntegrityError
+from gradpruner.common.files import shown
+from gradpruner.common.json_files import read_json, typed
+from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.data.examples import ExampleSet
-from gradpruner.errors import IntegrityError
 from gradpruner.evaluation.metrics import majority_class
 from gradpruner.evaluation.outputs import paired_intervals, read_examples
-from gradpruner.files import shown
 from gradpruner.gradients.scores import LayerScores
-from gradpruner.json_files import read_json, typed
 from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
-from gradpruner.provenance import provenance, utc_now
 from gradpruner.runs.directory import RunDirectory, stays_inside
 from gradpruner.runs.job import Job
 from gradpruner.runs.plan_names import MADE, differences, label_of, method_of, rows_in

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradpruner.errors import ConfigError, DataError, ModelError
-from gradpruner.files import check_free_space, write_text
+from gradpruner.common.errors import ConfigError, DataError, ModelError
+from gradpruner.common.files import check_free_space, write_text
+from gradpruner.common.printing import Printed, print_line
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, check_output, staged_folder
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
-from gradpruner.printing import Printed, print_line
 from gradpruner.runs.directory import RunDirectory
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run

@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradpruner.errors import GradPrunerError
+from gradpruner.common.errors import GradPrunerError
+from gradpruner.common.world import GoneError, last_word, this_world
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import Recipe
-from gradpruner.world import GoneError, last_word, this_world
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from gradpruner.common.progress import Progress, bytes_reporter
+from gradpruner.common.world import this_world
 from gradpruner.evaluation.outputs import parts_of
 from gradpruner.evaluation.quality import Evaluation, evaluate
 from gradpruner.gradients.trace import GradientTrace
@@ -21,7 +23,6 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan, read_plan
 from gradpruner.plans.repair import Repair
-from gradpruner.progress import Progress, bytes_reporter
 from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
@@ -34,7 +35,6 @@ from gradpruner.runs.together import together
 from gradpruner.training.adapters import Adapters
 from gradpruner.training.finetuning import FinetuneResult, finetune
 from gradpruner.training.options import FinetuneOptions
-from gradpruner.world import this_world
 
 
 class Work:

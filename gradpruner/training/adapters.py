@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradpruner.errors import ConfigError, ModelError
+from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.gradients.trace import LinearRef
 from gradpruner.models.layers import LayeredModel, unwrap
 

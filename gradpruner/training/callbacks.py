@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from gradpruner.errors import NonFiniteError
-from gradpruner.progress import Progress
+from gradpruner.common.errors import NonFiniteError
+from gradpruner.common.progress import Progress
 
 
 class ClosingCallback(TrainerCallback):

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.registry import suggest
 from gradpruner.models.loading import check_bitsandbytes
-from gradpruner.registry import suggest
 from gradpruner.training.sharding import accelerate_shards
 
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from gradpruner.common.errors import DataError
 from gradpruner.data.encoding import IGNORED, Collator
-from gradpruner.errors import DataError
 from gradpruner.training.finetuning import finetune, planned_steps
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, changed, validated
 from gradpruner.training.rates import with_rate

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError
+from gradpruner.common.world import this_world
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError
 from gradpruner.models.memory import PeakMemory
 from gradpruner.training.adapters import attach_lora, is_4bit
 from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback
@@ -27,7 +28,6 @@ from gradpruner.training.resume import latest_complete_checkpoint, tally_of
 from gradpruner.training.sharding import check_sharding, make_whole_, num_trainable
 from gradpruner.training.teacher import DistillationTrainer, check_teacher
 from gradpruner.training.trainer import CausalTrainer
-from gradpruner.world import this_world
 
 log = logging.getLogger(__name__)
 

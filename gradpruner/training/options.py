@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 T = TypeVar("T", bound=BaseModel)
 

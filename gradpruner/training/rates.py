@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from gradpruner.errors import NonFiniteError
+from gradpruner.common.errors import NonFiniteError
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.training.options import FinetuneOptions
 

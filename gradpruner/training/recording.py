@@ -20,8 +20,8 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
+from gradpruner.common.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.gradients.gates import GateHooks
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from gradpruner.errors import IntegrityError
-from gradpruner.json_files import read_json, typed
+from gradpruner.common.errors import IntegrityError
+from gradpruner.common.json_files import read_json, typed
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from gradpruner.errors import ConfigError
-from gradpruner.json_files import read_json
-from gradpruner.world import this_world
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.json_files import read_json
+from gradpruner.common.world import this_world
 
 
 def check_sharding(fsdp: Any, deepspeed: str | None, device: str) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 from gradpruner.gradients.trace import LinearRef
 
 

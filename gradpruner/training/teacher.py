@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
 
+from gradpruner.common.errors import ConfigError, ShapeError
 from gradpruner.data.encoding import IGNORED
-from gradpruner.errors import ConfigError, ShapeError
 from gradpruner.models.layers import unwrap
 from gradpruner.training.batching import packing_fault
 from gradpruner.training.options import DistillationOptions

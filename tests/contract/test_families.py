@@ -20,7 +20,7 @@ from families import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gradpruner.errors import IntegrityError, ModelError, PlanError
+from gradpruner.common.errors import IntegrityError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.config_patch import check_keep, family_slots, required_layers, text_config
 from gradpruner.models.families import FAMILIES

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import make_model
 
+from gradpruner.common.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.data.encoding import Collator
-from gradpruner.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.narrowing import prune_width_

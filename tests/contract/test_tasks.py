@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.examples import Example, overlap
 from gradpruner.data.loading import load_examples
 from gradpruner.data.tasks import TASKS, Task, load_task
 from gradpruner.data.tasks.base import METRICS
-from gradpruner.errors import ConfigError, DataError
 from gradpruner.evaluation.quality import TASK_METRICS
 
 ROWS = json.loads((Path(__file__).parents[1] / "task_rows.json").read_text(encoding="utf-8"))

@@ -18,10 +18,10 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from gradpruner.common.errors import ConfigError, DataError
+from gradpruner.common.registry import Registry, suggest
 from gradpruner.data.examples import Example, ExampleSet, sample
 from gradpruner.data.rows import RowSet, read_hub, read_rows
-from gradpruner.errors import ConfigError, DataError
-from gradpruner.registry import Registry, suggest
 
 METRICS = ("accuracy", "exact_match", "similarity", "final_number")
 """What a task can be scored by."""

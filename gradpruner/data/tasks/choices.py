@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gradpruner.common.errors import DataError
 from gradpruner.data.examples import Example
 from gradpruner.data.tasks.base import (
     CONVERTED,
@@ -32,7 +33,6 @@ from gradpruner.data.tasks.base import (
     spaced,
     text_of,
 )
-from gradpruner.errors import DataError
 
 # Left by the extraction from WikiHow; other brackets are the authors' own.
 _TITLE = re.compile(r"[.\s]*\[title\]\s*")

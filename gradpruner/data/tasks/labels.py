@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from gradpruner.common.errors import DataError
 from gradpruner.data.examples import Example
 from gradpruner.data.tasks.base import (
     CONVERTED,
@@ -18,7 +19,6 @@ from gradpruner.data.tasks.base import (
     spaced,
     text_of,
 )
-from gradpruner.errors import DataError
 
 # The hub's order: ABBR, ENTY, DESC, HUM, LOC, NUM. Written out in lower case because the short
 # names are pieces of tokens that no model has read in a sentence.

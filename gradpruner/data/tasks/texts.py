@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gradpruner.common.errors import DataError
 from gradpruner.data.examples import Example
 from gradpruner.data.numbers import final_number
 from gradpruner.data.tasks.base import (
@@ -18,7 +19,6 @@ from gradpruner.data.tasks.base import (
     text_of,
     texts_of,
 )
-from gradpruner.errors import DataError
 
 DECISIONS = ("yes", "no", "maybe")
 

@@ -12,7 +12,10 @@ from rich.table import Table
 from rich.text import Text
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from gradpruner.errors import ConfigError, ModelError
+from gradpruner.common.errors import ConfigError, ModelError
+from gradpruner.common.printing import Printed
+from gradpruner.common.progress import Progress
+from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, shown, size_figures
 from gradpruner.evaluation.costing.per_device import held_bytes
 from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, size_model
@@ -23,9 +26,6 @@ from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.models.shards import open_shards
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.printing import Printed
-from gradpruner.progress import Progress
-from gradpruner.provenance import provenance, utc_now
 
 if TYPE_CHECKING:
     from rich.console import Console

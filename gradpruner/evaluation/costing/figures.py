@@ -6,7 +6,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gradpruner import printing
+from gradpruner.common import printing
 from gradpruner.evaluation.costing.sizing import Sizes, time_floor
 from gradpruner.evaluation.costing.turns import Measurement
 from gradpruner.evaluation.costing.workload import Workload

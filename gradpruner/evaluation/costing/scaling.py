@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.table import Table
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.printing import Printed, num_bytes
+from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.evaluation.costing.per_device import (
     STRATEGIES,
     Held,
@@ -22,8 +24,6 @@ from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload, check_known
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.printing import Printed, num_bytes
-from gradpruner.provenance import provenance, utc_now
 
 if TYPE_CHECKING:
     from rich.console import Console

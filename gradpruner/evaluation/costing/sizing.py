@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gradpruner.errors import ModelError
+from gradpruner.common.errors import ModelError
 from gradpruner.evaluation.costing.per_device import adapter_parameters
 from gradpruner.models.sizes import ModelSizes, count_parameters, kv_bytes_per_token
 

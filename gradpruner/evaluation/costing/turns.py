@@ -18,9 +18,9 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
 from typing import Any, NamedTuple
 
+from gradpruner.common.world import alone
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload
-from gradpruner.world import alone
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parents[3])
 _END_SECONDS = 30.0

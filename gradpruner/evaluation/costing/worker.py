@@ -27,12 +27,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.generation.streamers import BaseStreamer
 
-from gradpruner.errors import GradPrunerError
+from gradpruner.common.errors import GradPrunerError
+from gradpruner.common.progress import set_mode
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
 from gradpruner.models.loading import load_model, resolve_device, resolve_dtype
 from gradpruner.models.memory import PeakMemory
-from gradpruner.progress import set_mode
 
 # The first tokens of a vocabulary are often special (padding, end): not ordinary input.
 _FIRST_PLAIN_TOKEN = 3

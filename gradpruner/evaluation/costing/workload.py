@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from gradpruner.errors import ConfigError
-from gradpruner.registry import suggest
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.registry import suggest
 
 MODES = ("full", "lora", "inference")
 RECORDING = "recording"

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from gradpruner.errors import GradPrunerError, IntegrityError
-from gradpruner.files import LOCK_FILE, working_in, write_text
-from gradpruner.json_files import read_json, typed, write_json
+from gradpruner.common.errors import GradPrunerError, IntegrityError
+from gradpruner.common.files import LOCK_FILE, working_in, write_text
+from gradpruner.common.json_files import read_json, typed, write_json
+from gradpruner.common.printing import Printed
+from gradpruner.common.provenance import utc_now
 from gradpruner.models.folder import check_output, locate_model, staged_folder
-from gradpruner.printing import Printed
-from gradpruner.provenance import utc_now
 from gradpruner.runs import pipeline
 from gradpruner.runs.directory import MANIFEST, read_manifest
 from gradpruner.runs.disk import bytes_to_write

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
+from gradpruner.common.registry import suggest
 from gradpruner.methods import METHODS
-from gradpruner.registry import suggest
 from gradpruner.runs.recipe import Recipe, assign, check_recipe, resolve_paths
 from gradpruner.runs.sections import BUDGETS
 from gradpruner.runs.study.file import NamedPoint, Sweep

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradpruner.printing import num_bytes
+from gradpruner.common.printing import num_bytes
 from gradpruner.runs.preview import savings_table
 from gradpruner.runs.study.carrying_out import Outcome, check_study, state_of
 from gradpruner.runs.study.design import DENSE, Study

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradpruner._version import __version__
+from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.methods import METHODS
-from gradpruner.provenance import provenance, utc_now
 from gradpruner.runs.plan_names import method_of
 from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Study, StudyRow
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from gradpruner.errors import DataError
+from gradpruner.common.errors import DataError
 
 # The packages whose version can change a number. Those not installed are left out.
 RECORDED_PACKAGES = (
@@ -34,7 +34,7 @@ RECORDED_PACKAGES = (
     "trl",
 )
 _GIT_TIMEOUT_SECONDS = 10.0
-_PACKAGE_FOLDER = Path(__file__).resolve().parent
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def provenance(seed: int) -> dict[str, Any]:

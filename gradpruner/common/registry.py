@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
-from gradpruner.errors import ConfigError
+from gradpruner.common.errors import ConfigError
 
 T = TypeVar("T")
 

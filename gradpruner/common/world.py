@@ -26,8 +26,8 @@ from datetime import timedelta
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gradpruner.errors import ConfigError, GradPrunerError, ResourceError
-from gradpruner.files import unusable
+from gradpruner.common.errors import ConfigError, GradPrunerError, ResourceError
+from gradpruner.common.files import unusable
 
 if TYPE_CHECKING:
     from torch import Tensor

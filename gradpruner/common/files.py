@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from gradpruner.errors import ConfigError, GradPrunerError, IntegrityError, ResourceError
+from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ResourceError
 
 if TYPE_CHECKING:
     from torch import Tensor

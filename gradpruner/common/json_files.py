@@ -9,8 +9,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradpruner.errors import IntegrityError
-from gradpruner.files import read_plain, shown, write_text
+from gradpruner.common.errors import IntegrityError
+from gradpruner.common.files import read_plain, shown, write_text
 
 T = TypeVar("T")
 _ADAPTERS: dict[Any, Any] = {}

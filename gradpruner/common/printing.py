@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from gradpruner.files import readable_bytes
+from gradpruner.common.files import readable_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
