@@ -98,7 +98,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Example": "data.examples",
-    "GradPrunerError": "errors",
+    "GradPrunerError": "common.errors",
     "GradientRecorder": "training.recording",
     "GradientTrace": "gradients.trace",
     "LayerScores": "gradients.scores",

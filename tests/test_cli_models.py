@@ -50,7 +50,7 @@ def test_a_width_plan_is_carried_out_on_a_folder(call, tmp_path):
     assert count_parameters(pruned) == after and pruned.config.intermediate_size == 8
 
     code, _, err = call("verify", tmp_path / "new")
-    assert code == 2 and "width plan" in err
+    assert code == 2 and "not of widths" in err
     make_llama(num_hidden_layers=3).save_pretrained(tmp_path / "other")
     code, _, err = call("prune", tmp_path / "other", tmp_path / "third", *arguments[3:])
     assert code == 2 and "is for a model of" in err and not (tmp_path / "third").exists()

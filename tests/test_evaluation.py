@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, ResourceError
-from gradpruner.data.encoding import Collator, encode
+from gradpruner.data.encoding import Collator, encode, encode_all
 from gradpruner.data.examples import Example, Message
 from gradpruner.evaluation.metrics import Interval
 from gradpruner.evaluation.quality import evaluate
@@ -104,7 +104,7 @@ def gpt2():
 
 
 def teach(model, tokenizer, examples, steps=60):
-    batch = Collator(tokenizer)([encode(tokenizer, example, 64) for example in examples])
+    batch = Collator(tokenizer)(list(encode_all(tokenizer, examples, 64)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     model.train()
     for _ in range(steps):
