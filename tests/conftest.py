@@ -46,6 +46,11 @@ FAMILY_OPTIONS = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    """Tests that take long begin first, so that no worker waits for them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish():
     """From here on only what the tests make is looked through for garbage."""
     gc.freeze()

@@ -215,6 +215,7 @@ def test_processes_with_seeds_of_their_own_may_share_a_study(project):
             working_in(study).__enter__()
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks" / "kills.py"
     code, said, errors = ended(RUN_PATH, script, "--kills", 3, "--seed", 1, "--variants", "merged")

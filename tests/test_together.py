@@ -28,6 +28,8 @@ from gradpruner.training.options import DistillationOptions
 from gradpruner.training.recording import record_gradients
 from gradpruner.training.sharding import check_sharding
 
+pytestmark = pytest.mark.slow
+
 FSDP_ON_CPU = """
 # accelerate turns FSDP on for GPUs only; it is told that there are some. Tensors stay on the CPU.
 from accelerate import PartialState
