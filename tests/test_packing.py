@@ -350,6 +350,33 @@ def test_a_computed_tensor_that_overflows_is_not_blamed_on_the_source(tmp_path):
         write_file(tmp_path / "out", [Piece("w", "F16", (1,), 2, make=lambda: huge)], METADATA)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 2, 3, 5, 7])
+def test_a_foreign_header_need_not_be_aligned(tmp_path, monkeypatch, shift):
+    for where in (packing, checked):
+        monkeypatch.setattr(where, "CHECK_BYTES", 61)
+    monkeypatch.setattr(packing, "_COPY_BYTES", 3)
+    # Read at a wrong place, the bytes of each of these are NaN of some dtype.
+    tensors = {
+        "f32": from_bits("F32", [0x00FFFFFF] * 50),
+        "bf16": from_bits("BF16", [0x00FF] * 90),
+        "u8": torch.full((13,), 255, dtype=torch.uint8),
+        "f64": from_bits("F64", [0x00FF_FFFF_FFFF_FFFF] * 30),
+    }
+    save_file(tensors, tmp_path / "source", METADATA)
+    refs = read_header(tmp_path / "source").tensors
+    pieces = [Piece.copied(name, refs[name]) for name in tensors]
+    text = header_of(pieces, {})[8:].rstrip() + b" " * shift
+    header = len(text).to_bytes(8, "little") + text
+    digest = write_file(tmp_path / "out", pieces, {}, header=header)
+    expected = header + b"".join(raw_bytes(tensor) for tensor in tensors.values())
+    assert (tmp_path / "out").read_bytes() == expected
+    assert digest == hashlib.sha256(expected).hexdigest()
+    tensors["f64"][-1] = float("nan")
+    save_file(tensors, tmp_path / "source", METADATA)
+    with pytest.raises(IntegrityError, match="'f64'"):
+        write_file(tmp_path / "out", pieces, {}, header=header)
+
+
 def test_reading_a_tensor_gives_what_safetensors_gives(tmp_path):
     tensors = mixed_tensors()
     for piece in stored(tmp_path / "source", tensors):

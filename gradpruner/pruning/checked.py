@@ -77,12 +77,9 @@ class ReadBack:
         self._hash = hashlib.sha256()
         self._done = 0
         self._pending: deque[Future[None]] = deque()
-        self._end = data_start
 
     def follow(self, position: int) -> None:
         """The file is written up to here; waits if the check is far behind."""
-        if position < self._end:
-            position -= position % 8  # no word is cut: every tensor begins where its words are aligned
         self._pending.append(self._reader.submit(self._read_to, position))
         while len(self._pending) > _BACKLOG:
             self._pending.popleft().result()
@@ -97,8 +94,8 @@ class ReadBack:
         block, scratch = np.empty((2, CHECK_BYTES), np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._done)
-            while self._done < position:
-                data = block[: min(CHECK_BYTES, position - self._done)]
+            while (stop := self._before_a_number(min(self._done + CHECK_BYTES, position))) > self._done:
+                data = block[: stop - self._done]
                 view = data.data
                 filled = 0
                 while filled < len(view):
@@ -109,6 +106,15 @@ class ReadBack:
                 self._hash.update(view)
                 self._scan(data, self._done, scratch)
                 self._done += len(view)
+
+    def _before_a_number(self, position: int) -> int:
+        """The last place up to here that cuts no number in two; headers of others may end anywhere."""
+        for first, last, piece in self._spans:
+            if position <= first:
+                break
+            if position < last and piece.dtype in _NOT_FINITE:
+                return position - (position - first) % np.dtype(_NOT_FINITE[piece.dtype][0]).itemsize
+        return position
 
     def _scan(self, read: np.ndarray[Any, Any], start: int, scratch: np.ndarray[Any, Any]) -> None:
         """Looks at bytes that were read from `start` on."""
