@@ -4,7 +4,7 @@
     python benchmarks/scoring.py --quick    two pairs, writes nothing
 
 The seven linears of one Llama-3.1-8B layer, LoRA rank 8, one step, one thread. Ours is
-`gradpruner.gradients.trace.gram_energies`. It is so short that one turn scores many layers, each with
+`gradpruner.gradients.importance.gram_energies`. It is so short that one turn scores many layers, each with
 gradients of its own (in training they are not in cache either), and is divided by their number; the ways are
 timed in turns.
 The dense way is given in two spellings: square, then sum; and the Frobenius norm of the released code, which
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from gradpruner.common.provenance import provenance
-from gradpruner.gradients.trace import gram_energies
+from gradpruner.gradients.importance import gram_energies
 
 RESULT = Path(__file__).parent / "results" / "scoring.json"
 SEED, RANK, LAYERS = 0, 8, 32

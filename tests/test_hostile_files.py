@@ -166,7 +166,7 @@ def test_manifests(tmp_path, seed=0):
         with RunDirectory(path.parent) as directory:
             directory.ensure(Stage("work", 1, lambda: {"a": (tmp_path / "a.txt").write_text("x")}, ["a.txt"]))
 
-    assert attack(tmp_path / MANIFEST, value, read, 240, seed) > 60
+    assert attack(tmp_path / MANIFEST, value, read, 800, seed) > 200
 
 
 def test_evaluated_examples(tmp_path, seed=0):
@@ -215,7 +215,7 @@ def shown_in_text(path):
 
 
 def test_run_records_in_text(tmp_path, seed=0):
-    attack(tmp_path / "run.json", record(), shown_in_text, 150, seed)
+    attack(tmp_path / "run.json", record(), shown_in_text, 400, seed)
 
 
 ATTACKS = (

@@ -101,6 +101,11 @@ def test_no_file_imports_one_that_imports_it() -> None:
     order.prepare()  # raises CycleError with the files
 
 
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert not {str(path): length for path, length in lengths.items() if length > 400}
+
+
 def test_every_package_is_described_by_its_docstring() -> None:
     for name in ALLOWED:
         doc = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text(encoding="utf-8")))

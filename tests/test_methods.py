@@ -172,6 +172,11 @@ def test_angles_of_a_state_in_several_streams_are_those_of_all_together():
     assert found.evidence["distances"][0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_shortgpt_of_a_layer_that_does_nothing_is_zero(tiny_llama):
+    found = score("shortgpt", pass_through(tiny_llama(), 3))
+    assert found.values[3] == pytest.approx(0, abs=1e-6) and found.ascending()[0] == 3
+
+
 def test_shortgpt_takes_a_state_in_several_streams():
     from families import make_family_model
 

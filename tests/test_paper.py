@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradpruner.gradients.importance import Factors, element_importance
+from gradpruner.gradients.importance import Factors, element_importance, gram_energies
 from gradpruner.gradients.scores import LayerScores, rank_stability, score_layers
-from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo, gram_energies
+from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.merging import Source, mark_top_, merge_linear, signs_agree

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from gradpruner.common.errors import IntegrityError, PlanError, ShapeError
+from gradpruner.gradients.importance import gram_energies
 from gradpruner.gradients.trace import (
     ENERGIES_FILE,
     TRACE_FILE,
@@ -12,7 +13,6 @@ from gradpruner.gradients.trace import (
     LinearRef,
     TraceInfo,
     factor_file,
-    gram_energies,
     same_model,
     trace_digest,
 )

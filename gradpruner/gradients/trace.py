@@ -108,38 +108,6 @@ class TraceInfo:
         return list(by_shape.values())
 
 
-def gram_energies(grad_b_NOR: Tensor, grad_a_NRI: Tensor) -> Tensor:
-    """Squared Frobenius norms of N simulated gradients, without forming one.
-
-    `||B A||_F**2 = <B^T B, A A^T>`. Computed in double precision, because squares of real gradients
-    (1e-20 is common) leave the range of fp32; two R x R products per linear cost next to nothing.
-
-    Args:
-        grad_b_NOR: Gradients of LoRA B, shape (N, out_features, rank), any float dtype.
-        grad_a_NRI: Gradients of LoRA A, shape (N, rank, in_features).
-
-    Returns:
-        `||G_n||_F**2`, shape (N,), float64, >= 0, on the CPU. Not finite for a linear with a NaN or Inf
-        in either factor.
-
-    Raises:
-        ShapeError: If the two disagree on N or rank.
-
-    Source: GradPruner, Eq. 2 and 4.
-    """
-    if grad_b_NOR.shape[0] != grad_a_NRI.shape[0] or grad_b_NOR.shape[2] != grad_a_NRI.shape[1]:
-        raise ShapeError(
-            f"LoRA gradients of shape {tuple(grad_b_NOR.shape)} and {tuple(grad_a_NRI.shape)} do not belong "
-            "together; (linears, out_features, rank) and (linears, rank, in_features) are needed."
-        )
-    if grad_b_NOR.device.type == "mps":  # has no double precision
-        grad_b_NOR, grad_a_NRI = grad_b_NOR.cpu(), grad_a_NRI.cpu()
-    b_NOR, a_NRI = grad_b_NOR.double(), grad_a_NRI.double()
-    energy_N = ((b_NOR.mT @ b_NOR) * (a_NRI @ a_NRI.mT)).sum(dim=(1, 2))
-    # Where the product vanishes, rounding can fall a hair below zero.
-    return energy_N.clamp_min(0).cpu()
-
-
 class GradientTrace(Printed):
     """Immutable evidence of the first fine-tuning steps.
 

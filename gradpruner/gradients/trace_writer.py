@@ -17,6 +17,7 @@ from torch import Tensor
 from gradpruner.common.errors import IntegrityError
 from gradpruner.common.files import save_tensors
 from gradpruner.gradients.gates import Gates
+from gradpruner.gradients.importance import gram_energies
 from gradpruner.gradients.trace import (
     ENERGIES_FILE,
     GATES_FILE,
@@ -25,7 +26,6 @@ from gradpruner.gradients.trace import (
     LinearRef,
     TraceInfo,
     factor_file,
-    gram_energies,
 )
 
 

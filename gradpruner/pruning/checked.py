@@ -113,7 +113,8 @@ class ReadBack:
             if position <= first:
                 break
             if position < last and piece.dtype in _NOT_FINITE:
-                return position - (position - first) % np.dtype(_NOT_FINITE[piece.dtype][0]).itemsize
+                word: int = np.dtype(_NOT_FINITE[piece.dtype][0]).itemsize
+                return position - (position - first) % word
         return position
 
     def _scan(self, read: np.ndarray[Any, Any], start: int, scratch: np.ndarray[Any, Any]) -> None:
