@@ -77,7 +77,7 @@ TASKS = {
         _scitldr,
         train_rows=800,
         test_rows=200,
-        max_length=256,
+        max_length=160,
         metric="rouge_l",
     ),
 }
