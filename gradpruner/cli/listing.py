@@ -10,7 +10,7 @@ import typer
 
 from gradpruner.cli.bundled import ablation_names, recipe_file, recipe_names, study_file
 from gradpruner.cli.options import JsonOption
-from gradpruner.common.errors import ConfigError
+from gradpruner.common.registry import check_known
 
 KINDS = {
     "methods": "ways to choose what goes",
@@ -38,6 +38,7 @@ def ls(
 
 
 def _entries(kind: str) -> dict[str, str]:
+    check_known("kind", kind, KINDS)
     if kind == "methods":
         from gradpruner.methods import METHODS
 
@@ -59,13 +60,9 @@ def _entries(kind: str) -> dict[str, str]:
         from gradpruner.models.families import FAMILIES
 
         return {name: f"drop only: {row.no_merge}" if row.no_merge else "" for name, row in FAMILIES.items()}
-    if kind == "shapes":
-        from gradpruner.evaluation.costing.shapes import describe_shape, shape_names
+    from gradpruner.evaluation.costing.shapes import describe_shape, shape_names
 
-        return {name: describe_shape(name) for name in shape_names()}
-    from gradpruner.common.registry import suggest
-
-    raise ConfigError(f"Unknown kind '{kind}'.{suggest(kind, KINDS)}", hint=f"Available: {', '.join(KINDS)}.")
+    return {name: describe_shape(name) for name in shape_names()}
 
 
 def _first_comment(path: Path) -> str:

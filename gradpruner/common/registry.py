@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Generic, TypeVar
 
-from gradpruner.common.errors import ConfigError
+from gradpruner.common.errors import ConfigError, GradPrunerError
 
 T = TypeVar("T")
 
@@ -15,6 +15,30 @@ def suggest(word: str, allowed: Iterable[str]) -> str:
     """Returns ' Did you mean ...?' when one of `allowed` is close to `word`, else ''."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def check_known(
+    kind: str,
+    names: str | Iterable[str],
+    known: Collection[str],
+    error: type[GradPrunerError] = ConfigError,
+    renamed: Mapping[str, str] | None = None,
+) -> None:
+    """Checks names that a user gave.
+
+    Args:
+        kind: What the names stand for, singular ("norm").
+        names: One name, or several.
+        known: The names that are allowed.
+        error: Raised for the first other name; the message lists `known` and suggests the closest one.
+        renamed: Former name -> what it is called now, to be suggested instead.
+    """
+    for name in [names] if isinstance(names, str) else names:
+        if name in known:
+            continue
+        now = (renamed or {}).get(name)
+        meant = f" Did you mean '{now}'?" if now else suggest(name, known)
+        raise error(f"Unknown {kind} '{name}'.{meant}", hint=f"Allowed: {', '.join(known)}.")
 
 
 class Registry(Generic[T]):
@@ -47,13 +71,7 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: If there is none; the message lists the names and the nearest one.
         """
-        if name not in self._entries:
-            now = self._renamed.get(name)
-            meant = f" Did you mean '{now}'?" if now else suggest(name, self._entries)
-            raise ConfigError(
-                f"Unknown {self.kind} '{name}'.{meant}",
-                hint=f"Available: {', '.join(self.names())}.",
-            )
+        check_known(self.kind, name, self.names(), renamed=self._renamed)
         return self._entries[name]
 
     def names(self) -> list[str]:

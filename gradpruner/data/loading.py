@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradpruner.common.errors import ConfigError, DataError
-from gradpruner.common.registry import suggest
+from gradpruner.common.errors import DataError
+from gradpruner.common.registry import check_known
 from gradpruner.data.examples import Example, ExampleSet, sample
 from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
 from gradpruner.data.parsing import DataRow
@@ -51,11 +51,7 @@ def load_examples(
             are unusable; the message names file, row, field and what to do.
     """
     allowed = ("auto", *FORMATS, LABELLED)
-    if format not in allowed:
-        raise ConfigError(
-            f"Unknown data format '{format}'.{suggest(format, allowed)}",
-            hint=f"Allowed: {', '.join(allowed)}.",
-        )
+    check_known("data format", format, allowed)
     path, sample_size = split_sample_suffix(str(source), limit)
     rows = renamed(read_rows(path, split, skip_bad=skip_bad), layout)
     name, shape, note = _shape_of(rows, format, layout)

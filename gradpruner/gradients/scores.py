@@ -17,7 +17,7 @@ from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.common.files import shown
 from gradpruner.common.json_files import read_object, write_json
 from gradpruner.common.printing import Printed, print_table
-from gradpruner.common.registry import suggest
+from gradpruner.common.registry import check_known
 from gradpruner.gradients.gates import bootstrap
 from gradpruner.gradients.trace import GradientTrace, trace_digest
 
@@ -104,10 +104,7 @@ def default_num_prune(num_layers: int, fraction: float = 0.4) -> int:
 
 def check_energy(trace: GradientTrace, norm: str) -> None:
     """Raises ConfigError for an unknown norm, or if no step of the trace has any energy."""
-    if norm not in NORMS:
-        raise ConfigError(
-            f"Unknown norm '{norm}'.{suggest(norm, NORMS)}", hint=f"Available: {', '.join(NORMS)}."
-        )
+    check_known("norm", norm, NORMS)
     if trace.effective_steps == 0:
         raise ConfigError(
             f"None of the {trace.num_steps} recorded steps has any energy, so nothing can be told apart. "

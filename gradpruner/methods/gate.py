@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradpruner.common.errors import ConfigError
+from gradpruner.common.registry import check_known
 from gradpruner.gradients.gates import (
     bootstrap,
     choose_pairwise,
@@ -90,8 +91,7 @@ def score_gates(
     gates_EL = trace.gate_rows()
     num_layers = gates_EL.shape[1]
     keep = num_keep if num_keep is not None else num_layers - default_num_prune(num_layers)
-    if order not in ORDERS:
-        raise ConfigError(f"Unknown order '{order}'.", hint=f"Available: {', '.join(ORDERS)}.")
+    check_known("order", order, ORDERS)
     if resamples < 1 or not 1 <= keep <= num_layers:
         raise ConfigError(
             f"resamples is {resamples} and num_keep {keep}; 1 or more resamples are needed, and 1 to "

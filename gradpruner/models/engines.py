@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradpruner.common.errors import ConfigError
-from gradpruner.common.registry import suggest
+from gradpruner.common.registry import check_known
 from gradpruner.plans.layer_plan import runs_of
 
 ENGINES = ("vllm", "sglang", "llama.cpp")
@@ -337,11 +336,7 @@ def slots(facts: LayerFacts, engines: Sequence[str]) -> Callable[[int, int, int]
         ConfigError: If an engine is unknown.
     """
     for engine in engines:
-        if engine not in ENGINES:
-            raise ConfigError(
-                f"Unknown engine '{engine}'.{suggest(engine, ENGINES)}",
-                hint=f"Available: {', '.join(ENGINES)}.",
-            )
+        check_known("engine", engine, ENGINES)
     demands = [
         (facts.attributes[rule.attribute], _best_answer(rule, facts))
         for rule in _rules(facts, engines)

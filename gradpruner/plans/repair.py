@@ -19,11 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradpruner.common.errors import ConfigError, IntegrityError, PlanError, ShapeError
+from gradpruner.common.errors import IntegrityError, PlanError, ShapeError
 from gradpruner.common.files import save_tensors
 from gradpruner.common.json_files import read_json, typed, write_json
 from gradpruner.common.printing import Printed, print_table
-from gradpruner.common.registry import suggest
 from gradpruner.gradients.trace import same_model
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 
@@ -33,14 +32,6 @@ if TYPE_CHECKING:
 KINDS = ("none", "linear", "least_squares", "layer_wise")
 REPAIR_FILE, WEIGHTS_FILE = "repair.json", "repair.safetensors"
 FORMAT_VERSION = 1
-
-
-def check_kind(kind: str) -> None:
-    """Raises ConfigError for a repair that does not exist."""
-    if kind not in KINDS:
-        raise ConfigError(
-            f"Unknown repair '{kind}'.{suggest(kind, KINDS)}", hint=f"Allowed: {', '.join(KINDS)}."
-        )
 
 
 @dataclass(frozen=True)

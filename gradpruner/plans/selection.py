@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from gradpruner.common.errors import PlanError
-from gradpruner.common.registry import suggest
+from gradpruner.common.registry import check_known
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
 from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, checked_layers, runs_of
@@ -79,10 +79,7 @@ def plan_pruning(
     Source: GradPruner, Algorithm 1 step 4, section 3.2, C.2.
     """
     total = scores.num_layers
-    if target not in TARGETS:
-        raise PlanError(
-            f"Unknown target '{target}'.{suggest(target, TARGETS)}", hint=f"Allowed: {', '.join(TARGETS)}."
-        )
+    check_known("target", target, TARGETS, PlanError)
     if num_merge < 0:
         raise PlanError(f"num_merge is {num_merge}; 0 or more is needed.")
     free = _free_layers(total, protect_first, protect_last, protect)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.files import check_free_space, write_failure, write_text
+from gradpruner.common.registry import check_known
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.folder import (
     PRUNING_FILE,
@@ -135,5 +136,4 @@ def _check_request(source: Path, target: Path, max_shard_bytes: int, verify: str
         )
     if max_shard_bytes < 1:
         raise ConfigError(f"Files of at most {max_shard_bytes} bytes hold nothing; 1 is the least.")
-    if verify not in LEVELS:
-        raise ConfigError(f"Unknown level '{verify}'.", hint=f"Allowed: {', '.join(LEVELS)}.")
+    check_known("level", verify, LEVELS)

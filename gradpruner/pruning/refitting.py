@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, PlanError
+from gradpruner.common.registry import check_known
 from gradpruner.common.world import World
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.walking import BATCH_SIZE, Output, drawn, output_of, sample_batches, weight_set
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
-from gradpruner.plans.repair import KINDS, Repair, RepairedCut, check_kind, places_of, unrepaired
+from gradpruner.plans.repair import KINDS, Repair, RepairedCut, places_of, unrepaired
 from gradpruner.pruning.in_memory import check_merging, merge_planned, shapes_of
 from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
 from gradpruner.pruning.tokens import Tokens
@@ -157,7 +158,7 @@ def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kin
 
 
 def _check_request(kind: str, rows: int | None, answers: float, ridges: Sequence[float]) -> None:
-    check_kind(kind)
+    check_known("repair", kind, KINDS)
     if kind == "none":
         raise ConfigError(
             "There is nothing to fit for repair 'none'.", hint=f"Allowed: {', '.join(KINDS[1:])}."

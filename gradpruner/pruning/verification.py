@@ -14,6 +14,7 @@ import torch
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
 from gradpruner.common.files import readable_bytes
+from gradpruner.common.registry import check_known
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.folder import PRUNING_FILE, locate_model, read_pruning, recorded_plan
@@ -115,8 +116,7 @@ def verify_checkpoint(
         ConfigError: If level is unknown, or the folder does not say what was pruned and no plan is given.
         ModelError: If a model type without a row in the table of families cannot be verified in full.
     """
-    if level not in LEVELS:
-        raise ConfigError(f"Unknown level '{level}'.", hint=f"Allowed: {', '.join(LEVELS)}.")
+    check_known("level", level, LEVELS)
     target = Path(folder)
     facts = read_pruning(target)
     plan = plan or recorded_plan(target, facts, "Pass --plan and --source.")

@@ -13,10 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from gradpruner.common.errors import ConfigError, GradPrunerError, ModelError
+from gradpruner.common.errors import GradPrunerError, ModelError
 from gradpruner.common.files import check_free_space, write_text
 from gradpruner.common.json_files import write_json
 from gradpruner.common.provenance import sha256_file
+from gradpruner.common.registry import check_known
 from gradpruner.common.world import this_world
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
@@ -86,8 +87,7 @@ def run_rows(
     job: Job | None = None,
 ) -> tuple[dict[str, Any], GradPrunerError | None]:
     """Like `run`, but the first fault of a row is returned beside the record, not raised."""
-    if until not in STAGES:
-        raise ConfigError(f"Unknown stage '{until}'.", hint=f"Stages: {', '.join(STAGES)}.")
+    check_known("stage", until, STAGES)
     job = job or Job(recipe, command)
     check_fitting(job, until)
     directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)

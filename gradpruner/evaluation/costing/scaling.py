@@ -11,6 +11,7 @@ from rich.table import Table
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.printing import Printed, num_bytes
 from gradpruner.common.provenance import provenance, utc_now
+from gradpruner.common.registry import check_known
 from gradpruner.evaluation.costing.per_device import (
     STRATEGIES,
     Held,
@@ -21,7 +22,7 @@ from gradpruner.evaluation.costing.per_device import (
 )
 from gradpruner.evaluation.costing.rehearsal import working_bytes
 from gradpruner.evaluation.costing.subject import Subject
-from gradpruner.evaluation.costing.workload import Workload, check_known
+from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
 

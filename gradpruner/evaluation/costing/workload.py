@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gradpruner.common.errors import ConfigError
-from gradpruner.common.registry import suggest
+from gradpruner.common.registry import check_known
 
 MODES = ("full", "lora", "inference")
 RECORDING = "recording"
@@ -70,7 +70,7 @@ class Workload:
             )
         if self.shortest is not None and not 2 <= self.shortest <= self.tokens:
             raise ConfigError(f"shortest is {self.shortest}; 2 to {self.tokens}, the longest, is needed.")
-        check_known("dtype", [self.dtype], DTYPES)
+        check_known("dtype", self.dtype, DTYPES)
 
     @property
     def head_tokens(self) -> int:
@@ -100,12 +100,3 @@ def checked_modes(modes: Sequence[str]) -> tuple[str, ...]:
     if not modes:
         raise ConfigError("No mode is given.", hint=f"Any of {', '.join(MODES)}.")
     return tuple(mode for mode in MODES if mode in modes)
-
-
-def check_known(kind: str, names: Sequence[str], known: Collection[str]) -> None:
-    """ConfigError if a name is unknown."""
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"Unknown {kind} '{name}'.{suggest(name, known)}", hint=f"Allowed: {', '.join(known)}."
-            )

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from gradpruner.common.errors import ConfigError
-from gradpruner.common.registry import suggest
+from gradpruner.common.registry import check_known
 from gradpruner.methods import METHODS
 from gradpruner.runs.recipe import Recipe, assign, check_recipe, resolve_paths
 from gradpruner.runs.sections import BUDGETS
@@ -281,11 +281,7 @@ def _row_names(method: str) -> Sequence[str]:
         return GRADPRUNER_ROWS
     if method == "all":
         return [row for name in ("gradpruner", *METHODS.names()) for row in _row_names(name)]
-    if method not in FIXED_ROWS and method not in METHODS.names():
-        known = [*METHODS.names(), *FIXED_ROWS, "all"]
-        raise ConfigError(
-            f"Unknown method '{method}'.{suggest(method, known)}", hint=f"Available: {', '.join(known)}."
-        )
+    check_known("method", method, [*METHODS.names(), *FIXED_ROWS, "all"])
     return [method]
 
 
