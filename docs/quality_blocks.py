@@ -1,4 +1,4 @@
-"""The figures of docs/quality.md: what a smaller model keeps, from the lines of `benchmarks/results/quality`."""
+"""Figures of docs/quality.md (what a smaller model keeps), from the lines of `benchmarks/results/quality`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,18 @@ CHOICES = {
     "random": "random layers",
     "paper": "GradPruner, merged",
 }
-REPAIRS = {"none": "none", "linear": "linear", "least_squares": "least squares", "layer_wise": "layer-wise"}
+REPAIRS = {
+    "none": "no repair",
+    "linear": "linear",
+    "least_squares": "least squares",
+    "layer_wise": "layer-wise",
+}
 USUAL = 12
+"""Layers removed where a table does not say otherwise."""
 KINDS = ("layer_wise", "least_squares", "linear")
 RECOVERED = ("tuned/igia/least_squares/distil", "tuned/igia/layer_wise/distil")
-"""The later one counts where it is measured: it starts from the repair that is the default."""
+"""Recovered models for the row "best". A later entry replaces an earlier one: it starts from the default repair."""
+BEST = "from tuned: layer-wise, recovered where validation rows agree (best)"
 ROW_FAST = "base/igia/least_squares/labels"
 EARLY = f"shrink/early/0.6/igia/{USUAL}/layer_wise"
 RESAMPLES = 2000
@@ -58,13 +65,12 @@ def dense_of(task: str, seed: int) -> dict[str, Any] | None:
 
 
 def rows_of(entry: dict[str, Any], split: str = "test") -> list[float]:
-    """Score of every row."""
-    packed = entry[split]["rows"]
-    return [float(score) for score in packed]
+    """Scores of all rows."""
+    return [float(score) for score in entry[split]["rows"]]
 
 
 def pairs(name: str, tasks: Iterable[str] = TASKS) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """(task, seed, dense, cell) wherever the cell `name` and its dense model are measured."""
+    """(task, seed, dense, cell) for every run in which the cell `name` and its dense model are measured."""
     found = []
     for entry in cells().values():
         dense = dense_of(entry["task"], entry["seed"])
@@ -76,9 +82,9 @@ def pairs(name: str, tasks: Iterable[str] = TASKS) -> list[tuple[str, int, dict[
 def trained(
     row: str, gone: int = USUAL, tasks: Iterable[str] = TASKS
 ) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """The same for a trained row, at the rate with the lowest loss on validation rows of seed 0.
+    """`pairs` of a trained row, at the learning rate with the lowest loss on validation rows of seed 0.
 
-    Other numbers of layers are trained at the rate that is best for the usual one.
+    Other numbers of layers use the rate that is best for the usual number.
     """
     found = []
     prefix = f"train/{row}/{USUAL}/"
@@ -97,18 +103,18 @@ def trained(
 def loss(found: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> tuple[float, float, float]:
     """Mean relative change against dense on test rows, and its 95 % interval.
 
-    A hierarchical bootstrap: runs (task and seed) are drawn, then rows of each, dense and pruned together.
+    A hierarchical bootstrap draws runs (task and seed), then rows of each run, the same for dense and pruned.
     """
     return _bootstrap(tuple((dense["key"], entry["key"]) for _, _, dense, entry in found))
 
 
 @cache
 def _bootstrap(keys: tuple[tuple[str, str], ...]) -> tuple[float, float, float]:
-    """`loss` of the cells with these keys; several tables ask for the same ones."""
+    """`loss` of the cells with these keys; cached, because several tables show the same cells."""
     runs = [[rows_of(cells()[key]) for key in pair] for pair in keys]
     change = statistics.mean(sum(small) / max(sum(whole), 1e-9) - 1 for whole, small in runs)
     draw = np.random.RandomState()
-    words = random.Random(0).getstate()[1]  # the draws of the standard library, an array at a time
+    words = random.Random(0).getstate()[1]  # the same draws as the random module, many at a time
     draw.set_state(("MT19937", words[:-1], words[-1]))
     rows = np.concatenate([np.array(pair) for pair in runs], axis=1)
     counts = np.array([len(whole) for whole, _ in runs])
@@ -134,7 +140,7 @@ def _by_task(found: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -
 
 
 def measured_tasks() -> list[str]:
-    """Tasks whose dense model is measured, in order."""
+    """Tasks whose dense model is measured, in the order of TASKS."""
     return [task for task in TASKS if dense_of(task, 0) is not None]
 
 
@@ -161,51 +167,51 @@ def _dense_line() -> str:
 
 
 def shrunk() -> str:
-    """Layers removed from tuned models, nothing trained."""
-    lines = [*_head(f"{USUAL} of 30 layers gone"), _dense_line()]
-    for repair, how in (*((kind, REPAIRS[kind]) for kind in KINDS), ("none", "no repair")):
+    """The table of tuned models with layers removed and nothing trained."""
+    lines = [*_head(f"{USUAL} of 30 layers removed"), _dense_line()]
+    for repair in (*KINDS, "none"):
         for choice, label in CHOICES.items():
             found = pairs(f"shrink/{choice}/{USUAL}/{repair}")
             if found:
-                lines.append(_line(f"{label}, {how}", found))
+                lines.append(_line(f"{label}, {REPAIRS[repair]}", found))
     return "\n".join([*lines, "", _note()])
 
 
 def better() -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """Of the layer-wise repaired model and the recovered one, what has the lower loss on validation rows."""
-    as_it_was = {pair[:2]: pair for pair in pairs(f"shrink/igia/{USUAL}/layer_wise")}
+    """For every run the repaired or the recovered model, whichever has the lower loss on validation rows."""
+    repaired = {pair[:2]: pair for pair in pairs(f"shrink/igia/{USUAL}/layer_wise")}
     recovered = {pair[:2]: pair for row in RECOVERED for pair in trained(row)}
-    both = [(as_it_was[run], recovered[run]) for run in as_it_was if run in recovered]
+    both = [(repaired[run], recovered[run]) for run in repaired if run in recovered]
     return [min(pair, key=lambda found: found[3]["validation"]["nll"]) for pair in both]
 
 
 DEPTHS = (3, 6, 9, 12, 15, 18)
 WAYS_DOWN = {
     "layer-wise, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/layer_wise"),
-    "before cuts, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
-    "fast": lambda gone: trained(ROW_FAST, gone),
-    "best": lambda gone: trained("tuned/igia/least_squares/distil", gone),
+    "least squares, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
+    "from base, tuned (fast)": lambda gone: trained(ROW_FAST, gone),
+    "recovered with the teacher": lambda gone: trained("tuned/igia/least_squares/distil", gone),
 }
 
 
 def depths() -> str:
-    """How many layers can go, IGIA's choice, repaired: not trained, and trained."""
-    lines = [*_head("layers gone, IGIA, repaired"), _dense_line()]
+    """The table of numbers of layers removed, chosen by IGIA and repaired, not trained and trained."""
+    lines = [*_head("layers removed, chosen by IGIA"), _dense_line()]
     for way, found_at in WAYS_DOWN.items():
         lines += [_line(f"{gone} of 30, {way}", found) for gone in DEPTHS if (found := found_at(gone))]
     return "\n".join(lines)
 
 
 def more_rows() -> str:
-    """Seed 0 of TREC with the usual number of rows and with three times as many."""
+    """The table of seed 0 of TREC with the usual number of rows and with three times as many."""
     usual, many = ("trec",), ("trec-4800",)
     ways = {
-        "repaired layer-wise, nothing trained": lambda tasks: pairs(f"shrink/igia/{USUAL}/layer_wise", tasks),
-        "from base: repaired, tuned (fast)": lambda tasks: trained(ROW_FAST, tasks=tasks),
+        "layer-wise, nothing trained": lambda tasks: pairs(f"shrink/igia/{USUAL}/layer_wise", tasks),
+        "from base: least squares, tuned (fast)": lambda tasks: trained(ROW_FAST, tasks=tasks),
     }
     dense = [dense_of(task, 0) for (task,) in (usual, many)]
     lines = [
-        f"| TREC, seed 0, {USUAL} of 30 layers gone | 1,600 rows | 4,800 rows |",
+        f"| TREC, seed 0, {USUAL} of 30 layers removed | 1,600 rows | 4,800 rows |",
         "|---|---|---|",
         "| dense, tuned | " + " | ".join(f"{100 * one['test']['score']:.1f}" for one in dense if one) + " |",
     ]
@@ -221,67 +227,63 @@ def more_rows() -> str:
 
 
 def decided() -> str:
-    """What is decided on validation rows: how a base model is pruned before it is tuned."""
+    """The table of losses that decided how `run` prunes a base model before tuning it."""
     rows = {
         "layer-wise": "base/igia/layer_wise/labels",
-        "repaired": "base/igia/least_squares/labels",
-        "dropped": "base/igia/none/labels",
+        "least squares": "base/igia/least_squares/labels",
+        "no repair": "base/igia/none/labels",
         "three merged": "base/paper/none/labels",
     }
     losses = {
         name: {(task, seed): entry["validation"]["nll"] for task, seed, _, entry in trained(row)}
         for name, row in rows.items()
     }
-    losses["3/5 of the rows dense, then layer-wise"] = {
+    losses["dense tuned on 3/5 of the rows, then layer-wise"] = {
         (task, seed): entry["validation"]["nll"] for task, seed, _, entry in pairs(EARLY)
     }
     lines = [
-        "| from base, 12 of 30 layers gone, tuned | " + " | ".join(losses) + " |",
+        f"| from base, {USUAL} of 30 layers removed, then tuned | " + " | ".join(losses) + " |",
         "|---" * (len(losses) + 1) + "|",
     ]
-    for task, seed in losses["repaired"]:
+    for task, seed in losses["least squares"]:
         here = [found.get((task, seed)) for found in losses.values()]
         shown = " | ".join("–" if loss is None else f"{loss:.3f}" for loss in here)
         lines.append(f"| {TASKS[task]}, seed {seed} | {shown} |")
-    return "\n".join([*lines, "", "Loss on validation rows, nats per answer token."])
+    return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token."])
 
 
 ROWS = {
-    "tuned/igia/least_squares/distil": "from tuned: IGIA, repaired, recovered with the teacher",
-    "tuned/igia/layer_wise/distil": "from tuned: IGIA, repaired layer-wise, recovered with the teacher",
-    "tuned/igia/least_squares/labels": "from tuned: IGIA, repaired, recovered",
-    "tuned/igia/none/labels": "from tuned: IGIA, dropped, recovered",
-    "base/igia/least_squares/distil": "from base: IGIA, repaired, tuned with the teacher",
-    "base/igia/layer_wise/labels": "from base: IGIA, repaired layer-wise, tuned",
-    "base/igia/least_squares/labels": "from base: IGIA, repaired, tuned (fast)",
-    "base/gate/least_squares/labels": "from base: gate, repaired, tuned",
-    "base/last/least_squares/labels": "from base: last layers, repaired, tuned",
-    "base/igia/none/labels": "from base: IGIA, dropped, tuned",
+    "tuned/igia/least_squares/distil": "from tuned: IGIA, least squares, recovered with the teacher",
+    "tuned/igia/layer_wise/distil": "from tuned: IGIA, layer-wise, recovered with the teacher",
+    "tuned/igia/least_squares/labels": "from tuned: IGIA, least squares, recovered on labels",
+    "tuned/igia/none/labels": "from tuned: IGIA, no repair, recovered on labels",
+    "base/igia/least_squares/distil": "from base: IGIA, least squares, tuned with the teacher",
+    "base/igia/layer_wise/labels": "from base: IGIA, layer-wise, tuned",
+    "base/igia/least_squares/labels": "from base: IGIA, least squares, tuned (fast)",
+    "base/gate/least_squares/labels": "from base: gate, least squares, tuned",
+    "base/last/least_squares/labels": "from base: last layers, least squares, tuned",
+    "base/igia/none/labels": "from base: IGIA, no repair, tuned",
     "base/paper/none/labels": "from base: GradPruner as in the paper (3 merged), tuned",
-    "base/shortgpt/none/labels": "from base: ShortGPT, dropped, tuned",
-    "base/last/none/labels": "from base: last layers, dropped, tuned",
-    "base/random/none/labels": "from base: random layers, dropped, tuned",
+    "base/shortgpt/none/labels": "from base: ShortGPT, no repair, tuned",
+    "base/last/none/labels": "from base: last layers, no repair, tuned",
+    "base/random/none/labels": "from base: random layers, no repair, tuned",
 }
 
 
 def tuned() -> str:
-    """Pruned models that are trained on the rows and for the steps of the dense model."""
-    lines = [*_head(f"{USUAL} of 30 layers gone, then trained"), _dense_line()]
+    """The table of pruned models that are trained on the rows, and for as many steps, as the dense model."""
+    lines = [*_head(f"{USUAL} of 30 layers removed, then trained"), _dense_line()]
     twice = [pair for task in measured_tasks() for pair in _twice(task)]
     lines += [_line("dense, tuned for twice as long", twice)] if twice else []
-    lines += (
-        [_line("from tuned: repaired layer-wise, recovered where it helps (best)", found)]
-        if (found := better())
-        else []
-    )
+    lines += [_line(BEST, found)] if (found := better()) else []
     lines += [_line(label, found) for row, label in ROWS.items() if (found := trained(row))]
     if found := pairs(EARLY):
-        lines.append(_line("dense tuned on three fifths of the rows, then repaired layer-wise", found))
+        lines.append(_line("dense tuned on three fifths of the rows, then layer-wise", found))
     return "\n".join(lines)
 
 
 def _twice(task: str) -> list[tuple[str, int, dict[str, Any], dict[str, Any]]]:
-    """The dense model tuned for twice the epochs, at the dense model's rate."""
+    """`pairs` of the dense model tuned for twice the epochs, at the dense model's rate."""
     names = {entry["cell"] for entry in cells().values() if entry["cell"].startswith("dense-twice/")}
     return [pair for name in sorted(names) for pair in pairs(name) if pair[0] == task]
 
@@ -290,10 +292,10 @@ TRAINED_ROWS = (1600, 3200, 10_000, 30_000, 100_000)
 
 
 def taken() -> str:
-    """What fast takes beside tuning the dense model, by number of training rows.
+    """The table of what `fast` costs relative to tuning the dense model, by number of training rows.
 
-    Seconds a row of the least disturbed cells, because other work ran on the machine. Recording and repair
-    see a fixed number of rows, which is why they weigh much on short trainings.
+    Uses the fastest cells, because other work ran on the machine. Recording and repair see a fixed number of
+    rows, so they weigh more when training is short.
     """
     entries = [entry for entry in cells().values() if entry["task"] == "sst2"]
 
@@ -307,7 +309,7 @@ def taken() -> str:
     )
     fitted = least(e.get("repair_seconds", 0.0) for e in entries)
     lines = [
-        "| training rows | recording | repair | tuning what is left | fast, in all |",
+        "| training rows | recording | repair | tuning the pruned model | fast, in all |",
         "|---|---|---|---|---|",
     ]
     for rows in TRAINED_ROWS:
@@ -315,11 +317,13 @@ def taken() -> str:
         parts = [recorded, fitted, small * rows]
         shown = " | ".join(f"{part / dense:.2f}" for part in [*parts, sum(parts)])
         lines.append(f"| {rows:,} | {shown} |")
-    return "\n".join([*lines, "", "In units of tuning the dense model on as many rows; SST-2, one core."])
+    return "\n".join(
+        [*lines, "", "Relative to tuning the dense model on the same number of rows; SST-2, one core."]
+    )
 
 
 def varied() -> str:
-    """IGIA's layers removed from tuned models and repaired, by what the repair rests on."""
+    """The table of repairs by the rows they are fitted on; IGIA chose the layers of tuned models."""
     usual = "384 rows of the task"
     names = {
         f"shrink/igia/{USUAL}/least_squares": usual,
@@ -341,29 +345,30 @@ def varied() -> str:
                 if dense and small:
                     adapted.append(
                         f"{TASKS[task]}, seed {seed}: dense {100 * dense['test']['score']:.1f} %, {USUAL} layers "
-                        f"gone, {REPAIRS[how]}{' repair' if how == 'none' else ''}: "
+                        f"removed, {REPAIRS[how]}: "
                         f"{100 * small['test']['score']:.1f} %"
                     )
-    said = f"\n\nTuned with LoRA, adapters merged. {'; '.join(adapted)}." if adapted else ""
-    return "\n".join(lines) + said
+    note = f"\n\nTuned with LoRA, adapters merged. {'; '.join(adapted)}." if adapted else ""
+    return "\n".join(lines) + note
 
 
 def headline() -> str:
     """Two sentences for the README."""
     shrunk_, best = pairs(f"shrink/igia/{USUAL}/layer_wise"), better()
-    names = ", ".join(TASKS[task] for task in dict.fromkeys(task for task, *_ in shrunk_))
+    *most, last = (TASKS[task] for task in dict.fromkeys(task for task, *_ in shrunk_))
+    names = f"{', '.join(most)} and {last}" if most else last
 
     def said(found: Sequence[tuple[str, int, dict[str, Any], dict[str, Any]]]) -> str:
         mean, low, high = (100 * part for part in loss(found))
         return (
-            f"{mean:+.1f} % of the dense score (95 % interval {low:+.1f} to {high:+.1f}, {len(found)} "
+            f"{mean:+.1f} % (95 % interval {low:+.1f} to {high:+.1f}, {len(found)} "
             f"run{'s'[: len(found) != 1]})"
         )
 
     return (
-        f"SmolLM2-135M-Instruct tuned on {names}, {USUAL} of 30 layers removed and repaired on 1,200 rows: "
-        f"{said(shrunk_)}. Trained once more with the tuned model as teacher, where validation rows say that it "
-        f"helps: {said(best)}."
+        f"SmolLM2-135M-Instruct tuned on {names}, {USUAL} of 30 layers removed, repaired on 1,200 rows: the test score "
+        f"changes by {said(shrunk_)}, relative to the dense model. Trained once more with the tuned model as teacher, "
+        f"where validation rows agree: {said(best)}."
     )
 
 
@@ -371,7 +376,7 @@ def _note() -> str:
     machines = {entry["provenance"]["machine"]["cpu"] for entry in cells().values()}
     commits = {str(entry["provenance"]["commit"])[:7] for entry in cells().values()}
     return (
-        "Test score in per cent, mean over seeds, their number in brackets. Intervals: bootstrap over runs and "
+        "Test score in %, mean over seeds, with the number of seeds in brackets. Intervals: bootstrap over runs and "
         f"rows. {len(cells())} cells so far, commits {', '.join(sorted(commits))}; {', '.join(sorted(machines))}."
     )
 

@@ -1,4 +1,4 @@
-"""The drawing of docs/quality.md: every way against dense, and by number of layers."""
+"""The drawing of docs/quality.md: every way of pruning against dense, and scores by number of layers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from drawing import as_svg, digest, plotting
 
 
 def draw() -> str:
-    """Left: relative change of every way, against dense. Right: by number of layers."""
+    """Returns the drawing as SVG. Left: relative change of every way against dense. Right: by number of layers."""
     pyplot = plotting()
     pyplot.rcParams["font.size"] = 8
     ways = _ways()
@@ -27,9 +27,10 @@ def draw() -> str:
         if line:
             right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
     right.axhline(0, color="black", linewidth=0.8)
-    right.set_xlabel("layers gone of 30, IGIA, repaired")
+    right.set_xticks(blocks.DEPTHS)
+    right.set_xlabel("layers removed of 30, chosen by IGIA")
     right.set_ylabel("test score against dense, %")
-    right.legend(frameon=False)
+    right.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", linewidth=0.3)
@@ -37,19 +38,19 @@ def draw() -> str:
 
 
 def _ways() -> list[tuple[str, tuple[float, float, float]]]:
-    """Label, mean and interval of every way that is measured: repaired, then trained ones."""
+    """Label, mean and interval of every way that is measured: repaired ones, then trained ones."""
     found = []
     for repair in ("layer_wise", "least_squares"):
         for choice, label in blocks.CHOICES.items():
             here = blocks.pairs(f"shrink/{choice}/{blocks.USUAL}/{repair}")
             if here:
                 found.append((f"not trained: {label}, {blocks.REPAIRS[repair]}", blocks.loss(here)))
-    found.append(("from tuned: recovered or not, by validation rows (best)", blocks.loss(blocks.better())))
+    found.append((blocks.BEST, blocks.loss(blocks.better())))
     return found + [
         (label, blocks.loss(here)) for row, label in blocks.ROWS.items() if (here := blocks.trained(row))
     ]
 
 
 def shown() -> str:
-    """A digest of what the drawing shows."""
+    """The digest of the data the drawing shows."""
     return digest([[key, entry["test"]["score"]] for key, entry in sorted(blocks.cells().items())])
