@@ -12,7 +12,7 @@ def size(value: float) -> str:
 
 
 def memory_estimate() -> str:
-    """Estimated peaks over what torch's allocator gave out."""
+    """The table of estimated peaks against the bytes torch's allocator handed out."""
     result = read(RESULTS / "memory_estimate.json")
     lines = ["| fine-tuning | estimated | measured | estimated / measured |", "|---|---|---|---|"]
     for row in result["rows"]:
@@ -32,7 +32,7 @@ def memory_estimate() -> str:
 
 
 def recording_memory() -> str:
-    """Recording against the LoRA training it rides on."""
+    """One sentence: the peak memory of recording against the same LoRA training without it."""
     result = read(RESULTS / "methods_memory.json")
     row = next(row for row in result["rows"] if row["what"] == "evidence")
     config = result["config"]
@@ -44,9 +44,9 @@ def recording_memory() -> str:
 
 
 def scaling() -> str:
-    """What each device holds at several sizes."""
+    """The tables of what each device holds at several sizes."""
     lines = [
-        "| model, devices | mode, strategy | weights | gradients | optimizer | exchange | activations | at most | fits |",
+        "| model, devices | mode, strategy | weights | gradients | optimizer | exchange | activations | peak | fits |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
@@ -74,11 +74,12 @@ def scaling() -> str:
             *lines,
             "",
             f"Each device has batches of {work['batch_size']} x {work['tokens']} tokens, all learned, gradient "
-            "checkpointing, AdamW. *exchange*: DDP's buckets, or the layers FSDP2 has together at a time; DeepSpeed's "
-            "buffers are not counted.",
+            "checkpointing, AdamW. *exchange*: DDP's buckets, or the layers FSDP2 holds whole at a time; DeepSpeed's "
+            "buffers are not counted. *peak*: of gradients and activations only the larger counts, because gradients appear "
+            "as activations are freed.",
             "",
-            "| model | checkpoint | trace, 40 steps | of it in memory | gathered on the first host | on its device at a "
-            "time | pruning reads | writes |",
+            "| model | checkpoint | trace, 40 steps | trace in memory | gathered on the first host | on its device at a "
+            "time | pruning reads | pruning writes |",
             "|---|---|---|---|---|---|---|---|",
             *notes,
         ]

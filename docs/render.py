@@ -83,7 +83,7 @@ def recipe_run(name: str) -> str:
     result = read(RESULTS / f"{name}_run.json")
     took = result["seconds"]
     shown = f"{took:.0f} s" if took < 600 else f"{took / 60:.0f} minutes"
-    return f"{result['table']}\n\nAll stages together: {shown} on {machine(result)}."
+    return f"{result['table'].strip()}\n\nAll stages together: {shown} on {machine(result)}."
 
 
 def training_step() -> str:
