@@ -227,25 +227,26 @@ def more_rows() -> str:
 
 
 def decided() -> str:
-    """The table of losses that decided how `run` prunes a base model before tuning it."""
-    rows = {
-        "layer-wise": "base/igia/layer_wise/labels",
-        "least squares": "base/igia/least_squares/labels",
-        "no repair": "base/igia/none/labels",
-        "three merged": "base/paper/none/labels",
+    """The table of losses that decided what `run` does by default."""
+    ways = {
+        "best": better(),
+        "tuned, then layer-wise": pairs(f"shrink/igia/{USUAL}/layer_wise"),
+        "from base: least squares (fast)": trained(ROW_FAST),
+        "from base: layer-wise": trained("base/igia/layer_wise/labels"),
+        "from base: gate, least squares": trained("base/gate/least_squares/labels"),
+        "from base: no repair": trained("base/igia/none/labels"),
+        "from base: three merged": trained("base/paper/none/labels"),
+        "tuned on 3/5 of the rows, then layer-wise": pairs(EARLY),
     }
     losses = {
-        name: {(task, seed): entry["validation"]["nll"] for task, seed, _, entry in trained(row)}
-        for name, row in rows.items()
-    }
-    losses["dense tuned on 3/5 of the rows, then layer-wise"] = {
-        (task, seed): entry["validation"]["nll"] for task, seed, _, entry in pairs(EARLY)
+        way: {(task, seed): entry["validation"]["nll"] for task, seed, _, entry in found}
+        for way, found in ways.items()
     }
     lines = [
-        f"| from base, {USUAL} of 30 layers removed, then tuned | " + " | ".join(losses) + " |",
+        f"| {USUAL} of 30 layers removed | " + " | ".join(losses) + " |",
         "|---" * (len(losses) + 1) + "|",
     ]
-    for task, seed in losses["least squares"]:
+    for task, seed in losses["from base: least squares (fast)"]:
         here = [found.get((task, seed)) for found in losses.values()]
         shown = " | ".join("–" if loss is None else f"{loss:.3f}" for loss in here)
         lines.append(f"| {TASKS[task]}, seed {seed} | {shown} |")

@@ -45,6 +45,25 @@ def test_it_shows_rates_what_is_in_a_step_and_about_how_long(call, tmp_path):
         assert part in shown
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rate", "source"),
+    [
+        ((), 5e-4, "as given"),  # half of that at which the dense model is tuned
+        (("recover.learning_rate=2e-3",), 2e-3, "as given"),
+        (("start=given",), 1e-3, "as given"),
+        (("start=given", "finetune.learning_rate=null"), 1e-3, "half of the default for full fine-tuning"),
+    ],
+)
+def test_a_tuned_model_recovers_at_half_the_rate_unless_another_is_given(
+    call, tmp_path, overrides, rate, source
+):
+    path, _ = make_project(tmp_path)
+    facts = facts_of(call, path, "start=tuned", "recover.epochs=1", *overrides)
+    assert facts["recover_learning_rate"] == rate and facts["learning_rate_source"].startswith(source)
+    if facts["start"] == "given":
+        assert facts["learning_rate"] == rate
+
+
 def test_too_few_steps_are_warned_of_with_what_to_set(call, tmp_path, monkeypatch):
     monkeypatch.setattr(forecasting._Trial, "seconds", lambda self, rows, length, training: 1.0)
     path, _ = make_project(tmp_path)

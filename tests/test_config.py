@@ -35,11 +35,20 @@ def test_defaults_are_the_papers():
     assert check_recipe({**GOOD, "effort": None}).variants == recipe.variants
 
 
-def test_without_a_word_the_pruned_model_is_repaired_and_not_merged():
+def test_without_a_word_the_dense_model_is_tuned_pruned_repaired_and_teaches():
     recipe = check_recipe(GOOD)
-    assert (recipe.variants, recipe.plan.repair, recipe.start) == (["dense", "dropped"], "auto", "base")
+    assert (recipe.effort, recipe.variants, recipe.plan.repair) == ("best", ["dense", "dropped"], "auto")
+    assert recipe.start == "tuned" and recipe.distils and recipe.recover.epochs == 1
+    assert check_recipe(recipe.model_dump(mode="json")) == recipe
     own = check_recipe({**GOOD, "variants": ["dense", "last"], "plan": {"repair": "none"}})
-    assert (own.variants, own.plan.repair) == (["dense", "last"], "none")
+    assert (own.effort, own.start, own.variants, own.plan.repair) == (
+        "fast",
+        "base",
+        ["dense", "last"],
+        "none",
+    )
+    given = check_recipe({**GOOD, "start": "given"})
+    assert not given.recover.trains and not given.distils
 
 
 def test_all_faults_are_told_at_once():

@@ -291,7 +291,7 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
     fast = check_recipe(PLAIN | {"effort": "fast", "variants": ["dense", "gate"]})
     assert (fast.start, fast.plan.repair, fast.variants) == ("base", "auto", ["dense", "gate"])
     assert not fast.distils and check_recipe(fast.model_dump(mode="json")) == fast
-    assert check_recipe(PLAIN) == check_recipe(PLAIN | {"effort": "fast"})
+    assert check_recipe(PLAIN) == check_recipe(PLAIN | {"effort": "best"})
 
 
 @pytest.mark.parametrize(
@@ -299,7 +299,7 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
     [
         ({"start": "tuned", "variants": ["gate"]}, "start: tuned needs the row dense"),
         ({"distil": {"teacher": "tuned"}, "variants": ["gate"]}, "teacher: tuned needs the row dense"),
-        ({"plan": {"max_loss": 0.01}}, "needs start: tuned or given"),
+        ({"start": "base", "plan": {"max_loss": 0.01}}, "needs start: tuned or given"),
         ({"start": "given", "plan": {"max_loss": 0.01, "num_prune": 3}}, "are all budgets"),
         ({"start": "given", "plan": {"max_loss": 1.5}}, "less than 1"),
         ({"plan": {"repair": "magic"}}, "least_squares"),

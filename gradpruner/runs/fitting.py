@@ -43,6 +43,7 @@ _REMEDIES: tuple[dict[str, Any], ...] = (
     {"finetune.optim": "adamw_8bit"},
     {"finetune.optim": "adafactor"},
     {"finetune.mode": "lora"},
+    {"distil.teacher": "none"},
     {"finetune.mode": "lora", "model.dtype": "bfloat16"},
     {"finetune.mode": "qlora", "model.dtype": "bfloat16", "record.adapter": "qlora"},
 )

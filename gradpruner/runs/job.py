@@ -171,6 +171,15 @@ class Job(Inputs):
         )
 
     @property
+    def recover_rate(self) -> float | None:
+        """Peak learning rate of training a pruned model that was tuned before."""
+        recover, tuning = self.recipe.recover.learning_rate, self.recipe.finetune.learning_rate
+        asked = self.recipe.start == "given" and self.rate_source == "as given"
+        if recover or asked or not tuning:
+            return recover or tuning
+        return tuning / 2
+
+    @property
     def recover_steps(self) -> int:
         """Optimizer steps after a tuned model was pruned; 0 for none."""
         recover = self.recipe.recover

@@ -69,6 +69,7 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "repair": recipe.plan.repair,
         "repair_rows": job.repair_rows,
         "recover_steps": job.recover_steps,
+        "recover_learning_rate": job.recover_rate,
         "teacher": recipe.distil.teacher,
         "max_loss": recipe.plan.max_loss,
         "validation_rows": len(job.validation) if job.validation is not None else None,
@@ -90,10 +91,10 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def _learning_rate(job: Job) -> tuple[float | None, str]:
-    """Of what trains the rows, fine-tuning or recovery after it, and where it comes from."""
-    own = job.recipe.recover.learning_rate if job.recipe.start == "given" else None
-    if own:
-        return own, "as given"
+    """The learning rate of fine-tuning, or of recovery if nothing else is trained, and where it is from."""
+    if job.recipe.start == "given":
+        halved = job.recover_rate == (job.recipe.finetune.learning_rate or 0) / 2
+        return job.recover_rate, f"half of {job.rate_source}" if halved else "as given"
     found = "; where the search on held-out training rows begins" if job.recipe.find_rate else ""
     return job.recipe.finetune.learning_rate, job.rate_source + found
 
@@ -206,7 +207,8 @@ def _course(facts: dict[str, Any]) -> str:
         parts.append(f"then {steps} fine-tuning steps for each of: {rows}")
     else:
         trained = facts["recover_steps"]
-        parts.append(f"recover for {trained} steps" if trained else "nothing is trained after that")
+        at = f"recover for {trained} steps at {facts['recover_learning_rate']:g}"
+        parts.append(at if trained else "nothing is trained after that")
         parts[-1] += f"; rows: {rows}"
     teacher = "; pruned models also learn from the tuned dense one" if facts["teacher"] != "none" else ""
     return ", ".join(parts) + teacher

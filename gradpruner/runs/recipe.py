@@ -76,10 +76,11 @@ class Recipe(Section):
     """Run directory."""
     seed: int = Field(default=0, ge=0)
     """Seeds data sampling, LoRA, data order, dropout and bootstrap."""
-    effort: Literal["paper", "fast", "best"] | None = "fast"
-    """Sets what is not set otherwise. fast: prune and repair the base model, then fine-tune, which is cheaper
-    than tuning the dense model. best: tune the dense model, prune and repair that, then recover with it as
-    the teacher. paper (or null): as the paper does, with and without merging, no repair."""
+    effort: Literal["auto", "paper", "fast", "best"] | None = "auto"
+    """Sets what the recipe leaves open. best: tune the dense model, prune and repair it, then train what is
+    left with the dense model as the teacher. fast: prune and repair the base model, then fine-tune, which
+    costs less than tuning the dense model. paper (or null): as in the paper, with and without merging, no
+    repair. auto: best, or fast if the recipe sets `start` or `variants` itself."""
     find_rate: bool = False
     """Find the learning rate first: the dense model is tuned briefly at several, doubled and halved from
     finetune.learning_rate on, and that with the lowest loss on held-out training rows is taken."""
@@ -113,10 +114,13 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_effort(cls, raw: Any) -> Any:
-        """Puts in what the effort stands for, wherever the recipe says nothing itself."""
+        """Sets what the effort stands for, wherever the recipe leaves it open."""
         if not isinstance(raw, dict):
             return raw
-        effort = raw.get("effort", cls.model_fields["effort"].default)
+        effort = raw.get("effort", "auto")
+        if effort == "auto":
+            effort = "fast" if {"start", "variants"} & raw.keys() else "best"
+            raw = raw | {"effort": effort}
         return _filled(raw, EFFORTS.get(effort, {})) if isinstance(effort, str) else raw
 
     @model_validator(mode="after")

@@ -189,7 +189,8 @@ class RecoverSection(Section):
     steps: int | None = Field(default=None, ge=0)
     """Optimizer steps instead; 0: none."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate; null: that of finetune."""
+    """Peak learning rate; null: half of that at which the dense model is tuned, or
+    would be by default; with start: given finetune.learning_rate, if set."""
     keep_better: bool = True
     """Keep the trained model only if its loss on validation rows is lower than before, else the pruned one.
     The rows are data.validation, or are held out of the training rows. false: the trained one, always."""

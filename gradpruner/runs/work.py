@@ -220,7 +220,7 @@ class Work:
         options, recover = self.job.training, self.recipe.recover
         changes: dict[str, Any] = {}
         if not self.is_dense and self.recipe.start != "base":
-            changes["learning_rate"] = recover.learning_rate or options.learning_rate
+            changes["learning_rate"] = self.job.recover_rate
             changes |= {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
         if self.method and self.method.training:
             changes |= self.method.training(self.context)
