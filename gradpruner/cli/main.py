@@ -51,14 +51,19 @@ def _stage(name: str, summary: str) -> None:
 
 _stage(
     "run",
-    "Do everything and write the report.\n\nDense, pruned + merged and pruned without merging, side by side.",
+    "Do everything and write the report.\n\nBy default the dense model is tuned, pruned and repaired, and then "
+    "teaches the pruned one. Both are measured, side by side.",
 )
 _stage(
     "rate",
     "Find the learning rate.\n\nTunes the dense model briefly at several rates and reads their losses on "
     "held-out training rows.",
 )
-_stage("record", "Record the LoRA gradients of the first steps.")
+_stage(
+    "record",
+    "Record the LoRA gradients of the first steps.\n\nBy default the dense model is tuned first; "
+    "--set effort=fast records the model as it is.",
+)
 _stage("score", "Record if needed, then score every layer.")
 _stage(
     "plan",
