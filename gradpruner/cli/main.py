@@ -51,8 +51,8 @@ def _stage(name: str, summary: str) -> None:
 
 _stage(
     "run",
-    "Do everything and write the report.\n\nBy default the dense model is tuned, pruned and repaired, and then "
-    "teaches the pruned one. Both are measured, side by side.",
+    "Do everything and write the report.\n\nBy default the dense model is tuned, pruned and repaired, and "
+    "then teaches the pruned one. Both are measured, side by side.",
 )
 _stage(
     "rate",
