@@ -19,6 +19,7 @@ CHOICES = {
     "gate": "gate, second order",
     "gate_pairwise": "gate, pairwise",
     "task_loss": "task loss after repair, greedy",
+    "auto": "auto: twelve plans tried, repaired",
     "shortgpt": "ShortGPT",
     "last": "last layers",
     "random": "random layers",

@@ -10,6 +10,15 @@ from work import Work
 
 CHOICES = ("gate", "gate_pairwise", "igia", "shortgpt", "last", "random")
 RECORD_STEPS, RECORD_BATCH = 40, 8
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gate_pairwise": {"pairwise": True},
+    # Judged by losses on rows put aside, nothing trained; the greedy search is measured by itself.
+    "auto": {
+        "families": ["gate", "gate_pairwise", "gradpruner", "shortgpt", "last", "window"],
+        "rounds": 0,
+        "repair_rows": 384,
+    },
+}
 
 
 def trace_of(work: Work, folder: Path) -> Any:
@@ -43,7 +52,7 @@ def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[
     name = {"igia": "gradpruner", "paper": "gradpruner", "gate_pairwise": "gate"}.get(choice, choice)
     method = METHODS.find(name)
     num_layers = work.num_layers
-    options = method.read_options(name, {"pairwise": True} if choice == "gate_pairwise" else {})
+    options = method.read_options(name, OPTIONS.get(choice, {}))
     context = MethodContext(
         num_layers=num_layers,
         seed=work.seed,
@@ -56,6 +65,10 @@ def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[
         options=options,
     )
     started = time.perf_counter()
+    if method.plan is not None:
+        plan = method.plan(context)
+        found = {key: plan.evidence[key] for key in ("winner", "candidates", "failed")}
+        return plan, {**found, "seconds": round(time.perf_counter() - started, 1)}
     assert method.score is not None
     scores = method.score(context)
     num_merge = 3 if choice == "paper" else 0

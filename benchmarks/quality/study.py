@@ -124,7 +124,8 @@ def shrink(work: Work) -> None:
         pruned(work, folder, choice, NUM_GONE, "layer_wise")
     for choice in ("gate", "igia", "last"):
         pruned(work, folder, choice, NUM_GONE, "linear")
-    pruned(work, folder, "task_loss", NUM_GONE, "least_squares")
+    for choice in ("task_loss", "auto"):
+        pruned(work, folder, choice, NUM_GONE, "least_squares")
 
 
 def depth(work: Work) -> None:
