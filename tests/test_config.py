@@ -47,6 +47,7 @@ def test_without_a_word_the_dense_model_is_tuned_pruned_repaired_and_teaches():
         ["dense", "last"],
         "none",
     )
+    assert check_recipe({**GOOD, "finetune": {"mode": "lora", "merge_adapter": False}}).effort == "fast"
     given = check_recipe({**GOOD, "start": "given"})
     assert not given.recover.trains and not given.distils
 

@@ -80,7 +80,8 @@ class Recipe(Section):
     """Sets what the recipe leaves open. best: tune the dense model, prune and repair it, then train what is
     left with the dense model as the teacher. fast: prune and repair the base model, then fine-tune, which
     costs less than tuning the dense model. paper (or null): as in the paper, with and without merging, no
-    repair. auto: best, or fast if the recipe sets `start` or `variants` itself."""
+    repair. auto: best, or fast if the recipe sets `start` or `variants` itself or keeps adapters apart
+    (finetune.merge_adapter: false)."""
     find_rate: bool = False
     """Find the learning rate first: the dense model is tuned briefly at several, doubled and halved from
     finetune.learning_rate on, and that with the lowest loss on held-out training rows is taken."""
@@ -119,7 +120,9 @@ class Recipe(Section):
             return raw
         effort = raw.get("effort", "auto")
         if effort == "auto":
-            effort = "fast" if {"start", "variants"} & raw.keys() else "best"
+            tuning = raw.get("finetune")
+            plain = not isinstance(tuning, dict) or tuning.get("merge_adapter", True)
+            effort = "best" if plain and not {"start", "variants"} & raw.keys() else "fast"
             raw = raw | {"effort": effort}
         return _filled(raw, EFFORTS.get(effort, {})) if isinstance(effort, str) else raw
 
