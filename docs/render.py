@@ -152,8 +152,8 @@ def families() -> str:
     merged = [name for name, row in FAMILIES.items() if not row.no_merge]
     dropped = [name for name, row in FAMILIES.items() if row.no_merge]
     return (
-        f"{len(FAMILIES)} model types. Layers dropped or merged: {', '.join(merged)}.\n\n"
-        f"Layers dropped only (mixtures of experts, whose experts do not correspond across layers): "
+        f"{len(FAMILIES)} model types. Layers can be dropped or merged: {', '.join(merged)}.\n\n"
+        "Layers can only be dropped (mixtures of experts, whose experts do not correspond across layers): "
         f"{', '.join(dropped)}."
     )
 
