@@ -149,7 +149,7 @@ def test_floors_count_the_head_where_it_is_computed(shape):
 
 def test_bad_pairs(shape, tmp_path):
     shallow = write_config(tmp_path / "shallow", num_hidden_layers=4)
-    with pytest.raises(ConfigError, match="has 6 layers, the dense one 4"):
+    with pytest.raises(ConfigError, match="has 6 layers, the dense one only 4"):
         measure_cost(shallow, shape, SMALL, dry_run=True)
     with pytest.raises(PlanError, match="4 layers; this one has 6"):
         measure_cost(shape, PruningPlan.from_keep(4, [0, 1]), SMALL, dry_run=True)
@@ -313,5 +313,5 @@ def test_a_recorded_step_and_samples_of_many_lengths(monkeypatch):
     asker = Asker(LLAMA, RECORDING, workload=varied)
     worker.work(asker)
     assert len(asker.said) == 2 + SMALL.steps and "peak_bytes" in asker.said[-1]
-    with pytest.raises(ConfigError, match="shortest is 9; 2 to 8"):
+    with pytest.raises(ConfigError, match="shortest is 9; it must be 2 to 8"):
         replace(SMALL, shortest=9)

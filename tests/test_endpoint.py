@@ -275,7 +275,7 @@ def test_a_list_of_models_that_is_none(stranger, said):
     ],
 )  # fmt: skip
 def test_answers_that_are_none(stranger, entries):
-    with pytest.raises(ResourceError, match="did not answer as it should"):
+    with pytest.raises(ResourceError, match="sent a reply that cannot be used"):
         ask(stranger(MODELS, choices(*entries)))
 
 
@@ -308,7 +308,7 @@ def test_a_key_goes_to_no_other_host(stranger, monkeypatch):
     other = stranger(MODELS)
     for status in (301, 302, 303, 307, 308):
         one = stranger(reply(b"", status, f"Location: http://localhost:{other.server_port}/models"))
-        with pytest.raises(ResourceError, match="No redirect is followed"):
+        with pytest.raises(ResourceError, match="Redirects are not followed"):
             Endpoint(one.url)
         assert one.seen == [("GET", "Bearer secret")]
     assert other.seen == []

@@ -68,7 +68,7 @@ def test_it_agrees_with_our_own_likelihoods(folder):
 
 def test_what_is_missing_is_found_before_any_model_loads(folder, monkeypatch):
     check_harness(["tiny_choice"], str(folder))
-    with pytest.raises(ConfigError, match="no folder"):
+    with pytest.raises(ConfigError, match="does not exist"):
         check_harness(["tiny_choice"], str(folder / "none"))
     own = type("Manager", (), {"all_tasks": ["tiny_choice"]})()
     monkeypatch.setattr(

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -98,6 +99,18 @@ def test_deeper_models_are_rehearsed_by_two_layers(training):
     assert working_bytes(model, training, 7) == pytest.approx(whole, rel=0.01)
     assert len(model.model.layers) == 7 and model.config.num_hidden_layers == 7
     assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_rehearsal_is_remembered_as_long_as_its_model(monkeypatch):
+    model, training = build_on_meta(CONFIG), Training(batch_size=2, tokens=16, head_tokens=4)
+    deep = working_bytes(model, training, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(rehearsal, "_rehearsed", lambda *_: pytest.fail("rehearsed twice"))
+        assert working_bytes(model, training, 2) < deep
+    reference = weakref.ref(model)
+    del model
+    gc.collect()
+    assert reference() is None
 
 
 def test_recomputing_and_offloading_hold_less_and_experts_cannot_be_told():
@@ -242,7 +255,7 @@ def test_what_each_of_several_devices_would_hold(call):
         (["--world-size", "2"], "runs nothing"),
         (["--world-size", "0", "--dry-run"], "at least 1"),
         (["--world-size", "2", "--strategy", "fdsp", "--dry-run"], "Did you mean 'fsdp'"),
-        (["--world-size", "1", "--strategy", "ddp", "--dry-run"], "does not go with 1 process"),
+        (["--world-size", "1", "--strategy", "ddp", "--dry-run"], "does not work with 1 process."),
         (["--world-size", "2", "--mode", "inference", "--dry-run"], "Unknown mode 'inference'"),
         (["--world-size", "2", "--mode", "qlora", "--strategy", "zero3", "--dry-run"], "qlora with zero3"),
         (["--strategy", "ddp", "--num-prune", "3", "--dry-run"], "need --world-size"),

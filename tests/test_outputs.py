@@ -8,6 +8,7 @@ import torch
 from builders import make_llama, make_tokenizer
 
 from gradpruner.common.errors import ConfigError, IntegrityError
+from gradpruner.common.progress import Progress
 from gradpruner.data.examples import Example
 from gradpruner.evaluation.outputs import Output, paired_intervals, read_examples, values_of
 from gradpruner.evaluation.quality import evaluate
@@ -58,6 +59,23 @@ def test_an_interrupted_evaluation_goes_on(model, tokenizer, tmp_path, monkeypat
     monkeypatch.setattr(model, "forward", lambda *a, **k: calls.append("forward") or forward(*a, **k))
     assert evaluate(model, tokenizer, EXAMPLES, journal=journal, **settings).outputs == whole.outputs
     assert calls == []
+
+
+def test_progress_counts_rows_and_ends_once(model, tokenizer, tmp_path, monkeypatch, capsys):
+    settings = {"batch_size": 4, "max_length": 64, "max_new_tokens": 2, "journal": tmp_path / "part"}
+    seen = []
+    monkeypatch.setattr(Progress, "update", lambda self, done, **_: seen.append((done, self.total)))
+    evaluate(model, tokenizer, EXAMPLES, metrics=["exact_match"], **settings)
+    assert seen == [(4, 6), (6, 6)]
+    seen.clear()
+    evaluate(model, tokenizer, EXAMPLES, **settings)  # all answers are known: three batches of options
+    assert seen == [(4, 6), (5, 6), (6, 6)]
+    seen.clear()
+    evaluate(model, tokenizer, EXAMPLES, **(settings | {"journal": None}))
+    assert seen == [(2, 6), (3, 6), (4, 6), (5, 6), (6, 6)]
+    capsys.readouterr()
+    evaluate(model, tokenizer, EXAMPLES, **settings)
+    assert "evaluate 6/6 done" in capsys.readouterr().err
 
 
 def test_a_journal_of_other_examples_is_not_believed(model, tokenizer, tmp_path):

@@ -112,7 +112,7 @@ def test_the_layers_are_the_librarys():
 
 def test_neither_batches_nor_order_change_a_score(scorer, monkeypatch):
     found = scorer.f1(GENERATED, ANSWERS)
-    monkeypatch.setattr(similarity, "_PAIRS_AT_A_TIME", 1)
+    monkeypatch.setattr(similarity, "_PAIRS_PER_BATCH", 1)
     assert scorer.f1(GENERATED, ANSWERS) == pytest.approx(found, abs=1e-5)
     assert scorer.f1(GENERATED[::-1], ANSWERS[::-1]) == pytest.approx(found[::-1], abs=1e-5)
     assert scorer.f1([*GENERATED, *GENERATED], [*ANSWERS, *ANSWERS]) == pytest.approx(found * 2, abs=1e-5)
@@ -169,7 +169,7 @@ def test_what_cannot_be_asked(scorer, minilm):
     with pytest.raises(ShapeError, match="1 generated texts and 2 answers"):
         scorer.f1(["a"], ["a", "b"])
     for layer in (-1, 7):
-        with pytest.raises(ConfigError, match=rf"Layer {layer} .*it has 6\. Allowed: 0"):
+        with pytest.raises(ConfigError, match=rf"Layer {layer} .*which has 6 layers\. Give 0 "):
             BertScorer(minilm, layer=layer)
 
 
@@ -211,7 +211,7 @@ def test_models_that_are_no_encoders_are_refused(tmp_path):
     t5 = T5Config(vocab_size=8, d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     T5EncoderModel(t5).save_pretrained(tmp_path / "t5")
     for name in ("llama", "t5"):
-        with pytest.raises(ModelError, match=f"holds a {name} model, which is not a plain encoder"):
+        with pytest.raises(ModelError, match=f"holds a {name} model, but BERTScore needs an encoder"):
             check_encoder(tmp_path / name)
 
 

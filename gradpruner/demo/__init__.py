@@ -1,9 +1,9 @@
-"""The embedded default: a small model, really pre-trained, and a task from the same world.
+"""The embedded demo: a small pre-trained model and a task about the same invented town.
 
-It lets the whole method run offline in minutes on a CPU. Everything here is original, made by the scripts in
-`benchmarks/miniature/`: `world` invents the town and writes both its text and the task, `pretrain` trains the
-model on that text, and `measure` checks by figures that the pair is a fair miniature of pruning a large model
-for a task of one's own.
+With it, the whole method runs offline on a CPU in minutes. Model and data are original. The scripts in
+`benchmarks/miniature/` made them: `world` invents the town and writes its text and the task, `pretrain`
+trains the model on that text, and `measure` checks that the pair is a fair miniature of pruning a large model
+for your own task.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Quality and cost of a model.
 
-quality      evaluate: answers, options, metrics; options: what it is told
+quality      evaluate: answers, options, metrics; options: its settings
 metrics      exact match, ROUGE-L, intervals, paired differences
-questions    prompts as the model sees them; outputs: what it answered, row by row
-generation   greedy answers; likelihood: options that share their prompt
+questions    tokenised examples and their prompts; outputs: the answer to each example, and its scores
+generation   greedy answers; likelihood: log-likelihood of options that share a prompt
 bertscore    BERTScore with a checked encoder
-harness      lm-evaluation-harness; endpoint: a server instead of a model, asked through connection
-costing      time and memory of training and inference, dense and pruned in turns
+harness      lm-evaluation-harness; endpoint: a served model, reached through connection
+costing      time and memory of training and inference, dense and pruned measured in turns
 """

@@ -1,8 +1,8 @@
-"""BERTScore: how close a generated text comes to the right one, by an encoder's embeddings.
+"""BERTScore: similarity of a generated text and the right answer, from an encoder's token embeddings.
 
-Equal to the `bert-score` library within 1e-6, by test. The library itself is not used: it reads pickled
-weights, takes every path that contains "t5" for a T5 model, and under transformers 5 no longer tokenises the
-first word of a text for RoBERTa as it did when the published figures were made.
+A test checks that the scores equal those of the `bert-score` library within 1e-6. The library itself is not
+used, for three reasons: it reads pickled weights, it takes every path that contains "t5" for a T5 model, and
+under transformers 5 it tokenises the first word of a text for RoBERTa differently from the published figures.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from gradpruner.evaluation.options import DEFAULT_ENCODER
 from gradpruner.models.checking import check_model_folder
 from gradpruner.models.folder import locate_model
 
-# Layer -> encoders whose published figures compare the output of that layer, by name without organisation:
-# where it agrees best with human judgement (Zhang et al., 2020). The library has the same table.
+# Layer -> names (without organisation) of the encoders whose published figures use the output of that layer,
+# because it agrees best with human judgement (Zhang et al., 2020). The library has the same table.
 _PUBLISHED_LAYERS = {
     5: "distilroberta-base",
     7: "longformer-base-4096",
@@ -44,8 +44,8 @@ _PUBLISHED_LAYERS = {
     40: "deberta-xlarge-mnli",
 }
 
-_PAIRS_AT_A_TIME = 32
-# Without any of them transformers makes up an empty tokenizer, to which every text is the same unknown words.
+_PAIRS_PER_BATCH = 32
+# Without any of these files transformers builds an empty tokenizer, to which every word is unknown.
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -58,49 +58,49 @@ _VOCABULARIES = (
 
 
 def check_encoder(encoder: str | Path = DEFAULT_ENCODER) -> tuple[Path, dict[str, Any]]:
-    """Makes sure that an encoder can be used, before any other model is loaded.
+    """Checks that an encoder can be used; called before any other model is loaded.
 
     Args:
-        encoder: A folder, or a hub id, which is then downloaded unless it is in the cache.
+        encoder: A folder, or a hub id. A hub model that is not in the cache is downloaded.
 
     Returns:
-        The local folder, and its raw config.
+        The encoder's local folder and its raw config.
 
     Raises:
-        ModelError: If there is no such model, it is not an encoder, has no tokenizer, or its weights are not
+        ModelError: If the model does not exist, is not an encoder, has no tokenizer, or its weights are not
             safetensors.
-        IntegrityError: If its files are damaged or would run foreign code.
+        IntegrityError: If its files are damaged or would run code that comes with the model.
     """
     try:
         folder = locate_model(encoder)
     except ModelError as error:
         raise ModelError(
             f"The encoder for BERTScore cannot be found: {error.message}",
-            hint="Give a folder that holds one (--set evaluate.encoder=FOLDER), or unset HF_HUB_OFFLINE to "
-            "have it downloaded.",
+            hint="Give the folder of an encoder (--set evaluate.encoder=FOLDER), or unset HF_HUB_OFFLINE to "
+            "download it.",
         ) from error
     config = check_model_folder(folder)
     causal = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
     if causal or config.get("is_encoder_decoder") or _num_layers(config) is None:
         raise ModelError(
-            f"{folder} holds a {config.get('model_type', 'nameless')} model, which is not a plain encoder.",
-            hint="Give one of the BERT or RoBERTa kind, e.g. roberta-large.",
+            f"{folder} holds a {config.get('model_type', 'nameless')} model, but BERTScore needs an encoder.",
+            hint="Give an encoder-only model of the BERT or RoBERTa kind, e.g. roberta-large.",
         )
     if not any((folder / name).is_file() for name in _VOCABULARIES):
         raise ModelError(
             f"{folder} holds no tokenizer: none of {', '.join(_VOCABULARIES)}.",
-            hint="Copy the encoder's tokenizer files beside its weights.",
+            hint="Copy the encoder's tokenizer files into this folder.",
         )
     return folder, config
 
 
 class BertScorer:
-    """Scores texts by one encoder; the model is loaded when the scorer is made.
+    """Scores texts with one encoder, which is loaded when the scorer is created.
 
     Args:
         encoder: A folder or a hub id.
-        layer: Whose output is compared, counted from 1; 0 is the embeddings. None takes the one that
-            published figures use for an encoder of this name, and the last one for all others.
+        layer: Layer whose output is compared, counted from 1; 0 is the embeddings. None takes the layer that
+            published figures use for an encoder of this name, or the last layer if there are none.
         device: A torch device; None takes a GPU if there is one.
 
     Raises:
@@ -119,40 +119,40 @@ class BertScorer:
         self._model, self._tokenizer = _load(self.folder, self.layer, self.device)
 
     def f1(self, generated: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """BERTScore F1 of each generated text with its answer: not rescaled, without idf weights.
+        """Returns the BERTScore F1 of each generated text against its answer, not rescaled and without idf.
 
         Args:
             generated: One text per example.
-            answers: The right ones, in the same order.
+            answers: The right answers, in the same order.
 
         Returns:
-            At most 1, in practice 0.8 to 1 with RoBERTa; 0 where either text is empty.
+            One score per example, at most 1 and with RoBERTa usually above 0.8; 0 if either text is empty.
 
         Raises:
-            ShapeError: If the two differ in length.
+            ShapeError: If `generated` and `answers` differ in length.
 
         Source: Zhang et al., "BERTScore: evaluating text generation with BERT", 2020.
         """
         if len(generated) != len(answers):
             raise ShapeError(f"{len(generated)} generated texts and {len(answers)} answers do not pair up.")
         pairs = [(said.strip(), wanted.strip()) for said, wanted in zip(generated, answers, strict=True)]
-        # Every pair once, the longest first: if the memory does not suffice, that shows in the first batch.
-        full = sorted(
+        # Each distinct pair once, longest first, so that running out of memory happens in the first batch.
+        distinct = sorted(
             (pair for pair in dict.fromkeys(pairs) if all(pair)), key=lambda pair: -len("".join(pair))
         )
         scores: dict[tuple[str, str], float] = {}
-        for start in range(0, len(full), _PAIRS_AT_A_TIME):
-            batch = full[start : start + _PAIRS_AT_A_TIME]
+        for start in range(0, len(distinct), _PAIRS_PER_BATCH):
+            batch = distinct[start : start + _PAIRS_PER_BATCH]
             sides = [self._embed([pair[side] for pair in batch]) for side in (0, 1)]
             scores |= zip(batch, map(_match, *sides), strict=True)
         return [scores.get(pair, 0.0) for pair in pairs]
 
     def describe(self) -> dict[str, Any]:
-        """Returns what the scores depend on, for the record; figures made otherwise cannot be compared."""
+        """Returns what the scores depend on, for run.json; scores are comparable only if all of it agrees."""
         return {
             "implementation": "gradpruner, equal to bert-score 0.3.13",
             "transformers": metadata.version("transformers"),
-            # A folder by its name and contents: paths of this machine do not belong in a record.
+            # Of a folder only the name, so that no path of this machine ends up in the record.
             "encoder": self.folder.name if Path(self.encoder).expanduser().is_dir() else self.encoder,
             "encoder_sha256": hash_folder(sorted(self.folder.glob("*.safetensors"))),
             "layer": self.layer,
@@ -161,53 +161,53 @@ class BertScorer:
         }
 
     def _embed(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
-        """Of every text the unit vectors of its tokens, shape (tokens, hidden), and which tokens count."""
+        """Returns, per text, the unit vectors of its tokens, (tokens, hidden), and which tokens count."""
         rows = self._tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             output = self._model(input_ids=rows.input_ids, attention_mask=rows.attention_mask)
         vectors = functional.normalize(output.last_hidden_state, dim=-1)
-        # Tokens that only open or close a text may be matched, but their own match does not count.
+        # Other tokens may match CLS and SEP, but their own best match is left out of the means.
         ends = [self._tokenizer.cls_token_id, self._tokenizer.sep_token_id]
-        known = torch.tensor([token for token in ends if token is not None], device=self.device)
-        counts = ~torch.isin(rows.input_ids, known)
-        own = rows.attention_mask.bool()
-        return [(vectors[row, own[row]], counts[row, own[row]]) for row in range(len(texts))]
+        uncounted = torch.tensor([token for token in ends if token is not None], device=self.device)
+        counts = ~torch.isin(rows.input_ids, uncounted)
+        not_padding = rows.attention_mask.bool()
+        return [(vectors[row, mask], counts[row, mask]) for row, mask in enumerate(not_padding)]
 
 
 def _match(said: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
-    """F1 of greedy matching: every token with the most similar one of the other text."""
+    """Returns the F1 of greedy matching, where each token takes the most similar token of the other text."""
     cosines = said[0] @ wanted[0].T
     precision = cosines.amax(dim=1)[said[1]].mean()
     recall = cosines.amax(dim=0)[wanted[1]].mean()
-    # Nothing but special tokens: a mean of nothing.
+    # The mean is NaN if a text consists of special tokens only.
     return float(torch.nan_to_num(2 * precision * recall / (precision + recall), nan=0.0))
 
 
 def _choose_layer(config: dict[str, Any], names: Sequence[str], layer: int | None) -> int:
-    """The layer to compare: the one asked for, the published one for one of the names, or the last."""
+    """Returns `layer` if given, else the published layer for one of the names, else the last layer."""
     num_layers = _num_layers(config)
     assert num_layers is not None
     if layer is None:
         own = {name.rsplit("/", 1)[-1] for name in names}
         known = [number for number, encoders in _PUBLISHED_LAYERS.items() if own & set(encoders.split())]
-        # A model with fewer layers than the published one only shares its name.
+        # With fewer layers than the published encoder, this is another model of the same name.
         return known[0] if known and known[0] <= num_layers else num_layers
     if not 0 <= layer <= num_layers:
         raise ConfigError(
-            f"Layer {layer} of the encoder {names[0]} was asked for; it has {num_layers}.",
-            hint=f"Allowed: 0 (embeddings) to {num_layers}.",
+            f"Layer {layer} of the encoder {names[0]} was asked for, which has {num_layers} layers.",
+            hint=f"Give 0 (the embeddings) to {num_layers}.",
         )
     return layer
 
 
 def _num_layers(config: dict[str, Any]) -> int | None:
-    """Returns the depth a raw config names; None if it names none, as those of encoder-decoders do."""
+    """Returns the number of layers in a raw config; None without one, as for some encoder-decoders."""
     number = config.get("num_hidden_layers")
     return number if isinstance(number, int) and not isinstance(number, bool) and number >= 1 else None
 
 
 def _load(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
-    """Loads the tokenizer, and the encoder up to `layer`, from safetensors only."""
+    """Loads the encoder up to `layer`, from safetensors only, and its tokenizer."""
     from transformers import AutoConfig, AutoModel, AutoTokenizer, GPT2Tokenizer, RobertaTokenizer
 
     config = AutoConfig.from_pretrained(folder)
@@ -215,24 +215,24 @@ def _load(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
     if layer != config.num_hidden_layers:
         config.num_hidden_layers = layer
     try:
-        with _quietly():  # that layers are left out and the pooler is missing is intended
+        with _quietly():  # transformers would warn of layers left out and of a missing pooler: both intended
             model = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         if isinstance(tokenizer, GPT2Tokenizer | RobertaTokenizer):
-            # Published BERTScores tokenise the first word as those inside a sentence.
+            # Published BERTScores tokenise the first word like a word inside a sentence.
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, add_prefix_space=True)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(
             f"The encoder in {folder} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="It must hold an encoder and its tokenizer, e.g. a copy of roberta-large.",
+            hint="The folder must hold an encoder and its tokenizer, e.g. a copy of roberta-large.",
         ) from error
     if tokenizer.pad_token_id is None:
         raise ModelError(f"The tokenizer in {folder} has no padding token.", hint="Use another encoder.")
-    # A tokenizer saved without a maximum says 1e30, which overflows in the Rust tokenizers.
+    # A tokenizer saved without a maximum length reports 1e30, which overflows in the Rust tokenizers.
     if positions is not None:
-        # RoBERTa counts positions from behind the padding index.
+        # RoBERTa's positions start after the padding index.
         offset = getattr(getattr(model, "embeddings", None), "padding_idx", None)
         room = positions - (0 if offset is None else offset + 1)
         tokenizer.model_max_length = min(tokenizer.model_max_length, room)
@@ -243,7 +243,7 @@ def _load(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silences transformers' report of the weights it did not need."""
+    """Silences transformers' warnings of unused and missing weights."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Asking a server that is not trusted: JSON there and back, one deadline, one host, a reply of limited size.
+"""JSON requests to an untrusted server, with one deadline per request and a limit on the size of the reply.
 
-The key goes to the host that was named and nowhere else: no redirect is followed. What may succeed in a
-moment (429, 5xx) is asked again, ever more slowly, until the deadline; after a broken connection, once.
+The API key goes to the given host alone: redirects are not followed. Errors that may pass (429, 5xx) are
+retried with growing pauses until the deadline; a broken connection is retried once.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ log = logging.getLogger(__name__)
 
 API_KEY = "OPENAI_API_KEY"
 DEADLINE_SECONDS = 600.0
-"""For one request, everything included: connecting, waiting, reading, trying again."""
+"""Time for one request in all: connecting, waiting, reading and retrying."""
 TRIES = 5
 _CONNECT_SECONDS = 30.0
 _LONGEST_PAUSE = 60.0
-_AGAIN = frozenset((408, 425, 429, 500, 502, 503, 504, 529))
+_RETRIED_STATUS = frozenset((408, 425, 429, 500, 502, 503, 504, 529))
 _RUNNING = "Is the server running? vLLM: vllm serve FOLDER --port 8000."
 
 
 class Connection:
-    """A server that answers JSON with JSON.
+    """A connection to a JSON API.
 
     Args:
-        url: Base of the API, checked by the caller.
+        url: Base address of the API, already checked by the caller.
 
     Raises:
-        ConfigError: If the key in the environment cannot be sent.
+        ConfigError: If the key in the environment cannot be sent in a header.
     """
 
     def __init__(self, url: str) -> None:
@@ -50,31 +50,31 @@ class Connection:
         key = os.environ.get(API_KEY, "").strip()
         if not re.fullmatch(r"[\x21-\x7e]*", key):
             raise ConfigError(
-                f"The environment variable {API_KEY} holds blanks or characters that no key has.",
-                hint="Set it again, without line breaks.",
+                f"The environment variable {API_KEY} holds blanks or characters other than printable ASCII.",
+                hint="Set the key again, without blanks or line breaks.",
             )
-        # Compression is not asked for, so that a few bytes cannot become gigabytes here.
+        # No compression, so that a small reply cannot unpack into gigabytes.
         self._headers = {"Accept-Encoding": "identity", "Accept": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
-        # Over plain http a proxy would read the key; over https it only passes it on.
+        # A proxy from the environment could read the key over plain http; over https it cannot.
         self._use_environment = urlsplit(url).scheme == "https" or not key
         self._loop: asyncio.AbstractEventLoop | None = None
         self._client: httpx.AsyncClient | None = None
 
     def call(self, path: str, body: dict[str, Any] | None = None, *, limit: int) -> Any:
-        """Sends a request (GET without a body, else POST) and returns the JSON that comes back.
+        """Sends a request (GET without a body, else POST) and returns the JSON reply.
 
         Args:
-            path: Behind the base.
-            body: JSON values.
-            limit: Bytes the reply may have.
+            path: Path below the base address.
+            body: JSON values to send.
+            limit: Most bytes the reply may have.
 
         Raises:
-            ResourceError: If there is no answer in time, or it is an error, too long or not JSON.
+            ResourceError: If no reply comes in time, or the reply is an error, too long or not JSON.
         """
-        # A loop in a thread of its own: only so a deadline holds for whatever a server does, also where the
-        # caller has a loop running (notebooks).
+        # An event loop in its own thread: it enforces the deadline whatever the server does, and works where
+        # the caller already runs a loop (notebooks).
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
@@ -87,20 +87,20 @@ class Connection:
 
     async def _within_deadline(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
         try:
-            return await asyncio.wait_for(self._until_it_works(path, body, limit), DEADLINE_SECONDS)
+            return await asyncio.wait_for(self._with_retries(path, body, limit), DEADLINE_SECONDS)
         except TimeoutError:
             raise ResourceError(
                 f"No answer from {self.url}{path} within {DEADLINE_SECONDS:g} seconds.",
                 hint="Is the server overloaded? A smaller evaluate.batch_size sends fewer prompts at a time.",
             ) from None
 
-    async def _until_it_works(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
-        """Tries again what may succeed in a moment, up to TRIES times, until the time is up."""
+    async def _with_retries(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
+        """Makes up to TRIES attempts before the deadline, retrying errors that may pass."""
         end = time.monotonic() + DEADLINE_SECONDS
         for attempt in range(1, TRIES + 1):
             try:
                 return await self._once(path, body, limit)
-            except _Passing as failure:
+            except _TransientError as failure:
                 pause = max(_pause(attempt), min(failure.wait, _LONGEST_PAUSE))
                 if attempt >= failure.tries or time.monotonic() + pause >= end:
                     raise ResourceError(
@@ -108,7 +108,7 @@ class Connection:
                     ) from failure.__cause__
                 log.warning("%s; trying again in %.1f s", failure.message, pause)
                 await asyncio.sleep(pause)
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     async def _once(self, path: str, body: dict[str, Any] | None, limit: int) -> Any:
         where = self.url + path
@@ -122,9 +122,9 @@ class Connection:
             ) as reply:
                 data = await _read(reply, where, limit if reply.status_code == 200 else 2000)
         except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, ValueError, OSError) as error:
-            # A server may close a connection it had kept, or be starting again. Once more will do.
-            raise _Passing(f"No answer from {where}: {_reason(error)}", tries=2) from error
-        return self._understood(reply, data, where)
+            # The server may have closed an idle connection, or be restarting: one retry is enough.
+            raise _TransientError(f"No answer from {where}: {_reason(error)}", tries=2) from error
+        return self._parsed(reply, data, where)
 
     def _new_client(self) -> httpx.AsyncClient:
         timeout = httpx.Timeout(DEADLINE_SECONDS, connect=_CONNECT_SECONDS)
@@ -135,18 +135,19 @@ class Connection:
             limits=httpx.Limits(max_connections=4),
         )
 
-    def _understood(self, reply: httpx.Response, data: bytes, where: str) -> Any:
+    def _parsed(self, reply: httpx.Response, data: bytes, where: str) -> Any:
         status = reply.status_code
         if 300 <= status < 400:
             raise ResourceError(
-                f"{where} answered {status}: it sends us to {shown(reply.headers.get('location', ''), 120)}.",
-                hint="No redirect is followed, because the key would go with it: give the final address.",
+                f"{where} answered {status}: it redirects to "
+                f"{shown(reply.headers.get('location', ''), 120)}.",
+                hint="Redirects are not followed, so that the key goes nowhere else: give the final address.",
             )
         if status != 200:
             said = " ".join(data.decode(errors="replace").split())[:300]
             message = f"{where} answered {status}: {shown(said, 300)[1:-1] or reply.reason_phrase}"
-            if status in _AGAIN:
-                raise _Passing(message, _retry_after(reply))
+            if status in _RETRIED_STATUS:
+                raise _TransientError(message, _retry_after(reply))
             hint = f"The key is read from {API_KEY}." if status in (401, 403) else None
             raise ResourceError(f"{message}.", hint=hint)
         try:
@@ -157,8 +158,8 @@ class Connection:
             ) from error
 
 
-class _Passing(Exception):
-    """A failure that may be over in a moment."""
+class _TransientError(Exception):
+    """A failure that may pass, so that the request is retried."""
 
     def __init__(self, message: str, wait: float = 0.0, tries: int = TRIES) -> None:
         super().__init__(message)
@@ -166,10 +167,12 @@ class _Passing(Exception):
 
 
 async def _read(reply: httpx.Response, where: str, limit: int) -> bytes:
-    """The body of a reply, of an error only its beginning."""
+    """Reads the body of a reply; of an error reply only the beginning."""
     coding = reply.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
-        raise ResourceError(f"{where} answered in the coding {shown(coding)}, which was not asked for.")
+        raise ResourceError(
+            f"{where} answered with content encoding {shown(coding)}, which was not requested."
+        )
     data = bytearray()
     async for chunk in reply.aiter_raw():
         data += chunk
@@ -177,22 +180,22 @@ async def _read(reply: httpx.Response, where: str, limit: int) -> bytes:
             if reply.status_code != 200:
                 return bytes(data[:limit])
             raise ResourceError(
-                f"{where} answered with more than {limit} bytes, far more than was asked for.",
+                f"{where} answered with more than {limit} bytes, far more than the request calls for.",
                 hint="Is this the address of a model server?",
             )
     return bytes(data)
 
 
 def _pause(attempt: int) -> float:
-    """Seconds before the next try: 0.5, 1, 2 ... doubled each time, shortened by chance by up to a half.
+    """Returns the seconds before the next attempt: 0.5, 1, 2 ... times a random factor from 0.5 to 1.
 
-    Chance, so that several clients of one overloaded server do not all come back at the same moment.
+    The random factor keeps several clients of an overloaded server from retrying at the same moment.
     """
     return float(min(0.5 * 2 ** (attempt - 1), _LONGEST_PAUSE) * random.uniform(0.5, 1.0))
 
 
 def _retry_after(reply: httpx.Response) -> float:
-    """Seconds the server asks us to wait; 0 if it does not say, or says it as a date."""
+    """Returns the seconds the server asks us to wait; 0 without a Retry-After header or with a date in it."""
     said = reply.headers.get("retry-after", "")
     return float(said) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", said) else 0.0
 

@@ -1,8 +1,8 @@
-"""A served model that answers questions, through the OpenAI completions protocol (vLLM, SGLang, llama.cpp).
+"""A served model that answers questions over the OpenAI completions protocol (vLLM, SGLang, llama.cpp).
 
-The server runs where it likes, in an environment of its own; nothing of it is imported. Prompts are sent as
-token ids, so that it is asked exactly what a loaded model would be. No answer is trusted: every value that is
-used is checked first, and `evaluation/connection.py` bounds how long and how much a server may send.
+The server runs anywhere, in its own environment; none of its packages are imported. Prompts are sent as token
+ids, so that a served model gets exactly the input of a loaded one. Replies are not trusted: every value is
+checked before use, and `evaluation/connection.py` limits the time and size of a reply.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ from gradpruner.evaluation.generation import Answer
 from gradpruner.evaluation.questions import Questions
 
 T = TypeVar("T")
-_MODELS_LIMIT = 16 * 2**20  # bytes of a list of models
-# Bytes an answer may have per token sent or asked for: its text, its log-probability, others beside it.
+_MODELS_LIMIT = 16 * 2**20  # most bytes of a list of models
+# Most bytes of a reply per token sent or requested: its text, its log-probability and those of alternatives.
 _BYTES_PER_TOKEN = 4096
-_ASK = "Is it an OpenAI completions server, and does the address end where /completions begins?"
+_CHECK_HINT = (
+    "Is this an OpenAI completions server? Give the address without /completions, e.g. http://host/v1."
+)
 
 
 class _Model(BaseModel):
@@ -34,7 +36,7 @@ class _Model(BaseModel):
 
 
 class _Models(BaseModel):
-    """The reply to GET /models, as far as it is used."""
+    """The parts of the reply to GET /models that are used."""
 
     data: list[_Model]
 
@@ -47,23 +49,24 @@ class _Choice(BaseModel):
 
 
 class _Completion(BaseModel):
-    """The reply to POST /completions."""
+    """The parts of the reply to POST /completions that are used."""
 
     choices: list[_Choice]
 
 
 class Endpoint:
-    """Answers through `POST <url>/completions`.
+    """A served model, reached through `POST <url>/completions`.
 
     Args:
-        url: Base of the API, e.g. "http://localhost:8000/v1". A key, if it needs one, is read from the
-            environment variable OPENAI_API_KEY and sent to this host alone.
-        name: What the server calls the model; None takes the only one it lists.
+        url: Base address of the API, e.g. "http://localhost:8000/v1". A key, if the server needs one, is read
+            from the environment variable OPENAI_API_KEY and sent to this host alone.
+        name: Name of the model on the server; None if the server has only one.
         batch_size: Prompts per request, at least 1.
 
     Raises:
-        ConfigError: If the address is not one, or the server serves another model, or several.
-        ResourceError: If the server cannot be reached, or its answer is not a list of models.
+        ConfigError: If the address is invalid, the server does not serve `name`, or `name` is None and the
+            server does not serve exactly one model.
+        ResourceError: If the server cannot be reached, or its reply is not a list of models.
     """
 
     def __init__(self, url: str, name: str | None = None, batch_size: int = 32) -> None:
@@ -85,16 +88,16 @@ class Endpoint:
         return Connection(self.url)
 
     def longest(self, max_length: int) -> int:
-        """`max_length`: only the server knows how much it can hold."""
+        """Returns `max_length`, because the model's own limit is known to the server only."""
         return max_length
 
     def answers(
         self, questions: Questions, indices: Sequence[int], max_new_tokens: int
     ) -> Iterator[tuple[list[int], list[Answer]]]:
-        """Yields example indices and their greedy answers, request by request.
+        """Yields example indices with their greedy answers, request by request.
 
         Raises:
-            ResourceError: If the server cannot be reached, or a reply is not one text for every prompt.
+            ResourceError: If the server cannot be reached, or a reply does not hold one text per prompt.
         """
         for start in range(0, len(indices), self.batch_size):
             batch = list(indices[start : start + self.batch_size])
@@ -108,62 +111,62 @@ class Endpoint:
     def option_scores(
         self, questions: Questions, indices: Sequence[int]
     ) -> Iterator[tuple[list[int], list[list[float]]]]:
-        """Yields example indices and the log-likelihood of their options; the server must echo prompts.
+        """Yields example indices with the log-likelihoods of their options, one example per request.
 
         Raises:
-            ConfigError: If it does not.
-            ResourceError: If it cannot be reached, or does not answer with log-probabilities.
+            ConfigError: If the server does not return the log-probabilities of prompts (echo).
+            ResourceError: If the server cannot be reached, or a log-probability is not a valid one.
         """
         for index in indices:
             options = questions.option_set(index)
             rows = [options.prompt + target for target in options.targets]
-            # One more token is asked for because some servers refuse to generate none.
+            # Request one new token, because some servers refuse to generate none.
             found = self._complete(rows, max_tokens=1, echo=True, logprobs=1)
             first = len(options.prompt)
             echoed = [self._echoed(choice, len(row), first) for choice, row in zip(found, rows, strict=True)]
             yield [index], [[sum(values) for values in echoed]]
 
     def _echoed(self, choice: _Choice, length: int, first: int) -> list[float]:
-        """The log-probabilities, in nats, of the tokens that were sent, from the `first` on."""
+        """Returns the log-probabilities, in nats, of the tokens sent, starting at index `first`."""
         held = choice.logprobs
         values = held.get("token_logprobs") if isinstance(held, dict) else None
         if not isinstance(values, list) or not length <= len(values) <= length + 1:
             raise ConfigError(
                 f"{self.url} does not return the log-probabilities of a prompt (echo with logprobs).",
-                hint="Use --set 'evaluate.metrics=[exact_match]', or a server that does, such as vLLM.",
+                hint="Use --set 'evaluate.metrics=[exact_match]', or a server that returns them, e.g. vLLM.",
             )
         found = values[first:length]
         for place, value in enumerate(found, start=first):
             if first == place == 0 and value is None:
-                continue  # nothing stands before the very first token, so that it has no probability
+                continue  # the very first token has no context, and so no probability
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            # Servers round; a log-probability a little above 0 is one of 0.
+            # Servers round, so a log-probability slightly above 0 is accepted.
             if not number or not math.isfinite(value) or value > 1e-3:
                 raise self._wrong(
                     "/completions",
-                    f"token {place} has the log-probability {shown(value)}; one of at most 0 is needed",
+                    f"token {place} has the log-probability {shown(value)}, which must be a number up to 0",
                 )
         return [float(value or 0.0) for value in found]
 
     def _complete(self, prompts: list[list[int]], **options: Any) -> list[_Choice]:
-        """One completion of every prompt, in their order."""
+        """Requests one completion per prompt and returns them in the order of the prompts."""
         body = {"model": self.name, "prompt": prompts, "temperature": 0, **options}
         tokens = sum(map(len, prompts)) + len(prompts) * int(options["max_tokens"])
         limit = 2**20 + _BYTES_PER_TOKEN * tokens
         choices = self._call("/completions", limit, _Completion, body).choices
         if len(prompts) == len(choices) == 1 and choices[0].index is None:
-            return choices  # some servers leave out the index of an only answer
+            return choices  # some servers leave out the index if there is one answer only
         by_index = {choice.index: choice for choice in choices}
         if len(choices) != len(prompts) or by_index.keys() != set(range(len(prompts))):
             indexes = shown([choice.index for choice in choices])
             raise self._wrong(
                 "/completions",
-                f"{len(prompts)} prompts have {len(choices)} answers, with the indexes {indexes}",
+                f"{len(prompts)} prompts got {len(choices)} answers, with the indexes {indexes}",
             )
         return [by_index[index] for index in range(len(prompts))]
 
     def _call(self, path: str, limit: int, shape: type[T], body: dict[str, Any] | None = None) -> T:
-        """What the server says, checked as a whole."""
+        """Sends a request and checks the whole reply against `shape`."""
         reply = self._connection.call(path, body, limit=limit)
         try:
             return typed(reply, shape, "")
@@ -171,7 +174,7 @@ class Endpoint:
             raise self._wrong(path, error.message.removeprefix(": ").rstrip(".")) from None
 
     def _wrong(self, path: str, what: str) -> ResourceError:
-        return ResourceError(f"{self.url}{path} did not answer as it should: {what}.", hint=_ASK)
+        return ResourceError(f"{self.url}{path} sent a reply that cannot be used: {what}.", hint=_CHECK_HINT)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -180,7 +183,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _check_address(url: str) -> None:
-    """ConfigError unless it is http(s)://host[:port][/path] and nothing else."""
+    """Raises ConfigError unless the address has the form http(s)://host[:port][/path]."""
     hint = "Give something like http://localhost:8000/v1."
     try:
         parts = urlsplit(url)
@@ -192,8 +195,8 @@ def _check_address(url: str) -> None:
         raise ConfigError(f"{shown(url, 100)} is not the address of a server.", hint=hint)
     if parts.username is not None or parts.password is not None:
         raise ConfigError(
-            f"The address of {parts.hostname} holds a user or password, which would stand in every record.",
+            f"The address of {parts.hostname} holds a user or password, which would end up in every record.",
             hint=f"Put the key into the environment variable {API_KEY}.",
         )
     if "?" in url or "#" in url:
-        raise ConfigError(f"{shown(url, 100)} has more than a path behind the host.", hint=hint)
+        raise ConfigError(f"{shown(url, 100)} has more than a path after the host.", hint=hint)

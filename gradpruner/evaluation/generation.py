@@ -1,4 +1,4 @@
-"""Greedy answers of a transformers model: batches of similar length, with a cache, until all have ended."""
+"""Greedy answers of a loaded transformers model, in batches of similar length and with a KV cache."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gradpruner.evaluation.questions import Questions
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """A generated answer.
 
     Attributes:
-        text: Up to the end-of-text token.
-        finished: Whether it ended the answer itself, within the token budget.
-        num_tokens: Tokens generated, the end included, padding not.
+        text: The text before the end-of-text token.
+        finished: Whether the model ended the answer within the token budget.
+        num_tokens: Tokens generated, including the end token and without padding.
     """
 
     text: str
@@ -30,11 +30,11 @@ class Answer:
 
 
 class LocalModel:
-    """A loaded model as something that answers questions.
+    """A loaded model that answers questions and scores options; `endpoint.Endpoint` has the same methods.
 
     Args:
         model: A transformers causal language model, with or without PEFT adapters.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         batch_size: Prompts, or options, per forward pass; at least 1.
     """
 
@@ -42,12 +42,12 @@ class LocalModel:
         self.model, self.base = model, without_adapters(model)
         self.batch_size = batch_size
         pad = tokenizer.pad_token_id
-        # Any token will do, for it is masked.
+        # Any token works as padding, because padding is masked.
         self.pad_id = int((tokenizer.eos_token_id or 0) if pad is None else pad)
         self.scorer = OptionScorer(model, self.pad_id, batch_size)
 
     def longest(self, max_length: int) -> int:
-        """`max_length`, or the number of positions the model has if that is fewer."""
+        """Returns `max_length`, or the model's number of positions if that is smaller."""
         config = self.base.config.get_text_config(decoder=True)
         positions = getattr(config, "max_position_embeddings", None)
         return min(max_length, positions) if isinstance(positions, int) else max_length
@@ -55,7 +55,7 @@ class LocalModel:
     def answers(
         self, questions: Questions, indices: Sequence[int], max_new_tokens: int
     ) -> Iterator[tuple[list[int], list[Answer]]]:
-        """Yields example indices and their greedy answers, batch by batch, the longest prompts first."""
+        """Yields example indices with their greedy answers, batch by batch, longest prompts first."""
         ends = questions.ends(self.base.generation_config.eos_token_id)
         config = GenerationConfig(
             do_sample=False,
@@ -65,7 +65,7 @@ class LocalModel:
             eos_token_id=ends,
             pad_token_id=self.pad_id,
         )
-        # If the memory does not suffice, that shows in the first batch and not in the last.
+        # Longest first, so that running out of memory happens in the first batch.
         order = sorted(indices, key=lambda i: -len(questions.prompts[i]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -80,14 +80,14 @@ class LocalModel:
     def option_scores(
         self, questions: Questions, indices: Sequence[int]
     ) -> Iterator[tuple[list[int], list[list[float]]]]:
-        """Yields example indices and the log-likelihood of their options, batch by batch."""
+        """Yields example indices with the log-likelihoods of their options, batch by batch."""
         sets = [questions.option_set(i) for i in indices]
         for batch, scores in self.scorer.score(sets):
             yield [indices[k] for k in batch], scores
 
     def _generate(self, prompts: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-        """Returns the new tokens of each prompt; rows that ended early are padded."""
-        # Padded on the left: the new tokens follow the last prompt token without a gap.
+        """Returns the new tokens of each prompt; answers that ended early are padded."""
+        # Padding goes on the left, so that new tokens directly follow the last prompt token.
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), self.pad_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -105,10 +105,10 @@ class LocalModel:
 
 @contextmanager
 def _own_generation_config(models: Sequence[Any], config: GenerationConfig) -> Iterator[None]:
-    """Lets `config` alone decide how to generate.
+    """Makes `config` the only generation config inside the block.
 
-    `generate` fills what a given config leaves open from the model's own generation_config. Many
-    published models carry a temperature (then it warns), a repetition penalty or a length there.
+    `generate` takes values that `config` leaves open from the model's own generation_config, where many
+    published models have a repetition penalty, a length, or a temperature (of which `generate` warns).
     """
     owners = [model for model in models if "generation_config" in vars(model)]
     saved = [owner.generation_config for owner in owners]
@@ -117,5 +117,5 @@ def _own_generation_config(models: Sequence[Any], config: GenerationConfig) -> I
     try:
         yield
     finally:
-        for owner, own in zip(owners, saved, strict=True):
-            owner.generation_config = own
+        for owner, original in zip(owners, saved, strict=True):
+            owner.generation_config = original

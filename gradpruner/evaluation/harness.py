@@ -1,4 +1,4 @@
-"""Any task of EleutherAI's lm-evaluation-harness, run on a model that is loaded already."""
+"""Tasks of EleutherAI's lm-evaluation-harness, run on a loaded model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from gradpruner.common.registry import suggest
 
 
 def check_harness(tasks: Sequence[str], folder: str | None = None) -> None:
-    """Finds a missing installation or task before a model is loaded.
+    """Checks that lm-eval is installed and knows the tasks; called before a model is loaded.
 
     Args:
         tasks: Names of tasks, groups or tags.
-        folder: Folder with task files of one's own.
+        folder: Folder with your own task files.
 
     Raises:
-        ConfigError: If lm-eval is not installed, there is no such folder, or a task is unknown.
+        ConfigError: If lm-eval is not installed, the folder does not exist, or a task is unknown.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "lm-eval is not installed.", hint="pip install 'gradpruner[eval]', or leave --lm-eval out."
         )
     if folder is not None and not Path(folder).is_dir():
-        raise ConfigError(f"There is no folder {folder} with task files.")
+        raise ConfigError(
+            f"The folder of lm-eval task files, {folder}, does not exist.",
+            hint="Give an existing folder with --lm-eval-folder.",
+        )
     known = _manager(tuple(tasks), folder).all_tasks
     for task in tasks:
         if task not in known:
@@ -45,16 +48,16 @@ def evaluate_harness(
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Runs tasks of the harness.
+    """Runs tasks of the harness on a model.
 
     Args:
         model: A transformers causal language model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         tasks: As for `check_harness`.
         folder: As for `check_harness`.
         batch_size: Requests per forward pass.
-        limit: Examples of every task; None takes all.
-        seed: Of everything random in the harness (few-shot examples, bootstrap).
+        limit: Examples per task; None takes all.
+        seed: Seed of everything random in the harness (few-shot examples, bootstrap).
 
     Returns:
         `{"version", "tasks": {task: {"version", "n", "metrics": {name: {"value", "stderr"}}}}}`.
@@ -77,11 +80,11 @@ def evaluate_harness(
             bootstrap_iters=1000,
             **seeds,
         )
-    except (FileNotFoundError, ConnectionError, ValueError) as error:  # of `datasets`
+    except (FileNotFoundError, ConnectionError, ValueError) as error:  # raised by `datasets`
         raise DataError(
             f"lm-eval could not load the data of {', '.join(tasks)}: {str(error).splitlines()[0]}",
-            hint="Most of its tasks read the hub. Offline, give --lm-eval-folder with task files that name "
-            "local data.",
+            hint="Most lm-eval tasks download their data from the hub. Offline, give --lm-eval-folder with "
+            "task files that name local data.",
         ) from error
     counts = found.get("n-samples", {})
     return {
@@ -98,21 +101,21 @@ def evaluate_harness(
 
 
 def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """ "acc,none" and "acc_stderr,none" as one entry."""
+    """Joins "acc,none" and "acc_stderr,none" into one entry."""
     found: dict[str, dict[str, float | None]] = {}
     for key, value in scores.items():
         name, separator, variant = key.partition(",")
         if not separator or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        spread = scores.get(f"{name}_stderr,{variant}")
+        stderr = scores.get(f"{name}_stderr,{variant}")
         label = name if variant == "none" else f"{name} ({variant})"
-        found[label] = {"value": float(value), "stderr": spread if isinstance(spread, float) else None}
+        found[label] = {"value": float(value), "stderr": stderr if isinstance(stderr, float) else None}
     return found
 
 
 @cache
 def _manager(tasks: tuple[str, ...], folder: str | None) -> Any:
-    """The object that finds tasks. Reading the harness's thousands of own task files takes half a minute."""
+    """Returns the harness's index of tasks, cached: reading thousands of task files takes half a minute."""
     from lm_eval.tasks import TaskManager
 
     if folder is not None:

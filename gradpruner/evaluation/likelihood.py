@@ -1,14 +1,15 @@
-"""How likely a model finds given answers: the log-likelihood of the options of examples.
+"""Log-likelihoods of the answer options of examples.
 
-The options of one example share its prompt. They are laid behind it in one row, each seeing the prompt and
-itself, so that the prompt is computed once:
+All options of an example share its prompt. To compute the prompt only once, one row holds the prompt followed
+by all options, and each option attends to the prompt and to itself:
 
     row         p0 p1 p2 | a0 a1 | b0 b1 b2
     position     0  1  2 |  3  4 |  3  4  5
     attends to  (causal) | p, a  | p, b
 
-That needs a model whose only memory is attention with a mask of ours. Whether it is one is not looked up but
-tried, on the first examples of every evaluation; any other model gets a row for every option.
+This works only if tokens influence each other through attention alone and the model accepts a custom mask.
+`OptionScorer` does not look this up by model type: it tries it on one example at the start of every
+evaluation. A model that fails gets one row per option instead.
 """
 
 from __future__ import annotations
@@ -28,20 +29,21 @@ from gradpruner.common.errors import NonFiniteError
 
 log = logging.getLogger(__name__)
 
-# Largest differences that rounding makes, in nats (absolute, relative), in 32 bits and in 16: between the two
-# layouts, and between the same tokens in the same layout beside others.
-_ROUNDING = ((2e-3, 1e-3), (0.1, 0.03))
-_REPEATED = ((1e-5, 1e-5), (0.02, 0.005))
+# Largest differences due to rounding, as (absolute in nats, relative), first for 32-bit weights, then for
+# 16-bit ones. _LAYOUT_TOLERANCE: between one row per option and a shared row. _LEAK_TOLERANCE: between two
+# shared rows that differ in another option's tokens alone.
+_LAYOUT_TOLERANCE = ((2e-3, 1e-3), (0.1, 0.03))
+_LEAK_TOLERANCE = ((1e-5, 1e-5), (0.02, 0.005))
 _WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")
 
 
 @dataclass(frozen=True)
 class OptionSet:
-    """The options of one example, ready for scoring.
+    """The tokenised options of one example.
 
     Attributes:
-        prompt: Token ids of the prompt; at least one.
-        targets: Token ids of every option, its end included if that is to be scored; none is empty.
+        prompt: Token ids of the prompt, at least one.
+        targets: Token ids of each option, at least one each; with the end token if that is scored too.
     """
 
     prompt: list[int]
@@ -49,15 +51,15 @@ class OptionSet:
 
 
 class OptionScorer:
-    """Scores options with one model.
+    """Computes the log-likelihoods of options with one model.
 
     Args:
         model: A transformers causal language model, with or without PEFT adapters.
-        pad_id: Token that fills rows up; any will do, for it is masked.
+        pad_id: Padding token. Any token works, because padding is masked.
         batch_size: Options per forward pass, at least 1.
 
     Attributes:
-        shares_prompts: Whether the options of an example share a row; None until tried.
+        shares_prompts: Whether the options of an example share a row; None before the first examples.
     """
 
     def __init__(self, model: Any, pad_id: int, batch_size: int) -> None:
@@ -67,30 +69,30 @@ class OptionScorer:
         self._config = without_adapters(model).config.get_text_config(decoder=True)
 
     def score(self, sets: Sequence[OptionSet]) -> Iterator[tuple[list[int], list[list[float]]]]:
-        """Yields positions in `sets` and their scores, batch by batch, the longest first.
+        """Yields indices into `sets` with their scores, batch by batch, longest rows first.
 
         A score is the log-likelihood, in nats, of an option's tokens given the prompt.
 
         Raises:
-            NonFiniteError: If one is NaN or infinite.
+            NonFiniteError: If a score is NaN or infinite.
         """
         if self.shares_prompts is None and sets:
-            self.shares_prompts = self._sharing_is_right(sets)
-        # Longest first: if the memory does not suffice, that shows in the first batch.
+            self.shares_prompts = self._can_share(sets)
+        # Longest first, so that running out of memory happens in the first batch.
         order = sorted(range(len(sets)), key=lambda i: -_row_length(sets[i]))
-        most = max((len(one.targets) for one in sets), default=1)
-        step = max(1, self.batch_size // most)
+        most_options = max((len(one.targets) for one in sets), default=1)
+        step = max(1, self.batch_size // most_options)
         for start in range(0, len(order), step):
             batch = order[start : start + step]
             yield batch, self.log_likelihoods([sets[i] for i in batch])
 
     def log_likelihoods(self, sets: Sequence[OptionSet]) -> list[list[float]]:
-        """The score of every option of a few examples."""
+        """Returns the score of every option of a few examples, by example and option."""
         shared = bool(self.shares_prompts) and all(self._in_window(one) for one in sets)
         if shared:
             return self._forward(sets, shared=True)
         singles = [OptionSet(one.prompt, [target]) for one in sets for target in one.targets]
-        # Side by side are the options of one prompt, which begin at the same position.
+        # A batch mostly holds options of one prompt, which begin at the same position.
         found = [
             row[0]
             for start in range(0, len(singles), self.batch_size)
@@ -99,30 +101,30 @@ class OptionScorer:
         values = iter(found)
         return [[next(values) for _ in one.targets] for one in sets]
 
-    def _sharing_is_right(self, sets: Sequence[OptionSet]) -> bool:
-        """Whether sharing rows gives what one row an option gives, on the shortest example."""
+    def _can_share(self, sets: Sequence[OptionSet]) -> bool:
+        """Whether a shared row gives the same scores as one row per option, tried on one short example."""
         several = [one for one in sets if len(one.targets) > 1 and self._in_window(one)]
         if not several or not {"position_ids", "attention_mask"} <= set(self._accepted):
             return False
         if self._config._attn_implementation not in ("sdpa", "eager"):
             return False
-        # One with options of several tokens, if there is one: what leaks is seen at later tokens.
+        # Prefer an option of three tokens or more: a leak between options shows at later tokens only.
         one = min(several, key=lambda one: (max(map(len, one.targets)) < 3, _row_length(one)))
-        # What stands in the first option must not reach the others: every token of it is replaced.
-        other = OptionSet(one.prompt, [[(token + 1) % 8 for token in one.targets[0]], *one.targets[1:]])
-        expected = self.log_likelihoods([one])[0]
+        # Replace every token of the first option: this must not change the scores of the other options.
+        changed = OptionSet(one.prompt, [[(token + 1) % 8 for token in one.targets[0]], *one.targets[1:]])
+        separate = self.log_likelihoods([one])[0]
         try:
-            found, undisturbed = (self._forward([sets], shared=True)[0] for sets in (one, other))
-        except Exception as error:  # whatever a model raises when it meets a mask it does not know
+            shared, beside_changed = (self._forward([case], shared=True)[0] for case in (one, changed))
+        except Exception as error:  # models raise all kinds of errors for a mask they do not support
             log.debug("Options cannot share a row: %s", error)
             return False
         halves = self.model.dtype not in (torch.float32, torch.float64)
-        return _close(found, expected, _ROUNDING[halves]) and _close(
-            found[1:], undisturbed[1:], _REPEATED[halves]
+        return _close(shared, separate, _LAYOUT_TOLERANCE[halves]) and _close(
+            shared[1:], beside_changed[1:], _LEAK_TOLERANCE[halves]
         )
 
     def _in_window(self, one: OptionSet) -> bool:
-        """Whether every token is near enough to the first to see it in every layer."""
+        """Whether every layer's attention window covers the prompt with the longest option."""
         windows = [getattr(self._config, name, None) for name in _WINDOW_FIELDS]
         length = len(one.prompt) + max(map(len, one.targets))
         return all(length <= window for window in windows if isinstance(window, int))
@@ -148,12 +150,12 @@ class OptionScorer:
         if not all(torch.isfinite(torch.tensor(row)).all() for row in scores):
             raise NonFiniteError(
                 "The model's log-likelihoods are NaN or infinite.",
-                hint="Its weights are damaged, or its number format is too narrow: try float32.",
+                hint="The weights may be damaged, or the dtype too narrow: try float32.",
             )
         return scores
 
     def _mask(self, visible: Tensor) -> Tensor:
-        """The (rows, 1, tokens, tokens) mask as the attention implementation takes it."""
+        """The mask in the form the attention implementation takes, shape (rows, 1, tokens, tokens)."""
         if self._config._attn_implementation == "sdpa":
             return visible[:, None]
         mask = torch.zeros(visible.shape, dtype=self.model.dtype, device=visible.device)
@@ -161,19 +163,19 @@ class OptionScorer:
 
 
 class Rows:
-    """Examples laid out for one forward pass: every option behind the one prompt.
+    """Input of one forward pass: one row per example, its prompt followed by all its options.
 
-    Padded on the right: a causal model cannot see it, and positions need no correction. The last token of
-    an option is not fed, for nothing follows it.
+    Rows are padded on the right, where a causal model does not see the padding and positions need no
+    correction. The last token of an option is not an input, because no token after it is predicted.
 
     Args:
-        sets: The examples, a row each.
-        pad_id: Fills rows up.
+        sets: The examples.
+        pad_id: Padding token.
 
     Attributes:
-        ids: Shape (rows, tokens).
-        positions: Shape (rows, tokens): of each token in its own text.
-        segments: Shape (rows, tokens): 0 in the prompt, k in the k-th option, -1 in the padding.
+        ids: Token ids, shape (rows, tokens).
+        positions: Position of each token in its own text (prompt plus option), shape (rows, tokens).
+        segments: 0 in the prompt, k in the k-th option, -1 in the padding; shape (rows, tokens).
     """
 
     def __init__(self, sets: Sequence[OptionSet], pad_id: int) -> None:
@@ -182,46 +184,46 @@ class Rows:
         self.positions = torch.zeros_like(self.ids)
         self.segments = torch.full_like(self.ids, -1)
         self._sets = sets
-        # Of every scored token: its row, where its logits stand, itself, the number of its option.
+        # One entry per scored token: row, column of its logits, token id, number of its option in the batch.
         self._scored: list[tuple[int, int, int, int]] = []
         self._num_options = 0
         for row, one in enumerate(sets):
-            behind = len(one.prompt)
-            place = self._lay(row, 0, one.prompt, position=0, segment=0)
+            prompt_length = len(one.prompt)
+            column = self._write(row, 0, one.prompt, position=0, segment=0)
             for segment, target in enumerate(one.targets, start=1):
-                places = [behind - 1, *range(place, place + len(target) - 1)]
-                scored = zip(places, target, strict=True)
+                logit_columns = [prompt_length - 1, *range(column, column + len(target) - 1)]
+                scored = zip(logit_columns, target, strict=True)
                 self._scored += [(row, at, token, self._num_options) for at, token in scored]
                 self._num_options += 1
-                place = self._lay(row, place, target[:-1], position=behind, segment=segment)
+                column = self._write(row, column, target[:-1], position=prompt_length, segment=segment)
 
-    def _lay(self, row: int, place: int, tokens: list[int], position: int, segment: int) -> int:
-        """Writes tokens into a row; returns the place behind them."""
-        end = place + len(tokens)
-        self.ids[row, place:end] = torch.tensor(tokens, dtype=torch.long)
-        self.positions[row, place:end] = torch.arange(position, position + len(tokens))
-        self.segments[row, place:end] = segment
+    def _write(self, row: int, column: int, tokens: list[int], position: int, segment: int) -> int:
+        """Writes tokens into a row; returns the column after the last one."""
+        end = column + len(tokens)
+        self.ids[row, column:end] = torch.tensor(tokens, dtype=torch.long)
+        self.positions[row, column:end] = torch.arange(position, position + len(tokens))
+        self.segments[row, column:end] = segment
         return end
 
     def visible(self) -> Tensor:
-        """Which token (third axis) a token (second axis) sees; bool, shape (rows, tokens, tokens)."""
-        asking, asked = self.segments[:, :, None], self.segments[:, None, :]
+        """Whether a token (second axis) attends to another (third axis); bool, (rows, tokens, tokens)."""
+        query, key = self.segments[:, :, None], self.segments[:, None, :]
         width = self.ids.shape[1]
         causal = torch.ones(width, width, dtype=torch.bool).tril()
-        # Padding sees the prompt, so that its softmax has something to sum; nobody looks at it.
-        return causal & ((asked == 0) | (asked == asking))
+        # Padding attends to the prompt too, so that its softmax is not empty; its output is never used.
+        return causal & ((key == 0) | (key == query))
 
     def sum_targets(self, logits: Tensor) -> list[list[float]]:
-        """Sums the log-probabilities of every option's tokens.
+        """Sums the log-probabilities of each option's tokens.
 
         Args:
-            logits: Of the last positions of every row, shape (rows, kept, vocabulary).
+            logits: Logits of the last `kept` columns, shape (rows, kept, vocabulary).
 
         Returns:
-            Nats, by example and option.
+            Log-likelihoods in nats, by example and option.
         """
-        rows, places, tokens, options = torch.tensor(self._scored, device=logits.device).T
-        kept = logits[rows, places - (self.ids.shape[1] - logits.shape[1])]
+        rows, columns, tokens, options = torch.tensor(self._scored, device=logits.device).T
+        kept = logits[rows, columns - (self.ids.shape[1] - logits.shape[1])]
         losses = functional.cross_entropy(kept.float(), tokens, reduction="none")
         sums = torch.zeros(self._num_options, dtype=torch.float64)
         sums.index_add_(0, options.cpu(), -losses.double().cpu())
@@ -235,13 +237,13 @@ def _close(found: Sequence[float], expected: Sequence[float], limits: tuple[floa
 
 
 def _row_length(one: OptionSet) -> int:
-    """Tokens fed for an example whose options share a row."""
+    """Number of input tokens of an example whose options share a row."""
     return len(one.prompt) + sum(len(target) - 1 for target in one.targets)
 
 
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
-    """Runs the block in eval mode and without gradients; every module gets its mode back."""
+    """Runs the block in eval mode and without gradients, then restores the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -253,5 +255,5 @@ def inference(model: Any) -> Iterator[None]:
 
 
 def without_adapters(model: Any) -> Any:
-    """The transformers model itself, whether or not PEFT wraps it."""
+    """Returns the transformers model itself, whether or not PEFT wraps it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,7 +1,7 @@
-"""How good answers are, and how sure one can be of it.
+"""Metrics of answers, and their bootstrap intervals.
 
-Everything here is a pure function of numbers and strings. Scores are fractions from 0 to 1. The one that
-needs a model, BERTScore, is in bertscore.py.
+All functions are pure functions of numbers and strings. Scores are fractions from 0 to 1. BERTScore, which
+needs a model, is in bertscore.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from gradpruner.common.errors import DataError, ShapeError
 from gradpruner.data.numbers import final_number
 
-# Resamples are drawn in blocks of at most this many indices, so that 2000 resamples of 100 000
-# examples need 64 MB and not 1.6 GB.
+# Most indices drawn at a time: 2000 resamples of 100 000 examples take 64 MB this way instead of 1.6 GB.
 _BLOCK_ENTRIES = 8_000_000
 _RESAMPLES = 2000
 _QUANTILES = (0.025, 0.975)
@@ -27,7 +26,7 @@ _QUANTILES = (0.025, 0.975)
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over `n` examples, with the ends of its 95 % interval."""
+    """The mean over `n` examples with its 95 % interval."""
 
     value: float
     low: float
@@ -36,30 +35,32 @@ class Interval:
 
 
 def normalise_answer(text: str) -> str:
-    """Brings an answer into the form in which answers are compared.
+    """Returns an answer in the form used for comparison.
 
-    Leading and trailing white space goes, inner runs of white space become one space, case is
-    folded. Punctuation, articles and accents stay: "B." is not "b".
+    Leading and trailing white space is removed, inner white space becomes one space, and case is folded.
+    Punctuation, articles and accents stay: "B." is not "b".
     """
     return " ".join(text.split()).casefold()
 
 
 def exact_match(generated: str, answer: str) -> bool:
-    """Tells whether the two are the same text after `normalise_answer`."""
+    """Returns whether the two texts are equal after `normalise_answer`."""
     return normalise_answer(generated) == normalise_answer(answer)
 
 
 def rouge_l(generated: str, answer: str) -> float:
-    """F1 of the longest common subsequence of words, 0 to 1, with Porter stemming; 0 if either is empty.
+    """Returns the F1 of the longest common subsequence of words, 0 to 1, with Porter stemming.
 
-    Source: Lin, "ROUGE: a package for automatic evaluation of summaries", 2004; computed by `rouge-score`,
-    which reads a word as a run of letters a-z and digits.
+    The score is 0 if either text is empty. `rouge-score` computes it and takes a run of letters a-z and
+    digits as a word.
+
+    Source: Lin, "ROUGE: a package for automatic evaluation of summaries", 2004.
     """
     return float(_rouge_scorer().score(answer, generated)["rougeL"].fmeasure)
 
 
 def paper_score(bert_f1: float, rouge_f1: float) -> float:
-    """The paper's measure of a free answer, 0 to 1: the mean of BERTScore F1 and ROUGE-L F1.
+    """Returns the paper's score of a free-form answer, 0 to 1: the mean of BERTScore F1 and ROUGE-L F1.
 
     Source: GradPruner, section 4.1.
     """
@@ -67,20 +68,20 @@ def paper_score(bert_f1: float, rouge_f1: float) -> float:
 
 
 def same_number(generated: str, answer: str) -> bool:
-    """Tells whether both end with the same number, see `final_number`; no number equals nothing."""
+    """Returns whether both texts end with the same number (`final_number`); False if either has none."""
     number = final_number(generated)
     return number is not None and number == final_number(answer)
 
 
 @lru_cache(maxsize=1)
 def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # brings NLTK: only for those who score texts
+    from rouge_score.rouge_scorer import RougeScorer  # imports NLTK, so only when needed
 
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
 def majority_class(answers: Sequence[str]) -> float:
-    """Accuracy of always giving the most frequent answer, 0 to 1: the score to beat.
+    """Returns the accuracy of always giving the most frequent answer, 0 to 1: the score to beat.
 
     Raises:
         DataError: If there are no answers.
@@ -92,11 +93,11 @@ def majority_class(answers: Sequence[str]) -> float:
 
 
 def bootstrap_interval(values: Sequence[float] | Sequence[bool], *, seed: int = 0) -> Interval:
-    """Mean of `values` with its 95 % percentile-bootstrap interval.
+    """Returns the mean of `values` with its 95 % percentile-bootstrap interval.
 
     Resamples the examples 2000 times with replacement and takes the 2.5 % and 97.5 % quantiles of the
-    resampled means. It measures the uncertainty from the choice of evaluation examples only, not from the
-    training seed. When all values are equal it has width 0, which flatters a small evaluation set.
+    resampled means. The interval covers the uncertainty from the choice of evaluation examples only, not from
+    the training seed. If all values are equal its width is 0, which flatters a small evaluation set.
 
     Args:
         values: One number per example; booleans count as 0 and 1.
@@ -115,11 +116,10 @@ def bootstrap_interval(values: Sequence[float] | Sequence[bool], *, seed: int = 
 def paired_difference(
     first: Sequence[float] | Sequence[bool], second: Sequence[float] | Sequence[bool], *, seed: int = 0
 ) -> Interval:
-    """Mean of `first - second`, example by example, with its interval as by `bootstrap_interval`.
+    """Returns the mean of `first - second` over the examples, with an interval as by `bootstrap_interval`.
 
-    Two models scored on the same examples are compared far more sharply this way than by looking
-    whether their two intervals overlap. The difference is not shown to be real when the interval
-    contains 0.
+    For two models scored on the same examples this is a much sharper comparison than checking whether their
+    intervals overlap. If the interval contains 0, the evaluation does not show a difference.
 
     Args:
         first: One number per example.
@@ -127,7 +127,7 @@ def paired_difference(
         seed: Seed of the resampling.
 
     Raises:
-        ShapeError: If the two differ in length.
+        ShapeError: If `first` and `second` differ in length.
         DataError: If they are empty.
     """
     if len(first) != len(second):
@@ -139,7 +139,7 @@ def paired_difference(
 
 
 def _values(values: Sequence[float] | Sequence[bool]) -> NDArray[np.float64]:
-    """Returns the values as a one-dimensional float array that is not empty."""
+    """Returns the values as a one-dimensional, non-empty float array."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1:
         raise ShapeError(f"Expected one number per example, got an array of shape {array.shape}.")
@@ -149,7 +149,7 @@ def _values(values: Sequence[float] | Sequence[bool]) -> NDArray[np.float64]:
 
 
 def _resampled_means(sample: NDArray[np.float64], generator: np.random.Generator) -> NDArray[np.float64]:
-    """The mean of each of `_RESAMPLES` draws with replacement, shape (_RESAMPLES,)."""
+    """Returns the means of `_RESAMPLES` resamples drawn with replacement, shape (_RESAMPLES,)."""
     rows = max(1, _BLOCK_ENTRIES // sample.size)
     means = np.empty(_RESAMPLES, dtype=np.float64)
     for start in range(0, _RESAMPLES, rows):

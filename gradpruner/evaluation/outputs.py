@@ -1,4 +1,4 @@
-"""What a model answered, example by example: kept on disk while it is asked, compared afterwards."""
+"""A model's outputs, one per example: kept on disk during an evaluation and compared afterwards."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ _FIELDS = {
     "bert_score": "bert_score",
     "rouge_l": "rouge_l",
 }
-"""Metric -> where an output has it, the most telling first."""
+"""Metric -> field of `Output` that holds it, the most important metric first."""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the model did with one example; a field is None when its metric was not asked for.
+    """A model's output for one example; a field is None if its metric was not computed.
 
     Attributes:
         prompt_tail: The end of the prompt as the model saw it.
-        answer: The right answer, as a model writes it (`Questions.reference`).
+        answer: The right answer, as a model would write it (`Questions.reference`).
         generated: The greedy answer, up to the end-of-text token.
-        finished: Whether the model ended the answer itself, within the token budget.
+        finished: Whether the model ended the answer within the token budget.
         correct: Whether `generated` matches `answer`, see `metrics.exact_match`.
         rouge_l: ROUGE-L F1 of `generated` against `answer`, 0 to 1.
-        bert_score: BERTScore F1 of the same.
-        number_correct: Whether both end in the same number, see `metrics.same_number`.
-        choice_scores: Log-likelihood in nats of each option, its end included unless asked otherwise.
-        chosen: The option with the highest score; the first of equals.
+        bert_score: BERTScore F1 of `generated` against `answer`.
+        number_correct: Whether both end with the same number, see `metrics.same_number`.
+        choice_scores: Log-likelihood of each option in nats, with the end token unless `score_ends` is off.
+        chosen: The option with the highest score; the first one if several tie.
         choice_correct: Whether `chosen` matches `answer`.
-        normalised_correct: The same for the highest score per character of the option.
+        normalised_correct: Whether the option with the highest score per character matches `answer`.
     """
 
     id: str
@@ -61,12 +61,12 @@ class Output:
 
 
 class Journal:
-    """The outputs so far, in memory and, if a path is given, on disk line by line.
+    """The outputs so far, in memory and, if a path is given, on disk as one line each.
 
     Args:
-        path: A file that may hold what an interrupted evaluation found; None keeps nothing.
-        questions: What is asked.
-        rank: Of this process among those that share the questions; each writes a file of its own.
+        path: File to write to. Outputs of an interrupted evaluation in it are reused. None writes no file.
+        questions: The questions of the evaluation.
+        rank: Rank of this process; each process that shares the questions writes its own file.
     """
 
     def __init__(self, path: str | Path | None, questions: Questions, rank: int = 0) -> None:
@@ -80,7 +80,7 @@ class Journal:
             self._recall(part)
 
     def _recall(self, path: Path) -> None:
-        """Takes up the whole lines of an interrupted evaluation; what does not fit is asked again."""
+        """Reads the complete lines of an interrupted evaluation; lines that do not match are ignored."""
         open_private(path).close()  # refuses links and anything but a plain file
         asked = dict(enumerate(self._outputs))
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -88,7 +88,7 @@ class Journal:
                 index, row = parse_json(line)
                 known, found = asked[index], typed(row, Output, "")
             except (ValueError, TypeError, KeyError, IntegrityError):
-                continue  # cut off, or of other examples
+                continue  # a line cut off, or from other examples
             if (found.id, found.prompt_tail, found.answer) == (known.id, known.prompt_tail, known.answer):
                 self._outputs[index] = found
 
@@ -100,9 +100,9 @@ class Journal:
                 self._file.close()
                 raise ConfigError(
                     f"{self._path} is being written by another process.",
-                    hint="Wait for it, or choose another --out.",
+                    hint="Wait for that process to finish, or choose another --out.",
                 )
-            self._file.write("\n")  # ends a line that was cut off
+            self._file.write("\n")  # ends the last line in case it was cut off
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,26 +113,26 @@ class Journal:
         return self._outputs[index]
 
     def note(self, index: int, **found: Any) -> None:
-        """Adds what was found of an example."""
+        """Sets fields of the output of an example and appends the output to the file."""
         self._outputs[index] = replace(self._outputs[index], **found)
         if self._file is not None:
             self._file.write(f"[{index}, {output_line(self._outputs[index]).rstrip()}]\n")
 
     def flush(self) -> None:
-        """Hands a finished batch to the operating system."""
+        """Hands everything noted so far to the operating system."""
         if self._file is not None:
             self._file.flush()
 
 
 def parts_of(path: Path, count: int | None = None) -> list[Path]:
-    """The journals of `count` processes; None finds those that are there, of however many."""
+    """Returns the journal paths of `count` processes; with None all journals that exist."""
     if count is not None:
         return [path, *(path.with_name(f"{path.name}-{rank}") for rank in range(1, count))]
     return sorted(one for one in (path, *path.parent.glob(f"{path.name}-*")) if one.exists())
 
 
 def values_of(outputs: Sequence[Output]) -> dict[str, list[float]]:
-    """One number per example of every metric that all of them have, the most telling first."""
+    """Returns one number per example for each metric that all outputs have, the most important first."""
     found: dict[str, list[Any]] = {
         "similarity": [
             None if o.bert_score is None or o.rouge_l is None else paper_score(o.bert_score, o.rouge_l)
@@ -146,11 +146,11 @@ def values_of(outputs: Sequence[Output]) -> dict[str, list[float]]:
 def paired_intervals(
     dense: Sequence[Output], other: Sequence[Output], seed: int = 0
 ) -> dict[str, dict[str, float | int]]:
-    """Difference of every metric both have, example by example, with its 95 % interval.
+    """Returns the paired difference of two models in each metric that both have, with its 95 % interval.
 
     Args:
-        dense: Outputs of the one model.
-        other: Outputs of the other on the same examples, in the same order.
+        dense: Outputs of the dense model.
+        other: Outputs of the other model on the same examples, in the same order.
         seed: Seed of the bootstrap.
 
     Returns:
@@ -167,10 +167,10 @@ def paired_intervals(
 
 
 def read_examples(path: Path) -> list[Output]:
-    """Reads a file of output lines.
+    """Reads a file that `Evaluation.write_examples` wrote.
 
     Raises:
-        IntegrityError: If it is missing, or a line is not an example; with its number.
+        IntegrityError: If the file is missing, or a line is not an output; names the line.
     """
     found = []
     try:
@@ -187,6 +187,6 @@ def read_examples(path: Path) -> list[Output]:
 
 
 def output_line(output: Output) -> str:
-    """One output as a line of JSON; what was not measured is left out."""
+    """Returns an output as one line of JSON, without the fields that were not measured."""
     row = {name: value for name, value in asdict(output).items() if value is not None}
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,11 +1,12 @@
-"""How well a model does its task: greedy answers, the likelihood of the options, and what they score.
+"""Evaluates a model on a task: greedy answers, likelihoods of the options, and the metrics of both.
 
-Answers come from a loaded transformers model (`generation.LocalModel`) or from a server that speaks the
-OpenAI completions protocol (`endpoint.Endpoint`).
+The model is either loaded here (`generation.LocalModel`) or behind a server that speaks the OpenAI
+completions protocol (`endpoint.Endpoint`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -45,7 +46,7 @@ TASK_METRICS: Mapping[str, tuple[str, ...]] = {
     "similarity": ("bert_score", "rouge_l", "exact_match", "choice_likelihood"),
     "final_number": ("final_number",),
 }
-"""What the metric of a task (`Task.metric`) asks for."""
+"""Metric of a task (`Task.metric`) -> the metrics to compute for it."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,15 @@ class Evaluation:
     """The result of `evaluate`.
 
     Attributes:
-        metrics: Means with 95 % bootstrap intervals, fractions 0 to 1, the most telling first: "similarity"
-            (the paper's half ROUGE-L, half BERTScore), "final_number", "exact_match", "choice_accuracy",
-            "choice_accuracy_normalised" (likelihood per character), "bert_score", "rouge_l".
-        seconds: Wall time of everything the model did.
-        tokens_per_second: Tokens generated per second of generation, padding not counted; None when
-            nothing was generated.
-        peak_memory_bytes: Peak over the evaluation, see `memory.PeakMemory`.
-        outputs: One per example, in the order given.
+        metrics: Means with 95 % bootstrap intervals, fractions from 0 to 1, the most important metric first:
+            "similarity" (the paper's mean of ROUGE-L and BERTScore), "final_number", "exact_match",
+            "choice_accuracy", "choice_accuracy_normalised" (likelihood per character), "bert_score",
+            "rouge_l".
+        seconds: Wall time of the evaluation: generation, scoring and metrics.
+        tokens_per_second: Tokens generated per second of generation, without padding; None if this call
+            generated nothing.
+        peak_memory_bytes: Peak over generation and scoring, see `models.memory.PeakMemory`.
+        outputs: One per example, in the order of the examples.
         details: How the metrics were computed: implementation, encoder, layer, normalisation.
     """
 
@@ -72,10 +74,10 @@ class Evaluation:
     details: dict[str, Any]
 
     def summary(self, per_example: str | None = None) -> dict[str, Any]:
-        """Returns the evaluation as run.json keeps it.
+        """Returns the evaluation in the form stored in run.json.
 
         Args:
-            per_example: Where `write_examples` wrote, relative to the run folder.
+            per_example: Path of the file from `write_examples`, relative to the run folder.
         """
         return {
             "metrics": {name: asdict(interval) for name, interval in self.metrics.items()},
@@ -87,7 +89,7 @@ class Evaluation:
         }
 
     def write_examples(self, path: str | Path) -> None:
-        """Writes one JSON object per example and line; what was not measured is left out."""
+        """Writes one line of JSON per example, without the fields that were not measured."""
         write_text(Path(path), "".join(map(output_line, self.outputs)))
 
 
@@ -102,30 +104,30 @@ def evaluate(
     world: World | None = None,
     **changes: Any,
 ) -> Evaluation:
-    """Measures a model on the examples of a task.
+    """Evaluates a model on the examples of a task.
 
-    "exact_match" decodes greedily up to the end-of-text token and compares the text with the
-    answer; "rouge_l", "bert_score" and "final_number" look at the same text. "choice_likelihood"
-    picks the option with the highest log-likelihood, end-of-text token included, so that an option
-    which begins another one is scored as complete; it runs only if every example has at least two
-    options. None depends on the batch size, beyond the rounding of the arithmetic.
+    "exact_match" decodes greedily up to the end-of-text token and compares the text with the answer;
+    "rouge_l", "bert_score" and "final_number" score the same text. "choice_likelihood" picks the option with
+    the highest log-likelihood and is computed only if every example has at least two options. The end-of-text
+    token counts as part of an option; without it, an option that is a prefix of another would not be scored
+    as complete. Apart from rounding, no metric depends on the batch size.
 
     Args:
-        model: A transformers causal language model, with or without PEFT adapters (it is put into
-            eval mode and given back in the mode it came in), or an `endpoint.Endpoint`.
-        tokenizer: Its tokenizer.
-        examples: What to ask; `Questions` if this tokenizer has tokenised them already.
-        options: How to ask, and what to measure.
-        progress: What the progress bar says is being done.
-        journal: File that keeps what is done; an interrupted evaluation of the same model and examples
-            goes on from it.
-        world: Processes that share the examples; every one must call this, and has the whole result.
+        model: A transformers causal language model, with or without PEFT adapters, or an
+            `endpoint.Endpoint`. A model runs in eval mode; its own mode is restored afterwards.
+        tokenizer: The model's tokenizer.
+        examples: The examples, or `Questions` if they are already tokenised with this tokenizer.
+        options: How to evaluate, and which metrics to compute.
+        progress: Label of the progress bar.
+        journal: File in which finished answers are kept, so that an interrupted evaluation of the same model
+            and examples can resume.
+        world: Processes that share the examples. Each of them must call this function and gets the whole
+            result.
         changes: Single options by name: `metrics=["rouge_l"]`.
 
     Raises:
         ConfigError: If an option is out of range or no metric can be computed.
-        DataError: If there are no examples, or one has an empty prompt or an answer outside its
-            options.
+        DataError: If there are no examples, a prompt is empty, or an answer is not among its options.
         NonFiniteError: If the model's likelihoods are NaN or infinite.
         ResourceError: If memory runs out.
     """
@@ -144,7 +146,7 @@ def evaluate(
     with (
         PeakMemory(getattr(model, "device", None)) as peak,
         Journal(journal, questions, world.rank) as outputs,
-        Progress(len(share) * (_generates(metrics) + use_choices), progress) as bar,
+        Progress(len(share), progress) as bar,
     ):
         asking = _Asking(answering, questions, outputs, share, bar, world)
         budget = (options.max_new_tokens or questions.most_new_tokens()) if _generates(metrics) else 0
@@ -165,9 +167,14 @@ def _generates(metrics: Sequence[str]) -> bool:
     return any(name != "choice_likelihood" for name in metrics)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Asking:
-    """One process asking its share of the questions, and noting the answers."""
+    """Asks this process's share of the questions and records the answers.
+
+    Attributes:
+        passes: 2 if every row is both answered and scored, else 1.
+        pending: Rows still to do, summed over the passes.
+    """
 
     answering: LocalModel | Endpoint
     questions: Questions
@@ -175,17 +182,22 @@ class _Asking:
     share: range
     bar: Progress
     world: World
+    passes: int = 0
+    pending: int = 0
 
     def ask(self, budget: int, use_choices: bool) -> float | None:
-        """Generates answers of at most `budget` tokens, unless that is 0, and scores options.
+        """Generates answers of at most `budget` tokens (none if 0) and scores the options if asked to.
 
         Returns:
-            Tokens generated per second; None if nothing had to be.
+            Tokens generated per second; None if nothing had to be generated.
         """
+        unanswered = self._missing("generated") if budget else []
+        unscored = self._missing("choice_scores") if use_choices else []
+        self.passes, self.pending = (budget > 0) + use_choices, len(unanswered) + len(unscored)
+        self.bar.skip(self._rows_done())
         try:
-            speed = self._generate(budget) if budget else None
-            if use_choices:
-                self._score_options()
+            speed = self._generate(unanswered, budget) if unanswered else None
+            self._score_options(unscored)
         except torch.OutOfMemoryError as error:
             raise ResourceError(
                 f"Memory ran out while evaluating with a batch size of {self.answering.batch_size}.",
@@ -194,14 +206,14 @@ class _Asking:
         return speed
 
     def _missing(self, field: str) -> list[int]:
-        missing = [i for i in self.share if getattr(self.outputs[i], field) is None]
-        self.bar.skip(len(self.share) - len(missing))
-        return missing
+        return [i for i in self.share if getattr(self.outputs[i], field) is None]
 
-    def _generate(self, budget: int) -> float | None:
-        missing, outputs, questions = self._missing("generated"), self.outputs, self.questions
-        if not missing:
-            return None
+    def _rows_done(self) -> int:
+        """Rows done so far; a pass over a row counts as half a row if there are two."""
+        return len(self.share) - math.ceil(self.pending / self.passes)
+
+    def _generate(self, missing: list[int], budget: int) -> float:
+        outputs, questions = self.outputs, self.questions
         num_tokens, began = 0, time.perf_counter()
         matches = [bool(outputs[i].correct) for i in self.share if outputs[i].correct is not None]
         for batch, answers in self.answering.answers(questions, missing, budget):
@@ -214,8 +226,7 @@ class _Asking:
             self._batch_done(batch, exact_match=sum(matches) / len(matches))
         return num_tokens / (time.perf_counter() - began)
 
-    def _score_options(self) -> None:
-        missing = self._missing("choice_scores")
+    def _score_options(self, missing: list[int]) -> None:
         for batch, found in self.answering.option_scores(self.questions, missing):
             for i, scores in zip(batch, found, strict=True):
                 self.outputs.note(i, **_chosen(self.questions.examples[i], scores))
@@ -223,19 +234,20 @@ class _Asking:
 
     def _batch_done(self, batch: Sequence[int], **shown: float) -> None:
         self.outputs.flush()
-        self.bar.advance(len(batch), **shown)
+        self.pending -= len(batch)
+        self.bar.update(self._rows_done(), **shown)
         self.world.heed()
 
 
 def _is_right(text: str, example: Example, answer: str) -> bool:
-    """Whether a text is the answer; case counts where options differ in nothing else (genotypes: Bb, BB)."""
+    """Whether a text is the answer; case counts if options differ in case alone (genotypes: Bb, BB)."""
     if len(set(map(normalise_answer, example.choices))) < len(example.choices):
         return " ".join(text.split()) == " ".join(answer.split())
     return exact_match(text, answer)
 
 
 def _chosen(example: Example, scores: Sequence[float]) -> dict[str, Any]:
-    """The fields of an output that follow from the likelihoods of its options."""
+    """The fields of an output that depend on the log-likelihoods of its options."""
 
     def best(values: Sequence[float]) -> str:
         return example.choices[max(range(len(values)), key=values.__getitem__)]
@@ -252,7 +264,7 @@ def _chosen(example: Example, scores: Sequence[float]) -> dict[str, Any]:
 
 
 def _grade(outputs: Sequence[Output], metrics: Sequence[str], scorer: Any) -> list[Output]:
-    """Adds what the metrics say of the generated texts."""
+    """Adds the scores of the generated texts to the outputs."""
     texts = [(output.generated or "").strip() for output in outputs]
     answers = [output.answer.strip() for output in outputs]
     found: dict[str, Iterable[Any]] = {}
@@ -289,19 +301,20 @@ def _details(
 
 
 def _check_request(examples: Sequence[Example], metrics: Sequence[str]) -> bool:
-    """Refuses what cannot be evaluated; returns whether the options are to be scored."""
+    """Raises an error if the request cannot be met; returns whether to score the options."""
     if not examples:
         raise DataError("There are no examples to evaluate on.")
     use_choices = "choice_likelihood" in metrics and all(len(e.choices) >= 2 for e in examples)
     if not use_choices and set(metrics) <= {"choice_likelihood"}:
         raise ConfigError(
-            "Only 'choice_likelihood' was asked for, and not every example has two options.",
-            hint="Add 'exact_match', or give every example its options.",
+            "'choice_likelihood' is the only metric, but some examples have fewer than two options.",
+            hint="Add 'exact_match' to the metrics, or give every example its options.",
         )
     if use_choices:
         stray = [e.id for e in examples if not any(exact_match(choice, e.answer) for choice in e.choices)]
         if stray:
             raise DataError(
-                f"The answer of {len(stray)} examples is none of their options: {', '.join(stray[:3])}."
+                f"The answer of {len(stray)} examples is not among their options: {', '.join(stray[:3])}.",
+                hint="Correct the answer or the options of these rows, or leave out 'choice_likelihood'.",
             )
     return use_choices

@@ -1,7 +1,7 @@
-"""Examples as a model is asked them: prompts cut to fit, answers with what ends them.
+"""Tokenised examples for evaluation: prompts cut to fit, and answers with their end token.
 
-Prompts and answers are tokenised by the functions that training uses, so a model is asked exactly what it was
-taught.
+Training and evaluation tokenise prompts and answers with the same functions, so a model is asked exactly what
+it was trained on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gradpruner.data.examples import Example
 from gradpruner.evaluation.likelihood import OptionSet
 
 _PROMPT_TAIL_TOKENS = 64
-# Beside the end: a model may spell an answer with a token more than the tokenizer would.
+# A model may spell an answer with one token more than the tokenizer does.
 _SPARE_NEW_TOKENS = 1
 
 
@@ -28,12 +28,12 @@ class Questions:
     """The examples of one evaluation, tokenised.
 
     Args:
-        tokenizer: Of the model that is asked.
-        examples: What to ask.
+        tokenizer: The model's tokenizer.
+        examples: The examples to tokenise.
         max_length: Most tokens of prompt and answer together. A longer prompt loses its beginning, as in
             training.
-        score_ends: Whether the end of an option counts in its likelihood, so that an option which begins
-            another one is scored as complete.
+        score_ends: Whether the end token counts as part of an option; without it, an option that is a prefix
+            of another is not scored as complete.
 
     Raises:
         DataError: If an example has an empty prompt.
@@ -53,7 +53,7 @@ class Questions:
             )
 
     def within(self, max_length: int, score_ends: bool) -> Questions:
-        """The same questions for another length or way to score; nothing is tokenised again."""
+        """Returns these questions with another length or `score_ends`; prompts are not tokenised again."""
         if (max_length, score_ends) == (self.max_length, self.score_ends):
             return self
         other = copy.copy(self)
@@ -64,25 +64,25 @@ class Questions:
         return len(self.examples)
 
     def prompt_tail(self, index: int) -> str:
-        """The end of a prompt as text."""
+        """Returns the end of a prompt as text."""
         return str(self.tokenizer.decode(self.prompts[index][-_PROMPT_TAIL_TOKENS:]))
 
     def most_new_tokens(self) -> int:
-        """Tokens of the longest right answer and two more, its end among them."""
+        """Returns the number of tokens of the longest right answer with its end token, plus one spare."""
         return max(map(len, self._right)) + _SPARE_NEW_TOKENS
 
     def target(self, index: int, answer: str) -> list[int]:
-        """The tokens training would teach after the prompt, end included."""
+        """Returns the tokens that training would put after the prompt for this answer, end token included."""
         example = self.examples[index]
         if not example.messages:
             return closed(self.tokenizer, answer_ids(self.tokenizer, answer))
-        # In a conversation the template says what stands around the answer and what ends it.
+        # In a conversation the chat template decides what surrounds and ends the answer.
         turns = (*example.messages[:-1], replace(example.messages[-1], content=answer))
-        told = encode(self.tokenizer, replace(example, answer=answer, messages=turns), sys.maxsize)
-        return told.input_ids[len(self.prompts[index]) :]
+        encoded = encode(self.tokenizer, replace(example, answer=answer, messages=turns), sys.maxsize)
+        return encoded.input_ids[len(self.prompts[index]) :]
 
     def option_set(self, index: int) -> OptionSet:
-        """All options of an example behind one prompt."""
+        """Returns the options of an example with its prompt, cut to leave room for the longest option."""
         example = self.examples[index]
         targets = [self.target(index, choice) for choice in example.choices]
         if not self.score_ends and not example.messages and self.tokenizer.eos_token_id is not None:
@@ -90,10 +90,10 @@ class Questions:
         return OptionSet(self.cut_prompt(index, max(map(len, targets))), targets)
 
     def cut_prompt(self, index: int, answer_tokens: int) -> list[int]:
-        """A prompt cut on the left, behind the start token, to fit beside an answer.
+        """Returns a prompt that fits beside an answer: cut at its beginning, after the start token.
 
         Raises:
-            ConfigError: If the answer leaves no room.
+            ConfigError: If the answer leaves no room for a prompt.
         """
         ids = self.prompts[index]
         start = int(ids[0] == self.tokenizer.bos_token_id)
@@ -102,17 +102,17 @@ class Questions:
             raise ConfigError(
                 f"An answer of up to {answer_tokens} tokens leaves no room for a prompt within"
                 f" {self.max_length} tokens.",
-                hint="Raise the maximum length or allow fewer new tokens.",
+                hint="Raise max_length or lower max_new_tokens.",
             )
         excess = max(0, len(ids) - room)
         return ids[:start] + ids[start + excess :]
 
     def num_cut(self, answer_tokens: int) -> int:
-        """How many prompts lose their beginning beside an answer of this length."""
+        """Returns how many prompts are cut to fit beside an answer of this length."""
         return sum(len(ids) + answer_tokens > self.max_length for ids in self.prompts)
 
     def ends(self, own: Any) -> list[int]:
-        """The tokens that end an answer: the tokenizer's, the model's and those of conversations.
+        """Returns the tokens that end an answer: the tokenizer's, the model's and the chat template's.
 
         Args:
             own: `eos_token_id` of the model's generation config: a token, a list or None.
@@ -120,25 +120,25 @@ class Questions:
         ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         chats = (i for i, example in enumerate(self.examples) if example.messages)
         last = {self._right[i][-1] for i in chats}
-        # Without an end token a conversation may stop at a word, and a word ends nothing.
+        # A template without an end token ends an answer with an ordinary word, which must not end others.
         ends.update(last & self._special)
         return sorted(ends - {None})
 
     def text(self, ids: list[int]) -> str:
-        """Generated tokens as text; special tokens only where right answers hold them too."""
+        """Decodes generated tokens; special tokens are kept only if some right answer contains them."""
         kept = [token for token in ids if token not in self._special or token in self._answer_tokens]
         return str(self.tokenizer.decode(kept, clean_up_tokenization_spaces=False))
 
     def reading(self, index: int, text: str) -> str:
-        """A generated answer without what the chat template writes around every reply."""
-        _, before, behind = self._references[index]
-        return text.strip().removeprefix(before).removesuffix(behind).strip() if before or behind else text
+        """Strips the text that the chat template puts around every reply from a generated answer."""
+        _, before, after = self._references[index]
+        return text.strip().removeprefix(before).removesuffix(after).strip() if before or after else text
 
     def reference(self, index: int) -> str:
-        """The right answer as it reads when a model has written it, token for token.
+        """Returns the right answer as a model would write it token by token.
 
-        An answer is learned through the tokenizer and, in a conversation, through its template: text behind
-        an end token is never written, and what the tokenizer or the template changes reads otherwise.
+        This text may differ from the answer in the data: a model never writes what follows an end token, and
+        the tokenizer or the chat template may change the text.
         """
         return self._references[index][0]
 
@@ -148,12 +148,12 @@ class Questions:
 
     @cached_property
     def _right(self) -> list[list[int]]:
-        """The tokens of every right answer, end included."""
+        """The tokens of each right answer, end token included."""
         return [self.target(i, example.answer) for i, example in enumerate(self.examples)]
 
     @cached_property
     def _written(self) -> list[list[int]]:
-        """The tokens of every right answer, up to the first that ends it."""
+        """The tokens of each right answer before its first end token."""
         written = []
         ends = set(self.ends(None))
         for ids in self._right:
@@ -167,13 +167,13 @@ class Questions:
 
     @cached_property
     def _references(self) -> list[tuple[str, str, str]]:
-        """Every right answer, with what stands before and behind it when it is written."""
+        """Each right answer as a model would write it, and the template's text before and after it."""
         return [self._reference(i, ids) for i, ids in enumerate(self._written)]
 
     def _reference(self, index: int, ids: list[int]) -> tuple[str, str, str]:
         answer = self.examples[index].answer
         bare, text = answer.strip(), self.text(ids).strip()
-        # Two different answers with unknown tokens would read the same.
+        # Decoded unknown tokens would make different answers equal, so the answer itself is used.
         if self.tokenizer.unk_token_id in ids or not text or text == bare:
             return answer, "", ""
         place = text.rfind(bare) if bare else -1

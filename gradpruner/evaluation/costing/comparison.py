@@ -1,4 +1,4 @@
-"""What a pruned model costs against the dense one, measured side by side: the paper's Tables 2 and 11."""
+"""Cost of a pruned model compared with the dense one, measured side by side: the paper's Tables 2 and 11."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class CostComparison(Printed):
-    """What `measure_cost` found.
+    """The result of `measure_cost`.
 
     Attributes:
-        names: Of the dense and the pruned model, as `sizes`.
-        device: Where, in words.
-        dtypes: Mode -> type of the weights.
-        errors: "dense, full fine-tuning" -> why it could not be measured.
-        measured: Whether the models were run; not after a dry run.
+        names: Names of the dense and the pruned model, in this order; `sizes` has the same order.
+        device: Name of the device.
+        random_weights: Whether the models got random weights.
+        dtypes: Mode -> dtype of the weights.
+        errors: Model and mode ("dense, full fine-tuning") -> why it could not be measured.
+        measured: Whether the models were run; False after a dry run.
     """
 
     names: tuple[str, str]
@@ -55,10 +56,10 @@ class CostComparison(Printed):
     measured: bool = False
 
     def find(self, name: str) -> Figure:
-        """The figure called `name`.
+        """Returns the figure called `name`.
 
         Raises:
-            ConfigError: If there is none.
+            ConfigError: If there is no such figure.
         """
         for figure in self.figures:
             if figure.name == name:
@@ -68,7 +69,7 @@ class CostComparison(Printed):
         )
 
     def show(self, console: Console) -> None:
-        """Prints every figure of both models, their ratio, and how far it is above the floor."""
+        """Prints a table with each figure of both models, their ratio, and the ratio over its floor."""
         columns = ("", "dense", "pruned", "ratio", "pairs", "floor", "ratio/floor")
         table = Table(*columns, title=" | ".join(self.names), title_justify="left", caption_justify="left")
         for column in table.columns[1:]:
@@ -89,16 +90,16 @@ class CostComparison(Printed):
                 _three(figure.above_floor),
             )
         console.print(table)
-        work, kinds = self.workload, self.dtypes
+        work, dtypes = self.workload, self.dtypes
         learned = "all" if work.learned_tokens is None else f"the last {work.learned_tokens}"
         measured = f", median of {work.repeats}" if self.measured else ""
-        by_mode = ", ".join(f"{mode} {kind}" for mode, kind in kinds.items())
-        dtype = by_mode if len({*kinds.values()}) > 1 else next(iter(kinds.values()))
+        by_mode = ", ".join(f"{mode} {dtype}" for mode, dtype in dtypes.items())
+        dtype = by_mode if len({*dtypes.values()}) > 1 else next(iter(dtypes.values()))
         console.print(
             f"{self.device}, {'random' if self.random_weights else 'stored'} weights ({dtype}), batch "
             f"{work.batch_size} x {work.tokens} tokens ({learned} learned), {work.new_tokens} new "
-            f"tokens{measured}. floor: what depth alone leaves; ratio/floor: 1 when nothing is lost to fixed "
-            "costs.",
+            f"tokens{measured}. floor: the ratio that depth alone gives; ratio/floor: 1 if fixed costs take "
+            "nothing.",
             style="dim",
             highlight=False,
         )
@@ -108,7 +109,7 @@ class CostComparison(Printed):
             console.print(Text(f"failed: {cell}: {reason}", style="red"))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, with where they come from."""
+        """Returns the comparison as JSON values, with its provenance."""
         return {
             "what": "cost of a pruned model against the dense one; ratio = pruned / dense",
             "when": utc_now(),
@@ -135,22 +136,23 @@ def measure_cost(
     random: bool = False,
     dry_run: bool = False,
 ) -> CostComparison:
-    """Measures time and memory of a dense and a pruned model in turns, and says what depth alone allows.
+    """Measures time and memory of a dense and a pruned model in turns, with the floors set by depth alone.
 
-    Both models are held at once, each in a process of its own. What does not fit into memory is an entry of
-    `errors`; the other model and the other modes go on.
+    Both models are in memory at once, each in its own process. A model that does not fit becomes an entry of
+    `errors`; the other model and the other modes are still measured.
 
     Args:
         dense: Model folder, hub id or name of a shape (`gradpruner ls shapes`).
-        pruned: The same; or a plan, which leaves out layers of the dense model.
+        pruned: Model folder, hub id or name of a shape; or a plan to apply to the dense model.
         workload: What is run, and how often.
-        modes: Which of "full", "lora" (a training step) and "inference" to run.
-        random: Use random weights even where there are others. Both models get them as soon as one has no
-            others: time and memory do not depend on weights (but for experts, which data chooses).
-        dry_run: Load nothing: sizes, operations and floors alone, of models of any size.
+        modes: Which of "full", "lora" (a training step each) and "inference" to run.
+        random: Use random weights even if weights are stored. If one model has no stored weights, both get
+            random ones in any case: time and memory do not depend on the weights, except for mixtures of
+            experts, where the data choose the experts.
+        dry_run: Load no weights; give sizes, operations and floors only. Works for models of any size.
 
     Raises:
-        ConfigError: If an option is out of range, or the pruned model is the deeper one.
+        ConfigError: If an option is out of range, or the pruned model has more layers than the dense one.
         PlanError: If the plan does not fit the dense model.
         ModelError: If a model cannot be found or used.
 
@@ -200,7 +202,7 @@ def measure_cost(
 def _find_pair(
     dense: str | Path | Subject, pruned: str | Path | Subject | PruningPlan, random: bool, fetch: bool
 ) -> tuple[Subject, Subject]:
-    """Both models, with weights of the same kind."""
+    """Returns both models, either both with stored weights or both with random ones."""
     first = dense if isinstance(dense, Subject) else find_subject(dense, random=random, fetch=fetch)
     if isinstance(pruned, str | Path):
         second = find_subject(pruned, random=random, fetch=fetch)
@@ -212,19 +214,19 @@ def _find_pair(
 
 
 def _check_buildable(pair: tuple[Subject, Subject]) -> None:
-    """Raises ModelError for a decoder that transformers builds only as a part of a larger model."""
+    """Raises ModelError for a decoder that transformers can build only inside a multimodal model."""
     for subject in pair:
         if subject.folder is None and type(subject.config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise ModelError(
-                f"{subject.name} is part of a model that also sees or hears; transformers does not build it "
-                "with random weights.",
-                hint="Prune it first (gradpruner prune MODEL NEW) and give both folders; or --dry-run for "
-                "sizes and operations.",
+                f"{subject.name} is the decoder of a multimodal model, which transformers cannot build with "
+                "random weights.",
+                hint="Prune the model first (gradpruner prune MODEL NEW) and give both folders, or use "
+                "--dry-run for sizes and operations.",
             )
 
 
 def _size(subject: Subject, counted: ModelSizes, workload: Workload) -> Sizes:
-    """Sizes by the config; of weights that are there, the bytes they have on disk."""
+    """Returns the sizes from the config; stored weights count with their bytes on disk."""
     sizes = size_model(counted, tokens=workload.tokens, rank=workload.rank)
     if subject.folder is None:
         return sizes
@@ -232,33 +234,33 @@ def _size(subject: Subject, counted: ModelSizes, workload: Workload) -> Sizes:
 
 
 def _check_pair(pair: tuple[Subject, Subject], sizes: tuple[Sizes, Sizes], workload: Workload) -> None:
-    """Refuses two models that are the wrong way round, and sequences longer than either can take."""
+    """Raises ConfigError if the models are in the wrong order or the sequences too long for one of them."""
     if sizes[1].layers > sizes[0].layers:
         raise ConfigError(
-            f"The pruned model has {sizes[1].layers} layers, the dense one {sizes[0].layers}.",
-            hint="The dense model comes first: gradpruner cost DENSE PRUNED.",
+            f"The pruned model has {sizes[1].layers} layers, the dense one only {sizes[0].layers}.",
+            hint="Give the dense model first: gradpruner cost DENSE PRUNED.",
         )
     longest = workload.tokens + workload.new_tokens
     for subject in pair:
         limit = getattr(subject.config, "max_position_embeddings", None)
         if isinstance(limit, int) and longest > limit:
             raise ConfigError(
-                f"{workload.tokens} tokens and {workload.new_tokens} new ones are more than the {limit} "
+                f"{workload.tokens} tokens and {workload.new_tokens} new tokens are more than the {limit} "
                 f"positions of {subject.name}.",
-                hint="Give smaller --tokens and --new-tokens.",
+                hint="Lower --tokens or --new-tokens.",
             )
 
 
 def _warnings(differs: str, sizes: tuple[Sizes, Sizes]) -> tuple[str, ...]:
-    """What the reader of the figures should know."""
+    """Returns warnings for the reader of the figures."""
     warnings = []
     if differs:
         warnings.append(
-            f"The second model is not the first one with fewer layers ({differs}): the ratios are not those "
-            "of depth alone, and there are no floors."
+            f"The second model is not the first one with fewer layers ({differs}): the ratios are not due to "
+            "depth alone, and there are no floors."
         )
     if any(one.flops is None for one in sizes):
-        warnings.append("torch cannot count the FLOPs of this family without weights; the row is left out.")
+        warnings.append("torch cannot count the FLOPs of this family without weights; that row is left out.")
     return tuple(warnings)
 
 

@@ -1,4 +1,4 @@
-"""The figures of a cost comparison: what is known of both models, what was measured, and each one's floor."""
+"""The figures of a cost comparison: known sizes, measured times and memory, and their floors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from gradpruner.evaluation.costing.sizing import Sizes, time_floor
 from gradpruner.evaluation.costing.turns import Measurement
 from gradpruner.evaluation.costing.workload import Workload
 
-# Mode -> what the tables call it.
+# Mode -> its name in tables.
 LABELS = {"full": "full fine-tuning", "lora": "LoRA fine-tuning", "inference": "inference"}
-# What is known without running anything: name, as in `Sizes` but for the MACs; label; unit.
+# Figures known without running a model: name (a field of `Sizes`, except "macs"), label, unit.
 _SIZES = (
     ("layers", "layers", ""),
     ("parameters", "parameters", ""),
@@ -24,7 +24,7 @@ _SIZES = (
     ("macs", "MACs of linears, no head", "MAC"),
     ("flops", "FLOPs torch counts, no head", "FLOP"),
 )
-# What running a model says: name, without the mode; label; unit.
+# Figures measured by running a model: name without the mode -> label, unit.
 _MEASURED = {
     "step_seconds": ("one step", "seconds"),
     "prefill_seconds": ("prompt", "seconds"),
@@ -34,7 +34,7 @@ _MEASURED = {
     "peak_bytes": ("peak memory", "bytes"),
     "rise_bytes": ("peak above an empty process", "bytes"),
 }
-# Mode -> the memory it needs in any case (`per_device.held_bytes`).
+# Mode -> label of its minimum memory (`per_device.held_bytes`).
 _HELD = {
     "full": "weights, gradients, moments",
     "lora": "weights, adapters, moments",
@@ -47,12 +47,12 @@ class Figure:
     """One quantity of both models.
 
     Attributes:
-        name: As in JSON: "full_step_seconds".
-        group: Heading it stands under in tables: "full fine-tuning".
+        name: Name in JSON: "full_step_seconds".
+        group: Heading in tables: "full fine-tuning".
         unit: "seconds", "bytes", "tokens/s", "MAC", "FLOP" or "" for a count.
-        dense: Values of the dense model in the order measured; one if it is known without measuring.
-        pruned: Those of the pruned one; value i of both was measured side by side.
-        floor: What depth alone leaves of it, as a ratio; None where that has no meaning.
+        dense: Values of the dense model in the order measured; a single one if known without measuring.
+        pruned: Values of the pruned model; values of the same index were measured side by side.
+        floor: Ratio pruned / dense that depth alone gives; None if the figure has no floor.
     """
 
     name: str
@@ -65,28 +65,28 @@ class Figure:
 
     @property
     def medians(self) -> tuple[float | None, float | None]:
-        """The median of each; None where there is no value."""
+        """Medians of the dense and the pruned model; None without a value."""
         first, second = (statistics.median(side) if side else None for side in (self.dense, self.pruned))
         return first, second
 
     @property
     def ratio(self) -> float | None:
-        """Pruned / dense, of the medians."""
+        """Ratio pruned / dense of the medians."""
         dense, pruned = self.medians
         return pruned / dense if dense and pruned is not None else None
 
     @property
     def pairs(self) -> list[float]:
-        """Pruned / dense of every pair measured side by side, ascending."""
+        """Ratios pruned / dense of the pairs measured side by side, ascending."""
         return sorted(pruned / dense for dense, pruned in zip(self.dense, self.pruned, strict=False) if dense)
 
     @property
     def above_floor(self) -> float | None:
-        """Ratio / floor: 1 where the model is as fast or as small as its depth allows."""
+        """Ratio over floor; 1 if the model is as fast or as small as its depth allows."""
         return self.ratio / self.floor if self.ratio is not None and self.floor else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, spread included."""
+        """Returns the figure as JSON values, including the spread of the pairs."""
         pairs = self.pairs if len(self.pairs) > 1 else []
         spread = pairs and {
             "lowest": pairs[0],
@@ -107,7 +107,7 @@ class Figure:
 
 
 def size_figures(sizes: tuple[Sizes, Sizes], tokens: int) -> list[Figure]:
-    """What is known without running anything; operations are counted for a prompt of so many tokens."""
+    """Returns the figures known without running a model; operations are for a prompt of `tokens` tokens."""
     figures = []
     for name, label, unit in _SIZES:
         known = (asdict(one) | {"macs": tokens * one.layer_macs} for one in sizes)
@@ -127,16 +127,22 @@ def measured_figures(
     *,
     with_floors: bool = True,
 ) -> list[Figure]:
-    """What was measured of both models in one mode; a model that failed has no values.
+    """Returns the figures measured for both models in one mode; a model that failed has no values.
 
-    `held` are the bytes each needs in any case. Floors are given where the models differ in depth alone.
+    Args:
+        found: What was measured of the dense and the pruned model.
+        mode: One of `workload.MODES`.
+        sizes: Sizes of both models.
+        workload: What was run.
+        held: Minimum bytes each model needs in this mode (`per_device.held_bytes`).
+        with_floors: Whether to give floors; they hold only for models that differ in depth alone.
     """
     kinds = {one.kind for one in found if one.kind}
     floors = time_floors(mode, sizes, workload)
     names = [*floors, *(["rate"] if mode == "inference" else []), "held_bytes"]
     names += (["peak_bytes"] if kinds else []) + (["rise_bytes"] if kinds == {"rss"} else [])
     floors["rise_bytes"] = held[1] / held[0]
-    if kinds == {"cuda"}:  # elsewhere Python and the libraries count too
+    if kinds == {"cuda"}:  # on other devices the peak includes Python and the libraries
         floors["peak_bytes"] = held[1] / held[0]
     dense, pruned = (
         one.values
@@ -159,7 +165,7 @@ def measured_figures(
 
 
 def time_floors(mode: str, sizes: tuple[Sizes, Sizes], workload: Workload) -> dict[str, float]:
-    """What depth alone leaves of each time measured in a mode, as ratios by name."""
+    """Returns the floors of the times measured in a mode: name -> ratio pruned / dense."""
     tokens, new = workload.tokens, workload.new_tokens
     if mode != "inference":
         return {"step_seconds": time_floor(*sizes, tokens=tokens, head_tokens=workload.head_tokens)}
@@ -172,7 +178,7 @@ def time_floors(mode: str, sizes: tuple[Sizes, Sizes], workload: Workload) -> di
 
 
 def shown(value: float | None, unit: str) -> str:
-    """A value as people read it; durations below a second in milliseconds."""
+    """Returns a value with its unit as text; durations below a second are in milliseconds."""
     if value is None:
         return printing.MISSING
     if unit == "seconds":

@@ -1,6 +1,6 @@
-"""What each device holds in training: weights, gradients and optimizer exactly, from shapes alone.
+"""Bytes of weights, gradients and optimizer state on each device in training, computed from shapes alone.
 
-Nothing is loaded. What a step needs on top for its activations is in `rehearsal`.
+No weights are loaded, and the counts are exact. The activations of a step come on top, see `rehearsal`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gradpruner.models.layers import LayeredModel
 from gradpruner.models.sizes import count_parameters, decoder_layers, kv_bytes_per_token
 
 STRATEGIES = ("one", "ddp", "fsdp", "zero1", "zero2", "zero3")
-# What each strategy spreads over the processes.
+# Strategy -> what it shards over the processes.
 _SPREAD: dict[str, tuple[str, ...]] = {
     "fsdp": ("weights", "gradients", "optimizer"),
     "zero1": ("optimizer",),
@@ -26,25 +26,25 @@ _SPREAD: dict[str, tuple[str, ...]] = {
     "zero3": ("weights", "gradients", "optimizer"),
 }
 _FLOAT32 = 4
-# bitsandbytes: 4-bit weights have a scale of one byte for 64 of them, and one in float32 for 256 such scales;
-# what is not quantised becomes float32 (PEFT's preparation).
+# bitsandbytes stores, for 4-bit weights, a one-byte scale per 64 weights and a float32 scale per 256 of those
+# scales. PEFT casts weights that are not quantised to float32.
 _ITEM_4BIT = 0.5 + 1 / 64 + _FLOAT32 / (64 * 256)
-# 8-bit moments have a float32 scale for 256; those of small tensors and of embeddings stay in float32.
+# 8-bit moments have a float32 scale per 256 entries. Moments of small tensors and embeddings stay in float32.
 _BLOCK_8BIT, _SMALLEST_8BIT = 256, 4096
-# Numbers an optimizer keeps for each weight, by what its name contains; AdamW's otherwise.
+# Part of an optimizer's name -> numbers it keeps per weight; all other optimizers keep two, like AdamW.
 _MOMENTS = {"sgd": 0, "lion": 1, "rmsprop": 1, "adagrad": 1, "ademamix": 3}
-# DeepSpeed: a float32 copy of every trained weight and two moments.
+# Bytes per trained weight in DeepSpeed's optimizer: a float32 copy and two moments.
 _ZERO_OPTIMIZER = 12
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How a model is spread over processes, each of which has a device.
+    """How a model is spread over processes with one device each.
 
     Attributes:
         strategy: One of `STRATEGIES`; "one" for a single process.
         size: Number of processes.
-        offload: Parts that wait in the memory of the host: of "weights", "gradients", "optimizer".
+        offload: Parts kept in host memory; any of "weights", "gradients", "optimizer".
     """
 
     strategy: str = "one"
@@ -52,33 +52,34 @@ class Spread:
     offload: tuple[str, ...] = ()
 
     def share(self, part: str, shape: tuple[int, ...]) -> int:
-        """Entries of a tensor on the device that has most of them."""
+        """Returns how many entries of a tensor are on the device that holds the most of them."""
         count = math.prod(shape)
         if part in self.offload:
             return 0
         if self.size == 1 or part not in _SPREAD.get(self.strategy, ()):
             return count
-        if self.strategy == "fsdp" and shape:  # FSDP2 gives whole rows
+        if self.strategy == "fsdp" and shape:  # FSDP2 splits tensors by whole rows
             return math.ceil(shape[0] / self.size) * (count // shape[0])
         return math.ceil(count / self.size)
 
 
 @dataclass(frozen=True)
 class Training:
-    """Everything but the model that decides how much memory a training step takes.
+    """Everything except the model that determines the memory of a training step.
 
     Attributes:
-        mode: "full", "lora", "dora" or "qlora"; "none" where nothing is trained.
-        dtype: Type of the weights as they are loaded.
-        precision: Of autocast: "fp32", "bf16" or "fp16".
-        optim: The Trainer's name of the optimizer.
-        rank: LoRA r.
-        batch_size: Samples of a forward pass, on each device.
-        tokens: Of each sample.
+        mode: "full", "lora", "dora" or "qlora"; "none" if nothing is trained.
+        dtype: Dtype the weights are loaded in.
+        precision: Autocast precision: "fp32", "bf16" or "fp16".
+        optim: Name of the optimizer, as the Trainer takes it.
+        rank: LoRA rank.
+        batch_size: Samples per forward pass on each device.
+        tokens: Tokens per sample.
         head_tokens: Positions of each sample at which logits are computed.
-        accumulation: Forward passes of an optimizer step.
-        checkpointing: Whether activations are recomputed; "offload" if what is kept waits on the host.
-        attn: Attention implementation; None leaves it to transformers.
+        accumulation: Forward passes per optimizer step.
+        checkpointing: Whether activations are recomputed in the backward pass; "offload" also moves the
+            saved ones to host memory.
+        attn: Attention implementation; None lets transformers choose.
     """
 
     mode: str = "full"
@@ -102,29 +103,35 @@ class Training:
 
     @property
     def refused(self) -> bool:
-        """Whether a run refuses it, as `training.checks.check_4bit` does: 4-bit weights are not spread."""
+        """Whether a run refuses this combination: 4-bit weights are not sharded (`check_4bit`)."""
         return self.mode == "qlora" and self.spread.strategy in _SPREAD
 
     @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype that autocast computes in; None without autocast."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+
+    @property
     def computing_dtype(self) -> torch.dtype:
-        """Type of the weights a pass meets: FSDP2 and DeepSpeed cast them, where autocast keeps copies."""
+        """Dtype of the weights during a pass: FSDP2 and DeepSpeed cast them, autocast makes copies."""
         casts = self.spread.strategy in _SPREAD
-        low = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return low.get(self.precision, self.dtype) if casts else self.dtype
+        return self.autocast_dtype or self.dtype if casts else self.dtype
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes on each device; with several, on the one that holds most.
+    """Bytes held on a device; if devices differ, on the one that holds the most.
 
     Attributes:
-        gradients: Of what is trained.
-        optimizer: Moments, and master copies where there are some.
-        exchange: DDP's buckets, or the layers FSDP has put together at a time. DeepSpeed's are not counted.
-        working: Activations, or in inference what a forward pass needs; None where it cannot be told.
-        cache: Keys and values in inference, or the sums of a repair.
-        accumulates: Whether gradients are there while a forward pass runs.
-        paged: Whether the optimizer's part moves to the host where memory runs short.
+        gradients: Gradients of all trained weights.
+        optimizer: Moments, and master copies of the weights if the optimizer keeps them.
+        exchange: DDP's buckets, or the layers that FSDP holds gathered at a time. DeepSpeed's buffers are not
+            counted.
+        teacher: Weights of the teacher in distillation.
+        working: Activations, or in inference the intermediate tensors of a forward pass; None if unknown.
+        cache: Keys and values in inference, or the matrices that a repair sums up.
+        accumulates: Whether gradients of earlier passes are held during a forward pass.
+        paged: Whether the optimizer state moves to the host if memory runs short.
     """
 
     weights: int
@@ -139,28 +146,28 @@ class Held:
 
     @property
     def certain(self) -> int:
-        """Weights, gradients and optimizer: without this nothing runs."""
+        """Bytes held in any case: weights, gradients, optimizer state and teacher."""
         return self.weights + self.gradients + (0 if self.paged else self.optimizer) + self.teacher
 
     @property
     def peak(self) -> int:
-        """The most that is held at a time.
+        """The most bytes held at the same time.
 
-        Gradients appear as activations go; with several forward passes a step, those of the passes before
-        are there as well.
+        In a backward pass, gradients appear while activations are freed. With several forward passes per
+        step, gradients of earlier passes are held as well.
         """
         working = self.working or 0
         moving = self.gradients + working if self.accumulates else max(self.gradients, working)
         return self.weights + self.optimizer + self.exchange + self.teacher + self.cache + moving
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Returns the bytes as JSON values."""
         return asdict(self) | {"certain": self.certain, "peak": self.peak}
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor that is held; `itemsize` are the bytes of an entry, a fraction where it is quantised."""
+    """A tensor on a device; `itemsize` is the bytes per entry, a fraction if it is quantised."""
 
     shape: tuple[int, ...]
     itemsize: float
@@ -169,11 +176,11 @@ class Piece:
 
 
 def hold_training(model: nn.Module, training: Training) -> Held:
-    """What a device holds to train a model, activations apart.
+    """Returns the bytes that each device holds to train a model, without activations.
 
     Args:
-        model: The whole model on the meta device, without adapters; only looked at.
-        training: How it is trained.
+        model: The whole model on the meta device, without adapters; not changed.
+        training: How the model is trained.
     """
     spread, pieces = training.spread, pieces_of(model, training)
     trained = [piece for piece in pieces if piece.trained]
@@ -193,7 +200,7 @@ def hold_training(model: nn.Module, training: Training) -> Held:
 
 
 def pieces_of(model: nn.Module, training: Training) -> list[Piece]:
-    """Every tensor of a model as it is trained, adapters included; for arguments see `hold_training`."""
+    """Returns all tensors of a model in training, including adapters; arguments as for `hold_training`."""
     low = training.precision != "fp32"
     itemsize = training.dtype.itemsize
     if training.spread.strategy.startswith("zero"):  # DeepSpeed casts the model itself
@@ -213,26 +220,30 @@ def pieces_of(model: nn.Module, training: Training) -> list[Piece]:
 
 
 def adapter_shapes(model: nn.Module, rank: int) -> list[tuple[int, int]]:
-    """Shapes of LoRA's A and B on every linear of every decoder layer."""
+    """Returns the shapes of LoRA's A and B for every linear of every decoder layer."""
     view = LayeredModel(model)
     widths = [weight.shape for layer in range(view.num_layers) for weight in view.weights(layer).values()]
     return [shape for out, into in widths for shape in ((rank, into), (out, rank))]
 
 
 def adapter_parameters(model: nn.Module, rank: int) -> int:
-    """Number of parameters of these adapters."""
+    """Returns the number of parameters of LoRA adapters on every linear of every decoder layer."""
     return sum(map(math.prod, adapter_shapes(model, rank)))
 
 
 def trace_bytes(model: nn.Module, rank: int, steps: int) -> int:
-    """Bytes of recorded gradients: A's and B's of every step in float32."""
+    """Returns the bytes of recorded gradients: those of A and B at every step, in float32."""
     return _FLOAT32 * steps * adapter_parameters(model, rank)
 
 
 def held_bytes(model: Any, mode: str, workload: Workload, dtype: torch.dtype) -> int:
-    """Bytes one device needs in any case in a mode of `gradpruner cost`; activations come on top.
+    """Returns the minimum bytes that a mode of `gradpruner cost` needs on one device, without activations.
 
-    The model is a whole one on the meta device. Inference has the cache at its longest.
+    Args:
+        model: The whole model on the meta device.
+        mode: One of `workload.MODES`; inference includes the KV cache at its full length.
+        workload: What is run.
+        dtype: Dtype of the weights.
     """
     cached = 0
     if mode == "inference":
@@ -243,31 +254,31 @@ def held_bytes(model: Any, mode: str, workload: Workload, dtype: torch.dtype) ->
 
 
 def _adapters(model: nn.Module, training: Training) -> list[Piece]:
-    """PEFT keeps adapters in float32 whatever the model's type is."""
+    """Returns the adapters' tensors; PEFT keeps them in float32 for a model of any dtype."""
     shapes: list[tuple[int, ...]] = list(adapter_shapes(model, training.rank))
     if training.mode == "dora":
-        shapes += [(shape[0],) for shape in shapes[1::2]]  # a magnitude for every output
+        shapes += [(shape[0],) for shape in shapes[1::2]]  # one magnitude per output
     return [Piece(shape, _FLOAT32, trained=True) for shape in shapes]
 
 
 def _quantised(model: Any) -> set[int]:
-    """The weights bitsandbytes quantises: of every linear but the head."""
+    """Returns the ids of the weights that bitsandbytes quantises: those of all linears except the head."""
     head = model.get_output_embeddings()
     return {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head}
 
 
 def _gathered(model: Any, training: Training) -> int:
-    """What FSDP has put together at a time: two layers, since the next one is fetched ahead, and the ends."""
+    """Returns the bytes that FSDP holds gathered: two layers (it prefetches one), embeddings and head."""
     if training.spread.strategy != "fsdp":
         return 0
     layers = [count_parameters(layer) for layer in decoder_layers(model)]
-    ends = count_parameters(model) - sum(layers)
+    outside_layers = count_parameters(model) - sum(layers)
     itemsize = 2 if training.precision != "fp32" else training.dtype.itemsize
-    return (sum(sorted(layers)[-2:]) + ends) * itemsize
+    return (sum(sorted(layers)[-2:]) + outside_layers) * itemsize
 
 
 def _optimizer_bytes(optim: str, piece: Piece, spread: Spread) -> int:
-    """What an optimizer keeps for one tensor."""
+    """Returns the bytes of optimizer state for one tensor."""
     name, count, shape = optim.lower(), spread.share("optimizer", piece.shape), piece.shape
     if not count:
         return 0
@@ -283,5 +294,5 @@ def _optimizer_bytes(optim: str, piece: Piece, spread: Spread) -> int:
         return moments * (count + _FLOAT32 * math.ceil(count / _BLOCK_8BIT))
     if any(part in name for part in ("paged", "bnb")):
         return moments * _FLOAT32 * count
-    # torch's own keep moments in the weight's type, and a float32 step.
+    # torch's optimizers keep moments in the weight's dtype, and a step count in float32.
     return moments * round(piece.itemsize) * count + (_FLOAT32 if moments else 0)

@@ -1,8 +1,8 @@
-"""What a forward and backward pass needs on top of the weights, found by rehearsing it without data.
+"""Memory that a forward and backward pass needs on top of the weights, found by rehearsing it without data.
 
-The model's own code runs, adapters, autocast and recomputation included, on torch's fake tensors, which have
-a size and no contents; every storage is counted from its first to its last use. Two depths are rehearsed:
-what a layer adds is the same for all further ones.
+A rehearsal runs the model's own code, with adapters, autocast and recomputation, on torch's fake tensors,
+which have a shape but no contents, and counts each storage from its first to its last use. It runs with one
+layer and with two: every further layer adds as much as the second.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 import logging
 import warnings
 import weakref
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,45 +28,54 @@ log = logging.getLogger(__name__)
 
 _DEPTHS = (1, 2)
 _FLOAT32 = 4
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Model -> (training, depths) -> bytes at each depth: a dense and a pruned model, which differ in depth alone,
+# are rehearsed once. The weak key lets a model be freed when nothing else holds it.
+_REHEARSED: weakref.WeakKeyDictionary[
+    nn.Module, dict[tuple[Training, tuple[int, ...]], list[tuple[int, ...]]]
+] = weakref.WeakKeyDictionary()
 
 
 def working_bytes(model: Any, training: Training, layers: int) -> int | None:
-    """Bytes at the worst moment of a pass, weights and their gradients apart: activations.
+    """Returns the peak bytes of a pass on top of the weights and their gradients: the activations.
 
     Args:
-        model: The whole model on the meta device; only looked at.
-        training: How it is trained; with mode "none" the pass goes forward only, without a cache.
-        layers: Number of layers it has in that stage.
+        model: The whole model on the meta device; not changed.
+        training: How the model is trained; with mode "none" only a forward pass runs, without a cache.
+        layers: Number of layers the model has in the stage in question.
 
     Returns:
-        The bytes; None where the model's pass depends on data, as with experts.
+        The bytes; None if the model's pass depends on data, as in mixtures of experts.
     """
-    depths = sorted({min(depth, layers, len(decoder_layers(model))) for depth in _DEPTHS})
+    depths = tuple(sorted({min(depth, layers, len(decoder_layers(model))) for depth in _DEPTHS}))
     try:
-        found = _at_depths(model, training, tuple(depths))
-    except Exception as error:  # an architecture may do anything with data that is not there
+        found = _at_depths(model, training, depths)
+    except Exception as error:  # model code raises all kinds of errors on tensors without data
         log.debug("A step of %s cannot be rehearsed without data: %s", type(model).__name__, error)
         return None
     first, last = found[0], found[-1]
-    if not training.trains:  # nothing is kept from one layer to the next
+    if not training.trains:  # a forward pass keeps nothing from one layer to the next
         return max(last)
-    away = 0
+    offloaded = 0  # bytes per layer that wait in host memory
     if training.checkpointing == "offload":
         width = int(model.config.get_text_config(decoder=True).hidden_size)
         states = training.batch_size * training.tokens * width
-        away = states * (_FLOAT32 if training.mode == "qlora" else training.computing_dtype.itemsize)
-    each = [max(0, more - less - away) for less, more in zip(first, last, strict=True)]
-    return max(least + slope * (layers - depths[0]) for least, slope in zip(first, each, strict=True))
+        offloaded = states * (_FLOAT32 if training.mode == "qlora" else training.computing_dtype.itemsize)
+    per_layer = [max(0, more - less - offloaded) for less, more in zip(first, last, strict=True)]
+    return max(least + slope * (layers - depths[0]) for least, slope in zip(first, per_layer, strict=True))
 
 
-@lru_cache(maxsize=4)  # the dense and the pruned model differ in depth alone
 def _at_depths(model: nn.Module, training: Training, depths: tuple[int, ...]) -> list[tuple[int, ...]]:
-    return [_rehearsed(keep_layers_(copy.deepcopy(model), range(depth)), training) for depth in depths]
+    """Returns the bytes of `_rehearsed` for the model with only its first layers, at each depth."""
+    known = _REHEARSED.setdefault(model, {})
+    if (training, depths) not in known:
+        known[training, depths] = [
+            _rehearsed(keep_layers_(copy.deepcopy(model), range(depth)), training) for depth in depths
+        ]
+    return known[training, depths]
 
 
 def _rehearsed(model: Any, training: Training) -> tuple[int, ...]:
-    """Bytes at the worst moment of each part of a pass; the model, on the meta device, is changed."""
+    """Returns the peak bytes of each part of a pass; changes the model, which is on the meta device."""
     model.to(training.computing_dtype)
     if training.attn == "eager":
         model.set_attn_implementation("eager")
@@ -76,39 +84,39 @@ def _rehearsed(model: Any, training: Training) -> tuple[int, ...]:
         if training.trains:
             _prepare(model, training)
         with FakeTensorMode():
-            return _most_in_a_pass(model, training)
+            return _peaks_of_a_pass(model, training)
 
 
-def _most_in_a_pass(model: Any, training: Training) -> tuple[int, ...]:
-    """The most that is held up to the head's gradient, in the layers' backward pass, and after it.
+def _peaks_of_a_pass(model: Any, training: Training) -> tuple[int, ...]:
+    """Returns the peak bytes up to the head's gradient, in the layers' backward pass, and after it.
 
-    The last part has the embedding's gradient and no activations: with few layers it is the largest, and only
-    the others grow with depth. To be called where tensors are fake.
+    The last part holds the embedding's gradient and no activations. With few layers it is the largest part,
+    but only the other two grow with depth. Must be called inside a FakeTensorMode.
     """
-    _without_data(model)
-    shape, cast = (training.batch_size, training.tokens), _AUTOCAST.get(training.precision)
+    _replace_with_fakes(model)
+    shape, cast = (training.batch_size, training.tokens), training.autocast_dtype
     inputs = torch.zeros(shape, dtype=torch.long)
     labels = inputs[:, : training.head_tokens].flatten()
-    living = _Living(model)
-    with living, torch.set_grad_enabled(training.trains):
+    live = _LiveBytes(model)
+    with live, torch.set_grad_enabled(training.trains):
         with torch.autocast("cpu", cast, enabled=cast is not None):
-            entering = model.get_input_embeddings().register_forward_hook(living.watch)
+            hook = model.get_input_embeddings().register_forward_hook(live.watch)
             states = model.base_model(input_ids=inputs, use_cache=False)[0]
             logits = model.get_output_embeddings()(states[:, -training.head_tokens :])
             if training.trains:
-                states.register_hook(living.next_part)
+                states.register_hook(live.next_part)
             del states
             if training.trains:
                 loss = cross_entropy(logits.float().flatten(0, 1), labels)
         del logits
         if training.trains:
             loss.backward()
-    entering.remove()
-    return tuple(living.most)
+    hook.remove()
+    return tuple(live.peaks)
 
 
 def _prepare(model: Any, training: Training) -> None:
-    """Adapters, what requires a gradient, and recomputation, as the Trainer has them."""
+    """Sets up adapters, trainable weights and recomputation as the Trainer does."""
     if training.mode == "full":
         model.requires_grad_(True)
     else:
@@ -125,50 +133,50 @@ def _prepare(model: Any, training: Training) -> None:
     model.train()
 
 
-def _without_data(model: nn.Module) -> None:
-    """Gives a model on the meta device fake tensors of the CPU in place of its own; tied ones stay tied."""
+def _replace_with_fakes(model: nn.Module) -> None:
+    """Replaces the meta tensors of a model by fake CPU tensors; tied weights stay tied."""
 
     def forget(weight: nn.Parameter) -> None:
-        weight.grad = None  # gradients are counted elsewhere
+        weight.grad = None  # `per_device` counts gradients of weights
 
-    done: dict[int, nn.Parameter] = {}
+    fakes: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is None:
                 continue
-            if id(old) not in done:
+            if id(old) not in fakes:
                 new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=old.requires_grad)
                 if new.requires_grad:
                     new.register_post_accumulate_grad_hook(forget)
-                done[id(old)] = new
-            module._parameters[name] = done[id(old)]
+                fakes[id(old)] = new
+            module._parameters[name] = fakes[id(old)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-class _Living(TorchDispatchMode):
-    """Counts the bytes of all storages that are made while it is entered and still in use.
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of the storages that were created inside the block and are still in use.
 
     Attributes:
-        now: At the moment.
-        most: At the worst one of each of three parts.
+        now: Bytes at the moment.
+        peaks: Peak bytes of each of the three parts of a pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now, self._part = 0, 0
-        self.most = [0, 0, 0]
+        self.peaks = [0, 0, 0]
         own = [*model.parameters(), *model.buffers()]
         self._seen = {tensor.untyped_storage()._cdata for tensor in own}
 
     def next_part(self, _: torch.Tensor) -> None:
-        """As a hook of a gradient: what follows belongs to the next part."""
+        """Begins the next part of the pass; a hook on a gradient."""
         self._part += 1
-        self.most[self._part] = self.now
+        self.peaks[self._part] = self.now
 
     def watch(self, module: nn.Module, args: Any, out: torch.Tensor) -> None:
-        """As a hook of the embedding: the last part begins when its gradient comes."""
+        """Begins the last part when the embedding's gradient arrives; a forward hook of the embedding."""
         if out.requires_grad:
             out.register_hook(self.next_part)
 
@@ -176,18 +184,18 @@ class _Living(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
             if isinstance(value, torch.Tensor):
-                self._meet(value.untyped_storage())
+                self._add(value.untyped_storage())
         return out
 
-    def _meet(self, storage: Any) -> None:
+    def _add(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen:
             return
         self._seen.add(key)
         self.now += size
-        self.most[self._part] = max(self.most[self._part], self.now)
-        weakref.finalize(storage, self._leave, key, size)
+        self.peaks[self._part] = max(self.peaks[self._part], self.now)
+        weakref.finalize(storage, self._remove, key, size)
 
-    def _leave(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size

@@ -1,4 +1,4 @@
-"""What a job of several processes needs, from shapes alone: memory per device, trace, gathering, surgery."""
+"""What a job of several processes needs, from shapes alone: memory per device, and bytes of other stages."""
 
 from __future__ import annotations
 
@@ -35,12 +35,13 @@ RECORD_STEPS = 40
 
 @dataclass(frozen=True)
 class Placement:
-    """What a device holds in one mode under one strategy.
+    """What each device holds in one mode with one strategy.
 
     Attributes:
         mode: One of `SCALED_MODES`.
         strategy: One of `per_device.STRATEGIES`.
-        fits: Whether that is at most the memory of a device; None if it is not said how much that is.
+        held: Bytes on the device.
+        fits: Whether the peak fits into a device's memory; None if the size of that memory is not given.
     """
 
     mode: str
@@ -51,15 +52,16 @@ class Placement:
 
 @dataclass(frozen=True, repr=False)
 class Scaling(Printed):
-    """What `plan_scaling` found.
+    """The result of `plan_scaling`.
 
     Attributes:
-        device_bytes: Memory of each device; None where it is not said.
-        workload: Batch and lengths on each device.
-        stages: Bytes by what they are of: "trace", "trace_in_memory", "gathered", "gathered_at_a_time",
-            "surgery_read", "surgery_written".
-        pruned: Layers that go, for surgery.
-        merged: How many of these are merged.
+        device_bytes: Memory of each device; None if not given.
+        workload: Batch size and lengths on each device.
+        rows: One per mode and strategy.
+        stages: Bytes that other stages hold or move: "checkpoint", "trace", "trace_in_memory", "gathered",
+            "gathered_at_a_time", "surgery_read", "surgery_written".
+        pruned: Layers to prune.
+        merged: How many of these are merged into kept layers.
     """
 
     name: str
@@ -74,7 +76,7 @@ class Scaling(Printed):
     merged: int
 
     def show(self, console: Console) -> None:
-        """Prints what each device holds, and what the stages around training move."""
+        """Prints what each device holds, and the bytes that the stages around training move."""
         have = f" ({num_bytes(self.device_bytes)})" if self.device_bytes else ""
         each = "one device" if self.processes == 1 else f"each of {self.processes} devices"
         title = f"{self.name}, {self.parameters / 1e9:.3g} B parameters: {each}{have}"
@@ -97,14 +99,14 @@ class Scaling(Printed):
         )
         console.print(
             f"Computed, nothing was run: batches of {work.batch_size} x {work.tokens} tokens on each device, "
-            f"{self.optim}, weights in bfloat16 (float32 where all are trained), bf16 autocast. DeepSpeed's "
-            f"buffers are not counted.{' QLoRA goes with ddp alone.' if self.processes > 1 else ''}",
+            f"{self.optim}, weights in bfloat16 (float32 if all are trained), bf16 autocast. DeepSpeed's "
+            f"buffers are not counted.{' QLoRA works with ddp only.' if self.processes > 1 else ''}",
             style="dim",
             highlight=False,
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, with where they come from."""
+        """Returns the result as JSON values, with its provenance."""
         rows = [
             {"mode": row.mode, "strategy": row.strategy, "fits": row.fits, **row.held.to_dict()}
             for row in self.rows
@@ -138,24 +140,24 @@ def plan_scaling(
     optim: str = "adamw_torch_fused",
     num_merge: int = 0,
 ) -> Scaling:
-    """What training, recording and pruning a model take with several processes.
+    """Computes what training, recording and pruning a model need with several processes.
 
-    Types are those of a run on GPUs: bfloat16, with float32 weights where all of them are trained.
+    Dtypes are those of a run on GPUs: bfloat16, and float32 weights if all of them are trained.
 
     Args:
         subject: The model.
-        workload: Batch and lengths on each device.
-        plan: Which layers go.
-        processes: How many there are, each with a device.
-        strategies: Of `per_device.STRATEGIES`; all that make sense for so many processes when empty.
-        modes: Of `SCALED_MODES`; all when empty. What a run refuses has no row.
-        device_bytes: Memory of each device, to say what fits.
-        optim: The optimizer.
-        num_merge: How many of the layers that go are merged into kept ones.
+        workload: Batch size and lengths on each device.
+        plan: Which layers to prune.
+        processes: Number of processes, each with one device.
+        strategies: Any of `per_device.STRATEGIES`; if empty, all that this number of processes can use.
+        modes: Any of `SCALED_MODES`; all if empty. Combinations that a run refuses have no row.
+        device_bytes: Memory of each device, to tell what fits.
+        optim: Name of the optimizer, as the Trainer takes it.
+        num_merge: How many of the pruned layers are merged into kept ones.
 
     Raises:
-        ConfigError: If a strategy or mode is unknown, a strategy does not go with the number of processes, or
-            a run refuses a mode with every strategy asked for.
+        ConfigError: If a strategy or mode is unknown, a strategy does not work with this number of processes,
+            or a run refuses a mode with every strategy given.
     """
     sizes = ModelSizes(subject.config)
     rows = []
@@ -167,14 +169,14 @@ def plan_scaling(
         trainings = [one for one in trainings if not one.refused]
         if modes and not trainings:
             raise ConfigError(
-                f"A run refuses {mode} with {' or '.join(strategies)}: 4-bit weights are not spread.",
+                f"A run refuses {mode} with {' or '.join(strategies)}: 4-bit weights cannot be sharded.",
                 hint="Use --strategy ddp, where every process holds the 4-bit weights, or --mode lora.",
             )
         for one in trainings:
-            kind = one.computing_dtype
-            if kind not in rehearsed:
-                rehearsed[kind] = working_bytes(sizes.model, one, subject.depth)
-            held = replace(hold_training(sizes.model, one), working=rehearsed[kind])
+            dtype = one.computing_dtype
+            if dtype not in rehearsed:
+                rehearsed[dtype] = working_bytes(sizes.model, one, subject.depth)
+            held = replace(hold_training(sizes.model, one), working=rehearsed[dtype])
             fits = None if device_bytes is None else held.peak <= device_bytes
             rows.append(Placement(mode, one.spread.strategy, held, fits))
     return Scaling(
@@ -192,26 +194,26 @@ def plan_scaling(
 
 
 def strategies_for(processes: int, asked: tuple[str, ...]) -> tuple[str, ...]:
-    """The strategies asked for, or all that so many processes can use.
+    """Returns the strategies in `asked`, or if it is empty, all that this number of processes can use.
 
     Raises:
-        ConfigError: If one is unknown, or does not go with the number of processes.
+        ConfigError: If a strategy is unknown or does not work with this number of processes.
     """
     if processes < 1:
-        raise ConfigError(f"There are {processes} processes; at least 1 is needed.")
+        raise ConfigError(f"The number of processes is {processes}; at least 1 is needed.")
     check_known("strategy", asked, STRATEGIES)
     possible = ("one",) if processes == 1 else STRATEGIES[1:]
-    for one in asked:
-        if one not in possible:
+    for strategy in asked:
+        if strategy not in possible:
             raise ConfigError(
-                f"The strategy '{one}' does not go with {processes} processes.",
-                hint=f"Any of {', '.join(possible)}.",
+                f"The strategy '{strategy}' does not work with {processes} process{'es' * (processes > 1)}.",
+                hint=f"Give any of {', '.join(possible)}.",
             )
     return asked or possible
 
 
 def _training(mode: str, workload: Workload, optim: str) -> Training:
-    """As a run on GPUs would train."""
+    """Returns the training that a run on GPUs would do."""
     given = None if workload.dtype == "auto" else getattr(torch, workload.dtype)
     return Training(
         mode=mode,
@@ -228,7 +230,7 @@ def _training(mode: str, workload: Workload, optim: str) -> Training:
 
 
 def _stage_bytes(sizes: ModelSizes, workload: Workload, plan: PruningPlan, num_merge: int) -> dict[str, int]:
-    """What the stages around training move: recorded gradients, whole weights, the checkpoint."""
+    """Returns the bytes that the stages around training hold or move."""
     rank, biggest = workload.rank, max(weight.numel() for weight in sizes.model.parameters())
     kept = sizes.savings(plan.keep)["disk_bytes"]["after"]
     itemsize = sizes.disk_bytes // sizes.parameters
@@ -237,7 +239,7 @@ def _stage_bytes(sizes: ModelSizes, workload: Workload, plan: PruningPlan, num_m
         "checkpoint": sizes.disk_bytes,
         "trace": trace_bytes(sizes.model, rank, RECORD_STEPS),
         "trace_in_memory": trace_bytes(sizes.model, rank, 2),
-        # Full fine-tuning keeps float32 weights; they are gathered one tensor at a time.
+        # Full fine-tuning keeps float32 weights, which are gathered one tensor at a time.
         "gathered": 4 * sizes.parameters,
         "gathered_at_a_time": 4 * biggest,
         "surgery_read": kept + num_merge * layer,

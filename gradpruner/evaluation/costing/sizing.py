@@ -1,8 +1,9 @@
-"""What the cost of two models must come to: sizes, operations, and the floor that depth alone allows.
+"""Sizes and operations of two models, and the floor that depth alone sets for the cost of the pruned one.
 
-Nothing is loaded: models are built on the meta device. A floor is a ratio pruned / dense. It counts what
-depth leaves as it is (the projection to the vocabulary, the embeddings) and nothing else, so what a
-measurement has above it are fixed costs: launching, the optimizer's bookkeeping, Python.
+No weights are loaded: models are built on the meta device. A floor is a ratio pruned / dense of operations or
+bytes. It includes the parts that pruning layers does not shrink (the head and the embeddings) but no fixed
+costs, so a measured ratio above its floor is due to fixed costs: kernel launches, Python, the optimizer's
+bookkeeping.
 """
 
 from __future__ import annotations
@@ -23,19 +24,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is known of a model's cost without running it.
+    """The costs of a model that are known without running it.
 
     Attributes:
-        parameters: All of them; tied ones once.
-        parameters_without_head: The same without the projection to the vocabulary.
-        layer_kinds: Parameter counts of one layer that occur, ascending.
-        adapter_parameters: Of LoRA adapters on every linear of every layer.
-        layer_macs: Multiply-accumulates of all layers' linears for one token.
-        head_macs: Those of the projection to the vocabulary for one token.
-        flops: Counted by torch for one prompt, attention included, head left out; None when the model cannot
-            be counted without weights (experts, which data chooses).
-        kv_entries_per_token: Numbers the cache grows by with every token; `kv_bytes_per_token` in the
-            checkpoint's type.
+        parameters: All parameters; tied ones count once.
+        parameters_without_head: All parameters without the head (the projection to the vocabulary).
+        decoder_parameters: Parameters of all decoder layers.
+        layer_kinds: The different parameter counts of single layers, ascending.
+        adapter_parameters: Parameters of LoRA adapters on every linear of every layer.
+        layer_macs: Multiply-accumulates per token of the linears of all layers.
+        head_macs: Multiply-accumulates per token of the head.
+        flops: FLOPs of one prompt as torch counts them, with attention and without the head; None if they
+            cannot be counted without weights (mixtures of experts, where the data choose the experts).
+        kv_entries_per_token: Numbers that each token adds to the KV cache.
+        kv_bytes_per_token: Bytes that each token adds to the KV cache, in the checkpoint's dtype.
+        disk_bytes: Bytes of the weights on disk.
     """
 
     model_type: str
@@ -54,7 +57,12 @@ class Sizes:
 
 
 def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Sizes:
-    """All that is known of a model's cost; operations are those of a prompt, adapters those of LoRA.
+    """Returns the sizes of a model.
+
+    Args:
+        counted: The model.
+        tokens: Length of the prompt whose FLOPs are counted.
+        rank: Rank of the LoRA adapters.
 
     Raises:
         ModelError: If transformers has no causal language model for the config.
@@ -62,7 +70,7 @@ def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Size
     model = counted.model
     try:
         adapters = adapter_parameters(model, rank)
-    except ModelError:  # its layers cannot be told, so it gets none
+    except ModelError:  # the decoder layers were not found, so no adapters can be attached
         adapters = 0
     return Sizes(
         model_type=str(model.config.model_type),
@@ -82,51 +90,57 @@ def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Size
 
 
 def count_flops(model: Any, *, tokens: int = 128) -> int | None:
-    """FLOPs torch counts in one forward pass of a model on the meta device, head left out.
+    """Returns the FLOPs torch counts in one forward pass of a model on the meta device, without the head.
 
-    Matrix products of linears and of attention (all pairs of tokens: a causal kernel computes about half of
-    these); what works entry by entry counts nothing. The model's attention becomes "eager".
+    The count includes the matrix products of linears and attention (over all pairs of tokens; a causal kernel
+    computes about half of them) and no elementwise operations. Sets the model's attention to "eager".
 
     Returns:
-        The count; None when the model's forward pass depends on data, as with experts.
+        The count; None if the model's forward pass depends on data, as in mixtures of experts.
     """
     weight = next(model.parameters())
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
-    # The mask must be a finished one: to make it from lengths, transformers reads data, which meta has not.
+    # Pass a full mask: transformers would read data to build one, and meta tensors have none.
     mask = torch.zeros(1, 1, tokens, tokens, dtype=weight.dtype, device="meta")
     try:
         model.set_attn_implementation("eager")
         with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-    except Exception as error:  # an architecture may do anything with data that is not there
+    except Exception as error:  # model code raises all kinds of errors on tensors without data
         log.debug("FLOPs of %s cannot be counted without weights: %s", type(model).__name__, error)
         return None
     counted = int(counter.get_total_flops())
-    # Experts are left out where no token can be sent to them.
+    # A count below that of the linears alone has skipped experts, to which no token can be routed.
     return counted if counted >= 2 * tokens * sum(ModelSizes(model).layer_macs) else None
 
 
 def depth_alone(dense: Sizes, pruned: Sizes) -> str:
-    """Why two models differ in more than their number of layers; "" when they do not."""
+    """Returns why two models differ in more than their number of layers; "" if they do not."""
     if dense.model_type != pruned.model_type:
         return f"{pruned.model_type} instead of {dense.model_type}"
     if not set(pruned.layer_kinds) <= set(dense.layer_kinds):
         return "layers of another size"
     outside = [sizes.parameters - sizes.decoder_parameters for sizes in (dense, pruned)]
-    # A few families hold a slice for every layer outside the layers, so less there is no other model.
+    # A few families keep per-layer slices outside the layers, so fewer parameters there are expected.
     if outside[1] > outside[0] or dense.head_macs != pruned.head_macs:
         return "another vocabulary or embeddings of another size"
     return ""
 
 
 def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) -> float:
-    """Ratio of the operations of two models: the least a shallower one takes where computing is the bound.
+    """Returns the ratio pruned / dense of the operations: the lowest time ratio if compute is the bottleneck.
 
-    It is also the ratio of the weights read, which bound the decoding of small batches. `tokens` pass through
-    the layers, `head_tokens` are projected to the vocabulary.
+    With one token it is also the ratio of the weights read, the bottleneck when decoding small batches.
+
+    Args:
+        dense: Sizes of the dense model.
+        pruned: Sizes of the pruned model.
+        tokens: Tokens that pass through the layers.
+        head_tokens: Tokens that are projected to the vocabulary.
 
     Returns:
-        (L' c + h) / (L c + h), with c the multiply-accumulates of one layer and h those of the head.
+        (T L' c + H h) / (T L c + H h) for L and L' layers, T tokens and H head tokens, where c and h are the
+        multiply-accumulates per token of one layer and of the head.
     """
     work = [tokens * sizes.layer_macs + head_tokens * sizes.head_macs for sizes in (dense, pruned)]
     return work[1] / work[0]

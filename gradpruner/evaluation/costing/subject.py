@@ -1,4 +1,4 @@
-"""Subject: a model whose cost is measured, given as folder, hub id or shape, or as one with fewer layers."""
+"""Subject: a model whose cost is measured, found by folder, hub id or shape, or made by pruning another."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Subject:
     """A model whose cost is measured.
 
     Attributes:
-        name: What it is called in tables; holds no folder of this machine.
-        config: The config of its decoder as transformers reads it.
-        folder: Where its weights are; None when they are made at random.
+        name: Name in tables, without any path of this machine.
+        config: Config of the decoder, as transformers reads it.
+        folder: Folder with the weights; None for random weights.
     """
 
     name: str
@@ -41,18 +41,18 @@ class Subject:
 
 
 def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True) -> Subject:
-    """The model that a folder, a hub id or the name of a shape means.
+    """Finds a model by its folder, hub id or shape name.
 
-    A folder with nothing but a config.json, and a shape, get random weights. Of a model that also sees or
-    hears, the decoder counts.
+    A shape, and a folder with only a config.json, get random weights. Of a multimodal model, the subject is
+    the decoder.
 
     Args:
         model: Folder, hub id, or a name in `shapes.shape_names()`.
-        random: Ignore weights that are there; nothing but config.json is then read or fetched.
-        fetch: Fetch the weights of a hub id; those of a folder are looked at in any case.
+        random: Use random weights even if weights are stored; only config.json is then read or fetched.
+        fetch: Whether to fetch the weights of a hub id. Weights in a folder are checked in any case.
 
     Raises:
-        ConfigError: If it is none of these but sounds like a shape.
+        ConfigError: If `model` is none of these but close to the name of a shape.
         ModelError: If the folder or config cannot be used.
         IntegrityError: If the weights are damaged or unsafe.
     """
@@ -64,7 +64,7 @@ def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True)
         _refuse_misspelt_shape(name)
     folder = locate_model(model, weights=fetch and not random)
     random = random or not any(next(folder.glob(pattern), None) for pattern in _WEIGHTS)
-    # Code that comes with a model is never run here; quantised weights cannot be trained or cast.
+    # Refuse models with code of their own, which is never run, and quantised ones, which cannot be trained.
     check_config(folder, True)
     refuse_narrowed(folder)
     whole = load_config(folder, native=True, weights=False) if random else check_loadable(folder)
@@ -79,10 +79,10 @@ def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True)
 
 
 def shorten(subject: Subject, plan: PruningPlan) -> Subject:
-    """The model that a plan leaves, with random weights: what it costs does not depend on them.
+    """Returns the model that a plan leaves, with random weights: its cost does not depend on them.
 
     Raises:
-        PlanError: If the plan is for another depth, or leaves what no config of the family can express.
+        PlanError: If the plan is for another depth, or no config of the family can express the result.
         ModelError: If the family cannot be pruned.
     """
     config = subject.config
@@ -95,10 +95,10 @@ def shorten(subject: Subject, plan: PruningPlan) -> Subject:
 
 
 def plan_by_count(depth: int, num_prune: int) -> PruningPlan:
-    """Which layers to leave out where only their number matters: the last ones before the very last.
+    """Returns a plan for when only the number of pruned layers matters: the last ones before the final layer.
 
     Raises:
-        PlanError: If so many cannot go.
+        PlanError: If fewer than 2 layers would be left.
     """
     if not 0 <= num_prune <= depth - 2:
         raise PlanError(
@@ -109,7 +109,7 @@ def plan_by_count(depth: int, num_prune: int) -> PruningPlan:
 
 
 def _refuse_misspelt_shape(name: str) -> None:
-    """Raises ConfigError for a name that is neither folder nor hub id, but close to a shape."""
+    """Raises ConfigError for a name that is neither a folder nor a hub id, but close to a shape's name."""
     near = suggest(name.lower(), shape_names())
     if "/" not in name and near:
         raise ConfigError(

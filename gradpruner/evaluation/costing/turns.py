@@ -1,8 +1,8 @@
-"""Two things measured in turns, each in a process of its own, so that a busy machine slows both alike.
+"""Measures two orders in turns, each in its own process, so that load on the machine affects both equally.
 
-A process of its own, because memory that a process once held counts in its peak for ever after, and because a
-model that does not fit should take nothing else with it. The processes are started by `subprocess` and not by
-`multiprocessing`, which would run the caller's script once more in each of them.
+Each order has its own process because a process's peak memory never goes down again, and because a model that
+does not fit must not crash anything else. The processes are started with `subprocess`, because
+`multiprocessing` would run the caller's script again in each of them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _END_SECONDS = 30.0
 
 
 class Order(NamedTuple):
-    """What one process measures: a mode of `workload.MODES`, or `workload.RECORDING`, of a model.
+    """What one process measures: a model in one of `workload.MODES` or in `workload.RECORDING`.
 
-    The device of the workload is the only one the process sees.
+    The process sees no GPU except the workload's.
     """
 
     subject: Subject
@@ -42,11 +42,12 @@ class Measurement:
     """What was measured of one model in one mode.
 
     Attributes:
-        values: Times in seconds by name, in the order measured, warm-up left out; "peak_bytes", one value:
-            peak memory on CUDA of the device, else of all that was resident; "rise_bytes": the same above
-            the process before it had a model. {} if it could not be measured.
-        kind: "cuda" or "rss"; "" where nothing was measured.
-        error: Why it could not be measured; "" when it could.
+        values: Name -> values in the order measured; {} after a failure. Times are in seconds, without those
+            of warm-up. "peak_bytes" is a single value: the peak of the memory allocated on CUDA, or of
+            resident memory (RSS) on other devices. "rise_bytes" is the peak minus the RSS before the process
+            had a model; on CUDA it equals the peak.
+        kind: "cuda" or "rss", the kind of the peak; "" after a failure.
+        error: Why the measurement failed; "" if it did not.
     """
 
     values: dict[str, tuple[float, ...]]
@@ -57,19 +58,20 @@ class Measurement:
 def measure_pair(
     pair: tuple[Order, Order], advance: Callable[[], None] = lambda: None
 ) -> tuple[Measurement, Measurement]:
-    """Measures two orders with the same number of steps; each goes first in turn: A B, B A, A B ...
+    """Measures two orders step by step, alternating which goes first: A B, B A, A B ...
 
     Args:
-        pair: Such as the dense and the pruned model in one mode, or one model in two ways.
+        pair: Two orders with the same number of steps, e.g. the dense and the pruned model in one mode, or
+            one model with two workloads.
         advance: Called after every step.
 
     Returns:
-        What was measured of either; if one fails, the other goes on alone.
+        The measurements in the order of `pair`; if one fails, the other is still measured.
     """
     with ExitStack() as stack:
         one, other = (stack.enter_context(Worker(order)) for order in pair)
         for worker in (one, other):
-            worker.receive()  # it has loaded its model
+            worker.receive()  # the worker says that its model is loaded
         for step in range(pair[0].workload.steps):
             for worker in (one, other) if step % 2 == 0 else (other, one):
                 if worker.step():
@@ -78,10 +80,10 @@ def measure_pair(
 
 
 class Worker:
-    """A process that carries out one order; it ends with the `with` block, whatever happens.
+    """A process that carries out one order; a context manager that always ends the process.
 
     Attributes:
-        error: Why it failed; "" while it works. After a failure, nothing is asked of it any more.
+        error: Why the process failed; "" if it did not. After a failure it gets no more requests.
     """
 
     def __init__(self, order: Order) -> None:
@@ -94,17 +96,17 @@ class Worker:
         self._times: list[dict[str, float]] = []
 
     def __enter__(self) -> Worker:
-        self._pipe, theirs = Pipe()
+        self._pipe, remote_end = Pipe()
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
-        with theirs:
-            start = f"from gradpruner.evaluation.costing.worker import main; main({theirs.fileno()})"
+        with remote_end:
+            start = f"from gradpruner.evaluation.costing.worker import main; main({remote_end.fileno()})"
             self._process = Popen(
                 [sys.executable, "-c", start],
                 stdin=DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
                 env=self._environment,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[remote_end.fileno()],
             )
         self._send(self._order)
         return self
@@ -121,13 +123,13 @@ class Worker:
         self._log.close()
 
     def step(self) -> bool:
-        """Has it run one step and keeps the times, in seconds; False if it has failed."""
+        """Runs one step in the process and keeps its times in seconds; returns False after a failure."""
         self._send("go")
         self._times.append(self.receive())
         return not self.error
 
     def finish(self) -> Measurement:
-        """What was measured, after the last step; only the error after a failure."""
+        """Returns what was measured; to be called after the last step."""
         memory = self.receive()
         if self.error:
             return Measurement({}, error=self.error)
@@ -137,7 +139,7 @@ class Worker:
         return Measurement(values | {"peak_bytes": (peak,), "rise_bytes": (peak - empty,)}, memory["kind"])
 
     def receive(self) -> dict[str, Any]:
-        """What the process says next; {} once it has failed."""
+        """Returns the next message from the process; {} after a failure."""
         if self.error:
             return {}
         try:
@@ -149,11 +151,11 @@ class Worker:
 
     def _send(self, message: Any) -> None:
         if not self.error:
-            with suppress(OSError):  # it died; `receive` says of what
+            with suppress(OSError):  # the process died; `receive` finds out why
                 self._pipe.send(message)
 
     def _last_words(self) -> str:
-        """Why the process ended without an answer."""
+        """Returns why the process ended without an answer."""
         code = self._process.wait()
         if code == -9:
             return (
@@ -166,9 +168,10 @@ class Worker:
 
 
 def worker_environment(device: str) -> dict[str, str]:
-    """Variables of a process that finds this package and sees one GPU: the one named, else the first.
+    """Returns the environment of a process that can import this package and sees one GPU only.
 
-    A Trainer that sees several spreads every batch over all of them.
+    That is the GPU in `device`, or the first one if none is named. With several GPUs in sight, a Trainer
+    would spread every batch over all of them.
     """
     environment = alone(os.environ)
     paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]

@@ -1,12 +1,13 @@
-"""The process that measures one model in one mode, a step whenever it is told to.
+"""The process that measures one model in one mode, one step per request.
 
-It runs what users run, `finetune` and `generate`, held at a gate before every step. Over its pipe:
+It runs the functions that users run, `finetune` and `generate`, and waits at a gate before every step. The
+messages on its pipe:
 
     in   (subject, mode, workload)
     out  {"ready": True}
-    in   anything                               as often as there are steps
+    in   anything                               once per step
     out  {"step_seconds": 0.81}                 or prefill_seconds, decode_seconds and generation_seconds
-    out  {"peak_bytes": ..., "empty_bytes": ..., "kind": "rss"}     after the last; or {"error": ...}
+    out  {"peak_bytes": ..., "empty_bytes": ..., "kind": "rss"}     after the last step; or {"error": ...}
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ from gradpruner.evaluation.costing.workload import RECORDING, Workload
 from gradpruner.models.loading import load_model, resolve_device, resolve_dtype
 from gradpruner.models.memory import PeakMemory
 
-# The first tokens of a vocabulary are often special (padding, end): not ordinary input.
+# The first tokens of a vocabulary are often special (padding, end), so random input leaves them out.
 _FIRST_PLAIN_TOKEN = 3
 
 
 class Gate:
-    """Lets one step through at a time and times it; the only place with a clock.
+    """Lets one step pass at a time and times it; all times are taken here.
 
     Args:
-        device: The device that is waited for before the clock is read: its kernels run behind Python's back.
-        turns: The pipe on which a step is asked for and its times are sent; None runs all steps at once and
-            keeps no times.
+        device: Device to synchronise before the clock is read, because its kernels run asynchronously.
+        turns: Pipe on which steps are requested and times are sent; None runs all steps without waiting and
+            sends nothing.
     """
 
     def __init__(self, device: torch.device, turns: Connection | None) -> None:
@@ -53,20 +54,20 @@ class Gate:
         self._started = 0.0
 
     def start(self) -> None:
-        """Waits until the next step may run, and starts the clock."""
+        """Waits until the next step may run, then starts the clock."""
         if not self._ready:
-            self.say(ready=True)
+            self.send(ready=True)
             self._ready = True
         if self._turns is not None:
             self._turns.recv()
         self._started = self._now()
 
     def seconds(self) -> float:
-        """Seconds since `start`, all work of the device included."""
+        """Returns the seconds since `start`, including all work of the device."""
         return self._now() - self._started
 
-    def say(self, **reply: Any) -> None:
-        """Sends one reply."""
+    def send(self, **reply: Any) -> None:
+        """Sends one message."""
         if self._turns is not None:
             self._turns.send(reply)
 
@@ -77,22 +78,22 @@ class Gate:
 
 
 class _TokenTimes(BaseStreamer):
-    """Notes when each token came out of `generate`; the first call brings the prompt."""
+    """Notes the time at which `generate` delivers each token; the first call delivers the prompt."""
 
     def __init__(self, gate: Gate) -> None:
         self.gate = gate
         self.seconds: list[float] = []
 
     def put(self, value: Any) -> None:
-        """Called with the prompt, then with every token of the batch."""
+        """Called with the prompts, then with each new token of the batch."""
         self.seconds.append(self.gate.seconds())
 
     def end(self) -> None:
-        """Called after the last one."""
+        """Called after the last token."""
 
 
 def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, str]:
-    """Generates greedily from random prompts, once a step; returns the peak memory and its kind."""
+    """Generates greedily from random prompts, once per step; returns the peak memory and its kind."""
     rows = _random_ids(model, workload)
     config = GenerationConfig(
         do_sample=False,
@@ -114,15 +115,15 @@ def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, 
                 generation_config=config,
                 streamer=times,
             )
-            given, first, *_, last = times.seconds
+            began, first, *_, last = times.seconds
             decoding = (last - first) / (len(times.seconds) - 2)
-            gate.say(generation_seconds=last, prefill_seconds=first - given, decode_seconds=decoding)
+            gate.send(generation_seconds=last, prefill_seconds=first - began, decode_seconds=decoding)
     return memory.peak_bytes, memory.kind
 
 
 def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: str) -> tuple[int, str]:
     """Fine-tunes on random samples; returns the peak memory and its kind."""
-    # Not at the top: inference needs none of a Trainer's imports, which take memory and seconds.
+    # Imported here, because inference does not need the Trainer, whose imports take memory and seconds.
     from transformers import TrainerCallback
 
     from gradpruner.data.encoding import Collator
@@ -130,16 +131,16 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
     from gradpruner.training.recording import GradientRecorder
 
     class Steps(TrainerCallback):
-        """Forward, backward, clipping and optimizer are timed; fetching the batch and logging are not."""
+        """Times forward, backward, clipping and optimizer, but not fetching the batch or logging."""
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             gate.start()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            gate.say(step_seconds=gate.seconds())
+            gate.send(step_seconds=gate.seconds())
 
     with tempfile.TemporaryDirectory() as folder:
-        # One step more than there are, so that every step that is timed is one in the middle.
+        # The recorder expects one more step than is run, so no timed step includes the end of a recording.
         recorder = GradientRecorder(workload.steps + 1, Path(folder) / "trace")
         _, result = finetune(
             model,
@@ -162,7 +163,7 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
 
 
 def build(subject: Subject, mode: str, workload: Workload, device: torch.device) -> nn.Module:
-    """A model on the device: its weights loaded, or random ones where it has none."""
+    """Returns the model on the device, with its stored weights or, without any, random ones."""
     dtype, attn = workload.weight_dtype(mode), workload.attn
     if subject.folder is not None:
         return load_model(
@@ -176,7 +177,7 @@ def build(subject: Subject, mode: str, workload: Workload, device: torch.device)
 
 
 def work(turns: Connection) -> None:
-    """Carries out the one order that comes first."""
+    """Receives one order and carries it out."""
     subject, mode, workload = turns.recv()
     set_mode("quiet")
     device = resolve_device(workload.device)
@@ -190,25 +191,25 @@ def work(turns: Connection) -> None:
     try:
         peak, kind = measure(build(subject, mode, workload, device), workload, gate)
     except EOFError:
-        raise SystemExit(0) from None  # whoever asked is gone
+        raise SystemExit(0) from None  # the parent process is gone
     except GradPrunerError as error:
-        gate.say(error=error.message)
-    except Exception as error:  # out of memory, kernels that are missing: a library raises what it likes
-        gate.say(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        gate.send(error=error.message)
+    except Exception as error:  # out of memory, missing kernels: libraries raise all kinds of errors
+        gate.send(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
     else:
-        gate.say(peak_bytes=peak, empty_bytes=empty, kind=kind)
+        gate.send(peak_bytes=peak, empty_bytes=empty, kind=kind)
 
 
 def main(descriptor: int) -> None:
-    """Works for whoever holds the other end of the pipe."""
-    with suppress(OSError):  # where memory runs out, Linux should end this process and no other
+    """Carries out one order from the pipe with this file descriptor."""
+    with suppress(OSError):  # if memory runs out, Linux should kill this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     with Connection(descriptor) as turns:
         work(turns)
 
 
 def _exercise(measure: Callable[..., tuple[int, str]], device: torch.device) -> None:
-    """Runs everything once with a miniature: what libraries load at first use counts as empty process."""
+    """Runs everything once with a tiny model, so that libraries loaded on first use count as empty."""
     config = LlamaConfig(
         vocab_size=16,
         hidden_size=16,
@@ -224,7 +225,7 @@ def _exercise(measure: Callable[..., tuple[int, str]], device: torch.device) -> 
 
 
 def random_samples(model: Any, workload: Workload) -> list[dict[str, list[int]]]:
-    """Training samples for all steps, of which the last tokens are learned."""
+    """Returns random training samples for all steps; the last tokens of each carry loss."""
     from gradpruner.data.encoding import IGNORED
 
     samples = []
@@ -239,7 +240,7 @@ def random_samples(model: Any, workload: Workload) -> list[dict[str, list[int]]]
 
 
 def _random_ids(model: Any, workload: Workload) -> list[list[int]]:
-    """Ordinary token ids of a model's vocabulary for all steps, shape (steps x batch, tokens)."""
+    """Returns random ordinary token ids of the model for all steps, shape (steps x batch, tokens)."""
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(workload.seed)
     first = min(_FIRST_PLAIN_TOKEN, vocabulary - 1)

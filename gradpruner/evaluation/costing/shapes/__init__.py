@@ -1,6 +1,6 @@
-"""Shapes of public models: their config.json without weights, for costs at real sizes.
+"""Shapes of public models: a config.json without weights, to compute costs at real sizes.
 
-Adding one = one folder with a config.json. Architecture facts only; nothing here can be loaded as a model.
+To add a shape, add a folder with a config.json that holds only the architecture.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ SHAPES_DIR = Path(__file__).resolve().parent
 
 
 def shape_names() -> list[str]:
-    """The names of all shapes, sorted."""
+    """Returns the names of all shapes, sorted."""
     return sorted(path.parent.name for path in SHAPES_DIR.glob("*/config.json"))
 
 
 def shape_folder(name: str) -> Path | None:
-    """The folder of a shape, None when there is none; upper and lower case are the same."""
+    """Returns the folder of a shape, ignoring case; None if there is no such shape."""
     folder = SHAPES_DIR / name.lower()
     return folder if name.lower() in shape_names() else None
 
 
 def describe_shape(name: str) -> str:
-    """The facts of a shape in a few words."""
+    """Returns a one-line description of a shape."""
     facts = json.loads((SHAPES_DIR / name / "config.json").read_text(encoding="utf-8"))
     return (
         f"{facts['num_hidden_layers']} layers, hidden {facts['hidden_size']}, "
