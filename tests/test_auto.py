@@ -336,17 +336,17 @@ def test_if_all_fail_it_says_what_each_failed_with(monkeypatch):
         raise ModelError("It is a mixture of experts.")
 
     monkeypatch.setattr(auto, "fit_repair", repair)
-    with pytest.raises(PlanError, match=r"None of the plans.*last.*: It is a mixture of experts") as error:
+    with pytest.raises(PlanError, match=r"No candidate.*last.*: It is a mixture of experts") as error:
         choose()
     assert error.value.hint is not None and "repair to none" in error.value.hint
     assert choose(replace_options(UNTRAINED, repair="none")).keep
 
 
 def test_what_no_search_can_be_made_of_is_refused():
-    with pytest.raises(DataError, match="There are 1 training samples"):
+    with pytest.raises(DataError, match="number of training samples is 1"):
         choose(samples=SAMPLES[:1])
     unlearned = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in SAMPLES]
-    with pytest.raises(DataError, match="None of the 6 samples put aside"):
+    with pytest.raises(DataError, match="None of the 6 samples held out"):
         choose(samples=unlearned)
 
 

@@ -269,7 +269,11 @@ def test_other_labels_in_evaluation_rows_are_said(tmp_path):
     for name, own in labels.items():
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "a", "label": own[i % len(own)]} for i in range(30)])
     recipe = load_recipe(path)
-    assert any("3 labels, evaluation rows 2 (not in both: z)" in warning for warning in Job(recipe).warnings)
+    warning = next(one for one in Job(recipe).warnings if "labels, evaluation rows" in one)
+    assert "3 labels, evaluation rows 2 (not in both: z)" in warning
+    assert warning.endswith("""--set 'data.labels=["x", "y", "z"]'.""")
+    filled = load_recipe(path, ("data.completion=It is {label}",))
+    assert any(one.endswith("List all labels in data.labels.") for one in Job(filled).warnings)
     named = load_recipe(path, ("data.labels={x: x, y: y, z: z}",))
     assert not any("labels, evaluation rows" in warning for warning in Job(named).warnings)
     assert load_split(named, "eval", None, 64).examples[0].choices == (" x", " y", " z")

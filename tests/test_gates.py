@@ -573,5 +573,5 @@ def test_the_method_and_its_options(tiny_llama, tiny_trace):
         method.read_options("gate", {"order": "third"})
     with pytest.raises(ConfigError, match="Unknown order"):
         score_gates(trace, order="third")
-    with pytest.raises(ConfigError, match="num_keep 7"):
+    with pytest.raises(ConfigError, match="num_keep is 7"):
         score_gates(trace, num_keep=7)

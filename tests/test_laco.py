@@ -11,7 +11,7 @@ from families import make_family_model
 from gradpruner.common.errors import ConfigError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
 from gradpruner.methods import METHODS, MethodContext
-from gradpruner.methods.laco import LacoOptions, _Likeness, _Runs, _standing_in
+from gradpruner.methods.laco import LacoOptions, _replaced, _Runs, _Similarity
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.pruning.in_memory import prune_
@@ -106,7 +106,7 @@ def test_linears_are_put_back_after_an_error_too():
     model = make_model()
     view = LayeredModel(model)
     weights = {2: {name: torch.zeros_like(weight) for name, weight in view.weights(2).items()}}
-    with pytest.raises(ValueError), _standing_in(view, weights):
+    with pytest.raises(ValueError), _replaced(view, weights):
         assert not model.model.layers[2].mlp.up_proj.weight.any()
         raise ValueError
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), make_model().parameters(), strict=True))
@@ -135,10 +135,10 @@ def test_a_higher_threshold_would_not_reach_the_budget():
     found = METHODS.find("laco").plan(context)
     view, threshold = LayeredModel(context.model()), found.evidence["threshold"]
     with torch.no_grad():
-        likeness = _Likeness(view, "laco", context, 10)
+        similarity = _Similarity(view, "laco", context, 10)
         runs = _Runs(view, LacoOptions(), 5, set())
         for above, missing in ((threshold, False), (threshold + 0.002, True)):
-            merges = runs.sweep(lambda merged, above=above: likeness.of(merged) > above)
+            merges = runs.sweep(lambda merged, above=above: similarity.of(merged) > above)
             assert bool(runs.missing(merges)) == missing
 
 
@@ -227,7 +227,7 @@ def test_transposed_linears_are_searched_too():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(PlanError, match="LaCo can remove 1 of the 3 layers"):
+    with pytest.raises(PlanError, match="asked to remove 3 layers and can remove 1"):
         plan("laco", make_model(), num_keep=3, protected=(1, 3, 4))
     with pytest.raises(ModelError, match="can only be dropped"):
         plan("laco", make_family_model("mixtral"), num_keep=8)
@@ -251,7 +251,7 @@ def test_only_plans_whose_layers_fit_are_taken():
     fits = lambda old, new, kept: old == new or old >= 4  # noqa: E731
     found = plan("laco", make_model(), num_keep=4, fits=fits)
     assert all(fits(old, new, 4) for new, old in enumerate(found.keep))
-    with pytest.raises(PlanError, match="where they do not fit"):
+    with pytest.raises(PlanError, match="do not fit at their new positions"):
         plan("laco", make_model(), num_keep=4, fits=lambda *_: False)
 
 

@@ -195,7 +195,7 @@ def test_shortgpt_takes_a_state_in_several_streams():
 
 
 def test_angular_distance_needs_to_know_how_many_layers_stay(tiny_llama):
-    with pytest.raises(ConfigError, match="how many stay is not known"):
+    with pytest.raises(ConfigError, match="num_keep is None"):
         score("angular", tiny_llama())
 
 

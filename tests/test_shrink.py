@@ -21,12 +21,13 @@ from gradpruner.reports import html
 from gradpruner.reports.html import render_html
 from gradpruner.runs.depth_search import possible_plans, refuse_uncertified
 from gradpruner.runs.directory import RunDirectory
-from gradpruner.runs.early_checks import check_methods
+from gradpruner.runs.early_checks import check_changed_training, check_methods
 from gradpruner.runs.evaluation_data import with_validation
 from gradpruner.runs.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import check_recipe, load_recipe
 from gradpruner.runs.run_record import title_of
+from gradpruner.training.options import FinetuneOptions
 
 
 @pytest.fixture(autouse=True)
@@ -326,6 +327,15 @@ def test_methods_that_cannot_do_what_is_asked_are_refused(recipe, said):
     with pytest.raises(ConfigError, match=said):
         check_methods(check_recipe(PLAIN | recipe))
     check_methods(check_recipe(PLAIN | recipe | {"start": "tuned", "variants": ["dense", "gate"]}))
+
+
+def test_a_training_that_a_method_cannot_change_is_refused_before_a_model_is_loaded():
+    recipe = check_recipe(PLAIN | {"variants": ["dense", "sat"]})
+    check_changed_training(recipe, FinetuneOptions(), 2)
+    with pytest.raises(ConfigError, match="at least two optimizer steps; this training has 1"):
+        check_changed_training(recipe, FinetuneOptions(), 1)
+    with pytest.raises(ConfigError, match=r"torch\.compile"):
+        check_changed_training(recipe, FinetuneOptions(compile=True), 9)
 
 
 # -- the command -----------------------------------------------------------------------------------------

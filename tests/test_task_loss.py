@@ -351,12 +351,12 @@ def test_what_cannot_be_measured_or_repaired_is_refused():
         score(six_layers(), [])
     with pytest.raises(ModelError, match="mixture of experts") as refused:
         score(experts(), options=LINEAR)
-    assert refused.value.hint == "Use methods.task_loss.repair: none."
+    assert refused.value.hint == "Set methods.task_loss.repair to none."
     assert len(score(experts(), options=NONE, num_keep=10).evidence["removed"]) == 2
     broken = six_layers()
     with torch.no_grad():
         broken.lm_head.weight[0] = math.nan
-    with pytest.raises(NonFiniteError, match="as it was given is NaN or infinite"):
+    with pytest.raises(NonFiniteError, match="with all layers is NaN or infinite"):
         score(broken)
 
 

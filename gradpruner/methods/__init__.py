@@ -1,4 +1,4 @@
-"""Pruning methods, one file each. A new one is one file and its name here."""
+"""Pruning methods, one file each. To add one, write its file and add its name to the list below."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Angular distance (Gromov et al.): the block of layers that turns the last token's state least goes."""
+"""Angular distance (Gromov et al.): prunes the block of layers that turns the last token's state least."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from gradpruner.models.layers import LayeredModel
 
 @torch.inference_mode()
 def score(context: MethodContext) -> LayerScores:
-    """`d(l, n) = mean over samples of arccos(cos(x_l, x_{l+n})) / pi`; the block with the smallest d goes.
+    """Scores layers such that the block with the smallest angular distance has the lowest scores.
 
-    `x_l` is what layer l is given, at a sample's last token, and n the number of layers to prune. `evidence`
-    holds d of every block of n layers, `distances[l]` for layers l to l+n-1. A layer's score is the smallest
-    d of the candidates it is part of. So the n lowest scores are the best block and nothing else; of blocks
-    that turn equally little it is the later one (see `layer_values`).
+        d(l, n) = mean over samples of arccos(cos(x_l, x_{l+n})) / pi
 
-    A block that touches a protected layer is not a candidate. Layers outside all candidates come after the
-    others, protected ones last: 1 or 2 is added to their smallest d, which is at most 1. So where protected
-    layers leave no room for a block, and in a plan that prunes another number of layers than n, the pruned
-    layers may not be a block (the plan option `contiguous` makes them one). When n is 0, blocks of 1 are
-    measured.
+    `x_l` is the input of layer l at a sample's last token, and n the number of layers to prune. `evidence`
+    holds d of every block of n layers: `distances[l]` is for layers l to l+n-1. The score of a layer is the
+    smallest d of the candidate blocks it belongs to. So the n lowest scores are exactly the best block; of
+    blocks with equal d it is the last one (see `layer_values`).
 
-    Measured on the first 256 training samples, whose last token is the one that ends the answer.
+    A block that contains a protected layer is not a candidate. Layers outside all candidates rank above the
+    others, protected layers highest: 1 or 2 is added to their smallest d, which is at most 1. The pruned
+    layers may therefore not be one block if protected layers leave no room for it, or if a plan prunes
+    another number of layers than n (the plan option `contiguous` makes them one block). If n is 0, blocks of
+    1 layer are measured.
+
+    Measured on the first 256 training samples. Their last token is the one that ends the answer.
 
     Source: The Unreasonable Ineffectiveness of the Deeper Layers (Gromov et al., 2025).
     """
@@ -54,15 +56,15 @@ def score(context: MethodContext) -> LayerScores:
 
 
 def layer_values(distances: Sequence[float], size: int, protected: Collection[int] = ()) -> list[float]:
-    """The smallest distance of the candidates a layer is part of, for every layer; see `score`.
+    """Returns for every layer the smallest distance of the candidate blocks it belongs to; see `score`.
 
-    The `size` least important layers are then one block with the smallest distance, the last of equal ones:
-    its layers have that value, and of layers with equal values `LayerScores.ascending` takes the later first.
+    The `size` least important layers are then the block with the smallest distance, or the last one of
+    several: all its layers have that value, and `LayerScores.ascending` puts the later of equal layers first.
 
     Args:
-        distances: Of the blocks that begin at layer 0, 1, ...
+        distances: Distances of the blocks that begin at layer 0, 1, ...
         size: Layers in a block, >= 1.
-        protected: Layers that no candidate touches.
+        protected: Layers that no candidate may contain.
     """
     last = len(distances) - 1
     free = [not any(layer in protected for layer in range(i, i + size)) for i in range(len(distances))]
@@ -70,18 +72,18 @@ def layer_values(distances: Sequence[float], size: int, protected: Collection[in
     for layer in range(len(distances) + size - 1):
         blocks = range(max(0, layer - size + 1), min(layer, last) + 1)
         candidates = [distances[block] for block in blocks if free[block]]
-        behind = 0 if candidates else 2 if layer in protected else 1
-        values.append(behind + min(candidates or [distances[block] for block in blocks]))
+        added = 0 if candidates else 2 if layer in protected else 1
+        values.append(added + min(candidates or [distances[block] for block in blocks]))
     return values
 
 
 def _last_states(view: LayeredModel, batch: dict[str, Tensor]) -> Tensor:
-    """States at every sample's last token, shape (layers + 1, samples, hidden_size), on the CPU.
+    """Returns the states at every sample's last token, shape (layers + 1, samples, hidden_size), on the CPU.
 
-    In fp64: near 1 an arccos takes the square root of the rounding of its cosine, 3e-4 in fp32.
+    In fp64: near 1, the error of arccos is the square root of the cosine's rounding error, 3e-4 in fp32.
     """
     real = batch["attention_mask"].cpu()
-    last = real.shape[1] - 1 - real.flip(1).argmax(dim=1)  # wherever the padding is
+    last = real.shape[1] - 1 - real.flip(1).argmax(dim=1)  # for padding on either side
     rows = torch.arange(len(last))
     states = [torch.empty(0)] * (view.num_layers + 1)
 

@@ -1,4 +1,4 @@
-"""APT-like pruning: heads and channels are removed step by step while LoRA adapters train and grow."""
+"""APT-like pruning: removes heads and channels step by step while LoRA adapters train and grow."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from gradpruner.training.trainer import CausalTrainer
 
 ADAPTED = ("q_proj", "v_proj", "gate_proj", "up_proj")
 MASK_STEP = 0.01
-"""How far masks move in an optimizer step, if that is fast enough."""
+"""How far masks move in an optimizer step, unless the run is too short for that."""
 LAST_PART = 0.25
-"""Share of the steps that masks may take, at most, to get where the last cut sends them."""
-# Keys of the recipe's fine-tuning that hold here too.
+"""Largest share of the steps that masks may take to reach their targets after the last pruning."""
+# Keys of the recipe's fine-tuning that apply here too.
 _SHARED = {"accumulation", "batch_size", "batching", "device", "gradient_checkpointing", "precision"}
 
 
@@ -48,50 +48,50 @@ class APTOptions(MethodOptions):
     learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate; cosine decay after 3 % of warm-up."""
     num_prunings: int = Field(default=16, ge=1)
-    """How often it is decided what goes; fewer where there are fewer steps."""
+    """Number of times that units are chosen and masked; smaller if there are fewer steps."""
     warmup: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps before the first pruning, in [0, 1)."""
     rank: int = Field(default=8, ge=1)
-    """LoRA r at first."""
+    """Initial LoRA r."""
     alpha: float = Field(default=16, gt=0)
-    """LoRA alpha at first; alpha / r stays the same."""
+    """Initial LoRA alpha; alpha / r stays the same."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
     """LoRA dropout."""
     growth: float = Field(default=4.0, ge=1)
-    """Parameters of all adapters at the end, in first sizes, at most; 1: they do not grow."""
+    """Largest size of all adapters together, as a multiple of their first size; 1: they do not grow."""
     distil: bool = False
-    """Self-distillation: learn, with growing weight, what the model predicts with nothing masked."""
+    """Self-distillation: also learn, with growing weight, the predictions of the model without masks."""
 
 
 def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
-    """The model, LoRA-trained while heads and channels are masked away, without them and with LoRA merged.
+    """Trains LoRA while masking heads and channels; returns the model without them, with LoRA merged.
 
     Units are KV groups (a KV head with all its query heads) and MLP channels. With H the masked input of
-    o_proj or down_proj,
+    o_proj or down_proj, the salience of a unit is
 
         S(unit) = sum over its entries of  (sum_{b,t} |H|) (sum_{b,t} |dL/dH|),
 
     averaged over optimizer steps with weight 0.85 for earlier steps, plus, for every entry,
-    `sqrt(max(kurtosis, 0))` of its column of o_proj or down_proj (`salience.outlier_term`). Divided by the
-    unit's parameters this is its density. At each of `num_prunings` steps all units of all layers are sorted
-    by it, and the least dense go, as many as the cubic schedule (`kept_share`) asks for; where a group is
-    too large for the rest of the budget, channels go instead, so that the budget is met to less than one
-    channel as long as there are channels. Every layer keeps its best group and channel; `protected` layers
-    keep all. Masks move towards 0 or 1 by 0.01 a step, faster if that would take more than a quarter of the
-    run; a unit whose mask has not reached 0 at the end is cut all the same.
+    `sqrt(max(kurtosis, 0))` of its column of o_proj or down_proj (`salience.outlier_term`). Its density is
+    the salience divided by its number of parameters. At each of `num_prunings` steps the units of all layers
+    are sorted by density, and the least dense are masked, as many as the cubic schedule (`kept_share`) asks
+    for. If a group is too large for the rest of the budget, channels are masked instead, so the budget is met
+    to less than one channel as long as there are channels. Every layer keeps its best group and channel;
+    `protected` layers keep all. Masks move towards 0 or 1 by 0.01 a step, or faster if that would take more
+    than a quarter of the run. A unit whose mask has not reached 0 at the end is removed nevertheless.
 
     LoRA is on q, v, gate and up. At every pruning the more salient half of the adapters grows
-    (`growing_ranks`) until all together have 1 + (growth - 1) (1 - u^3) times their first parameters, with u
-    as in `kept_share`.
+    (`growing_ranks`) until all adapters together have 1 + (growth - 1) (1 - u^3) times their first
+    parameters, with u as in `kept_share`.
 
-    All tokens count, padding included. No checkpoint is written: an interrupted run begins again.
+    All tokens count, padding included. No checkpoint is written: an interrupted run starts again.
 
-    With `distil` the loss is `mu KL + (1 - mu) L`, L the task's and KL the divergence from the same model
-    with the masks off (`SelfDistillationTrainer`), which costs a second forward pass and no memory for a
-    teacher; mu rises linearly from 0 to 1 while units go.
+    With `distil` the loss is `mu KL + (1 - mu) L`, where L is the loss of the task and KL the divergence from
+    the same model without masks (`SelfDistillationTrainer`). This costs a second forward pass but no memory
+    for a teacher. mu rises linearly from 0 to 1 between warm-up and the last pruning.
 
     Raises:
-        ConfigError: If `num_remove` is more than can go, with fp16, or on several GPUs.
+        ConfigError: If `num_remove` parameters cannot be removed, with fp16, or on several GPUs.
         ModelError: If heads and channels cannot be told apart, or a linear is quantised.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
 
@@ -102,7 +102,7 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     context.checked_samples()
     if resolve_precision(context.finetune.precision, context.finetune.device) == "fp16":
         raise ConfigError(
-            "APT weighs gradients against the shape of weights, and fp16 scales gradients.",
+            "APT adds a term of the gradients to a term of the weights, but fp16 training scales gradients.",
             hint="Set finetune.precision to bf16 or fp32.",
         )
     view = WidthView(context.model())
@@ -122,28 +122,31 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
         del model.peft_config
     evidence = whole.evidence | pruning.evidence()
     plan = dataclasses.replace(whole, layers=pruning.widths(), method="apt", evidence=evidence)
-    # Trained, it is no longer the model whose fingerprint the plan has.
+    # Training has changed the model, so the fingerprint in the plan's evidence no longer matches.
     prune_width_(model, dataclasses.replace(plan, evidence={}))
     return model.requires_grad_(True), plan
 
 
 def kept_share(step: float, warmup: float, end: float) -> float:
-    """Share of the budget still there at step t: `u^3`, with `u = (end - t) / (end - warmup)` in [0, 1]."""
+    """Returns the share of the budget not yet removed at step t: `u^3`, `u = (end - t) / (end - warmup)`.
+
+    u is clipped to [0, 1].
+    """
     u = min(1.0, max(0.0, (end - step) / (end - warmup)))
     return float(u**3)
 
 
 def pruning_steps(total: int, num_prunings: int, warmup: float) -> tuple[list[int], int, float]:
-    """When units are chosen, and how fast masks follow.
+    """Returns when units are chosen and how fast masks move.
 
     Args:
         total: Optimizer steps, >= 1.
-        num_prunings: Prunings, evenly spread.
-        warmup: Share of the steps before the first, in [0, 1).
+        num_prunings: Number of prunings, evenly spaced.
+        warmup: Share of the steps before the first pruning, in [0, 1).
 
     Returns:
-        Steps after which there is a pruning, ascending, the last early enough for masks to reach their
-        targets; steps of warm-up; how far masks move in a step.
+        The steps after which units are chosen, ascending, the last one early enough for masks to reach their
+        targets; the steps of warm-up; how far masks move in a step.
     """
     mask_step = max(MASK_STEP, 1 / max(1.0, LAST_PART * total))
     end = max(1, total - math.ceil(round(1 / mask_step, 9)))
@@ -153,12 +156,12 @@ def pruning_steps(total: int, num_prunings: int, warmup: float) -> tuple[list[in
 
 
 def lightest(densities: Tensor, sizes: Tensor, budget: int) -> Tensor:
-    """Units that go: the least dense first, skipping those too large for the rest of the budget.
+    """Chooses units to remove: the least dense first, skipping those too large for the rest of the budget.
 
     Args:
-        densities: Salience per parameter, shape (units,); of equal ones the first goes first.
-        sizes: Parameters, int64, shape (units,).
-        budget: Parameters to remove at most.
+        densities: Salience per parameter, shape (units,); ties are broken by index.
+        sizes: Parameters of each unit, int64, shape (units,).
+        budget: Largest number of parameters to remove.
     """
     order = densities.argsort(stable=True)
     gone = []
@@ -172,12 +175,12 @@ def lightest(densities: Tensor, sizes: Tensor, budget: int) -> Tensor:
 
 
 class AdaptivePruning(ClosingCallback):
-    """Masks away the least dense heads and channels of a model in training, and lets its adapters grow.
+    """Masks the least dense heads and channels of a model in training, and grows its adapters.
 
-    `view` is of the model before it got its adapters, of which o_proj and down_proj must have none.
+    `view` was made before the model got its adapters. o_proj and down_proj must have no adapters.
 
     Raises:
-        ConfigError: If so many parameters cannot go.
+        ConfigError: If `num_remove` parameters cannot be removed.
         ModelError: If a linear is quantised.
     """
 
@@ -191,8 +194,8 @@ class AdaptivePruning(ClosingCallback):
         removable = len(self._open) * sum((count - 1) * sizes[name] for count, name in kinds.values())
         if num_remove > removable:
             raise ConfigError(
-                f"{num_remove} parameters are to go; without emptying a layer {removable} can, of "
-                f"{len(self._open)} layers that are not protected.",
+                f"APT was asked to remove {num_remove} parameters. The {len(self._open)} layers that are not "
+                f"protected can lose {removable} if each keeps one KV group and one channel.",
                 hint="Remove fewer parameters, or protect fewer layers.",
             )
         for layer in range(shape.num_layers):
@@ -207,14 +210,14 @@ class AdaptivePruning(ClosingCallback):
         self._cuts: list[dict[str, Any]] = []
         self._steps: list[int] = []
         self._begin, self._mask_step = 0, 1.0
-        self._ranks: GrowingRanks  # there once training has begun
+        self._ranks: GrowingRanks  # set when training begins
         self._adapters = (0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Lays out the schedule."""
+        """Computes the schedule."""
         if args.n_gpu > 1 or args.world_size > 1:
             raise ConfigError(
-                "APT lets adapters grow while they train, which works on one GPU only.",
+                "APT grows adapters while they train, which works on one GPU only.",
                 hint="Set CUDA_VISIBLE_DEVICES to one GPU and start without a launcher.",
             )
         self._steps, self._begin, self._mask_step = pruning_steps(
@@ -228,7 +231,7 @@ class AdaptivePruning(ClosingCallback):
         self._ranks.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Updates the saliences of the units, moves the masks, and prunes when it is time."""
+        """Updates the saliences of the units, moves the masks, and prunes at the scheduled steps."""
         for masks in self._masks:
             masks.end_step()
             masks.move(self._mask_step)
@@ -239,12 +242,12 @@ class AdaptivePruning(ClosingCallback):
             self._adapters = (self._adapters[0], self._ranks.parameters())
 
     def close(self) -> None:
-        """Takes the masks off."""
+        """Removes the masks."""
         for masks in self._masks:
             masks.close()
 
     def widths(self) -> tuple[LayerWidths, ...]:
-        """What the last pruning left of every layer."""
+        """Returns the heads and channels of every layer that are left after the last pruning."""
         shape = self.view.shape
         kept = [tuple(masks.targets.nonzero()[:, 0].tolist()) for masks in self._masks]
         all_kept = LayerWidths(tuple(range(shape.num_heads)), tuple(range(shape.intermediate_size)))
@@ -265,11 +268,11 @@ class AdaptivePruning(ClosingCallback):
                 masks.paused = False
 
     def distilled_share(self, step: int) -> float:
-        """mu: how much of the loss is distillation, 0 at the end of warm-up and 1 at the last pruning."""
+        """Returns mu, the weight of distillation: 0 until warm-up ends, 1 from the last pruning on."""
         return min(1.0, max(0.0, (step - self._begin) / max(1, self._steps[-1] - self._begin)))
 
     def evidence(self) -> dict[str, Any]:
-        """The prunings and the growth of the adapters, as JSON values."""
+        """Returns the prunings and the growth of the adapters, as JSON values."""
         return {
             "cuts": self._cuts,
             "mask_step": self._mask_step,
@@ -295,14 +298,14 @@ class AdaptivePruning(ClosingCallback):
 
 
 class SelfDistillationTrainer(DistillationTrainer):
-    """A `DistillationTrainer` that learns from its own model with the masks off, and from the labels."""
+    """A `DistillationTrainer` that learns from the labels and from its own model without masks."""
 
     def __init__(self, *, pruning: AdaptivePruning, **kwargs: Any) -> None:
         super().__init__(teacher=self._whole, **kwargs)
         self.pruning = pruning
 
     def _whole(self, **inputs: Any) -> Any:
-        """What the model computes with nothing masked, and without dropout."""
+        """Runs the model without masks and without dropout."""
         model: Any = self.model
         with self.pruning.paused():
             model.eval()
@@ -344,7 +347,7 @@ def _trainer(
 
 METHODS.register("apt")(
     Method(
-        "APT-like: the least salient heads and channels go bit by bit in a LoRA training",
+        "APT-like: prunes the least salient heads and channels step by step while LoRA trains",
         shrink=shrink,
         options=APTOptions,
         label="APT-like",

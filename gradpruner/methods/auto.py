@@ -1,4 +1,4 @@
-"""Auto: many plans, each repaired; the best are trained a little, and the best of these a little longer."""
+"""Auto: makes many plans, repairs each, trains the best for a few steps and the best of these for longer."""
 
 from __future__ import annotations
 
@@ -24,55 +24,56 @@ from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import fit_repair
 from gradpruner.training.finetuning import finetune, planned_steps
 
-_GROWTH = 3  # of the steps, from round to round
+_GROWTH = 3  # factor by which the steps grow from round to round
 
 
 class AutoOptions(MethodOptions):
-    """What can be set about the search."""
+    """Options of the search."""
 
     pool: int = Field(default=12, ge=1)
-    """Plans to choose from, at most."""
+    """Largest number of plans to choose from."""
     families: list[Family] = Field(default=list(FAMILIES), min_length=1)
-    """Where plans come from; the first ones where the pool is too small for all."""
+    """Where the plans come from. If the pool is too small for all families, the first ones are used."""
     validation_samples: int = Field(default=128, ge=1)
-    """Training samples put aside to choose by, at most a quarter of all."""
+    """Training samples held out to compare candidates on; at most a quarter of all samples."""
     repair: Literal["none", "linear", "least_squares", "layer_wise"] = "least_squares"
-    """How every candidate is repaired before it is judged and trained."""
+    """How every candidate is repaired before it is measured and trained."""
     repair_rows: int | None = Field(default=None, ge=2)
-    """Training samples a repair is fitted on, at most; null: as many as determine it well."""
+    """Largest number of training samples a repair is fitted on; null: as many as determine it well."""
     rounds: int = Field(default=2, ge=0, le=3)
-    """Rounds of training; 0: the choice is made without any."""
+    """Rounds of training; 0 chooses without training."""
     share: float = Field(default=0.05, gt=0, le=1)
-    """Steps of the first round, as a share of those of the fine-tuning to come; three times as many in each
-    further round."""
+    """Steps of the first round, as a share of the steps of the later fine-tuning; every further round takes
+    three times as many."""
     task_loss_samples: int = Field(default=32, ge=1)
-    """Samples on which the family task_loss searches."""
+    """Samples the family task_loss searches on."""
 
 
 def plan(context: MethodContext) -> PruningPlan:
-    """The plan whose repaired model has the lowest loss on samples put aside, after some training.
+    """Returns the plan whose repaired and briefly trained model has the lowest loss on held-out samples.
 
-    1. `validation_samples` of the training samples, drawn with the seed, at most a quarter of all, are put
-       aside. No family chooses by them, and nothing is fitted or trained on them. (The trace was recorded
-       before, so it may have seen some of them.)
+    1. `validation_samples` training samples (at most a quarter of all), drawn with the seed, are held out.
+       No family uses them to choose layers, and nothing is fitted or trained on them. (The trace was recorded
+       earlier, so it may contain some of them.)
     2. A pool of plans is made, see `candidates.make_pool`.
-    3. Every candidate is pruned and repaired and its loss on the samples put aside is measured: mean negative
-       log-likelihood of the learned tokens, in nats.
+    3. Every candidate is pruned and repaired, and its loss on the held-out samples is measured: the mean
+       negative log-likelihood of the learned tokens, in nats.
     4. In round r = 1 ... `rounds` the best ceil(candidates / 2^r) are trained for `share` * 3^(r - 1) of the
-       steps of the fine-tuning to come, each anew from its repaired state and with the options of that
-       fine-tuning (its schedule runs to the end within these steps), and their losses measured again. A round
-       with a single candidate is left out.
+       steps of the later fine-tuning, and their losses are measured again. Each candidate starts from its
+       repaired state and is trained with the options of that fine-tuning, whose learning rate schedule ends
+       with these steps. A round with a single candidate is skipped.
 
-    The best of the last round is the plan, of equal ones the first in the pool. A candidate or family that
-    fails is noted; it is an error only if no candidate is left. `evidence["candidates"]` is the whole table.
-    docs/methods.md says what it costs. Memory: the model, a pruned copy in training (float32 where every
-    weight is trained), and on the CPU the refitted weights of the best half of the pool.
+    The best candidate of the last round is the plan; ties go to the one that comes first in the pool. A
+    candidate or family that fails is noted; it is an error only if no candidate is left.
+    `evidence["candidates"]` holds the whole table. docs/methods.md states the cost. Memory: the model, a
+    pruned copy in training (in float32 if all weights are trained), and on the CPU the refitted weights of
+    the best half of the pool.
 
-    The plan holds no repair: set `plan.repair` to what candidates were judged with.
+    The plan holds no repair: set `plan.repair` to the repair the candidates were compared with.
 
     Raises:
-        PlanError: If no candidate is left, naming what each failed with.
-        DataError: If there are fewer than two samples, or those put aside have no learned token.
+        PlanError: If no candidate is left; the message says why each one failed.
+        DataError: If there are fewer than two samples, or the held-out ones have no learned token.
 
     Source: successive halving (Jamieson and Talwalkar, 2016).
     """
@@ -93,14 +94,15 @@ def plan(context: MethodContext) -> PruningPlan:
 
 
 def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """`count` samples to choose by (at least one, at most a quarter of all), and all others.
+    """Returns `count` held-out samples (at least one, at most a quarter of all), and all others.
 
     Raises:
         DataError: If there are fewer than two samples.
     """
     if len(samples) < 2:
         raise DataError(
-            f"There are {len(samples)} training samples; one to train on and one to judge by are needed.",
+            f"The number of training samples is {len(samples)}; auto needs at least two, one of them to hold "
+            "out.",
             hint="Give more rows.",
         )
     order = random.Random(seed).sample(range(len(samples)), len(samples))
@@ -113,13 +115,13 @@ def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any],
 def _check_learned(validation: Sequence[Any]) -> None:
     if not any(label != -100 for sample in validation for label in sample["labels"][1:]):
         raise DataError(
-            f"None of the {len(validation)} samples put aside to choose by has a learned token.",
-            hint="At least one label has to differ from -100.",
+            f"None of the {len(validation)} samples held out to compare candidates on has a learned token.",
+            hint="At least one label must differ from -100.",
         )
 
 
 class _Search:
-    """The candidates and their way through the rounds; the context has no sample of `validation`."""
+    """The candidates and the rounds they go through; the context has no sample of `validation`."""
 
     def __init__(self, context: MethodContext, options: AutoOptions, validation: list[Any]) -> None:
         self.context, self.options, self.validation = context, options, validation
@@ -144,7 +146,7 @@ class _Search:
             )
 
     def judge(self) -> None:
-        """Repairs and measures every candidate; keeps the repairs of those that may be trained."""
+        """Repairs and measures every candidate; keeps the repairs of those that can reach the first round."""
         with Progress(len(self.candidates), "plan auto: repair") as progress:
             for candidate in self.candidates:
                 self._try(candidate, 0)
@@ -153,7 +155,7 @@ class _Search:
         self.dense = None if self.options.rounds == 0 else self.dense
 
     def halve(self) -> None:
-        """Trains the best, then fewer for longer."""
+        """Trains the best candidates, round by round: fewer of them, for longer."""
         for number in range(1, self.options.rounds + 1):
             chosen = self._ranked()[: self._number(number)]
             if len(chosen) < 2:
@@ -166,7 +168,7 @@ class _Search:
             self._forget_repairs(self._number(number + 1))
 
     def best(self) -> Candidate:
-        """The winner.
+        """Returns the winner.
 
         Raises:
             PlanError: If every candidate failed.
@@ -175,14 +177,14 @@ class _Search:
         if ranked:
             return ranked[0]
         reasons = self.failures | {", ".join(one.names): one.error for one in self.candidates}
-        told = "; ".join(f"{name}: {error}" for name, error in reasons.items())
+        listed = "; ".join(f"{name}: {error}" for name, error in reasons.items())
         raise PlanError(
-            f"None of the plans can be used. {told}",
-            hint="Take a method by name, or set methods.auto.repair to none.",
+            f"No candidate can be used. {listed}",
+            hint="Choose another method than auto, or set methods.auto.repair to none.",
         )
 
     def evidence(self, best: Candidate) -> dict[str, Any]:
-        """Everything that was found, as JSON values."""
+        """Returns all results, as JSON values."""
         return {
             "num_layers": self.context.num_layers,
             "model": self.model,
@@ -197,22 +199,22 @@ class _Search:
         }
 
     def _forget_repairs(self, kept: int) -> None:
-        """Frees all repairs but those of the best."""
+        """Frees the repairs of all but the best `kept` candidates."""
         for beaten in self._ranked()[kept:]:
             beaten.repair = None
 
-    def _number(self, number: int) -> int:
-        """Candidates trained in a round."""
-        return -(-len(self.candidates) // (1 << number))
+    def _number(self, round_number: int) -> int:
+        """Number of candidates that are trained in a round, counted from 1."""
+        return -(-len(self.candidates) // (1 << round_number))
 
     def _ranked(self) -> list[Candidate]:
-        """Those with the most rounds behind them, best first; of equal ones the first in the pool."""
-        fit = [one for one in self.candidates if one.losses and not one.error]
-        furthest = max((len(one.losses) for one in fit), default=0)
-        return sorted((one for one in fit if len(one.losses) == furthest), key=lambda one: one.losses[-1])
+        """The candidates that were measured most often, best first; ties in the order of the pool."""
+        working = [one for one in self.candidates if one.losses and not one.error]
+        most = max((len(one.losses) for one in working), default=0)
+        return sorted((one for one in working if len(one.losses) == most), key=lambda one: one.losses[-1])
 
     def _try(self, candidate: Candidate, steps: int) -> None:
-        """Adds the loss after these steps of training, or the error."""
+        """Records the candidate's loss after so many steps of training, or its error."""
         started = time.perf_counter()
         try:
             candidate.losses.append(self._loss(candidate, steps))
@@ -244,10 +246,10 @@ class _Search:
     def _trained(self, model: nn.Module, steps: int, name: str) -> Any:
         tuning = self.context.finetune
         if tuning.mode == "full":
-            model = model.float()  # updates of AdamW are below the resolution of 16 bits
+            model = model.float()  # AdamW's updates are too small for 16-bit weights
         changes = {
             "max_steps": steps,
-            # The Trainer rounds warm-up up: of a single step nothing would be left.
+            # The Trainer rounds warm-up up: a single step would be all warm-up.
             "warmup": int(steps * tuning.warmup_ratio),
             "seed": self.context.seed,
             "merge_adapter": True,
@@ -264,7 +266,7 @@ class _Search:
 
 METHODS.register("auto")(
     Method(
-        "auto: plans of many methods, each repaired, the best trained on; validation loss decides",
+        "auto: repairs plans of many methods and trains the best; validation loss decides",
         plan=plan,
         options=AutoOptions,
         needs_trace=True,

@@ -1,4 +1,4 @@
-"""What a pruning method is and what it may look at."""
+"""What a pruning method is, and what it is given to decide by."""
 
 from __future__ import annotations
 
@@ -27,35 +27,35 @@ _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class MethodOptions(BaseModel):
-    """What can be set about a method (`methods.<name>` in a recipe); this one has nothing to set."""
+    """Options of a method (`methods.<name>` in a recipe); used as it is by methods without options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True)
 class MethodContext:
-    """Everything a method may base its decision on; expensive parts are made when asked for.
+    """Everything a method may base its decision on. Trace and model are loaded only when they are called for.
 
     Attributes:
         num_layers: Decoder layers of the model.
-        trace: Gives the recorded LoRA gradients.
-        model: Gives the dense model, in evaluation mode, loaded anew at every call; not to be changed by
-            methods that only score or plan.
-        samples: Encoded training samples (`input_ids`, `labels`), the calibration data.
+        trace: Returns the recorded LoRA gradients.
+        model: Returns the dense model in evaluation mode. Every call loads it again. Methods that only score
+            or plan must not change it.
+        samples: Encoded training samples (`input_ids`, `labels`), used as calibration data.
         norm: GradPruner's norm, "squared" or "frobenius".
-        num_keep: Layers that stay, for methods that prune layers.
-        num_remove: Parameters to remove, for methods that prune anything else: as many as the layers hold
-            that would go otherwise. A method may miss it by less than one of its units.
+        num_keep: Layers to keep, for methods that prune layers.
+        num_remove: Parameters to remove, for all other methods: the parameters of the layers that a
+            layer-pruning method would remove. A method may miss this number by less than one of its units.
         unit: What `num_remove` counts: "parameters" (of the whole model) or "decoder_parameters" (without
             embeddings and head).
-        protected: Layers that must stay whole, ascending.
-        fits: Which layer may stand where, see `selection.plan_pruning`; None: any.
+        protected: Layers that must not be pruned, ascending.
+        fits: Which layers are allowed at which position, see `selection.plan_pruning`; None allows all.
         options: The method's own options, an instance of `Method.options`.
-        pruned_work: Work of a pruned row (recording, repair, teacher, training), in units of the dense
-            model's fine-tuning; estimated from steps and layers.
-        finetune: How the result is fine-tuned later; methods that train take batch size, precision and
-            device from here.
-        folder: Where a method that trains for long may keep checkpoints; None: nowhere.
+        pruned_work: Estimated work of a pruned row (recording, repair, teacher, training) as a multiple of
+            the dense model's fine-tuning; computed from steps and layers.
+        finetune: How the result is fine-tuned later. Methods that train take batch size, precision and
+            device from it.
+        folder: Where a method that trains for long may save checkpoints; None if it must not save any.
     """
 
     num_layers: int
@@ -77,16 +77,16 @@ class MethodContext:
 
     @property
     def num_prune(self) -> int:
-        """Layers to prune; 40 % of the depth while `num_keep` is unknown."""
+        """Layers to prune; 40 % of the depth if `num_keep` is unknown."""
         if self.num_keep is None:
             return default_num_prune(self.num_layers)
         return self.num_layers - self.num_keep
 
     def kept(self) -> int:
-        """`num_keep`, for methods that need it; ConfigError if it is unknown or impossible."""
+        """Returns `num_keep`; raises ConfigError if it is unknown or out of range."""
         if self.num_keep is None:
             raise ConfigError(
-                "This method decides for a number of layers, and how many stay is not known.",
+                "This method needs to know how many layers to keep, and num_keep is None.",
                 hint="Give MethodContext a num_keep.",
             )
         if not MIN_KEPT <= self.num_keep <= self.num_layers:
@@ -96,15 +96,15 @@ class MethodContext:
         return self.num_keep
 
     def plan_by(self, scores: LayerScores, **which: Any) -> PruningPlan:
-        """The plan by these scores when nothing is merged; `which` as for `plan_pruning`."""
+        """Returns the plan that follows from scores, without merging; `which` is passed to `plan_pruning`."""
         known = {"num_merge": 0, "protect_first": 0, "protect": self.protected, "fits": self.fits}
         return plan_pruning(scores, **known, **which)  # type: ignore[arg-type]
 
     def budget(self) -> int:
-        """`num_remove`, for methods that need it; ConfigError if it is unknown, PlanError if negative."""
+        """Returns `num_remove`; raises ConfigError if it is unknown, PlanError if it is negative."""
         if self.num_remove is None:
             raise ConfigError(
-                "This method removes a number of parameters, and how many is not known.",
+                "This method needs to know how many parameters to remove, and num_remove is None.",
                 hint="Give MethodContext a num_remove.",
             )
         if self.num_remove < 0:
@@ -112,20 +112,20 @@ class MethodContext:
         return self.num_remove
 
     def checked_samples(self) -> Sequence[dict[str, list[int]]]:
-        """The samples; DataError if there are none."""
+        """Returns the samples; raises DataError if there are none."""
         if len(self.samples) == 0:
-            raise DataError("This method looks at training samples and there are none.")
+            raise DataError("This method needs training samples, and there are none.")
         return self.samples
 
     def floating_model(self) -> nn.Module:
-        """The dense model; ModelError if it is quantised."""
+        """Loads the dense model; raises ModelError if it is quantised."""
         model = self.model()
         for name, parameter in model.named_parameters():
             if parameter.dtype not in _COMPUTED:
                 raise ModelError(
-                    f"'{name}' is stored as {parameter.dtype}: the model is quantised, and this method "
+                    f"'{name}' is stored as {parameter.dtype}: the model is quantised, but this method "
                     "computes with its weights.",
-                    hint="Prune the model that was quantised, in float32 or bfloat16.",
+                    hint="Prune the original model, in float32 or bfloat16, and quantise the result.",
                 )
         return model
 
@@ -134,26 +134,28 @@ class MethodContext:
 class Method:
     """A way to make a model smaller, or cheaper to train: one of `score`, `plan`, `shrink`, `callbacks`.
 
-    Each may also raise what the guards of `MethodContext` raise.
+    Each of these may also raise the errors of the `MethodContext` methods it calls.
 
     Attributes:
         description: One line for `gradpruner ls methods`.
-        score: One finite number per layer, higher is more important, the same for the same context.
-            `selection.plan_pruning` then decides which layers go.
-        plan: Decides by itself what goes; touches no weights.
-        shrink: Prunes while it trains: gives the pruned, trained model and what it consists of.
-        callbacks: Callbacks that change the fine-tuning; the model keeps its size.
-        training: Keys of the recipe's `finetune` section that a method with `callbacks` sets itself. The row
-            is then the dense model as it was given, also where others start from the tuned one.
-        recover: Trains the pruned model (second argument, in place) before fine-tuning; the JSON values it
-            returns go into the run record.
+        score: Scores layers: one finite number per layer, higher is more important, always the same for the
+            same context. `selection.plan_pruning` then decides which layers are pruned.
+        plan: Decides by itself what is pruned; changes no weights.
+        shrink: Prunes while it trains; returns the pruned, trained model and the plan of what was kept.
+        callbacks: Trainer callbacks that change the fine-tuning; the model keeps its size.
+        check: Raises ConfigError if `callbacks` cannot be used with a fine-tuning, given its options and
+            number of optimizer steps. Called before a model is loaded.
+        training: Keys of the recipe's `finetune` section that a method with `callbacks` sets itself. Its row
+            then trains the original dense model, even where other rows start from the tuned one.
+        recover: Trains the pruned model (second argument, in place) before fine-tuning. Returns JSON values
+            for the run record.
         needs_trace: Whether it reads recorded gradients; also whether its layers can be merged.
-        merges: Whether its plan uses the recipe's `num_merge`; otherwise all pruned layers are dropped.
-        uniform: Whether the model it leaves is a plain Hugging Face one: whole layers gone, or the same
-            widths in every layer.
+        merges: Whether its plan uses the recipe's `num_merge`. If not, all pruned layers are dropped.
+        uniform: Whether the result is a plain Hugging Face model: whole layers removed, or the same widths in
+            every layer.
         plan_options: Keys of the recipe's `plan` section that it sets itself.
         alone: Whether it trains candidates while it plans, which works in one process only.
-        label: What reports call it; "" makes one from the name. It ends in "-like" where a method is
+        label: Name in reports; "" derives it from the registered name. It ends in "-like" if the method was
             reconstructed from a paper without code.
     """
 
@@ -162,6 +164,7 @@ class Method:
     plan: Callable[[MethodContext], Plan] | None = None
     shrink: Callable[[MethodContext], tuple[nn.Module, WidthPlan]] | None = None
     callbacks: Callable[[MethodContext], list[TrainerCallback]] | None = None
+    check: Callable[[FinetuneOptions, int], None] | None = None
     training: Callable[[MethodContext], dict[str, Any]] | None = None
     recover: Callable[[MethodContext, nn.Module], dict[str, Any]] | None = None
     options: type[MethodOptions] = MethodOptions
@@ -176,19 +179,20 @@ class Method:
         given = [name for name in ("score", "plan", "shrink", "callbacks") if getattr(self, name)]
         if len(given) != 1:
             raise ConfigError(
-                f"A method is one of score, plan, shrink or callbacks; this one is {given or 'nothing'}."
+                "A method has exactly one of score, plan, shrink and callbacks; this one has "
+                f"{', '.join(given) or 'none'}."
             )
 
     @property
     def removes(self) -> bool:
-        """Whether the model it leaves is smaller."""
+        """Whether the result is smaller than the dense model."""
         return self.callbacks is None
 
     def read_options(self, name: str, raw: dict[str, Any]) -> MethodOptions:
-        """The options a recipe gives, checked.
+        """Returns the checked options of a recipe.
 
         Raises:
-            ConfigError: If one is unknown or not allowed.
+            ConfigError: If a key is unknown or a value is not allowed.
         """
         return validated(self.options, raw, f"methods.{name}.")
 

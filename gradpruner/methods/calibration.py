@@ -1,4 +1,4 @@
-"""The data on which methods run the model forward."""
+"""Calibration data, and running the model forward on it."""
 
 from __future__ import annotations
 
@@ -27,19 +27,23 @@ BATCH_SIZE = 16
 def calibration_batches(
     context: MethodContext, model: nn.Module, max_samples: int = MAX_SAMPLES
 ) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of the first training samples, on the model's device; DataError if there are none."""
-    found = context.checked_samples()
-    samples = [found[i] for i in range(min(max_samples, len(found)))]
+    """Yields padded batches of the first training samples, on the model's device.
+
+    Raises:
+        DataError: If there are no samples.
+    """
+    available = context.checked_samples()
+    samples = [available[i] for i in range(min(max_samples, len(available)))]
     device = next(model.parameters()).device
     yield from sample_batches(samples, context.collator, device, BATCH_SIZE)
 
 
 @contextmanager
 def watched(view: LayeredModel, see: Callable[[int, Tensor, Tensor], None]) -> Iterator[None]:
-    """Inside the block, every layer that runs passes its index, input and output state to `see`.
+    """Inside the block, calls `see` with the index, input state and output state of every layer that runs.
 
-    States have shape (samples, tokens, size). They are read at the layers themselves: `hidden_states[-1]` of
-    transformers comes after the final norm.
+    States have shape (samples, tokens, size). They are read at the layers themselves, because the
+    `hidden_states[-1]` of transformers comes after the final norm.
     """
 
     def hook(index: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -54,24 +58,27 @@ def watched(view: LayeredModel, see: Callable[[int, Tensor, Tensor], None]) -> I
 
 
 def _one_state(x: Tensor) -> Tensor:
-    """Gemma 3n has four streams, in an axis before the samples: together they are the state."""
+    """Joins the four streams of Gemma 3n, which are in an axis before the samples, into one state."""
     return x if x.ndim == 3 else x.movedim(0, -2).flatten(-2)
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> None:
-    """A forward pass of a padded batch, whose states hooks read."""
+    """Runs a padded batch forward, for the hooks that read its states."""
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
 
 @torch.no_grad()
 def mean_nll(model: Any, batches: Iterable[dict[str, Tensor]], which: str) -> float:
-    """Mean negative log-likelihood of the learned tokens of all batches, in nats.
+    """Returns the mean negative log-likelihood of the learned tokens of all batches, in nats.
 
-    The model has no wrappers, batches are on its device; errors say `which` one it is: "without layers [3]".
+    Args:
+        model: A causal LM without wrappers.
+        batches: On the model's device.
+        which: Says in an error which model it was, for example "without layers [3]".
 
     Raises:
         DataError: If no batch has a learned token.
-        NonFiniteError: If it is NaN or infinite.
+        NonFiniteError: If the result is NaN or infinite.
     """
     windowed = "logits_to_keep" in inspect.signature(model.forward).parameters
     total, num_tokens = 0.0, 0
@@ -89,12 +96,12 @@ def mean_nll(model: Any, batches: Iterable[dict[str, Tensor]], which: str) -> fl
         num_tokens += len(nll)
     if num_tokens == 0:
         raise DataError(
-            "This method measures the likelihood of learned tokens and the calibration samples have none.",
-            hint="At least one label has to differ from -100.",
+            "This method measures the likelihood of learned tokens, and the calibration samples have none.",
+            hint="At least one label must differ from -100.",
         )
     if not math.isfinite(total):
         raise NonFiniteError(
-            f"The likelihood of the training samples {which} is NaN or infinite.",
+            f"The loss of the model {which} is NaN or infinite.",
             hint="The model's number format is too narrow: try float32.",
         )
     return total / num_tokens

@@ -1,4 +1,4 @@
-"""A pool of plans that remove the same number of layers, chosen in different ways."""
+"""A pool of candidate plans that remove the same number of layers, chosen in different ways."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ Family = Literal["gate", "gate_pairwise", "gradpruner", "shortgpt", "task_loss",
 FAMILIES: tuple[Family, ...] = get_args(Family)
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {"gate_pairwise": ("gate", {"pairwise": True})}
 FAULTS = (GradPrunerError, RuntimeError)
-"""What a candidate can fail with: our own errors, and torch's (out of memory, a singular system)."""
+"""Errors a candidate can fail with: our own, and torch's (out of memory, a singular system)."""
 
 
 @dataclass
 class Candidate:
-    """One way to remove the layers, and what has been found out about it.
+    """One way to remove the layers, and what was measured.
 
     Attributes:
-        names: Who proposed it: families, and "window" followed by its first layer ("window 14").
-        plan: Keeps and drops; merges nothing.
-        losses: On the samples put aside: repaired, after the first round ...
+        names: What proposed the plan: families, or "window" and its first layer ("window 14").
+        plan: Keeps and drops layers; merges none.
+        losses: Losses on the held-out samples: after the repair, after the first round, and so on.
         steps: Training steps before each of these losses.
-        seconds: Wall time spent on it.
-        repair: Kept for as long as it may be needed again.
-        error: Why it is out of the race; "" while it is in.
+        seconds: Wall time spent on the candidate.
+        repair: The fitted repair, kept as long as it may be needed again.
+        error: Why the candidate failed; "" if it has not.
     """
 
     names: list[str]
@@ -44,7 +44,7 @@ class Candidate:
     error: str = ""
 
     def facts(self) -> dict[str, Any]:
-        """JSON values."""
+        """Returns the results, as JSON values."""
         found: dict[str, Any] = {
             "names": self.names,
             "pruned": list(self.plan.pruned),
@@ -63,7 +63,7 @@ def make_pool(
     task_loss_samples: int = 32,
     report: Callable[[str], None] | None = None,
 ) -> tuple[list[Candidate], dict[str, str]]:
-    """Plans of the families, in this order, each set of layers once.
+    """Returns plans of the families, in their order, without duplicates.
 
         gate, gate_pairwise    recorded gates: mean square, and all pairs together
         gradpruner             recorded LoRA gradients (IGIA)
@@ -72,19 +72,19 @@ def make_pool(
         window                 neighbouring layers, those that turn the hidden state least (angular distance)
                                first; first layers at least a quarter of `num_prune` apart
 
-    Every family gives one plan. Windows fill the pool up; one place is kept for them. No plan touches a
-    protected layer, and in all of them kept layers fit where they stand.
+    Every family adds one plan, but windows fill the rest of the pool; one place is reserved for them. No plan
+    prunes a protected layer, and in every plan the kept layers fit at their positions.
 
     Args:
         context: Methods measure on its samples.
-        num_prune: Layers that go, >= 1.
-        size: Candidates at most, >= 1.
-        families: Which; where the pool is too small for all, the first ones.
+        num_prune: Layers to prune, >= 1.
+        size: Largest number of candidates, >= 1.
+        families: Families to use. If the pool is too small for all, the first ones are used.
         task_loss_samples: `TaskLossOptions.num_samples` of the greedy search.
         report: Called with a family's name when it is done.
 
     Returns:
-        The candidates; and of the families that failed, the error by name.
+        The candidates; and the errors of families that failed, by name.
     """
     kinds = list(dict.fromkeys(families))
     singles = [name for name in kinds if name != "window"]
@@ -125,7 +125,7 @@ def _scores(context: MethodContext, family: str, task_loss_samples: int) -> Laye
 
 
 def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[int, PruningPlan]]:
-    """First layer and plan of neighbours that can go, those that turn the state least first."""
+    """Yields first layer and plan of blocks that can be pruned, those that turn the state least first."""
     measured = angular.score(context)
     distances = measured.evidence["distances"]
     apart = max(1, num_prune // 4)
@@ -137,6 +137,6 @@ def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[int, Prun
         try:
             plan = context.plan_by(replace(measured, method="window"), layers=layers)
         except PlanError:
-            continue  # it touches a protected layer, or others would not fit
+            continue  # the block contains a protected layer, or kept layers would not fit
         taken.append(start)
         yield start, plan

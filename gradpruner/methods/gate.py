@@ -1,4 +1,4 @@
-"""Gate: layers whose leaving out, by derivatives of the task's loss, costs least."""
+"""Gate: prunes the layers that cost least to leave out, by derivatives of the task's loss."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ ORDERS = ("second", "first")
 
 
 class GateOptions(MethodOptions):
-    """What can be set about gates."""
+    """Options of the gate scores."""
 
     order: Literal["second", "first"] = "second"
     """The score of a single layer: the mean square of its gate's gradient, or minus the mean."""
     pairwise: bool = False
-    """Choose the layers together, by both derivatives and all pairs; `order` is then not used."""
+    """Choose the layers as a set, by both derivatives and all pairs; `order` is then ignored."""
 
 
 def score(context: MethodContext) -> LayerScores:
-    """Scores by the gates in the recorded trace, see `score_gates`."""
+    """Scores layers by the gates in the recorded trace, see `score_gates`."""
     options = context.options or GateOptions()
     return score_gates(
         context.trace(),
@@ -64,19 +64,20 @@ def score_gates(
         first:    -mean_e g_el
         pairwise: the set S of n layers that minimises -sum_l mean(g_l) + 1/2 sum_{l,m} mean(g_l g_m)
 
-    The pairwise score of a layer outside S is the rise it would add to S, that of a layer of S the rise it
-    contributes to S. Where layers of S would not all come before the others, the others are raised by one
-    amount, so that the n lowest scores are S. A plan that prunes another number than n, or must keep a layer
-    of S, takes the next lowest. Such scores have no interval; the others have one over examples.
+    The pairwise score of a layer outside S is the rise it would add to S; the score of a layer in S is the
+    rise it contributes to S. If this does not put all layers of S first, the same amount is added to the
+    scores of all others, so that the n lowest scores are S. A plan that prunes another number of layers than
+    n, or must keep a layer of S, takes the next lowest scores. Pairwise scores have no interval; the others
+    have one, over examples.
 
-    Unlike energies (`score_layers`), gates count from the first step on: they need no LoRA that has moved.
+    Unlike energies (`score_layers`), gates are useful from the first step on, before LoRA has moved.
 
     Args:
         trace: A trace with gates.
         order: "second" or "first".
-        pairwise: Choose a set of layers together.
+        pairwise: Choose the layers as a set.
         num_keep: Layers that will be kept; default 60 % of the depth.
-        protected: Layers that are not chosen in a set.
+        protected: Layers that must not be in the set.
         resamples: Bootstrap resamples of examples for the 95 % interval, >= 1.
         seed: Seed of the bootstrap.
 
@@ -94,8 +95,8 @@ def score_gates(
     check_known("order", order, ORDERS)
     if resamples < 1 or not 1 <= keep <= num_layers:
         raise ConfigError(
-            f"resamples is {resamples} and num_keep {keep}; 1 or more resamples are needed, and 1 to "
-            f"{num_layers} layers can be kept."
+            f"resamples is {resamples} and num_keep is {keep}; resamples must be at least 1, and num_keep "
+            f"from 1 to {num_layers}."
         )
     evidence = {
         "num_layers": num_layers,
@@ -126,7 +127,7 @@ def score_gates(
 
 
 def set_values(gates_EL: Tensor, chosen: Collection[int]) -> list[float]:
-    """One value per layer, those of the chosen set below all others; see `score_gates`."""
+    """Returns one value per layer; values of the chosen set are below all others, see `score_gates`."""
     inside = set(chosen)
     rise = predicted_rise(gates_EL, inside)
     layers = range(gates_EL.shape[1])
@@ -142,7 +143,7 @@ def set_values(gates_EL: Tensor, chosen: Collection[int]) -> list[float]:
     highest = max(values[layer] for layer in inside)
     overlap = highest - min(values[layer] for layer in outside)
     if overlap >= 0:
-        # Raised by more than the overlap, so much that it is not lost in rounding.
+        # Raises the others by more than the overlap, by enough not to be lost in rounding.
         raised = overlap + (max(map(abs, values)) or 1.0)
         for layer in outside:
             values[layer] += raised
@@ -150,7 +151,7 @@ def set_values(gates_EL: Tensor, chosen: Collection[int]) -> list[float]:
 
 
 def _sums_of_steps(trace: GradientTrace, terms_EL: Tensor) -> Tensor:
-    """Sums over the examples of every step, shape (steps, layers)."""
+    """Returns the sums over the examples of every step, shape (steps, layers)."""
     assert trace.gates is not None
     per_step = torch.tensor(trace.gates.per_step)
     steps_E = torch.repeat_interleave(torch.arange(len(per_step)), per_step)
@@ -160,7 +161,7 @@ def _sums_of_steps(trace: GradientTrace, terms_EL: Tensor) -> Tensor:
 
 METHODS.register("gate")(
     Method(
-        "gate: derivatives of the task's loss by what a layer adds; least expected rise goes",
+        "gate: prunes what raises the loss least, by its derivatives with respect to what layers add",
         score,
         options=GateOptions,
         needs_trace=True,

@@ -1,4 +1,4 @@
-"""GradPruner: energy of the first LoRA gradients, summed per layer."""
+"""GradPruner: scores layers by the energy of their first LoRA gradients."""
 
 from dataclasses import replace
 
@@ -7,16 +7,16 @@ from gradpruner.methods.base import METHODS, Method, MethodContext
 
 
 def score(context: MethodContext) -> LayerScores:
-    """`sum_k sum_entries 1/t sum_i (gB_i gA_i)**2` per layer. Source: GradPruner, Eq. 2-4."""
+    """Returns `sum_k sum_entries 1/t sum_i (gB_i gA_i)**2` per layer. Source: GradPruner, Eq. 2-4."""
     return score_layers(context.trace(), norm=context.norm, num_keep=context.num_keep, seed=context.seed)
 
 
 def score_released(context: MethodContext) -> LayerScores:
-    """`sum_k sum_i ||gB_i gA_i||_F` per layer: not squared, unlike the paper's.
+    """Returns `sum_k sum_i ||gB_i gA_i||_F` per layer: norms are not squared, unlike in the paper.
 
-    With its plan this is the part of the released code that follows a rule: one block of neighbouring layers,
-    the final layer kept, the best-scored layers of the block merged into the layer before it, by the sum of
-    the entries that agree in sign.
+    Together with its plan options, this is the part of the released code that follows a rule: it prunes one
+    block of neighbouring layers, keeps the final layer, and merges the highest-scored layers of the block
+    into the layer before it, by summing the entries that agree in sign.
 
     Source: GradPruner, released code `layer_important.py` and `process_important.py`.
     """

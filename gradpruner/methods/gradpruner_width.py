@@ -1,4 +1,4 @@
-"""GradPruner's importance, applied to hidden dimensions (or heads and channels) instead of layers."""
+"""GradPruner's importance applied to hidden dimensions (or heads and channels) instead of layers."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ from gradpruner.models.widths import ATTENTION, MLP, WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 
 Sizes = tuple[int, int, int]
-"""KV heads and channels of every layer, and hidden dimensions."""
+"""Numbers of KV heads and channels in every layer, and of hidden dimensions."""
 
 
 class GradPrunerWidthOptions(MethodOptions):
-    """What can be set about GradPruner on widths."""
+    """Options of GradPruner on widths."""
 
     axis: Literal["hidden", "inner", "both"] = "hidden"
-    """What goes: hidden dimensions, as in the paper; KV heads and channels inside the layers; or both."""
+    """What is pruned: hidden dimensions, as in the paper; KV heads and channels inside layers; or both."""
 
 
 def plan(context: MethodContext) -> WidthPlan:
-    """Removes the units with the least `1/t sum_i sum_entries (gB_i gA_i)**2` over the entries they own.
+    """Removes the units with the smallest `1/t sum_i sum_entries (gB_i gA_i)**2` over the entries they own.
 
-    That is the IGIA matrix summed per unit instead of per layer. A hidden dimension owns its column of q, k,
-    v, gate and up and its row of o and down, in all layers. A channel owns its rows of gate and up and its
-    column of down; a KV head its rows of q, k, v and columns of o (`unit_scores`). All layers keep equally
-    many, so the result is a plain model of smaller widths. The sums need R x R matrices, not the IGIA matrix
-    (`row_energies`). With the norm "frobenius" the root of each step's and linear's sum is added up.
+    This sums the IGIA matrix per unit instead of per layer. A hidden dimension owns its column of q, k, v,
+    gate and up and its row of o and down, in all layers. A channel owns its rows of gate and up and its
+    column of down. A KV head owns its rows of q, k, v and its columns of o (`unit_scores`). All layers keep
+    the same numbers of units, so the result is a plain model of smaller widths. The sums need R x R matrices,
+    not the IGIA matrix (`row_energies`). With the norm "frobenius", the square roots of the sums of each step
+    and linear are added up.
 
-    The budget is met to half a channel of every layer (`widths_of`). Hidden dimensions go in multiples of the
-    query heads that stay, because configs of Llama and others are refused otherwise: with `hidden`, channels
-    make up the rest, in Llama-3.1-8B less than 1 % of the parameters. `inner` takes shares of KV heads and
-    channels that are as equal as that rule and whole KV heads allow, `both` of hidden dimensions too.
+    The budget is met to half a channel in every layer (`widths_of`). The number of hidden dimensions is a
+    multiple of the number of query heads that stay, because configs of Llama and others are refused
+    otherwise. With `hidden`, channels make up the difference, in Llama-3.1-8B less than 1 % of the
+    parameters. `inner` removes shares of KV heads and channels that are as equal as this rule and whole KV
+    heads allow; `both` removes such a share of the hidden dimensions too.
 
-    Widths are the same everywhere, so protected layers cannot be spared. Linears that were not recorded, and
+    Widths are the same in all layers, so protected layers are pruned too. Linears that were not recorded, and
     embeddings, do not count.
 
     Raises:
@@ -87,22 +89,25 @@ def _check(context: MethodContext, trace: GradientTrace, whole: WidthPlan, axis:
     trace.check_model(whole.num_layers, str(whole.evidence["model"]))
     if not trace.has_factors:
         raise PlanError(
-            "This trace holds layer energies only; those of rows and columns need the factor history.",
+            "This trace holds layer energies only; energies of rows and columns need the factor history.",
             hint="Record again with keep_factors=True.",
         )
     names = {ref.name.rpartition(".")[2] for ref in trace.info.linears}
     unknown = [kind for kind in (ATTENTION, MLP) if not names & {*kind}]
     if unknown and axis != "hidden":
         raise PlanError(
-            f"The trace holds no gradients of {', '.join(unknown[0])}: their units cannot be told apart.",
+            f"The trace holds no gradients of {', '.join(unknown[0])}, so their units cannot be scored.",
             hint="Record with LoRA on all linears, or set methods.gradpruner_width.axis to hidden.",
         )
 
 
 def widths_of(view: WidthView, axis: str, num_remove: int, unit: str = "parameters") -> Sizes:
-    """The uniform widths that meet a budget, to half a channel of every layer.
+    """Returns the uniform widths that meet a budget to half a channel in every layer.
 
-    `num_remove` counts parameters in `unit`, see `WidthView.parameters`; PlanError if it cannot be met.
+    `num_remove` counts parameters in `unit`, see `WidthView.parameters`.
+
+    Raises:
+        PlanError: If the budget cannot be met.
     """
     shape = view.shape
     whole = (shape.num_kv_heads, shape.intermediate_size, shape.hidden_size)
@@ -119,19 +124,20 @@ def widths_of(view: WidthView, axis: str, num_remove: int, unit: str = "paramete
     chosen = min(found, key=skew, default=None)
     if chosen is None:
         raise PlanError(
-            f"{num_remove:,} of {dense:,} {unit.replace('_', ' ')} cannot be removed from "
-            f"{'heads and channels' if axis == 'inner' else 'the widths'} of all layers alike.",
-            hint="Remove less.",
+            f"Cannot remove {num_remove:,} of {dense:,} {unit.replace('_', ' ')} with the same "
+            f"{'numbers of heads and channels' if axis == 'inner' else 'widths'} in all layers.",
+            hint="Remove fewer parameters.",
         )
     return chosen
 
 
 def _meeting(view: WidthView, axis: str, target: int, unit: str) -> Iterator[Sizes]:
-    """Every choice of KV heads and hidden dimensions with the number of channels that meets the target."""
+    """Yields every choice of KV heads and hidden dimensions with the channels that meet the target."""
     shape = view.shape
     for kv_heads in [shape.num_kv_heads] if axis == "hidden" else range(1, shape.num_kv_heads + 1):
         heads = kv_heads * shape.group_size
-        # Transformers' configs and engines want whole hidden dimensions per head, even if heads have others.
+        # Configs of transformers, and engines, want the hidden size to be a multiple of the number of heads,
+        # even if it is not the product of heads and their size.
         step = 1 if shape.hidden_size % shape.num_heads else heads
         for hidden in range(step, shape.hidden_size + 1, step):
             if axis == "inner" and hidden < shape.hidden_size:
@@ -149,7 +155,7 @@ def _parameters(view: WidthView, sizes: Sizes, unit: str) -> int:
 
 
 def _scores(view: WidthView, trace: GradientTrace, norm: str) -> tuple[list[UnitScores], Tensor]:
-    """Of every layer's KV heads and channels, and of the hidden dimensions; one linear is read at a time."""
+    """Scores every layer's KV heads and channels, and the hidden dimensions; reads one linear at a time."""
     hidden_H = torch.zeros(view.shape.hidden_size, dtype=torch.float64)
     layers = []
     for layer in range(view.shape.num_layers):
@@ -161,8 +167,8 @@ def _scores(view: WidthView, trace: GradientTrace, norm: str) -> tuple[list[Unit
             shape = " x ".join(map(str, factors.shape))
             if linear is None or factors.shape != tuple(linear.weight.shape):
                 raise PlanError(
-                    f"The trace has a linear {path} of {shape} in layer {layer}; the model has not.",
-                    hint="Record gradients of this model.",
+                    f"The trace has a linear {path} of {shape} in layer {layer}; the model has none like it.",
+                    hint="Record the gradients of this model.",
                 )
             rows, columns = (
                 _over_steps(energies(factors.grad_b_SOR, factors.grad_a_SRI), norm)
@@ -176,7 +182,7 @@ def _scores(view: WidthView, trace: GradientTrace, norm: str) -> tuple[list[Unit
 
 
 def _over_steps(energy: Tensor, norm: str) -> Tensor:
-    """Shape (steps, units) to (units,), as `scores.score_layers` does it for layers."""
+    """Reduces shape (steps, units) to (units,) as `scores.score_layers` does for layers."""
     return energy.mean(dim=0) if norm == "squared" else energy.sqrt().sum(dim=0)
 
 

@@ -1,4 +1,4 @@
-"""LoRA adapters that grow where they matter most while they are trained (APT)."""
+"""LoRA adapters whose ranks grow during training, the most salient ones first (APT)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gradpruner.methods.salience import EMA
 from gradpruner.models.layers import LayeredModel
 
 MAX_GROWTH = 8
-"""An adapter's rank becomes at most this many times its first rank."""
+"""Largest rank of an adapter, as a multiple of its first rank."""
 
 
 class GrowingRanks:
     """Ranks of the LoRA adapters of a PEFT model with one active adapter.
 
-    An adapter's salience is the mean over its ranks of `sum |B dL/dB|`, averaged over the steps like that of
-    heads. In `grow` the more salient half of the adapters gets more ranks.
+    The salience of an adapter is the mean over its ranks of `sum |B dL/dB|`, averaged over the steps like the
+    salience of heads. `grow` raises the ranks of the more salient half of the adapters.
     """
 
     def __init__(self, model: nn.Module, seed: int) -> None:
@@ -39,15 +39,15 @@ class GrowingRanks:
         self._generator = torch.Generator().manual_seed(seed)
 
     def ranks(self) -> dict[str, int]:
-        """Rank of every adapter, by layer and linear."""
+        """Returns the rank of every adapter, by layer and linear."""
         return {name: len(self._parts(name)[0].weight) for name in self._modules}
 
     def parameters(self) -> int:
-        """Parameters of all adapters."""
+        """Returns the number of parameters of all adapters."""
         return sum(map(self._size, self._modules))
 
     def end_step(self) -> None:
-        """Updates the saliences by the gradients of a step, which must still be there."""
+        """Updates the saliences with the gradients of a step, which must not have been cleared yet."""
         weight = EMA if self._steps else 0.0
         for name in self._modules:
             _, lora_b = self._parts(name)
@@ -57,15 +57,14 @@ class GrowingRanks:
         self._steps += 1
 
     def grow(self, times: float, optimizer: Any) -> None:
-        """Grows the salient half until all adapters together have `times` their first parameters.
+        """Grows the more salient half until all adapters together have `times` their first parameters.
 
-        Every rank r of the half becomes `floor(r ((wanted - present) / parameters of the half + 1))`, at most
-        8 times its first rank. What the model computes stays the same. The optimizer's moments of new entries
-        are zero.
+        Every rank r of that half becomes `floor(r ((wanted - present) / parameters of the half + 1))`, at
+        most 8 times its first rank. The output of the model does not change. The optimizer's moments of new
+        entries are zero.
         """
-        half = sorted(self._modules, key=lambda name: -self._salience[name])[
-            : max(1, len(self._modules) // 2)
-        ]
+        by_salience = sorted(self._modules, key=lambda name: -self._salience[name])
+        half = by_salience[: max(1, len(self._modules) // 2)]
         missing = times * self._first - self.parameters()
         factor = missing / sum(map(self._size, half)) + 1
         for name, rank in self.ranks().items():
@@ -81,7 +80,7 @@ class GrowingRanks:
         return sum(part.weight.numel() for part in self._parts(name))
 
     def _widen(self, name: str, extra: int, optimizer: Any) -> None:
-        """Adds ranks: random rows of A as PEFT draws them, and columns of B that are zero."""
+        """Adds ranks: random rows to A, drawn as PEFT does, and zero columns to B."""
         lora_a, lora_b = self._parts(name)
         bound = 1 / math.sqrt(lora_a.in_features)
         rows = (2 * torch.rand(extra, lora_a.in_features, generator=self._generator) - 1) * bound
@@ -92,7 +91,7 @@ class GrowingRanks:
 
 
 def _replace(linear: Any, values: Tensor, optimizer: Any) -> None:
-    """Gives a linear a larger weight, and the optimizer the new one for the old."""
+    """Replaces the weight of a linear by a larger one, in the optimizer too."""
     old, new = linear.weight, nn.Parameter(values)
     linear.weight = new
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it

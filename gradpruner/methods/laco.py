@@ -1,4 +1,4 @@
-"""LaCo: runs of layers collapse into their first one, where the model's last state hardly notices."""
+"""LaCo: merges runs of layers into their first layer where this hardly changes the model's last state."""
 
 from __future__ import annotations
 
@@ -23,51 +23,52 @@ from gradpruner.plans.layer_plan import LayerAction, PruningPlan, runs_of
 from gradpruner.plans.merging import Source, merge_linear
 
 BISECTIONS = 12
-"""Thresholds tried: the one that is taken is within 2 / 2**12 of the highest that reaches the budget."""
+"""Thresholds to try: the chosen one is within 2 / 2**12 of the highest threshold that meets the budget."""
 
-Merge = tuple[int, tuple[int, ...]]  # the layer that stays, and those that go into it
+Merge = tuple[int, tuple[int, ...]]  # the layer that stays, and the layers merged into it
 Linears = Mapping[str, Tensor]
 
 
 class LacoOptions(MethodOptions):
-    """What can be set about LaCo's search."""
+    """Options of LaCo's search."""
 
     merge_layers: int = Field(default=4, ge=2)
-    """Layers that become one in a merge (C)."""
+    """Number of layers that a merge turns into one (C)."""
     interval: int = Field(default=2, ge=1)
     """How many layers below an accepted merge the next one is tried (I)."""
     num_samples: int = Field(default=10, ge=1)
-    """Training samples on which candidates are compared with the original model."""
+    """Training samples candidates are compared with the original model on."""
 
 
 @torch.no_grad()
 def plan_laco(context: MethodContext, name: str) -> PruningPlan:
-    """Goes down the layers and collapses runs of them, at the highest threshold that reaches the budget.
+    """Goes down the layers and merges runs of them, at the highest threshold that meets the budget.
 
-    A merge puts the C - 1 layers after layer l into it, `laco` as the paper says and `laco_released` as the
-    authors' code does:
+    A merge puts the C - 1 layers after layer l into layer l, `laco` as in the paper and `laco_released` as in
+    the authors' code:
 
         laco:          W_l + sum_k (W_{l+k} - W_l)
         laco_released: W_{l+C-1}
 
-    for every linear; biases and norms of layer l stay. The search begins C layers before the last one. A
-    candidate is accepted if `s > T`, s the mean over samples of the cosine between the last hidden states
-    (after the final norm, all tokens of a sample as one vector) of candidate and original; then the next
-    candidate is I layers further down, else one. Since I is below C, what one merge made is mostly among the
-    layers of the next: the plan is a chain (see `PruningPlan`).
+    for every linear; biases and norms of layer l stay. The search begins C layers before the last layer. A
+    candidate is accepted if `s > T`, where s is the mean over samples of the cosine between the last hidden
+    states of candidate and original (after the final norm, all tokens of a sample as one vector). The next
+    candidate is then I layers further down; after a rejected one it is one layer further down. With I below
+    C, as by default, a merge mostly takes in the result of an earlier merge: the plan is a chain (see
+    `PruningPlan`).
 
-    The number of layers to prune is given, so T is found by bisection, and the merge that reaches the budget
-    takes only as many layers as are missing. A layer takes in those that follow it up to the first that is
-    protected or of another shape (protected layers take in others, but never go). No copy of the model is
-    made: the linears of a candidate replace those of the model while its states are computed, and the
-    layers that went are switched off.
+    The number of layers to prune is given, so T is found by bisection, and the last merge takes only as many
+    layers as the budget still needs. A layer takes in the layers that follow it, up to the first one that is
+    protected or has other shapes. (Protected layers take in others, but are never merged away.) The model is
+    not copied: while the states of a candidate are computed, its linears replace those of the model, and the
+    layers merged away are switched off.
 
-    Work: at most one pass of `num_samples` samples per layer and threshold (12 of these); no candidate is
-    measured twice. Memory: beside the model the linears of the merged layers, and the original's last states
-    on the CPU.
+    Work: at most one pass of `num_samples` samples per layer and threshold (12 thresholds); no candidate is
+    measured twice. Memory beyond the model: the linears of the merged layers, and the last states of the
+    original model on the CPU.
 
     Raises:
-        PlanError: If merges cannot reach the budget, or none found leaves layers that fit.
+        PlanError: If merges cannot meet the budget, or no merges found leave layers that fit.
         ModelError: If the model's layers can only be dropped.
         NonFiniteError: If the model computes NaN or infinite states.
 
@@ -79,7 +80,7 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
         raise ModelError(
             f"LaCo merges layers, but those of {view.config.model_type} models can only be dropped: "
             f"{view.family.no_merge}.",
-            hint="Take a method that drops layers.",
+            hint="Use a method that drops layers.",
         )
     num_layers = view.num_layers
     budget = num_layers - context.kept()
@@ -88,9 +89,9 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
     evidence: dict[str, Any] = {"num_layers": num_layers, "model": fingerprint(view.model)}
     merges: tuple[Merge, ...] = ()
     if budget:
-        likeness = _Likeness(view, name, context, options.num_samples)
-        merges, threshold = _search(runs, likeness, context, name)
-        evidence |= likeness.facts(merges) | {"threshold": threshold}
+        similarity = _Similarity(view, name, context, options.num_samples)
+        merges, threshold = _search(runs, similarity, context, name)
+        evidence |= similarity.facts(merges) | {"threshold": threshold}
     actions = [LayerAction("keep")] * num_layers
     for target, layers in merges:
         for layer in layers:
@@ -99,9 +100,9 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
 
 
 def _search(
-    runs: _Runs, likeness: _Likeness, context: MethodContext, name: str
+    runs: _Runs, similarity: _Similarity, context: MethodContext, name: str
 ) -> tuple[tuple[Merge, ...], float | None]:
-    """Merges that remove exactly the budget, and their threshold; None: every candidate is accepted."""
+    """Returns merges that remove exactly the budget, and their threshold; None if all candidates pass."""
     fits = context.fits
 
     def left_over(merges: Sequence[Merge]) -> list[int]:
@@ -117,15 +118,14 @@ def _search(
         progress.advance()
         if missing := runs.missing(merges):
             raise PlanError(
-                f"LaCo can remove {runs.budget - missing} of the {runs.budget} layers that are to go.",
-                hint="Merge more layers at a time (merge_layers), in shorter steps (interval), or protect "
-                "fewer.",
+                f"LaCo was asked to remove {runs.budget} layers and can remove {runs.budget - missing}.",
+                hint="Raise methods.laco.merge_layers, lower methods.laco.interval, or protect fewer layers.",
             )
         best: tuple[tuple[Merge, ...], float | None] | None = (merges, None) if stands(merges) else None
         low, high = -1.0, 1.0
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            merges = runs.sweep(partial(likeness.is_above, middle))
+            merges = runs.sweep(partial(similarity.is_above, middle))
             progress.advance()
             if runs.missing(merges):
                 high = middle
@@ -135,14 +135,14 @@ def _search(
                 best = (merges, middle)
     if best is None:
         raise PlanError(
-            f"The layers LaCo leaves ({runs_of(left_over(merges))}) would stand where they do not fit.",
-            hint="Prune another number of layers, or plan without the restriction (portable_to).",
+            f"The layers LaCo leaves ({runs_of(left_over(merges))}) do not fit at their new positions.",
+            hint="Prune another number of layers, or drop the restriction (plan.portable_to).",
         )
     return best
 
 
 class _Runs:
-    """Which runs of layers are candidates, in which order, when `budget` layers are to go."""
+    """Which runs of layers are candidates, and in which order, to remove `budget` layers."""
 
     def __init__(self, view: LayeredModel, options: LacoOptions, budget: int, protected: set[int]) -> None:
         self.options, self.budget, self.protected = options, budget, protected
@@ -153,14 +153,14 @@ class _Runs:
         ]
 
     def missing(self, merges: Sequence[Merge]) -> int:
-        """Layers that are still to go."""
+        """Returns how many layers must still be removed."""
         return self.budget - sum(len(layers) for _, layers in merges)
 
     def sweep(self, accepts: Callable[[tuple[Merge, ...]], bool]) -> tuple[Merge, ...]:
-        """The merges of one way down the layers, the last layers' first; no layer takes in others twice.
+        """Returns the merges of one pass down the layers, from the last; each layer is a target at most once.
 
         Args:
-            accepts: Is given the merges so far with one more, and says whether it is made.
+            accepts: Called with the merges so far and one more; returns whether to make the new one.
         """
         merges: tuple[Merge, ...] = ()
         present = list(range(self.num_layers))
@@ -176,7 +176,7 @@ class _Runs:
         return merges
 
     def _followers(self, present: Sequence[int], target: int, most: int) -> tuple[int, ...]:
-        """The layers that go into a target, of which nothing before it has changed yet."""
+        """Returns the layers to merge into a target; all layers before the target are still present."""
         followers: list[int] = []
         for layer in present[target + 1 : target + min(self.options.merge_layers, 1 + most)]:
             if layer in self.protected or self.shapes[layer] != self.shapes[target]:
@@ -185,8 +185,8 @@ class _Runs:
         return tuple(followers)
 
 
-class _Likeness:
-    """How like the original a model is after some merges; remembers what it has measured.
+class _Similarity:
+    """Similarity of merged models to the original; remembers all results.
 
     The original model in `view` is the same to the bit after every measurement.
     """
@@ -201,27 +201,27 @@ class _Likeness:
                 hint="The model's number format is too narrow: try float32.",
             )
         self.measured: dict[tuple[Merge, ...], float] = {}
-        self._done: tuple[tuple[Merge, ...], dict[int, Linears]] = ((), {})
+        self._latest: tuple[tuple[Merge, ...], dict[int, Linears]] = ((), {})
 
     def of(self, merges: tuple[Merge, ...]) -> float:
-        """Mean over samples of the cosine between last states, from -1 to 1."""
+        """Returns the mean over samples of the cosine between last states, from -1 to 1."""
         if merges not in self.measured:
-            weights = self._merged(self._carried_out(merges[:-1]), merges[-1])
+            weights = self._merged(self._linears_after(merges[:-1]), merges[-1])
             gone = [layer for _, layers in merges for layer in layers]
-            with _standing_in(self.view, weights), self.view.passed_through(gone):
+            with _replaced(self.view, weights), self.view.passed_through(gone):
                 states = self._states()
             cosines = [_cosine(a, b) for a, b in zip(states, self.original, strict=True)]
             mean = math.fsum(cosines) / len(cosines)
-            # Weights that overflow are as far from the original as can be.
+            # Merged weights that overflow count as least similar.
             self.measured[merges] = mean if math.isfinite(mean) else -1.0
         return self.measured[merges]
 
     def is_above(self, threshold: float, merges: tuple[Merge, ...]) -> bool:
-        """Whether the cosine is above a threshold."""
+        """Whether the similarity is above a threshold."""
         return self.of(merges) > threshold
 
     def facts(self, merges: tuple[Merge, ...]) -> dict[str, Any]:
-        """What was measured, as JSON values."""
+        """Returns the measurements, as JSON values."""
         return {
             "samples": len(self.original),
             "merges": [
@@ -232,7 +232,7 @@ class _Likeness:
         }
 
     def _states(self) -> list[Tensor]:
-        """Last state of every sample, its tokens in one vector, on the CPU."""
+        """Returns the last state of every sample, all its tokens as one vector, on the CPU."""
         found: list[Tensor] = []
         for batch in self.batches:
             ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -240,17 +240,20 @@ class _Likeness:
             last = getattr(out, "last_hidden_state", None)
             if last is None:
                 kind = type(self.view.model).__name__
-                raise ModelError(f"LaCo compares last hidden states, and {kind} gives none.")
+                raise ModelError(
+                    f"LaCo compares last hidden states, and {kind} returns none.",
+                    hint="Use another method, such as shortgpt or gradpruner.",
+                )
             found += [state[real].flatten().cpu() for state, real in zip(last, mask.bool(), strict=True)]
         return found
 
-    def _carried_out(self, merges: tuple[Merge, ...]) -> dict[int, Linears]:
-        """Linears of the layers that have taken in others and are still there."""
+    def _linears_after(self, merges: tuple[Merge, ...]) -> dict[int, Linears]:
+        """Returns the linears of the layers that have taken in others and have not been merged away."""
         if not merges:
             return {}
-        if self._done[0] != merges:
-            self._done = merges, self._merged(self._carried_out(merges[:-1]), merges[-1])
-        return self._done[1]
+        if self._latest[0] != merges:
+            self._latest = merges, self._merged(self._linears_after(merges[:-1]), merges[-1])
+        return self._latest[1]
 
     def _merged(self, weights: dict[int, Linears], merge: Merge) -> dict[int, Linears]:
         target, layers = merge
@@ -268,8 +271,8 @@ def _cosine(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _standing_in(view: LayeredModel, weights: Mapping[int, Linears]) -> Iterator[None]:
-    """Inside the block, layers compute with other linears; their own are never touched."""
+def _replaced(view: LayeredModel, weights: Mapping[int, Linears]) -> Iterator[None]:
+    """Inside the block, layers compute with other linears; their own weights are not changed."""
     own: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for layer, linears in weights.items():
@@ -285,7 +288,7 @@ def _standing_in(view: LayeredModel, weights: Mapping[int, Linears]) -> Iterator
 
 METHODS.register("laco")(
     Method(
-        "LaCo: runs of layers collapse into their first, by the paper's rule",
+        "LaCo: merges runs of layers into their first layer, by the paper's rule",
         plan=partial(plan_laco, name="laco"),
         options=LacoOptions,
         label="LaCo",
@@ -293,7 +296,7 @@ METHODS.register("laco")(
 )
 METHODS.register("laco_released")(
     Method(
-        "LaCo as released: of a run of layers the last one's linears stay",
+        "LaCo as released: merges runs of layers, keeping the linears of the last layer",
         plan=partial(plan_laco, name="laco_released"),
         options=LacoOptions,
         label="LaCo, as released",

@@ -1,11 +1,11 @@
-"""Control: the last layers before the final one go first."""
+"""Control: prunes the last layers before the final one."""
 
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
 
 
 def score(context: MethodContext) -> LayerScores:
-    """Importance falls with depth; the final layer, which feeds the head, ranks above all others."""
+    """Returns scores that fall with depth; the final layer, which feeds the head, has the highest."""
     top = float(context.num_layers)
     values = [top - layer for layer in range(context.num_layers)]
     values[-1] = top + 1

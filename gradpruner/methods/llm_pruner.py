@@ -1,4 +1,4 @@
-"""LLM-Pruner: in every layer of a middle range the same share of KV heads and MLP channels goes."""
+"""LLM-Pruner: prunes the same share of KV heads and MLP channels in every layer of a middle range."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 
 
 class LLMPrunerOptions(MethodOptions):
-    """What can be set about LLM-Pruner."""
+    """Options of LLM-Pruner."""
 
     taylor: Literal["param_first", "param_second", "param_mix"] = "param_first"
     """Salience of a weight: |w g|, |w a w| or |w g - 0.5 w a w|; g gradient, a mean squared gradient."""
     num_samples: int = Field(default=10, ge=1)
     """Training samples whose loss is differentiated."""
     max_tokens: int = Field(default=64, ge=2)
-    """Tokens taken of each, from its beginning."""
+    """Tokens used of each sample, from its beginning."""
     first_layer: int | None = Field(default=None, ge=0)
-    """First layer that may be pruned; None keeps the first eighth whole."""
+    """First layer that may be pruned; null does not prune the first eighth."""
     last_layer: int | None = Field(default=None, ge=0)
-    """Last layer that may be pruned; None keeps the last sixteenth whole."""
+    """Last layer that may be pruned; null does not prune the last sixteenth."""
     layers_at_once: int = Field(default=1, ge=1)
-    """Layers whose mean squared gradients `param_mix` holds at a time: more is faster and takes memory."""
+    """Layers whose mean squared gradients `param_mix` holds at a time; more is faster and takes memory."""
 
 
 def plan(context: MethodContext) -> WidthPlan:
-    """Removes the units with the least `sum |s|`, s the salience of a weight, see `TaylorSalience`.
+    """Removes the units with the smallest `sum |s|`, where s is the salience of a weight (`TaylorSalience`).
 
-    Units are MLP channels and KV heads with all query heads that share them (`unit_scores`). Only layers of a
-    middle range that are not protected are pruned: all but the first L/8 and the last L/16 of L, halves
-    rounded up, which is 4 to 29 of 32. Each loses the same share of its units (`share_out`): floor(p K) of K
-    KV heads, channels for the rest. Where channels do not divide evenly among the layers, one more goes from
-    those whose next channel is least salient. The budget is met to half a channel.
+    Units are MLP channels, and KV heads with all query heads that share them (`unit_scores`). Only layers of
+    a middle range that are not protected are pruned: all but the first L/8 and the last L/16 of L layers,
+    halves rounded up, which is 4 to 29 of 32. Each loses the same share of its units (`share_out`): floor(p
+    K) of K KV heads, and channels for the rest. If channels do not divide evenly among the layers, the layers
+    whose next channel is least salient lose one more. The budget is met to half a channel.
 
     Memory: the model, the activations of one pass over `num_samples * max_tokens` tokens, and the gradient of
-    one linear; with `param_mix` 4 bytes per weight of `layers_at_once` layers on top.
+    one linear; with `param_mix` also 4 bytes per weight of `layers_at_once` layers.
 
-    The result has layers of differing widths: it loads through this package, and no engine serves it.
+    The layers of the result have different widths: it loads through this package, and no engine serves it.
 
     Raises:
         PlanError: If the layers that may be pruned do not have so many parameters to lose.
-        DataError: If there is no sample of two tokens.
+        DataError: If no sample has at least two tokens.
         ModelError: If heads and channels cannot be told apart.
         NonFiniteError: If a gradient is NaN or infinite.
 
@@ -84,20 +84,25 @@ def plan(context: MethodContext) -> WidthPlan:
 
 
 def layers_to_prune(num_layers: int, options: LLMPrunerOptions, protected: tuple[int, ...] = ()) -> list[int]:
-    """The layers that lose units, ascending: 4 to 29 of 32, 2 to 14 of 16, without protected ones.
+    """Returns the layers to prune, ascending: 4 to 29 of 32, 2 to 14 of 16, without protected layers.
 
     Raises:
-        PlanError: If there are none, or an end of the range is no layer.
+        PlanError: If there are none, or an end of the range is not a layer of the model.
     """
     first = (num_layers + 4) // 8 if options.first_layer is None else options.first_layer
     kept_last = (num_layers + 8) // 16
     last = num_layers - 1 - kept_last if options.last_layer is None else options.last_layer
     if max(first, last) >= num_layers:
-        raise PlanError(f"Layers {first} to {last} are to be pruned; there are 0 to {num_layers - 1}.")
+        raise PlanError(
+            f"LLM-Pruner was asked to prune layers {first} to {last}; the model has layers 0 to "
+            f"{num_layers - 1}.",
+            hint="Correct methods.llm_pruner.first_layer and last_layer.",
+        )
     layers = [layer for layer in range(first, last + 1) if layer not in protected]
     if not layers:
         raise PlanError(
-            f"LLM-Pruner may prune layers {first} to {last} of {num_layers}, protected ones apart: none.",
+            f"No layer is left to prune: LLM-Pruner prunes layers {first} to {last} of {num_layers} that are "
+            "not protected.",
             hint="Set methods.llm_pruner.first_layer and last_layer, or protect fewer layers.",
         )
     return layers
@@ -106,7 +111,7 @@ def layers_to_prune(num_layers: int, options: LLMPrunerOptions, protected: tuple
 def _batches(
     context: MethodContext, options: LLMPrunerOptions, device: torch.device
 ) -> tuple[Batch, list[Batch]]:
-    """All calibration samples as one batch, and each as one; every token is learned."""
+    """Returns all calibration samples as one batch, and each as its own batch; all tokens are learned."""
     samples = []
     for index in range(min(options.num_samples, len(context.samples))):
         ids = list(context.samples[index]["input_ids"])[: options.max_tokens]
@@ -114,7 +119,8 @@ def _batches(
             samples.append({"input_ids": ids, "labels": ids})
     if not samples:
         raise DataError(
-            "LLM-Pruner differentiates the loss of training samples and there are none of two tokens or more."
+            "LLM-Pruner differentiates the loss of training samples with two tokens, and there are none.",
+            hint="Give rows with longer texts.",
         )
 
     def batch_of(some: list[dict[str, list[int]]]) -> Batch:
@@ -124,11 +130,11 @@ def _batches(
 
 
 def _choose(view: WidthView, found: list[UnitScores], kv_heads: int, channels: int) -> list[LayerWidths]:
-    """What stays of the pruned layers when each loses `kv_heads`, and all together `channels`."""
+    """Returns what the pruned layers keep when each loses `kv_heads`, and all together `channels`."""
     shape = view.shape
     each, over = divmod(channels, len(found))
     order = [descending(one.channels_C) for one in found]
-    # What each layer would have to give next; equal ones from the last layer.
+    # Score of the channel each layer would lose next; of equal layers, the last one loses it.
     next_scores = [float(one.channels_C[units[-1 - each]]) for one, units in zip(found, order, strict=True)]
     more = set(sorted(range(len(found)), key=lambda i: (next_scores[i], -i))[:over])
     return [
@@ -142,7 +148,7 @@ def _choose(view: WidthView, found: list[UnitScores], kv_heads: int, channels: i
 
 METHODS.register("llm_pruner")(
     Method(
-        "LLM-Pruner: KV heads and channels of least Taylor salience, layer by layer",
+        "LLM-Pruner: prunes KV heads and channels of least Taylor salience, layer by layer",
         plan=plan,
         options=LLMPrunerOptions,
         label="LLM-Pruner",

@@ -1,4 +1,4 @@
-"""The dense model, tuned with as much compute as a pruned row takes in all: what it buys without pruning."""
+"""Control: the dense model, tuned with as much compute as a pruned row takes in all."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 
 
 class LongerOptions(MethodOptions):
-    """What can be set about the dense model tuned for longer."""
+    """Options of the longer fine-tuning."""
 
     factor: float | None = Field(default=None, gt=0)
-    """Factor of the dense model's epochs; null: so that the work is that of a pruned row in all."""
+    """Factor by which the dense model's epochs grow; null: such that the work equals that of a pruned row."""
 
 
 def training(context: MethodContext) -> dict[str, Any]:
-    """Epochs that make the dense model's fine-tuning as much work as all of a pruned row's.
+    """Returns the epochs that make the dense model's fine-tuning as much work as a pruned row in all.
 
-    See `MethodContext.pruned_work`; where that is below 1, the dense model is tuned for a shorter time.
+    See `MethodContext.pruned_work`; if that is below 1, the dense model is tuned for a shorter time.
     """
     options: LongerOptions = context.options or LongerOptions()
     factor = context.pruned_work if options.factor is None else options.factor
@@ -28,13 +28,13 @@ def training(context: MethodContext) -> dict[str, Any]:
 
 
 def callbacks(context: MethodContext) -> list[TrainerCallback]:
-    """None: only the number of steps differs."""
+    """Returns no callbacks: only the number of steps differs."""
     return []
 
 
 METHODS.register("longer")(
     Method(
-        "the dense model, tuned for the work of a pruned row in all: the same compute without pruning",
+        "control: the dense model, tuned with as much compute as a pruned row takes in all",
         callbacks=callbacks,
         training=training,
         options=LongerOptions,

@@ -12,9 +12,9 @@ from gradpruner.models.layers import LayeredModel
 
 @torch.inference_mode()
 def score(context: MethodContext) -> LayerScores:
-    """`sum over linears of sum |W| / sum over linears of entries of W`, per layer.
+    """Returns per layer `sum over linears of sum |W| / sum over linears of entries of W`.
 
-    Only weights are read: no data, no forward pass. Expert weights that a model keeps as one tensor are not
+    Only weights are read: no data, no forward pass. Expert weights that a model stores as one tensor are not
     linears and do not count.
 
     Source: Shortened LLaMA (Kim et al., 2024), criterion "Mag", `norm_power` 1.
@@ -30,7 +30,7 @@ def score(context: MethodContext) -> LayerScores:
 
 
 def _absolute_sum(weight: Tensor) -> float:
-    # Row by row in fp32, rows in fp64: neither rounds much, and no copy of the weight is made.
+    # Sums each row in fp32 and the rows in fp64: neither rounds much, and the weight is not copied.
     rows = torch.linalg.vector_norm(weight, ord=1, dim=1, dtype=torch.float32)
     return float(rows.cpu().double().sum())
 

@@ -1,4 +1,4 @@
-"""Minitron, depth: layers of small block influence go, then the model is distilled from the dense one."""
+"""Minitron, depth: prunes the layers with the smallest block influence, then distils from the dense model."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 from gradpruner.training.distillation import distil
 from gradpruner.training.options import FinetuneOptions
 
-# Keys of the recipe's fine-tuning that hold here too; distillation has its own learning rate, mode ...
+# Keys of the recipe's fine-tuning that apply to the distillation too; it has its own learning rate, mode ...
 _SHARED = {"accumulation", "batching", "device", "gradient_checkpointing", "max_grad_norm", "precision"}
 
 
 class MinitronOptions(MethodOptions):
-    """How evidence is gathered and the pruned model distilled."""
+    """How activations are measured and the pruned model is distilled."""
 
     calibration_samples: int = Field(default=1024, ge=1)
-    """Training samples on which activations are measured; the source takes 512 to 1024."""
+    """Training samples activations are measured on; the paper takes 512 to 1024."""
     distil: bool = True
-    """Whether the pruned model learns from the dense one's logits before it is fine-tuned."""
+    """Whether the pruned model learns from the dense model's logits before it is fine-tuned."""
     distil_steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps of distillation; null: one pass over the training samples, in steps as large as
-    fine-tuning's. A pass costs an epoch of fine-tuning and the dense model's forward passes: with 40 %
-    removed, about one and a half epochs."""
+    """Optimizer steps of distillation; null: one pass over the training samples, with as many samples to a
+    step as in fine-tuning. A pass costs an epoch of fine-tuning plus the dense model's forward passes: with
+    40 % removed, about one and a half epochs."""
     distil_batch_size: int | None = Field(default=None, ge=1)
-    """Samples per forward pass; null: as many as fine-tuning."""
+    """Samples per forward pass; null: as in fine-tuning."""
     distil_learning_rate: float = Field(default=1e-4, gt=0)
-    """Peak learning rate; a cosine leads down to a tenth of it."""
+    """Peak learning rate; cosine decay to a tenth of it."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of both models."""
     distil_tokens: Literal["all", "answers"] = "all"
-    """Where it learns: at all tokens, or those of the answers alone."""
+    """Which tokens are distilled: all tokens, or the tokens of answers only."""
 
 
 def score(context: MethodContext) -> LayerScores:
-    """`BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, as `shortgpt`; only the recovery differs.
+    """Returns `BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, as `shortgpt`; only the recovery differs.
 
     Source: LLM Pruning and Distillation in Practice: The Minitron Approach (Sreenivas et al., 2024).
     """
@@ -51,7 +51,7 @@ def recover(context: MethodContext, model: nn.Module) -> dict[str, Any]:
     """Distils the pruned model, in place, from the dense one on the training samples.
 
     Returns:
-        What `distil` reports; nothing if the options leave it out.
+        The report of `distil`; {} if the options switch it off.
 
     Raises:
         DataError: If there are no samples.
@@ -84,7 +84,7 @@ def recover(context: MethodContext, model: nn.Module) -> dict[str, Any]:
 
 METHODS.register("minitron_depth")(
     Method(
-        "Minitron: layers that turn the hidden state least go; logit distillation",
+        "Minitron: prunes the layers that turn the hidden state least; logit distillation",
         score,
         recover=recover,
         options=MinitronOptions,

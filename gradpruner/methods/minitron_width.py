@@ -1,4 +1,4 @@
-"""Minitron, width: channels, heads within their group and hidden dimensions of small activations go."""
+"""Minitron, width: prunes the channels, heads and hidden dimensions with the smallest activations."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 
 Axis = Literal["ffn", "heads", "hidden"]
-# The axis that meets the budget exactly: the first of these that may be pruned.
+# The first of these axes that may be pruned is set to meet the budget exactly.
 AXES: tuple[Axis, ...] = ("ffn", "hidden", "heads")
-# Largest steps of the grid, and the least number of steps an axis has; both where a width allows.
+# Largest step of each axis' grid. Smaller widths get smaller steps, such that an axis has 16 steps or more.
 _DIVISORS: dict[Axis, int] = {"hidden": 256, "ffn": 512, "heads": 1}
 _STEPS = 16
 _RANKED_SAMPLES = 128
 
-# Width of every axis: channels, query heads of a KV head, hidden dimensions.
+# Width of every axis: channels, query heads per KV head, hidden dimensions.
 Size = dict[Axis, int]
 
 
 class MinitronWidthOptions(MinitronOptions):
-    """What may go, and how the widths are searched."""
+    """What may be pruned, and how the widths are searched."""
 
     axes: list[Axis] = Field(default=["ffn", "heads", "hidden"], min_length=1)
     """What is pruned: MLP channels, query heads (inside their KV group), hidden dimensions."""
     max_prune: float = Field(default=0.4, gt=0, lt=1)
-    """Largest share of an axis that goes."""
+    """Largest share of an axis that is pruned."""
     top_k: int = Field(default=5, ge=1)
-    """Combinations of widths that are tried on the training samples; the likeliest answers win."""
+    """Combinations of widths to try on the training samples; the one with the likeliest answers wins."""
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """How large activations are, fp32 on the CPU; higher is more important.
+    """Sizes of activations, fp32 on the CPU; higher is more important.
 
     Attributes:
         channels_LF: Shape (layers, MLP channels).
         heads_LQ: Shape (layers, query heads).
         hidden_H: Shape (hidden dimensions,); zeros if they were not measured.
-        samples: Samples measured.
+        samples: Number of samples measured.
     """
 
     channels_LF: Tensor
@@ -65,32 +65,33 @@ class ChannelStatistics:
 
 
 def plan(context: MethodContext) -> WidthPlan:
-    """Keeps what has the largest activations, in the widths under which the training answers are likeliest.
+    """Keeps the units with the largest activations, in the widths that make the training answers likeliest.
 
-    For entry j of an activation a, `s_j = sqrt(sum over samples of (mean over tokens of |a_j|)^2)`, padding
-    left out, in fp32. The score of
+    For entry j of an activation a, `s_j = sqrt(sum over samples of (mean over tokens of |a_j|)^2)`, without
+    padding, in fp32. The score of
 
     - an MLP channel is s of the input of down_proj;
     - a query head is the L2 norm, over the head's entries, of s of the input of o_proj. Heads are ranked
-      inside their KV group; KV heads never go, so models with one query head a group keep them all;
-    - a hidden dimension is the sum of s over the outputs of all norms in the layers (not the final one).
+      inside their KV group. KV heads are never pruned, so models with one query head per group keep all;
+    - a hidden dimension is the sum of s over the outputs of all norms in the layers (not the final norm).
 
-    All layers keep the same numbers, and the same hidden dimensions, so the result is a plain Hugging Face
-    model. The numbers come from a grid over hidden, ffn and heads in multiples of 256, 512 and 1 (at most a
-    sixteenth of the width, down to a power of two: smaller models get finer grids), at most `max_prune` of an
-    axis, without those a config of the family does not allow (hidden dimensions of a Llama are a multiple of
-    its heads). The `top_k` combinations nearest to `num_remove` are taken; the channels of each are then set
-    to meet it to half a unit, a unit being one channel in every layer (without the axis ffn the next possible
-    number of hidden dimensions, without both of heads). Each is built from the loaded weights and the one
-    whose training answers are likeliest is the plan. Memory beyond the model: one pruned model.
+    All layers keep the same widths and the same hidden dimensions, so the result is a plain Hugging Face
+    model. Widths come from a grid over hidden, ffn and heads in multiples of 256, 512 and 1 (or, for smaller
+    models, the largest power of two that is at most a sixteenth of the width). At most `max_prune` of an axis
+    is pruned, and widths that a config of the family does not allow are skipped (the hidden size of a Llama
+    must be a multiple of its heads). The `top_k` combinations nearest to `num_remove` are taken. The channels
+    of each are then set to meet `num_remove` to half a unit, where a unit is one channel in every layer.
+    (Without the axis ffn, hidden dimensions are set instead, to the nearest number allowed; without both,
+    heads.) Each combination is built from the loaded weights, and the one whose training answers are
+    likeliest becomes the plan. Memory beyond the model: one pruned model.
 
-    Protected layers become narrower with all others.
+    Protected layers become as narrow as all others.
 
     Raises:
-        PlanError: If so many parameters cannot be removed.
-        DataError: If there is a choice and no sample has an answer.
+        PlanError: If `num_remove` parameters cannot be removed.
+        DataError: If there are several combinations and no sample has an answer.
         ModelError: If heads and channels cannot be told apart.
-        NonFiniteError: If activations or likelihoods are NaN or infinite.
+        NonFiniteError: If activations or losses are NaN or infinite.
 
     Source: Minitron (Muralidharan et al., 2024), section 2; released code (NVIDIA ModelOpt).
     """
@@ -121,10 +122,10 @@ def plan(context: MethodContext) -> WidthPlan:
 def channel_statistics(
     view: WidthView, batches: Iterable[dict[str, Tensor]], hidden: bool = True
 ) -> ChannelStatistics:
-    """Measures activations of padded batches, those of norms only if `hidden`; see `plan` for the formulas.
+    """Measures activations on padded batches, those of norms only if `hidden`; see `plan` for the formulas.
 
     Raises:
-        ModelError: If hidden dimensions are asked for and the layers have no norms with weights.
+        ModelError: If `hidden` is set and the layers have no norms with weights.
         NonFiniteError: If an activation is NaN or infinite.
     """
     shape, layers = view.shape, view.layered.layers
@@ -132,8 +133,8 @@ def channel_statistics(
     norms = [m for layer in layers for m in view.hidden_vectors(layer)] if hidden else []
     if hidden and not norms:
         raise ModelError(
-            f"The norms of a '{view.layered.config.model_type}' model have no weights; hidden dimensions are "
-            "measured and cut there.",
+            f"The norms of a '{view.layered.config.model_type}' model have no weights, so its hidden "
+            "dimensions cannot be measured and cut.",
             hint="Set methods.minitron_width.axes to [ffn, heads].",
         )
     samples = 0
@@ -165,8 +166,8 @@ def _squared_means(
     """Inside the block, sums up the squared means of some modules' inputs and other modules' outputs.
 
     Yields:
-        Module -> sum over samples of the squared mean over tokens of |activation|; and a list whose one entry
-        holds the weights of the tokens of the running batch, shape (samples, tokens).
+        Module -> sum over samples of the squared mean over tokens of |activation|; and a list that must hold,
+        as its one entry, the weights of the tokens of the current batch, shape (samples, tokens).
     """
     totals: dict[nn.Module, Tensor] = {}
     weight_BT: list[Tensor] = []
@@ -194,12 +195,12 @@ def _squared_means(
 
 
 def candidates(view: WidthView, options: MinitronWidthOptions, num_remove: int, unit: str) -> list[Size]:
-    """The widths to choose from, at most `top_k`, those nearest to the budget on the grid first.
+    """Returns at most `top_k` widths to choose from, those nearest to the budget on the grid first.
 
-    Every one meets the budget (in `unit`, see `WidthView.parameters`) to half of the fine axis' unit.
+    All meet the budget (in `unit`, see `WidthView.parameters`) to half a unit of the fine axis.
 
     Raises:
-        PlanError: If so many cannot be removed; it says how many can.
+        PlanError: If `num_remove` parameters cannot be removed; the message says how many can.
     """
     search = _Search(view, options.axes, options.max_prune, unit)
     target = search.counted(search.whole) - num_remove
@@ -213,22 +214,22 @@ def candidates(view: WidthView, options: MinitronWidthOptions, num_remove: int, 
         shares = (n / 100 for n in range(5, 100, 5))
         reach = ((share, _Search(view, options.axes, share, unit).most()) for share in shares)
         enough = next((share for share, most in reach if share > options.max_prune and most >= num_remove), 0)
-        raised = f"Set methods.minitron_width.max_prune to {enough:g}, or remove less."
+        raised = f"Set methods.minitron_width.max_prune to {enough:g}, or remove fewer parameters."
         raise PlanError(
-            f"{num_remove:,} {unit.replace('_', ' ')} are to be removed; with at most "
-            f"{options.max_prune:.0%} of {', '.join(options.axes)} 0 to {search.most():,} can be.",
-            hint=raised if enough else "Prune more axes, or remove less.",
+            f"Cannot remove {num_remove:,} {unit.replace('_', ' ')}: pruning at most {options.max_prune:.0%} "
+            f"of {', '.join(options.axes)} removes 0 to {search.most():,}.",
+            hint=raised if enough else "Prune more axes, or remove fewer parameters.",
         )
     return [size for _, size in sorted(found, key=lambda entry: entry[0])[: options.top_k]]
 
 
 class _Search:
-    """Which widths there are to choose from.
+    """The widths there are to choose from.
 
     Attributes:
-        whole: The dense model's.
-        fine: The axis that meets the budget; all others stay on their grids.
-        fine_grid: Its grid, by which combinations are put in order.
+        whole: Widths of the dense model.
+        fine: The axis that is set to meet the budget; all others stay on their grids.
+        fine_grid: Grid of the fine axis, used to sort combinations.
     """
 
     def __init__(self, view: WidthView, axes: Sequence[Axis], max_prune: float, unit: str) -> None:
@@ -245,18 +246,18 @@ class _Search:
         }
 
     def counted(self, size: Size) -> int:
-        """Parameters of a model of some widths: a straight line along each axis."""
+        """Returns the parameters of a model of some widths; they are linear along each axis."""
         shape = self.view.shape
         layer = (size["heads"] * shape.num_kv_heads, shape.num_kv_heads, size["ffn"])
         return self.view.parameters_of([layer] * shape.num_layers, size["hidden"], self.unit)
 
     def on_grid(self) -> Iterator[Size]:
-        """Combinations of all axes but the fine one, the widest first."""
+        """Yields the combinations of all axes but the fine one, the widest first."""
         for widths in product(*map(reversed, self._grids.values())):
             yield {**self.whole, **dict(zip(self._grids, widths, strict=True))}
 
     def allowed(self, size: Size) -> list[int]:
-        """Widths of the fine axis, ascending, that the model's config allows."""
+        """Returns the widths of the fine axis that the model's config allows, ascending."""
         widths = range(_lowest(self.whole[self.fine], self.max_prune), self.whole[self.fine] + 1)
         if self.fine == "ffn":
             return list(widths) if self._is_allowed(size) else []
@@ -267,7 +268,7 @@ class _Search:
         return self.view.config_takes(size["hidden"], size["heads"] * kv_heads, kv_heads)
 
     def fitted(self, size: Size, target: int) -> Size | None:
-        """The widths with the fine axis such that the target is met best; None if it is out of reach."""
+        """Returns the widths with the fine axis set to meet the target best; None if it is out of reach."""
         step = self.counted(size) - self.counted({**size, self.fine: self.whole[self.fine] - 1})
         counts = {n: self.counted(size) - step * (self.whole[self.fine] - n) for n in self.allowed(size)}
         if not counts or not 2 * min(counts.values()) - step <= 2 * target <= 2 * max(counts.values()) + step:
@@ -275,18 +276,18 @@ class _Search:
         return {**size, self.fine: min(counts, key=lambda n: abs(counts[n] - target))}
 
     def most(self) -> int:
-        """The largest number of parameters that can go."""
+        """Returns the largest number of parameters that can be removed."""
         least = [{**size, self.fine: n} for size in self.on_grid() for n in self.allowed(size)[:1]]
         return self.counted(self.whole) - min(map(self.counted, least))
 
 
 def _lowest(total: int, max_prune: float) -> int:
-    """What at least stays of an axis."""
+    """Returns the smallest width of an axis."""
     return max(1, math.ceil(total * (1 - max_prune) - 1e-9))
 
 
 def _grid(axis: Axis, total: int, max_prune: float) -> list[int]:
-    """Widths of an axis, ascending: multiples of its divisor, and the whole."""
+    """Returns the widths of an axis, ascending: multiples of its divisor, and the full width."""
     divisor = 1
     while divisor < _DIVISORS[axis] and 2 * divisor * _STEPS <= total:
         divisor *= 2
@@ -298,7 +299,7 @@ def _grid(axis: Axis, total: int, max_prune: float) -> list[int]:
 
 
 def _plan_of(view: WidthView, found: ChannelStatistics, size: Size) -> WidthPlan:
-    """The plan that keeps the most important units of every axis."""
+    """Returns the plan that keeps the most important units of every axis."""
     shape, whole = view.shape, view.whole()
     layers = []
     for channels, heads in zip(found.channels_LF, found.heads_LQ, strict=True):
@@ -313,8 +314,8 @@ def _plan_of(view: WidthView, found: ChannelStatistics, size: Size) -> WidthPlan
 
 
 def _loss(view: WidthView, plan: WidthPlan, batches: Sequence[dict[str, Tensor]]) -> float:
-    """Mean negative log-likelihood of the answers under the pruned model."""
-    # A copy of the modules only: pruning gives the copy weights of its own and leaves those it shares alone.
+    """Returns the mean negative log-likelihood of the answers under the pruned model."""
+    # Copies the modules only: pruning gives the copy new weights and does not change the shared ones.
     model = view.model
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     pruned: Any = prune_width_(copy.deepcopy(model, shared), plan)
@@ -323,7 +324,7 @@ def _loss(view: WidthView, plan: WidthPlan, batches: Sequence[dict[str, Tensor]]
 
 METHODS.register("minitron_width")(
     Method(
-        "Minitron: channels, heads and hidden dimensions of small activations go; distilled",
+        "Minitron: prunes channels, heads and hidden dimensions with small activations; distils",
         plan=plan,
         recover=recover,
         options=MinitronWidthOptions,

@@ -1,4 +1,4 @@
-"""Control: layers drawn at random."""
+"""Control: prunes random layers."""
 
 import torch
 
@@ -7,7 +7,7 @@ from gradpruner.methods.base import METHODS, Method, MethodContext
 
 
 def score(context: MethodContext) -> LayerScores:
-    """Independent uniform scores from the run's seed."""
+    """Returns independent uniform scores, drawn with the run's seed."""
     generator = torch.Generator().manual_seed(context.seed)
     values = torch.rand(context.num_layers, generator=generator, dtype=torch.float64)
     evidence = {"num_layers": context.num_layers, "seed": context.seed}

@@ -1,4 +1,4 @@
-"""Masks on heads and MLP channels of a model in training, and their salience (APT)."""
+"""Masks on the heads and MLP channels of a model in training, and the salience of these units (APT)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ EMA = 0.85
 
 
 def outlier_term(weight: Tensor) -> Tensor:
-    """Square root of the excess kurtosis of every column of a weight, 0 where that is negative.
+    """Returns the square root of the excess kurtosis of every column of a weight, 0 where it is negative.
 
     Args:
         weight: Shape (out_features, in_features).
 
     Returns:
-        Shape (in_features,), float32, >= 0. A column without spread has 0.
+        Shape (in_features,), float32, >= 0; 0 for a column whose entries are all equal.
 
-    Source: APT, section 4.2: kurtosis, over the outputs, of an entry's contribution. That is its mean
-        activation times the column; multiples of a column have the same kurtosis.
+    Source: APT, section 4.2, the kurtosis over the outputs of an input entry's contribution. The contribution
+        is the column times the entry's mean activation, and a factor does not change the kurtosis.
     """
     centred = weight.detach().float()
     centred = centred - centred.mean(dim=0)
@@ -33,18 +33,18 @@ def outlier_term(weight: Tensor) -> Tensor:
 
 
 class UnitMasks:
-    """Masks and salience of the units that are the input of one linear, each so many entries wide.
+    """Masks and salience of the units at the input of one linear.
 
-    `S = sum over entries of (sum |H|) (sum |dL/dH|)`, with H the masked input of the linear and the inner
-    sums over all tokens of an optimizer step; averaged over the steps.
+    The salience of a unit is `S = sum over its entries of (sum |H|) (sum |dL/dH|)`, with H the masked input
+    of the linear and the inner sums over all tokens of an optimizer step; averaged over the steps.
 
     Args:
         linear: o_proj or down_proj.
-        units: KV groups or channels; the entries of one stand together.
+        units: Number of KV groups or channels; all have equally many entries, next to each other.
 
     Attributes:
         masks: Factor of every unit, in [0, 1], shape (units,).
-        targets: Where the masks are going, 0 or 1.
+        targets: Values the masks move towards, 0 or 1.
         salience: Moving average of S, shape (units,), float64; zeros before the first step.
         paused: While True, nothing is masked.
     """
@@ -62,11 +62,11 @@ class UnitMasks:
         self._hook = linear.register_forward_pre_hook(self._apply)
 
     def scores(self) -> Tensor:
-        """Salience plus outlier term of every unit, (units,), float64; 0 where it is masked away."""
+        """Returns salience plus outlier term, shape (units,), float64; 0 for units whose mask is 0."""
         return (self.salience + self._outliers) * (self.masks > 0).cpu()
 
     def end_step(self) -> None:
-        """Adds what the passes of an optimizer step have shown to the average."""
+        """Adds the sums of an optimizer step to the moving average."""
         found = self._per_unit(self._inputs.cpu().double() * self._gradients.cpu().double())
         self.salience = found if self._steps == 0 else EMA * self.salience + (1 - EMA) * found
         self._steps += 1
@@ -78,7 +78,7 @@ class UnitMasks:
         self._masked = bool((self.masks < 1).any())
 
     def close(self) -> None:
-        """Takes the mask off the linear."""
+        """Removes the masks from the linear."""
         self._hook.remove()
 
     def _per_unit(self, entries: Tensor) -> Tensor:
@@ -90,11 +90,11 @@ class UnitMasks:
             inputs = inputs * self.masks.repeat_interleave(self._width).to(inputs.dtype)
         if linear.training and inputs.requires_grad:
             self._latest = _sum_of_absolutes(inputs)
-            inputs.register_hook(self._see)
+            inputs.register_hook(self._add)
         return (inputs, *args[1:])
 
-    def _see(self, gradient: Tensor) -> None:
-        # Counted here and not in the forward pass, which checkpointing runs twice.
+    def _add(self, gradient: Tensor) -> None:
+        # Inputs are added here and not in the forward pass, which gradient checkpointing runs twice.
         self._inputs += self._latest
         self._gradients += _sum_of_absolutes(gradient)
 

@@ -1,4 +1,4 @@
-"""SAT-like training: heads and channels are left out of most steps, fewer and fewer, none at the end."""
+"""SAT-like training: steps leave out heads and channels, fewer with every stage and none in the last."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ class SATOptions(MethodOptions):
     stages: int = Field(default=5, ge=2)
     """Stages of equal length, >= 2; the last one leaves nothing out."""
     start_rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
-    """Share of the units left out in the first stage, in (0, 0.95]; null: so that on average over training
-    as much of the decoder is left out as the other methods remove."""
+    """Share of the units left out in the first stage, in (0, 0.95]; null: such that the share of the decoder
+    left out, averaged over training, is the share that the other methods remove."""
 
 
 def callbacks(context: MethodContext) -> list[TrainerCallback]:
-    """The callback that leaves heads and channels out; the model keeps its size and ends dense.
+    """Returns the callback that leaves out heads and channels. The model keeps its size and ends dense.
 
-    In stage t = 0 ... S-1 of S equally long ones the omission rate is `r_t = r_0 (1 - t / (S-1))`. In every
-    optimizer step and layer `ceil((1 - r_t) n)` of the n MLP channels are kept, drawn without replacement
-    with probability proportional to `||W_down[:, j]|| mean|a_j|`, where a is the input of down_proj, and
-    likewise KV groups (a KV head with all its query heads), by the sum of the same over their columns of
-    o_proj. Only the kept rows of q, k, v, gate, up and columns of o, down are multiplied, forward and
-    backward; all forward passes of a step keep the same. Evaluation passes are whole.
+    In stage t = 0 ... S-1 of S equally long stages, the omission rate is `r_t = r_0 (1 - t / (S-1))`. Every
+    optimizer step keeps `ceil((1 - r_t) n)` of the n MLP channels of each layer, drawn without replacement
+    with probability proportional to `||W_down[:, j]|| mean|a_j|`, where a is the input of down_proj. KV
+    groups (a KV head with all its query heads) are drawn in the same way, by the sum of this value over their
+    columns of o_proj. Only the kept rows of q, k, v, gate and up and the kept columns of o and down are
+    multiplied, forward and backward. All forward passes of a step keep the same units. Evaluation passes
+    leave nothing out.
 
-    Unless `start_rate` is given, r_0 is such that the share of decoder parameters left out, averaged over the
-    steps, comes closest to the share the other methods remove; that is about twice that share. This takes
-    into account that numbers of kept units are rounded up.
+    Without `start_rate`, r_0 is chosen such that the share of decoder parameters left out, averaged over the
+    steps, comes closest to the share that the other methods remove; r_0 is then about twice that share. The
+    choice accounts for the rounding up of the number of kept units.
 
-    Means run over all tokens of the steps in which a unit was kept, padding included; one not yet kept counts
-    as an average one. Norms, of the base weights, are taken anew at every stage. After an interruption the
-    selection of a step depends on its number and the seed as before, but means begin anew, so a resumed run
-    is like, not equal to, an uninterrupted one.
+    Means are over all tokens, padding included, of the steps in which a unit was kept; a unit that was never
+    kept counts as an average one. Norms are those of the base weights and are recomputed at every stage. In
+    a resumed run, the selection of a step still depends on its number and the seed, but the means start
+    again, so the run is similar but not equal to an uninterrupted one.
 
     Source: Sparsity-Accelerated Training for Large Language Models (Ma et al., 2024).
     """
@@ -59,22 +60,25 @@ def callbacks(context: MethodContext) -> list[TrainerCallback]:
 
 
 def ladder(step: int, total_steps: int, start_rate: float, stages: int) -> float:
-    """Omission rate of one optimizer step, counted from 0 of at least `stages`; the last stage has rate 0."""
+    """Returns the omission rate of an optimizer step, counted from 0; the last stage has rate 0.
+
+    There must be at least as many steps as stages.
+    """
     stage = min(step * stages // total_steps, stages - 1)
     return start_rate * (stages - 1 - stage) / (stages - 1)
 
 
 def num_kept(rate: float, units: int) -> int:
-    """Units of a layer that stay at an omission rate: the share 1 - rate rounded up, at least one."""
+    """Returns how many units of a layer are kept: the share 1 - rate, rounded up, at least one."""
     return max(1, math.ceil(round((1 - rate) * units, 9)))
 
 
 def sample_units(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draws `count` units of every layer without replacement, in proportion to the weights of those left.
+    """Draws `count` units of every layer without replacement, with probabilities proportional to weights.
 
     Args:
-        weights: Shape (layers, units), >= 0, on the CPU; units of weight 0 are taken last.
-        count: Units drawn of every layer.
+        weights: Shape (layers, units), >= 0, on the CPU; units of weight 0 are drawn last.
+        count: Units to draw per layer.
         generator: On the CPU.
 
     Returns:
@@ -88,7 +92,7 @@ def sample_units(weights: Tensor, count: int, generator: torch.Generator) -> Ten
 
 
 def mean_omitted(start_rate: float, total_steps: int, stages: int, units: Sequence[tuple[int, int]]) -> float:
-    """Parameters of a layer left out, averaged over the steps; `units` as `SlicedModel.units`."""
+    """Returns the parameters of a layer left out, averaged over the steps; `units` as in `SlicedModel`."""
     steps = [0] * stages
     for step in range(total_steps):
         steps[min(step * stages // total_steps, stages - 1)] += 1
@@ -98,10 +102,10 @@ def mean_omitted(start_rate: float, total_steps: int, stages: int, units: Sequen
 
 
 def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[tuple[int, int]]) -> float:
-    """The rate of the first stage with which `mean_omitted` comes closest to `wanted`.
+    """Returns the rate of the first stage with which `mean_omitted` comes closest to `wanted`.
 
     Raises:
-        ConfigError: If that would be above 0.95.
+        ConfigError: If that rate would be above 0.95.
     """
 
     def found(rate: float) -> float:
@@ -111,10 +115,10 @@ def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[t
     if found(high) < wanted:
         raise ConfigError(
             f"To leave out {wanted:.0f} parameters of a layer on average, the omission rate would have to "
-            f"begin above {MAX_RATE}: it falls to 0, so that its average is about half of that.",
+            f"begin above {MAX_RATE}: it falls to 0, so its average is about half of its first value.",
             hint="Remove fewer parameters (plan.num_prune), or set methods.sat.start_rate.",
         )
-    # What is left out grows in steps with the rate: the answer is one of the two sides of a step.
+    # The number left out is a step function of the rate: the answer is one of the two sides of a step.
     for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if found(middle) < wanted else (low, middle)
@@ -122,19 +126,19 @@ def matched_rate(wanted: float, total_steps: int, stages: int, units: Sequence[t
 
 
 class OmissionCallback(ClosingCallback):
-    """Leaves heads and channels out of every step, by the rate of `ladder`; for any Trainer.
+    """Leaves heads and channels out of every step, at the rate of `ladder`; works with any Trainer.
 
-    `num_remove` parameters are left out on average, unless the options have a `start_rate`.
+    `num_remove` parameters are left out on average, unless the options set a `start_rate`.
 
     Attributes:
-        start_rate: Rate of the first stage, once training has begun.
-        omitted_fraction: Share of the decoder's parameters left out on average over the steps, as planned.
-        rates: Omission rate of every step so far.
+        start_rate: Rate of the first stage; set when training begins.
+        omitted_fraction: Planned share of the decoder's parameters left out, averaged over the steps.
+        rates: Omission rates of all steps so far.
 
     Raises:
-        ConfigError: At the beginning of training, if the rate would have to be above 0.95, there are fewer
-            than two steps, the model is compiled, or is split over several GPUs.
-        ModelError: At the beginning of training, as `SlicedModel`.
+        ConfigError: When training begins, if the rate would have to be above 0.95, there are fewer than two
+            steps, or the model is compiled or split over several GPUs.
+        ModelError: When training begins, as `SlicedModel`.
     """
 
     def __init__(self, options: SATOptions, num_remove: int, seed: int) -> None:
@@ -147,7 +151,12 @@ class OmissionCallback(ClosingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Chooses the rate of the first stage and prepares the linears."""
-        _check_arguments(args, state.max_steps)
+        _check(state.max_steps, args.torch_compile)
+        if args.n_gpu > 1:
+            raise ConfigError(
+                f"SAT cannot train on {args.n_gpu} GPUs without a launcher.",
+                hint="Set CUDA_VISIBLE_DEVICES to one GPU.",
+            )
         self.close()
         self._stages = min(self.options.stages, state.max_steps)
         self.rates, self._norms = [], None
@@ -170,7 +179,7 @@ class OmissionCallback(ClosingCallback):
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draws what this step computes with."""
+        """Draws the units of this step."""
         if self._sliced is None:
             return
         rate = ladder(state.global_step, state.max_steps, self.start_rate, self._stages)
@@ -188,34 +197,33 @@ class OmissionCallback(ClosingCallback):
         )
 
     def close(self) -> None:
-        """Gives the linears their own forward back."""
+        """Restores the forward methods of the linears."""
         if self._sliced is not None:
             self._sliced.restore()
         self._sliced = None
 
 
-def _check_arguments(args: Any, steps: int) -> None:
+def _check(steps: int, compiled: bool) -> None:
+    """Raises ConfigError if SAT cannot change a training of so many optimizer steps."""
     if steps < 2:
         raise ConfigError(
-            f"SAT leaves out less from step to step and needs two or more; there is {steps} step.",
-            hint="Train longer, or with smaller batches.",
+            f"SAT leaves out less from stage to stage and needs at least two optimizer steps; this training "
+            f"has {steps}.",
+            hint="Raise finetune.epochs (recover.epochs for a tuned model), or lower finetune.accumulation "
+            "or finetune.batch_size.",
         )
-    if args.torch_compile:
+    if compiled:
         raise ConfigError(
-            "SAT changes what a linear computes at every step; compiled, each would be compiled anew.",
+            "SAT changes what a linear computes at every step, and torch.compile would compile every change.",
             hint="Set finetune.compile to false.",
-        )
-    if args.n_gpu > 1:
-        raise ConfigError(
-            f"SAT cannot train on {args.n_gpu} GPUs without a launcher.",
-            hint="Set CUDA_VISIBLE_DEVICES to one GPU.",
         )
 
 
 METHODS.register("sat")(
     Method(
-        "SAT-like: heads and channels left out while training, fewer with every stage; ends dense",
+        "SAT-like: leaves out heads and channels while training, fewer with every stage; ends dense",
         callbacks=callbacks,
+        check=lambda tuning, steps: _check(steps, tuning.compile),
         options=SATOptions,
         label="SAT-like",
     )

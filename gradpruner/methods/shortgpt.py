@@ -1,4 +1,4 @@
-"""ShortGPT: the layers that turn the hidden state least go."""
+"""ShortGPT: prunes the layers that turn the hidden state least."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from gradpruner.models.layers import LayeredModel
 
 @torch.inference_mode()
 def score(context: MethodContext, max_samples: int = MAX_SAMPLES, method: str = "shortgpt") -> LayerScores:
-    """Block influence, `BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, x_l the input of layer l.
+    """Returns block influence, `BI_l = mean over tokens of 1 - cos(x_l, x_{l+1})`, x_l the input of layer l.
 
-    From 0 (a layer that turns no state) to 2; the lowest go at once, neighbours or not. Measured on the first
-    `max_samples` training samples, padding left out. `method` is what the scores are called.
+    Values are between 0 (the layer turns no state) and 2. The layers with the lowest values are pruned all at
+    once, neighbours or not. Measured on the first `max_samples` training samples, without padding. `method`
+    is the name that the scores get.
 
     Source: ShortGPT (Men et al., 2025), Block Influence.
     """
     view = LayeredModel(context.model())
-    latest_L = [torch.empty(0)] * view.num_layers  # per layer: 1 - cos of the batch in hand, (batch, length)
+    latest_L = [torch.empty(0)] * view.num_layers  # per layer: 1 - cos for the current batch, (batch, length)
     total_L = torch.zeros(view.num_layers, dtype=torch.float64)
     num_samples = num_tokens = 0
 
@@ -35,7 +36,7 @@ def score(context: MethodContext, max_samples: int = MAX_SAMPLES, method: str = 
             num_samples += len(real)
             num_tokens += int(real.sum())
             run(view.model, batch)
-            total_L += torch.stack([turned.cpu().double()[real].sum() for turned in latest_L])
+            total_L += torch.stack([influence.cpu().double()[real].sum() for influence in latest_L])
     evidence = {"num_layers": view.num_layers, "samples": num_samples, "tokens": num_tokens}
     return LayerScores(method, tuple((total_L / num_tokens).tolist()), evidence=evidence)
 

@@ -1,4 +1,4 @@
-"""SLEB, and greedy removal: one layer after another goes, always the one whose absence costs least."""
+"""SLEB, and greedy removal in general: removes layers one by one, always the one that costs least."""
 
 from __future__ import annotations
 
@@ -19,29 +19,30 @@ from gradpruner.models.layers import LayeredModel
 
 
 class SlebOptions(MethodOptions):
-    """What can be set about SLEB."""
+    """Options of SLEB."""
 
     num_samples: int = Field(default=128, ge=1)
-    """Training samples whose likelihood is compared; the work is proportional to it."""
+    """Training samples the loss is measured on; the work is proportional to this number."""
 
 
 @torch.inference_mode()
 def score(context: MethodContext) -> LayerScores:
-    """Order of a greedy removal by the mean negative log-likelihood of the learned tokens.
+    """Ranks layers by a greedy removal that minimises the mean negative log-likelihood of the learned tokens.
 
-    In every round each remaining layer, except the protected ones and the first and the last, is switched off
-    in turn, and the one without which the likelihood is best is removed; of equal ones the later. There are
-    n rounds, n the number of layers to prune (at least 1; 40 % of the depth when it is unknown), or fewer
-    where fewer layers can go. The scores are ranks, see `greedy_scores`.
+    In every round each remaining layer is switched off in turn, except protected layers, the first and the
+    last. The layer without which the loss is lowest is removed; of equal layers, the later one. There are n
+    rounds, n the number of layers to prune (at least 1; 40 % of the depth if it is unknown), or fewer if
+    fewer layers can be removed. The scores are ranks, see `greedy_scores`.
 
-    Work: with L layers and none protected `1 + n (L - 2) - n (n - 1) / 2` evaluations, 313 for 13 of 32, each
-    of `num_samples / 16` forward passes of 16 samples. Layers that are switched off still run.
+    Work: with L layers, none of them protected, `1 + n (L - 2) - n (n - 1) / 2` evaluations (313 for 13 of
+    32), each of `num_samples / 16` forward passes of 16 samples. Layers that are switched off still run.
 
-    The tokens are those that fine-tuning learns from (labels other than -100) in the first training samples.
+    The learned tokens are those that fine-tuning learns from (labels other than -100), in the first training
+    samples.
 
     Raises:
         DataError: If there are no samples or none has a learned token.
-        NonFiniteError: If a likelihood is NaN or infinite.
+        NonFiniteError: If a loss is NaN or infinite.
 
     Source: SLEB (Song et al., 2024).
     """
@@ -71,23 +72,24 @@ def greedy_scores(
     can_go: Callable[[Sequence[int]], bool] = lambda layers: True,
     remove: Callable[[int], None] = lambda layer: None,
 ) -> LayerScores:
-    """Removes one layer after another, always the one whose absence costs least; of equal ones the later.
+    """Removes layers one by one, always the one whose absence costs least; of equal layers, the later one.
 
-    The scores are ranks: of a removed layer its round; above them the others by their cost when last tried,
-    then those never tried, the first layer on top; last the protected ones.
+    The scores are ranks. Lowest are the removed layers, in the order of their removal; then the other layers
+    that were tried, by their cost when last tried; then layers that were never tried, the first one highest;
+    then the protected layers.
 
     Args:
-        name: What the scores are called.
-        context: Gives number of layers and protected ones.
-        free: Layers that may go.
-        tries: For every round, how many layers are tried at most; those that cost least when last tried.
-        loss_without: The loss when these layers are gone, the last one being on trial.
-        evidence: What goes into the evidence besides the losses.
-        can_go: Whether these layers may go together.
-        remove: Told which layer has gone, after every round but the last.
+        name: Name of the scores.
+        context: Gives the number of layers and the protected layers.
+        free: Layers that may be removed.
+        tries: For every round, the largest number of layers to try: those that cost least when last tried.
+        loss_without: Returns the loss without some layers; the last of them is the one being tried.
+        evidence: Evidence to add to the losses.
+        can_go: Returns whether some layers may be removed together.
+        remove: Called with the layer that was removed, after every round but the last.
     """
     removed: list[int] = []
-    costs: dict[int, float] = {}  # of every layer, when last tried
+    costs: dict[int, float] = {}  # loss without a layer, when last tried
     history = [loss_without([])]
     with Progress(sum(tries), f"score {name}") as progress:
         for number in tries:
@@ -110,14 +112,14 @@ def greedy_scores(
     protected = sorted(set(context.protected), reverse=True)
     rest = [i for i in reversed(range(context.num_layers)) if i not in costs and i not in protected]
     order = [*removed, *others, *rest, *protected]
-    found = {
+    evidence = {
         "num_layers": context.num_layers,
         **evidence,
         "removed": removed,
         "nll": history,
         "next_nll": {str(layer): costs[layer] for layer in others},
     }
-    return LayerScores(name, tuple(float(order.index(i)) for i in range(len(order))), evidence=found)
+    return LayerScores(name, tuple(float(order.index(i)) for i in range(len(order))), evidence=evidence)
 
 
 def _cheapest_first(costs: dict[int, float], layers: Collection[int]) -> list[int]:
@@ -125,14 +127,14 @@ def _cheapest_first(costs: dict[int, float], layers: Collection[int]) -> list[in
 
 
 def _mean_nll(view: LayeredModel, batches: Sequence[dict[str, Tensor]], without: Sequence[int]) -> float:
-    """Mean negative log-likelihood of the learned tokens, in nats, with some layers switched off."""
+    """Returns the mean negative log-likelihood of the learned tokens with some layers switched off."""
     with view.passed_through(without):
         return mean_nll(view.model, batches, f"without layers {sorted(without)}")
 
 
 METHODS.register("sleb")(
     Method(
-        "SLEB: the layer whose absence costs least likelihood goes, again and again",
+        "SLEB: removes layers one by one, always the one that costs least likelihood",
         score,
         options=SlebOptions,
         label="SLEB",

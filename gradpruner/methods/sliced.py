@@ -1,4 +1,4 @@
-"""A model that computes with some of its KV groups and MLP channels, others from step to step."""
+"""A model that computes with some of its KV groups and MLP channels only, with others in every step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = ("o_proj", "down_proj")
 
 
 class Usage:
-    """Running mean of the absolute input of a linear, entry by entry."""
+    """Running mean of the absolute input of a linear, one value per entry."""
 
     def __init__(self, entries: int, device: torch.device) -> None:
         self._sums = torch.zeros(entries, device=device)
@@ -25,14 +25,14 @@ class Usage:
 
     @torch.no_grad()
     def add(self, inputs: Tensor, kept: Tensor) -> None:
-        """Counts the inputs of a forward pass, shape (..., len(kept)), padding included."""
+        """Adds the inputs of a forward pass, shape (..., len(kept)), padding included."""
         flat = inputs.detach().flatten(0, -2)
         seen = torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=torch.float32)
         self._sums.index_add_(0, kept, seen)
         self._tokens.index_add_(0, kept, torch.full_like(seen, len(flat)))
 
     def means(self) -> Tensor:
-        """The means, on the CPU, float64; an entry never seen has the mean of those that were, 1 at first."""
+        """Returns the means, float64, on the CPU; entries never seen get the others' mean, 1 at first."""
         sums, tokens = self._sums.cpu().double(), self._tokens.cpu().double()
         seen = tokens > 0
         found = sums[seen] / tokens[seen]
@@ -42,11 +42,11 @@ class Usage:
 
 
 class SlicedLayer:
-    """The linears of one layer; while the model trains they multiply only the kept rows and columns.
+    """The linears of one layer; in training mode they multiply only the kept rows and columns.
 
-    q, k, v, gate and up compute the kept outputs, o and down take them as input; gradients of the rest are
-    zero. Of a LoRA adapter, B is sliced like the rows and A like the columns. In evaluation mode everything
-    is computed.
+    q, k, v, gate and up compute the kept outputs, and o and down read only these; gradients of the rest are
+    zero. In LoRA adapters, B is sliced like the rows and A like the columns. In evaluation mode nothing is
+    left out.
     """
 
     def __init__(self, linears: dict[str, Any], num_groups: int) -> None:
@@ -62,7 +62,7 @@ class SlicedLayer:
                 self._patch(part, role, part is self.bases[role])
 
     def keep(self, groups: Tensor | None, channels: Tensor | None) -> None:
-        """Computes with these KV heads and MLP channels from now on: ascending, on the CPU; None: all."""
+        """Sets the KV heads and MLP channels to compute with: ascending, on the CPU; None keeps all."""
         self._kept = {}
         for roles, units, total in (
             (ATTENTION, groups, self._num_groups),
@@ -77,13 +77,13 @@ class SlicedLayer:
                 self._kept[role] = entries.flatten().to(weight.device)
 
     def column_norms(self, role: str) -> Tensor:
-        """Norm of every column of o_proj or down_proj, without adapters, float64, on the CPU."""
+        """Returns the norm of every column of o_proj or down_proj, without adapters, float64, on the CPU."""
         weight = self.bases[role].weight.detach()
         norms: Tensor = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
         return norms.cpu().double()
 
     def restore(self) -> None:
-        """Gives the linears their own forward back."""
+        """Restores the forward methods of the linears."""
         for module, before in self._patched:
             if before is None:
                 del module.__dict__["forward"]
@@ -110,13 +110,13 @@ class SlicedLayer:
 
 
 class SlicedModel:
-    """A causal LM, plain or with LoRA, of which any KV groups and channels can be left out while it trains.
+    """A causal LM, plain or with LoRA, that can leave out any KV groups and channels while it trains.
 
-    The `forward` of its linears is replaced until `restore`.
+    The `forward` methods of its linears are replaced until `restore` is called.
 
     Attributes:
-        units: Number in a layer, and parameters each, of KV groups and of channels.
-        decoder_parameters: Of all layers, adapters left out.
+        units: KV groups and channels, each as (number in a layer, parameters of one).
+        decoder_parameters: Parameters of all layers, without adapters.
 
     Raises:
         ModelError: If heads and channels cannot be told apart, or a linear is quantised or has an adapter
@@ -125,7 +125,7 @@ class SlicedModel:
 
     def __init__(self, model: nn.Module) -> None:
         layered = LayeredModel(model)
-        # A skeleton has the widths, and no adapters.
+        # A skeleton has the same widths and no adapters.
         view = WidthView(skeleton(type(layered.model), layered.model.config))
         self._num_groups, sizes = view.shape.num_kv_heads, view.unit_parameters()
         self.units = [
@@ -142,14 +142,14 @@ class SlicedModel:
         self.layers = [SlicedLayer(layer, self._num_groups) for layer in linears]
 
     def keep(self, groups: Tensor | None, channels: Tensor | None) -> None:
-        """Sets what every layer computes with; shapes (layers, kept), or None for all."""
+        """Sets the units every layer computes with; shapes (layers, kept), or None for all units."""
         for index, layer in enumerate(self.layers):
             layer.keep(*(None if units is None else units[index] for units in (groups, channels)))
 
     def importance(self, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """`||column|| * mean|input|`, summed over the entries of every KV group, and of every channel.
+        """Returns `||column|| * mean|input|` of every KV group (summed over its entries) and every channel.
 
-        `norms` are those of `column_norms`. Shapes (layers, KV heads) and (layers, channels), float64, >= 0.
+        `norms` comes from `column_norms`. Shapes (layers, KV heads) and (layers, channels), float64, >= 0.
         """
         found = {
             role: norms[role] * torch.stack([layer.usage[role].means() for layer in self.layers])
@@ -159,11 +159,11 @@ class SlicedModel:
         return groups, found["down_proj"]
 
     def column_norms(self) -> dict[str, Tensor]:
-        """Norms of the columns of o_proj and down_proj, (layers, inputs)."""
+        """Returns the norms of the columns of o_proj and down_proj, shape (layers, inputs)."""
         return {role: torch.stack([layer.column_norms(role) for layer in self.layers]) for role in COLUMNS}
 
     def restore(self) -> None:
-        """Gives all linears their own forward back."""
+        """Restores the forward methods of all linears."""
         for layer in self.layers:
             layer.restore()
 
@@ -173,11 +173,11 @@ def check_linear(module: Any) -> None:
     base = getattr(module, "base_layer", module)
     if not isinstance(base, nn.Linear) or not base.weight.is_floating_point():
         raise ModelError(
-            f"Parts of a {type(base).__name__} cannot be left out: its weights are quantised.",
+            f"This method leaves out parts of linears, and a quantised {type(base).__name__} cannot be cut.",
             hint="Load the model without quantisation.",
         )
     if base is not module and (not hasattr(module, "lora_A") or getattr(module, "lora_variant", None)):
         raise ModelError(
-            f"Parts of a linear with the adapter {type(module).__name__} cannot be left out.",
+            f"This method leaves out parts of linears, and {type(module).__name__} adapters cannot be cut.",
             hint="Use plain LoRA or full fine-tuning.",
         )

@@ -1,4 +1,4 @@
-"""Task loss: one after another, the layer goes whose absence, with its cut repaired, costs the task least.
+"""Task loss: removes layers one by one, always the one that costs the task least once its cut is repaired.
 
 Shape suffixes: T tokens, D hidden size.
 """
@@ -28,52 +28,55 @@ States = list[Tensor]
 
 
 class TaskLossOptions(MethodOptions):
-    """What can be set about the choice by the task's loss."""
+    """Options of the choice by the task's loss."""
 
     num_samples: int = Field(default=64, ge=1)
-    """Training samples the loss is measured on; the work is proportional to it."""
+    """Training samples the loss is measured on; the work is proportional to this number."""
     repair: Literal["none", "linear"] = "linear"
-    """How a cut is repaired before its loss is measured: not at all, or by a linear map fitted to it."""
+    """How a cut is repaired before the loss is measured: not at all, or with a fitted linear map."""
     repair_samples: int = Field(default=128, ge=2)
-    """Further training samples, whose loss is not measured, that the maps are fitted on."""
+    """Further training samples the maps are fitted on; the loss is not measured on them."""
     ridge: float = Field(default=0.1, gt=0)
-    """Pull of a map towards changing nothing, in units of the mean diagonal of its normal equations."""
+    """Ridge penalty on a map's entries, as a multiple of the mean diagonal of its normal equations."""
     shortlist: int | None = Field(default=None, ge=1)
-    """From the second round on try only so many layers, those that cost least when last tried; null: all."""
+    """Layers to try from the second round on: those that cost least when last tried; null: all."""
 
 
 @torch.no_grad()
 def score(context: MethodContext) -> LayerScores:
-    """Order of a greedy removal by the loss of the pruned and repaired model.
+    """Ranks layers by a greedy removal that minimises the loss of the pruned and repaired model.
 
     The loss is the mean negative log-likelihood, in nats, of the learned tokens (labels other than -100) of
-    `num_samples` training samples drawn with the seed. In every round each remaining layer, except protected
-    ones, is left out in turn, and the one without which the loss is lowest goes; of equal ones the later.
-    There are n rounds, n the number of layers to prune (at least 1; 40 % of the depth when it is unknown).
-    With `fits`, layers are tried only if the rest of the n can be chosen so that all kept ones fit.
+    `num_samples` training samples drawn with the seed. In every round each remaining layer that is not
+    protected is left out in turn. The layer without which the loss is lowest is removed; of equal layers, the
+    later one. There are n rounds, n the number of layers to prune (at least 1; 40 % of the depth if it is
+    unknown). With `fits`, a layer is tried only if the rest of the n layers can be chosen such that all kept
+    layers fit.
 
-    `repair: linear` fits, for every cut that is tried, the map that fit_repair(kind="linear") would build
-    into the last linear W of the kept layer before the cut. With x the output of that linear, y the output
-    of the layer, h what the dense model gives to the layer behind the cut, and w = 1 / |h|^2:
+    `repair: linear` fits, for every cut that is tried, the map that fit_repair(kind="linear") would fold into
+    the last linear W of the kept layer before the cut. With x the output of that linear, y the output of the
+    layer, h the input that the layer after the cut gets in the dense model, and w = 1 / |h|^2:
 
         y + U x,   U = argmin sum w |h - y - U x|^2 + rho |U|^2,   rho = ridge * mean diagonal of sum w x x^T
 
-    over the tokens of `repair_samples` samples other than those the loss is measured on (the same ones where
-    there are fewer than two others). Where a norm follows the last linear, x is the output of the norm, and U
-    one factor per channel. Later cuts keep their maps while a layer is tried, and get new ones, from input to
-    output, when it has gone. In front of a cut at the very input there is no layer to repair.
+    over the tokens of `repair_samples` samples that the loss is not measured on (or of the same samples, if
+    there are fewer than two others). If a norm follows the last linear, x is the output of the norm and U is
+    one factor per channel. Later cuts keep their maps while a layer is tried; once a layer is removed, their
+    maps are fitted again, from input to output. A cut before the first kept layer is not repaired: no layer
+    comes before it.
 
-    Removed layers do not run, and states at the input of every kept layer are held, so that trying a layer
-    costs the layers behind it. With L layers, none protected, m = L, L - 1, ... L - n + 1 layers in a round
-    and p (from 0) the place among them of the layer that goes, the layers applied to all measured samples are
+    Removed layers do not run, and the input states of every kept layer are stored, so trying a layer only
+    runs the layers after it. With L layers, none protected, m = L, L - 1, ... L - n + 1 layers in a round
+    and p the position (from 0) of the removed layer among them, the number of layers run on all measured
+    samples is
 
         none    L + sum over rounds m (m - 1) / 2 + sum over rounds but the last (m - 1 - p)
         linear  the same + sum over rounds (m - 1) + (rounds but the last with p > 0)
 
-    and to all samples that maps are fitted on, L + sum over rounds (m - 1) + sum over rounds but the last
-    (m - 1 - p, and 1 more with p > 0). For 12 of 30 layers about 4,000 and 460: 133 and 15 forward passes of
-    the dense model. Every candidate takes the solution of a D x D system. Memory beyond the model: L + 1
-    hidden states of every token of the measured samples, twice as many of the others.
+    and on all samples the maps are fitted on, L + sum over rounds (m - 1) + sum over rounds but the last
+    (m - 1 - p, and 1 more with p > 0). For 12 of 30 layers this is about 4,000 and 460, or 133 and 15 forward
+    passes of the dense model. Every candidate also solves a D x D system. Memory beyond the model: L + 1
+    hidden states for every token of the measured samples, and twice as many for the other samples.
 
     The scores are ranks, see `sleb.greedy_scores`.
 
@@ -106,7 +109,7 @@ def score(context: MethodContext) -> LayerScores:
 
 
 def _can_go(context: MethodContext, count: int, gone: Sequence[int]) -> bool:
-    """Whether these layers can be among `count` that go so that all others fit at their new places."""
+    """Whether these layers can be among `count` pruned layers such that all others fit at their positions."""
     if context.fits is None:
         return True
     values = tuple(-1.0 if layer in gone else 0.0 for layer in range(context.num_layers))
@@ -118,15 +121,15 @@ def _can_go(context: MethodContext, count: int, gone: Sequence[int]) -> bool:
 
 
 class _Pruned:
-    """The model as pruned so far: its layers, the maps before its cuts, and states at each of its layers.
+    """The model as pruned so far: its kept layers, the maps at its cuts, and the states between its layers.
 
-    The model itself is never changed. `states[i]` are what enters the i-th kept layer; the last entry is what
-    leaves the last one.
+    The model itself is never changed. Of the lists of states, entry i is the input of the i-th kept layer,
+    and the last entry is the output of the last kept layer.
 
     Attributes:
-        kept: Layers still there, ascending.
-        updates: Kept layer -> the map U, (D, D), added after it; (D,) where a norm ends the layer.
-        loss: Of the dense model.
+        kept: Kept layers, ascending.
+        updates: Kept layer -> the map U added to its output, (D, D), or (D,) if a norm ends the layer.
+        loss: Loss of the dense model.
         counts: Samples and tokens, for the evidence.
     """
 
@@ -142,7 +145,7 @@ class _Pruned:
             fitted = measured
         self._measured = self._walk(context, measured)
         self._states = self._all_states(self._measured)
-        self.loss = self._loss(self._states[-1], "as it was given")
+        self.loss = self._loss(self._states[-1], "with all layers")
         self.counts = {"samples": len(measured)}
         if self.repairs:
             self._fitted = self._walk(context, fitted)
@@ -152,18 +155,18 @@ class _Pruned:
             self.counts |= {"repair_samples": len(fitted), "repair_tokens": tokens}
 
     def loss_without(self, layer: int) -> float:
-        """The loss when one more layer goes and its cut is repaired."""
+        """Returns the loss without one more layer, its cut repaired."""
         place = self.kept.index(layer)
-        states, _, _ = self._behind(place)
+        states, _, _ = self._after_cut(place)
         for later in self.kept[place + 1 :]:
             states = self._run(self._measured, later, states)
         gone = sorted(set(range(self.view.num_layers)) - set(self.kept) | {layer})
         return self._loss(states, f"without layers {gone}")
 
     def remove(self, layer: int) -> None:
-        """Removes a layer; repairs its cut and, anew, the later ones."""
+        """Removes a layer, repairs its cut, and repairs the later cuts again."""
         place = self.kept.index(layer)
-        states, fitted_states, update = self._behind(place)
+        states, fitted_states, update = self._after_cut(place)
         self.updates.pop(layer, None)
         if update is not None:
             self.updates[self.kept[place - 1]] = update
@@ -175,15 +178,15 @@ class _Pruned:
         for here in range(place, len(self.kept)):
             layer = self.kept[here]
             if layer in self.updates:
-                behind = self._repaired(here, self._states[here], self._fitted_states[here], here + 1)
-                self._states[here + 1], self._fitted_states[here + 1], self.updates[layer] = behind
+                repaired = self._repaired(here, self._states[here], self._fitted_states[here], here + 1)
+                self._states[here + 1], self._fitted_states[here + 1], self.updates[layer] = repaired
                 continue
             self._states[here + 1] = self._measured.layer(layer, self._states[here])
             if self.repairs:
                 self._fitted_states[here + 1] = self._fitted.layer(layer, self._fitted_states[here])
 
-    def _behind(self, place: int) -> tuple[States, States, Tensor | None]:
-        """States of both kinds of samples behind a cut, and the map that repairs it."""
+    def _after_cut(self, place: int) -> tuple[States, States, Tensor | None]:
+        """Returns the states after a cut, of measured and fitted samples, and the map that repairs it."""
         if not self.repairs:
             return self._states[place], [], None
         if place == 0:
@@ -191,11 +194,14 @@ class _Pruned:
         return self._repaired(place - 1, self._states[place - 1], self._fitted_states[place - 1], place + 1)
 
     def _repaired(
-        self, place: int, states: States, fitted_states: States, behind: int
+        self, place: int, states: States, fitted_states: States, after: int
     ) -> tuple[States, States, Tensor]:
-        """States behind a kept layer refitted to give what the dense model gives to another kept layer."""
+        """Refits a kept layer to output what the layer at `after` gets in the dense model.
+
+        Returns its outputs for measured and fitted samples, and the map.
+        """
         layer = self.kept[place]
-        target = self._dense[self.kept[behind] if behind < len(self.kept) else self.view.num_layers]
+        target = self._dense[self.kept[after] if after < len(self.kept) else self.view.num_layers]
         layer_out, linear_out = self._with_output(self._fitted, layer, fitted_states)
         output = self._output_of(layer)
         size = target[0].shape[-1]
@@ -209,7 +215,7 @@ class _Pruned:
             sums.add(x_TD, (h_TD - y_TD) / output.factor, weight_T)
         if not sums.is_finite:
             raise NonFiniteError(
-                f"Hidden states of the training samples are NaN or infinite behind layer {layer}.",
+                f"Hidden states of the training samples are NaN or infinite after layer {layer}.",
                 hint="The model's number format is too narrow: try float32.",
             )
         update = sums.solve(self.ridge)
@@ -217,7 +223,7 @@ class _Pruned:
         return self._added(layer, update, *ours), self._added(layer, update, layer_out, linear_out), update
 
     def _run(self, walk: Walk, layer: int, states: States) -> States:
-        """States behind a kept layer, its map included."""
+        """Returns the output states of a kept layer, its map included."""
         if layer not in self.updates:
             return walk.layer(layer, states)
         return self._added(layer, self.updates[layer], *self._with_output(walk, layer, states))
@@ -229,7 +235,7 @@ class _Pruned:
         return [y + x @ scaled.T for y, x in zip(layer_out, linear_out, strict=True)]
 
     def _with_output(self, walk: Walk, layer: int, states: States) -> tuple[States, States]:
-        """Outputs of a layer, and of its last linear (or the norm behind it) without the bias."""
+        """Returns the outputs of a layer, and of its last linear (or the norm after it) without the bias."""
         module: Any = self._output_of(layer).module
         linear_out: States = []
 
@@ -247,7 +253,7 @@ class _Pruned:
             try:
                 self._outputs[layer] = output_of(self.view, self._measured, layer, state)
             except ModelError as error:
-                raise ModelError(error.message, "Use methods.task_loss.repair: none.") from error
+                raise ModelError(error.message, "Set methods.task_loss.repair to none.") from error
         return self._outputs[layer]
 
     def _walk(self, context: MethodContext, samples: Sequence[Any]) -> Walk:
@@ -261,7 +267,7 @@ class _Pruned:
         return found
 
     def _loss(self, states: States, which: str) -> float:
-        """The loss of the final states, by the model's own norm and head: its layers only pass them on."""
+        """Returns the loss of final states: runs the model's norm and head; its layers pass states on."""
         current: States = []
 
         def pass_on(*args: Any, **kwargs: Any) -> Any:
@@ -284,7 +290,7 @@ class _Pruned:
 
 METHODS.register("task_loss")(
     Method(
-        "task loss: the layer whose absence, once repaired, costs the task least goes, again and again",
+        "task loss: removes layers one by one, always the one that costs least once its cut is repaired",
         score,
         options=TaskLossOptions,
         label="Task loss",

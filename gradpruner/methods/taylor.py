@@ -1,7 +1,7 @@
-"""What the loss would change without each head and channel, by its Taylor expansion in the weights.
+"""Salience of heads and channels: the change of the loss without them, by a Taylor expansion in the weights.
 
-Gradients of all weights are never held together: during the backward pass each is reduced to one number per
-row or column and freed.
+The gradients of all weights are never in memory at once: the backward pass reduces each to one number per row
+or column and frees it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Batch = dict[str, Tensor]
 class TaylorSalience:
     """Salience of the heads and channels of some layers.
 
-    Of every weight w with gradient g of the mean loss of all samples, and a the mean over samples of the
-    squared gradient of one sample's loss: |w g| (`param_first`), |w a w| (`param_second`), or
-    |w g - 0.5 w a w| (`param_mix`). A unit's salience is the sum over its rows and columns; biases that go
-    with a unit count as a further column.
+    The salience of a weight w is |w g| (`param_first`), |w a w| (`param_second`), or |w g - 0.5 w a w|
+    (`param_mix`), where g is the gradient of the mean loss of all samples and a the mean over samples of the
+    squared gradient of one sample's loss. The salience of a unit is the sum over its rows and columns; biases
+    of a unit count as another column.
 
-    `param_first` takes one pass over all samples, `param_second` one per sample: w a w is the mean of
-    (w g)**2, so no `a` is kept. Beyond the model and the activations of a pass, both hold the gradient of one
-    linear, whatever the depth. In `param_mix` the absolute value stands outside the sum over samples, so `a`
-    is needed in full, in fp32: it is formed for `layers_at_once` layers at a time, by a pass per sample and
-    one over all.
+    `param_first` takes one pass over all samples. `param_second` takes one pass per sample: w a w is the mean
+    of (w g)**2, so `a` is not stored. Beyond the model and the activations of a pass, both hold the gradient
+    of one linear only, at any depth. In `param_mix` the absolute value is taken after the sum over samples,
+    so all of `a` is needed, in fp32. It is computed for `layers_at_once` layers at a time, with a pass per
+    sample and one over all samples.
     """
 
     def __init__(self, view: WidthView, taylor: str, layers_at_once: int = 1) -> None:
@@ -43,10 +43,15 @@ class TaylorSalience:
         self._squares: dict[int, Tensor] = {}
 
     def measure(self, layers: Sequence[int], batch: Batch, singles: Sequence[Batch]) -> list[UnitScores]:
-        """Salience of the units of each of these layers, in their order.
+        """Returns the salience of the units of each layer, in the order of `layers`.
 
-        `batch` holds all samples, with labels, `singles` each of them alone. NonFiniteError if a gradient is
-        NaN or infinite.
+        Args:
+            layers: Layers to measure.
+            batch: All samples, with labels.
+            singles: Each sample as a batch of its own.
+
+        Raises:
+            NonFiniteError: If a gradient is NaN or infinite.
         """
         self._sums.clear()
         size = self.layers_at_once if self.taylor == "param_mix" else max(1, len(layers))
@@ -70,7 +75,7 @@ class TaylorSalience:
         return found
 
     def _backward(self, layers: Sequence[int], hook: Callable[..., None], batch: Batch) -> None:
-        """One pass forward and back; the gradient of every weight of the layers goes through the hook."""
+        """Runs one forward and backward pass; the gradient of every weight of the layers goes to the hook."""
         with gradients_through(self.view, layers, hook):
             self.view.model(**batch, use_cache=False).loss.backward()
 
@@ -98,7 +103,7 @@ class TaylorSalience:
         salience: Callable[[Tensor, Tensor, Tensor | None], Tensor],
         squares: Tensor | None = None,
     ) -> None:
-        """Adds the sums of |salience| over the other axis; in fp32, some rows at a time."""
+        """Adds the sums of |salience| over a weight's other axis; in fp32, in blocks of rows."""
         assert weight.grad is not None
         values, grad = _matrix(weight.detach()), _matrix(weight.grad)
         by_row = name in BY_ROW
@@ -116,12 +121,12 @@ class TaylorSalience:
 
 
 def _mixed(w: Tensor, g: Tensor, a: Tensor | None) -> Tensor:
-    """The expansion to first order, and to second where there is a curvature."""
+    """Returns the expansion to first order, or to second order if `a` is given."""
     return w * g if a is None else w * g - 0.5 * w * a * w
 
 
 def _matrix(values: Tensor) -> Tensor:
-    """A bias as a matrix of one column."""
+    """Returns a bias as a matrix of one column."""
     return values if values.ndim == 2 else values[:, None]
 
 
@@ -129,9 +134,10 @@ def _matrix(values: Tensor) -> Tensor:
 def gradients_through(view: WidthView, layers: Sequence[int], hook: Callable[..., None]) -> Iterator[None]:
     """Inside the block, backward passes give the gradients of some layers' linears to a hook and free them.
 
-    Nothing else of the model needs gradients meanwhile, so a pass ends at the first of the layers.
+    No other parameter requires gradients in the block, so a backward pass ends at the first of the layers.
     Afterwards `requires_grad` and `grad` of all parameters are as before. The hook is called with a parameter
-    that has a gradient, its layer and the role of its linear; biases only if they are of heads or channels.
+    that has a gradient, its layer and the role of its linear; with a bias only if it belongs to heads or
+    channels.
     """
     before = [(p, p.requires_grad, p.grad) for p in view.model.parameters()]
     handles = []

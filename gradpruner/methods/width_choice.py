@@ -1,4 +1,4 @@
-"""From a score per row and column of a layer's linears to the KV heads and channels that stay.
+"""Turns scores of the rows and columns of a layer's linears into the KV heads and channels to keep.
 
 Shape suffixes: K KV heads, C MLP channels.
 """
@@ -18,7 +18,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import WidthPlan, WidthShape
 
 BY_ROW = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-"""Linears of which heads and channels are rows; of the other two they are columns."""
+"""Linears whose rows belong to heads and channels; in o_proj and down_proj the columns do."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,16 @@ class UnitScores:
 
 
 def unit_scores(shape: WidthShape, vectors: Mapping[str, Tensor]) -> UnitScores:
-    """Adds up what belongs to one KV head or one channel.
+    """Adds up the scores that belong to each KV head and each channel.
 
-    KV head g has its rows of k_proj and v_proj, and of its query heads g*q to g*q+q-1 the rows of q_proj and
-    columns of o_proj: the heads that `repeat_kv` makes share it. Channel j has row j of gate_proj and up_proj
-    and column j of down_proj.
+    To KV head g belong its rows of k_proj and v_proj, and the rows of q_proj and columns of o_proj of its
+    query heads g*q to g*q+q-1, which share it through `repeat_kv`. To channel j belong row j of gate_proj and
+    up_proj and column j of down_proj.
 
-    `vectors` has by role of a linear ("q_proj" ...) a score for every row, of o_proj and down_proj for every
-    column; a missing linear adds nothing.
+    Args:
+        shape: The dense widths.
+        vectors: Role of a linear ("q_proj" ...) -> a score for every row, or for every column of o_proj and
+            down_proj. A missing linear adds nothing.
 
     Raises:
         NonFiniteError: If a score is NaN or infinite.
@@ -59,18 +61,18 @@ def unit_scores(shape: WidthShape, vectors: Mapping[str, Tensor]) -> UnitScores:
 
 
 def most_important(scores: Sequence[float] | Tensor, num_keep: int) -> tuple[int, ...]:
-    """The units with the highest scores, ascending; of equal ones the lower index stays."""
+    """Returns the `num_keep` units with the highest scores, ascending; ties keep the lower index."""
     return tuple(sorted(descending(scores)[:num_keep]))
 
 
 def descending(scores: Sequence[float] | Tensor) -> list[int]:
-    """Units from most to least important; of equal ones the lower index comes first."""
+    """Returns the units from most to least important; ties in the order of their index."""
     order = torch.as_tensor(scores, dtype=torch.float64).argsort(descending=True, stable=True)
     return [int(unit) for unit in order]
 
 
 def budget_facts(view: WidthView, plan: WidthPlan, context: MethodContext) -> dict[str, Any]:
-    """What was to be removed and what a plan removes, for its evidence."""
+    """Returns the budget and what a plan removes, for its evidence."""
     removed = view.parameters(view.whole(), context.unit) - view.parameters(plan, context.unit)
     return {"unit": context.unit, "num_remove": context.num_remove, "removed": removed}
 
@@ -78,16 +80,22 @@ def budget_facts(view: WidthView, plan: WidthPlan, context: MethodContext) -> di
 def share_out(
     shape: WidthShape, units: Mapping[str, int], num_layers: int, num_remove: int
 ) -> tuple[int, int]:
-    """How much to remove from layers that each lose the same share of their KV heads and of their channels.
+    """Returns how much to remove if all layers lose the same share of their KV heads and of their channels.
 
-    The share is p = num_remove / (parameters of all heads and channels of these layers). Of K KV heads
-    floor(p * K) go, with all their query heads; channels make up the rest, rounded to the nearest. Where the
-    channels cannot, further KV heads go until they can. One KV head and one channel stay in every layer.
-    `units` are the `WidthView.unit_parameters`.
+    The share is p = num_remove / (parameters of all heads and channels of these layers). Of K KV heads,
+    floor(p * K) are removed, with all their query heads; channels make up the rest, rounded to the nearest.
+    If there are not enough channels, further KV heads are removed until there are. Every layer keeps at least
+    one KV head and one channel.
+
+    Args:
+        shape: The dense widths.
+        units: `WidthView.unit_parameters`.
+        num_layers: Layers to remove from.
+        num_remove: Parameters to remove.
 
     Returns:
-        KV heads that go from each layer; channels that go from all of them together. They meet `num_remove`
-        to half a channel.
+        KV heads to remove from each layer; channels to remove from all layers together. They meet
+        `num_remove` to half a channel.
 
     Raises:
         PlanError: If the layers do not have so many parameters to lose.
@@ -103,7 +111,7 @@ def share_out(
             return kv_heads, channels
     largest = num_layers * ((shape.num_kv_heads - 1) * group + (shape.intermediate_size - 1) * channel)
     raise PlanError(
-        f"{num_remove:,} parameters are to be removed from {num_layers} of {shape.num_layers} layers, whose "
-        f"heads and channels have {largest:,} that can go.",
-        hint="Let more layers be pruned, or remove less.",
+        f"Cannot remove {num_remove:,} parameters from {num_layers} of {shape.num_layers} layers: their "
+        f"heads and channels can lose at most {largest:,}.",
+        hint="Prune more layers, or remove fewer parameters.",
     )

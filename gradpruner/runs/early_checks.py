@@ -9,6 +9,7 @@ from gradpruner.runs.plan_names import method_of
 from gradpruner.runs.recipe import Recipe
 from gradpruner.training.checks import check_4bit, check_liger, check_optimizer, check_trackers
 from gradpruner.training.finetuning import check_checkpointing
+from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.sharding import check_sharding
 
 
@@ -39,6 +40,14 @@ def check_methods(recipe: Recipe) -> None:
                 f"plan.max_loss needs methods that score layers; {name} decides by itself what goes.",
                 hint="Give plan.num_prune instead, or take another method: gate, gradpruner, shortgpt.",
             )
+
+
+def check_changed_training(recipe: Recipe, tuning: FinetuneOptions, steps: int) -> None:
+    """Raises ConfigError for a row whose method cannot change its training of so many optimizer steps."""
+    for name in recipe.variants:
+        method = METHODS.find(method_of(name)) if name != "dense" else None
+        if method is not None and method.check is not None:
+            method.check(tuning, steps)
 
 
 def check_training(recipe: Recipe) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -152,7 +154,7 @@ def holds_out(recipe: Recipe) -> bool:
 
 
 def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
-    """Says so where labelled rows of one's own have other labels to be measured on than to learn from."""
+    """Warns of labelled rows of one's own that have other labels for evaluation than for training; or ""."""
     learned, asked = (
         {choice.strip() for example in found.examples[:1] for choice in example.choices}
         if found.format.startswith(("labelled_text", "templates"))
@@ -161,11 +163,14 @@ def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
     )
     if learned == asked or not learned or not asked:
         return ""
-    differing, both = ", ".join(sorted(learned ^ asked)[:8]), ", ".join(sorted(learned | asked))
-    named = f"--set 'data.labels=[{both}]'" if len(both) < _SHORT else "all of them in data.labels"
+    differing = ", ".join(sorted(learned ^ asked)[:8])
+    # Choices of a template have its words around the labels. JSON, since a bare `no` is false in YAML.
+    listed = shlex.quote(f"data.labels={json.dumps(sorted(learned | asked), ensure_ascii=False)}")
+    as_command = train.format.startswith("labelled_text") and len(listed) < _SHORT
+    place = f": --set {listed}" if as_command else " in data.labels"
     return (
         f"Training rows have {len(learned)} labels, evaluation rows {len(asked)} (not in both: {differing}), "
-        f"so the choices differ: name {named}."
+        f"so they offer different choices. List all labels{place}."
     )
 
 

@@ -25,7 +25,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.refitting import ANSWERS, enough_rows
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import warnings_of
-from gradpruner.runs.early_checks import check_methods, check_training
+from gradpruner.runs.early_checks import check_changed_training, check_methods, check_training
 from gradpruner.runs.evaluation_data import (
     check_evaluation,
 )
@@ -60,6 +60,8 @@ class Job(Inputs):
         self._choose_rate()
         self.open_rows()
         self._choose_accumulation()
+        steps = self.finetune_steps if recipe.start == "base" else self.recover_steps
+        check_changed_training(self.recipe, self.training, steps)
         self.warnings += warnings_of(self)
 
     def _settle_repair(self) -> None:

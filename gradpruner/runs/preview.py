@@ -158,7 +158,7 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
         console.print(line, soft_wrap=True)  # as it is: a break of ours would look like one of the sample's
     console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
     for warning in facts["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
+        console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
 
 
 def _spaces(facts: dict[str, Any]) -> str:
