@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from gradpruner.cli.models import layer_numbers, num_bytes
 from gradpruner.common.errors import ConfigError
+from gradpruner.common.progress import set_mode
 from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
@@ -71,9 +72,11 @@ def test_the_whole_way_of_a_pruned_model(call, source, tmp_path):
     code, out, _ = call("verify", tmp_path / "new", "--json")
     assert code == 0 and json.loads(out)["level"] == "full" and json.loads(out)["passed"]
 
-    assert call("diff", source, tmp_path / "new", tmp_path / "delta", "--quiet")[0] == 0
-    code, out, _ = call("rebuild", source, tmp_path / "delta", tmp_path / "again", "--quiet")
-    assert code == 0 and "rebuilt" in out
+    set_mode("auto")
+    code, out, err = call("diff", source, tmp_path / "new", tmp_path / "delta")
+    assert code == 0 and "delta: " in out and "diff [MB]" in err
+    code, out, err = call("rebuild", source, tmp_path / "delta", tmp_path / "again")
+    assert code == 0 and "rebuilt" in out and "rebuild [MB]" in err
     for path in (tmp_path / "new").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     card = (tmp_path / "new" / "README.md").read_text()

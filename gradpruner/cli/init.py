@@ -193,7 +193,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     from gradpruner.runs.fitting import device_memory
     from gradpruner.training.finetuning import WANTED_STEPS, chosen_accumulation, planned_steps
     from gradpruner.training.options import FinetuneSection
-    from gradpruner.training.rates import default_rate, told
+    from gradpruner.training.rates import default_rate, default_rate_source
 
     decoder = sum(sizes.layer_parameters)
     full, lora = 16 * sizes.parameters, 2 * sizes.parameters
@@ -207,7 +207,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
         return planned_steps(rows, FinetuneSection(accumulation=accumulation, epochs=epochs))
 
     epochs = next((n for n in range(3, _MOST_EPOCHS) if steps(n) >= WANTED_STEPS), _MOST_EPOCHS)
-    said = told(decoder, mode)
+    said = default_rate_source(decoder, mode)
     return {
         "mode": mode,
         "full_memory": readable_bytes(full),

@@ -127,7 +127,7 @@ class _Choice:
 
 
 def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen, **options: Any) -> None:
-    from gradpruner.common.progress import Progress, bytes_reporter
+    from gradpruner.common.progress import show_bytes
     from gradpruner.models.folder import locate_model
     from gradpruner.plans.repair import Repair
     from gradpruner.pruning.blueprint import Blueprint
@@ -146,10 +146,8 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
     if not chosen.as_json:
         _print_summary(facts, plan)
     if not chosen.dry_run:
-        with Progress(max(1, facts["bytes"][1] // 10**6), "prune [MB]") as progress:
-            report = write_pruned(
-                blueprint, destination, name=source, progress=bytes_reporter(progress), **options
-            )
+        with show_bytes(facts["bytes"][1], "prune") as progress:
+            report = write_pruned(blueprint, destination, name=source, progress=progress, **options)
         facts |= _made(destination, report, chosen)
     if chosen.as_json:
         typer.echo(json.dumps(facts, indent=2))
@@ -264,10 +262,14 @@ def diff(
     quiet: QuietOption = False,
 ) -> None:
     """Store a pruned model as its difference from the source: plan, merged tensors, hashes."""
-    from gradpruner.pruning.delta import diff_checkpoint
+    from gradpruner.common.progress import show_bytes
+    from gradpruner.models.shards import open_shards
+    from gradpruner.pruning.delta import diff_checkpoint, existing
 
     prepare(quiet)
-    summary = diff_checkpoint(source, pruned, destination)
+    size = open_shards(existing(pruned, "pruned checkpoint")).total_bytes
+    with show_bytes(size, "diff") as progress:
+        summary = diff_checkpoint(source, pruned, destination, progress=progress)
     if as_json:
         typer.echo(json.dumps(vars(summary), indent=2, default=str))
     else:
@@ -287,10 +289,15 @@ def rebuild(
     quiet: QuietOption = False,
 ) -> None:
     """Make the pruned model again from its source and the difference; every hash is checked."""
+    from gradpruner.common.progress import show_bytes
+    from gradpruner.pruning.delta import existing
+    from gradpruner.pruning.delta_record import read_record
     from gradpruner.pruning.rebuilding import rebuild_checkpoint
 
     prepare(quiet)
-    typer.echo(f"rebuilt: {rebuild_checkpoint(source, delta, destination)}")
+    with show_bytes(read_record(existing(delta, "delta")).tensor_bytes, "rebuild") as progress:
+        folder = rebuild_checkpoint(source, delta, destination, progress=progress)
+    typer.echo(f"rebuilt: {folder}")
 
 
 def num_bytes(size: str) -> int:

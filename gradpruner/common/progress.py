@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, TextIO, TypeVar
 
@@ -211,8 +212,9 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
             progress.advance()
 
 
-def bytes_reporter(progress: Progress) -> Callable[[int], None]:
-    """A callback for work that tells how many bytes are done; `progress` counts megabytes."""
+@contextmanager
+def show_bytes(total: int, description: str) -> Iterator[Callable[[int], None]]:
+    """Shows progress in megabytes; yields a function to call with the bytes done since its last call."""
     done = 0
 
     def report(count: int) -> None:
@@ -220,4 +222,5 @@ def bytes_reporter(progress: Progress) -> Callable[[int], None]:
         done += count
         progress.update(done // 10**6)
 
-    return report
+    with Progress(max(1, total // 10**6), f"{description} [MB]") as progress:
+        yield report

@@ -89,6 +89,11 @@ class DeltaRecord:
         }
 
     @property
+    def tensor_bytes(self) -> int:
+        """Size of all tensors of the checkpoint."""
+        return sum(file.bytes - self.headers[name].bytes for name, file in self.weights.items())
+
+    @property
     def checkpoint_bytes(self) -> int:
         """Size of what is rebuilt."""
         return sum(facts.bytes for facts in (*self.weights.values(), *self.files.values()))

@@ -34,7 +34,7 @@ from gradpruner.runs.plan_names import LABELS
 from gradpruner.training.adapters import is_4bit
 from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneOptions
-from gradpruner.training.rates import default_rate, told
+from gradpruner.training.rates import default_rate, default_rate_source
 
 REPAIR_PASSES = 2.5
 """How many times a repair passes its samples forward through all layers, about."""
@@ -120,7 +120,7 @@ class Job(Inputs):
         tuning, size = self.recipe.finetune, self.sizes.decoder_parameters
         self.rate_source = "as given"
         if tuning.learning_rate is None:
-            self.set_rate(default_rate(size, tuning.mode), told(size, tuning.mode))
+            self.set_rate(default_rate(size, tuning.mode), default_rate_source(size, tuning.mode))
 
     def _choose_accumulation(self) -> None:
         """Where the recipe leaves it open, few rows make smaller optimizer steps than the paper's."""

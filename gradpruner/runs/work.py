@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from gradpruner.common.progress import Progress, bytes_reporter
+from gradpruner.common.progress import Progress, show_bytes
 from gradpruner.common.world import this_world
 from gradpruner.evaluation.outputs import parts_of
 from gradpruner.evaluation.quality import Evaluation, evaluate
@@ -145,15 +145,15 @@ class Work:
                 progress.update(1)
             return {"verified": report.to_dict()}
         trace = self.trace() if self.plan.needs_trace else None
-        megabytes = self.job.sizes.savings(self.plan.keep)["disk_bytes"]["after"] // 10**6
-        with Progress(max(1, megabytes), f"prune {self.name} [MB]") as progress:
+        size = self.job.sizes.savings(self.plan.keep)["disk_bytes"]["after"]
+        with show_bytes(size, f"prune {self.name}") as progress:
             report = prune_checkpoint(
                 self.job.origin,
                 self.path(self.pruned),
                 self.plan,
                 trace,
                 verify=self.recipe.verify,
-                progress=bytes_reporter(progress),
+                progress=progress,
                 repair=Repair.load(self.path(self.repaired)) if self.repairs else None,
             )
         return {"verified": report.to_dict()}

@@ -37,7 +37,7 @@ def default_rate(parameters: int, mode: str) -> float:
     return float(f"{min(rate, _HIGHEST['full' if mode == 'full' else 'lora']):.0e}")
 
 
-def told(parameters: int, mode: str) -> str:
+def default_rate_source(parameters: int, mode: str) -> str:
     """Where the default rate comes from, in words."""
     what = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[mode]
     return f"the default for {what} of {in_millions(parameters)} decoder parameters"
