@@ -75,7 +75,7 @@ def test_a_product_is_computed_once_for_all_models_of_a_reader(tmp_path, monkeyp
     make_llama().save_pretrained(tmp_path)
     reader = Reader(torch.float32)
     expected = behaviour(opened(tmp_path, reader=reader), 2)
-    monkeypatch.setattr(reader, "rows", Reader(torch.float32).rows)  # embeddings are looked up again
+    monkeypatch.setattr(reader, "row", Reader(torch.float32).row)  # embeddings are looked up again
     monkeypatch.setattr(reader, "_blocks", lambda *_: 1 / 0)
     found = behaviour(opened(tmp_path, reader=reader), 2)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -251,9 +251,9 @@ def test_a_source_that_became_shorter(tmp_path, monkeypatch, kernel):
     pieces = stored(tmp_path / "source", {"a": torch.randn(64)})
     os.truncate(tmp_path / "source", pieces[0].ref.stop - 10)
     set_kernel(monkeypatch, KERNELS[kernel])
-    with pytest.raises(IntegrityError, match="source ended while it was read; it became shorter"):
+    with pytest.raises(IntegrityError, match="source became shorter while it was read"):
         write_file(tmp_path / "out", pieces, METADATA)
-    with pytest.raises(IntegrityError, match="source ended while it was read; it became shorter"):
+    with pytest.raises(IntegrityError, match="source became shorter while it was read"):
         read_tensor(pieces[0].ref)
 
 

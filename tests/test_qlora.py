@@ -158,8 +158,8 @@ def test_a_whole_run_by_command_line(tmp_path, call):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"finetune": {"mode": "qlora", "fsdp": True}}, "finetune.mode is qlora, and FSDP is asked for"),
-        ({"finetune": {"mode": "qlora", "deepspeed": "z.json"}}, "and DeepSpeed is asked for"),
+        ({"finetune": {"mode": "qlora", "fsdp": True}}, "finetune.mode is qlora, but FSDP is on"),
+        ({"finetune": {"mode": "qlora", "deepspeed": "z.json"}}, "but DeepSpeed is on"),
         ({"variants": ["dense", "sat"]}, "The method sat .* 4-bit"),
         ({"finetune": {"optim": "adam_8"}}, "knows no 'adam_8'"),
     ],

@@ -187,7 +187,7 @@ def test_one_changed_entry_of_a_repaired_tensor_is_found(case, tmp_path, with_re
     assert not report.passed
     assert found_by(report)["repaired tensors"] == (
         False,
-        "'model.layers.1.mlp.down_proj.weight' is not what the repair gave",
+        "'model.layers.1.mlp.down_proj.weight' does not have the hash of the repair",
     )
 
 
@@ -204,7 +204,7 @@ def test_another_repair_of_the_same_plan_is_found(case):
         (lambda r: r["cuts"][0].update(linear="mlp.left_proj"), "no 'mlp.left_proj' in layer 0"),
         (lambda r: r["cuts"][0].update(layer=1), "no 'mlp.down_proj' in layer 1"),
         (lambda r: r["cuts"][0].update(layer=99), "no 'mlp.down_proj' in layer 99"),
-        (lambda r: r["cuts"].pop(), "names the tensors"),
+        (lambda r: r["cuts"].pop(), "records the tensors"),
     ],
 )
 def test_a_record_that_does_not_fit_is_a_failed_check(case, tmp_path, change, match):

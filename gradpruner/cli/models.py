@@ -264,10 +264,10 @@ def diff(
     """Store a pruned model as its difference from the source: plan, merged tensors, hashes."""
     from gradpruner.common.progress import show_bytes
     from gradpruner.models.shards import open_shards
-    from gradpruner.pruning.delta import diff_checkpoint, existing
+    from gradpruner.pruning.delta import diff_checkpoint, existing_folder
 
     prepare(quiet)
-    size = open_shards(existing(pruned, "pruned checkpoint")).total_bytes
+    size = open_shards(existing_folder(pruned, "pruned checkpoint")).total_bytes
     with show_bytes(size, "diff") as progress:
         summary = diff_checkpoint(source, pruned, destination, progress=progress)
     if as_json:
@@ -290,12 +290,12 @@ def rebuild(
 ) -> None:
     """Make the pruned model again from its source and the difference; every hash is checked."""
     from gradpruner.common.progress import show_bytes
-    from gradpruner.pruning.delta import existing
+    from gradpruner.pruning.delta import existing_folder
     from gradpruner.pruning.delta_record import read_record
     from gradpruner.pruning.rebuilding import rebuild_checkpoint
 
     prepare(quiet)
-    with show_bytes(read_record(existing(delta, "delta")).tensor_bytes, "rebuild") as progress:
+    with show_bytes(read_record(existing_folder(delta, "delta")).tensor_bytes, "rebuild") as progress:
         folder = rebuild_checkpoint(source, delta, destination, progress=progress)
     typer.echo(f"rebuilt: {folder}")
 

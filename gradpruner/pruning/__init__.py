@@ -1,13 +1,13 @@
-"""Carrying a plan out, in memory and on disk, and proving the result.
+"""Applies a plan to a model, in memory or on disk, and verifies the result.
 
-in_memory       prune_: a plan carried out on a loaded model
-blueprint       a pruned checkpoint, decided before anything is written; disk_names: names it finds layers by
-on_disk         prune_checkpoint: the model is never built; widths_on_disk: for plans of widths
-pieces          what a file will hold; writer: safetensors files written from pieces of others;
-                checked: reading back what is being written
-verification    the gate every pruned checkpoint passes; behaviour: what both models compute there
-on_demand       models whose weights are read from their files when they are used
-refitting       fit_repair: linears refitted; ridge: the regressions it rests on; tokens: on what
-delta           a pruned checkpoint as its difference from the source; delta_record: its record;
-                rebuilding: made again from them
+in_memory       prune_: apply a plan to a loaded model
+blueprint       decide what a pruned checkpoint contains; disk_names: find its layers by tensor names
+on_disk         prune_checkpoint: prune a folder without building the model; widths_on_disk: width plans
+pieces          describe the tensors of a file to write; writer: write safetensors files from them;
+                checked: read back and check a file while it is written
+verification    the checks that every pruned checkpoint must pass; behaviour: the outputs they compare
+on_demand       models that read each weight from its file when it is used
+refitting       fit_repair: refit linears; ridge: the regressions; tokens: the tokens they are fitted on
+delta           store a pruned checkpoint as its difference from the source; delta_record: delta.json;
+                rebuilding: rebuild the checkpoint from source and delta
 """

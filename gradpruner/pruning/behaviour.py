@@ -1,4 +1,4 @@
-"""What models compute on tokens that are always the same: what the export gate compares."""
+"""Runs a pruned checkpoint and its source on fixed tokens; verification compares their outputs."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from gradpruner.pruning.writer import read_tensor, same_bytes
 
 NEW_TOKENS = 8
 FEW_NEW_TOKENS = 2
-"""Where every pass reads all weights again: one token after the prompt, one after a step with a cache."""
+"""For models that read all weights in every pass: one token after the prompt, one step with the cache."""
 
 
 def computing_dtype(folder: Path) -> torch.dtype:
-    """The dtype most weights are stored in, so that loading rounds nothing; bfloat16 for 8-bit floats."""
+    """Returns the dtype of most stored bytes, so that loading rounds nothing; bfloat16 for 8-bit weights."""
     sizes: dict[str, int] = {}
     for ref in open_shards(folder).tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.num_bytes
@@ -38,7 +38,7 @@ def computing_dtype(folder: Path) -> torch.dtype:
 
 
 def is_tied(model: Any) -> bool | None:
-    """Whether input and output embeddings are one tensor, where the config says so; None elsewhere."""
+    """Returns whether the embeddings are tied, as the config says; None if the config does not tie them."""
     if not getattr(text_config(model.config), "tie_word_embeddings", False):
         return None
     head = model.get_output_embeddings()
@@ -47,7 +47,7 @@ def is_tied(model: Any) -> bool | None:
 
 @torch.no_grad()
 def behaviour(model: nn.Module, new_tokens: int = NEW_TOKENS) -> dict[str, Tensor]:
-    """Logits without a cache, and greedy tokens with their logits computed with one."""
+    """Returns logits computed without a cache, and greedy tokens with logits computed with a cache."""
     lm: Any = model
     ids = probe_ids(model)
     logits = probe_logits(model)
@@ -68,14 +68,14 @@ def behaviour(model: nn.Module, new_tokens: int = NEW_TOKENS) -> dict[str, Tenso
 
 
 @dataclass(frozen=True)
-class Both:
-    """What a checkpoint and its source compute.
+class Outputs:
+    """What a checkpoint and its source compute, each as `behaviour` returns it.
 
     Attributes:
-        source: With the pruned layers passed through and the computed weights of the checkpoint; empty when
-            it was not asked for.
-        pruned: The checkpoint.
-        dtype: What both computed in.
+        source: Outputs of the source, with its pruned layers passed through and with the merged and repaired
+            weights of the checkpoint; empty if the source was not run.
+        pruned: Outputs of the checkpoint.
+        dtype: The dtype both were computed in.
         tied: `is_tied` of the checkpoint.
     """
 
@@ -85,21 +85,22 @@ class Both:
     tied: bool | None
 
 
-_Cuts = Collection[tuple[int, str]]
+_Weights = Collection[tuple[int, str]]
+"""Weights by layer and path inside the layer."""
 
 
-def _copies(blueprint: Blueprint, repaired: _Cuts) -> dict[str, TensorRef]:
-    """Every tensor of the checkpoint that is one of the source, and which."""
+def _copies(blueprint: Blueprint, repaired: _Weights) -> dict[str, TensorRef]:
+    """Returns the tensors that are copied: name in the checkpoint -> tensor of the source."""
     refitted = {blueprint.repaired_name(layer, name) for layer, name in repaired}
     pieces = (piece for piece in blueprint.pieces() if piece.name not in refitted)
     return {piece.name: piece.ref for piece in pieces if piece.ref is not None}
 
 
-def check_copies(folder: Path, blueprint: Blueprint, repaired: _Cuts) -> None:
-    """Compares every tensor that is one of the source with it, byte by byte.
+def check_copies(folder: Path, blueprint: Blueprint, repaired: _Weights) -> None:
+    """Compares every copied tensor with the source, byte by byte.
 
     Raises:
-        IntegrityError: If one differs.
+        IntegrityError: If a tensor differs.
     """
     here = open_shards(folder).tensors
     for name, ref in _copies(blueprint, repaired).items():
@@ -107,16 +108,16 @@ def check_copies(folder: Path, blueprint: Blueprint, repaired: _Cuts) -> None:
             raise IntegrityError(f"'{name}' does not hold the bytes of '{ref.name}' in the source")
 
 
-def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_source: bool) -> Both:
-    """Both models, each weight read when it is used; 16 bits are computed in float32.
+def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Weights, *, with_source: bool) -> Outputs:
+    """Runs both models, reading each weight from its file when it is used; 16 bits are computed in float32.
 
-    With a source, kept tensors are read from there, and what both multiply with the same numbers is computed
-    once; it counts only if `check_copies` finds them equal.
+    With the source, copied tensors are read from the source's files for both models, and a product of the
+    same weight and the same numbers is computed once. The result is valid only if `check_copies` passes.
 
     Raises:
-        Unmatched: If files hold weights in another form than they are computed with, or others use what a
-            passed layer computes.
-        Exception: Whatever a model raises that cannot run like this.
+        Unmatched: If weights are stored in a different form than the model uses, or other layers use what a
+            passed-through layer computes.
+        Exception: Whatever the model raises if it cannot run like this.
     """
     stored = computing_dtype(folder)
     dtype = stored if stored.itemsize >= torch.float32.itemsize else torch.float32
@@ -130,37 +131,37 @@ def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_s
         source = on_demand(blueprint.config, tensors, blueprint.prefix, reader, blueprint.plan.pruned)
         expected = behaviour(source, FEW_NEW_TOKENS)
         if not all(bool(torch.isfinite(numbers).all()) for numbers in expected.values()):
-            raise Unmatched("a layer that is passed through is used by others, or NaN or Inf is computed")
+            raise Unmatched("other layers use a passed-through layer, or the model computes NaN or Inf")
         here = here | _copies(blueprint, repaired)
     pruned = on_demand(load_config(folder, native=True), here, blueprint.prefix, reader)
-    return Both(expected, behaviour(pruned, FEW_NEW_TOKENS), dtype, is_tied(pruned))
+    return Outputs(expected, behaviour(pruned, FEW_NEW_TOKENS), dtype, is_tied(pruned))
 
 
-def run_whole(folder: Path, blueprint: Blueprint, repaired: _Cuts, *, with_source: bool) -> Both:
-    """Both models, loaded one after the other in the dtype they are stored in; else as `run_on_demand`."""
+def run_whole(folder: Path, blueprint: Blueprint, repaired: _Weights, *, with_source: bool) -> Outputs:
+    """Like `run_on_demand`, but loads each model whole, one after the other, in its stored dtype."""
     dtype = computing_dtype(folder)
     expected: dict[str, Tensor] = {}
     if with_source:
         model = load_model(blueprint.source, dtype=dtype, device="cpu", native=True)
         view = LayeredModel(model)
-        _take_computed(view, folder, blueprint, repaired)
+        _set_computed(view, folder, blueprint, repaired)
         with view.passed_through(blueprint.plan.pruned):
             expected = behaviour(model)
         del model, view
         gc.collect()
     model = load_model(folder, dtype=dtype, device="cpu", native=True)
-    return Both(expected, behaviour(model), dtype, is_tied(model))
+    return Outputs(expected, behaviour(model), dtype, is_tied(model))
 
 
-def _computed(blueprint: Blueprint, view: LayeredModel, repaired: _Cuts) -> list[tuple[int, str]]:
-    """Layer and name of every weight that is not the source's: merged or repaired."""
+def _computed(blueprint: Blueprint, view: LayeredModel, repaired: _Weights) -> list[tuple[int, str]]:
+    """Returns layer and path of every weight that is not copied from the source: merged or repaired."""
     targets = sorted(blueprint.plan.merged.keys() & set(blueprint.plan.keep))
     return list(dict.fromkeys([*((t, n) for t in targets for n in view.linears(t)), *repaired]))
 
 
 @torch.no_grad()
-def _take_computed(view: LayeredModel, folder: Path, blueprint: Blueprint, repaired: _Cuts) -> None:
-    """Gives the source the merged and the repaired weights of the checkpoint."""
+def _set_computed(view: LayeredModel, folder: Path, blueprint: Blueprint, repaired: _Weights) -> None:
+    """Copies the merged and repaired weights of the checkpoint into the source model."""
     here = open_shards(folder).tensors
     for layer, name in _computed(blueprint, view, repaired):
         weight = view.layers[layer].get_submodule(name).weight

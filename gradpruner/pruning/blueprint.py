@@ -1,13 +1,14 @@
-"""Blueprint: a pruned checkpoint, decided before anything is written. The model is never built.
+"""Decides what a pruned checkpoint contains before anything is written, without building the model.
 
-Which tensors stay and under which names, which are computed, what the new config says: writing it is then a
-copy.
+A blueprint says which tensors stay and under which names, which tensors are computed, and what the new config
+contains. What remains to do is mostly copying.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,27 +55,27 @@ from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
 @dataclass
 class Blueprint:
-    """A pruned checkpoint, decided but not written.
+    """The contents of a pruned checkpoint that is not written yet.
 
     Args:
         source: The model folder.
         plan: What happens to every layer.
-        trace: The recorded gradients; needed when the plan merges by them.
-        without_trace: Nothing will be merged: only names, shapes and the config are asked for.
-        repair: What was fitted for the plan; its weights replace those of the layers before the cuts.
+        trace: The recorded gradients; needed if the plan merges by them.
+        without_trace: Accept a missing trace, because only names, shapes and the config will be used.
+        repair: The repair fitted for the plan; its weights replace those of the refitted layers.
 
     Attributes:
         shards: The tensors of the source.
-        raw: The content of its config.json; `config`: the same as transformers reads it.
-        view: Its layers, without weights.
-        prefix: Under which name the layers are on disk.
-        warnings: What the user should know, in words.
+        raw: The content of the source's config.json; `config` is the same as transformers reads it.
+        view: The source's layers, without weights.
+        prefix: Prefix of the layers' tensor names on disk.
+        warnings: Warnings for the user.
 
     Raises:
-        PlanError: If the plan is for another model or depth, merges what cannot be merged, or leaves what no
-            config can express.
+        PlanError: If the plan is for another model or depth, merges layers that cannot be merged, or keeps
+            layers that no config can describe.
         ModelError: If the folder is not a model that can be pruned.
-        IntegrityError: If a file is damaged, unsafe, or not what the config says.
+        IntegrityError: If a file is damaged, unsafe, or contradicts the config.
     """
 
     source: Path
@@ -104,28 +105,28 @@ class Blueprint:
         self._check_layers()
 
     def _structure(self) -> nn.Module:
-        """The model without weights, its parameters checked against the files by transformers itself."""
+        """Returns the model without weights; transformers checks its parameters against the files."""
         if not self.quantised:
             return load_structure(self.source)
         config = copy.deepcopy(self.config)
-        for part in parts_of(config):  # a quantised skeleton needs the hardware it was made for
+        for part in parts_of(config):  # building a quantised model needs the hardware it is made for
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
         return skeleton(model_class(self.config), config)
 
     def _beyond(self, name: str) -> bool:
-        """Whether a tensor belongs to what predicts several tokens at once: it is left behind."""
+        """Returns whether a tensor belongs to layers for multi-token prediction, which are left out."""
         return (
             bool(self.beyond) and is_beyond(name, self.view.num_layers) and name not in self._in_memory
-        ) or self._number(name) >= self.view.num_layers
+        ) or self._layer_of(name) >= self.view.num_layers
 
-    def _number(self, name: str) -> int:
-        """The layer that a tensor is part of; -1 for those outside the layers."""
+    def _layer_of(self, name: str) -> int:
+        """Returns the layer a tensor belongs to; -1 if it is outside the layers."""
         match = self._pattern.match(name)
         return int(match[1]) if match else -1
 
     def rename(self, name: str) -> str | None:
-        """Name of a tensor or module in the pruned checkpoint; None when it goes."""
+        """Returns the name of a tensor or module in the pruned checkpoint; None if it is removed."""
         match = self._pattern.match(name)
         if match is None:
             return None if self._beyond(name) else name
@@ -133,9 +134,9 @@ class Blueprint:
         return None if new is None else f"{self.prefix}.{new}{match[2] or ''}"
 
     def _check_layers(self) -> None:
-        """Refuses layers behind the last one unless the config counts them, and uneven quantised layers."""
+        """Refuses layers beyond those the config counts, and quantised layers that lack modules of others."""
         depth, family = self.view.num_layers, self.view.family
-        extra = sorted({self._number(name) for name in self.shards.tensors} - set(range(-1, depth)))
+        extra = sorted({self._layer_of(name) for name in self.shards.tensors} - set(range(-1, depth)))
         if extra and (not self.beyond or extra[-1] >= depth + self.beyond):
             raise IntegrityError(
                 f"{self.source} holds tensors of layer {extra[-1]}, but its config says {depth} layers"
@@ -145,7 +146,7 @@ class Blueprint:
         left = sum(self._beyond(name) for name in self.shards.tensors)
         if left:
             self.warnings.append(
-                f"{left} tensors for predicting several tokens at once (MTP) are left behind: they were "
+                f"{left} tensors for predicting several tokens at once (MTP) are left out: they were "
                 "trained on the output of all layers. Engines must not use them for speculative decoding."
             )
         if not self.quantised:
@@ -154,7 +155,7 @@ class Blueprint:
         modules: dict[int, set[str]] = {i: set() for i in range(depth)}
         for name in self.shards.tensors:
             match = self._pattern.match(name)
-            if match and int(match[1]) < depth:  # not its tensors: some modules may be left unquantised
+            if match and int(match[1]) < depth:  # a module may be unquantised in some layers
                 modules[int(match[1])].add((match[2] or "").rpartition(".")[0])
         for layer in range(depth):
             first = kinds.index(kinds[layer])
@@ -167,7 +168,7 @@ class Blueprint:
 
     @cached_property
     def linears(self) -> dict[int, dict[str, TensorRef]]:
-        """Layer -> linear -> its weight on disk; without those stored in another form."""
+        """Layer -> linear -> its weight on disk; linears stored in another form are left out."""
         found: dict[int, dict[str, TensorRef]] = {}
         for layer in range(self.view.num_layers):
             found[layer] = {}
@@ -180,7 +181,7 @@ class Blueprint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The same identity `layers.fingerprint` gives the loaded model, from 64 entries of every linear."""
+        """The model's `layers.fingerprint`, from 64 entries of every linear; "" if not all can be read."""
         if self.quantised:
             return ""
         digest = hashlib.sha256()
@@ -198,7 +199,7 @@ class Blueprint:
         if self.quantised:
             raise PlanError(
                 f"{self.source} is quantised; its weights cannot be repaired.",
-                hint="Prune it without repair, or the unquantised model.",
+                hint="Prune it without a repair, or prune the unquantised model.",
             )
         repair.check(self.plan, self.fingerprint)
         shapes: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -210,7 +211,7 @@ class Blueprint:
         repair.check_shapes(shapes)
 
     def _repairable(self, layer: int, name: str) -> TensorRef | None:
-        """The weight on disk of a linear or norm of a kept layer; None if there is none of that name."""
+        """Returns the weight on disk of a linear or norm in a kept layer; None if there is none."""
         weight = self.view.weight(layer, name)
         if weight is None or layer not in self.plan.keep:
             return None
@@ -220,7 +221,7 @@ class Blueprint:
         return ref if ref is not None and ref.shape == tuple(weight.shape) else None
 
     def _linear_shapes(self) -> dict[int, dict[str, tuple[int, ...]]]:
-        """Layer -> linear on disk -> (out_features, in_features)."""
+        """Returns layer -> linear on disk -> (out_features, in_features)."""
         return {
             layer: {
                 name: tuple(reversed(ref.shape)) if self._transposed(layer, name) else ref.shape
@@ -232,7 +233,7 @@ class Blueprint:
     def _check_merging(self) -> None:
         if self.quantised:
             raise PlanError(
-                f"{self.source} is quantised; layers of it can be dropped but not merged.",
+                f"{self.source} is quantised; its layers can be dropped but not merged.",
                 hint="Plan with num_merge: 0, or prune the unquantised model.",
             )
         for layer, linears in self.linears.items():
@@ -240,14 +241,14 @@ class Blueprint:
             missing = sorted(self.view.linears(layer).keys() - linears.keys())
             if missing and involved:
                 raise ModelError(
-                    f"'{missing[0]}' of layer {layer} is stored in another form than it is computed with.",
+                    f"'{missing[0]}' of layer {layer} is stored in a different form than the model uses.",
                     hint="Merge in memory: prune_(model, plan, trace), then save_pretrained.",
                 )
         if not self.plan.needs_trace or self.trace is not None or not self.without_trace:
             check_merging(self.plan, self.trace, self._linear_shapes(), self.fingerprint)
 
     def pieces(self) -> list[Piece]:
-        """The tensors of the pruned checkpoint, in the order of the source."""
+        """Returns the tensors of the pruned checkpoint, in the order of the source."""
         computed = {
             ref.name: partial(self._merge, target, name)
             for target in self.plan.merged
@@ -270,15 +271,15 @@ class Blueprint:
         return pieces
 
     def merged_names(self) -> set[str]:
-        """Names in the pruned checkpoint of the tensors that others are merged into."""
+        """Returns the names, in the pruned checkpoint, of the linears that others are merged into."""
         refs = (ref for target in self.plan.merged for ref in self.linears[target].values())
         return {name for ref in refs if (name := self.rename(ref.name)) is not None}
 
     def repaired_ref(self, layer: int, name: str) -> TensorRef:
-        """The weight in the source that a repair refits: of a linear or norm of a kept layer.
+        """Returns the source's weight of a linear or norm that a repair refits.
 
         Raises:
-            IntegrityError: If there is none of that name.
+            IntegrityError: If no kept layer has such a weight.
         """
         ref = self._repairable(layer, name)
         if ref is None:
@@ -286,13 +287,13 @@ class Blueprint:
         return ref
 
     def repaired_name(self, layer: int, name: str) -> str:
-        """The name of that weight in the pruned checkpoint."""
+        """Returns the name of that weight in the pruned checkpoint."""
         renamed = self.rename(self.repaired_ref(layer, name).name)
-        assert renamed is not None  # a kept layer's
+        assert renamed is not None  # its layer is kept
         return renamed
 
     def _wide_on_disk(self) -> dict[str, int]:
-        """Tensors that hold a slice per layer, by the name they have on disk."""
+        """Returns the tensors that hold a slice per layer: name on disk -> axis of the layers."""
         parent = self.prefix.rpartition(".")[0]
         dot = "." if parent else ""
         return {f"{parent}{dot}{name}": axis for name, axis in self.view.family.wide_tensors.items()}
@@ -308,7 +309,7 @@ class Blueprint:
 
     @torch.no_grad()
     def _merge(self, target: int, name: str) -> Tensor:
-        """One merged linear, exactly as `in_memory.prune_` computes it."""
+        """Computes one merged linear, exactly as `in_memory.prune_` does."""
         assert self.trace is not None or not self.plan.needs_trace
         transposed = self._transposed(target, name)
 
@@ -320,13 +321,13 @@ class Blueprint:
         return merged.T if transposed else merged
 
     def _repaired(self, layer: int, name: str) -> Tensor:
-        """A refitted weight in dtype and layout of the source, exactly as `in_memory.prune_` puts it in."""
+        """Returns a refitted weight in the source's dtype and layout, as `in_memory.prune_` sets it."""
         assert self.repair is not None
         weight = self.repair.weights[layer].to(TORCH_DTYPES[self.repaired_ref(layer, name).dtype])
         return weight.T if self._transposed(layer, name) else weight
 
     def repair_facts(self) -> dict[str, Any] | None:
-        """What `pruning.json` says of the repair: how it was fitted, and name and hash of every tensor."""
+        """Returns the repair's entry in `pruning.json`: how it was fitted, and the hashes of its tensors."""
         if self.repair is None:
             return None
         tensors = {}
@@ -335,15 +336,15 @@ class Blueprint:
         return self.repair.facts() | {"tensors": tensors}
 
     def new_config(self) -> dict[str, Any]:
-        """The content of the pruned model's config.json."""
+        """Returns the content of the pruned model's config.json."""
         patched = patch_config(self.raw, self.config, self.view.family, self.plan.keep)
         if self.quantised:
             for where in quantised_parts(patched):
-                _replace(patched, where.split("."), self.rename)
+                _rename_listed(patched, where.split("."), self.rename)
         return patched
 
     def summary(self) -> dict[str, Any]:
-        """What would come out, as JSON values: for the dry run and `pruning.json`."""
+        """Describes the pruned checkpoint in JSON values, for the dry run and `pruning.json`."""
         pieces = self.pieces()
         return {
             "layers": [self.view.num_layers, len(self.plan.keep)],
@@ -357,8 +358,8 @@ class Blueprint:
         }
 
 
-def _replace(config: dict[str, Any], where: list[str], rename: Callable[[str], str | None]) -> None:
-    """Renames the modules in a section of a config, however deep it lies; what is changed is copied."""
+def _rename_listed(config: dict[str, Any], where: list[str], rename: Callable[[str], str | None]) -> None:
+    """Renames the modules listed in a nested section of a config; copies the sections it changes."""
     *above, last = where
     for name in above:
         config[name] = dict(config[name])
@@ -367,10 +368,8 @@ def _replace(config: dict[str, Any], where: list[str], rename: Callable[[str], s
 
 
 def _sample(ref: TensorRef) -> Tensor:
-    """The entries of a tensor that go into a fingerprint, read one by one."""
-    entries = 1
-    for extent in ref.shape:
-        entries *= extent
+    """Reads the entries of a tensor that go into a fingerprint."""
+    entries = math.prod(ref.shape)
     dtype = TORCH_DTYPES[ref.dtype]
     step, size = sample_step(entries), dtype.itemsize
     with ref.file.open("rb") as file:

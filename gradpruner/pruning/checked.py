@@ -1,4 +1,4 @@
-"""Reading back what is being written: its hash, and the first number that is NaN or infinite."""
+"""Reads a file back while it is being written: hashes it, and refuses NaN and Inf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gradpruner.common.errors import IntegrityError
 from gradpruner.models.headers import TensorRef
 from gradpruner.pruning.pieces import Piece
 
-# NaN and Inf have all exponent bits set. Shifted left by one (the sign leaves), such a word is at least this.
+# NaN and Inf have all exponent bits set: shifted left by one, which drops the sign, they are at least this.
 _NOT_FINITE: dict[str, tuple[Any, int]] = {
     "BF16": (np.uint16, 0xFF00),
     "F16": (np.uint16, 0xF800),
@@ -28,12 +28,12 @@ _NOT_FINITE: dict[str, tuple[Any, int]] = {
 }
 
 
-CHECK_BYTES = 512 << 10  # a multiple of 8, looked at at a time: stays in cache between hashing and scanning
-_BACKLOG = 8  # ranges copied but not yet checked
+CHECK_BYTES = 512 << 10  # read at a time, a multiple of 8: stays in cache between hashing and scanning
+_BACKLOG = 8  # ranges that may wait, written but not yet checked
 
 
 def holds_non_finite(data: np.ndarray[Any, Any], dtype: str, scratch: np.ndarray[Any, Any]) -> bool:
-    """Whether bytes that are whole entries of one dtype hold NaN or Inf."""
+    """Returns whether the numbers of one dtype, given as bytes, include NaN or Inf."""
     if dtype not in _NOT_FINITE or not data.size:
         return False
     word, least = _NOT_FINITE[dtype]
@@ -43,7 +43,7 @@ def holds_non_finite(data: np.ndarray[Any, Any], dtype: str, scratch: np.ndarray
 
 
 def non_finite(name: str, ref: TensorRef | None) -> IntegrityError:
-    """The error for a tensor with NaN or Inf, in the source (`ref`) or computed here."""
+    """Returns the error for NaN or Inf in a tensor: read from the source at `ref`, or computed if None."""
     if ref is None:
         return IntegrityError(
             f"The tensor '{name}' became NaN or Inf when it was computed.",
@@ -57,7 +57,7 @@ def non_finite(name: str, ref: TensorRef | None) -> IntegrityError:
 
 @contextmanager
 def reading() -> Iterator[Executor]:
-    """A thread that reads files back; what it has not begun when the block ends is cancelled."""
+    """Yields a thread for reading files back; work it has not begun when the block ends is cancelled."""
     pool = ThreadPoolExecutor(1)
     try:
         yield pool
@@ -66,7 +66,7 @@ def reading() -> Iterator[Executor]:
 
 
 class ReadBack:
-    """Follows a file that is being written, in a thread: hashes it and refuses NaN and Inf."""
+    """Reads a file in a thread while it is being written; hashes it and refuses NaN and Inf."""
 
     def __init__(self, path: Path, data_start: int, pieces: Sequence[Piece], reader: Executor) -> None:
         self.path, self._reader = path, reader
@@ -79,13 +79,13 @@ class ReadBack:
         self._pending: deque[Future[None]] = deque()
 
     def follow(self, position: int) -> None:
-        """The file is written up to here; waits if the check is far behind."""
+        """Checks the file up to `position`, where writing has arrived; waits if checking is far behind."""
         self._pending.append(self._reader.submit(self._read_to, position))
         while len(self._pending) > _BACKLOG:
             self._pending.popleft().result()
 
     def digest(self) -> str:
-        """Waits until all that is written is read; the SHA-256 of the file."""
+        """Waits until the whole file is checked, and returns its SHA-256."""
         while self._pending:
             self._pending.popleft().result()
         return self._hash.hexdigest()
@@ -94,7 +94,7 @@ class ReadBack:
         block, scratch = np.empty((2, CHECK_BYTES), np.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._done)
-            while (stop := self._before_a_number(min(self._done + CHECK_BYTES, position))) > self._done:
+            while (stop := self._number_boundary(min(self._done + CHECK_BYTES, position))) > self._done:
                 data = block[: stop - self._done]
                 view = data.data
                 filled = 0
@@ -107,8 +107,8 @@ class ReadBack:
                 self._scan(data, self._done, scratch)
                 self._done += len(view)
 
-    def _before_a_number(self, position: int) -> int:
-        """The last place up to here that cuts no number in two; headers of others may end anywhere."""
+    def _number_boundary(self, position: int) -> int:
+        """Returns the last position up to `position` that splits no number; headers may end anywhere."""
         for first, last, piece in self._spans:
             if position <= first:
                 break
@@ -118,7 +118,7 @@ class ReadBack:
         return position
 
     def _scan(self, read: np.ndarray[Any, Any], start: int, scratch: np.ndarray[Any, Any]) -> None:
-        """Looks at bytes that were read from `start` on."""
+        """Looks for NaN and Inf in bytes that were read from `start` on."""
         stop = start + read.size
         while self._spans and self._spans[0][0] < stop:
             first, last, piece = self._spans[0]

@@ -1,16 +1,16 @@
-"""A pruned checkpoint as the difference to its source: a fraction of the size, rebuilt to the last bit.
+"""Stores a pruned checkpoint as its difference from the source: a fraction of the size, rebuilt to the bit.
 
 A delta is a folder:
 
-    delta.json            the record: plan, names, sizes and hashes of everything, the source of every tensor
-    tensors.safetensors   the tensors the source does not have, stored whole: merged linears, cut wide tensors
-    headers/*.header      the first bytes of every file of weights, as they are: length and header
+    delta.json            the plan; names, sizes and hashes of all files; where every tensor comes from
+    tensors.safetensors   the tensors that the source does not have: merged linears, cut wide tensors
+    headers/*.header      the first bytes of every weight file: the length of its header and the header
     files/*               every other file of the pruned folder, byte for byte
 
-Nothing is computed when it is rebuilt: headers, tensors of the source and tensors of the delta are put
-together, and every file must have the SHA-256 that was recorded. So a source of another revision, a damaged
-one or a damaged delta is an error that names the tensor or the file, never a slightly different model. A
-delta is trusted as a download of the model itself would be: hashes find damage, they do not sign.
+Rebuilding computes nothing. It joins headers, tensors of the source and tensors of the delta, and every file
+must have the recorded SHA-256. So another revision of the source, a damaged source or a damaged delta is an
+error that names the tensor or the file, never a slightly different model. Trust a delta as you would a
+download of the model itself: the hashes find damage, but they are no signature.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ from gradpruner.pruning.delta_record import (
 from gradpruner.pruning.pieces import Piece, pack
 from gradpruner.pruning.writer import same_bytes, write_file
 
-# A delta of which more than this share of the checkpoint had to be stored is not worth its own format.
+# A delta that stores more than this share of the checkpoint is not worth its own format.
 STORED_LIMIT = 0.5
-SPARE_BYTES = 16 << 20  # what a file system takes for itself, generously
+SPARE_BYTES = 16 << 20  # a generous allowance for what the file system itself needs
 
 
 @dataclass(frozen=True)
 class DeltaSummary:
-    """What a delta holds.
+    """The contents of a delta.
 
     Attributes:
         num_bytes: Size of all its files.
         checkpoint_bytes: Size of all files it rebuilds.
-        copied: Tensors that are taken from the source.
-        stored: Tensors that are in the delta.
+        copied: Number of tensors taken from the source.
+        stored: Number of tensors stored in the delta.
     """
 
     folder: str
@@ -87,26 +87,26 @@ def diff_checkpoint(
 ) -> DeltaSummary:
     """Writes the difference between a pruned checkpoint and the model it was made from.
 
-    The source is read once, the checkpoint twice, in blocks; memory is that of the libraries. Hidden files of
-    the pruned folder are left out.
+    The source is read once and the checkpoint twice, in blocks, so memory is that of the libraries. Hidden
+    files of the pruned folder are left out.
 
     Args:
         source: The original, a model folder or a hub id.
-        pruned: A folder with a `pruning.json` that holds a plan.
-        out: The folder to make; it must not exist or be empty.
+        pruned: A folder whose `pruning.json` holds a plan.
+        out: The folder to make; it must be missing or empty.
         progress: Called with the number of bytes of the pruned checkpoint compared since the last call.
 
     Returns:
-        What the delta holds.
+        The contents of the delta.
 
     Raises:
-        ConfigError: If `pruned` was not pruned or not from `source`, more than half of it would have to be
-            stored, or `out` is not free.
+        ConfigError: If `pruned` was not pruned, or not from `source`; if more than half of it would have to
+            be stored; or if `out` exists and is not empty.
         ModelError: If one of the two is not a model folder.
         IntegrityError: If a file is damaged, unsafe, or not what `pruning.json` says was written.
-        ResourceError: If the disk is too small or not writable. In all cases nothing is left behind.
+        ResourceError: If the disk is too small or not writable. After any error nothing is left behind.
     """
-    origin, folder, target = locate_model(source), existing(pruned, "pruned checkpoint"), Path(out)
+    origin, folder, target = locate_model(source), existing_folder(pruned, "pruned checkpoint"), Path(out)
     _check_free(target, (origin, folder))
     facts = read_pruning(folder)
     plan = recorded_plan(folder, facts, "A delta is made of a folder that `gradpruner prune` wrote.")
@@ -127,8 +127,8 @@ def diff_checkpoint(
     return DeltaSummary(str(target), size, record.checkpoint_bytes, len(record.copied), len(stored))
 
 
-def existing(folder: str | Path, what: str) -> Path:
-    """A folder that must be there, resolved; raises ConfigError if it is not."""
+def existing_folder(folder: str | Path, what: str) -> Path:
+    """Returns the path of a folder, "~" expanded; raises ConfigError if the folder does not exist."""
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ConfigError(
@@ -140,7 +140,7 @@ def existing(folder: str | Path, what: str) -> Path:
 
 def _check_free(target: Path, inputs: tuple[Path, ...]) -> None:
     check_output(target, inputs=inputs, marker=DELTA_FILE)
-    if (target / DELTA_FILE).exists():  # ours, but staged_folder replaces models only
+    if (target / DELTA_FILE).exists():  # check_output accepts it, but staged_folder replaces models only
         raise ConfigError(
             f"{target} holds a delta.", hint="Remove it first, or choose another output folder."
         )
@@ -158,28 +158,28 @@ def _blueprint(origin: Path, plan: PruningPlan, folder: Path, facts: Mapping[str
 
 
 def _origins(blueprint: Blueprint, shards: Shards) -> dict[str, TensorRef | None]:
-    """Tensor of the pruned checkpoint -> the same tensor of the source; None when it cannot be the same.
+    """Returns tensor of the pruned checkpoint -> the same tensor of the source; None: to be stored.
 
-    Tensors of the source that the checkpoint lacks are no concern: a tied head is often saved only once.
+    The checkpoint may lack planned tensors: a tied head is often saved only once.
     """
     wanted = {piece.name: piece for piece in blueprint.pieces()}
     found: dict[str, TensorRef | None] = {}
     for name, ref in shards.tensors.items():
         piece = wanted.get(name)
         if piece is None or piece.shape != ref.shape:
-            expected = f"has the shape {piece.shape} there" if piece else "does not exist there"
+            expected = f"have the shape {piece.shape}" if piece else "not exist"
             raise ConfigError(
-                f"{blueprint.source} is not the model that {shards.folder} was made from: '{name}', of shape "
-                f"{ref.shape}, {expected} by the plan.",
-                hint="Give the very model that was pruned. One pruned in memory may name its tensors "
-                "otherwise: make it with `gradpruner prune`.",
+                f"{blueprint.source} is not the model that {shards.folder} was made from: '{name}' has the "
+                f"shape {ref.shape}; by the plan it would {expected}.",
+                hint="Give the exact model that was pruned. A model that was pruned in memory may have other "
+                "tensor names: prune it with `gradpruner prune` instead.",
             )
         found[name] = piece.ref if piece.dtype == ref.dtype else None
     return found
 
 
 def _other_files(folder: Path, weights: set[str]) -> dict[str, Path]:
-    """Every file but the weights by its name in the delta, links followed."""
+    """Returns all files except weights, by their names in the delta; links are followed."""
     found = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name in weights:
@@ -191,10 +191,9 @@ def _other_files(folder: Path, weights: set[str]) -> dict[str, Path]:
             size = real.stat().st_size
             if not real.is_file() or not FILE_NAME.fullmatch(name) or size > SMALL_FILE_LIMIT:
                 raise ConfigError(
-                    f"{file} ({readable_bytes(size)}) is neither weights of the model nor a file that a "
-                    "delta can hold: those have plain names, at most "
-                    f"{readable_bytes(SMALL_FILE_LIMIT)}, and are in the folder itself or in "
-                    f"{TEMPLATES_FOLDER}.",
+                    f"{file} ({readable_bytes(size)}) is neither a weight file of the model nor a file that "
+                    f"a delta can hold: a plain name, at most {readable_bytes(SMALL_FILE_LIMIT)}, in the "
+                    f"folder itself or in {TEMPLATES_FOLDER}.",
                     hint="Move it out of the folder if the model does not need it.",
                 )
             found[name] = real
@@ -207,7 +206,7 @@ def _compare_file(
     record: DeltaRecord,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Compares every tensor of one file of weights with that of the source, and hashes the file."""
+    """Compares every tensor of one weight file with the source, and hashes the file."""
     name = header.path.name
     if not WEIGHTS_NAME.fullmatch(name):
         raise ConfigError(f"{header.path} has a name that a delta cannot hold.", hint="Rename the file.")
@@ -239,25 +238,25 @@ def _refuse_large(
     if size <= STORED_LIMIT * total:
         return
     recast = sum(1 for ref in stored if origins[ref.name] is None)
-    dtypes = f" {recast} of them are stored in another dtype than there." if recast else ""
+    dtypes = f" {recast} of them have another dtype than in the source." if recast else ""
     raise ConfigError(
-        f"{len(stored)} of {len(shards.tensors)} tensors of {shards.folder} are not those of {source}; a "
-        f"delta would be {readable_bytes(size)} of {readable_bytes(total)}, at most {STORED_LIMIT:.0%} "
-        f"is allowed.{dtypes}",
+        f"{len(stored)} of {len(shards.tensors)} tensors of {shards.folder} are not those of {source}: a "
+        f"delta would store {readable_bytes(size)} of {readable_bytes(total)}, and at most "
+        f"{STORED_LIMIT:.0%} is allowed.{dtypes}",
         hint="If this model was fine-tuned after pruning, every tensor differs: publish the LoRA adapters "
         "with a delta of the pruned model they were trained on, or the full checkpoint.",
     )
 
 
 def _refuse_damaged(folder: Path, facts: Mapping[str, Any], record: DeltaRecord) -> None:
-    """Refuses weights that changed since they were written: a flipped bit would be stored as if meant."""
+    """Refuses weights that changed after pruning: a flipped bit would be stored as if it were intended."""
     written = facts.get("files")
     for name, entry in (written if isinstance(written, dict) else {}).items():
         said = entry.get("sha256") if isinstance(entry, dict) else None
         if name in record.weights and said != record.weights[name].sha256:
             raise IntegrityError(
-                f"{folder / name} is not the file that was written when the model was pruned: its SHA-256 is "
-                f"not that in {PRUNING_FILE}.",
+                f"{folder / name} has changed since the model was pruned: its SHA-256 is not the one in "
+                f"{PRUNING_FILE}.",
                 hint=f"Prune again; if you changed it on purpose, remove 'files' from {PRUNING_FILE}.",
             )
 

@@ -1,4 +1,4 @@
-"""The record of a delta: what delta.json says, and the distrust with which it is read."""
+"""The record of a delta: the content of delta.json, which is checked when it is read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMALL_FILE_LIMIT = 100_000_000  # bytes; the largest tokenizers have 40 million
 RECORD_LIMIT = 200_000_000  # bytes of delta.json; half a million tensors
 TEMPLATES_FOLDER = "additional_chat_templates"
 AGAIN = "Download or copy the delta again."
-# No path on any system (`a/b`, `C:a`), nothing hidden (nor `..`), nothing that UTF-8 cannot say.
+# No path on any system (`a/b`, `C:a`), no hidden file (nor `..`), nothing that UTF-8 cannot encode.
 _PLAIN = r"(?!\.)[^/\\:\x00-\x1f\ud800-\udfff]+"
 WEIGHTS_NAME = re.compile(rf"{_PLAIN}\.safetensors")
 FILE_NAME = re.compile(rf"({TEMPLATES_FOLDER}/)?{_PLAIN}")
@@ -35,7 +35,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """A file as it must be: hash of its content, and its size in bytes."""
+    """The hash and the size in bytes that a file must have."""
 
     sha256: Sha256
     bytes: Annotated[int, Field(ge=0, lt=2**63)]
@@ -43,7 +43,7 @@ class RecordedFile:
 
 @dataclass(frozen=True)
 class CopiedTensor:
-    """A tensor of the checkpoint that is one of the source: its name there, and the hash of its bytes."""
+    """A tensor that is copied from the source: its name there, and the hash of its bytes."""
 
     source: str
     sha256: Sha256
@@ -54,14 +54,14 @@ class DeltaRecord:
     """The content of delta.json.
 
     Attributes:
-        source: The source as it was given, for messages.
+        source: The source folder or hub id that was given; used in messages.
         plan: The plan as JSON values.
-        weights: The files of weights, by name.
-        headers: Their first bytes in `headers/`, by the same names.
-        files: The other files, by name.
-        tensors: The file of stored tensors; None when there are none.
-        copied: By name in the pruned checkpoint, the tensors taken from the source.
-        stored: Names of the others.
+        weights: The weight files, by name.
+        headers: The first bytes of the weight files, stored in `headers/`, by the same names.
+        files: All other files, by name.
+        tensors: The file of stored tensors; None if none are stored.
+        copied: The tensors copied from the source, by name in the pruned checkpoint.
+        stored: Names of the tensors stored in the delta.
     """
 
     format_version: int = FORMAT_VERSION
@@ -76,12 +76,12 @@ class DeltaRecord:
     stored: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, sealed with a hash over themselves."""
+        """Returns the record as JSON values, with a hash over them."""
         content = asdict(self)
         return {**content, "sha256": sha256_json(content)}
 
     def own_files(self) -> dict[str, RecordedFile]:
-        """Everything in the delta but delta.json, by path."""
+        """Returns all files of the delta except delta.json, by path."""
         return {
             **{header_file(name): facts for name, facts in self.headers.items()},
             **{f"{FILES_FOLDER}/{name}": facts for name, facts in self.files.items()},
@@ -95,12 +95,12 @@ class DeltaRecord:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of what is rebuilt."""
+        """Size of all files of the checkpoint."""
         return sum(facts.bytes for facts in (*self.weights.values(), *self.files.values()))
 
 
 def header_file(name: str) -> str:
-    """Path in the delta of the first bytes of a file of weights."""
+    """Returns the path, inside the delta, of the header of a weight file."""
     return f"{HEADERS_FOLDER}/{name}.header"
 
 
@@ -108,7 +108,7 @@ def read_record(folder: Path) -> DeltaRecord:
     """Reads delta.json.
 
     Raises:
-        IntegrityError: If it is missing, changed, or says what no delta can.
+        IntegrityError: If it is missing, was changed, or is not a valid record.
     """
     path = folder / DELTA_FILE
     if not path.exists():
@@ -126,7 +126,7 @@ def read_record(folder: Path) -> DeltaRecord:
         content = {key: raw[key] for key in raw if key != "sha256"} if isinstance(raw, dict) else raw
         record = typed(content, DeltaRecord, fault)
         if record.to_dict() != raw:
-            raise ValueError("fields are missing or unknown, or it does not have the SHA-256 that it states")
+            raise ValueError("fields are missing or unknown, or its SHA-256 is not the one it states")
         _check_consistent(record)
     except IntegrityError as error:
         raise IntegrityError(error.message, hint=AGAIN) from error
@@ -136,7 +136,7 @@ def read_record(folder: Path) -> DeltaRecord:
 
 
 def _check_consistent(record: DeltaRecord) -> None:
-    """Raises ValueError for names that lead elsewhere, and parts that contradict each other."""
+    """Raises ValueError for unsafe file names, and for parts that contradict each other."""
     for where, names in (("weights", WEIGHTS_NAME), ("headers", WEIGHTS_NAME), ("files", FILE_NAME)):
         odd = [name for name in getattr(record, where) if not names.fullmatch(name)]
         if odd:
@@ -146,7 +146,7 @@ def _check_consistent(record: DeltaRecord) -> None:
     except (ConfigError, ArithmeticError) as error:
         raise ValueError(f"its plan is wrong: {error}") from error
     if len({*record.stored, *record.copied}) != len(record.stored) + len(record.copied):
-        raise ValueError("a tensor is there twice in stored and copied")
+        raise ValueError("stored and copied name a tensor twice")
     if bool(record.stored) != (record.tensors is not None):
         raise ValueError(f"tensors are stored without {TENSORS_FILE}, or the other way round")
     if not record.weights or record.weights.keys() != record.headers.keys():
@@ -154,6 +154,6 @@ def _check_consistent(record: DeltaRecord) -> None:
     if any(facts.bytes > 8 + HEADER_LIMIT for facts in record.headers.values()):
         raise ValueError(f"a header has more than {HEADER_LIMIT} bytes")
     if record.weights.keys() & record.files.keys():
-        raise ValueError("a file is there twice in weights and files")
+        raise ValueError("weights and files name the same file")
     if PRUNING_FILE not in record.files:
         raise ValueError(f"files does not name {PRUNING_FILE}")

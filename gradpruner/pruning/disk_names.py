@@ -1,4 +1,4 @@
-"""Under which names a checkpoint keeps the decoder's layers, and what it keeps behind the last one."""
+"""Finds the decoder's layers, and any layers behind the last one, by the tensor names of a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gradpruner.models.shards import Shards
 
 
 def find_prefix(view: LayeredModel, shards: Shards) -> str:
-    """Under which prefix the layers are on disk: not always the path they have in memory.
+    """Returns the prefix of the layers' tensor names on disk, which may differ from their path in memory.
 
     Raises:
-        IntegrityError: If no prefix has a tensor for every layer, or several do equally well.
+        IntegrityError: If no prefix has a tensor for every layer, or several match equally well.
     """
     path, base = view.family.layers_path, view.model.base_model_prefix
     candidates = [path, path.removeprefix(f"{base}."), f"{base}.{path}", *view.family.disk_paths]
@@ -38,30 +38,30 @@ def find_prefix(view: LayeredModel, shards: Shards) -> str:
 
 
 def _prefixes_by_content(view: LayeredModel, shards: Shards) -> list[str]:
-    """Prefixes of as many numbered parts as there are layers that hold most of a layer's tensors.
+    """Returns prefixes with a number for every layer whose tensors match most of a decoder layer's.
 
-    Models that also see are stored under other names than they have in memory. Names and shapes inside a
-    layer tell the decoder from a vision tower of the same depth.
+    Multimodal models are stored under other names than they have in memory. Names and shapes inside a layer
+    distinguish the decoder from a vision tower of the same depth.
     """
     layer: Any = view.layers[0]
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     numbers: dict[str, set[int]] = {}
-    alike: dict[str, int] = {}
+    matching: dict[str, int] = {}
     for name, ref in shards.tensors.items():
         for match in re.finditer(r"\.(\d+)\.", name):
             prefix, inside = name[: match.start()], name[match.end() :]
             numbers.setdefault(prefix, set()).add(int(match[1]))
             if int(match[1]) == 0 and shapes.get(inside) == ref.shape:
-                alike[prefix] = alike.get(prefix, 0) + 1
+                matching[prefix] = matching.get(prefix, 0) + 1
     wanted = set(range(view.num_layers))
-    whole = {prefix: count for prefix, count in alike.items() if wanted <= numbers[prefix]}
+    whole = {prefix: count for prefix, count in matching.items() if wanted <= numbers[prefix]}
     return sorted(prefix for prefix, count in whole.items() if count == max(whole.values()))
 
 
 def count_beyond(view: LayeredModel, shards: Shards, prefix: str) -> int:
-    """Layers behind the last one (multi-token prediction), of any model type; 0 when there are none.
+    """Returns the number of layers behind the last one (multi-token prediction), of any model type.
 
-    By the config, or by tensors that only such layers have.
+    They are found by the config, or else by tensors that only such layers have.
     """
     counted = beyond_fields(view.config) or beyond_fields(view.model.config)
     if counted:

@@ -1,4 +1,4 @@
-"""Carrying out a plan on a model in memory."""
+"""Applies a plan to a model in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gradpruner.plans.repair import Repair
 log = logging.getLogger("gradpruner.pruning.in_memory")
 
 PROOF_TOLERANCE = 1e-3
-"""Relative error allowed between a pruned model and its source with the dropped layers passed through."""
+"""Largest relative error of a pruned model against its source with the dropped layers passed through."""
 
 
 def prune_(
@@ -39,19 +39,21 @@ def prune_(
     Args:
         model: A Hugging Face causal LM of a known family, without adapters.
         plan: What to do with every layer.
-        trace: The recorded gradients; needed when the plan merges by them.
+        trace: The recorded gradients; needed if the plan merges by them.
         progress: Called with the name of each linear as it is merged.
-        repair: What was fitted for this very plan (`fit_repair`); its weights replace those of the layers
-            before the cuts.
+        repair: The repair fitted for this plan (`fit_repair`); its weights replace those of the refitted
+            layers.
 
     Returns:
-        The same model object, with fewer layers and a config that says so.
+        The same model object, with fewer layers and a matching config.
 
     Raises:
-        PlanError: If the plan is for another model or depth, or merges without a fitting trace; if the repair
-            was fitted for another plan or model.
-        IntegrityError: If a file of the trace is missing or damaged. Either is raised before the
-            first weight changes.
+        PlanError: If the plan is for another model or depth, if it needs a trace that is missing or of
+            another model, if the repair was fitted for another plan or model, or if the model has adapters.
+        IntegrityError: If a file of the trace is missing or damaged. Both are raised before the first weight
+            changes.
+        ModelError: If the model type is unknown and pruning changes what the kept layers compute; the model
+            is unusable then.
 
     Source: GradPruner, section 3.2; released code `process_important.py`.
     """
@@ -69,7 +71,7 @@ def prune_(
     if plan.merged:
         if identity.endswith(QUANTISED):
             raise PlanError(
-                "The model is quantised; layers of it can be dropped but not merged.",
+                "The model is quantised; its layers can be dropped but not merged.",
                 hint="Plan with num_merge: 0, or prune the unquantised model.",
             )
         check_merging(plan, trace, shapes, identity)
@@ -90,7 +92,7 @@ def _merge_layers_(
     trace: GradientTrace | None,
     progress: Callable[[str], None] | None,
 ) -> None:
-    """Adds merged layers to the kept ones in place, and removes nothing yet."""
+    """Merges pruned layers into the kept ones in place; removes nothing."""
     linears = {layer: view.weights(layer) for layer in range(view.num_layers)}
     for target in sorted(plan.merged.keys() & set(plan.keep), reverse=True):
         for name, weight in linears[target].items():
@@ -101,13 +103,13 @@ def _merge_layers_(
 
 
 def shapes_of(view: LayeredModel) -> dict[int, dict[str, tuple[int, ...]]]:
-    """Layer -> path of a linear -> (out_features, in_features)."""
+    """Returns layer -> path of a linear -> (out_features, in_features)."""
     return {i: {n: tuple(w.shape) for n, w in view.weights(i).items()} for i in range(view.num_layers)}
 
 
 @torch.no_grad()
 def _repair_(view: LayeredModel, repair: Repair) -> None:
-    """Gives the layers before the cuts their fitted weights."""
+    """Sets the refitted weights."""
     for layer, name in repair.linears.items():
         weight = view.weight(layer, name)
         assert weight is not None  # its shape was checked
@@ -116,7 +118,7 @@ def _repair_(view: LayeredModel, repair: Repair) -> None:
 
 @torch.no_grad()
 def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
-    """Removes layers of an unknown model type, and proves that the kept ones compute what they did."""
+    """Removes layers of an unknown model type; proves that the kept ones compute the same as before."""
     was_training = view.model.training
     view.model.eval()
     with view.passed_through(plan.pruned):
@@ -127,7 +129,7 @@ def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
     if not error <= PROOF_TOLERANCE:
         raise ModelError(
             f"Model type '{view.config.model_type}' is not known, and pruning it by the general rule changes "
-            f"what the kept layers compute (relative error {error:.1e}). The model in memory is spoilt.",
+            f"what the kept layers compute (relative error {error:.1e}). The model in memory is unusable.",
             hint="Add a row to gradpruner/models/families.py that names the config fields which depend on "
             "position.",
         )
@@ -140,20 +142,21 @@ def check_merging(
     shapes: Mapping[int, Mapping[str, tuple[int, ...]]],
     identity: str,
 ) -> None:
-    """Everything that could fail while merging, before the first weight changes.
+    """Checks everything that could make merging fail, before the first weight changes.
 
     Args:
-        plan: A plan that merges.
-        trace: The recorded gradients, where the plan's rule needs them.
+        plan: A plan that merges layers.
+        trace: The recorded gradients, if the plan's rule needs them.
         shapes: Layer -> linear -> (out_features, in_features).
-        identity: Fingerprint of the model; "" when it cannot be told.
+        identity: Fingerprint of the model; "" if it is unknown.
 
     Raises:
-        PlanError: If layers are not alike, or a trace is needed that is missing or does not fit.
+        PlanError: If merged layers have different linears, or a trace is needed that is missing or of another
+            model.
         IntegrityError: If a file of the trace is missing or damaged.
     """
     if not plan.needs_trace:
-        check_alike(plan, shapes)
+        check_same_linears(plan, shapes)
         return
     if trace is None:
         count = sum(map(len, plan.merged.values()))
@@ -167,15 +170,15 @@ def check_merging(
             "The plan merges layers but this trace holds layer energies only.",
             hint="Record again with keep_factors=True, or plan with num_merge=0.",
         )
-    check_alike(plan, shapes)
+    check_same_linears(plan, shapes)
     for target, layers in plan.merged.items():
         for layer in (*layers, target) if plan.rule == "fisher" else layers:
             _check_recorded(shapes, layer, trace)
     trace.check_factors()
 
 
-def check_alike(plan: PruningPlan, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
-    """Raises PlanError unless every merged layer has the linears of the layer it goes into."""
+def check_same_linears(plan: PruningPlan, shapes: Mapping[int, Mapping[str, tuple[int, ...]]]) -> None:
+    """Raises PlanError unless every merged layer has the same linears as its target."""
     for target, layers in plan.merged.items():
         for layer in layers:
             if shapes[layer] != shapes[target]:
@@ -208,21 +211,21 @@ def merge_planned(
     name: str,
     weight: Callable[[int], Tensor],
 ) -> Tensor:
-    """One linear of a target with everything the plan merges into it, chains included.
+    """Computes one linear of a merge target; a merged layer may itself be a target of others.
 
-    `weight` gives that linear of a layer as it was before merging.
+    `weight` returns that linear of a layer as it was before merging.
     """
 
     def factors(layer: int) -> Factors | None:
         return trace.factors(layer, name) if trace is not None and plan.needs_trace else None
 
-    def taken_in(layer: int) -> Tensor:
+    def merged_weight(layer: int) -> Tensor:
         merged_itself = layer in plan.merged
         return merge_planned(plan, trace, layer, name, weight) if merged_itself else weight(layer)
 
     return merge_linear(
         weight(target),
-        [Source(taken_in(layer), factors(layer)) for layer in plan.merged[target]],
+        [Source(merged_weight(layer), factors(layer)) for layer in plan.merged[target]],
         rule=plan.rule,
         density=plan.density,
         target_factors=factors(target) if plan.rule == "fisher" else None,

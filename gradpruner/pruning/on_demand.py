@@ -1,9 +1,8 @@
-"""Models whose weights are read from their files when they are used, and forgotten right after.
+"""Models that read each weight from its file when it is used, and free it right after.
 
-The model's own forward pass runs, so whatever it does between its layers is done here too; memory is that of
-its largest weight (linears go through block by block, embeddings by rows) however large the model is. Models
-that share a `Reader` share what they compute: a product of a weight and numbers it was multiplied with before
-is looked up.
+The model's own forward pass runs, so everything it does between its layers is done here too. Linears are read
+block by block, embeddings row by row and other weights whole, so memory does not grow with the number of
+layers. Models that share a `Reader` share products: a weight is multiplied with the same numbers only once.
 """
 
 from __future__ import annotations
@@ -24,36 +23,36 @@ from gradpruner.models.layers import LayeredModel, returning_input
 from gradpruner.pruning.pieces import TORCH_DTYPES
 from gradpruner.pruning.writer import fill, open_source, read_tensor
 
-_BLOCK_BYTES = 2 << 20  # of a weight, in the dtype it is computed in: stays in the cache of a core
-_PRODUCT_BYTES = 256 << 20  # of products that are remembered; what comes later is computed again
+_BLOCK_BYTES = 2 << 20  # read of a weight at a time, in the computing dtype: fits into the cache of a core
+_PRODUCT_BYTES = 256 << 20  # of cached products; later products are not cached
 
 
 class Unmatched(Exception):
-    """A model cannot run like this: it must be loaded whole."""
+    """The model cannot run with weights read on demand; it must be loaded whole."""
 
 
 class Reader:
-    """Reads tensors, converts them to the dtype they are computed in, and remembers products."""
+    """Reads tensors, converts them to the computing dtype, and caches products."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._block = torch.empty(0, dtype=dtype)
         self._stored = torch.empty(0, dtype=torch.uint8)
         self._products: dict[TensorRef, list[tuple[Tensor, Tensor]]] = {}
-        self._given = torch.empty(0, dtype=dtype)  # the last that was remembered: q, k and v get the same
+        self._given = torch.empty(0, dtype=dtype)  # the last cached input, which q, k and v share
         self._left = _PRODUCT_BYTES
 
     def __call__(self, ref: TensorRef) -> Tensor:
-        """The whole tensor, in memory of its own."""
+        """Reads a whole tensor into memory of its own."""
         stored = read_tensor(ref)
         return stored.to(self.dtype) if stored.is_floating_point() else stored
 
-    def rows(self, ref: TensorRef, first: int, stop: int) -> Tensor:
-        """Some rows of a matrix, valid until the next are read."""
-        return next(self._blocks(ref, first, stop, stop - first))
+    def row(self, ref: TensorRef, index: int) -> Tensor:
+        """Reads one row of a matrix."""
+        return next(self._blocks(ref, index, index + 1, 1))[0].clone()
 
     def product(self, given: Tensor, ref: TensorRef) -> Tensor:
-        """The linear without bias, `given @ weight.T`, block by block."""
+        """Returns `given @ weight.T`, from the cache or computed block by block."""
         for numbers, product in self._products.get(ref, ()):
             if torch.equal(numbers, given):
                 return product.clone()
@@ -68,7 +67,7 @@ class Reader:
         return product
 
     def _blocks(self, ref: TensorRef, first: int, stop: int, height: int) -> Iterator[Tensor]:
-        """The rows from `first` to `stop`, `height` at a time, each valid until the next."""
+        """Yields the rows from `first` to `stop`, `height` at a time; each block is valid until the next."""
         dtype, width = TORCH_DTYPES[ref.dtype], ref.shape[1]
         size = dtype.itemsize * width
         if self._stored.nbytes < height * size:
@@ -85,11 +84,11 @@ class Reader:
 
 
 class FileWeight(torch.Tensor):
-    """A parameter that is in a file until an operation needs its numbers.
+    """A parameter that stays in its file until an operation needs its numbers.
 
-    `embedding` reads only the rows it looks up, `linear` goes through the weight block by block; every other
-    operation reads all of it. Without a file (a layer that is passed through) all its numbers are NaN, so
-    what they reach shows.
+    `embedding` reads only the rows it looks up, `linear` reads the weight block by block, and every other
+    operation reads all of it. A parameter of a passed-through layer has no file: all its numbers are NaN, so
+    that any use of them shows in the output.
     """
 
     ref: TensorRef | None
@@ -97,26 +96,26 @@ class FileWeight(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: tuple[int, ...], ref: TensorRef | None, reader: Reader) -> FileWeight:
-        """Announces shape and dtype; reads nothing."""
+        """Makes a tensor with shape and dtype; reads nothing."""
         made: FileWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=reader.dtype, device=torch.device("cpu")
         )
         made.ref, made.reader = ref, reader
-        made._is_param = True  # what makes it an nn.Parameter for isinstance
+        made._is_param = True  # isinstance then takes it for an nn.Parameter
         return made
 
     def read(self) -> Tensor:
-        """The whole tensor."""
+        """Reads the whole tensor."""
         if self.ref is None:
             return torch.full((), torch.nan, dtype=self.reader.dtype).expand(self.shape)
         return self.reader(self.ref)
 
     def row(self, index: int) -> Tensor:
-        """One row of a matrix."""
-        return self.read()[0] if self.ref is None else self.reader.rows(self.ref, index, index + 1)[0].clone()
+        """Reads one row of a matrix."""
+        return self.read()[0] if self.ref is None else self.reader.row(self.ref, index)
 
     def times(self, given: Tensor) -> Tensor:
-        """The linear without bias."""
+        """Returns `given @ self.T`."""
         if self.ref is None:
             return given.new_full((*given.shape[:-1], self.shape[0]), torch.nan)
         return self.reader.product(given, self.ref)
@@ -125,7 +124,7 @@ class FileWeight(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Lookups and products by parts; the rest goes on to `__torch_dispatch__`."""
+        """Reads embeddings and linears in parts; hands everything else to `__torch_dispatch__`."""
         if func is nn.functional.embedding and isinstance(args[1], FileWeight):
             rows, places = args[0].unique(return_inverse=True)
             return torch.stack([args[1].row(row) for row in rows.tolist()])[places]
@@ -138,7 +137,7 @@ class FileWeight(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Reads what the operation needs."""
+        """Reads the weights that the operation needs."""
 
         def filled(value: Any) -> Any:
             return value.read() if isinstance(value, FileWeight) else value
@@ -161,25 +160,25 @@ def on_demand(
     reader: Reader,
     passed: Collection[int] = (),
 ) -> nn.Module:
-    """A model in evaluation mode whose parameters are read from files when they are used.
+    """Returns a model in evaluation mode whose parameters are read from their files when they are used.
 
     Args:
-        config: Its transformers config.
-        tensors: By name in the checkpoint.
-        prefix: Under which name the layers are there.
-        reader: What its weights are read by.
-        passed: Layers that return their input. They still run, so that a cache keeps its places, but all
-            their numbers are NaN.
+        config: The transformers config of the model.
+        tensors: The tensors on disk, by name in the checkpoint.
+        prefix: Prefix of the layers' tensor names in the checkpoint.
+        reader: Reads the weights.
+        passed: Layers that return their input. They still run, so that the cache has an entry for them, but
+            all their numbers are NaN.
 
     Raises:
-        Unmatched: If a parameter is not in the files in the form it is computed with.
+        Unmatched: If a parameter is not stored in the form that the model uses.
     """
-    with init_empty_weights(), no_init_weights():  # not torch's meta device: buffers have numbers
+    with init_empty_weights(), no_init_weights():  # unlike torch's meta device, keeps buffers
         model = model_class(config)._from_config(copy.deepcopy(config), dtype=reader.dtype).eval()
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
     model.initialize_weights()  # the buffers
-    model.tie_weights()  # which works only outside that context
+    model.tie_weights()  # works only outside that context
     view = LayeredModel(model)
     for index in passed:
         view.layers[index] = _passed_through(view.layers[index], reader)
@@ -188,7 +187,7 @@ def on_demand(
 
 
 class _Names:
-    """Names in memory -> tensors on disk, where layers and what is around them may have other prefixes."""
+    """Finds parameters of a model on disk, where their names may begin differently."""
 
     def __init__(self, tensors: Mapping[str, TensorRef], path: str, prefix: str) -> None:
         self.tensors = tensors
@@ -199,7 +198,7 @@ class _Names:
         self.before, self.after = path[: len(path) - end], prefix[: len(prefix) - end]
 
     def find(self, name: str) -> TensorRef | None:
-        """The tensor of that name in memory."""
+        """Returns the tensor on disk of a parameter or buffer in memory; None if there is none."""
         if name.startswith(self.before):
             renamed = self.after + name[len(self.before) :]
             if renamed in self.tensors:
@@ -208,11 +207,11 @@ class _Names:
 
 
 def _fill(model: nn.Module, names: _Names, reader: Reader, passed: Collection[int]) -> None:
-    """Puts a `FileWeight` in the place of every parameter, and the stored numbers into buffers."""
-    gone = tuple(f"{names.layers}{index}." for index in passed)
-    stored = set(model.state_dict())  # before weights are put in: later it would read them all
-    made: dict[int, FileWeight] = {}
-    several: dict[int, set[str]] = {}
+    """Replaces every parameter by a `FileWeight`, and fills buffers with their stored numbers."""
+    passed_prefixes = tuple(f"{names.layers}{index}." for index in passed)
+    stored = set(model.state_dict())  # taken before there are FileWeights, which it would read
+    weights: dict[int, FileWeight] = {}
+    names_on_disk: dict[int, set[str]] = {}
     places = [
         (f"{path}.{key}" if path else key, module, key, parameter)
         for path, module in model.named_modules()
@@ -221,31 +220,31 @@ def _fill(model: nn.Module, names: _Names, reader: Reader, passed: Collection[in
     ]
     for name, _, _, parameter in places:
         ref = names.find(name)
-        if ref is not None and not name.startswith(gone):
+        if ref is not None and not name.startswith(passed_prefixes):
             if ref.shape != tuple(parameter.shape) or ref.dtype not in TORCH_DTYPES:
-                raise Unmatched(f"'{name}' is stored in another form than it is computed with")
-            several.setdefault(id(parameter), set()).add(ref.name)
-            made.setdefault(id(parameter), FileWeight(ref.shape, ref, reader))
+                raise Unmatched(f"'{name}' is stored in a different form than the model uses")
+            names_on_disk.setdefault(id(parameter), set()).add(ref.name)
+            weights.setdefault(id(parameter), FileWeight(ref.shape, ref, reader))
     for name, module, key, parameter in places:
-        if name.startswith(gone):
+        if name.startswith(passed_prefixes):
             continue
-        if len(several.get(id(parameter), ())) > 1:
-            raise Unmatched(f"'{name}' is tied to another tensor but stored by itself")
-        if id(parameter) not in made:
+        if len(names_on_disk.get(id(parameter), ())) > 1:
+            raise Unmatched(f"'{name}' is tied to another tensor but stored separately")
+        if id(parameter) not in weights:
             raise Unmatched(f"'{name}' is stored under another name")
-        module._parameters[key] = made[id(parameter)]
+        module._parameters[key] = weights[id(parameter)]
     for name, buffer in model.named_buffers():
-        if name not in stored or name.startswith(gone):
-            continue  # computed, not stored
+        if name not in stored or name.startswith(passed_prefixes):
+            continue  # it is computed, not stored
         ref = names.find(name)
         if ref is None or ref.shape != tuple(buffer.shape) or ref.dtype not in TORCH_DTYPES:
-            raise Unmatched(f"'{name}' is stored in another form than it is computed with")
+            raise Unmatched(f"'{name}' is stored in a different form than the model uses")
         buffer.copy_(reader(ref))
 
 
 def _passed_through(layer: nn.Module, reader: Reader) -> nn.Module:
-    """A layer without numbers that returns its input."""
-    bare: Any = copy.deepcopy(layer)  # others may share its parts
+    """Returns a copy of a layer that has no numbers and returns its input."""
+    bare: Any = copy.deepcopy(layer)  # other layers may share its parts
     for module in bare.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:

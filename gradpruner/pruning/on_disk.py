@@ -1,4 +1,4 @@
-"""Pruning a checkpoint on disk: most bytes never leave the kernel, and a crash leaves nothing half done."""
+"""Prunes a checkpoint on disk: the kernel copies most bytes, and a crash leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -43,37 +43,39 @@ def prune_checkpoint(
     progress: Callable[[int], None] | None = None,
     repair: Repair | None = None,
 ) -> VerifyReport:
-    """Prunes a checkpoint on disk; the model is never built.
+    """Prunes a checkpoint on disk without building the model.
 
     Kept tensors are copied byte for byte under their new names; only merge targets are computed, one linear
-    at a time. Everything is written to a folder beside `dst`, checked, made durable and renamed: a kill at
-    any moment leaves no `dst` or a complete one. Memory: that of the libraries plus what `verify_checkpoint`
-    says and, when layers are merged, what `merge_linear` states for the largest linear and its sources.
+    at a time. Everything is written to a folder beside `dst`, checked, flushed to disk and renamed: if the
+    process is killed at any moment, `dst` is missing or complete. Memory: that of the libraries, plus what
+    `verify_checkpoint` states and, if layers are merged, what `merge_linear` states for the largest linear
+    and its sources.
 
     Args:
-        src: A model folder with safetensors in any float dtype, or a hub id. Quantised checkpoints can be
-            pruned too, but not merged.
-        dst: The folder to make; one of ours is replaced, any other is refused.
+        src: A model folder with safetensors in any float dtype, or a hub id. In quantised checkpoints,
+            layers can be dropped but not merged.
+        dst: The folder to make; a model that this package wrote is replaced, anything else is refused.
         plan: What happens to every layer.
-        trace: The recorded gradients; needed when the plan merges by them.
-        max_shard_bytes: Largest size of a file of weights, in bytes of data.
-        verify: "full" compares what source and result compute, "structure" checks all but that, "auto" is
-            full where memory allows. A model type without a row must be proved in full.
+        trace: The recorded gradients; needed if the plan merges by them.
+        max_shard_bytes: Largest size of a weight file, in bytes of tensors, >= 1.
+        verify: "full" also compares the outputs of source and result, "structure" runs no model, "auto" is
+            full if memory allows. A model type without a row in the table of families must be verified in
+            full.
         progress: Called with the number of bytes written since the last call.
-        repair: What was fitted for this very plan (`fit_repair`); its weights, in the dtype of the source,
-            replace those of the layers before the cuts.
+        repair: The repair fitted for this plan (`fit_repair`); its weights, in the dtype of the source,
+            replace those of the refitted layers.
 
     Returns:
         What was verified, see `verification.verify_checkpoint`.
 
     Raises:
-        ConfigError: If `dst` is the source, lies inside it or around it, or holds something not ours; for a
-            file size below 1 and an unknown level.
-        PlanError: If the plan, or the repair, does not fit the model.
+        ConfigError: If `dst` is the source, lies inside it or contains it, or holds something that this
+            package did not write; if `max_shard_bytes` or the level is not allowed.
+        PlanError: If the plan or the repair is for another model.
         ModelError: If the source cannot be pruned.
-        IntegrityError: If a file of it is damaged or unsafe, holds NaN or Inf, or the result is not what the
-            plan says.
-        ResourceError: If the disk is too small or not writable. In all cases nothing is left behind.
+        IntegrityError: If a file of the source is damaged or unsafe, or holds NaN or Inf, or if the result
+            fails verification.
+        ResourceError: If the disk is too small or not writable. After any error nothing is left behind.
 
     Source: GradPruner, section 3.2.
     """
@@ -94,10 +96,10 @@ def write_pruned(
     verify: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> VerifyReport:
-    """Makes the checkpoint of a blueprint, as `prune_checkpoint`; `name` is what the source is called."""
+    """Writes the checkpoint of a blueprint, see `prune_checkpoint`; `name` is the source in its records."""
     source, target = blueprint.source, Path(dst).expanduser()
     _check_request(source, target, max_shard_bytes, verify)
-    compares_fully(verify, blueprint)  # refuses now what could not be trusted later
+    compares_fully(verify, blueprint)  # refuses before writing what could not be verified after
     pieces, carried, previous = blueprint.pieces(), carried_files(source), read_pruning(source) or None
     needed = sum(piece.num_bytes for piece in pieces) + sum(path.stat().st_size for path in carried)
     check_free_space(target.parent, int(needed * 1.01) + (16 << 20), "The pruned checkpoint")
@@ -105,11 +107,11 @@ def write_pruned(
     with staged_folder(target) as staged, reading() as reader:
         files = pack(pieces, max_shard_bytes)
         begun = write_shards(staged, files, {"format": "pt", **metadata}, reader, progress)
-        # As transformers writes it: some configs hold Infinity, which strict JSON has not.
+        # In the JSON that transformers writes: some configs hold Infinity, which strict JSON lacks.
         write_text(staged / "config.json", json.dumps(blueprint.new_config(), indent=2) + "\n")
         carry(source, carried, staged)
         report = verify_written(staged, blueprint, verify)
-        written = [shard.result() for shard in begun]  # a damaged source is the better reason to give
+        written = [shard.result() for shard in begun]  # a damaged source is the better reason to report
         report = replace(report, folder=str(target))
         report.raise_on_failure()
         facts = {
@@ -124,10 +126,10 @@ def write_pruned(
 
 
 def _check_request(source: Path, target: Path, max_shard_bytes: int, verify: str) -> None:
-    """Refuses what can be refused without looking into the model."""
+    """Refuses requests that are wrong whatever the model is."""
     try:
         check_output(target, inputs=(source,), marker=PRUNING_FILE)
-    except OSError as error:  # a parent that we may not even look into
+    except OSError as error:  # no permission to look into a parent folder
         raise write_failure(target, error) from error
     if target.resolve() in source.resolve().parents:
         raise ConfigError(
@@ -135,5 +137,5 @@ def _check_request(source: Path, target: Path, max_shard_bytes: int, verify: str
             hint="Choose another output folder.",
         )
     if max_shard_bytes < 1:
-        raise ConfigError(f"Files of at most {max_shard_bytes} bytes hold nothing; 1 is the least.")
+        raise ConfigError(f"max_shard_bytes is {max_shard_bytes}; at least 1 is needed.")
     check_known("level", verify, LEVELS)

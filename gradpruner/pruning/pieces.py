@@ -1,4 +1,4 @@
-"""What a file will hold before it is written: its tensors, where they come from, and its header."""
+"""The contents of a file to be written: its tensors, where they come from, and its header."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TORCH_DTYPES = {
     "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
     "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""safetensors' name of a dtype -> torch's, for those that can be computed with."""
+"""safetensors' name of a dtype -> torch dtype, for the dtypes that torch can compute with."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Piece:
     """One tensor of a file to be written.
 
     Attributes:
-        dtype: safetensors' name of its dtype.
-        ref: Where its bytes are copied from; None when it is computed.
-        make: Computes it when its turn comes; None when it is copied.
+        dtype: The name of its dtype in safetensors.
+        ref: The tensor whose bytes are copied; None if the tensor is computed.
+        make: Computes the tensor right before it is written; None if it is copied.
     """
 
     name: str
@@ -41,15 +41,15 @@ class Piece:
 
     @classmethod
     def copied(cls, name: str, ref: TensorRef) -> Piece:
-        """A tensor whose bytes stay as they are."""
+        """Returns the piece that copies the bytes of a tensor."""
         return cls(name, ref.dtype, ref.shape, ref.num_bytes, ref=ref)
 
 
 def pack(pieces: Sequence[Piece], max_bytes: int) -> list[list[Piece]]:
-    """Distributes tensors over files of at most `max_bytes` of data; a larger tensor gets one of its own.
+    """Distributes tensors over files of at most `max_bytes` of data; a larger tensor gets its own file.
 
-    Order is kept, so that neighbours in the source stay neighbours and are copied in one go; only within a
-    file are wider dtypes put first, so that every tensor is aligned.
+    The order is kept, so that neighbours in the source stay neighbours and are copied together. Only within a
+    file, wider dtypes are put first, so that every tensor is aligned.
     """
     files: list[list[Piece]] = [[]]
     size = 0
@@ -68,14 +68,14 @@ def _word_bytes(piece: Piece) -> int:
 
 
 def shard_names(count: int) -> list[str]:
-    """The file names transformers uses for so many shards."""
+    """Returns the file names that transformers gives to `count` shards."""
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def header_of(pieces: Sequence[Piece], metadata: dict[str, str]) -> bytes:
-    """The length and the header of a safetensors file that holds these tensors in this order."""
+    """Returns the first bytes, length and header, of a safetensors file with these tensors in this order."""
     entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     offset = 0
     for piece in pieces:

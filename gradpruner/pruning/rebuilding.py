@@ -1,4 +1,4 @@
-"""A pruned checkpoint made again from its source and its delta: the same files, to the bit."""
+"""Rebuilds a pruned checkpoint from its source and its delta: the same files, to the bit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradpruner.common.provenance import sha256_file
 from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model, staged_folder
 from gradpruner.models.headers import ShardHeader, TensorRef, check_inside, read_header
 from gradpruner.models.shards import Shards, open_shards
-from gradpruner.pruning.delta import SPARE_BYTES, existing
+from gradpruner.pruning.delta import SPARE_BYTES, existing_folder
 from gradpruner.pruning.delta_record import (
     AGAIN,
     DELTA_FILE,
@@ -35,28 +35,28 @@ def rebuild_checkpoint(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Rebuilds a pruned checkpoint from the model it was made from and a delta, to the last bit.
+    """Rebuilds a pruned checkpoint, to the last bit, from a delta and the model it was made from.
 
-    The source may be sharded in another way than when the delta was made; its tensors must be the same. Most
-    bytes are copied by the kernel; every file is hashed as it is written.
+    The source may be sharded differently than when the delta was made, but its tensors must be the same. The
+    kernel copies most bytes; every file is hashed as it is written.
 
     Args:
         source: The original, a model folder or a hub id.
         delta: A folder that `diff_checkpoint` made.
-        out: The folder to make; a model of ours is replaced, anything else is refused.
+        out: The folder to make; a model that this package wrote is replaced, anything else is refused.
         progress: Called with the number of bytes of weights written since the last call.
 
     Returns:
         `out`.
 
     Raises:
-        ConfigError: If there is no `delta`, or `out` holds something that is not ours.
+        ConfigError: If `delta` does not exist, or `out` holds something that this package did not write.
         ModelError: If the source is not a model folder.
-        IntegrityError: If delta.json says what no delta can, a file of the delta is damaged, missing or
-            outside it, or the source is not the model the delta was made from.
-        ResourceError: If the disk is too small or not writable. In all cases nothing is left behind.
+        IntegrityError: If delta.json is not valid; if a file of the delta is damaged, missing or outside it;
+            or if the source is not the model the delta was made from.
+        ResourceError: If the disk is too small or not writable. After any error nothing is left behind.
     """
-    origin, folder, target = locate_model(source), existing(delta, "delta"), Path(out)
+    origin, folder, target = locate_model(source), existing_folder(delta, "delta"), Path(out)
     check_output(target, inputs=(origin, folder), marker=PRUNING_FILE)
     record = read_record(folder)
     for name, facts in record.own_files().items():
@@ -79,19 +79,19 @@ def rebuild_checkpoint(
 
 
 def _check_file(folder: Path, name: str, facts: RecordedFile, hint: str) -> None:
-    """Refuses a file that is missing, outside the folder, or not the one that was recorded."""
+    """Refuses a file that is missing, outside the folder, or not the recorded one."""
     path = folder / name
     real = check_inside(folder, path)
     size = real.stat().st_size if real.is_file() else None
     if size != facts.bytes:
         found = "is not a regular file" if size is None else f"has {size} bytes"
-        raise IntegrityError(f"{path} {found}; {facts.bytes} bytes by {DELTA_FILE}.", hint=hint)
+        raise IntegrityError(f"{path} {found}; {DELTA_FILE} says {facts.bytes} bytes.", hint=hint)
     if sha256_file(real) != facts.sha256:
-        raise IntegrityError(f"{path} is damaged: its SHA-256 is not that in {DELTA_FILE}.", hint=hint)
+        raise IntegrityError(f"{path} is damaged: its SHA-256 is not the one in {DELTA_FILE}.", hint=hint)
 
 
 def _tensor_refs(folder: Path, record: DeltaRecord, source: Shards) -> dict[str, TensorRef]:
-    """Where the bytes of every tensor of the checkpoint are."""
+    """Returns where the bytes of every tensor of the checkpoint are."""
     held = read_header(folder / TENSORS_FILE, folder).tensors if record.tensors else {}
     if held.keys() != set(record.stored):
         raise IntegrityError(
@@ -102,20 +102,20 @@ def _tensor_refs(folder: Path, record: DeltaRecord, source: Shards) -> dict[str,
         if copied.source not in source.tensors:
             raise IntegrityError(
                 f"{source.folder} has no tensor {copied.source[:80]!r}, which the delta needs.",
-                hint=_other_source(record),
+                hint=_right_source(record),
             )
         found[name] = source.tensors[copied.source]
     return found
 
 
-def _other_source(record: DeltaRecord) -> str:
+def _right_source(record: DeltaRecord) -> str:
     return f"Give the model and revision the delta was made from ('{record.source}'), complete and unchanged."
 
 
 def _lay_out(
     folder: Path, staged: Path, record: DeltaRecord, refs: Mapping[str, TensorRef]
 ) -> dict[str, list[Piece]]:
-    """The pieces of every file of weights, each header proved before anything is written."""
+    """Returns the pieces of every weight file; checks all headers before any weights are written."""
     layout: dict[str, list[Piece]] = {}
     seen: set[str] = set()
     for name in record.weights:
@@ -124,21 +124,21 @@ def _lay_out(
         for ref in header.tensors.values():
             if ref.name not in refs or ref.name in seen:
                 raise IntegrityError(
-                    f"{raw} holds the tensor {ref.name[:80]!r}, which {DELTA_FILE} does not know or another "
-                    "file holds too.",
+                    f"{raw} names the tensor {ref.name[:80]!r}, which {DELTA_FILE} does not name or another "
+                    "header names too.",
                     hint=AGAIN,
                 )
             seen.add(ref.name)
         layout[name] = [_piece(ref, refs[ref.name], record) for ref in header.tensors.values()]
     if seen != refs.keys():
         raise IntegrityError(
-            f"No header has the tensor {min(refs.keys() - seen)[:80]!r} of {DELTA_FILE}.", hint=AGAIN
+            f"No header names the tensor {min(refs.keys() - seen)[:80]!r} of {DELTA_FILE}.", hint=AGAIN
         )
     return layout
 
 
 def _outline(raw: Path, path: Path, size: int) -> ShardHeader:
-    """Reads a header by itself, as that of a sparse file of full size, which takes no space."""
+    """Reads a header alone: as that of a sparse file of full size, which takes no space on the disk."""
     text = raw.read_bytes()
     with path.open("wb") as file:
         file.write(text)
@@ -146,10 +146,10 @@ def _outline(raw: Path, path: Path, size: int) -> ShardHeader:
     try:
         header = read_header(path)
     except IntegrityError as error:
-        raise IntegrityError(f"{raw} is not the header of the file: {error.message}", hint=AGAIN) from error
+        raise IntegrityError(f"{raw} is not the header of weights: {error.message}", hint=AGAIN) from error
     if header.data_start != len(text):
         raise IntegrityError(
-            f"{raw} has {len(text)} bytes, the header in it {header.data_start}.", hint=AGAIN
+            f"{raw} has {len(text)} bytes; the header in it has {header.data_start}.", hint=AGAIN
         )
     return header
 
@@ -160,33 +160,33 @@ def _piece(ref: TensorRef, origin: TensorRef, record: DeltaRecord) -> Piece:
         raise IntegrityError(
             f"The tensor '{origin.name}' in {origin.file} is {origin.dtype} {origin.shape}; the delta needs "
             f"{ref.dtype} {ref.shape}.",
-            hint=AGAIN if stored else _other_source(record),
+            hint=AGAIN if stored else _right_source(record),
         )
-    # As bytes, not numbers: the hash decides whether they are right, and NaN would be if it was there.
+    # As bytes, not numbers: the hash says whether they are right, and a recorded NaN is right too.
     return Piece(ref.name, "U8", (ref.num_bytes,), ref.num_bytes, ref=origin)
 
 
 def _wrong_weights(name: str, pieces: Sequence[Piece], record: DeltaRecord) -> IntegrityError:
-    """Why a file has another hash than recorded: looks for tensors of the source that are not the same."""
+    """Explains a wrong hash: looks for tensors of the source that differ from the recorded ones."""
     copied = [piece for piece in pieces if piece.name in record.copied]
     wrong = [piece for piece in copied if _digest(piece.ref) != record.copied[piece.name].sha256]
     if not wrong:
         return IntegrityError(
-            f"{name} came out with another SHA-256 than {DELTA_FILE} says, though every tensor of the source "
-            "is the right one.",
+            f"{name} does not have the SHA-256 in {DELTA_FILE} after rebuilding, although every tensor of "
+            "the source is the right one.",
             hint=f"{AGAIN} If that does not help, the disk or the memory of this machine is at fault.",
         )
     first = wrong[0].ref
     assert first is not None
     return IntegrityError(
         f"{len(wrong)} of {len(copied)} tensors of the source that go into {name} are not those the delta "
-        f"was made from, such as '{first.name}' in {first.file}.",
-        hint="The source is another revision, was fine-tuned, or is damaged. " + _other_source(record),
+        f"was made from; the first is '{first.name}' in {first.file}.",
+        hint="The source is another revision, was fine-tuned, or is damaged. " + _right_source(record),
     )
 
 
 def _digest(ref: TensorRef | None) -> str:
-    """SHA-256 of a tensor's bytes."""
+    """Returns the SHA-256 of a tensor's bytes."""
     assert ref is not None
     digest = hashlib.sha256()
     same_bytes(ref, ref, digest)

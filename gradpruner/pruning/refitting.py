@@ -1,9 +1,10 @@
-"""Fitting a repair: linears refitted by least squares on hidden states of the task's own samples.
+"""Fits a repair: refits linears by least squares on the hidden states of the task's own samples.
 
-Dense and pruned model run side by side, layer by layer (`walking.Walk`). At a cut the dense model also runs
-the removed layers, and the kept layer before them is refitted so that the pruned model's hidden states come
-close to the dense ones; `layer_wise` refits every kept layer behind the first cut. Each is fitted on what the
-pruned model computes up to there, earlier repairs included. Labels only say which tokens are answers.
+The dense and the pruned model run side by side, layer by layer (`walking.Walk`). At a cut, the dense model
+also runs the removed layers, and the kept layer before them is refitted so that the pruned model's hidden
+states come close to the dense ones; `layer_wise` refits every kept layer behind the first cut. Each layer is
+fitted on the hidden states that the pruned model, with its earlier repairs, feeds it. Labels only say which
+tokens are answers.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_r
 from gradpruner.pruning.tokens import Tokens
 
 MAX_REGRESSORS = 16_384
-"""Largest least-squares system: four matrices of 2.1 GB in float64. Above it the linear form is fitted."""
+"""Largest least-squares system: four matrices of 2.1 GB in float64. Above it, the linear form is fitted."""
 ANSWERS = 0.8
-"""Share of all weight of the positions before answer tokens; see docs/quality.md."""
+"""Share of the total weight that positions before answer tokens get at least; see docs/quality.md."""
 TOKENS_PER_REGRESSOR = 20
 FEWEST_ROWS = 512
 TOKENS_AT_ONCE = 2048
-"""Tokens that are there in float64 at the same time."""
+"""Tokens converted to float64 at a time."""
 
 
 @torch.no_grad()
@@ -57,70 +58,71 @@ def fit_repair(
     ridges: Sequence[float] = RIDGES,
     world: World | None = None,
 ) -> Repair:
-    """Refits linears of kept layers so that removing the others changes the hidden states least.
+    """Refits linears of kept layers so that removing the other layers changes the hidden states least.
 
-    For a run of removed layers behind a kept layer, with A the input of that layer's last linear W in the
+    For a run of removed layers behind a kept layer, let A be the input of that layer's last linear W in the
     pruned model, y the layer's output, h the dense model's hidden states after the run, f the factor by which
-    the layer multiplies what it adds (1 but for Granite), and w = c / |h|^2 (so that tokens with massive
-    activations do not decide), c greater where the next token is one of the answer (see `answers`):
+    the layer multiplies what it adds (1 except for Granite), and w = c / |h|^2, so that tokens with massive
+    activations do not dominate; c is larger where the next token belongs to the answer (see `answers`):
 
         least_squares   W' = W + argmin_U sum w |h - y - f U A|^2 + rho |U|^2
-        linear          W' = (I + U) W,  U of the regression on W A instead of A (ReplaceMe's map)
-        layer_wise      least_squares in every kept layer behind the first cut (h after the layer itself where
-                        no run follows), so that later layers make up for what a repair could not
+        linear          W' = (I + U) W, with U from the regression on W A instead of A (ReplaceMe's map)
+        layer_wise      least_squares in every kept layer behind the first cut (h is taken after the layer
+                        itself if no run follows), so that later layers reduce the error that is left
 
-    Where a norm follows the last linear (Gemma 2 and 3, OLMo 2) either kind fits one factor per channel of
-    the norm's output n instead, and puts it into the norm's weight: n_c becomes (1 + u_c) n_c.
+    If a norm follows the last linear (Gemma 2 and 3, OLMo 2), each kind instead fits one factor per channel
+    of the norm's output n, and multiplies it into the norm's weight: n_c becomes (1 + u_c) n_c.
 
-    The ridge rho is chosen on samples that are not fitted on, then all are fitted. Where no ridge helps
-    there, the linear stays as it is, so that the error on held-out tokens never rises. Left out are padding
-    and the first token of each sample; biases stay as they are.
+    The ridge rho is chosen on held-out samples; then all samples are fitted. If no ridge lowers the error
+    there, the linear stays as it is, so the error on held-out tokens never rises. Padding and the first token
+    of each sample do not count. Biases stay as they are.
 
-    Cost: the dense and the pruned model's layers up to the last refitted one once each, two more runs of each
-    that is refitted, and for it tokens x P^2 multiplications and six solves of a P x P system; P is the
-    in_features of the linear (least_squares, at most `MAX_REGRESSORS`, else linear is fitted) or the hidden
-    size. Memory beyond the model: the hidden states of all tokens twice, one layer's linears, and in float64
+    Cost: one run of the dense and of the pruned model up to the last refitted layer, and for each refitted
+    layer two more runs, tokens x P^2 multiplications and six solves of a P x P system. P is the linear's
+    in_features (least_squares; above `MAX_REGRESSORS` the linear form is fitted) or the hidden size (linear).
+    Memory beyond the model: the hidden states of all tokens twice, the linears of one layer, and in float64
     four P x P and four hidden x P matrices and the linear three times: about 9 GB for Llama-3.1-8B (P 14336),
     2.5 GB in the linear form.
 
     Args:
         model: The dense causal LM, without adapters; not changed.
-        plan: Which layers go; merged ones are merged first, which needs the trace where the rule does.
-        samples: Encoded samples (`input_ids`, `labels`), at least two, as `encode_all` gives them; labels say
-            only which tokens are of an answer.
+        plan: Which layers are removed. Merged layers are merged first; that needs the trace if the rule does.
+        samples: Encoded samples (`input_ids`, `labels`), at least two, as `encode_all` returns them. Labels
+            only say which tokens belong to answers.
         collator: Makes batches of them, padded on the right; None pads with token 0.
         kind: "linear", "least_squares" or "layer_wise".
-        rows: Samples used at most, >= 2; None takes as many as `enough_rows` says.
-        answers: Share of all weight that positions before answer tokens have at least, in [0, 1); by number
-            they are often a few of a hundred, and they are what the model is asked for. 0: all count alike.
-        trace: The recorded gradients, for a plan that merges by them.
-        seed: Of drawing the samples.
-        progress: Called with 1 after every layer.
-        ridges: What is tried, in units of the mean diagonal of the regressors' second moments, > 0.
-        world: Processes that share the batches of samples; every one must call this, and has the repair. The
-            sums are added up on the first, which solves.
+        rows: Maximum number of samples, >= 2; None takes the number that `enough_rows` returns.
+        answers: Share of the total weight that positions before answer tokens get at least, in [0, 1). There
+            are often few such positions, but they are what the model is asked for. 0: all count equally.
+        trace: The recorded gradients, if the plan merges by them.
+        seed: Seeds the choice of samples.
+        progress: Called with the number of layers done since the last call.
+        ridges: Values of rho to try, > 0, in units of the mean diagonal of the regressors' second moments.
+        world: Processes that share the batches. Each must call this function, and each gets the repair. The
+            first one adds up the sums and solves.
 
     Raises:
-        ConfigError: If the kind is unknown or "none", or rows or ridges are outside their range.
-        PlanError: If the plan is for another model, or the model is quantised or carries adapters.
+        ConfigError: If the kind is unknown or "none", or rows, answers or ridges are out of range.
+        PlanError: If the plan is for another model, or the model is quantised or has adapters.
         ModelError: If the layers cannot be refitted: they are mixtures of experts, depend on more than the
             hidden state, or end in neither a linear nor a norm.
         DataError: If there are fewer than two samples.
         NonFiniteError: If hidden states or refitted weights are NaN or infinite.
 
-    Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form carried over to the linear
+    Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form is applied to the linear
     itself and to a norm's weight.
     """
     _check_request(kind, rows, answers, ridges)
     world = world or World()
     started = time.perf_counter()
     view = LayeredModel(model)
-    _check(view, plan, trace)
+    _check_model(view, plan, trace)
     device = next(model.parameters()).device
     chosen = drawn(samples, rows or enough_rows(view, samples, kind), seed)
     if len(chosen) < 2:
         raise DataError(
-            "There is one sample; a repair needs one to fit on and one to choose by.", hint="Give more rows."
+            "There is only one sample; a repair is fitted on some and checked on others.",
+            hint="Give two rows or more.",
         )
     batches = list(sample_batches(chosen, collator or Collator(), device, BATCH_SIZE))
     was_training = model.training
@@ -128,7 +130,7 @@ def fit_repair(
     try:
         counted = world.in_step(lambda: Tokens(view, batches, answers, world))
         fitting = _Fitting(view, plan, counted, kind, trace, ridges)
-        fitting.go(progress)
+        fitting.run(progress)
     finally:
         model.train(was_training)
     tokens = sum(world.gathered([sum(int(some.sum()) for some in counted.walk.counted)]))
@@ -147,7 +149,7 @@ def fit_repair(
 
 
 def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kind: str) -> int:
-    """Samples that hold `TOKENS_PER_REGRESSOR` tokens for every unknown of a row; `FEWEST_ROWS` at least."""
+    """Returns how many samples hold `TOKENS_PER_REGRESSOR` tokens per regressor; at least `FEWEST_ROWS`."""
     shapes = [weight.shape for weight in view.weights(0).values()]
     regressors = max(int(shape[1]) for shape in shapes)
     if kind == "linear" or regressors > MAX_REGRESSORS:
@@ -164,15 +166,13 @@ def _check_request(kind: str, rows: int | None, answers: float, ridges: Sequence
             "There is nothing to fit for repair 'none'.", hint=f"Allowed: {', '.join(KINDS[1:])}."
         )
     if rows is not None and rows < 2:
-        raise ConfigError(f"{rows} rows cannot be fitted and chosen by.", hint="Use 2 rows or more.")
+        raise ConfigError(f"rows is {rows}; a repair needs 2 or more.")
     if not 0 <= answers < 1:
-        raise ConfigError(
-            f"Answers cannot have {answers} of all weight.", hint="Use a share from 0, below 1."
-        )
+        raise ConfigError(f"answers is {answers}; a share of at least 0 and below 1 is needed.")
     check_ridges(ridges)
 
 
-def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -> None:
+def _check_model(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -> None:
     refuse_adapters(view.model, "a repair is fitted to the weights without them")
     identity = fingerprint(view.model)
     if identity.endswith(QUANTISED):
@@ -186,7 +186,7 @@ def _check(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -
 
 
 class _Fitting:
-    """One walk from input to output: dense states and pruned states, and what was fitted on the way."""
+    """Walks dense and pruned hidden states through the layers, and fits the repair on the way."""
 
     def __init__(
         self,
@@ -202,16 +202,16 @@ class _Fitting:
         self.cuts: list[RepairedCut] = []
         self.weights: dict[int, Tensor] = {}
         self.notes: list[str] = []
-        if unrepaired(plan):
+        if first := unrepaired(plan):
             self.notes.append(
-                f"layers {runs_of(unrepaired(plan))} go at the input, where no layer is left to repair"
+                f"layers {runs_of(first)} are removed at the input: no layer before them can be repaired"
             )
 
-    def go(self, progress: Callable[[int], None] | None) -> None:
+    def run(self, progress: Callable[[int], None] | None) -> None:
         """Takes both states through all layers up to the last cut."""
         runs = dict(places_of(self.plan, self.kind))
-        dense, self.walk.start = self.walk.start, []  # so that states that are replaced are freed
-        pruned = dense  # one list as long as the states are the same
+        dense, self.walk.start = self.walk.start, []  # so that replaced states are freed
+        pruned = dense  # the same list until the states differ
         last = max((layer + len(run) for layer, run in runs.items()), default=-1)
         layer = 0
         while layer <= last:
@@ -227,7 +227,7 @@ class _Fitting:
                 progress(1 + len(run))
 
     def _advance(self, layers: Sequence[int], states: list[Tensor]) -> None:
-        """Runs layers on states, in place, so that at most one batch is in memory twice."""
+        """Runs layers on states, in place; at most one batch is in memory twice."""
         for batch, state in enumerate(states):
             for layer in layers:
                 state = self.walk.layer_on(layer, batch, state)
@@ -236,7 +236,7 @@ class _Fitting:
     def _keep(
         self, layer: int, run: tuple[int, ...] | None, pruned: list[Tensor], dense: list[Tensor]
     ) -> None:
-        """Takes the pruned states through a kept layer, refitted first if it is one of the places."""
+        """Takes the pruned states through a kept layer, which is refitted first if `run` is given."""
         with self._merged(layer):
             new = None if run is None else self._refitted(layer, run, pruned, dense)
             if new is None:
@@ -251,7 +251,7 @@ class _Fitting:
     def _refitted(
         self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]
     ) -> Tensor | None:
-        """The refitted weight of a layer, float32 on the CPU; None if none is better."""
+        """Returns the refitted weight of a layer, float32 on the CPU; None if no ridge lowers the error."""
         output = self._output(layer, pruned[0])
         form = self._form(output)
         fitted, held_out = self._sums(layer, output, form, pruned, dense)
@@ -267,7 +267,7 @@ class _Fitting:
         return new
 
     def _output(self, layer: int, state: Tensor) -> Output:
-        """What is refitted in a layer; its factor is estimated, so all processes take that of the first."""
+        """Finds what to refit in a layer; its factor is estimated, so all processes use the first one's."""
 
         def work() -> tuple[str, float, float | None]:
             found = output_of(self.view, self.walk, layer, state)
@@ -281,7 +281,7 @@ class _Fitting:
     def _solved(
         self, cut: RepairedCut, output: Output, form: str, fitted: AnySums, held_out: AnySums
     ) -> Tensor:
-        """The refitted weight with the chosen ridge, from all tokens."""
+        """Returns the weight refitted on all tokens with the chosen ridge."""
         assert cut.ridge is not None
         fitted.take(held_out)
         update = fitted.solve(cut.ridge)
@@ -297,7 +297,7 @@ class _Fitting:
         return new
 
     def _form(self, output: Output) -> str:
-        """What is fitted: "linear" or "least_squares", or "scale" where a norm follows the last linear."""
+        """Returns what to fit: "linear", "least_squares", or "scale" if a norm follows the last linear."""
         if output.offset is not None:
             self.notes.append(
                 "a norm follows the last linear of each layer: its scale per channel was refitted instead"
@@ -314,7 +314,7 @@ class _Fitting:
     def _sums(
         self, layer: int, output: Output, form: str, pruned: list[Tensor], dense: list[Tensor]
     ) -> tuple[AnySums, AnySums]:
-        """Sums over the tokens that are fitted and over those held out, from one run of the layer."""
+        """Returns the sums over fitted tokens and over held-out tokens, from one run of the layer."""
         weight = output.weight.detach()
         # MPS has no double precision.
         device = torch.device("cpu") if weight.device.type == "mps" else weight.device
@@ -331,15 +331,15 @@ class _Fitting:
         )
         try:
             for batch, state in enumerate(pruned):
-                handed = self.walk.layer_on(layer, batch, state)
+                after = self.walk.layer_on(layer, batch, state)
                 for part, chosen in zip(sums, self.tokens.parts(batch), strict=True):
                     for sample, token in (t.unbind(1) for t in chosen.nonzero().split(TOKENS_AT_ONCE)):
                         target = dense[batch][sample, token].to(device, torch.float64)
-                        missing = target - handed[sample, token].to(device, torch.float64)
-                        x = caught["x"].view(*handed.shape[:2], -1)[sample, token].to(device, torch.float64)
+                        residual = target - after[sample, token].to(device, torch.float64)
+                        x = caught["x"].view(*after.shape[:2], -1)[sample, token].to(device, torch.float64)
                         x = (x if wide is None else x @ wide.T) * output.factor
                         count = self.tokens.weights(batch, sample, token).to(device)
-                        part.add(x, missing, count / target.square().sum(dim=1).clamp_min(1e-12))
+                        part.add(x, residual, count / target.square().sum(dim=1).clamp_min(1e-12))
         finally:
             hook.remove()
         for part in sums:
@@ -356,7 +356,7 @@ class _Fitting:
 
     @contextmanager
     def _merged(self, layer: int) -> Iterator[None]:
-        """Inside the block, a kept layer holds what the plan merges into it."""
+        """Within the block, a kept layer has its merged weights."""
         if layer not in self.plan.merged:
             yield
             return

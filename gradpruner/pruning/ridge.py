@@ -1,4 +1,4 @@
-"""Ridge regressions from sums over tokens: nothing of a token is kept once it has been added.
+"""Ridge regressions from sums over tokens: tokens are added to the sums and not kept.
 
 Shape suffixes: T tokens, D outputs (the hidden size), P regressors.
 """
@@ -20,15 +20,15 @@ RIDGES = (0.01, 0.1, 1.0, 10.0)
 
 @dataclass
 class AnySums:
-    """Weighted sums over tokens of everything a ridge regression needs, in float64.
+    """The weighted sums over tokens that a ridge regression needs, in float64.
 
-    With regressors x, what is missing r and weights w:
+    For regressors x, residuals r and weights w:
 
     Attributes:
-        gram: Of regressors with each other.
-        cross: Of what is missing with regressors.
-        energy: sum w |r|^2.
-        tokens: How many.
+        gram: Sum of w times products of regressors.
+        cross: Sum of w times products of residuals and regressors.
+        energy: Sum of w |r|^2.
+        tokens: Number of tokens.
     """
 
     gram: Tensor
@@ -43,58 +43,61 @@ class AnySums:
         self.energy, self.tokens = self.energy + other.energy, self.tokens + other.tokens
 
     def sum_on_first(self, world: World) -> None:
-        """Adds the sums of all processes, in place; only the first one can use them afterwards."""
+        """Adds up the sums of all processes, in place; the result is valid on the first process only."""
         world.sum_on_first((self.gram, self.cross))
         found = world.gathered([(self.energy, self.tokens)])
         self.energy, self.tokens = (sum(values) for values in zip(*found, strict=True))
 
     @property
     def is_finite(self) -> bool:
-        """Whether no token brought in NaN or Inf."""
+        """Whether no sum is NaN or infinite."""
         return math.isfinite(self.energy + float(self.gram.sum()) + float(self.cross.sum()))
 
-    def add(self, x: Tensor, missing: Tensor, weight: Tensor) -> None:
-        """Adds tokens: regressors, what is missing, and how much each counts; all float64."""
+    def add(self, x: Tensor, residual: Tensor, weight: Tensor) -> None:
+        """Adds tokens: their regressors, residuals and weights; all float64."""
         raise NotImplementedError
 
     def solve(self, ridge: float) -> Tensor:
-        """`U = argmin sum w |r - U x|^2 + rho |U|^2`, float64.
+        """Returns `U = argmin sum w |r - U x|^2 + rho |U|^2`, float64.
 
         Args:
-            ridge: rho in units of the mean diagonal of the regressors' sums, > 0. As it grows U goes to 0:
-                the old weights.
+            ridge: rho, > 0, in units of the mean diagonal of `gram`. As it grows, U goes to 0, which leaves
+                the weights unchanged.
 
         Raises:
-            ConfigError: If the ridge is so small that the system cannot be solved.
+            ConfigError: If the ridge is too small for the system to be solved.
         """
         raise NotImplementedError
 
     def error(self, update: Tensor | None) -> float:
-        """Mean weighted |r - U x|^2 over the tokens; |r|^2 without an update."""
+        """Returns the mean of w |r - U x|^2 over the tokens; of w |r|^2 if there is no update."""
         if update is None:
             return self.energy / max(1, self.tokens)
-        return max(0.0, self._left(update)) / max(1, self.tokens)
+        return max(0.0, self._remaining(update)) / max(1, self.tokens)
 
-    def _left(self, update: Tensor) -> float:
-        """The energy that an update leaves."""
+    def _remaining(self, update: Tensor) -> float:
+        """Returns the energy that remains with an update."""
         raise NotImplementedError
 
 
 class Sums(AnySums):
-    """Every output by all regressors: gram is (P, P), cross (D, P), and so is U = C (G + rho I)^-1."""
+    """Sums for a regression of every output on all regressors: `U = cross (gram + rho I)^-1`.
+
+    gram is (P, P); cross and U are (D, P).
+    """
 
     @classmethod
     def empty(cls, regressors: int, outputs: int, device: torch.device | str = "cpu") -> Sums:
-        """No tokens yet."""
+        """Returns sums over no tokens."""
         gram_PP = torch.zeros(regressors, regressors, dtype=torch.float64, device=device)
         return cls(gram_PP, torch.zeros(outputs, regressors, dtype=torch.float64, device=device))
 
-    def add(self, x_TP: Tensor, missing_TD: Tensor, weight_T: Tensor) -> None:  # noqa: D102
+    def add(self, x_TP: Tensor, residual_TD: Tensor, weight_T: Tensor) -> None:  # noqa: D102
         root_T1 = weight_T.sqrt()[:, None]
-        x_TP, missing_TD = x_TP * root_T1, missing_TD * root_T1
+        x_TP, residual_TD = x_TP * root_T1, residual_TD * root_T1
         self.gram.addmm_(x_TP.T, x_TP)
-        self.cross.addmm_(missing_TD.T, x_TP)
-        self.energy += float(missing_TD.square().sum())
+        self.cross.addmm_(residual_TD.T, x_TP)
+        self.energy += float(residual_TD.square().sum())
         self.tokens += len(x_TP)
 
     def solve(self, ridge: float) -> Tensor:  # noqa: D102
@@ -110,59 +113,57 @@ class Sums(AnySums):
             )
         return torch.cholesky_solve(self.cross.T, factor).T
 
-    def _left(self, update_DP: Tensor) -> float:
+    def _remaining(self, update_DP: Tensor) -> float:
         explained = 2 * float((update_DP * self.cross).sum())
         own = float(((update_DP @ self.gram) * update_DP).sum())
         return self.energy - explained + own
 
 
 class ChannelSums(AnySums):
-    """Every output channel by a regressor of its own alone: `u_c = sum w r_c x_c / (sum w x_c^2 + rho)`.
+    """Sums for a regression of each channel on one regressor: `u_c = sum w r_c x_c / (sum w x_c^2 + rho)`.
 
-    gram, cross and u are (D,): what fits one factor per channel of a norm.
+    gram, cross and u are (D,). This fits one factor per channel of a norm.
     """
 
     @classmethod
     def empty(cls, outputs: int, device: torch.device | str = "cpu") -> ChannelSums:
-        """No tokens yet."""
+        """Returns sums over no tokens."""
         zeros = torch.zeros(outputs, dtype=torch.float64, device=device)
         return cls(zeros, zeros.clone())
 
-    def add(self, x_TD: Tensor, missing_TD: Tensor, weight_T: Tensor) -> None:  # noqa: D102
+    def add(self, x_TD: Tensor, residual_TD: Tensor, weight_T: Tensor) -> None:  # noqa: D102
         self.gram += weight_T @ x_TD.square()
-        self.cross += weight_T @ (x_TD * missing_TD)
-        self.energy += float((weight_T @ missing_TD.square()).sum())
+        self.cross += weight_T @ (x_TD * residual_TD)
+        self.energy += float((weight_T @ residual_TD.square()).sum())
         self.tokens += len(x_TD)
 
     def solve(self, ridge: float) -> Tensor:  # noqa: D102
         return self.cross / (self.gram + ridge * _positive(self.gram.mean()))
 
-    def _left(self, update_D: Tensor) -> float:
+    def _remaining(self, update_D: Tensor) -> float:
         return self.energy + float((update_D * (update_D * self.gram - 2 * self.cross)).sum())
 
 
 def _positive(mean: Tensor) -> Tensor:
-    return mean.clamp_min(1e-200)  # where every regressor is 0 the update is 0, not NaN
+    return mean.clamp_min(1e-200)  # if every regressor is 0, the update is 0, not NaN
 
 
 def check_ridges(ridges: Sequence[float]) -> None:
-    """Raises ConfigError unless there is a ridge and all of them are positive numbers."""
+    """Raises ConfigError unless there is at least one ridge and all are positive and finite."""
     if not ridges or not all(0 < ridge < math.inf for ridge in ridges):
-        raise ConfigError(
-            f"Ridges {list(ridges)} cannot be tried.", hint="Allowed: one or more finite numbers above 0."
-        )
+        raise ConfigError(f"ridges is {list(ridges)}; one or more finite numbers above 0 are needed.")
 
 
 def choose_update(
     fitted: AnySums, held_out: AnySums, ridges: Sequence[float] = RIDGES
 ) -> tuple[float | None, float]:
-    """The ridge that is best on tokens that were not fitted on, and the error there.
+    """Chooses the ridge with the lowest error on held-out tokens.
 
     Returns:
-        (None, the error without an update) when no ridge lowers it.
+        The ridge and its error; (None, the error without an update) if no ridge lowers it.
 
     Raises:
-        NonFiniteError: If the sums hold NaN or Inf, which no ridge can tell apart from "no help".
+        NonFiniteError: If the sums hold NaN or Inf; it would look as if no ridge helped.
     """
     if not (fitted.is_finite and held_out.is_finite):
         raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""The export gate: a pruned checkpoint is what its plan says, and computes what it should."""
+"""Verifies a pruned checkpoint: that it matches its plan, and that it computes what it should."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from gradpruner.models.proof import relative_error, tolerance
 from gradpruner.models.shards import open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
-from gradpruner.pruning.behaviour import Both, check_copies, run_on_demand, run_whole
+from gradpruner.pruning.behaviour import Outputs, check_copies, run_on_demand, run_whole
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.writer import read_tensor, sha256_tensor
 
 LEVELS = ("auto", "full", "structure")
-_MEMORY_SHARE = 0.7  # of what is free: a model loaded once, its activations, and what else goes on
+_MEMORY_SHARE = 0.7  # of the free memory; the rest is for activations and other processes
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        name: What, in a few words.
-        passed: Whether it is as it should be; None when it was not looked at.
-        detail: What was found, or why it was not looked at.
+        name: What was checked, in a word or two.
+        passed: Whether the check passed; None if it was not done.
+        detail: What was found, or why the check was not done.
     """
 
     name: str
@@ -49,11 +49,11 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was verified of a checkpoint.
+    """The result of verifying a checkpoint.
 
     Attributes:
         level: "full" or "structure".
-        checks: In the order they were made; none is made after one failed.
+        checks: The checks in order, up to the first that failed.
     """
 
     folder: str
@@ -62,7 +62,7 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing that was looked at is wrong."""
+        """Whether no check failed."""
         return all(check.passed is not False for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,29 +91,31 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """Checks a pruned checkpoint against its plan and its source.
 
-    Merging is repeated in memory and compared to the bit (with a trace where the rule needs one); repaired
-    linears must be those of the repair or, without it, have the hashes that `pruning.json` states. What the
-    checkpoint computes is compared with the source model whose pruned layers return their input, and which
-    has the merged and repaired linears of the checkpoint. All other tensors must hold the bytes of the
-    source's. Both run on the CPU, one after the other, each weight read from its file when it is used
-    (`on_demand`), so memory is 256 MB at most for what both compute, and that of the largest weight that is
-    no linear; 16 bits are computed in float32. Models whose weights are stored in another form than they are
-    computed with are loaded whole, in the dtype they are stored in, and the report says so.
+    Merging is repeated in memory and compared to the bit (if its rule needs a trace, only with a trace).
+    Repaired linears must be those of the repair or, without it, have the hashes recorded in `pruning.json`.
+    All other tensors must hold the same bytes as in the source. The outputs of the checkpoint are compared
+    with those of the source, in which pruned layers return their input and merged and repaired linears are
+    replaced by the checkpoint's.
+
+    Both models run on the CPU, one after the other. Each weight is read from its file when it is used
+    (`on_demand`), so memory is at most 256 MB for cached products, plus the largest weight that is no linear;
+    16-bit weights are computed in float32. Models whose weights are stored in a different form than they use
+    are loaded whole, in the dtype they are stored in, and the report says so.
 
     Args:
         folder: The pruned checkpoint.
-        source: The model it was made from; None for what its `pruning.json` says.
-        plan: What was pruned; None for what its `pruning.json` says.
-        trace: The recorded gradients; repeats the merging in memory.
-        level: "full", "structure" (nothing is computed), or "auto": full, unless the models have to be loaded
-            whole and the larger one takes more than 70 % of the free memory.
-        repair: What was fitted for the plan; None for what `pruning.json` says of it.
+        source: The model it was made from; None: the one its `pruning.json` names.
+        plan: The plan it was pruned by; None: the one in its `pruning.json`.
+        trace: The recorded gradients, to repeat merging.
+        level: "full", "structure" (runs no model), or "auto": full, unless the models must be loaded whole
+            and the source takes more than 70 % of the free memory.
+        repair: The repair fitted for the plan; None: its hashes in `pruning.json`.
 
     Returns:
-        Every check with what was found; look at `passed`, or call `raise_on_failure`.
+        All checks and what they found; look at `passed`, or call `raise_on_failure`.
 
     Raises:
-        ConfigError: If level is unknown, or the folder does not say what was pruned and no plan is given.
+        ConfigError: If level is unknown, or if source or plan is neither given nor in `pruning.json`.
         ModelError: If a model type without a row in the table of families cannot be verified in full.
     """
     check_known("level", level, LEVELS)
@@ -130,12 +132,12 @@ def verify_checkpoint(
 def verify_written(
     target: Path, blueprint: Blueprint, level: str, facts: Mapping[str, Any] = MappingProxyType({})
 ) -> VerifyReport:
-    """Checks a folder against the blueprint it was written by, as `verify_checkpoint`.
+    """Checks a folder against its blueprint, see `verify_checkpoint`.
 
-    `facts` are those of its `pruning.json`; nothing where it has none yet.
+    `facts` is the content of its `pruning.json`; empty if that is not written yet.
     """
     full = compares_fully(level, blueprint)
-    repaired = blueprint.repair_facts() or _repair_of(facts, target)
+    repaired = blueprint.repair_facts() or _recorded_repair(facts, target)
     gate = _Gate(target, blueprint, tuned="finetune" in facts, repaired=repaired)
     gate.may_skip = level == "auto" and blueprint.view.family.proven
     checks: list[Check] = []
@@ -151,8 +153,8 @@ def verify_written(
     return VerifyReport(str(target), "full" if full and not gate.skipped else "structure", tuple(checks))
 
 
-def _repair_of(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What `pruning.json` says of the repair; nothing if there was none."""
+def _recorded_repair(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Returns the repair recorded in `pruning.json`; empty if there was none."""
     raw = facts.get("repair")
     try:
         if raw is None:
@@ -168,18 +170,18 @@ def _repair_of(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def compares_fully(level: str, blueprint: Blueprint) -> bool:
-    """Whether what both models compute is compared at this level, on this machine.
+    """Returns whether the outputs of both models are compared at this level, on this machine.
 
     Raises:
-        ModelError: If a model type without a row in the table of families would not be.
+        ModelError: If they are not, although the model type has no row in the table of families.
     """
     full = level != "structure" and not blueprint.quantised
     full = full and (level == "full" or _fits(blueprint) or _runs_on_demand(blueprint))
     if not full and not blueprint.view.family.proven:
         raise ModelError(
-            f"Model type '{blueprint.view.config.model_type}' has no row in the table of families, so what a "
-            "pruned one computes must be compared before it can be trusted; that was not asked for, or "
-            "does not fit into memory.",
+            f"Model type '{blueprint.view.config.model_type}' has no row in the table of families, so the "
+            "outputs of the pruned model must be compared with the source's before it can be trusted; that "
+            "was not asked for, or does not fit into memory.",
             hint="Verify in full on a machine with more memory, or add a row to "
             "gradpruner/models/families.py.",
         )
@@ -187,12 +189,12 @@ def compares_fully(level: str, blueprint: Blueprint) -> bool:
 
 
 def _fits(blueprint: Blueprint) -> bool:
-    """Whether the source may be loaded whole."""
+    """Returns whether the source can be loaded whole."""
     return bool(blueprint.shards.total_bytes <= _MEMORY_SHARE * psutil.virtual_memory().available)
 
 
 def _runs_on_demand(blueprint: Blueprint) -> bool:
-    """Whether the files hold the weights in the form they are computed with."""
+    """Returns whether the files hold the weights in the form that the model uses."""
     try:
         on_demand(blueprint.config, blueprint.shards.tensors, blueprint.prefix, Reader(torch.float32))
     except Unmatched:
@@ -201,7 +203,7 @@ def _runs_on_demand(blueprint: Blueprint) -> bool:
 
 
 class _Gate:
-    """The checks, in order; later ones use what earlier ones have loaded."""
+    """The checks, in order; later checks use what earlier ones loaded."""
 
     def __init__(
         self,
@@ -216,12 +218,12 @@ class _Gate:
         cuts = repaired.get("cuts", ())
         self.linears = {cut["layer"]: cut["linear"] for cut in cuts if cut["ridge"] is not None}
         self.plan = blueprint.plan
-        self.both: Both
+        self.outputs: Outputs
         self.may_skip = self.skipped = False
         self.how = ""
 
     def steps(self, full: bool) -> list[tuple[str, Callable[[], str]]]:
-        """Name and work of every check."""
+        """Returns name and function of every check."""
         steps = [
             ("files", self.files),
             ("tensors", self.tensors),
@@ -243,26 +245,26 @@ class _Gate:
         ]
 
     def files(self) -> str:
-        """Headers, extents, index."""
+        """Checks headers, sizes and the index."""
         shards = open_shards(self.folder)
         size = readable_bytes(shards.total_bytes)
         return f"{len(shards.tensors)} tensors, {len(shards.headers)} file(s), {size}"
 
     def tensors(self) -> str:
-        """Names, shapes and dtypes against plan and source."""
+        """Checks names, shapes and dtypes against plan and source."""
         found = {name: (ref.dtype, ref.shape) for name, ref in open_shards(self.folder).tensors.items()}
         wanted = {piece.name: (piece.dtype, piece.shape) for piece in self.blueprint.pieces()}
         wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
         if wrong:
             name = wrong[0]
             raise _Failed(
-                f"{len(wrong)} tensors are not what plan and source say, such as '{name}': "
+                f"{len(wrong)} tensors are not what plan and source say; the first is '{name}': "
                 f"{found.get(name, 'missing')} instead of {wanted.get(name, 'nothing')}"
             )
         return f"names, shapes and dtypes of {len(found)} tensors as planned"
 
     def config(self) -> str:
-        """Depth, and that transformers writes back what it read."""
+        """Checks the depth, and that transformers saves the config as it read it."""
         config = load_config(self.folder, native=True)
         depth = text_config(config).num_hidden_layers
         if depth != len(self.plan.keep):
@@ -273,14 +275,14 @@ class _Gate:
         return f"{depth} layers; saved and read again without a change"
 
     def structure(self) -> str:
-        """Missing, unexpected and mismatched tensors, asked of transformers."""
+        """Checks with transformers that no tensors are missing, unexpected or mismatched."""
         if self.blueprint.quantised:
             return "not done: a quantised model is only built on the hardware it is made for"
         load_structure(self.folder)
         return "plain from_pretrained: nothing missing, unexpected or mismatched"
 
     def run_both(self) -> str:
-        """What source and checkpoint compute, while a thread compares the weights that both hold."""
+        """Runs source and checkpoint, while a thread compares the copied tensors."""
         if self.tuned:
             return self._run_both() or "not compared: this model was fine-tuned after pruning"
         with ThreadPoolExecutor(1) as thread:
@@ -292,40 +294,38 @@ class _Gate:
         return not_run or merged + (f", {len(self.linears)} repaired" if self.linears else "")
 
     def _run_both(self) -> str:
-        """Runs both; returns why they were not run, else ""."""
+        """Runs both models; returns why they were not run, or ""."""
         cuts = self.linears.items()
         try:
-            self.both = run_on_demand(self.folder, self.blueprint, cuts, with_source=not self.tuned)
+            self.outputs = run_on_demand(self.folder, self.blueprint, cuts, with_source=not self.tuned)
             how = "weights read as they are used"
         except GradPrunerError:
             raise
-        except Exception as error:  # whatever a model does that weights in files cannot
+        except Exception as error:  # a model may use its weights in ways that only tensors in memory allow
             reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:200]
             if self.may_skip and not _fits(self.blueprint):
                 self.skipped = True
                 return f"not done: the models must be loaded whole, for which memory is too small ({reason})"
-            self.both = run_whole(self.folder, self.blueprint, cuts, with_source=not self.tuned)
+            self.outputs = run_whole(self.folder, self.blueprint, cuts, with_source=not self.tuned)
             how = f"loaded whole ({reason})"
-        self.how = f"{how}, in {str(self.both.dtype).removeprefix('torch.')}"
+        self.how = f"{how}, in {str(self.outputs.dtype).removeprefix('torch.')}"
         return ""
 
     def repaired(self) -> str:
-        """Refitted weights against the repair, or against the hashes noted when it was carried out."""
+        """Checks refitted weights against the repair, or against the hashes recorded when it was applied."""
         if self.tuned:
             return "not compared: this model was fine-tuned after the repair"
         here = open_shards(self.folder).tensors
         named = {self.blueprint.repaired_name(layer, name) for layer, name in self.linears.items()}
         if named != set(self.hashes):
-            raise _Failed(
-                f"the repair names the tensors {sorted(self.hashes)}; {sorted(named)} would be refitted"
-            )
+            raise _Failed(f"the repair records the tensors {sorted(self.hashes)}, but refits {sorted(named)}")
         for name, digest in self.hashes.items():
             if sha256_tensor(read_tensor(here[name])) != digest:
-                raise _Failed(f"'{name}' is not what the repair gave")
+                raise _Failed(f"'{name}' does not have the hash of the repair")
         return f"{len(self.hashes)} tensors have the hashes of the repair"
 
     def merged(self) -> str:
-        """Merges once more in memory and compares with what was written, to the bit."""
+        """Merges again in memory, and compares the result with the written tensors, to the bit."""
         if not self.plan.merged:
             return "not done: no layer was merged"
         if self.plan.needs_trace and self.blueprint.trace is None:
@@ -338,24 +338,24 @@ class _Gate:
                 continue
             assert piece.make is not None
             if sha256_tensor(read_tensor(here[piece.name])) != sha256_tensor(piece.make()):
-                raise _Failed(f"'{piece.name}' is not what merging gives")
+                raise _Failed(f"'{piece.name}' does not equal the merged weight")
             count += 1
         return f"{count} tensors merged again in memory: equal to the bit"
 
     def weights(self) -> str:
-        """Ties and finite numbers."""
-        if self.both.tied is False:
+        """Checks tied embeddings, and that the outputs are finite."""
+        if self.outputs.tied is False:
             raise _Failed("the embeddings are tied in the config but not in the loaded model")
-        if not all(bool(torch.isfinite(t).all()) for t in self.both.pruned.values()):
+        if not all(bool(torch.isfinite(t).all()) for t in self.outputs.pruned.values()):
             raise _Failed("the checkpoint computes NaN or Inf")
-        return self.how + (", embeddings tied" if self.both.tied else "")
+        return self.how + (", embeddings tied" if self.outputs.tied else "")
 
     def compare(self, what: str, how: str) -> str:
-        """One kind of logits of both."""
-        if not self.both.source:
+        """Compares one kind of logits of both models."""
+        if not self.outputs.source:
             return "not compared: no reference"
-        error = relative_error(self.both.pruned[what], self.both.source[what])
-        allowed = tolerance(self.both.dtype)
+        error = relative_error(self.outputs.pruned[what], self.outputs.source[what])
+        allowed = tolerance(self.outputs.dtype)
         if not error <= allowed:
             raise _Failed(
                 f"relative error {error:.1e} against the source with the pruned layers passed through; at "
@@ -364,8 +364,10 @@ class _Gate:
         return f"relative error {error:.1e} ({how})"
 
     def generation(self) -> str:
-        """Greedy tokens of both."""
-        tokens = self.both.pruned["tokens"].tolist()
-        if self.both.source and tokens != self.both.source["tokens"].tolist():
-            raise _Failed(f"greedy tokens differ: {tokens} instead of {self.both.source['tokens'].tolist()}")
-        return f"{len(tokens)} greedy tokens" + (" as the reference" if self.both.source else "")
+        """Compares the greedy tokens of both models."""
+        tokens = self.outputs.pruned["tokens"].tolist()
+        if self.outputs.source and tokens != self.outputs.source["tokens"].tolist():
+            raise _Failed(
+                f"greedy tokens differ: {tokens} instead of {self.outputs.source['tokens'].tolist()}"
+            )
+        return f"{len(tokens)} greedy tokens" + (" as the reference" if self.outputs.source else "")

@@ -1,11 +1,9 @@
-"""Carrying out a width plan on a model folder."""
+"""Applies a width plan to a model folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from gradpruner.common.errors import IntegrityError
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.engine_widths import portability_of
 from gradpruner.models.engines import layer_facts
@@ -21,33 +19,34 @@ from gradpruner.pruning.verification import Check, VerifyReport
 def prune_width_checkpoint(
     source: Path, target: Path, plan: WidthPlan, *, device: str = "cpu", name: str | None = None
 ) -> VerifyReport:
-    """Prunes a model folder into another one by a width plan, in the format it is stored in.
+    """Prunes a model folder into another one by a width plan, in the source's dtype.
 
-    The model is loaded: memory is that of its weights. A uniform result is a plain Hugging Face model; any
-    other is loaded by this package only (`loading.load_model`), and plain transformers refuses it by the
-    shapes of its tensors.
+    The model is loaded, so memory is that of its weights. If the plan is uniform, the result is a plain
+    Hugging Face model. Otherwise only this package loads it (`loading.load_model`): plain transformers
+    refuses the shapes of its tensors.
 
     Args:
         source: The model folder.
-        target: Folder to make; replaced if it is ours.
+        target: The folder to make; a model that this package wrote is replaced.
         plan: What stays.
-        device: Where the result is proved.
-        name: What the card calls the source; None: its path.
+        device: The device that the result is proved on.
+        name: What the model card calls the source; None: its path.
 
     Returns:
-        What was checked: that the pruned model computes what the source did with the removed parts set to
-        zero (not where hidden dimensions go), and that the folder holds the parameters the plan says.
+        What was checked: that the pruned model computes the same as the source with the removed parts set to
+        zero (not checked if hidden dimensions are removed), and that the folder holds as many parameters as
+        the plan says.
 
     Raises:
         PlanError: If the plan is for another model.
-        ModelError: If heads and channels of the model cannot be told apart, or the proof fails.
-        IntegrityError: If the folder does not hold what it should.
+        ModelError: If the model's heads and channels cannot be identified, or the proof fails.
+        IntegrityError: If the folder does not hold the planned number of parameters.
     """
     refuse_narrowed(source)
     dtype = stored_dtype(source)
     model = load_model(source, dtype=dtype, device=device)
     expected = WidthView(model).parameters(plan)
-    verdicts = portability_of(plan, layer_facts(model.config))  # of the config before it is changed
+    verdicts = portability_of(plan, layer_facts(model.config))  # before narrowing changes the config
     error = narrow_(model, plan)
     save_model(
         model,
@@ -64,19 +63,18 @@ def prune_width_checkpoint(
 
 
 def check_narrowed(folder: Path, expected: int, error: float | None) -> VerifyReport:
-    """Checks that a written folder loads and has the parameters it should.
+    """Checks that a written folder loads and has `expected` parameters.
 
-    `error` is that of the proof, see `narrowing.narrow_`; None when there was none.
+    `error` is the relative error of the proof, see `narrowing.narrow_`; None if there was no proof.
 
     Raises:
-        IntegrityError: If it does not.
+        IntegrityError: If the number of parameters differs.
     """
     present = count_parameters(load_structure(folder))
     detail = f"{present:,} parameters, {expected:,} by the plan"
-    checks: list[Any] = [Check("parameters", present == expected, detail)]
+    checks = [Check("parameters", present == expected, detail)]
     if error is not None:
         checks.append(Check("logits", True, f"relative error {error:.1e} against zeroed parts"))
     report = VerifyReport(str(folder), "full" if error is not None else "structure", tuple(checks))
-    if present != expected:
-        raise IntegrityError(f"{folder} failed verification: {detail}.")
+    report.raise_on_failure()
     return report

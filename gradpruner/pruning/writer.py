@@ -1,7 +1,7 @@
-"""Writing safetensors files from pieces of others: copied by the kernel, read back, never held in memory.
+"""Writes safetensors files from tensors of other files: the kernel copies them, and they are never in memory.
 
-What is written is read back by a second thread while the next range is copied, or something else is done: it
-hashes the file, looks for NaN and Inf, and makes it durable, so all three cost a core and hardly any time.
+A second thread reads back what is written while the next range is copied or other work is done: it hashes
+the file, looks for NaN and Inf, and flushes it to disk. All three cost processor time but hardly wall time.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from gradpruner.models.shards import INDEX_FILE
 from gradpruner.pruning.checked import CHECK_BYTES, ReadBack, holds_non_finite, non_finite, reading
 from gradpruner.pruning.pieces import TORCH_DTYPES, Piece, header_of, shard_names
 
-_COPY_BYTES = 64 << 20  # copied at a time, so that progress moves and the check can follow
-_READ_BYTES = 8 << 20  # read at a time where the kernel cannot copy
+_COPY_BYTES = 64 << 20  # copied at a time: progress moves, and the second thread can follow
+_READ_BYTES = 8 << 20  # read at a time if the kernel cannot copy
 
 
 @dataclass(frozen=True)
 class WrittenShard:
-    """A file that was written, and the hash of the whole."""
+    """A written file, with the hash of its whole content."""
 
     name: str
     sha256: str
@@ -49,11 +49,11 @@ def write_shards(
 ) -> list[Future[WrittenShard]]:
     """Writes the files and, if there is more than one, the index that transformers looks for.
 
-    Memory: two blocks of half a megabyte, and what one computed tensor takes. `reader` is the thread of
+    Memory: two blocks of half a megabyte, and that of computing one tensor. `reader` is the thread of
     `reading()`; `progress` is called with the number of bytes written since the last call.
 
     Returns:
-        The files, each when it is read back and durable; those errors are raised there too.
+        Futures of the files, which complete or raise once a file is read back and flushed to disk.
 
     Raises:
         IntegrityError: If a tensor holds NaN or Inf, or the source ends before its header says.
@@ -85,10 +85,10 @@ def write_file(
     progress: Callable[[int], None] | None = None,
     header: bytes | None = None,
 ) -> str:
-    """Writes one safetensors file; returns the SHA-256 of what stands on disk.
+    """Writes one safetensors file; returns the SHA-256 of the file as read back from disk.
 
-    `header` is written instead of one made from the pieces and `metadata`, length included; the pieces are
-    plain bytes then (U8).
+    `header`, its length included, is written instead of one made from the pieces and `metadata`; the pieces
+    are then plain bytes (U8).
     """
     with reading() as reader:
         return _write(path, pieces, metadata, reader, progress, header).digest()
@@ -102,7 +102,7 @@ def _write(
     progress: Callable[[int], None] | None,
     header: bytes | None = None,
 ) -> ReadBack:
-    """Writes one file, which is then still being read back."""
+    """Writes one file; returns its check, which may still be reading."""
     header = header_of(pieces, metadata) if header is None else header
     with ExitStack() as stack:
         out = stack.enter_context(path.open("wb", buffering=0)).fileno()
@@ -130,7 +130,7 @@ def _write(
 
 
 def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
-    """Neighbours in the output that are neighbours in the same source file, together."""
+    """Yields groups of neighbours in the output that are also neighbours in one source file."""
     run: list[Piece] = []
     for piece in pieces:
         last = run[-1].ref if run else None
@@ -144,10 +144,10 @@ def _runs(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 
 
 def _copy(source: BinaryIO, start: int, length: int, out: int, path: Path) -> Iterator[int]:
-    """Copies a range, by the kernel where it can; yields the bytes of every step.
+    """Copies a range, in the kernel if possible; yields the number of bytes after every step.
 
-    Whatever keeps the kernel from it (another file system, an old kernel, a full disk, the end of the file),
-    reading and writing either works or says which of the two failed.
+    If the kernel cannot copy (another file system, an old kernel, a full disk, the end of the file), reading
+    and writing either works or raises an error that says which of the two failed.
     """
     by_kernel = hasattr(os, "copy_file_range")
     done = 0
@@ -159,7 +159,7 @@ def _copy(source: BinaryIO, start: int, length: int, out: int, path: Path) -> It
                 count = os.copy_file_range(source.fileno(), out, want, start + done)
             except OSError:
                 by_kernel = False
-        if count == 0:  # also what some file systems answer that cannot
+        if count == 0:  # also what file systems answer that cannot copy
             data = bytearray(min(want, _READ_BYTES))
             fill(data, source, start + done, path)
             _write_all(out, data)
@@ -169,7 +169,7 @@ def _copy(source: BinaryIO, start: int, length: int, out: int, path: Path) -> It
 
 
 def open_source(path: Path) -> BinaryIO:
-    """A file of weights, opened for `fill`."""
+    """Opens a weight file for `fill`."""
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
@@ -177,10 +177,10 @@ def open_source(path: Path) -> BinaryIO:
 
 
 def fill(data: bytearray | memoryview, source: BinaryIO, start: int, path: Path) -> None:
-    """Fills `data` with what stands at `start` of an open file.
+    """Fills `data` with the bytes from `start` of an open file.
 
     Raises:
-        IntegrityError: If the file became shorter.
+        IntegrityError: If the file has become shorter.
         ModelError: If it cannot be read.
     """
     view = memoryview(data)
@@ -189,8 +189,8 @@ def fill(data: bytearray | memoryview, source: BinaryIO, start: int, path: Path)
             count = os.preadv(source.fileno(), [view], start)
             if not count:
                 raise IntegrityError(
-                    f"{path} ended while it was read; it became shorter.",
-                    hint="Is something still writing to it?",
+                    f"{path} became shorter while it was read.",
+                    hint="Is another program writing to it?",
                 )
             view, start = view[count:], start + count
     except OSError as error:
@@ -214,7 +214,7 @@ def _bytes_of(tensor: Tensor) -> np.ndarray[Any, Any]:
 
 
 def sha256_tensor(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, as they stand in a file."""
+    """Returns the SHA-256 of a tensor's bytes, as they are in a file."""
     return hashlib.sha256(_bytes_of(tensor.contiguous()).data).hexdigest()
 
 
@@ -228,7 +228,7 @@ def read_tensor(ref: TensorRef, *, finite: bool = False) -> Tensor:
     """Reads one tensor into memory of its own; `finite` refuses NaN and Inf.
 
     Raises:
-        IntegrityError: If the file became shorter, or for NaN and Inf.
+        IntegrityError: If the file has become shorter, or holds NaN or Inf that are refused.
         ModelError: If it cannot be read.
     """
     tensor = torch.empty(ref.shape, dtype=TORCH_DTYPES[ref.dtype])
@@ -244,18 +244,20 @@ def read_tensor(ref: TensorRef, *, finite: bool = False) -> Tensor:
 
 
 def same_bytes(one: TensorRef, other: TensorRef, digest: Any = None) -> bool:
-    """Whether two tensors on disk hold the same bytes, which `digest`, a hash, takes in on the way.
+    """Returns whether two tensors on disk hold the same bytes; adds the bytes to the hash `digest`, if any.
 
     Raises:
-        IntegrityError: If a file became shorter.
-        ModelError: If one cannot be read.
+        IntegrityError: If a file has become shorter.
+        ModelError: If a file cannot be read.
     """
     if one.num_bytes != other.num_bytes:
         return False
     here, there = (bytearray(min(CHECK_BYTES, one.num_bytes)) for _ in range(2))
     with open_source(one.file) as first, open_source(other.file) as second:
         for done in range(0, one.num_bytes, CHECK_BYTES):
-            size = min(CHECK_BYTES, one.num_bytes - done)  # behind it: the block before
+            size = min(
+                CHECK_BYTES, one.num_bytes - done
+            )  # the rest of the buffers is from the last block, and equal
             fill(memoryview(here)[:size], first, one.start + done, one.file)
             fill(memoryview(there)[:size], second, other.start + done, other.file)
             if here != there:

@@ -1,4 +1,4 @@
-"""LoRA adapters on the decoder layers of a model: putting them there and finding them again."""
+"""LoRA adapters on the decoder layers of a model: attaches them, and finds them again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def attach_lora(
     adapter: str = "lora",
     only: Sequence[str] = (),
 ) -> Any:
-    """Wraps a causal LM with LoRA on every linear of every decoder layer, and nowhere else.
+    """Puts LoRA on every linear of every decoder layer of a causal LM, and nowhere else.
 
     Args:
         model: The causal LM (4-bit quantised for "qlora").
@@ -31,10 +31,10 @@ def attach_lora(
         alpha: LoRA alpha.
         dropout: In [0, 1).
         adapter: "lora", "rslora", "dora" or "qlora".
-        only: Names of the linears that get one, such as "q_proj"; all when empty.
+        only: Names of the linears that get an adapter, for example "q_proj"; all if empty.
 
     Returns:
-        The PeftModel; `unload()` gives the model back as it was.
+        The PeftModel; its `unload()` returns the original model.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -53,20 +53,20 @@ def attach_lora(
 
 
 def is_4bit(model: Any) -> bool:
-    """Whether a model, with adapters or without, was loaded in 4 bits."""
+    """Returns whether a model, with or without adapters, was loaded in 4 bits."""
     return bool(getattr(unwrap(model), "is_loaded_in_4bit", False))
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """Trained adapters on their own, to be put on another model with the same linears.
+    """Trained adapters without their model, to be put on another model with the same linears.
 
-    Adapters trained on 4-bit weights belong on the weights that were quantised: added to the 4-bit ones, most
-    of what was learned would be rounded away.
+    Adapters trained on 4-bit weights belong on the unquantised weights: when they are added to the 4-bit
+    weights, rounding removes most of what was learned.
 
     Attributes:
-        config: PEFT's.
-        weights: A and B by name, on the CPU.
+        config: The PEFT config.
+        weights: The A and B matrices by name, on the CPU.
     """
 
     config: Any
@@ -74,18 +74,18 @@ class Adapters:
 
     @classmethod
     def of(cls, model: Any) -> Adapters:
-        """Those of a PeftModel."""
+        """Returns copies of the adapters of a PeftModel."""
         from peft import get_peft_model_state_dict
 
         weights = {name: w.detach().cpu().clone() for name, w in get_peft_model_state_dict(model).items()}
         return cls(model.peft_config["default"], weights)
 
     def put_on(self, model: nn.Module, *, merge: bool) -> Any:
-        """The model with the adapters, if asked merged into its weights; ModelError if they do not fit."""
+        """Puts the adapters on a model, merged or not; raises ModelError if they do not fit."""
         from peft import get_peft_model, set_peft_model_state_dict
 
         config = copy.deepcopy(self.config)
-        config.base_model_name_or_path = None  # PEFT asks the model
+        config.base_model_name_or_path = None  # PEFT takes it from the model
         adapted: Any = get_peft_model(model, config)
         try:
             left = set_peft_model_state_dict(adapted, self.weights)
@@ -99,10 +99,10 @@ class Adapters:
 def find_lora_linears(
     model: nn.Module,
 ) -> tuple[list[tuple[nn.Parameter, nn.Parameter]], list[LinearRef]]:
-    """The trainable LoRA (A, B) weights of every decoder layer, in order, with their names.
+    """Returns the trainable LoRA (A, B) weights of all decoder layers, in order, and their linears.
 
     Raises:
-        ConfigError: If the model has no LoRA, or some decoder layer has none (it could not be scored).
+        ConfigError: If a decoder layer has no trainable LoRA, so that it could not be scored.
     """
     view = LayeredModel(model)
     pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
@@ -132,7 +132,7 @@ def find_lora_linears(
 
 
 def adapter_kind(model: Any) -> tuple[str, float, bool]:
-    """Kind of adapter, its alpha, and whether the base is quantised."""
+    """Returns the kind of adapter, its alpha, and whether the base model is quantised."""
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
     if config is None:
         return "lora", 0.0, False

@@ -1,8 +1,9 @@
-"""How the samples of a batch become rows: end to end, or each in its own row with padding behind it.
+"""How the samples of a batch become rows: packed end to end, or one sample per row with padding behind it.
 
-Packing is only another layout of the same batch. Samples stand end to end, positions start at 0 in each, and
-attention stays inside each, so losses and gradients are those of padded rows. transformers builds such masks
-from the positions, if the model's code passes them on; `packing_fault` finds out whether it does.
+Packing changes the layout of a batch and nothing else. Samples stand end to end, positions start at 0 in each
+sample, and attention stays inside each sample, so losses and gradients are the same as with padded rows.
+transformers builds the masks for this from the positions, if the model's code passes them on; `packing_fault`
+tests whether it does.
 """
 
 from __future__ import annotations
@@ -21,22 +22,25 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gradpruner.data.encoding import IGNORED, Collator
 
-# A token's linears cost about 24 hidden^2 operations in a layer, attention over a row of W tokens 4 W hidden,
-# so they are even at W = 6 hidden; but attention with a mask runs at a third of the speed, or less.
+# Per token and layer, the linears cost about 24 hidden^2 operations and attention over a row of W tokens 4 W
+# hidden. They are equal at W = 6 hidden; but attention with a mask runs at a third of the speed, or less.
 _LINEAR_TO_ATTENTION = 2
-# The trial: one sample fills a row, three share one and leave two places of padding.
+# The trial: one sample fills a row; three samples share a row and leave two positions of padding.
 _TRIAL_LENGTHS = (19, 5, 9, 3)
 _TRIAL_ROWS = ((0,), (1, 2, 3))
-# Largest difference of a log-likelihood, in nats, that is rounding.
+# Largest difference of a log-likelihood, in nats, that counts as rounding.
 _ROUNDING = {"float32": 1e-4, "16 bits": 0.125}
 
 
 def spread(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
-    """Samples spread over rows, for every row their indices: the next longest goes to the emptiest row.
+    """Spreads samples over rows: the next longest sample goes to the row with the fewest tokens.
 
     Args:
-        lengths: Tokens of every sample; equal ones keep their order.
+        lengths: Tokens of every sample; samples of equal length keep their order.
         num_rows: Between 1 and the number of samples.
+
+    Returns:
+        The indices of the samples in every row.
 
     Source: Graham, Bounds on multiprocessing timing anomalies, 1969 (longest processing time first).
     """
@@ -50,12 +54,14 @@ def spread(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
 
 
 def choose_rows(lengths: Sequence[int], attention_tokens: float = math.inf) -> list[list[int]]:
-    """The cheapest rows for a batch: few long ones waste little on padding, short ones little on attention.
+    """Returns the cheapest rows for a batch, as `spread` does.
+
+    A few long rows waste little on padding, many short rows waste little on attention.
 
     Args:
         lengths: Tokens of every sample.
         attention_tokens: Length of a row at which attention costs as much as everything else, for kernels
-            that work on masked places too; infinite for those that do not, which get one row.
+            that also compute masked positions; infinite for kernels that skip them, which get a single row.
     """
     best, least = [list(range(len(lengths)))], math.inf
     for num_rows in range(1, len(lengths) + 1):
@@ -72,18 +78,18 @@ def choose_rows(lengths: Sequence[int], attention_tokens: float = math.inf) -> l
 def lay_out(
     samples: Sequence[dict[str, list[int]]], rows: Sequence[Sequence[int]], pad_token_id: int = 0
 ) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
-    """Samples end to end in rows of equal length.
+    """Lays samples end to end in rows of equal length.
 
     Args:
         samples: `input_ids` and `labels`.
-        rows: As `spread` gives them.
-        pad_token_id: Fills the beginning of shorter rows, as a sample of its own, so that answers at the end
-            of rows stand in the same columns and the window of logits is small.
+        rows: The indices of the samples in every row.
+        pad_token_id: Fills the beginning of shorter rows, as a sample of its own. Answers at the end of rows
+            then stand in the same columns, and the window of logits is small.
 
     Returns:
-        `input_ids`, `position_ids`, `labels`, each (rows, width), int64, and `padding`, the number of padded
-        places; then row and first column of every sample. The first label of a sample is `IGNORED`: it
-        would be predicted from the sample before.
+        The batch: `input_ids`, `position_ids` and `labels`, each (rows, width), int64, and `padding`, the
+        number of padded positions; then row and first column of every sample. The first label of a sample is
+        `IGNORED`, because that token would be predicted from the sample before.
     """
     width = max(sum(len(samples[i]["input_ids"]) for i in row) for row in rows)
     ids = torch.full((len(rows), width), pad_token_id)
@@ -107,29 +113,29 @@ def lay_out(
 
 
 class PackedCollator:
-    """Lays the samples of a batch end to end; for models without a `packing_fault`."""
+    """Makes packed batches, for models without a `packing_fault`."""
 
     def __init__(self, attention_tokens: float, pad_token_id: int = 0) -> None:
         self.attention_tokens, self.pad_token_id = attention_tokens, pad_token_id
 
     def __call__(self, features: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """The batch of `lay_out`."""
+        """Returns the batch of `lay_out`."""
         rows = choose_rows([len(feature["input_ids"]) for feature in features], self.attention_tokens)
         return lay_out(features, rows, self.pad_token_id)[0]
 
 
 class LengthGroups(Sampler[int]):
-    """Samples in groups of similar length, in an order that depends on seed and epoch alone.
+    """Samples in groups of similar length, in an order that depends only on seed and epoch.
 
-    The Trainer's own sampler draws from the global generator, so that a resumed run would see other
-    samples than the interrupted one would have.
+    The Trainer's own sampler uses the global generator, so a resumed run would see other samples than an
+    uninterrupted one.
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
         self.lengths, self.group, self.seed, self.epoch = list(lengths), group, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer before every epoch."""
+        """Sets the epoch; the Trainer calls this before every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -141,8 +147,8 @@ class LengthGroups(Sampler[int]):
 
 
 def attention_tokens(config: Any) -> float:
-    """Length of a row at which attention costs as much as the linears, by the config of a loaded model."""
-    # Flash attention does no work between samples, and takes one row only.
+    """Returns the row length at which attention costs as much as the linears, by a loaded model's config."""
+    # Flash attention computes nothing between samples, and takes only one row.
     if "flash" in str(getattr(config, "_attn_implementation", "")):
         return math.inf
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -154,22 +160,22 @@ def packing_fault(
     samples: Sequence[dict[str, list[int]]],
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> str:
-    """Why samples must not be packed for this model, found by trying; "" if they may be.
+    """Tries whether samples can be packed for this model; returns why not, or "" if they can.
 
     Packing changes the results of models with states that run along a row (Mamba, linear attention,
     convolutions), biases by distance in the row (ALiBi), positions counted from the mask, or code that does
-    not pass positions on to the mask. Four pieces of the data, 36 tokens, go through the model padded,
-    packed, and packed with one piece exchanged. The likelihoods of tokens must be the same packed as
-    padded, up to rounding, and the exchange must not change those of the other pieces, up to what another
-    layout changes anyway (nothing, or the last bits).
+    not pass positions on to the mask. The trial runs four pieces of the data, 36 tokens in all, through the
+    model: padded, packed, and packed with one piece replaced. The likelihoods of tokens must be the same
+    packed and padded, up to rounding. And replacing a piece must change the likelihoods of the other pieces
+    no more than another layout does (not at all, or in the last bits).
 
-    The pieces are shorter than the attention windows of most models. For longer ones this relies on
-    transformers, where one piece of code combines windows and samples at any length.
+    The pieces are shorter than the attention windows of most models. For longer samples, this relies on
+    transformers, where the same code combines windows and samples at any length.
 
     Args:
         model: The causal LM, on the device it will train on.
         samples: Encoded samples; their first tokens are used.
-        computing: Makes the context the model computes in (autocast).
+        computing: Returns the context that the model computes in (autocast).
     """
     stream = cycle(chain.from_iterable(sample["input_ids"] for sample in samples))
     trial = [list(islice(stream, length)) for length in _TRIAL_LENGTHS]
@@ -184,7 +190,7 @@ def packing_fault(
             packed = _likelihoods(model, trial, rows)
             other = _likelihoods(model, exchanged, rows)
             exact = not torch.is_autocast_enabled(padded[0].device.type)
-    except Exception as error:  # models raise what they like on rows they were not written for
+    except Exception as error:  # a model may raise anything on rows it was not written for
         return f"this model does not take packed rows: {type(error).__name__}"
     finally:
         model.train(training)
@@ -199,7 +205,7 @@ def packing_fault(
 def _likelihoods(
     model: nn.Module, pieces: list[list[int]], rows: Sequence[Sequence[int]] | None = None
 ) -> list[Tensor]:
-    """Log-likelihood of every token but the first of every piece, packed into rows; None: padded."""
+    """Returns the log-likelihoods of all tokens but the first of every piece; padded if `rows` is None."""
     samples = [{"input_ids": piece, "labels": piece} for piece in pieces]
     if rows is None:
         batch, places, layout = Collator()(samples), [(i, 0) for i in range(len(pieces))], "attention_mask"

@@ -1,4 +1,4 @@
-"""Callbacks of a Trainer: progress, a guard against NaN, and a base for those that must undo something."""
+"""Trainer callbacks: progress, a guard against NaN, and a base class for callbacks that undo changes."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from gradpruner.common.progress import Progress
 
 
 class ClosingCallback(TrainerCallback):
-    """Changes a model while it trains, and changes it back however training ends.
+    """A callback that changes something while a model trains, and undoes it however training ends.
 
-    The Trainer tells no callback that it failed; `CausalTrainer` calls `close` in that case too.
+    The Trainer does not tell its callbacks when training fails; `CausalTrainer` then calls `close`.
     """
 
     def close(self) -> None:
-        """Undoes what was done to the model; nothing the second time."""
+        """Undoes what the callback changed; a second call does nothing."""
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Closes."""
+        """Calls `close`."""
         self.close()
 
 
 class ProgressCallback(ClosingCallback):
-    """Shows steps, loss and time left."""
+    """Shows steps, loss and remaining time."""
 
     def __init__(self, description: str) -> None:
         self.description = description
@@ -64,15 +64,15 @@ class ProgressCallback(ClosingCallback):
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Ends training at the first NaN or Inf; the Trainer itself would go on and save damaged weights.
+    """Stops training at the first NaN or Inf; the Trainer itself would go on and save damaged weights.
 
-    Gradients are checked before the optimizer uses them, so no checkpoint has damaged weights. That costs
-    one pass over the gradients per optimizer step.
+    Gradients are checked before the optimizer uses them, so no checkpoint has damaged weights. This costs one
+    pass over the gradients per optimizer step.
     """
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Looks at the gradients of this step."""
-        # Gradients of an fp16 step that overflows are Inf by design; the scaler skips it.
+        """Checks the gradients of this step."""
+        # With fp16, gradients that overflow are Inf by design; the scaler skips such a step.
         if args.fp16:
             return
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
@@ -81,7 +81,7 @@ class NonFiniteGuard(TrainerCallback):
             self._stop(f"The gradient at step {state.global_step + 1}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Looks at the loss wherever the Trainer reports it."""
+        """Checks the loss whenever the Trainer reports it."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
             self._stop(f"The loss at step {state.global_step}")

@@ -1,4 +1,4 @@
-"""Checks that this machine and its packages can do what fine-tuning asks for, before a model is loaded."""
+"""Checks, before a model is loaded, that this machine and its packages can do what was asked for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_trackers(report_to: str | Sequence[str]) -> None:
 
 
 def check_liger(device: str = "auto") -> None:
-    """Raises ConfigError where Liger's kernels cannot run."""
+    """Raises ConfigError if Liger's kernels cannot run here."""
     if device == "cpu" or not torch.cuda.is_available():
         raise ConfigError("finetune.liger needs a GPU.", hint="Leave it out; nothing else changes.")
     if find_spec("liger_kernel") is None:
@@ -59,11 +59,11 @@ def check_optimizer(name: str) -> None:
 
 
 def check_4bit(key: str, fsdp: Any, deepspeed: str | None) -> None:
-    """Raises ConfigError where weights cannot be held in 4 bits; `key` is the recipe key that says qlora."""
+    """Raises ConfigError if 4-bit weights cannot be used; `key` is the recipe key that is set to qlora."""
     check_bitsandbytes(f"{key}: qlora")
     for name, asked in {"DeepSpeed": deepspeed, "FSDP": fsdp or accelerate_shards()}.items():
         if asked:
             raise ConfigError(
-                f"{key} is qlora, and {name} is asked for: 4-bit weights are not spread over processes.",
-                hint=f"Leave {name} out, so that every process holds the 4-bit weights, or use lora.",
+                f"{key} is qlora, but {name} is on: 4-bit weights cannot be sharded over processes.",
+                hint=f"Leave {name} out (every process then holds the 4-bit weights), or use lora.",
             )

@@ -1,6 +1,6 @@
-"""Distillation on its own: a pruned model learns to predict what the dense one predicts.
+"""Distillation alone: a pruned model learns to predict what the dense model predicts.
 
-To learn from a teacher while fine-tuning, give one to `finetuning.finetune`; both losses are in `teacher`.
+To learn from a teacher while fine-tuning, pass one to `finetuning.finetune`. The losses are in `teacher`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gradpruner.training.options import DistillationOptions, FinetuneOptions, ch
 from gradpruner.training.rates import with_rate
 
 DEFAULTS = FinetuneOptions(learning_rate=1e-4, accumulation=1, epochs=1.0)
-# The guide warms up for 100 steps; a run as short as ours would do little else.
+# The guide warms up for 100 steps, which could be most of a run as short as ours.
 _WARMUP_STEPS = 100
 _WARMUP_SHARE = 10
 
@@ -41,28 +41,30 @@ def distil(
 ) -> dict[str, Any]:
     """Trains every weight of a student on its teacher's logits, in place.
 
-    A student in 16 bits is trained in float32, because AdamW's updates are below its resolution, and gets its
-    number format back. A training step costs a plain one and the teacher's forward pass.
+    A student in 16 bits is trained in float32, because AdamW's updates are smaller than the resolution of 16
+    bits, and is converted back afterwards. A training step costs an ordinary step plus the teacher's forward
+    pass.
 
     Args:
         student: The causal LM to train.
-        teacher: A causal LM of the same vocabulary; not changed, but moved to the device that trains.
+        teacher: A causal LM with the same vocabulary; moved to the training device, otherwise not changed.
         samples: Encoded samples with `input_ids` and `labels`.
-        options: How, see `finetune`. A cosine leads down from the learning rate, to a tenth of it if
-            `final_learning_rate` is None; a `warmup` of None is 100 steps, but at most a tenth of all.
+        options: See `finetune`. The learning rate falls as a cosine, to a tenth if `final_learning_rate` is
+            None; if `warmup` is None, it is 100 steps, but at most a tenth of all steps.
         collator: Makes padded batches.
         temperature: See `distillation_loss`.
-        tokens: Where the student learns: at "all" real tokens, or those of the "answers" alone.
+        tokens: Where the student learns: at "all" real tokens, or at the tokens of "answers" only.
         checkpoints: As for `finetune`.
         description: Name for the progress bar.
-        **changes: Single options, such as learning_rate=1e-3.
+        **changes: Single options, for example learning_rate=1e-3.
 
     Returns:
-        `finetuning.FinetuneResult` as JSON values, losses in nats per counted token; temperature and tokens.
+        `finetuning.FinetuneResult` as JSON values, with losses in nats per counted token; also the
+        temperature and `tokens`.
 
     Raises:
-        DataError: If there are no samples, or nothing in them is learned.
-        GradPrunerError: As `finetune`.
+        DataError: If there are no samples, or none of their tokens is learned.
+        GradPrunerError: See `finetune`.
 
     Source: Minitron (Muralidharan et al., 2024); its released guide for learning rates and warm-up.
     """
@@ -96,7 +98,7 @@ def distil(
 
 
 def _learned(samples: Sequence[dict[str, list[int]]], tokens: str) -> list[dict[str, list[int]]]:
-    """The samples with a label wherever the student learns; the first token is predicted from nothing."""
+    """Returns samples with labels where the student learns; not at the first token, which has no context."""
     learned = [
         {
             "input_ids": sample["input_ids"],
@@ -114,8 +116,8 @@ def _learned(samples: Sequence[dict[str, list[int]]], tokens: str) -> list[dict[
 
 @contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Inside the block, 16-bit parameters are float32; buffers stay what they are."""
-    # Parameter by parameter, because model.to() would round the angles of the positions too.
+    """Within the block, 16-bit parameters are float32; buffers keep their dtype."""
+    # Not by model.to(), which would also round the buffers that hold the angles of positions.
     halves = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)]
     for parameter, _ in halves:
         parameter.data = parameter.data.float()

@@ -34,19 +34,19 @@ log = logging.getLogger(__name__)
 # About this many points make a readable loss curve.
 LOGGED_POINTS = 200
 WANTED_STEPS = 100
-"""Optimizer steps that were enough to teach the tasks of docs/quality.md."""
+"""Optimizer steps that were enough to learn the tasks of docs/quality.md."""
 _RECOMPUTE = "activation_checkpointing"
 
 
 def training_arguments(
     options: FinetuneOptions, output: str | Path | None = None, logging_steps: int = 1
 ) -> TrainingArguments:
-    """Our options as the Trainer's, without its surprising defaults; checkpoints go to `output`, if any."""
+    """Returns the Trainer's arguments, without its surprising defaults; `output` is for checkpoints."""
     chosen = resolve_precision(options.precision, options.device)
     final = options.final_learning_rate
     return TrainingArguments(
         output_dir=str(output) if output else str(Path(tempfile.gettempdir()) / "gradpruner-unused"),
-        learning_rate=options.learning_rate or PAPER_RATE,  # `with_rate` knows the model and has given it
+        learning_rate=options.learning_rate or PAPER_RATE,  # `with_rate`, which knows the model, has set it
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulation,
         num_train_epochs=options.epochs,
@@ -81,7 +81,7 @@ def training_arguments(
 
 
 def _checkpointing(options: FinetuneOptions) -> dict[str, Any]:
-    """Whether activations are recomputed, and where those that are kept wait for the backward pass."""
+    """Returns the arguments that make the Trainer recompute activations, and offload those it keeps."""
     kind = options.gradient_checkpointing
     check_checkpointing(kind, options.device)
     recompute = _RECOMPUTE if _new_recompute() else "gradient_checkpointing"
@@ -90,18 +90,18 @@ def _checkpointing(options: FinetuneOptions) -> dict[str, Any]:
 
 
 def _new_recompute() -> bool:
-    """Whether this is transformers 5.23 or newer, which renamed the option."""
+    """Returns whether this is transformers 5.23 or newer, which renamed the option."""
     return _RECOMPUTE in {field.name for field in fields(TrainingArguments)}
 
 
 def check_checkpointing(kind: bool | str, device: str = "auto") -> None:
-    """Raises ConfigError where kept activations cannot be offloaded to the host."""
+    """Raises ConfigError if activations are to be offloaded to the host and cannot be."""
     if kind != "offload":
         return
     if device == "cpu" or not torch.accelerator.is_available():
         raise ConfigError(
-            "gradient_checkpointing: offload moves activations from a GPU to the host, and this trains on "
-            "the CPU.",
+            "gradient_checkpointing: offload moves activations from a GPU to the host, but this training is "
+            "on the CPU.",
             hint="Use true.",
         )
     if not _new_recompute():
@@ -112,7 +112,7 @@ def check_checkpointing(kind: bool | str, device: str = "auto") -> None:
 
 
 def _sharding(options: FinetuneOptions) -> dict[str, Any]:
-    """How the Trainer spreads the model over processes; nothing for plain data parallelism."""
+    """Returns the arguments for sharding the model over processes; none for plain data parallelism."""
     if options.deepspeed:
         return {"deepspeed": options.deepspeed}
     if not options.fsdp:
@@ -122,7 +122,7 @@ def _sharding(options: FinetuneOptions) -> dict[str, Any]:
 
 
 def resolve_precision(precision: str, device: str = "auto") -> str:
-    """Turns "auto" into bf16 on GPUs that have it, and fp32 elsewhere: CPUs mostly emulate bf16, slowly."""
+    """Replaces "auto" by bf16 on GPUs that have it, else by fp32: most CPUs emulate bf16, which is slow."""
     if precision != "auto":
         return precision
     on_gpu = device != "cpu" and torch.cuda.is_available()
@@ -131,21 +131,21 @@ def resolve_precision(precision: str, device: str = "auto") -> str:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tuning did.
+    """The result of a fine-tuning.
 
     Attributes:
         mode: "full", "lora" or "qlora".
         steps: Optimizer steps.
-        losses: Dicts of step, loss (mean over the logging interval) and learning_rate; with a teacher, also
-            ce, the part of the loss that is cross entropy, unweighted, if it has a weight.
-        seconds: Wall time of training, without loading and saving, interrupted starts included.
+        losses: Dicts of step, loss (mean over the logging interval) and learning_rate; with a teacher also
+            ce, the unweighted cross entropy, if it is part of the loss.
+        seconds: Wall time of training without loading and saving, interrupted starts included.
         peak_memory_bytes: Peak during training: device memory on CUDA, resident memory on CPU.
-        trainable_parameters: Parameters with a gradient.
-        tokens: Input tokens seen, padding not counted.
-        batching: "packed", "grouped" or "padded", with the reason where packing was wanted but not possible.
-        padding_fraction: Share of the computed token positions that were padding, in [0, 1]; measured.
+        trainable_parameters: Number of parameters with a gradient.
+        tokens: Input tokens seen, without padding.
+        batching: "packed", "grouped" or "padded", and why if packing was asked for but not possible.
+        padding_fraction: Measured share of the computed token positions that were padding, in [0, 1].
         resumed_from: Step of the checkpoint that training resumed from; 0 for a fresh start.
-        measured_from: `seconds` and `padding_fraction` leave out the steps up to this one; above 0 where an
+        measured_from: `seconds` and `padding_fraction` leave out the steps up to this one; above 0 if an
             interrupted start left no figures.
     """
 
@@ -163,7 +163,7 @@ class FinetuneResult:
 
 
 def planned_steps(num_samples: int, options: FinetuneSection) -> int:
-    """Optimizer steps of a fine-tuning by the processes there are."""
+    """Returns the number of optimizer steps of a fine-tuning, given the number of processes."""
     if isinstance(options, FinetuneOptions) and options.max_steps is not None:
         return options.max_steps
     batches = math.ceil(num_samples / (options.batch_size * this_world().size))
@@ -172,7 +172,7 @@ def planned_steps(num_samples: int, options: FinetuneSection) -> int:
 
 
 def chosen_accumulation(num_samples: int, options: FinetuneSection) -> int:
-    """Forward passes per optimizer step: as given, else 8, or fewer where these make too few steps."""
+    """Returns the forward passes per optimizer step: as given, else 8, or fewer if 8 makes too few steps."""
     if options.accumulation is not None:
         return options.accumulation
 
@@ -199,33 +199,33 @@ def finetune(
 
     Args:
         model: The causal LM, pruned or not; trained in place.
-        dataset: Encoded samples with `input_ids` and `labels`, as `encode_all` gives them.
-        options: How; None takes the paper's settings: AdamW, batch 64 (here 8 x 8 accumulated), 3 epochs,
-            weight decay 0.1, warm-up 0.03, and at 8 B a learning rate of 1e-5 (`rates.default_rate`).
+        dataset: Encoded samples with `input_ids` and `labels`, as `encode_all` returns them.
+        options: None takes the paper's settings: AdamW, batch 64 (here 8 x 8 accumulated), 3 epochs, weight
+            decay 0.1, warm-up 0.03, and at 8 B a learning rate of 1e-5 (`rates.default_rate`).
         collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.
-        teacher: A causal LM of the same vocabulary to learn from besides the labels. It is put into
-            evaluation mode and moved to the device that trains; its weights stay as they are. Every step
-            costs an extra forward pass of it.
-        distillation: How labels and teacher are weighted; None takes `DistillationOptions()`.
-        checkpoints: Folder for checkpoints, every `options.save_steps` steps; an interrupted run there is
-            resumed. None writes none.
+        teacher: A causal LM with the same vocabulary to learn from, in addition to the labels. It is put into
+            evaluation mode and moved to the training device; its weights do not change. Every step costs one
+            forward pass of the teacher more.
+        distillation: The weights of labels and teacher; None takes `DistillationOptions()`.
+        checkpoints: Folder for checkpoints, written every `options.save_steps` steps. If it holds an
+            interrupted run, that run is resumed. None writes no checkpoints.
         description: Name for the progress bar.
-        callbacks: Further Trainer callbacks; a `ClosingCallback` is closed also when training fails.
-        **changes: Single options, such as learning_rate=1e-3.
+        callbacks: More Trainer callbacks; a `ClosingCallback` is closed even if training fails.
+        **changes: Single options, for example learning_rate=1e-3.
 
     Returns:
-        The trained model and the result. It is a PeftModel when mode is "lora" and `merge_adapter` is False,
-        and always when mode is "qlora": 4-bit weights would round the adapters away, which belong on the
-        weights before (`adapters.Adapters`). A model that was sharded over processes is whole on the first
-        one and without weights on the others.
+        The trained model and the result. The model is a PeftModel if mode is "lora" and `merge_adapter` is
+        False, and always if mode is "qlora": merged into 4-bit weights, the adapters would be rounded away;
+        they belong on the unquantised weights (`adapters.Adapters`). A sharded model is whole on the first
+        process and without weights on the others.
 
     Raises:
         ConfigError: If an option is unknown or not allowed, a tracker or Liger is not installed, fp16
-            autocast is asked for weights that are float16 themselves, the teacher shares weights with the
-            model, or there are options of distillation but no teacher.
+            autocast is to train weights stored in float16, the teacher shares weights with the model, or
+            distillation is given without a teacher.
         DataError: If the dataset is empty.
-        ModelError: If every weight is to be trained and they are quantised; if mode is not "qlora" and the
-            model is loaded in 4 bits, or the other way round.
+        ModelError: If mode is "full" and the weights are quantised; if mode is "lora" and the model is in
+            4 bits, or mode is "qlora" and it is not.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
         ShapeError: If the teacher has another vocabulary.
 
@@ -284,7 +284,7 @@ def _trainer_class(
         return partial(DistillationTrainer, teacher=teacher, options=distillation or DistillationOptions())
     if distillation is not None:
         raise ConfigError(
-            "There are options of distillation, but no teacher.", hint="Give a teacher, or leave them out."
+            "distillation is given, but no teacher.", hint="Give a teacher, or leave distillation out."
         )
     return CausalTrainer
 
@@ -297,29 +297,28 @@ def _check_trainable(model: nn.Module, mode: str) -> None:
         )
     if mode == "qlora" and not is_4bit(model):
         raise ModelError(
-            "mode is qlora, and the model is not in 4 bits.",
+            "mode is qlora, but the model is not in 4 bits.",
             hint="Load it with gradpruner.load_model(folder, quantise=True), or use mode lora.",
         )
     if mode == "lora" and is_4bit(model):
         raise ModelError(
-            "mode is lora, and the model is in 4 bits: adapters added to such weights are rounded away.",
+            "mode is lora, but the model is in 4 bits: adapters added to such weights are rounded away.",
             hint="Use mode qlora, or load the model in float32 or bfloat16.",
         )
 
 
 def _train(trainer: CausalTrainer, mode: str, checkpoint: Path | None) -> FinetuneResult:
-    """Trains from a checkpoint on, or anew, and says how it went."""
+    """Trains, from a checkpoint if there is one, and returns the result."""
     if checkpoint is not None:
-        log.info("Going on from %s.", checkpoint)
+        log.info("Resuming from %s.", checkpoint)
     resumed = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
     earlier = tally_of(checkpoint) if checkpoint else None
     if checkpoint and earlier is None:
-        log.warning("Time and padding of steps 1 to %d are not known: the figures leave them out.", resumed)
+        log.warning("Time and padding of steps 1 to %d are unknown; the figures leave them out.", resumed)
     trainer.start_counting(earlier)
     with PeakMemory(trainer.args.device) as memory:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = trainer.seconds
-    model: Any = trainer.model
     samples: Any = trainer.train_dataset
     return FinetuneResult(
         mode=mode,
@@ -327,7 +326,7 @@ def _train(trainer: CausalTrainer, mode: str, checkpoint: Path | None) -> Finetu
         losses=_loss_curve(trainer.state.log_history),
         seconds=seconds,
         peak_memory_bytes=memory.peak_bytes,
-        trainable_parameters=num_trainable(model),
+        trainable_parameters=num_trainable(trainer.model),
         tokens=int(sum(len(sample["input_ids"]) for sample in samples) * trainer.state.epoch),
         batching=trainer.batching + (f" ({trainer.packing_fault})" if trainer.packing_fault else ""),
         padding_fraction=trainer.padding_fraction,

@@ -1,4 +1,4 @@
-"""Recording LoRA gradients while a Trainer trains: a plain callback, and a function that runs it.
+"""Records LoRA gradients while a Trainer trains: a plain callback, and a function that runs it.
 
 recorder = GradientRecorder(steps=40)
 SFTTrainer(model, args=..., train_dataset=..., peft_config=..., callbacks=[recorder]).train()
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 MIN_STEPS = 2
 DEFAULT_STEPS = 40
 WARMUP_RATIO = 0.03
-# The fp16 scaler starts at 2**16 and halves on every overflow: more in a row are not overflow but NaN.
+# The fp16 scaler starts at 2**16 and halves on every overflow; more overflows in a row than this mean NaN.
 MAX_OVERFLOWS = 20
 
 
 def default_steps(planned_steps: int) -> int:
-    """Optimizer steps to record: 1 % of the planned fine-tuning steps, at least 40."""
+    """Returns the number of optimizer steps to record: 1 % of the planned fine-tuning steps, at least 40."""
     return max(DEFAULT_STEPS, math.ceil(planned_steps * 0.01))
 
 
@@ -51,31 +51,32 @@ class GradientRecorder(ClosingCallback):
     """Records the LoRA gradients of the first optimizer steps of any Hugging Face Trainer.
 
     Works with LoRA, rsLoRA, DoRA and QLoRA through PEFT, with gradient accumulation, bf16, the fp16
-    scaler, DDP and FSDP2. Reads gradients where the Trainer calls `on_pre_optimizer_step`: once per
-    optimizer step, accumulated, reduced, un-scaled, and clipped when `max_grad_norm` is set (as in the
+    scaler, DDP and FSDP2. Gradients are read when the Trainer calls `on_pre_optimizer_step`: once per
+    optimizer step, accumulated, reduced, un-scaled, and clipped if `max_grad_norm` is set (as in the
     released code; clipping by c scales that step's energy by c**4).
 
-    The same backward passes also give the gates of every decoder layer and example (`gates.GateHooks`), not
-    clipped, of the same steps. Models whose layers do not pass on one hidden state of shape (rows, tokens,
-    hidden size), such as Gemma 3n, and several GPUs without a launcher get none, and a note says so. Hooks
-    leave the model when recording ends or fails; after a training that failed elsewhere, call `close`.
+    The same backward passes also give the gates of every decoder layer and example (`gates.GateHooks`) in
+    the same steps, not clipped. There are none, and a note says so, for models whose layers do not pass on a
+    single hidden state of shape (rows, tokens, hidden size), for example Gemma 3n, and for several GPUs
+    without a launcher. The hooks are removed from the model when recording ends or fails; if training fails
+    elsewhere, call `close`.
 
-    Memory: layer energies are kilobytes. Factors are float32 on the host, 4 * rank * (in + out) bytes
-    for each linear and step; with a `folder` they go to disk and at most those of two steps are in memory.
-    Nothing stays on the training device.
+    Memory: layer energies take kilobytes. Factors are float32 on the host, 4 * rank * (in + out) bytes per
+    linear and step; with a `folder` they go to disk, and at most those of two steps are in memory. Nothing
+    stays on the training device.
 
     Args:
         steps: Optimizer steps to record, >= 2. The default of 40 suits short runs; 1 % of the planned
             steps is the paper's rule.
-        folder: Where the trace is written, new or empty; None keeps it in host memory.
-        keep_factors: False keeps only layer energies: enough to score and to drop layers, not to merge.
+        folder: Where the trace is written, a new or empty folder; None keeps it in host memory.
+        keep_factors: False keeps only layer energies: enough to score and drop layers, not to merge them.
         stop_training: True ends training after the last recorded step; False lets it go on.
-        on_non_finite: "stop" ends training at the first NaN or Inf loss or gradient, keeps what was
-            recorded and raises NonFiniteError; "skip" leaves that step out and goes on. A step the
-            fp16 scaler is about to skip is always just left out.
+        on_non_finite: "stop" ends training at the first NaN or Inf loss or gradient, keeps the steps recorded
+            so far and raises NonFiniteError; "skip" leaves that step out and goes on. A step that the fp16
+            scaler is about to skip is always left out.
 
     Raises:
-        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder holds something.
+        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder is not empty.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class GradientRecorder(ClosingCallback):
                 hint=f"The default is {DEFAULT_STEPS}.",
             )
         if on_non_finite not in ("stop", "skip"):
-            raise ConfigError(f"on_non_finite is '{on_non_finite}'; 'stop' or 'skip' is needed.")
+            raise ConfigError(f"on_non_finite is '{on_non_finite}'; it must be 'stop' or 'skip'.")
         self.steps = steps
         self.folder = _check_folder(Path(folder)) if folder is not None else None
         self.keep_factors = keep_factors
@@ -119,7 +120,7 @@ class GradientRecorder(ClosingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds the LoRA linears of every decoder layer, and hooks the layers for their gates."""
-        if self._trace is not None:  # a second train() of the same Trainer goes unrecorded
+        if self._trace is not None:  # a second train() of the same Trainer is not recorded
             return
         model = kwargs["model"]
         self._pairs, linears = find_lora_linears(model)
@@ -130,20 +131,20 @@ class GradientRecorder(ClosingCallback):
         self._info = TraceInfo(
             num_layers=view.num_layers,
             linears=tuple(linears),
-            # Packed 4-bit weights say nothing about the model they were made from.
+            # Packed 4-bit weights do not identify the model they were made from.
             model="" if quantised else fingerprint(model),
             adapter=adapter,
             alpha=alpha,
             clip=float(args.max_grad_norm) if args.max_grad_norm else None,
             seed=int(args.seed),
         )
-        # Every process takes part in gathering sharded gradients; one of them keeps the result.
+        # Every process helps to gather sharded gradients; only one keeps the result.
         folder = self.folder if state.is_world_process_zero else None
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)  # an unfinished recording, see `_check_folder`
+            shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted recording, see `_check_folder`
         self._writer = TraceWriter(linears, folder, self.keep_factors and state.is_world_process_zero)
-        self.close()  # a Trainer that looks for its batch size begins again and again
-        # DataParallel runs copies of the layers in threads, so rows would come in any order.
+        self.close()  # a Trainer that searches for its batch size begins several times
+        # DataParallel runs copies of the layers in threads, so rows would arrive in any order.
         parallel = getattr(args, "n_gpu", 1) > 1
         self._gates = GateHooks(view.layers, "several GPUs without a launcher" if parallel else "")
         weakref.finalize(self, self._gates.close)
@@ -159,7 +160,7 @@ class GradientRecorder(ClosingCallback):
             raise
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Notes the loss the Trainer reports."""
+        """Keeps the loss that the Trainer reports."""
         loss = (logs or {}).get("loss")
         if loss is None or self._trace is not None:
             return
@@ -170,11 +171,11 @@ class GradientRecorder(ClosingCallback):
         self._losses.append(float(loss))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Completes the trace when training ends, early or not."""
+        """Completes the trace at the end of training, early or not."""
         self._finish()
 
     def close(self) -> None:
-        """Removes the hooks from the model; what was recorded stays."""
+        """Removes the hooks from the model; keeps what was recorded."""
         self._gates.close()
 
     # ------------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ class GradientRecorder(ClosingCallback):
     def _record(self, writer: TraceWriter, step: int, optimizer: Any, control: Any) -> None:
         gates_EL = self._gates.step(loss_scale(optimizer))
         if unscale(optimizer):
-            self._meet_overflow(step)
+            self._handle_overflow(step)
             return
         self._overflows = 0
         grad_b, grad_a = [], []
@@ -191,7 +192,7 @@ class GradientRecorder(ClosingCallback):
             grad_b.append(full_gradient(weight_b, linear))
         bad = writer.add_step(grad_b, grad_a, gates_EL)
         if bad is not None:
-            self._meet_non_finite(step, self._info.linears[bad])
+            self._handle_non_finite(step, self._info.linears[bad])
             return
         self._learning_rates.append(learning_rate(optimizer))
         if writer.num_steps >= self.steps:
@@ -200,14 +201,14 @@ class GradientRecorder(ClosingCallback):
             else:
                 self._finish()
 
-    def _meet_overflow(self, step: int) -> None:
-        """The fp16 scaler finds its scale by overshooting; it skips this optimizer step too."""
+    def _handle_overflow(self, step: int) -> None:
+        """Leaves out a step whose fp16 gradients overflowed; the optimizer skips it too."""
         self._notes.append(f"step {step} left out: fp16 overflow")
         self._overflows += 1
         if self._overflows > MAX_OVERFLOWS and self.on_non_finite == "stop":
             self._stop(f"Gradients overflowed at {self._overflows} steps in a row, the last being {step}.")
 
-    def _meet_non_finite(self, step: int, linear: LinearRef) -> None:
+    def _handle_non_finite(self, step: int, linear: LinearRef) -> None:
         where = f"the gradient of layer {linear.layer} {linear.name} at step {step} is NaN or Inf"
         if self.on_non_finite == "skip":
             self._notes.append(f"step {step} left out: {where}")
@@ -241,11 +242,11 @@ class GradientRecorder(ClosingCallback):
 
 
 def _check_folder(folder: Path) -> Path:
-    """The folder; ConfigError if it holds anything but what an interrupted recording left."""
+    """Returns the folder; raises ConfigError if it holds more than an interrupted recording leaves."""
     if folder.is_dir() and {entry.name for entry in folder.iterdir()} - {"factors"}:
         raise ConfigError(
             f"The trace folder {folder} is not empty.",
-            hint="Nothing is ever overwritten: choose another folder, or delete it yourself.",
+            hint="Recordings are never overwritten: choose another folder, or delete this one.",
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"The trace folder {folder} is a file.", hint="Choose another folder.")
@@ -269,14 +270,14 @@ def record_gradients(
     warm-up: these are the first steps of a longer run, not a short run that decays.
 
     Args:
-        model: The causal LM; its weights are the same afterwards.
-        dataset: Encoded samples with `input_ids` and `labels` (-100 where not supervised), as `encode_all`
-            gives them; repeated when there are fewer than steps * batch_size.
-        options: How; None takes the defaults, and 40 steps. The scale of the scores depends on alpha / rank.
+        model: The causal LM; afterwards its weights are the same as before.
+        dataset: Encoded samples with `input_ids` and `labels` (-100 where nothing is learned), as
+            `encode_all` returns them; repeated if there are fewer than steps * batch_size.
+        options: None takes the defaults, with 40 steps. The scale of the scores depends on alpha / rank.
         folder: Where the trace is written; None keeps it in host memory.
         collator: Makes padded batches; None pads with token 0, which is neither attended to nor learned.
-        callbacks: Further Trainer callbacks (progress).
-        **changes: Single options, such as steps=60.
+        callbacks: More Trainer callbacks (progress).
+        **changes: Single options, for example steps=60.
 
     Returns:
         The trace.
@@ -284,7 +285,7 @@ def record_gradients(
     Raises:
         ConfigError: If an option is unknown or not allowed.
         DataError: If the dataset is empty.
-        NonFiniteError: If a loss or gradient is NaN or Inf; the steps before are kept in `folder`.
+        NonFiniteError: If a loss or gradient is NaN or Inf; earlier steps are kept in `folder`.
 
     Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
     """
@@ -293,7 +294,7 @@ def record_gradients(
         raise DataError("The dataset is empty; there is nothing to record gradients from.")
     steps = options.steps or DEFAULT_STEPS
     recorder = GradientRecorder(steps, folder, stop_training=True)
-    # Steps the fp16 scaler skips come on top.
+    # Steps that the fp16 scaler may skip are added.
     fp16 = resolve_precision(options.precision, options.device) == "fp16"
     tuning = FinetuneOptions(
         learning_rate=options.learning_rate,
@@ -323,7 +324,7 @@ def record_gradients(
 
 @contextmanager
 def _adapters(model: nn.Module, options: RecordOptions) -> Iterator[Any]:
-    """The model with LoRA inside the block; afterwards it is as it was, also after an error."""
+    """Puts LoRA on the model within the block; restores the model afterwards, even after an error."""
     # PEFT, its preparation for quantised training, and the Trainer change these.
     config: Any = model.config
     training, use_cache = model.training, bool(getattr(config, "use_cache", True))

@@ -1,4 +1,4 @@
-"""Which Trainer checkpoint an interrupted fine-tuning can resume from."""
+"""Finds the Trainer checkpoint that an interrupted fine-tuning can resume from."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from gradpruner.common.json_files import read_json, typed
 
 log = logging.getLogger(__name__)
 
-# Where trainer_state.json keeps what was counted, among the states of callbacks.
+# The key of a `Tally` in trainer_state.json, among the states of callbacks.
 TALLY = "GradPrunerTally"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What was counted of a training up to a checkpoint, over all its starts."""
+    """Time and tokens of a training up to a checkpoint, summed over all its starts."""
 
     seconds: float
     places: int
     """Token positions computed."""
     padding: int
-    """How many of them were padding."""
+    """Positions that were padding."""
 
 
 def tally_of(checkpoint: Path) -> Tally | None:
-    """What was counted up to a checkpoint; None if another program wrote it."""
+    """Returns the tally of a checkpoint; None if it has none, because another program wrote it."""
     try:
         raw = read_json(checkpoint / "trainer_state.json", "checkpoint")
         found = typed(raw["stateful_callbacks"][TALLY]["attributes"], Tally, str(checkpoint))
@@ -44,11 +44,11 @@ def tally_of(checkpoint: Path) -> Tally | None:
 
 
 def latest_complete_checkpoint(folder: Path, sharding: str = "") -> Path | None:
-    """The newest Trainer checkpoint that is whole.
+    """Returns the newest complete Trainer checkpoint; reports and removes incomplete ones.
 
-    The Trainer writes checkpoints in place: after a kill the newest may be cut short, and one without
-    optimizer state would resume silently with a fresh optimizer. Broken ones are reported and removed.
-    `sharding` is as `CausalTrainer.sharding`: weights that are spread are stored in other formats.
+    The Trainer writes checkpoints in place. If the process is killed, the newest may be cut short, and one
+    without optimizer state would silently resume with a fresh optimizer. `sharding` is that of
+    `CausalTrainer.sharding`; sharded weights are stored in other formats.
     """
     steps = [int(found[1]) for p in folder.glob("checkpoint-*") if (found := _CHECKPOINT.match(p.name))]
     for candidate in (folder / f"checkpoint-{step}" for step in sorted(steps, reverse=True)):
@@ -61,7 +61,7 @@ def latest_complete_checkpoint(folder: Path, sharding: str = "") -> Path | None:
 
 
 def _checkpoint_fault(folder: Path, sharding: str = "") -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """Says what is wrong with a checkpoint; None if it is complete."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -93,9 +93,9 @@ def _checkpoint_fault(folder: Path, sharding: str = "") -> str | None:
 
 
 def _has_shards(folder: Path, sharding: str) -> bool:
-    """Whether the files with weights and optimizer of a sharded training are there."""
+    """Returns whether the weights and the optimizer state of a sharded training are there."""
     if sharding == "deepspeed":
-        latest = folder / "latest"  # written last: names the folder with the states of every process
+        latest = folder / "latest"  # written last; names the folder with the states of all processes
         return latest.is_file() and any((folder / latest.read_text().strip()).glob("*optim_states.pt"))
     parts = {
         "optimizer": ("optimizer.bin", "optimizer_0/.metadata"),

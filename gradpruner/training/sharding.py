@@ -1,4 +1,4 @@
-"""Weights spread over processes (FSDP2, DeepSpeed ZeRO), and whole again after training."""
+"""Sharding: weights spread over processes (FSDP2, DeepSpeed ZeRO), and gathered after training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from gradpruner.common.world import this_world
 
 
 def check_sharding(fsdp: Any, deepspeed: str | None, device: str) -> None:
-    """Raises ConfigError where weights cannot be spread over processes, before anything is loaded."""
+    """Raises ConfigError if weights cannot be sharded over processes, before anything is loaded."""
     if "ACCELERATE_DEEPSPEED_ZERO_STAGE" in os.environ or "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
         raise ConfigError(
-            "accelerate was told to use DeepSpeed, for recording too, where it steps before gradients can be "
-            "read.",
-            hint="Start without it, and name a DeepSpeed file: --set finetune.deepspeed=FILE.",
+            "accelerate was told to use DeepSpeed, which would include recording; there, DeepSpeed steps "
+            "before gradients can be read.",
+            hint="Start without it, and give a DeepSpeed file: --set finetune.deepspeed=FILE.",
         )
     key = "finetune.deepspeed" if deepspeed else "finetune.fsdp" if fsdp else "accelerate's FSDP"
     fsdp = fsdp or accelerate_shards()
@@ -34,27 +34,27 @@ def check_sharding(fsdp: Any, deepspeed: str | None, device: str) -> None:
         raise ConfigError("FSDP and finetune.deepspeed are both given.", hint="Choose one.")
     if this_world().size == 1:
         raise ConfigError(
-            f"{key} needs several processes; this is one.",
+            f"{key} needs several processes; there is only one.",
             hint="Start with: torchrun --nproc-per-node 2 -m gradpruner ...",
         )
     if fsdp and (device == "cpu" or not torch.accelerator.is_available()):
         raise ConfigError(
-            f"{key} needs GPUs: on CPUs the Trainer would keep whole copies.",
-            hint="Leave it out: several CPU processes work as plain data parallelism.",
+            f"{key} needs GPUs: on CPUs, the Trainer would keep a whole copy in every process.",
+            hint="Leave it out: several CPU processes work with plain data parallelism.",
         )
     if deepspeed:
         _check_deepspeed(Path(deepspeed))
 
 
 def accelerate_shards() -> bool:
-    """Whether accelerate was told to use FSDP, by its config or `--use_fsdp`."""
+    """Returns whether accelerate was told to use FSDP, by its config or `--use_fsdp`."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def check_world_size(rows: int, batch_sizes: Mapping[str, int]) -> None:
-    """Raises ConfigError where a step of all processes would read more than these training rows.
+    """Raises ConfigError if a step of all processes would read more rows than there are.
 
-    `batch_sizes` says by recipe key how many one process reads in a step.
+    `batch_sizes` gives, by recipe key, the rows that one process reads in a step.
     """
     size = this_world().size
     for key, batch_size in batch_sizes.items():
@@ -62,7 +62,7 @@ def check_world_size(rows: int, batch_sizes: Mapping[str, int]) -> None:
             fewer = f", or set {key} to {rows // size} or less" if rows >= size else ""
             raise ConfigError(
                 f"{size} processes with {key} {batch_size} read {size * batch_size} rows in a step; there "
-                f"are {rows}, and some would count twice.",
+                f"are only {rows}, so some would count twice.",
                 hint=f"Start fewer processes{fewer}.",
             )
 
@@ -71,7 +71,7 @@ def _check_deepspeed(path: Path) -> None:
     if not path.is_file():
         raise ConfigError(
             f"finetune.deepspeed: there is no file {path}.",
-            hint="examples/deepspeed_zero2.json and examples/deepspeed_zero3.json are such files.",
+            hint="For examples, see examples/deepspeed_zero2.json and examples/deepspeed_zero3.json.",
         )
     if not isinstance(read_json(path, "DeepSpeed configuration"), dict):
         raise ConfigError(f"finetune.deepspeed: {path} does not hold a JSON object.")
@@ -83,20 +83,20 @@ def _check_deepspeed(path: Path) -> None:
 
 
 def num_trainable(model: nn.Module) -> int:
-    """Parameters that are trained, those of all processes (ZeRO 3 leaves tensors empty)."""
+    """Returns the number of trained parameters over all processes (ZeRO 3 leaves tensors empty)."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
 def make_whole_(model: nn.Module, engine: Any = None) -> None:
     """Gathers a sharded model in place: whole on the CPU of the first process, without weights on the others.
 
-    Parameters are gathered one at a time and their shards let go, so that no process ever holds two copies.
-    Every process must call it. A model that is not sharded stays as it is. DeepSpeed's engine is destroyed.
+    Parameters are gathered one at a time and their shards freed, so no process ever holds two copies. Every
+    process must call this. A model that is not sharded stays as it is. DeepSpeed's engine is destroyed.
     """
     if any(isinstance(p, DTensor) or hasattr(p, "ds_tensor") for p in model.parameters()):
         gathered: dict[int, nn.Parameter] = {}
         for module in model.modules():
-            # DeepSpeed's own mapping gathers what is looked up in it.
+            # A plain dict, because DeepSpeed's own mapping gathers every parameter that is looked up.
             own = dict(module._parameters.items())
             module.__dict__.pop("_original_parameters", None)
             module.__dict__["_parameters"] = own
@@ -105,14 +105,14 @@ def make_whole_(model: nn.Module, engine: Any = None) -> None:
                     gathered[id(parameter)] = _whole(parameter)
                 own[name] = None if parameter is None else gathered[id(parameter)]
             bases = type(module).__bases__
-            if type(module).__name__.startswith("FSDP") and len(bases) > 1:  # torch makes a class per class
+            if type(module).__name__.startswith("FSDP") and len(bases) > 1:  # made by torch
                 module.__class__ = bases[1]
     if engine is not None:
         _leave_deepspeed(engine)
 
 
 def _whole(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter with all its numbers on the first process; one without any on the others."""
+    """Returns the whole parameter on the first process, and one without numbers on the others."""
     full: Any
     if isinstance(parameter, DTensor):
         full = parameter.data.full_tensor()  # type: ignore[attr-defined]
@@ -126,7 +126,7 @@ def _whole(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _leave_deepspeed(engine: Any) -> None:
-    """Removes what DeepSpeed keeps for the whole process: models loaded later would be sharded too."""
+    """Removes DeepSpeed's global state; with it, models loaded later would be sharded too."""
     engine.destroy()
     import_module("transformers.integrations.deepspeed").unset_hf_deepspeed_config()
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)

@@ -1,4 +1,4 @@
-"""Gradients just before an optimizer step, un-scaled and gathered, for any Trainer."""
+"""Reads gradients right before an optimizer step, un-scaled and gathered, for any Trainer."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from gradpruner.gradients.trace import LinearRef
 
 
 def unscale(optimizer: Any) -> bool:
-    """Divides gradients by the fp16 loss scale if nobody has yet; returns whether they overflowed.
+    """Divides gradients by the fp16 loss scale unless that was done; returns whether they overflowed.
 
-    The Trainer un-scales only when it clips. `GradScaler.unscale_` remembers that it ran, so the
-    optimizer step that follows does not divide again.
+    The Trainer un-scales only if it clips. `GradScaler.unscale_` remembers that it ran, so the following
+    optimizer step does not divide again.
     """
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not scaler.is_enabled():
@@ -27,7 +27,7 @@ def unscale(optimizer: Any) -> bool:
 
 
 def loss_scale(optimizer: Any) -> float:
-    """The factor of the fp16 scaler, or of a DeepSpeed optimizer, on this step's losses; 1 without one."""
+    """Returns the loss scale of this step, from the fp16 scaler or a DeepSpeed optimizer; 1 without one."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is not None and scaler.is_enabled():
         return float(scaler.get_scale())
@@ -35,19 +35,19 @@ def loss_scale(optimizer: Any) -> float:
 
 
 def full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
-    """The gathered, reduced gradient of one LoRA weight; ModelError if there is none."""
+    """Returns the gathered, reduced gradient of one LoRA weight; raises ModelError if there is none."""
     grad = weight.grad
     if grad is None:
         raise ModelError(
             f"LoRA of layer {linear.layer} {linear.name} has no gradient at the optimizer step.",
             hint="DeepSpeed steps before gradients can be read: record with torchrun, DDP or FSDP2.",
         )
-    # FSDP2 shards parameters as DTensors; gathering is collective, so every process does it.
+    # FSDP2 shards parameters as DTensors; gathering is collective, so every process must do it.
     full: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     return full
 
 
 def learning_rate(optimizer: Any) -> float:
-    """Learning rate of the first parameter group; 0 without an optimizer."""
+    """Returns the learning rate of the first parameter group; 0 without an optimizer."""
     groups = getattr(optimizer, "param_groups", None)
     return float(groups[0]["lr"]) if groups else 0.0

@@ -1,4 +1,4 @@
-"""Learning from a teacher: what a student's loss is made of, and the Trainer that computes it."""
+"""Learning from a teacher: the loss of a student, and the Trainer that computes it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from gradpruner.training.options import DistillationOptions
 from gradpruner.training.trainer import CausalTrainer, answer_window
 
 PROMPT = -101
-"""Label of a prompt token whose distribution the student learns from its teacher."""
+"""Label of a prompt token at which the student learns from its teacher."""
 
-# Entries of the logits whose two distributions exist at a time, in fp32: 64 MB each.
+# Entries of the logits processed at a time: 64 MB in fp32 for each of the two distributions.
 _CHUNK = 2**24
 
 
 ANSWERS_ALONE = DistillationOptions(ce=0, answers=1, prompts=0)
-"""The divergence where there are labels and nothing else."""
+"""Only the divergence at tokens with labels."""
 
 
 def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
@@ -35,14 +35,14 @@ def check_teacher(teacher: nn.Module, student: nn.Module) -> None:
     theirs, ours = (model.config.get_text_config().vocab_size for model in models)
     if theirs != ours:
         raise ShapeError(
-            f"The student predicts {ours:,} tokens and its teacher {theirs:,}; a student has the teacher's "
-            "vocabulary.",
-            hint="Take a teacher of the same family with the same tokenizer.",
+            f"The student predicts {ours:,} tokens and its teacher {theirs:,}; a student must have the "
+            "teacher's vocabulary.",
+            hint="Use a teacher of the same family, with the same tokenizer.",
         )
     if {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}:
         raise ConfigError(
-            "The teacher shares weights with the model that is trained, so it would change with it.",
-            hint="Load the teacher as a model of its own.",
+            "The teacher shares weights with the student, so training would change the teacher too.",
+            hint="Load the teacher as a separate model.",
         )
 
 
@@ -55,19 +55,20 @@ def distillation_loss(
 ) -> Tensor:
     """`T^2 / n * sum over positions of c * sum_v p_v (log p_v - log q_v)`: KL(p || q).
 
-    p is `softmax(teacher / T)`, q `softmax(student / T)`; T^2 keeps the size of gradients the same for every
-    temperature. Computed in fp32 (in fp64 for fp64 logits), a chunk of positions at a time, together with the
-    gradient, which has a closed form. So memory beyond the logits is one tensor like the student's.
+    p is `softmax(teacher / T)` and q is `softmax(student / T)`; T^2 keeps the size of gradients the same for
+    every temperature. The loss is computed in fp32 (fp64 for fp64 logits), a chunk of positions at a time,
+    together with its gradient, which has a closed form. So memory beyond the logits is one tensor of the size
+    of the student's.
 
     Args:
         student_logits: Shape (..., vocabulary).
-        teacher_logits: The same shape; no gradient goes there.
-        counted: Shape (...). c, bool: which positions count; or floating point, >= 0: how much.
-        temperature: T > 0.
-        num_counted: n; None takes the number of positions that count at all.
+        teacher_logits: The same shape; gets no gradient.
+        counted: c, shape (...); bool: which positions count, or floating point >= 0: their weights.
+        temperature: T, > 0.
+        num_counted: n; None takes the number of positions with c > 0.
 
     Returns:
-        A number >= 0 in nats; 0 if nothing counts.
+        A scalar >= 0 in nats; 0 if no position counts.
 
     Raises:
         ShapeError: If the shapes disagree.
@@ -79,11 +80,11 @@ def distillation_loss(
     if student_logits.shape != teacher_logits.shape or student_logits.shape[:-1] != counted.shape:
         raise ShapeError(
             f"Logits of the student are {tuple(student_logits.shape)}, of the teacher "
-            f"{tuple(teacher_logits.shape)}, and {tuple(counted.shape)} positions are marked; a student has "
-            "the teacher's vocabulary and sees the same tokens."
+            f"{tuple(teacher_logits.shape)}, and {tuple(counted.shape)} positions are marked; a student must "
+            "have the teacher's vocabulary and see the same tokens."
         )
     if not (math.isfinite(temperature) and temperature > 0):
-        raise ConfigError(f"temperature is {temperature}; above 0 is needed.")
+        raise ConfigError(f"temperature is {temperature}; it must be finite and above 0.")
     weights = counted.reshape(-1)
     positions = weights.nonzero()[:, 0]
     vocabulary = student_logits.shape[-1]
@@ -98,7 +99,7 @@ def distillation_loss(
 
 
 class _Divergence(torch.autograd.Function):
-    """Sum of c T^2 KL(p || q) over rows; its gradient by a logit of the student is c T (q - p)."""
+    """Sum of c T^2 KL(p || q) over rows; its gradient with respect to the student's logits is c T (q - p)."""
 
     @staticmethod
     def forward(
@@ -114,7 +115,7 @@ class _Divergence(torch.autograd.Function):
             if gradient is not None:
                 gradient[rows] = (log_q.exp_().sub_(p) * temperature).to(student.dtype)
         if gradient is not None:
-            # Weights come in with the upstream gradient: in fp16, before loss scaling, they could underflow.
+            # Weights join the upstream gradient: in fp16, before loss scaling, they could underflow.
             ctx.save_for_backward(gradient, weights)
         return total * temperature**2
 
@@ -128,22 +129,22 @@ class _Divergence(torch.autograd.Function):
 class DistillationTrainer(CausalTrainer):
     """A `CausalTrainer` with the loss of `DistillationOptions`.
 
-    Logits of student and teacher are computed only where a counted token is predicted, whatever the batch's
-    layout: at answer tokens, and at prompt tokens if those have a weight. In the log, `loss` is the whole
-    loss and `ce` the cross entropy alone, unweighted, if that has a weight.
+    Logits of student and teacher are computed only where they are needed, in every layout of the batch: to
+    predict answer tokens, and prompt tokens if those have a weight. In the log, `loss` is the whole loss and
+    `ce` the unweighted cross entropy, if it is part of the loss.
 
     Args:
-        teacher: Gives the logits to learn: a model, which is put into evaluation mode and moved to the device
-            that trains, or a function that takes a model's inputs. Rows are packed only if it takes them.
-        options: What the loss is made of.
-        **kwargs: As for `CausalTrainer`.
+        teacher: A model, which is put into evaluation mode and moved to the training device, or a function
+            with the inputs and outputs of a model. Rows are packed only if the teacher allows it too.
+        options: The weights of the loss.
+        **kwargs: See `CausalTrainer`.
     """
 
     def __init__(self, *, teacher: Any, options: DistillationOptions = ANSWERS_ALONE, **kwargs: Any) -> None:
         self.teacher, self.options = teacher, options
         if isinstance(teacher, nn.Module):
             teacher.eval()
-            if next(teacher.parameters()).device != kwargs["args"].device:  # quantised models refuse to move
+            if next(teacher.parameters()).device != kwargs["args"].device:  # quantised models cannot be moved
                 teacher.to(kwargs["args"].device)
         if options.prompts:
             kwargs["samples"] = _with_prompts_marked(kwargs["samples"])
@@ -160,7 +161,7 @@ class DistillationTrainer(CausalTrainer):
         return fault
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The batches of an optimizer step and their number of answer tokens; counts prompt tokens too."""
+        """Returns the batches of an optimizer step and their answer tokens; also counts prompt tokens."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         counts = torch.zeros(2, dtype=torch.int64)
         for batch in batches:
@@ -178,7 +179,7 @@ class DistillationTrainer(CausalTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Asks the teacher first; then the Trainer calls `_loss`."""
+        """Runs the teacher; then the Trainer calls `_loss`."""
         inputs = {**inputs, "use_cache": False}
         seen = {name: value for name, value in inputs.items() if name not in ("labels", "padding")}
         if self._windowed:
@@ -192,7 +193,7 @@ class DistillationTrainer(CausalTrainer):
             self._teacher_logits = None
 
     def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The weighted sum; `num_items_in_batch` is the number of answer tokens of the optimizer step."""
+        """Returns the weighted loss; `num_items_in_batch` is the optimizer step's number of answer tokens."""
         loss = self._divergence(outputs, labels, num_items_in_batch)
         if not self.options.ce:
             return loss
@@ -207,7 +208,7 @@ class DistillationTrainer(CausalTrainer):
         return loss + self.options.ce * ce
 
     def _divergence(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """The two divergences, weighted, in one pass over the logits."""
+        """Returns the weighted sum of both divergences, in one pass over the logits."""
         assert self._teacher_logits is not None
         answers, prompts = _kinds(labels)
         prompt_tokens = None if num_items_in_batch is None else self._prompt_tokens
@@ -220,7 +221,7 @@ class DistillationTrainer(CausalTrainer):
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the mean cross entropy since the last entry."""
+        """Adds the mean cross entropy since the last entry to the log."""
         if "loss" in logs and self._ce_from >= 0:
             total = float(self.accelerator.reduce(self._ce, "sum"))
             logs["ce"] = total / max(1, self.state.global_step - self._ce_from)
@@ -229,8 +230,8 @@ class DistillationTrainer(CausalTrainer):
 
 
 def _with_prompts_marked(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples with `PROMPT` as the label of every token that had none, except the first."""
-    # As labels they work in every layout: the collator knows what is padding and where a sample begins.
+    """Returns samples with the label `PROMPT` for every token without a label, except the first."""
+    # Labels work in every layout: the collator knows what is padding and where a sample begins.
     return [
         sample
         | {"labels": [IGNORED, *(PROMPT if label == IGNORED else label for label in sample["labels"][1:])]}
@@ -239,13 +240,13 @@ def _with_prompts_marked(samples: Iterable[dict[str, Any]]) -> list[dict[str, An
 
 
 def _kinds(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Where answer and where prompt tokens are predicted: two bool tensors of shape (rows, tokens - 1)."""
+    """Returns where answer and prompt tokens are predicted: two bool tensors of shape (rows, tokens - 1)."""
     targets = labels[:, 1:]
     return targets >= 0, targets == PROMPT
 
 
 def _count(marked: Tensor, of_step: Any) -> Any:
-    """The number of tokens of a mean, at least 1: those of the whole step if that is known."""
+    """Returns the number of tokens to average over, at least 1: those of the whole step if known."""
     count = marked.sum() if of_step is None else torch.as_tensor(of_step)
     return count.clamp_min(1)
 

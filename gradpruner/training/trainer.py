@@ -1,4 +1,4 @@
-"""A `transformers.Trainer` that computes logits only where something is learned."""
+"""A `transformers.Trainer` that computes logits only for the tokens that are learned."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ log = logging.getLogger(__name__)
 
 
 class CausalTrainer(Trainer):
-    """A Trainer that saves work with the same loss: logits of learned tokens only, and packed rows.
+    """A Trainer that gets the same loss with less work: logits of learned tokens only, and packed rows.
 
-    With the loss on answer tokens alone, most of the (tokens, vocabulary) logits are not needed, and they
-    are the largest activation of a small-batch step. The base model runs on all positions, the head on those
-    that predict a label in any row of the batch. Packed, the samples of a batch share rows (`batching`).
+    If only answer tokens have a loss, most of the (tokens, vocabulary) logits are not needed, and they are
+    the largest activation of a small-batch step. The base model runs on all positions, the head only on those
+    that predict a label in any row of the batch. With packing, samples of a batch share rows (`batching`).
 
     Args:
         samples: Encoded samples with `input_ids` and `labels`.
-        collator: Makes a padded batch of them.
+        collator: Makes padded batches of them.
         batching: "packed", "grouped" or "padded"; see `FinetuneSection`.
-        **kwargs: As for `transformers.Trainer`.
+        **kwargs: See `transformers.Trainer`.
 
     Attributes:
-        batching: What is done: "grouped" instead of "packed" where the model does not allow packing.
-        packing_fault: Why it does not; "" otherwise.
+        batching: The layout used: "grouped" instead of "packed" if the model does not allow packing.
+        packing_fault: Why the model does not allow packing; "" if it does or was not asked to.
     """
 
     def __init__(self, *, samples: Any, collator: Any, batching: str = "padded", **kwargs: Any) -> None:
         super().__init__(train_dataset=samples, data_collator=collator, **kwargs)
-        self.remove_callback(PrinterCallback)  # would print every loss on standard output
+        self.remove_callback(PrinterCallback)  # it would print every loss on standard output
         model = kwargs["model"]
         forward = inspect.signature(unwrap(model).forward).parameters
         # DataParallel (several GPUs, no launcher) would split the window's labels unevenly.
@@ -65,7 +65,7 @@ class CausalTrainer(Trainer):
 
     @property
     def sharding(self) -> str:
-        """What spreads the model over processes: "fsdp" or "deepspeed"; "" if nothing does."""
+        """How the model is sharded over processes: "fsdp", "deepspeed", or "" if it is not."""
         return "deepspeed" if self.is_deepspeed_enabled else "fsdp" if self.is_fsdp_enabled else ""
 
     @property
@@ -75,18 +75,18 @@ class CausalTrainer(Trainer):
 
     @property
     def seconds(self) -> float:
-        """Wall time of training so far, with that of interrupted starts up to their checkpoints."""
+        """Wall time of training so far, interrupted starts included up to their checkpoints."""
         return self._earlier_seconds + time.perf_counter() - self._started
 
     def start_counting(self, earlier: Tally | None) -> None:
-        """Begins to measure; `earlier` was counted up to the checkpoint that training resumes from."""
+        """Starts the clock; `earlier` is the tally of the checkpoint that training resumes from."""
         if earlier is not None:
             self._places, self._padding = earlier.places, torch.tensor(earlier.padding)
             self._earlier_seconds = earlier.seconds
         self._started = time.perf_counter()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's; closes callbacks also when it fails, of which it tells none."""
+        """Trains; closes the `ClosingCallback`s even if training fails."""
         callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, ClosingCallback)]
         for callback in callbacks:
             if isinstance(callback, ProgressCallback):
@@ -98,11 +98,11 @@ class CausalTrainer(Trainer):
                 callback.close()
 
     def _rate(self) -> float:
-        """Token positions a second so far, over all processes."""
+        """Returns token positions per second so far, over all processes."""
         return self._places * int(self.args.world_size) / max(self.seconds, 1e-9)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with what was counted so far in trainer_state.json."""
+        """Saves a checkpoint, with the tally so far in its trainer_state.json."""
         counted = Tally(self.seconds, self._places, int(self._padding))
         self.state.stateful_callbacks[TALLY] = {"args": {}, "attributes": asdict(counted)}
         super()._save_checkpoint(*args, **kwargs)
@@ -114,7 +114,7 @@ class CausalTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The Trainer's loss, with logits restricted to the positions that have labels."""
+        """Returns the Trainer's loss, computing logits only at positions that predict a label."""
         inputs = dict(inputs)
         self._count(inputs)
         if self._windowed:
@@ -122,11 +122,11 @@ class CausalTrainer(Trainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _count(self, inputs: dict[str, Any]) -> None:
-        """Counts places and padding; on the device, because reading the number would wait for it."""
+        """Counts positions and padding; padding on the device, because reading it would wait for that."""
         self._places += inputs["input_ids"].numel()
         if "padding" in inputs:
             padding = inputs.pop("padding")
-            inputs["use_cache"] = False  # with a cache no model looks for packed samples
+            inputs["use_cache"] = False  # with a cache, models ignore that samples are packed
         elif "attention_mask" in inputs:
             padding = (inputs["attention_mask"] == 0).sum()
         else:
@@ -134,7 +134,7 @@ class CausalTrainer(Trainer):
         self._padding = self._padding.to(padding.device) + padding
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The Trainer's sampler; the one that groups by length made repeatable."""
+        """Returns the Trainer's sampler, or a repeatable one that groups samples by length."""
         samples = self.train_dataset if train_dataset is None else train_dataset
         if self.batching != "grouped":
             return super()._get_train_sampler(samples)
@@ -143,11 +143,11 @@ class CausalTrainer(Trainer):
 
 
 def answer_window(labels: Tensor) -> dict[str, Tensor]:
-    """Positions whose logits are needed for a batch's labels (rows, tokens), and the labels to go with them.
+    """Returns the positions whose logits a batch's labels (rows, tokens) need, and the labels for those.
 
     Returns:
-        `logits_to_keep`, the positions just before those learned in any row and, last, the last learned
-        one; and `labels` as the model wants them: it shifts them by one itself.
+        `logits_to_keep`, the positions right before those learned in any row and, last, the last learned
+        position; and `labels` as the model expects them, which shifts them by one itself.
     """
     learned = (labels[:, 1:] != IGNORED).any(dim=0).nonzero()[:, 0]
     if len(learned) == 0:
