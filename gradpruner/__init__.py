@@ -5,55 +5,55 @@
     result.save("smaller")                                # a plain Hugging Face folder
 
 The whole job
-    prune                a tuned model and rows in, a smaller model out
-    Pruned               what prune returns: the model, its plan, scores and repair
-    load_recipe          a recipe from a file, from values, or both
+    prune                prunes a tuned model for the task given by rows
+    Pruned               the result of prune: the pruned model, its plan, scores and repair
+    load_recipe          reads a recipe from a file, from values, or both
     Recipe               everything a run depends on
-    dry_run              what a run would do; loads no weights
-    run                  record, score, plan, prune, fine-tune, evaluate, report
-    compare              methods at the same budget, over seeds, in one table
+    dry_run              shows what a run would do, without loading weights
+    run                  records, scores, plans, prunes, fine-tunes, evaluates, reports
+    compare              runs several methods at the same budget over several seeds, in one table
 
 Choosing layers
-    record_gradients     the LoRA gradients of the first steps of a fine-tuning
-    GradientRecorder     the same inside a Trainer of your own, as a callback
-    GradientTrace        what was recorded
-    score_layers         how important every layer is, from a trace
-    score_gates          the same from what leaving a layer out does to the loss
-    LayerScores          one number a layer, with its interval
-    plan_pruning         scores and a budget to a plan
+    record_gradients     records the LoRA gradients of the first fine-tuning steps
+    GradientRecorder     records them inside your own Trainer, as a callback
+    GradientTrace        the recorded gradients
+    score_layers         scores the importance of every layer from a trace
+    score_gates          scores layers by how leaving each one out changes the loss
+    LayerScores          one number per layer, with its interval
+    plan_pruning         makes a plan from scores and a budget
     PruningPlan          keep, drop or merge, for every layer
     WidthPlan            which heads, channels and hidden dimensions stay
 
 Pruning and repair
     fit_repair           refits the linear before every cut, on rows of the task
-    Repair               the refitted linears
-    prune_               carries a plan out on a model in memory, in place
-    prune_width_         the same for a width plan
-    prune_checkpoint     a model folder into a smaller one, by streaming
-    verify_checkpoint    whether a pruned folder is what its plan says
-    diff_checkpoint      the pruned folder as a small difference from the dense one
-    rebuild_checkpoint   dense folder and difference back to the pruned one, to the bit
+    Repair               the refitted weights
+    prune_               prunes layers of a model in memory, in place
+    prune_width_         prunes widths of a model in memory, in place
+    prune_checkpoint     prunes a model folder into a new one, by streaming
+    verify_checkpoint    checks that a pruned folder is what its plan says
+    diff_checkpoint      stores a pruned folder as a small difference from the dense one
+    rebuild_checkpoint   rebuilds the pruned folder from the dense one and the difference, to the bit
 
 Training and measuring
     finetune             fine-tunes a model on encoded rows
-    evaluate             what a model answers to rows, and what that scores
-    measure_cost         time and memory of a dense and a pruned model, side by side
-    Workload             what is run to measure that
+    evaluate             scores the answers of a model to rows
+    measure_cost         measures time and memory of a dense and a pruned model, side by side
+    Workload             what measure_cost runs
 
 Rows and models
-    load_examples        rows of a file, folder or hub dataset as examples
+    load_examples        loads the rows of a file, folder or hub dataset as examples
     Example              a prompt and its answer
-    encode_all           examples to token ids and labels
-    load_model           a causal LM from a checked folder
+    encode_all           encodes examples as token ids and labels
+    load_model           loads a causal LM from a checked folder
 
 Pieces of the method
     element_importance   importance of every entry of a linear, from its recorded gradients
-    merge_linear         adds linears of removed layers into one that stays
+    merge_linear         merges linears of removed layers into the same linear of a kept layer
 
 Errors
-    GradPrunerError      base of every error raised on purpose
+    GradPrunerError      base class of every error raised on purpose
 
-Names are loaded when first used; importing the package imports nothing else.
+Each name is loaded when it is first used. Importing the package loads nothing else.
 """
 
 from __future__ import annotations

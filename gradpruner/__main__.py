@@ -1,4 +1,4 @@
-"""`python -m gradpruner`."""
+"""Entry point of `python -m gradpruner`."""
 
 from gradpruner.cli.main import main
 

@@ -155,7 +155,7 @@ def test_coverage_of_scores_between_where_a_t_interval_falls_short():
 @pytest.mark.parametrize(
     ("dense", "pruned", "confidence", "error", "words"),
     [
-        ([1.0], [1.0, 0.0], 0.9, ShapeError, "one score a row"),
+        ([1.0], [1.0, 0.0], 0.9, ShapeError, "one score per row"),
         ([], [], 0.9, DataError, "no validation rows"),
         ([1.0, 2.0], [1.0, 1.0], 0.9, DataError, "dense model's scores run from 1 to 2"),
         ([1.0, 1.0], [1.0, math.nan], 0.9, DataError, "pruned model's scores"),
@@ -212,7 +212,7 @@ def test_that_many_rows_suffice(counts):
 
 @pytest.mark.parametrize("limit", [0.0, 1.0, -0.1])
 def test_a_limit_is_a_fraction(limit):
-    with pytest.raises(ConfigError, match="largest loss is"):
+    with pytest.raises(ConfigError, match="largest allowed loss is"):
         certify([1.0], [1.0], limit)
 
 
@@ -268,10 +268,10 @@ def test_a_first_guess_is_looked_at_first():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"candidates": []}, "give at least one, rising"),
-        ({"candidates": [3, 2]}, "give at least one, rising"),
+        ({"candidates": []}, "give at least one, in ascending order"),
+        ({"candidates": [3, 2]}, "give at least one, in ascending order"),
         ({"first": 9}, "allowed: 1, 2, 3"),
-        ({"limit": 2.0}, "largest loss"),
+        ({"limit": 2.0}, "largest allowed loss"),
         ({"confidence": 0.2}, "confidence"),
     ],
 )

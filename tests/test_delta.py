@@ -512,7 +512,7 @@ def test_names_that_are_no_plain_names(given_source, given_delta, tmp_path):
 ENTRY = {"sha256": "0" * 64, "bytes": 1}
 FORGED = {
     "format_version is 2": lambda r: r.update(format_version=2),
-    "format_version: Input should be a valid integer": lambda r: r.update(format_version=True),
+    "format_version is True": lambda r: r.update(format_version=True),
     "unknown field 'more'": lambda r: r.update(more=1),
     "source: Input should be a valid string": lambda r: r.update(source=["x"]),
     "gradpruner_version: Input should be a valid string": lambda r: r.update(gradpruner_version=None),

@@ -81,7 +81,7 @@ class Shape:
 def test_a_typed_file_names_the_field_that_is_wrong(tmp_path):
     path = tmp_path / "a.json"
     for value, part in (
-        ([], "the whole"),
+        ([], "top level"),
         ({}, "count: Field required"),
         ({"count": "1"}, r"count: .*valid integer .given: '1'."),
         ({"count": True}, "count"),
@@ -133,7 +133,7 @@ def test_a_file_in_a_strangers_folder_is_not_written_through(tmp_path):
     os.link(victim, run / "second")
     os.mkfifo(run / "pipe")
     for name in ("link", "dangling", "second", "pipe"):
-        with pytest.raises(IntegrityError, match="nothing is written through it"):
+        with pytest.raises(IntegrityError, match="so nothing is written to it"):
             open_private(run / name)
     with open_private(run / "fresh") as file:
         file.write("x")

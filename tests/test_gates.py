@@ -125,7 +125,7 @@ def test_layers_with_a_state_of_several_streams_have_no_gates():
     hooks = GateHooks(LayeredModel(model).layers)
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
     assert hooks.step() is None
-    assert "layer 0 does not go from one" in hooks.fault
+    assert "layer 0 does not map hidden states" in hooks.fault
 
 
 # --- layout of the batch ------------------------------------------------------------------------------------
@@ -181,13 +181,13 @@ def test_what_cannot_be_measured_right_is_not_measured():
     loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
     loss.backward(retain_graph=True)
     loss.backward()
-    assert hooks.step() is None and "backwards twice" in hooks.fault
+    assert hooks.step() is None and "two backward passes" in hooks.fault
     hooks.close()
 
     hooks = GateHooks(layers)
     over = layers[2].register_forward_hook(lambda _, args, output: output.mul_(2))
     model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
-    assert hooks.step() is None and "overwritten in place" in hooks.fault
+    assert hooks.step() is None and "changed in place" in hooks.fault
     over.remove()
     hooks.close()
 
@@ -363,7 +363,7 @@ def test_several_gpus_without_a_launcher_have_no_gates_but_a_note():
 
     trace = train(Parallel(2))
     assert trace.gates is None and trace.info.notes == ("no gates: several GPUs without a launcher",)
-    with pytest.raises(PlanError, match=r"several GPUs.*does without"):
+    with pytest.raises(PlanError, match=r"several GPUs.*needs no gates"):
         trace.gate_rows()
 
 
@@ -441,7 +441,7 @@ def test_damaged_gates(tiny_llama, tiny_trace, tmp_path):
     for tensors, message in (
         ({"gates": gates, "examples": steps[:3]}, "12, 6"),
         ({"gates": gates[:, :5].contiguous(), "examples": steps}, "5 layers"),
-        ({"gates": gates, "examples": torch.tensor([6, 6])}, "Gates of 2 steps"),
+        ({"gates": gates, "examples": torch.tensor([6, 6])}, "gates are of 2 steps"),
         ({"gates": gates.float(), "examples": steps}, "float32"),
         ({"gates": gates / 0, "examples": steps}, "NaN or Inf gates"),
         ({"gates": gates}, "examples"),

@@ -110,7 +110,7 @@ def test_merging_does_not_depend_on_the_scale_of_the_gradients(rule, scale):
 
 @pytest.mark.parametrize("b, a", [((2, 5, 3), (2, 4, 6)), ((2, 5, 3), (1, 3, 6)), ((5, 3), (3, 6))])
 def test_factors_that_do_not_belong_together(b, a):
-    with pytest.raises(ShapeError, match="do not belong together"):
+    with pytest.raises(ShapeError, match="do not match"):
         element_importance(torch.zeros(b), torch.zeros(a))
 
 
@@ -158,7 +158,7 @@ def test_kth_largest_of_many(values):
 
 @pytest.mark.parametrize("k", [0, 4, -1])
 def test_kth_largest_out_of_range(k):
-    with pytest.raises(ShapeError, match=r"1\.\.3"):
+    with pytest.raises(ShapeError, match="1 to 3"):
         kth_largest(torch.zeros(3), k)
 
 
@@ -320,7 +320,7 @@ def test_unknown_rule_is_named_with_the_nearest():
 
 
 def test_fisher_needs_the_targets_own_gradients():
-    with pytest.raises(ConfigError, match="retained layer"):
+    with pytest.raises(ConfigError, match="kept layer"):
         merge_linear(weight(), sources(1), rule="fisher")
     with pytest.raises(ConfigError, match="importance"):
         MERGE_RULES.find("fisher")(weight(), [], [], None)

@@ -183,6 +183,6 @@ def test_a_journal_has_one_writer_and_is_no_link(model, tokenizer, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     journal.unlink()
     journal.symlink_to(tmp_path / "thesis.txt")
-    with pytest.raises(IntegrityError, match="nothing is written through it"):
+    with pytest.raises(IntegrityError, match="so nothing is written to it"):
         evaluate(model, tokenizer, EXAMPLES, journal=journal, **settings)
     assert (tmp_path / "thesis.txt").read_text() == "precious"

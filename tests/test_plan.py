@@ -106,7 +106,7 @@ def test_parameter_fraction_takes_the_nearest_number_of_layers():
         ({"num_prune": -1}, "-1 of 8"),
         ({"layer_fraction": 1.0}, "layer_fraction is 1.0"),
         ({"layer_fraction": math.nan}, "layer_fraction is nan"),
-        ({"parameter_fraction": 0.3}, "parameter counts"),
+        ({"parameter_fraction": 0.3}, "needs layer_parameters and total_parameters"),
         ({"num_prune": 1, "layer_fraction": 0.1}, "one unit"),
         ({"num_prune": 1, "layers": [1]}, "not both"),
         ({"layers": [8]}, "0 to 7"),
@@ -115,10 +115,10 @@ def test_parameter_fraction_takes_the_nearest_number_of_layers():
         ({"layers": list(range(8)), "target": "nearest"}, "at least 2 layers must stay"),
         ({"layers": [0]}, "protected"),
         ({"num_prune": 3, "protect_first": 4, "protect_last": 2}, "only 2 of 8"),
-        ({"num_prune": 1, "protect_first": 9}, "protect_first = 9"),
-        ({"num_prune": 1, "protect_last": -1}, "protect_last = -1"),
+        ({"num_prune": 1, "protect_first": 9}, "protect_first is 9"),
+        ({"num_prune": 1, "protect_last": -1}, "protect_last is -1"),
         ({"num_prune": 1, "num_merge": -1}, "num_merge is -1"),
-        ({"layers": [0], "num_merge": 1, "protect_first": 0}, "no kept layer of its kind precedes"),
+        ({"layers": [0], "num_merge": 1, "protect_first": 0}, "no kept layer of the same kind precedes"),
         ({"num_prune": 1, "target": "precedes"}, "Did you mean 'preceding'"),
     ],
 )
@@ -167,9 +167,12 @@ def test_a_block_that_fits():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_prune": 3}, r"no 3 layers of 8 .* fit .* Prune 2 or 4 layers; or protect fewer"),
-        ({"num_prune": 3, "contiguous": True}, r"no 3 neighbouring layers of 8 .* Prune 2 or 4 layers"),
-        ({"num_prune": 1, "protect_first": 6}, r"no 1 layers .* Prune 2 layers;"),
+        ({"num_prune": 3}, r"no way to prune 3 layers of 8 .* fit .* Prune 2 or 4 layers\. You can"),
+        (
+            {"num_prune": 3, "contiguous": True},
+            r"no way to prune 3 adjacent layers of 8 .* Prune 2 or 4 layers",
+        ),
+        ({"num_prune": 1, "protect_first": 6}, r"no way to prune 1 layers .* Prune 2 layers\."),
         ({"num_prune": 2, "protect_first": 6, "fits": lambda *_: False}, "No other number of layers helps"),
         ({"layers": [2, 3, 5]}, r"Without layers 2-3, 5, layers 6-7 do not fit at their new positions"),
     ],
@@ -210,7 +213,7 @@ def test_the_restricted_choice_is_the_best_there_is(data):
     best = best_by_trying_all(values, count, range(first, total), fits)
     options = {"num_prune": count, "num_merge": 0, "protect_first": first, "fits": fits}
     if best is None:
-        with pytest.raises(PlanError, match=f"There are no {count} layers"):
+        with pytest.raises(PlanError, match=f"no way to prune {count} layers"):
             plan_pruning(LayerScores("m", tuple(values)), **options)
         return
     plan = plan_pruning(LayerScores("m", tuple(values)), **options)
@@ -356,8 +359,8 @@ def with_action(layer, **entry):
         (edited(evidence="none"), "evidence is 'none'"),
         (with_action(3, action="kep"), "Layer 3: unknown action 'kep'. Did you mean 'keep'"),
         (with_action(3), "Layer 3: unknown action 'None'"),
-        (with_action(3, action="merge"), "Layer 3: action 'merge' with into = None"),
-        (with_action(3, action="drop", into=1), "Layer 3: action 'drop' with into = 1"),
+        (with_action(3, action="merge"), "Layer 3: action is 'merge' and into is None"),
+        (with_action(3, action="drop", into=1), "Layer 3: action is 'drop' and into is 1"),
         (with_action(3, action="merge", into=2), "Layer 3 is to be merged into layer 2, which is not a kept"),
         (with_action(3, action="merge", into=99), "into layer 99"),
         (with_action(3, action="merge", into=-1), "into layer -1"),

@@ -42,7 +42,7 @@ SHOWN = [
             tokens=12,
             notes=("hm",),
         ),
-        ["2 mlp.down_proj 3 50.0% 20.0%", "5 mlp.down_proj 6 50.0% left as it was", "Note: hm"],
+        ["2 mlp.down_proj 3 50.0% 20.0%", "5 mlp.down_proj 6 50.0% unchanged", "Note: hm"],
     ),
     (
         GradientTrace(TraceInfo(2, (LinearRef(0, "a", 4, 4, 2),), losses=(3.0, 2.0)), torch.ones(3, 1)),

@@ -643,7 +643,7 @@ def test_a_repair_of_another_plan_model_or_shape(tmp_path):
 
 def test_cuts_and_weights_belong_together():
     cut = RepairedCut(2, "mlp.down_proj", (3,), 0.1, 1.0, 0.5)
-    with pytest.raises(ShapeError, match="weights are there for"):
+    with pytest.raises(ShapeError, match="weights are for"):
         Repair("linear", (3,), (cut,), {})
     with pytest.raises(ShapeError):
         Repair("linear", (3,), (replace(cut, ridge=None),), {2: torch.zeros(2, 2)})

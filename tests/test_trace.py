@@ -75,7 +75,7 @@ def test_one_bad_entry_shows(bad):
 
 
 def test_gram_energies_of_mismatched_factors():
-    with pytest.raises(ShapeError, match="do not belong"):
+    with pytest.raises(ShapeError, match="do not match"):
         gram_energies(torch.zeros(2, 4, 1), torch.zeros(2, 2, 3))
 
 
@@ -223,7 +223,7 @@ def edit(folder, **changes):
 def test_index_that_does_not_fit(tmp_path, changes):
     record(tmp_path)
     edit(tmp_path, **changes)
-    with pytest.raises(IntegrityError, match="usable gradient trace"):
+    with pytest.raises(IntegrityError, match="able gradient trace"):
         GradientTrace.load(tmp_path)
 
 
@@ -231,7 +231,7 @@ def test_index_that_does_not_fit(tmp_path, changes):
 def test_index_that_is_no_index(tmp_path, text):
     record(tmp_path)
     (tmp_path / TRACE_FILE).write_text(text)
-    with pytest.raises(IntegrityError, match="usable gradient trace"):
+    with pytest.raises(IntegrityError, match="able gradient trace"):
         GradientTrace.load(tmp_path)
 
 
@@ -246,7 +246,7 @@ def test_energies_that_cannot_be(tmp_path, bad):
 def test_missing_energies(tmp_path):
     record(tmp_path)
     (tmp_path / ENERGIES_FILE).unlink()
-    with pytest.raises(IntegrityError, match="usable gradient trace"):
+    with pytest.raises(IntegrityError, match="able gradient trace"):
         GradientTrace.load(tmp_path)
 
 

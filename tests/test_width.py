@@ -196,12 +196,12 @@ def test_plans_survive_the_disk_and_are_text(tmp_path):
     ("change", "fault"),
     [
         ({"hidden": "0-16"}, "16 is not in 0 to 15"),
-        ({"hidden": "1, 1"}, "once and in order"),
+        ({"hidden": "1, 1"}, "ascending order"),
         ({"layers": []}, "0 layers"),
         ({"shape": {"num_layers": 4}}, "needs exactly"),
         ({"widths": 3}, "unknown field 'widths'"),
-        ({"hidden": "a-b"}, "numbers and runs"),
-        ({"hidden": "0-99999999999"}, "longer than any model"),
+        ({"hidden": "a-b"}, "numbers and ranges"),
+        ({"hidden": "0-99999999999"}, "more numbers than any model"),
         ({"kind": "depth"}, "not a width plan"),
         ({"format_version": 9}, "format_version 9"),
     ],
@@ -229,7 +229,7 @@ def test_a_plan_for_another_model_is_refused():
     plan = plan_of(make_llama(), (0, 1), range(32))
     with pytest.raises(PlanError, match="was made from model"):
         prune_width_(make_llama(seed=1), plan)
-    with pytest.raises(PlanError, match="is for a model of"):
+    with pytest.raises(PlanError, match="is for a model with"):
         prune_width_(make_llama(intermediate_size=48), plan)
 
 

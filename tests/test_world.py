@@ -93,7 +93,10 @@ def test_two_processes_work_together_and_hear_of_each_other_s_end():
     assert second["error"] == ["PeerError", "Another process stopped: No rows. Give some.", 3]
     assert first["sums"] == [2.0, 1.0]
     assert first["heeded"] == [went_on, True] and second["heeded"] == ["NaN on 1.", True]
-    assert first["gone"] == ["Another process was interrupted. Start the same command again to go on.", 143]
+    assert first["gone"] == [
+        "Another process was interrupted. Start the same command again to continue.",
+        143,
+    ]
 
 
 ALONE = """
@@ -156,10 +159,10 @@ def test_half_a_launcher_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     this_world.cache_clear()
-    with pytest.raises(ConfigError, match="RANK, MASTER_ADDR, MASTER_PORT is not set"):
+    with pytest.raises(ConfigError, match="not set: RANK, MASTER_ADDR, MASTER_PORT"):
         this_world()
     monkeypatch.setitem(os.environ, "MASTER_PORT", "0")
-    with pytest.raises(ConfigError, match="the processes cannot meet"):
+    with pytest.raises(ConfigError, match="the processes cannot connect"):
         this_world()
     monkeypatch.delitem(os.environ, "WORLD_SIZE")
     assert this_world() == World()

@@ -1,8 +1,11 @@
-"""What every package stands on; imports nothing else of this project.
+"""What every other package builds on. Imports nothing else from this project.
 
-errors      everything raised on purpose, with its exit code; registry: names under which things are found
-files       files that are never half written, locks, paths that stay inside; json_files: JSON read by type
-printing    numbers in words, results that print as tables; progress: bars and lines
-provenance  commit, packages and machine; hashes
-world       the processes of a job, and what they tell one another
+errors      all errors raised on purpose, with their exit codes
+registry    lookup by name, with suggestions for misspelt names
+files       atomic writes, locks, and path checks
+json_files  JSON files, read strictly and by type
+printing    numbers as text, and results that print as tables
+progress    progress bars and log lines
+provenance  commit, packages and machine; hashes of files and values
+world       the processes of a distributed job, and how they communicate
 """

@@ -1,17 +1,17 @@
-"""Every error a user can meet, drawn once.
+"""The tree of all errors this package raises on purpose.
 
-    GradPrunerError            1   anything of ours
-    ├── ConfigError            2   the command line, the recipe, an option
+    GradPrunerError            1   base class
+    ├── ConfigError            2   a wrong command line, recipe or option
     │   └── PlanError          2   a pruning plan that cannot be carried out
-    ├── DataError              3   the task's files, rows or prompts
-    ├── ModelError             4   the model folder, its family or its format
-    ├── ResourceError          5   disk, memory, or numbers that blew up
+    ├── DataError              3   unusable data files, rows or prompts
+    ├── ModelError             4   an unusable model folder, model family or weight format
+    ├── ResourceError          5   not enough disk or memory, or a computation that cannot continue
     │   └── NonFiniteError     5   NaN or Inf in a loss or gradient
-    ├── IntegrityError         6   a file that is not what it claims to be
-    └── ShapeError             1   tensors that do not belong together (also a ValueError)
+    ├── IntegrityError         6   a damaged, unsafe or mismatched file
+    └── ShapeError             1   tensors whose shapes do not match (also a ValueError)
 
-The number is the process exit code of the command line. Messages say what was given and what is allowed;
-`hint` says what to do.
+The number is the exit code of the command line. The message says what was given and what is allowed; the
+hint says what to do.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ModelError(GradPrunerError):
 
 
 class ResourceError(GradPrunerError):
-    """Not enough disk or memory, or the computation cannot go on."""
+    """There is not enough disk or memory, or the computation cannot continue."""
 
     exit_code = 5
 
@@ -64,7 +64,7 @@ class NonFiniteError(ResourceError):
 
 
 class IntegrityError(GradPrunerError):
-    """A file is damaged, unsafe, or belongs to something else."""
+    """A file is damaged or unsafe, or belongs to another model, plan or run."""
 
     exit_code = 6
 

@@ -1,7 +1,8 @@
-"""Writing files so that a reader sees the old content or the new one, never half of it.
+"""Atomic file writes: a reader sees the old content or the new content, never a half-written file.
 
-What is not finished yet has a random name (`.NAME.RANDOM.part`) and a lock that its writer holds. A process
-number would not do: two containers that share a disk may have the same one. What nobody holds is an orphan.
+While a file or folder is being written, it has a random name (`.NAME.RANDOM.part`) and its writer holds a
+lock on it. A part file that nobody has locked was left behind by a killed process, and `sweep` removes it. A
+process id in the name could not tell: two containers that share a disk may use the same id.
 """
 
 from __future__ import annotations
@@ -24,33 +25,33 @@ from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityErro
 if TYPE_CHECKING:
     from torch import Tensor
 
-# No file of ours comes near; a larger one is not ours and would only fill the memory.
+# Our own JSON files stay far below this limit. Reading a larger file would only fill the memory.
 JSON_LIMIT = 512 * 2**20
-# What the process that works in a run directory, or in the folder of a study, holds.
+# The process that works in a run directory or study folder locks this file in it.
 LOCK_FILE = ".lock"
 _STAGED = re.compile(r"\..+\.[0-9a-f]+\.part", re.DOTALL)
-# Bytes of a name that are kept in that of its staged file; a file system allows 255 for the whole.
+# Longer names are hashed in the name of a staged file, because a file system allows 255 bytes for a name.
 _NAME_BYTES = 200
 
 
 def make_durable(path: Path) -> None:
-    """Gives a file ordinary permissions and makes its content survive a power cut."""
+    """Gives a file the default permissions and flushes its content to disk."""
     mask = os.umask(0)
     os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)  # safetensors creates its files readable by the owner only
+    os.chmod(path, 0o666 & ~mask)  # safetensors creates files that only the owner can read
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _commit(staged: Path, path: Path) -> None:
-    """Moves `staged` over `path`, durably."""
+    """Moves `staged` to `path`, replacing any file there, and flushes both to disk."""
     make_durable(staged)
     os.replace(staged, path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the renames inside `folder` survive a power cut."""
+    """Flushes the entries of `folder` to disk, so that renames in it survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,18 +60,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def _short(name: str) -> str:
-    """A file name, or its hash where a staged name made of it would be too long."""
+    """Returns a file name, or its hash if a staged name made from it would be too long."""
     raw = os.fsencode(name)
     return name if len(raw) <= _NAME_BYTES else hashlib.sha256(raw).hexdigest()[:32]
 
 
 def staging_name(name: str, kind: str = "") -> str:
-    """A new name, never used before, for something that is to become `name`."""
+    """Returns a random name for a file or folder that will be renamed to `name`."""
     return f".{_short(name)}{kind}.{secrets.token_hex(8)}.part"
 
 
 def _hold(descriptor: int) -> bool:
-    """Locks an open file or folder; False if somebody else holds it, or the file system has no locks."""
+    """Locks an open file or folder. Returns False if it is locked already or cannot be locked at all."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -79,12 +80,12 @@ def _hold(descriptor: int) -> bool:
 
 
 def is_held(descriptor: int) -> bool:
-    """Whether somebody else holds an open file; if not, it is held from now on, until it is closed."""
+    """Returns whether someone else has locked an open file. If not, locks the file until it is closed."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks cannot say
+    except OSError:  # the file system has no locks, so there is no way to know
         return False
     return False
 
@@ -98,10 +99,10 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds an existing file or folder, so that no sweep takes it for an orphan.
+    """Locks an existing file or folder during the block, so that `sweep` does not remove it.
 
     Raises:
-        OSError: If it cannot be opened, or is a link.
+        OSError: If the path cannot be opened, or is a link.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
@@ -113,10 +114,12 @@ def held(path: Path) -> Iterator[None]:
 
 @contextmanager
 def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """A new, empty file or folder beside `path`, held until the block ends and removed if it is still there.
+    """Creates an empty file or folder next to `path` and locks it during the block.
+
+    Afterwards, it is removed if it still has its temporary name.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If it cannot be created.
     """
     while True:
         staged = path.with_name(staging_name(path.name))
@@ -128,7 +131,7 @@ def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
         _hold(descriptor)
         if _is_at(descriptor, staged):
             break
-        os.close(descriptor)  # swept between the making and the holding
+        os.close(descriptor)  # another process swept it before the lock was taken
     try:
         yield staged
     finally:
@@ -137,7 +140,7 @@ def staging(path: Path, *, folder: bool = False) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Deletes a file, a link (not what it points at) or a folder; nothing happens if there is none."""
+    """Deletes a file, a folder, or a link (not its target). Does nothing if the path does not exist."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -146,9 +149,12 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path, name: str | None = None) -> list[Path]:
-    """Removes staged files and folders that nobody holds: what killed processes left behind.
+    """Removes unlocked staged files and folders, which killed processes left behind.
 
-    Looks in the folder, not below; with a name, only for what was to become it. Returns what was removed.
+    Looks at direct children of `folder` only. With `name`, removes only those that were to become `name`.
+
+    Returns:
+        The removed paths.
     """
     pattern = _STAGED
     if name is not None:
@@ -159,7 +165,7 @@ def sweep(folder: Path, name: str | None = None) -> list[Path]:
             continue
         try:
             descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except OSError:  # a link, or not ours to read
+        except OSError:  # a link, or not readable
             continue
         try:
             if _hold(descriptor) and _is_at(descriptor, entry):
@@ -171,39 +177,43 @@ def sweep(folder: Path, name: str | None = None) -> list[Path]:
 
 
 def open_private(path: Path) -> IO[str]:
-    """Opens a text file for reading and writing at its end, if it is a plain file with this one name.
+    """Opens a text file for reading and appending, if it is a regular file without other hard links.
 
-    A folder may come from somebody else. A link in it, or a second name of another file, would make us write
-    where nobody asked us to.
+    The folder may come from someone else. A symbolic or hard link in it could make us write to any other
+    file.
 
     Raises:
-        IntegrityError: If it is a link, a device, a pipe, or has a second name.
-        OSError: If it cannot be opened.
+        IntegrityError: If the path is a link, a device or a pipe, or the file has other hard links.
+        OSError: If the file cannot be opened.
     """
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         descriptor = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
-            raise _not_plain(path, "a link or no plain file") from None
+            raise _not_private(path, "a link or not a regular file") from None
         raise
     found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+    regular = stat.S_ISREG(found.st_mode)
+    if not regular or found.st_nlink > 1:
         os.close(descriptor)
-        raise _not_plain(path, "no plain file" if found.st_nlink <= 1 else "a second name of another file")
+        raise _not_private(path, "a hard link to another file" if regular else "not a regular file")
     return os.fdopen(descriptor, "a+", encoding="utf-8")
 
 
 @contextmanager
 def working_in(folder: Path, name: str = LOCK_FILE, *, shared: bool = False) -> Iterator[None]:
-    """Holds an existing folder by its lock file, so that no second process works in it.
+    """Locks an existing folder during the block, so that no other process works in it.
 
-    With `shared`, others may hold it too, if they also say so.
+    Args:
+        folder: The folder.
+        name: Name of the lock file in it.
+        shared: Whether other processes may hold the lock too, if they also ask for a shared lock.
 
     Raises:
-        ConfigError: If another process holds it.
-        IntegrityError: If the lock is a link or no plain file.
-        ResourceError: If it cannot be written.
+        ConfigError: If another process holds the lock.
+        IntegrityError: If the lock file is a link or not a regular file.
+        ResourceError: If the lock file cannot be written.
     """
     try:
         lock = open_private(folder / name)
@@ -227,18 +237,15 @@ def working_in(folder: Path, name: str = LOCK_FILE, *, shared: bool = False) -> 
         yield
 
 
-def _not_plain(path: Path, what: str) -> IntegrityError:
+def _not_private(path: Path, what: str) -> IntegrityError:
     return IntegrityError(
-        f"{path} is {what}; nothing is written through it.",
-        hint="Delete it, if you know the folder it is in; else choose another --out.",
+        f"{path} is {what}, so nothing is written to it.",
+        hint="Delete it if the folder is your own; otherwise choose another --out.",
     )
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises IntegrityError if something below a folder is a link that leads out of it.
-
-    Whoever writes into the folder would write there.
-    """
+    """Raises IntegrityError if any link below `folder` leads out of it: writes could follow the link."""
     root = os.path.realpath(folder)
     for where, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -248,16 +255,16 @@ def refuse_links(folder: Path) -> None:
             target = os.path.realpath(path)
             if target != root and os.path.commonpath((root, target)) != root:
                 raise IntegrityError(
-                    f"{path} is a link out of the folder, to {target}; nothing is written through it.",
-                    hint="Delete the link, or put what it points at in its place.",
+                    f"{path} is a link out of the folder, to {target}, so nothing is written to it.",
+                    hint="Delete the link, or replace it by the file or folder it points to.",
                 )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file in one step (UTF-8).
+    """Writes a text file atomically (UTF-8).
 
     Raises:
-        ResourceError: If it cannot be written; what stood there before is untouched.
+        ResourceError: If the file cannot be written; an existing file stays unchanged.
     """
     data = text.encode("utf-8")
     try:
@@ -270,16 +277,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_plain(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """The content of a plain file, links to one included.
+    """Returns the content of a regular file. Follows links.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is a folder, a pipe or a device, or has more than `limit` bytes.
+        OSError: If the file cannot be read.
+        ValueError: If the path is a folder, a pipe or a device, or the file has more than `limit` bytes.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody feeds would be waited for
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer would block
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("it is not a plain file")
+            raise ValueError("it is not a regular file")
         with os.fdopen(descriptor, "rb", closefd=False) as file:
             data = file.read(limit + 1)
     finally:
@@ -289,8 +296,14 @@ def read_plain(path: Path, limit: int = JSON_LIMIT) -> bytes:
     return data
 
 
+def folder_bytes(folder: Path, without: Path | None = None) -> int:
+    """Returns the total size in bytes of all files below `folder`, except those below `without`."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and without not in path.parents)
+    return sum(path.stat().st_size for path in paths)
+
+
 def path_fault(path: Path) -> str | None:
-    """Why a path cannot be used, in a few words (too long, NUL, a circle of links); None if it can."""
+    """Returns why a path cannot be used (too long, a NUL character, circular links), or None if it can."""
     try:
         str(path).encode("utf-8")
         path.lstat()
@@ -298,7 +311,7 @@ def path_fault(path: Path) -> str | None:
     except UnicodeEncodeError:
         return "its name is not UTF-8 text"
     except ValueError:
-        return "its name holds a NUL character"
+        return "its name contains a NUL character"
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return str(error.strerror)
@@ -306,13 +319,13 @@ def path_fault(path: Path) -> str | None:
 
 
 def shown(value: Any, length: int = 60) -> str:
-    """A value somebody gave, in a message: one line, not endless, nothing a terminal would act on."""
+    """Formats an untrusted value for a message: one short line without control characters."""
     text = ascii(value) if not isinstance(value, str) else repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def readable_bytes(count: float) -> str:
-    """A number of bytes for people, in binary units: 17179869184 is '16.0 GiB'."""
+    """Formats a number of bytes in binary units: 17179869184 -> '16.0 GiB'."""
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         scaled = count / 1024**power
         if abs(scaled) >= 0.9995:
@@ -322,16 +335,16 @@ def readable_bytes(count: float) -> str:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file in one step.
+    """Writes a safetensors file atomically.
 
     Raises:
-        ResourceError: If it cannot be written; what stood there before is untouched.
+        ResourceError: If the file cannot be written; an existing file stays unchanged.
     """
     from safetensors.torch import save_file
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own: safetensors itself writes to a file of another name first.
+        # The file gets a folder of its own, because safetensors first writes to another name next to it.
         with staging(path, folder=True) as staged:
             save_file(dict(tensors), staged / "tensors", metadata=metadata)
             _commit(staged / "tensors", path)
@@ -342,9 +355,9 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, 
 
 
 def is_write_failure(error: BaseException) -> bool:
-    """Whether an error is the operating system refusing to write.
+    """Returns whether an error means that the operating system refused to write.
 
-    safetensors wraps it in a type of its own, torch's zip writer in a bare RuntimeError.
+    safetensors wraps such an OSError in its own type, and torch's zip writer in a bare RuntimeError.
     """
     if isinstance(error, OSError):
         return True
@@ -353,27 +366,30 @@ def is_write_failure(error: BaseException) -> bool:
 
 
 def write_failure(path: Path, error: BaseException) -> ResourceError:
-    """Such an error as ours: what could not be written, why, and what to do."""
+    """Returns a ResourceError that says which path could not be written, why, and what to do."""
     reason = str(getattr(error, "strerror", None) or error).rstrip(".")
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in reason
     hint = "The disk is full: free some space and start again." if full else "Is the folder writable?"
     if getattr(error, "errno", None) == errno.ENAMETOOLONG:
-        hint = "Choose a shorter name: most disks allow 255 bytes."
+        hint = "Choose a shorter name: most file systems allow 255 bytes."
     return ResourceError(f"Cannot write {path}: {reason}.", hint=hint)
 
 
 def unusable(error: OSError) -> GradPrunerError:
-    """An error of the operating system as ours; names the file or folder where it is known."""
+    """Converts an OSError to an error of this package that names the file or folder, if known."""
     if error.filename is None:
         return ResourceError(f"{type(error).__name__}: {str(error).rstrip('.')}.")
     message = f"{shown(str(error.filename), 200)} cannot be used: {error.strerror}."
     if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return ConfigError(message, hint="Give another path; every part of it may have 255 bytes.")
-    return ResourceError(message, hint="Is the path right, and may it be read and written?")
+        return ConfigError(message, hint="Give another path; each part may have at most 255 bytes.")
+    return ResourceError(message, hint="Is the path right? Do you have permission to read and write it?")
 
 
 def check_free_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises ResourceError unless the disk under `folder` has `needed_bytes` to spare."""
+    """Raises ResourceError unless the disk that holds `folder` has `needed_bytes` free.
+
+    `what` names the thing to be written, for the message.
+    """
     existing = next(p for p in [folder, *folder.parents] if p.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:

@@ -1,4 +1,4 @@
-"""JSON files of our own: written in one step, read back strictly, every value of the type it must have."""
+"""Our own JSON files: written atomically and read strictly, with the type of every value checked."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradpruner._version import __version__
 from gradpruner.common.errors import IntegrityError
 from gradpruner.common.files import read_plain, shown, write_text
 
 T = TypeVar("T")
-_ADAPTERS: dict[Any, Any] = {}
+_ADAPTERS: dict[Any, Any] = {}  # type -> pydantic's TypeAdapter, which is slow to create
 MAX_DEPTH = 64
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file in one step; NaN and Inf are refused because JSON has neither."""
+    """Writes a JSON file atomically. Raises ValueError for NaN and Inf, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Reads JSON strictly.
+    """Parses JSON strictly.
 
-    What a later step could not take is refused here: NaN and Inf, numbers of more than 64 bits, half a
-    surrogate pair, a key that is there twice, lists in lists in lists.
+    Refuses what would make a later step fail: NaN and Inf, integers of more than 64 bits, half a surrogate
+    pair, duplicate keys, and more than `MAX_DEPTH` levels of nesting.
 
     Raises:
-        ValueError: Saying what is wrong.
+        ValueError: If the text is not JSON, or breaks one of these rules. The message says which.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
@@ -45,7 +46,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def check_json(value: Any) -> None:
-    """Raises ValueError if a JSON value holds text that is not text, NaN, or is nested too deeply."""
+    """Raises ValueError if a JSON value holds half a surrogate pair, NaN or Inf, or is nested too deeply."""
     level, depth = [value], 0
     while level:
         depth += 1
@@ -72,13 +73,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice[:80]!r} is there twice")
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
     return found
 
 
 def _integer(text: str) -> int:
     if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
-        raise ValueError(f"it holds a number of {len(text)} digits; 64 bits are allowed")
+        raise ValueError(f"it holds an integer of {len(text)} digits; at most 64 bits are allowed")
     return int(text)
 
 
@@ -90,11 +91,11 @@ def _number(text: str) -> float:
 
 
 def read_json(path: Path, kind: str) -> Any:
-    """Reads a JSON file this package wrote; `kind` says what it is, for the message ("pruning plan").
+    """Reads a JSON file; `kind` says what it should be, for messages ("pruning plan").
 
     Raises:
-        IntegrityError: If it is missing or not JSON as `parse_json` takes it; where it is not JSON at all the
-            message gives line and column.
+        IntegrityError: If the file is missing, or `parse_json` refuses it. For a syntax error, the message
+            gives line and column.
     """
     try:
         return parse_json(read_plain(path))
@@ -107,24 +108,53 @@ def read_json(path: Path, kind: str) -> Any:
 
 
 def read_object(path: Path, kind: str, shape: type[T]) -> T:
-    """Reads a JSON file this package wrote and checks the type of every value.
-
-    `shape` is a dataclass or TypedDict that says which fields there are, and of which types.
+    """Reads a JSON file into `shape`, a dataclass or TypedDict that lists its fields and their types.
 
     Raises:
-        IntegrityError: As `read_json`, or naming the first field that is missing, unknown or of another type.
+        IntegrityError: If the file is missing or not valid JSON, or a field is missing, unknown or of the
+            wrong type.
     """
     return typed(read_json(path, kind), shape, f"{path} is not a readable {kind}")
 
 
-def typed(value: Any, shape: type[T], fault: str) -> T:
-    """Checks a JSON value against a type and returns it as that type.
+def read_versioned(path: Path, kind: str, shape: type[T], version: int, hint: str) -> T:
+    """Reads a JSON file like `read_object`, if its field "format_version" is `version`.
 
-    The type is one that pydantic understands; it is exact (no "1" for 1), and lists stand for tuples.
-    `fault` is the beginning of the message.
+    The field itself is not part of `shape`. `hint` says in errors what to do.
 
     Raises:
-        IntegrityError: Naming the first field that is missing or of another type.
+        IntegrityError: As `read_object`, or if the file has another format version.
+    """
+    fault = f"{path} is not a readable {kind}"
+    try:
+        raw = read_json(path, kind)
+        check_version(raw, version)
+        return typed({name: raw[name] for name in raw if name != "format_version"}, shape, fault)
+    except IntegrityError as error:
+        raise IntegrityError(error.message, hint=hint) from error
+    except ValueError as error:
+        raise IntegrityError(f"{fault}: {error}.", hint=hint) from error
+
+
+def check_version(raw: Any, version: int) -> None:
+    """Raises ValueError unless `raw` is a JSON object whose field "format_version" is `version`."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"it is {shown(raw)}; a JSON object is needed")
+    found = raw.get("format_version")
+    if type(found) is not int or found != version:
+        raise ValueError(f"format_version is {shown(found)}; gradpruner {__version__} reads {version}")
+
+
+def typed(value: Any, shape: type[T], fault: str) -> T:
+    """Converts a JSON value to a type, strictly.
+
+    Args:
+        value: A JSON value.
+        shape: Any type that pydantic understands. "1" is not accepted for 1; lists become tuples.
+        fault: The beginning of error messages ("x.json is not a readable plan").
+
+    Raises:
+        IntegrityError: If a field is missing or of the wrong type, or, for a dataclass, unknown.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -139,6 +169,6 @@ def typed(value: Any, shape: type[T], fault: str) -> T:
         return found
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
+        where = ".".join(map(str, first["loc"])) or "top level"
         given = "" if first["type"] == "missing" else f" (given: {shown(first['input'])})"
         raise IntegrityError(f"{fault}: {where}: {first['msg']}{given}.") from None

@@ -1,7 +1,7 @@
-"""What people read: numbers in words, and results that print as short tables.
+"""Output for people: numbers formatted as text, and results that print as short tables.
 
-Whatever is missing or not finite becomes a dash, never 'nan'. Tables print in a terminal or a script, and as
-HTML in a notebook.
+Missing and non-finite numbers are shown as a dash, never as 'nan'. Tables are plain text in a terminal or
+script, and HTML in a notebook.
 """
 
 from __future__ import annotations
@@ -24,18 +24,14 @@ if TYPE_CHECKING:
 MISSING = "–"
 _NBSP = "\u00a0"
 WIDTH = 110
-"""Columns, where nothing says how wide the place is."""
+"""Width in characters where the output device does not state its own."""
 
 
 class Printed:
-    """Something people look at: `print(x)`, and a notebook's last line, show what `show` says."""
+    """Base of results that people look at. `print(x)` and notebooks display what `show` prints."""
 
     def show(self, console: Console) -> None:
-        """Prints sentences and tables.
-
-        Args:
-            console: Where to; no colours when it is not a terminal, no symbols when it cannot show them.
-        """
+        """Prints sentences and tables to the console, using only the colours and symbols it supports."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -72,7 +68,7 @@ def print_table(
     rows: Iterable[Sequence[object]],
     notes: Iterable[str] = (),
 ) -> None:
-    """Prints a title, a table with columns of numbers set to the right, and notes."""
+    """Prints a title, a table whose numeric columns are right-aligned, and notes."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -87,7 +83,7 @@ def print_table(
         numbers = all(re.fullmatch(r"[\d.e+-]+%?", cell) for cell in cells)
         shown.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
     for cells in texts:
-        shown.add_row(*map(Text, cells))  # Text: a name such as "[red]" is not markup
+        shown.add_row(*map(Text, cells))  # as Text, so that a name such as "[red]" is not read as markup
     print_line(console, title, "bold")
     console.print(shown)
     for note in notes:
@@ -95,13 +91,14 @@ def print_table(
 
 
 def print_line(console: Console, line: str, style: str = "") -> None:
-    """Prints a sentence as it is."""
+    """Prints a line literally, without reading it as markup."""
     from rich.text import Text
 
     console.print(Text(line, style=style))
 
 
 def _as_html(printed: Any) -> str:
+    """Converts an object given to `Console.print` to HTML."""
     from rich.table import Table
 
     if not isinstance(printed, Table):
@@ -128,7 +125,7 @@ def _escaped(printed: Any) -> str:
 
 
 def number(value: Any) -> float | None:
-    """Returns `value` as a finite float, or None for anything else (also True, NaN and Inf)."""
+    """Returns `value` as a finite float, or None for anything else (including booleans, NaN and Inf)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -139,13 +136,13 @@ def number(value: Any) -> float | None:
 
 
 def text(value: Any, limit: int | None = None) -> str:
-    """Returns `value` as one clean line: no control characters, at most `limit` characters."""
+    """Returns `value` as one line without control characters, cut to `limit` characters."""
     if value is None:
         return MISSING
     if isinstance(value, float) and number(value) is None:
         return MISSING
     spaced = str(value).replace("\n", " ").replace("\t", " ")
-    # Control, format and surrogate characters could move a terminal's cursor or reverse a line.
+    # Control, format and surrogate characters could move the cursor or reverse the line.
     clean = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
     if limit is not None and len(clean) > limit:
         return clean[: limit - 1] + "…"
@@ -159,7 +156,7 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def signed_percent(value: Any) -> str:
-    """Formats a relative change (fraction) with its sign: -0.008 -> '−0.8%'."""
+    """Formats a relative change (a fraction) with its sign: -0.008 -> '−0.8%'."""
     finite = number(value)
     if finite is None:
         return MISSING
@@ -170,7 +167,7 @@ def signed_percent(value: Any) -> str:
 
 
 def points(difference: Any) -> str:
-    """Formats a difference of fractions in percentage points: -0.019 -> '−1.9'."""
+    """Formats a difference between two fractions in percentage points: -0.019 -> '−1.9'."""
     return signed_percent(difference).removesuffix("%")
 
 
@@ -189,7 +186,7 @@ def whole(value: Any) -> str:
 
 
 def short(value: Any) -> str:
-    """Formats a count in three digits: 8030261248 -> '8.03B'."""
+    """Formats a count with three significant digits: 8030261248 -> '8.03B'."""
     finite = number(value)
     if finite is None:
         return MISSING
@@ -226,23 +223,23 @@ def moment(value: Any) -> str:
         when = datetime.fromisoformat(str(value))
     except ValueError:
         return text(value)
-    # Never the reader's time zone: the same record must give the same page everywhere.
+    # Not converted to the local time zone: the same record must give the same page everywhere.
     zone = " UTC" if when.utcoffset() == timedelta(0) else f" {when:%z}" if when.tzinfo else ""
     return f"{when:%Y-%m-%d %H:%M}{zone}"
 
 
 def interval(low: Any, high: Any) -> str:
-    """Formats an interval of fractions: '[80.1, 86.3]' (in percent), '' when not known."""
+    """Formats an interval of fractions in percent: '[80.1, 86.3]'; '' if an end is unknown."""
     low_finite, high_finite = number(low), number(high)
     if low_finite is None or high_finite is None:
         return ""
-    # Adding 0.0 turns -0.0 into 0.0. The minus is the one that every other percentage has.
+    # Adding 0.0 turns -0.0 into 0.0. The minus sign is the one used in all other percentages.
     shown = (f"{round(100 * end, 1) + 0.0:.1f}".replace("-", "−") for end in (low_finite, high_finite))
     return f"[{', '.join(shown)}]"
 
 
 def ratio(after: Any, before: Any) -> float | None:
-    """Returns after / before, or None when that is not a finite number."""
+    """Returns after / before, or None if the result is not a finite number."""
     after_finite, before_finite = number(after), number(before)
     if after_finite is None or not before_finite:
         return None
@@ -250,7 +247,7 @@ def ratio(after: Any, before: Any) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    """Formats |value| < 1000 or so with three significant digits and no exponent."""
+    """Formats a number below about 1000 with three significant digits and no exponent."""
     size = abs(value)
     if size >= 99.95:
         return f"{value:.0f}"

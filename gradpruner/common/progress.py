@@ -1,7 +1,6 @@
-"""How far along a long step is, on standard error.
+"""Progress of long steps, shown on standard error.
 
-On a terminal a bar with the time left; elsewhere (a log file, CI, a batch job) plain lines, few
-enough to read:
+On a terminal, a bar with the remaining time. Elsewhere (log file, CI, batch job), occasional plain lines:
 
     finetune merged 40/120 loss 1.23 ETA 00:41
 """
@@ -24,14 +23,13 @@ from rich.progress import Progress as RichProgress
 T = TypeVar("T")
 Mode = Literal["auto", "quiet"]
 
-# Global state: where and how progress shows is a property of the process, not of one step.
+# Global, because how progress is shown is a property of the process, not of one step.
 _mode: Mode = "auto"
-# The step this process is at, the innermost of several: the server shows it.
-_in_hand: Progress | None = None
+# The innermost step now running; a run's status page shows it.
+_current: Progress | None = None
 
-# A plain line appears when a tenth more is done, or after a wait. The wait grows with the run, so
-# that a run of ten hours does not print seven thousand lines; steps under the shortest gap share a
-# line.
+# A plain line is printed when another tenth is done, or after a wait. The wait grows with the elapsed time,
+# so that a run of ten hours does not print seven thousand lines. The shortest gap separates any two lines.
 _LINE_FRACTION = 0.1
 _WAIT_SECONDS = 5.0
 _WAIT_OF_ELAPSED = 0.05
@@ -39,7 +37,7 @@ _SHORTEST_GAP_SECONDS = 1.0
 
 
 def set_mode(mode: Mode) -> None:
-    """Chooses how progress shows in this process.
+    """Sets how this process shows progress.
 
     "auto" draws a bar on a terminal and prints plain lines elsewhere; "quiet" shows nothing.
     """
@@ -47,9 +45,9 @@ def set_mode(mode: Mode) -> None:
     _mode = mode
 
 
-def in_hand() -> Progress | None:
-    """The step this process is at, the innermost of several; None between steps."""
-    return _in_hand
+def current_progress() -> Progress | None:
+    """Returns the progress of the innermost step now running, or None between steps."""
+    return _current
 
 
 def clock_text(seconds: float) -> str:
@@ -60,7 +58,7 @@ def clock_text(seconds: float) -> str:
 
 
 class Progress:
-    """Progress of one step; a context manager.
+    """Context manager that shows the progress of one step.
 
     Example:
         with Progress(120, "finetune merged") as progress:
@@ -68,10 +66,10 @@ class Progress:
                 progress.update(step, loss=1.23)
 
     Args:
-        total: Number of units until done.
-        description: What is being done, a few words.
+        total: Number of units of work.
+        description: A few words on what is being done.
         stream: Where to write; standard error by default.
-        clock: Returns seconds; only differences matter.
+        clock: Returns a time in seconds; only differences matter.
     """
 
     def __init__(
@@ -91,9 +89,9 @@ class Progress:
         self._started = clock()
         self.fields: dict[str, object] = {}
         self.history: list[dict[str, Any]] = []
-        """What a training logged, {"step": ..., "loss": ...} among it; of other steps nothing."""
+        """What training has logged, such as {"step": ..., "loss": ...}; empty for other steps."""
         self.rate: Callable[[], float] | None = None
-        """Token positions a second, of a training."""
+        """Returns the training speed in token positions per second; None for other steps."""
         self._outer: Progress | None = None
         self._bar: RichProgress | None = None
         self._plain = False
@@ -101,10 +99,10 @@ class Progress:
         self._line_completed = 0
 
     def __enter__(self) -> Progress:
-        global _in_hand
-        self._outer, _in_hand = _in_hand, self
+        global _current
+        self._outer, _current = _current, self
         self._started = self._line_time = self._clock()
-        if _mode == "quiet" or self.total == 0:  # nothing to do needs no line
+        if _mode == "quiet" or self.total == 0:
             return self
         self._bar = self._open_bar()
         self._plain = self._bar is None
@@ -116,9 +114,9 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        global _in_hand
-        if _in_hand is self:
-            _in_hand = self._outer
+        global _current
+        if _current is self:
+            _current = self._outer
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -128,9 +126,10 @@ class Progress:
         self._plain = False
 
     def update(self, completed: int, **fields: object) -> None:
-        """Reports that `completed` units are done in all, skipped ones included.
+        """Reports that `completed` units are done in total, including skipped ones.
 
-        Fields are numbers or words to show beside, such as `loss=1.23`; the last ones given stay.
+        `fields` are numbers or words to show next to the count, such as `loss=1.23`. They stay until new ones
+        are given.
         """
         self.completed = completed
         if fields:
@@ -144,18 +143,18 @@ class Progress:
             self._print(f"after {clock_text(passed)}" if left is None else f"ETA {clock_text(left)}")
 
     def advance(self, count: int = 1, **fields: object) -> None:
-        """Reports that `count` more units are done; `fields` as in `update`."""
+        """Reports that `count` more units are done. `fields` are as in `update`."""
         self.update(self.completed + count, **fields)
 
     def skip(self, count: int) -> None:
-        """Counts units that were done before the start, as after a resume; they do not count in the speed."""
+        """Counts units as done without counting them in the speed, such as those done before a resume."""
         self.completed += count
         self._skipped += count
         if self._bar is not None:
             self._bar.reset(self._bar.task_ids[0], completed=self.completed)
 
     def _open_bar(self) -> RichProgress | None:
-        """Starts a bar if the stream is a terminal that can draw one."""
+        """Starts a bar and returns it, or returns None if the stream cannot show one."""
         console = Console(file=self._stream)
         if not console.is_terminal or console.is_dumb_terminal:
             return None
@@ -171,22 +170,22 @@ class Progress:
         try:
             bar.start()
         except LiveError:
-            # Older rich draws one bar at a time: a bar inside a bar falls back to lines.
+            # Older versions of rich draw one bar at a time. An inner step falls back to plain lines.
             return None
         return bar
 
     def _line_due(self) -> bool:
-        """Tells whether enough happened since the last line."""
+        """Returns whether it is time to print the next plain line."""
         now = self._clock()
         waited = now - self._line_time
         if self.completed == self.total or waited < _SHORTEST_GAP_SECONDS:
-            return False  # The closing line says it.
+            return False  # `__exit__` prints the closing line
         if waited >= max(_WAIT_SECONDS, _WAIT_OF_ELAPSED * (now - self._started)):
             return True
         return self.completed - self._line_completed >= _LINE_FRACTION * self.total
 
     def seconds_left(self) -> float | None:
-        """How long it will still take; None when there is no telling."""
+        """Returns the estimated remaining seconds, or None if nothing is done yet."""
         done = self.completed - self._skipped
         if done <= 0:
             return None
@@ -205,7 +204,7 @@ class Progress:
 
 
 def track(items: Sequence[T], description: str) -> Iterator[T]:
-    """Yields the items, showing how many are done."""
+    """Yields the items and shows how many are done."""
     with Progress(len(items), description) as progress:
         for item in items:
             yield item

@@ -1,6 +1,6 @@
-"""Where a result comes from: code, packages, machine, seed; and hashes of files and settings.
+"""Where a result comes from (code, packages, machine, seed), and hashes of files and settings.
 
-Nothing that names a person, a host or a folder of the machine is recorded.
+No names of users, hosts or folders are recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import psutil
 
 from gradpruner.common.errors import DataError
 
-# The packages whose version can change a number. Those not installed are left out.
+# Packages whose version can change a result.
 RECORDED_PACKAGES = (
     "torch",
     "transformers",
@@ -38,11 +38,11 @@ _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def provenance(seed: int) -> dict[str, Any]:
-    """Everything needed to say under what conditions a run was made.
+    """Returns the conditions under which a run was made.
 
     Returns:
         `{"commit", "dirty", "python", "packages", "machine", "seed"}` as in run.json. `commit` and
-        `dirty` are None unless the package runs from a git checkout of its own.
+        `dirty` are None unless the package runs from its own git checkout.
     """
     commit, dirty = source_state()
     return {
@@ -56,11 +56,11 @@ def provenance(seed: int) -> dict[str, Any]:
 
 
 def source_state(folder: Path = _PACKAGE_FOLDER) -> tuple[str | None, bool | None]:
-    """Git commit of the sources in `folder`, and whether any file there is changed or untracked.
+    """Returns the git commit of the sources in `folder`, and whether any file there is changed or untracked.
 
-    Only a checkout that tracks this very package counts: a copy installed inside somebody else's
-    repository (a virtual environment in a project) must not borrow that project's commit. (None, None) when
-    there is no git, no checkout, or no commit yet.
+    Returns (None, None) without git, a checkout or a commit. The checkout must track the package itself: a
+    copy installed inside another repository (a virtual environment in a project) must not report that
+    project's commit.
     """
     tracked = _git(folder, "ls-files", "--error-unmatch", "--", "__init__.py")
     commit = _git(folder, "rev-parse", "--verify", "HEAD") if tracked is not None else None
@@ -71,7 +71,7 @@ def source_state(folder: Path = _PACKAGE_FOLDER) -> tuple[str | None, bool | Non
 
 
 def package_versions(names: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
-    """Installed versions by package name; names that are not installed are left out."""
+    """Returns the version of every installed package in `names`; packages not installed are left out."""
     versions = {}
     for name in names:
         try:
@@ -82,10 +82,9 @@ def package_versions(names: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]
 
 
 def machine() -> dict[str, Any]:
-    """The hardware: `{"cpu", "cores", "memory_bytes", "devices", "platform"}`.
+    """Returns the hardware: `{"cpu", "cores", "memory_bytes", "devices", "platform"}`.
 
-    `cores` counts the logical cores this process may use; `devices` lists what torch can compute
-    on.
+    `cores` is the number of logical cores this process may use; `devices` lists the devices torch can use.
     """
     return {
         "cpu": _cpu_name(),
@@ -97,12 +96,12 @@ def machine() -> dict[str, Any]:
 
 
 def utc_now() -> str:
-    """The time now in UTC, ISO 8601 to the second: "2026-01-31T09:30:00Z"."""
+    """Returns the current time in UTC, in ISO 8601 to the second: "2026-01-31T09:30:00Z"."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, 64 hex digits; reads in blocks, so any size is fine.
+    """Returns the SHA-256 of a file's bytes, 64 hex digits. Reads in blocks, so files may be of any size.
 
     Raises:
         DataError: If the file cannot be read.
@@ -115,33 +114,34 @@ def sha256_file(path: str | Path) -> str:
 
 
 def sha256_json(value: Any) -> str:
-    """SHA-256 of a JSON value in one canonical spelling, 64 hex digits.
+    """Returns the SHA-256 of a JSON value in canonical form, 64 hex digits.
 
-    Keys sorted, no white space, UTF-8; so equal values hash alike whatever the order of their keys.
-    Tuples count as lists.
+    The canonical form has sorted keys and no white space, and is UTF-8, so the order of keys does not
+    matter. Tuples count as lists.
 
     Raises:
-        ValueError: If the value holds NaN or an infinity, which JSON cannot say.
-        TypeError: If the value is not made of JSON types.
+        ValueError: If the value holds NaN or Inf, which JSON does not have.
+        TypeError: If the value holds types that JSON does not have.
     """
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def hash_folder(files: str | Path | Iterable[str | Path]) -> str:
-    """One SHA-256 over several files: their names and their contents, not their dates or order.
+    """Returns one SHA-256 over the names and contents of several files, whatever their dates and order.
 
-    Given are a folder, meaning every file below it, or the files. Names count relative to the folder, or
-    to the deepest folder that holds all the files, so a moved copy hashes alike.
+    Args:
+        files: A folder, for all files below it, or a list of files. Names are taken relative to that folder,
+            or to the deepest folder that holds all the files, so a moved copy has the same hash.
 
     Raises:
-        DataError: If there are no files or one cannot be read.
+        DataError: If there are no files, or one cannot be read.
     """
     if isinstance(files, str | Path):
         root = Path(files)
         paths = [path for path in root.rglob("*") if path.is_file()]
     else:
-        # Absolute but not resolved: a symlinked shard keeps the name the folder gives it.
+        # Absolute but not resolved: a linked shard keeps its name in the folder.
         paths = [Path(os.path.abspath(path)) for path in files]
         root = Path(os.path.commonpath([path.parent for path in paths])) if paths else Path()
     if not paths:
@@ -150,7 +150,7 @@ def hash_folder(files: str | Path | Iterable[str | Path]) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Returns what a git command prints, None when it fails for whatever reason."""
+    """Returns the output of a git command, or None if it fails."""
     environment = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"}
     try:
         done = subprocess.run(
@@ -168,7 +168,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """Returns the processor's marketing name where the system tells it."""
+    """Returns the processor's marketing name if the system provides it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.lower().startswith("model name"):
@@ -179,8 +179,8 @@ def _cpu_name() -> str:
 
 
 def _torch_devices() -> list[str]:
-    """Returns the accelerators with their names, or ["cpu"] when there are none."""
-    import torch  # Late: a run record can be read and hashed without it.
+    """Returns the accelerators with their names, or ["cpu"] if there are none."""
+    import torch  # here, because run records can be read and hashed without torch
 
     if torch.cuda.is_available():
         count = torch.cuda.device_count()

@@ -1,4 +1,4 @@
-"""Named things a recipe can ask for: methods, tasks, merge rules."""
+"""Registries of what a recipe can name: methods, tasks, merge rules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def suggest(word: str, allowed: Iterable[str]) -> str:
-    """Returns ' Did you mean ...?' when one of `allowed` is close to `word`, else ''."""
+    """Returns ' Did you mean ...?' if one of `allowed` is close to `word`, else ''."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
@@ -24,14 +24,14 @@ def check_known(
     error: type[GradPrunerError] = ConfigError,
     renamed: Mapping[str, str] | None = None,
 ) -> None:
-    """Checks names that a user gave.
+    """Raises an error for the first unknown name; the message lists the known ones and suggests the closest.
 
     Args:
         kind: What the names stand for, singular ("norm").
-        names: One name, or several.
-        known: The names that are allowed.
-        error: Raised for the first other name; the message lists `known` and suggests the closest one.
-        renamed: Former name -> what it is called now, to be suggested instead.
+        names: One name or several, as given by a user.
+        known: The allowed names.
+        error: Type of the error to raise.
+        renamed: Former name -> current name, which is suggested instead of the closest.
     """
     for name in [names] if isinstance(names, str) else names:
         if name in known:
@@ -42,11 +42,11 @@ def check_known(
 
 
 class Registry(Generic[T]):
-    """A dictionary whose failed look-up lists what there is.
+    """A dictionary of named entries whose failed lookup lists the names and suggests the closest.
 
     Args:
-        kind: What the entries are called in messages, singular ("task").
-        renamed: Former name -> what the entry is called now; only for messages.
+        kind: What an entry is called in messages, singular ("task").
+        renamed: Former name -> current name, for suggestions.
     """
 
     def __init__(self, kind: str, renamed: Mapping[str, str] | None = None) -> None:
@@ -55,21 +55,21 @@ class Registry(Generic[T]):
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that files the decorated object under `name`; a name is taken only once."""
+        """Returns a decorator that registers the decorated object as `name`, which must be new."""
 
-        def file(entry: T) -> T:
+        def add(entry: T) -> T:
             if name in self._entries:
                 raise ConfigError(f"{self.kind} '{name}' is registered twice.")
             self._entries[name] = entry
             return entry
 
-        return file
+        return add
 
     def find(self, name: str) -> T:
         """Returns the entry called `name`.
 
         Raises:
-            ConfigError: If there is none; the message lists the names and the nearest one.
+            ConfigError: If there is none. The message lists the names and suggests the closest one.
         """
         check_known(self.kind, name, self.names(), renamed=self._renamed)
         return self._entries[name]

@@ -1,15 +1,17 @@
-"""Gates: what leaving a decoder layer out does to the loss, read off the backward passes of a training.
+"""Gates: how much the loss rises when decoder layers are left out, predicted from ordinary backward passes.
 
-Imagine a gate a_l on what layer l adds to the hidden state,
+Imagine that a gate a_l scales what layer l adds to the hidden state:
 
-    y_l = x_l + a_l (layer_l(x_l) - x_l),    a_l = 1,
+    y_l = x_l + a_l (layer_l(x_l) - x_l),    a_l = 1.
 
-and g_l = dLoss / da_l is kept for every example. Going from a_l = 1 to 0 leaves the layer out, so the loss is
-expected to rise by `-g_l + 1/2 h_ll` for one layer, and for a set S by
+The gate gradient g_l = dLoss / da_l is recorded for every example. Setting a_l to 0 leaves the layer out. By
+a second-order Taylor expansion, the loss then rises by `-g_l + 1/2 h_ll`, where h_ll is the second derivative
+of the loss by a_l. Leaving out a set S of layers raises the loss by
 
-    rise(S) = -sum_l mean(g_l) + 1/2 sum_{l,m} mean(g_l g_m),
+    rise(S) = -sum_l mean(g_l) + 1/2 sum_{l,m} mean(g_l g_m).
 
-with the mean over examples of `g_l g_m` in the place of the second derivative (empirical Fisher).
+Here the second derivatives are replaced by the mean of `g_l g_m` over examples (the empirical Fisher
+information).
 
 Shape suffixes: E examples, L decoder layers, S recorded steps, B bootstrap resamples.
 """
@@ -30,7 +32,8 @@ from torch import Tensor, distributed, nn
 from gradpruner.common.errors import ConfigError, ShapeError
 from gradpruner.common.files import save_tensors
 
-# An exchange must lower the rise by more than rounding can, or two equal sets would be exchanged for ever.
+# Relative tolerance. A swap must lower the predicted rise by more than rounding can, or the search would swap
+# between two equally good sets forever.
 _ROUNDING = 1e-12
 
 
@@ -40,11 +43,11 @@ class Gates:
 
     Attributes:
         values_EL: dLoss / da_l of every example, shape (examples, layers), float64, in the order of the
-            steps; the mean over the examples of one step is the gradient of that step's loss.
-        per_step: Examples of every recorded step; their sum is E.
+            steps. The mean over the examples of a step is the gradient of that step's loss.
+        per_step: Number of examples in every recorded step; the numbers add up to E.
 
     Raises:
-        ShapeError: If the two do not belong together.
+        ShapeError: If `values_EL` does not have one row per example.
     """
 
     values_EL: Tensor
@@ -53,7 +56,7 @@ class Gates:
     def __post_init__(self) -> None:
         if self.values_EL.ndim != 2 or self.values_EL.shape[0] != sum(self.per_step):
             raise ShapeError(
-                f"Gates of shape {tuple(self.values_EL.shape)} for steps of {self.per_step} examples; "
+                f"The gates have shape {tuple(self.values_EL.shape)} for steps of {self.per_step} examples; "
                 "(examples, layers) is needed."
             )
 
@@ -62,21 +65,21 @@ class Gates:
 
 
 def first_order(gates_EL: Tensor) -> Tensor:
-    """`-mean_e g_el`: the rise of the loss when layer l is left out, by the first derivative alone.
+    """Returns `-mean_e g_el`, the first-order rise of the loss when layer l is left out.
 
     Args:
         gates_EL: Shape (examples, layers).
 
     Returns:
-        Shape (layers,), float64, of either sign, in units of the loss.
+        Shape (layers,), float64, positive or negative, in units of the loss.
     """
     return -_checked(gates_EL).mean(dim=0)
 
 
 def second_order(gates_EL: Tensor) -> Tensor:
-    """`mean_e g_el**2`: twice the second-order rise of the loss when layer l is left out.
+    """Returns `mean_e g_el**2`, twice the second-order term of the rise when layer l is left out.
 
-    It is the diagonal of the empirical Fisher information of the gates.
+    This is the diagonal of the empirical Fisher information of the gates.
 
     Args:
         gates_EL: Shape (examples, layers).
@@ -84,32 +87,33 @@ def second_order(gates_EL: Tensor) -> Tensor:
     Returns:
         Shape (layers,), float64, >= 0.
 
-    Source: Importance Estimation for Neural Network Pruning (Molchanov et al., 2019), gates on whole layers.
+    Source: Importance Estimation for Neural Network Pruning (Molchanov et al., 2019), with gates on layers.
     """
     return _checked(gates_EL).square().mean(dim=0)
 
 
 def predicted_rise(gates_EL: Tensor, layers: Iterable[int]) -> float:
-    """Rise of the loss when `layers` are left out together: `-sum mean(g_l) + 1/2 sum mean(g_l g_m)`.
+    """Returns the rise of the loss when `layers` are left out together.
 
-    The pairs come to half the mean over examples of `(sum_l g_l)**2`.
+    The formula is at the top of this module. Its sum over pairs equals the mean of `(sum_l g_l)**2`.
     """
     together_E = _checked(gates_EL)[:, sorted(layers)].sum(dim=1)
     return float(-together_E.mean() + together_E.square().mean() / 2)
 
 
 def choose_pairwise(gates_EL: Tensor, num_prune: int, candidates: Collection[int] | None = None) -> list[int]:
-    """The layers that, left out together, are predicted to raise the loss least.
+    """Chooses the layers whose joint removal is predicted to raise the loss least.
 
-    The search starts once from every candidate. It adds the layer that raises the prediction least until
-    there are enough; then it exchanges one chosen layer for another, always the pair that lowers the
-    prediction most, until no exchange helps. The best result of all starts is returned. No single exchange
-    improves it; it is likely, not certain, to be the best of all sets. Of equal choices the later layer goes.
+    The search runs once from every candidate. It adds the layer that raises the predicted loss least until
+    `num_prune` layers are chosen. Then it swaps a chosen layer for another one, always making the swap that
+    lowers the prediction most, until no swap helps. The best result of all runs is returned. No single swap
+    improves it. It is usually the best set of all, but that is not guaranteed. On ties, the later layer is
+    chosen.
 
     Args:
         gates_EL: Shape (examples, layers).
-        num_prune: Layers to choose, 0 <= num_prune <= number of candidates.
-        candidates: Layers that may be chosen; all when None.
+        num_prune: Number of layers to choose, from 0 to the number of candidates.
+        candidates: Layers that may be chosen; None for all layers.
 
     Returns:
         The chosen layers, ascending.
@@ -135,12 +139,12 @@ def choose_pairwise(gates_EL: Tensor, num_prune: int, candidates: Collection[int
 
 
 def _search(mean_L: Tensor, fisher_LL: Tensor, free: list[int], first: int, num_prune: int) -> list[int]:
-    """Grows a set from `first`, then exchanges layers until no exchange helps."""
+    """Grows a set from `first`, then swaps layers until no swap helps. `free` is in descending order."""
     chosen = [first]
     while len(chosen) < num_prune:
         added_L = -mean_L + fisher_LL.diagonal() / 2 + fisher_LL[:, chosen].sum(dim=1)
         left = [layer for layer in free if layer not in chosen]
-        chosen.append(left[int(added_L[left].argmin())])  # of equal ones the first, which is the latest
+        chosen.append(left[int(added_L[left].argmin())])  # on a tie the first, which is the latest layer
     while (swap := _best_swap(mean_L, fisher_LL, chosen, free)) is not None:
         chosen[chosen.index(swap[0])] = swap[1]
     return chosen
@@ -149,15 +153,15 @@ def _search(mean_L: Tensor, fisher_LL: Tensor, free: list[int], first: int, num_
 def _best_swap(
     mean_L: Tensor, fisher_LL: Tensor, chosen: list[int], free: list[int]
 ) -> tuple[int, int] | None:
-    """The exchange (out of the set, into the set) that lowers the predicted rise most; None: none does."""
+    """Returns the swap (layer to remove, layer to add) that lowers the predicted rise most, or None."""
     inside, outside = sorted(chosen), [layer for layer in free if layer not in chosen]
     if not inside or not outside:
         return None
-    slope_L = -mean_L + fisher_LL[:, inside].sum(dim=1)  # derivative of the rise, per layer left out
+    slope_L = -mean_L + fisher_LL[:, inside].sum(dim=1)  # derivative of the rise by leaving each layer out
     half_L = fisher_LL.diagonal() / 2
     change = (slope_L + half_L)[outside] - (slope_L - half_L)[inside][:, None]
     change = change - fisher_LL[inside][:, outside]
-    best = int(change.argmin())  # of equal ones the first: the earliest comes back, the latest goes
+    best = int(change.argmin())  # on a tie the first: the earliest layer is removed, the latest added
     scale = float(mean_L.abs().max() + fisher_LL.abs().max())
     if float(change.flatten()[best]) >= -_ROUNDING * scale:
         return None
@@ -167,14 +171,14 @@ def _best_swap(
 def bootstrap(
     values_EL: Tensor, divisor: int, resamples: int, seed: int, at_once: int = 64
 ) -> tuple[Tensor, Tensor]:
-    """95 % percentile interval of a sum over rows drawn with replacement, divided by `divisor`.
+    """Returns the 95 % bootstrap percentile interval of the sum over rows, divided by `divisor`.
 
     Args:
-        values_EL: Shape (rows, layers), a row for an example or a step.
-        divisor: The number of rows gives an interval of the mean.
+        values_EL: Shape (rows, layers); a row is an example or a step.
+        divisor: Divides the sums; the number of rows gives an interval of the mean.
         resamples: Number of resamples, >= 1.
-        seed: Seeds the draws.
-        at_once: Resamples held in memory at a time; with many rows, drawn indices are large.
+        seed: Seed of the draws.
+        at_once: Resamples drawn at a time. Fewer need less memory when there are many rows.
 
     Returns:
         Lower and upper ends, each of shape (layers,), float64.
@@ -194,7 +198,7 @@ def bootstrap(
 
 def _checked(gates_EL: Tensor) -> Tensor:
     if gates_EL.ndim != 2 or 0 in gates_EL.shape:
-        raise ShapeError(f"Gates of shape {tuple(gates_EL.shape)}; (examples, layers) is needed.")
+        raise ShapeError(f"The gates have shape {tuple(gates_EL.shape)}; (examples, layers) is needed.")
     return gates_EL.double()
 
 
@@ -202,29 +206,29 @@ def _checked(gates_EL: Tensor) -> Tensor:
 
 
 class GateHooks:
-    """Measures the gates of every decoder layer during ordinary backward passes.
+    """Records the gate gradients of all decoder layers during ordinary backward passes.
 
-    A forward hook on a layer asks autograd for the gradient at the layer's output y. When it arrives,
-    `sum (dL/dy) (y - x)` over the tokens and hidden dimensions of a row is that row's gate gradient. x and y
-    are not copied: autograd holds them anyway. Products and their sums over the hidden dimension are formed
-    in fp32 (fp64 for fp64 models), sums over tokens in fp64. Nothing is measured where no gradient flows,
-    such as in an evaluation. With activations checkpointed, recomputing a layer measures nothing a second
-    time, reentrant or not.
+    A forward hook on each layer asks autograd for the gradient at the layer's output y. The gate gradient of
+    a row is `sum (dL/dy) (y - x)` over its tokens and hidden dimensions, where x is the layer's input. x and
+    y are not copied, because autograd keeps them anyway. Products and their sums over the hidden dimension
+    are computed in fp32 (fp64 for fp64 models), sums over tokens in fp64. Nothing is recorded without a
+    backward pass, for example during evaluation. With activation checkpointing, reentrant or not, a layer
+    that is recomputed is recorded only once.
 
-    A row of the batch counts as one example; where several samples share a row (packing, padding-free
-    batches) they count as one together.
+    A row of the batch counts as one example. Samples that share a row (packing, padding-free batches) count
+    as one example together.
 
-    With several processes (torch.distributed) every one must take part in every `step`. Data parallelism is
-    assumed: each has rows of its own and the same layers, and gradients are averaged over processes
+    With several processes (torch.distributed), all of them must call every `step`. They must be data
+    parallel: each process has its own rows and the same layers, and gradients are averaged over processes
     (DDP, FSDP).
 
     Args:
-        layers: The decoder layers, in order. Their first argument is hidden states of shape (rows, tokens,
-            hidden size), which they return alone or first in a tuple.
-        fault: Why nothing can be measured, when known beforehand.
+        layers: The decoder layers, in order. Their first argument is the hidden states, shape (rows, tokens,
+            hidden size). They return the new hidden states, alone or as the first entry of a tuple.
+        fault: Why nothing can be recorded, if that is already known.
 
     Attributes:
-        fault: Why there are no gates, in words; "" as long as there are.
+        fault: Why there are no gates, in words; "" while there are.
     """
 
     def __init__(self, layers: Iterable[nn.Module], fault: str = "") -> None:
@@ -237,21 +241,21 @@ class GateHooks:
         ]
 
     def close(self) -> None:
-        """Takes the hooks off the model; nothing the second time."""
+        """Removes the hooks from the model. Further calls do nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def step(self, loss_scale: float = 1.0) -> Tensor | None:
-        """The gates of one optimizer step: of all backward passes since the last call.
+        """Returns the gates of one optimizer step, from all backward passes since the last call.
 
         Args:
-            loss_scale: What the loss was multiplied with before the backward pass (fp16 scaler).
+            loss_scale: Factor of the loss in the backward pass (the scale of an fp16 gradient scaler).
 
         Returns:
-            Shape (rows of all micro-batches and processes, layers), float64, on the CPU. A row's gradient is
-            multiplied by the number of rows, so that the mean over rows is the gradient of the step's loss,
-            however the batch was split. None once there is a `fault`.
+            Shape (rows of all micro-batches and processes, layers), float64, on the CPU. Each row's gradient
+            is multiplied by the number of rows, so that the mean over rows is the gradient of the step's
+            loss, however the batch was split. None once there is a `fault`.
         """
         rows_EL = self._take()
         parts: list[Tensor | None] = [rows_EL]
@@ -260,13 +264,13 @@ class GateHooks:
             distributed.all_gather_object(parts, rows_EL)
         whole = [part for part in parts if part is not None]
         if len(whole) < len(parts):
-            self.fault = self.fault or "another process has none"
+            self.fault = self.fault or "another process recorded none"
             return None
         gates_EL = torch.cat(whole)
         return gates_EL * (len(gates_EL) / len(parts) / loss_scale)
 
     def _take(self) -> Tensor | None:
-        """This process's rows since the last call, as autograd had them."""
+        """Returns this process's rows since the last call, not yet scaled, and forgets them."""
         taken, self._rows = self._rows, [[] for _ in self._rows]
         if not self.fault and len({tuple(map(len, rows)) for rows in taken}) > 1:
             self.fault = "not every layer ran as often as the others"
@@ -280,12 +284,16 @@ class GateHooks:
             return
         x = args[0] if args else kwargs.get("hidden_states")
         if not isinstance(x, Tensor) or x.shape != y.shape or y.ndim != 3:
-            self.fault = f"layer {layer} does not go from one (rows, tokens, hidden size) state to the next"
+            self.fault = (
+                f"layer {layer} does not map hidden states (rows, tokens, hidden size) to the same shape"
+            )
             return
         y.register_hook(self._measuring(layer, x, y))
 
     def _measuring(self, layer: int, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
-        # Detached views share memory, and unlike y itself do not hold the graph that holds this function.
+        """Returns the hook that records the gate gradients of a layer when the gradient at y arrives."""
+        # Detached tensors share memory with x and y. Keeping y itself would create a reference cycle: its
+        # graph refers to this hook.
         states = [(x.detach(), y.detach())]
         versions = x._version, y._version
 
@@ -294,11 +302,11 @@ class GateHooks:
             if self.fault:
                 return
             if not states:
-                self.fault = "one forward pass was gone through backwards twice"
+                self.fault = "one forward pass had two backward passes"
                 return
             before, after = states.pop()
             if versions != (before._version, after._version):
-                self.fault = f"the states around layer {layer} were overwritten in place"
+                self.fault = f"the hidden states around layer {layer} were changed in place"
                 return
             self._rows[layer].append(_gate_gradients(before, after, grad.detach()))
 
@@ -306,11 +314,11 @@ class GateHooks:
 
 
 def _gate_gradients(x: Tensor, y: Tensor, grad: Tensor) -> Tensor:
-    """`sum (dL/dy) (y - x)` of every row, shape (rows,)."""
+    """Returns `sum (dL/dy) (y - x)` of every row, shape (rows,)."""
     dtype = torch.promote_types(y.dtype, torch.float32)
     change = y.to(dtype) - x.to(device=y.device, dtype=dtype)
     wide = torch.float32 if y.device.type == "mps" else torch.float64  # mps has no double precision
-    # In two steps, because a sum in fp64 over everything would first make an fp64 copy of it.
+    # In two steps, because a single fp64 sum would first copy the whole product to fp64.
     return change.mul_(grad.to(dtype)).sum(dim=2).sum(dim=1, dtype=wide)
 
 
@@ -319,7 +327,7 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 def save_gates(path: Path, gates: Gates | None) -> None:
-    """Writes the gates of a trace; without any, none are left there."""
+    """Writes the gates of a trace. If `gates` is None, deletes an existing file."""
     if gates is None:
         path.unlink(missing_ok=True)
         return
@@ -328,7 +336,11 @@ def save_gates(path: Path, gates: Gates | None) -> None:
 
 
 def load_gates(path: Path) -> Gates | None:
-    """The gates of a trace; None where none were recorded."""
+    """Reads the gates of a trace, or returns None if there is no file.
+
+    Raises:
+        ValueError: If the gates are not float64.
+    """
     if not path.exists():
         return None
     with safe_open(path, framework="pt") as file:

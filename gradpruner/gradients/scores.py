@@ -1,4 +1,4 @@
-"""LayerScores: one number per decoder layer, with its confidence.
+"""LayerScores: one number per decoder layer, with a confidence interval.
 
 Shape suffixes: S recorded steps, L decoder layers.
 """
@@ -29,16 +29,16 @@ NORMS = ("squared", "frobenius")
 
 @dataclass(frozen=True)
 class LayerScores(Printed):
-    """Importance of every decoder layer; higher is more important, always.
+    """Importance of every decoder layer. A higher score always means a more important layer.
 
     Attributes:
-        method: Name of the method that produced them.
-        values: One score per layer, finite; only comparisons within one object mean anything.
-        low: Lower ends of the 95 % bootstrap intervals over steps, or () when there are none.
-        high: Upper ends, likewise.
-        stability: (step, overlap) pairs: the fraction of the finally kept layers that are also kept
-            by the scores of the first `step` steps (paper Fig. 2); () when there is none.
-        evidence: What the scores rest on (steps, norm, digest of the trace ...), JSON values only.
+        method: Name of the method that computed the scores.
+        values: One finite score per layer. Scores of different objects cannot be compared.
+        low: Lower ends of the 95 % bootstrap intervals over steps, or () if there are none.
+        high: Upper ends of these intervals, or ().
+        stability: (step, overlap) pairs: the fraction of the finally kept layers that the scores of the first
+            `step` steps would keep too (paper Fig. 2); () if unknown.
+        evidence: What the scores are based on (steps, norm, digest of the trace ...), as JSON values.
     """
 
     method: str
@@ -58,14 +58,14 @@ class LayerScores(Printed):
         return len(self.values)
 
     def ascending(self) -> list[int]:
-        """Layers from least to most important; of equal ones the lower index counts as more important.
+        """Returns the layers from least to most important. On a tie, the earlier layer is more important.
 
-        Early layers are the harder ones to miss, and a kept early layer can take in merged later ones.
+        Early layers are harder to do without, and later layers can be merged into a kept early layer.
         """
         return _ascending(self.values)
 
     def show(self, console: Console) -> None:
-        """Prints a line a layer, the least important first."""
+        """Prints one line per layer, the least important first."""
         highest, intervals = max(self.values), bool(self.low)
         columns = ["layer", "score", *(["95 % from", "to"] if intervals else []), "of the highest"]
         rows = [
@@ -86,29 +86,31 @@ class LayerScores(Printed):
 
     @classmethod
     def load(cls, path: str | Path) -> LayerScores:
-        """Reads scores.
+        """Reads a score file.
 
         Raises:
             IntegrityError: If the file is missing or is not a score file.
         """
         found = read_object(Path(path), "score file", cls)
         if any(len(ends) not in (0, found.num_layers) for ends in (found.low, found.high)):
-            raise IntegrityError(f"{path} is not a score file: an interval per layer is needed, or none.")
+            raise IntegrityError(
+                f"{path} is not a score file: it needs an interval for every layer, or none."
+            )
         return found
 
 
 def default_num_prune(num_layers: int, fraction: float = 0.4) -> int:
-    """Layers that make up `fraction` of the depth: 13 of 32, 16 of 40, 6 of 16."""
+    """Returns the number of layers closest to `fraction` of the depth: 13 of 32, 16 of 40, 6 of 16."""
     return round(fraction * num_layers)
 
 
 def check_energy(trace: GradientTrace, norm: str) -> None:
-    """Raises ConfigError for an unknown norm, or if no step of the trace has any energy."""
+    """Raises ConfigError for an unknown norm, or if the energy of every recorded step is zero."""
     check_known("norm", norm, NORMS)
     if trace.effective_steps == 0:
         raise ConfigError(
-            f"None of the {trace.num_steps} recorded steps has any energy, so nothing can be told apart. "
-            "LoRA B is zero at the first step and stays zero while warm-up leaves the learning rate at zero.",
+            f"All {trace.num_steps} recorded steps have zero gradient energy, so layers cannot be scored. "
+            "LoRA B is zero at the first step, and stays zero while warm-up keeps the learning rate at zero.",
             hint="Record more steps or shorten the warm-up.",
         )
 
@@ -121,24 +123,25 @@ def score_layers(
     resamples: int = 1000,
     seed: int = 0,
 ) -> LayerScores:
-    """Sums recorded gradient energy per layer.
+    """Scores every layer by its recorded gradient energy.
 
-    `squared` (the paper): `1/t * sum_i sum_k ||G_ik||_F**2`. `frobenius` (the released code):
-    `sum_i sum_k ||G_ik||_F`.
+    With steps i = 1..t and the linears k of a layer, the score is
+    `squared` (the paper): `1/t * sum_i sum_k ||G_ik||_F**2`;
+    `frobenius` (the released code): `sum_i sum_k ||G_ik||_F`.
 
     Args:
-        trace: What was recorded; at least one step must have energy, which step 1 never has.
+        trace: The recorded gradients. At least one step must have non-zero energy; step 1 never has.
         norm: "squared" or "frobenius".
-        num_keep: Layers that will be kept, for the rank-stability curve; default 60 % of the depth.
-        resamples: Bootstrap resamples of steps for the 95 % interval.
+        num_keep: Number of layers that will be kept, for the stability curve; 60 % of the depth by default.
+        resamples: Number of bootstrap resamples of the steps, for the 95 % intervals.
         seed: Seed of the bootstrap.
 
     Returns:
-        Scores with interval, stability curve and evidence.
+        Scores with intervals, stability curve and evidence.
 
     Raises:
-        ConfigError: If the norm is unknown, `num_keep` or `resamples` is out of range, or no step of the
-            trace has any energy.
+        ConfigError: If the norm is unknown, `num_keep` or `resamples` is out of range, or all recorded steps
+            have zero energy.
 
     Source: GradPruner, Eq. 3-4, Algorithm 1 step 3, Fig. 2.
     """
@@ -172,20 +175,20 @@ def score_layers(
 
 
 def rank_stability(energy_SL: Tensor, num_keep: int) -> tuple[tuple[int, float], ...]:
-    """How early in the recording the kept set is already the final one.
+    """Returns how closely the set of kept layers after each step matches the final one.
 
     Args:
-        energy_SL: Per-step layer energies, shape (steps, layers).
-        num_keep: Size of the kept set, 1 <= num_keep <= layers.
+        energy_SL: Layer energies of every step, shape (steps, layers).
+        num_keep: Number of kept layers, 1 <= num_keep <= layers.
 
     Returns:
-        For every step with any energy so far: (step, fraction of the final kept set that the scores
-        up to this step also keep), step from 1, fraction in [0, 1].
+        (step, overlap) for every step from the first with non-zero energy on. `step` counts from 1. The
+        overlap is the fraction, 0 to 1, of the finally kept layers that the scores up to this step keep too.
 
     Raises:
         ConfigError: If `num_keep` is out of range.
 
-    Source: GradPruner, Fig. 2 (there with 20 of 32 layers).
+    Source: GradPruner, Fig. 2 (which keeps 20 of 32 layers).
     """
     cumulative_SL = energy_SL.cumsum(dim=0)
     if not 1 <= num_keep <= energy_SL.shape[1]:

@@ -4,11 +4,12 @@ Shape suffixes: S steps, K linears (of all layers), N linears of one shape, O ou
 R LoRA rank.
 
 The energy of a linear at a step is `||G||_F**2`, the squared Frobenius norm of the simulated gradient
-`G = grad_B @ grad_A`. It is `<grad_B^T grad_B, grad_A grad_A^T>`, two R x R products, so a layer score never
-needs an (out, in) matrix. The factors themselves are kept for merging: one safetensors file a step.
+`G = grad_B @ grad_A`. It equals `<grad_B^T grad_B, grad_A grad_A^T>`, the product of two R x R matrices, so
+layer scores never need an (out, in) matrix. The factors grad_B and grad_A are kept for merging, in one
+safetensors file per step.
 
-On disk a trace is a folder: `trace.json`, `energies.safetensors`, `gates.safetensors` (where there are gates)
-and `factors/step-00001.safetensors` ...
+On disk, a trace is a folder with `trace.json`, `energies.safetensors`, `gates.safetensors` (if gates were
+recorded) and `factors/step-00001.safetensors`, ...
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradpruner.common.errors import IntegrityError, PlanError, ShapeError
-from gradpruner.common.files import save_tensors
-from gradpruner.common.json_files import read_json, typed, write_json
+from gradpruner.common.files import folder_bytes, save_tensors
+from gradpruner.common.json_files import read_versioned, write_json
 from gradpruner.common.printing import Printed, print_table
 from gradpruner.gradients.gates import Gates, load_gates, save_gates
 from gradpruner.gradients.importance import Factors
@@ -40,7 +41,7 @@ TRACE_FILE = "trace.json"
 ENERGIES_FILE = "energies.safetensors"
 GATES_FILE = "gates.safetensors"
 FORMAT_VERSION = 1
-# Stands in a fingerprint for the hash of weights that are not there in full.
+# Replaces the hash of the weights in the fingerprint of a quantised model.
 QUANTISED = "-quantised"
 
 
@@ -50,10 +51,10 @@ class LinearRef:
 
     Attributes:
         layer: Index of the decoder layer, from 0.
-        name: Its path inside the layer, e.g. "self_attn.q_proj".
+        name: Path of the linear inside the layer, e.g. "self_attn.q_proj".
         out_features: Rows of the weight.
         in_features: Columns of the weight.
-        rank: LoRA rank r.
+        rank: LoRA rank.
     """
 
     layer: int
@@ -69,17 +70,17 @@ class TraceInfo:
 
     Attributes:
         num_layers: Decoder layers of the model.
-        linears: The recorded linears; the order of every K dimension.
+        linears: The recorded linears, in the order of every K dimension.
         model: Fingerprint of the model (see `layers.fingerprint`).
         adapter: "lora", "rslora", "dora" or "qlora".
         alpha: LoRA alpha.
         clip: Norm the gradients were clipped to before recording, or None for raw gradients.
         seed: Seed of the run.
-        complete: False when recording stopped before the asked number of steps.
-        losses: Training loss per logged step; may be shorter than the steps.
+        complete: False if recording stopped before the requested number of steps.
+        losses: Training loss of every logged step; there may be fewer than recorded steps.
         learning_rates: Learning rate of every recorded step.
         notes: Anything unusual, in words.
-        data_sha256: Hash of the training data, when known.
+        data_sha256: Hash of the training data, or "" if unknown.
     """
 
     num_layers: int
@@ -97,11 +98,11 @@ class TraceInfo:
 
     @property
     def rank(self) -> int:
-        """The LoRA rank, the largest when linears differ."""
+        """The LoRA rank; the largest one if linears differ."""
         return max(ref.rank for ref in self.linears)
 
     def groups(self) -> list[list[int]]:
-        """Positions of the linears that share one shape, in order of first appearance."""
+        """Returns the positions of linears grouped by shape and rank, in order of first appearance."""
         by_shape: dict[tuple[int, int, int], list[int]] = {}
         for k, ref in enumerate(self.linears):
             by_shape.setdefault((ref.out_features, ref.in_features, ref.rank), []).append(k)
@@ -109,14 +110,17 @@ class TraceInfo:
 
 
 class GradientTrace(Printed):
-    """Immutable evidence of the first fine-tuning steps.
+    """An immutable record of the first fine-tuning steps.
 
     Args:
         info: What was recorded.
         energies_SK: Squared Frobenius norm of every simulated gradient, shape (steps, linears), fp64.
-        folder: Where the factor files are, or None.
-        factors: Factors per step in host memory, used when there is no folder.
-        gates: Gates of the examples of these steps; None when they were not recorded.
+        folder: Folder of the factor files, or None.
+        factors: Factors of every step in host memory; None if they are in `folder` or were not recorded.
+        gates: Gates of the examples of these steps; None if they were not recorded.
+
+    Raises:
+        ShapeError: If energies, gates and linears do not match.
     """
 
     def __init__(
@@ -129,19 +133,20 @@ class GradientTrace(Printed):
     ) -> None:
         if energies_SK.ndim != 2 or energies_SK.shape[1] != len(info.linears):
             raise ShapeError(
-                f"Energies of shape {tuple(energies_SK.shape)} for {len(info.linears)} linears; "
+                f"The energies have shape {tuple(energies_SK.shape)} for {len(info.linears)} linears; "
                 "(steps, linears) is needed."
             )
         outside = [ref for ref in info.linears if not 0 <= ref.layer < info.num_layers]
         if outside:
             raise ShapeError(
-                f"'{outside[0].name}' is said to be in layer {outside[0].layer} of {info.num_layers}."
+                f"The trace places '{outside[0].name}' in layer {outside[0].layer} of a model with "
+                f"{info.num_layers} layers."
             )
         shape = (len(gates.per_step), gates.values_EL.shape[1]) if gates else None
         if shape not in (None, (len(energies_SK), info.num_layers)):
             raise ShapeError(
-                f"Gates of {shape[0]} steps and {shape[1]} layers for {len(energies_SK)} steps and "
-                f"{info.num_layers} layers."
+                f"The gates are of {shape[0]} steps and {shape[1]} layers, the energies of "
+                f"{len(energies_SK)} steps and {info.num_layers} layers."
             )
         self.info = info
         self.gates = gates
@@ -153,21 +158,21 @@ class GradientTrace(Printed):
 
     @property
     def num_steps(self) -> int:
-        """Recorded optimizer steps t, those that contributed nothing included."""
+        """Number of recorded optimizer steps, including those with zero energy."""
         return self.energies_SK.shape[0]
 
     @property
     def effective_steps(self) -> int:
-        """Steps with any energy. LoRA B starts at zero, so the first step never has any."""
+        """Number of steps with non-zero energy. LoRA B starts at zero, so the first step has zero energy."""
         return int((self.energies_SK.sum(dim=1) > 0).sum())
 
     @property
     def has_factors(self) -> bool:
-        """Whether element importance can be formed, hence layers merged."""
+        """Whether the factors were kept, which element importance and hence merging need."""
         return self._factors is not None or (self.folder is not None and self._factor_file(0).exists())
 
     def check_model(self, num_layers: int, identity: str) -> None:
-        """Raises PlanError if another model was recorded; an `identity` of "" is not compared."""
+        """Raises PlanError if another model was recorded. An `identity` of "" is not compared."""
         if self.info.num_layers != num_layers:
             raise PlanError(
                 f"The trace was recorded on {self.info.num_layers} layers; this model has {num_layers}.",
@@ -193,10 +198,10 @@ class GradientTrace(Printed):
         print_table(console, "Recorded gradients", ("", ""), rows.items(), info.notes)
 
     def layer_energies(self, power: float = 1.0) -> Tensor:
-        """Energies summed over the linears of every layer.
+        """Returns the energies summed over the linears of every layer.
 
         Args:
-            power: Applied to each linear's energy before summing; 0.5 gives Frobenius norms.
+            power: Exponent applied to each linear's energy before summing; 0.5 gives Frobenius norms.
 
         Returns:
             Shape (steps, layers), float64.
@@ -206,27 +211,27 @@ class GradientTrace(Printed):
         return out_SL.index_add_(1, layers_K, self.energies_SK**power)
 
     def gate_rows(self) -> Tensor:
-        """Gate gradients of every recorded example, shape (examples, layers), float64.
+        """Returns the gate gradients of every recorded example, shape (examples, layers), float64.
 
         Raises:
-            PlanError: If the trace holds none.
+            PlanError: If the trace holds no gates.
         """
         if self.gates is None:
             why = [note for note in self.info.notes if "gates" in note]
             raise PlanError(
                 f"This trace holds no gates{f' ({why[0]})' if why else ''}.",
-                hint="Take a method that does without them."
+                hint="Choose a method that needs no gates."
                 if why
-                else "Delete the trace folder and record again, or take a method that does without them.",
+                else "Delete the trace folder and record again, or choose a method that needs no gates.",
             )
         return self.gates.values_EL
 
     def linear_names(self, layer: int) -> list[str]:
-        """Names of the recorded linears of one layer."""
+        """Returns the names of the recorded linears of one layer."""
         return [ref.name for ref in self.info.linears if ref.layer == layer]
 
     def factors(self, layer: int, name: str) -> Factors:
-        """The LoRA gradients of one linear over all steps, float32 on the CPU.
+        """Returns the LoRA gradients of one linear over all steps, float32 on the CPU.
 
         Raises:
             PlanError: If this linear was not recorded, or the trace holds energies only.
@@ -234,11 +239,11 @@ class GradientTrace(Printed):
         if (layer, name) not in self._index:
             raise PlanError(
                 f"The trace holds no gradients of '{name}' in layer {layer}.",
-                hint=f"Recorded there: {', '.join(self.linear_names(layer)) or 'nothing'}.",
+                hint=f"Recorded in this layer: {', '.join(self.linear_names(layer)) or 'nothing'}.",
             )
         if not self.has_factors:
             raise PlanError(
-                "This trace holds layer energies only; merging needs the factor history.",
+                "This trace holds layer energies only; merging needs the LoRA gradients of every step.",
                 hint="Record again with keep_factors=True, or plan with num_merge=0.",
             )
         group, row = self._position[self._index[layer, name]]
@@ -250,12 +255,13 @@ class GradientTrace(Printed):
         return Factors(torch.stack(grad_b).float(), torch.stack(grad_a).float())
 
     def check_factors(self) -> None:
-        """Checks by their headers that all factor files are there, whole, and of the recorded shapes.
+        """Checks that all factor files exist, are complete and have the recorded shapes.
 
-        It is cheap, and called before weights are changed: a damaged file would leave a model half merged.
+        Reads their headers only, so it is cheap. Call it before changing weights: a damaged file found later
+        would leave the model half merged.
 
         Raises:
-            IntegrityError: Naming the file that is missing, truncated or of other shapes.
+            IntegrityError: If a file is missing, truncated or has other shapes. The message names the file.
         """
         for step in range(self.num_steps) if self._factors is None else ():
             path = self._factor_file(step)
@@ -270,12 +276,12 @@ class GradientTrace(Printed):
                         found = file.get_slice(name).get_shape() if name in file.keys() else "nothing"  # noqa: SIM118
                         if found != shape:
                             raise IntegrityError(
-                                f"{path} holds {found} under '{name}'; {shape} is what the trace says.",
+                                f"{path}: '{name}' has shape {found}; the trace needs {shape}.",
                                 hint="Delete the trace folder and record again.",
                             )
 
     def _factor_file(self, step: int) -> Path:
-        assert self.folder is not None  # else the factors are in memory
+        assert self.folder is not None  # otherwise the factors are in memory
         return factor_file(self.folder, step)
 
     def _read_step(self, step: int, group: int, row: int) -> tuple[Tensor, Tensor]:
@@ -286,7 +292,7 @@ class GradientTrace(Printed):
             return file.get_slice(f"grad_b.{group}")[row], file.get_slice(f"grad_a.{group}")[row]
 
     def save(self, folder: Path) -> Path:
-        """Writes `trace.json`, energies, gates and the factors, unless these are in `folder` already."""
+        """Writes the trace to `folder`; factors that are there already are not copied."""
         if self._factors is not None:
             for step, tensors in enumerate(self._factors):
                 save_tensors(factor_file(folder, step), tensors, {})
@@ -304,44 +310,37 @@ class GradientTrace(Printed):
         """Reads a trace folder.
 
         Raises:
-            IntegrityError: If a file is missing, damaged or disagrees with the others.
+            IntegrityError: If a file is missing or damaged, or the files do not match.
         """
         folder = Path(folder)
-        raw = read_json(folder / TRACE_FILE, "gradient trace")
+        path, hint = folder / TRACE_FILE, "Record again."
+        info = read_versioned(path, "gradient trace", TraceInfo, FORMAT_VERSION, hint)
         try:
-            version = raw.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
-            info = typed(raw, TraceInfo, str(folder / TRACE_FILE))
             least = (min(ref.layer + 1, ref.out_features, ref.in_features, ref.rank) for ref in info.linears)
             if min(least, default=0) < 1:
-                raise ValueError("a linear without rows, columns, rank or a layer, or none at all")
+                raise ValueError("it lists no linears, or one without rows, columns, rank or a layer")
             with safe_open(folder / ENERGIES_FILE, framework="pt") as file:
                 energies_SK = file.get_tensor("energies")
             gates = load_gates(folder / GATES_FILE)
             trace = cls(info, energies_SK, folder, gates=gates)
         except Exception as error:  # a damaged or foreign file can raise anything
             raise IntegrityError(
-                f"{folder} does not hold a usable gradient trace: {error}.", hint="Record again."
+                f"{folder} does not hold a usable gradient trace: {str(error).rstrip('.')}.", hint=hint
             ) from error
         if not bool((torch.isfinite(energies_SK) & (energies_SK >= 0)).all()):
-            raise IntegrityError(
-                f"The trace in {folder} holds NaN, Inf or negative energies.", hint="Record again."
-            )
+            raise IntegrityError(f"The trace in {folder} holds NaN, Inf or negative energies.", hint=hint)
         if gates is not None and not bool(torch.isfinite(gates.values_EL).all()):
-            raise IntegrityError(f"The trace in {folder} holds NaN or Inf gates.", hint="Record again.")
+            raise IntegrityError(f"The trace in {folder} holds NaN or Inf gates.", hint=hint)
         return trace
 
     def bytes_on_disk(self) -> int:
-        """Size of the trace folder in bytes; 0 when the trace lives in memory."""
-        if self.folder is None:
-            return 0
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        """Returns the size of the trace folder in bytes; 0 if the trace is in memory."""
+        return folder_bytes(self.folder) if self.folder is not None else 0
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Opens a safetensors file; IntegrityError when it is missing, damaged or lacks a tensor that is read."""
+    """Opens a safetensors file. Raises IntegrityError if it is damaged or missing, or lacks a tensor."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -353,14 +352,14 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def factor_file(folder: Path, step: int) -> Path:
-    """Path of the factors of one step (0-based in code, 1-based in the name)."""
+    """Returns the path of the factors of one step, counted from 0 (in the file name from 1)."""
     return folder / "factors" / f"step-{step + 1:05d}.safetensors"
 
 
 def same_model(one: str, other: str) -> bool:
-    """Whether two `layers.fingerprint`s can be those of one model.
+    """Returns whether two fingerprints (`layers.fingerprint`) can belong to the same model.
 
-    A quantised model has lost its weights' exact values, so only type, depth and width are compared then.
+    The weights of a quantised model are no longer exact, so only type, depth and width are compared then.
     """
     if one.endswith(QUANTISED) or other.endswith(QUANTISED):
         return one.rpartition("-")[0] == other.rpartition("-")[0]
@@ -368,7 +367,7 @@ def same_model(one: str, other: str) -> bool:
 
 
 def trace_digest(trace: GradientTrace) -> str:
-    """SHA-256 over the recorded energies and what they belong to."""
+    """Returns the SHA-256 of the recorded energies and of `trace.info`."""
     digest = hashlib.sha256(json.dumps(asdict(trace.info), sort_keys=True).encode())
     digest.update(trace.energies_SK.numpy().tobytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
-"""TraceWriter: collects a GradientTrace step by step while a model is trained.
+"""TraceWriter: records a GradientTrace step by step while a model is trained.
 
-A thread writes one file a step, so that at most two steps' factors are in host memory at a time.
-Shape suffixes as in trace.py.
+A background thread writes one file per step, so that host memory holds the factors of at most two steps.
+Shape suffixes are those of trace.py.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from gradpruner.gradients.trace import (
 
 
 class TraceWriter:
-    """Collects a trace step by step.
+    """Records a trace step by step.
 
-    Host memory: the factors of two steps when `folder` is given (one being written, one being
-    filled), of all steps otherwise; energies are 8 bytes per linear and step.
+    With `folder`, host memory holds the factors of two steps (one being written, one being filled); without,
+    those of all steps. Energies take 8 bytes per linear and step.
 
     Args:
-        linears: What every step brings, in order.
-        folder: Where factors go; None keeps them in memory. An older trace in it is deleted, so that
-            no factors of another run are ever taken for this one's.
-        keep_factors: False records energies only, kilobytes in all.
+        linears: The linears whose gradients are added in every step, in order.
+        folder: Where to write the factors; None keeps them in memory. An older trace in the folder is
+            deleted, so that its factors cannot be mistaken for those of this run.
+        keep_factors: Whether to keep the factors. Energies alone are kilobytes.
     """
 
     def __init__(self, linears: Sequence[LinearRef], folder: Path | None, keep_factors: bool = True) -> None:
@@ -64,23 +64,23 @@ class TraceWriter:
 
     @property
     def num_steps(self) -> int:
-        """Steps taken in so far."""
+        """Number of steps recorded so far."""
         return len(self._energies)
 
     def add_step(
         self, grad_b: Sequence[Tensor], grad_a: Sequence[Tensor], gates_EL: Tensor | None = None
     ) -> int | None:
-        """Takes in one step's gradients, one pair per linear, on any device.
+        """Records the gradients of one step, one pair per linear, on any device.
 
         Args:
             grad_b: Gradients of LoRA B, each (out_features, rank).
             grad_a: Gradients of LoRA A, each (rank, in_features).
-            gates_EL: Gates of the step's examples, shape (examples, layers); the trace has gates when every
-                step brings some.
+            gates_EL: Gates of the step's examples, shape (examples, layers). The trace has gates only if
+                every step has them.
 
         Returns:
-            None when all are finite; else the position of the first linear that is not, and the step
-            is not recorded.
+            None if all gradients are finite. Otherwise the position of the first linear with NaN or Inf; the
+            step is not recorded then.
         """
         energy_K = torch.empty(len(self.info.linears), dtype=torch.float64)
         host: dict[str, Tensor] = {}
@@ -111,13 +111,13 @@ class TraceWriter:
 
     def _wait(self) -> None:
         if self._pending is not None:
-            self._pending.result()  # re-raises a full disk in the training thread
+            self._pending.result()  # raises an error of the writing thread here, such as a full disk
 
     def finish(self, info: TraceInfo) -> GradientTrace:
-        """Waits for the last file, writes the index, and returns the trace.
+        """Waits for the last factor file, writes the other files and returns the trace.
 
         Raises:
-            IntegrityError: If not a single step was recorded.
+            IntegrityError: If no step was recorded.
         """
         self._wait()
         if self._pool is not None:
@@ -135,11 +135,11 @@ class TraceWriter:
         return trace
 
     def _joined_gates(self) -> tuple[Gates | None, str]:
-        """Gates of all steps, and what is to be said of them."""
+        """Returns the finite gates of all steps, and a note if there are others or none."""
         steps = [gates_EL for gates_EL in self._gates if gates_EL is not None]
         if len(steps) < len(self._gates):
             return None, ""
-        # Weights with finite gradients may still go with a loss of which no gate is finite.
+        # Gates can be NaN or Inf even if the gradients of all weights are finite.
         finite = [gates_EL[torch.isfinite(gates_EL).all(dim=1)] for gates_EL in steps]
         lost = sum(map(len, steps)) - sum(map(len, finite))
         note = f"gates of {lost} examples left out: NaN or Inf" if lost else ""

@@ -1,4 +1,4 @@
-"""What both kinds of plan share: a method, what its choice rests on, and a file that is checked on load."""
+"""What both kinds of plan share: a method, the evidence for its choice, and a file checked on load."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _PARTS = {"layers": "whole layers", "width": "widths"}
 
 
 class BasePlan(Printed):
-    """A small JSON file a person can read and edit.
+    """A plan, saved as a small JSON file that people can read and edit.
 
     Attributes:
-        method: The method that chose, or "explicit".
-        evidence: What the choice rests on, JSON values only; "model" is the fingerprint, if known.
-        kind: What goes: "layers" or "width".
-        title: What such a plan is called in messages.
-        json_fields: Every field its JSON may have.
+        method: The method that made the plan, or "explicit".
+        evidence: What the choice is based on, as JSON values; "model" is the model's fingerprint, if known.
+        kind: What is pruned: "layers" or "width".
+        title: Name of this kind of plan in messages.
+        json_fields: All fields its JSON may have.
     """
 
     method: str
@@ -39,11 +39,11 @@ class BasePlan(Printed):
         if not isinstance(method, str) or len(method) > METHOD_LIMIT or not method.isprintable():
             raise PlanError(
                 f"The method of the plan is {shown(method)}; a name is needed.",
-                hint=f"One line of text, at most {METHOD_LIMIT} characters.",
+                hint=f"Give one line of text, at most {METHOD_LIMIT} characters.",
             )
 
     def check_origin(self, fingerprint: str) -> None:
-        """Raises PlanError when the choice rests on another model than this one; "" is an unknown model."""
+        """Raises PlanError if the plan was made from another model. A `fingerprint` of "" is not compared."""
         planned = self.evidence.get("model")
         if planned and fingerprint and not same_model(str(planned), fingerprint):
             raise PlanError(
@@ -52,7 +52,7 @@ class BasePlan(Printed):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values."""
+        """Returns the plan as JSON values."""
         raise NotImplementedError
 
     def save(self, path: str | Path) -> Path:
@@ -65,8 +65,8 @@ class BasePlan(Printed):
         """Reads and validates a plan file.
 
         Raises:
-            PlanError: If there is none, or it says what no plan can.
-            IntegrityError: If it is not JSON.
+            PlanError: If the file is missing or is not a valid plan.
+            IntegrityError: If the file is not valid JSON.
         """
         if not Path(path).is_file():
             raise PlanError(
@@ -77,18 +77,20 @@ class BasePlan(Printed):
 
     @classmethod
     def from_dict(cls, raw: Any, where: str = "plan") -> Self:
-        """Reads a plan, possibly edited by hand.
+        """Reads a plan from JSON values, which may have been edited by hand.
+
+        `where` says in messages where the values come from.
 
         Raises:
-            PlanError: Naming the field that is wrong and what is allowed.
+            PlanError: If a field is wrong. The message names the field and what is allowed.
         """
         if not isinstance(raw, dict):
             raise PlanError(f"{where} is not a {cls.title}: a JSON object is needed.")
         found = "width" if raw.get("kind") == "width" else "layers"
         if found != cls.kind:
             raise PlanError(
-                f"{where} is not a {cls.title}: a plan of {_PARTS[cls.kind]} is needed here, not of "
-                f"{_PARTS[found]}.",
+                f"{where} is not a {cls.title}: it is a plan of {_PARTS[found]}, and one of "
+                f"{_PARTS[cls.kind]} is needed here.",
                 hint="`gradpruner prune MODEL NEW --plan FILE` takes plans of either kind.",
             )
         for key in raw:
@@ -105,10 +107,10 @@ class BasePlan(Printed):
         try:
             check_json(evidence)
         except ValueError as error:
-            raise PlanError(f"{where}: evidence: {error}.", hint="Evidence is JSON values.") from error
+            raise PlanError(f"{where}: evidence: {error}.", hint="Evidence must be JSON values.") from error
         return cls._read(raw, where)
 
     @classmethod
     def _read(cls, raw: dict[str, Any], where: str) -> Self:
-        """Makes the plan of a JSON object whose fields are known and whose evidence is checked."""
+        """Reads a JSON object whose field names and evidence have been checked."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""PruningPlan: what happens to every layer, decided before any weight is touched."""
+"""PruningPlan: what happens to every layer, decided before any weight changes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class LayerAction:
     """What happens to one layer.
 
     Attributes:
-        action: "keep", "drop" (removed outright) or "merge" (added into a retained layer, then removed).
-        into: The layer it is merged into, a retained one (see `PruningPlan` for the exception); None unless
-            merged.
+        action: "keep", "drop" (removed) or "merge" (added to another layer, then removed).
+        into: The layer it is merged into, which is a kept one (`PruningPlan` describes an exception); None
+            unless the action is "merge".
     """
 
     action: str
@@ -39,16 +39,16 @@ class LayerAction:
 class PruningPlan(BasePlan):
     """Keep, drop or merge, for every decoder layer.
 
-    A layer that has taken in others can itself be merged into an earlier one, but only by a rule that needs
-    no recorded gradients (LaCo's): nobody recorded those of a merged layer. Such a chain is carried out from
-    its last target to its first.
+    A layer that others are merged into can itself be merged into an earlier layer, so that merges form a
+    chain. Only rules that need no recorded gradients (LaCo's) allow this, because no gradients were recorded
+    for a merged layer. A chain is merged from its last layer to its first.
 
     Attributes:
         actions: One per layer, in order.
         rule: How merged layers are combined; a name in `merging.MERGE_RULES`.
-        density: Fraction of a merged layer's entries that survive sparsification, in (0, 1].
+        density: Fraction of a merged layer's entries that sparsification keeps, in (0, 1].
         method: The method whose scores were used, or "explicit".
-        evidence: Where the scores came from, JSON values only (copied from `LayerScores.evidence`).
+        evidence: What the scores are based on, as JSON values (copied from `LayerScores.evidence`).
     """
 
     actions: tuple[LayerAction, ...]
@@ -95,8 +95,8 @@ class PruningPlan(BasePlan):
             )
         if (entry.action == "merge") != (entry.into is not None):
             raise PlanError(
-                f"Layer {layer}: action '{entry.action}' with into = {entry.into}.",
-                hint="'merge' needs the retained layer it goes into; 'keep' and 'drop' need none.",
+                f"Layer {layer}: action is '{entry.action}' and into is {entry.into}.",
+                hint="'merge' needs the kept layer to merge into; 'keep' and 'drop' must not have one.",
             )
         if entry.into is None:
             return
@@ -106,11 +106,11 @@ class PruningPlan(BasePlan):
             raise PlanError(
                 f"Layer {layer} is to be merged into layer {entry.into}, which is not a kept layer.",
                 hint=f"Kept layers: {', '.join(map(str, self.keep))}."
-                + (" LaCo's rules alone merge a merged layer, into an earlier one." if chain else ""),
+                + (" Only LaCo's rules can merge a merged layer, into an earlier one." if chain else ""),
             )
 
     def _takes_in(self, target: int) -> bool:
-        """Whether others can be merged into a layer: it is kept, or a link of a chain."""
+        """Returns whether others can be merged into a layer: it is kept, or part of a chain."""
         found = self.actions[target]
         if found.action == "keep":
             return True
@@ -133,7 +133,7 @@ class PruningPlan(BasePlan):
 
     @property
     def merged(self) -> dict[int, tuple[int, ...]]:
-        """Layer -> the layers merged into it, ascending; also of layers that are merged themselves."""
+        """Layer -> the layers merged into it, ascending. The layer itself may be merged too (a chain)."""
         out: dict[int, tuple[int, ...]] = {}
         for layer, entry in enumerate(self.actions):
             if entry.into is not None:
@@ -142,16 +142,16 @@ class PruningPlan(BasePlan):
 
     @property
     def needs_trace(self) -> bool:
-        """Whether carrying it out needs the recorded gradients."""
+        """Whether carrying out the plan needs the recorded gradients."""
         return bool(self.merged) and needs_importance(self.rule)
 
     def without_merging(self) -> PruningPlan:
-        """The same layers pruned, every one dropped (the paper's "w/o merging")."""
+        """Returns a plan that drops all pruned layers (the paper's "w/o merging")."""
         actions = tuple(LayerAction("keep" if a.action == "keep" else "drop") for a in self.actions)
         return PruningPlan(actions, self.rule, self.density, self.method, self.evidence)
 
     def check_model(self, num_layers: int, fingerprint: str = "") -> None:
-        """Raises PlanError when the plan was made for another depth or another model."""
+        """Raises PlanError if the plan was made for another number of layers or another model."""
         if self.num_layers != num_layers:
             raise PlanError(
                 f"The plan is for a model of {self.num_layers} layers; this one has {num_layers}.",
@@ -160,7 +160,7 @@ class PruningPlan(BasePlan):
         self.check_origin(fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values."""
+        """Returns the plan as JSON values."""
         return {
             "format_version": FORMAT_VERSION,
             "num_layers": self.num_layers,
@@ -196,7 +196,7 @@ class PruningPlan(BasePlan):
             raise PlanError(f"{where}: {error.message}", error.hint) from error
 
     def facts(self) -> dict[str, Any]:
-        """What happens to every layer, as `run.json` has it."""
+        """Returns what happens to every layer, in the form used in `run.json`."""
         return {
             "num_layers": self.num_layers,
             "actions": [{"layer": i, "action": a.action, "into": a.into} for i, a in enumerate(self.actions)],
@@ -206,7 +206,7 @@ class PruningPlan(BasePlan):
         }
 
     def show(self, console: Console) -> None:
-        """Prints which layers stay and what becomes of the others."""
+        """Prints which layers are kept, dropped and merged."""
         dropped = [i for i, entry in enumerate(self.actions) if entry.action == "drop"]
         rows = [("kept", self.keep), ("dropped", dropped)]
         rows += [(f"merged into {target} ({self.rule})", layers) for target, layers in self.merged.items()]
@@ -219,7 +219,7 @@ class PruningPlan(BasePlan):
 
     @classmethod
     def from_keep(cls, num_layers: int, keep: Sequence[int]) -> PruningPlan:
-        """A plan for people who know which layers they want; the others are dropped."""
+        """Returns a plan that keeps the given layers and drops all others."""
         pruned = set(range(num_layers)) - set(checked_layers(keep, num_layers, "keep"))
         return cls(tuple(LayerAction("drop" if i in pruned else "keep") for i in range(num_layers)))
 
@@ -244,7 +244,16 @@ def _read_action(entry: Any, layer: int, where: str) -> LayerAction:
 
 
 def checked_layers(layers: Sequence[int], total: int, name: str) -> list[int]:
-    """The layers sorted, when they exist and are listed once; `name` says in errors where they are from."""
+    """Returns the layers sorted.
+
+    Args:
+        layers: Layer numbers, as given by a user.
+        total: Number of layers of the model.
+        name: Name of the option, for messages.
+
+    Raises:
+        PlanError: If a layer does not exist or is listed twice.
+    """
     outside = [layer for layer in layers if not 0 <= layer < total]
     repeated = sorted({layer for layer in layers if list(layers).count(layer) > 1})
     if outside or repeated:
@@ -254,7 +263,7 @@ def checked_layers(layers: Sequence[int], total: int, name: str) -> list[int]:
 
 
 def runs_of(layers: Sequence[int]) -> str:
-    """Layers as text with runs joined: '3, 7-9'."""
+    """Formats ascending numbers with ranges: '3, 7-9'; 'none' if there are none."""
     parts: list[list[int]] = []
     for layer in layers:
         if parts and layer == parts[-1][-1] + 1:

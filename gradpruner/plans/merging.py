@@ -1,10 +1,11 @@
-"""Merging one linear of pruned layers into the same linear of a retained layer: pure tensor functions.
+"""Merges a linear of one or more pruned layers into the same linear of a kept layer. Pure tensor functions.
+
+The kept linear is the target, the pruned ones are the sources. Merging has two steps. Sparsification keeps
+the most important entries of every source (importance comes from importance.py). Then a combine rule adds
+the kept entries whose sign agrees with the target. LaCo's rules use all entries and need no recorded
+gradients.
 
 Shape suffixes: O out_features, I in_features.
-
-Two steps: the most important entries of every source are kept (sparsification), then a combine rule puts
-those that agree with the target into it. Importance comes from importance.py. LaCo's rules take every entry
-and need no recorded gradients.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from gradpruner.common.registry import Registry
 from gradpruner.gradients.importance import BLOCK_ENTRIES, Factors, ScaledImportance, row_blocks
 from gradpruner.plans.defaults import DENSITY
 
-# Entries that are sorted to bracket the threshold of a matrix.
+# Size of the sample of a matrix that is sorted to bracket its threshold.
 SAMPLE_ENTRIES = 65_536
-# The kept set of every source is one bit of an integer matrix, which bounds the sources of one target.
+# Most sources per target: each source takes one bit of an integer matrix that marks the kept entries.
 MAX_SOURCES = 63
 
 
 @dataclass(frozen=True)
 class Source:
-    """One pruned linear on its way into a retained one.
+    """A pruned linear to be merged into a kept one.
 
     Attributes:
         weight: Shape (out_features, in_features), any float dtype.
-        factors: Its recorded LoRA gradients; None for a rule that needs none.
+        factors: Its recorded LoRA gradients; None if the rule needs none.
     """
 
     weight: Tensor
@@ -42,20 +43,23 @@ class Source:
 
 
 def kth_largest(values: Tensor, k: int) -> tuple[float, int]:
-    """The k-th largest entry, exactly, and how many entries are above it; without sorting or a copy.
+    """Returns the exact k-th largest entry and the number of larger entries, without sorting all entries.
 
-    A strided sample brackets the answer; only the few entries inside the bracket are partitioned.
+    A sorted sample gives a bracket for the answer. Only the few entries inside the bracket are partitioned.
 
     Args:
         values: Any shape, float32, no NaN.
-        k: 1-based rank from the top, 1 <= k <= values.numel().
+        k: Rank from the top, 1 <= k <= values.numel().
+
+    Raises:
+        ShapeError: If `k` is out of range.
     """
     flat = values.reshape(-1)
     count = flat.numel()
     if not 1 <= k <= count:
-        raise ShapeError(f"k = {k} is outside 1..{count}.")
+        raise ShapeError(f"k is {k}; 1 to {count} is allowed.")
     low, high = _bracket(flat, k, row_length=values.shape[-1])
-    # Block by block: masks of the whole matrix would take as much memory as the matrix.
+    # Block by block, because masks of the whole matrix would take as much memory as the matrix.
     above, parts = 0, []
     for block in flat.split(BLOCK_ENTRIES):
         not_above = block <= high
@@ -69,17 +73,17 @@ def kth_largest(values: Tensor, k: int) -> tuple[float, int]:
 
 
 def _bracket(flat: Tensor, k: int, row_length: int) -> tuple[float, float]:
-    """Two values with the k-th largest almost surely between them, from a strided sample."""
+    """Returns two values that almost surely enclose the k-th largest, from a sample at a regular stride."""
     if flat.numel() <= SAMPLE_ENTRIES:
         return -math.inf, math.inf
     stride = flat.numel() // SAMPLE_ENTRIES
-    # A stride that shares a factor with the row length would only ever meet some of the columns, and the
-    # entries of a column resemble each other: the bracket would miss, and the whole matrix be partitioned.
+    # A stride that shares a factor with the row length would visit some of the columns only. The entries of a
+    # column are similar, so the bracket would miss, and the whole matrix would have to be partitioned.
     while math.gcd(stride, row_length) > 1:
         stride += 1
     sample = flat[::stride].sort(descending=True).values
     middle = int((k - 1) / flat.numel() * sample.numel())
-    # Six standard deviations of the sample rank, so a second look is very rarely needed.
+    # Six standard deviations of the sample rank, so the bracket very rarely misses.
     margin = int(6 * (sample.numel() * 0.25) ** 0.5) + 1
     low = float(sample[middle + margin]) if middle + margin < sample.numel() else -math.inf
     high = float(sample[middle - margin]) if middle >= margin else math.inf
@@ -87,23 +91,24 @@ def _bracket(flat: Tensor, k: int, row_length: int) -> tuple[float, float]:
 
 
 def mark_top_(importance: Tensor, density: float, survived_OI: Tensor, bit: int) -> None:
-    """Marks the `floor(density * numel)` most important entries of one matrix, block by block.
+    """Marks the `floor(density * numel)` most important entries of one matrix.
+
+    On ties, the entries with the lowest flat indices are marked.
 
     Args:
         importance: Shape (out_features, in_features), float32, no NaN.
-        density: Fraction of entries kept, in (0, 1]; the paper's "80 % sparsity" is 0.2.
-        survived_OI: Bytes of the same shape, contiguous. One bit is set in exactly that many of them; of
-            equally important entries the one with the lower flat index is kept.
-        bit: Which.
+        density: Fraction of entries to mark, in (0, 1]; the paper's "80 % sparsity" is 0.2.
+        survived_OI: Integers of the same shape, contiguous. Bit `bit` is set at the marked entries.
+        bit: Number of the bit, from 0.
 
     Source: GradPruner, section 3.2, step 1 (sparsification).
     """
-    # As the decimal number that was asked for: in binary, 0.29 * 100 falls below 29.
+    # Exact decimal arithmetic: in binary floating point, 0.29 * 100 is less than 29.
     count = math.floor(Fraction(str(density)) * importance.numel())
     if count == 0:
         return
     threshold, above = kth_largest(importance, count)
-    missing = count - above  # of the entries equal to the threshold only the first ones fit
+    missing = count - above  # this many of the entries equal to the threshold are marked
     blocks = importance.reshape(-1).split(BLOCK_ENTRIES), survived_OI.view(-1).split(BLOCK_ENTRIES)
     for values, marks in zip(*blocks, strict=True):
         kept = values > threshold
@@ -119,12 +124,12 @@ def check_density(density: float) -> None:
     if not 0 < density <= 1:  # also false for NaN
         raise ConfigError(
             f"density is {density}; a fraction above 0 and at most 1 is needed.",
-            hint="0.2 keeps the top 20 % of entries, the paper's 80 % sparsity.",
+            hint="0.2 keeps the top 20 % of entries, which the paper calls 80 % sparsity.",
         )
 
 
 def signs_agree(weight: Tensor, target: Tensor) -> Tensor:
-    """Where both have the same non-zero sign; zero agrees with nothing.
+    """Returns a mask of the entries where both tensors have the same non-zero sign.
 
     Source: GradPruner, section 3.2, step 2 (symbol-based merging).
     """
@@ -132,8 +137,9 @@ def signs_agree(weight: Tensor, target: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Combine rules. Each sees one block of rows in fp32 and the entries that survived sparsification, and returns
-# the merged block. Sources may come in any order: the result is the same to the bit (`laco_released` apart).
+# Combine rules. Each gets a block of rows of the target and of every source in fp32, masks of the entries
+# that sparsification kept, and (`fisher` only) their importance. It returns the merged block. Except for
+# `laco_released`, the order of the sources does not change a bit of the result.
 
 CombineRule = Callable[[Tensor, list[Tensor], list[Tensor], list[Tensor] | None], Tensor]
 MERGE_RULES: Registry[CombineRule] = Registry("merge rule")
@@ -141,17 +147,17 @@ _WITHOUT_IMPORTANCE = ("laco", "laco_released")
 
 
 def needs_importance(rule: str) -> bool:
-    """Whether a rule chooses entries by recorded gradients; one that does not takes all of them."""
+    """Returns whether a rule selects entries by their recorded gradients. Other rules use all entries."""
     return rule not in _WITHOUT_IMPORTANCE
 
 
 def _ordered_sum(terms: list[Tensor]) -> Tensor:
-    """Sum of terms of one shape; every entry adds up from its smallest term to its largest.
+    """Returns the sum of tensors of the same shape, adding every entry's terms from smallest to largest.
 
-    Floating-point addition is not associative; in sorted order it is the same for every order of terms.
+    Floating-point addition depends on the order. Sorting first makes the sum the same for any order of terms.
     """
     terms = list(terms)
-    for end in range(len(terms) - 1, 0, -1):  # a bubble sort along the list, of all entries at once
+    for end in range(len(terms) - 1, 0, -1):  # a bubble sort of the list, for all entries at the same time
         for i in range(end):
             one, two = terms[i], terms[i + 1]
             terms[i], terms[i + 1] = torch.minimum(one, two), torch.maximum(one, two)
@@ -162,6 +168,7 @@ def _ordered_sum(terms: list[Tensor]) -> Tensor:
 
 
 def _agreeing(target: Tensor, weights: list[Tensor], kept: list[Tensor]) -> list[Tensor]:
+    """Returns, for every source, a mask of its kept entries whose sign agrees with the target."""
     return [mask & signs_agree(weight, target) for weight, mask in zip(weights, kept, strict=True)]
 
 
@@ -173,7 +180,7 @@ def _masked(values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
 def combine_sum(
     target: Tensor, weights: list[Tensor], kept: list[Tensor], _importance: list[Tensor] | None
 ) -> Tensor:
-    """`W_1 + sum_q agree_q * W_q`; the paper's Eq. 5, the released code, and the default."""
+    """Returns `W_1 + sum_q agree_q * W_q`: the paper's Eq. 5, the released code, and the default."""
     if not weights:
         return target.clone()
     return target + _ordered_sum(_masked(weights, _agreeing(target, weights, kept)))
@@ -183,7 +190,7 @@ def combine_sum(
 def combine_mean(
     target: Tensor, weights: list[Tensor], kept: list[Tensor], _importance: list[Tensor] | None
 ) -> Tensor:
-    """Average of W_1 and the agreeing terms, entry by entry; the paper's Eq. 6 for one source."""
+    """Returns the mean of W_1 and the agreeing entries; for one source, the paper's Eq. 6."""
     terms = torch.ones_like(target)
     for agrees in _agreeing(target, weights, kept):
         terms += agrees
@@ -194,7 +201,7 @@ def combine_mean(
 def combine_weighted_average(
     target: Tensor, weights: list[Tensor], kept: list[Tensor], _importance: list[Tensor] | None
 ) -> Tensor:
-    """Equal-weight average of W_1 and every kept entry whatever its sign; the ablation of Fig. 7."""
+    """Returns the mean of W_1 and all kept entries, whatever their sign: the ablation of Fig. 7."""
     terms = torch.ones_like(target)
     for mask in kept:
         terms += mask
@@ -206,10 +213,10 @@ def combine_weighted_average(
 def combine_fisher(
     target: Tensor, weights: list[Tensor], kept: list[Tensor], importance: list[Tensor] | None
 ) -> Tensor:
-    """Importance-weighted average of W_1 and the agreeing terms; the paper's Appendix B.2.
+    """Returns the importance-weighted mean of W_1 and the agreeing entries: the paper's Appendix B.2.
 
-    `importance` holds the target's block first, then one per source. Where nothing agrees, or the
-    importances of an entry are all zero (or below what fp32 holds in full), W_1 stays as it is.
+    `importance` holds the target's block, then one block per source. An entry of W_1 stays unchanged where no
+    source agrees, or where the total importance is zero or too small for a normal fp32 number.
     """
     if importance is None:
         raise ConfigError("The fisher rule needs the importance of the target and of every source.")
@@ -229,9 +236,10 @@ def combine_fisher(
 def combine_norm_preserving(
     target: Tensor, weights: list[Tensor], kept: list[Tensor], _importance: list[Tensor] | None
 ) -> Tensor:
-    """The sum, rescaled to the Frobenius norm of W_1 (a sum of three inflates it by about 31 %).
+    """Returns the sum, rescaled to the Frobenius norm of W_1 (a sum of three inflates it by about 31 %).
 
-    The norm is that of what is given; `merge_linear` rescales the whole matrix, not each block.
+    Uses the norm of the tensors it is given. `merge_linear` therefore rescales the whole matrix instead of
+    calling this rule on each block.
     """
     total = combine_sum(target, weights, kept, None)
     return total * _norm_ratio(target, total)
@@ -241,7 +249,7 @@ def combine_norm_preserving(
 def combine_laco(
     target: Tensor, weights: list[Tensor], _kept: list[Tensor], _importance: list[Tensor] | None
 ) -> Tensor:
-    """`W_1 + sum_q (W_q - W_1)`, all entries whatever their sign; LaCo's rule as its paper states it.
+    """Returns `W_1 + sum_q (W_q - W_1)` over all entries: LaCo's rule as its paper states it.
 
     Source: LaCo (Yang et al., 2024), reserving differences while seeking common (RDSC).
     """
@@ -254,16 +262,16 @@ def combine_laco(
 def combine_laco_released(
     target: Tensor, weights: list[Tensor], _kept: list[Tensor], _importance: list[Tensor] | None
 ) -> Tensor:
-    """The last source itself; what LaCo's released code comes to.
+    """Returns the last source unchanged, which is the result of LaCo's released code.
 
-    It adds the differences one after another and takes each from what is there by then: the sum telescopes,
-    and of all sources only the last is left. The one rule for which their order matters.
+    That code adds each source's difference from the weight merged so far, not from W_1. The sum telescopes
+    to the last source. This is the only rule for which the order of the sources matters.
     """
     return (weights[-1] if weights else target).clone()
 
 
 def _norm_ratio(old: Tensor, new: Tensor) -> float:
-    """`||old||_F / ||new||_F`, accumulated over row blocks; 1 when `new` is all zero."""
+    """Returns `||old||_F / ||new||_F`, computed block by block; 1 if `new` is all zero."""
     norms = []
     for matrix in (old, new):
         blocks = (matrix[start:stop].float().norm() for start, stop in row_blocks(*matrix.shape))
@@ -280,29 +288,31 @@ def merge_linear(
     density: float = DENSITY,
     target_factors: Factors | None = None,
 ) -> Tensor:
-    """Merges the same linear of one or more pruned layers into that of a retained layer.
+    """Merges the same linear of one or more pruned layers into that of a kept layer.
 
-    Per source: keep the top `density` entries by importance, of those the ones whose sign agrees with
-    the *original* target, then combine by `rule`. The order of sources does not matter, to the bit. LaCo's
-    rules look at neither gradients nor density, and `laco_released` at the order.
+    The top `density` entries of every source are kept, by importance. Of these, the rule combines the entries
+    whose sign agrees with the *original* target (`weighted_average` combines all of them). The order of the
+    sources does not change a bit of the result. LaCo's rules use neither gradients nor density, and
+    `laco_released` depends on the order.
 
-    Memory beyond the weights and the result: one float32 matrix (the importance of one source at a
-    time), one uint8 matrix (which entries survived; int64 for more than 8 sources) and blocks of rows.
-    All of it is on the target's device.
+    Memory beyond the weights and the result: one float32 matrix (the importance of one source at a time), one
+    uint8 matrix (which entries are kept; int64 for more than 8 sources) and blocks of rows, all on the
+    target's device.
 
     Args:
         target: W_1, shape (out_features, in_features), any float dtype; not modified.
-        sources: The pruned linears, at most 63, all of the target's shape, in any order.
+        sources: The pruned linears, at most 63, all of the target's shape.
         rule: A name in `MERGE_RULES`.
-        density: Fraction of each source's entries kept, in (0, 1].
-        target_factors: The target's own LoRA gradients; needed by `fisher` only.
+        density: Fraction of each source's entries to keep, in (0, 1].
+        target_factors: The target's own LoRA gradients; only `fisher` needs them.
 
     Returns:
-        The merged weight in the target's shape, dtype and device; computed in float32.
+        The merged weight with the target's shape, dtype and device, computed in float32.
 
     Raises:
         ShapeError: If shapes differ or there are more than 63 sources.
-        ConfigError: If the rule is unknown, the density is out of range, or `fisher` lacks factors.
+        ConfigError: If the rule is unknown, the density is out of range, or recorded gradients are missing
+            that the rule needs.
 
     Source: GradPruner, Eq. 5 and 6, Appendix B.2; released code `process_important.py`.
     """
@@ -312,7 +322,7 @@ def merge_linear(
     if not needs_importance(rule):
         return _combine_rows(target, sources, None, combine, None)
     survived_OI = _survivors(target, sources, density)
-    if rule == "norm_preserving":  # the only rule that looks at the whole matrix at once
+    if rule == "norm_preserving":  # needs the norm of the whole matrix
         merged = _combine_rows(target.float(), sources, survived_OI, combine_sum, None)
         return merged.mul_(_norm_ratio(target, merged)).to(target.dtype)
     importances = _comparable_importances(target, target_factors, sources) if rule == "fisher" else None
@@ -320,7 +330,7 @@ def merge_linear(
 
 
 def _survivors(target: Tensor, sources: Sequence[Source], density: float) -> Tensor:
-    """Which entries of which source survive sparsification: bit q of an entry stands for source q."""
+    """Marks the entries that sparsification keeps: bit q of an entry is set if source q keeps the entry."""
     dtype = torch.uint8 if len(sources) <= 8 else torch.int64
     survived_OI = torch.zeros(target.shape, dtype=dtype, device=target.device)
     for bit, factors in enumerate(_factors_of(sources)):
@@ -334,7 +344,7 @@ def _factors_of(sources: Sequence[Source]) -> list[Factors]:
 
 def _check_sources(target: Tensor, sources: Sequence[Source], rule: str) -> None:
     if len(sources) > MAX_SOURCES:
-        raise ShapeError(f"{len(sources)} layers into one; at most {MAX_SOURCES} can be merged.")
+        raise ShapeError(f"{len(sources)} layers are to be merged into one; at most {MAX_SOURCES} can be.")
     for source in sources:
         if needs_importance(rule) and source.factors is None:
             raise ConfigError(f"The {rule} rule needs the recorded gradients of every source.")
@@ -349,15 +359,14 @@ def _check_sources(target: Tensor, sources: Sequence[Source], rule: str) -> None
 def _comparable_importances(
     target: Tensor, target_factors: Factors | None, sources: Sequence[Source]
 ) -> list[tuple[ScaledImportance, float]]:
-    """Importance of target and sources with the factor that brings them to one common unit."""
+    """Returns the importance of the target and every source, each with its factor to a common unit."""
     if target_factors is None:
-        raise ConfigError("The fisher rule needs the recorded gradients of the retained layer too.")
+        raise ConfigError("The fisher rule needs the recorded gradients of the kept layer too.")
     if target_factors.shape != tuple(target.shape):
         raise ShapeError(
             f"Gradients for {target_factors.shape} do not fit a weight of shape {tuple(target.shape)}."
         )
-    history = [target_factors, *_factors_of(sources)]
-    parts = [ScaledImportance(factors, target.device) for factors in history]
+    parts = [ScaledImportance(factors, target.device) for factors in (target_factors, *_factors_of(sources))]
     largest = max(part.scale for part in parts) or 1.0
     return [(part, part.scale / largest) for part in parts]
 
@@ -369,6 +378,7 @@ def _combine_rows(
     combine: CombineRule,
     importances: list[tuple[ScaledImportance, float]] | None,
 ) -> Tensor:
+    """Applies a combine rule block by block, and returns the merged weight."""
     merged = torch.empty_like(target)
     for start, stop in row_blocks(*target.shape):
         rows = slice(start, stop)

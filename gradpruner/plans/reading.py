@@ -1,4 +1,4 @@
-"""A plan of either kind, from a file or from JSON values; here alone it is decided which kind it is."""
+"""Reads a plan of either kind. Only this module decides which kind a plan is."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ Plan = PruningPlan | WidthPlan
 
 
 def read_plan(raw: Any, where: str = "plan") -> Plan:
-    """Reads a plan of either kind, possibly edited by hand.
+    """Reads a plan of either kind from JSON values, which may have been edited by hand.
+
+    `where` says in messages where the values come from.
 
     Raises:
-        PlanError: If it says what no plan can.
+        PlanError: If the values are not a valid plan.
     """
     kind = WidthPlan if isinstance(raw, dict) and raw.get("kind") == WidthPlan.kind else PruningPlan
     return kind.from_dict(raw, where)
@@ -26,7 +28,7 @@ def load_plan(path: Path) -> Plan:
     """Reads a plan file of either kind.
 
     Raises:
-        PlanError: If it says what no plan can.
-        IntegrityError: If it is missing or not JSON.
+        PlanError: If the file is not a valid plan.
+        IntegrityError: If the file is missing or not valid JSON.
     """
     return read_plan(read_json(path, "pruning plan"), str(path))

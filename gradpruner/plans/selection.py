@@ -1,4 +1,4 @@
-"""Which layers go: the least important ones, of the choices that leave a model of the right shape.
+"""Chooses the layers to prune: the least important ones, among the choices the model's shape allows.
 
 Source: GradPruner, Algorithm 1 step 4, section 3.2, C.2.
 """
@@ -15,7 +15,7 @@ from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
 from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, checked_layers, runs_of
 
 TARGETS = ("preceding", "nearest")
-# fits(old, new, kept): whether layer `old` may become layer `new` of the `kept` that stay.
+# fits(old, new, kept): whether layer `old` may become layer `new` of a model with `kept` layers.
 Fits = Callable[[int, int, int], bool]
 
 
@@ -39,42 +39,42 @@ def plan_pruning(
     fits: Fits | None = None,
     kinds: Sequence[Hashable] | None = None,
 ) -> PruningPlan:
-    """Chooses the least important layers, and which of them are merged instead of dropped.
+    """Chooses the least important layers to prune, and which of them to merge instead of drop.
 
-    Give the budget in one unit; without any, 40 % of the layers go.
+    Give the budget in at most one unit. Without a budget, 40 % of the layers are pruned.
 
     Args:
         scores: One score per layer.
-        num_prune: Layers to prune, 0 <= num_prune <= layers - 2.
+        num_prune: Number of layers to prune, 0 <= num_prune <= layers - 2.
         layer_fraction: Fraction of the layers to prune, in [0, 1).
-        parameter_fraction: Fraction of all parameters to remove, in [0, 1); needs `layer_parameters`
-            and `total_parameters`; the number of layers that comes nearest is pruned.
-        num_merge: How many of the pruned layers, the best-scored ones, are merged; the rest is
-            dropped. At most `num_prune` are.
-        protect_first: This many layers at the input are never pruned; 1 by default, as in recipes, so that
-            every merged layer has one before it.
-        protect_last: This many layers at the output are never pruned.
+        parameter_fraction: Fraction of all parameters to remove, in [0, 1). Needs `layer_parameters` and
+            `total_parameters`. The number of layers that comes closest is pruned.
+        num_merge: Number of pruned layers to merge, the highest-scored ones. The others are dropped. If it
+            exceeds the number of pruned layers, all are merged.
+        protect_first: Number of layers at the input that are never pruned. The default of 1, as in recipes,
+            gives every merged layer a kept layer before it.
+        protect_last: Number of layers at the output that are never pruned.
         protect: Further layers that are never pruned.
-        contiguous: Prune one block of neighbouring layers, that with the lowest total score (of equal ones
-            the later block).
-        layers: Prune exactly these (instead of a budget).
-        target: "preceding" merges into the nearest kept layer before (the paper); "nearest" into the
-            nearest kept layer on either side, the earlier one on a tie.
+        contiguous: Whether to prune one block of adjacent layers: the one with the lowest total score, on a
+            tie the latest.
+        layers: The layers to prune, instead of a budget.
+        target: "preceding" merges into the nearest kept layer before (as in the paper). "nearest" merges into
+            the nearest kept layer on either side, on a tie the earlier one.
         rule: Combine rule, see `merging.MERGE_RULES`.
-        density: Fraction of a merged layer's entries that survive, in (0, 1].
-        layer_parameters: Parameters of every layer.
-        total_parameters: Parameters of the model.
-        fits: `fits(old, new, kept)` says whether layer `old` may become layer `new` of `kept`
-            (`engines.slots`); of the choices that fit, that with the lowest total score is taken.
-        kinds: What makes two layers alike, one value per layer: a layer is merged only into one of its kind
-            (of models that mix layers of several shapes). None: all are alike.
+        density: Fraction of a merged layer's entries to keep, in (0, 1].
+        layer_parameters: Number of parameters of every layer.
+        total_parameters: Number of parameters of the model.
+        fits: `fits(old, new, kept)` says whether layer `old` may become layer `new` of a model with `kept`
+            layers (`engines.slots`). Of the choices that fit, the one with the lowest total score is taken.
+        kinds: One value per layer. A layer is merged only into a layer with the same value, for models that
+            mix layers of several shapes. None if all layers have the same shape.
 
     Returns:
-        The plan; no weight is touched.
+        The plan. No weight is changed.
 
     Raises:
-        PlanError: If the budget cannot be met, options contradict each other, a merged layer has
-            no kept layer before it, or the kept layers cannot fit.
+        PlanError: If the budget cannot be met, options contradict each other, a merged layer has no kept
+            layer to go into, or no choice leaves layers that fit.
 
     Source: GradPruner, Algorithm 1 step 4, section 3.2, C.2.
     """
@@ -97,24 +97,24 @@ def plan_pruning(
         actions[layer] = LayerAction("drop")
     by_score = [layer for layer in scores.ascending() if layer in set(pruned)]
     for layer in by_score[max(0, len(by_score) - num_merge) :]:
-        alike = [i for i in range(total) if kinds is None or kinds[i] == kinds[layer]]
-        retained = [i for i in alike if i not in set(pruned)]
-        actions[layer] = LayerAction("merge", _target_of(layer, retained, target))
+        same_kind = [i for i in range(total) if kinds is None or kinds[i] == kinds[layer]]
+        kept = [i for i in same_kind if i not in set(pruned)]
+        actions[layer] = LayerAction("merge", _target_of(layer, kept, target))
     return PruningPlan(tuple(actions), rule, density, scores.method, dict(scores.evidence))
 
 
 def _free_layers(total: int, protect_first: int, protect_last: int, protect: Sequence[int]) -> list[int]:
     if protect_first < 0 or protect_last < 0 or protect_first + protect_last > total:
         raise PlanError(
-            f"protect_first = {protect_first} and protect_last = {protect_last} in a model of {total} "
-            f"layers; both must be >= 0 and together at most {total}."
+            f"protect_first is {protect_first} and protect_last is {protect_last} in a model of {total} "
+            f"layers; both must be 0 or more, and together at most {total}."
         )
-    held = set(checked_layers(protect, total, "protect"))
-    return [layer for layer in range(protect_first, total - protect_last) if layer not in held]
+    protected = set(checked_layers(protect, total, "protect"))
+    return [layer for layer in range(protect_first, total - protect_last) if layer not in protected]
 
 
 def _listed(layers: Sequence[int], free: list[int], total: int, fits: Fits | None) -> list[int]:
-    """The layers given by hand, when they can all go."""
+    """Returns the layers listed by the user, after checking that all of them can be pruned."""
     pruned = checked_layers(layers, total, "layers")
     _check_count(len(pruned), total)
     clash = sorted(set(pruned) - set(free))
@@ -124,14 +124,14 @@ def _listed(layers: Sequence[int], free: list[int], total: int, fits: Fits | Non
     if wrong:
         raise PlanError(
             f"Without layers {runs_of(pruned)}, layers {runs_of(wrong)} do not fit at their new positions.",
-            hint="Give a number of layers instead of a list, and ones that fit are chosen; or plan without "
-            "the restriction (portable_to).",
+            hint="Give a number of layers instead of a list, so that layers that fit are chosen; or plan "
+            "without the restriction (portable_to).",
         )
     return pruned
 
 
 def _misfits(pruned: Sequence[int], total: int, fits: Fits | None) -> Iterator[int]:
-    """Kept layers that do not fit at their new position."""
+    """Yields the kept layers that do not fit at their new position."""
     gone = set(pruned)
     keep = [layer for layer in range(total) if layer not in gone]
     return (old for new, old in enumerate(keep) if fits is not None and not fits(old, new, len(keep)))
@@ -145,7 +145,7 @@ def _budget(
     layer_parameters: Sequence[int] | None,
     total_parameters: int | None,
 ) -> int:
-    """Number of layers to prune, whatever the unit it was asked in."""
+    """Returns the number of layers to prune, converted from the unit in which the budget was given."""
     given = [b for b in (num_prune, layer_fraction, parameter_fraction) if b is not None]
     if len(given) > 1:
         raise PlanError("Give the budget in one unit: num_prune, layer_fraction or parameter_fraction.")
@@ -154,10 +154,10 @@ def _budget(
         ("parameter_fraction", parameter_fraction),
     ):
         if fraction is not None and not 0 <= fraction < 1:
-            raise PlanError(f"{name} is {fraction}; a fraction from 0 to below 1 is needed.")
+            raise PlanError(f"{name} is {fraction}; a fraction of at least 0 and below 1 is needed.")
     if parameter_fraction is not None:
         if layer_parameters is None or total_parameters is None:
-            raise PlanError("A parameter fraction needs the model's parameter counts.")
+            raise PlanError("parameter_fraction needs layer_parameters and total_parameters.")
         per_layer = sum(layer_parameters) / total
         count = math.floor(parameter_fraction * total_parameters / per_layer + 0.5)
     elif layer_fraction is not None:
@@ -197,7 +197,7 @@ def _choose(
 
 
 def _best_block(scores: LayerScores, free: list[int], count: int, fits: Fits | None) -> list[int] | None:
-    """The neighbouring layers with the lowest total whose absence leaves a model that fits."""
+    """Returns the block of adjacent layers with the lowest total score whose removal fits, or None."""
     allowed = set(free)
     starts = range(free[0], free[-1] - count + 2) if free else range(1)
     totals = {
@@ -213,16 +213,18 @@ def _best_block(scores: LayerScores, free: list[int], count: int, fits: Fits | N
 
 
 def _best_fit(scores: LayerScores, free: list[int], count: int, fits: Fits) -> list[int] | None:
-    """The layers with the lowest total whose absence leaves a model that fits; None when there are none.
+    """Returns the layers with the lowest total score whose removal fits, or None.
 
-    Goes through the layers once and remembers, for every number of layers kept so far, the best way to keep
-    so many. Better is a higher total of the kept scores and, of equal totals, lower layer numbers: without a
-    restriction that is the choice by rank. Totals are exact integers, or rounding would break ties.
+    Dynamic programming: goes through the layers once and stores, for every number of layers kept so far, the
+    best way to keep that many. The best way has the highest total of kept scores and, on a tie, the lowest
+    layer numbers. If everything fits, the result is therefore the choice by rank. Totals are exact integers,
+    because rounding could break ties.
     """
     total, kept = scores.num_layers, scores.num_layers - count
     values, allowed = _exact(scores.values), set(free)
     best: dict[int, tuple[int, int]] = {0: (0, 0)}
-    keeps: list[set[int]] = []  # per layer: after how many kept ones it is kept itself
+    # For every layer: the numbers of layers kept before it with which it is kept itself.
+    keeps: list[set[int]] = []
     for layer in range(total):
         ahead: dict[int, tuple[int, int]] = {}
         if layer in allowed:
@@ -248,7 +250,7 @@ def _best_fit(scores: LayerScores, free: list[int], count: int, fits: Fits) -> l
 
 
 def _exact(values: Sequence[float]) -> list[int]:
-    """The scores times one power of two that makes all of them whole."""
+    """Returns the scores as integers, all multiplied by the same power of two."""
     ratios = [value.as_integer_ratio() for value in values]
     common = max(denominator for _, denominator in ratios)
     return [numerator * (common // denominator) for numerator, denominator in ratios]
@@ -257,7 +259,7 @@ def _exact(values: Sequence[float]) -> list[int]:
 def _no_fit(
     scores: LayerScores, free: list[int], count: int, contiguous: bool, fits: Fits | None
 ) -> PlanError:
-    """An error that names the nearest numbers of layers that could be pruned instead."""
+    """Returns an error that names the nearest numbers of layers that could be pruned instead."""
     flat = LayerScores("any", (0.0,) * scores.num_layers)
     search = _best_block if contiguous else _best_fit
     most = min(len(free), scores.num_layers - MIN_KEPT)
@@ -265,22 +267,23 @@ def _no_fit(
     for others in (range(count - 1, 0, -1), range(count + 1, most + 1)):
         found = (n for n in others if fits is not None and search(flat, free, n, fits) is not None)
         near += [n for n in [next(found, None)] if n is not None]
-    block = "neighbouring layers" if contiguous else "layers"
+    block = "adjacent layers" if contiguous else "layers"
     return PlanError(
-        f"There are no {count} {block} of {scores.num_layers} that can go so that all others fit at their "
+        f"There is no way to prune {count} {block} of {scores.num_layers} so that all others fit at their "
         "new positions.",
-        hint=(f"Prune {' or '.join(map(str, near))} layers" if near else "No other number of layers helps")
-        + "; or protect fewer, or plan without the restriction (portable_to).",
+        hint=(f"Prune {' or '.join(map(str, near))} layers." if near else "No other number of layers helps.")
+        + " You can also protect fewer layers, or plan without the restriction (portable_to).",
     )
 
 
-def _target_of(layer: int, retained: Sequence[int], target: str) -> int:
-    before = [i for i in retained if i < layer]
-    after = [i for i in retained if i > layer]
+def _target_of(layer: int, kept: Sequence[int], target: str) -> int:
+    """Returns the kept layer that a layer is merged into."""
+    before = [i for i in kept if i < layer]
+    after = [i for i in kept if i > layer]
     if target == "preceding" or not before + after:
         if not before:
             raise PlanError(
-                f"Layer {layer} is to be merged but no kept layer of its kind precedes it.",
+                f"Layer {layer} is to be merged, but no kept layer of the same kind precedes it.",
                 hint="Use target: nearest, protect_first: 1, or a smaller num_merge.",
             )
         return before[-1]

@@ -1,4 +1,4 @@
-"""WidthPlan: which heads, channels and hidden dimensions stay, decided before any weight is touched."""
+"""WidthPlan: which heads, channels and hidden dimensions stay, decided before any weight changes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class WidthShape:
     """The widths of a dense decoder, the same in every layer.
 
     Attributes:
-        num_layers: Decoder layers.
-        hidden_size: Entries of a hidden state.
-        num_heads: Query heads of a layer.
-        num_kv_heads: Key/value heads of a layer; query heads g*q to g*q+q-1 belong to KV head g, where q is
-            `num_heads / num_kv_heads` (transformers' `repeat_kv`).
-        head_dim: Entries of a head.
-        intermediate_size: MLP channels of a layer.
+        num_layers: Number of decoder layers.
+        hidden_size: Dimensions of the hidden state.
+        num_heads: Query heads per layer.
+        num_kv_heads: Key/value heads per layer. Query heads g*q to g*q+q-1 belong to KV head g, where q is
+            `num_heads / num_kv_heads` (as in transformers' `repeat_kv`).
+        head_dim: Dimensions of a head.
+        intermediate_size: MLP channels per layer.
     """
 
     num_layers: int
@@ -48,20 +48,20 @@ class WidthShape:
                 )
         if self.num_heads % self.num_kv_heads:
             raise PlanError(
-                f"{self.num_heads} query heads cannot be shared out evenly to {self.num_kv_heads} KV heads."
+                f"{self.num_heads} query heads cannot be divided evenly among {self.num_kv_heads} KV heads."
             )
 
     @property
     def group_size(self) -> int:
-        """Query heads of a KV head."""
+        """Number of query heads per KV head."""
         return self.num_heads // self.num_kv_heads
 
     def group(self, kv_head: int) -> tuple[int, ...]:
-        """The query heads of a KV head."""
+        """Returns the query heads of a KV head."""
         return tuple(range(kv_head * self.group_size, (kv_head + 1) * self.group_size))
 
     def heads_of(self, kv_heads: Sequence[int]) -> tuple[int, ...]:
-        """The query heads of several KV heads."""
+        """Returns the query heads of several KV heads."""
         return tuple(head for kv_head in kv_heads for head in self.group(kv_head))
 
 
@@ -70,8 +70,8 @@ class LayerWidths:
     """What stays of one layer.
 
     Attributes:
-        heads: Kept query heads, ascending, numbered as in the dense model. A KV head stays when one of its
-            query heads does; every KV head that stays must keep equally many.
+        heads: Kept query heads, ascending, numbered as in the dense model. A KV head stays if any of its
+            query heads does. All KV heads that stay must keep the same number of query heads.
         channels: Kept MLP channels, ascending.
     """
 
@@ -84,11 +84,11 @@ class WidthPlan(BasePlan):
     """What stays of every layer, and of the hidden state that all layers share.
 
     Attributes:
-        shape: The dense model's widths.
-        layers: One per decoder layer.
-        hidden: Kept hidden dimensions, ascending; all of them when the hidden state is not pruned.
-        method: The method that chose.
-        evidence: What the choice rests on, JSON values only; "model" is the fingerprint, if known.
+        shape: The widths of the dense model.
+        layers: What stays of each decoder layer.
+        hidden: Kept hidden dimensions, ascending; all of them if the hidden state is not pruned.
+        method: The method that made the plan, or "explicit".
+        evidence: What the choice is based on, as JSON values; "model" is the model's fingerprint, if known.
     """
 
     shape: WidthShape
@@ -113,37 +113,37 @@ class WidthPlan(BasePlan):
             if len(sizes) > 1:
                 raise PlanError(
                     f"Layer {layer}: the kept KV heads have {' and '.join(map(str, sorted(sizes)))} query "
-                    "heads; attention needs equally many for each.",
-                    hint="Remove whole KV heads, or equally many query heads of each.",
+                    "heads; attention needs the same number for each.",
+                    hint="Remove whole KV heads, or the same number of query heads from each.",
                 )
 
     def kv_heads(self, layer: int) -> tuple[int, ...]:
-        """Kept KV heads of a layer, ascending."""
+        """Returns the kept KV heads of a layer, ascending."""
         return tuple(sorted({head // self.shape.group_size for head in self.layers[layer].heads}))
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers, all of which stay."""
+        """Number of decoder layers, all of which stay."""
         return self.shape.num_layers
 
     @property
     def keep(self) -> tuple[int, ...]:
-        """All layers: none is pruned as a whole."""
+        """Kept layers: all of them."""
         return tuple(range(self.num_layers))
 
     @property
     def pruned(self) -> tuple[int, ...]:
-        """No layer."""
+        """Removed layers: none."""
         return ()
 
     @property
     def merged(self) -> dict[int, tuple[int, ...]]:
-        """No layer."""
+        """Merged layers: none."""
         return {}
 
     @cached_property
     def uniform(self) -> bool:
-        """Whether all layers keep equally many heads, KV heads and channels: what a config can say."""
+        """Whether all layers keep the same numbers of heads, KV heads and channels, as a config requires."""
         counts = {
             (len(widths.heads), len(self.kv_heads(i)), len(widths.channels))
             for i, widths in enumerate(self.layers)
@@ -158,7 +158,9 @@ class WidthPlan(BasePlan):
             PlanError: If they differ between layers.
         """
         if not self.uniform:
-            raise PlanError("The layers of this plan keep different widths; there is no one shape.")
+            raise PlanError(
+                "The layers of this plan keep different widths, so no single shape describes them."
+            )
         return WidthShape(
             num_layers=self.num_layers,
             hidden_size=len(self.hidden),
@@ -169,16 +171,16 @@ class WidthPlan(BasePlan):
         )
 
     def check_model(self, shape: WidthShape, fingerprint: str = "") -> None:
-        """Raises PlanError when the plan was made for other widths or another model."""
+        """Raises PlanError if the plan was made for other widths or another model."""
         if shape != self.shape:
             raise PlanError(
-                f"The plan is for a model of {asdict(self.shape)}; this one has {asdict(shape)}.",
+                f"The plan is for a model with {asdict(self.shape)}; this one has {asdict(shape)}.",
                 hint="Make a plan for this model.",
             )
         self.check_origin(fingerprint)
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON values; kept units as text with runs joined, "0-5, 7"."""
+        """Returns the plan as JSON values; what is kept is text with ranges, "0-5, 7"."""
         return {
             "format_version": FORMAT_VERSION,
             "kind": self.kind,
@@ -207,7 +209,7 @@ class WidthPlan(BasePlan):
         return cls(shape, layers, hidden, raw.get("method", "explicit"), raw.get("evidence", {}))
 
     def facts(self) -> dict[str, Any]:
-        """What stays of every layer, as `run.json` has it."""
+        """Returns what stays of every layer, in the form used in `run.json`."""
         widths = [
             {
                 "layer": i,
@@ -228,7 +230,7 @@ class WidthPlan(BasePlan):
         }
 
     def show(self, console: Console) -> None:
-        """Prints how much of every width stays."""
+        """Prints every width before and after pruning."""
         shape, layers = self.shape, range(self.num_layers)
         rows = [
             ("query heads", [len(w.heads) for w in self.layers], shape.num_heads),
@@ -253,7 +255,7 @@ def _check_kept(kept: Sequence[int], total: int, name: str) -> None:
     if not kept:
         raise PlanError(f"{name}: nothing is kept; at least one of {total} must stay.")
     if any(b <= a for a, b in pairwise(kept)):
-        raise PlanError(f"{name}: the kept ones must be listed once and in order.")
+        raise PlanError(f"{name}: the kept numbers must be in ascending order, each listed once.")
     if kept[0] < 0 or kept[-1] >= total:
         raise PlanError(f"{name}: {kept[0] if kept[0] < 0 else kept[-1]} is not in 0 to {total - 1}.")
 
@@ -262,8 +264,8 @@ def _read_layer(entry: Any, layer: int, where: str) -> LayerWidths:
     known = {"layer", "heads", "channels"}
     if not isinstance(entry, dict) or entry.get("layer", layer) != layer or not entry.keys() <= known:
         raise PlanError(
-            f"{where}: entry {layer} of 'layers' is {shown(entry)}; layer, heads and channels of layer "
-            f"{layer} are needed.",
+            f"{where}: entry {layer} of 'layers' is {shown(entry)}; it needs layer, heads and channels of "
+            f"layer {layer}.",
             hint="List every layer once, in order.",
         )
     return LayerWidths(
@@ -272,13 +274,15 @@ def _read_layer(entry: Any, layer: int, where: str) -> LayerWidths:
 
 
 def _read_runs(text: Any, where: str) -> tuple[int, ...]:
-    """The numbers in a text such as "0-5, 7"."""
+    """Parses numbers and ranges such as "0-5, 7"."""
     try:
         parts = [part.strip().partition("-") for part in str(text).split(",")]
         ranges = [range(int(low), int(high or low) + 1) for low, _, high in parts]
         total = sum(map(len, ranges))
     except (ValueError, OverflowError) as error:
-        raise PlanError(f"{where} is {shown(text)}; numbers and runs such as '0-5, 7' are needed.") from error
+        raise PlanError(
+            f"{where} is {shown(text)}; numbers and ranges such as '0-5, 7' are needed."
+        ) from error
     if total > 10_000_000:
-        raise PlanError(f"{where}: {shown(text)} is longer than any model is wide.")
+        raise PlanError(f"{where}: {shown(text)} lists more numbers than any model has dimensions.")
     return tuple(number for one in ranges for number in one)

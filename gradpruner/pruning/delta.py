@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.errors import ConfigError, IntegrityError, PlanError
-from gradpruner.common.files import check_free_space, readable_bytes
+from gradpruner.common.files import check_free_space, folder_bytes, readable_bytes
 from gradpruner.common.json_files import write_json
 from gradpruner.common.provenance import sha256_file
 from gradpruner.models.folder import (
@@ -123,7 +123,7 @@ def diff_checkpoint(
     check_free_space(target.parent, needed + SPARE_BYTES, "The delta")
     with staged_folder(target) as staged:
         _write_delta(staged, record, stored, shards, others)
-        size = sum(path.stat().st_size for path in staged.rglob("*") if path.is_file())
+        size = folder_bytes(staged)
     return DeltaSummary(str(target), size, record.checkpoint_bytes, len(record.copied), len(stored))
 
 

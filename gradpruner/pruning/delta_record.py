@@ -12,7 +12,7 @@ from pydantic import Field
 from gradpruner._version import __version__
 from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.common.files import read_plain
-from gradpruner.common.json_files import parse_json, typed
+from gradpruner.common.json_files import check_version, parse_json, typed
 from gradpruner.common.provenance import sha256_json
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.models.headers import HEADER_LIMIT, check_inside
@@ -120,11 +120,8 @@ def read_record(folder: Path) -> DeltaRecord:
     real = check_inside(folder, path)
     try:
         raw = parse_json(read_plain(real, RECORD_LIMIT))
-        if isinstance(raw, dict) and raw.get("format_version") != FORMAT_VERSION:
-            found = raw.get("format_version")
-            raise ValueError(f"format_version is {found!r}; gradpruner {__version__} reads {FORMAT_VERSION}")
-        content = {key: raw[key] for key in raw if key != "sha256"} if isinstance(raw, dict) else raw
-        record = typed(content, DeltaRecord, fault)
+        check_version(raw, FORMAT_VERSION)
+        record = typed({key: raw[key] for key in raw if key != "sha256"}, DeltaRecord, fault)
         if record.to_dict() != raw:
             raise ValueError("fields are missing or unknown, or its SHA-256 is not the one it states")
         _check_consistent(record)

@@ -35,7 +35,7 @@ from gradpruner.common.files import (
     working_in,
     write_failure,
 )
-from gradpruner.common.json_files import read_json, typed, write_json
+from gradpruner.common.json_files import read_versioned, write_json
 from gradpruner.common.provenance import package_versions, sha256_file, sha256_json, utc_now
 from gradpruner.models.folder import check_output
 from gradpruner.models.memory import PeakMemory
@@ -77,7 +77,6 @@ class StageEntry(TypedDict):
 class Manifest(TypedDict):
     """What manifest.json says."""
 
-    format_version: int
     created: str
     stages: dict[str, StageEntry]
     gradpruner_version: NotRequired[str]
@@ -140,7 +139,7 @@ class RunDirectory:
                 self.path.mkdir(parents=True, exist_ok=True)
                 opened.enter_context(working_in(self.path))
                 refuse_links(self.path)
-                self.manifest = {"format_version": FORMAT_VERSION, "created": utc_now(), "stages": {}}
+                self.manifest = {"created": utc_now(), "stages": {}}
                 if (self.path / MANIFEST).exists():  # asked only now: another process may have worked here
                     self.manifest = read_manifest(self.path / MANIFEST)
                 for folder, _, _ in os.walk(self.path):
@@ -170,7 +169,7 @@ class RunDirectory:
 
     def save(self) -> None:
         """Writes the manifest."""
-        write_json(self.path / MANIFEST, self.manifest)
+        write_manifest(self.path, self.manifest)
 
     @property
     def stages(self) -> dict[str, StageEntry]:
@@ -292,20 +291,18 @@ def _plain_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a run directory."""
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **manifest})
+
+
 def read_manifest(path: Path) -> Manifest:
     """Reads a manifest.
 
     Raises:
         IntegrityError: If it is missing, of another version, or holds values a manifest cannot have.
     """
-    raw = read_json(path, "run manifest")
-    found = raw.get("format_version") if isinstance(raw, dict) else None
-    if type(found) is not int or found != FORMAT_VERSION:
-        raise IntegrityError(
-            f"{path} is not a manifest of format version {FORMAT_VERSION} (found: {shown(found)}).",
-            hint="Choose another --out.",
-        )
-    manifest = typed(raw, Manifest, f"{path} is not a manifest")
+    manifest = read_versioned(path, "run manifest", Manifest, FORMAT_VERSION, "Choose another --out.")
     for name, entry in manifest["stages"].items():
         fault = _stage_fault(name, entry)
         if fault:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gradpruner.common.files import folder_bytes
 from gradpruner.evaluation.costing.per_device import trace_bytes
 from gradpruner.methods import METHODS
 from gradpruner.runs.job import Job
@@ -39,6 +40,4 @@ def bytes_missing(job: Job, folder: Path, until: str) -> int:
     """What a run has still to write, given what an earlier start left in its directory."""
     needs = bytes_to_write(job)
     total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
-    files = (path for path in folder.rglob("*") if path.is_file() and job.folder not in path.parents)
-    present = sum(path.stat().st_size for path in files)
-    return max(0, total - present)
+    return max(0, total - folder_bytes(folder, without=job.folder))

@@ -18,7 +18,7 @@ from typing import Any
 
 from gradpruner.common.files import staging
 from gradpruner.common.json_files import check_json
-from gradpruner.common.progress import Progress, in_hand
+from gradpruner.common.progress import Progress, current_progress
 
 PULSE = "progress.json"
 _SECONDS, _SECONDS_IDLE = 1.0, 5.0
@@ -72,7 +72,7 @@ class Pulse:
 
     def _state(self) -> dict[str, Any]:
         found: dict[str, Any] = {"stage": self._stage, "began": self._began}
-        progress = in_hand()
+        progress = current_progress()
         return found if progress is None else found | _said(progress)
 
     def _write(self, found: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from gradpruner.common.errors import ConfigError, DataError, ModelError
-from gradpruner.common.files import check_free_space, write_text
+from gradpruner.common.files import check_free_space, folder_bytes, write_text
 from gradpruner.common.printing import Printed, print_line
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.dtypes import stored_dtype
@@ -81,8 +81,7 @@ class Pruned(Printed):
         """
         target = Path(folder).expanduser()
         check_output(target, inputs=(self.folder,), marker=PRUNING_FILE)
-        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        check_free_space(target.absolute().parent, size, "The pruned model")
+        check_free_space(target.absolute().parent, folder_bytes(self.folder), "The pruned model")
         with staged_folder(target) as staged:
             shutil.copytree(self.folder, staged, dirs_exist_ok=True)
         return target

@@ -20,7 +20,7 @@ from gradpruner.common.printing import Printed
 from gradpruner.common.provenance import utc_now
 from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.runs import pipeline
-from gradpruner.runs.directory import MANIFEST, read_manifest
+from gradpruner.runs.directory import MANIFEST, read_manifest, write_manifest
 from gradpruner.runs.disk import bytes_to_write
 from gradpruner.runs.job import Job
 from gradpruner.runs.pulse import Pulse
@@ -279,7 +279,7 @@ def adopt(source: Path, folder: Path) -> None:
                     os.link(source / relative, target)
                 except OSError:  # a file system without hard links
                     shutil.copy2(source / relative, target)
-        write_json(staged / MANIFEST, manifest | {"created": utc_now(), "stages": done})
+        write_manifest(staged, manifest | {"created": utc_now(), "stages": done})
 
 
 def _created(path: Path) -> str:
