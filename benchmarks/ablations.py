@@ -1,11 +1,11 @@
-"""The paper's ablations on the embedded miniature: what `gradpruner ls ablations` lists, as it comes.
+"""The paper's ablations on the embedded miniature: those that `gradpruner ls ablations` lists, unchanged.
 
     python benchmarks/ablations.py run --work W                     all of them
     python benchmarks/ablations.py run --work W --only table3_merged_layers
     python benchmarks/ablations.py table                            Markdown from the committed JSON
 
-Each is `gradpruner ablate NAME` in a process of its own in folder W: what was done there is not done again,
-and studies whose result is committed are skipped.
+Each ablation runs as `gradpruner ablate NAME` in its own process in folder W, so an interrupted one resumes.
+Studies whose result is committed are skipped.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def run(args: argparse.Namespace) -> None:
         if (FOLDER / f"{name}.json").exists() and not args.again:
             continue
         print(name, flush=True)
-        # A row that fails is part of the result; it makes the exit code another one.
+        # No check of the exit code: it is not 0 if a row failed, and failed rows are part of the result.
         subprocess.run([sys.executable, "-m", "gradpruner", "ablate", name], cwd=work, check=False)
         found = work / "runs" / name / "study.json"
         write(f"ablations/{name}.json", condensed(json.loads(found.read_text(encoding="utf-8"))))
 
 
 def condensed(study: dict[str, Any]) -> dict[str, Any]:
-    """The study without scores, and with model and data named, not located."""
+    """Returns the study without scores, and with names in place of the paths of model and data."""
     for point in study["points"]:
         for row in point["rows"]:
             row.pop("scores", None)
@@ -59,18 +59,18 @@ def condensed(study: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_studies() -> dict[str, dict[str, Any]]:
-    """The committed studies by name."""
+    """Returns the committed studies by name."""
     return {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(FOLDER.glob("*.json"))}
 
 
 def quality(row: dict[str, Any]) -> dict[str, Any] | None:
-    """Mean, lowest, highest and values per seed of the main metric; None for a row that failed."""
+    """Returns mean, lowest, highest and per-seed values of the main metric; None for a failed row."""
     found: dict[str, Any] | None = row["metrics"].get(METRIC)
     return found
 
 
 def agreement(study: dict[str, Any]) -> list[tuple[float, float, float]]:
-    """Share of the layers kept at the last setting that each setting keeps too: mean and range of seeds."""
+    """Share of the last setting's kept layers that each setting keeps: mean and range of seeds."""
     rows = [next(row for row in point["rows"] if row["kept"]) for point in study["points"]]
     final = [set(kept) for kept in rows[-1]["kept"]]
     shares = [
@@ -81,7 +81,7 @@ def agreement(study: dict[str, Any]) -> list[tuple[float, float, float]]:
 
 
 def markdown(study: dict[str, Any]) -> str:
-    """A line per setting, a column per row: mean over seeds and range, in percent."""
+    """Returns a table with a line per setting and a column per row: mean and range of seeds, in percent."""
     names = [(row["name"], row["label"]) for row in study["points"][0]["rows"]]
     settles = (study["plot"] or {}).get("kind") == "stability"
     head = [study["sweep"]["label"] if study.get("sweep") else "setting", *(label for _, label in names)]
@@ -97,7 +97,7 @@ def markdown(study: dict[str, Any]) -> str:
 
 
 def setting(study: dict[str, Any], point: dict[str, Any]) -> str:
-    """What a point is called where the sweep is named already."""
+    """Returns a point's label for a table whose head names the sweep."""
     return str(point["value"] if study.get("sweep") else point["label"] or "-")
 
 

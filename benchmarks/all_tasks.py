@@ -1,13 +1,13 @@
-"""Every task with local data, dense against pruned: full fine-tuning, one seed, few rows.
+"""Dense and pruned models on every task with local data: full fine-tuning, one seed, few rows.
 
     python benchmarks/all_tasks.py --model M --data D --encoder E --work W     writes results/all_tasks/*.json
     python benchmarks/all_tasks.py --only arc_easy piqa ...                    some of them
 
-D holds one folder per task in its hub schema; E is the encoder of BERTScore, a folder. Tasks are asked as
-they are registered. Besides its own test rows, medmcqa is measured on MMLU's clinical knowledge (the paper's
-Table 12) and on GSM8K, the reasoning probe. Rows are cut to what two slow cores do in half an hour, so
-intervals are wide: this shows that every task runs end to end with its metric, and what a model of this size
-makes of it.
+D holds one folder per task in its hub schema; E is the folder of the encoder for BERTScore. Prompts are those
+of the registered tasks. Models trained on medmcqa are also measured on MMLU's clinical knowledge (the paper's
+Table 12) and on GSM8K, the reasoning probe. The number of rows is what two slow cores can do in half an hour,
+so intervals are wide: the benchmark shows that every task runs end to end with its metric, and which scores a
+model of this size reaches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TASKS = (
     "arc_challenge", "arc_easy", "financial_phrasebank", "fingpt_sentiment", "gsm8k", "hellaswag", "medmcqa",
     "piqa", "pubmedqa", "scitldr", "sst2", "trec", "winogrande",
 )  # fmt: skip
-LONGER = {"gsm8k": 384}  # question and worked answer together
+LONGER = {"gsm8k": 384}  # tokens of a question with its worked answer
 ALSO = {"medmcqa": {"mmlu_clinical_knowledge": 150, "gsm8k": 100}}
 
 
@@ -65,7 +65,7 @@ def recipe_values(args: argparse.Namespace, task: str, rate: float) -> dict[str,
 
 
 def condensed(record: dict[str, Any]) -> dict[str, Any]:
-    """The run record without loss curves, and with folders named, not located."""
+    """Returns the run record without loss curves, and with names in place of paths."""
     record = json.loads(json.dumps(record))
     for row in record["variants"].values():
         if row["finetune"]:
@@ -93,7 +93,7 @@ def shown(entry: dict[str, Any]) -> str:
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
-    """A row per task and data it was measured on: every variant, and what the pruned ones lose by pairs."""
+    """Returns a table with a row per task and evaluation data: scores, and paired differences to dense."""
     names = list(VARIANTS.values())
     head = ["task", "metric", *names, "merged - dense, points", "dropped - dense, points"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -106,7 +106,7 @@ def markdown(cells: list[dict[str, Any]]) -> str:
         for name, found in measured.items():
             where = task if name == "task" else f"{task} -> {name}"
             headline = next(iter(found["dense"]["metrics"]))
-            # A model of this size seldom writes an option out, but may well prefer the right one.
+            # A model this small seldom writes out an option, but may still find the right one most likely.
             for metric in (headline, "choice_accuracy"):
                 if metric not in found["dense"]["metrics"]:
                     continue

@@ -1,4 +1,4 @@
-"""What the rounds of `prune_checkpoint.py` come to: ratios within a round, and medians."""
+"""Summaries of the rounds of `prune_checkpoint.py`: ratios within a round, and medians."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from checkpoint_steps import Json
 
 
 def rounded(value: Any) -> Any:
-    """Times to a tenth of a millisecond."""
+    """Rounds all floats to four digits: times to a tenth of a millisecond."""
     if isinstance(value, dict):
         return {key: rounded(entry) for key, entry in value.items()}
     return round(value, 4) if isinstance(value, float) else value
 
 
 def durable_seconds(row: Json) -> float:
-    """The call and its output on disk."""
+    """Returns the seconds of the call and of the fsync of its output."""
     return float(row["seconds"] + row.get("sync_seconds", 0.0))
 
 
 def unsynced_seconds(row: Json) -> float:
-    """The call without what it waited for fsync."""
+    """Returns the seconds of the call without its waits for fsync."""
     return float(row["seconds"] - row.get("phases", {}).get("fsync", 0.0))
 
 
 def process_seconds(row: Json) -> float:
-    """From starting Python to the output on disk; cp has no Python."""
+    """Returns the seconds from the start of Python to the output on disk; cp starts no Python."""
     return float(row.get("process_seconds", row["seconds"]) + row.get("sync_seconds", 0.0))
 
 
@@ -35,7 +35,7 @@ def arithmetic(row: Json) -> float:
 
 
 def summarise(rows: dict[str, list[Json]]) -> Json:
-    """Ratios within one round: ours over cp, the others over ours."""
+    """Returns ratios within one round: ours over cp, the other tools over ours."""
     cp, drop = rows["cp"], rows.get("drop", [])
     found: Json = {}
     for name in ("floor", "default", "drop", "merge"):
@@ -70,7 +70,7 @@ def spread(values: list[float]) -> Json:
 
 
 def medians(rows: dict[str, list[Json]]) -> Json:
-    """Of every figure of a step over its rounds; the largest for memory."""
+    """Returns the median of each figure of a step over its rounds; for memory, the largest."""
     found: Json = {}
     for name, steps in rows.items():
         flat = [{**row, **row.get("phases", {})} for row in steps]
@@ -89,7 +89,7 @@ def report(rows: dict[str, list[Json]]) -> Json:
 
 
 def plain(found: Json) -> Json:
-    """Without what `run_step` adds."""
+    """Returns the result of a step without the figures that `run_step` adds."""
     added = ("process_seconds", "peak_anonymous_bytes", "peak_rss_bytes")
     return {key: value for key, value in found.items() if key not in added}
 

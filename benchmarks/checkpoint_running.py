@@ -1,4 +1,4 @@
-"""Running the steps of `prune_checkpoint.py`: processes, their memory, the page cache, the disk."""
+"""Runs the steps of `prune_checkpoint.py`, and controls processes, memory, page cache and disk."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from checkpoint_steps import Json, memory_of
 
 
 class StepError(Exception):
-    """A step failed; the text is the end of what it said."""
+    """A step failed; the text is the end of its error output."""
 
 
 def run_step(step: Callable[..., Json], python: str = sys.executable, **options: Any) -> Json:
-    """Runs a step in a process of its own; adds wall time and peak memory of the whole process."""
+    """Runs a step in its own process; adds the wall time and peak memory of the whole process."""
     steps = Path(__file__).with_name("checkpoint_steps.py")
     command = [python, "-W", "ignore", str(steps), step.__name__, json.dumps(options)]
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -40,7 +40,7 @@ def run_step(step: Callable[..., Json], python: str = sys.executable, **options:
 
 
 def watch(process: subprocess.Popen[Any]) -> int:
-    """Waits for the end; the most anonymous memory seen."""
+    """Waits for the process to end and returns the peak of its anonymous memory."""
     peak, ended = 0, threading.Event()
 
     def sample() -> None:
@@ -65,7 +65,7 @@ def copy_folder(source: Path, target: Path) -> Json:
 
 
 def sync_folder(folder: Path) -> float:
-    """Makes every file durable; the seconds it took."""
+    """Syncs every file to disk and returns the seconds it took."""
     begin = time.perf_counter()
     for path in (*folder.rglob("*"), folder):
         descriptor = os.open(path, os.O_RDONLY)
@@ -80,7 +80,7 @@ def remove(folder: Path) -> None:
 
 
 def warm(*folders: Path) -> None:
-    """Reads every file, so that it is in the page cache."""
+    """Reads every file, so that all are in the page cache."""
     block = bytearray(8 << 20)
     for path in files_of(*folders):
         with path.open("rb", buffering=0) as file:
@@ -89,7 +89,7 @@ def warm(*folders: Path) -> None:
 
 
 def evict(*folders: Path) -> None:
-    """Asks the kernel to forget every file; clean pages only, so they are synced first."""
+    """Evicts every file from the page cache; syncs first, because only clean pages can be evicted."""
     os.sync()
     for path in files_of(*folders):
         descriptor = os.open(path, os.O_RDONLY)
@@ -98,7 +98,7 @@ def evict(*folders: Path) -> None:
 
 
 def in_memory(*folders: Path) -> float | None:
-    """The share of the files' bytes that the page cache holds; None without fincore."""
+    """Returns the share of the files' bytes in the page cache; None without fincore."""
     if shutil.which("fincore") is None:
         return None
     paths = files_of(*folders)
@@ -116,7 +116,7 @@ def size_of(*folders: Path) -> int:
 
 
 def filesystem(folder: Path) -> str:
-    """Its type, from the longest mount point above the folder."""
+    """Returns the type of a folder's filesystem, from the longest mount point above it."""
     rows = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
     above = [row for row in rows if folder.resolve().is_relative_to(row[1])]
     return max(above, key=lambda row: len(row[1]))[2]

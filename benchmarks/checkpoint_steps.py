@@ -1,4 +1,4 @@
-"""The steps of `prune_checkpoint.py`: each runs in a process of its own, takes JSON values and returns them.
+"""The steps of `prune_checkpoint.py`: each runs in its own process, with JSON values as input and output.
 
 python benchmarks/checkpoint_steps.py STEP OPTIONS
 """
@@ -16,8 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Only the standard library up here: mergekit's environment runs this file too.
-
+# Only the standard library is imported here, because mergekit's environment runs this file too.
 
 SEED, RANK, VOCABULARY = 0, 8, 32_000
 SHARD_BYTES = 2_000_000_000
@@ -35,13 +34,13 @@ Json = dict[str, Any]
 def memory_of(pid: int | str, field: str) -> int:
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:  # it just ended
+    except OSError:  # the process has just ended
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), 0)
 
 
 def write_source(folder: str, shape: Json) -> Json:
-    """A random Llama, tensor by tensor; the model is never built."""
+    """Writes a random Llama tensor by tensor, without building the model."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -72,7 +71,7 @@ def write_source(folder: str, shape: Json) -> Json:
 
 
 def write_trace(source: str, target: str, layers: list[list[Any]], steps: int) -> Json:
-    """Random gradients of the layers that are merged; rows and columns differ in size, as real ones do."""
+    """Writes random gradients of the merged layers; rows and columns vary in size, as in training."""
     import torch
 
     from gradpruner.gradients.trace import LinearRef, TraceInfo
@@ -105,14 +104,14 @@ def make_plan(layers: list[list[Any]]) -> Any:
 
 
 def import_llama() -> None:
-    """What transformers would import when it first meets a Llama; no part of the work that is timed."""
+    """Imports what transformers imports for its first Llama, so that timed work does not include it."""
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
 
 
 def run_ours(
     source: str, target: str, layers: list[list[Any]], trace: str | None = None, verify: str = "structure"
 ) -> Json:
-    """Wall time of prune_checkpoint, and what its parts took."""
+    """Runs prune_checkpoint and returns its wall time and that of its parts."""
     begin = time.perf_counter()
     from gradpruner.gradients.trace import GradientTrace
     from gradpruner.pruning import in_memory
@@ -151,7 +150,7 @@ def run_ours(
 
 
 def run_floor(source: str, target: str) -> Json:
-    """What no pruning can do without: files copied, read back and hashed, made durable, in this order."""
+    """Does what every safe pruning must do: copies files, reads them back to hash them, and syncs them."""
     begin, worked = time.perf_counter(), time.process_time()
     Path(target).mkdir()
     for path in sorted(Path(source).iterdir()):
@@ -169,7 +168,7 @@ def run_floor(source: str, target: str) -> Json:
 def clock(
     module: Any, name: str, phase: str, spent: dict[str, float], look: Callable[..., None] | None = None
 ) -> None:
-    """Replaces a function by one that adds up the time that is spent in it, other threads left out."""
+    """Replaces a function by one that adds up the time spent in it on the main thread."""
     original = getattr(module, name)
     spent[phase] = 0.0
 
@@ -187,7 +186,7 @@ def clock(
 
 
 def run_naive(source: str, target: str, keep: list[int]) -> Json:
-    """What one writes without a tool."""
+    """Prunes the way people do it without a tool: load, slice, save."""
     begin = time.perf_counter()
     import torch
     from transformers import AutoModelForCausalLM
@@ -203,7 +202,7 @@ def run_naive(source: str, target: str, keep: list[int]) -> Json:
 
 
 def run_mergekit(source: str, target: str, keep: list[int]) -> Json:
-    """A passthrough merge, by the function behind mergekit-yaml; in mergekit's environment."""
+    """Runs a passthrough merge with the function behind mergekit-yaml; needs mergekit's environment."""
     begin = time.perf_counter()
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
@@ -224,7 +223,7 @@ def mergekit_config(source: str, keep: list[int], dtype: str) -> Json:
 
 
 def runs(keep: list[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of consecutive layers."""
+    """Returns the kept layers as half-open ranges of consecutive layers."""
     starts = [i for i in keep if i - 1 not in keep]
     return [(i, next(j for j in range(i, keep[-1] + 2) if j not in keep)) for i in starts]
 
@@ -236,7 +235,7 @@ def mergekit_versions() -> Json:
 
 
 def compare(one: str, other: str) -> Json:
-    """Whether two checkpoints hold the same tensors, to the bit."""
+    """Returns whether two checkpoints hold the same tensors, to the bit."""
     from gradpruner.models.shards import open_shards
 
     first, second = open_shards(Path(one)).tensors, open_shards(Path(other)).tensors
@@ -285,7 +284,7 @@ def outcome(work: Callable[[], Any]) -> str:
 
 
 def families_by_mergekit(folder: str) -> Json:
-    """With all layers too, to tell a failure at the missing layer from any other."""
+    """Merges with mergekit, also with all layers, to see whether a failure is due to the dropped layer."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -301,7 +300,7 @@ def families_by_mergekit(folder: str) -> Json:
 
 
 def families_by_us(folder: str) -> Json:
-    """Prunes and verifies in full; verifies in the same way what mergekit made."""
+    """Prunes and verifies in full, and verifies mergekit's results in the same way."""
     from gradpruner.plans.layer_plan import PruningPlan
     from gradpruner.pruning.on_disk import prune_checkpoint
     from gradpruner.pruning.verification import verify_checkpoint

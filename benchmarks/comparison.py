@@ -1,13 +1,12 @@
-"""Every method at the same budget on real tasks, full fine-tuning and LoRA, three seeds.
+"""All methods at the same budget on real tasks: full fine-tuning and LoRA, three seeds.
 
     python benchmarks/comparison.py run --model M --data D --work W       one study per task and mode
     python benchmarks/comparison.py run ... --only trec/lora              some of them
     python benchmarks/comparison.py table                                 Markdown from the committed JSON
 
-D holds one folder per task in its hub schema. Every study is what `gradpruner compare` does: it can be
-interrupted and goes on where it was; those whose result is committed are skipped. Several processes may share
-W as long as they work on different studies. Rows are cut, equally for all methods, to what two slow cores do
-in an hour.
+D holds one folder per task in its hub schema. Every study is a run of `gradpruner compare`, so an interrupted
+one resumes; studies whose result is committed are skipped. Several processes may share W if they work on
+different studies. The number of rows, the same for all methods, is what two slow cores can do in an hour.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from real_tasks import MODES, RESULTS, SEEDS, short_prompt, write, write_rows
 
 FOLDER = RESULTS / "comparison"
-# Rows, epochs and rates (full, LoRA) with which the dense model learns something in the time there is; tried
-# on held-out parts of the training rows (docs/comparison.md says where not). The tasks differ, the methods
-# do not. Classes of questions, sentiment in two sets of answers, and a summary, which is written freely.
+# Rows, epochs and rates (full, LoRA) with which the dense model learns in the time available, chosen on
+# held-out parts of the training rows (docs/comparison.md lists exceptions). They differ by task, but not by
+# method. The tasks: types of questions, sentiment with two sets of answers, and free-form summaries.
 TASKS: dict[str, dict[str, Any]] = {
     "trec": {
         "rows": 600, "epochs": 2, "eval_rows": 200, "max_length": 192, "metric": "exact_match",
@@ -45,11 +44,11 @@ METRIC_NAMES = {"exact_match": "exact match", "rouge_l": "ROUGE-L"}
 
 
 def method_options(rates: dict[str, float]) -> dict[str, dict[str, Any]]:
-    """Where a default does not suit this model, or this budget of time."""
+    """Returns options that replace defaults unsuitable for this model or the time available."""
     return {
-        # It measures its samples some eighty times; with its own 128 it would take longer than the rest.
+        # SLEB evaluates its samples about eighty times; with the default 128 it would outlast all the others.
         "sleb": {"num_samples": 16},
-        # Rates for models of billions do nothing to one of millions.
+        # Learning rates for billions of parameters have no effect on a model with millions.
         "minitron_depth": {"distil_learning_rate": rates["full"]},
         "minitron_width": {"distil_learning_rate": rates["full"]},
         "apt": {"learning_rate": rates["lora"]},
@@ -85,7 +84,7 @@ def recipe_values(args: argparse.Namespace, task: str, mode: str) -> dict[str, A
 
 
 def shorten(task: str, prompt: str) -> str:
-    """FinGPT's instruction says which of two sets the answer is from; here the first word does."""
+    """Shortens a prompt; FinGPT's instruction, which names one of two answer sets, becomes its first word."""
     if task != "fingpt_sentiment":
         return short_prompt(task, prompt)
     instruction, _, text = prompt.partition("\nInput: ")
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def condensed(study: dict[str, Any], task: str) -> dict[str, Any]:
-    """The study without single plans and scores, and with model and data named, not located."""
+    """Returns the study without plans and scores, and with names in place of the paths of model and data."""
     study = json.loads(json.dumps(study))
     for point in study["points"]:
         for row in point["rows"]:
@@ -132,7 +131,7 @@ def condensed(study: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def load_studies() -> list[dict[str, Any]]:
-    """The committed studies, in the order of tasks and modes."""
+    """Returns the committed studies in the order of tasks and modes."""
     found = []
     for task in TASKS:
         for mode in MODES:
@@ -152,7 +151,7 @@ def rows_of(study: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def markdown(studies: list[dict[str, Any]]) -> str:
-    """Mean over seeds and range, a row per method and a column per study."""
+    """Returns a table of mean and range of seeds: a row per method, a column per study."""
     names = [f"{study['task']}, {study['mode']} ({METRIC_NAMES[metric_of(study)]})" for study in studies]
     lines = [f"| % | {' | '.join(names)} |", "|---" * (len(studies) + 1) + "|"]
     for name, first in rows_of(studies[0]).items():
@@ -173,7 +172,7 @@ def measured(row: dict[str, Any] | None, metric: str) -> str:
 
 
 def balance(studies: list[dict[str, Any]]) -> str:
-    """Every method against the dense model, dropping the last layers, and GradPruner, seed by seed."""
+    """Returns a table that compares each method with dense, last layers and GradPruner, seed by seed."""
     columns = (("dense", "dense"), ("last", "last layers"), ("merged", "GradPruner"))
     head = " | ".join(
         f"mean difference to {label}, of its value | better / equal / worse" for _, label in columns
@@ -186,7 +185,7 @@ def balance(studies: list[dict[str, Any]]) -> str:
             if name == other or not pairs:
                 cells += ["", ""]
                 continue
-            # Relative, because points of exact match and of ROUGE are not the same thing.
+            # Relative differences, because points of exact match and of ROUGE are not comparable.
             differences = [100 * (a - b) / b for a, b in pairs]
             better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
             mean = statistics.mean(differences)
@@ -196,7 +195,7 @@ def balance(studies: list[dict[str, Any]]) -> str:
 
 
 def by_seed(study: dict[str, Any], name: str, other: str) -> list[tuple[float, float]]:
-    """What two rows of a study came to, seed by seed."""
+    """Returns the values of two rows of a study, paired by seed."""
     rows = rows_of(study)
     found = [
         rows.get(row, {}).get("metrics", {}).get(metric_of(study), {}).get("per_seed", [])
@@ -206,7 +205,7 @@ def by_seed(study: dict[str, Any], name: str, other: str) -> list[tuple[float, f
 
 
 def costs(studies: list[dict[str, Any]]) -> str:
-    """What every method needs until its pruned model is there, and what that model then costs."""
+    """Returns a table of each method's time and memory to prune, and of the pruned model's costs."""
     lines = [
         "| method | parameters removed | layers | seconds | peak memory | fine-tuning, of dense "
         "| evaluation, of dense | plain Hugging Face model |",

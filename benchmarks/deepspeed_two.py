@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO 1, 2 and 3 in two CPU processes against one: the same losses, weights and run folder.
+"""Checks that DeepSpeed ZeRO 1, 2 and 3 in two CPU processes give the losses, weights and answers of one.
 
     pip install deepspeed          # no extra of ours brings it
     DS_BUILD_OPS=0 python benchmarks/deepspeed_two.py
 
-Prints one line per check and ends with 1 if one failed. DeepSpeed talks through gloo here; its shared-memory
-collectives for CPUs, which it would have to compile, are switched off.
+Prints one line per check and exits with 1 if a check failed. DeepSpeed communicates through gloo here; its
+shared-memory collectives for CPUs, which it would have to compile, are switched off.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ main()
 
 
 def config_of(stage: int, folder: Path) -> Path:
-    """The example's configuration; weights as small as these are sharded too."""
+    """Writes the example's configuration, changed so that small weights are sharded too."""
     path = REPOSITORY / f"examples/deepspeed_zero{max(stage, 2)}.json"
     config = json.loads(path.read_text())
     config["zero_optimization"] |= {"stage": stage}
@@ -66,7 +66,7 @@ def config_of(stage: int, folder: Path) -> Path:
 
 
 def furthest(found: Any, expected: Any) -> float:
-    """The largest relative difference of two lists or mappings of numbers."""
+    """Returns the largest relative difference between two lists or mappings of numbers."""
     if isinstance(expected, dict):
         found, expected = [found[name] for name in expected], list(expected.values())
     assert len(found) == len(expected)
@@ -74,7 +74,7 @@ def furthest(found: Any, expected: Any) -> float:
 
 
 def tunings(folder: Path) -> Iterator[tuple[str, float, float]]:
-    """What is checked, how far it is off, and what is allowed: fine-tuning of every kind."""
+    """Yields the checks of fine-tuning and recording: name, difference found, difference allowed."""
     from test_together import recorded, taught, tuned
     from together import together
 
@@ -83,7 +83,7 @@ def tunings(folder: Path) -> Iterator[tuple[str, float, float]]:
     for stage in (1, 2, 3):
         said = together(TUNING, stage, config_of(stage, folder), folder / f"checkpoints{stage}")
         found = json.loads(said[0].split("found ")[1])
-        yield f"ZeRO {stage}: went on from step 2", abs(found["resumed"]["from"] - 2), 0
+        yield f"ZeRO {stage}: resumed from step 2", abs(found["resumed"]["from"] - 2), 0
         for what, expected in alone.items():
             yield f"ZeRO {stage}: losses, {what}", furthest(found[what]["losses"], expected["losses"]), 1e-4
             if what != "record":
@@ -92,7 +92,7 @@ def tunings(folder: Path) -> Iterator[tuple[str, float, float]]:
 
 
 def whole_run(folder: Path) -> Iterator[tuple[str, float, float]]:
-    """The same for a whole run under ZeRO 3: tuned first, recorded, pruned, repaired, recovered, measured."""
+    """Yields the checks of a whole run under ZeRO 3: tune, record, prune, repair, recover, evaluate."""
     from builders import make_project
     from together import together
     from transformers import AutoModelForCausalLM

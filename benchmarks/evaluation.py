@@ -1,12 +1,12 @@
-"""Evaluation against lm-evaluation-harness's Hugging Face backend: same model, same rows, same answers.
+"""Speed of evaluation compared with lm-evaluation-harness's Hugging Face backend, and whether results agree.
 
     python benchmarks/evaluation.py --model MODEL --data DATA    writes benchmarks/results/evaluation.json
 
-DATA holds arc_easy/test.jsonl. The harness gets its requests ready made and is timed from there to the
-scores; ours is timed whole, with tokenising and bootstrap. Both load nothing while timed, use the same batch
-size and the same threads, and take turns. Multiple choice is the likelihood of the options without an end
-token, as the harness scores them: with this project's prompt, which lists the options, and with the
-harness's, which does not. Generation is 64 greedy tokens. A third row is ours without sharing prompts.
+DATA holds arc_easy/test.jsonl. The harness is timed from finished requests to scores; ours is timed as a
+whole, with tokenising and bootstrap. Both use the same loaded model, batch size and threads, and take turns.
+Multiple choice is the likelihood of the options without an end token, as in the harness, with two prompts:
+this project's, which lists the options, and the harness's, which does not. Generation is 64 greedy tokens.
+"ours, prompts not shared" computes the prompt once per option.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def harness_requests(examples: list[Any], kind: str) -> list[Any]:
 
 
 class Contest:
-    """One model, loaded once, for both."""
+    """Both evaluations on one model, which is loaded once."""
 
     def __init__(self, path: str, batch_size: int) -> None:
         from lm_eval.models.huggingface import HFLM
@@ -98,9 +98,9 @@ def timed(work: Any, examples: list[Any]) -> tuple[float, Any]:
 
 
 def compare(works: dict[str, Any], examples: list[Any], rounds: int) -> dict[str, Any]:
-    """Lets all work in turns; "lm_eval" is what the others are compared with."""
+    """Times all works in turns; speedups are relative to "lm_eval"."""
     for work in works.values():
-        work(examples[:8])  # warm up
+        work(examples[:8])  # warm-up
     found: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):

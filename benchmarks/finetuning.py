@@ -1,22 +1,22 @@
-"""Fine-tuning against a plain `transformers.Trainer`: real tokens a second on the lengths of real tasks.
+"""Fine-tuning compared with a plain `transformers.Trainer`: real tokens per second on rows of real tasks.
 
     python benchmarks/finetuning.py --model M --data D    writes benchmarks/results/finetuning.json; 6 minutes
-    python benchmarks/finetuning.py --model M --data D --quick    two steps each, writes nothing
+    python benchmarks/finetuning.py --model M --data D --quick    two steps each; writes nothing
 
-D holds one folder per task in its hub schema. Every path makes the same number of steps of full fine-tuning,
-from the same weights, with the same AdamW:
+D holds one folder per task in its hub schema. Every path runs the same number of steps of full fine-tuning,
+with the same initial weights and the same AdamW:
 
-    plain      transformers.Trainer: random batches, padded to the longest, logits of every position
-    window     ours, with logits only where an answer is learned
-    grouped    and batches of similar length
-    packed     and samples end to end instead (the default)
+    plain      transformers.Trainer: random batches, padded to the longest, logits at every position
+    window     ours, with logits only at answer tokens
+    grouped    window, and batches of samples of similar length
+    packed     window, and samples packed end to end (the default)
 
-All but `grouped` see the same samples in the same order, and their last losses are compared. Grouping is done
-among the first 2,048 rows, as in a run over all of them, and some of its batches are taken. Each measurement
-is a process of its own, and the paths take turns. A real token is one that is no padding; its time is that of
-everything from making the Trainer (with the trial that packing needs) to the end of training. Seconds of the
-processor are given beside those of the clock: with one thread they tell how far the machine was quiet.
-`mixed` takes rows of five tasks in turns, as instruction data do. The paths in between are run on the first
+All paths except `grouped` see the same samples in the same order, and their last losses are compared.
+`grouped` groups the first 2,048 rows, as a run over all of them would, and trains on some of those batches.
+Each measurement runs in its own process, and the paths take turns. A real token is any token but padding. The
+time covers everything from creating the Trainer (with the trial that packing needs) to the end of training.
+Processor seconds are reported beside wall seconds: with one thread, the two are equal on a quiet machine.
+`mixed` takes rows of five tasks in turns, as in instruction data. `window` and `grouped` run on the first
 task only.
 """
 
@@ -88,7 +88,7 @@ def load_examples(data: str, task: str, count: int) -> list[Example]:
 
 
 def load_samples(args: argparse.Namespace, tokenizer: Any) -> Any:
-    """What one path is trained on, in as many batches as there are steps."""
+    """Returns the training samples of one path: as many batches as there are steps."""
     from gradpruner.data.encoding import EncodedDataset, encode_all
     from gradpruner.training.batching import LengthGroups
 
@@ -102,7 +102,7 @@ def load_samples(args: argparse.Namespace, tokenizer: Any) -> Any:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One path on one task, in this process."""
+    """Measures one path on one task, in this process."""
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
 
@@ -120,7 +120,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     arguments = training_arguments(FinetuneOptions(**settings, seed=SEED, precision="fp32", device="cpu"))
     places = [0]
 
-    def count(features: Any) -> Any:  # the plain Trainer's padding
+    def count(features: Any) -> Any:  # counts the plain Trainer's tokens, including padding
         batch = collator(features)
         places[0] += batch["input_ids"].numel()
         return batch
@@ -136,7 +136,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
         assert trainer.batching == batching, trainer.packing_fault
     if args.path == "grouped":
-        trainer._get_train_sampler = lambda *_: SequentialSampler(samples)  # they are in its order
+        trainer._get_train_sampler = lambda *_: SequentialSampler(samples)  # samples are grouped already
     trainer.train()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     tokens = sum(samples.lengths)
@@ -152,7 +152,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_process(args: argparse.Namespace, task: str, path: str) -> dict[str, Any]:
-    """`measure` in a process of its own."""
+    """Runs `measure` in its own process."""
     command = [sys.executable, __file__, "--model", args.model, "--data", args.data, "--task", task]
     command += ["--path", path, "--steps", str(args.steps), "--batch", str(args.batch)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -164,7 +164,7 @@ def in_process(args: argparse.Namespace, task: str, path: str) -> dict[str, Any]
 
 
 def compare(args: argparse.Namespace, task: str, paths: tuple[str, ...]) -> dict[str, Any]:
-    """All paths on one task, in turns."""
+    """Measures all paths on one task, in turns."""
     runs: dict[str, list[dict[str, Any]]] = {path: [] for path in paths}
     for number in range(args.rounds):
         for path in paths if number % 2 == 0 else reversed(paths):

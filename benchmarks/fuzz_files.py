@@ -1,9 +1,9 @@
-"""Our own JSON files, changed at random, in numbers: plans, scores, traces, repairs, manifests, records.
+"""Fuzzes our own JSON files with random changes: plans, scores, traces, repairs, manifests, records.
 
     python benchmarks/fuzz_files.py --rounds 100 --seed 1
 
-A round is what tests/test_hostile_files.py does once, with another seed: about ten thousand files, each of
-which must be read as something valid or refused in one line. It stops at the first that is neither.
+A round runs the attacks of tests/test_hostile_files.py with another seed: about ten thousand files. Each must
+be read as something valid or refused with a message of one line; the script stops at the first that is not.
 """
 
 from __future__ import annotations

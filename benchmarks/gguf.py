@@ -3,23 +3,24 @@
     python benchmarks/gguf.py --converter llama.cpp --python engine/bin/python --model MODEL --json FILE
     python benchmarks/gguf.py --converter llama.cpp --python engine/bin/python --only gemma2 cohere2
 
-`--converter` is a source tree of llama.cpp: its convert_hf_to_gguf.py does the converting. `--python` has
-xllamacpp (llama.cpp, compiled) and what the converter needs: torch, transformers, sentencepiece, PyYAML. The
-benchmark itself runs where gradpruner is installed. Two parts:
+`--converter` is a source tree of llama.cpp, whose convert_hf_to_gguf.py converts the models. `--python` is an
+interpreter with xllamacpp (llama.cpp, compiled) and the converter's dependencies: torch, transformers,
+sentencepiece, PyYAML. The benchmark itself runs where gradpruner is installed. It has two parts:
 
-1. A trained model (`--model`; skipped without), unpruned, with layers dropped, and with layers merged, in
-   several file types. If its tokenizer is none of those that the converter knows by a hash, the converter
-   refuses, which is tried first and recorded; `--pre` names the pre-tokenizer it is then told to believe in.
-2. A tiny random model of every family that `gradpruner.models.engines` has read: unpruned, with layers chosen
-   freely, with layers chosen for llama.cpp, and the last of these loaded and saved by transformers (which is
-   what fine-tuning leaves), beside the verdict the table gives. "ok" has to compute what transformers
-   computes, "wrong" has to differ, "refused" must not load. Their tokenizers are GPT-2's, out of the
+1. A trained model (`--model`; skipped without): unpruned, with dropped layers, and with merged layers, in
+   several file types. The converter refuses tokenizers whose hash it does not know. This is tried first and
+   recorded; then the converter is told to use the pre-tokenizer named by `--pre`.
+2. A tiny random model of every family in the table of `gradpruner.models.engines`: unpruned, with layers
+   chosen freely, with layers chosen for llama.cpp, and the last of these after transformers has loaded and
+   saved it, as in fine-tuning. Each result is compared with the verdict of the table: "ok" must compute the
+   same as transformers, "wrong" must differ, "refused" must not load. The tokenizers are GPT-2's, from the
    converter's own models/ggml-vocab-gpt-2.gguf, or a SentencePiece model trained on the spot; the converter
-   takes both as they are. Sliding windows are 4 tokens wide, prompts 24 to 27.
+   accepts both. Sliding windows are 4 tokens wide, and prompts have 24 to 27 tokens.
 
-Compared are the log-probabilities of the whole vocabulary, as llama.cpp's server gives them, with those of
-transformers in float32: norm of the difference over norm of transformers' (both centred, since softmax does
-not see a constant). In part 1 llama.cpp generates greedily, in part 2 it continues random tokens by one.
+The figure is the relative error of the log-probabilities of the whole vocabulary that llama.cpp's server
+returns: the norm of the difference to transformers in float32, over the norm of transformers' values. Both
+are centred, because softmax ignores a constant. In part 1 llama.cpp generates greedily; in part 2 it
+continues random tokens by one token.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ FILE_TYPES = (("f32", True), ("f32", False), ("f16", False), ("bf16", False), ("
 
 
 def trained(engine: Engine, model: Path, pre: str, folder: Path) -> dict[str, Any]:
-    """Unpruned, dropped and merged, in several file types."""
+    """Compares a trained model unpruned, with dropped and with merged layers, in several file types."""
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import make_trace
     from transformers import AutoModelForCausalLM
@@ -124,7 +125,7 @@ GEMMA3N = {
     "hidden_size_per_layer_input": 256,
     "laurel_rank": 64,
 }
-# What a model needs beside tests/families.py to be one that llama.cpp can hold; several models of some types.
+# Config fields beyond those of tests/families.py that a model needs for llama.cpp; one entry per model.
 # fmt: off
 SUBJECTS: dict[str, list[dict[str, Any]]] = {
     "deepseek_v2": [{}, {"num_hidden_layers": 30}, {"num_hidden_layers": 27, "q_lora_rank": None}],
@@ -145,9 +146,9 @@ SUBJECTS: dict[str, list[dict[str, Any]]] = {
         {"num_hidden_layers": 62, "head_dim": 16, "PRUNED": 6},
         {"num_hidden_layers": 68, "head_dim": 16, "query_pre_attn_scalar": 16, "PRUNED": 6},
     ],
-    # The second drops a whole rhythm of layers, so that llama.cpp finds windows where it looks for them.
+    # The second model drops a whole period of layers, so that the windows stay where llama.cpp expects them.
     "gemma3n_text": [GEMMA3N | {"PRUNED": 2}, GEMMA3N | {"DROP": range(10, 15)}],
-    # Its YaRN does not round the range of dimensions, llama.cpp's does, which shows when there are eight.
+    # llama.cpp rounds the range of dimensions in YaRN and this model does not; with 8 dimensions it matters.
     "gpt_oss": [{"rope_parameters": {"rope_type": "default", "rope_theta": ROPE_THETA}}],
     "llama4_text": [
         {"attention_chunk_size": 8192, "interleave_moe_layer_step": 1}, {"attention_chunk_size": 8192},
@@ -161,25 +162,25 @@ SUBJECTS: dict[str, list[dict[str, Any]]] = {
         EXPERTS, {"norm_topk_prob": True},
         {**EXPERTS, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 5},
     ],
-    "qwen3_5_text": [{"head_dim": 256}],  # rotary sections come to 32 dimensions
+    "qwen3_5_text": [{"head_dim": 256}],  # the rotary sections add up to 32 dimensions
     "qwen3_next": [{"decoder_sparse_step": 1}, {}],
     "smollm3": [{**NO_WINDOW, "no_rope_layer_interval": 4}, {"no_rope_layer_interval": 4}],
     **{kind: [NO_WINDOW, {}] for kind in ("mistral", "phi3", "qwen2", "qwen3", "starcoder2")},
 }
 # fmt: on
-SENTENCEPIECE = (  # the converter asks for it
+SENTENCEPIECE = (  # families for which the converter requires SentencePiece
     *("ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "jamba", "nemotron", "phi3", "qwen2"),
 )
-# Fields of published configs that the converter reads and transformers 5 does not write by itself.
+# Fields of published configs that the converter reads but transformers 5 does not write.
 RAW_FIELDS = {
     "cohere2": {"rotary_pct": 1.0},
     "deepseek_v3": {"scoring_func": "sigmoid"},
     "gpt2": {"n_ctx": 64},
     "gpt_neox": {"rotary_pct": 0.25},
 }
-# The converter does not write their theta: published models of these types all have the default.
+# The converter does not write rope theta for these types, because all published models have the default.
 DEFAULT_THETA = ("falcon", "gemma", "gemma2", "glm", "phi")
-# Published checkpoints have a block for speculative decoding, which transformers ignores, and ours have not.
+# Published checkpoints have a block for speculative decoding, which transformers ignores; ours do not.
 OPTIONS = {"qwen3_5_text": ("--no-mtp",), "qwen3_next": ("--no-mtp",)}
 
 
@@ -196,7 +197,7 @@ def subjects(only: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def plans(config: Any, count: int, dropped: Sequence[int]) -> dict[str, Any]:
-    """Kept layers: all; chosen freely, so that the verdict is bad if it can be; chosen for llama.cpp."""
+    """Returns the kept layers: all; chosen freely, with a bad verdict if possible; chosen for llama.cpp."""
     from gradpruner.common.errors import PlanError
     from gradpruner.gradients.scores import LayerScores
     from gradpruner.models.config_patch import family_slots, required_layers, text_config
@@ -233,19 +234,19 @@ def plans(config: Any, count: int, dropped: Sequence[int]) -> dict[str, Any]:
 
 
 class Source:
-    """A tiny random model of one type, saved as published models are.
+    """A tiny random model of one type, saved in the form of published models.
 
     Args:
-        engine: The other interpreter.
+        engine: The running engine.
         model_type: A type of tests/families.py.
-        options: Fields of its config beside those of tests/families.py.
-        folder: Where to put it.
+        options: Config fields in addition to those of tests/families.py.
+        folder: Where to save the model.
 
     Attributes:
         model: The model.
-        folder: The checkpoint.
-        vocabulary: Files of its tokenizer.
-        prompts: Random tokens.
+        folder: Folder of the checkpoint.
+        vocabulary: Files of the tokenizer.
+        prompts: Random token ids.
     """
 
     def __init__(self, engine: Engine, model_type: str, options: dict[str, Any], folder: Path) -> None:
@@ -259,14 +260,14 @@ class Source:
         if model_type in ("gemma3n_text", "gemma4_text"):
             options["vocab_size_per_layer_input"] = vocab
         rope = getattr(make_config(model_type, **options), "rope_parameters", None) or {}
-        # not the default, which readers would assume
+        # Not the default theta, which a reader could assume without reading the config.
         if "rope_theta" in rope and model_type not in DEFAULT_THETA:
             options["rope_parameters"] = rope | {"rope_theta": ROPE_THETA}
         self.model = make_family_model(model_type, seed=SEED, vocab_size=vocab, **options)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 if re.search(r"[qk]_proj\.weight$", name):
-                    parameter.mul_(4)  # so that attention looks at something
+                    parameter.mul_(4)  # makes attention less uniform
         self.folder = folder
         self.model.save_pretrained(folder)
         as_published(folder, model_type)
@@ -277,7 +278,7 @@ class Source:
         self.prompts = [tokens[:length] for length in PROMPT_TOKENS]
 
     def add_tokenizer(self, folder: Path) -> None:
-        """Puts the tokenizer into another folder."""
+        """Copies the tokenizer into another folder."""
         for path in self.vocabulary:
             (folder / path.name).write_bytes(path.read_bytes())
 
@@ -285,7 +286,7 @@ class Source:
 def one_family(
     engine: Engine, model_type: str, options: dict[str, Any], folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """One record for every plan."""
+    """Yields one record per plan."""
     from transformers import AutoModelForCausalLM
 
     from gradpruner.plans.layer_plan import PruningPlan
@@ -323,13 +324,13 @@ def one_family(
 
 
 def as_published(folder: Path, model_type: str) -> None:
-    """Adds what transformers leaves out when it writes a model of this type."""
+    """Adds what published models of this type have and transformers does not write."""
     from safetensors.torch import load_file, save_file
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= RAW_FIELDS.get(model_type, {})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    if model_type == "gemma3n_text":  # layers that reuse keys and values have unused ones of their own
+    if model_type == "gemma3n_text":  # layers that share keys and values still have unused weights for them
         tensors = load_file(folder / "model.safetensors")
         last = config["num_hidden_layers"] - config["num_kv_shared_layers"] - 1
         for layer in range(last + 1, config["num_hidden_layers"]):
@@ -362,7 +363,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], help="these families; 'none' for no family")
     parser.add_argument("--update", action="store_true", help="replace only what was run in that file")
     args = parser.parse_args()
-    # This file is called gguf.py: its folder must not be where `import gguf` is looked for.
+    # Drop this folder from the path: `import gguf` must find the library and not this file.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if not args.converter or not args.python:

@@ -3,13 +3,13 @@
     python benchmarks/gguf_widths.py --converter llama.cpp --python engine/bin/python --json FILE
     python benchmarks/gguf_widths.py --converter llama.cpp --python engine/bin/python --only granite olmo
 
-`--converter` and `--python` are those of `gguf.py`, which does the converting, running and comparing. A tiny
-random model of every family that `gradpruner.models.engines` has read and whose heads and channels can be
-told apart is run unpruned and by the plans of `PLANS`, beside the verdict of `models.engine_widths`: "ok"
-has to compute what transformers computes, "wrong" has to differ, "refused" must not load. Hidden size / heads
-is the size of a head in the unpruned model and in "heads and hidden"; the other plans show who derives it.
-Families that llama.cpp gets wrong unpruned (attention windows) are left to `gguf.py`. A trained Llama
-(`--model`; skipped without) is narrowed in the same ways.
+`--converter` and `--python` are as for `gguf.py`. A tiny random model of every family in the table of
+`gradpruner.models.engines` whose heads and channels can be pruned runs unpruned and with each of `PLANS`. The
+results are compared with the verdicts of `models.engine_widths`: "ok" must compute the same as transformers,
+"wrong" must differ, "refused" must not load. In the unpruned model and with "heads and hidden", the head size
+equals hidden size / heads; the other plans show which readers derive it that way. Families that llama.cpp
+computes wrongly even unpruned (attention windows) are left to `gguf.py`. A trained Llama (`--model`; skipped
+without) is narrowed in the same ways.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llama_engine import (
 )
 
 HERE = Path(__file__).resolve().parent
-# gguf.py of this folder, under another name: `import gguf` means the library.
+# Import gguf.py of this folder under another name, because `import gguf` means the library.
 _SPEC = importlib.util.spec_from_file_location("gguf_benchmark", HERE / "gguf.py")
 assert _SPEC is not None and _SPEC.loader is not None
 base = importlib.util.module_from_spec(_SPEC)
@@ -50,10 +50,10 @@ PLANS = ("kv groups", "query heads", "channels", "hidden", "heads and hidden", *
 
 
 def make_plan(whole: Any, name: str) -> Any:
-    """Half the units of every layer, or of every second one, not the first of them.
+    """Returns a plan that keeps half the units (not just the first half) of every, or every second, layer.
 
     Raises:
-        PlanError: If attention has no two KV heads, or no two query heads for each.
+        PlanError: If there is only one KV head, or only one query head per KV head.
     """
     from gradpruner.common.errors import PlanError
     from gradpruner.plans.width_plan import LayerWidths
@@ -87,18 +87,18 @@ def narrowed(
     prompts: list[Any],
     **how: Any,
 ) -> Iterator[dict[str, Any]]:
-    """One record for the unpruned model and for every plan that the family takes.
+    """Yields one record for the unpruned model and for every plan.
 
     Args:
-        engine: The other interpreter.
-        source: The unpruned checkpoint.
-        bare: The same, to be pruned; without a tokenizer that transformers cannot load.
-        vocabulary: Files of that tokenizer, added after pruning.
-        config: Of the unpruned model.
+        engine: The running engine.
+        source: Folder of the unpruned checkpoint.
+        bare: Folder of the same checkpoint, to prune; without a tokenizer that transformers cannot load.
+        vocabulary: Files of that tokenizer, to add after pruning.
+        config: Config of the unpruned model.
         whole: The plan that keeps everything.
-        folder: For pruned checkpoints.
+        folder: Folder for pruned checkpoints.
         prompts: As for `compare`.
-        how: Likewise.
+        how: Further options of `compare`.
     """
     from gradpruner.common.errors import GradPrunerError
     from gradpruner.models.engine_widths import portability_of
@@ -117,7 +117,7 @@ def narrowed(
             fault = f"{type(error).__name__}: {error}".replace(f"{folder}/", "")[:160]
             yield {"plan": name, "outcome": "not pruned", "error": fault}
             continue
-        if not plan.uniform:  # transformers does not load it either, so only whether llama.cpp does is asked
+        if not plan.uniform:  # transformers cannot load it, so only check whether llama.cpp does
             found = loads(engine, target, prompts, **how)
         else:
             found = compare(engine, target, prompts, **how)
@@ -134,7 +134,7 @@ def narrowed(
 
 
 def loads(engine: Any, model: Path, prompts: list[Any], **how: Any) -> dict[str, Any]:
-    """Whether llama.cpp takes a checkpoint that transformers alone cannot load."""
+    """Checks whether llama.cpp loads a checkpoint that plain transformers cannot load."""
     file, arrays, answer = (str(engine.folder / name) for name in ("model.gguf", "out.npz", "answer.json"))
     Path(file).unlink(missing_ok=True)
     how = {"outtype": "f32", "pre": "", "options": [], **how}
@@ -149,7 +149,7 @@ def loads(engine: Any, model: Path, prompts: list[Any], **how: Any) -> dict[str,
 def one_family(
     engine: Any, model_type: str, options: dict[str, Any], folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Its records, or the one that says why there are none."""
+    """Yields the records of a family, or one that says why there are none."""
     from gradpruner.common.errors import GradPrunerError
     from gradpruner.models.widths import WidthView
 
@@ -179,7 +179,7 @@ def families(engine: Any, only: list[str]) -> list[dict[str, Any]]:
     rows = []
     for model_type, options in base.subjects(only):
         if options.get("query_pre_attn_scalar"):
-            continue  # Gemmas that are deep, but not as deep as the ones told by their depth
+            continue  # deep Gemmas whose depth is none of those that llama.cpp recognises
         with tempfile.TemporaryDirectory(dir=engine.folder) as folder:
             try:
                 for row in one_family(engine, model_type, options, Path(folder)):
@@ -191,7 +191,7 @@ def families(engine: Any, only: list[str]) -> list[dict[str, Any]]:
 
 
 def trained(engine: Any, model: Path, pre: str, folder: Path) -> list[dict[str, Any]]:
-    """A trained model, in float32 throughout."""
+    """Returns the records of a trained model, in float32."""
     from gradpruner.models.loading import load_model
     from gradpruner.models.widths import WidthView
 

@@ -1,10 +1,10 @@
-"""Kills a run at random moments and starts it again; its figures must be those of a run never killed.
+"""Kills a run at random moments and restarts it; its results must equal those of a run that was never killed.
 
 python benchmarks/kills.py --kills 20
 
-The run is that of a tiny model: recording, pruning with repair, fine-tuning with checkpoints, evaluation.
-When it ends before its next kill, another one is begun in a new folder. Prints a line per folder; exits 1
-where anything differs: rows, plans, scores, every answer, every weight to the bit.
+The run uses a tiny model: recording, pruning with repair, fine-tuning with checkpoints, evaluation. If it
+ends before its next kill, another run starts in a new folder. Prints a line per folder; exits with 1 if
+anything differs: rows, plans, scores, any answer, or any bit of a weight.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from gradpruner.common.progress import set_mode
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe import load_recipe
 
-# What tells how long something took, or how it came about; everything else must be equal.
+# Fields for time, memory and resuming; all other fields must be equal.
 OF_THE_WAY = {"seconds", "peak_memory_bytes", "tokens_per_second", "resumed_from", "measured_from", "resumed"}
 COMPARED = ("model", "data", "trace", "scores", "plans", "variants", "rows", "reference")
 
 
 def start(recipe: Path, out: Path) -> int:
-    """Begins, or goes on with, a run in a process of its own; returns its number."""
+    """Starts or resumes a run in its own process; returns the process id."""
     process = os.fork()
     if process:
         return process
@@ -49,7 +49,7 @@ def start(recipe: Path, out: Path) -> int:
 
 
 def ended(process: int, seconds: float) -> int | None:
-    """How a process ended within so many seconds; None if it goes on."""
+    """Waits up to `seconds` for a process to end; returns its exit code, None if it is still running."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         found, status = os.waitpid(process, os.WNOHANG)
@@ -60,14 +60,14 @@ def ended(process: int, seconds: float) -> int | None:
 
 
 def figures(value: Any) -> Any:
-    """A record without what tells of times and of the way it came about."""
+    """Returns a record without the fields in `OF_THE_WAY`."""
     if isinstance(value, dict):
         return {key: figures(inner) for key, inner in value.items() if key not in OF_THE_WAY}
     return [figures(inner) for inner in value] if isinstance(value, list) else value
 
 
 def found_in(out: Path) -> dict[str, Any]:
-    """Everything a finished run says and leaves, but for times."""
+    """Returns the record and the files of a finished run, without times."""
     record = json.loads((out / "run.json").read_text())
     files = [path for kind in ("*.safetensors", "examples*.jsonl", "plan*.json") for path in out.rglob(kind)]
     left = {str(path.relative_to(out)): path.read_bytes() for path in files}
@@ -75,7 +75,7 @@ def found_in(out: Path) -> dict[str, Any]:
 
 
 def kill_until(recipe: Path, folder: Path, kills: int, draw: random.Random) -> bool:
-    """Kills runs until `kills` kills were done; returns whether all ended as the one that was left alone."""
+    """Kills runs `kills` times in all; returns whether all ended like the run that was never killed."""
     begun = time.monotonic()
     if ended(start(recipe, folder / "straight"), 3600) != 0:
         return False
@@ -86,7 +86,7 @@ def kill_until(recipe: Path, folder: Path, kills: int, draw: random.Random) -> b
         out, here, code = folder / f"killed-{number}", 0, None
         while code is None:
             process = start(recipe, out)
-            # The last start of all is left alone; so is, now and then, one that comes to its end by itself.
+            # After the last kill, the run may finish. Earlier runs sometimes finish before their next kill.
             code = ended(process, draw.uniform(0, 0.6 * whole) if done < kills else 3600)
             if code is None:
                 os.kill(process, signal.SIGKILL)
@@ -102,7 +102,7 @@ def kill_until(recipe: Path, folder: Path, kills: int, draw: random.Random) -> b
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Runs the check from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""llama.cpp in the other interpreter, and how far what it computes is from transformers."""
+"""Runs llama.cpp in another interpreter and compares its results with those of transformers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parent.pa
 SEED = 0
 NEW_TOKENS = 32
 AGREES = 1e-2
-"""Largest relative error that counts as computing the same. Both sides are float32, but llama.cpp looks GELU
-up in a table of half precision, which alone makes up to 3e-3 in these models, and has another denominator in
-gemma3n's standard deviations (7e-3 with it); the others come to 1e-6 or 1e-5. What is wrong is off by 2e-1 or
-more."""
+"""Largest relative error at which two results count as the same. Both sides are float32, but llama.cpp takes
+GELU from a half-precision table, which alone causes errors up to 3e-3 in these models, and divides gemma3n's
+standard deviations by another number (7e-3 with both). Other correct models have errors of 1e-6 or 1e-5,
+wrong ones of 2e-1 or more."""
 
 
 class Engine:
-    """The other interpreter, kept running."""
+    """The process of the other interpreter, kept running for all jobs."""
 
     def __init__(self, python: Path, converter: Path, folder: Path) -> None:
         command = [str(python.absolute()), str(HERE / "llama_worker.py"), str(converter.resolve())]
@@ -39,11 +39,11 @@ class Engine:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit("The other Python does not start; it needs what the docstring says.")
+            sys.exit("The interpreter given by --python does not start; see the docstring for what it needs.")
         return json.loads(line)
 
     def do(self, what: str, **job: Any) -> str:
-        """Carries a job out. Returns "" or what went wrong."""
+        """Runs a job; returns "" or what went wrong."""
         log = self.folder / "log.txt"
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({"do": what, "log": str(log), **job}) + "\n")
@@ -52,7 +52,7 @@ class Engine:
         return self._fault(log.read_text(encoding="utf-8", errors="replace"), status) if status else ""
 
     def _fault(self, log: str, status: int) -> str:
-        """The line of a log that says most, without folders of this machine."""
+        """Returns the most informative line of a log, without paths of this machine."""
         lines = [line.strip() for line in log.splitlines() if line.strip()]
         telling = [line for line in lines if re.search(r"error load|not supported|GGML_ASSERT", line)]
         line = re.sub(r"\x1b\[[\d;]*m", "", (telling or lines[-1:] or [f"exit status {status}"])[0])
@@ -60,7 +60,7 @@ class Engine:
         return re.sub(r"/[\w/.-]*/([\w.-]+)", r"\1", line)[:200]
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -75,16 +75,16 @@ def compare(
     exact: bool = True,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Converts a checkpoint, runs it, and says how far llama.cpp is from transformers.
+    """Converts a checkpoint, runs it in llama.cpp, and compares the results with transformers.
 
     Args:
-        engine: The other interpreter.
-        model: A checkpoint.
-        prompts: Texts, to be continued greedily, or token ids.
-        outtype: Type of the file's tensors.
-        pre: Pre-tokenizer to claim.
-        exact: With the cache in float32; otherwise llama.cpp's defaults.
-        options: Further ones for the converter.
+        engine: The running engine.
+        model: Folder of the checkpoint.
+        prompts: Texts to continue greedily, or token ids.
+        outtype: Type of the tensors in the GGUF file.
+        pre: Pre-tokenizer the converter is told to use; "" lets it find out.
+        exact: Whether the KV cache is in float32; otherwise llama.cpp's defaults apply.
+        options: Further options of the converter.
     """
     import numpy
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -127,7 +127,7 @@ def compare(
 
 
 def log_probabilities(model: Any, ids: list[int], count: int) -> Any:
-    """Of the last `count` tokens, by one forward pass over all."""
+    """Returns log-probabilities at the last `count` tokens, from one forward pass over all tokens."""
     import torch
 
     with torch.no_grad():
@@ -136,16 +136,16 @@ def log_probabilities(model: Any, ids: list[int], count: int) -> Any:
 
 
 def engine_options(parser: argparse.ArgumentParser) -> None:
-    """What every benchmark of llama.cpp asks for."""
+    """Adds the options that all benchmarks of llama.cpp have."""
     parser.add_argument("--converter", type=Path, help="source tree of llama.cpp")
     parser.add_argument("--python", type=Path, help="interpreter with xllamacpp")
-    parser.add_argument("--converter-name", default="", help="which llama.cpp it is, to be recorded")
+    parser.add_argument("--converter-name", default="", help="version of llama.cpp, for the record")
     parser.add_argument("--json", type=Path, help="file to write")
 
 
 @contextlib.contextmanager
 def running(args: argparse.Namespace) -> Iterator[Engine]:
-    """The other interpreter, with a folder of its own and tokenizers in it."""
+    """Starts the engine with a temporary folder that holds its tokenizers, and ends it after the block."""
     with tempfile.TemporaryDirectory() as name:
         engine = Engine(args.python, args.converter, Path(name))
         fault = engine.do("tokenizers", folder=name, text=str(ROOT / "LICENSE"))
@@ -156,7 +156,7 @@ def running(args: argparse.Namespace) -> Iterator[Engine]:
 
 
 def versions_of(engine: Engine, converter_name: str) -> dict[str, str]:
-    """What was run."""
+    """Returns the versions of the programs that ran."""
     from gradpruner.models.engines import VERSIONS
 
     return {
@@ -178,7 +178,7 @@ def show_family(row: dict[str, Any]) -> None:
 
 
 def updated(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """An earlier result with the families that were run again; their commit is noted in their rows."""
+    """Returns an earlier result with the rows of new families replaced; new rows note their commit."""
     again = {row["model_type"]: row for row in new["families"]}
     for row in new["families"]:
         row["commit"] = new["provenance"]["commit"]

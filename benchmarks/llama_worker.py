@@ -1,6 +1,6 @@
-"""What `gguf.py` and `gguf_widths.py` run in the other interpreter: llama.cpp's converter and engine.
+"""Runs llama.cpp's converter and engine for `gguf.py` and `gguf_widths.py`, in a separate interpreter.
 
-python benchmarks/llama_worker.py CONVERTER     takes jobs as lines of JSON, see `work`
+python benchmarks/llama_worker.py CONVERTER     reads jobs as lines of JSON, see `work`
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SPM_VOCAB = 512
 
 
 def work(converter: str) -> None:
-    """Takes jobs as lines of JSON; each is done in a fork, because llama.cpp may abort the process."""
+    """Reads jobs as lines of JSON and runs each in a fork, because llama.cpp may abort the process."""
     sys.path[:0] = [converter, f"{converter}/gguf-py"]
-    import transformers  # here, so once for all forks
+    import transformers  # imported once here, for all forks
     import xllamacpp
     from conversion import base  # noqa: F401
 
@@ -46,7 +46,7 @@ def work(converter: str) -> None:
 
 
 def tokenizers(converter: str, job: dict[str, Any]) -> None:
-    """GPT-2's tokenizer, a small SentencePiece one, and that as a BPE of bytes and pieces (gemma4)."""
+    """Writes three tokenizers: GPT-2's, a small SentencePiece one, and a BPE with byte fallback (gemma4)."""
     import gguf
     import sentencepiece
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -61,7 +61,7 @@ def tokenizers(converter: str, job: dict[str, Any]) -> None:
     gpt2.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     wrapped = PreTrainedTokenizerFast(tokenizer_object=gpt2, bos_token=end, eos_token=end)
-    wrapped.add_special_tokens({"additional_special_tokens": ["<|user|>"]})  # asked for by glm
+    wrapped.add_special_tokens({"additional_special_tokens": ["<|user|>"]})  # glm requires it
     wrapped.save_pretrained(folder / "bpe")
 
     special = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
@@ -84,7 +84,7 @@ def tokenizers(converter: str, job: dict[str, Any]) -> None:
 
 
 def convert(converter: str, job: dict[str, Any]) -> None:
-    """Runs convert_hf_to_gguf.py; with `pre`, a tokenizer it does not know passes for that kind."""
+    """Runs convert_hf_to_gguf.py; with `pre`, an unknown tokenizer is treated as one of that kind."""
     if job["pre"]:
         from conversion.base import TextModel
 
@@ -95,7 +95,7 @@ def convert(converter: str, job: dict[str, Any]) -> None:
 
 
 def generate(converter: str, job: dict[str, Any]) -> None:
-    """Greedy tokens of llama.cpp's server, with the log-probabilities of all tokens at each of them."""
+    """Generates greedily with llama.cpp's server; writes tokens and log-probabilities of the vocabulary."""
     import numpy
     import xllamacpp
 
@@ -114,7 +114,8 @@ def generate(converter: str, job: dict[str, Any]) -> None:
         with urllib.request.urlopen(request) as reply:
             return json.load(reply)
 
-    # The server leaves out tokens that end inside a character; where tokens are given, none is generated.
+    # The server leaves out tokens that end inside a character. For prompts of token ids it must not matter
+    # which token is generated, so a harmless one is forced.
     harmless = post("/tokenize", {"content": "a"})["tokens"][-1]
     answer: dict[str, Any] = {"prompts": [], "tokens": []}
     arrays = {}
@@ -123,7 +124,7 @@ def generate(converter: str, job: dict[str, Any]) -> None:
         if isinstance(prompt, str):
             prompt = post("/tokenize", {"content": prompt, "add_special": True})["tokens"]
         else:
-            options |= {"max_tokens": 1, "logit_bias": [[harmless, 1e6]]}  # log-probabilities come before it
+            options |= {"max_tokens": 1, "logit_bias": [[harmless, 1e6]]}  # log-probabilities ignore the bias
         reply = server.handle_completions({"prompt": prompt, **options})
         steps = reply["choices"][0]["logprobs"]["content"]
         table = numpy.full((len(steps), job["vocab"]), numpy.nan, numpy.float32)

@@ -1,11 +1,11 @@
-"""What a dry run says a fine-tuning will hold, against what torch's allocator really gave out on the CPU.
+"""Memory of fine-tuning as a dry run estimates it, compared with what torch's CPU allocator gave out.
 
     python benchmarks/memory_estimate.py            writes benchmarks/results/memory_estimate.json
-    python benchmarks/memory_estimate.py --quick    whether it runs; writes nothing
+    python benchmarks/memory_estimate.py --quick    a trial with a small model; writes nothing
 
-Every case runs `finetune` for two optimizer steps under torch's memory profiler: the peak is the weights that
-are there at the start and the most that all allocations and releases since then add up to. Estimates know
-shapes only.
+Every case runs `finetune` for two optimizer steps under torch's memory profiler. The measured peak is the
+weights at the start plus the largest sum of all allocations and releases since then. Estimates use shapes
+only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ RESULT = Path(__file__).parent / "results" / "memory_estimate.json"
 SEED = 0
 # Hidden size, MLP channels, layers, query heads, KV heads, vocabulary.
 MEDIUM, SMALL = (512, 1408, 6, 8, 4, 8192), (64, 128, 3, 4, 2, 256)
-# Name, options of finetune, type of the weights.
+# Name, options of finetune, dtype of the weights.
 CASES: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("full", {}, "float32"),
     ("full, two passes a step", {"accumulation": 2}, "float32"),
@@ -80,7 +80,7 @@ def measured_peak(config: LlamaConfig, options: dict[str, Any], dtype: str, batc
 
 
 def scales_of(weight: Any) -> int:
-    """Bytes of the scales beside a weight in 4 bits."""
+    """Returns the bytes of the scales of a 4-bit weight; 0 for other weights."""
     state = getattr(weight, "quant_state", None)
     return 0 if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
 
@@ -121,7 +121,7 @@ def main() -> None:
         try:
             row["measured_bytes"] = measured_peak(config, options, dtype, batch, tokens)
             row["ratio"] = round(row["estimate"]["peak"] / row["measured_bytes"], 4)
-        except Exception as error:  # a kernel this CPU has not: the row says so
+        except Exception as error:  # e.g. a kernel that this CPU lacks; the row records it
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         rows.append(row)
         print(

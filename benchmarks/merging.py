@@ -1,14 +1,14 @@
-"""Merging one 14336 x 4096 linear of three pruned layers, against the released code's way of doing it.
+"""Time and memory of merging a 14336 x 4096 linear of three pruned layers, compared with the released code.
 
     python benchmarks/merging.py            writes benchmarks/results/merging.json; about six minutes
-    python benchmarks/merging.py --quick    a smaller matrix, seconds, writes nothing
+    python benchmarks/merging.py --quick    a smaller matrix; takes seconds and writes nothing
 
-Ours is `gradpruner.plans.merging.merge_linear`. The released way adds up the squared products of every step,
-sorts all entries, marks the top fifth by index, multiplies weights for the sign test and adds. Its time for
-three sources is three times that for one, because its sources share nothing; the two are measured in turns
-(ours, released, ours, ...) on one thread. Memory is the rise of the resident set size of a fresh process that
-already holds the inputs; the result counts, inputs do not. The released way's memory does not depend on steps
-or sources, so two steps and one source are enough for it.
+"ours" is `gradpruner.plans.merging.merge_linear`. "released" sums the squared products of all steps, sorts
+all entries, marks the top fifth by index, multiplies weights to compare signs, and adds. It is timed with one
+source and that time is multiplied by three, because its sources share no work. The two are timed in turns
+(ours, released, ours, ...) on one thread. Memory is the rise of the resident set size (RSS) in a fresh
+process that already holds the inputs, so it includes the result but not the inputs. The memory of "released"
+does not depend on the number of steps or sources, so it is measured with two steps and one source.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TIME_GOAL, MEMORY_GOAL = 4.0, 1.5
 def make_inputs(
     shape: tuple[int, int], dtype: torch.dtype, steps: int = STEPS, sources: int = SOURCES
 ) -> tuple[Tensor, list[Source]]:
-    """A target and pruned linears with gradients whose rows and columns differ in size, as real ones do."""
+    """Returns a target and pruned linears; their gradients vary in size by row and column, as in training."""
     generator = torch.Generator().manual_seed(SEED)
     rows, columns = shape
 
@@ -62,7 +62,7 @@ def make_inputs(
 
 
 def merge_released(target: Tensor, sources: list[Source]) -> Tensor:
-    """What the released `process_important.py` computes, in its order; products scaled into fp32's range."""
+    """Merges as the released `process_important.py` does, with products scaled into the range of fp32."""
     total = target.clone()
     for source in sources:
         importance = torch.zeros(target.shape)
@@ -78,7 +78,7 @@ def merge_released(target: Tensor, sources: list[Source]) -> Tensor:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds."""
+    """Returns wall and processor seconds of some work."""
     wall, processor = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - processor
@@ -103,10 +103,10 @@ def measure_time(shape: tuple[int, int], dtype: torch.dtype, pairs: int) -> dict
 
 
 def measure_memory(way: str, shape: tuple[int, int], dtype: torch.dtype) -> int:
-    """Rise of the resident set size in bytes; to be called in a fresh process."""
+    """Returns the rise of the RSS in bytes; must be called in a fresh process."""
     if way == "ours":
         target, sources = make_inputs(shape, dtype)
-        merge_linear(*make_inputs((64, 64), dtype), density=DENSITY)  # libraries set up their buffers
+        merge_linear(*make_inputs((64, 64), dtype), density=DENSITY)  # lets libraries set up their buffers
         with PeakMemory() as memory:
             merge_linear(target, sources, density=DENSITY)
     else:
@@ -124,7 +124,7 @@ def memory_in_fresh_process(way: str, shape: tuple[int, int], dtype: str) -> int
 
 
 def agreement(shape: tuple[int, int]) -> dict[str, Any]:
-    """How far the two results differ: entries at the threshold fall either side by rounding."""
+    """Counts entries in which the two results differ: rounding may move an entry across the threshold."""
     target, sources = make_inputs(shape, torch.float32)
     difference = (merge_linear(target, sources, density=DENSITY) - merge_released(target, sources)).abs()
     apart = int((difference > 1e-6).sum())

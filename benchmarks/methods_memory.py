@@ -1,24 +1,24 @@
-"""Peak memory and time of every method's decision, beside those of a plain LoRA training.
+"""Peak memory and time of each method's choice of layers, compared with a plain LoRA training.
 
     python benchmarks/methods_memory.py                          a Llama of 107 M parameters, random weights
     python benchmarks/methods_memory.py --model llama-3.1-8b     a public shape, for a GPU
     python benchmarks/methods_memory.py --model DIR --rows F     a folder, and rows of prompts and answers
-    python benchmarks/methods_memory.py --quick                  whether it runs at all: figures are noise
+    python benchmarks/methods_memory.py --quick                  a trial; its figures are noise
 
-Writes benchmarks/results/methods_memory.json, or `--out`. What is measured, each in processes of its own:
+Writes benchmarks/results/methods_memory.json, or `--out`. Measured are, each in its own processes:
 
-    lora                  some steps of LoRA fine-tuning (`finetune`), nothing recorded
-    evidence              `record_gradients`, as many steps of as many samples, factors to disk
-    METHOD                what a method that scores or plans does, at the budget of `--share` of the layers;
-                          those that need recorded gradients read what `evidence` left
-    whole gradients       the backward pass of LLM-Pruner's samples, holding the gradient of every weight
-    whole gradients, mix  the same after a squared gradient beside it: the second order as released
+    lora                  some steps of LoRA fine-tuning (`finetune`) without recording
+    evidence              `record_gradients` with the same number of steps and samples, factors to disk
+    METHOD                the scores or plan of a method that removes `--share` of the layers; methods that
+                          need recorded gradients read those of `evidence`
+    whole gradients       the backward pass of LLM-Pruner's samples, which holds the gradient of every weight
+    whole gradients, mix  the same with the squared gradients beside it: the second order as released
 
-Peak memory includes the model. On CUDA it is the most bytes torch had allocated; on a CPU the resident set,
-less what it was before the model was there (everything is done once with a miniature before, so that
-libraries are loaded and counted as there). Time includes loading the model. Processes of a round follow each
-other, so that a machine that changes touches all alike; figures are medians over rounds. The goal is judged
-by the peak of `evidence` over that of `lora`.
+Peak memory includes the model. On CUDA it is the most bytes torch had allocated; on a CPU it is the resident
+set size (RSS) minus the RSS before the model was loaded. Everything runs once with a tiny model first, so
+that libraries are already loaded by then. Time includes loading the model. All rows are measured in every
+round, so that changes of the machine affect all of them; figures are medians over rounds. The goal is checked
+with the peak of `evidence` over that of `lora`.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ RESULT = Path(__file__).parent / "results" / "methods_memory.json"
 SEED, GOAL = 0, 1.05
 # Hidden size, MLP channels, layers, query heads, KV heads, vocabulary.
 MEDIUM, SMALL = (1024, 2816, 8, 16, 4, 8192), (64, 128, 4, 4, 2, 256)
-# Rows beside those of every method with its default options.
+# Rows in addition to each method with its default options.
 VARIANTS = (("llm_pruner", {"taylor": "param_second"}), ("llm_pruner", {"taylor": "param_mix"}))
 CONTRASTS = ("whole gradients", "whole gradients, mix")
 Samples = list[dict[str, list[int]]]
@@ -78,16 +78,16 @@ class Order:
     Attributes:
         what: "lora", "evidence", a method, or one of `CONTRASTS`.
         config: The model's config.
-        folder: Where its weights are; None makes random ones.
-        layers: Parameters of every layer.
+        folder: Folder with the weights; None for random weights.
+        layers: Number of parameters of each layer.
         samples: The training samples.
         trace: Folder of the recorded gradients.
-        options: The method's options that are not at their default.
+        options: The method's options that differ from the defaults.
         steps: Optimizer steps of "lora" and "evidence".
-        batch_size: Samples a step.
-        share: Share of the layers that goes.
+        batch_size: Samples per step.
+        share: Share of the layers to remove.
         device: "auto" or a torch device.
-        dtype: "auto", or that of the weights.
+        dtype: Dtype of the weights, or "auto".
     """
 
     what: str
@@ -104,7 +104,7 @@ class Order:
     dtype: str = "auto"
 
     def load(self) -> Any:
-        """The model, in evaluation mode, on the device."""
+        """Returns the model on the device, in eval mode."""
         torch.manual_seed(SEED)
         config = CONFIG_MAPPING[self.config["model_type"]].from_dict(self.config)
         subject = Subject("", config, Path(self.folder) if self.folder else None)
@@ -112,7 +112,7 @@ class Order:
         return build(subject, "lora", workload, resolve_device(self.device))
 
     def training(self) -> dict[str, Any]:
-        """What `finetune` and `record_gradients` have in common."""
+        """Returns the options that `finetune` and `record_gradients` share."""
         on_cpu = resolve_device(self.device).type == "cpu"
         return {
             "learning_rate": 1e-4,
@@ -123,18 +123,18 @@ class Order:
         }
 
 
-# --- in a process of its own --------------------------------------------------------------------------------
+# --- in the child process -----------------------------------------------------------------------------------
 
 
 def run_lora(order: Order) -> None:
     options = {"mode": "lora", "accumulation": 1, "max_steps": order.steps, "merge_adapter": False}
-    # Padded, as recording does it.
+    # Padded batches, as in recording.
     finetune(order.load(), order.samples, batching="padded", **options, **order.training())
 
 
 def run_evidence(order: Order) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        # Only the first of several recordings is kept for the methods.
+        # Keep the first recording for the methods; later rounds write to a temporary folder.
         where = Path(folder) / "trace" if Path(order.trace).exists() else Path(order.trace)
         record_gradients(order.load(), order.samples, steps=order.steps, folder=where, **order.training())
 
@@ -160,7 +160,7 @@ def run_method(order: Order) -> None:
 
 
 def run_whole_gradients(order: Order) -> None:
-    """What LLM-Pruner's released code holds: a gradient, and for the second order its squares, per weight."""
+    """Holds a gradient, and for the second order its square, per weight, as LLM-Pruner's code does."""
     model = order.load().requires_grad_(True)
     ids = [sample["input_ids"][:64] for sample in order.samples[:10]]
     samples = [{"input_ids": one, "labels": one} for one in ids]
@@ -188,7 +188,7 @@ def run(order: Order) -> None:
 
 
 def work(order: Order) -> dict[str, Any]:
-    """Carries out an order; to be called in a fresh process."""
+    """Carries out an order; must be called in a fresh process."""
     set_mode("quiet")
     device = resolve_device(order.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -211,11 +211,11 @@ def work(order: Order) -> dict[str, Any]:
     }
 
 
-# --- the process that asks ----------------------------------------------------------------------------------
+# --- in the parent process ----------------------------------------------------------------------------------
 
 
 def small_order(order: Order, folder: Path) -> Order:
-    """The same of a miniature."""
+    """Returns the same order for a tiny model."""
     made = order_for(
         Subject("miniature", config_of(SMALL)), random_samples(256, 16, 24), str(folder / "trace")
     )
@@ -244,7 +244,7 @@ def samples_of(rows: str, subject: Subject, count: int, tokens: int) -> Samples:
 
 
 def ask(order: Order) -> dict[str, Any]:
-    """What a process of its own answers; an "error" where it failed."""
+    """Carries out an order in its own process; returns {"error": ...} if the process failed."""
     done = subprocess.run(
         [sys.executable, __file__, "--worker"],
         input=json.dumps(asdict(order)),
@@ -291,7 +291,7 @@ def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def add_ratios(found: list[dict[str, Any]]) -> bool | None:
-    """Every row over the first, "lora"; returns whether "evidence" meets the goal, None if one failed."""
+    """Adds ratios to the first row, "lora"; returns whether "evidence" meets the goal, None if one failed."""
     base = found[0].get("peak_bytes")
     for row in found:
         if base and "peak_bytes" in row:
@@ -320,16 +320,16 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a folder, hub id or public shape")
-    parser.add_argument("--rows", help="training rows with prompts and answers; else random tokens")
-    parser.add_argument("--methods", help="some methods, separated by commas; else all that decide")
+    parser.add_argument("--rows", help="training rows with prompts and answers; default: random tokens")
+    parser.add_argument("--methods", help="methods, separated by commas; default: all that score or plan")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=128, help="of a sample, at most for --rows")
-    parser.add_argument("--share", type=float, default=0.4, help="share of the layers that goes")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per sample; with --rows at most")
+    parser.add_argument("--share", type=float, default=0.4, help="share of the layers to remove")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--quick", action="store_true", help="whether it runs; writes nothing")
+    parser.add_argument("--quick", action="store_true", help="a trial with a tiny model; writes nothing")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -339,7 +339,7 @@ def main() -> None:
     args = arguments()
     if args.worker:
         answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-        os.dup2(2, 1)  # whatever libraries print
+        os.dup2(2, 1)  # output of libraries must not mix with the answer
         print(json.dumps(work(Order(**json.loads(sys.stdin.read())))), file=answers, flush=True)
         return
     if args.quick:

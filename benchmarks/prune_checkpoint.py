@@ -1,41 +1,42 @@
-"""Pruning a checkpoint on disk, against `cp` of the same bytes, mergekit, and loading, slicing and saving.
+"""Pruning a checkpoint on disk, compared with `cp` of the output, mergekit, and load, slice, save.
 
     python benchmarks/prune_checkpoint.py --work DIR --mergekit PYTHON   writes results/prune_checkpoint.json
     python benchmarks/prune_checkpoint.py --work DIR --default   writes results/prune_default.json
     python benchmarks/prune_checkpoint.py --work DIR --hidden 256 --layers 8 --json TRY.json    minutes
 
-PYTHON is that of an environment of its own, never a dependency:
+PYTHON is the interpreter of a separate environment; mergekit is not a dependency:
 
     python -m venv MK && MK/bin/pip install -c constraints.txt mergekit==0.1.5
 
-A random bf16 Llama of each size is written to DIR; 13 of 32 layers are pruned, spread so that hardly two kept
-layers are neighbours and little can be copied in one go. Steps take turns for `--pairs` rounds, the order
-turning too:
+A random bf16 Llama of each size is written to DIR. 13 of 32 layers are pruned, spread out so that few kept
+layers are adjacent and little can be copied in one piece. The steps run in turns for `--pairs` rounds, with
+a rotating order:
 
     cp          `cp -r` of a finished pruned folder, then fsync of every file
-    floor       copy, read back and hash, fsync, with nothing but hashlib: with --default only
-    default     gradpruner.pruning.on_disk.prune_checkpoint, 13 layers dropped, as users get it:
-                verify="auto", what both models compute is compared
-    drop        the same with verify="structure": what copying alone takes
-    merge       the same, 10 dropped and 3 merged into the layer before them
+    floor       copy, read back and hash, fsync, with hashlib alone; with --default only
+    default     gradpruner.pruning.on_disk.prune_checkpoint, 13 layers dropped, with the default
+                verify="auto", which compares the outputs of both models
+    drop        the same with verify="structure": the time of copying
+    merge       the same with 10 layers dropped and 3 merged into the layer before them
     naive       from_pretrained, a shorter ModuleList, save_pretrained; then fsync
     mergekit    a passthrough merge of slices; then fsync
 
-One torch thread, as in the other benchmarks; prune_checkpoint checks what it wrote in a thread of its own.
-Every step but `cp` is a process of its own. `seconds` is what the call took, libraries imported (those that
-load a Llama too); `process_seconds` the whole process. Ratios are of one round; their median counts.
-`prune_checkpoint` makes its files durable before it returns, so the goals are judged against cp plus fsync;
-the ratio of what is left on either side without fsync stands beside it. `merge` is judged without the time
-spent in `merge_linear`, which is reported by itself.
+As in the other benchmarks, torch has one thread; prune_checkpoint checks written files in a thread of its
+own. Every step except `cp` runs in its own process. `seconds` is the time of the call after all imports,
+including those for a Llama; `process_seconds` is the time of the whole process. Ratios are taken within one
+round, and their median counts. `prune_checkpoint` syncs its files before it returns, so the goals are checked
+against cp plus fsync; the ratio without fsync on either side is reported too. The goal of `merge` leaves out
+the time in `merge_linear`, which is reported separately.
 
-Warm: the source was read in full just before the step. Cold: source (and for cp the copied folder) evicted
-with posix_fadvise, what stayed in memory is recorded; this machine's cache only. Memory disk: source and
-outputs in /dev/shm, so no disk is waited for; dropping only. Peak RSS is the kernel's VmHWM of the process,
-which counts mapped pages of files too; peak anonymous memory is sampled every 20 ms and does not.
+Warm means that the source was read in full just before the step. Cold means that the source (for cp, the
+copied folder) was evicted from this machine's page cache with posix_fadvise; the share that stayed is
+recorded. Memory disk means that source and outputs are in /dev/shm, so that no step waits for a disk; only cp
+and drop run there. Peak RSS is the kernel's VmHWM of the process, which includes mapped pages of files; peak
+anonymous memory does not include them and is sampled every 20 ms.
 
-`--default` takes only cp, floor and default, of one size, from a warm cache: what most people wait for.
+`--default` runs only cp, floor and default, for one size and with a warm cache.
 
-Last, what mergekit and we make of tiny models of other families with one layer dropped. Linux only.
+Finally, mergekit and prune_checkpoint drop one layer of tiny models of other families. Linux only.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Nothing heavy up here: the parent stays small.
+# No heavy imports here, so that the parent process stays small.
 from checkpoint_figures import plain, report, rounded, show
 from checkpoint_running import (
     StepError,
@@ -114,13 +115,13 @@ def model_shape(hidden: int, layers: int) -> Json:
 
 
 def spread_layers(layers: int) -> list[int]:
-    """The pruned layers: neither the first nor the last two, as evenly apart as they come."""
+    """Returns the pruned layers, evenly spread and without the first two and the last two layers."""
     count = round(layers * PRUNED_SHARE)
     return [2 + (2 * i + 1) * (layers - 4) // (2 * count) for i in range(count)]
 
 
 def actions(layers: int, merged: int) -> list[list[Any]]:
-    """Keep, drop or merge; merged ones are spread over the pruned ones."""
+    """Returns the action for each layer; merged layers are spread evenly over the pruned ones."""
     pruned = spread_layers(layers)
     chosen = {pruned[i * (len(pruned) - 1) // max(1, merged - 1)] for i in range(min(merged, len(pruned)))}
     found: list[list[Any]] = [["drop" if i in pruned else "keep", None] for i in range(layers)]
@@ -130,14 +131,14 @@ def actions(layers: int, merged: int) -> list[list[Any]]:
 
 
 class Bench:
-    """The steps of one size, in one place (a disk or memory).
+    """The steps for one size, on a disk or in memory.
 
     Args:
-        folder: For the outputs.
-        source: The checkpoint.
-        trace: Recorded gradients.
-        layers: Its depth.
-        mergekit: Python of mergekit's environment.
+        folder: Folder for the outputs.
+        source: Folder of the checkpoint.
+        trace: Folder of recorded gradients.
+        layers: Number of layers.
+        mergekit: Interpreter of mergekit's environment.
     """
 
     def __init__(self, folder: Path, source: Path, trace: Path, layers: int, mergekit: str | None) -> None:
@@ -159,7 +160,7 @@ class Bench:
         return run_step(step, python, source=str(self.source), target=str(self.output), keep=self.keep)
 
     def run(self, name: str, cold: bool = False) -> Json:
-        """One step; its output is removed."""
+        """Runs one step, then removes its output."""
         inputs = [self.reference if name in ("cp", "floor") else self.source]
         inputs += [self.trace] if name == "merge" else []
         os.sync()
@@ -167,7 +168,7 @@ class Bench:
         held = in_memory(*inputs)
         try:
             row = self._work(name)
-            if name not in ("floor", "default", "drop", "merge"):  # these have done so already
+            if name not in ("floor", "default", "drop", "merge"):  # these sync their own output
                 row["sync_seconds"] = sync_folder(self.output)
             if name in ("naive", "mergekit") and name not in self.compared:
                 self.compared[name] = self._same()
@@ -199,7 +200,7 @@ class Bench:
         return bool(run_step(compare, one=str(self.reference), other=str(self.output))["same_tensors"])
 
     def rounds(self, names: list[str], pairs: int) -> dict[str, list[Json]]:
-        """All steps in turns; the order turns too, so that none always follows the same one."""
+        """Runs all steps in turns, rotating the order so that no step always follows the same one."""
         rows: dict[str, list[Json]] = {name: [] for name in names}
         for pair in range(pairs):
             start = pair % len(names)
@@ -243,10 +244,10 @@ def measure_size(hidden: int, args: argparse.Namespace, work: Path) -> Json:
 
 
 def measure_in_memory(folder: Path, args: argparse.Namespace) -> Json:
-    """Dropping against cp where no disk is waited for; skipped where it would not fit."""
+    """Measures drop and cp in memory, where nothing waits for a disk; skipped if memory is too small."""
     source, reference = folder / "source", folder / "reference"
     needed = size_of(source) + 2 * size_of(reference)
-    shutil.rmtree(reference)  # the pages of the disk's files make room
+    shutil.rmtree(reference)  # frees its pages in the cache
     evict(source)
     free = min(shutil.disk_usage(MEMORY_DISK).free, 0.75 * available_memory()) if MEMORY_DISK.is_dir() else 0
     if needed > free:
@@ -279,7 +280,7 @@ def met(result: Json) -> Json:
 
 
 def measure_families(args: argparse.Namespace, work: Path) -> Json:
-    """What becomes of one dropped layer in other families."""
+    """Drops one layer of models of other families with both tools."""
     say("families")
     folder = work / "families"
     run_step(make_families, folder=str(folder))
@@ -294,7 +295,7 @@ def measure_families(args: argparse.Namespace, work: Path) -> Json:
 
 
 def measure(args: argparse.Namespace, work: Path) -> Json:
-    """What may fail for want of a tool comes first; the sizes are written as they are done."""
+    """Measures everything: first what may fail for lack of a tool, then the sizes, each written when done."""
     begin = time.perf_counter()
     copier = subprocess.run(["cp", "--version"], check=True, capture_output=True, text=True).stdout
     result: Json = {
@@ -324,7 +325,7 @@ def measure(args: argparse.Namespace, work: Path) -> Json:
 
 
 def measure_default(args: argparse.Namespace, work: Path) -> Json:
-    """The default against cp, of one size."""
+    """Measures the default checks and cp for one size."""
     shape = model_shape(args.sizes[0], args.layers)
     source = work / "source"
     load_before = os.getloadavg()
@@ -359,16 +360,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, help="scratch on the disk to measure; 12 GB")
-    parser.add_argument("--default", action="store_true", help="only cp, floor and default, of one size")
+    parser.add_argument("--work", type=Path, help="scratch folder on the disk to measure; takes 12 GB")
+    parser.add_argument("--default", action="store_true", help="only cp, floor and default, for one size")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--sizes", "--hidden", nargs="+", type=int, help="hidden sizes")
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--pairs", type=int, default=3, help="rounds")
     parser.add_argument("--steps", type=int, default=40, help="recorded steps of the merged layers")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, in every step")
-    parser.add_argument("--mergekit", metavar="PYTHON", help="of an environment with mergekit")
-    parser.add_argument("--filesystem", metavar="NOTE", help="anything to say about the disk")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads of every step")
+    parser.add_argument("--mergekit", metavar="PYTHON", help="interpreter of an environment with mergekit")
+    parser.add_argument("--filesystem", metavar="NOTE", help="a note about the disk, for the record")
     args = parser.parse_args()
     if args.work is None:
         parser.error("--work is needed")

@@ -1,13 +1,13 @@
-"""GradPruner on real tasks: dense against pruned variants, full fine-tuning and LoRA, three seeds.
+"""Dense and pruned variants on real tasks: full fine-tuning and LoRA, three seeds.
 
     python benchmarks/real_tasks.py sweep --model M --data D --work W     learning rates, dense model only
     python benchmarks/real_tasks.py run   --model M --data D --work W     the comparison
     python benchmarks/real_tasks.py table                                 Markdown from the committed JSON
 
 D holds one folder per task in its hub schema. Every cell is an ordinary `gradpruner.run`, so an interrupted
-benchmark goes on where it was; cells whose result is committed are skipped. `--only trec/full/0` restricts
-it; several processes may share W as long as they work on different cells. Learning rates come from the sweep,
-made on a held-out part of the training split; the test split is not looked at there.
+benchmark resumes; cells whose result is committed are skipped. `--only trec/full/0` selects cells. Several
+processes may share W if they work on different cells. The sweep chooses learning rates on a held-out part of
+the training split and never reads the test split.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ LABELS = {
     "last": "last layers",
     "shortgpt": "ShortGPT",
 }
-# The committed cells were measured before this row got the name of its method.
+# Committed cells use the name that this row had before it was named after its method.
 FORMER_NAMES = {"block_influence": "shortgpt"}
 MODES = ("full", "lora")
 SEEDS = (0, 1, 2)
-# Rows and epochs are cut to what two slow cores do in a few hours; the same for every variant.
+# Rows and epochs are what two slow cores can do in a few hours, and the same for every variant.
 TASKS: dict[str, dict[str, Any]] = {
     "trec": {"train_limit": 1000, "eval_limit": 500, "epochs": 3},
     "financial_phrasebank": {"train_limit": 1000, "eval_limit": 400, "epochs": 3},
     "fingpt_sentiment": {"train_limit": 600, "eval_limit": 300, "epochs": 3},
 }
-# The tasks' own prompts list the answers, which instructs a large model and only costs a tiny one time.
+# The tasks' own prompts list the answers. That instructs a large model, but only slows down a tiny one.
 SHORT_PROMPT = {"trec": "Question: ", "financial_phrasebank": "Sentence: "}
 SWEEP = {"full": (3e-4, 1e-3, 2e-3, 4e-3), "lora": (1e-3, 3e-3, 1e-2)}
 SWEEP_TASK = "trec"
@@ -111,7 +111,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def short_prompt(task: str, prompt: str) -> str:
-    """The prompt without the list of answers."""
+    """Returns the prompt without the list of answers."""
     marker = SHORT_PROMPT.get(task, "")
     return marker + prompt.rpartition(marker)[2] if marker else prompt
 
@@ -119,7 +119,7 @@ def short_prompt(task: str, prompt: str) -> str:
 def write_rows(
     args: argparse.Namespace, tasks: Iterable[str], shorten: Callable[[str, str], str] = short_prompt
 ) -> None:
-    """The tasks' rows as prompt/completion files, with short prompts where the task's own is long."""
+    """Writes the tasks' rows as prompt/completion files, with shortened prompts."""
     from gradpruner.data.tasks import TASKS as KNOWN
     from gradpruner.data.tasks import load_task
 
@@ -140,7 +140,7 @@ def write_rows(
 
 
 def split_training_rows(folder: Path) -> Path:
-    """The training split cut in two, so that choosing a learning rate never sees the test split."""
+    """Splits the training split in two, so that the choice of a learning rate never sees the test split."""
     lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     cut = len(lines) * 4 // 5
     target = folder / "sweep"
@@ -168,7 +168,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def condensed(record: dict[str, Any]) -> dict[str, Any]:
-    """The run record without loss curves, and with the model named, not located."""
+    """Returns the run record without loss curves, and with names in place of paths."""
     record = json.loads(json.dumps(record))
     for row in record["variants"].values():
         if row["finetune"]:
@@ -211,7 +211,7 @@ def table(_: argparse.Namespace) -> None:
 
 
 def markdown(cells: list[dict[str, Any]]) -> str:
-    """Mean over seeds and their range, a row per variant and a column per task and mode measured so far."""
+    """Returns a table of mean and range of seeds: a row per variant, a column per task and mode measured."""
     columns = [
         (task, mode, chosen)
         for task in TASKS

@@ -1,7 +1,7 @@
-"""What a recipe that comes along gives, start to end, as the README shows it.
+"""The results of a bundled recipe, from start to end, as the README shows them.
 
 python benchmarks/recipe_run.py demo                      runs it and writes benchmarks/results/demo_run.json
-python benchmarks/recipe_run.py demo --record runs/demo   takes the record of a run that is already there
+python benchmarks/recipe_run.py demo --record runs/demo   uses the record of a finished run
 python benchmarks/recipe_run.py smollm2 --set model.path=./SmolLM2 --set data.folder=./banking77
 """
 

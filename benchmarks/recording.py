@@ -1,23 +1,24 @@
-"""What recording gradients adds to a LoRA training step, in time and in memory.
+"""Time and memory that recording gradients adds to a LoRA training step.
 
     python benchmarks/recording.py            writes benchmarks/results/recording.json; about four minutes
-    python benchmarks/recording.py --quick    a small model, writes nothing
+    python benchmarks/recording.py --quick    a small model; writes nothing
 
-Four variants of the same step (forward, backward, clipping, AdamW; a Llama with random weights, LoRA on all
-its linears):
+Four variants of the same step (forward, backward, clipping, AdamW) of a Llama with random weights and LoRA on
+all its linears:
 
-    plain      nothing recorded
+    plain      records nothing
     recorder   gradpruner.training.recording.GradientRecorder with a folder
     dense      an (out, in) fp32 accumulator of the squared product for every linear
-    saved      torch.save of every LoRA gradient at every step, two files a step, as the released code does
+    saved      torch.save of every LoRA gradient at every step, two files per step, as the released code does
 
-Time is reported twice. *Inside*: seconds spent recording, over the rest of the same step. For `recorder` the
-step is held until its file has reached the disk, so the background write counts in full although training
-would go on meanwhile. *Paired*: the whole step over the plain step of the same round, median over rounds;
-it contains everything but is only as exact as the machine is quiet. The goal is judged by the first.
+Time is reported in two ways. *Inside* is (step + recording) / step, from the seconds spent recording within
+one step. For `recorder`, the step waits until its file is on disk, so the background write counts in full,
+although training would normally continue meanwhile. *Paired* is the whole step over the plain step of the
+same round, as a median over rounds; it contains everything, but is exact only on a quiet machine. The goal is
+checked with *inside*.
 
-Memory, each variant in a process of its own: the rise of the resident set size over a few steps, and the
-bytes of the tensors a variant keeps from one step to the next, from their shapes.
+Memory is measured with each variant in its own process: the rise of the resident set size (RSS) over a few
+steps, and the bytes of the tensors kept from one step to the next, computed from their shapes.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ Hook = Callable[[], None]
 
 
 class Training:
-    """A LoRA training whose gradients a hook may look at before the optimizer step."""
+    """A LoRA training that calls a hook before each optimizer step, when gradients are available."""
 
     def __init__(self, shape: dict[str, int]) -> None:
         torch.manual_seed(SEED)
@@ -75,7 +76,7 @@ class Training:
         self.batch = torch.randint(0, shape["vocabulary"], (shape["batch"], shape["length"]))
 
     def step(self, hook: Hook) -> tuple[float, float]:
-        """Seconds of the whole step and of the hook."""
+        """Runs one step and returns the seconds of the whole step and of the hook."""
         begin = time.perf_counter()
         self.model(input_ids=self.batch, labels=self.batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
@@ -96,7 +97,7 @@ def make_hook(variant: str, training: Training, folder: Path, steps: int) -> Hoo
 
 
 def recorder_hook(training: Training, folder: Path, steps: int) -> Hook:
-    recorder = GradientRecorder(steps + 1, folder)  # one more, so that it never finishes in between
+    recorder = GradientRecorder(steps + 1, folder)  # one more step, so that the recording never finishes
     args = SimpleNamespace(max_grad_norm=1.0, seed=SEED)
     state = SimpleNamespace(global_step=0, is_world_process_zero=True)
     recorder.on_train_begin(args, state, None, model=training.model)
@@ -135,8 +136,8 @@ def saved_hook(training: Training, folder: Path) -> Hook:
 
 
 def kept_bytes(variant: str, linears: list[LinearRef]) -> int:
-    """Bytes of the tensors a variant holds between steps, at most."""
-    if variant == "recorder":  # two steps' factors in flight; an energy per linear and step is 8 bytes
+    """Returns the most bytes of tensors that a variant holds between steps."""
+    if variant == "recorder":  # factors of two steps, and 8 bytes of energy per linear
         sizes = sum(ref.rank * (ref.in_features + ref.out_features) for ref in linears)
         return 2 * 4 * sizes + 8 * len(linears)
     return 4 * sum(ref.out_features * ref.in_features for ref in linears) if variant == "dense" else 0
@@ -148,7 +149,7 @@ def measure_time(shape: dict[str, int], rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         hooks = {variant: make_hook(variant, training, Path(folder), rounds + 1) for variant in VARIANTS}
         for round_ in range(rounds + 1):
-            # The order turns, so that no variant always follows the same one. Round 0 warms up.
+            # Rotate the order, so that no variant always follows the same one. Round 0 is warm-up.
             order = VARIANTS[round_ % 4 :] + VARIANTS[: round_ % 4]
             for variant in order:
                 seconds = training.step(hooks[variant])
@@ -178,7 +179,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 def measure_memory(variant: str, shape: dict[str, int], steps: int) -> dict[str, int]:
-    """To be called in a fresh process."""
+    """Returns the memory figures of a variant; must be called in a fresh process."""
     training = Training(shape)
     with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
         hook = make_hook(variant, training, Path(folder), steps)

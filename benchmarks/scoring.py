@@ -1,14 +1,14 @@
-"""Layer scores from Gram matrices, against forming the simulated gradients and summing their squares.
+"""Time of layer scores from Gram matrices, compared with forming the simulated gradients and squaring them.
 
     python benchmarks/scoring.py            writes benchmarks/results/scoring.json; about a minute
-    python benchmarks/scoring.py --quick    two pairs, writes nothing
+    python benchmarks/scoring.py --quick    two pairs; writes nothing
 
-The seven linears of one Llama-3.1-8B layer, LoRA rank 8, one step, one thread. Ours is
-`gradpruner.gradients.importance.gram_energies`. It is so short that one turn scores many layers, each with
-gradients of its own (in training they are not in cache either), and is divided by their number; the ways are
-timed in turns.
-The dense way is given in two spellings: square, then sum; and the Frobenius norm of the released code, which
-needs no second matrix. Agreement is with dense products in double precision.
+Scored are the seven linears of one Llama-3.1-8B layer at one step, with LoRA rank 8 and on one thread. Ours
+is `gradpruner.gradients.importance.gram_energies`. It is so fast that one turn scores many layers and divides
+the time by their number. Each layer has its own gradients, because in training they are not in the cache
+either. The dense way comes in two forms: square and sum; and the Frobenius norm, as in the released code,
+which needs no second matrix. All ways are timed in turns. Errors are relative to dense products in double
+precision.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import argparse
 import json
 import os
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 import torch
+from merging import timed
 from torch import Tensor
 
 from gradpruner.common.provenance import provenance
@@ -46,7 +45,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 def make_layer(generator: torch.Generator) -> Pairs:
-    """LoRA gradients whose rows and columns differ in size, as real ones do."""
+    """Returns LoRA gradients whose rows and columns vary in size, as in training."""
 
     def values(rows: int, columns: int) -> Tensor:
         size = torch.randn(rows, 1, generator=generator).exp() * 1e-6
@@ -68,20 +67,13 @@ def score_norm(layer: Pairs) -> float:
 
 
 def relative_errors(layer: Pairs) -> dict[str, float]:
-    """Of every linear, against the dense product in double precision."""
+    """Returns the relative error of each linear's energy."""
     errors = {}
     for name, (grad_b, grad_a) in zip(SHAPES, layer, strict=True):
         blocks = (rows @ grad_a.double() for rows in grad_b.double().split(1024))
         exact = sum(float((block**2).sum()) for block in blocks)
         errors[name] = abs(float(gram_energies(grad_b[None], grad_a[None])) / exact - 1)
     return errors
-
-
-def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds."""
-    wall, processor = time.perf_counter(), time.process_time()
-    work()
-    return time.perf_counter() - wall, time.process_time() - processor
 
 
 def measure(pairs: int) -> dict[str, Any]:

@@ -1,11 +1,11 @@
-"""Two choices of the training step, each as a ratio within one run: logits only where an answer is learned,
-and fp32 where bf16 is emulated.
+"""Time of a training step with logits for answer tokens only, and with bf16 on a CPU that emulates it.
 
     python benchmarks/training_step.py     writes benchmarks/results/training_step.json; about 3 minutes
 
-A Llama of the real-task benchmark's size (16 layers, hidden 192, vocabulary 8,192, random weights), 32
-samples of 48 tokens of which the last 4 are learned, one thread, the variants in turns. What is timed is
-forward, backward and the fused AdamW step.
+Both are ratios to the plain fp32 step of the same run. The model is a Llama of the size in the real-task
+benchmark (16 layers, hidden size 192, vocabulary 8,192, random weights). A batch has 32 samples of 48 tokens,
+of which the last 4 carry loss. The variants run in turns on one thread. Timed are forward, backward and the
+fused AdamW step.
 """
 
 from __future__ import annotations

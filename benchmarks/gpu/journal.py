@@ -1,4 +1,4 @@
-"""A journal of measurements: a JSON line each, as soon as it is there; the last line of a part counts."""
+"""A journal of measurements: one JSON line each, written when it is done; the last line of a part counts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ SKIPPED, FAILED, OUT_OF_TIME = "skipped", "failed", "out of time"
 
 
 class Journal:
-    """The lines of one device.
+    """The measurements on one device.
 
     Args:
-        path: The file, which need not be there yet.
+        path: The file, which need not exist yet.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def lines(self) -> dict[str, dict[str, Any]]:
-        """The last line of every part; one that a kill cut short is left out."""
+        """Returns the last line of every part; lines that a kill cut short are skipped."""
         found = {}
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
@@ -33,7 +33,7 @@ class Journal:
         return found
 
     def outcome(self, part: str) -> str:
-        """What became of a part so far; "" if it was never begun."""
+        """Returns the outcome of a part so far; "" if it was never started."""
         return str(self.lines().get(part, {}).get("outcome", ""))
 
     def add(self, part: str, outcome: str, **facts: Any) -> None:

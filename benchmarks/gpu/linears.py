@@ -1,4 +1,4 @@
-"""Parts that need torch alone: how fast the device copies and multiplies, single linears of an 8 B model."""
+"""Parts that need only torch: the device's copy and matmul rates, and single linears of an 8 B model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ DENSITY = 0.2
 
 
 def device_rates(place: Place) -> dict[str, Any]:
-    """Bytes and operations a second in a plain copy and a plain product of matrices: the floor of all else.
+    """Measures bytes per second of a plain copy and FLOPs per second of a matrix product: upper bounds.
 
-    The copy reads and writes every byte. Random numbers, because products of zeros are faster on a GPU.
+    The copy reads and writes every byte. Matrices are random, because products of zeros are faster on a GPU.
     """
     device, sizes = place.torch_device, (2**10, 64) if place.tiny else (2**30, 8192)
     both = torch.zeros(2, sizes[0], dtype=torch.float32, device=device)
@@ -43,7 +43,7 @@ def memory_of(device: torch.device) -> int | None:
 
 
 def linears(place: Place) -> dict[str, Any]:
-    """Scoring, merging and repair of one linear of Llama-3.1-8B, by the package's own functions."""
+    """Measures scoring, merging and repair of one linear of Llama-3.1-8B with the package's own functions."""
     return {
         "shape": place.linear,
         "scoring": scoring(place),
@@ -53,7 +53,7 @@ def linears(place: Place) -> dict[str, Any]:
 
 
 def inputs(place: Place) -> tuple[Tensor, list[Source]]:
-    """A linear, three that are merged into it, and their recorded gradients, as `benchmarks/merging.py`."""
+    """Returns a linear, and three to merge into it with their gradients, as in `benchmarks/merging.py`."""
     sys.path.append(str(Path(__file__).parents[1]))
     from merging import make_inputs
 
@@ -70,7 +70,7 @@ def moved(target: Tensor, sources: list[Source], device: torch.device) -> tuple[
 
 
 def scoring(place: Place) -> dict[str, Any]:
-    """Energies of all recorded steps by Gram matrices, against forming the products and adding squares."""
+    """Measures the energies of all steps from Gram matrices, compared with squares of full products."""
     _, sources = moved(*inputs(place), place.torch_device)
     factors = sources[0].factors
     assert factors is not None
@@ -91,7 +91,7 @@ def scoring(place: Place) -> dict[str, Any]:
 
 
 def merging(place: Place) -> dict[str, Any]:
-    """Three linears merged into one, on the device and on the processor."""
+    """Measures merging three linears into one, on the device and on the CPU."""
     at_home = inputs(place)
     target, sources = moved(*at_home, place.torch_device)
 
@@ -111,14 +111,14 @@ def merging(place: Place) -> dict[str, Any]:
         "seconds": seconds,
         "processor_seconds": processor,
         "rise_bytes": memory.rise_bytes,
-        # Entries at the threshold of importance may fall on either side of it.
+        # Rounding may move entries across the threshold of importance.
         "entries_that_differ": int((merged != kept[0]).sum()),
         "entries": merged.numel(),
     }
 
 
 def repair(place: Place) -> dict[str, Any]:
-    """The regression behind one cut: sums over tokens, then the choice of a ridge by solving four systems."""
+    """Measures the regression at one cut: sums over tokens, then a ridge chosen by solving four systems."""
     device, (outputs, regressors) = place.torch_device, place.linear
     tokens, batches = (64, 3) if place.tiny else (2048, 8)
     generator = torch.Generator(device).manual_seed(SEED)

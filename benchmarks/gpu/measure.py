@@ -1,13 +1,13 @@
-"""Everything that needs a GPU, in one command that may be called again: figures of 8 B models on the device.
+"""All measurements that need a GPU, in one command that can be repeated: figures of 8 B models.
 
     python benchmarks/gpu/measure.py --minutes 9 [--model SMOLLM2 --data DATA]    on a machine with a GPU
-    python benchmarks/gpu/measure.py --tiny --device cpu --results FOLDER        miniatures: does it all run?
+    python benchmarks/gpu/measure.py --tiny --device cpu --results FOLDER        a trial with tiny models
 
-Parts run in order of value, each in a process of its own, and only while they fit into the minutes; each is
-a JSON line in `benchmarks/results/gpu/<device>.jsonl` as soon as it is there. Called again, it goes on: what
-was measured, or does not fit into the device's memory, is not begun again; what failed or ran out of time
-comes last. Random weights of real shapes, so nothing is downloaded. What is missing (packages, a model) is
-said before anything starts, with the parts it costs.
+Parts run in order of importance, each in its own process, and only if they fit into the remaining minutes.
+Each finished part is a JSON line in `benchmarks/results/gpu/<device>.jsonl`. A repeated command continues:
+parts that were measured, or do not fit into the device's memory, are skipped; parts that failed or ran out of
+time come last. Weights are random with real shapes, so nothing is downloaded. Missing packages or models are
+listed at the start, with the parts that need them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from parts import PARTS, Part
 
 RESULTS = Path(__file__).parents[1] / "results" / "gpu"
 ROOT = Path(__file__).parents[2]
-# Ends before the minutes do, so that whoever limits the time of this command finds it done.
+# Stop this long before the minutes are over, so that an outer time limit does not kill the command.
 RESERVE_SECONDS = 5.0
 _NO_MEMORY = re.compile(r"out of ?memory|OutOfMemory|ALLOC_FAILED|can't allocate memory", re.IGNORECASE)
 
 
 def look(device: str) -> dict[str, Any]:
-    """What this machine has, found in a process of its own: this one shall hold no memory of the device."""
+    """Describes this machine; must be called in its own process, so that the planner holds no GPU memory."""
     found: dict[str, Any] = {"missing": _missing(["torch", "psutil", "safetensors"])}
     if found["missing"]:
         return found
@@ -64,7 +64,7 @@ def _missing(names: Iterable[str]) -> list[str]:
 
 
 def work(name: str, args: argparse.Namespace, journal: Path) -> dict[str, Any]:
-    """One part, in this process."""
+    """Measures one part, in this process."""
     from place import Place
 
     from gradpruner.common.progress import set_mode
@@ -78,13 +78,13 @@ def work(name: str, args: argparse.Namespace, journal: Path) -> dict[str, Any]:
 
 
 def in_process(command: list[str], out: Path, seconds: float) -> dict[str, Any]:
-    """What a process of this script wrote to `out`, or {"error": why not}; its children end with it."""
+    """Runs this script in a process; returns what it wrote to `out`, or {"error": ...}; ends its children."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        # One device: a Trainer that sees several spreads every batch over them.
+        # One device only, because a Trainer would spread every batch over several.
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0],
     }
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
@@ -109,11 +109,11 @@ def in_process(command: list[str], out: Path, seconds: float) -> dict[str, Any]:
 
 
 def answer(args: argparse.Namespace) -> None:
-    """A process of its own: looks at the machine or does one part, and writes what it found."""
+    """Looks at the machine or measures one part, and writes the result; runs in a child process."""
     try:
         found = look(args.device) if args.part == "look" else work(args.part, args, args.journal)
         text = json.dumps(found, allow_nan=False)
-    except Exception as error:  # libraries raise what they like; the next part goes on
+    except Exception as error:  # libraries raise all kinds of errors; the next part must still run
         traceback.print_exc()
         reason = (str(error).strip().splitlines() or [""])[0]
         text = json.dumps({"error": f"{type(error).__name__}: {reason}"})
@@ -121,7 +121,7 @@ def answer(args: argparse.Namespace) -> None:
 
 
 def run(part: Part, args: argparse.Namespace, journal: Journal, seconds: float) -> dict[str, Any]:
-    """One part in a process of its own; what it found, its outcome included."""
+    """Measures one part in its own process; returns the result with its outcome."""
     command = ["--part", part.name, "--device", args.device, "--journal", str(journal.path)]
     command += ["--tiny"] if args.tiny else []
     for name in ("model", "data"):
@@ -134,7 +134,7 @@ def run(part: Part, args: argparse.Namespace, journal: Journal, seconds: float) 
 
 
 def why_not(part: Part, args: argparse.Namespace, missing: list[str]) -> str:
-    """Why a part cannot run here; "" if it can."""
+    """Returns why a part cannot run here; "" if it can."""
     if args.tiny and not part.tiny:
         return "no miniature: it needs a GPU"
     lacking = [name for name in part.needs if name in missing]
@@ -145,7 +145,7 @@ def why_not(part: Part, args: argparse.Namespace, missing: list[str]) -> str:
 
 
 def in_order(journal: Journal, only: list[str]) -> list[Part]:
-    """Parts that are still to be done: those never begun first, then those that failed before."""
+    """Returns the parts still to do: first those never started, then those that failed."""
     wanted = [part for part in PARTS if not only or any(part.name.startswith(name) for name in only)]
     again = {FAILED, OUT_OF_TIME}
     left = [part for part in wanted if journal.outcome(part.name) not in (MEASURED, TOO_LARGE)]
@@ -153,7 +153,7 @@ def in_order(journal: Journal, only: list[str]) -> list[Part]:
 
 
 def go(args: argparse.Namespace, deadline: float) -> int:
-    """Does what fits until the deadline; returns the exit code."""
+    """Runs the parts that fit before the deadline; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         machine = in_process(["--part", "look", "--device", args.device], Path(folder) / "look.json", 120)
     missing = machine.get("missing", [])
@@ -203,13 +203,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=9.0, help="everything ends before these are over")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit for all parts together")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="miniatures: shows that all parts run")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, to show that all parts run")
     parser.add_argument("--results", type=Path, help="folder of the journals")
     parser.add_argument("--model", type=Path, help="SmolLM2-135M's folder, for the quality study and vLLM")
     parser.add_argument("--data", type=Path, help="folder with trec, banking77 and sst2, for the study")
-    parser.add_argument("--only", nargs="*", default=[], help="parts whose names begin like this")
+    parser.add_argument("--only", nargs="*", default=[], help="parts whose names start with one of these")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--journal", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -220,15 +220,15 @@ def main() -> int:
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu takes hours with real sizes: give --tiny too.")
     if args.tiny and (args.results or RESULTS).resolve() == RESULTS.resolve():
-        parser.error("--tiny measures nothing worth keeping: say where with --results FOLDER.")
+        parser.error("--tiny results are not worth keeping: give another folder with --results FOLDER.")
     for name in ("model", "data"):
         given = getattr(args, name)
         if given is not None and not given.is_dir():
-            parser.error(f"--{name}: there is no folder {given}.")
+            parser.error(f"--{name}: the folder {given} does not exist.")
     if not any(part.name.startswith(name) for name in args.only or [""] for part in PARTS):
         parser.error(f"--only {' '.join(args.only)}: parts are {', '.join(part.name for part in PARTS)}.")
     args.results = args.results or RESULTS
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the part in hand ends too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # also ends the running part
     try:
         return go(args, started + 60 * args.minutes - RESERVE_SECONDS)
     except KeyboardInterrupt:

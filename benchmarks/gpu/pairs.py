@@ -1,4 +1,4 @@
-"""Parts measured in turns, as `gradpruner cost` does: two models, or one model worked with in two ways."""
+"""Parts measured in turns, as in `gradpruner cost`: two models, or one model in two ways."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gradpruner.evaluation.costing.subject import plan_by_count
 from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
 
-BYTES = 2  # of a weight in bfloat16
+BYTES = 2  # per weight in bfloat16
 LLAMA = "llama-3.1-8b"
 
 
 def table(place: Place, shape: str, mode: str) -> dict[str, Any]:
-    """Dense and pruned side by side in one mode: a row of the paper's Tables 2 and 11."""
+    """Measures dense and pruned side by side in one mode: a row of the paper's Tables 2 and 11."""
     subject = place.subject(shape)
     workload = place.workload(mode)
     found = measure_cost(subject, plan_by_count(subject.depth, place.num_prune), workload, modes=[mode])
@@ -34,12 +34,14 @@ def table(place: Place, shape: str, mode: str) -> dict[str, Any]:
 
 
 def device_floor(sizes: Sizes, mode: str, workload: Workload, rates: dict[str, Any]) -> dict[str, float]:
-    """The least seconds the device needs at the rates it copies and multiplies at, by time measured.
+    """Returns the least seconds the device needs at its measured copy and matmul rates, for each time
+    measured.
 
-    Counted are the linears (2 operations a multiply-accumulate; forward, and in training once more for the
-    states, and for weights that are trained once more for them), and the bytes of weights and cache that
-    must be read; for weights that are trained, AdamW's reading of weight, gradient and two moments and
-    writing of three on top. Attention, norms and activations are left out, so it cannot be reached.
+    The bound counts the operations of the linears, two per multiply-accumulate: once for the forward pass, in
+    training once more for the gradients of the states, and in full training a third time for those of the
+    weights. It also counts the bytes of weights and cache that must be read, and in full training the bytes
+    AdamW moves: it reads weight, gradient and two moments and writes three of them. Attention, norms and
+    activations are left out, so the bound cannot be reached.
     """
     weights = BYTES * (sizes.decoder_parameters + sizes.head_macs)
 
@@ -66,7 +68,7 @@ def device_floor(sizes: Sizes, mode: str, workload: Workload, rates: dict[str, A
 
 
 def two_ways(place: Place, names: tuple[str, str], orders: tuple[Order, Order]) -> dict[str, Any]:
-    """One model worked with in two ways: seconds of a step and peak memory, and their ratios."""
+    """Measures one model in two ways: seconds per step, peak memory, and their ratios."""
     found = measure_pair(orders)
     error = "; ".join(f"{name}: {one.error}" for name, one in zip(names, found, strict=True) if one.error)
     return {
@@ -80,7 +82,7 @@ def two_ways(place: Place, names: tuple[str, str], orders: tuple[Order, Order]) 
 
 
 def compared(found: tuple[Measurement, Measurement], values: list[tuple[float, ...]]) -> dict[str, Any]:
-    """Medians, and the ratio second / first with its spread over steps side by side."""
+    """Returns medians, and the ratio second / first with its quartiles over steps run side by side."""
     figure = Figure("", "", "", "", values[0], values[1])
     pairs = figure.pairs if len(figure.pairs) > 1 else []
     return {
@@ -92,14 +94,14 @@ def compared(found: tuple[Measurement, Measurement], values: list[tuple[float, .
 
 
 def recording(place: Place) -> dict[str, Any]:
-    """A LoRA step with its gradients recorded, against the same step without."""
+    """Measures a LoRA step with recorded gradients, compared with the same step without."""
     subject, workload = place.subject(LLAMA), place.workload("lora")
     orders = Order(subject, "lora", workload), Order(subject, RECORDING, workload)
     return two_ways(place, ("LoRA", "LoRA, recorded"), orders)
 
 
 def batching(place: Place) -> dict[str, Any]:
-    """Samples of many lengths end to end, against padded ones: the same samples in the same order."""
+    """Measures packed samples of many lengths, compared with the same samples padded, in the same order."""
     batch, shortest = (2, 3) if place.tiny else (16, 16)
     workload = place.workload("lora", batch_size=batch, shortest=shortest)
     padded = replace(workload, batching="padded")
@@ -112,14 +114,14 @@ def batching(place: Place) -> dict[str, Any]:
 
 
 def liger(place: Place) -> dict[str, Any]:
-    """Liger's fused kernels against transformers' own."""
+    """Measures Liger's fused kernels, compared with transformers' own."""
     subject, workload = place.subject(LLAMA), place.workload("lora")
     orders = Order(subject, "lora", workload), Order(subject, "lora", replace(workload, liger=True))
     return two_ways(place, ("plain", "Liger"), orders)
 
 
 def flash_attention(place: Place) -> dict[str, Any]:
-    """FlashAttention 2 against torch's scaled dot products, on packed samples of many lengths."""
+    """Measures FlashAttention 2, compared with torch's SDPA, on packed samples of many lengths."""
     batch, shortest = (2, 3) if place.tiny else (16, 16)
     workload = place.workload("lora", batch_size=batch, shortest=shortest)
     subject = place.subject(LLAMA)

@@ -1,6 +1,6 @@
-"""The parts of the GPU benchmark in order of value: what each needs, about how long it takes, and what it is.
+"""The parts of the GPU benchmark in order of importance: what each is, needs, and about how long it takes.
 
-Importing this module imports nothing but the standard library: the planner holds no memory of the device.
+This module imports only the standard library, so that the planner holds no GPU memory.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ MODES = ("lora", "inference", "full")
 
 @dataclass(frozen=True)
 class Part:
-    """One measurement, made in a process of its own.
+    """One measurement, which runs in its own process.
 
     Attributes:
-        name: As in the journal.
-        what: What it is, for tables and messages.
+        name: Name in the journal.
+        what: Description for tables and messages.
         function: Module of this folder and function: "pairs:table".
-        needs: Packages it cannot do without, beside torch.
-        seconds: About how long it takes on an H100, everything included; a guess until one was measured.
-        options: Handed to the function.
-        on: What must have been given: "model", "data".
-        tiny: Whether a miniature of it runs on a CPU.
+        needs: Required packages besides torch.
+        seconds: About how long it takes on an H100 in all; an estimate until it has been measured.
+        options: Arguments for the function.
+        on: Required command line options: "model", "data".
+        tiny: Whether it runs with a tiny model on a CPU.
     """
 
     name: str

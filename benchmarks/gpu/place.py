@@ -1,4 +1,4 @@
-"""Where and on what is measured: the device, and the sizes: those of real models, or miniatures."""
+"""Where parts are measured: the device, and the sizes of models and inputs, real or tiny."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Place:
-    """What all parts are told.
+    """The settings that all parts share.
 
     Attributes:
-        device: A torch device, such as "cuda" or "cpu".
-        tiny: Miniatures instead of real sizes: shows that everything runs, measures nothing of worth.
-        journal: File of the results; what belongs to them stands beside it.
-        model: Folder of a pre-trained model for the quality study and for serving; None without.
-        data: Folder of its data sets.
+        device: A torch device, e.g. "cuda" or "cpu".
+        tiny: Use tiny sizes, which show that everything runs but give no useful figures.
+        journal: File of the results; further results are stored beside it.
+        model: Folder of a pre-trained model for the quality study and for serving; None for none.
+        data: Folder of the data sets for the quality study.
     """
 
     device: str
@@ -41,12 +41,12 @@ class Place:
 
     @property
     def scratch(self) -> Path:
-        """Where tuned models stay between two calls on one machine."""
+        """Folder that keeps tuned models between two calls on one machine."""
         return Path(tempfile.gettempdir()) / f"gradpruner-gpu-{'tiny' if self.tiny else 'real'}"
 
     @property
     def num_prune(self) -> int:
-        """Layers that go: 13 of 32, as in the paper."""
+        """Number of pruned layers: 13 of 32, as in the paper."""
         return 2 if self.tiny else 13
 
     @property
@@ -55,7 +55,7 @@ class Place:
         return (48, 96) if self.tiny else (4096, 14336)
 
     def subject(self, shape: str) -> Any:
-        """A model of one of the package's shapes, with random weights."""
+        """Returns a model of one of the package's shapes, with random weights."""
         from gradpruner.evaluation.costing.subject import Subject, find_subject
 
         found = find_subject(shape)
@@ -67,9 +67,10 @@ class Place:
         return Subject(found.name, type(found.config)(**{**found.config.to_dict(), **small}))
 
     def workload(self, mode: str, **changes: Any) -> Any:
-        """What is run in a mode: short answers as in the paper's tasks; all weights in bfloat16 on a GPU.
+        """Returns the workload of a mode: short answers as in the paper's tasks; bfloat16 weights on a GPU.
 
-        Full fine-tuning of 8 B parameters in bfloat16 takes 64 GB, and the pruned model is there too.
+        Float32 would not fit: full fine-tuning of 8 B parameters takes 64 GB in bfloat16 already, and the
+        pruned model is in memory too.
         """
         from gradpruner.evaluation.costing.workload import Workload
 
@@ -84,12 +85,12 @@ class Place:
         return Workload(**usual | changes)
 
     def wait(self) -> None:
-        """Waits until the device has done all it was told to."""
+        """Waits until the device has finished all its work."""
         if self.torch_device.type == "cuda":
             torch.cuda.synchronize()
 
     def times(self, work: Callable[[], object], repeats: int, warmup: int = 1) -> dict[str, Any]:
-        """Seconds of some work, the device's own included: all of them, median, lowest and highest."""
+        """Times some work, including that of the device; returns all seconds, median, lowest and highest."""
         for _ in range(warmup):
             work()
         seconds = []
@@ -103,7 +104,7 @@ class Place:
 
     @contextmanager
     def stage(self, name: str, into: dict[str, Any]) -> Iterator[None]:
-        """Measures a stage once: seconds, and the most memory that it took."""
+        """Measures the seconds and peak memory of the block."""
         from gradpruner.models.memory import PeakMemory
 
         self.wait()

@@ -1,4 +1,4 @@
-"""Parts that do a whole job: one from recording to a pruned model, serving in vLLM, and the quality study."""
+"""Parts that run a whole job: from recording to a pruned model, serving with vLLM, and the quality study."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STUDY = Path(__file__).parents[1] / "quality" / "study.py"
 
 
 def job(place: Place) -> dict[str, Any]:
-    """Recording, scores, plan, repair, merging and cutting, and text from what is left; an 8 B shape."""
+    """Records, scores, plans, repairs, merges and prunes an 8 B shape, then generates with the result."""
     from gradpruner.training.recording import record_gradients
 
     workload = place.workload("lora")
@@ -72,7 +72,7 @@ def job(place: Place) -> dict[str, Any]:
 
 
 def serving(place: Place) -> dict[str, Any]:
-    """A pruned checkpoint served by vLLM: the same greedy answers as transformers gives, in float32."""
+    """Serves a pruned checkpoint with vLLM and compares greedy answers with transformers', in float32."""
     from vllm import LLM, SamplingParams
 
     from gradpruner.demo import MODEL_DIR
@@ -103,7 +103,7 @@ def serving(place: Place) -> dict[str, Any]:
         gc.collect()
         model: Any = load_model(folder, dtype="float32", device=place.device)
     ids = torch.tensor(prompts, device=place.torch_device)
-    model.generation_config.eos_token_id = None  # both write to the end, whatever they write
+    model.generation_config.eos_token_id = None  # like vLLM here, generate past end tokens
     with torch.inference_mode():
         plain = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
@@ -119,9 +119,9 @@ def serving(place: Place) -> dict[str, Any]:
 
 
 def quality(place: Place) -> dict[str, Any]:
-    """The study of `benchmarks/quality` on this device: what pruned models keep, repaired or not.
+    """Runs the study of `benchmarks/quality` on this device, for pruned models with and without repair.
 
-    It keeps a journal of its own, cell by cell, so that one that runs out of time is gone on with.
+    The study has its own journal, cell by cell, so that it can resume after running out of time.
     """
     assert place.model is not None and place.data is not None
     results = place.journal.with_suffix("")

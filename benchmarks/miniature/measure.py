@@ -1,9 +1,9 @@
-"""Measures, with plain torch and transformers, whether model and task are a fair miniature.
+"""Measures whether the demo model and its task are a fair miniature, with plain torch and transformers.
 
-`python benchmarks/miniature/measure.py` writes `measure.json`: accuracy before and after fine-tuning,
-what each layer is worth, what dropping six of sixteen layers does before and after fine-tuning, and
-a small sweep of learning rates. It deliberately uses nothing of the product, so that the product can
-be checked against it. All figures are fp32.
+`python benchmarks/miniature/measure.py` writes `measure.json`: accuracy before and after fine-tuning, the
+loss without each layer, results without six of the sixteen layers before and after fine-tuning, and a small
+sweep of learning rates. The measuring code deliberately uses nothing of the product, so that the product can
+be checked against it. All figures are computed in fp32.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from gradpruner.demo import DATA_DIR, DEMO_DIR, MODEL_DIR
 EPOCHS, BATCH = 3, 16
 FULL_LR, LORA_LR = 1e-3, 3e-3
 LATE_MIDDLE = (8, 9, 10, 11, 12, 13)
-"""Layers that are dropped in the plain depth-pruning figures: 6 of 16 (37.5 %)."""
+"""Layers dropped in the figures of plain depth pruning: 6 of 16 (37.5 %)."""
 
 Row = dict[str, Any]
 Pair = tuple[list[int], list[int]]
 
 
 def load_model(folder: Path = MODEL_DIR) -> Any:
-    """Loads a checkpoint in fp32, in evaluation mode."""
+    """Loads a checkpoint in fp32 and in eval mode."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def load_rows(name: str) -> list[Row]:
-    """Reads `train` or `test` of the task."""
+    """Reads the rows of a split of the task, e.g. `train` or `test`."""
     text = (DATA_DIR / f"{name}.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
 def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[Pair]:
-    """Encodes prompt and answer separately, answer + `</s>` supervised, as the product does."""
+    """Encodes prompt and answer separately, with `</s>` after the answer, as the product does."""
     eos = tokenizer.convert_tokens_to_ids("</s>")
     return [
         (
@@ -58,7 +58,7 @@ def encode_rows(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list
 def _batches(
     pairs: Sequence[Pair], order: Sequence[int], size: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Right-padded (input_ids, attention_mask, labels); labels are -100 outside the answers."""
+    """Yields right-padded (input_ids, attention_mask, labels); labels are -100 outside the answers."""
     for start in range(0, len(order), size):
         chosen = [pairs[index] for index in order[start : start + size]]
         width = max(len(prompt) + len(answer) for prompt, answer in chosen)
@@ -74,7 +74,7 @@ def _batches(
 
 
 def _answer_logits(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits at the supervised positions only, with their targets."""
+    """Returns the logits at the positions that predict answer tokens, with their targets."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     hidden = base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     where = labels[:, 1:] != -100
@@ -90,10 +90,10 @@ def finetune(
     batch: int = BATCH,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Fine-tunes in place: AdamW, weight decay 0.1, warm-up 3 %, linear decay, clip 1.0.
+    """Fine-tunes in place: AdamW, weight decay 0.1, warm-up 3 %, linear decay, clipping at 1.0.
 
     Args:
-        model: A causal LM, or one wrapped by PEFT (then only the adapters train).
+        model: A causal LM, with or without PEFT adapters (with adapters, only these are trained).
         pairs: Rows from `encode_rows`.
         learning_rate: Peak learning rate.
         epochs: Passes over the rows.
@@ -143,18 +143,18 @@ def finetune(
 def accuracy(
     model: Any, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row], batch: int = 32
 ) -> dict[str, float]:
-    """Accuracy in 0..1 on rows with one-word answers.
+    """Returns the accuracy, 0 to 1, on rows with one-word answers.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
+        tokenizer: The model's tokenizer.
         rows: Rows of the task.
         batch: Rows per forward pass.
 
     Returns:
-        `exact_match`: the greedy answer is the right word and then ends (greedy decoding gives the
-        whole answer exactly when every supervised position has the right arg max); `choice`: the
-        right one of `choices` is likeliest.
+        `exact_match`: the greedy answer is the right word and then ends. Greedy decoding gives the right
+        answer exactly if the argmax is right at every position of the answer, so nothing is generated.
+        `choice`: the right one of `choices` is the most likely.
     """
     pairs = encode_rows(tokenizer, rows)
     exact = choice = 0
@@ -195,8 +195,8 @@ def measure(folder: Path, full_lrs: Sequence[float], lora_lrs: Sequence[float]) 
 
     Args:
         folder: Model folder.
-        full_lrs: Learning rates tried for full fine-tuning of the dense model.
-        lora_lrs: Learning rates tried for LoRA fine-tuning of the dense model.
+        full_lrs: Learning rates to try in full fine-tuning of the dense model.
+        lora_lrs: Learning rates to try in LoRA fine-tuning of the dense model.
 
     Returns:
         The contents of `measure.json`.
@@ -260,7 +260,7 @@ def _majority(rows: Sequence[Row]) -> float:
 
 
 def main() -> None:
-    """Command line of the measurement."""
+    """Runs the measurement from the command line."""
     parser = argparse.ArgumentParser(description="Measure the embedded demo model and task.")
     parser.add_argument("--model", type=Path, default=MODEL_DIR)
     parser.add_argument("--threads", type=int, default=1)

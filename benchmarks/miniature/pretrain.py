@@ -1,12 +1,13 @@
 """Pre-trains the embedded model on the text of the invented town.
 
 `python benchmarks/miniature/pretrain.py` writes `model/` (checkpoint and tokenizer) and `pretrain.json`
-(loss curve and provenance). The text is written on the fly and never repeated.
+(loss curve and provenance). The text is generated during training and never repeats.
 
-Two choices were measured. fp32 on one thread: without AVX-512 BF16 or AMX, bf16 matrix products are
-emulated (about 20 times slower), and matrices as small as these do not gain from threads. AdamW with
-wide embeddings and output projections scaled down by depth: with Muon at 0.02 and transformers' default
-initialisation a five times larger model reached a higher loss and left 14 of its 16 layers idle.
+Two choices rest on measurements:
+- fp32 on one thread: without AVX-512 BF16 or AMX, bf16 matrix products are emulated and about 20 times
+  slower, and matrices this small gain nothing from threads.
+- AdamW, with wide embeddings and output projections scaled down by depth: with Muon at 0.02 and transformers'
+  default initialisation, a five times larger model reached a higher loss and left 14 of its 16 layers idle.
 """
 
 from __future__ import annotations
@@ -35,17 +36,16 @@ CONTEXT = 128
 SEQUENCES = 8
 """Sequences per step."""
 HELD_OUT_SEED = 10_000
-"""Corpus seed of the text that is never trained on; training uses 1."""
+"""Corpus seed of the held-out text; training uses seed 1."""
 LEARNING_RATE, WEIGHT_DECAY, WARMUP_STEPS = 3e-3, 0.05, 30
 EMBEDDING_STD = 0.5
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Builds the word-level tokenizer: every word of the world's text and of the task, one id each.
+    """Builds the word-level tokenizer, with one id per word of the town's text and of the task.
 
     Returns:
-        A tokenizer that splits on white space, lower-cases, puts `<s>` first and decodes with single
-        spaces.
+        A tokenizer that lower-cases, splits on white space, puts `<s>` first and decodes with single spaces.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -91,12 +91,12 @@ def packed(tokenizer: PreTrainedTokenizerFast, seed: int, sequences: int) -> Ite
     """Packs documents, each between `<s>` and `</s>`, into blocks.
 
     Args:
-        tokenizer: The tokenizer of `build_tokenizer`.
+        tokenizer: The tokenizer from `build_tokenizer`.
         seed: Corpus seed.
         sequences: Rows per block.
 
     Yields:
-        int64 tensors of shape (sequences, CONTEXT), without end.
+        int64 tensors of shape (sequences, CONTEXT), endlessly.
     """
     vocabulary = tokenizer.get_vocab()
     unknown, bos, eos = vocabulary["<unk>"], vocabulary["<s>"], vocabulary["</s>"]
@@ -113,7 +113,7 @@ def packed(tokenizer: PreTrainedTokenizerFast, seed: int, sequences: int) -> Ite
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, tokenizer: PreTrainedTokenizerFast, sequences: int = 64) -> float:
-    """Mean next-token loss (nats) on `sequences` x 128 tokens that were never trained on."""
+    """Returns the mean next-token loss (nats) on `sequences` x 128 held-out tokens."""
     blocks = packed(tokenizer, HELD_OUT_SEED, 16)
     losses = []
     for _ in range(max(1, sequences // 16)):
@@ -123,7 +123,7 @@ def held_out_loss(model: nn.Module, tokenizer: PreTrainedTokenizerFast, sequence
 
 
 def train(steps: int, seed: int, out: Path) -> None:
-    """Trains for `steps` steps (learning rate falling linearly to 0) and writes the result into `out`."""
+    """Trains for `steps` steps, with a learning rate that decays linearly, and writes the result to `out`."""
     torch.set_num_threads(1)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), seed)
@@ -151,7 +151,7 @@ def train(steps: int, seed: int, out: Path) -> None:
 
 
 def text_sha256() -> str:
-    """Digest of 1,000 documents, training and test rows: what a figure came from."""
+    """Returns a digest of 1,000 documents, training and test rows: the text behind the figures."""
     stories = corpus(1)
     text = "\n".join([*(next(stories) for _ in range(1000)), json.dumps(make_rows()[:2])])
     return hashlib.sha256(text.encode()).hexdigest()
@@ -172,7 +172,7 @@ def _save(
     model.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
-    model.float()  # the figure is of the bf16-rounded weights as stored, computed in fp32
+    model.float()  # the loss is computed in fp32, from the weights as stored: rounded to bf16
     record: dict[str, Any] = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": {"adamw_lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "schedule": "linear to 0"},
@@ -191,7 +191,7 @@ def _save(
 
 
 def unigram_loss(tokenizer: PreTrainedTokenizerFast) -> float:
-    """Loss (nats per token) of the best model that ignores context: the held-out word entropy."""
+    """Returns the loss (nats per token) of the best model that ignores context: the held-out word entropy."""
     blocks = packed(tokenizer, HELD_OUT_SEED, 16)
     counts = torch.zeros(len(tokenizer))
     for _ in range(4):
@@ -201,7 +201,7 @@ def unigram_loss(tokenizer: PreTrainedTokenizerFast) -> float:
 
 
 def main() -> None:
-    """Command line of the pre-training."""
+    """Runs the pre-training from the command line."""
     parser = argparse.ArgumentParser(description="Pre-train the embedded demo model.")
     parser.add_argument("--steps", type=int, default=800, help="steps of 1,024 tokens, default 800")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,11 +1,11 @@
-"""An invented small world: text to pre-train on, and a task about it.
+"""An invented town: text about it for pre-training, and a task.
 
-Six trades share one town. Every trade has its own tools, goods, doings and qualities, and a document is
-mostly about one trade, with a few words of another. Nothing but the company words keep says which word
-belongs to which trade; a model has to learn it from the text.
+Six trades share the town. Each has its own words for things, doings and qualities. A document is mostly about
+one trade, with a few words of others. The text never says which word belongs to which trade; a model has to
+learn it from the words that occur together.
 
-The task: a short note mentions words of two trades; which one is it mainly about? Most trade words of the
-test notes never occur in a training note, so the answer rests on what pre-training taught.
+The task: a short note mentions words of two trades; which trade is it mainly about? Half of each trade's
+words never occur in a training note, so the answer depends on what the model learned in pre-training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gradpruner.demo import DATA_DIR
 
 @dataclass(frozen=True)
 class Trade:
-    """Words of one trade: things (nouns), doings (past-tense verbs) and qualities (adjectives)."""
+    """The words of one trade: things (nouns), doings (past-tense verbs) and qualities (adjectives)."""
 
     things: tuple[str, ...]
     doings: tuple[str, ...]
@@ -113,11 +113,11 @@ PLACES = ("street", "square", "bridge", "hill", "market", "corner", "yard", "gat
 NUM_TRAIN, NUM_TEST, NUM_VALIDATION = 512, 480, 240
 TASK_SEED = 7
 STRAY_SHARE = 0.12
-"""How often a word of a document comes from another trade."""
+"""Probability that a trade word of a document comes from a random trade."""
 SEEN_SHARE = 0.5
-"""Share of each trade's words that may occur in training notes; test notes use all."""
+"""Share of each trade's words that may occur in training notes; test notes use all words."""
 NUM_STRAYS = 3
-"""Most words of another trade in a note; always fewer than of its own."""
+"""Most words of the second trade in a note; always fewer than words of its main trade."""
 
 
 _FORMS = (
@@ -137,7 +137,7 @@ Stock = dict[str, Trade]
 
 
 def _fill(rng: random.Random, form: str, trades: Iterator[str], stock: Stock) -> str:
-    """Fills a sentence form; every trade word comes from the next of `trades`."""
+    """Fills in a sentence form; each trade word comes from the next trade in `trades`."""
     words = []
     for slot in form.split():
         name = slot.strip("{}")
@@ -155,7 +155,7 @@ def _num_trade_words(form: str) -> int:
 
 
 def corpus(seed: int) -> Iterator[str]:
-    """Documents without end: three to six sentences, mostly about one trade.
+    """Yields documents endlessly: three to six sentences each, mostly about one trade.
 
     Args:
         seed: The same seed gives the same documents.
@@ -170,13 +170,13 @@ def corpus(seed: int) -> Iterator[str]:
         trades = drawn(rng.choice(LABELS))
         forms = rng.choices(_FORMS, k=rng.randint(3, 6))
         text = [_fill(rng, form, trades, TRADES) for form in forms]
-        if rng.random() < 0.3:  # the trades' names occur too, or zero-shot could not be measured
+        if rng.random() < 0.3:  # the names of the trades must occur, or zero-shot accuracy has no meaning
             text.append(f"that is how {next(trades)} goes .")
         yield " ".join(text)
 
 
 def _note(rng: random.Random, label: str, stock: Stock) -> str:
-    """A note of two or three sentences: most trade words are of `label`, some of one other trade."""
+    """Returns a note of two or three sentences: most trade words are from `label`, some from one other."""
     forms = rng.choices(_FORMS, k=rng.randint(2, 3))
     total = sum(map(_num_trade_words, forms))
     strays = min(NUM_STRAYS, (total - 1) // 2)
@@ -188,7 +188,7 @@ def _note(rng: random.Random, label: str, stock: Stock) -> str:
 
 
 def _half(trade: Trade) -> Trade:
-    """The words of a trade that training notes may use."""
+    """Returns the words of a trade that training notes may use."""
 
     def cut(words: tuple[str, ...]) -> tuple[str, ...]:
         return words[: round(len(words) * SEEN_SHARE)]
@@ -197,10 +197,13 @@ def _half(trade: Trade) -> Trade:
 
 
 def make_rows(seed: int = TASK_SEED) -> tuple[list[dict[str, object]], ...]:
-    """Training, test and validation rows of the task, prompt, completion and choices; no prompt occurs twice.
+    """Returns training, test and validation rows of the task; no prompt occurs twice.
 
     Args:
         seed: The same seed gives the same rows.
+
+    Returns:
+        Three lists of rows with "prompt", "completion" and "choices".
     """
     rng = random.Random(seed)
     seen: set[str] = set()
@@ -219,7 +222,7 @@ def make_rows(seed: int = TASK_SEED) -> tuple[list[dict[str, object]], ...]:
     test = rows(NUM_TEST, TRADES)
     rng.shuffle(train)
     rng.shuffle(test)
-    # Drawn last: rows for choosing between pruned models came later, and the others are as they were.
+    # Validation rows were added later; drawing them last leaves the other rows unchanged.
     validation = rows(NUM_VALIDATION, TRADES)
     rng.shuffle(validation)
     return train, test, validation
@@ -234,7 +237,7 @@ def write_rows(folder: Path, seed: int = TASK_SEED) -> None:
 
 
 def main() -> None:
-    """Command line: rewrites the committed rows of the task."""
+    """Rewrites the committed rows of the task."""
     parser = argparse.ArgumentParser(description="Write the demo task's rows.")
     parser.add_argument("--out", type=Path, default=DATA_DIR)
     write_rows(parser.parse_args().out)
