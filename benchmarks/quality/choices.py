@@ -1,4 +1,4 @@
-"""Which layers go: every choice of the study, made on the model that is pruned and its training rows."""
+"""The ways to choose layers in the study, each applied to the model to prune and its training rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHOICES = ("gate", "gate_pairwise", "igia", "shortgpt", "last", "random")
 RECORD_STEPS, RECORD_BATCH = 40, 8
 OPTIONS: dict[str, dict[str, Any]] = {
     "gate_pairwise": {"pairwise": True},
-    # Judged by losses on rows put aside, nothing trained; the greedy search is measured by itself.
+    # Candidates are compared by loss on held-out rows, without training; the greedy search has its own cell.
     "auto": {
         "families": ["gate", "gate_pairwise", "gradpruner", "shortgpt", "last", "window"],
         "rounds": 0,
@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def trace_of(work: Work, folder: Path) -> Any:
-    """The recording on a model, made once and kept beside it."""
+    """Returns the recorded gradients of a model, recorded once and kept in the scratch folder."""
     from gradpruner.gradients.trace import GradientTrace
     from gradpruner.training.recording import record_gradients
 
@@ -45,7 +45,7 @@ def trace_of(work: Work, folder: Path) -> Any:
 
 
 def choose(work: Work, folder: Path, choice: str, gone: int) -> tuple[Any, dict[str, Any]]:
-    """The plan a choice makes for a model ("paper" merges, others drop), and what it rests on, briefly."""
+    """Returns the plan that a choice makes ("paper" merges, others drop), and a summary of its evidence."""
     from gradpruner.methods import METHODS, MethodContext
     from gradpruner.plans.selection import plan_pruning
 

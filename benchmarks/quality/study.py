@@ -1,15 +1,15 @@
-"""Is the smaller model as good? Layers chosen, repaired and trained further, on a real pre-trained LLM.
+"""Is the smaller model as good? Choosing layers, repair and further training, on a real pre-trained LLM.
 
     python benchmarks/quality/study.py tune   --model M --data D --scratch S  the dense model, rates swept
     ...                                shrink                                 pruned after tuning, not trained
     ...                                depth                                  the same, 3 to 18 layers
     ...                                train                                  pruned models that are trained
     ...                                vary                                   rows of the repair, LoRA
-    ... --task trec banking77 --seed 0 1 2 --only least_squares               restricts it
+    ... --task trec banking77 --seed 0 1 2 --only least_squares               only some cells
 
-Every cell is one line in `benchmarks/results/quality/<task>.jsonl`; cells that are there are skipped, so an
-interrupted study goes on where it was. Several processes may share the folders as long as they work on
-different tasks or seeds. Models tuned on a task are kept in the scratch folder.
+Every cell is one line in `benchmarks/results/quality/<task>.jsonl`. Finished cells are skipped, so an
+interrupted study resumes. Several processes may share the folders if they work on different tasks or seeds.
+Models tuned on a task are kept in the scratch folder.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ NUM_GONE = 12
 DEPTHS = (3, 6, 9, 15, 18)
 REPAIR_ROWS = 384
 LAYER_WISE_ROWS = 1200
-"""As many as determine it: the product's default for these tasks."""
+"""The number of rows that determines a repair: the product's default for these tasks."""
 
 
 def dense(work: Work, rate: float) -> dict[str, Any]:
-    """What the cell of the dense model tuned at a rate says."""
+    """Returns the cell of the dense model tuned at a learning rate."""
 
     def make() -> dict[str, Any]:
         model = work.load()
@@ -51,7 +51,7 @@ def dense(work: Work, rate: float) -> dict[str, Any]:
 
 
 def tuned(work: Work, rate: float) -> Path:
-    """The dense model tuned at a rate; tuned once more where it was measured on another machine."""
+    """Returns the folder of the dense model tuned at a rate; tunes again if that was on another machine."""
     dense(work, rate)
     folder = work.tuned_folder(rate)
     if not (folder / "model.safetensors").exists():
@@ -62,7 +62,7 @@ def tuned(work: Work, rate: float) -> Path:
 
 
 def best_rate(work: Work) -> float:
-    """The rate at which the dense model has the lowest loss on validation rows of seed 0."""
+    """Returns the rate at which the dense model has the lowest loss on validation rows, with seed 0."""
     first = work.of_seed(0)
 
     def loss_at(rate: float) -> float:
@@ -72,12 +72,12 @@ def best_rate(work: Work) -> float:
 
 
 def within(loss_at: Callable[[float], float]) -> Callable[[float], float]:
-    """The same, with rates above the largest one counted as never finite, and not trained at."""
+    """Returns the same function with an infinite loss, and no training, above the largest rate."""
     return lambda rate: loss_at(rate) if rate <= LARGEST_RATE else math.inf
 
 
 def tune(work: Work) -> Path:
-    """The dense model before tuning, and tuned at the best rate."""
+    """Measures the dense model before tuning and tuned at the best rate; returns the folder of the latter."""
     work.cell("dense/untrained", lambda: work.measure(work.load()))
     return tuned(work, best_rate(work))
 
@@ -85,18 +85,18 @@ def tune(work: Work) -> Path:
 def repaired(
     work: Work, model: Any, plan: Any, kind: str, count: int | None = None, source: Work | None = None
 ) -> Any:
-    """A repair of a plan, fitted on training rows, of the task itself unless another one is the source."""
+    """Returns a repair fitted on training rows of the task, or of `source` if given."""
     from gradpruner.pruning.refitting import fit_repair
 
     rows = (source or work).encoded["train"]
-    answers = 0.8 if kind == "layer_wise" else 0.0  # the older cells count all tokens alike
+    answers = 0.8 if kind == "layer_wise" else 0.0  # older cells weigh all tokens equally
     count = count or (LAYER_WISE_ROWS if kind == "layer_wise" else REPAIR_ROWS)
     options: dict[str, Any] = {"kind": kind, "rows": count, "answers": answers, "seed": work.seed}
     return fit_repair(model, plan, rows, work.collator, **options)
 
 
 def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str, tuned_by: str = "") -> None:
-    """One way of shrinking a tuned model, without training it."""
+    """Measures one way of shrinking a tuned model without further training."""
 
     def make() -> dict[str, Any]:
         from gradpruner.pruning.in_memory import prune_
@@ -115,7 +115,7 @@ def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str, tuned_
 
 
 def shrink(work: Work) -> None:
-    """Every choice of layers, with and without repair."""
+    """Measures every choice of layers, with and without repair."""
     folder = tune(work)
     for repair in ("least_squares", "none"):
         for choice in CHOICES:
@@ -129,7 +129,7 @@ def shrink(work: Work) -> None:
 
 
 def depth(work: Work) -> None:
-    """How many layers can go: not trained, and trained at the rate that is best for twelve."""
+    """Measures how many layers can go, without training and trained at the rate that is best for twelve."""
     folder = tune(work)
     for gone in DEPTHS:
         for choice in ("gate", "igia"):
@@ -142,7 +142,7 @@ def depth(work: Work) -> None:
 
 
 def vary(work: Work) -> None:
-    """What the repair rests on: how many rows, of which task, and how the model was tuned."""
+    """Measures what a repair depends on: the number of rows, their task, and how the model was tuned."""
     folder = tune(work)
     for count in (64, 128, 1200, 3200):
         if count <= work.facts.train_rows:
@@ -159,7 +159,7 @@ def vary(work: Work) -> None:
 
 
 def varied(work: Work, folder: Path, name: str, **options: Any) -> None:
-    """One variation of the repair of IGIA's layers."""
+    """Measures one variation of the repair after pruning IGIA's layers."""
 
     def make() -> dict[str, Any]:
         from gradpruner.pruning.in_memory import prune_
@@ -176,7 +176,7 @@ def varied(work: Work, folder: Path, name: str, **options: Any) -> None:
 
 
 def lora_tuned(work: Work) -> Path:
-    """The model tuned with LoRA instead, adapters merged; its rate is ten times that of full fine-tuning."""
+    """Returns the folder of the model tuned with LoRA, adapters merged, at ten times the full rate."""
     folder = work.scratch / f"{work.task}-{work.seed}-lora"
     rate = 10 * best_rate(work)
 
@@ -197,14 +197,14 @@ def lora_tuned(work: Work) -> Path:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to a smaller model that is trained.
+    """One way to a smaller, trained model.
 
     Attributes:
-        start: "base"; "tuned": the dense model tuned on the same rows before; or "quarter": the dense model
-            tuned on the first quarter of them, and what is left after pruning on the other three.
+        start: The model to prune: "base"; "tuned", the dense model tuned on the same rows; or "quarter", the
+            dense model tuned on the first quarter of the rows. Then the pruned model trains on the rest.
         choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
         repair: "none", "least_squares" or "layer_wise".
-        distil: Whether it learns from the tuned dense model too.
+        distil: Whether the tuned dense model is the teacher.
     """
 
     start: str
@@ -214,7 +214,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The row's part of a cell's key."""
+        """The row's part of the key of a cell."""
         return f"{self.start}/{self.choice}/{self.repair}/{'distil' if self.distil else 'labels'}"
 
 
@@ -235,19 +235,19 @@ TRAINED = (
     Row("base", "igia", "least_squares", distil=True),
     Row("quarter", "igia", "layer_wise"),
 )
-"""In the order in which they are measured."""
+"""The rows in the order in which they are measured."""
 
 
 FULL_ROWS = TRAINED[:4]
 """The rows that are measured at every depth."""
 QUARTER = 0.25
 EARLY = 0.6
-"""Share of the rows that the dense model is tuned on where nothing else is: as much work as tuning a pruned
-model on all of them."""
+"""Share of the rows on which the dense model is tuned if the pruned model is not trained: as much work as
+tuning a pruned model on all rows."""
 
 
 def begun(work: Work, share: float = QUARTER) -> Path:
-    """The dense model tuned on the first rows alone, a quarter of them or another share."""
+    """Returns the folder of the dense model tuned on the first rows only: a quarter, or another share."""
     rate = best_rate(work)
     folder = work.scratch / f"{work.task}-{work.seed}-{'quarter' if share == QUARTER else f'{share:g}'}"
     if not (folder / "model.safetensors").exists():
@@ -258,13 +258,13 @@ def begun(work: Work, share: float = QUARTER) -> Path:
 
 
 def start_of(work: Work, row: Row) -> Path:
-    """The folder of the model a row prunes."""
+    """Returns the folder of the model that a row prunes."""
     starts = {"base": lambda: work.model, "tuned": lambda: tune(work), "quarter": lambda: begun(work)}
     return starts[row.start]()
 
 
 def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str, Any]:
-    """One row trained at one rate, on the rows and for the steps the dense model was tuned with."""
+    """Measures one row trained at one rate, with the rows and steps of the dense model's tuning."""
 
     def make() -> dict[str, Any]:
         from gradpruner.pruning.in_memory import prune_
@@ -291,7 +291,7 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
 
 
 def rate_of(work: Work, row: Row) -> float:
-    """The rate at which a row has the lowest loss on validation rows of seed 0, searched like the dense."""
+    """Returns the rate with the lowest loss on validation rows, with seed 0, searched as for dense."""
     best, first = best_rate(work), work.of_seed(0)
 
     def loss_at(rate: float) -> float:
@@ -305,7 +305,7 @@ def rate_of(work: Work, row: Row) -> float:
 
 
 def train(work: Work) -> None:
-    """Every row at its rate."""
+    """Measures every row at its best rate."""
     best = best_rate(work)
     for row in TRAINED:
         if work.wants(f"train/{row.name}/"):
@@ -317,7 +317,7 @@ def train(work: Work) -> None:
 
 
 def tuned_twice(work: Work, rate: float) -> dict[str, Any]:
-    """The dense model tuned for twice the epochs: what the compute of a teacher and a recovery also buys."""
+    """Measures the dense model tuned for twice the epochs: the same compute as a teacher and a recovery."""
     model = work.load()
     result = work.tune(model, rate, epochs=2 * work.facts.epochs)
     return {"training": result, **work.measure(model)}
@@ -335,8 +335,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--task", nargs="*", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seed", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="*", default=[], help="texts, one of which a cell's name holds")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="auto: a GPU where there is")
+    parser.add_argument("--only", nargs="*", default=[], help="only cells whose name contains one of these")
+    parser.add_argument(
+        "--device", default="cpu", choices=("cpu", "auto"), help="auto: a GPU if there is one"
+    )
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with_wide_kernels(args.device)

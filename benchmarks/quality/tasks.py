@@ -1,7 +1,7 @@
-"""The tasks of the quality study, worded briefly, and how their rows are split.
+"""The tasks of the quality study, with short prompts, and the split of their rows.
 
-Validation rows come from the training split and are the same for all seeds; what is chosen (rates, layers,
-repair) is chosen on them. Test rows are read once a model is final.
+Validation rows come from the training split and are the same for all seeds; all choices (rates, layers,
+repair) are made on them. Test rows are used only when a model is final.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class StudyTask:
 
     Attributes:
         train: File of the training split, relative to the data folder.
-        test: File of the split that is measured on.
-        row: Prompt and answer of a row.
-        train_rows: Rows a model is tuned on, sampled by seed.
-        test_rows: Test rows used, always the same ones.
+        test: File of the test split.
+        row: Returns the prompt and the answer of a row.
+        train_rows: Number of training rows, sampled by seed.
+        test_rows: Number of test rows, always the same ones.
         epochs: Passes over the training rows, in steps of 16 rows.
-        max_length: Tokens of a sample; longer prompts lose their beginning.
-        metric: "exact_match", or "rouge_l" for a task that writes sentences.
+        max_length: Most tokens of a sample; longer prompts lose their beginning.
+        metric: "exact_match", or "rouge_l" for tasks whose answers are sentences.
     """
 
     train: str
@@ -83,7 +83,7 @@ TASKS = {
 }
 
 TASKS["trec-4800"] = replace(TASKS["trec"], train_rows=4800)
-"""Nearly all rows there are: does *fast* lose as much where training is not as short?"""
+"""Nearly all training rows, to see whether `effort: fast` loses as much when training is longer."""
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -91,12 +91,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def splits(data: Path, name: str, seed: int) -> dict[str, tuple[Example, ...]]:
-    """Training rows of a seed, validation rows and test rows of a task.
+    """Returns the training rows of a seed, and the validation and test rows of a task.
 
     Args:
-        data: Folder with one folder a task.
+        data: Folder with one folder per task.
         name: A name in `TASKS`.
-        seed: Which training rows.
+        seed: Seed of the sample of training rows.
     """
     task = TASKS[name]
     pool, test = _read(data / task.train), _read(data / task.test)

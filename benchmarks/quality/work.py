@@ -1,4 +1,4 @@
-"""What the cells of the quality study share: models on disk, measuring, and a journal of results."""
+"""What the cells of the quality study share: models on disk, training, evaluation, a journal of results."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ BATCH = 16
 
 @dataclass
 class Work:
-    """One task and seed: its rows, its models, its results.
+    """One task and seed, with its rows, models and results.
 
     Attributes:
         model: Folder of the pre-trained model.
         data: Folder of the data sets.
-        scratch: Where tuned models are kept between cells.
-        results: Where the journals of results are.
+        scratch: Folder that keeps tuned models between cells.
+        results: Folder of the journals of results.
         task: A name in `tasks.TASKS`.
-        seed: Of training rows, data order and recording.
-        only: Cells with one of these texts in their name are measured; all if empty.
-        device: "cpu", or "auto" for a GPU where there is one.
+        seed: Seed of training rows, data order and recording.
+        only: Measure only cells whose name contains one of these texts; all if empty.
+        device: "cpu", or "auto" for a GPU if there is one.
+        rows: Split ("train", "validation", "test") -> examples.
     """
 
     model: Path
@@ -60,13 +61,13 @@ class Work:
         return not self.only or any(text in cell for text in self.only)
 
     def of_seed(self, seed: int) -> Work:
-        """The same task with another seed."""
+        """Returns the same task with another seed."""
         if seed == self.seed:
             return self
         return replace(self, seed=seed)
 
     def tuned_folder(self, rate: float) -> Path:
-        """Where the dense model tuned at a rate is kept."""
+        """Returns the folder of the dense model tuned at a learning rate."""
         return self.scratch / f"{self.task}-{self.seed}-{rate:g}"
 
     @cached_property
@@ -87,14 +88,14 @@ class Work:
         return {key: found[key] for key in ("commit", "dirty", "packages", "machine")}
 
     def done(self) -> dict[str, dict[str, Any]]:
-        """Results so far, by key."""
+        """Returns the results so far, by key."""
         if not self.journal.exists():
             return {}
         lines = self.journal.read_text(encoding="utf-8").splitlines()
         return {entry["key"]: entry for entry in map(json.loads, lines)}
 
     def cell(self, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The result of one cell: measured now, or read from the journal."""
+        """Returns the result of a cell from the journal, or measures it and adds it there."""
         key = f"{self.task}/{self.seed}/{what}"
         found = self.done().get(key)
         if found is None:
@@ -115,16 +116,16 @@ class Work:
         return load_model(folder or self.model, dtype="float32", device=self.device)
 
     def tune(self, model: Any, rate: float, **options: Any) -> dict[str, Any]:
-        """Full fine-tuning in place; seconds, tokens and the last losses."""
+        """Fully fine-tunes a model in place; returns seconds, tokens and the mean of the last losses."""
         return self.tuned(model, rate, **options)[1]
 
     def part(self, start: float, stop: float) -> Any:
-        """The training rows between two shares of them, such as the first quarter."""
+        """Returns the training rows between two fractions, e.g. 0 to 0.25 for the first quarter."""
         encoded = self.encoded["train"]
         return encoded[round(start * len(encoded)) : round(stop * len(encoded))]
 
     def tuned(self, model: Any, rate: float, rows: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """The model fine-tuned, with LoRA another object than was given, and how it went."""
+        """Fine-tunes a model; returns it (with LoRA a new object) and figures of the training."""
         from gradpruner.training.finetuning import finetune
 
         settings = {"mode": "full", "epochs": self.facts.epochs, "batch_size": BATCH, "accumulation": 1}
@@ -152,10 +153,10 @@ class Work:
         }
 
     def measure(self, model: Any, *names: str) -> dict[str, Any]:
-        """Score, its values row by row, and mean likelihood, on validation or test rows.
+        """Returns the score, its values per row and the mean negative log-likelihood, by split.
 
-        Where answers have to be written for the score, that is done for test rows alone: what is chosen on
-        validation rows is chosen by likelihood.
+        A score that needs generated answers is measured on test rows only, because all choices on validation
+        rows are made by likelihood.
         """
         found = {}
         for name in names or ("validation", "test"):
@@ -169,7 +170,7 @@ class Work:
         return found
 
     def written(self, model: Any, name: str) -> list[float]:
-        """The metric of the greedy answers, row by row."""
+        """Returns the metric of the greedy answers, row by row."""
         from gradpruner.evaluation.outputs import values_of
         from gradpruner.evaluation.quality import evaluate
 
@@ -186,10 +187,10 @@ class Work:
 
 
 def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[list[float], float]:
-    """Whether the greedy answer is the right one, row by row, and nats per answer token; in one pass.
+    """Returns whether each row's greedy answer is right, and the loss in nats per answer token; in one pass.
 
-    A greedy answer equals the right one, end token included, exactly if every token of the right one is the
-    likeliest after those before it. So no answer has to be generated.
+    The greedy answer, with its end token, is right exactly if every token of the right answer is the most
+    likely one after the tokens before it. So nothing has to be generated.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -222,7 +223,7 @@ def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[l
 
 
 def pack(scores: list[float]) -> Any:
-    """Row scores briefly: a string of 0 and 1 where they are nothing else."""
+    """Returns row scores in a short form: a string of 0 and 1 if there are no other values."""
     if all(score in (0.0, 1.0) for score in scores):
         return "".join(str(int(score)) for score in scores)
     return [round(score, 4) for score in scores]
@@ -235,7 +236,7 @@ def _brief(value: Any) -> Any:
 
 
 def with_plain_memory() -> None:
-    """Starts the process again with memory that is not given back after every tensor: 1.4 times as fast."""
+    """Restarts the process so that it keeps freed memory instead of returning it: 1.4 times as fast."""
     import sys
 
     wanted = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -244,11 +245,11 @@ def with_plain_memory() -> None:
 
 
 def with_wide_kernels(device: str) -> None:
-    """Lets oneDNN multiply matrices where it is as exact as fp32; on some machines that is twice as fast.
+    """Lets oneDNN multiply matrices if it is as exact as fp32; on some machines that is twice as fast.
 
-    "medium" allows oneDNN to round to bf16. It does so only where that is quicker for it (AMX), so the error
-    is measured on the shapes of the model, and what is not exact is switched off again. GPUs, which would
-    round, are left as they are.
+    The precision "medium" allows oneDNN to round to bf16, which it does only where that is faster (AMX). So
+    this function measures the error on the model's shapes and switches back to "highest" if products are not
+    exact. It changes nothing on GPUs, which would round.
     """
     import torch
 
