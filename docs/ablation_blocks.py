@@ -1,4 +1,4 @@
-"""The block and the drawing of ablations.md; see render.py."""
+"""The tables and the drawing of docs/ablations.md; see render.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLUMNS = 3
 
 
 def measured() -> str:
-    """A table for every ablation measured, in the paper's order."""
+    """One table per measured ablation, in the paper's order."""
     module = script("ablations")
     parts = []
     for study in in_order(module):
@@ -32,7 +32,7 @@ def in_order(module: Any) -> list[dict[str, Any]]:
 
 
 def points(module: Any, study: dict[str, Any]) -> dict[str, list[tuple[int, dict[str, Any]]]]:
-    """Row -> (position of the setting, quality), for what was measured."""
+    """Row -> (position of the setting, quality) of every measured setting."""
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for place, point in enumerate(study["points"]):
         for row in point["rows"]:
@@ -84,7 +84,7 @@ def draw() -> str:
 
 
 def shown() -> str:
-    """A digest of what the drawing shows."""
+    """The digest of the data the drawing shows."""
     module = script("ablations")
     return digest([[study["title"], points(module, study)] for study in in_order(module)])
 

@@ -1,4 +1,4 @@
-"""What the blocks of the documents share: figures read and said, benchmarks as modules, drawings."""
+"""What the modules that write figures share: reading results, formatting numbers, loading benchmarks, drawing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = BENCHMARKS / "results"
 
 
 def script(name: str) -> Any:
-    """A benchmark as a module."""
+    """Imports a script of `benchmarks/` as a module."""
     spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -25,12 +25,12 @@ def script(name: str) -> Any:
 
 
 def digest(value: Any) -> str:
-    """Of the data a drawing shows, which it carries as a comment; how it is drawn may differ by version."""
+    """Hash of the data a drawing shows, stored in it as a comment. The drawing itself may differ by version."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def plotting() -> Any:
-    """matplotlib.pyplot, set so that the same data makes the same file."""
+    """Returns matplotlib.pyplot, configured so that the same data makes the same file."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -41,7 +41,7 @@ def plotting() -> Any:
 
 
 def as_svg(figure: Any, shown: str) -> str:
-    """A figure as SVG, with the digest of its data; the figure is closed."""
+    """Returns a figure as SVG with the digest of its data, and closes it."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor="white")
     plotting().close(figure)

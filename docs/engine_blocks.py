@@ -1,4 +1,4 @@
-"""Blocks of the documents about pruned models in llama.cpp."""
+"""Tables of docs/serving.md about pruned models in llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def gguf() -> str:
     right = [t for t in types if all(r["as_said"] for r in rows if r["model_type"] == t)]
     same = [t for t in right if any(r["outcome"] == "same" for r in rows if r["model_type"] == t)]
     lines = [
-        f"{len(rows)} cases of {len(types)} model types; in {len(agreeing)} llama.cpp did what the verdict says. "
-        f"For these types all cases agree, and what is judged ok computes what transformers computes (relative "
-        f"error up to {result['config']['same_up_to']:g}): {', '.join(same)}.",
+        f"{len(rows)} cases of {len(types)} model types; in {len(agreeing)} of them llama.cpp did what the verdict "
+        "says. For the following types all cases agree, and plans judged ok compute what transformers computes "
+        f"(relative error at most {result['config']['same_up_to']:g}): {', '.join(same)}.",
         "",
         "| where it differs | case | verdict | llama.cpp |",
         "|---|---|---|---|",
@@ -29,7 +29,7 @@ def gguf() -> str:
             cells = (row["model_type"], f"{row['layers']} layers, {row['plan']}", row["verdict"], found)
             lines.append(f"| {' | '.join(cells)} |")
     if "trained" in result:
-        lines += ["", "| trained model | file | cache | relative error | likeliest tokens equal |"]
+        lines += ["", "| trained model | file | cache | relative error | same most likely token |"]
         lines.append("|---|---|---|---|---|")
         for row in result["trained"]["rows"]:
             equal, total = row["likeliest_tokens_equal"]
@@ -55,7 +55,7 @@ def gguf_widths() -> str:
     rows = [row for subject in subjects.values() for row in subject.values() if "verdict" in row]
     agreeing = sum(row["as_said"] for row in rows)
     lines = [
-        f"{len(rows)} cases; in {agreeing} llama.cpp did what the verdict says.",
+        f"{len(rows)} cases; in {agreeing} of them llama.cpp did what the verdict says.",
         "",
         f"| llama.cpp | {' | '.join(plans)} |",
         "|---" * (len(plans) + 1) + "|",

@@ -1,4 +1,4 @@
-"""What was measured on a GPU, from the lines of `benchmarks/results/gpu`; "not measured" where nothing was."""
+"""Figures measured on a GPU, from the lines of `benchmarks/results/gpu`; "not measured" where there is none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Lines = dict[str, dict[str, Any]]
 
 
 def gpu(folder: Path = RESULTS) -> str:
-    """Two tables a device; one pair that says that nothing is measured where there are no results."""
+    """Two tables per device; without results, two tables that say "not measured"."""
     sys.path.insert(0, str(BENCHMARKS / "gpu"))
     try:
         from journal import Journal
@@ -45,7 +45,7 @@ def gpu(folder: Path = RESULTS) -> str:
 
 
 def _cells(folder: Path) -> Lines:
-    """Cells of the quality study made on the device."""
+    """Cells of the quality study measured on the device."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jsonl"))]
     return {(cell := json.loads(line))["key"]: cell for text in texts for line in text.splitlines()}
 
@@ -64,7 +64,7 @@ def _tables(lines: Lines, cells: Lines) -> list[str]:
     for part, label, say in OTHERS:
         line = lines.get(part, {})
         others.append(f"| {label} | {say(line) if _is_measured(line) else _why(line)} |")
-    others.append(f"| SmolLM2-135M, 12 of 30 layers gone, repaired, not trained | {_quality(cells)} |")
+    others.append(f"| SmolLM2-135M, 12 of 30 layers removed, repaired, not trained | {_quality(cells)} |")
     return ["\n".join(rows), "\n".join(others)]
 
 
@@ -103,7 +103,7 @@ def _figure(line: dict[str, Any], name: str, figure: str) -> list[str]:
 
 
 def amount(value: float, unit: str) -> str:
-    """Seconds or bytes as people read them."""
+    """Seconds or bytes with a readable unit."""
     if unit == "bytes":
         return f"{value / 1e9:.2f} GB"
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.2f} ms"
@@ -173,7 +173,7 @@ def _serving(line: dict[str, Any]) -> str:
 
 
 def _quality(cells: Lines) -> str:
-    """What is left of the dense score, the mean over tasks and seeds."""
+    """Score relative to dense, the mean over tasks and seeds."""
     shares = []
     for cell in cells.values():
         if cell["cell"] != "shrink/igia/12/layer_wise":
@@ -203,6 +203,6 @@ OTHERS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (
     ("flash_attention", "FlashAttention 2", _two_ways),
     ("serving", "vLLM serves a pruned model", _serving),
 )
-"""Part, what the table calls it, and what it says of a line that was measured."""
+"""Part of the journal, its label in the table, and the function that formats a measured line."""
 
 BLOCKS: dict[str, Callable[[], str]] = {"gpu": gpu}

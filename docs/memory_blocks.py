@@ -1,4 +1,4 @@
-"""Blocks of the documents about memory: estimates against measurements, and several devices."""
+"""Tables of docs/scale.md about memory: estimates against measurements, and several devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of the documents about methods and their comparison; see render.py."""
+"""Tables and drawing of docs/methods.md and docs/comparison.md; see render.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = {
 
 
 def methods() -> str:
-    """The table of registered methods."""
+    """The table of all methods."""
     from gradpruner.methods import METHODS
 
     head = ("method", "what it does", "how it decides", "options", "plain Hugging Face model")
@@ -41,25 +41,25 @@ def shown(default: Any) -> str:
 
 
 def comparison() -> str:
-    """Every method on every task, mode and seed measured."""
+    """The table of every method on every task and mode."""
     module = script("comparison")
     return str(module.markdown(module.load_studies()))
 
 
 def comparison_balance() -> str:
-    """Wins and losses of every method."""
+    """The table of wins and losses of every method."""
     module = script("comparison")
     return str(module.balance(module.load_studies()))
 
 
 def comparison_costs() -> str:
-    """What every method costs, before and after."""
+    """The table of what every method costs before, and saves after."""
     module = script("comparison")
     return str(module.costs(module.load_studies()))
 
 
 def methods_memory() -> str:
-    """What deciding takes, measured in processes of their own."""
+    """The table of memory that decisions need, each measured in its own process."""
     result = json.loads((BENCHMARKS / "results" / "methods_memory.json").read_text(encoding="utf-8"))
     shape = result["config"]
     intro = (
@@ -80,7 +80,7 @@ def methods_memory() -> str:
 
 
 def draw_comparison() -> str:
-    """The difference of every method to the dense model in every cell, as SVG."""
+    """Returns the drawing as SVG: the difference of every method to the dense model."""
     pyplot = plotting()
     pyplot.rcParams["font.size"] = 9
     module = script("comparison")
@@ -118,7 +118,7 @@ def draw_comparison() -> str:
 
 
 def comparison_digest() -> str:
-    """Of what the plot shows."""
+    """The digest of the data the drawing shows."""
     module = script("comparison")
     return digest(
         [

@@ -1,4 +1,4 @@
-"""Blocks of the documents about pruning a checkpoint on disk."""
+"""Tables of docs/results.md about pruning a checkpoint on disk."""
 
 from __future__ import annotations
 
@@ -21,11 +21,17 @@ def prune_checkpoint() -> str:
     rows: list[tuple[str, str, Callable[[float], str], str, str]] = [
         (f"{dropped}, over `cp` and fsync", "disk.ratios.drop.over_cp.median", times, fast, "drop_over_cp"),
         ("the same, both without fsync", "disk.ratios.drop.without_fsync.median", times, "", ""),
-        ("the same, the whole process of ours", "disk.ratios.drop.whole_process.median", times, "", ""),
+        ("the same, the whole gradpruner process", "disk.ratios.drop.whole_process.median", times, "", ""),
         ("the same with fsync, cold cache", "cold.ratios.drop.over_cp.median", times, "", ""),
         ("the same in memory, no disk", "memory_disk.ratios.drop.over_cp.median", times, "", ""),
-        (f"{merged}, less `merge_linear`", "disk.ratios.merge.over_cp.median", times, slow, "merge_over_cp"),
-        (f"{merged}, with it", "disk.ratios.merge.with_arithmetic.median", times, "", ""),
+        (
+            f"{merged}, without the time of `merge_linear`",
+            "disk.ratios.merge.over_cp.median",
+            times,
+            slow,
+            "merge_over_cp",
+        ),
+        (f"{merged}, with that time", "disk.ratios.merge.with_arithmetic.median", times, "", ""),
         ("peak RSS, dropping", "disk.medians.drop.peak_rss_bytes", gigabytes, small, "drop_peak_rss"),
         ("peak RSS, merging", "disk.medians.merge.peak_rss_bytes", gigabytes, small, "merge_peak_rss"),
         ("load, slice, save: time over dropping", "disk.ratios.naive.over_drop.median", times, "", ""),
@@ -82,23 +88,23 @@ def checkpoint_conditions(result: dict[str, Any]) -> str:
     threads = "one thread" if config["threads"] == 1 else f"{config['threads']} threads"
     return (
         f"Random bf16 Llamas on {machine(result)} ({disk}). Ratios within a round, the median of "
-        f"{config['pairs']}; the source read just before unless it says otherwise; importing libraries left "
-        "out except for the whole process. At the last size, "
-        f"{drop['blueprint'] + drop['verification']:.1f} of the {drop['seconds']:.1f} s of dropping go to "
-        "planning and to verifying the structure, and `merge_linear` does "
+        f"{config['pairs']}. The source was read just before, except with a cold cache. Importing libraries is counted only "
+        "in the whole process. At the last size, "
+        f"{drop['blueprint'] + drop['verification']:.1f} of the {drop['seconds']:.1f} s of dropping are spent on "
+        "planning and on verifying the structure, and `merge_linear` processes "
         f"{merge['merged_weights'] / merge['arithmetic'] / 1e6:.1f} M weights/s ({config['trace_steps']} "
         f"recorded steps, {threads}). {merging_rates()}"
     )
 
 
 def merging_rates() -> str:
-    """Weights per second of one large linear, ours and the released code's way, of one run."""
+    """One sentence: weights per second of one large linear, with our algorithm and with the released code's."""
     merging = read(RESULTS / "merging.json")
     weights, row = math.prod(merging["config"]["shape"]), merging["raw"]["bf16"]
     ours = weights * merging["config"]["sources"] / statistics.median(row["ours_seconds"])
     released = weights / statistics.median(row["released_one_source_seconds"])
     return (
-        f"On one large bf16 linear it does {ours / 1e6:.1f} M weights/s where the released code's way does "
+        f"On one large bf16 linear it processes {ours / 1e6:.1f} M weights/s, and the released code's algorithm "
         f"{released / 1e6:.1f} M (`benchmarks/merging.py`)."
     )
 
@@ -111,7 +117,11 @@ def other_families(result: dict[str, Any]) -> list[str]:
     for name, row in result["mergekit_families"].items():
         theirs = row.get("mergekit_result") or row["mergekit"]["one_dropped"]
         lines.append(f"| {name} | {theirs} | {row['ours']} |")
-    return [*lines, "", "Verified: loads and computes what its source does with that layer passed through."]
+    return [
+        *lines,
+        "",
+        "Verified: it loads, and computes what its source computes with that layer passed through.",
+    ]
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

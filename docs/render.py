@@ -1,10 +1,10 @@
-"""Fills the documents with figures from the committed JSON.
+"""Fills figures from the committed JSON into the documents.
 
     python docs/render.py            rewrite README.md and docs/*.md
     python docs/render.py --check    fail if any of them is out of date
 
-A block stands between `<!-- figures: NAME -->` and `<!-- end -->`; NAME is a function in BLOCKS. Nothing
-between the two is written by hand.
+A block is the text between `<!-- figures: NAME -->` and `<!-- end -->`. The function BLOCKS[NAME] writes all of it;
+nothing there is written by hand.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def speed() -> str:
             recording["met"],
         ),
         (
-            "the same with dense accumulators",
+            "the same, accumulating dense matrices",
             f"{dense['step_time_inside']:.4f}x, "
             f"{dense['kept_tensor_bytes'] / recorder['kept_tensor_bytes']:.0f}x the tensors kept in memory",
             "",
@@ -129,7 +129,7 @@ def speed() -> str:
         rows.append(
             (
                 f"merging three 14336 x 4096 linears, 40 steps, {dtype}",
-                f"{ratio['time']:.1f}x faster than the released code's way, {ratio['extra_memory']:.2f}x the "
+                f"{ratio['time']:.1f}x faster than the released code's algorithm, {ratio['extra_memory']:.2f}x the "
                 "fp32 weight in extra memory",
                 f">= {goal['time_ratio_at_least']:.0f}x, <= {goal['extra_memory_over_fp32_weight_at_most']}x",
                 all(merging["met"][dtype].values()),
@@ -141,7 +141,7 @@ def speed() -> str:
             f"| {what} | {measured} | {goal_text} | {'' if met is None else 'yes' if met else '**no**'} |"
         )
     lines.append("")
-    lines.append("Each a ratio within one run, on one CPU thread; scripts and raw figures in `benchmarks/`.")
+    lines.append("Ratios within one run, on one CPU thread; scripts and raw figures are in `benchmarks/`.")
     return "\n".join(lines)
 
 
@@ -228,11 +228,11 @@ def finetuning() -> str:
     goal = result["goal"]
     limit = goal if isinstance(goal, int | float) else next(iter(goal.values()))
     names = {
-        "plain": "plain `Trainer`, padded", "window": "ours, logits of learned tokens only",
-        "grouped": "and batches of similar length", "packed": "packed (the default)",
+        "plain": "plain `Trainer`, padded", "window": "gradpruner, padded, logits of learned tokens only",
+        "grouped": "gradpruner, batches of similar length", "packed": "gradpruner, packed (the default)",
     }  # fmt: skip
     lines = [
-        "| task | path | tokens/s | over plain | padding | goal | met |",
+        "| task | training | tokens/s | ratio to plain | padding | goal | met |",
         "|---|---|---|---|---|---|---|",
     ]
     for task, found in result["tasks"].items():
@@ -250,16 +250,16 @@ def finetuning() -> str:
             *lines,
             "",
             f"Full fine-tuning of {config['model']}, batches of {config['batch_size']}, {config['precision']}, "
-            f"{machine(result)}; real tokens a second, padding not counted; median of {config['rounds']} rounds "
+            f"{machine(result)}; tokens per second without padding; median of {config['rounds']} rounds "
             "in turns (`benchmarks/finetuning.py`).",
         ]
     )
 
 
 def shapes() -> str:
-    """Sizes and floors of public models, without weights."""
-    head = ("shape", "layers", "parameters", "of them without the head", "GMACs of 128 tokens, no head",
-            "floor of a training step", "floor of memory, full / LoRA / inference")  # fmt: skip
+    """The table of sizes and floors of public models, from their configs."""
+    head = ("shape", "layers", "B parameters", "B parameters without the head", "GMACs of 128 tokens, no head",
+            "floor of a training step", "floor of memory: full / LoRA / inference")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for path in sorted((RESULTS / "cost").glob("*_sizes.json")):
         found = {figure["name"]: figure for figure in read(path)["figures"]}
@@ -280,7 +280,7 @@ def shapes() -> str:
 
 
 def cost() -> str:
-    """What was measured, beside the floors."""
+    """The table of what was measured, beside the floors."""
     lines = [
         "| model | figure | dense | pruned | ratio | floor | ratio/floor |",
         "|---|---|---|---|---|---|---|",
@@ -317,7 +317,7 @@ def all_tasks() -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """A value as people read it."""
+    """A value with a readable unit."""
     if unit == "bytes":
         return gigabytes(value) if value >= 1e8 else f"{value / 1e6:.1f} MB"
     if unit == "seconds":
@@ -359,7 +359,7 @@ DRAWINGS = {
     "ablations.svg": (ablation_blocks.shown, ablation_blocks.draw),
     "quality.svg": (quality_drawing.shown, quality_drawing.draw),
 }
-"""File -> digest of what it is to show, and what draws it."""
+"""File -> function that gives the digest of its data, and function that draws it."""
 
 
 def render(text: str) -> str:

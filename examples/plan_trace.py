@@ -1,6 +1,6 @@
-"""From gradients that a trainer recorded to a plan: python plan_trace.py TRACE PLAN.json
+"""Makes a plan from gradients that a trainer recorded: python plan_trace.py TRACE PLAN.json
 
-Then: gradpruner prune MODEL NEW --plan PLAN.json --trace TRACE
+Then prune by it: gradpruner prune MODEL NEW --plan PLAN.json --trace TRACE
 """
 
 import argparse
@@ -11,10 +11,10 @@ from gradpruner import GradientTrace, GradPrunerError, plan_pruning, score_layer
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("trace", help="folder of the recorded gradients")
 parser.add_argument("plan", help="file to write")
-parser.add_argument("--num-prune", type=int, help="layers that go; 40 %% of them without it")
+parser.add_argument("--num-prune", type=int, help="layers to remove; 40 %% of them by default")
 options = parser.parse_args()
 try:
     plan = plan_pruning(score_layers(GradientTrace.load(options.trace)), num_prune=options.num_prune)
 except GradPrunerError as error:
     sys.exit(str(error))
-print(f"{plan.save(options.plan)}: layers {', '.join(map(str, plan.pruned))} go.")
+print(f"{plan.save(options.plan)} removes layers {', '.join(map(str, plan.pruned))}.")

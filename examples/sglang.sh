@@ -1,6 +1,6 @@
 #!/bin/bash
-# Serves a pruned model with SGLang and asks it one question: bash sglang.sh runs/small/variants/gradpruner/pruned
-# Not run by this project, which has no GPU; `gradpruner prune` says beforehand whether SGLang takes the model (docs/serving.md).
+# Serves a pruned model with SGLang and asks it one question:  bash sglang.sh runs/small/variants/gradpruner/pruned
+# Not run by this project, because SGLang needs a GPU. `gradpruner prune` says beforehand whether SGLang runs the model (docs/serving.md).
 set -euo pipefail
 python -m sglang.launch_server --model-path "$1" --served-model-name pruned --port 30000 &
 trap 'kill $!' EXIT

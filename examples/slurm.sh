@@ -1,5 +1,6 @@
 #!/bin/bash
-# sbatch examples/slurm.sh recipe.yaml      two nodes of eight GPUs; a job that is preempted goes on when it is queued again
+# sbatch examples/slurm.sh recipe.yaml
+# Two nodes with eight GPUs each. A preempted job continues when it is queued again.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8

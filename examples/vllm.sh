@@ -1,6 +1,6 @@
 #!/bin/bash
-# Serves a pruned model with vLLM and asks it one question: bash vllm.sh runs/small/variants/gradpruner/pruned
-# Not run by this project, which has no GPU; `gradpruner prune` says beforehand whether vLLM takes the model (docs/serving.md).
+# Serves a pruned model with vLLM and asks it one question:  bash vllm.sh runs/small/variants/gradpruner/pruned
+# Not run by this project, because vLLM needs a GPU. `gradpruner prune` says beforehand whether vLLM runs the model (docs/serving.md).
 set -euo pipefail
 vllm serve "$1" --served-model-name pruned --port 8000 &
 trap 'kill $!' EXIT

@@ -1,12 +1,12 @@
-"""Records gradients for pruning while LLaMA-Factory trains, which it does as without it.
+"""Records gradients for pruning while LLaMA-Factory trains; training itself is not changed.
 
 python record.py tune.yaml model_name_or_path=./my-model
 python ../plan_trace.py trace plan.json
 gradpruner prune ./my-model ./pruned --plan plan.json --trace trace
 
-Instead of `llamafactory-cli train`, with the same arguments; on several GPUs under torchrun.
-Needs finetuning_type: lora.
-Checked with llamafactory 0.9.5 as tune.yaml says: `run_exp` hands callbacks to the Trainer.
+Takes the place and the arguments of `llamafactory-cli train`; on several GPUs, start it with torchrun. Needs
+finetuning_type: lora. `run_exp` passes callbacks to the Trainer. Checked with llamafactory 0.9.5; tune.yaml
+says how.
 """
 
 from llamafactory.train.tuner import run_exp

@@ -4,7 +4,7 @@ swift sft tune.yaml --model ./my-model --external_plugins gradpruner_plugin.py -
 python ../plan_trace.py trace plan.json
 gradpruner prune ./my-model ./pruned --plan plan.json --trace trace
 
-Checked with ms-swift 4.6.0 as tune.yaml says: `--callbacks` names entries of `callbacks_map`.
+`--callbacks` names entries of `callbacks_map`. Checked with ms-swift 4.6.0; tune.yaml says how.
 """
 
 from swift.callbacks import callbacks_map

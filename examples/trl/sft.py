@@ -1,11 +1,11 @@
-"""Tunes a model with LoRA in TRL and saves plain weights; records its gradients for pruning if asked.
+"""Tunes a model with LoRA in TRL and saves plain weights; with --record also records gradients for pruning.
 
-Go on with a pruned model:  python sft.py runs/small/variants/gradpruner/pruned train.jsonl tuned
+Train a pruned model:       python sft.py runs/small/variants/gradpruner/pruned train.jsonl tuned
 Record while a model tunes: python sft.py ./my-model train.jsonl tuned --record trace
                             python ../plan_trace.py trace plan.json
                             gradpruner prune ./my-model ./pruned --plan plan.json --trace trace
 
-Rows are prompt/completion or `messages`, whose last message is the answer that is learned.
+Rows are prompt/completion, or `messages` whose last message is the answer to learn.
 Checked with trl 1.16.0, transformers 5.23.0, peft 0.21.2 on a CPU; the test suite runs it.
 """
 
