@@ -128,12 +128,12 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 def written(target: Path, values: dict[str, Any]) -> str:
     """The text of the recipe that will be at `target`; `values` are its keys of model and data."""
+    from gradpruner.common.printing import short
     from gradpruner.data.layouts import UnnamedLabels
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import load_config
     from gradpruner.models.sizes import ModelSizes
     from gradpruner.runs.recipe import load_recipe
-    from gradpruner.training.rates import in_millions
 
     recipe = load_recipe(None, (), values)
     folder = locate_model(recipe.model.path, weights=False)
@@ -161,9 +161,9 @@ def written(target: Path, values: dict[str, Any]) -> str:
         "max_length": min(2048, int(getattr(config, "max_position_embeddings", None) or 2048)),
         "layers": layers,
         "num_prune": gone,
-        "removed": f"40 % of the layers, {in_millions(lost)} parameters",
+        "removed": f"40 % of the layers, {short(lost)} parameters",
         "model_said": f"{name} is a {config.model_type} of {layers} layers and "
-        f"{in_millions(sizes.parameters)} parameters",
+        f"{short(sizes.parameters)} parameters",
         "data_said": f"{len(rows):,} training rows of the kind {rows.format}",
     }
     text = TEMPLATE.format(**facts, **trained)

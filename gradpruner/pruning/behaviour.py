@@ -138,7 +138,7 @@ def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Weights, *, wit
 
 
 def run_whole(folder: Path, blueprint: Blueprint, repaired: _Weights, *, with_source: bool) -> Outputs:
-    """Like `run_on_demand`, but loads each model whole, one after the other, in its stored dtype."""
+    """Runs both models as `run_on_demand`, but loads each one whole in turn, in its stored dtype."""
     dtype = computing_dtype(folder)
     expected: dict[str, Tensor] = {}
     if with_source:

@@ -34,12 +34,13 @@ class Tokens:
     ) -> None:
         mine = [i for i in world.share(len(batches)) if batches[i]["attention_mask"][:, 1:].any()]
         # A process without batches walks the first one and counts no token: all must take part in every cut.
-        self.walk = Walk(view, [batches[i] for i in mine or (0,)])
+        walked = mine or [0]
+        self.walk = Walk(view, [batches[i] for i in walked])
         if not mine:
             self.walk.counted[0].zero_()
         self.world = world
-        self._first_number = [i * BATCH_SIZE for i in mine or (0,)]
-        self._answered = [_answered(batches[i]) for i in mine or (0,)]
+        self._first_number = [i * BATCH_SIZE for i in walked]
+        self._answered = [_answered(batches[i]) for i in walked]
         total = sum(int(batch["attention_mask"][:, 1:].sum()) for batch in batches)
         answered = sum(int(_answered(batch)[:, 1:].sum()) for batch in batches)
         weight = answers / (1 - answers) * (total - answered) / max(answered, 1)

@@ -66,7 +66,7 @@ class VerifyReport:
         return all(check.passed is not False for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON values."""
+        """Returns the report as JSON values."""
         return {"level": self.level, "passed": self.passed, "checks": [asdict(c) for c in self.checks]}
 
     def raise_on_failure(self) -> None:

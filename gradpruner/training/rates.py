@@ -14,6 +14,7 @@ from collections.abc import Callable
 from torch import nn
 
 from gradpruner.common.errors import NonFiniteError
+from gradpruner.common.printing import short
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.training.options import FinetuneOptions
 
@@ -41,14 +42,7 @@ def default_rate(parameters: int, mode: str) -> float:
 def default_rate_source(parameters: int, mode: str) -> str:
     """Says in words where the default rate comes from."""
     what = {"full": "full fine-tuning", "lora": "LoRA", "qlora": "QLoRA"}[mode]
-    return f"the default for {what} of {in_millions(parameters)} decoder parameters"
-
-
-def in_millions(count: int) -> str:
-    """Formats a number of parameters: 7.0 B, 106 M, 0.4 M."""
-    if count >= 1e9:
-        return f"{count / 1e9:.1f} B"
-    return f"{count / 1e6:.0f} M" if count >= 1e7 else f"{count / 1e6:.1f} M"
+    return f"the default for {what} of {short(parameters)} decoder parameters"
 
 
 def with_rate(options: FinetuneOptions, model: nn.Module) -> FinetuneOptions:

@@ -60,7 +60,7 @@ def latest_complete_checkpoint(folder: Path, sharding: str = "") -> Path | None:
     return None
 
 
-def _checkpoint_fault(folder: Path, sharding: str = "") -> str | None:
+def _checkpoint_fault(folder: Path, sharding: str) -> str | None:
     """Says what is wrong with a checkpoint; None if it is complete."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

@@ -105,7 +105,7 @@ def make_whole_(model: nn.Module, engine: Any = None) -> None:
                     gathered[id(parameter)] = _whole(parameter)
                 own[name] = None if parameter is None else gathered[id(parameter)]
             bases = type(module).__bases__
-            if type(module).__name__.startswith("FSDP") and len(bases) > 1:  # made by torch
+            if type(module).__name__.startswith("FSDP") and len(bases) > 1:  # torch replaced its class
                 module.__class__ = bases[1]
     if engine is not None:
         _leave_deepspeed(engine)

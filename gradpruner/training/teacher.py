@@ -53,7 +53,7 @@ def distillation_loss(
     temperature: float = 1.0,
     num_counted: Tensor | int | None = None,
 ) -> Tensor:
-    """`T^2 / n * sum over positions of c * sum_v p_v (log p_v - log q_v)`: KL(p || q).
+    """Returns KL(p || q): `T^2 / n * sum over positions of c * sum_v p_v (log p_v - log q_v)`.
 
     p is `softmax(teacher / T)` and q is `softmax(student / T)`; T^2 keeps the size of gradients the same for
     every temperature. The loss is computed in fp32 (fp64 for fp64 logits), a chunk of positions at a time,
