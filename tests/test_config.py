@@ -173,8 +173,8 @@ def test_unreadable_recipes_name_file_and_line(tmp_path, content, part):
 @pytest.mark.parametrize(
     ("override", "part"),
     [
-        ("plan.num_prune", "the form is --set section.key=value"),
-        ("=3", "the form is"),
+        ("plan.num_prune", "not of the form section.key=value"),
+        ("=3", "not of the form"),
         ("plan.layers=[1,", "not valid YAML"),
         ("seed.x=1", "'seed' is a value, not a section"),
         ("plan.num_prune=three", "plan.num_prune: Input should be a valid integer"),

@@ -177,12 +177,12 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(call, tmp_pa
     monkeypatch.setattr(fitting, "host_memory", lambda: room)
     for extra in (["--dry-run"], []):
         code, _, err = call("run", path, *extra)
-        assert code == 5 and "Fine-tuning dense holds" in err, err
+        assert code == 5 and "Fine-tuning dense needs" in err, err
         assert "--set finetune.optim=adafactor" in err and "--set memory=warn" in err
     assert not (tmp_path / values.get("out", "run")).exists()
     assert call("record", path)[0] == 0  # recording alone has room
     code, out, _ = call("run", path, "--dry-run", "--json", "--set", "memory=warn")
-    assert code == 0 and any("Fine-tuning dense holds" in text for text in json.loads(out)["warnings"])
+    assert code == 0 and any("Fine-tuning dense needs" in text for text in json.loads(out)["warnings"])
 
 
 def test_activations_wait_on_the_host_of_a_gpu_only(call, tmp_path):

@@ -217,7 +217,7 @@ def test_a_name_belongs_to_one_plan(copy):
     assert done["variants"]["merged@small"]["label"] == "pruned + merged (small)"
     again = run(load_recipe(path.parent / "run" / "recipe.yaml"), until="prune")
     assert again["rows"] == {"merged": "merged@small"} and set(states(again).values()) == {"skipped"}
-    with pytest.raises(ConfigError, match="has a plan 'small' already, and it is another one"):
+    with pytest.raises(ConfigError, match="already has another plan called 'small'"):
         run(load_recipe(path, ("plan.num_prune=1",), named), until="prune")
     with pytest.raises(ConfigError, match=r"plan\.name"):
         load_recipe(path, (), named | {"plan.name": "../up"})

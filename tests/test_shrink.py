@@ -298,8 +298,11 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({"start": "tuned", "variants": ["gate"]}, "start: tuned needs the row dense"),
-        ({"distil": {"teacher": "tuned"}, "variants": ["gate"]}, "teacher: tuned needs the row dense"),
+        ({"start": "tuned", "variants": ["gate"]}, "start: tuned needs dense among the variants"),
+        (
+            {"distil": {"teacher": "tuned"}, "variants": ["gate"]},
+            "teacher: tuned needs dense among the variants",
+        ),
         ({"start": "base", "plan": {"max_loss": 0.01}}, "needs start: tuned or given"),
         ({"start": "given", "plan": {"max_loss": 0.01, "num_prune": 3}}, "are all budgets"),
         ({"start": "given", "plan": {"max_loss": 1.5}}, "less than 1"),
@@ -319,8 +322,8 @@ def test_recipes_that_cannot_be_carried_out_are_refused(recipe, said):
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
-        ({"start": "given", "variants": ["dense", "sat"]}, "sat changes how a model is fine-tuned"),
-        ({"start": "given", "variants": ["auto"], "plan": {"max_loss": 0.1}}, "auto decides by itself"),
+        ({"start": "given", "variants": ["dense", "sat"]}, "sat changes the fine-tuning"),
+        ({"start": "given", "variants": ["auto"], "plan": {"max_loss": 0.1}}, "auto plans without scores"),
     ],
 )
 def test_methods_that_cannot_do_what_is_asked_are_refused(recipe, said):

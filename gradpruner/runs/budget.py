@@ -1,4 +1,4 @@
-"""What a recipe's budget comes to: plans made from scores."""
+"""Plans made from scores and the recipe's budget."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gradpruner.plans.selection import plan_pruning
 if TYPE_CHECKING:
     from gradpruner.runs.inputs import Inputs
 
-# Keys of the recipe's plan section that say nothing about which layers go.
+# Keys of the recipe's plan section that do not decide which layers go.
 REPAIR_KEYS = frozenset({"repair", "repair_rows", "repair_answers", "max_loss", "confidence"})
 
 
 def placeholder_scores(num_layers: int) -> LayerScores:
-    """Scores to work out a budget with: how many layers go does not depend on them."""
+    """Returns scores for computing a budget: how many layers go does not depend on the scores."""
     return LayerScores("placeholder", tuple(map(float, range(num_layers))))
 
 
@@ -28,9 +28,17 @@ def plan_for(
     chosen_by_method: dict[str, Any] | None = None,
     num_prune: int | None = None,
 ) -> PruningPlan:
-    """The recipe's budget, or `num_prune` layers, applied to scores; all are dropped without `merging`.
+    """Returns the plan by these scores and the recipe's budget.
 
-    Keys of the plan section that a method sets itself (`chosen_by_method`) come before the recipe's.
+    Args:
+        inputs: Holds the recipe and the model's structure.
+        scores: One per layer.
+        merging: Whether layers may be merged; if not, all pruned layers are dropped.
+        chosen_by_method: Keys of the plan section that the method sets itself, instead of the recipe.
+        num_prune: Layers to prune, instead of the recipe's budget.
+
+    Raises:
+        PlanError: If no such plan is possible.
     """
     options = inputs.recipe.plan
     fractions: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""What a user should know of a job's data, and of how long it is trained on, before anything is trained."""
+"""Warnings about the data of a job and the length of its training, given before anything is trained."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from gradpruner.runs.inputs import Inputs
 
 FEW_STEPS = 60
-"""Fewer optimizer steps rarely teach a task; see benchmarks/LOG.md."""
+"""With fewer optimizer steps, a model rarely learns a task; see benchmarks/LOG.md."""
 
 
 def warnings_of(inputs: Inputs) -> list[str]:
-    """Too few rows, rows in two sets, cut prompts, and what reading and encoding the rows found.
+    """Returns all warnings: too few rows, rows in two sets, cut prompts, notes from reading and encoding.
 
     Raises:
-        ModelError: If the tokenizer makes tokens the model does not have.
+        ModelError: If the tokenizer has tokens that the model does not have.
         DataError: If a prompt is empty.
     """
     found = []
@@ -51,27 +51,27 @@ def warnings_of(inputs: Inputs) -> list[str]:
     for key in (key for key, holds in held_out.items() if holds and inputs.recipe.start == "given"):
         rows = "Validation" if key == "validation" else "Evaluation"
         found.append(
-            f"{rows} rows are held out of the training rows, on which the model may have been tuned: "
-            f"give data.{key}, rows it has not seen."
+            f"{rows} rows are held out of the training rows, and the model may have been tuned on those: "
+            f"give rows that it has not seen as data.{key}."
         )
     return found
 
 
 def not_tuned(inputs: Inputs, measured: Mapping[str, Any] | None) -> str:
-    """Says so where a model given as tuned was measured to be no better than the most frequent answer."""
+    """Returns a warning if a model given as tuned is no better than the most frequent answer; or ""."""
     score = measured["metrics"].get("exact_match") if measured and inputs.recipe.start == "given" else None
     most_frequent = majority_class([example.answer for example in inputs.eval.examples]) if score else 0.0
     if score is None or score["value"] > most_frequent:
         return ""
     return (
-        f"The model answers {score['value']:.1%} of {score['n']} rows right; always the most frequent "
-        f"answer would get {most_frequent:.1%}: was it tuned on this task? Pruned, it can hardly be better. "
+        f"The model answers {score['value']:.1%} of {score['n']} rows right; always giving the most frequent "
+        f"answer would get {most_frequent:.1%}: was it tuned on this task? A pruned model is rarely better. "
         "`gradpruner run` tunes a base model."
     )
 
 
 def too_few_steps(inputs: Inputs) -> str:
-    """Says so where fine-tuning is too short to teach a task, and what to set; "" where it is not."""
+    """Returns a warning if fine-tuning is too short to teach a task, with what to set; "" if it is not."""
     tuning, steps = inputs.recipe.finetune, inputs.finetune_steps
     if inputs.recipe.start == "given" or steps >= FEW_STEPS:
         return ""
@@ -95,7 +95,10 @@ def too_few_steps(inputs: Inputs) -> str:
 
 
 def leading_spaces(inputs: Inputs) -> list[int] | None:
-    """How many answers begin with a space, of how many; None for conversations, which a template spaces."""
+    """Returns how many answers begin with a space, and the number of answers; None for conversations.
+
+    In conversations, the chat template decides about spaces.
+    """
     plain = [example.answer for example in inputs.train.examples if not example.messages]
     return [sum(answer[:1].isspace() for answer in plain), len(plain)] if plain else None
 
@@ -105,13 +108,13 @@ def _uneven_spaces(inputs: Inputs) -> str:
     if spaces is None or spaces[0] in (0, spaces[1]):
         return ""
     return (
-        f"{spaces[0]} of {spaces[1]} answers begin with a space and the others do not: the same word is "
-        "then learned as two different tokens."
+        f"{spaces[0]} of {spaces[1]} answers begin with a space and the others do not, so the same word is "
+        "learned as two different tokens."
     )
 
 
 def _doubtful_measurements(inputs: Inputs) -> list[str]:
-    """What makes the evaluation rows say less than they seem to."""
+    """Warnings about evaluation rows that make the figures less reliable."""
     found = list(filter(None, [unequal_labels(inputs.train, inputs.eval)]))
     if inputs.overlap:
         found.append(
@@ -123,7 +126,7 @@ def _doubtful_measurements(inputs: Inputs) -> list[str]:
 
 
 def _notes_of_rows(inputs: Inputs) -> list[str]:
-    """What reading each set and asking it in the model's template left out or changed."""
+    """What was left out or changed when each set was read and put into the chat template."""
     found = []
     sets = {
         "training": inputs.train,
@@ -133,7 +136,7 @@ def _notes_of_rows(inputs: Inputs) -> list[str]:
     }
     for name, examples in sets.items():
         if examples is None or (name == "validation" and inputs.recipe.data.validation is None):
-            continue  # held out of training rows, of which all is said already
+            continue  # held out of the training rows, which have their own notes
         if name == "evaluation" and not inputs.measures:
             continue
         if examples.num_dropped:
@@ -148,7 +151,7 @@ def _notes_of_rows(inputs: Inputs) -> list[str]:
 
 
 def _cut_prompts(inputs: Inputs) -> list[str]:
-    """Which evaluation sets have prompts that are too long; refuses tokens the model does not have."""
+    """Warns of evaluation prompts that are too long; refuses tokens that the model does not have."""
     found = []
     vocabulary = int(inputs.text.vocab_size)
     check_vocabulary(inputs.tokenizer, vocabulary, (one.input_ids for one in inputs.samples.encoded))

@@ -1,6 +1,6 @@
-"""How many layers may go: plans of a tuned model, repaired and measured on validation rows.
+"""The search for how many layers may go: a tuned model is pruned, repaired and measured on validation rows.
 
-Nothing is trained: each number of layers costs one repair and one evaluation.
+Nothing is trained: each number of layers that is tried costs one repair and one evaluation.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from gradpruner.runs.work import fit_as_asked
 
 
 def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path) -> dict[str, Any]:
-    """The largest number of layers whose loss on validation rows is certified, see `largest_certified`.
+    """Finds the largest number of layers whose loss on validation rows is certified (`largest_certified`).
 
-    `make_plan` gives the plan that removes so many layers. `trace` is the folder of the recorded gradients,
-    opened only when layers are merged.
+    Args:
+        job: Has validation rows and a `plan.max_loss`.
+        make_plan: Returns the plan that removes a number of layers.
+        trace: Folder of the recorded gradients; opened only if layers are merged.
 
     Returns:
         JSON values: `best` (None if no number was certified), `metric`, `rows`, `limit`, `confidence`, and
-        `curve`, one certificate for each number that was measured, with `parameters` left.
+        `curve`: one certificate for each number that was tried, with the `parameters` that stay.
     """
     options = job.recipe.plan
     assert options.max_loss is not None and job.validation is not None
@@ -45,13 +47,13 @@ def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path)
         return dense[metric], found[metric]
 
     possible = possible_plans(job)
-    usual = job.num_layers - job.num_keep
+    default = job.num_layers - job.num_keep
     found = largest_certified(
         measure,
         list(possible),
         options.max_loss,
         confidence=options.confidence,
-        first=usual if usual in possible else None,
+        first=default if default in possible else None,
     )
     return {
         "best": found.best,
@@ -71,7 +73,10 @@ def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path)
 
 
 def possible_plans(job: Job) -> dict[int, PruningPlan]:
-    """Number of layers that can go, given the family, protected layers and engines -> such a plan."""
+    """Returns the numbers of layers that can go, each with a plan.
+
+    The model's family, protected layers and engines restrict them.
+    """
     found = {}
     for count in range(1, job.num_layers):
         with suppress(PlanError):
@@ -81,9 +86,9 @@ def possible_plans(job: Job) -> dict[int, PruningPlan]:
 
 
 def validated(job: Job, plan: dict[str, Any] | None, trace: str) -> dict[str, list[float]]:
-    """Score of every validation row, by metric, the most telling first.
+    """Prunes and repairs the model by a plan; returns the score of every validation row by metric.
 
-    The model is pruned by the plan and repaired before; None leaves it dense.
+    The main metric comes first. Without a plan the dense model is measured.
     """
     model = job.load(job.origin)
     if plan is not None:
@@ -103,7 +108,7 @@ def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
 
 
 def refuse_uncertified(found: dict[str, Any]) -> int:
-    """The number of layers a search found.
+    """Returns the number of layers that a search found.
 
     Raises:
         PlanError: If it found none; the message says what was measured and what would help.

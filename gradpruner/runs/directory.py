@@ -1,8 +1,8 @@
-"""The run directory: one folder, one manifest, stages that are done once.
+"""The run directory: one folder, one manifest, and stages that are done once.
 
-`manifest.json` holds the configuration, the hashes of the inputs and, per stage, a fingerprint of everything
-it depends on, its state, versions, cost, result and the files it left. A stage whose fingerprint and files
-are as recorded is skipped when the run is started again; anything else is done anew.
+`manifest.json` holds the recipe, the hashes of the inputs and, for each stage, a fingerprint of everything it
+depends on, its state, versions, cost, result and files. When a run starts again, a stage is skipped if its
+fingerprint and its files are unchanged; all others are done again.
 """
 
 from __future__ import annotations
@@ -45,30 +45,30 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
-# Larger files are recognised by size alone: hashing tens of gigabytes on every start is not worth it.
+# Larger files are compared by size alone: hashing tens of gigabytes at every start takes too long.
 HASHED_BYTES = 64 * 2**20
 
 
 class SeenFile(TypedDict):
-    """A file as a stage left it."""
+    """A file that a stage wrote."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: NotRequired[str]
 
 
 class StageEntry(TypedDict):
-    """What the manifest says of a stage."""
+    """What the manifest says about a stage."""
 
     state: Literal["running", "done", "failed", "interrupted"]
     inputs: str
-    """Fingerprint of everything its result depends on."""
+    """Fingerprint of everything the result depends on."""
     recipe: NotRequired[str]
-    """Key in `recipes`: for which it was last done."""
+    """The recipe the stage was last done for, as a key of `recipes`."""
     versions: NotRequired[dict[str, str]]
     files: dict[str, SeenFile]
     seconds: NotRequired[Annotated[float, Field(ge=0)]]
     resumed: NotRequired[bool]
-    """Whether it went on from where an interrupted start was; the seconds of a killed one are missing."""
+    """Whether it resumed an interrupted start. If that start was killed, its seconds are missing."""
     peak_memory_bytes: NotRequired[int | None]
     result: NotRequired[dict[str, Any]]
     error: NotRequired[str]
@@ -83,23 +83,22 @@ class Manifest(TypedDict):
     config: NotRequired[dict[str, Any]]
     """The recipe of the last start."""
     recipes: NotRequired[dict[str, dict[str, Any]]]
-    """Every recipe some stage was done for, by a short hash."""
+    """The recipes the stages were done for, by a short hash."""
     inputs: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One arrow of a run: what it depends on, what it writes, and the work itself.
+    """One stage of a run: what it depends on, what it writes, and the work itself.
 
     Attributes:
-        name: In the manifest.
-        inputs: JSON values of everything its result depends on.
-        work: Does it and returns the result, JSON values.
-        outputs: Files or folders it writes, relative to the run directory. What stands there from other
-            inputs is removed first.
-        resumes: Whether `work` goes on from what an interrupted attempt with the same inputs left
-            (checkpoints); the time of that attempt is then part of the stage's.
-        step: How far a run has to go to do it, one of `plan_names.STAGES`.
+        name: Name in the manifest.
+        inputs: JSON values of everything the result depends on.
+        work: Does the work and returns the result as JSON values.
+        outputs: Files or folders it writes, relative to the run directory. Old ones are removed first.
+        resumes: Whether `work` can resume an interrupted attempt with the same inputs from what it left, such
+            as checkpoints. The old outputs then stay, and the time of that attempt is added.
+        step: The step of a run it belongs to, one of `plan_names.STAGES`.
     """
 
     name: str
@@ -114,13 +113,14 @@ class RunDirectory:
     """A locked run directory; use as a context manager.
 
     Args:
-        path: The folder; created when missing, refused when it holds something else.
-        inputs: Folders the run reads, which it must not write into.
-        device: Where stages run, for the memory they report.
+        path: The folder; created if it is missing.
+        inputs: Folders the run reads; the run directory must not be one of them or lie inside one.
+        device: Device the stages run on, whose peak memory is measured.
 
     Raises:
-        ConfigError: If the folder is not ours, is an input, or (on entering) another process works in it.
-        IntegrityError: If (on entering) the manifest is damaged, or the folder holds a link that leads out.
+        ConfigError: If the folder holds something else, is an input or, on entering, is used by another
+            process.
+        IntegrityError: On entering, if the manifest is damaged, or a link leads out of the folder.
     """
 
     def __init__(self, path: str | Path, *, inputs: tuple[Path, ...] = (), device: str | None = None) -> None:
@@ -131,7 +131,7 @@ class RunDirectory:
         self._recipe = ""
         self._versions = {"gradpruner": __version__, **package_versions()}
         self.visited: dict[str, str] = {}
-        """Stages of this start, in order: "done", "skipped" or "failed"."""
+        """Stage of this start -> "done", "skipped" or "failed"; in order."""
 
     def __enter__(self) -> RunDirectory:
         with contextlib.ExitStack() as opened:
@@ -140,7 +140,8 @@ class RunDirectory:
                 opened.enter_context(working_in(self.path))
                 refuse_links(self.path)
                 self.manifest = {"created": utc_now(), "stages": {}}
-                if (self.path / MANIFEST).exists():  # asked only now: another process may have worked here
+                # Read under the lock: another process may have worked here until now.
+                if (self.path / MANIFEST).exists():
                     self.manifest = read_manifest(self.path / MANIFEST)
                 for folder, _, _ in os.walk(self.path):
                     sweep(Path(folder))
@@ -157,7 +158,7 @@ class RunDirectory:
         self._opened.close()
 
     def describe(self, config: dict[str, Any], inputs: dict[str, str]) -> None:
-        """Notes what this start works on: the resolved recipe, and the SHA-256 of every input by its name."""
+        """Writes the resolved recipe and the SHA-256 of each input, by name, into the manifest."""
         self._recipe = sha256_json(config)[:16]
         self.manifest["gradpruner_version"] = __version__
         self.manifest["config"], self.manifest["inputs"] = config, inputs
@@ -173,40 +174,40 @@ class RunDirectory:
 
     @property
     def stages(self) -> dict[str, StageEntry]:
-        """Stage name -> what is known of it, in the order first done."""
+        """Stage name -> its entry in the manifest, in the order in which stages were first begun."""
         return self.manifest["stages"]
 
     def result(self, name: str) -> dict[str, Any] | None:
-        """What a stage found, with whatever inputs, if it is done."""
+        """The result of a stage if it is done, with any inputs; else None."""
         entry = self.stages.get(name)
         return entry["result"] if entry is not None and entry["state"] == "done" else None
 
     def recipe_of(self, name: str) -> dict[str, Any]:
-        """The recipe a stage was last done for; {} if that is not known."""
+        """The recipe a stage was last done for; {} if it is not known."""
         entry = self.stages.get(name)
         return self.manifest.get("recipes", {}).get(entry.get("recipe", ""), {}) if entry else {}
 
     def is_done(self, name: str, inputs: Any) -> bool:
-        """Whether a stage is done, with these inputs; its files may be gone or changed."""
+        """Whether a stage is done with these inputs; its files may be missing or changed."""
         entry = self.stages.get(name)
         return entry is not None and entry["state"] == "done" and entry["inputs"] == fingerprint(inputs)
 
     def is_current(self, stage: Stage) -> bool:
-        """Whether a stage is done, with these inputs, and its files are still there."""
+        """Whether a stage is done with its inputs and its files are unchanged."""
         return self.is_done(stage.name, stage.inputs) and self.has_files(stage.name)
 
     def has_files(self, name: str) -> bool:
-        """Whether the files of a stage are as it left them."""
+        """Whether the files of a stage are there and unchanged."""
         files = self.stages[name]["files"].items()
         return all((self.path / path).is_file() and self._describe(path) == seen for path, seen in files)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Takes stages out: what they were about is there no longer."""
+        """Removes stages from the manifest in memory."""
         for name in names:
             self.stages.pop(name, None)
 
     def ensure(self, stage: Stage) -> dict[str, Any]:
-        """The result of a stage, which is done now unless it is current."""
+        """Does a stage unless it is current; returns its result."""
         name = stage.name
         if self.is_current(stage):
             log.info("%s: done before, skipped", name)
@@ -216,7 +217,7 @@ class RunDirectory:
         earlier = self.stages.get(name)
         before, resumed = 0.0, False
         if stage.resumes and earlier and earlier["inputs"] == asked and earlier["state"] != "done":
-            # A killed start could not say how long it took: its seconds are missing, and "resumed" says so.
+            # A killed start could not write its seconds; they are missing, and "resumed" tells the reader.
             before, resumed = float(earlier.get("seconds", 0.0)), True
         else:
             self.remove(stage.outputs)
@@ -239,11 +240,11 @@ class RunDirectory:
         except BaseException as error:
             ours = _as_ours(error, self.path)
             entry["seconds"] = before + time.perf_counter() - started
-            # Not an Exception: a person or the system stopped the process.
+            # Anything but an Exception means that a user or the system stopped the process.
             entry["state"] = "failed" if isinstance(error, Exception) else "interrupted"
             entry["error"] = str(ours)
             self.visited[name] = "failed"
-            with contextlib.suppress(ResourceError):  # a full disk; the first error says more
+            with contextlib.suppress(ResourceError):  # on a full disk, the first error matters more
                 self.save()
             if ours is error:
                 raise
@@ -257,7 +258,7 @@ class RunDirectory:
         return result
 
     def remove(self, outputs: Sequence[str]) -> None:
-        """Deletes outputs of a stage."""
+        """Deletes files and folders, given relative to the run directory."""
         for relative in outputs:
             path = self.path / relative
             if path.is_dir():
@@ -279,7 +280,7 @@ class RunDirectory:
 
 
 def fingerprint(inputs: Any) -> str:
-    """Hash of what a stage depends on; 32 and 32.0 are the same number, whatever a file made of it."""
+    """Returns a hash of what a stage depends on; 32 and 32.0 count as the same number."""
     return sha256_json(_plain_numbers(inputs))
 
 
@@ -311,7 +312,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _stage_fault(name: str, entry: StageEntry) -> str | None:
-    """What is wrong with a manifest's entry of a stage beyond its types, or None."""
+    """What is wrong with a stage's entry besides types; None if nothing is."""
     if entry["state"] == "done" and "result" not in entry:
         return f"stage {shown(name)} is done and has no result"
     for relative in entry["files"]:
@@ -321,13 +322,13 @@ def _stage_fault(name: str, entry: StageEntry) -> str | None:
 
 
 def stays_inside(relative: str) -> bool:
-    """Whether a path that a file names can be one in the run directory."""
+    """Whether a relative path stays inside the folder it is relative to."""
     path = Path(relative)
     return ".." not in path.parts and not path.is_absolute() and path_fault(path) is None
 
 
 def _is_of(error: OSError, folder: Path) -> bool:
-    """Whether the system refused to write into a folder, as far as the error says."""
+    """Whether an error is about writing into the folder, as far as it says."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return True
     named = error.filename
@@ -335,7 +336,7 @@ def _is_of(error: OSError, folder: Path) -> bool:
 
 
 def _as_ours(error: BaseException, folder: Path) -> BaseException:
-    """Errors of memory, disk and files in words; anything else as it is."""
+    """Turns errors of memory, disk and files into errors of this package; returns others unchanged."""
     if isinstance(error, GradPrunerError):
         return error
     # torch says "out of memory" on accelerators and "can't allocate memory" on the CPU.

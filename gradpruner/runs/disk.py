@@ -1,4 +1,4 @@
-"""The bytes a run writes."""
+"""How many bytes a run writes to disk."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradpruner.runs.plan_names import STAGES, method_of
 
 
 def bytes_to_write(job: Job) -> dict[str, int]:
-    """What a run puts on disk: `trace`, `models` that stay, and `temporary` on top at the worst moment."""
+    """Returns the bytes a run writes: `trace`, `models` that stay, and `temporary` files at their peak."""
     recipe = job.recipe
     plan = job.expected_plan
     sizes = job.sizes.savings(plan.keep)["disk_bytes"]
@@ -23,13 +23,13 @@ def bytes_to_write(job: Job) -> dict[str, int]:
     temporary = 0 if recipe.keep_models == "all" else max(rows)
     options = recipe.finetune
     if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
-        # float32 weights and two moments; two checkpoints are kept while a third is written.
+        # A checkpoint is float32 weights and two moments; two are kept while a third is written.
         temporary += 3 * 12 * job.sizes.parameters
     return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
 
 
 def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
-    """The pruned model, the recovered one, and the fine-tuned one."""
+    """Bytes of a pruned row's models: pruned, recovered if the method does that, and fine-tuned."""
     method = METHODS.find(method_of(variant))
     if not method.removes:
         return sizes["before"]
@@ -37,7 +37,7 @@ def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
 
 
 def bytes_missing(job: Job, folder: Path, until: str) -> int:
-    """What a run has still to write, given what an earlier start left in its directory."""
+    """Returns the bytes a run has still to write, besides what its directory already holds."""
     needs = bytes_to_write(job)
     total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
     return max(0, total - folder_bytes(folder, without=job.folder))

@@ -1,4 +1,4 @@
-"""What a recipe asks and methods, packages or this machine cannot do: found before a model is opened."""
+"""Checks of what methods, packages and this machine can do, before a model is opened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradpruner.training.sharding import check_sharding
 
 
 def check_methods(recipe: Recipe) -> None:
-    """Raises ConfigError for a row whose method cannot do what the recipe asks of it."""
+    """Raises ConfigError if a method cannot do what the recipe asks of it."""
     for name in recipe.variants:
         method = METHODS.find(method_of(name)) if name != "dense" else None
         if method is None:
@@ -22,23 +22,23 @@ def check_methods(recipe: Recipe) -> None:
         if this_world().size > 1 and (method.alone or method.shrink or method.recover or method.callbacks):
             raise ConfigError(
                 f"The method {name} trains by itself, in one process; this job has {this_world().size}.",
-                hint="Start it without torchrun or accelerate launch, or take another method.",
+                hint="Start it without torchrun or accelerate launch, or choose another method.",
             )
         tunes = recipe.start == "base" or (recipe.start == "tuned" and method.training is not None)
         if method.callbacks and not tunes and not recipe.recover.trains:
             raise ConfigError(
-                f"The method {name} changes how a model is fine-tuned; with start: {recipe.start} none is.",
+                f"The method {name} changes the fine-tuning, and with start: {recipe.start} there is none.",
                 hint="Use start: base, or let the model recover: --set recover.epochs=1.",
             )
         if recipe.finetune.mode == "qlora" and (method.alone or name == "sat"):
             raise ConfigError(
-                f"The method {name} changes weights while it tunes; 4-bit weights do not allow that.",
-                hint="Use finetune.mode: lora, or take another method.",
+                f"The method {name} changes weights during fine-tuning; 4-bit weights do not allow that.",
+                hint="Use finetune.mode: lora, or choose another method.",
             )
         if recipe.plan.max_loss is not None and not method.score:
             raise ConfigError(
-                f"plan.max_loss needs methods that score layers; {name} decides by itself what goes.",
-                hint="Give plan.num_prune instead, or take another method: gate, gradpruner, shortgpt.",
+                f"plan.max_loss needs a method that scores layers; {name} plans without scores.",
+                hint="Give plan.num_prune instead, or choose another method: gate, gradpruner, shortgpt.",
             )
 
 
@@ -51,7 +51,7 @@ def check_changed_training(recipe: Recipe, tuning: FinetuneOptions, steps: int) 
 
 
 def check_training(recipe: Recipe) -> None:
-    """Raises ConfigError for a way of recording or fine-tuning that cannot be had here."""
+    """Raises ConfigError if recording or fine-tuning needs something that is not available here."""
     tuning, device = recipe.finetune, recipe.model.device
     check_trackers(tuning.report_to)
     check_optimizer(tuning.optim)

@@ -1,4 +1,4 @@
-"""The rows of a recipe, how they are worded, and the metrics; checked before anything is loaded."""
+"""The rows a recipe reads, their wording, and its metrics; checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -22,42 +22,40 @@ from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.runs.recipe import Recipe
+from gradpruner.runs.sections import AlsoSection, DataSection
 
 _SHORT = 200  # characters of a command that a message may hold
 MOST_TO_CHOOSE = 200
-"""Training rows that are held out to choose between a model and the same trained further, at most; of fewer
-than ten times as many, a tenth. To certify a loss it is a fifth, and data.validation_limit at most."""
+"""At most this many training rows, and at most a tenth of them, are held out to decide whether a recovery is
+kept. To certify a loss, up to a fifth is held out, and at most data.validation_limit rows."""
 MOST_HELD_OUT = 1000
-"""Rows that are held out of the training rows to be measured on, at most; of fewer than ten times as many, a
-tenth."""
+"""At most this many training rows, and at most a tenth of them, are held out for evaluation."""
 
 
 def metrics_of(recipe: Recipe) -> tuple[str, ...]:
-    """What is measured on the recipe's own data: as it says, else as the task does."""
-    named, task = recipe.evaluate.metrics, recipe.data.task
-    if named is not None:
-        return tuple(named)
-    return TASK_METRICS[TASKS.find(task).metric if task is not None else "accuracy"]
+    """What is measured on the recipe's own rows: the metrics it names, else those of its task."""
+    named = recipe.evaluate.metrics
+    return tuple(named) if named is not None else metrics_of_task(recipe.data.task)
+
+
+def metrics_of_task(name: str | None) -> tuple[str, ...]:
+    """What is measured on a named task; on rows of one's own (None), the same as on a task with labels."""
+    return TASK_METRICS[TASKS.find(name).metric if name is not None else "accuracy"]
 
 
 def options_of(recipe: Recipe, metrics: Sequence[str], max_length: int) -> EvaluateOptions:
-    """How models are asked: as the recipe says, for these metrics, in so many tokens."""
-    asked = recipe.evaluate.model_dump(include=set(AskingSection.model_fields))
+    """The options of an evaluation: the recipe's, with these metrics and this length."""
+    settings = recipe.evaluate.model_dump(include=set(AskingSection.model_fields))
     run = {"metrics": list(metrics), "max_length": max_length, "seed": recipe.seed}
-    return EvaluateOptions.model_validate(asked | run)
-
-
-def metrics_of_task(name: str) -> tuple[str, ...]:
-    """What is measured on a further task."""
-    return TASK_METRICS[TASKS.find(name).metric]
+    return EvaluateOptions.model_validate(settings | run)
 
 
 def check_evaluation(recipe: Recipe) -> None:
-    """Finds metrics that cannot be computed here before data and model are read.
+    """Refuses metrics that cannot be computed here, before data and model are read.
 
     Raises:
-        ConfigError: If a library, an encoder or a task of lm-eval is missing, or the wording cannot be
-            chosen.
+        ConfigError: If a library, an encoder or a task of lm-eval is missing, or `data.chat` is "always" for
+            rows of the user's own.
         ModelError: If the encoder cannot be read.
     """
     options = recipe.evaluate
@@ -78,7 +76,7 @@ def check_evaluation(recipe: Recipe) -> None:
 
 
 def asked_of_harness(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What lm-evaluation-harness measures of a model on the recipe's tasks."""
+    """Evaluates a model with lm-evaluation-harness on the recipe's `lm_eval` tasks."""
     from gradpruner.evaluation.harness import evaluate_harness
 
     options = recipe.evaluate
@@ -94,7 +92,7 @@ def asked_of_harness(recipe: Recipe, model: Any, tokenizer: Any) -> dict[str, An
 
 
 def tokenizer_of(recipe: Recipe, folder: Path) -> Any:
-    """The tokenizer of a model folder, with the chat template that the recipe names.
+    """Loads the tokenizer of a model folder, with the chat template that the recipe names.
 
     Raises:
         ConfigError: If there is no such template.
@@ -105,32 +103,56 @@ def tokenizer_of(recipe: Recipe, folder: Path) -> Any:
 
 
 def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | None = None) -> ExampleSet:
-    """The recipe's rows to learn from ("train") or to be measured on ("eval").
+    """Reads one set of the recipe's rows.
 
-    Those that `max_length` tokens (None: as many as the recipe says) cannot hold are unusable.
+    Args:
+        recipe: Says where the rows are.
+        split: "train", "eval", "validation", or the name of a further task (`evaluate.also`).
+        tokenizer: Its chat template decides whether a named task is asked in conversations; with
+            `data.skip_bad`, rows it cannot encode in `max_length` tokens are dropped.
+        max_length: None takes the recipe's.
 
     Raises:
         ConfigError: If the task or a limit is unknown or out of range.
         DataError: If rows are missing or unusable.
     """
-    data, seed = recipe.data, recipe.seed
-    limit = data.train_limit if split == "train" else data.eval_limit
-    if data.task is not None:
-        task = TASKS.find(data.task)
-        if split == "train" and limit is None:
-            limit = task.train_limit
-        named = task.train_split if split == "train" else task.eval_split
-        rows = load_task(data.task, data.folder, named, limit, seed, skip_bad=data.skip_bad)
-        found = worded(rows, tokenizer, data.chat)
+    data, also = recipe.data, {entry.task: entry for entry in recipe.evaluate.also}
+    if split in also:
+        found = _load_task(recipe, also[split], split, also[split].limit, tokenizer)
+    elif data.task is not None and split != "validation":
+        found = _load_task(recipe, data, split, getattr(data, f"{split}_limit"), tokenizer)
     else:
-        source = data.train if split == "train" or data.eval is None else data.eval
+        source = data.train if getattr(data, split) is None else getattr(data, split)
         assert source is not None
-        found = _own_rows(recipe, source, split, limit)
-    return _usable(recipe, found, tokenizer, max_length)
+        found = load_examples(
+            source,
+            split=split,
+            format=data.format,
+            limit=getattr(data, f"{split}_limit"),
+            seed=recipe.seed,
+            skip_bad=data.skip_bad,
+            layout=Layout(data.columns, data.prompt, data.completion, data.labels),
+        )
+    kept = usable(tokenizer, found, max_length or data.max_length, skip_bad=data.skip_bad)
+    return replace(kept, format=kept.format + template_mark(data.chat_template))
+
+
+def _load_task(
+    recipe: Recipe, source: DataSection | AlsoSection, split: str, limit: int | None, tokenizer: Any
+) -> ExampleSet:
+    """Reads the training rows ("train") or the evaluation rows (any other split) of a named task."""
+    assert source.task is not None
+    task = TASKS.find(source.task)
+    if split == "train":
+        named, limit = task.train_split, task.train_limit if limit is None else limit
+    else:
+        named = task.eval_split
+    rows = load_task(source.task, source.folder, named, limit, recipe.seed, skip_bad=recipe.data.skip_bad)
+    return worded(rows, tokenizer, recipe.data.chat)
 
 
 def load_rows(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> tuple[ExampleSet, ExampleSet]:
-    """The rows to learn from and those to be measured on, held out of the former where none are named.
+    """Reads the training rows and the evaluation rows; holds these out of the former if none are named.
 
     Raises:
         ConfigError: If the task or a limit is unknown or out of range.
@@ -144,7 +166,7 @@ def load_rows(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> 
 
 
 def holds_out(recipe: Recipe) -> bool:
-    """Whether the rows to be measured on are taken out of the training rows, since no others are there."""
+    """Whether evaluation rows are held out of the training rows because there are no others."""
     data = recipe.data
     if data.task is not None or data.eval is not None:
         return False
@@ -154,7 +176,7 @@ def holds_out(recipe: Recipe) -> bool:
 
 
 def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
-    """Warns of labelled rows of one's own that have other labels for evaluation than for training; or ""."""
+    """Returns a warning if a user's training and evaluation rows have different labels; "" if not."""
     learned, asked = (
         {choice.strip() for example in found.examples[:1] for choice in example.choices}
         if found.format.startswith(("labelled_text", "templates"))
@@ -174,39 +196,19 @@ def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
     )
 
 
-def _own_rows(recipe: Recipe, source: str, split: str, limit: int | None) -> ExampleSet:
-    data = recipe.data
-    return load_examples(
-        source,
-        split=split,
-        format=data.format,
-        limit=limit,
-        seed=recipe.seed,
-        skip_bad=data.skip_bad,
-        layout=Layout(data.columns, data.prompt, data.completion, data.labels),
-    )
-
-
-def _usable(recipe: Recipe, found: ExampleSet, tokenizer: Any, max_length: int | None) -> ExampleSet:
-    data = recipe.data
-    kept = usable(tokenizer, found, max_length or data.max_length, skip_bad=data.skip_bad)
-    return replace(kept, format=kept.format + template_mark(data.chat_template))
-
-
 def with_validation(
     recipe: Recipe, train: ExampleSet, tokenizer: Any, max_length: int | None = None
 ) -> tuple[ExampleSet, ExampleSet]:
-    """Training rows and the rows on which choices are made, which are not training rows.
+    """Returns training rows and validation rows, which are read, or else held out of the given `train` rows.
 
-    Arguments are as for `load_split`; `train` is what that returned.
+    The other arguments are those of `load_split`.
 
     Raises:
         DataError: If there are too few rows to hold any out.
     """
     data = recipe.data
     if data.validation is not None:
-        found = _own_rows(recipe, data.validation, "validation", data.validation_limit)
-        return train, _usable(recipe, found, tokenizer, max_length)
+        return train, load_split(recipe, "validation", tokenizer, max_length)
     count = min(data.validation_limit, len(train) // 5)
     if recipe.chooses_recovery and recipe.plan.max_loss is None:
         count = min(count, MOST_TO_CHOOSE, max(1, len(train) // 10))
@@ -216,7 +218,7 @@ def with_validation(
 def _held_out(
     recipe: Recipe, train: ExampleSet, count: int, what: str, key: str
 ) -> tuple[ExampleSet, ExampleSet]:
-    """Training rows without `count` random ones, and those."""
+    """Splits training rows into the rows that stay and `count` random rows for `what`."""
     if count == 0:
         raise DataError(
             f"{len(train)} training rows are too few to hold {what} rows out of them.",
@@ -234,24 +236,11 @@ def _held_out(
     return replace(train, examples=part(False), notes=notes), others
 
 
-def load_also(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> dict[str, ExampleSet]:
-    """The rows of every further task, by its name; arguments as for `load_split`."""
-    found = {}
-    for entry in recipe.evaluate.also:
-        split = TASKS.find(entry.task).eval_split
-        rows = load_task(
-            entry.task, entry.folder, split, entry.limit, recipe.seed, skip_bad=recipe.data.skip_bad
-        )
-        rows = worded(rows, tokenizer, recipe.data.chat)
-        found[entry.task] = _usable(recipe, rows, tokenizer, max_length)
-    return found
-
-
 def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:
-    """A named task asked as the model is used to: in a conversation, if it has a template for one.
+    """Turns the rows of a named task into conversations if the tokenizer has a chat template.
 
     Raises:
-        ConfigError: If a conversation is wanted and the tokenizer has no template.
+        ConfigError: If `chat` is "always" and the tokenizer has no chat template.
     """
     if chat == "always" and not tokenizer.chat_template:
         raise ConfigError(
@@ -265,6 +254,6 @@ def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:
 
 
 def data_identity(examples: ExampleSet) -> dict[str, Any]:
-    """What makes two sets of examples the same: the bytes they came from and which rows were taken."""
+    """What identifies a set of examples: the hash of their source, the format, and the ids of the rows."""
     ids = [example.id for example in examples.examples]
     return {"sha256": examples.sha256, "format": examples.format, "rows": ids}

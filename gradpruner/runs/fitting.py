@@ -1,8 +1,8 @@
-"""Whether a run fits into memory: what each stage holds on each device, said before any model is loaded.
+"""Whether a run fits into memory: what each stage holds on each device, before any model is loaded.
 
-Weights, gradients and optimizer are known exactly (`costing.per_device`); a run that has no room for these
-is refused. Activations are rehearsed for the dry run (`costing.rehearsal`) and only warned of. Methods that
-train by themselves are not counted.
+Weights, gradients and optimizer state are known exactly (`costing.per_device`); a run that has no room for
+them is refused. Activations are simulated for the dry run (`costing.rehearsal`) and only lead to a warning.
+Methods that train by themselves are not counted.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from gradpruner.training.finetuning import resolve_precision
 from gradpruner.training.sharding import accelerate_shards
 from gradpruner.training.trainer import answer_window
 
-# Two tokens more than the longest reference answer are generated at most.
+# Generation stops at the length of the longest reference answer and this many more tokens.
 _MORE_TOKENS = 2
-# What may help where a stage does not fit, as overrides of the recipe, cheapest first.
+# Overrides of the recipe that may make a stage fit, cheapest first.
 _REMEDIES: tuple[dict[str, Any], ...] = (
     {"finetune.optim": "adamw_8bit"},
     {"finetune.optim": "adafactor"},
@@ -51,15 +51,15 @@ _REMEDIES: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Phase:
-    """Something a run does that holds a model.
+    """A part of a run that holds a model in memory.
 
     Attributes:
-        name: For people.
+        name: Shown to the user.
         step: One of `plan_names.STAGES`.
         model: "dense" or "pruned".
-        training: How it trains, if it does, and what a pass looks like.
-        taught: Whether a teacher is held beside it.
-        cache: Bytes on top: keys and values, or the sums of a repair.
+        training: How it trains, if it does, and the shape of a batch.
+        taught: Whether a teacher is in memory too.
+        cache: Further bytes: keys and values, or the sums of a repair.
     """
 
     name: str
@@ -72,13 +72,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Fitting:
-    """What the stages of a run hold.
+    """What each stage of a run holds in memory.
 
     Attributes:
-        device: In words.
-        available: Bytes a process has there.
-        spread: Over which processes.
-        stages: Name -> what is held.
+        device: Name of the device.
+        available: Bytes that one process has on the device.
+        spread: How training is spread over processes.
+        stages: Name -> what the stage holds.
     """
 
     device: str
@@ -93,17 +93,17 @@ class Fitting:
 
     @property
     def impossible(self) -> list[str]:
-        """Stages whose weights, gradients and optimizer alone are more than there is."""
+        """Stages whose weights, gradients and optimizer state alone exceed the memory."""
         return [name for name, held in self.stages.items() if held.certain > self.available]
 
     @property
     def tight(self) -> list[str]:
-        """Stages that are possible, but not with all their activations."""
+        """Stages that exceed the memory only with their activations."""
         return [name for name, held in self.stages.items() if held.certain <= self.available < held.peak]
 
     @property
     def warnings(self) -> list[str]:
-        """What may not fit after all."""
+        """Stages that may not fit after all, as sentences."""
         have = num_bytes(self.available)
         found = [
             f"{name} may need {num_bytes(self.stages[name].peak)} of {have} with its activations: lower the "
@@ -129,12 +129,12 @@ class Fitting:
 
 
 def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fitting:
-    """What the stages of a run hold on each device.
+    """Computes what each stage of a run holds on a device.
 
-    `rehearse` also finds the activations, which takes seconds; `until` is the last stage that is done.
+    `rehearse` also simulates activations, which takes seconds; `until` is the last stage of the run.
     """
     name, available = device_memory(torch.device(job.device))
-    # As large as the recipe's plan leaves it; which layers go is not known yet.
+    # Which layers go is not known yet, but how many.
     pruned = keep_layers_(copy.deepcopy(job.sizes.model), job.expected_plan.keep)
     models = {"dense": job.sizes.model, "pruned": pruned}
     held = {
@@ -146,10 +146,10 @@ def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fi
 
 
 def check_fitting(job: Job, until: str) -> None:
-    """Refuses a run that cannot fit, unless the recipe says `memory: warn`.
+    """Refuses a run that cannot fit into memory; with `memory: warn` in the recipe, adds a warning instead.
 
     Raises:
-        ResourceError: Naming the stage, what it needs, and what would fit.
+        ResourceError: Names the stage, what it needs, and settings that would fit.
     """
     found = fitting_of(job, until=until)
     if not found.impossible:
@@ -161,7 +161,7 @@ def check_fitting(job: Job, until: str) -> None:
 
 
 def fault_of(job: Job, found: Fitting) -> ResourceError:
-    """What to say of a run that cannot fit."""
+    """Returns the error for a run that cannot fit into memory."""
     name = max(found.impossible, key=lambda stage: found.stages[stage].certain)
     held = found.stages[name]
     size = found.spread.size
@@ -169,16 +169,16 @@ def fault_of(job: Job, found: Fitting) -> ResourceError:
     remedies = [remedy for remedy in _REMEDIES if _helps(job, remedy)][:3]
     fits = [" ".join(f"--set {key}={value}" for key, value in remedy.items()) for remedy in remedies]
     return ResourceError(
-        f"{name.capitalize()} holds {num_bytes(held.certain)} for weights, gradients and optimizer alone; "
+        f"{name.capitalize()} needs {num_bytes(held.certain)} for weights, gradients and optimizer alone; "
         f"{found.device} has {num_bytes(found.available)}{shared}.",
         hint=(f"This would fit: {'; or '.join(fits)}. " if fits else "")
-        + "More GPUs share it with torchrun and --set finetune.fsdp=true (`gradpruner cost MODEL "
-        "--world-size N --dry-run` shows what fits where). --set memory=warn goes on all the same.",
+        + "Several GPUs share it with torchrun and --set finetune.fsdp=true (`gradpruner cost MODEL "
+        "--world-size N --dry-run` shows what fits where). --set memory=warn runs anyway.",
     )
 
 
 def _helps(job: Job, remedy: dict[str, Any]) -> bool:
-    """Whether a run would fit with some keys of its recipe changed."""
+    """Whether a run would fit with these keys of its recipe changed."""
     if "qlora" in remedy.values() and Training("qlora", spread=spread_of(job)).refused:
         return False
     changed = copy.copy(job)
@@ -191,7 +191,7 @@ def _helps(job: Job, remedy: dict[str, Any]) -> bool:
 
 
 def spread_of(job: Job) -> Spread:
-    """How training is spread, by the recipe or by a config of accelerate."""
+    """How training is spread over processes, by the recipe or by accelerate's config."""
     options, size = job.recipe.finetune, this_world().size
     if size == 1:
         return Spread()
@@ -205,23 +205,23 @@ def spread_of(job: Job) -> Spread:
 
 
 def deepspeed_spread(file: Path, size: int) -> Spread:
-    """What a DeepSpeed configuration spreads; plain data parallelism where it says nothing."""
+    """Reads how a DeepSpeed config spreads a model; plain data parallelism if it does not say."""
     try:
         zero = json.loads(file.read_text(encoding="utf-8")).get("zero_optimization", {})
         stage = int(zero.get("stage", 0))
     except (OSError, ValueError, AttributeError, TypeError):
-        return Spread("ddp", size)  # the Trainer says what is wrong with the file
-    away = {"optimizer": "offload_optimizer", "weights": "offload_param"}
-    waits = tuple(
+        return Spread("ddp", size)  # the Trainer reports what is wrong with the file
+    keys = {"optimizer": "offload_optimizer", "weights": "offload_param"}
+    offloaded = tuple(
         part
-        for part, key in away.items()
+        for part, key in keys.items()
         if (zero.get(key) or {}).get("device", "none") not in ("none", None)
     )
-    return Spread(f"zero{stage}" if 1 <= stage <= 3 else "ddp", size, waits)
+    return Spread(f"zero{stage}" if 1 <= stage <= 3 else "ddp", size, offloaded)
 
 
 def device_memory(device: torch.device) -> tuple[str, int]:
-    """A device in words, and the memory that a process has on it."""
+    """Returns the name of a device and the bytes of memory that one process has on it."""
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
         return facts.name, int(facts.total_memory)
@@ -232,7 +232,7 @@ def device_memory(device: torch.device) -> tuple[str, int]:
 
 
 def host_memory() -> int:
-    """Bytes of memory of this machine, or of the container that this runs in."""
+    """Returns the bytes of memory of this machine, or of the container this process runs in."""
     total = int(psutil.virtual_memory().total)
     limit = Path("/sys/fs/cgroup/memory.max")
     try:
@@ -242,7 +242,7 @@ def host_memory() -> int:
 
 
 def _held(job: Job, stage: Phase, model: nn.Module, rehearse: bool) -> Held:
-    """What a stage holds; with its activations only where asked for."""
+    """What a stage holds; `rehearse` includes its activations."""
     training = stage.training
     held = replace(hold_training(model, training), cache=stage.cache)
     if stage.taught:
@@ -250,19 +250,19 @@ def _held(job: Job, stage: Phase, model: nn.Module, rehearse: bool) -> Held:
     if not rehearse:
         return held
     working = working_bytes(job.sizes.model, training, len(decoder_layers(model)))
-    if working is not None and stage.taught:  # logits of the teacher, and the gradient of the student's
+    if working is not None and stage.taught:  # the teacher's logits, and the gradient of the student's logits
         places = training.batch_size * training.head_tokens
         working += 2 * places * int(job.text.vocab_size) * (2 if training.precision != "fp32" else 4)
     return replace(held, working=working)
 
 
 def _loaded(job: Job) -> torch.dtype:
-    """The type models are loaded in where their weights are not updated."""
+    """The dtype of loaded weights that are not trained."""
     return resolve_dtype(job.recipe.model.dtype, torch.device(job.device))
 
 
 def _stages(job: Job) -> Iterator[Phase]:
-    """What a run does that holds a model, in order."""
+    """The phases of a run that hold a model, in order."""
     recipe, dense = job.recipe, "dense" in job.recipe.variants
     methods = [METHODS.find(method_of(v)) for v in recipe.variants if v != "dense"]
     if any(method.needs_trace for method in methods):
@@ -271,7 +271,7 @@ def _stages(job: Job) -> Iterator[Phase]:
         yield Phase("repair", "prune", "dense", _asking(job), cache=_repair_bytes(job))
     tuning = _tuning(job)
     if dense and recipe.start != "given":
-        # The dense model is tuned first where others start from it.
+        # With start: tuned, the dense model is tuned before anything is recorded.
         yield Phase("fine-tuning dense", "record" if recipe.start == "tuned" else "finetune", "dense", tuning)
     if methods and (recipe.start == "base" or recipe.recover.trains):
         if recipe.distils and recipe.distil.prompts:
@@ -286,7 +286,7 @@ def _stages(job: Job) -> Iterator[Phase]:
 
 
 def _recording(job: Job) -> Training:
-    """As `record_gradients` trains: padded batches, one to a step."""
+    """How `record_gradients` trains: padded batches, one per step."""
     options, shared = job.recipe.record, _shared(job)
     if shared["spread"].strategy.startswith("zero"):  # DeepSpeed steps before gradients can be read
         shared["spread"] = Spread("ddp", shared["spread"].size)
@@ -300,13 +300,13 @@ def _recording(job: Job) -> Training:
 
 
 def _tuning(job: Job) -> Training:
-    """As `finetune` trains."""
+    """How `finetune` trains."""
     options = job.training
-    updated = job.recipe.model.trained_dtype(options.mode)
+    trains_in_float32 = job.recipe.model.trained_dtype(options.mode) is not None
     return replace(
         _asking(job, options.batch_size, packed=options.batching == "packed"),
         mode=options.mode,
-        dtype=torch.float32 if updated else _loaded(job),
+        dtype=torch.float32 if trains_in_float32 else _loaded(job),
         optim=options.optim,
         rank=options.rank,
         dropout=options.dropout,
@@ -316,7 +316,7 @@ def _tuning(job: Job) -> Training:
 
 
 def _shared(job: Job) -> dict[str, Any]:
-    """What recording and tuning do alike."""
+    """The options that recording and fine-tuning have in common."""
     tuning = job.recipe.finetune
     return {
         "precision": resolve_precision(tuning.precision, job.training.device),
@@ -326,7 +326,7 @@ def _shared(job: Job) -> dict[str, Any]:
 
 
 def _asking(job: Job, batch: int | None = None, packed: bool = False) -> Training:
-    """A pass without training; every process holds the model."""
+    """A forward pass without training; every process holds the whole model."""
     batch = batch or job.recipe.evaluate.batch_size
     tokens, head = _largest_batch(job, batch, packed)
     attn = job.recipe.model.attn_implementation
@@ -334,7 +334,7 @@ def _asking(job: Job, batch: int | None = None, packed: bool = False) -> Trainin
 
 
 def _largest_batch(job: Job, batch_size: int, packed: bool) -> tuple[int, int]:
-    """Tokens of each sample, and positions whose logits are computed, in the batch of the longest samples."""
+    """Returns tokens per sample and positions with logits per sample, for a batch of the longest samples."""
     lengths = job.samples.lengths
     longest = sorted(range(len(lengths)), key=lambda i: -lengths[i])[:batch_size]
     labels = job.collator([job.samples[i] for i in longest])["labels"]
@@ -346,7 +346,7 @@ def _largest_batch(job: Job, batch_size: int, packed: bool) -> tuple[int, int]:
 
 
 def _repair_bytes(job: Job) -> int:
-    """Hidden states of both models and the sums of one cut: four square matrices in float64."""
+    """Bytes of a repair: hidden states of both models, and four square float64 matrices for one cut."""
     rows = job.repair_rows
     hidden, tokens = int(job.text.hidden_size), sum(job.samples.lengths) / len(job.samples)
     widths = [int(weight.shape[1]) for weight in job.structure.weights(0).values()]

@@ -1,7 +1,7 @@
-"""About how long a run will take, before anything is loaded: two layers of the model's widths are timed.
+"""An estimate of how long a run takes, before anything is loaded: two layers of the model's widths are timed.
 
-They are a Llama's, with made-up weights: what a step takes depends on shapes, hardly on the family. The rest
-follows from the linears of a layer against those of the trial, from the number of layers, and from tokens.
+The two layers are Llama layers with random weights, because time depends on shapes and hardly on the family.
+The estimate scales with multiply-accumulates per layer, number of layers, and tokens.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from gradpruner.models.walking import BATCH_SIZE
 from gradpruner.runs.job import REPAIR_PASSES, Job
 from gradpruner.training.finetuning import resolve_precision
 
-# At most so much is computed in one trial pass, about a second on one core: larger batches are cut.
+# Most FLOPs of one trial pass, about a second on one CPU core; larger batches are cut.
 _MOST_FLOPS = {"cpu": 3e10}
 _MOST_FLOPS_GPU = 3e13
-_MOST_PARAMETERS = 50_000_000  # of a trial layer; wider layers are halved
+_MOST_PARAMETERS = 50_000_000  # of a trial layer; the widths of larger layers are halved
 _LAYERS, _VOCABULARY = 2, 64
-_ENOUGH_SECONDS = 0.15  # of repeats: the quickest counts, since others may use the machine
-# A step of adapters has no gradients of the frozen weights, but more and smaller operations.
+_ENOUGH_SECONDS = 0.15  # passes are repeated this long; the fastest counts, as others may use the machine
+# Time of a step with adapters against a full step: no gradients of frozen weights, but more small operations.
 _LORA = 0.9
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds a run is estimated to take, by part.
+    """The estimated seconds of a run, by part.
 
     Attributes:
         record: Recording the first LoRA steps.
         repair: Fitting the repairs of all pruned rows.
         train: Fine-tuning or recovery of all rows.
-        evaluate: Answers to all evaluation rows, before and after.
-        basis: How it was estimated, for people.
+        evaluate: Evaluations of all rows, before and after fine-tuning.
+        basis: How the time was estimated, shown to the user.
     """
 
     record: float
@@ -50,12 +50,12 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Everything together."""
+        """The sum of all parts."""
         return self.record + self.repair + self.train + self.evaluate
 
 
 class _Trial:
-    """Two layers as wide as the model's, timed."""
+    """Two layers of the model's widths, to be timed."""
 
     def __init__(self, job: Job) -> None:
         text, self.device = job.text, torch.device(job.device)
@@ -80,13 +80,13 @@ class _Trial:
         self.most = _MOST_FLOPS.get(self.device.type, _MOST_FLOPS_GPU)
 
     def seconds(self, rows: int, length: int, training: bool) -> float:
-        """One pass of `rows` samples of `length` tokens through one layer, backward too in training."""
+        """Times a pass of `rows` samples of `length` tokens through one layer; in training, backward too."""
         tokens = rows * length
         allowed = max(16, int(self.most / (6 * _LAYERS * self.macs)))
         length = min(length, allowed)
         rows = max(1, min(rows, allowed // length))
         ids = torch.ones((rows, length), dtype=torch.long, device=self.device)
-        spent = [self._once(ids, training) for _ in range(2)]  # the first one warms up
+        spent = [self._once(ids, training) for _ in range(2)]  # the first pass warms up
         while sum(spent) < _ENOUGH_SECONDS and len(spent) < 10:
             spent.append(self._once(ids, training))
         return min(spent) / _LAYERS * tokens / (rows * length)
@@ -105,11 +105,11 @@ class _Trial:
         return time.perf_counter() - start
 
     def optimizer_seconds(self) -> float:
-        """One AdamW step, per parameter."""
+        """Times one AdamW step; returns seconds per parameter."""
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0)
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes the moments
+        optimizer.step()  # allocates the moments
         self._wait()
         start = time.perf_counter()
         optimizer.step()
@@ -122,11 +122,11 @@ class _Trial:
 
 
 def forecast(job: Job) -> Forecast:
-    """About how long the recipe takes, methods that search apart."""
+    """Estimates how long a recipe takes, without the searches of methods."""
     recipe, options = job.recipe, job.training
     trial = _Trial(job)
-    whole = sum(job.sizes.layer_macs) / job.num_layers
-    layers = job.num_layers * whole / trial.macs  # in layers of the trial
+    macs_per_layer = sum(job.sizes.layer_macs) / job.num_layers
+    layers = job.num_layers * macs_per_layer / trial.macs  # the model's depth in layers of the trial
     length = max(1, round(sum(job.samples.lengths) / len(job.samples)))
     record = layers * trial.seconds(recipe.record.batch_size, length, True) * job.record_steps * _LORA
     one_pass = layers * trial.seconds(options.batch_size, length, True)
@@ -138,36 +138,36 @@ def forecast(job: Job) -> Forecast:
     steps = job.finetune_steps if recipe.start == "base" else job.recover_steps
     taught = 4 / 3 if recipe.distils else 1.0
     train = dense + len(pruned) * kept * taught * steps * step
-    train /= _gpus_of_one_process(job)  # `planned_steps` knows of processes only
+    train /= _gpus_of_one_process(job)  # `planned_steps` divides by processes only
     repair = trial.seconds(BATCH_SIZE, length, False) * job.repair_rows / BATCH_SIZE * REPAIR_PASSES
     answer = max(1, math.ceil(job.samples.supervised_tokens / len(job.samples)))
     batch = min(recipe.evaluate.batch_size, len(job.eval))
     passes = math.ceil(len(job.eval) / batch)
-    asked = trial.seconds(batch, length, False) + answer * trial.seconds(batch, 1, False)
+    per_batch = trial.seconds(batch, length, False) + answer * trial.seconds(batch, 1, False)
     times = 2 if recipe.evaluate.before_finetuning and (recipe.start == "base" or steps) else 1
     rows = ("dense" in recipe.variants) + kept * len(pruned)
     return Forecast(
         record=0.0 if not pruned else record,
         repair=layers * repair * len(pruned) / this_world().size if recipe.plan.repair != "none" else 0.0,
         train=train,
-        evaluate=layers * asked * passes * times * rows / this_world().size,
+        evaluate=layers * per_batch * passes * times * rows / this_world().size,
         basis=f"two layers of these widths, timed here on {trial.device.type}",
     )
 
 
 def num_devices(job: Job) -> int:
-    """Devices that share every optimizer step, each with a batch of its own."""
+    """Returns the number of devices that share an optimizer step, each with a batch of its own."""
     return this_world().size * _gpus_of_one_process(job)
 
 
 def _gpus_of_one_process(job: Job) -> int:
-    """How many GPUs the Trainer spreads a batch over: all there are, unless there are several processes."""
+    """How many GPUs the Trainer of one process uses: all of them, or one if there are several processes."""
     if this_world().size > 1 or not job.device.startswith("cuda") or ":" in job.device:
         return 1
     return max(1, torch.cuda.device_count())
 
 
 def _first(value: Any) -> int | None:
-    """The number, or the first of a list of them: some families give one for each layer."""
+    """The number, or the first of a list of numbers: some families give one for each layer."""
     value = value[0] if isinstance(value, list | tuple) and value else value
     return int(value) if isinstance(value, int) else None

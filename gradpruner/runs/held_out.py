@@ -1,4 +1,4 @@
-"""Choices by the loss on rows that nothing was trained on."""
+"""Decisions by the loss on held-out rows, on which nothing was trained."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gradpruner.common.errors import NonFiniteError
-from gradpruner.data.encoding import EncodedDataset, encode_all
+from gradpruner.data.encoding import EncodedDataset
 from gradpruner.methods.calibration import mean_nll
 from gradpruner.models.walking import sample_batches
 from gradpruner.runs.job import Job
@@ -17,10 +17,10 @@ _BATCH = 16
 
 
 def loss_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> float:
-    """Mean loss of a model on samples that it was not tuned on, in nats per learned token.
+    """Returns the mean loss of a model on held-out samples, in nats per learned token.
 
     Raises:
-        NonFiniteError: If it is NaN or infinite; names `which`.
+        NonFiniteError: If the loss is NaN or infinite; `which` says in the message which model it was.
     """
     device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
     model.eval()
@@ -28,26 +28,20 @@ def loss_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> float:
     return mean_nll(model, batches, which)
 
 
-def validation_samples(job: Job) -> EncodedDataset:
-    """The validation rows, encoded as training rows are."""
-    assert job.validation is not None
-    return encode_all(job.tokenizer, job.validation.examples, job.max_length)
-
-
-def loss_before(job: Job, source: Path) -> float:
-    """The loss on validation rows of a pruned model that is about to be trained further."""
-    model = job.load(source)
-    loss = loss_on(job, model, validation_samples(job), "before it is trained further")
+def loss_before(job: Job, folder: Path) -> float:
+    """Returns the validation loss of the pruned model in `folder`, before its recovery."""
+    model = job.load(folder)
+    loss = loss_on(job, model, job.validation_samples, "before it is trained further")
     job.release(model)
     return loss
 
 
-def better_of(job: Job, source: Path, trained: Any, before: float) -> tuple[Any, dict[str, Any]]:
-    """Of the pruned model in `source` and the same `trained` further, the one with the lower validation loss.
+def better_of(job: Job, folder: Path, trained: Any, before: float) -> tuple[Any, dict[str, Any]]:
+    """Returns the trained model if its validation loss is below `before`, else the pruned one in `folder`.
 
-    Returns it with what run.json says of the choice; a trained model that is not kept is released.
+    The second value is what run.json says about the choice. A trained model that is not kept is released.
     """
-    samples = validation_samples(job)
+    samples = job.validation_samples
     try:
         after = loss_on(job, trained, samples, "trained further")
     except NonFiniteError:
@@ -56,4 +50,4 @@ def better_of(job: Job, source: Path, trained: Any, before: float) -> tuple[Any,
     if after is not None and after < before:
         return trained, kept
     job.release(trained)
-    return job.load(source), kept | {"model": "pruned"}
+    return job.load(folder), kept | {"model": "pruned"}

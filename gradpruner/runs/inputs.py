@@ -1,7 +1,8 @@
-"""What a recipe reads: its model without weights, and its rows; opened, checked and counted."""
+"""The inputs of a recipe, its model without weights and its rows: opened, checked and counted."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,8 @@ from torch import nn
 
 from gradpruner.common.provenance import hash_folder
 from gradpruner.common.world import this_world
-from gradpruner.data.encoding import Collator, encode_all
-from gradpruner.data.examples import ExampleSet, overlap
+from gradpruner.data.encoding import Collator, EncodedDataset, encode_all
+from gradpruner.data.examples import Example, ExampleSet, overlap
 from gradpruner.evaluation.questions import Questions
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import family_slots, text_config
@@ -28,8 +29,8 @@ from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Fits
 from gradpruner.runs.evaluation_data import (
     data_identity,
-    load_also,
     load_rows,
+    load_split,
     metrics_of,
     tokenizer_of,
     with_validation,
@@ -42,10 +43,13 @@ from gradpruner.training.sharding import check_world_size
 
 @dataclass
 class Inputs:
-    """The model and the rows of a recipe; no weights are loaded. `runs.job.Job` is what is made of them.
+    """The model and the rows of a recipe; no weights are loaded. `runs.job.Job` builds on it.
 
-    `loaded` is the recipe's model where it is in memory already, and is never changed. Without `measures`
-    nothing is evaluated.
+    Attributes:
+        command: How the user called it, for the report.
+        warnings: What the user should know, in sentences.
+        loaded: The recipe's model if it is in memory already; it is never changed.
+        measures: Whether anything is evaluated.
     """
 
     recipe: Recipe
@@ -71,13 +75,26 @@ class Inputs:
         self.validation: ExampleSet | None = None
         if recipe.plan.max_loss is not None or recipe.data.validation is not None or recipe.chooses_recovery:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
-        self.also = load_also(recipe, self.tokenizer, longest)
-        self.samples = encode_all(self.tokenizer, self.train.examples, longest)
-        read = {"record": recipe.record.batch_size, "finetune": recipe.finetune.batch_size}
-        check_world_size(len(self.samples), {f"{name}.batch_size": size for name, size in read.items()})
+        self.also = {
+            entry.task: load_split(recipe, entry.task, self.tokenizer, longest)
+            for entry in recipe.evaluate.also
+        }
+        self.samples = self.encode(self.train.examples)
+        sizes = {"record": recipe.record.batch_size, "finetune": recipe.finetune.batch_size}
+        check_world_size(len(self.samples), {f"{name}.batch_size": size for name, size in sizes.items()})
         self.collator = Collator(self.tokenizer)
         self._questions: dict[str, Questions] = {}
         self.overlap = overlap(self.train.examples, self.eval.examples)
+
+    def encode(self, examples: Sequence[Example]) -> EncodedDataset:
+        """Tokenises examples as training samples."""
+        return encode_all(self.tokenizer, examples, self.max_length)
+
+    @cached_property
+    def validation_samples(self) -> EncodedDataset:
+        """The validation rows as training samples, for their loss."""
+        assert self.validation is not None
+        return self.encode(self.validation.examples)
 
     def savings_of(self, plan: Plan) -> dict[str, dict[str, int]]:
         """What a plan saves, in every unit."""
@@ -86,43 +103,43 @@ class Inputs:
         return width_savings(self.skeleton(), plan)
 
     def skeleton(self) -> nn.Module:
-        """The dense model without weights, made anew."""
+        """Builds the dense model without weights."""
         return skeleton(model_class(self.config), self.config)
 
     def portability_of(self, plan: Plan) -> tuple[Portability, ...]:
-        """How engines serve what a plan leaves."""
+        """Whether inference engines serve the model that a plan leaves correctly."""
         return portability_of(plan, layer_facts(self.config))
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What is measured on the evaluation data."""
+        """What is measured on the recipe's own evaluation rows."""
         return metrics_of(self.recipe)
 
     @property
     def text(self) -> Any:
-        """The config of the decoder: the model's own, or a part of it."""
+        """The config of the decoder: the model's config, or the part of it about text."""
         return text_config(self.config)
 
     @cached_property
     def sizes(self) -> ModelSizes:
-        """The sizes of the dense model."""
+        """The sizes of the dense model: layers, parameters, bytes."""
         return ModelSizes(self.config)
 
     @cached_property
     def structure(self) -> LayeredModel:
         """The dense model's layers, without weights."""
         counted = self.sizes.model
-        # Of a model that also sees or hears, sizes are counted on the decoder alone.
+        # `sizes` counts the decoder alone; a model that also takes images or sound is built whole here.
         return LayeredModel(counted if type(counted) is model_class(self.config) else self.skeleton())
 
     @property
     def family(self) -> Family:
-        """How the model keeps its layers."""
+        """What is known about the model's architecture."""
         return self.structure.family
 
     @cached_property
     def layer_kinds(self) -> list[tuple[tuple[str, tuple[int, ...]], ...]]:
-        """Names and shapes of the linears of every layer: only equal ones can be merged."""
+        """Names and shapes of the linears of each layer; only layers with equal ones can be merged."""
         view = self.structure
         return [
             tuple((name, tuple(weight.shape)) for name, weight in view.weights(i).items())
@@ -130,7 +147,7 @@ class Inputs:
         ]
 
     def slots(self) -> Fits | None:
-        """Where a layer may stand in the pruned model, for transformers and for the engines asked for."""
+        """Where a layer may stand in the pruned model: transformers' rules and those of plan.portable_to."""
         rules = [
             family_slots(self.text, self.family),
             slots(layer_facts(self.config), self.recipe.plan.portable_to),
@@ -145,7 +162,7 @@ class Inputs:
 
     @property
     def finetune_steps(self) -> int:
-        """Optimizer steps of every fine-tuning."""
+        """Optimizer steps of each fine-tuning."""
         return planned_steps(len(self.samples), self.recipe.finetune)
 
     @property
@@ -155,31 +172,31 @@ class Inputs:
 
     @cached_property
     def model_sha256(self) -> str:
-        """Hash of config and weights."""
+        """Hash of the model's config and weights."""
         return hash_model(self.folder)
 
     @property
     def learned(self) -> dict[str, Any]:
-        """What every training, and every choice by training rows, depends on."""
+        """What everything computed from training rows depends on."""
         return {"train": data_identity(self.train), "max_length": self.max_length, "seed": self.recipe.seed}
 
     @property
     def loading(self) -> dict[str, Any]:
-        """How models are loaded, wherever they are."""
+        """How models are loaded: the model section without the path."""
         return self.recipe.model.model_dump(exclude={"path"})
 
     @property
     def spread(self) -> dict[str, int]:
-        """What training depends on beside the recipe: every process adds a batch to a step."""
+        """What training depends on besides the recipe: each process adds a batch to a step."""
         size = this_world().size
         return {"processes": size} if size > 1 else {}
 
     def rows(self, name: str) -> ExampleSet:
-        """What is measured on: "eval", "validation", or the name of one of the further tasks."""
+        """The rows to measure on: "eval", "validation", or the name of a further task."""
         return {"eval": self.eval, "validation": self.validation or self.eval, **self.also}[name]
 
     def questions(self, name: str) -> Questions:
-        """Rows as for `rows`, tokenised once for all evaluations."""
+        """The rows of that name (see `rows`) as prompts, tokenised once for all evaluations."""
         if name not in self._questions:
             self._questions[name] = Questions(self.tokenizer, self.rows(name).examples, self.max_length)
         return self._questions[name]

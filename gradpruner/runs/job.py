@@ -17,18 +17,13 @@ from gradpruner.common.provenance import sha256_json
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.config_patch import check_keep, required_layers
-from gradpruner.models.loading import (
-    resolve_device,
-    resolve_dtype,
-)
+from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.refitting import ANSWERS, enough_rows
 from gradpruner.runs.budget import placeholder_scores, plan_for
 from gradpruner.runs.data_warnings import warnings_of
 from gradpruner.runs.early_checks import check_changed_training, check_methods, check_training
-from gradpruner.runs.evaluation_data import (
-    check_evaluation,
-)
+from gradpruner.runs.evaluation_data import check_evaluation
 from gradpruner.runs.inputs import Inputs, hash_model
 from gradpruner.runs.plan_names import LABELS
 from gradpruner.training.adapters import is_4bit
@@ -37,12 +32,12 @@ from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, default_rate_source
 
 REPAIR_PASSES = 2.5
-"""How many times a repair passes its samples forward through all layers, about."""
+"""About how many times a repair passes its samples forward through all layers."""
 
 
 @dataclass
 class Job(Inputs):
-    """A recipe with its inputs opened and checked: what every stage looks at. Making one loads no weights."""
+    """A recipe with its inputs opened and checked, which every stage uses. Making one loads no weights."""
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -65,38 +60,38 @@ class Job(Inputs):
         self.warnings += warnings_of(self)
 
     def _settle_repair(self) -> None:
-        """Decides what `plan.repair: auto` means for this model."""
+        """Replaces `plan.repair: auto` by the repair that suits this model."""
         if self.recipe.plan.repair != "auto":
             return
         reasons = {
             "its layers hold experts": bool(self.family.no_merge),
-            "its layers hand keys and values to one another": self.family.shared_kv,
+            "its layers share keys and values": self.family.shared_kv,
             "it is quantised": bool(getattr(self.config, "quantization_config", None)),
         }
         found = next((reason for reason, holds in reasons.items() if holds), "")
         if found:
             self.warnings.append(
-                f"The model is not repaired: {found}. Only training makes up for what is cut."
+                f"The model is not repaired: {found}. Only training can make up for the layers removed."
             )
         kind = "least_squares" if self.recipe.start == "base" else "layer_wise"  # by docs/quality.md
         self.recipe = self.recipe.with_values(plan={"repair": "none" if found else kind})
 
     @cached_property
     def repair_rows(self) -> int:
-        """Training samples a repair is fitted on."""
+        """How many training samples a repair is fitted on."""
         options, samples = self.recipe.plan, self.samples
         asked = options.repair_rows or enough_rows(self.structure, list(samples), options.repair)
         return min(asked, len(samples))
 
     @property
     def how_repaired(self) -> tuple[str, int, float]:
-        """What a repair depends on beside model and samples: kind, rows, and answers' share of the weight."""
-        options, usual = self.recipe.plan, 0.0 if self.recipe.start == "base" else ANSWERS
-        answers = usual if options.repair_answers is None else options.repair_answers
+        """The settings of a repair: its kind, its number of rows, and the share of weight on answers."""
+        options, default = self.recipe.plan, 0.0 if self.recipe.start == "base" else ANSWERS
+        answers = default if options.repair_answers is None else options.repair_answers
         return options.repair, self.repair_rows, answers
 
     def _check_budget(self) -> None:
-        """Finds an impossible budget or plan before anything is recorded."""
+        """Refuses an impossible budget or plan before anything is recorded."""
         plan = plan_for(self, placeholder_scores(self.num_layers), merging=False)
         self.given_plan: PruningPlan | None = None
         if self.recipe.plan.file is not None:
@@ -116,31 +111,31 @@ class Job(Inputs):
             )
 
     def _choose_rate(self) -> None:
-        """Takes the default learning rate where the recipe gives none."""
+        """Sets the default learning rate if the recipe gives none."""
         tuning, size = self.recipe.finetune, self.sizes.decoder_parameters
         self.rate_source = "as given"
         if tuning.learning_rate is None:
             self.set_rate(default_rate(size, tuning.mode), default_rate_source(size, tuning.mode))
 
     def _choose_accumulation(self) -> None:
-        """Where the recipe leaves it open, few rows make smaller optimizer steps than the paper's."""
+        """Chooses the accumulation if the recipe leaves it open: with few rows, steps are smaller."""
         tuning, given = self.recipe.finetune, self.recipe.start == "given"
         if tuning.accumulation is None:
-            # What trains a model that is tuned already is counted in steps of the paper's size.
+            # A model that is tuned already is trained in steps of the paper's size.
             passes = 8 if given else chosen_accumulation(len(self.samples), tuning)
             self.recipe = self.recipe.with_values(finetune={"accumulation": passes})
 
     def set_rate(self, rate: float, source: str) -> None:
-        """Fine-tunes at this peak learning rate from now on; `source` says where it comes from."""
+        """Sets the peak learning rate of fine-tuning; `source` tells the user where it comes from."""
         self.recipe = self.recipe.with_values(finetune={"learning_rate": rate})
         self.rate_source = source
 
     def method_options(self, name: str) -> MethodOptions:
-        """What the recipe sets about a method, checked."""
+        """The options the recipe gives a method, checked."""
         return METHODS.find(name).read_options(name, self.recipe.methods.get(name, {}))
 
     def context(self, name: str, trace: Callable[[], GradientTrace], folder: Path) -> MethodContext:
-        """What a method may look at; in `folder` it may keep checkpoints while it trains."""
+        """What a method may look at; it may keep checkpoints in `folder` while it trains."""
         plan = self.recipe.plan
         protected = {*plan.protect, *required_layers(self.text, self.family), *range(plan.protect_first)}
         protected |= set(range(self.num_layers - plan.protect_last, self.num_layers))
@@ -174,16 +169,17 @@ class Job(Inputs):
 
     @property
     def recover_rate(self) -> float | None:
-        """Peak learning rate of training a pruned model that was tuned before."""
+        """Peak learning rate of recovery: the recipe's, or half of fine-tuning's."""
         recover, tuning = self.recipe.recover.learning_rate, self.recipe.finetune.learning_rate
-        asked = self.recipe.start == "given" and self.rate_source == "as given"
-        if recover or asked or not tuning:
+        # With start: given, recovery is the only training, so a rate for fine-tuning is meant for it.
+        meant = self.recipe.start == "given" and self.rate_source == "as given"
+        if recover or meant or not tuning:
             return recover or tuning
         return tuning / 2
 
     @property
     def recover_steps(self) -> int:
-        """Optimizer steps after a tuned model was pruned; 0 for none."""
+        """Optimizer steps of recovery, after a tuned model was pruned; 0 for none."""
         recover = self.recipe.recover
         if recover.steps is not None or recover.epochs == 0:
             return recover.steps or 0
@@ -192,39 +188,70 @@ class Job(Inputs):
 
     @property
     def pruned_work(self) -> float:
-        """What a pruned row takes in all, in units of the dense model's fine-tuning; estimated.
+        """Estimated compute of one pruned row, recording included, in units of the dense fine-tuning.
 
-        Steps count by their samples and layers. A repair passes its samples `REPAIR_PASSES` times forward, a
-        teacher passes them once; a forward pass is a third of a training step.
+        Training counts samples times layers. A forward pass costs a third of a training step: a repair passes
+        its samples forward `REPAIR_PASSES` times, a teacher once.
         """
         recipe, options = self.recipe, self.training
-        whole = self.finetune_steps * options.batch_size * options.accumulation
+        dense_samples = self.finetune_steps * options.batch_size * options.accumulation
         kept = self.num_keep / self.num_layers
         share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
-        work = share * kept + self.record_steps * recipe.record.batch_size / whole
+        work = share * kept + self.record_steps * recipe.record.batch_size / dense_samples
         if recipe.plan.repair != "none":
-            work += self.repair_rows * REPAIR_PASSES / 3 / whole
+            work += self.repair_rows * REPAIR_PASSES / 3 / dense_samples
         if recipe.distils:
             work += share / 3
         return work + (1.0 if recipe.tunes_first else 0.0)
 
+    @property
+    def record_inputs(self) -> dict[str, Any]:
+        """What the recorded gradients depend on."""
+        return {
+            "model": self.origin_sha256,
+            "record": self.recipe.record.model_dump(),
+            "steps": self.record_steps,
+            "loading": self.loading,
+            "precision": self.recipe.finetune.precision,
+            **self.learned,
+            **self.spread,
+        }
+
+    def decision_inputs(self, name: str) -> dict[str, Any]:
+        """What the scores of a method depend on, or its plan if it plans without scores."""
+        options, method = self.recipe.plan, METHODS.find(name)
+        return {
+            "method": name,
+            "options": self.method_options(name).model_dump(mode="json"),
+            "score": self.recipe.score.model_dump(),
+            "num_keep": self.num_keep,
+            "protect": [options.protect_first, options.protect_last, options.protect],
+            "budget": None if method.score else [self.num_remove, options.unit, options.portable_to],
+            "record": self.record_inputs if method.needs_trace else None,
+            "model": self.origin_sha256,
+            **self.learned,
+        }
+
     def prune_from(self, folder: Path) -> None:
-        """Makes the dense model tuned before (start: tuned) what is recorded on and pruned from now on."""
+        """Sets the model that is recorded and pruned: with start: tuned, the dense model after its tuning."""
         self.origin = folder
         self.__dict__.pop("origin_sha256", None)
 
     @cached_property
     def origin_sha256(self) -> str:
-        """Hash of config and weights of the model that is pruned."""
+        """Hash of the config and weights of the model that is pruned."""
         return self.model_sha256 if self.origin == self.folder else hash_model(self.origin)
 
     def input_hashes(self) -> dict[str, str]:
-        """SHA-256 of everything the run reads."""
+        """SHA-256 of every input of the run, by its name."""
         hashes = {"model": self.model_sha256, "train": self.train.sha256, "eval": self.eval.sha256}
         return hashes | ({"plan": sha256_json(self.given_plan.to_dict())} if self.given_plan else {})
 
     def load_origin(self, *, quantise: bool = False) -> nn.Module:
-        """The model that is pruned, to be looked at: as it was handed in if it is as it would be loaded."""
+        """Returns the model that is pruned, not to be changed.
+
+        A model given in memory is returned as it is if it has the dtype that loading would give it.
+        """
         wanted = resolve_dtype(self.recipe.model.dtype, resolve_device(self.recipe.model.device))
         given = self.loaded if self.origin == self.folder and not quantise else None
         if given is not None and {p.dtype for p in given.parameters()} == {wanted}:
@@ -232,7 +259,7 @@ class Job(Inputs):
         return self.load(self.origin, quantise=quantise)
 
     def release(self, model: Any) -> None:
-        """Gives a loaded model's memory back before the next one is loaded."""
+        """Frees the memory of a loaded model; a model given in memory is left alone."""
         if model is self.loaded:
             return
         if is_4bit(model):  # bitsandbytes refuses to be moved

@@ -1,4 +1,4 @@
-"""Which recipe key somebody means who wrote one that does not exist.
+"""Suggestions for keys that the recipe does not have: which key did the user mean?
 
 Importing this module imports no torch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-# What other tools, or other sections, call a key or section of the recipe.
+# Names of other tools, and other spellings -> key of the recipe; below, the same for sections.
 ALIASES = {
     "adapter_merge": "finetune.merge_adapter",
     "base_model": "model.path",
@@ -71,17 +71,17 @@ SECTION_ALIASES = {
     "trainer": "finetune",
     "training": "finetune",
 }
-# Of keys with one last name, the one of the first of these sections is meant.
+# If several sections have a key of that name, the first of these sections wins; "" is the top level.
 _FIRST = ("finetune", "")
 _CLOSE = 0.6
 
 
 def meant_key(path: str, known: Sequence[str]) -> str | None:
-    """The key of a recipe that an unknown one most likely stands for; None where nothing is near.
+    """Returns the key that an unknown one most likely stands for; None if none is close.
 
-    In this order: the same last name, here or in any section, fine-tuning first; a name from `ALIASES`; the
-    nearest name, in the section it stands in before all others; the nearest whole path.
-    `known` are all dotted keys there are, sections included.
+    Tries, in this order: the same last name, in the same section or in another, fine-tuning first; a name in
+    `ALIASES`; the closest name, in the same section first; the closest whole path. `known` are all dotted
+    keys, sections included.
     """
     parent, _, name = path.lower().replace("-", "_").rpartition(".")
     parent = SECTION_ALIASES.get(parent, parent)
@@ -112,7 +112,7 @@ def _last(key: str | None) -> str:
 
 
 def _first(keys: Sequence[str]) -> str:
-    """Of several keys, that of fine-tuning, then one of no section, then the first in the recipe."""
+    """The key of fine-tuning among several, else the one at the top level, else the first in the recipe."""
     for section in _FIRST:
         for key in keys:
             if key.rpartition(".")[0] == section:

@@ -1,8 +1,8 @@
-"""What the rows of a run directory are called, so that one folder holds the results of many plans.
+"""Names of the rows of a run directory, so that one folder holds the results of many plans.
 
-A pruned model that is finished is never replaced. The first one of a variant has the variant's name; one that
-other settings make is called after what differs, `merged@num_prune=4`, or as the user says (`plan.name`).
-Everything of a row goes by its name: `plans/<row>.json`, `variants/<row>/`, stages, run.json.
+A finished pruned model is never replaced. The first row of a variant has the variant's name. With other
+settings, a new row is named after what differs, `merged@num_prune=4`, or as `plan.name` says. The name of a
+row is used in `plans/<row>.json`, `variants/<row>/`, the names of its stages, and run.json.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from gradpruner.methods import METHODS
 
 MARK = "@"
 STAGES = ("rate", "record", "score", "plan", "prune", "finetune", "evaluate", "report")
-# The rows every run can have; any other row is named after the scoring method it compares with.
+# The rows that are no methods, with their labels; any other row has the name of its method.
 LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no merging"}
-# Stages that make something of a plan, or measure it.
+# Stages that make a model from a plan, or evaluate it.
 MADE = ("repair", "prune", "recover", "finetune", "evaluate")
 _LONGEST = 60
 # Sections and keys that do not change a plan.
@@ -29,12 +29,12 @@ _INDIFFERENT = (
 
 
 def variant_of(row: str) -> str:
-    """The row of the recipe (`variants`) that a row of a run directory is one of."""
+    """Returns the variant (an entry of the recipe's `variants`) that a row belongs to."""
     return row.partition(MARK)[0]
 
 
 def label_of(row: str, repaired: bool = False) -> str:
-    """What reports call a row of the comparison, whose linears before cuts were refitted or not."""
+    """Returns what reports call a row; `repaired` says whether its linears were refitted."""
     variant, _, name = row.partition(MARK)
     label = LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
     if repaired and variant == "dropped":
@@ -43,24 +43,24 @@ def label_of(row: str, repaired: bool = False) -> str:
 
 
 def method_of(row: str) -> str:
-    """The method in `METHODS` that a pruned row of the comparison comes from."""
+    """Returns the name in `METHODS` of the method behind a pruned row."""
     variant = variant_of(row)
     return "gradpruner" if variant in LABELS else variant
 
 
 def named_row(variant: str, name: str) -> str:
-    """The row of a variant whose plan has a name."""
+    """Returns the row of a variant whose plan has a name."""
     return f"{variant}{MARK}{name}"
 
 
 def rows_in(stages: Mapping[str, Any], verbs: Iterable[str]) -> list[str]:
-    """The rows for which a stage with one of these verbs is done, in the order of the stages."""
+    """Returns the rows for which a stage with one of these verbs is done, in the order of the stages."""
     found = [name.split(" ")[:2] for name, entry in stages.items() if entry["state"] == "done"]
     return list(dict.fromkeys(words[1] for words in found if len(words) == 2 and words[0] in verbs))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys that differ between two recipes given as plain values -> both values."""
+    """Returns the dotted keys that differ between two recipes, given as plain values, with both values."""
     old, new = _flat(before), _flat(now)
     keys = [key for key in {**new, **old} if not key.startswith(_INDIFFERENT)]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
@@ -69,17 +69,23 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 def derived_name(
     variant: str, before: Mapping[str, Any], now: Mapping[str, Any], taken: Iterable[str]
 ) -> str:
-    """A name for a plan after the settings in which it differs from the first one of its variant.
+    """Returns a name for a plan, made of the settings that differ from the first plan of its variant.
 
-    `before` and `now` are the two recipes, `taken` the rows that are something else. Returns the name without
-    the variant: "num_prune=4", "repair=linear", "seed=1"; a number where too much differs.
+    Args:
+        variant: An entry of the recipe's `variants`.
+        before: The recipe of the first plan, as plain values.
+        now: The recipe of this plan.
+        taken: Rows whose names cannot be used.
+
+    Returns:
+        The name without the variant: "num_prune=4", "repair=linear", "seed=1"; a number if too much differs.
     """
     changed = {key: value for key, (_, value) in differences(before, now).items()}
     of_plan = {key: value for key, value in changed.items() if key.startswith("plan.")} or changed
-    said = {key: value for key, value in of_plan.items() if value is not None} or of_plan
-    words = "+".join(f"{key.removeprefix('plan.')}={_shown(value)}" for key, value in said.items())
-    if set(said) == {"plan.file"}:
-        stem = Path(str(said["plan.file"])).stem
+    telling = {key: value for key, value in of_plan.items() if value is not None} or of_plan
+    words = "+".join(f"{key.removeprefix('plan.')}={_shown(value)}" for key, value in telling.items())
+    if set(telling) == {"plan.file"}:
+        stem = Path(str(telling["plan.file"])).stem
         words = "edited" if variant_of(stem) == variant else stem
     words = re.sub(r"[^A-Za-z0-9._=+-]+", "_", words).strip("._")
     words = words if 0 < len(words) <= _LONGEST else "2"

@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do, from config and data alone."""
+"""The dry run: what a run would do, from config and data alone."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ NUM_SAMPLES = 2
 
 
 def preview_run(recipe: Recipe) -> dict[str, Any]:
-    """Checks a recipe against model and data and says what it comes to.
+    """Checks a recipe against its model and data; returns what a run would do.
 
     Returns:
-        JSON values: data counts, steps, savings of the budget (the layers themselves are known only
-        after recording), bytes of the trace and of the models written, and label-mask previews.
+        JSON values: counts of rows, steps, savings (which layers go is known only after recording), bytes
+        of the trace and of the models, time, memory, warnings, and samples with their label masks.
     """
     job = Job(recipe)
     recipe = job.recipe
@@ -91,21 +91,21 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
 
 
 def _learning_rate(job: Job) -> tuple[float | None, str]:
-    """The learning rate of fine-tuning, or of recovery if nothing else is trained, and where it is from."""
+    """The learning rate of fine-tuning, or of the recovery of a given model, and where it comes from."""
     if job.recipe.start == "given":
         halved = job.recover_rate == (job.recipe.finetune.learning_rate or 0) / 2
         return job.recover_rate, f"half of {job.rate_source}" if halved else "as given"
-    found = "; where the search on held-out training rows begins" if job.recipe.find_rate else ""
-    return job.recipe.finetune.learning_rate, job.rate_source + found
+    search = "; the search on held-out training rows begins there" if job.recipe.find_rate else ""
+    return job.recipe.finetune.learning_rate, job.rate_source + search
 
 
 @dataclass(frozen=True, repr=False)
 class DryRun(Printed):
-    """What a run would do; prints as `gradpruner run --dry-run` does.
+    """What a run would do; prints what `gradpruner run --dry-run` prints.
 
     Attributes:
         facts: JSON values, see `preview_run`.
-        error: Why it would be refused here: what cannot fit into memory, unless the recipe says
+        error: Why the run would be refused: it cannot fit into memory, and the recipe does not say
             `memory: warn`.
     """
 
@@ -113,18 +113,18 @@ class DryRun(Printed):
     error: GradPrunerError | None = None
 
     def show(self, console: Console) -> None:
-        """Prints what would be done, saved and learned."""
+        """Prints data, steps, savings, memory, samples and warnings."""
         _print_facts(self.facts, console)
 
 
 def dry_run(recipe: Recipe) -> DryRun:
-    """Checks everything about a run and says what it comes to; loads no weights and writes nothing.
+    """Checks everything about a run and returns what it would do; loads no weights and writes nothing.
 
     Args:
-        recipe: What would be done.
+        recipe: The recipe of the run.
 
     Raises:
-        GradPrunerError: The first fault of recipe, data, model or machine, as in `run`.
+        GradPrunerError: The first error in the recipe, the data, the model or the machine, as in `run`.
     """
     facts = preview_run(recipe)
     refused = facts["memory_fault"] and recipe.memory == "refuse"
@@ -136,12 +136,12 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
     console.print(
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"supervised tokens, longest sample {facts['longest_sample_tokens']}), "
-        f"{facts['eval_rows']} evaluation rows{_spaces(facts)}\n{_course(facts)}\n{_training(facts)}",
+        f"{facts['eval_rows']} evaluation rows{_spaces(facts)}\n{_steps(facts)}\n{_training(facts)}",
         highlight=False,
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
     if facts["max_loss"] is not None:
-        title += ", as an example: the search says how many"
+        title += ", as an example: the search finds how many"
     console.print(savings_table(facts["savings"], title))
     console.print(
         f"disk: trace {num_bytes(facts['trace_bytes'])}, everything written "
@@ -152,10 +152,10 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
     for number, pieces in enumerate(facts["samples"], start=1):
         line = Text(f"sample {number}: ")
         for text, supervised in pieces:
-            # Brackets too, so that the mask also shows where colours do not.
+            # Brackets show the mask without colours too.
             shown, style = (f"⟦{text}⟧", "bold green") if supervised else (text, "dim")
             line.append(shown, style=style)
-        console.print(line, soft_wrap=True)  # as it is: a break of ours would look like one of the sample's
+        console.print(line, soft_wrap=True)  # an added line break would look like a part of the sample
     console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
     for warning in facts["warnings"]:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
@@ -170,7 +170,7 @@ def _spaces(facts: dict[str, Any]) -> str:
 
 
 def _training(facts: dict[str, Any]) -> str:
-    """Learning rates, what is in a step, and about how long it takes."""
+    """Learning rates, samples per step, and the estimated time."""
     batch, taken = facts["batch"], facts["seconds_estimate"]
     of = " x ".join(str(count) for count in batch.values())
     lines = []
@@ -190,8 +190,8 @@ def _training(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _course(facts: dict[str, Any]) -> str:
-    """What is done, in order, in a sentence or two."""
+def _steps(facts: dict[str, Any]) -> str:
+    """What the run does, in order, in a sentence."""
     rows, steps = ", ".join(facts["variants"]), facts["finetune_steps"]
     parts = [f"fine-tune dense for {steps} steps"] if facts["start"] == "tuned" else []
     parts.append(f"record {facts['record_steps']} steps")
@@ -215,7 +215,7 @@ def _course(facts: dict[str, Any]) -> str:
 
 
 def memory_table(found: dict[str, Any]) -> Table:
-    """What each stage holds on a device."""
+    """Returns a table of what each stage holds on a device."""
     several = found["processes"] > 1
     spread = f", {found['strategy']}: each of {found['processes']} processes" if several else ""
     title = f"{found['device']}, {num_bytes(found['available_bytes'])}{spread}"
@@ -230,7 +230,7 @@ def memory_table(found: dict[str, Any]) -> Table:
 
 
 def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:
-    """Before, after and ratio of every unit of cost."""
+    """Returns a table of every unit of cost before and after pruning, with the ratio."""
     table = Table("", "before", "after", "ratio", title=title, title_justify="left")
     for name, change in saved.items():
         before, after = change["before"], change["after"]

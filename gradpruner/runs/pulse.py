@@ -1,7 +1,7 @@
-"""A sign of life: while a folder is worked in, one small file there says what is in hand.
+"""The progress file: while a process works in a folder, a small file there says what it is doing.
 
-`gradpruner serve` reads it instead of asking for the lock, which could refuse a run that starts just then. A
-thread writes it, so nothing waits for it; what it cannot write is left out.
+`gradpruner serve` reads this file. It does not try the lock, because a run that starts just then would be
+refused. A thread writes the file, so the run never waits; write errors are ignored.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _MOST_POINTS = 200
 
 
 class Pulse:
-    """Writes the file for as long as the block lasts.
+    """Writes the progress file while the `with` block runs, and deletes it at the end.
 
     Args:
-        folder: An existing folder that this process holds.
-        like: A file of it whose permissions it gets.
+        folder: An existing folder that this process has locked.
+        like: A file in it, whose permissions the progress file gets.
     """
 
     def __init__(self, folder: Path, like: str) -> None:
@@ -40,11 +40,11 @@ class Pulse:
         self.begin("")
 
     def begin(self, stage: str) -> None:
-        """Says what is begun now."""
+        """Sets the stage that begins now."""
         self._stage, self._began = stage, time.time()
 
     def __enter__(self) -> Pulse:
-        with suppress(RuntimeError):  # no further thread is allowed
+        with suppress(RuntimeError):  # the system allows no more threads
             self._thread.start()
         return self
 
@@ -53,27 +53,27 @@ class Pulse:
     ) -> None:
         self._over.set()
         if self._thread.is_alive():
-            self._thread.join(5)  # a disk that hangs does not hold a run
+            self._thread.join(5)  # a disk that hangs must not keep the run from ending
         with suppress(OSError):
             self.path.unlink(missing_ok=True)
 
     def _beat(self) -> None:
-        """Once a second where something has changed; else as often as shows that the process lives."""
-        said: dict[str, Any] = {}
+        """Writes once a second if something has changed; else every few seconds, as a sign of life."""
+        last: dict[str, Any] = {}
         written = -_SECONDS_IDLE
         while True:
             found = self._state()
-            if found != said or time.monotonic() - written >= _SECONDS_IDLE:
-                with suppress(Exception):  # a full disk, say; the run's own writing says so
+            if found != last or time.monotonic() - written >= _SECONDS_IDLE:
+                with suppress(Exception):  # a full disk, say; the run itself reports it
                     self._write(found)
-                said, written = found, time.monotonic()
+                last, written = found, time.monotonic()
             if self._over.wait(_SECONDS):
                 return
 
     def _state(self) -> dict[str, Any]:
         found: dict[str, Any] = {"stage": self._stage, "began": self._began}
         progress = current_progress()
-        return found if progress is None else found | _said(progress)
+        return found if progress is None else found | _facts(progress)
 
     def _write(self, found: dict[str, Any]) -> None:
         check_json(found)
@@ -81,11 +81,11 @@ class Pulse:
             staged.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
             with suppress(OSError):
                 shutil.copymode(self._like, staged)
-            os.replace(staged, self.path)  # not forced to disk: after a power cut nobody works here
+            os.replace(staged, self.path)  # not synced to disk: after a power cut, no process works here
 
 
-def _said(progress: Progress) -> dict[str, Any]:
-    """How far a step is; read beside the thread that does it, so every value is taken once."""
+def _facts(progress: Progress) -> dict[str, Any]:
+    """How far the work is; another thread changes the values, so each is read once."""
     losses = [(entry["step"], entry["loss"]) for entry in progress.history[:] if "loss" in entry]
     every = -(-len(losses) // _MOST_POINTS) or 1
     return {

@@ -1,7 +1,6 @@
-"""Finding the learning rate: the dense model tuned briefly at several rates, read on held-out training rows.
+"""The search for the learning rate: a short fine-tuning at each rate, compared on held-out training rows.
 
-Every rate is a stage of the run directory, so a search that was interrupted goes on. Evaluation rows are not
-looked at.
+Every rate is a stage of the run directory, so an interrupted search resumes. Evaluation rows are never used.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from gradpruner.common.errors import NonFiniteError
-from gradpruner.data.encoding import EncodedDataset, encode_all
+from gradpruner.data.encoding import EncodedDataset
 from gradpruner.data.examples import sample
 from gradpruner.runs.directory import RunDirectory, Stage
 from gradpruner.runs.evaluation_data import data_identity, with_validation
@@ -26,15 +25,15 @@ from gradpruner.training.rates import best_rate
 log = logging.getLogger(__name__)
 
 STEPS = 100
-"""Optimizer steps at every rate, at most; of a shorter fine-tuning, as many as it has."""
+"""Optimizer steps at each rate; fewer if the fine-tuning itself has fewer."""
 
 
 def find_rate(job: Job, directory: RunDirectory) -> None:
-    """Searches from the job's learning rate on, doubling and halving, and gives the job the best one.
+    """Tries learning rates, doubling and halving from the job's own, and sets the best one in the job.
 
     Raises:
         DataError: If there are too few rows to hold any out.
-        NonFiniteError: If training stayed finite at no rate.
+        NonFiniteError: If training became NaN or infinite at every rate.
     """
     first = job.recipe.finetune.learning_rate
     assert first is not None
@@ -58,13 +57,13 @@ def find_rate(job: Job, directory: RunDirectory) -> None:
 
 
 def _inputs(job: Job) -> dict[str, Any]:
-    """What the loss at a rate depends on, beside the rate."""
-    same = {"report_to", "save_steps", "fsdp", "deepspeed", "learning_rate"}
+    """What the loss at a rate depends on, besides the rate."""
+    ignored = {"report_to", "save_steps", "fsdp", "deepspeed", "learning_rate"}
     return {
         "model": job.model_sha256,
         "validation": data_identity(job.validation) if job.validation else job.recipe.data.validation,
         "limit": job.recipe.data.validation_limit,
-        "finetune": job.recipe.finetune.model_dump(exclude=same),
+        "finetune": job.recipe.finetune.model_dump(exclude=ignored),
         "loading": job.loading,
         **job.learned,
         **job.spread,
@@ -72,7 +71,7 @@ def _inputs(job: Job) -> dict[str, Any]:
 
 
 def _measured(job: Job, rate: float) -> dict[str, Any]:
-    """The dense model tuned at a rate, and its loss on rows it was not tuned on."""
+    """Tunes the dense model at a rate and measures its loss on the held-out rows; the result of a stage."""
     held_out = _rows(job)[1]
     try:
         model, facts = together(job, tune_at, rate)
@@ -85,7 +84,7 @@ def _measured(job: Job, rate: float) -> dict[str, Any]:
 
 
 def tune_at(job: Job, rate: float) -> tuple[Any, dict[str, Any]]:
-    """The dense model tuned briefly at a rate; every process of a job does it."""
+    """Tunes the dense model briefly at a rate, in all processes of the job at once."""
     updated = job.recipe.model.trained_dtype(job.recipe.finetune.mode)
     changes = {"learning_rate": rate, "max_steps": _steps(job), "save_steps": None, "report_to": "none"}
     model, result = finetune(
@@ -103,14 +102,11 @@ def _steps(job: Job) -> int:
 
 
 def _rows(job: Job) -> tuple[EncodedDataset, EncodedDataset]:
-    """Samples to tune on, as many as the steps need, and held-out ones."""
+    """Samples to tune on, as many as the steps need, and held-out samples."""
     recipe, tuning = job.recipe, job.training
     train, held_out = job.train, job.validation
     if held_out is None:
         train, held_out = with_validation(recipe, train, job.tokenizer, job.max_length)
     needed = _steps(job) * tuning.batch_size * tuning.accumulation * job.spread.get("processes", 1)
     chosen, _ = sample(train.examples, needed, recipe.seed)
-    return (
-        encode_all(job.tokenizer, chosen, job.max_length),
-        encode_all(job.tokenizer, held_out.examples, job.max_length),
-    )
+    return job.encode(chosen), job.encode(held_out.examples)

@@ -1,4 +1,4 @@
-"""The recipe: everything a run depends on, checked at once, before anything is loaded.
+"""The recipe: everything a run depends on, checked as a whole before anything is loaded.
 
 Importing this module imports no torch.
 """
@@ -43,11 +43,11 @@ EFFORTS: dict[str, dict[str, Any]] = {
         "distil": {"teacher": "tuned", "prompts": 0.0},
     },
 }
-"""What a level of effort sets, by its name."""
+"""Effort -> the values it sets where the recipe says nothing."""
 
 
 def shrinking(model: str, method: str = "gradpruner", repair: str = "auto") -> dict[str, Any]:
-    """Dotted keys that make a recipe one of `gradpruner shrink`: a tuned model, pruned and repaired."""
+    """Returns the dotted keys of a `gradpruner shrink` recipe: a tuned model, pruned and repaired."""
     return {
         "start": "given",
         "model.path": model,
@@ -57,7 +57,7 @@ def shrinking(model: str, method: str = "gradpruner", repair: str = "auto") -> d
 
 
 def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The given values, and the defaults for what is not given, section by section."""
+    """Returns the given values and, section by section, the defaults for what is missing."""
     filled = dict(given)
     for key, value in defaults.items():
         if isinstance(value, dict) and isinstance(filled.get(key), dict):
@@ -75,20 +75,20 @@ class Recipe(Section):
     out: str = "runs/gradpruner"
     """Run directory."""
     seed: int = Field(default=0, ge=0)
-    """Seeds data sampling, LoRA, data order, dropout and bootstrap."""
+    """Seed of data sampling, LoRA, data order, dropout and bootstrap."""
     effort: Literal["auto", "paper", "fast", "best"] | None = "auto"
-    """Sets what the recipe leaves open. best: tune the dense model, prune and repair it, then train what is
-    left with the dense model as the teacher. fast: prune and repair the base model, then fine-tune, which
-    costs less than tuning the dense model. paper (or null): as in the paper, with and without merging, no
-    repair. auto: best, or fast if the recipe sets `start` or `variants` itself or keeps adapters apart
+    """Sets keys that the recipe leaves out. best: tune the dense model, prune and repair it, then recover
+    with the dense model as the teacher. fast: prune and repair the base model, then fine-tune, which costs
+    less than tuning the dense model. paper (or null): as in the paper, with and without merging, no repair.
+    auto: best, or fast if the recipe sets `start` or `variants` itself or keeps adapters apart
     (finetune.merge_adapter: false)."""
     find_rate: bool = False
-    """Find the learning rate first: the dense model is tuned briefly at several, doubled and halved from
-    finetune.learning_rate on, and that with the lowest loss on held-out training rows is taken."""
+    """Find the learning rate first: the dense model is tuned briefly at several rates, doubling and halving
+    from finetune.learning_rate; the rate with the lowest loss on held-out training rows is used."""
     start: Literal["base", "tuned", "given"] = "base"
-    """What is pruned. base: the model, which is then fine-tuned. tuned: the dense model after fine-tuning.
-    given: the model is tuned on the task already. After tuned and given the pruned model is trained as
-    `recover` says, by default not at all."""
+    """What is pruned. base: the model, which is fine-tuned after that. tuned: the dense model after its
+    fine-tuning. given: the model, which is tuned on the task already. With tuned and given, the pruned model
+    is trained as `recover` says, by default not at all."""
     model: ModelSection
     data: DataSection
     record: RecordSection = RecordSection()
@@ -99,23 +99,23 @@ class Recipe(Section):
     distil: DistilSection = DistilSection()
     evaluate: EvaluateSection = EvaluateSection()
     methods: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    """Options of single methods: name -> option -> value (`gradpruner ls methods`)."""
+    """Options of methods: name -> option -> value (`gradpruner ls methods`)."""
     variants: list[str] = Field(default=["dense", "merged", "dropped"], min_length=1)
     """Rows of the comparison: dense; merged and dropped (GradPruner with and without merging); any other
-    method's name (`gradpruner ls methods`). The effort decides where nothing is said."""
+    method by its name (`gradpruner ls methods`). If left out, the effort decides."""
     verify: Literal["auto", "full", "structure"] = "auto"
-    """How every pruned model is checked before it is used: full compares what it computes with the source,
-    structure loads nothing, auto is full where memory allows."""
+    """How each pruned model is verified before it is used. full: compare its outputs with those of the source
+    model. structure: load nothing. auto: full if memory allows."""
     keep_models: Literal["all", "none"] = "all"
-    """Whether pruned and fine-tuned models stay on disk after evaluation (none: for sweeps)."""
+    """Which pruned and fine-tuned models stay on disk after evaluation; none is meant for sweeps."""
     memory: Literal["refuse", "warn"] = "refuse"
-    """What is done where weights, gradients and optimizer alone are more than a device's memory: refuse to
-    begin, or warn and go on."""
+    """What to do if weights, gradients and optimizer state alone exceed a device's memory: refuse to begin,
+    or warn and go on."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_effort(cls, raw: Any) -> Any:
-        """Sets what the effort stands for, wherever the recipe leaves it open."""
+        """Fills in what the effort sets and the recipe leaves out."""
         if not isinstance(raw, dict):
             return raw
         effort = raw.get("effort", "auto")
@@ -131,15 +131,15 @@ class Recipe(Section):
         if len(set(self.variants)) != len(self.variants):
             raise ValueError("variants lists a row more than once")
         if self.find_rate and self.start == "given":
-            raise ValueError("find_rate tunes the dense model, and with start: given that is tuned already")
+            raise ValueError("find_rate tunes the dense model, which is tuned already with start: given")
         if self.plan.max_loss is not None and self.start == "base":
             raise ValueError(
-                "plan.max_loss needs start: tuned or given; a model not tuned yet has no score to keep"
+                "plan.max_loss needs start: tuned or given; an untuned model has no score to keep"
             )
         if self.tunes_first:
             needs = "start: tuned" if self.start == "tuned" else "distil.teacher: tuned"
             if "dense" not in self.variants:
-                raise ValueError(f"{needs} needs the row dense: it is the model that is tuned first")
+                raise ValueError(f"{needs} needs dense among the variants: that model is tuned first")
             if self.finetune.mode != "full" and not self.finetune.merge_adapter:
                 raise ValueError(
                     f"{needs} needs finetune.merge_adapter: true, so that the tuned model is a plain one"
@@ -147,13 +147,13 @@ class Recipe(Section):
         return self
 
     def with_values(self, **sections: dict[str, Any]) -> Recipe:
-        """This recipe with single values of sections changed: `recipe.with_values(plan={"name": None})`."""
+        """Returns this recipe with values of sections changed: `recipe.with_values(plan={"name": None})`."""
         changed = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
         return self.model_copy(update=changed)
 
     @property
     def task_name(self) -> str:
-        """What a run is about: its task, or its training file; of data/train.jsonl the folder above that."""
+        """Name of the task, or of the training file; for x/data/train.jsonl, "x"."""
         source = Path(str(self.data.train).partition("#")[0])
         names = [source.stem, *(folder.name for folder in source.resolve().parents)]
         telling = [name for name in names if name not in ("", "data", "train")]
@@ -166,12 +166,12 @@ class Recipe(Section):
 
     @property
     def chooses_recovery(self) -> bool:
-        """Whether a pruned model trained further is kept only if validation rows say so."""
+        """Whether validation rows decide if a pruned model's recovery is kept."""
         return self.start != "base" and self.recover.trains and self.recover.keep_better
 
     @property
     def tunes_first(self) -> bool:
-        """Whether other rows need the dense model after its fine-tuning."""
+        """Whether other variants need the fine-tuned dense model."""
         return self.start == "tuned" or (self.distils and self.start == "base")
 
 
@@ -179,7 +179,7 @@ S = TypeVar("S", bound=Section)
 
 
 def key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key of the recipe."""
+    """Returns every dotted key of a section, sections included."""
     out = []
     for name, info in model.model_fields.items():
         kind = info.annotation
@@ -195,10 +195,10 @@ def load_recipe(
     overrides: tuple[str, ...] = (),
     values: dict[str, Any] | None = None,
 ) -> Recipe:
-    """Reads a recipe: the file, then `values` (dotted keys), then `--set a.b=c` overrides.
+    """Reads a recipe: the file, then `values` (dotted keys), then overrides in the form of `--set`, "a.b=c".
 
     Raises:
-        ConfigError: Naming every fault at once, with the file, the key and what is allowed.
+        ConfigError: Lists all faults at once, with the file, the key and what is allowed.
     """
     raw: dict[str, Any] = {}
     if path is not None:
@@ -209,9 +209,9 @@ def load_recipe(
     for item in overrides:
         key, found, text = item.partition("=")
         if not found or not key:
-            raise ConfigError(f"--set {item}: the form is --set section.key=value.")
+            raise ConfigError(f"--set {item} is not of the form section.key=value.")
         assign(raw, key.strip(), _parse_value(item, key.strip(), text))
-    # The run directory keeps the recipe: what was typed must mean the same from elsewhere.
+    # The run directory keeps the recipe, whose paths must also hold when it is read from elsewhere.
     resolve_paths(raw, Path())
     return check_recipe(raw, str(path) if path is not None else "recipe")
 
@@ -222,10 +222,10 @@ def check_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
 
 
 def check_section(kind: type[S], raw: dict[str, Any], where: str, hint: str | None = None) -> S:
-    """Validates plain values as a section, or as a file that consists of sections.
+    """Validates plain values as a section, or as a file of sections; `where` names them in messages.
 
     Raises:
-        ConfigError: Naming every fault at once.
+        ConfigError: Lists all faults at once.
     """
     try:
         return kind.model_validate(raw)
@@ -243,7 +243,7 @@ def _fault(entry: Any, known: list[str]) -> str:
     path = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         meant = meant_key(path, known)
-        if isinstance(entry["input"], dict) and entry["input"]:  # a section of another tool, or an old name
+        if isinstance(entry["input"], dict) and entry["input"]:  # a section that other tools have
             inner = {key: meant_key(f"{path}.{key}", known) for key in entry["input"]}
             return f"{path}: unknown section." + "".join(
                 f" {path}.{key}: did you mean '{other}'?" for key, other in inner.items() if other
@@ -267,7 +267,7 @@ def assign(raw: dict[str, Any], key: str, value: Any) -> None:
     for section in sections:
         inner = raw.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{key}: '{section}' is a value, not a section.")
+            raise ConfigError(f"{key} cannot be set: '{section}' is a value, not a section.")
         raw = inner
     raw[last] = value
 
@@ -284,7 +284,8 @@ def _parse_value(item: str, key: str, text: str) -> Any:
         raise ConfigError(f"--set {shown(item)[1:-1]}: {error}.", hint="Give a plain value.") from None
 
 
-# Text as typed: braces, colons and a leading space mean something else in YAML. "\n" is a line break.
+# These values are taken as typed, since braces, colons and a leading space have a meaning in YAML; "\n" is a
+# line break.
 _TEMPLATES = ("data.prompt", "data.completion")
 _PATHS = (
     ("model", "path"),
@@ -312,13 +313,13 @@ def resolve_paths(raw: dict[str, Any], base: Path) -> None:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON schema of the recipe, for editors and scripts."""
+    """Returns the JSON schema of the recipe, for editors and scripts."""
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """The resolved recipe as YAML."""
+    """Returns a recipe as YAML, with every key."""
     text: str = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False, width=100)
     return text

@@ -1,4 +1,4 @@
-"""Which row of the run directory this recipe's model of a variant has: one that is there, or a new one."""
+"""Which row of the run directory belongs to this recipe's plan of a variant: an existing row or a new one."""
 
 from __future__ import annotations
 
@@ -26,24 +26,29 @@ def row_for(
     job: Job,
     directory: RunDirectory,
     variant: str,
-    alike: Callable[[str], Plan | None],
+    plan_in: Callable[[str], Plan | None],
     trace: Callable[[], GradientTrace],
 ) -> str:
-    """The row of the run directory in which this recipe's model of a variant is, or is to be.
+    """Returns the row that has this recipe's model of a variant, or will have it.
 
-    `alike` gives the plan this recipe makes, if it is that of the row asked about, else None; methods that
-    decide while they train have none.
+    Args:
+        job: The recipe with its inputs.
+        directory: The run directory.
+        variant: An entry of the recipe's `variants`.
+        plan_in: Returns this recipe's plan if the row given has it, else None; always None for methods that
+            plan while they train.
+        trace: Opens the recorded gradients.
 
     Raises:
-        ConfigError: If the name the recipe gives belongs to another plan.
+        ConfigError: If the recipe's `plan.name` belongs to another plan.
     """
     wanted = job.recipe.plan.name
     shrinks = METHODS.find(method_of(variant)).shrink is not None
     planned = [row for row in rows_in(directory.stages, ("plan", "prune")) if variant_of(row) == variant]
     made = [row for row in rows_in(directory.stages, MADE) if variant_of(row) == variant]
 
-    def is_this(row: str) -> bool:
-        plan = alike(row)
+    def is_ours(row: str) -> bool:
+        plan = plan_in(row)
         if plan is None and not shrinks:
             return False
         inputs = Variant(job, directory, row, plan, trace).prune_inputs
@@ -51,24 +56,24 @@ def row_for(
 
     if wanted is not None:
         row = named_row(variant, wanted)
-        if row in made and not is_this(row):
+        if row in made and not is_ours(row):
             raise ConfigError(
-                f"{directory.path} has a plan '{wanted}' already, and it is another one: "
-                f"variants/{row} was made by it.",
+                f"{directory.path} already has another plan called '{wanted}', and variants/{row} was made "
+                "by it.",
                 hint="Choose another name, or leave it out.",
             )
         return row
     for row in planned:
-        if is_this(row):
+        if is_ours(row):
             return row
-    if variant not in made:  # what nothing was made of is planned anew
+    if variant not in made:  # no model was made from its plan, which can be replaced
         return variant
     first = directory.recipe_of(f"prune {variant}")
     return named_row(variant, derived_name(variant, first, directory.manifest["config"], made))
 
 
 def row_of_failed(directory: RunDirectory, variant: str) -> str:
-    """The row of a variant that failed before it had a plan; never that of a finished one."""
+    """Returns a row for a variant that failed before it had a plan; never the row of a finished model."""
     made = rows_in(directory.stages, MADE)
     if variant not in made:
         return variant

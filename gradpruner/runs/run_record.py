@@ -1,4 +1,4 @@
-"""The run record: what run.json says and the report reads."""
+"""The run record: what run.json says, for reports and studies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Value(TypedDict):
 
 
 class Measured(TypedDict):
-    """What a model was measured to do."""
+    """The results of an evaluation."""
 
     metrics: dict[str, Value]
     seconds: NotRequired[float | None]
@@ -42,22 +42,22 @@ class Measured(TypedDict):
 
 
 class Trained(TypedDict):
-    """What training a model took."""
+    """The cost of training a model."""
 
     seconds: NotRequired[float | None]
     peak_memory_bytes: NotRequired[int | None]
 
 
 class Cost(TypedDict):
-    """What a row took in all."""
+    """The whole cost of a row."""
 
     seconds: dict[str, float]
-    """By part, and "total"."""
+    """Part -> seconds; also "total"."""
     tokens: NotRequired[int | None]
 
 
 class RowFacts(TypedDict):
-    """What a study reads of a row."""
+    """What a study reads from a row."""
 
     error: NotRequired[str | None]
     num_layers: NotRequired[int | None]
@@ -69,13 +69,13 @@ class RowFacts(TypedDict):
 
 
 class Size(TypedDict):
-    """How large a model is."""
+    """The size of a model."""
 
     num_parameters: int
 
 
 class RunRecord(TypedDict):
-    """What a study reads of run.json."""
+    """What a study reads from run.json."""
 
     title: NotRequired[str]
     recipe: dict[str, Any]
@@ -88,10 +88,10 @@ class RunRecord(TypedDict):
 
 
 def read_run_record(path: Path) -> dict[str, Any]:
-    """A run record as it was written, if every value a study reads is of its type.
+    """Reads a run record and checks the types of all values that a study reads.
 
     Raises:
-        IntegrityError: If it is missing, not JSON, or a value is of another type.
+        IntegrityError: If the file is missing or not JSON, or a value has a wrong type.
     """
     raw: dict[str, Any] = read_json(path, "run record")
     fault = f"{path} is not a readable run record"
@@ -99,31 +99,35 @@ def read_run_record(path: Path) -> dict[str, Any]:
         measured = row.get("evaluation")
         file = measured.get("per_example") if measured is not None else None
         if file and not stays_inside(file):
-            raise IntegrityError(f"{fault}: the answers of {shown(name)} are in {shown(file)}, outside.")
+            raise IntegrityError(f"{fault}: the answers of {shown(name)} are outside, in {shown(file)}.")
         if measured is not None and not row.get("error") and row.get("num_parameters") is None:
-            raise IntegrityError(f"{fault}: the row {shown(name)} has figures and no size.")
+            raise IntegrityError(f"{fault}: the row {shown(name)} has figures but no size.")
     return raw
 
 
-# Recipe sections that decide what a row was trained on and how.
-_OF_A_ROW = ("seed", "start", "model", "data", "finetune", "recover", "distil")
-# Of these, what no row is trained on. (Rows that plan.max_loss holds out are another plan's, which is told.)
-_ONLY_MEASURED = ("data.validation", "data.validation_limit")
+# Keys and sections of the recipe that decide how a row was trained, and on which rows.
+_TRAINING_KEYS = ("seed", "start", "model", "data", "finetune", "recover", "distil")
+# Exceptions: nothing is trained on these rows. (If plan.max_loss holds rows out, the plan itself differs.)
+_MEASURING_KEYS = ("data.validation", "data.validation_limit")
 
 
 def run_record(
     job: Job, directory: RunDirectory, asked: Mapping[str, str], errors: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything the run directory holds, by this start and by earlier ones, as the report reads it.
+    """Collects everything the run directory holds, from this start and earlier ones, for the report.
 
-    `asked` is row of the recipe -> its row of the run directory, see `plan_names`; `errors` says why rows
-    failed. Rows of other plans come after those of this recipe.
+    Args:
+        job: The recipe with its inputs.
+        directory: The run directory.
+        asked: Variant of the recipe -> its row, see `plan_names`; rows of other plans come after these.
+        errors: Row -> why it failed.
     """
     recipe = job.recipe
     made = rows_in(directory.stages, MADE)
     others = sorted(rows_in(directory.stages, ("plan", *MADE)), key=lambda name: name != "dense")
     known = dict.fromkeys([*asked.values(), *others, *errors])
-    names = [name for name in known if method_of(name) in METHODS.names()]  # as they are called today
+    # A folder of an older version may have rows of methods that have another name today.
+    names = [name for name in known if method_of(name) in METHODS.names()]
     plans = {name: plan_facts(job, directory, name) for name in names}
     plans = {name: facts for name, facts in plans.items() if facts is not None}
     variants = {
@@ -161,7 +165,10 @@ def run_record(
 
 
 def title_of(job: Job) -> str:
-    """Headline of the report: the recipe's, else model and task; a model of a run is named after that run."""
+    """Returns the title of the report: the recipe's, else "MODEL on TASK".
+
+    A model that is part of another run is named after that run.
+    """
     *_, run, variants, _, last = ("", "", "", *job.folder.resolve().parts)
     name = run if variants == "variants" else last
     return job.recipe.title or f"{name} on {job.recipe.task_name}"
@@ -170,7 +177,7 @@ def title_of(job: Job) -> str:
 def row_facts(
     job: Job, directory: RunDirectory, name: str, plan: Mapping[str, Any] | None, error: str | None
 ) -> dict[str, Any]:
-    """One row of the comparison: all that was ever done for it, how large its model is, why it failed."""
+    """Collects a row of the comparison: the results of its stages, the size of its model, its error."""
     found = {part: directory.result(stage.format(name)) for part, stage in PARTS.items()}
     further = {stage: directory.result(stage) for stage in directory.stages}
     of_row = f"evaluate {name} on "
@@ -194,23 +201,23 @@ def row_facts(
 
 
 def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
-    """What is to be said of rows that were trained with other settings than this recipe's."""
-    said = []
+    """Returns warnings about rows that were trained with other settings than this recipe's."""
+    found = []
     for name in names:
         recipe = directory.recipe_of(f"finetune {name}") or directory.recipe_of(f"evaluate {name}")
         changed = differences(recipe, directory.manifest["config"]) if recipe else {}
         old = [
             f"{key}={shown(value)}"
             for key, (value, _) in changed.items()
-            if key.partition(".")[0] in _OF_A_ROW and key not in _ONLY_MEASURED
+            if key.partition(".")[0] in _TRAINING_KEYS and key not in _MEASURING_KEYS
         ]
         if old:
-            said.append(f"The row {name} was made by an earlier start with {', '.join(old)}.")
-    return said
+            found.append(f"The row {name} was made by an earlier start with {', '.join(old)}.")
+    return found
 
 
 def stored_scores(directory: RunDirectory) -> list[LayerScores]:
-    """The scores of every method that has been asked."""
+    """Reads the scores of every method that has scored the layers."""
     names = rows_in(directory.stages, ("score",))
     return [
         LayerScores.load(directory.path / "scores" / f"{name}.json")
@@ -220,9 +227,9 @@ def stored_scores(directory: RunDirectory) -> list[LayerScores]:
 
 
 def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path, seed: int) -> None:
-    """Compares every row with the dense one, example by example.
+    """Compares each row with the dense one, example by example.
 
-    Adds to each row `paired`: "task" and every further task -> metric -> difference with its interval.
+    Adds `paired` to each row: "task" or the name of a further task -> metric -> difference and its interval.
     """
 
     def answered(row: dict[str, Any]) -> dict[str, Path]:
@@ -241,12 +248,12 @@ def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path,
 
 
 def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Mapping[str, Any]) -> None:
-    """Says of each row what it took in all: `cost`, with `seconds` by part and in total, and `tokens`.
+    """Adds its whole cost to each row: `cost`, with `seconds` by part and in total, and trained `tokens`.
 
-    Parts: tuning (of the dense model, where the row is made from it or learns from it), recording, choosing
-    (scores, plan, search), repairing, pruning, training. Measuring is not counted, and neither is what only
-    another row needs. `resumed` names the stages that went on from an interrupted start: where that one was
-    killed, seconds of it are missing.
+    The parts are tuning (of the dense model, if the row is made from it or learns from it), recording,
+    choosing (scores, plan, search), repairing, pruning and training. Evaluations are not counted, and neither
+    is what only other rows need. `resumed` names the stages that resumed an interrupted start; if that start
+    was killed, its seconds are missing.
     """
 
     def trained(name: str) -> int:
@@ -280,7 +287,7 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Ma
 
 
 def model_facts(job: Job) -> dict[str, Any]:
-    """The dense model."""
+    """Returns what the record says about the dense model."""
     return {
         "path": job.recipe.model.path,
         "model_type": job.config.model_type,
@@ -293,7 +300,7 @@ def model_facts(job: Job) -> dict[str, Any]:
 
 
 def data_facts(examples: ExampleSet) -> dict[str, Any]:
-    """Where rows came from and how many there are."""
+    """Returns what the record says about a set of rows."""
     return {
         "source": examples.source,
         "format": examples.format,
@@ -305,7 +312,7 @@ def data_facts(examples: ExampleSet) -> dict[str, Any]:
 
 
 def rate_facts(job: Job, directory: RunDirectory) -> dict[str, Any]:
-    """The learning rate, where it comes from, and the loss at every rate that was tried."""
+    """Returns the learning rate, where it comes from, and the loss at each rate that was tried."""
     tried = [directory.result(name) for name in directory.stages if name.startswith("rate ")]
     found = sorted(filter(None, tried), key=lambda entry: float(entry["rate"]))
     facts = {"value": job.recipe.finetune.learning_rate, "source": job.rate_source}
@@ -313,7 +320,7 @@ def rate_facts(job: Job, directory: RunDirectory) -> dict[str, Any]:
 
 
 def trace_facts(directory: RunDirectory) -> dict[str, Any] | None:
-    """How recording went; None when nothing was recorded."""
+    """Returns how recording went; None if nothing was recorded."""
     entry = directory.stages.get("record")
     if entry is None or entry["state"] != "done":
         return None
@@ -325,7 +332,7 @@ def trace_facts(directory: RunDirectory) -> dict[str, Any] | None:
 
 
 def score_facts(scores: LayerScores) -> dict[str, Any]:
-    """The scores with their confidence."""
+    """Returns what the record says about scores: values, intervals and stability."""
     return {
         "method": scores.method,
         "norm": scores.evidence.get("norm"),
@@ -337,7 +344,7 @@ def score_facts(scores: LayerScores) -> dict[str, Any]:
 
 
 def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | None:
-    """What the plan of a row does and saves, and how engines take what it leaves; None without a plan."""
+    """Returns what a row's plan does and saves, and which engines serve its model; None without a plan."""
     plan = stored_plan(directory, row)
     if plan is None:
         return None
@@ -351,9 +358,9 @@ def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | 
 
 
 def stage_facts(directory: RunDirectory) -> list[dict[str, Any]]:
-    """Every stage of this start: done or skipped, how long it took, how much memory.
+    """Returns every stage of this start: done, skipped or failed, its seconds, its peak memory.
 
-    `resumed`: it went on from where an interrupted start was; the seconds of a killed one are missing.
+    `resumed` says that it resumed an interrupted start; if that start was killed, its seconds are missing.
     """
     stages = directory.stages
     return [

@@ -1,6 +1,7 @@
-"""The sections of a recipe: every key with its default, its limits and what it means.
+"""The sections of a recipe: every key with its default, its limits and its meaning.
 
-Those of training (record, finetune, distil) are in `training.options`. Importing this imports no torch.
+The training sections (record, finetune, distil) are in `training.options`. Importing this module imports no
+torch.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ if TYPE_CHECKING:
     from torch import nn
 
 BUDGETS = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
-"""Keys of the plan section of which one at most says how much goes."""
+"""Keys of the plan section that say how much to prune; a recipe gives at most one."""
 
 
 class ModelSection(Section):
-    """Which model, and how it is loaded."""
+    """The model, and how it is loaded."""
 
     path: str = Field(min_length=1)
     """Folder of a Hugging Face model, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype weights are loaded in; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
+    """Dtype of the loaded weights; auto: bfloat16 on GPUs that have it, float32 elsewhere."""
     device: str = "auto"
-    """"auto" (a GPU when there is one), "cpu", "cuda"."""
+    """"auto" (a GPU if there is one), "cpu", "cuda"."""
     attn_implementation: str | None = None
-    """"sdpa", "eager", "flash_attention_2"; null leaves it to transformers."""
+    """"sdpa", "eager", "flash_attention_2"; null lets transformers choose."""
     trust_remote_code: bool = False
     """Run model code that comes with the model."""
 
     def load(self, folder: Path, *, dtype: str | None = None, quantise: bool = False) -> nn.Module:
-        """A model folder, loaded as this section says but for what is given."""
+        """Loads a model folder as this section says; a `dtype` replaces the section's."""
         from gradpruner.models.loading import load_model
 
         return load_model(
@@ -49,8 +50,8 @@ class ModelSection(Section):
         )
 
     def trained_dtype(self, mode: str) -> str | None:
-        """Dtype that a model is loaded in to be trained in a mode of fine-tuning; None: as always."""
-        # AdamW's updates are far below the resolution of bfloat16: weights that train are float32.
+        """Returns the dtype to load a model in for a mode of fine-tuning; None for the usual one."""
+        # AdamW's updates are far below the resolution of bfloat16, so weights that train are float32.
         return "float32" if mode == "full" and self.dtype == "auto" else None
 
 
@@ -58,41 +59,41 @@ class DataSection(Section):
     """The downstream task: files of your own, or a named task."""
 
     train: str | None = None
-    """File, folder or hub dataset to fine-tune on; "path#N" samples N rows. JSONL, JSON, CSV, parquet."""
+    """File, folder or hub dataset to fine-tune on: JSONL, JSON, CSV, parquet. "path#N" samples N rows."""
     eval: str | None = None
-    """The same, to evaluate on. null: the split of that folder or hub dataset; where it has none, a tenth of
-    the training rows, 1,000 at most, is held out and not trained on."""
+    """The same, to evaluate on. null: the evaluation split of data.train, if that is a folder or hub dataset
+    with one; else a tenth of the training rows, 1,000 at most, is held out and not trained on."""
     task: str | None = None
     """A named task (`gradpruner ls tasks`) instead of files."""
     folder: str | None = None
-    """Local folder with the named task's splits; null reads the hub dataset."""
+    """Local folder with the splits of the named task; null reads the hub dataset."""
     format: Literal["auto", "prompt_completion", "alpaca", "sharegpt", "messages", "labelled_text"] = "auto"
-    """Row format; auto looks at the first rows."""
+    """Format of the rows; auto detects it from the first rows."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """What your own columns are called: {prompt: question, completion: answer, system: instructions}."""
+    """Names of your own columns: {prompt: question, completion: answer, system: instructions}."""
     prompt: str | None = Field(default=None, min_length=1)
-    """The prompt as text with columns in braces: "Question: {question}\\nAnswer:"."""
+    """Template of the prompt, with columns in braces: "Question: {question}\\nAnswer:"."""
     completion: str | None = Field(default=None, min_length=1)
-    """The answer in the same way: " {answer}"."""
+    """Template of the answer: " {answer}"."""
     labels: list[str] | dict[int | str, str] | None = Field(default=None, min_length=2)
-    """Names of numbered labels: a list counted from 0, or a mapping {0: negative, 1: positive}."""
+    """Names of numbered labels: a list that counts from 0, or a mapping {0: negative, 1: positive}."""
     train_limit: int | None = Field(default=None, ge=1)
-    """Use this many randomly chosen training rows; null: all, or the paper's number for a named task."""
+    """Train on this many randomly chosen rows; null: all, or the paper's number for a named task."""
     eval_limit: int | None = Field(default=None, ge=1)
     """Evaluate on this many randomly chosen rows."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """Ask a named task through the tokenizer's chat template; auto: where it has one."""
+    """Whether the prompts of a named task go through the tokenizer's chat template; auto: if it has one."""
     chat_template: str | None = None
-    """For conversations and models without a chat template: chatml, llama3, mistral, gemma, or a Jinja file.
-    It is saved with the tokenizer of tuned models. null: the tokenizer's own."""
+    """Chat template for models without one: chatml, llama3, mistral, gemma, or a Jinja file. It is saved with
+    the tokenizer of tuned models. null: the tokenizer's own."""
     validation: str | None = None
-    """Rows on which choices are made: how many layers go (plan.max_loss), which row the report names to ship.
-    null: only plan.max_loss and recover need some, and hold them out of the training rows."""
+    """Rows that decide how many layers go (plan.max_loss) and which row the report recommends. null: if
+    plan.max_loss or recover needs such rows, they are held out of the training rows."""
     validation_limit: int = Field(default=500, ge=1)
-    """Validation rows at most; held out, they are at most a fifth of the training rows, a tenth and 200 where
-    only a recovery is chosen by them."""
+    """Most validation rows. If they are held out, also at most a fifth of the training rows; at most a tenth
+    and 200 if they only decide about a recovery."""
     max_length: int = Field(default=2048, ge=2)
-    """Tokens per sample; longer prompts are cut from the left."""
+    """Most tokens of a sample; longer prompts are cut from the left."""
     skip_bad: bool = False
     """Drop unusable rows (counted in the report) instead of stopping."""
 
@@ -111,22 +112,22 @@ class DataSection(Section):
 
 
 class ScoreSection(Section):
-    """How recorded energy becomes a score."""
+    """How recorded gradients become a score."""
 
     norm: Literal["squared", "frobenius"] = "squared"
     """squared: mean squared simulated gradient (paper). frobenius: sum of norms (released code)."""
 
 
 class PlanSection(Section):
-    """How many layers go, which may not, and how merged ones are combined."""
+    """How many layers are pruned, which are protected, and how merged layers are combined."""
 
     file: str | None = None
     """Use this plan file (from `gradpruner plan`, perhaps edited) for merged and dropped."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,59}$")
-    """What this plan is called: its results are in variants/<row>@<name>. null: the first plan in a run
-    directory needs no name, further ones are called after what differs. Holds for one start."""
+    """Name of this plan, whose results go to variants/<row>@<name>. null: the first plan in a run directory
+    has no name, and further plans are named after the settings that differ. Applies to one start only."""
     num_prune: int | None = Field(default=None, ge=0)
-    """Layers to prune. Give one budget only; without any, 40 % of the layers."""
+    """Layers to prune. Give one budget only; the default is 40 % of the layers."""
     layer_fraction: float | None = Field(default=None, ge=0, lt=1)
     """Fraction of the layers to prune."""
     parameter_fraction: float | None = Field(default=None, ge=0, lt=1)
@@ -134,42 +135,44 @@ class PlanSection(Section):
     layers: list[Annotated[int, Field(ge=0)]] | None = None
     """Prune exactly these layers."""
     max_loss: float | None = Field(default=None, gt=0, lt=1)
-    """Prune as many layers as lose at most this share of the dense model's score, certified on validation
-    rows before any recovery: 0.01 allows 1 %. Needs start: tuned or given."""
+    """Prune as many layers as possible while losing at most this share of the dense model's score (0.01 is
+    1 %), certified on validation rows before any recovery. Needs start: tuned or given."""
     confidence: float = Field(default=0.9, gt=0.5, lt=1)
-    """Probability with which the loss is within max_loss."""
+    """Confidence with which the loss is within max_loss."""
     unit: Literal["parameters", "decoder_parameters"] = "parameters"
-    """What methods that prune no whole layers remove as much of as the layers hold: parameters of the whole
-    model, or without embeddings and head."""
+    """Budget of methods that do not prune whole layers: they remove as many parameters as the pruned layers
+    would hold, counted in the whole model or without embeddings and head (decoder_parameters)."""
     num_merge: int = Field(default=NUM_MERGE, ge=0)
-    """How many of the pruned layers, the best-scored, are merged instead of dropped."""
+    """How many of the pruned layers are merged instead of dropped: those with the highest scores."""
     protect_first: int = Field(default=PROTECT_FIRST, ge=0)
-    """Layers at the input never pruned; 1 by default, so that every merged layer has one before it."""
+    """Layers at the input that are never pruned; 1 by default, so that every merged layer has a layer before
+    it."""
     protect_last: int = Field(default=0, ge=0)
-    """Layers at the output never pruned."""
+    """Layers at the output that are never pruned."""
     protect: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
     """Further layers that are never pruned."""
     portable_to: list[Literal["vllm", "sglang", "llama.cpp"]] = Field(default_factory=list)
-    """Engines that must serve the pruned model right: restricts which layers may go where an engine tells
-    their kind by counting (Gemma 2 and 3, gpt-oss, Cohere 2, Llama 4, SmolLM3 ...)."""
+    """Engines that must serve the pruned model correctly. Some derive the kind of a layer from its position
+    (in Gemma 2 and 3, gpt-oss, Cohere 2, Llama 4, SmolLM3 ...); this restricts which layers may go."""
     contiguous: bool = False
-    """Prune one block of neighbouring layers."""
+    """Prune one block of adjacent layers."""
     target: Literal["preceding", "nearest"] = "preceding"
-    """Retained layer a merged one goes into."""
+    """The retained layer that a merged layer goes into."""
     rule: Literal["sum", "mean", "fisher", "weighted_average", "norm_preserving"] = "sum"
     """Combine rule (`gradpruner ls rules`)."""
     density: float = Field(default=DENSITY, gt=0, le=1)
     """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
     repair: Literal["auto", "none", "linear", "least_squares", "layer_wise"] = "none"
-    """Refit the last linear before every cut so that the layers behind see what they saw before: a map of the
-    hidden size (linear), or the linear itself (least_squares), or that of every layer behind the first cut
-    (layer_wise). Looks at training samples. auto: layer_wise for a tuned model, least_squares before tuning
-    (start: base); none where a model cannot be repaired (mixture of experts, quantised)."""
+    """Refit the last linear before each removed block on training samples, so that the layers behind it get
+    nearly the inputs they got before. linear: fit a map of the hidden size. least_squares: fit the linear
+    itself. layer_wise: fit it in every kept layer after the first removed block too. auto: layer_wise for a
+    tuned model, least_squares with start: base, none if the model cannot be repaired (mixture of experts,
+    quantised)."""
     repair_rows: int | None = Field(default=None, ge=2)
-    """Training samples a repair is fitted on, at most; null: as many as determine it well, 512 at least."""
+    """Most training samples a repair is fitted on; null: as many as determine it well, at least 512."""
     repair_answers: float | None = Field(default=None, ge=0, lt=1)
-    """Share of a repair's weight that positions before answer tokens have at least; 0: all alike. null:
-    0.8 where a tuned model is pruned, 0 before tuning (start: base)."""
+    """Least share of a repair's weight for the positions that predict answer tokens; 0: all positions count
+    the same. null: 0.8 if a tuned model is pruned, 0 with start: base."""
 
     @model_validator(mode="after")
     def _one_budget(self) -> PlanSection:
@@ -182,46 +185,46 @@ class PlanSection(Section):
 
 
 class RecoverSection(Section):
-    """Training after pruning a model that is tuned already (start: tuned or given)."""
+    """Training after a tuned model was pruned (start: tuned or given)."""
 
     epochs: float = Field(default=0.0, ge=0)
-    """Passes over the training data; 0: the pruned model stays as it is."""
+    """Passes over the training data; 0: no training."""
     steps: int | None = Field(default=None, ge=0)
-    """Optimizer steps instead; 0: none."""
+    """Optimizer steps, instead of epochs; 0: no training."""
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate; null: half of that at which the dense model is tuned, or
-    would be by default; with start: given finetune.learning_rate, if set."""
+    """Peak learning rate; null: half of finetune.learning_rate, or of its default; with start: given,
+    finetune.learning_rate itself if the recipe sets it."""
     keep_better: bool = True
-    """Keep the trained model only if its loss on validation rows is lower than before, else the pruned one.
-    The rows are data.validation, or are held out of the training rows. false: the trained one, always."""
+    """Keep the trained model only if training lowers the loss on validation rows; otherwise keep the pruned
+    model. The rows are data.validation, or held out of the training rows. false: always the trained one."""
 
     @property
     def trains(self) -> bool:
-        """Whether the pruned model is trained at all."""
+        """Whether the pruned model is trained."""
         return self.epochs > 0 if self.steps is None else self.steps > 0
 
 
 class AlsoSection(Section):
-    """A further task every variant is measured on, without being trained on it."""
+    """A further task that every variant is evaluated on but not trained on."""
 
     task: str
     """A named task (`gradpruner ls tasks`)."""
     folder: str | None = None
-    """Local folder with its splits; null reads the hub dataset."""
+    """Local folder with the splits of the task; null reads the hub dataset."""
     limit: int | None = Field(default=None, ge=1)
     """Evaluate on this many randomly chosen rows."""
 
 
 class EvaluateSection(AskingSection):
-    """How variants are measured."""
+    """How variants are evaluated."""
 
     also: list[AlsoSection] = Field(default_factory=list)
-    """Further tasks to measure the fine-tuned variants on: transfer, or a reasoning probe (gsm8k)."""
+    """Further tasks to evaluate the fine-tuned variants on: transfer, or a reasoning probe (gsm8k)."""
     lm_eval: list[str] = Field(default_factory=list)
-    """Tasks of lm-evaluation-harness to measure the fine-tuned variants on."""
+    """Tasks of lm-evaluation-harness to evaluate the fine-tuned variants on."""
     lm_eval_folder: str | None = None
-    """Folder with lm-eval task files of your own."""
+    """Folder with your own lm-eval task files."""
     lm_eval_limit: int | None = Field(default=None, ge=1)
-    """Examples of every lm-eval task; null takes all."""
+    """Most examples of each lm-eval task; null takes all."""
     before_finetuning: bool = True
-    """Also measure every variant before fine-tuning."""
+    """Also evaluate each variant before fine-tuning."""

@@ -1,4 +1,4 @@
-"""prune: a model and rows in, a smaller model out; the run that `gradpruner shrink` does, as one call."""
+"""prune: a model and rows in, a smaller model out; the run of `gradpruner shrink` as one call."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from gradpruner.common.printing import Printed, print_line
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, check_output, staged_folder
+from gradpruner.models.layers import refuse_adapters
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
@@ -40,17 +41,17 @@ INPUTS = "inputs"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pruned(Printed):
-    """What `prune` made; prints as the command `shrink` does.
+    """The result of `prune`; prints what the command `shrink` prints.
 
     Attributes:
         folder: The pruned model: a plain Hugging Face folder, in the run directory (see `save`).
-        plan: Which layers went.
-        scores: What the plan rests on; None for methods that decide without scores.
-        repair: The linears refitted before the cuts; None where there are none.
-        record: Everything that was found, as in `run.json`.
+        plan: Which layers were removed.
+        scores: The scores behind the plan; None for methods that plan without scores.
+        repair: The refitted linears before the removed layers; None if nothing was repaired.
+        record: All results, as in `run.json`.
         recipe: What was done, as a recipe.
         dtype: Dtype the model is loaded in.
-        temporary: Whether the folder goes with this object.
+        temporary: Whether the folder is deleted together with this object.
     """
 
     folder: Path
@@ -64,19 +65,19 @@ class Pruned(Printed):
 
     @cached_property
     def model(self) -> nn.Module:
-        """The pruned model, loaded when first asked for, where and in the dtype the dense one was."""
+        """The pruned model, on the device and in the dtype of the dense one; loaded on first use."""
         return self.recipe.model.load(self.folder, dtype=self.dtype)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """The tokenizer of the pruned model."""
         return load_tokenizer(self.folder, self.recipe.model.trust_remote_code)
 
     def save(self, folder: str | Path) -> Path:
-        """Copies the pruned model into a folder of its own: all of it, or nothing.
+        """Copies the pruned model into a folder: the whole model or, after an error, nothing.
 
         Raises:
-            ConfigError: If the folder holds something that is not ours.
+            ConfigError: If the folder is not empty and was not made by gradpruner.
             ResourceError: If the disk is full.
         """
         target = Path(folder).expanduser()
@@ -87,7 +88,7 @@ class Pruned(Printed):
         return target
 
     def show(self, console: Console) -> None:
-        """Prints what was measured, or else scores, layers and savings, and where the model is."""
+        """Prints the results, or without an evaluation the scores, layers and savings, and the folder."""
         from gradpruner.reports.terminal import print_summary
 
         print_summary(self.record, console, Path(self.recipe.out), advise=not self.temporary)
@@ -110,34 +111,34 @@ def prune(
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Pruned:
-    """Takes layers out of a model that is tuned on a task, and makes up for them without training.
+    """Removes layers from a model that is tuned on a task and repairs it without training.
 
-    Records the first LoRA gradients on the rows, scores the layers, removes those that matter least, refits
-    the linear before every cut, and proves that the result computes what it should. It is the run of
-    `gradpruner shrink`. The model that is given stays as it is.
+    Records the first LoRA gradients on the rows, scores the layers, removes the least important ones, refits
+    the linear before each removed block, and verifies the result. This is the run of `gradpruner shrink`. The
+    given model is not changed.
 
     Args:
-        model: A model folder, a hub id, or a loaded causal LM without adapters. Of a loaded one a copy is
-            written to disk.
+        model: A model folder, a hub id, or a loaded causal LM without adapters, which is first copied to
+            disk.
         task_data: Rows of the task: dictionaries (prompt and completion, messages, instruction and output,
             text and label ...), a `datasets.Dataset`, or a file, folder or hub dataset.
-        tokenizer: Of a loaded model; a folder has its own.
-        eval_data: Rows to measure both models on, likewise; None measures nothing.
+        tokenizer: The tokenizer of a loaded model; leave it out for a folder or hub id.
+        eval_data: Rows to evaluate both models on, in the same forms; None evaluates nothing.
         num_prune: Layers to remove.
-        layer_fraction: Share of the layers to remove; 0.4 where neither is given.
+        layer_fraction: Share of the layers to remove; 0.4 if neither is given.
         method: How layers are chosen (`gradpruner ls methods`).
         repair: "auto", "layer_wise", "least_squares", "linear" or "none".
-        steps: Steps to record; None: 40, or 1 % of a fine-tuning.
-        seed: Of everything random.
-        out: Run directory to keep, in which the same call goes on where it was; None takes a temporary one,
-            which is deleted with the result.
+        steps: Optimizer steps to record; None takes 40 or, if that is more, 1 % of a fine-tuning.
+        seed: Seed of all random choices.
+        out: Run directory to keep; the same call resumes there. None takes a temporary folder, which is
+            deleted with the result.
         settings: Any other keys of a recipe: {"record.learning_rate": 1e-3, "data.max_length": 512}.
 
     Returns:
         The pruned model with its plan, scores and repair; `print` shows a summary.
 
     Raises:
-        ConfigError: If an option is unknown or not allowed.
+        ConfigError: If an option is unknown or not allowed, or a loaded model carries adapters.
         DataError: If rows cannot be used.
         ModelError: If the model cannot be pruned.
     """
@@ -147,7 +148,7 @@ def prune(
         train = inputs.rows(task_data, "train")
         values = inputs.model(model, tokenizer, method, repair) | {
             "data.train": train,
-            # A recipe names rows to measure on, also where nothing is measured.
+            # Otherwise the recipe would hold evaluation rows out of the training rows.
             "data.eval": train if eval_data is None else inputs.rows(eval_data, "eval"),
             "plan.num_prune": num_prune,
             "plan.layer_fraction": layer_fraction,
@@ -179,12 +180,12 @@ def prune(
 
 def _result(recipe: Recipe, record: dict[str, Any], method: str, dtype: str) -> Pruned:
     folder, row = Path(recipe.out), record["rows"][method]
-    base = folder / own_plan(row)
-    made = (folder / tuned_folder(row), base.with_name("recovered"), base.with_name("pruned"))
-    scores, repaired = folder / "scores" / f"{method_of(method)}.json", base.with_name("repair")
+    plan = folder / own_plan(row)
+    models = (folder / tuned_folder(row), plan.with_name("recovered"), plan.with_name("pruned"))
+    scores, repaired = folder / "scores" / f"{method_of(method)}.json", plan.with_name("repair")
     return Pruned(
-        folder=next(path for path in made if path.is_dir()),
-        plan=load_plan(base),
+        folder=next(path for path in models if path.is_dir()),
+        plan=load_plan(plan),
         scores=LayerScores.load(scores) if scores.is_file() else None,
         repair=Repair.load(repaired) if repaired.is_dir() else None,
         record=record,
@@ -194,7 +195,10 @@ def _result(recipe: Recipe, record: dict[str, Any], method: str, dtype: str) -> 
 
 
 class _Inputs:
-    """What a recipe calls a model and rows that may be in memory, and what `folder` must hold for that."""
+    """Turns a model and rows that may be in memory into keys of a recipe.
+
+    `writes` are the calls that write what is in memory into `folder`.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -203,12 +207,12 @@ class _Inputs:
     def model(
         self, model: str | Path | nn.Module, tokenizer: Any, method: str, repair: str
     ) -> dict[str, Any]:
-        """The keys of a recipe that shrinks this model."""
+        """Returns the keys of a recipe that shrinks this model."""
         if not isinstance(model, nn.Module):
             if tokenizer is not None:
                 raise ConfigError(
-                    f"A tokenizer is given beside {model}, which has its own.",
-                    hint="Leave it out, or give a loaded model.",
+                    f"A tokenizer is given for {model}, which has its own.",
+                    hint="Leave the tokenizer out, or give a loaded model.",
                 )
             return shrinking(str(model), method, repair)
         loaded: Any = model
@@ -219,10 +223,10 @@ class _Inputs:
         return shrinking(str(folder), method, repair) | {"model.device": str(loaded.device)}
 
     def rows(self, rows: Any, name: str) -> str:
-        """Where the rows are, or will be."""
+        """Returns where the rows are, or where they will be written."""
         if isinstance(rows, str | Path):
             return str(rows)
-        if hasattr(rows, "save_to_disk"):  # of `datasets`
+        if hasattr(rows, "save_to_disk"):  # a `datasets.Dataset`
             target = self.folder / name
             self.writes.append(partial(shutil.rmtree, target, ignore_errors=True))
             self.writes.append(partial(rows.save_to_disk, str(target)))
@@ -234,12 +238,8 @@ class _Inputs:
 
 
 def _refuse_unusable(model: Any, tokenizer: Any) -> None:
-    """Raises for a loaded model that cannot be written as a plain folder."""
-    if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ModelError(
-            "The model carries adapters; pruning under them would silently misplace them.",
-            hint="Call merge_and_unload() or unload() first.",
-        )
+    """Refuses a loaded model that cannot be saved as a plain folder."""
+    refuse_adapters(model, "pruning under them would silently misplace them")
     if not hasattr(model, "save_pretrained") or any(p.is_meta for p in model.parameters()):
         raise ModelError(
             f"This {type(model).__name__} has no weights of its own, or transformers cannot save it.",
@@ -247,13 +247,13 @@ def _refuse_unusable(model: Any, tokenizer: Any) -> None:
         )
     if tokenizer is None:
         raise ConfigError(
-            "A loaded model comes without its tokenizer.",
-            hint="prune(model, rows, tokenizer=tokenizer), or give the model's folder instead.",
+            "A loaded model needs its tokenizer, and none is given.",
+            hint="Call prune(model, rows, tokenizer=tokenizer), or give the model's folder.",
         )
 
 
 def _write_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call
+    shutil.rmtree(folder, ignore_errors=True)  # from an earlier call
     check_free_space(folder.parent, sum(p.nbytes for p in model.parameters()), "A copy of the model")
     with staged_folder(folder) as staged:
         model.save_pretrained(staged)
@@ -266,7 +266,7 @@ def _as_lines(rows: Any) -> str:
         raise DataError(
             f"The rows are a {type(rows).__name__}; a list of dictionaries, a datasets.Dataset or a path is "
             "needed.",
-            hint="Of a pandas frame: frame.to_dict('records').",
+            hint="For a pandas frame, give frame.to_dict('records').",
         )
     lines = []
     for number, row in enumerate(rows):

@@ -1,9 +1,9 @@
 """Work that all processes of a job do at the same time: recording, fine-tuning, evaluating.
 
-The first process runs the command as if it were alone. Where a stage is better done by all, it says what is
-to be done: a function with plain values as arguments (`jointly`), or one of a `Job` (`together`). The others
-do nothing but wait for that (`follow`), each with a `Job` of its own made of the same recipe. So no stage
-asks which process it is in.
+The first process runs the command as if it were alone. When a stage is work for all processes, it sends them
+a function and its arguments: plain values (`jointly`), or a `Job` and plain values (`together`). The other
+processes wait for such work and do it (`follow`), each with a `Job` of its own made from the same recipe. So
+no stage needs to know which process it is in.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ T = TypeVar("T")
 
 
 def jointly(work: Callable[..., T], *arguments: Any) -> T:
-    """Has every process do `work(*arguments)` at the same time; returns what this one makes of it.
+    """Calls `work(*arguments)` in all processes at the same time; returns the result of this process.
 
-    The work is a function of a module, and the arguments plain values: both are sent.
+    Both are sent to the other processes: `work` must be a function of a module, the arguments plain values.
 
     Raises:
-        PeerError: If it fails on another process; an error of this one as it is.
+        PeerError: If the work fails in another process. An error in this process is raised unchanged.
     """
     world = this_world()
     if world.size > 1:
@@ -41,7 +41,7 @@ def jointly(work: Callable[..., T], *arguments: Any) -> T:
 
 
 def together(job: Job, work: Callable[..., T], *arguments: Any) -> T:
-    """`jointly`, for a function whose first argument is a job: the other processes make their own."""
+    """Does the same as `jointly` for `work(job, *arguments)`; each process passes a job of its own."""
     world = this_world()
     if world.size > 1:
         recipe = job.recipe.model_dump(mode="json")
@@ -55,7 +55,7 @@ _own_job: list[Job] = []
 def _on_own_job(
     recipe: dict[str, Any], origin: str, work: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    """Work on a job of this process, made of the first one's recipe; kept for the next time."""
+    """Calls `work` with this process's own job, made from the recipe of the first process and kept."""
     if not _own_job or _own_job[0].recipe.model_dump(mode="json") != recipe:
         _own_job[:] = [Job(Recipe.model_validate(recipe))]
     if _own_job[0].origin != Path(origin):
@@ -64,14 +64,14 @@ def _on_own_job(
 
 
 def follow() -> int:
-    """Does what the first process says until it ends; returns the exit code it ends with."""
+    """Does the work that the first process sends, until that process ends; returns its exit code."""
     world = this_world()
     while True:
-        with _at_rest():
-            said: Any = world.agreed(lambda: None)
-        if isinstance(said, int):
-            return said
-        work, arguments = said
+        with _sigterm_ends_at_once():
+            sent: Any = world.agreed(lambda: None)
+        if isinstance(sent, int):
+            return sent
+        work, arguments = sent
         try:
             world.in_step(partial(work, *arguments))
         except Exception as error:
@@ -80,12 +80,14 @@ def follow() -> int:
                     raise
                 log.debug("%s", error, exc_info=error)
                 raise last_word() or GoneError(str(error)) from error
-            log.debug("%s", error, exc_info=error)  # the first process knows, and decides how to go on
+            log.debug(
+                "%s", error, exc_info=error
+            )  # the first process has been told and decides what comes next
 
 
 @contextlib.contextmanager
-def _at_rest() -> Iterator[None]:
-    """While it lasts, SIGTERM ends this process at once: Python would hear of it only after the wait."""
+def _sigterm_ends_at_once() -> Iterator[None]:
+    """Lets SIGTERM end this process during a wait; Python's own handler would run only after the wait."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
@@ -95,7 +97,7 @@ def _at_rest() -> Iterator[None]:
 
 @contextlib.contextmanager
 def leading() -> Iterator[None]:
-    """For the first process, around everything it does: in the end it sends the others home."""
+    """Wraps everything the first process does: at the end, it sends the others its exit code."""
     code = 1
     try:
         yield

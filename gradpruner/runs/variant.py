@@ -1,7 +1,8 @@
-"""One row of the comparison, as a list of stages: pruned, measured, fine-tuned, and measured again."""
+"""The stages of one row of the comparison: repair, prune, evaluate, fine-tune, evaluate again."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from gradpruner.plans.reading import read_plan
@@ -10,7 +11,7 @@ from gradpruner.runs.evaluation_data import data_identity, metrics_of_task
 from gradpruner.runs.plan_names import STAGES
 from gradpruner.runs.work import Work, journal
 
-# What run.json says of a row -> the stage that found it, by its name in the manifest.
+# Key of a row in run.json -> name of the stage whose result it is.
 PARTS = {
     "repair": "repair {}",
     "pruning": "prune {}",
@@ -23,14 +24,14 @@ PARTS = {
 
 
 class Variant(Work):
-    """One row: what its stages depend on, and their order. Arguments as for `work.Work`."""
+    """One row: what its stages depend on, and their order. The arguments are those of `work.Work`."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._fingerprint()
+        self._collect_inputs()
 
-    def _fingerprint(self) -> None:
-        """What the result of each stage depends on."""
+    def _collect_inputs(self) -> None:
+        """Sets what pruning and fine-tuning depend on."""
         recipe = self.recipe
         self.prune_inputs: dict[str, Any] = {
             "model": self.job.model_sha256 if self.is_dense else self.job.origin_sha256,
@@ -40,8 +41,8 @@ class Variant(Work):
         samples = self.job.learned
         if self.repairs:
             self.prune_inputs["repair"] = [*self.job.how_repaired, samples]
-        same = {"report_to", "save_steps", "fsdp", "deepspeed"}
-        learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude=same)} | self.job.spread
+        ignored = {"report_to", "save_steps", "fsdp", "deepspeed"}  # these do not change the result
+        learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude=ignored)} | self.job.spread
         if not self.is_dense and recipe.start != "base":
             learned_from["recover"] = recipe.recover.model_dump()
         if not self.is_dense and recipe.chooses_recovery and self.job.validation is not None:
@@ -57,41 +58,50 @@ class Variant(Work):
             learned_from["training"] = self.method.training(self.context)
         self.tune_inputs = self.prune_inputs | learned_from
 
-    def stages(self) -> list[Stage]:
-        """What is done for this row, in order."""
+    def stages(self) -> Iterator[Stage]:
+        """The stages of this row, in order."""
         name, pruned, tuned = self.name, self.prune_inputs, self.tune_inputs
-        removes = self.plan is not None or self.shrinks
         recovers = self.method is not None and self.method.recover is not None
         options = self.recipe.evaluate
-        before = self.trains and options.before_finetuning
-        further = {task: metrics_of_task(task) for task in self.job.also}
+        if self.repairs:
+            yield Stage(f"repair {name}", pruned, self.repair, [self.repaired], resumes=True, step="prune")
+        if self.plan is not None or self.shrinks:
+            outputs = [self.pruned, self.scratch, self.own_plan]
+            yield Stage(f"prune {name}", pruned, self.prune, outputs, resumes=self.shrinks, step="prune")
+        if recovers:
+            outputs = [self.recovered, self.scratch]
+            yield Stage(f"recover {name}", tuned, self.recover, outputs, resumes=True, step="prune")
+        if self.trains:
+            if options.before_finetuning:
+                yield self._evaluation("before", tuned if recovers else pruned)
+            outputs = [self.tuned, self.checkpoints]
+            yield Stage(f"finetune {name}", tuned, self.tune, outputs, resumes=True, step="finetune")
+        yield self._evaluation("", tuned)
+        for task in self.job.also:
+            yield self._evaluation(f"on {task}", tuned, task, metrics_of_task(task))
         if self.recipe.data.validation is not None:
-            further["validation"] = self.job.metrics
-        asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
-        scored, by_harness = tuned | {"lm_eval": asked}, PARTS["lm_eval"].format(name)
-        made = self.pruned, self.scratch, self.own_plan
-        recovered, trained = (self.recovered, self.scratch), (self.tuned, self.checkpoints)
-        table = [  # whether it is wanted, and its name, inputs, work, outputs, whether it resumes, and step
-            (self.repairs, Stage(f"repair {name}", pruned, self.repair, [self.repaired], True, "prune")),
-            (removes, Stage(f"prune {name}", pruned, self.prune, made, self.shrinks, "prune")),
-            (recovers, Stage(f"recover {name}", tuned, self.recover, recovered, True, "prune")),
-            (before, self._measuring("before", tuned if recovers else pruned)),
-            (self.trains, Stage(f"finetune {name}", tuned, self.tune, trained, True, "finetune")),
-            (True, self._measuring("", tuned)),
-            *((True, self._measuring(f"on {task}", tuned, task, names)) for task, names in further.items()),
-            (bool(options.lm_eval), Stage(by_harness, scored, self.run_harness, (), True, "evaluate")),
-        ]
-        return [stage for wanted, stage in table if wanted]
+            yield self._evaluation("on validation", tuned, "validation")
+        if options.lm_eval:
+            asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
+            by_harness, inputs = PARTS["lm_eval"].format(name), tuned | {"lm_eval": asked}
+            yield Stage(by_harness, inputs, self.run_harness, resumes=True, step="evaluate")
 
-    def _measuring(
+    def _evaluation(
         self, what: str, model: dict[str, Any], rows: str = "eval", metrics: tuple[str, ...] = ()
     ) -> Stage:
-        """A model, given by what it depends on, measured on `Job.rows`; `what` says when, or on what else."""
+        """The stage that evaluates this row's model.
+
+        Args:
+            what: "before" fine-tuning, "on TASK" for further rows, "" for the finished model on the recipe's.
+            model: What the model depends on.
+            rows: See `Job.rows`.
+            metrics: () takes the job's.
+        """
         metrics = metrics or self.job.metrics
-        kept = {"batch_size", "max_new_tokens", "encoder", "encoder_layer"}
+        settings = {"batch_size", "max_new_tokens", "encoder", "encoder_layer"}
         inputs = {
             "eval": data_identity(self.job.rows(rows)),
-            "evaluate": self.recipe.evaluate.model_dump(include=kept) | {"metrics": list(metrics)},
+            "evaluate": self.recipe.evaluate.model_dump(include=settings) | {"metrics": list(metrics)},
             "max_length": self.job.max_length,
             "seed": self.recipe.seed,
         }
@@ -102,17 +112,17 @@ class Variant(Work):
             return self.measure(folder, file, rows, metrics)
 
         name = f"evaluate {self.name} {what}".rstrip()
-        return Stage(name, model | inputs, work, (file, journal(file)), True, "evaluate")
+        return Stage(name, model | inputs, work, [file, journal(file)], resumes=True, step="evaluate")
 
     def up_to(self, depth: int) -> None:
-        """Does the stages up to position `depth` of `STAGES`, except those that are current."""
-        stages, directory = self.stages(), self.directory
-        # With keep_models: none the folders are gone once measured; nothing needs them again then.
+        """Does the stages up to position `depth` of `STAGES`, except those that are done already."""
+        stages, directory = list(self.stages()), self.directory
+        # With keep_models: none the models are deleted after their evaluation, and not made again.
         cleared = self.recipe.keep_models == "none" and all(
             directory.is_current(stage) for stage in stages if stage.step == "evaluate"
         )
         for number, stage in enumerate(stages):
-            makes = stage.step != "evaluate"  # or changes the model; the others only look at it
+            makes = stage.step != "evaluate"  # the stage makes or changes a model
             if STAGES.index(stage.step) > depth:
                 continue
             if not (cleared and makes and directory.result(stage.name) is not None):
@@ -123,11 +133,11 @@ class Variant(Work):
                 self.plan = read_plan((directory.result(stage.name) or {})["plan"])
         if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
             directory.remove([self.repaired, self.pruned, self.recovered, self.checkpoints])
-            if not (self.name == "dense" and self.recipe.tunes_first):  # which goes after all rows
+            if not (self.name == "dense" and self.recipe.tunes_first):  # other rows still need that model
                 directory.remove([self.tuned])
 
     def _forget(self, later: list[Stage]) -> None:
-        """Later results are of a model that is about to be replaced: they go."""
+        """Deletes the results of later stages, whose model is about to be replaced."""
         done = [stage for stage in later if self.directory.result(stage.name) is not None]
         self.directory.forget(stage.name for stage in done)
         self.directory.remove([output for stage in done for output in stage.outputs])

@@ -1,4 +1,4 @@
-"""What is done for one row of the comparison, arrow by arrow: from one folder of the run to the next."""
+"""The work on one row of the comparison: each method goes from one folder of the run to the next."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan, read_plan
 from gradpruner.plans.repair import Repair
+from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.verification import VerifyReport
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
 from gradpruner.runs.directory import RunDirectory, fingerprint
 from gradpruner.runs.evaluation_data import asked_of_harness, options_of
@@ -38,12 +40,13 @@ from gradpruner.training.options import FinetuneOptions
 
 
 class Work:
-    """The arrows of one row. `variant.Variant` says in which order, and when they are skipped.
+    """What can be done for one row; `variant.Variant` says in which order, and what is skipped.
 
     Args:
-        name: "dense", "merged", "dropped", or a method of `METHODS`; of one of several plans "merged@NAME".
-        plan: What is pruned; None for the dense model, and where that is known only after pruning.
-        trace: Opens the recorded gradients; called only when layers are merged.
+        name: Of the row: "dense", "merged", "dropped" or a method of `METHODS`. With several plans of one
+            variant, "merged@NAME".
+        plan: What is pruned; None for the dense model, and for methods that plan while they train.
+        trace: Opens the recorded gradients; called only if layers are merged.
     """
 
     def __init__(
@@ -69,25 +72,25 @@ class Work:
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it was given, tuned for as long as the recipe says or for longer."""
+        """Whether the row starts from the model as given: dense, or a method that sets its own training."""
         return self.name == "dense" or (self.method is not None and self.method.training is not None)
 
     @property
     def trains(self) -> bool:
-        """Whether this row is trained: tuned, or after pruning a tuned model trained a little further."""
+        """Whether this row is trained: fine-tuned or, if a tuned model was pruned, recovered."""
         if self.is_dense:
             return self.recipe.start != "given"
         return self.recipe.start == "base" or self.recipe.recover.trains
 
     @property
     def repairs(self) -> bool:
-        """Whether linears before the cuts are refitted."""
+        """Whether the linears before removed layers are refitted."""
         wanted = self.recipe.plan.repair != "none"
         return wanted and self.plan is not None and bool(self.plan.pruned)
 
     @property
     def shrinks(self) -> bool:
-        """Whether what is pruned is decided while the model trains."""
+        """Whether the method prunes while it trains."""
         return self.method is not None and self.method.shrink is not None
 
     @property
@@ -97,7 +100,7 @@ class Work:
 
     @property
     def source(self) -> Path:
-        """The model before fine-tuning."""
+        """Folder of the model before fine-tuning."""
         if self.method and self.method.recover:
             return self.path(self.recovered)
         if self.plan is not None:
@@ -106,17 +109,17 @@ class Work:
 
     @property
     def outcome(self) -> Path:
-        """The model after everything that is done to it."""
+        """Folder of the finished model."""
         return self.path(self.tuned) if self.trains else self.source
 
     def repair(self) -> dict[str, Any]:
         """Dense model, plan and samples -> refitted linears"""
-        found: Repair = self._together("fit")
+        found: Repair = self._in_all_processes("fit")
         found.save(self.path(self.repaired))
         return found.facts()
 
     def fit(self) -> Repair:
-        """The refitted linears, in memory."""
+        """Fits the repair of this row's plan; returns it in memory."""
         assert self.plan is not None and self.plan.kind == "layers"
         model = self.job.load_origin()
         with Progress(self.job.num_layers, f"repair {self.name} [layers]") as progress:
@@ -133,33 +136,37 @@ class Work:
             return found
         assert self.plan is not None
         self.plan.save(self.path(self.own_plan))
-        if self.plan.kind == "width":
-            with Progress(1, f"prune {self.name}") as progress:
-                report = prune_width_checkpoint(
-                    self.job.origin,
-                    self.path(self.pruned),
-                    self.plan,
-                    device=self.job.device,
-                    name=self.recipe.model.path,
-                )
-                progress.update(1)
-            return {"verified": report.to_dict()}
-        trace = self.trace() if self.plan.needs_trace else None
-        size = self.job.sizes.savings(self.plan.keep)["disk_bytes"]["after"]
-        with show_bytes(size, f"prune {self.name}") as progress:
-            report = prune_checkpoint(
+        report = self._prune_widths(self.plan) if self.plan.kind == "width" else self._prune_layers(self.plan)
+        return {"verified": report.to_dict()}
+
+    def _prune_widths(self, plan: WidthPlan) -> VerifyReport:
+        with Progress(1, f"prune {self.name}") as progress:
+            report = prune_width_checkpoint(
                 self.job.origin,
                 self.path(self.pruned),
-                self.plan,
+                plan,
+                device=self.job.device,
+                name=self.recipe.model.path,
+            )
+            progress.update(1)
+        return report
+
+    def _prune_layers(self, plan: PruningPlan) -> VerifyReport:
+        trace = self.trace() if plan.needs_trace else None
+        size = self.job.sizes.savings(plan.keep)["disk_bytes"]["after"]
+        with show_bytes(size, f"prune {self.name}") as progress:
+            return prune_checkpoint(
+                self.job.origin,
+                self.path(self.pruned),
+                plan,
                 trace,
                 verify=self.recipe.verify,
                 progress=progress,
                 repair=Repair.load(self.path(self.repaired)) if self.repairs else None,
             )
-        return {"verified": report.to_dict()}
 
     def _shrink(self) -> dict[str, Any]:
-        """Dense model -> model pruned while it trained"""
+        """Dense model -> model that was pruned during training"""
         assert self.method is not None and self.method.shrink is not None
         model, self.plan = self.method.shrink(self.context)
         self._save(model, self.pruned)
@@ -170,7 +177,7 @@ class Work:
         return {"plan": self.plan.to_dict(), "verified": report.to_dict()}
 
     def recover(self) -> dict[str, Any]:
-        """Pruned model -> pruned model, trained by its method's own recovery"""
+        """Pruned model -> model after the recovery that its method brings"""
         assert self.method is not None and self.method.recover is not None
         model = self.job.load(self.path(self.pruned), dtype=self.recipe.model.trained_dtype("full"))
         result = self.method.recover(self.context, model)
@@ -184,7 +191,7 @@ class Work:
         compares = self.recipe.chooses_recovery and not self.is_dense
         before = loss_before(self.job, self.source) if compares else None
         result: FinetuneResult
-        model, result = self._together("train")
+        model, result = self._in_all_processes("train")
         facts = asdict(result)
         if before is not None:
             model, facts["kept"] = better_of(self.job, self.source, model, before)
@@ -193,13 +200,13 @@ class Work:
         self.job.release(model)
         return facts | {"output": self.tuned}
 
-    def _together(self, arrow: str, *arguments: Any) -> Any:
-        """What every process of the job makes of one arrow of this row, see `on_row`."""
+    def _in_all_processes(self, method: str, *arguments: Any) -> Any:
+        """Calls a method of this row, by its name, in all processes of the job at once."""
         plan = self.plan.to_dict() if self.plan else None
-        return together(self.job, on_row, str(self.directory.path), self.name, plan, arrow, *arguments)
+        return together(self.job, on_row, str(self.directory.path), self.name, plan, method, *arguments)
 
     def train(self) -> tuple[Any, FinetuneResult]:
-        """The fine-tuned model, in memory, and how it went."""
+        """Fine-tunes; returns the model, in memory, and how the training went."""
         options = self._training_options()
         updated = self.recipe.model.trained_dtype(options.mode)
         callbacks = self.method.callbacks(self.context) if self.method and self.method.callbacks else []
@@ -216,7 +223,7 @@ class Work:
         return finished(self.job, model, self.source), result
 
     def _training_options(self) -> FinetuneOptions:
-        """The recipe's fine-tuning; of a pruned model that was tuned before, the shorter one of `recover`."""
+        """The recipe's `finetune` section, with the changes that `recover` or the method make."""
         options, recover = self.job.training, self.recipe.recover
         changes: dict[str, Any] = {}
         if not self.is_dense and self.recipe.start != "base":
@@ -227,14 +234,14 @@ class Work:
         return options.model_copy(update=changes)
 
     def _teacher(self) -> dict[str, Any]:
-        """The tuned dense model and how it is learned from, as options of `finetune`; none for itself."""
+        """The tuned dense model as the teacher, in arguments of `finetune`; {} without distillation."""
         if self.is_dense or not self.recipe.distils:
             return {}
         folder = self.job.folder if self.recipe.start == "given" else self.path(tuned_folder("dense"))
         return {"teacher": self.job.load(folder), "distillation": self.recipe.distil}
 
     def _save(self, model: Any, folder: str, **facts: Any) -> None:
-        if self.plan is not None:  # how engines take the pruned model, for its card
+        if self.plan is not None:  # the model card says which engines serve the pruned model correctly
             facts["portability"] = [vars(v) for v in self.job.portability_of(self.plan)]
         save_model(
             model,
@@ -248,23 +255,22 @@ class Work:
         )
 
     def load(self, folder: Path) -> Any:
-        """Loads what is on disk: the very folder a user would load."""
+        """Loads a model from the folder that the user gets; merges adapters into their model."""
         if (folder / ADAPTER_FILE).exists():
             return load_adapter(self.job.load(self.source), folder)
         return self.job.load(folder)
 
     def measure(self, folder: Path, file: str, rows: str, metrics: tuple[str, ...]) -> dict[str, Any]:
-        """Evaluates a model folder on rows (see `Job.rows`); what it answered goes to `file`."""
-        result: Evaluation = self._together(
-            "evaluate", str(folder), rows, metrics, str(self.path(journal(file)))
-        )
+        """Evaluates a model folder on rows (see `Job.rows`) and writes its answers to `file`."""
+        kept = str(self.path(journal(file)))
+        result: Evaluation = self._in_all_processes("evaluate", str(folder), rows, metrics, kept)
         result.write_examples(self.path(file))
         for part in parts_of(self.path(journal(file))):
             part.unlink()
         return result.summary() | {"per_example": file, "source": self.job.rows(rows).source}
 
     def evaluate(self, folder: str, rows: str, metrics: tuple[str, ...], kept: str) -> Evaluation:
-        """What a model folder answers and what that scores; answers found so far are kept in a journal."""
+        """Evaluates a model folder on rows; the journal `kept` holds the answers so far, for a resume."""
         model = self.load(Path(folder))
         result = evaluate(
             model,
@@ -287,9 +293,9 @@ class Work:
 
 
 def finished(job: Job, model: Any, folder: Path) -> Any:
-    """A fine-tuned model as it is measured and kept; of several processes only the first goes on with it.
+    """Returns a fine-tuned model as it is saved; of several processes, only the first one uses it.
 
-    What was learned on 4-bit weights goes onto those of `folder`, of which they were made.
+    Adapters that were trained on 4-bit weights go onto the full weights, which are in `folder`.
     """
     if job.recipe.finetune.mode != "qlora" or not this_world().is_first:
         return model
@@ -298,12 +304,12 @@ def finished(job: Job, model: Any, folder: Path) -> Any:
     return adapters.put_on(job.load(folder), merge=job.recipe.finetune.merge_adapter)
 
 
-def on_row(job: Job, out: str, name: str, plan: dict[str, Any] | None, arrow: str, *arguments: Any) -> Any:
-    """One arrow of a row, by the name of its method in `Work`, as every process of the job does it."""
+def on_row(job: Job, out: str, name: str, plan: dict[str, Any] | None, method: str, *arguments: Any) -> Any:
+    """Calls a method of `Work`, by its name, on a row; `_in_all_processes` sends this call."""
     directory = RunDirectory(out, device=job.device)
     found = read_plan(plan) if plan is not None else None
     row = Work(job, directory, name, found, lambda: GradientTrace.load(directory.path / "trace"))
-    return getattr(row, arrow)(*arguments)
+    return getattr(row, method)(*arguments)
 
 
 def fit_as_asked(
@@ -313,7 +319,7 @@ def fit_as_asked(
     trace: GradientTrace | None,
     progress: Callable[[int], None] | None = None,
 ) -> Repair:
-    """A repair of a plan, fitted as the recipe says."""
+    """Fits the repair of a plan with the recipe's settings."""
     kind, rows, answers = job.how_repaired
     return fit_repair(
         model,
@@ -331,17 +337,17 @@ def fit_as_asked(
 
 
 def tuned_folder(name: str) -> str:
-    """Where the fine-tuned model of a row is, relative to the run directory."""
+    """Folder of a row's fine-tuned model, relative to the run directory."""
     return f"variants/{name}/model"
 
 
 def plan_file(row: str) -> str:
-    """Where the plan of a row is to be read, and may be edited."""
+    """File of a row's plan, for users to read and edit, relative to the run directory."""
     return f"plans/{row}.json"
 
 
 def stored_plan(directory: RunDirectory, row: str) -> Plan | None:
-    """The plan a row has, as it was decided; None if there is none, or only one that somebody edited."""
+    """The plan of a row as it was decided; None if there is none, or only a file that was edited since."""
     shrunk = (directory.result(f"prune {row}") or {}).get("plan")
     if shrunk is not None:
         return read_plan(shrunk)
@@ -352,17 +358,17 @@ def stored_plan(directory: RunDirectory, row: str) -> Plan | None:
 
 
 def same_plan(one: Plan | None, other: Plan | None) -> bool:
-    """Whether two plans say the same."""
+    """Whether both plans are there and say the same."""
     return (
         one is not None and other is not None and fingerprint(one.to_dict()) == fingerprint(other.to_dict())
     )
 
 
 def own_plan(name: str) -> str:
-    """The plan by which the models of a row were made, beside them; that in plans/ may be edited."""
+    """File of the plan that a row's models were made by; the one in plans/ may have been edited since."""
     return f"variants/{name}/plan.json"
 
 
 def journal(file: str) -> str:
-    """Where an evaluation keeps what it has done until it is whole."""
+    """File that keeps the answers of an evaluation until all are there."""
     return f"{file}.part"

@@ -1,6 +1,6 @@
-"""YAML files as plain values: what they may hold, and what is wrong with those that cannot be used.
+"""YAML files as plain values, checked, with errors that say what is wrong and where.
 
-Importing this imports no torch.
+Importing this module imports no torch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndTo
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one silently, and keys are text."""
+    """A YAML loader that refuses keys that are given twice, and keys that are not text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Builds a mapping after looking at its keys."""
+        """Checks the keys of a mapping, then builds it."""
         seen: set[Any] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -45,16 +45,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file of sections as plain values.
+    """Reads a YAML file of sections as plain values.
 
     Raises:
-        ConfigError: If it is missing, no YAML, or gives a key twice; with line and column.
+        ConfigError: If the file is missing, is not valid YAML or gives a key twice; with line and column.
     """
     try:
         raw = parse_yaml(read_plain(path, RECIPE_LIMIT).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(
-            f"There is no recipe at {path}.", hint="`gradpruner ls recipes` lists those that come with it."
+            f"There is no recipe at {path}.", hint="`gradpruner ls recipes` lists the built-in recipes."
         ) from None
     except OSError as error:
         raise ConfigError(f"{shown(str(path), 200)} cannot be read: {error.strerror}.") from error
@@ -77,15 +77,15 @@ def _problem(error: yaml.YAMLError) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML as plain values, of the kinds JSON has (and NaN, which sections refuse with the key).
+    """Reads YAML as plain values of JSON's types. NaN is let through, as sections refuse it by its key.
 
     Raises:
-        yaml.YAMLError: If it is not YAML; with line and column where these are known.
-        ValueError: If it holds what a recipe cannot: a date, numbers beyond 64 bits, half a surrogate pair,
-            NUL, sections in sections in sections, a few aliases that stand for millions of values.
+        yaml.YAMLError: If it is not YAML; with line and column if they are known.
+        ValueError: If it holds what a recipe cannot: a date, a number of more than 64 bits, half a surrogate
+            pair, NUL, too deep nesting, or aliases that expand to too many values.
     """
     depth = 0
-    for token in yaml.scan(text, yaml.SafeLoader):  # building what is nested deeply would exhaust the stack
+    for token in yaml.scan(text, yaml.SafeLoader):  # building deeply nested values would exhaust the stack
         depth += isinstance(token, _OPENING)
         depth -= isinstance(token, _CLOSING)
         if depth > MAX_DEPTH:
@@ -112,7 +112,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def check_scalar(value: Any) -> None:
-    """ValueError for what YAML can say and a recipe cannot hold."""
+    """Raises ValueError for a value that YAML allows and a recipe cannot hold."""
     if isinstance(value, str):
         check_json(value)
         if "\0" in value:
@@ -120,4 +120,4 @@ def check_scalar(value: Any) -> None:
     elif isinstance(value, int) and not -(2**63) <= value < 2**64:
         raise ValueError("it holds a number of more than 64 bits")
     elif value is not None and not isinstance(value, int | float):
-        raise ValueError(f"{shown(str(value))} is of the kind {type(value).__name__}; quote it if it is text")
+        raise ValueError(f"{shown(str(value))} is a {type(value).__name__}; quote it if it is text")

@@ -1,10 +1,10 @@
-"""Studies: one comparison of methods, or a sweep over a setting, with seeds.
+"""Studies: a comparison of methods, or a sweep over a setting, repeated over seeds.
 
-file           a study as it is written down
-design         rows, points and seeds -> runs
-carrying_out   every run, one after the other; a run that fails is rows with an error
-summary        the run.json files -> study.json
+file           the file that describes a study
+design         from rows, points and seeds to runs
+carrying_out   does all runs; a run that fails becomes rows with an error
+summary        from the run.json files to study.json
 pairing        differences example by example, over seeds
-preview        what would run
-comparing      compare: methods at one budget, as one call
+preview        the dry run of a study
+comparing      compare: methods at the same budget, as one call
 """

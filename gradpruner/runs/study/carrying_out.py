@@ -1,4 +1,4 @@
-"""A study is carried out run by run; after each, study.json, report.html and table.md say what is known."""
+"""Carries out a study run by run; after each run, study.json, report.html and table.md are written anew."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gradpruner.runs.job import Job
 from gradpruner.runs.pulse import Pulse
 from gradpruner.runs.recipe import Recipe
 from gradpruner.runs.run_record import read_run_record
-from gradpruner.runs.study.design import DENSE, Study, StudyRun
+from gradpruner.runs.study.design import Study, StudyRun
 from gradpruner.runs.study.summary import Found, is_measured, summarise
 
 if TYPE_CHECKING:
@@ -35,28 +35,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STUDY, REPORT, TABLE = "study.json", "report.html", "table.md"
-# Shows that a folder is a study's, before the first run is finished.
+# Marks the folder of a study from the start, before a first run is finished.
 MARKER = "study.yaml"
-# Keys of a recipe that change no figure.
+# Keys of a recipe that do not change any figure.
 _INDIFFERENT = ("out", "title", "keep_models", "memory")
-# Keys that a job settles where the recipe leaves them open.
+# Keys that a job sets if the recipe leaves them open.
 _SETTLED = (("finetune", "learning_rate"), ("finetune", "accumulation"), ("plan", "repair"))
 
 
 class Begun(TypedDict):
-    """What is read back of study.json; the rest is computed anew from the runs."""
+    """What is read from an earlier study.json; all else is computed from the runs again."""
 
     created: str
 
 
 @dataclass(frozen=True, repr=False)
 class Outcome(Printed):
-    """What a study came to, or would (`preview.Preview`); prints as on the command line.
+    """The result of a study or of its dry run (`preview.Preview`); prints what the command prints.
 
     Attributes:
-        study: What study.json says; after a dry run, what `preview.preview_study` finds.
-        error: The first fault of any row; None when all rows are there.
+        study: The content of study.json; after a dry run, of `preview.preview_study`.
+        error: The first error of a row; None if there was none.
         measured: Whether anything was run.
+        folder: Folder of the study; None after a dry run.
     """
 
     study: dict[str, Any]
@@ -72,14 +73,14 @@ class Outcome(Printed):
 
 
 def run_study(study: Study, *, command: str = "") -> Outcome:
-    """Carries out every run of a study that is not done yet, and summarises all.
+    """Does every run of a study that is not done yet, and summarises all runs.
 
-    A run that fails becomes rows with its error; the others go on. Started again, the study goes on where it
-    was. Processes may share a folder if each works on seeds of its own; the last one, given all seeds,
-    summarises.
+    A run that fails becomes rows with its error, and the other runs go on. A study that is started again
+    resumes. Several processes may share the folder if each has seeds of its own; afterwards, a start with all
+    seeds summarises them.
 
     Raises:
-        GradPrunerError: A fault of recipe, data, model or folder that is found before the first run.
+        GradPrunerError: An error in recipe, data, model or folder that is found before the first run.
         ConfigError: Also if another process works on one of these seeds.
     """
     models = {locate_model(run.recipe.model.path) for run in study.runs()}
@@ -96,13 +97,13 @@ def run_study(study: Study, *, command: str = "") -> Outcome:
 
 
 def check_study(study: Study) -> dict[str, dict[str, Any]]:
-    """Opens the inputs of every point once, for its first seed; loads no weights.
+    """Checks the inputs of every run of the first seed; loads no weights.
 
     Returns:
-        Folder of a run -> its "budget", "savings", counts of rows and steps, bytes to write and warnings.
+        Folder of a run -> its "budget", "savings", numbers of rows and steps, bytes to write and warnings.
 
     Raises:
-        GradPrunerError: The first fault, with the point it belongs to.
+        GradPrunerError: The first error, with the point it belongs to.
     """
     found = {}
     for run in study.runs():
@@ -146,17 +147,14 @@ class _Progress:
         self.study, self.command, self.pulse = study, command, pulse
         self.first_error: GradPrunerError | None = None
         self.found = Found(created=_created(study.out / STUDY))
-        for point in study.points:
-            for row in study.rows:
-                folder = study.folder(point, row, study.seeds[0])
-                if row.name != DENSE and row.model is None:
-                    self.found.budgets[point.folder] = checks[folder]["budget"]
+        for point, folder in study.pruning_runs():
+            self.found.budgets[point.folder] = checks[folder]["budget"]
         if len(study.seeds) == 1:
             self.found.warnings.append("One seed: how much a row changes from seed to seed is not known.")
 
     def to_the_end(self) -> Outcome:
         runs = self.study.runs()
-        for run in runs:  # what an earlier start left of exactly this run is shown meanwhile
+        for run in runs:  # results of an earlier start are shown until the run is checked
             record = stored_record(self.study.out / run.folder)
             if record is not None and is_of(record, run.recipe):
                 self.found.records[run.folder] = record
@@ -165,16 +163,16 @@ class _Progress:
             self.pulse.begin(f"run {number} of {len(runs)}: {run.title}")
             if not (self.study.out / run.folder).exists():
                 self._adopt(run, runs)
-            self._carry_out(run)
+            self._run(run)
             written = self._write()
         return Outcome(written, self.first_error, folder=self.study.out)
 
-    def _carry_out(self, run: StudyRun) -> None:
+    def _run(self, run: StudyRun) -> None:
         record: dict[str, Any] | None = None
         try:
             _, error = pipeline.run_rows(run.recipe, command=self.command, one_plan=True)
             record = stored_record(self.study.out / run.folder)
-        except GradPrunerError as failure:  # of the run as a whole: it has no record
+        except GradPrunerError as failure:  # the run failed as a whole and has no record
             error = failure
         self.found.records.pop(run.folder, None)
         self.found.errors.pop(run.folder, None)
@@ -186,7 +184,7 @@ class _Progress:
             log.info("  %s", line)
 
     def _note(self, run: StudyRun, record: dict[str, Any] | None, error: GradPrunerError) -> None:
-        """Keeps why a run, or a row of it, failed."""
+        """Keeps the error of a run or of its first failed row."""
         self.found.errors[run.folder] = str(error)
         if record is None:
             log.error("%s failed: %s", run.title, error)
@@ -197,7 +195,7 @@ class _Progress:
             self.first_error = named(error, where)
 
     def _adopt(self, run: StudyRun, runs: list[StudyRun]) -> None:
-        """Starts a run with what another one of its seed has done; stages that differ are done anew."""
+        """Lets a new run begin with the finished stages of another run of the same seed and variants."""
         for other in runs:
             same = other.seed == run.seed and other.recipe.variants == run.recipe.variants
             if same and other.folder in self.found.records:
@@ -205,7 +203,7 @@ class _Progress:
                 return
 
     def _write(self) -> dict[str, Any]:
-        """What is known so far -> study.json, report.html and table.md"""
+        """Results so far -> study.json, report.html and table.md"""
         from gradpruner.reports.html import render_html
         from gradpruner.reports.markdown import markdown_table
 
@@ -217,20 +215,20 @@ class _Progress:
 
 
 def named(error: GradPrunerError, where: str) -> GradPrunerError:
-    """The same error, saying where it happened."""
+    """Returns the same error with the place where it happened."""
     return type(error)(f"{where}: {error.message}", error.hint)
 
 
 def stored_record(folder: Path) -> dict[str, Any] | None:
-    """The run record in a folder, with every stage ever done there; None if there is none."""
+    """Reads the run record in a folder, with every stage ever done there; None if there is none."""
     if not (folder / "run.json").exists():
         return None
     try:
         record = read_run_record(folder / "run.json")
         stages = read_manifest(folder / MANIFEST)["stages"]
     except IntegrityError:
-        return None  # the run itself will say so
-    # run.json lists what its start came by: not, once models are cleared, what had made them.
+        return None  # the run itself will report the damage
+    # run.json lists the stages of the last start only, which does not visit those of deleted models again.
     record["stages"] = [
         {"name": name, **{key: stage.get(key) for key in ("state", "seconds", "peak_memory_bytes")}}
         for name, stage in stages.items()
@@ -239,7 +237,7 @@ def stored_record(folder: Path) -> dict[str, Any] | None:
 
 
 def is_of(record: dict[str, Any], recipe: Recipe) -> bool:
-    """Whether a run record is that of a recipe, wherever it was written."""
+    """Whether a run record was made by this recipe, in whatever folder."""
     wanted, made = json.loads(recipe.model_dump_json()), record.get("recipe", {})
     for section, key in _SETTLED:
         found = made.get(section)
@@ -249,7 +247,7 @@ def is_of(record: dict[str, Any], recipe: Recipe) -> bool:
 
 
 def state_of(out: Path, run: StudyRun) -> str:
-    """How far a run is: "done", "begun" or "new"."""
+    """Returns how far a run is: "done", "begun" or "new"."""
     folder = out / run.folder
     if not (folder / MANIFEST).exists():
         return "new"
@@ -261,11 +259,11 @@ def state_of(out: Path, run: StudyRun) -> str:
 
 
 def adopt(source: Path, folder: Path) -> None:
-    """Makes a run directory, in a new folder, that begins with the finished stages of another.
+    """Makes a new run directory that begins with the finished stages of another.
 
-    Every stage is fingerprinted by what it depends on, so the new run uses only those that are the same for
-    it: the recording, say, in a sweep over what is merged. Files are hard links: nothing in a run directory
-    is ever changed in place.
+    Stages have fingerprints of what they depend on, so the new run uses only those that are the same: the
+    recording, for example, in a sweep over `plan.num_merge`. The files are hard links, which is safe because
+    files in a run directory are never changed in place.
     """
     manifest = read_manifest(source / MANIFEST)
     done = {name: stage for name, stage in manifest["stages"].items() if stage["state"] == "done"}
@@ -283,15 +281,15 @@ def adopt(source: Path, folder: Path) -> None:
 
 
 def _created(path: Path) -> str:
-    """When an earlier start began the study; now, if there was none."""
+    """When the study was first started: by an earlier study.json, else now."""
     try:
         return typed(read_json(path, "study"), Begun, f"{path} is not a readable study")["created"]
-    except IntegrityError:  # none yet, or none that says when
+    except IntegrityError:  # there is none, or it does not say when
         return utc_now()
 
 
 def _lines(record: dict[str, Any] | None) -> list[str]:
-    """What a run found, a line per row."""
+    """The results of a run, one line per row."""
     lines = []
     for name, row in (record or {}).get("variants", {}).items():
         if not is_measured(row):

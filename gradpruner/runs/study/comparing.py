@@ -1,4 +1,4 @@
-"""compare: methods at the same budget, with seeds, in one call; the study that `gradpruner compare` does."""
+"""compare: methods at the same budget, over seeds; the study of `gradpruner compare` as one call."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def compare(
     dry_run: bool = False,
     command: str = "gradpruner.compare",
 ) -> Outcome:
-    """Compares pruning methods at the same budget, each fine-tuned and measured alike, over seeds.
+    """Compares pruning methods at the same budget over seeds, all with the same fine-tuning and evaluation.
 
-    A method that fails is a row with its error. Called again, it goes on where it was.
+    A method that fails becomes a row with its error. The same call resumes an interrupted comparison.
 
     Args:
         recipe: Model, data, budget and fine-tuning that all rows share.
-        methods: Rows (`gradpruner ls methods`), or "all". The dense model always is one, and "gradpruner"
-            is two: with and without merging.
-        smaller: Smaller models to fine-tune and show beside them: folders or hub ids.
-        seeds: One run each.
-        out: Folder of the study, with a report.
-        dry_run: Check everything and say what would be run; load no weights.
+        methods: Methods (`gradpruner ls methods`), or "all". Each is a row; "gradpruner" makes two rows, with
+            and without merging, and the dense model is always a row.
+        smaller: Smaller models to fine-tune for comparison: folders or hub ids.
+        seeds: Seeds; each is a run.
+        out: Folder of the study and its report.
+        dry_run: Only check everything and return what would be run; load no weights.
         command: How the user called it, for the report.
 
     Returns:
-        What was found; `print` shows the table and the verdict.
+        The results; `print` shows the table and the verdict.
 
     Raises:
-        GradPrunerError: A fault of recipe, data, model or folder that is found before the first run.
+        GradPrunerError: An error in recipe, data, model or folder that is found before the first run.
     """
     study = make_study(
         cleared(recipe),
@@ -57,12 +57,12 @@ def compare(
 
 
 def carried_out(study: Study, *, dry_run: bool, command: str) -> Outcome:
-    """What a study comes to, or would."""
+    """Runs a study, or only checks it (`dry_run`)."""
     return Preview(preview_study(study), measured=False) if dry_run else run_study(study, command=command)
 
 
 def cleared(recipe: Recipe) -> Recipe:
-    """The recipe of a study: models go once they are measured, unless it says otherwise."""
+    """Returns the recipe with `keep_models: none`, unless it sets that key itself."""
     if "keep_models" in recipe.model_fields_set:
         return recipe
     return recipe.model_copy(update={"keep_models": "none"})

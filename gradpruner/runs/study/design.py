@@ -1,8 +1,8 @@
-"""What a study runs: its rows, points and seeds, worked out before anything is loaded.
+"""What a study runs: its rows, points and seeds, before anything is loaded.
 
-A row is one line of the table, a point one setting the rows are compared in (a sweep has many, a plain
-comparison one). Every point is an ordinary run per seed. Rows that no point can change have a run of their
-own and are shown at every point.
+A row is a line of the table. A point is a setting in which the rows are compared: a plain comparison has one
+point, a sweep one for each value. Each point is an ordinary run per seed. Rows that no point can change have
+a run of their own and are shown at every point.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from gradpruner.runs.recipe import Recipe, assign, check_recipe, resolve_paths
 from gradpruner.runs.sections import BUDGETS
 from gradpruner.runs.study.file import NamedPoint, Sweep
 
-# What these sections say is no business of a model that is not pruned.
+# Sections that do not matter for a model that is not pruned.
 PRUNING_SECTIONS = ("plan", "record", "score", "methods")
-# The study itself decides these.
+# Keys that the study itself sets.
 OWN_KEYS = ("out", "seed", "variants", "title")
 DENSE, GRADPRUNER = "dense", "merged"
 GRADPRUNER_ROWS = (GRADPRUNER, "dropped")
@@ -41,10 +41,10 @@ class Point:
     """One setting in which rows are compared.
 
     Attributes:
-        value: Of the swept key; None where there is none.
-        label: "" for the only point of a plain comparison.
+        value: Value of the swept key; None without a sweep.
+        label: Its name; "" for the only point of a plain comparison.
         changes: Dotted recipe keys -> values.
-        folder: Of its runs, relative to the study's; "" for the study's own.
+        folder: Folder of its runs, relative to the study's; "" for the study's folder itself.
     """
 
     value: Any = None
@@ -59,9 +59,9 @@ class StudyRow:
 
     Attributes:
         name: Unique in the study: "dense", "merged", "last", "smaller:qwen".
-        variant: What it is called in its runs.
-        part: Folder of runs of its own; "" where it belongs to the run of its point.
-        model: Its own model, folder or hub id; None for that of the recipe.
+        variant: Its name in its runs.
+        part: Folder of its own runs; "" if it belongs to the run of its point.
+        model: Folder or hub id of its own model; None for the recipe's.
     """
 
     name: str
@@ -74,7 +74,7 @@ class StudyRow:
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run of the pipeline; `folder` is relative to the study's, `title` is for progress and messages."""
+    """One run; `folder` is relative to the study's, `title` appears in progress and messages."""
 
     folder: str
     seed: int
@@ -87,18 +87,18 @@ class Study:
     """Everything a study runs.
 
     Attributes:
-        recipe: What all runs start from.
+        recipe: The recipe that all runs start from.
         rows: Lines of the table, dense first.
         points: At least one.
         seeds: At least one.
-        out: The study's folder.
+        out: Folder of the study.
         kind: "compare" or "ablation".
-        title: Headline; "" makes one.
-        figure: The table or figure of the paper it repeats, or "".
+        title: Title of the report; "" takes a default.
+        figure: The table or figure of the paper that the study repeats, or "".
         what: What is done, in a sentence, or "".
-        sweep: "key", "label", "values" and "log" of the swept key; None without one.
+        sweep: "key", "label", "values" and "log" of the swept key; None without a sweep.
         plot: Hints for the figure.
-        base_folder: What relative paths in the points are relative to.
+        base_folder: Folder that relative paths in the points start from.
     """
 
     recipe: Recipe
@@ -116,22 +116,29 @@ class Study:
 
     @property
     def only_pruning_changes(self) -> bool:
-        """Whether no point changes anything a model that is not pruned depends on."""
+        """Whether the points change nothing that a dense model depends on."""
         return all(
             key.partition(".")[0] in PRUNING_SECTIONS for point in self.points for key in point.changes
         )
 
     def folder(self, point: Point, row: StudyRow, seed: int) -> str:
-        """The run that has a row at a point, relative to the study's folder."""
+        """Returns the folder of the run that has a row at a point, relative to the study's."""
         parts = ["" if self.is_shared(row) else point.folder, row.part, f"seed-{seed}"]
         return "/".join(part for part in parts if part)
 
     def is_shared(self, row: StudyRow) -> bool:
-        """Whether one run per seed has the row for all points."""
+        """Whether one run per seed serves the row at all points."""
         return bool(row.part) and self.only_pruning_changes
 
+    def pruning_runs(self) -> list[tuple[Point, str]]:
+        """Returns each point with the folder of its first run that prunes; [] if no row is pruned."""
+        pruned = [row for row in self.rows if row.name != DENSE and row.model is None]
+        return [
+            (point, self.folder(point, row, self.seeds[0])) for point in self.points for row in pruned[:1]
+        ]
+
     def runs(self) -> list[StudyRun]:
-        """Every run once; all points of the first seed come first.
+        """Returns every run once; all points of the first seed come first.
 
         Raises:
             ConfigError: If the recipe of a point is not valid.
@@ -150,7 +157,7 @@ class Study:
         if not self.is_shared(row):
             change(raw, point.changes)
         if row.model is not None:
-            # Nothing is pruned here, and the budget of a larger model may be none for this one.
+            # Nothing is pruned here, and the larger model's budget may be impossible for this one.
             raw["model"]["path"], raw["plan"] = row.model, {"num_prune": 0}
         raw |= {
             "variants": [other.variant for other in self.rows if other.part == row.part],
@@ -163,7 +170,7 @@ class Study:
         return StudyRun(folder, seed, recipe, ", ".join([*where, f"seed {seed}"]))
 
     def to_yaml(self) -> str:
-        """The study as a file for `gradpruner ablate`, to be repeated elsewhere."""
+        """Returns the study as a file for `gradpruner ablate`, to repeat it elsewhere."""
         named = [{"label": p.label, "set": p.changes} for p in self.points if p.changes]
         values = {
             "title": self.title,
@@ -182,7 +189,7 @@ class Study:
 
 
 def change(raw: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Sets dotted keys in a recipe's values; a budget among them replaces the one that is there."""
+    """Sets dotted keys in a recipe's values; a new budget replaces the old one."""
     budgets = [f"plan.{name}" for name in ("file", *BUDGETS)]
     if set(budgets) & set(changes):
         for key in budgets:
@@ -202,17 +209,17 @@ def make_study(
     points: Sequence[NamedPoint] | None = None,
     **others: Any,
 ) -> Study:
-    """Works out what a study runs, and checks every recipe of it.
+    """Makes a study and checks the recipes of all its runs.
 
     Args:
-        recipe: What all runs start from; its `out`, `seed` and `variants` are replaced.
-        out: The study's folder.
-        methods: Rows: "gradpruner" makes two, with and without merging; "all" is every method; None takes
-            the recipe's variants. The dense model is always the first row.
-        smaller: Smaller models to fine-tune and show beside them: folders or hub ids.
-        seeds: One run each at every point.
-        sweep: Values of one recipe key, a point each.
-        points: Points with several changes, instead.
+        recipe: The recipe that all runs start from; its `out`, `seed` and `variants` are replaced.
+        out: Folder of the study.
+        methods: Methods, each a row. "gradpruner" makes two rows, with and without merging; "all" is every
+            method; None takes the recipe's variants. The dense model is always the first row.
+        smaller: Smaller models to fine-tune for comparison: folders or hub ids.
+        seeds: Seeds; each is a run at every point.
+        sweep: A recipe key and its values; each value is a point.
+        points: Points with several changes, instead of a sweep.
         others: Further fields of `Study`.
 
     Raises:
@@ -235,10 +242,10 @@ def make_study(
 
 
 def checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """Seeds as given, if there are any, each once.
+    """Returns the seeds if there is at least one and none is repeated.
 
     Raises:
-        ConfigError: If there are none, or one comes twice.
+        ConfigError: If there are none, or one is given twice.
     """
     if not seeds:
         raise ConfigError("A study needs seeds.", hint="Give one or more: --seeds 0,1,2.")
@@ -270,13 +277,13 @@ def _rows(methods: Sequence[str], smaller: Sequence[str]) -> tuple[StudyRow, ...
     if doubled:  # their runs would share a folder
         raise ConfigError(
             f"Two smaller models are called {doubled[0].partition(':')[2]}.",
-            hint="Give each once, or rename one of the folders.",
+            hint="Give each model once, or rename one of the folders.",
         )
     return tuple(rows)
 
 
 def _row_names(method: str) -> Sequence[str]:
-    """The rows a word of `--methods` stands for."""
+    """The rows that an entry of `--methods` stands for."""
     if method == "gradpruner":
         return GRADPRUNER_ROWS
     if method == "all":
@@ -301,13 +308,13 @@ def _points(sweep: Sweep | None, named: Sequence[NamedPoint] | None) -> tuple[Po
             if key.partition(".")[0] in OWN_KEYS:
                 raise ConfigError(
                     f"A study cannot sweep over {key}.",
-                    hint="Seeds and rows are the study's own: `seeds`, `methods`. Any other key will do.",
+                    hint="Seeds and rows are set by `seeds` and `methods`; sweep over another key.",
                 )
     folders = [point.folder for point in given]
     for point in given:
         if folders.count(point.folder) > 1:
             raise ConfigError(
-                f"The study has the point '{point.label}' more than once.", hint="Name each once."
+                f"The study has the point '{point.label}' more than once.", hint="Give each point once."
             )
     return tuple(given)
 
@@ -317,5 +324,5 @@ def _shown(value: Any) -> str:
 
 
 def _slug(text: str) -> str:
-    """A name that is a folder's on every system."""
+    """The text as a folder name that every system allows."""
     return re.sub(r"[^A-Za-z0-9._=+-]+", "_", text).strip("._") or "point"

@@ -1,4 +1,4 @@
-"""A study as it is written down."""
+"""The file that describes a study."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ class Sweep(Section):
     key: str
     """Dotted recipe key: plan.num_merge."""
     values: list[Any] = Field(min_length=1)
-    """One point each."""
+    """Its values, each a point."""
     label: str = ""
-    """What the key is called in the figure; "" takes the key."""
+    """Name of the key in the figure; "" takes the key itself."""
     log: bool = False
-    """Logarithmic axis."""
+    """Whether its axis is logarithmic."""
 
 
 class NamedPoint(Section):
     """One point that changes several keys."""
 
     label: str = Field(min_length=1)
-    """What it is called."""
+    """Its name."""
     changes: dict[str, Any] = Field(alias="set")
     """Dotted recipe key -> value."""
 
 
 class StudyFile(Section):
-    """A study as it is written down, for `gradpruner ablate`."""
+    """The file of a study, for `gradpruner ablate`."""
 
     base: str | None = None
-    """Recipe all runs start from: a name (`gradpruner ls recipes`) or a file."""
+    """The recipe that all runs start from: a name (`gradpruner ls recipes`) or a file."""
     recipe: dict[str, Any] | None = None
-    """The same, written out here."""
+    """The recipe written out here, instead of base."""
     title: str = ""
-    """Headline."""
+    """Title of the report."""
     figure: str = ""
-    """The table or figure of the paper it repeats: Table 3."""
+    """The table or figure of the paper that the study repeats: Table 3."""
     what: str = ""
     """What the paper did and what is done here, in a sentence."""
     methods: list[str] | None = Field(default=None, min_length=1)
@@ -52,9 +52,9 @@ class StudyFile(Section):
     smaller: list[str] = Field(default_factory=list)
     """Smaller models, fine-tuned for comparison: folders or hub ids."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
-    """One run each at every point."""
+    """Seeds; each is a run at every point."""
     sweep: Sweep | None = None
-    """Values of one key."""
+    """A recipe key and its values."""
     points: list[NamedPoint] | None = Field(default=None, min_length=1)
     """Points that change several keys, instead of a sweep."""
     plot: dict[str, Any] = Field(default_factory=dict)
@@ -63,7 +63,7 @@ class StudyFile(Section):
     @model_validator(mode="after")
     def _consistent(self) -> StudyFile:
         if (self.base is None) == (self.recipe is None):
-            raise ValueError("give base, the name or file of a recipe, or recipe")
+            raise ValueError("give base (the name or file of a recipe) or recipe, one of the two")
         if self.sweep is not None and self.points is not None:
             raise ValueError("sweep and points exclude each other")
         return self
@@ -73,7 +73,7 @@ def read_study(path: Path) -> StudyFile:
     """Reads a study file.
 
     Raises:
-        ConfigError: Naming every fault at once.
+        ConfigError: Lists all faults at once.
     """
     return check_section(
         StudyFile, read_yaml(path), str(path), "\nKeys: " + ", ".join(StudyFile.model_fields)

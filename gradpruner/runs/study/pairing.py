@@ -1,9 +1,9 @@
 """Two rows compared example by example, over all seeds.
 
-Seeds repeat the same question: with the same examples in every seed, the difference of an example is its mean
-over the seeds, and the interval is over examples. Where seeds drew other rows, the examples of all seeds are
-pooled. Either way the interval tells the uncertainty from the choice of evaluation examples, given these
-trainings; how much one training differs from the next is what the range over the seeds tells.
+If all seeds have the same examples, the difference of an example is its mean over the seeds, and the
+interval is over examples. If the seeds drew different examples, those of all seeds are pooled. Either way,
+the interval shows the uncertainty from the choice of evaluation examples for these trained models; the range
+over the seeds shows how much one training differs from the next.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from gradpruner.evaluation.outputs import read_examples, values_of
 
 @dataclass(frozen=True)
 class Answers:
-    """What one row of one run got right.
+    """The scores of one row of one run, example by example.
 
     Attributes:
-        ids: Of the examples, in order.
+        ids: Ids of the examples, in order.
         values: Metric -> one number per example.
     """
 
@@ -31,7 +31,7 @@ class Answers:
 
 
 def read_answers(path: Path) -> Answers | None:
-    """Reads a run's answers; None if they are not there."""
+    """Reads the answers of a row; None if there are none."""
     if not path.is_file():
         return None
     outputs = read_examples(path)
@@ -41,11 +41,16 @@ def read_answers(path: Path) -> Answers | None:
 def paired_over_seeds(
     rows: Mapping[int, Answers], others: Mapping[int, Answers], metric: str
 ) -> dict[str, Any] | None:
-    """Mean difference of a metric with its 95 % interval, of the answers by seed of a row and another one.
+    """Returns the mean difference of a metric between two rows, with its 95 % interval.
+
+    Args:
+        rows: Seed -> answers of the first row.
+        others: Seed -> answers of the second row.
+        metric: Which metric.
 
     Returns:
-        "mean" of row minus other, "low", "high", "n" examples, "seeds" compared, "wins": seeds in which the
-        row's own mean is higher; None if no seed has both.
+        "mean" of first minus second, "low", "high", "n" examples, "seeds" compared, "wins": seeds in which
+        the first row's mean is higher. None if no seed has both rows.
     """
     differences: list[list[float]] = []
     ids: list[tuple[str, ...]] = []

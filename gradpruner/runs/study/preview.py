@@ -1,4 +1,4 @@
-"""`--dry-run` of a study: runs, rows, budget and disk, from configs and data alone."""
+"""The dry run of a study: runs, rows, budget and disk, from configs and data alone."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rich.text import Text
 from gradpruner.common.printing import num_bytes
 from gradpruner.runs.preview import savings_table
 from gradpruner.runs.study.carrying_out import Outcome, check_study, state_of
-from gradpruner.runs.study.design import DENSE, Study
+from gradpruner.runs.study.design import Study
 
 
 def preview_study(study: Study) -> dict[str, Any]:
-    """Checks a study against models and data and says what it comes to.
+    """Checks a study against its models and data; returns what it would run.
 
     Returns:
-        JSON values: "runs" with the state and the rows of each, "rows", "budgets" and "savings" by point,
-        the number of fine-tunings, "disk_bytes", and the warnings of all points.
+        JSON values: "runs", each with its state and variants, "rows", "budgets" and "savings" by point, the
+        number of fine-tunings, "disk_bytes", and the warnings of all points.
     """
     facts = check_study(study)
     runs = [
@@ -31,11 +31,7 @@ def preview_study(study: Study) -> dict[str, Any]:
         }
         for run in study.runs()
     ]
-    pruned = {}
-    for point in study.points:
-        for row in study.rows:
-            if row.name != DENSE and row.model is None:
-                pruned[point.label] = facts[study.folder(point, row, study.seeds[0])]
+    pruned = {point.label: facts[folder] for point, folder in study.pruning_runs()}
     per_seed = [fact["bytes"] for fact in facts.values()]
     first = next(iter(pruned.values()), next(iter(facts.values())))
     return {
@@ -56,10 +52,10 @@ def preview_study(study: Study) -> dict[str, Any]:
 
 
 class Preview(Outcome):
-    """What a study would come to."""
+    """The result of a study's dry run."""
 
     def show(self, console: Console) -> None:
-        """Prints what `preview_study` found."""
+        """Prints the runs, rows, savings, disk space and warnings."""
         _print_preview(self.study, console)
 
 

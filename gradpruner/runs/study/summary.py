@@ -1,4 +1,4 @@
-"""The run.json files of a study -> study.json. Computes means, ranges and differences; runs nothing."""
+"""From the run.json files of a study to study.json: means, ranges and differences; runs nothing."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from gradpruner.runs.plan_names import method_of
 from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Study, StudyRow
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers
 
-# Work a method needs until the pruned model is there; what comes after is the same for every row.
+# Stages that a method needs to make the pruned model; later stages are the same for every row.
 METHOD_VERBS = ("score", "search", "plan", "repair", "prune", "recover")
 
 
 @dataclass
 class Found:
-    """What is known of the runs of a study.
+    """What is known so far about the runs of a study.
 
     Attributes:
         records: Folder of a run -> its run record.
-        errors: Folder of a run -> why it has none, or not all of its rows.
-        budgets: Folder of a point -> what its budget comes to.
+        errors: Folder of a run -> why it, or one of its rows, failed.
+        budgets: Folder of a point -> what is removed there.
         created: When the study was first started.
-        warnings: Of the study itself.
+        warnings: Warnings about the study itself.
     """
 
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Found:
 
 
 def summarise(study: Study, found: Found, command: str = "") -> dict[str, Any]:
-    """What study.json says and the report of a study reads, as JSON values."""
+    """Returns the content of study.json, which reports read, as JSON values."""
     runs = study.runs()
     finished = [run for run in runs if run.folder in found.records]
     first = next((found.records[run.folder] for run in finished), {})
@@ -76,7 +76,7 @@ def summarise(study: Study, found: Found, command: str = "") -> dict[str, Any]:
 
 
 class _Point:
-    """The rows of one point, over the seeds."""
+    """One point: its rows over the seeds."""
 
     def __init__(self, study: Study, point: Point, found: Found) -> None:
         self.study, self.point, self.found = study, point, found
@@ -84,7 +84,7 @@ class _Point:
         self.answers = {row.name: self._answers(row) for row in study.rows}
 
     def _entries(self, row: StudyRow) -> dict[int, dict[str, Any]]:
-        """Seed -> the row in that seed's run, if the run has been made."""
+        """Seed -> the row in that seed's run, for the runs that are done."""
         found = {seed: _at(self._record(row, seed), "variants", row.variant) for seed in self.study.seeds}
         return {seed: entry for seed, entry in found.items() if entry}
 
@@ -105,13 +105,13 @@ class _Point:
 
     @property
     def is_begun(self) -> bool:
-        """Whether any row of the point's own has been tried."""
+        """Whether a run of the point itself has been tried; shared rows do not count."""
         rows = [row for row in self.study.rows if not self.study.is_shared(row)] or self.study.rows
         folders = [self.study.folder(self.point, row, seed) for row in rows for seed in self.study.seeds]
         return any(folder in self.found.records or folder in self.found.errors for folder in folders)
 
     def summary(self) -> dict[str, Any]:
-        """The point as study.json has it."""
+        """The entry of the point in study.json."""
         return {
             "value": self.point.value,
             "label": self.point.label,
@@ -124,17 +124,17 @@ class _Point:
         per_seed = [self._seed(row, seed) for seed in self.study.seeds]
         errors = [entry["error"] for entry in per_seed if entry["error"]]
         plans = self._facts(row, good, "plans")
-        # Against the dense model of the study, also for a row that is another model.
+        # Sizes are compared with the study's dense model, even if the row is another model.
         left, dense = [entry["num_parameters"] for entry in good.values()], self.dense_parameters
-        gone = [] if dense is None else [dense - size for size in left]
+        removed = [] if dense is None else [dense - size for size in left]
         return {
             "name": row.name,
             "label": row.label,
             "description": row.description,
             "error": (errors[0] if errors else None) if not good else None,
             "num_parameters": _rounded(_mean(left)),
-            "removed_parameters": _rounded(_mean(gone)),
-            "removed_share": _mean(size / dense for size in gone) if dense else None,
+            "removed_parameters": _rounded(_mean(removed)),
+            "removed_share": _mean(size / dense for size in removed) if dense else None,
             "num_layers": _rounded(_mean(entry.get("num_layers") for entry in good.values())),
             "uniform": next((plan["uniform"] for plan in plans if "uniform" in plan), None),
             "metrics": {name: self._metric(row, name, good) for name in _metric_names(good.values())},
@@ -156,7 +156,7 @@ class _Point:
 
     @property
     def dense_parameters(self) -> int | None:
-        """Parameters of the model the study prunes."""
+        """Number of parameters of the model that the study prunes."""
         rows = [row for row in self.study.rows if row.model is None]
         records = (self._record(row, seed) for row in rows for seed in self.study.seeds)
         return next((int(record["model"]["num_parameters"]) for record in records if record), None)
@@ -194,7 +194,7 @@ class _Point:
             return _mean(_at(entry, *keys) for entry in good.values())
 
         def ratio(*keys: str) -> float | None:
-            """Mean over the seeds of what a row takes against the dense model."""
+            """Mean over the seeds of a cost divided by the dense model's."""
             pairs = [(_at(entry, *keys), _at(wholes.get(seed), *keys)) for seed, entry in good.items()]
             return _mean(mine / whole for mine, whole in pairs if mine is not None and whole)
 
@@ -226,12 +226,12 @@ class _Point:
 
 
 def is_measured(entry: Mapping[str, Any]) -> bool:
-    """Whether a row of a run has everything the table needs."""
+    """Whether a row of a run is evaluated and has no error."""
     return not entry.get("error") and bool(entry.get("evaluation"))
 
 
 def method_stages(record: Mapping[str, Any], variant: str) -> list[dict[str, Any]]:
-    """The stages of a run that a row's pruned model needed, from evidence to recovery."""
+    """Returns the stages of a run that a row's pruned model needed, from recording to recovery."""
     method = method_of(variant)
     wanted = {f"score {method}", *(f"{verb} {variant}" for verb in METHOD_VERBS)}
     if METHODS.find(method).needs_trace:
@@ -245,12 +245,12 @@ def _title(study: Study, of_run: str) -> str:
 
 
 def _metric_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every metric that was measured, the main one first."""
+    """The names of all metrics that were measured, the main one first."""
     return list(dict.fromkeys(name for row in rows for name in _at(row, "evaluation", "metrics") or ()))
 
 
 def _validation(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds on validation rows, where these were measured; choices go by them."""
+    """Means over the seeds on validation rows, by which a row is recommended; {} if none were measured."""
     measured = [_at(row, "also", "validation", "metrics") or {} for row in rows]
     return {
         name: {"mean": _mean(_at(metrics, name, "value") for metrics in measured), "n": first["n"]}
@@ -265,7 +265,7 @@ def _warnings(found: Found) -> list[str]:
 
 
 def _at(values: Any, *keys: str) -> Any:
-    """The value below these keys of nested JSON objects; None where one is not there."""
+    """The value at these keys of nested JSON objects; None if a key is missing."""
     for key in keys:
         values = (values or {}).get(key)
     return values
