@@ -46,7 +46,7 @@ def recording_memory() -> str:
 def scaling() -> str:
     """The tables of what each device holds at several sizes."""
     lines = [
-        "| model, devices | mode, strategy | weights | gradients | optimizer | exchange | activations | peak | fits |",
+        "| model, devices | mode, strategy | weights | gradients | optimizer | exchange | activations | at most | fits |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
@@ -75,7 +75,7 @@ def scaling() -> str:
             "",
             f"Each device has batches of {work['batch_size']} x {work['tokens']} tokens, all learned, gradient "
             "checkpointing, AdamW. *exchange*: DDP's buckets, or the layers FSDP2 holds whole at a time; DeepSpeed's "
-            "buffers are not counted. *peak*: of gradients and activations only the larger counts, because gradients appear "
+            "buffers are not counted. *at most*: of gradients and activations only the larger counts, because gradients appear "
             "as activations are freed.",
             "",
             "| model | checkpoint | trace, 40 steps | trace in memory | gathered on the first host | on its device at a "
