@@ -1,4 +1,4 @@
-"""`gradpruner cost`: dense and pruned side by side, in this process and as a user calls it."""
+"""`gradpruner cost`: dense and pruned side by side, in this process and as users run it."""
 
 import json
 import os
@@ -38,12 +38,12 @@ def write_config(folder, model_type="llama", **changes):
 
 @pytest.fixture
 def shape(tmp_path):
-    """A folder with nothing but a config of six layers."""
+    """A folder that holds only the config of a model with six layers."""
     return write_config(tmp_path / "dense")
 
 
 class FakeProcess:
-    """A thread that answers like a process would: the dense model takes 2 s a step, any other 1 s."""
+    """A thread in place of a process: the dense model takes 2 s per step, any other model 1 s."""
 
     order: ClassVar[list[str]] = []
     failing: ClassVar[str] = ""
@@ -93,7 +93,7 @@ def fake(monkeypatch):
 
 def test_ratios_floors_and_order(fake, shape):
     found = measure_cost(shape, PruningPlan.from_keep(6, [0, 1, 5]), SMALL)
-    # Warm-up and two steps; the first to go alternates.
+    # One warm-up and two measured steps; the model that goes first alternates.
     assert fake.order[:6] == ["6", "3", "3", "6", "6", "3"]
     step = found.find("full_step_seconds")
     assert step.medians == (2.0, 1.0) and step.ratio == 0.5 and step.pairs == [0.5, 0.5]
@@ -116,7 +116,7 @@ def test_ratios_floors_and_order(fake, shape):
     assert facts["provenance"]["packages"]
 
 
-def test_one_failure_is_a_row_with_its_error(fake, shape):
+def test_a_failed_measurement_is_a_row_with_its_error(fake, shape):
     fake.failing = "6"
     found = measure_cost(shape, PruningPlan.from_keep(6, [0, 5]), SMALL, modes=["lora"])
     assert found.errors == {"dense, LoRA fine-tuning": "out of memory"}
@@ -161,13 +161,13 @@ def test_bad_pairs(shape, tmp_path):
     assert all(figure.floor is None for figure in found.figures)
 
 
-def test_weights_that_are_there_are_used_for_both_or_neither(tmp_path, shape, fake):
+def test_stored_weights_are_used_for_both_models_or_neither(tmp_path, shape, fake):
     for name, layers in (("six", 6), ("three", 3)):
         make_model(num_hidden_layers=layers).save_pretrained(tmp_path / name)
     found = measure_cost(tmp_path / "six", tmp_path / "three", SMALL, modes=["inference"])
     assert not found.random_weights and found.names == ("six", "three")
     stored = (tmp_path / "six" / "model.safetensors").stat().st_size
-    assert 0 < stored - found.find("disk_bytes").medians[0] < 20_000  # the header is no weight
+    assert 0 < stored - found.find("disk_bytes").medians[0] < 20_000  # the header
     assert find_subject(tmp_path / "six", random=True).folder is None
     assert measure_cost(shape, tmp_path / "three", SMALL, modes=["inference"]).random_weights
 
@@ -208,12 +208,12 @@ def test_a_dry_run_prints_sizes_and_floors(shape, tmp_path):
     assert str(tmp_path) not in json.dumps(facts)
 
 
-class Asker:
-    """The other end of a worker's pipe, in this process: one order, then leave to go, so often."""
+class Parent:
+    """The other end of a worker's pipe, in this process: sends one order, then a request per step."""
 
     def __init__(self, subject, mode, goes=SMALL.steps, workload=SMALL):
         self.messages = [(subject, mode, workload), *["go"] * goes]
-        self.said = []
+        self.received = []
 
     def recv(self):
         if not self.messages:
@@ -221,43 +221,43 @@ class Asker:
         return self.messages.pop(0)
 
     def send(self, message):
-        self.said.append(message)
+        self.received.append(message)
 
 
 LLAMA = Subject("llama", LlamaConfig(**COMMON))
 
 
 @pytest.mark.parametrize("mode", ["full", "lora", "inference"])
-def test_a_worker_measures_what_users_run(mode, monkeypatch):
+def test_a_worker_runs_what_users_run(mode, monkeypatch):
     monkeypatch.setattr(progress, "_mode", "quiet")
-    asker = Asker(LLAMA, mode)
-    worker.work(asker)
-    assert asker.said[0] == {"ready": True} and len(asker.said) == 2 + SMALL.steps
-    for times in asker.said[1:-1]:
+    parent = Parent(LLAMA, mode)
+    worker.work(parent)
+    assert parent.received[0] == {"ready": True} and len(parent.received) == 2 + SMALL.steps
+    for times in parent.received[1:-1]:
         assert all(seconds > 0 for seconds in times.values())
-        if mode == "inference":  # the first of four tokens is the prompt's
+        if mode == "inference":  # the first of four tokens comes from the prompt's pass
             parts = times["prefill_seconds"] + 3 * times["decode_seconds"]
             assert parts <= times["generation_seconds"]
-    assert asker.said[-1]["kind"] == "rss"
-    assert asker.said[-1]["peak_bytes"] >= asker.said[-1]["empty_bytes"] > 10**8
+    assert parent.received[-1]["kind"] == "rss"
+    assert parent.received[-1]["peak_bytes"] >= parent.received[-1]["empty_bytes"] > 10**8
 
 
-def test_a_worker_loads_the_weights_of_a_folder_and_says_what_went_wrong(tmp_path, monkeypatch):
+def test_a_worker_loads_stored_weights_and_reports_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "_exercise", lambda *_: None)
     monkeypatch.setattr(progress, "_mode", "quiet")
     make_model(num_hidden_layers=2).save_pretrained(tmp_path / "model")
-    asker = Asker(find_subject(tmp_path / "model"), "inference")
-    worker.work(asker)
-    assert "peak_bytes" in asker.said[-1]
+    parent = Parent(find_subject(tmp_path / "model"), "inference")
+    worker.work(parent)
+    assert "peak_bytes" in parent.received[-1]
     (tmp_path / "model" / "model.safetensors").unlink()
-    asker = Asker(Subject("gone", LLAMA.config, tmp_path / "model"), "inference")
-    worker.work(asker)
-    assert len(asker.said) == 1 and "no *.safetensors" in asker.said[0]["error"]
-    with pytest.raises(SystemExit):  # whoever asked is gone
-        worker.work(Asker(LLAMA, "inference", goes=1))
+    parent = Parent(Subject("gone", LLAMA.config, tmp_path / "model"), "inference")
+    worker.work(parent)
+    assert len(parent.received) == 1 and "no *.safetensors" in parent.received[0]["error"]
+    with pytest.raises(SystemExit):  # the parent process is gone
+        worker.work(Parent(LLAMA, "inference", goes=1))
 
 
-def test_values_as_people_read_them():
+def test_values_as_text():
     assert shown(0.25, "seconds") == "250 ms" and shown(0.9999, "seconds").startswith("1.00")
     assert shown(893_353_263_104, "MAC") == "893.353 GMACs" and shown(None, "bytes") == "–"
     assert shown(75.52, "tokens/s") == "75.5/s" and shown(8_030_261_248, "") == "8.03B"
@@ -287,7 +287,7 @@ def test_a_process_that_dies_is_an_error(shape, tmp_path, monkeypatch, script, m
 
 @pytest.mark.slow
 def test_a_real_run_as_a_user_calls_it(shape, tmp_path):
-    """Dense and pruned each in a process of its own."""
+    """Dense and pruned run in their own processes."""
     arguments = ["cost", str(shape), "--drop", "2-4", *OPTIONS, "--mode", "inference", "--device", "cpu"]
     out = tmp_path / "cost.json"
     done = CliRunner().invoke(app, [*arguments, "--out", str(out), "--json"], catch_exceptions=False)
@@ -310,8 +310,8 @@ def test_a_recorded_step_and_samples_of_many_lengths(monkeypatch):
     lengths = [len(sample["input_ids"]) for sample in samples]
     assert min(lengths) == 3 and max(lengths) == 8
     assert all(sample["labels"].count(IGNORED) == len(sample["labels"]) - 2 for sample in samples)
-    asker = Asker(LLAMA, RECORDING, workload=varied)
-    worker.work(asker)
-    assert len(asker.said) == 2 + SMALL.steps and "peak_bytes" in asker.said[-1]
+    parent = Parent(LLAMA, RECORDING, workload=varied)
+    worker.work(parent)
+    assert len(parent.received) == 2 + SMALL.steps and "peak_bytes" in parent.received[-1]
     with pytest.raises(ConfigError, match="shortest is 9; it must be 2 to 8"):
         replace(SMALL, shortest=9)

@@ -1,4 +1,4 @@
-"""The embedded demo: deterministic text and task, and a model that is really pre-trained."""
+"""The embedded demo: deterministic text and task, and a model that was really pre-trained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A served model, asked over HTTP, answers what the loaded one does. The server is ours, on this machine."""
+"""A served model answers like a loaded one. The HTTP servers are our own, on this machine."""
 
 import json
 import threading
@@ -22,7 +22,7 @@ EXAMPLES = [
 
 
 class Served(ThreadingHTTPServer):
-    """What vLLM does with /v1/models and /v1/completions, for a model in memory."""
+    """Answers /v1/models and /v1/completions as vLLM does, with a model in memory."""
 
     def __init__(self, model, tokenizer, echoes=True):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -83,7 +83,7 @@ def served():
     server.server_close()
 
 
-def test_it_answers_what_the_loaded_model_answers(served):
+def test_it_answers_like_the_loaded_model(served):
     there = evaluate(Endpoint(served.url), served.tokenizer, EXAMPLES, max_new_tokens=4, max_length=64)
     here = evaluate(served.model, served.tokenizer, EXAMPLES, max_new_tokens=4, max_length=64)
     for one, two in zip(there.outputs, here.outputs, strict=True):
@@ -114,7 +114,7 @@ def test_a_server_without_echo_is_refused(served):
     assert "exact_match" in caught.value.hint
 
 
-def test_which_model(served):
+def test_the_name_of_the_model_is_checked(served):
     with pytest.raises(ConfigError, match="does not serve 'other'"):
         Endpoint(served.url, "other")
     served.names = ["one", "two"]
@@ -128,7 +128,7 @@ def test_which_model(served):
     ["localhost:8000", "file:///etc/passwd", "http://", "ftp://x/v1", "http://[::1", "http://x:none/v1",
      "http://x/v1 ", "http://x/\nv1", "http://x/v1?a=b", "http://x/v1#a"],
 )  # fmt: skip
-def test_what_is_no_address(url):
+def test_invalid_addresses(url):
     with pytest.raises(ConfigError, match=r"is not the address|more than a path"):
         Endpoint(url)
 
@@ -139,13 +139,13 @@ def test_a_password_in_the_address_is_refused_and_not_repeated():
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_key_that_no_header_can_hold(served, monkeypatch):
+def test_a_key_with_invalid_characters(served, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "two\r\nlines: x")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
         Endpoint(served.url)
 
 
-def test_nobody_answers(served):
+def test_no_server_at_the_address(served):
     url = served.url
     served.shutdown()
     served.server_close()
@@ -164,7 +164,7 @@ def test_a_server_that_refuses(served, monkeypatch):
 
 
 class Questions:
-    """Two questions, as far as an endpoint looks at them: prompts of two tokens, two options of one."""
+    """Stands in for two questions, with prompts of two tokens and two options of one token."""
 
     class tokenizer:
         encode = staticmethod(lambda text, add_special_tokens: list(text))
@@ -177,14 +177,14 @@ class Questions:
 
 
 class Stranger(BaseHTTPRequestHandler):
-    """Says, byte for byte, what the server's `said` lists: one entry a request, the last one ever after."""
+    """Sends the bytes in the server's `replies`: one entry per request, the last one for all further ones."""
 
     def answer(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.seen.append((self.command, self.headers.get("Authorization")))
-        said = self.server.said
+        replies = self.server.replies
         try:
-            for part in said.pop(0) if len(said) > 1 else said[0]:
+            for part in replies.pop(0) if len(replies) > 1 else replies[0]:
                 self.wfile.write(part)
         except OSError:
             pass
@@ -197,7 +197,7 @@ class Stranger(BaseHTTPRequestHandler):
 
 
 def reply(body, status=200, *more):
-    head = [f"HTTP/1.1 {status} Said", f"Content-Length: {len(body)}", "Connection: close", *more]
+    head = [f"HTTP/1.1 {status} Reason", f"Content-Length: {len(body)}", "Connection: close", *more]
     return ["\r\n".join([*head, "", ""]).encode() + body]
 
 
@@ -206,14 +206,14 @@ MODELS = reply(b'{"data": [{"id": "x"}]}')
 
 @pytest.fixture
 def stranger(monkeypatch):
-    """Factory: a server that says this; pauses between tries are short."""
+    """Returns a factory of servers with given replies; pauses between retries are short."""
     monkeypatch.setattr(connection, "_pause", lambda attempt: 0.01)
     servers = []
 
-    def make(*said):
+    def make(*replies):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
         server.daemon_threads = True
-        server.said, server.seen = list(said), []
+        server.replies, server.seen = list(replies), []
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
@@ -244,7 +244,7 @@ def endless():
 
 
 @pytest.mark.parametrize(
-    "said",
+    "replies",
     [
         reply(b'{"data": null}'), reply(b'{"data": "abc"}'), reply(b'{"data": [1]}'), reply(b"[]"),
         reply(b"null"),
@@ -259,9 +259,9 @@ def endless():
         reply(b"\xff", 401),
     ],
 )  # fmt: skip
-def test_a_list_of_models_that_is_none(stranger, said):
+def test_invalid_lists_of_models(stranger, replies):
     with pytest.raises(ResourceError):
-        Endpoint(stranger(said).url)
+        Endpoint(stranger(replies).url)
 
 
 @pytest.mark.parametrize(
@@ -274,12 +274,12 @@ def test_a_list_of_models_that_is_none(stranger, said):
         [{"index": 1, "text": "a"}, {"index": 2, "text": "a"}], [{"index": 0, "text": 5}, None], ["a", "b"],
     ],
 )  # fmt: skip
-def test_answers_that_are_none(stranger, entries):
+def test_invalid_answers(stranger, entries):
     with pytest.raises(ResourceError, match="sent a reply that cannot be used"):
         ask(stranger(MODELS, choices(*entries)))
 
 
-def test_an_only_answer_may_lack_its_index_but_not_have_another(stranger):
+def test_a_single_answer_may_lack_its_index_but_not_have_a_wrong_one(stranger):
     def first(entry):
         return list(Endpoint(stranger(MODELS, choices(entry)).url).answers(Questions(), [0], 4))
 
@@ -289,13 +289,13 @@ def test_an_only_answer_may_lack_its_index_but_not_have_another(stranger):
 
 
 @pytest.mark.parametrize("value", [None, "a", True, 0.5, [], -(10**400)])
-def test_log_probabilities_that_are_none(stranger, value):
+def test_invalid_log_probabilities(stranger, value):
     entries = [{"index": i, "text": "", "logprobs": {"token_logprobs": [None, -1, value]}} for i in (0, 1)]
     with pytest.raises(ResourceError, match=r"log-probability|64 bits"):
         score(stranger(MODELS, choices(*entries)))
 
 
-def test_answers_are_put_in_order_and_log_probabilities_of_the_prompt_may_be_missing(stranger):
+def test_answers_are_sorted_and_the_first_token_needs_no_log_probability(stranger):
     two = [{"index": 1, "text": "b"}, {"index": 0, "text": "a", "finish_reason": "stop"}]
     ((indices, found),) = ask(stranger(MODELS, choices(*two)))
     assert indices == [0, 1] and [(a.text, a.finished) for a in found] == [("a", True), ("b", False)]
@@ -315,7 +315,7 @@ def test_a_key_goes_to_no_other_host(stranger, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_fails_in_passing_is_tried_again(stranger, status):
+def test_transient_failures_are_retried(stranger, status):
     server = stranger(reply(b"busy", status), reply(b"busy", status), MODELS)
     assert Endpoint(server.url).name == "x" and len(server.seen) == 3
     never = stranger(reply(b"busy", status))
@@ -324,25 +324,25 @@ def test_what_fails_in_passing_is_tried_again(stranger, status):
     assert len(never.seen) == connection.TRIES
 
 
-def test_what_is_wrong_is_not_tried_again(stranger):
+def test_other_errors_are_not_retried(stranger):
     server = stranger(reply(b"bad", 400))
     with pytest.raises(ResourceError, match="answered 400: bad"):
         Endpoint(server.url)
     assert len(server.seen) == 1
 
 
-def test_pauses_grow_and_keep_to_what_the_server_asks():
+def test_pauses_grow_and_respect_retry_after():
     for attempt, most in ((1, 0.5), (2, 1), (3, 2), (4, 4), (20, 60)):
         assert most / 2 <= connection._pause(attempt) <= most
 
 
-def test_a_body_without_an_end_is_cut_off(stranger, monkeypatch):
+def test_an_endless_body_is_cut_off(stranger, monkeypatch):
     monkeypatch.setattr("gradpruner.evaluation.endpoint._MODELS_LIMIT", 10**6)
     with pytest.raises(ResourceError, match="more than 1000000 bytes"):
         Endpoint(stranger(endless()).url)
 
 
-def test_one_deadline_holds_for_headers_that_never_end(stranger, monkeypatch):
+def test_the_deadline_covers_endless_headers(stranger, monkeypatch):
     def drip():
         yield b"HTTP/1.1 200 OK\r\nX: "
         while True:

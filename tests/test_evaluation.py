@@ -80,7 +80,7 @@ def llama(**changes):
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
-        "initializer_range": 0.2,  # Wide enough that a random model prefers something.
+        "initializer_range": 0.2,  # Wide enough for a random model to have preferences.
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
@@ -120,7 +120,7 @@ def taught(tokenizer):
 
 
 def greedy_by_hand(model, ids, num_tokens, end=2):
-    """No batch, no padding, no cache."""
+    """Greedy decoding without batch, padding or cache."""
     new = []
     with torch.no_grad():
         for _ in range(num_tokens):
@@ -150,7 +150,7 @@ def test_a_model_that_learned_the_task(taught, tokenizer):
     assert result.peak_memory_bytes > 0
 
 
-def test_some_right_some_wrong(taught, tokenizer):
+def test_a_mix_of_right_and_wrong_answers(taught, tokenizer):
     swapped = [example(0, "the dog ran", "yes"), *EXAMPLES[:3]]
     result = evaluate(taught, tokenizer, swapped)
     assert result.metrics["exact_match"].value == 0.75
@@ -167,7 +167,7 @@ def test_some_right_some_wrong(taught, tokenizer):
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_agrees_with_one_at_a_time(make, tokenizer):
-    """GPT-2 has absolute positions: a wrong mask or position shows."""
+    """With GPT-2's absolute positions, a wrong mask or position would change the answers."""
     model = make()
     result = evaluate(model, tokenizer, EXAMPLES, batch_size=4, max_new_tokens=5)
     for output, asked in zip(result.outputs, EXAMPLES, strict=True):
@@ -197,7 +197,7 @@ def test_neither_batch_size_nor_padding_side_matters(make, tokenizer):
             assert one.choice_scores == pytest.approx(two.choice_scores, abs=1e-4)
 
 
-def test_the_models_own_generation_settings_do_not_count(taught, tokenizer):
+def test_the_models_own_generation_config_is_ignored(taught, tokenizer):
     own = taught.generation_config
     saved = own.to_dict()
     records = []
@@ -218,7 +218,7 @@ def test_the_models_own_generation_settings_do_not_count(taught, tokenizer):
     assert [record.getMessage() for record in records] == []
 
 
-def test_every_module_gets_its_mode_back(tokenizer):
+def test_training_mode_is_restored_for_every_module(tokenizer):
     model = llama(attention_dropout=0.9)
     model.train()
     model.model.norm.eval()
@@ -229,7 +229,7 @@ def test_every_module_gets_its_mode_back(tokenizer):
     model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
 
 
-def test_mode_comes_back_after_an_error(tokenizer):
+def test_training_mode_is_restored_after_an_error(tokenizer):
     model = llama()
     model.train()
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_adapters(taught, tokenizer):
     assert changed[0].choice_scores != pytest.approx(plain[0].choice_scores, abs=1e-2)
 
 
-def test_a_forward_without_logits_to_keep(taught, tokenizer):
+def test_a_model_without_logits_to_keep(taught, tokenizer):
     class Plain(LlamaForCausalLM):
         def forward(self, input_ids, attention_mask=None):
             return super().forward(input_ids=input_ids, attention_mask=attention_mask)
@@ -322,7 +322,7 @@ def test_conversations_end_where_the_template_says(tokenizer):
     )
 
 
-def test_an_answer_that_begins_another_is_scored_as_complete(tokenizer):
+def test_an_option_that_is_a_prefix_of_another_is_scored_as_complete(tokenizer):
     choices = ("not", "not sure")
     longer = [example(0, "is it true", "not sure", choices)]
     output = evaluate(teach(llama(), tokenizer, longer), tokenizer, longer).outputs[0]
@@ -344,7 +344,7 @@ def test_options_are_scored_only_if_every_example_has_them(taught, tokenizer):
         evaluate(taught, tokenizer, mixed, metrics=["choice_likelihood"])
 
 
-def test_only_the_options(taught, tokenizer):
+def test_choice_likelihood_alone_generates_nothing(taught, tokenizer):
     result = evaluate(taught, tokenizer, EXAMPLES, metrics=["choice_likelihood"])
     assert list(result.metrics) == ["choice_accuracy", "choice_accuracy_normalised"]
     assert result.tokens_per_second is None
@@ -398,7 +398,7 @@ def test_empty_prompt(taught, tokenizer, monkeypatch):
         evaluate(taught, tokenizer, EXAMPLES)
 
 
-def test_memory_that_runs_out(taught, tokenizer, monkeypatch):
+def test_running_out_of_memory(taught, tokenizer, monkeypatch):
     def fail(*_args, **_kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu`: every part in miniature, what is gone on with, and the tables made of the journal."""
+"""`benchmarks/gpu`: every part with tiny models, resuming, and the tables made from the journal."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ NAMES = ("journal", "parts", "place", "pairs", "linears", "whole", "measure")
 
 @pytest.fixture(scope="module")
 def gpu():
-    """The benchmark's modules, which are scripts beside each other and no package."""
+    """The benchmark's modules, which are scripts in one folder and not a package."""
     folders = [str(ROOT / "benchmarks" / "gpu"), str(ROOT / "docs")]
     before = {name: sys.modules.pop(name, None) for name in NAMES}
     sys.path[:0] = folders
@@ -58,7 +58,7 @@ def test_as_a_user_calls_it(tmp_path):
 
 
 class Engine:
-    """vLLM's part of the bargain, played by transformers; one answer in four is another one."""
+    """Stands in for vLLM, with transformers inside; one answer in four is changed."""
 
     def __init__(self, *, model, dtype, **_):
         self.model = load_model(model, dtype=dtype, device="cpu")
@@ -121,7 +121,7 @@ def test_every_part_runs_and_the_tables_show_it(gpu, tmp_path, monkeypatch):
     assert "| Llama-3.1-8B | LoRA, a step | 2.00 s | 1.00 s | 0.500 (0.500 to 0.500) |" in text
 
 
-def test_it_goes_on_where_it_was_and_ends_in_time(gpu, tmp_path, monkeypatch):
+def test_it_resumes_and_ends_in_time(gpu, tmp_path, monkeypatch):
     answers = {
         "device": {"error": "RuntimeError: driver"},
         "table/llama-3.1-8b/lora": {"error": "dense: OutOfMemoryError: CUDA out of memory."},
@@ -156,5 +156,5 @@ def test_it_goes_on_where_it_was_and_ends_in_time(gpu, tmp_path, monkeypatch):
     assert begun == ["device", "table/llama-3.1-8b/inference"] and journal.outcome("device") == "measured"
     begun.clear()
     args.tiny = False
-    gpu.measure.go(args, gpu.measure.time.monotonic() + 59)  # room for the part of 20 seconds alone
+    gpu.measure.go(args, gpu.measure.time.monotonic() + 59)  # time for the part of 20 seconds only
     assert begun == ["device"]

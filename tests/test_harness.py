@@ -45,7 +45,7 @@ metadata:
     return tmp_path
 
 
-def test_it_agrees_with_our_own_likelihoods(folder):
+def test_scores_agree_with_our_own_likelihoods(folder):
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     model = make_llama(vocab_size=len(tokenizer)).eval()
@@ -66,14 +66,14 @@ def test_it_agrees_with_our_own_likelihoods(folder):
     assert limited["tasks"]["tiny_choice"]["n"] == 2
 
 
-def test_what_is_missing_is_found_before_any_model_loads(folder, monkeypatch):
+def test_missing_installation_folder_or_task_is_found_before_a_model_loads(folder, monkeypatch):
     check_harness(["tiny_choice"], str(folder))
     with pytest.raises(ConfigError, match="does not exist"):
         check_harness(["tiny_choice"], str(folder / "none"))
     own = type("Manager", (), {"all_tasks": ["tiny_choice"]})()
     monkeypatch.setattr(
         "gradpruner.evaluation.harness._manager", lambda tasks, where: own
-    )  # the real one takes long
+    )  # the real manager takes long to build
     with pytest.raises(ConfigError, match=r"knows no task 'tiny_choise'\. Did you mean 'tiny_choice'"):
         check_harness(["tiny_choise"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,4 +1,4 @@
-"""Options that share a prompt score what they score alone, or do not share it."""
+"""Options that share a prompt get the same scores as alone, or they do not share it."""
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def test_sums_take_the_logits_before_each_token():
     after_prompt = torch.logsumexp(logits[0, 1], 0)
     first = (1.0 - after_prompt) + (3.0 - torch.logsumexp(logits[0, 2], 0))
     assert rows.sum_targets(logits)[0] == pytest.approx([float(first), float(2.0 - after_prompt)], abs=1e-6)
-    # With the first position left out, as logits_to_keep does.
+    # Without the first position, as with logits_to_keep.
     assert rows.sum_targets(logits[:, 1:])[0] == pytest.approx(rows.sum_targets(logits)[0])
 
 
@@ -85,21 +85,21 @@ def test_families_share_prompts(model_type, attention):
 
 @pytest.mark.parametrize("model_type", ["bloom", "qwen3_next", "jamba", "lfm2"])
 def test_models_that_cannot_share_do_not(model_type):
-    """Positions without ids (ALiBi), and layers whose state runs on from one option into the next."""
+    """Models without position ids (ALiBi), and layers whose state carries over to the next option."""
     model = make_family_model(model_type, seed=1).eval()
     scorer, scores = scored(model, SETS)
     assert scorer.shares_prompts is False
     assert flat(scores) == pytest.approx(flat(one_by_one(model, SETS)), abs=1e-3)
 
 
-def test_a_sliding_window_is_kept():
+def test_options_share_a_row_only_within_the_sliding_window():
     model = make_family_model("mistral", seed=1, sliding_window=4).eval()
     long = [OptionSet([5, 9, 3, 7, 8, 6], [[4, 6, 2], [8, 2]])]
     _, scores = scored(model, [OptionSet([5], [[4, 2], [3, 2]]), *long])
     assert scores[1] == pytest.approx(one_by_one(model, long)[0], abs=1e-4)
 
 
-def test_one_option_does_not_see_another():
+def test_options_do_not_see_each_other():
     model = make_family_model("llama", seed=1).eval()
     _, scores = scored(model, [OptionSet([5, 9], [[4, 6, 2], [8, 7, 2]])])
     _, changed = scored(model, [OptionSet([5, 9], [[10, 11, 2], [8, 7, 2]])])
@@ -117,7 +117,7 @@ tokens = st.lists(st.integers(1, 60), min_size=1, max_size=6)
     batch_size=st.integers(1, 9),
 )
 @settings(max_examples=12, deadline=None)
-def test_any_examples_in_any_batches(sets, batch_size):
+def test_scores_do_not_depend_on_batches(sets, batch_size):
     model = _llama()
     _, scores = scored(model, sets, batch_size)
     assert flat(scores) == pytest.approx(flat(one_by_one(model, sets)), abs=1e-3)

@@ -1,4 +1,4 @@
-"""What a device holds: exactly for weights, gradients and optimizer, nearly for activations; and refusing."""
+"""Memory per device: weights, gradients and optimizer exactly, activations nearly; runs that do not fit."""
 
 import gc
 import json
@@ -58,7 +58,7 @@ def test_weights_gradients_and_optimizer_are_what_a_trainer_holds(mode, optim, d
     assert (held.weights, held.gradients, held.optimizer) == found
 
 
-def test_what_is_spread_by_hand():
+def test_sharded_bytes_by_hand():
     """A weight of 10 x 6, trained in float32: 4 bytes of weight and gradient, 8 of moments."""
     linear = torch.nn.Linear(6, 10, bias=False, device="meta")
 
@@ -69,7 +69,7 @@ def test_what_is_spread_by_hand():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gradpruner.evaluation.costing.per_device._gathered", lambda *_: 0)
-        assert held("one", 1) == (240, 240, 484, 0)  # and the step
+        assert held("one", 1) == (240, 240, 484, 0)  # plus the step count
         assert held("ddp", 4) == (240, 240, 484, 240)  # buckets
         assert held("fsdp", 4) == (72, 72, 148, 0)  # 3 of 10 rows
         assert held("zero1", 4) == (240, 240, 12 * 15, 0)
@@ -78,7 +78,7 @@ def test_what_is_spread_by_hand():
         assert held("zero2", 4, offload=("optimizer",)) == (240, 60, 0, 0)
 
 
-def test_what_is_held_at_a_time():
+def test_peak_by_hand():
     parts = {"weights": 100, "gradients": 40, "optimizer": 50, "working": 70}
     assert Held(**parts).peak == 220 and Held(**parts, accumulates=True).peak == 260
     assert Held(**parts).certain == 190 and Held(**parts, paged=True).certain == 140
@@ -113,7 +113,7 @@ def test_a_rehearsal_is_remembered_as_long_as_its_model(monkeypatch):
     assert reference() is None
 
 
-def test_recomputing_and_offloading_hold_less_and_experts_cannot_be_told():
+def test_recomputing_and_offloading_save_memory_and_experts_are_unknown():
     model = build_on_meta(LlamaConfig(**(CONFIG.to_dict() | {"num_hidden_layers": 12})))
     kinds = (False, True, "offload")
     found = [
@@ -194,7 +194,7 @@ def test_activations_wait_on_the_host_of_a_gpu_only(call, tmp_path):
 @pytest.mark.skipif(not _new_recompute(), reason="transformers offloads from 5.23 on")
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_offloading_reaches_torch_for_every_layer_and_changes_no_loss(monkeypatch, mode):
-    """The CPU plays the GPU: torch is asked to move what it keeps, and copies it from here to here."""
+    """The CPU stands in for the GPU: torch is asked to offload activations and copies them within the CPU."""
     asked = []
 
     def moves(pin_memory, device_type):
@@ -242,7 +242,7 @@ def test_what_each_of_several_devices_would_hold(call):
     whole, sharded = rows["full", "ddp"], rows["full", "fsdp"]
     assert whole["weights"] == 4 * found["parameters"] == whole["exchange"]
     assert sharded["weights"] == pytest.approx(whole["weights"] / 4, rel=1e-3)
-    assert sharded["working"] < whole["working"]  # which has copies of all weights in bfloat16
+    assert sharded["working"] < whole["working"]  # which also holds bfloat16 copies of all weights
     assert not whole["fits"] and sharded["fits"] and rows["qlora", "ddp"]["fits"]
     assert found["stages"]["surgery_written"] < found["stages"]["surgery_read"]
     code, out, _ = call(*asked, "--strategy", "fsdp", "--mode", "lora", "--dry-run")

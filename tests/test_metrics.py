@@ -54,7 +54,7 @@ def test_rouge_l_by_hand(generated, answer, common, said, wanted):
     assert rouge_l(generated, answer) == pytest.approx(2 * common / (said + wanted))
 
 
-def test_rouge_l_is_that_of_the_library():
+def test_rouge_l_equals_the_library():
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
@@ -155,12 +155,12 @@ def test_interval_near_the_normal_approximation():
     assert interval.high == pytest.approx(0.75 + half, abs=0.006)
 
 
-def test_an_interval_repeats_with_its_seed():
+def test_the_same_seed_gives_the_same_interval():
     values = [float(i * i) for i in range(100)]
     assert bootstrap_interval(values) == bootstrap_interval(values) != bootstrap_interval(values, seed=1)
 
 
-def test_interval_without_spread():
+def test_equal_values_give_an_interval_of_width_zero():
     assert bootstrap_interval([True] * 5) == Interval(1.0, 1.0, 1.0, 5)
     assert bootstrap_interval([0.25]) == Interval(0.25, 0.25, 0.25, 1)
 

@@ -1,4 +1,4 @@
-"""What was answered is kept line by line, taken up again, and compared pair by pair."""
+"""Outputs are stored line by line, read back after an interruption, and compared in pairs."""
 
 import fcntl
 import json
@@ -28,10 +28,10 @@ def model(tokenizer):
 
 
 class Stopped(BaseException):
-    """A kill, as far as the code that is interrupted can tell."""
+    """Stands in for a kill."""
 
 
-def test_an_interrupted_evaluation_goes_on(model, tokenizer, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes(model, tokenizer, tmp_path, monkeypatch):
     settings = {"batch_size": 2, "max_length": 64, "max_new_tokens": 3}
     whole = evaluate(model, tokenizer, EXAMPLES, **settings)
     calls, generate, forward = [], model.generate, model.forward
@@ -48,7 +48,7 @@ def test_an_interrupted_evaluation_goes_on(model, tokenizer, tmp_path, monkeypat
         evaluate(model, tokenizer, EXAMPLES, journal=journal, **settings)
     assert len([line for line in journal.read_text().splitlines() if line]) == 4
     with journal.open("a") as file:
-        file.write('[5, {"id": "e5", "prompt_ta')  # the kill came in the middle of a line
+        file.write('[5, {"id": "e5", "prompt_ta')  # the kill cut a line short
     calls.clear()
     monkeypatch.setattr(model, "generate", lambda *a, **k: calls.append("generate") or generate(*a, **k))
     again = evaluate(model, tokenizer, EXAMPLES, journal=journal, **settings)
@@ -78,7 +78,7 @@ def test_progress_counts_rows_and_ends_once(model, tokenizer, tmp_path, monkeypa
     assert "evaluate 6/6 done" in capsys.readouterr().err
 
 
-def test_a_journal_of_other_examples_is_not_believed(model, tokenizer, tmp_path):
+def test_a_journal_of_other_examples_is_ignored(model, tokenizer, tmp_path):
     journal = tmp_path / "part"
     row = {"id": "e0", "prompt_tail": "another prompt", "answer": " sat", "generated": "x", "correct": False}
     journal.write_text(f"[0, {json.dumps(row)}]\n[77, {json.dumps(row)}]\nnull\n[1]\n")
@@ -86,7 +86,7 @@ def test_a_journal_of_other_examples_is_not_believed(model, tokenizer, tmp_path)
     assert found.outputs[0].generated != "x"
 
 
-def test_outputs_come_back_from_their_file(model, tokenizer, tmp_path):
+def test_outputs_are_read_back_from_their_file(model, tokenizer, tmp_path):
     found = evaluate(model, tokenizer, EXAMPLES, max_length=64, max_new_tokens=2)
     found.write_examples(tmp_path / "examples.jsonl")
     assert read_examples(tmp_path / "examples.jsonl") == found.outputs
@@ -96,7 +96,7 @@ def output(number, **values):
     return Output(f"e{number}", "", "", **values)
 
 
-def test_the_order_and_the_arithmetic_of_metrics():
+def test_values_and_order_of_metrics():
     outputs = [
         output(0, correct=True, rouge_l=0.5, bert_score=0.9, number_correct=False),
         output(1, correct=False, rouge_l=0.1, bert_score=0.7, number_correct=True),
@@ -105,22 +105,22 @@ def test_the_order_and_the_arithmetic_of_metrics():
     assert list(found) == ["similarity", "final_number", "exact_match", "bert_score", "rouge_l"]
     assert found["similarity"] == pytest.approx([0.7, 0.4])  # half of each
     assert found["final_number"] == [0.0, 1.0]
-    # A metric that one example lacks is none.
+    # A metric that one example lacks is left out.
     assert "rouge_l" not in values_of([*outputs, output(2, correct=True)])
 
 
-def test_pairs_tell_more_than_two_intervals():
+def test_paired_intervals_are_sharper_than_two_intervals():
     dense = [output(i, correct=i % 2 == 0) for i in range(200)]
     worse = [output(i, correct=i % 2 == 0 and i % 20 != 0) for i in range(200)]
     found = paired_intervals(dense, worse)["exact_match"]
     assert found["value"] == pytest.approx(-0.05) and found["n"] == 200
-    assert found["low"] < found["high"] < 0  # ten answers lost, none won: not chance
+    assert found["low"] < found["high"] < 0  # ten answers lost and none won is not chance
     assert paired_intervals(dense, dense)["exact_match"] == {"value": 0, "low": 0, "high": 0, "n": 200}
     assert paired_intervals(dense, worse[1:]) == {}
     assert paired_intervals(dense, worse[::-1]) == {}
 
 
-def test_ends_may_be_left_out_of_the_likelihood(model, tokenizer):
+def test_end_tokens_can_be_left_out_of_the_likelihood(model, tokenizer):
     with_ends, without = (
         evaluate(
             model, tokenizer, EXAMPLES, metrics=["choice_likelihood"], score_ends=ends, max_length=64
@@ -137,7 +137,7 @@ def test_ends_may_be_left_out_of_the_likelihood(model, tokenizer):
     assert with_ends[0].choice_scores[0] == pytest.approx(by_hand + end, abs=1e-4)
 
 
-def test_case_counts_where_options_differ_in_nothing_else(model, tokenizer):
+def test_case_counts_if_options_differ_in_case_alone(model, tokenizer):
     genotypes = [Example("g", "the red cat", " SAT", (" sat", " SAT"))]
     found = evaluate(model, tokenizer, genotypes, max_length=64).outputs[0]
     assert found.choice_correct == (found.chosen == " SAT")
@@ -155,7 +155,7 @@ class Scorer:
         return {"encoder": "none"}
 
 
-def test_text_metrics_look_at_the_greedy_answer(model, tokenizer, monkeypatch):
+def test_text_metrics_score_the_greedy_answer(model, tokenizer, monkeypatch):
     monkeypatch.setattr("gradpruner.evaluation.quality.BertScorer", lambda encoder, layer: Scorer())
     found = evaluate(
         model,
@@ -170,10 +170,10 @@ def test_text_metrics_look_at_the_greedy_answer(model, tokenizer, monkeypatch):
     assert found.metrics["similarity"].value == pytest.approx(0.25 + half)
     assert found.details["bert_score"] == {"encoder": "none"}
     assert found.details["rouge_l"].startswith("rouge-score 0.")
-    assert found.outputs[0].correct is None  # was not asked for
+    assert found.outputs[0].correct is None  # exact_match was not requested
 
 
-def test_a_journal_has_one_writer_and_is_no_link(model, tokenizer, tmp_path):
+def test_a_journal_has_one_writer_and_must_not_be_a_link(model, tokenizer, tmp_path):
     settings = {"batch_size": 2, "max_length": 64, "max_new_tokens": 3}
     journal = tmp_path / "examples.jsonl.part"
     with journal.open("w") as other:

@@ -67,8 +67,8 @@ def tiny_roberta(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("layer", [3, 6])
-def test_it_is_the_library(minilm, layer):
-    # Beside ordinary texts one of a word, one that is cut off and one that is no word of the tokenizer's.
+def test_scores_equal_the_library(minilm, layer):
+    # Ordinary texts, and one of a single word, one that gets truncated, and one with unknown words only.
     generated, answers = (
         [*GENERATED, "a", "long " * 400, "\u2603 \U0001f600"],
         [*ANSWERS, "b c", "short", "snow"],
@@ -82,7 +82,7 @@ def test_it_is_the_library(minilm, layer):
     assert all(0.1 < score < 0.99 for i, score in enumerate(found) if i != 2)
 
 
-def test_it_is_greedy_matching_of_cosines(tmp_path):
+def test_scores_are_greedy_matches_of_cosines(tmp_path):
     folder = tiny_bert(tmp_path / "encoder")
     model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     model.encoder.layer = model.encoder.layer[:1]
@@ -94,14 +94,14 @@ def test_it_is_greedy_matching_of_cosines(tmp_path):
 
     cosines = vectors("the cat sat") @ vectors("dog ran").T
     assert cosines.shape == (5, 4)
-    # [CLS] and [SEP] may be matched, but do not count themselves.
+    # Other tokens may match [CLS] and [SEP], whose own matches do not count.
     precision = cosines.max(dim=1).values[1:-1].mean()
     recall = cosines.max(dim=0).values[1:-1].mean()
     (found,) = BertScorer(folder, layer=1).f1(["the cat sat"], ["dog ran"])
     assert found == pytest.approx(float(2 * precision * recall / (precision + recall)), abs=1e-5)
 
 
-def test_the_layers_are_the_librarys():
+def test_published_layers_equal_the_librarys():
     from bert_score.utils import model2layers
 
     librarys = {name.rsplit("/", 1)[-1].lower(): layer for name, layer in model2layers.items()}
@@ -110,7 +110,7 @@ def test_the_layers_are_the_librarys():
     assert len(ours) == sum(len(names.split()) for names in similarity._PUBLISHED_LAYERS.values())
 
 
-def test_neither_batches_nor_order_change_a_score(scorer, monkeypatch):
+def test_scores_do_not_depend_on_batches_or_order(scorer, monkeypatch):
     found = scorer.f1(GENERATED, ANSWERS)
     monkeypatch.setattr(similarity, "_PAIRS_PER_BATCH", 1)
     assert scorer.f1(GENERATED, ANSWERS) == pytest.approx(found, abs=1e-5)
@@ -118,7 +118,7 @@ def test_neither_batches_nor_order_change_a_score(scorer, monkeypatch):
     assert scorer.f1([*GENERATED, *GENERATED], [*ANSWERS, *ANSWERS]) == pytest.approx(found * 2, abs=1e-5)
 
 
-def test_an_empty_text_scores_zero_in_silence(scorer, capfd, recwarn):
+def test_an_empty_text_scores_zero_without_a_warning(scorer, capfd, recwarn):
     found = scorer.f1(["", "no", " \n", "Shares rose."], ["no", "", "no", "Shares rose."])
     assert found == [0.0, 0.0, 0.0, pytest.approx(1.0, abs=1e-6)]
     assert scorer.f1([""], [""]) == [0.0]
@@ -127,13 +127,13 @@ def test_an_empty_text_scores_zero_in_silence(scorer, capfd, recwarn):
     assert not recwarn.list
 
 
-def test_a_tokenizer_without_a_maximum_gets_that_of_the_model(tmp_path):
+def test_a_tokenizer_without_a_maximum_length_gets_the_models(tmp_path):
     folder = tiny_roberta(tmp_path / "encoder")
     assert AutoTokenizer.from_pretrained(folder).model_max_length > 10**20
     with pytest.raises(OverflowError):
         bert_score.score(["cat"], ["dog"], model_type=str(folder), num_layers=2, device="cpu")
     scorer = BertScorer(folder)
-    assert scorer._tokenizer.model_max_length == 16  # of 18 positions RoBERTa leaves two unused
+    assert scorer._tokenizer.model_max_length == 16  # RoBERTa leaves two of its 18 positions unused
     (found,) = scorer.f1(["cat dog " * 40], ["dog"])
     assert 0 < found < 1
     bert = BertScorer(tiny_bert(tmp_path / "bert"))
@@ -141,7 +141,7 @@ def test_a_tokenizer_without_a_maximum_gets_that_of_the_model(tmp_path):
     assert bert.f1(["cat " * 99], ["cat " * 99]) == [pytest.approx(1.0, abs=1e-5)]
 
 
-def test_the_first_word_of_a_roberta_is_a_word_inside_a_sentence(tmp_path):
+def test_roberta_tokenises_the_first_word_like_one_inside_a_sentence(tmp_path):
     scorer = BertScorer(tiny_roberta(tmp_path / "encoder"))
     assert scorer._tokenizer.tokenize("cat") == ["Ġca", "t"]
 
@@ -150,7 +150,7 @@ def test_the_first_word_of_a_roberta_is_a_word_inside_a_sentence(tmp_path):
     ("name", "num_layers", "layer"),
     [("encoder", 3, 3), ("roberta-base", 11, 10), ("bert-base-uncased", 2, 2)],
 )
-def test_the_layer_is_the_published_one_of_a_known_name_and_else_the_last(tmp_path, name, num_layers, layer):
+def test_default_layer_is_published_for_known_names_and_last_for_others(tmp_path, name, num_layers, layer):
     scorer = BertScorer(tiny_bert(tmp_path / name, num_layers))
     assert scorer.layer == layer == len(scorer._model.encoder.layer)
 
@@ -165,7 +165,7 @@ def test_what_is_recorded(minilm, scorer, monkeypatch):
     assert BertScorer("some/encoder").describe() == facts | {"encoder": "some/encoder"}
 
 
-def test_what_cannot_be_asked(scorer, minilm):
+def test_invalid_texts_and_layers(scorer, minilm):
     with pytest.raises(ShapeError, match="1 generated texts and 2 answers"):
         scorer.f1(["a"], ["a", "b"])
     for layer in (-1, 7):
@@ -173,7 +173,7 @@ def test_what_cannot_be_asked(scorer, minilm):
             BertScorer(minilm, layer=layer)
 
 
-def test_an_encoder_that_is_not_there(tmp_path, monkeypatch):
+def test_a_missing_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *_, **__: (_ for _ in ()).throw(OSError("off"))
     )
@@ -203,7 +203,7 @@ def test_pickled_weights_are_never_read(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_models_that_are_no_encoders_are_refused(tmp_path):
+def test_models_other_than_encoders_are_refused(tmp_path):
     llama = LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )

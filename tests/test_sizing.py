@@ -26,7 +26,7 @@ def test_table_11_of_the_paper():
     before, after = size_model(ModelSizes(dense.config)), size_model(ModelSizes(pruned.config))
     assert (before.layers, after.layers) == (32, 19)
     assert [round(128 * one.layer_macs / 1e9, 3) for one in (before, after)] == [893.353, 530.428]
-    # torch counts the products inside attention too: 2 x 2 x 128 x 128 x 4096 a layer.
+    # torch also counts the products inside attention: 2 x 2 x 128 x 128 x 4096 per layer.
     assert before.flops == 2 * 128 * before.layer_macs + 32 * 4 * 128 * 128 * 4096
     assert [round(one.flops / 1e12, 4) for one in (before, after)] == [1.7953, 1.066]
     assert [round(one.parameters_without_head / 1e9, 2) for one in (before, after)] == [7.5, 4.67]
@@ -93,7 +93,7 @@ def test_held_bytes_by_hand():
     assert held_bytes(model, "inference", work, torch.float32) == 4 * (parameters + cache)
 
 
-def test_what_differs_besides_depth():
+def test_differences_other_than_depth():
     dense = size_model(ModelSizes(tiny_config()))
     assert "size" in depth_alone(dense, size_model(ModelSizes(tiny_config(intermediate_size=32))))
     assert "vocabulary" in depth_alone(dense, size_model(ModelSizes(tiny_config(vocab_size=50))))
@@ -132,7 +132,7 @@ def test_workload_by_hand_and_its_limits():
         checked_modes(["loar"])
 
 
-def test_shapes_are_found_in_any_case():
+def test_shape_names_ignore_case():
     assert shape_folder("Llama-3.1-8B") == shape_folder("llama-3.1-8b")
     assert shape_folder("nothing") is None
     with pytest.raises(ConfigError, match=r"Did you mean 'llama-3\.1-8b'"):

@@ -135,7 +135,7 @@ class BertScorer:
         """
         if len(generated) != len(answers):
             raise ShapeError(f"{len(generated)} generated texts and {len(answers)} answers do not pair up.")
-        pairs = [(said.strip(), wanted.strip()) for said, wanted in zip(generated, answers, strict=True)]
+        pairs = [(text.strip(), answer.strip()) for text, answer in zip(generated, answers, strict=True)]
         # Each distinct pair once, longest first, so that running out of memory happens in the first batch.
         distinct = sorted(
             (pair for pair in dict.fromkeys(pairs) if all(pair)), key=lambda pair: -len("".join(pair))
@@ -174,11 +174,11 @@ class BertScorer:
         return [(vectors[row, mask], counts[row, mask]) for row, mask in enumerate(not_padding)]
 
 
-def _match(said: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor]) -> float:
+def _match(generated: tuple[Tensor, Tensor], answer: tuple[Tensor, Tensor]) -> float:
     """Returns the F1 of greedy matching, where each token takes the most similar token of the other text."""
-    cosines = said[0] @ wanted[0].T
-    precision = cosines.amax(dim=1)[said[1]].mean()
-    recall = cosines.amax(dim=0)[wanted[1]].mean()
+    cosines = generated[0] @ answer[0].T
+    precision = cosines.amax(dim=1)[generated[1]].mean()
+    recall = cosines.amax(dim=0)[answer[1]].mean()
     # The mean is NaN if a text consists of special tokens only.
     return float(torch.nan_to_num(2 * precision * recall / (precision + recall), nan=0.0))
 

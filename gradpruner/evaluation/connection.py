@@ -144,8 +144,8 @@ class Connection:
                 hint="Redirects are not followed, so that the key goes nowhere else: give the final address.",
             )
         if status != 200:
-            said = " ".join(data.decode(errors="replace").split())[:300]
-            message = f"{where} answered {status}: {shown(said, 300)[1:-1] or reply.reason_phrase}"
+            text = " ".join(data.decode(errors="replace").split())[:300]
+            message = f"{where} answered {status}: {shown(text, 300)[1:-1] or reply.reason_phrase}"
             if status in _RETRIED_STATUS:
                 raise _TransientError(message, _retry_after(reply))
             hint = f"The key is read from {API_KEY}." if status in (401, 403) else None
@@ -196,8 +196,8 @@ def _pause(attempt: int) -> float:
 
 def _retry_after(reply: httpx.Response) -> float:
     """Returns the seconds the server asks us to wait; 0 without a Retry-After header or with a date in it."""
-    said = reply.headers.get("retry-after", "")
-    return float(said) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", said) else 0.0
+    header = reply.headers.get("retry-after", "")
+    return float(header) if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", header) else 0.0
 
 
 def _reason(error: BaseException) -> str:
