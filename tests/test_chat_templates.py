@@ -66,7 +66,7 @@ def test_a_jinja_file_is_a_template_and_anything_else_is_refused(tmp_path):
     assert choose_template(base_tokenizer(), str(path)).chat_template == path.read_text()
     assert choose_template(base_tokenizer(), None).chat_template is None
     with pytest.raises(
-        ConfigError, match=r"'chatm', which is neither a name nor a file. Did you mean 'chatml'"
+        ConfigError, match=r"'chatm', which is neither a known name nor a file. Did you mean 'chatml'"
     ):
         choose_template(base_tokenizer(), "chatm")
     path.write_bytes(b"\xff\xfe")
@@ -97,7 +97,7 @@ def chats(tmp_path, **data):
 
 def test_conversations_and_a_base_model_need_a_template_which_is_then_saved(tmp_path):
     path, _ = chats(tmp_path)
-    with pytest.raises(DataError, match=r"data.chat_template: chatml, llama3, mistral, gemma"):
+    with pytest.raises(DataError, match=r"data.chat_template to chatml, llama3, mistral, gemma"):
         Job(load_recipe(path))
     path, _ = chats(tmp_path, chat_template="chatml")
     job = Job(load_recipe(path))

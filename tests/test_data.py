@@ -106,7 +106,7 @@ def test_conversational_prompt_completion_becomes_messages(tmp_path):
     (example,) = load_examples(jsonl(tmp_path / "a.jsonl", row)).examples
     assert example.messages == (Message("user", "Hi"), Message("assistant", "Hello"))
     path = jsonl(tmp_path / "b.jsonl", {**row, "choices": ["Hello", "Bye"]})
-    assert "'choices' goes with a text prompt" in str(refusal(path))
+    assert "'choices' is allowed with a text prompt" in str(refusal(path))
 
 
 def test_shape_is_told_from_the_first_rows_not_the_first_alone(tmp_path):
@@ -123,7 +123,7 @@ def test_format_can_be_forced_and_misspelled(tmp_path):
         load_examples(path, format="alpacca")
     assert all(name in str(caught.value) for name in FORMATS)
     error = refusal(path, format="alpaca")
-    assert "No row can be read as alpaca; its columns are instruction, output, [input]" in str(error)
+    assert "No row can be read as alpaca, which has the columns instruction, output, [input]" in str(error)
 
 
 # Files
@@ -329,7 +329,7 @@ def test_empty_file(tmp_path, content, suffix):
 def test_header_without_rows(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("prompt,completion\n")
-    assert "holds no rows" in str(refusal(path))
+    assert "has no rows" in str(refusal(path))
 
 
 def test_malformed_line_names_file_line_and_column(tmp_path):
@@ -365,7 +365,7 @@ def test_lines_that_are_no_rows(tmp_path, line, words):
 def test_json_without_a_list_of_rows(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"rows": [PAIR], "version": 1}))
-    assert "no list of rows under 'train' or 'data'. Found: rows, version" in str(refusal(path))
+    assert "no list of rows under 'train' or 'data'. Keys: rows, version" in str(refusal(path))
     path.write_text(json.dumps([PAIR, 3]))
     assert f"{path}[1]: expected an object, found a number" in str(refusal(path))
     path.write_text('"text"')
@@ -439,7 +439,7 @@ def test_mixed_types_are_not_converted(tmp_path, value, words):
     ("choices", "words"),
     [
         ([" 3", " 5"], "the answer ' 4' is not one of the choices"),
-        ([" 4", " 4"], "names a choice twice"),
+        ([" 4", " 4"], "contains a choice twice"),
         ([" 4", 5], "not text"),
         ("4|5", "not a list"),
         ("[4", "not a JSON list"),
@@ -465,7 +465,7 @@ def turns(*pairs: tuple[object, object]) -> dict[str, object]:
         (turns(("user", "Hi"), ("assistant", "")), "turn 2 (assistant): field 'content' is empty"),
         (turns(("user", [{"type": "image"}]), ("assistant", "x")), "images are not supported"),
         (turns(("assistant", "x")), "does not start with a user turn"),
-        (turns(("user", "a"), ("system", "b"), ("assistant", "c")), "a system turn stands after"),
+        (turns(("user", "a"), ("system", "b"), ("assistant", "c")), "a system turn comes after"),
         ({"messages": []}, "field 'messages' is empty"),
         ({"messages": None}, "field 'messages' is null"),
         ({"messages": "Hi"}, "field 'messages' is text, not a list"),

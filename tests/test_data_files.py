@@ -58,7 +58,7 @@ def test_packed_files(tmp_path, suffix, pack):
     path.write_bytes(pack.compress(LINES.encode()))
     assert answers(path) == EXPECTED
     path.write_bytes(pack.compress(LINES.encode())[:-9])
-    with pytest.raises(DataError, match="cannot be unpacked"):
+    with pytest.raises(DataError, match="cannot be decompressed"):
         load_examples(path)
 
 
@@ -66,7 +66,7 @@ def test_a_packed_file_that_unpacks_beyond_the_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("gradpruner.data.parsing._MOST_UNPACKED", 1 << 20)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (1 << 21)))
-    with pytest.raises(DataError, match="unpacks to more than"):
+    with pytest.raises(DataError, match="decompresses to more than"):
         load_examples(path)
 
 
@@ -89,7 +89,7 @@ def test_shards_as_the_hub_lays_them_out(tmp_path, place):
     assert len({example.id for example in found.examples}) == 7
     assert answers(tmp_path, "eval") == EXPECTED[:1]
     (folder / "train-00001-of-00003.parquet").unlink()
-    with pytest.raises(DataError, match="2 of 3 shards of split 'train' are there; missing: 00001"):
+    with pytest.raises(DataError, match="2 of 3 shards of split 'train' are in the folder; missing: 00001"):
         load_examples(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_two_subsets_with_one_split_are_not_mixed(tmp_path):
     for name in ("easy", "hard"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.csv").write_text(TABLE)
-    with pytest.raises(DataError, match="several times, in easy, hard"):
+    with pytest.raises(DataError, match="several folders hold split 'train': easy, hard"):
         load_examples(tmp_path)
     assert answers(tmp_path / "hard") == EXPECTED
 
@@ -118,10 +118,10 @@ def test_save_to_disk(tmp_path):
     datasets.DatasetDict(train=table, test=table.select([2])).save_to_disk(tmp_path / "both")
     assert answers(tmp_path / "both") == EXPECTED
     assert answers(tmp_path / "both", "eval") == EXPECTED[2:3]
-    with pytest.raises(DataError, match=r"without split 'validation'.*There: test, train"):
+    with pytest.raises(DataError, match=r"has no split 'validation'.*there: test, train"):
         load_examples(tmp_path / "both", split="validation")
     next((tmp_path / "one").glob("*.arrow")).unlink()
-    with pytest.raises(DataError, match="load_from_disk cannot read"):
+    with pytest.raises(DataError, match="load_from_disk cannot read it"):
         load_examples(tmp_path / "one")
 
 

@@ -96,7 +96,7 @@ def test_a_reply_written_otherwise_is_said(tmp_path):
     found = conversations(tmp_path, {"messages": ASKED})
     template = OPENS.replace("{{ m.content }}", "{{ m.content | replace('red', 'blue') }}")
     (note,) = template_notes(make_chat_tokenizer(template), found.examples)
-    assert "otherwise than the rows do" in note and "blue" in note
+    assert "changes 1 of" in note and "blue" in note
 
 
 @pytest.mark.parametrize("answer", ["red", "red </s>", "red </s></s>"])
@@ -126,9 +126,9 @@ def test_ids_beyond_the_embedding_are_refused():
 def test_a_tokenizer_of_another_model_is_named():
     config = make_llama().config
     assert vocabulary_notes(make_tokenizer(), config, [2]) == ()
-    assert "ends a text" in " ".join(vocabulary_notes(make_tokenizer(), config, [5]))
+    assert "other software would not stop" in " ".join(vocabulary_notes(make_tokenizer(), config, [5]))
     config.vocab_size = 10 * len(VOCABULARY)
-    assert "is it its own?" in " ".join(vocabulary_notes(make_tokenizer(), config, [2]))
+    assert "is it this model's tokenizer?" in " ".join(vocabulary_notes(make_tokenizer(), config, [2]))
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     assert "no end token" in " ".join(vocabulary_notes(tokenizer, make_llama().config, []))

@@ -1,7 +1,7 @@
-"""Conversations through the tokenizer's chat template: what is read, what is learned, what ends it.
+"""Renders conversations with the tokenizer's chat template, and finds what is learned and where replies end.
 
-A template is a program that came with the tokenizer. What it must do to be learned from and generated with is
-checked here: open the reply where a reply is generated, write the start token once, show what the rows hold.
+A template is a program that comes with the tokenizer. This module checks what training and generation need:
+that it opens a reply where one is generated, writes the start token once, and shows all fields of the rows.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gradpruner.data.examples import Example, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_PROBE = "xyzzy"  # a reply that no template writes around a reply
+_PROBE = "xyzzy"  # a reply whose text does not occur in any template
 
 
 def conversation_ids(
     tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> tuple[list[int], list[bool], list[int]]:
-    """Returns everything before the last answer, which of it is learned, and the last answer with its end.
+    """Returns the ids before the last answer, whether each is learned, and the answer's ids with its end.
 
     Raises:
         DataError: If the tokenizer has no template, or the template refuses the conversation or does not
@@ -33,8 +33,8 @@ def conversation_ids(
     if not tokenizer.chat_template:
         raise DataError(
             f"{example.id}: the data are conversations, but the tokenizer has no chat template.",
-            hint=f"Name one: data.chat_template: {', '.join(TEMPLATES)}, or a Jinja file. Or write the rows "
-            "as prompt/completion.",
+            hint=f"Set data.chat_template to {', '.join(TEMPLATES)} or a Jinja file, or write the rows as "
+            "prompt/completion.",
         )
     *earlier, (last, _) = _pieces(tokenizer, example)
     head: list[int] = []
@@ -48,19 +48,19 @@ def conversation_ids(
     end = _turn_end(tokenizer, answer)
     if end:
         return head, learned, answer[:end]
-    # A template that does not close its turns: without an end token the model never stops.
+    # The template does not close its turns: without an end token the model would never stop.
     eos = tokenizer.eos_token_id
     return head, learned, answer if eos is None else [*answer, int(eos)]
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Returns the ids of a text and nothing around them."""
-    # verbose=False: a long text is cut by us, so the tokenizer need not warn about its length.
+    """Returns the ids of a text, without start and end tokens."""
+    # verbose=False: we cut long texts ourselves, so the tokenizer need not warn about their length.
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
 
 def template_notes(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> tuple[str, ...]:
-    """Returns what a template does to these conversations that the user should know, in sentences.
+    """Returns notes for the user about what a template changes in these conversations.
 
     Raises:
         DataError: If the template refuses a conversation or does not open the reply.
@@ -73,13 +73,13 @@ def template_notes(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exampl
     if first == [tokenizer.bos_token_id] * 2:
         notes.append(
             f"the chat template writes the start token (BOS, {tokenizer.bos_token}) twice at the beginning; "
-            "remove one of them from the template, chat_template.jinja or tokenizer_config.json"
+            "remove one from the template (chat_template.jinja or tokenizer_config.json)"
         )
     return tuple(filter(None, notes))
 
 
 def _unused_fields(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Example]) -> str:
-    """Names what rows say and the template does not show, with the number of rows."""
+    """Returns a note of fields that the template does not show, with their numbers of rows."""
     counts: dict[str, int] = {}
     for chat in chats:
         names = {key for message in chat.messages if message.extra for key in json.loads(message.extra)}
@@ -92,7 +92,7 @@ def _unused_fields(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Example])
             if _render(tokenizer, bare, chat.messages) == _render(tokenizer, chat, chat.messages):
                 counts["tools"] = counts.get("tools", 0) + 1
     named = ", ".join(f"{name} ({count} rows)" for name, count in counts.items())
-    return f"the chat template does not show, so they are not learned from: {named}" if named else ""
+    return f"the chat template does not show these fields, so they have no effect: {named}" if named else ""
 
 
 def _without(message: Message, name: str) -> Message:
@@ -103,19 +103,19 @@ def _without(message: Message, name: str) -> Message:
 
 
 def _rewritten(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Example]) -> str:
-    """Counts replies that the template writes otherwise than the row does."""
+    """Returns a note of replies that the template changes."""
     changed = [chat for chat in chats if chat.answer.strip() not in _pieces(tokenizer, chat)[-1][0]]
     if not changed:
         return ""
     shown = _pieces(tokenizer, changed[0])[-1][0].strip()
     return (
-        f"the chat template writes {len(changed)} of {len(chats)} replies otherwise than the rows do (first: "
-        f"{changed[0].id}, learned as {shown[:60]!r}); write the rows as the template does, or change it"
+        f"the chat template changes {len(changed)} of {len(chats)} replies (first: {changed[0].id}, learned "
+        f"as {shown[:60]!r}); write the replies as the template does, or change the template"
     )
 
 
 def _only_last(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Example]) -> str:
-    """Counts conversations of which only the last reply can be learned."""
+    """Returns a note of conversations in which only the last reply can be learned."""
 
     def wanted(chat: Example) -> int:
         return sum(message.role == "assistant" and message.learned for message in chat.messages[:-1])
@@ -133,11 +133,11 @@ def _only_last(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Example]) -> 
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[tuple[str, bool]]:
-    """Returns the rendered conversation in pieces (text, learned?); the last one is the answer.
+    """Returns the rendered conversation in pieces (text, learned?); the last piece is the answer.
 
-    Every assistant turn is learned when the template renders turn by turn, so that what was written
-    before a turn does not change after it. Templates that rewrite earlier turns (dropping their
-    reasoning, for example) leave only the last turn to learn.
+    Every assistant turn can be learned if the template renders turn by turn, that is, if later turns do
+    not change how earlier ones are written. With templates that rewrite earlier turns (dropping their
+    reasoning, for example), only the last turn can be learned.
     """
     messages = example.messages
     pieces: list[tuple[str, bool]] = []
@@ -158,12 +158,12 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[tuple[
     after = _render(tokenizer, example, messages)
     _check_opening(tokenizer, example, before)
     answer = after[len(before) :] if after.startswith(before) else ""
-    # Where the prompt for generating is not how the turn is then written, the bare answer follows.
+    # If the written turn does not begin like the generation prompt, the bare answer is used.
     return [(before, False), (answer or example.answer, messages[-1].learned)]
 
 
 def _check_opening(tokenizer: PreTrainedTokenizerBase, example: Example, before: str) -> None:
-    """Refuses a template that opens no reply where one is generated, yet writes a header before it."""
+    """Refuses a template that has no generation prompt but writes a header before a reply."""
     earlier = example.messages[:-1]
     if before != _render(tokenizer, example, earlier):
         return
@@ -172,10 +172,10 @@ def _check_opening(tokenizer: PreTrainedTokenizerBase, example: Example, before:
     if header:
         raise DataError(
             f"{example.id}: the chat template ignores add_generation_prompt: it writes {header!r} before a "
-            "reply, but no generation prompt, so the header would be learned as part of the answer.",
+            "reply but has no generation prompt, so the header would be learned as part of the answer.",
             hint="Add to the end of the template: {% if add_generation_prompt %}"
             + header
-            + "{% endif %}, with the white space the template writes around it.",
+            + "{% endif %}, with the white space that the template writes around the header.",
         )
 
 
@@ -189,28 +189,28 @@ def _render(
     tools: dict[str, Any] = {"tools": json.loads(example.tools)} if example.tools else {}
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation, **tools)
-    except Exception as error:  # templates are programs and raise what they like
+    except Exception as error:  # templates are programs and may raise any error
         raise DataError(
             f"{example.id}: the tokenizer's chat template refuses this conversation: {error}",
-            hint="Many templates want user and assistant in turn, some no system turn.",
+            hint="Many templates want user and assistant to take turns, and some allow no system turn.",
         ) from error
     return str(text)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Returns the ids of all tokens that are marks and not text."""
+    """Returns the ids of all special tokens."""
     added = tokenizer.added_tokens_decoder.items()
     return {*tokenizer.all_special_ids, *(index for index, token in added if token.special)}
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
-    """Returns the number of tokens up to and with the one that closes the turn; 0 if none does.
+    """Returns the number of tokens up to and including the one that closes the turn; 0 if none does.
 
-    Templates often write a line break behind the closing token; it is not for the model to say.
+    Templates often write a line break after the closing token; the model need not learn it.
     """
     special = special_ids(tokenizer)
     for index in range(len(ids) - 1, -1, -1):
         if ids[index] in special:
-            behind = str(tokenizer.decode(list(ids[index + 1 :])))
-            return 0 if behind.strip() else index + 1
+            rest = str(tokenizer.decode(list(ids[index + 1 :])))
+            return 0 if rest.strip() else index + 1
     return 0

@@ -1,4 +1,4 @@
-"""Chat templates by name, for conversations and models whose tokenizer has none."""
+"""Chat templates by name, for tokenizers that have none."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ TEMPLATES: Mapping[str, str] = {
         "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     ),
 }
-"""Written as the models of that name write their turns; Mistral and Gemma put a system turn into the first
-user turn."""
+"""Templates as the models of these names use them; Mistral and Gemma put a system turn into the first user
+turn."""
 
 MARKERS = (
     "<|im_start|>",
@@ -55,11 +55,11 @@ MARKERS = (
     "[/INST]",
     "</s>",
 )
-"""What models write between turns and at the end of a text."""
+"""Markers that models write between turns and at the end of a text."""
 
 
 def choose_template(tokenizer: Any, chosen: str | None) -> Any:
-    """Gives the tokenizer a chat template: one of `TEMPLATES` or a Jinja file; None leaves its own.
+    """Gives the tokenizer a chat template: one of `TEMPLATES` or a Jinja file; None keeps its own.
 
     Raises:
         ConfigError: If there is neither a template of that name nor such a file.
@@ -71,15 +71,15 @@ def choose_template(tokenizer: Any, chosen: str | None) -> Any:
 
 
 def template_text(chosen: str) -> str:
-    """The template that a name or a path stands for; raises as `choose_template`."""
+    """Returns the template of a name or a path; raises as `choose_template`."""
     if chosen in TEMPLATES:
         return TEMPLATES[chosen]
     path = Path(chosen)
     if not path.is_file():
         raise ConfigError(
-            f"data.chat_template is '{chosen}', which is neither a name nor a file."
+            f"data.chat_template is '{chosen}', which is neither a known name nor a file."
             f"{suggest(chosen, TEMPLATES)}",
-            hint=f"Names: {', '.join(TEMPLATES)}; or the path of a Jinja file.",
+            hint=f"Give one of {', '.join(TEMPLATES)}, or the path of a Jinja file.",
         )
     try:
         return read_plain(path).decode("utf-8")
@@ -90,14 +90,14 @@ def template_text(chosen: str) -> str:
 
 
 def template_mark(chosen: str | None) -> str:
-    """Words that name a template by its hash, for the format of a set; "" for the tokenizer's own."""
+    """Returns a mark of a template, by its hash, for the format of a set; "" for the tokenizer's own."""
     return "" if chosen is None else f", chat template {sha256_json(template_text(chosen))[:12]}"
 
 
 def foreign_markers(tokenizer: Any, texts: Mapping[str, str]) -> str:
-    """Names markers of other models that stand in rows (row id -> text) as plain text; "" if there are none.
+    """Returns a warning of other models' markers in the texts of rows, by row id; "" if there are none.
 
-    A marker that is one token of this tokenizer is not foreign.
+    A marker that is a single token of this tokenizer is not foreign.
     """
     known = tokenizer.get_vocab()
     foreign = [marker for marker in MARKERS if marker not in known]
@@ -106,8 +106,8 @@ def foreign_markers(tokenizer: Any, texts: Mapping[str, str]) -> str:
         f"{marker} ({len(rows)} rows, first {rows[0]})" for marker, rows in hits.items() if rows
     )
     return (
-        f"rows hold markers of another model's template as plain text: {named}; they would be learned letter "
-        "by letter: take them out, or give conversations and data.chat_template"
+        f"rows contain markers of another model's template as plain text: {named}; they would be learned "
+        "letter by letter: remove them, or give the rows as conversations and set data.chat_template"
         if named
         else ""
     )

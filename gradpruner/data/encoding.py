@@ -1,9 +1,9 @@
-"""Examples as token ids, with a loss on the answer alone.
+"""Encodes examples as token ids, with a loss on the answer only.
 
-A plain example is prompt ids (with whatever start token the tokenizer adds) + answer ids + end
+A plain example becomes prompt ids (with the start token, if the tokenizer adds one) + answer ids + end
 token. Prompt and answer are tokenised separately, so that evaluation sees the same prompt, token for
-token, as training did. A conversation is rendered by the tokenizer's chat template and cut
-into the same two kinds of piece. Labels are `IGNORED` on every prompt token.
+token, as training did. A conversation is rendered by the tokenizer's chat template and cut into the same
+two kinds of pieces. Labels of prompt tokens are `IGNORED`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _EXAMPLES_NAMED = 3  # in an error about many examples
 
 @dataclass(frozen=True)
 class Encoded:
-    """One example as the model sees it.
+    """One example as token ids.
 
     Attributes:
         input_ids: Token ids.
-        labels: As long as `input_ids`; the token id where it is learned, else `IGNORED`.
-        cut_prompt_tokens: Tokens removed from the left of the prompt to fit, >= 0.
-        cut_answer_tokens: Tokens removed from the right of the sample to fit, >= 0.
+        labels: As long as `input_ids`: the id of a learned token, `IGNORED` for the others.
+        cut_prompt_tokens: Tokens cut from the left of the prompt to fit, >= 0.
+        cut_answer_tokens: Tokens cut from the right of the sample to fit, >= 0.
     """
 
     input_ids: list[int]
@@ -47,12 +47,12 @@ class Encoded:
 
     @property
     def num_supervised(self) -> int:
-        """Tokens with a loss; the first token of a sequence is never predicted, so never one."""
+        """Number of tokens with a loss; the first token of a sequence is never predicted and has none."""
         return sum(label != IGNORED for label in self.labels[1:])
 
 
 class EncodedDataset(Dataset[dict[str, list[int]]]):
-    """Encoded examples as the dictionaries a Trainer takes; a slice of it is one as well."""
+    """Encoded examples as the dictionaries a Trainer takes; a slice is an `EncodedDataset` too."""
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
         self.encoded = tuple(encoded)
@@ -78,7 +78,7 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
         return (self[index] for index in range(len(self)))
 
     def notes(self) -> tuple[str, ...]:
-        """What truncation did, in sentences for the user; () if nothing was cut."""
+        """Returns notes for the user about what was cut; () if nothing was."""
         prompts = sum(one.cut_prompt_tokens > 0 for one in self.encoded)
         answers = sum(one.cut_answer_tokens > 0 for one in self.encoded)
         notes = []
@@ -93,8 +93,8 @@ class Collator:
     """Pads a batch on the right.
 
     Args:
-        tokenizer: Gives the padding token, or the end token if it has none. Without a tokenizer
-            token 0 pads. Any is harmless: padding is neither attended to nor learned.
+        tokenizer: Gives the padding token, or the end token if it has none. Without a tokenizer, token 0 is
+            the padding. Any token will do: padding is neither attended to nor learned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -119,7 +119,7 @@ class Collator:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int]:
-    """Returns everything before the (last) answer, exactly as training sees it, uncut.
+    """Returns the ids of everything before the (last) answer, exactly as in training, without cutting.
 
     Raises:
         DataError: If the example is a conversation and the tokenizer cannot render it.
@@ -130,8 +130,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int
 def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of an answer or a choice, without start and end tokens.
 
-    Some tokenizers of the SentencePiece kind (Llama 2, Mistral) put a space before any text; an
-    answer that brings its own leading space would get two, so one is taken off there.
+    Some SentencePiece tokenizers (Llama 2, Mistral) put a space before any text. An answer with its own
+    leading space would get two, so its space is removed for them.
     """
     if text.startswith(" ") and _adds_leading_space(tokenizer):
         text = text[1:]
@@ -141,9 +141,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int) -> Encoded:
     """Returns one example as ids and labels of at most `max_length` tokens.
 
-    What does not fit is cut from the left of the prompt, behind the start token, so that the
-    question next to the answer and the whole answer stay. Only when the answer alone is too long is
-    the sample cut from the right; nothing supervised may then be left (`encode_all` refuses that).
+    If the example is too long, the left of the prompt is cut, after the start token, so that the end of
+    the prompt and the whole answer stay. Only if the answer alone is too long is the sample cut from the
+    right; no supervised token may be left then (`encode_all` refuses that).
 
     Raises:
         ConfigError: If `max_length` is below 2.
@@ -158,7 +158,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
     if excess <= 0:
         return Encoded(ids, labels)
     start = int(bool(head) and head[0] == tokenizer.bos_token_id)
-    # One token must stand before the answer, or its first token is never predicted.
+    # One token must come before the answer, or its first token is never predicted.
     if len(answer) + max(1, start) > max_length:
         return Encoded(ids[:max_length], labels[:max_length], cut_answer_tokens=excess)
     keep = slice(start + excess, None)
@@ -168,14 +168,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, example: Example, max_length: int
 def encode_all(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
 ) -> EncodedDataset:
-    """Encodes every example, cut as in `encode`, and refuses those from which nothing can be learned.
+    """Encodes every example, cut as in `encode`, and refuses examples without a token to learn.
 
     Returns:
-        What `record_gradients`, `fit_repair`, `finetune` and a Trainer take: items are dictionaries of
-        input_ids and labels.
+        A dataset for `record_gradients`, `fit_repair`, `finetune` and Trainers: its items are dictionaries
+        of input_ids and labels.
 
     Raises:
-        DataError: If a sample has no supervised token (count and first ids are named), or a
+        DataError: If samples have no supervised token (the message has their number and first ids), or a
             conversation cannot be rendered.
         ConfigError: If `max_length` is below 2.
     """
@@ -184,7 +184,7 @@ def encode_all(
     if empty:
         raise DataError(
             f"0 supervised tokens in {len(empty)} of {len(encoded)} samples "
-            f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): their prompts alone fill "
+            f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): their prompts alone take up all "
             f"{max_length} tokens.",
             hint=f"Raise data.max_length (now {max_length}) or shorten the texts.",
         )
@@ -194,12 +194,12 @@ def encode_all(
 def usable(
     tokenizer: PreTrainedTokenizerBase, found: ExampleSet, max_length: int, *, skip_bad: bool
 ) -> ExampleSet:
-    """Returns the examples that can be rendered and learned from; the others count as dropped.
+    """Returns the set without examples that cannot be rendered or learned from; they count as dropped.
 
-    Without `skip_bad`, `found` comes back as it is.
+    Without `skip_bad`, returns `found` itself.
 
     Raises:
-        DataError: If none is left.
+        DataError: If no example is left.
     """
     if not skip_bad:
         return found
@@ -220,7 +220,7 @@ def usable(
 
 
 def labelled_text(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[tuple[str, bool]]:
-    """Returns the sample as pieces of text, each with whether it is learned."""
+    """Returns the sample as pieces (text, learned?)."""
     pieces: list[tuple[list[int], bool]] = []
     for token, label in zip(encoded.input_ids, encoded.labels, strict=True):
         learned = label != IGNORED
@@ -233,13 +233,13 @@ def labelled_text(tokenizer: PreTrainedTokenizerBase, encoded: Encoded) -> list[
 
 
 def closed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
-    """Returns the ids with the end token behind them, once: an answer may bring its own."""
+    """Returns the ids with the end token appended, unless they end with it already."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [int(end)] else [*ids, int(end)]
 
 
 def _adds_leading_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer writes "a" as "▁a", and " a" with a space too many."""
+    """Whether the tokenizer encodes "a" as "▁a", and " a" with one more space."""
     bare = text_ids(tokenizer, "a")
     first = tokenizer.convert_ids_to_tokens(bare[:1])
     return bool(first) and str(first[0]).startswith("▁") and text_ids(tokenizer, " a") != bare
@@ -248,8 +248,8 @@ def _adds_leading_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids = list(tokenizer.encode(text, add_special_tokens=True, verbose=False))
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids = ids[1:]  # the text brings the start token that the tokenizer adds as well
-    # Some tokenizers also close the text; a prompt is not the end of it.
+        ids = ids[1:]  # the text begins with the start token, and the tokenizer has added another
+    # Some tokenizers also add an end token, but the text goes on after the prompt.
     if len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         bare = text_ids(tokenizer, text)
         return ids[:-1] if ids[-1:] != bare[-1:] else ids

@@ -1,4 +1,4 @@
-"""What is learned and asked: examples, sets of them, and what is done with either."""
+"""Examples to learn from and to evaluate on, and sets of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Message:
 
     Attributes:
         role: system, user, assistant or tool.
-        content: Its text.
-        extra: What else the row says of the turn (reasoning_content, tool_calls, name ...), as a JSON object;
-            the chat template sees it. "" for nothing.
-        learned: Whether an assistant turn is learned; a turn of weight 0 is only read.
+        content: Text of the turn.
+        extra: Further fields of the turn (reasoning_content, tool_calls, name ...) for the chat template, as
+            a JSON object; "" if there are none.
+        learned: Whether an assistant turn is learned. A turn of weight 0 is not.
     """
 
     role: str
@@ -29,20 +29,20 @@ class Message:
     learned: bool = True
 
     def as_turn(self) -> dict[str, Any]:
-        """The turn as a chat template takes it."""
+        """Returns the turn as a chat template takes it."""
         return {"role": self.role, "content": self.content} | (json.loads(self.extra) if self.extra else {})
 
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to learn: after this prompt, this answer.
+    """A prompt and the answer to learn.
 
     Attributes:
         id: Stable within the source, e.g. "train.jsonl:17".
-        prompt: Text before the answer; "" when `messages` is given.
-        answer: Text to be learned and compared, without an end-of-text token.
-        choices: Every possible answer, written like `answer`; () for free text.
-        messages: The conversation, the last turn the assistant's, equal to `answer`; () otherwise.
+        prompt: Text before the answer; "" if `messages` is given.
+        answer: Text to learn and to compare with, without an end-of-text token.
+        choices: All possible answers, written like `answer`; () for free text.
+        messages: The conversation; its last turn is the assistant's and equals `answer`. () if there is none.
         tools: The tools of a conversation, as a JSON list; "" for none.
     """
 
@@ -61,11 +61,11 @@ class ExampleSet:
     Attributes:
         examples: At least one, in the order of the file.
         source: Path, hub id or task.
-        format: One of `shapes.FORMATS`, "labelled_text", "templates" or "task:<name>@<version>"; a mark of
-            the layout behind it.
-        sha256: Of the file's bytes; of the canonical rows for a hub dataset.
-        num_dropped: Unusable rows left out on request.
-        notes: What the user should know: sampling, unused columns, dropped rows.
+        format: One of `shapes.FORMATS`, "labelled_text", "templates" or "task:<name>@<version>", followed by
+            marks of the layout and of the chat template, if any.
+        sha256: Hash of the file's bytes; for a hub dataset, of the canonical rows.
+        num_dropped: Unusable rows dropped on request.
+        notes: Notes for the user: sampling, unused columns, dropped rows.
     """
 
     examples: tuple[Example, ...]
@@ -80,7 +80,7 @@ class ExampleSet:
 
 
 def sample(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[Sequence[Example], str]:
-    """Returns `limit` random examples in their old order (all, if None or too few) and a note.
+    """Returns `limit` random examples in their original order, and a note; all examples if `limit` is None.
 
     Raises:
         ConfigError: If `limit` is below 1.
@@ -96,7 +96,7 @@ def sample(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[S
 
 
 def as_conversation(example: Example) -> Example:
-    """The same question as a conversation: the prompt is the user's turn, the answer the assistant's."""
+    """Returns the example as a conversation: the prompt is the user's turn, the answer the assistant's."""
     if example.messages:
         return example
     answer = example.answer.strip()
@@ -106,7 +106,7 @@ def as_conversation(example: Example) -> Example:
 
 
 def overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> int:
-    """Counts evaluation examples whose exact prompt (or conversation) was trained on too."""
+    """Counts evaluation examples whose exact prompt (or conversation) is also in the training examples."""
 
     def key(example: Example) -> tuple[str, tuple[Message, ...]]:
         return example.prompt, example.messages[:-1]

@@ -1,7 +1,7 @@
-"""Rows with columns of one's own: other names, templates over columns, and texts with a label.
+"""Rows with a user's own columns: other names, templates over columns, and texts with a label.
 
-A labelled text is `LABELLED_PROMPT` and `LABELLED_COMPLETION` filled with its columns. The names of all
-labels are the choices of every row, so the likelihood of a label can be measured beside the greedy answer.
+A labelled text becomes `LABELLED_PROMPT` and `LABELLED_COMPLETION`, filled with its columns. The names of all
+labels are the choices of every row, so that likelihoods of labels can be measured besides greedy answers.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from gradpruner.data.rows import RowSet
 from gradpruner.data.shapes import BadRow, Shape, text_field
 
 TEXTS = ("text", "sentence", "review", "question", "content", "body")
-"""Columns a labelled text may stand in; the first one present is taken."""
+"""Columns a labelled text may be in; the first one present is used."""
 
 LABELS = ("label_text", "label", "category", "intent", "class")
-"""Columns its label may stand in; the first one present is taken."""
+"""Columns its label may be in; the first one present is used."""
 
 LABELLED_PROMPT = "{%s}\nLabel:"
 LABELLED_COMPLETION = " {%s}"
 
-_MOST_CHOICES = 200  # different labels; more are free text
-_NAMED = 8  # in a message
+_MOST_CHOICES = 200  # different labels; a column with more is free text
+_NAMED = 8  # labels in a message
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the columns of rows mean, as the user says.
+    """What the user says about the meaning of columns.
 
     Attributes:
         columns: Name a shape knows ("prompt", "completion", "system", "text" ...) -> column of the file.
-        prompt: Text with columns in braces, e.g. "Question: {question}\\nAnswer:"; None: told by the shape.
+        prompt: Text with columns in braces, e.g. "Question: {question}\\nAnswer:"; None: as the shape does.
         completion: The same for the answer.
-        labels: Names of labels: a list, counted from 0, or label -> name; None: as the file says.
+        labels: Names of labels: a list, counted from 0, or label -> name; None takes them from the file.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -54,24 +54,23 @@ class Layout:
         return self.prompt is not None or self.completion is not None
 
     def mark(self) -> str:
-        """Words that name the layout by its hash, for the format of a set; "" where nothing is laid out."""
-        said = [self.columns, self.prompt, self.completion, self.labels]
-        if not any(part for part in said):
+        """Returns a mark of the layout, by its hash, for the format of a set; "" if the user says nothing."""
+        if not any((self.columns, self.prompt, self.completion, self.labels)):
             return ""
-        labels = {str(key): name for key, name in _names_given(self.labels).items()} if self.labels else None
-        return f", layout {sha256_json([dict(self.columns), *said[1:3], labels])[:12]}"
+        labels = _names_given(self.labels) if self.labels else None
+        return f", layout {sha256_json([dict(self.columns), self.prompt, self.completion, labels])[:12]}"
 
 
 def column_names(rows: RowSet) -> tuple[str, ...]:
-    """Returns every column that any row has, in the order they come."""
+    """Returns every column that any row has, in order of appearance."""
     return tuple(dict.fromkeys(str(name) for row in rows.rows for name in row.fields))
 
 
 def renamed(rows: RowSet, layout: Layout) -> RowSet:
-    """Returns the rows with the columns called as `layout.columns` says.
+    """Returns the rows with their columns renamed by `layout.columns`.
 
     Raises:
-        DataError: If there is no such column.
+        DataError: If a column does not exist.
     """
     if not layout.columns:
         return rows
@@ -94,23 +93,23 @@ def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
 
 
 def labelled_columns(columns: Sequence[str]) -> tuple[str, str] | None:
-    """Returns the columns of text and label; None where one is missing."""
+    """Returns the columns of text and label; None if one of them is missing."""
     text = next((name for name in TEXTS if name in columns), None)
     label = next((name for name in LABELS if name in columns), None)
     return (text, label) if text and label else None
 
 
 def templated(rows: RowSet, layout: Layout) -> tuple[Shape, str]:
-    """Returns how a row is filled into the templates, the user's or those of labelled text, and a note.
+    """Returns a shape that fills rows into templates, the user's or those of labelled text, and a note.
 
     Raises:
-        ConfigError: If a template cannot be read, or one of the two is lacking.
+        ConfigError: If a template cannot be read, or one of the two is missing.
         DataError: If a column does not exist, or labels are numbers without names.
     """
     present = column_names(rows)
     labelled = labelled_columns(present)
     if labelled and layout.labels and "label" in present:
-        labelled = (labelled[0], "label")  # names were given: for the numbers
+        labelled = (labelled[0], "label")  # the user has named the numbers of this column
     prompt = layout.prompt or (LABELLED_PROMPT % labelled[0] if labelled else _own("prompt", present))
     completion = layout.completion or (
         LABELLED_COMPLETION % labelled[1] if labelled else _own("completion", present)
@@ -131,7 +130,7 @@ def templated(rows: RowSet, layout: Layout) -> tuple[Shape, str]:
         answer = choices[_name_of(fields, only, names)]
         return Example(row_id, question, answer, tuple(dict.fromkeys(choices.values())))
 
-    # Numbers and their names in a second column say the same.
+    # A second column with the names or the numbers of the same labels is not reported as unused.
     twin = ("label",) if only == "label_text" else ("label_text",) if only == "label" else ()
     shape = Shape(tuple(dict.fromkeys((*asked.columns, *answered.columns))), twin, build)
     return shape, f"labels: {', '.join(choices)}" if choices else ""
@@ -151,14 +150,14 @@ def _refuse_unknown(rows: RowSet, wanted: Any, key: str) -> None:
     unknown = [name for name in wanted if name not in present]
     if unknown:
         raise DataError(
-            f"{rows.source}: {key} names the column '{unknown[0]}', which is not there. "
+            f"{rows.source}: {key} names the column '{unknown[0]}', which does not exist. "
             f"Columns: {', '.join(present)}.",
-            hint=f"Correct {key}; write braces that are text twice: {{{{ }}}}.",
+            hint=f"Correct {key}; double braces that are part of the text: {{{{ }}}}.",
         )
 
 
 class _Template:
-    """Text with columns in braces. Only names: no attributes, indexes or formats, which would run code."""
+    """Text with columns in braces. Only names are allowed: attributes, indexes and formats could run code."""
 
     def __init__(self, key: str, text: str) -> None:
         self.key = key
@@ -167,19 +166,19 @@ class _Template:
         except ValueError as error:
             raise ConfigError(
                 f"{key} is {text!r}: {error}.",
-                hint="Write columns in braces, and braces that are text twice.",
+                hint="Write columns in braces, and double braces that are part of the text.",
             ) from error
         self.columns = tuple(dict.fromkeys(name for _, name, _, _ in self.pieces if name is not None))
         if not self.columns or "" in self.columns or any(spec or how for _, _, spec, how in self.pieces):
             raise ConfigError(
-                f"{key} is {text!r}, which fills in no columns by name alone.",
-                hint="Write at least one column in braces, such as 'Question: {question}\\nAnswer:'.",
+                f"{key} is {text!r}. It must contain at least one column in braces, by its name alone.",
+                hint="For example: 'Question: {question}\\nAnswer:'.",
             )
 
     def filled(self, fields: Mapping[str, Any]) -> str:
         values = {name: _value(fields, name) for name in self.columns}
         if not any(value.strip() for value in values.values()):
-            raise BadRow(f"{self.key}: {' and '.join(map(repr, self.columns))} hold no text")
+            raise BadRow(f"{self.key}: no text in {' and '.join(map(repr, self.columns))}")
         return "".join(text + (values[name] if name is not None else "") for text, name, _, _ in self.pieces)
 
 
@@ -187,16 +186,14 @@ def _value(fields: Mapping[str, Any], name: str) -> str:
     value = fields.get(name)
     if isinstance(value, bool | int | float):
         return json.dumps(value)
-    if name in fields and value == "":
-        return ""
     return text_field(fields, name, blank=isinstance(value, str))
 
 
 class UnnamedLabels(DataError):
-    """Labels are numbers, and nothing says what they stand for.
+    """Labels are numbers without names.
 
     Attributes:
-        labels: The numbers, as they are written.
+        labels: The numbers as text.
     """
 
     def __init__(self, labels: Sequence[str], message: str, hint: str) -> None:
@@ -205,16 +202,16 @@ class UnnamedLabels(DataError):
 
 
 def _names_given(labels: Sequence[str] | Mapping[int | str, str]) -> dict[str, str]:
-    """Label as written -> name; a name may also stand in the rows itself."""
+    """Returns label as written -> name; rows may also contain the names themselves."""
     pairs = labels.items() if isinstance(labels, Mapping) else enumerate(labels)
     found = {str(key): str(name) for key, name in pairs}
     return found | {name: name for name in found.values() if name not in found}
 
 
 def _label_names(rows: RowSet, column: str, layout: Layout) -> dict[str, str]:
-    """Label as written -> name: as given, else of the file's classes, else the labels themselves.
+    """Returns label as written -> name: the user's names, else the file's, else the labels themselves.
 
-    {} where there are too many different ones to be labels.
+    {} if there are too many different values to be labels.
     """
     given = layout.labels or rows.label_names.get(column)
     if given:
@@ -223,20 +220,21 @@ def _label_names(rows: RowSet, column: str, layout: Layout) -> dict[str, str]:
     for row in rows.rows:
         try:
             written.add(_as_written(row.fields, column))
-        except BadRow:  # said when the row is built
+        except BadRow:  # reported when the row is built
             continue
     labels = sorted(written)
     if labels and all(label.removeprefix("-").isdecimal() for label in labels):
         raise UnnamedLabels(
             labels,
-            f"{rows.source}: column '{column}' holds numbers ({', '.join(labels[:_NAMED])}) and no names.",
-            hint="Name them: data.labels, a list counted from 0 ([negative, positive]) or a mapping "
+            f"{rows.source}: the labels in column '{column}' are numbers ({', '.join(labels[:_NAMED])}) "
+            "without names.",
+            hint="Name them in data.labels: a list counted from 0 ([negative, positive]) or a mapping "
             "({0: negative, 1: positive}).",
         )
     if len(labels) == 1:
         raise DataError(
             f"{rows.source}: every row has the label '{labels[0]}'.",
-            hint="Name all labels there are: data.labels, such as [negative, positive].",
+            hint="List all possible labels in data.labels, for example [negative, positive].",
         )
     return {label: label for label in labels} if len(labels) <= _MOST_CHOICES else {}
 

@@ -1,4 +1,4 @@
-"""The usable rows of a user's own file as examples, sampled, with notes for the user."""
+"""Loads the rows of a user's own file as examples, sampled, with notes for the user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gradpruner.data.tasks import TASKS
 LABELLED = "labelled_text"
 """The fifth format: a text and its label."""
 
-_ROWS_LOOKED_AT = 20  # to tell the shape; more than one, because the first may be the bad one
+_ROWS_LOOKED_AT = 20  # to detect the shape; more than one, because the first row may be a bad one
 _ROWS_NAMED = 3  # in an error about many rows
 _AS_WRITTEN = Layout()
 
@@ -38,17 +38,17 @@ def load_examples(
     Args:
         source: A file (JSON Lines, JSON, CSV, TSV, parquet), a folder with a file per split, or a
             hub dataset id ("owner/name", "owner/name:config"). "path#N" samples N rows.
-        split: The file of a folder, key of a JSON object or split of a hub dataset.
+        split: The file of a folder, key of a JSON object, or split of a hub dataset.
         format: "auto", "labelled_text" or one of `FORMATS`.
-        limit: Sample this many rows at most, >= 1; None takes all. With "#N", the smaller counts.
-        seed: Of the sampling.
+        limit: Largest number of rows to sample, >= 1; None takes all. With "#N", the smaller number applies.
+        seed: Seed of the sampling.
         skip_bad: Drop and count unusable rows instead of refusing the file.
         layout: What the columns mean: other names, templates, names of labels.
 
     Raises:
         ConfigError: If `format`, `limit` or a template is not allowed.
         DataError: If nothing is found, a file is malformed, the columns are not recognised, or rows
-            are unusable; the message names file, row, field and what to do.
+            are unusable. The message names file, row and field, and says what to do.
     """
     allowed = ("auto", *FORMATS, LABELLED)
     check_known("data format", format, allowed)
@@ -69,33 +69,39 @@ def load_examples(
         notes.append(f"{rows.source}: dropped {len(faults)} of {total} rows as unusable")
     chosen, note = sample(examples, sample_size, seed)
     notes.append(note)
-    said = tuple(filter(None, notes))
-    return ExampleSet(tuple(chosen), rows.source, name + layout.mark(), rows.sha256, len(faults), said)
+    return ExampleSet(
+        tuple(chosen),
+        rows.source,
+        name + layout.mark(),
+        rows.sha256,
+        len(faults),
+        tuple(filter(None, notes)),
+    )
 
 
 def _shape_of(rows: RowSet, format: str, layout: Layout) -> tuple[str, Shape, str]:
-    """The name of the rows' shape, the shape, and what to say of it."""
+    """Returns the name of the rows' shape, the shape, and a note about it."""
     if layout.has_templates:
         return "templates", *templated(rows, layout)
     name = _detect(rows) if format == "auto" else format
     if name != LABELLED:
         return name, FORMATS[name], ""
     if labelled_columns(column_names(rows)) is None:
-        raise _unrecognised(rows, column_names(rows), "Rename the columns, or name them in data.columns.")
+        raise _unrecognised(rows, column_names(rows), "Rename the columns, or map them in data.columns.")
     tasks = _tasks_with(column_names(rows))
     try:
         shape, note = templated(rows, layout)
     except DataError as error:
-        if tasks:  # whose labels have names
-            error.hint = f"{error.hint} Or, if these are rows of the task {tasks}, name that task instead."
+        if tasks:  # their labels have names
+            error.hint = f"{error.hint} If these are rows of the task {tasks}, set data.task instead."
         raise
     if tasks:
-        note += f"; the task {tasks} has these columns too: name it if the rows are its own"
+        note += f"; the task {tasks} has these columns too: if these are its rows, set data.task instead"
     return name, shape, note
 
 
 def split_sample_suffix(source: str, limit: int | None) -> tuple[str, int | None]:
-    """Separates "path#N" into path and N, unless a file is really called that."""
+    """Splits "path#N" into path and N, unless a file has that name."""
     match = re.fullmatch(r"(.+)#(\d{1,15})", source)
     if not match or Path(source).expanduser().exists():
         return source, limit
@@ -104,7 +110,7 @@ def split_sample_suffix(source: str, limit: int | None) -> tuple[str, int | None
 
 
 def _detect(rows: RowSet) -> str:
-    """The name of the shape whose required columns the first rows have."""
+    """Returns the name of the shape whose required columns the first rows have."""
     found: dict[str, None] = {}
     for row in rows.rows[:_ROWS_LOOKED_AT]:
         found.update(dict.fromkeys(row.fields))
@@ -113,30 +119,30 @@ def _detect(rows: RowSet) -> str:
             return name
     labelled = labelled_columns(tuple(found))
     tasks = _tasks_with(tuple(found))
-    # A task that needs more than text and label is not a text and its label.
+    # Rows with the columns of a task that needs more than text and label are not a text and its label.
     if labelled and not _tasks_with(tuple(found), more_than=len(labelled)):
         return LABELLED
     names = [str(name) for name in found] + ["QUESTION", "ANSWER"]
     hint = (
         f"Rename the columns, or say what they mean: --set 'data.columns={{prompt: {names[0]}, completion: "
-        f"{names[1]}}}', with text and label instead for a text with its label. Or write data.prompt and "
-        "data.completion, text with columns in braces."
+        f"{names[1]}}}' (text and label instead of prompt and completion for a text with its label). Or set "
+        "data.prompt and data.completion to texts with columns in braces."
     )
     if tasks:
-        hint = f"These are the columns of the task {tasks}: name that task instead."
+        hint = f"These are the columns of the task {tasks}: set data.task instead."
     raise _unrecognised(rows, tuple(found), hint)
 
 
-_EVERYBODYS = {"text", "label"}  # say nothing of whose rows they are
+_COMMON = {"text", "label"}  # too common to tell which task the rows are from
 
 
 def _tasks_with(columns: Sequence[str], more_than: int = 0) -> str:
-    """The named tasks whose columns these are, of those that need more than so many; "" for none."""
-    if set(columns) == _EVERYBODYS:
+    """Returns the tasks whose columns are all present and more than `more_than`; "" if there are none."""
+    if set(columns) == _COMMON:
         return ""
     needed = {name: TASKS.find(name).columns for name in TASKS.names()}
     fitting = {n: len(c) for n, c in needed.items() if len(c) > more_than and set(columns) >= set(c)}
-    # The most columns win: MMLU's rows have those of GSM8K too.
+    # Tasks that need the most columns win: MMLU's rows also have the columns of GSM8K.
     return " or ".join(f"'{n}'" for n, count in fitting.items() if count == max(fitting.values()))
 
 
@@ -159,12 +165,12 @@ def _check_faults(
     named += f"; and {more} more" if more > 0 else ""
     hint = "Fix these rows" + ("." if skip_bad else ", or drop them with --skip-bad.")
     if len(faults) == total:
-        hint = f"No row can be read as {name}; its columns are {shape.columns()}."
+        hint = f"No row can be read as {name}, which has the columns {shape.columns()}."
     raise DataError(f"{rows.source}: {len(faults)} of {total} rows cannot be used: {named}.", hint)
 
 
 def _unused_note(rows: Sequence[DataRow], shape: Shape) -> str:
-    """Names the columns that hold something and are not looked at, and in how many rows they do."""
+    """Returns a note of columns that are not empty but not used, with their numbers of rows."""
     counts: dict[str, int] = {}
     for row in rows:
         for name, value in row.fields.items():

@@ -1,8 +1,8 @@
-"""The content of one data file as rows: JSON Lines, JSON, CSV and parquet.
+"""Parses the content of one data file into rows: JSON Lines, JSON, CSV and parquet.
 
 JSON Lines, JSON and CSV have readers of our own: a user with one bad line in ten thousand needs its
-file, line and column, and an empty file, a ragged row or a field written twice must be an error, not
-a guess. Parquet is read by pyarrow, imported only when it is needed.
+file, line and column, and an empty file, a ragged row or a repeated field must be an error, not a
+guess. Parquet is read by pyarrow, imported only when it is needed.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """File types that can be read."""
 
 PACKED = (".gz", ".bz2", ".xz")
-"""Compressions that a file name may end with, behind the type."""
+"""Compression suffixes that may follow the type in a file name."""
 
 _OPENERS: Mapping[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_MOST_UNPACKED = 4 << 30  # bytes; a small file may unpack to more than any memory
-_BLOCK = 1 << 24  # bytes unpacked at a time
+_MOST_UNPACKED = 4 << 30  # bytes; a small file may decompress to more than fits into memory
+_BLOCK = 1 << 24  # bytes decompressed at a time
 _BOM = b"\xef\xbb\xbf"  # the byte order mark some editors write; not part of the text
 # UTF-32 first: its mark begins with that of UTF-16.
 _WIDE_MARKS = (
@@ -44,11 +44,11 @@ _FIELD_LIMIT = 1 << 30  # bytes in one CSV field; Python's own limit of 128 KiB 
 
 @dataclass(frozen=True)
 class DataRow:
-    """One record and where it stands.
+    """One record and its place in the file.
 
     Attributes:
-        id: "file:line" for JSON Lines and CSV (first line is 1), "file[index]" for JSON, parquet
-            and the hub (first row is 0).
+        id: "file:line" for JSON Lines and CSV (the first line is 1), "file[index]" for JSON, parquet
+            and the hub (the first row is 0).
         fields: The columns as read; text is never stripped.
     """
 
@@ -58,20 +58,20 @@ class DataRow:
 
 @dataclass
 class Faults:
-    """Rows of a file that cannot be read: raised at once or, with `skip`, kept as (row id, reason)."""
+    """Collects rows that cannot be read, as (row id, reason); without `skip`, raises at once."""
 
     skip: bool = False
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, row_id: str, error: DataError) -> None:
-        """Raises the error, or keeps it where bad rows are skipped."""
+        """Raises the error, or records it if bad rows are skipped."""
         if not self.skip:
             raise error
         self.found.append((row_id, str(error).splitlines()[0].removeprefix(f"{row_id}: ")))
 
 
 def type_of(path: Path) -> str:
-    """The type a file's name says it has, e.g. ".jsonl" for "train.jsonl.gz"; "" for any other."""
+    """Returns the type by a file's name, e.g. ".jsonl" for "train.jsonl.gz"; "" if it is not supported."""
     name = path.name.lower()
     packed = next((suffix for suffix in PACKED if name.endswith(suffix)), "")
     suffix = Path(name.removesuffix(packed)).suffix
@@ -79,12 +79,12 @@ def type_of(path: Path) -> str:
 
 
 def rows_of(path: Path, content: bytes, split: str, faults: Faults) -> Iterator[DataRow]:
-    """Yields the rows of a file's unpacked content; the path says the type and is named in messages.
+    """Yields the rows of a file's decompressed content; the path gives the type and is named in messages.
 
-    Of a JSON object the list under `split` is read.
+    If a JSON file holds an object, its list under `split` is read.
 
     Raises:
-        DataError: If the file is empty, in no encoding that can be told, or malformed.
+        DataError: If the file is empty or malformed, or its encoding cannot be recognised.
     """
     kind = type_of(path)
     if not content.removeprefix(_BOM).strip():
@@ -104,10 +104,10 @@ def rows_of(path: Path, content: bytes, split: str, faults: Faults) -> Iterator[
 
 
 def unpacked(path: Path, content: bytes) -> bytes:
-    """Returns what a compressed file holds; the content itself where the name says no compression.
+    """Returns the decompressed content of a file; the content itself if its name has no compression suffix.
 
     Raises:
-        DataError: If it is damaged, not compressed after all, or unpacks to more than 4 GiB.
+        DataError: If the file is damaged, not compressed, or decompresses to more than 4 GiB.
     """
     packed = path.suffix.lower()
     if packed not in PACKED:
@@ -120,50 +120,51 @@ def unpacked(path: Path, content: bytes) -> bytes:
                 size += len(block)
                 if size > _MOST_UNPACKED:
                     raise DataError(
-                        f"{path}: unpacks to more than {_MOST_UNPACKED >> 30} GiB.",
+                        f"{path}: decompresses to more than {_MOST_UNPACKED >> 30} GiB.",
                         hint="Split it into several files, or write parquet.",
                     )
                 parts.append(block)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(
-            f"{path}: cannot be unpacked ({error}).",
-            hint=f"Is it really a {packed} file, and complete? Unpack it by hand to see.",
+            f"{path}: cannot be decompressed ({error}).",
+            hint=f"Check that it is a complete {packed} file, or decompress it yourself.",
         ) from error
     return b"".join(parts)
 
 
 def _decode(path: Path, content: bytes) -> str:
-    """UTF-8, or UTF-16 and UTF-32 where a mark or the zero bytes of ASCII text show it."""
+    """Decodes UTF-8, or UTF-16 and UTF-32 if a byte order mark or the zero bytes of ASCII text show it."""
     wide = next((name for mark, name in _WIDE_MARKS if content.startswith(mark)), None) or _unmarked(content)
     if wide is not None:
         try:
             return content.decode(wide)
         except UnicodeDecodeError as error:
             raise DataError(
-                f"{path}: begins as {wide.upper()} text, but is not: {error.reason} at byte {error.start}.",
+                f"{path}: begins as {wide.upper()} text, but cannot be decoded: {error.reason} at byte "
+                f"{error.start}.",
                 hint=f"Convert it, for example: iconv -f {wide.upper()} -t UTF-8 '{path.name}'.",
             ) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # With a byte order mark the decoder counts from behind it.
+        # The decoder does not count the byte order mark.
         offset = error.start + (3 if content.startswith(_BOM) else 0)
         line = content.count(b"\n", 0, offset) + 1
         raise DataError(
             f"{path}:{line}: not UTF-8: byte 0x{content[offset]:02x} at byte offset {offset}.",
-            hint="Convert it from the encoding it is in, for Western European text for example: "
+            hint="Convert it from its encoding, for example for Western European text: "
             f"iconv -f CP1252 -t UTF-8 '{path.name}'.",
         ) from error
 
 
 def _unmarked(content: bytes) -> str | None:
-    """UTF-16 without a mark: the first two characters of our files are ASCII ({", [{, a column name)."""
+    """Detects UTF-16 without a mark: files begin with two ASCII characters ({", [{, a column name)."""
     zeros = "".join("0" if byte == 0 else "x" for byte in content[:4])
     return {"x0x0": "utf-16-le", "0x0x": "utf-16-be"}.get(zeros)
 
 
 def _parse_json(path: Path, text: str, first_line: int) -> Any:
-    """Parses one JSON document that starts on `first_line` of the file."""
+    """Parses a JSON document that starts on line `first_line` of the file."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         fields = dict(pairs)
@@ -172,7 +173,7 @@ def _parse_json(path: Path, text: str, first_line: int) -> Any:
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(
                 f"{path}:{first_line}: field '{twice}' appears twice in one object.",
-                hint="Keep one of the two.",
+                hint="Keep one of them.",
             )
         return fields
 
@@ -192,12 +193,12 @@ def _parse_json(path: Path, text: str, first_line: int) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says; its type if it says nothing."""
+    """Returns the first line of an error's message, or the name of its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def kind_of(value: object) -> str:
-    """What a JSON value is, in words."""
+    """Returns the kind of a JSON value, in words."""
     if value is None:
         return "null"
     names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list"}
@@ -205,7 +206,7 @@ def kind_of(value: object) -> str:
 
 
 def _jsonl_rows(path: Path, text: str, faults: Faults) -> Iterator[DataRow]:
-    # Only \n ends a line: U+2028 and its kin are legal inside JSON strings.
+    # Only \n ends a line: U+2028 and similar characters are legal inside JSON strings.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -226,7 +227,7 @@ def _jsonl_rows(path: Path, text: str, faults: Faults) -> Iterator[DataRow]:
 def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[DataRow]:
     first, _, rest = text.strip().partition("\n")
     if rest and first.startswith("{") and first.rstrip().endswith("}"):
-        # JSON Lines under the name .json, as many tools write it.
+        # JSON Lines in a file called .json, as many tools write it.
         yield from _jsonl_rows(path, text, faults)
         return
     value = _parse_json(path, text, 1)
@@ -236,7 +237,7 @@ def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Da
             value = [value]
         elif not keys:
             raise DataError(
-                f"{path}: no list of rows under '{split}' or 'data'. Found: {', '.join(map(str, value))}.",
+                f"{path}: no list of rows under '{split}' or 'data'. Keys: {', '.join(map(str, value))}.",
                 hint=f'Write a list of objects, {{"data": [...]}} or {{"{split}": [...]}}.',
             )
         else:
@@ -244,7 +245,7 @@ def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Da
     if not isinstance(value, list):
         raise DataError(
             f"{path}: expected a list of objects, found {kind_of(value)}.",
-            hint='Write [{...}, {...}], {"data": [...]} or one object a line in a .jsonl file.',
+            hint='Write [{...}, {...}], {"data": [...]} or one object per line in a .jsonl file.',
         )
     for index, item in enumerate(value):
         row_id = f"{path.name}[{index}]"
@@ -253,7 +254,7 @@ def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Da
             continue
         error = DataError(
             f"{path}[{index}]: expected an object, found {kind_of(item)}.",
-            hint="Every element of the list is one row: {...}.",
+            hint="Write every element of the list as one row: {...}.",
         )
         faults.add(row_id, error)
 
@@ -317,7 +318,7 @@ def _parquet_rows(path: Path, content: bytes) -> Iterator[DataRow]:
 
 
 def class_names(content: bytes) -> dict[str, tuple[str, ...]]:
-    """Returns the label names that `datasets` wrote into a parquet file's schema, by column; {} for none."""
+    """Returns the label names that `datasets` wrote into a parquet file's schema, by column."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,8 +1,8 @@
-"""Files, folders and hub datasets, read into rows that remember where they came from.
+"""Reads files, folders and hub datasets into rows that know where they came from.
 
-What is inside one file is read by parsing.py, which files a folder has for a split is found by
-folders.py, and what the columns mean is decided in shapes.py. Hub datasets and folders of
-`save_to_disk` are read by `datasets`, imported only when it is needed.
+parsing.py reads the content of one file, folders.py finds the files of a split, and shapes.py decides
+what the columns mean. Hub datasets and folders of `save_to_disk` are read by `datasets`, imported only
+when it is needed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class RowSet:
     Attributes:
         rows: At least one.
         source: The path or hub id, for reports.
-        sha256: Hex digest of the file's bytes; of several files, of their digests; for the hub and for
+        sha256: Hex digest of the file's bytes; for several files, of their digests; for the hub and for
             `save_to_disk`, of the rows as canonical JSON lines.
-        faults: Id and reason of every row that could not be read, where such rows are skipped.
-        label_names: Names of the numbers in a column of classes, by column, where the source says them.
+        faults: Id and reason of every row that could not be read, if such rows are skipped.
+        label_names: Column of class numbers -> names of the classes, if the source has them.
     """
 
     rows: tuple[DataRow, ...]
@@ -59,11 +59,11 @@ def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = Fals
 
     Args:
         source: Path of a file or folder, or a hub id: "owner/name", "name", "owner/name:config".
-        split: Which files of a folder, key of a JSON object, or split of a hub dataset.
-        skip_bad: Keep lines that cannot be read in `RowSet.faults` instead of refusing the file.
+        split: The files of a folder, key of a JSON object, or split of a hub dataset.
+        skip_bad: Record lines that cannot be read in `RowSet.faults` instead of refusing the file.
 
     Raises:
-        DataError: If nothing is found (with every place tried), or a file cannot be read.
+        DataError: If nothing is found (the message lists every place tried), or a file cannot be read.
     """
     path = Path(source).expanduser()
     if fault := path_fault(path):
@@ -83,7 +83,7 @@ def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = Fals
         return read_hub(hub_id, split, config=config or None, tried=(str(path.absolute()),))
     raise DataError(
         f"No data at '{name}'. Tried: file or folder {path.absolute()}.",
-        hint=f"Give an existing file ({', '.join(SUFFIXES)}), a folder holding {split}.jsonl, "
+        hint=f"Give an existing file ({', '.join(SUFFIXES)}), a folder with {split}.jsonl, "
         "or a hub dataset id (owner/name).",
     )
 
@@ -91,27 +91,28 @@ def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = Fals
 def read_file(
     path: Path, split: str = "train", *, skip_bad: bool = False, root: Path | None = None
 ) -> RowSet:
-    """Reads one data file; its name says type and compression.
+    """Reads one data file; its name gives its type and compression.
 
     Args:
         path: The file.
-        split: The key of a JSON object whose list is read.
-        skip_bad: Keep rows that cannot be read in `RowSet.faults` instead of refusing the file.
-        root: Folder that row ids are relative to; None names the file alone.
+        split: If the file holds a JSON object, the key of the list to read.
+        skip_bad: Record rows that cannot be read in `RowSet.faults` instead of refusing the file.
+        root: Folder that row ids are relative to; None puts only the file name into row ids.
 
     Raises:
-        DataError: If the type is unknown, or the file is empty, in no encoding that can be told, or
-            malformed.
+        DataError: If the type is unknown, the file is empty or malformed, or its encoding cannot be
+            recognised.
     """
     if not type_of(path):
         raise DataError(
             f"{path}: cannot tell the file type from '{path.suffix or path.name}'.",
-            hint=f"Name it with one of {', '.join(SUFFIXES)}, with {', '.join(PACKED)} behind it if packed.",
+            hint=f"Give it one of the suffixes {', '.join(SUFFIXES)}, followed by {', '.join(PACKED)} if it "
+            "is compressed.",
         )
     if not path.is_file():
         raise DataError(
             f"{path} is not a regular file.",
-            hint="Write the rows to a file first; pipes cannot be read twice.",
+            hint="Write the rows to a file first; a pipe cannot be read twice.",
         )
     try:
         packed = path.read_bytes()
@@ -121,9 +122,11 @@ def read_file(
     faults = Faults(skip_bad)
     found = tuple(rows_of(path, content, split, faults))
     if not found and faults.found:
-        raise DataError(f"{path}: no row can be read. First: {faults.found[0][1]}", hint="Fix the file.")
+        raise DataError(
+            f"{path}: no row can be read. First error: {faults.found[0][1]}", hint="Fix the file."
+        )
     if not found:
-        raise DataError(f"{path} holds no rows.", hint="Write at least one row.")
+        raise DataError(f"{path} has no rows.", hint="Write at least one row.")
     bad = faults.found
     if root is not None:
         place = path.relative_to(root).parent.as_posix()
@@ -135,13 +138,13 @@ def read_file(
 
 
 def _joined(folder: Path, parts: Sequence[RowSet]) -> RowSet:
-    """The files of one split, one behind the other."""
+    """Joins the files of one split, in their order."""
     for part in parts[1:]:
         if part.label_names != parts[0].label_names:
             raise DataError(
-                f"{folder}: {Path(parts[0].source).name} and {Path(part.source).name} name the numbers of "
-                f"classes differently: {parts[0].label_names} and {part.label_names}.",
-                hint="They are not shards of one dataset; write them again with the same names.",
+                f"{folder}: {Path(parts[0].source).name} and {Path(part.source).name} have different names "
+                f"for class numbers: {parts[0].label_names} and {part.label_names}.",
+                hint="They are not shards of one dataset; write them again with the same class names.",
             )
     digest = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
     return RowSet(
@@ -154,16 +157,16 @@ def _joined(folder: Path, parts: Sequence[RowSet]) -> RowSet:
 
 
 def _read_saved(folder: Path, split: str) -> RowSet:
-    """A folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
+    """Reads a folder that `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote."""
     import datasets
 
     part = saved_split(folder, split)
     try:
         table = datasets.load_from_disk(str(part))
         rows, names = [dict(row) for row in table], _names_of(table)
-    except Exception as error:  # what is missing or damaged there comes as types of four packages
+    except Exception as error:  # missing or damaged files raise error types of four packages
         raise DataError(
-            f"{part}: a folder of save_to_disk that load_from_disk cannot read ({first_line(error)}).",
+            f"{part}: written by save_to_disk, but load_from_disk cannot read it ({first_line(error)}).",
             hint="Save it again, or write it with to_json(...) or to_parquet(...).",
         ) from error
     return _row_set(rows, part.name, str(part), names, str(part))
@@ -178,9 +181,9 @@ def _names_of(table: Any) -> dict[str, tuple[str, ...]]:
 def _row_set(
     rows: Sequence[dict[str, Any]], name: str, source: str, names: dict[str, tuple[str, ...]], what: str
 ) -> RowSet:
-    """The rows that `datasets` read, called "name[0]" and so on; `what` is their source in an error."""
+    """Makes a set of rows read by `datasets`, with ids "name[0]" ...; `what` names them in an error."""
     if not rows:
-        raise DataError(f"{what} holds no rows.", hint="Write at least one row.")
+        raise DataError(f"{what} has no rows.", hint="Write at least one row.")
     digest = hashlib.sha256()
     for row in rows:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
@@ -202,16 +205,15 @@ def read_hub(
 
     Args:
         hub_id: "owner/name".
-        split: Split name on the hub; where there is no such split, one of the other names that a folder's
-            files may have ("validation" for "eval").
-        config: Configuration (subset) name; None is the default one.
-        revision: Branch, tag or commit; None is the main branch.
-        data_files: Pattern of the files of this split inside the repository; None lets the hub
-            decide.
+        split: Name of the split. If the hub has no such split, the other names that files in a folder may
+            have are tried ("validation" for "eval").
+        config: Configuration (subset) name; None for the default one.
+        revision: Branch, tag or commit; None for the main branch.
+        data_files: Pattern of this split's files in the repository; None lets the hub decide.
         tried: Places already looked at, for the message.
 
     Raises:
-        DataError: If the dataset, the configuration or the split cannot be had.
+        DataError: If the dataset, the configuration or the split is not available.
     """
     import datasets
 
@@ -246,7 +248,7 @@ def _refuse_hub(
     where += f", split {split}" + (" (offline: local cache only)" if offline else "")
     places = "; ".join([*(f"file or folder {place}" for place in tried), where])
     hint = "Check the spelling of the path or id and the split, or download the data "
-    hint += f"and pass the file or a folder holding {split}.jsonl."
+    hint += f"and pass the file or a folder with {split}.jsonl."
     if offline:
         hint += " Unset HF_HUB_OFFLINE to look on the hub."
     raise DataError(f"No data at '{hub_id}'. Tried: {places} ({first_line(error)}).", hint=hint) from error

@@ -1,4 +1,4 @@
-"""The rows of a task as prompt and answer, whatever shape they were written in.
+"""Turns rows of the usual formats into examples.
 
     prompt/completion         text and text; optionally "choices", a list of all completions
     instruction/input/output  the Alpaca shape; "input" may be missing or empty
@@ -6,9 +6,9 @@
     messages                  [{"role": user|assistant|system, "content": text}]
     text/label                a text and its class, see layouts.py
 
-The shape is told from the columns of the first rows. prompt/completion is taken as it stands:
-nothing is added and nothing is stripped, so the completion carries its own leading space. Nothing
-here knows a tokenizer; that is encoding.py.
+The format is detected from the columns of the first rows. prompt/completion is used unchanged: nothing
+is added or stripped, so the completion must begin with its own space. Tokenizers come in later, in
+encoding.py.
 """
 
 from __future__ import annotations
@@ -39,34 +39,34 @@ _ROLES = {
     "gpt": "assistant",
     "tool": "tool",
 }
-# Ways to say that an assistant turn is (1, true) or is not (0, false) to be learned.
+# Fields that say whether an assistant turn is learned (1, true) or not (0, false).
 _WEIGHTS = ("weight", "loss", "train")
 
 
 class BadRow(Exception):
-    """Why one row cannot be used."""
+    """A row that cannot be used; the message says why."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One way to write rows: its columns, and how a row becomes an example."""
+    """A format of rows: its columns, and the function that makes an example of a row."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...]
     build: Callable[[str, Mapping[str, Any]], Example]
 
     def used(self, fields: Mapping[str, Any]) -> tuple[str, ...]:
-        """The columns that are looked at in a row."""
+        """Returns the columns that are read from a row."""
         turns = ("system", "tools") if isinstance(fields.get("prompt"), list) else ()
         return (*self.required, *self.optional, *turns)
 
     def columns(self) -> str:
-        """The columns in words, optional ones in brackets."""
+        """Returns the columns as text, optional ones in brackets."""
         return ", ".join([*self.required, *(f"[{name}]" for name in self.optional)])
 
 
 def text_field(fields: Mapping[str, Any], name: str, *, blank: bool = False) -> str:
-    """The text of one field; `blank` says whether missing and empty are fine."""
+    """Returns the text of a field; `blank` allows it to be missing or empty."""
     if name not in fields and not blank:
         raise BadRow(f"field '{name}' is missing")
     value = fields.get(name)
@@ -81,12 +81,12 @@ def text_field(fields: Mapping[str, Any], name: str, *, blank: bool = False) -> 
     if not value.strip() and not blank:
         raise BadRow(f"field '{name}' is empty")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise BadRow(f"field '{name}' holds half a surrogate pair, which is not a character")
+        raise BadRow(f"field '{name}' contains half a surrogate pair, which is not a character")
     return value
 
 
 def _list(fields: Mapping[str, Any], name: str) -> list[Any]:
-    """The list in one field; a CSV cell holds it as JSON."""
+    """Returns the list in a field; in CSV it is written as JSON."""
     value = fields.get(name)
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -107,9 +107,9 @@ def _choices(fields: Mapping[str, Any], answer: str) -> tuple[str, ...]:
         return ()
     choices = tuple(_list(fields, "choices"))
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
-        raise BadRow("field 'choices' holds something that is not text, or is empty")
+        raise BadRow("field 'choices' contains something that is empty or not text")
     if len(set(choices)) != len(choices):
-        raise BadRow("field 'choices' names a choice twice")
+        raise BadRow("field 'choices' contains a choice twice")
     if answer not in choices:
         raise BadRow(f"the answer {answer!r} is not one of the choices {list(choices)!r}")
     return choices
@@ -118,7 +118,7 @@ def _choices(fields: Mapping[str, Any], answer: str) -> tuple[str, ...]:
 def _from_completion(row_id: str, fields: Mapping[str, Any]) -> Example:
     if isinstance(fields.get("prompt"), list):  # the conversational variant of TRL
         if fields.get("choices"):
-            raise BadRow("field 'choices' goes with a text prompt, not with conversation turns")
+            raise BadRow("field 'choices' is allowed with a text prompt, not with conversation turns")
         asked, completion = _list(fields, "prompt"), _list(fields, "completion")
         return _from_turns(row_id, [*asked, *completion], fields, only_read=len(asked))
     answer = text_field(fields, "completion")
@@ -136,12 +136,12 @@ def _from_alpaca(row_id: str, fields: Mapping[str, Any]) -> Example:
 
 
 def _conversation(name: str) -> Shape:
-    """The shape of rows whose column `name` holds the turns."""
+    """Returns the shape of rows with their turns in the column `name`."""
     return Shape((name,), ("system", "tools"), lambda row_id, row: _from_turns(row_id, _list(row, name), row))
 
 
 def _from_turns(row_id: str, turns: Sequence[Any], fields: Mapping[str, Any], only_read: int = 0) -> Example:
-    """A conversation; the first `only_read` turns are never learned."""
+    """Makes an example of a conversation; the first `only_read` turns are never learned."""
     system = text_field(fields, "system", blank=True)
     messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
     messages[:only_read] = [
@@ -151,13 +151,13 @@ def _from_turns(row_id: str, turns: Sequence[Any], fields: Mapping[str, Any], on
         messages.insert(0, Message("system", system))
     roles = [message.role for message in messages]
     if "system" in roles[1:]:
-        raise BadRow("a system turn stands after the first turn")
+        raise BadRow("a system turn comes after the first turn")
     if "user" not in roles or roles[roles[0] == "system"] != "user":
         raise BadRow("the conversation does not start with a user turn")
     if roles[-1] != "assistant":
-        raise BadRow(f"the conversation ends with a {roles[-1]} turn; the last must be the answer")
+        raise BadRow(f"the conversation ends with a {roles[-1]} turn; it must end with the assistant's")
     if not any(message.learned for message in messages if message.role == "assistant"):
-        raise BadRow("every assistant turn has weight 0: nothing is to be learned")
+        raise BadRow("every assistant turn has weight 0, so there is nothing to learn")
     return Example(row_id, "", messages[-1].content, messages=tuple(messages), tools=_tools(fields))
 
 
@@ -168,7 +168,7 @@ def _tools(fields: Mapping[str, Any]) -> str:
 
 
 def _message(turn: Any, number: int) -> Message:
-    """One turn in either spelling: role/content or from/value."""
+    """Reads a turn written as role/content or as from/value."""
     if not isinstance(turn, Mapping):
         raise BadRow(f"turn {number} is {kind_of(turn)}, not an object")
     spelled = ("role", "content") if turn.get("role") is not None else ("from", "value")
@@ -180,7 +180,7 @@ def _message(turn: Any, number: int) -> Message:
     content = turn.get(spelled[1])
     if isinstance(content, list):
         content = _joined_parts(content, number)
-    # Tables of turns give every turn all keys; one that is null or empty says nothing.
+    # In tables, every turn has all keys: null and empty ones carry no information.
     extra = {
         str(key): value
         for key, value in turn.items()
@@ -208,7 +208,7 @@ def _is_learned(turn: Mapping[str, Any], number: int) -> bool:
 
 
 def _joined_parts(parts: Sequence[Any], number: int) -> str:
-    """The text of a content list such as [{"type": "text", "text": "Hi"}]."""
+    """Returns the text of a content list such as [{"type": "text", "text": "Hi"}]."""
     texts = []
     for part in parts:
         if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
@@ -217,11 +217,11 @@ def _joined_parts(parts: Sequence[Any], number: int) -> str:
     return "".join(texts)
 
 
-# Order matters: a table that has both is the richer shape, which stands first.
+# Order matters: rows with the columns of two shapes get the one that comes first, the richer one.
 FORMATS: Mapping[str, Shape] = {
     "messages": _conversation("messages"),
     "sharegpt": _conversation("conversations"),
     "prompt_completion": Shape(("prompt", "completion"), ("choices",), _from_completion),
     "alpaca": Shape(("instruction", "output"), ("input", "choices"), _from_alpaca),
 }
-"""The four shapes by name."""
+"""The four shapes, by name."""

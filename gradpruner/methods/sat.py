@@ -204,7 +204,7 @@ class OmissionCallback(ClosingCallback):
 
 
 def _check(steps: int, compiled: bool) -> None:
-    """Raises ConfigError if SAT cannot change a training of so many optimizer steps."""
+    """Raises ConfigError if SAT cannot change a training of `steps` optimizer steps."""
     if steps < 2:
         raise ConfigError(
             f"SAT leaves out less from stage to stage and needs at least two optimizer steps; this training "

@@ -249,7 +249,7 @@ def test_fingpt_keeps_the_instruction_and_its_own_choices():
     (example,) = task.examples([row], "train")
     assert example.prompt == "Instruction: Pick from {good/very bad}.\nInput: x\nAnswer:"
     assert example.choices == (" good", " very bad")
-    with pytest.raises(DataError, match="names no choices"):
+    with pytest.raises(DataError, match="lists no choices"):
         task.examples([{**row, "instruction": "Pick."}], "train")
 
 
@@ -273,7 +273,7 @@ def test_arc_looks_the_key_up():
         example("arc_easy", row | {"choices": lettered})
     with pytest.raises(DataError, match=r"'choices' has 3 texts and the labels \['A'\]"):
         example("arc_easy", row | {"choices": choices | {"label": ["A"]}})
-    with pytest.raises(DataError, match="'choices' holds None, not a list of options"):
+    with pytest.raises(DataError, match="'choices' is None; a list of options is expected"):
         example("arc_easy", row | {"choices": ["ice", "steam"]})
 
 
@@ -293,7 +293,7 @@ def test_banking77_takes_the_name_before_the_number():
     assert example("banking77", refund).answer == " refund not showing up"
     reverted = {"text": "x", "label": 53, "label_text": "reverted_card_payment?"}
     assert example("banking77", reverted).answer == example("banking77", {"text": "x", "label": 53}).answer
-    with pytest.raises(DataError, match="label 'label_text' is 'parking'; allowed: the name of one of"):
+    with pytest.raises(DataError, match="label 'label_text' is 'parking'; allowed: the names of the 77"):
         example("banking77", row | {"label_text": "parking"})
 
 
@@ -370,8 +370,8 @@ def test_questions_without_a_choice_are_left_out_and_counted(tmp_path):
     same = MEDICAL | dict.fromkeys(("opa", "opb", "opc", "opd"), "TIBC")
     found = load_task("medmcqa", write(tmp_path / "train.jsonl", [MEDICAL, same, MEDICAL]))
     assert [example.id for example in found.examples] == ["train.jsonl:1", "train.jsonl:3"]
-    assert found.notes == ("left out 1 of 3 rows: their options are all the same text",)
-    with pytest.raises(DataError, match="All 2 rows offer one option only"):
+    assert found.notes == ("left out 1 of 3 rows: all their options are equal",)
+    with pytest.raises(DataError, match="All 2 rows have a single option"):
         load_task("medmcqa", write(tmp_path / "train.jsonl", [same, same]))
 
 
@@ -419,7 +419,7 @@ def test_scitldr_takes_the_first_summary():
         "Abstract: We sort. It works.\nSummarise it in one sentence.\nSummary:",
         " Sorting.",
     )
-    with pytest.raises(DataError, match="'source' is 'We sort', not a list of texts"):
+    with pytest.raises(DataError, match="'source' is 'We sort'; a list of texts is expected"):
         example("scitldr", row | {"source": "We sort"})
 
 
@@ -460,14 +460,14 @@ def test_unknown_task_and_missing_folder(tmp_path):
         load_task("treck")
     with pytest.raises(DataError, match="no folder") as caught:
         load_task("trec", tmp_path / "none")
-    assert "train.jsonl with the columns text, coarse_label" in caught.value.hint
+    assert "train.jsonl, with the columns text, coarse_label" in caught.value.hint
 
 
 def test_too_few_rows_to_hold_out(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = [dict(row) for row in ROWS["financial_phrasebank"]]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    with pytest.raises(DataError, match="too few to hold 1000 out"):
+    with pytest.raises(DataError, match="too few to hold out 1000"):
         load_task("financial_phrasebank")
 
 
@@ -482,7 +482,7 @@ def test_rows_of_another_task_are_recognised(tmp_path):
     with pytest.raises(DataError) as caught:
         load_examples(path)
     assert caught.value.hint == (
-        "These are the columns of the task 'mmlu_clinical_knowledge': name that task instead."
+        "These are the columns of the task 'mmlu_clinical_knowledge': set data.task instead."
     )
     with pytest.raises(DataError) as caught:
         load_examples(write(tmp_path / "sst2.jsonl", ROWS["sst2"]))
@@ -494,7 +494,7 @@ def test_rows_of_another_task_are_recognised(tmp_path):
     [
         ({"metric": "acuracy"}, "Did you mean 'accuracy'"),
         ({"eval_split": "train"}, "names a split twice: train, train"),
-        ({"hub_files": {"train": "*.parquet"}}, "names none for test"),
+        ({"hub_files": {"train": "*.parquet"}}, "but none for test"),
     ],
 )
 def test_a_task_that_contradicts_itself_is_refused(wrong, words):

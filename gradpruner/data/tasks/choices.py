@@ -1,4 +1,4 @@
-"""Multiple-choice tasks, all in one form.
+"""Multiple-choice tasks, all with the same form of prompt.
 
     <what is asked>
     Options:
@@ -8,8 +8,8 @@
 
 The answer is the option's text, not a letter: a small or base model need not know what "B" stands for, and
 the likelihood of an option is that of its words, as lm-evaluation-harness scores these tasks. The options are
-listed, because otherwise no greedy answer could match one of them word for word; they carry no letters, so
-that there is only one way to name one.
+listed, because otherwise a greedy answer could hardly match one of them word for word. They have no letters,
+so that there is only one way to name an option.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from gradpruner.data.tasks.base import (
     text_of,
 )
 
-# Left by the extraction from WikiHow; other brackets are the authors' own.
+# Marks left by the extraction from WikiHow; other brackets are part of the texts.
 _TITLE = re.compile(r"[.\s]*\[title\]\s*")
 _MARK = re.compile(r"\[(?:header|step|substeps?)\]\s*")
 _MEDMCQA = ("opa", "opb", "opc", "opd")
 
 
 def choice_example(row_id: str, asked: str, options: Sequence[str], answer: int) -> Example:
-    """Makes the example of one question.
+    """Makes an example of a question.
 
-    Equal options are merged, in the order of their first appearance: offered twice, one would be scored
-    twice. Options that differ in case only stay apart (in genetics "Rr" is not "rr"). If a single one is
-    left, it is the one choice of the example, and `load_task` leaves the row out.
+    Equal options are merged, in the order of their first appearance; otherwise they would be scored twice.
+    Options that differ in case only stay separate (in genetics "Rr" is not "rr"). If a single option is left,
+    it is the only choice of the example, and `load_task` leaves the row out.
 
     Args:
-        row_id: Names the row.
+        row_id: Id of the row.
         asked: Everything above the options.
-        options: Their texts; runs of white space become one space, and blank ones are not offered.
-        answer: Which of them is right, from 0.
+        options: Texts of the options; runs of white space become one space, and blank options are left out.
+        answer: Index of the right option, from 0.
 
     Raises:
         DataError: If the right option is blank.
@@ -66,18 +66,18 @@ def choice_example(row_id: str, asked: str, options: Sequence[str], answer: int)
 
 
 def options_of(values: Any, column: str, row_id: str) -> list[str]:
-    """Returns a list of options as read, after checking it.
+    """Returns a list of options unchanged, after checking it.
 
     Raises:
-        DataError: If it is not a list of texts, or empty.
+        DataError: If the value is empty or not a list of texts.
     """
     if not isinstance(values, list) or not values or not all(isinstance(value, str) for value in values):
-        raise DataError(f"{row_id}: '{column}' holds {values!r}, not a list of options.", hint=FIX)
+        raise DataError(f"{row_id}: '{column}' is {values!r}; a list of options is expected.", hint=FIX)
     return values
 
 
 def _pair(asked: str, columns: Sequence[str], answer: str, first: int) -> Build:
-    """Questions with one column for each of two options; `answer` holds the number of the right one."""
+    """Returns a function for questions with a column per option; `answer` holds the right one's number."""
 
     def build(row: Row, row_id: str) -> Example:
         options = [text_of(row, column, row_id) for column in columns]
@@ -94,9 +94,9 @@ def _arc(row: Row, row_id: str) -> Example:
     if not isinstance(labels, list) or len(labels) != len(texts):
         raise DataError(
             f"{row_id}: 'choices' has {len(texts)} texts and the labels {labels!r}.",
-            hint='It must be {"text": [...], "label": [...]}, as many labels as texts.',
+            hint='Write it as {"text": [...], "label": [...]}, with as many labels as texts.',
         )
-    # The key is looked up, never counted: the same letter need not stand in the same place.
+    # The key is looked up among the labels: "B" need not be the second option.
     if row["answerKey"] not in labels:
         raise refusal(row, "answerKey", row_id, ", ".join(map(str, labels)))
     return choice_example(
@@ -106,7 +106,7 @@ def _arc(row: Row, row_id: str) -> Example:
 
 def _medmcqa(row: Row, row_id: str) -> Example:
     # `cop` counts from 0 on the hub (and is -1 in its test split, which has no answers). In the authors' own
-    # files it counts from 1; nothing in a single row tells the two apart, but a 4 is refused.
+    # files it counts from 1. A single row does not show which, but a 4 is refused.
     options = options_of([row[column] for column in _MEDMCQA], "opa to opd", row_id)
     answer = number_of(row, "cop", range(len(options)), row_id, "0 to 3, counted from 0 as on the hub")
     return choice_example(row_id, filled("Question: {question}", row, row_id), options, answer)
@@ -126,7 +126,7 @@ def _hellaswag(row: Row, row_id: str) -> Example:
 
 
 def _plain(text: str) -> str:
-    """A text without the marks of WikiHow's layout."""
+    """Removes the marks of WikiHow's layout from a text."""
     return _MARK.sub("", _TITLE.sub(". ", text).removeprefix(". ")).strip()
 
 
@@ -162,8 +162,8 @@ add(
         columns=("question", *_MEDMCQA, "cop"),
         build=_medmcqa,
         hub_id="openlifescienceai/medmcqa",
-        # The paper compares texts, not letters: an answer near the right one earns something. The likelihood
-        # of the options can be had as well.
+        # The paper compares texts, not letters: an answer close to the right one earns part of the score. The
+        # likelihoods of the options can be measured too.
         metric="similarity",
         eval_split="validation",
         train_limit=40_000,
@@ -176,8 +176,8 @@ add(
         build=_mmlu,
         hub_id="cais/mmlu",
         hub_config="clinical_knowledge",
-        # MMLU has nothing to train on: `dev` holds the five rows its authors meant for showing the form, and
-        # `auxiliary_train` is other examinations, which would not be this task.
+        # MMLU has no training rows for this task: `dev` has the five rows its authors use to show the form,
+        # and `auxiliary_train` comes from other examinations.
         train_split="dev",
         other_splits=("validation",),
         paper="Table 12",
@@ -188,7 +188,7 @@ add(
         columns=("goal", "sol1", "sol2", "label"),
         build=_pair("Goal: {goal}\nWhich of these reaches it?", ("sol1", "sol2"), "label", first=0),
         hub_id="ybisk/piqa",
-        # The star is the configuration, which the conversion has called "plain_text" and "default".
+        # The star stands for the configuration, which the conversion has called "plain_text" and "default".
         hub_revision=CONVERTED,
         hub_files={"train": "*/train/*.parquet", "validation": "*/validation/*.parquet"},
         eval_split="validation",  # the hub's test split has no answers
@@ -198,9 +198,9 @@ add(
         name="winogrande",
         description="WinoGrande: the one of two names that fills the blank.",
         columns=("sentence", "option1", "option2", "answer"),
-        # The name alone is learned and scored. lm-evaluation-harness scores the rest of the sentence behind
-        # each name instead, which asks more of a model that was not trained for the task; its figures are not
-        # comparable.
+        # Only the name is learned and scored. lm-evaluation-harness instead scores the rest of the sentence
+        # after each name, which demands more of a model that was not trained for the task; its figures are
+        # not comparable.
         build=_pair(
             "Sentence: {sentence}\nWhich of these stands in the blank _?",
             ("option1", "option2"),

@@ -1,4 +1,4 @@
-"""Tasks that ask for a class: sentiment, kind of question, intent of a customer."""
+"""Tasks that ask for a class: sentiment, kind of question, a customer's intent."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gradpruner.data.tasks.base import (
     text_of,
 )
 
-# The hub's order: ABBR, ENTY, DESC, HUM, LOC, NUM. Written out in lower case because the short
-# names are pieces of tokens that no model has read in a sentence.
+# In the hub's order: ABBR, ENTY, DESC, HUM, LOC, NUM. Written out in lower case, because the short
+# names are split into tokens that no model has read in a sentence.
 QUESTIONS = ("abbreviation", "entity", "description", "human", "location", "numeric")
-# The hub's order. Two names lose what is a slip there: the capital of "Refund_not_showing_up" and the mark
-# of "reverted_card_payment?".
+# In the hub's order. Two slips of the hub's names are corrected: the capital of "Refund_not_showing_up" and
+# the question mark of "reverted_card_payment?".
 _INTENTS = """activate my card, age limit, apple pay or google pay, atm support, automatic top up,
 balance not updated after bank transfer, balance not updated after cheque or cash deposit,
 beneficiary not allowed, cancel transfer, card about to expire, card acceptance, card arrival,
@@ -49,13 +49,13 @@ INTENTS = tuple(" ".join(_INTENTS.split()).split(", "))
 
 
 def classified(prompt: str, column: str, names: Sequence[str]) -> Build:
-    """Returns what makes an example whose answer is the name of the class number in `column`.
+    """Returns a function that makes examples whose answer is the name of the class number in `column`.
 
     Args:
-        prompt: With columns in braces; "<names>" becomes the list of names, so that an instruction-tuned
-            model can answer before any training.
-        column: Holds the number, from 0.
-        names: Of the classes, in the order of their numbers.
+        prompt: Text with columns in braces. "<names>" is replaced by the list of names, so that an
+            instruction-tuned model can answer before any training.
+        column: Column of the class number, from 0.
+        names: Names of the classes, in the order of their numbers.
     """
     choices = tuple(map(spaced, names))
     listed = prompt.replace("<names>", ", ".join(names))
@@ -68,34 +68,34 @@ def classified(prompt: str, column: str, names: Sequence[str]) -> Build:
 
 
 def _banking77(row: Row, row_id: str) -> Example:
-    # The intents are not listed: 77 of them would make a prompt of 20 tokens more than ten times as long.
+    # The intents are not listed: 77 names would make a prompt of 20 tokens more than ten times as long.
     asked = filled("Customer message: {text}\nIntent:", row, row_id)
     return Example(row_id, asked, spaced(_intent(row, row_id)), tuple(map(spaced, INTENTS)))
 
 
 def _intent(row: Row, row_id: str) -> str:
-    """The name of the row's intent; a name in `label_text` goes before the number.
+    """Returns the name of the row's intent; a name in `label_text` takes precedence over the number.
 
-    Copies of the set number the intents differently: sorted by code point, "Refund_not_showing_up" comes
-    first and shifts 51 others. Those copies carry the name as well.
+    Some copies of the dataset number the intents differently: sorted by code point, "Refund_not_showing_up"
+    comes first and shifts 51 others. These copies have the names too.
     """
     numbered = label_of(row, "label", INTENTS, row_id)
     if row.get("label_text") is None:
         return numbered
     name = text_of(row, "label_text", row_id).replace("_", " ").rstrip("?").casefold()
     if name not in INTENTS:
-        raise refusal(row, "label_text", row_id, "the name of one of the 77 intents, such as card_arrival")
+        raise refusal(row, "label_text", row_id, "the names of the 77 intents, for example card_arrival")
     return name
 
 
 def _fingpt(row: Row, row_id: str) -> Example:
-    # The dataset's own instruction stays: it differs by source and names the choices.
+    # The dataset's own instruction is kept: it differs by source and names the choices.
     instruction = text_of(row, "instruction", row_id)
     listed = re.search(r"\{([^{}]+)\}", instruction)
     if not listed:
         raise DataError(
-            f"{row_id}: the instruction names no choices: {instruction!r}.",
-            hint="It must list them in braces: {negative/neutral/positive}.",
+            f"{row_id}: the instruction lists no choices: {instruction!r}.",
+            hint="It must list the choices in braces: {negative/neutral/positive}.",
         )
     choices = tuple(choice.strip() for choice in listed[1].split("/"))
     answer = text_of(row, "output", row_id)
@@ -123,7 +123,7 @@ add(
         description="Financial PhraseBank (half the annotators agree): sentiment, three classes.",
         columns=("sentence", "label"),
         build=classified(
-            # "for an investor" is the question the annotators of the dataset were asked.
+            # The annotators of the dataset were asked to judge "for an investor".
             "What is the sentiment of this sentence for an investor: <names>?\nSentence: {sentence}\nAnswer:",
             "label",
             ("negative", "neutral", "positive"),  # the hub's order
@@ -154,7 +154,7 @@ add(
         hub_id="PolyAI/banking77",
         hub_revision=CONVERTED,
         hub_files={"train": "default/train/*.parquet", "test": "default/test/*.parquet"},
-        # The likelihood of 77 options takes almost five times as long as the greedy answer.
+        # The likelihoods of 77 options take almost five times as long as the greedy answer.
         metric="exact_match",
     ),
     Task(
@@ -165,8 +165,8 @@ add(
         hub_id="FinGPT/fingpt-sentiment-train",
         # The hub has one split, with some sources repeated many times over.
         hold_out=1500,
-        # The paper's measure, which finds "mildly positive" close to "positive". The answers are class names,
-        # so exact match and the likelihood of the choices can be had as well.
+        # The paper's metric, which finds "mildly positive" close to "positive". The answers are class names,
+        # so exact match and the likelihoods of the choices can be measured too.
         metric="similarity",
         train_limit=40_000,
         paper="Tables 1, 3, 4, 7",

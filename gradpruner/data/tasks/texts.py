@@ -1,4 +1,4 @@
-"""Tasks whose answer is a text: a summary, a conclusion, a worked sum."""
+"""Tasks whose answer is a text: a summary, a conclusion, a worked answer."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ DECISIONS = ("yes", "no", "maybe")
 
 
 def _billsum(row: Row, row_id: str) -> Example:
-    # Bills are longer than most limits (5,000 to 20,000 characters); what is cut is the beginning. The title
-    # is not shown: it often is the summary's first line.
+    # Bills are longer than most limits (5,000 to 20,000 characters), and their beginning is cut. The title is
+    # not shown, because it is often the first line of the summary.
     asked = filled("Bill:\n{text}\n\nSummarise this bill.\nSummary:", row, row_id)
     return Example(row_id, asked, spaced(text_of(row, "summary", row_id)))
 
@@ -34,8 +34,8 @@ def _gsm8k(row: Row, row_id: str) -> Example:
     answer = text_of(row, "answer", row_id)
     if "####" not in answer or final_number(answer) is None:
         raise refusal(row, "answer", row_id, "the steps, then '#### ' and the number")
-    # The dataset's <<6*7=42>> stay: they are part of what was published, and spelling out each sum helps a
-    # small model. Only the number behind #### is scored.
+    # The <<6*7=42>> marks stay: they are part of the published dataset, and spelling out each calculation
+    # helps a small model. Only the number after #### is scored.
     prompt = "Question: {question}\nWork it out step by step and end with #### and the number.\nAnswer:"
     return Example(row_id, filled(prompt, row, row_id), spaced(answer))
 
@@ -49,17 +49,17 @@ def _pubmedqa(row: Row, row_id: str) -> Example:
     abstract = " ".join(texts_of({"contexts": contexts}, "contexts", row_id))
     asked = "Question: {question}\nAnswer yes, no or maybe, then give the conclusion.\nAnswer:"
     prompt = f"Abstract: {abstract}\n{filled(asked, row, row_id)}"
-    # The paper scores PubMedQA by the similarity of texts, which says little of single words: so the answer
-    # is the conclusion, opened by the decision. What follows: similarity is mostly that of the conclusion
-    # (about 40 words), a wrong decision alone costs little, and the accuracy of the decision is that of the
-    # first word.
+    # The paper scores PubMedQA by the similarity of texts, which says little about single words. The answer
+    # is therefore the conclusion, preceded by the decision. So the similarity is mostly that of the
+    # conclusion (about 40 words), a wrong decision alone costs little, and the accuracy of the decision is
+    # the accuracy of the first word.
     answer = f"{row['final_decision']}. {text_of(row, 'long_answer', row_id)}"
     return Example(row_id, prompt, spaced(answer))
 
 
 def _scitldr(row: Row, row_id: str) -> Example:
-    # Evaluation rows have several summaries; the first is the answer. Published figures take the best match
-    # over all of them and so are higher.
+    # Evaluation rows have several summaries; the first one is the answer. Published figures take the best
+    # match over all summaries and are therefore higher.
     abstract = " ".join(texts_of(row, "source", row_id))
     prompt = f"Abstract: {abstract}\nSummarise it in one sentence.\nSummary:"
     return Example(row_id, prompt, spaced(texts_of(row, "target", row_id)[0]))
@@ -73,7 +73,7 @@ add(
         build=_billsum,
         hub_id="FiscalNote/billsum",
         metric="similarity",
-        # California's bills: another legislature's language, for a test across domains.
+        # Bills of California: the language of another legislature, for a test across domains.
         other_splits=("ca_test",),
         paper="Tables 1, 3, 4",
     ),
@@ -94,8 +94,8 @@ add(
         build=_pubmedqa,
         hub_id="qiaojin/PubMedQA",
         hub_config="pqa_labeled",
-        # The hub has one split of 1,000. The authors' test half is a list of ids kept elsewhere; a folder
-        # with their train and test files is used as it is.
+        # The hub has one split of 1,000 rows. The authors' test half is a list of ids published elsewhere; a
+        # folder with their train and test files is used as it is.
         hold_out=500,
         metric="similarity",
         paper="Tables 1, 3, 4",
