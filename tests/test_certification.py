@@ -17,7 +17,7 @@ from gradpruner.plans.certification import (
 
 
 def rows_of(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of 0 and 1 with these counts: both right, dense only, pruned only, none."""
+    """Scores of 0 and 1, with these numbers of rows that both, dense only, pruned only, or none get right."""
     dense = np.repeat([1.0, 1.0, 0.0, 0.0], [both, lost, won, neither])
     pruned = np.repeat([1.0, 0.0, 1.0, 0.0], [both, lost, won, neither])
     return dense, pruned
@@ -74,7 +74,7 @@ def test_losses_and_wins_put_their_margins_together_as_a_root_of_squares():
 
 
 def test_scores_between_are_bounded_by_growing_limits_largest_difference_first():
-    # Stringer's bound by hand: two losses, .5 and .2, among ten rows; one win of .4.
+    # Stringer's bound by hand: two losses, .5 and .2, among ten rows; one gain of .4.
     dense = [0.9, 0.8, 0.5] + [0.7] * 7
     pruned = [0.4, 0.6, 0.9] + [0.7] * 7
     upper, lower = _limits(2, 0.1)
@@ -105,13 +105,13 @@ def test_the_bound_is_never_above_one():
 
 @pytest.mark.parametrize("confidence", [0.8, 0.9, 0.95, 0.99])
 def test_coverage_of_counts_is_exact_or_more(confidence):
-    """Coverage computed, not sampled: lost and won rows as Poisson counts, the limit of many rows."""
+    """Coverage computed, not sampled, for Poisson counts of lost and gained rows (the limit of many rows)."""
     most = 160
     counts = np.arange(most)
     upper, lower = _limits(most, 1 - confidence)
     b, c = np.meshgrid(counts, counts, indexing="ij")
     bound = b - c + np.hypot(upper[b] - b, c - lower[c])
-    # The formula above is the function's.
+    # The formula above equals the function.
     assert bound[7, 3] == pytest.approx(4 + _margin(np.ones(7), np.ones(3), 1 - confidence))
     chances = {
         mean: np.array([poisson(j, mean) for j in counts]) for mean in (1e-9, 0.3, 1, 2.3, 4, 9, 20, 60)
@@ -185,7 +185,7 @@ def test_verdicts():
 
 
 def test_too_few_rows_means_that_not_even_equality_would_pass():
-    # 30 rows of 500 differ: won and lost in equal parts, the bound is still beyond 1 %.
+    # 30 rows of 500 differ, half of them gained: the bound still exceeds 1 %.
     assert relative_loss_bound(*rows_of(435, 15, 15, 35)).upper > 0.01
     assert certify(*rows_of(433, 17, 13, 37), limit=0.01).verdict == "too few rows"
     assert relative_loss_bound(*rows_of(435, 15, 15, 35)).upper < 0.03
@@ -220,7 +220,7 @@ def test_a_limit_is_a_fraction(limit):
 
 
 def exactly(losses: dict[int, int]):
-    """A measurement with that many lost rows of 1,000, and the numbers asked for."""
+    """Returns a `measure` with these numbers of lost rows of 1,000, and the list of its calls."""
     asked: list[int] = []
 
     def measure(layers: int) -> tuple[np.ndarray, np.ndarray]:
@@ -231,7 +231,7 @@ def exactly(losses: dict[int, int]):
 
 
 def test_the_search_bisects_and_reports_all_it_measured():
-    # 1,000 rows: at 1 %, four losses pass at any share used here, twenty never.
+    # 1,000 rows: at 1 %, four losses pass at any share used here, twenty never do.
     measure, asked = exactly({n: 0 if n <= 5 else 20 for n in range(1, 13)})
     found = largest_certified(measure, range(1, 13), limit=0.01)
     assert found.best == 5
@@ -239,7 +239,7 @@ def test_the_search_bisects_and_reports_all_it_measured():
     assert [n for n, _ in found.measured] == asked
     assert [n for n, _ in found.curve] == [4, 5, 6, 7]
     assert [certificate.passed for _, certificate in found.curve] == [True, True, False, False]
-    # 10 % over four looks; a look that fails keeps its share, one that passes gives it back.
+    # 10 % over four tests; a test that fails spends its share, one that passes gives it back.
     shares = [1 - certificate.confidence for _, certificate in found.measured]
     assert shares == pytest.approx([0.1 / 4, 0.075 / 3, 0.075 / 2, 0.0375])
     assert found.confidence == 0.9
@@ -291,7 +291,7 @@ CURVES = {
 @pytest.mark.parametrize("curve", CURVES.values(), ids=CURVES)
 @pytest.mark.parametrize("shared", [False, True], ids=["independent rows", "the same rows"])
 def test_the_search_keeps_its_error_rate(curve, shared):
-    """How often it certifies a number whose true loss is beyond 1 %, measured on 600 rows."""
+    """How often the search certifies a number of layers with a true loss above 1 %, on 600 rows."""
     generator, limit, runs, dense = np.random.default_rng(7), 0.01, 400, 0.9
     wrong = certified = 0
     for _ in range(runs):
@@ -299,7 +299,7 @@ def test_the_search_keeps_its_error_rate(curve, shared):
 
         def measure(layers: int, draws: np.ndarray = draws) -> tuple[np.ndarray, np.ndarray]:
             drawn = draws if shared else generator.random(600)
-            lost = curve[layers - 1] * dense + 0.001  # and 0.1 % of the rows won
+            lost = curve[layers - 1] * dense + 0.001  # and 0.1 % of the rows gained
             first = drawn < dense
             second = (drawn >= lost) & first | (drawn > 0.999)
             return first, second
@@ -311,8 +311,8 @@ def test_the_search_keeps_its_error_rate(curve, shared):
     assert certified > 0 or curve[0] > limit
 
 
-def test_looking_without_a_budget_would_not_keep_it():
-    """The same search with every look at the full error errs clearly more often than allowed."""
+def test_a_search_without_a_budget_would_not_keep_its_error_rate():
+    """If every test spends the full error, the same search errs clearly more often than allowed."""
     generator, runs, wrong = np.random.default_rng(8), 400, 0
     for _ in range(runs):
         low, high = 0, 12

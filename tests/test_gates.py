@@ -35,7 +35,7 @@ IDS = torch.tensor([[1, 5, 6, 7, 8, 2], [1, 9, 4, 4, 10, 2], [1, 12, 13, 5, 6, 2
 
 
 class Gate(nn.Module):
-    """A decoder layer with a gate for every row on what it adds."""
+    """A decoder layer with one gate per row that scales what the layer adds."""
 
     def __init__(self, layer, rows):
         super().__init__()
@@ -48,7 +48,7 @@ class Gate(nn.Module):
 
 
 def gates_of(model, batches, scale=1.0):
-    """Gates of one optimizer step over micro-batches, with the mean loss of the whole step."""
+    """Returns the gates of one optimizer step over micro-batches, for the mean loss of the whole step."""
     hooks = GateHooks(LayeredModel(model).layers)
     rows = sum(map(len, batches))
     for ids in batches:
@@ -72,7 +72,7 @@ def test_every_example_against_finite_differences():
         return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
 
     model = make_llama().double()
-    # The norms and the loss of transformers compute in fp32, whose rounding is more than the differences.
+    # transformers computes norms and loss in fp32, whose rounding exceeds the differences tested here.
     for name, norm in [*model.named_modules()]:
         if name.endswith("norm"):
             model.set_submodule(name, nn.RMSNorm(16, norm.variance_epsilon, dtype=torch.float64))
@@ -141,7 +141,7 @@ def test_accumulated_batches_and_scaled_losses_change_nothing():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("around", ["forward", "call"])
 def test_recomputed_activations_change_nothing(reentrant, around):
-    """Around the layer's forward, as in transformers now, and around its hooks as well, as it once was."""
+    """Checkpoints the layer's forward, as transformers does now, or its hooks too, as it once did."""
     plain, recomputed = make_llama().double().train(), make_llama().double().train()
     if around == "forward":
         recomputed.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -212,7 +212,7 @@ def test_hooks_do_not_keep_the_graph_alive():
             return grad
 
     embeddings = Watched.apply(model.get_input_embeddings()(IDS))
-    loss = model(inputs_embeds=embeddings, labels=IDS, use_cache=False).loss  # never gone through backwards
+    loss = model(inputs_embeds=embeddings, labels=IDS, use_cache=False).loss  # never backpropagated
     assert not freed
     del loss, embeddings
     assert freed
@@ -257,7 +257,7 @@ def train(recorder, samples=None, model=None, callbacks=(), **changes):
 
 
 def by_hand(samples, size):
-    """Gates of the first step: a gate in the graph of the same LoRA model, and the loss the Trainer takes."""
+    """Returns the first step's gates from a real gate in the same LoRA model, with the Trainer's loss."""
     model = lora(make_llama())
     inputs = Collator()(samples[:size])
     gates = torch.ones(size, 4, requires_grad=True)
@@ -385,7 +385,7 @@ def test_hooks_are_gone_after_a_crash():
     assert not hooks_on(model)
     model = lora(make_llama())
     recorder = GradientRecorder(3)
-    with pytest.raises(RuntimeError, match="crash"):  # the Trainer tells nobody
+    with pytest.raises(RuntimeError, match="crash"):  # the Trainer does not notify its callbacks
         train(recorder, model=model, callbacks=[Crash()])
     assert len(hooks_on(model)) == 4
     recorder.close()
@@ -473,7 +473,7 @@ def test_scores_by_hand():
 
 
 def random_gates(seed, examples=20, layers=9):
-    """With layers that go together: shared directions make pairs matter."""
+    """Random gates that share directions, so that pairs of layers matter."""
     generator = np.random.default_rng(seed)
     mixing = generator.normal(size=(4, layers))
     values = generator.normal(size=(examples, 4)) @ mixing + 0.3 * generator.normal(size=(examples, layers))
@@ -499,11 +499,11 @@ def test_pairwise_against_all_sets(num_prune):
         neighbours = [r for s, r in rises.items() if len(set(s) & set(chosen)) == num_prune - 1]
         assert found <= min(neighbours, default=found) + 1e-12
         best += found <= min(rises.values()) + 1e-12
-    assert best >= 7  # of 8: the best of all is likely, not certain
+    assert best >= 7  # of 8: usually, but not always, the best of all sets
 
 
 def test_pairwise_sees_what_layers_do_together():
-    # Layers 0 and 1 cancel: each alone is dear, both together cost nothing.
+    # Layers 0 and 1 cancel: leaving out one of them is costly, leaving out both costs nothing.
     a = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     b = torch.tensor([0.8, 0.8, -0.8, -0.8], dtype=torch.float64)
     gates_EL = torch.stack([a, -a, b, b], dim=1)
@@ -559,7 +559,7 @@ def test_the_method_and_its_options(tiny_llama, tiny_trace):
     for scores in (first, second):
         assert all(a < v < b for a, v, b in zip(scores.low, scores.values, scores.high, strict=True))
         assert scores.stability[-1] == (4, 1.0) and scores.evidence["examples"] == 12
-    # After the first step, the kept layers by its three examples alone.
+    # After the first step: the layers kept according to its three examples.
     kept = set(second_order(rows[:3]).argsort()[2:].tolist())
     final = set(second_order(rows).argsort()[2:].tolist())
     assert second.stability[0] == (1, len(kept & final) / 4)

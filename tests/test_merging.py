@@ -102,7 +102,7 @@ def test_no_gradient_is_no_importance():
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [1e-20, 1e-3, 1e4])
 def test_merging_does_not_depend_on_the_scale_of_the_gradients(rule, scale):
-    # Squares of products of 1e-20 are 1e-80, far outside fp32; selection and Fisher ratios must not notice.
+    # Squares of products of 1e-20 are 1e-80, far outside fp32; selection and Fisher ratios must not change.
     reference = merge_linear(weight(), sources(2), rule=rule, target_factors=factors())
     scaled = merge_linear(weight(), sources(2, scale=scale), rule=rule, target_factors=factors(scale=scale))
     torch.testing.assert_close(scaled, reference, rtol=1e-5, atol=1e-6)
@@ -144,7 +144,7 @@ STRIDE = BIG // 65_536
         torch.rand(BIG, generator=torch.Generator().manual_seed(0)).pow(40),
         torch.arange(BIG, dtype=torch.float32),
         torch.arange(BIG, 0, -1, dtype=torch.float32),
-        # The strided sample sees nothing but the smallest (largest) entries here.
+        # The sample consists of the smallest (largest) entries only here.
         (torch.arange(BIG) % STRIDE != 0) * torch.rand(BIG, generator=torch.Generator().manual_seed(1)),
         (torch.arange(BIG) % STRIDE == 0) * torch.rand(BIG, generator=torch.Generator().manual_seed(1)),
     ],
@@ -209,7 +209,7 @@ def test_zero_agrees_with_nothing():
 @pytest.mark.parametrize("density", [0.2, 1.0])
 def test_every_rule_against_the_definition(rule, count, density):
     target, group, own = weight(), sources(count), factors(seed=5)
-    target[0, :3] = 0  # zeros stay what they are under the sign rule
+    target[0, :3] = 0  # the sign rule leaves zeros unchanged
     found = merge_linear(target, group, rule=rule, density=density, target_factors=own)
     torch.testing.assert_close(
         found.double(), dense_merge(target, group, rule, density, own), rtol=1e-5, atol=1e-6

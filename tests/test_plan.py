@@ -187,7 +187,7 @@ def test_listed_layers_that_fit():
 
 
 def best_by_trying_all(values, count, free, fits):
-    """The lowest total of pruned scores, and of kept layer numbers, over all choices; None when none fits."""
+    """The choice with the lowest total score and, on a tie, the lowest kept layers; None if none fits."""
     found = []
     for pruned in itertools.combinations(free, count):
         keep = [i for i in range(len(values)) if i not in pruned]
@@ -313,9 +313,9 @@ def test_a_merge_by_gradients_needs_the_trace():
 @pytest.mark.parametrize(
     "rule, into, message",
     [
-        ("sum", (None, 0, 1, None), "Layer 2 is to be merged into layer 1"),  # nobody recorded a merged layer
+        ("sum", (None, 0, 1, None), "Layer 2 is to be merged into layer 1"),  # no gradients of layer 1
         ("laco", (None, 2, 1, None), "Layer 1 is to be merged into layer 2|Layer 2 is to be merged into"),
-        ("laco", (None, 3, 1, None), "Layer 2 is to be merged into layer 1"),  # 1 goes on to a later layer
+        ("laco", (None, 3, 1, None), "Layer 2 is to be merged into layer 1"),  # 1 goes into a later layer
         ("laco", (None, 1, None), "Layer 1 is to be merged into layer 1"),
     ],
 )

@@ -46,7 +46,7 @@ SHOWN = [
     ),
     (
         GradientTrace(TraceInfo(2, (LinearRef(0, "a", 4, 4, 2),), losses=(3.0, 2.0)), torch.ones(3, 1)),
-        ["steps 3, 3 of them with energy", "loss 3 at first, 2 at last", "factors, for merging no"],
+        ["steps 3, 3 of them with energy", "loss 3 at the start, 2 at the end", "factors, for merging no"],
     ),
 ]
 

@@ -39,7 +39,7 @@ def lines_of(total, seconds_per_unit, description="finetune merged", **fields):
 
 def test_plain_lines_off_a_terminal():
     lines = lines_of(120, 0.5, loss=1.23)
-    # 5 s are 10 steps, but a tenth (12 steps) is reached later: the wait decides.
+    # 5 s are 10 steps. A tenth (12 steps) comes later, so the wait decides.
     assert lines[0] == "finetune merged 10/120 loss 1.23 ETA 00:55"
     assert lines[3] == "finetune merged 40/120 loss 1.23 ETA 00:40"
     assert lines[-1] == "finetune merged 120/120 loss 1.23 done in 01:00"

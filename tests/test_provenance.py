@@ -60,7 +60,7 @@ def test_source_state_clean_then_dirty(checkout):
     commit, dirty = source_state(checkout)
     assert re.fullmatch(r"[0-9a-f]{40}", commit)
     assert dirty is False
-    (checkout.parent / "results.json").write_text("{}")  # Beside the sources: does not count.
+    (checkout.parent / "results.json").write_text("{}")  # Outside the sources, so it does not count.
     assert source_state(checkout) == (commit, False)
     (checkout / "new.py").write_text("x = 1")
     assert source_state(checkout) == (commit, True)

@@ -145,7 +145,7 @@ def test_every_family_is_narrowed_and_loads_again(kind, tmp_path):
 
 
 def test_sizes_a_config_cannot_say_are_refused():
-    model = make_family_model("stablelm", vocab_size=32)  # heads are hidden size / heads, whatever it says
+    model = make_family_model("stablelm", vocab_size=32)  # head size is always hidden size / heads
     plan = plan_of(model, range(model.config.num_attention_heads // 2), range(8))
     before = logits(model)
     with pytest.raises(PlanError, match=r"transformers would not build these widths .* from the config"):

@@ -48,7 +48,7 @@ for ranks in ((), (0, 1), (1,), ()):
 def long_work():
     fail(1)
     for _ in range(600):
-        world.heed()
+        world.stop_if_peer_failed()
         time.sleep(0.1)
 
 

@@ -175,11 +175,11 @@ def _command() -> None:
     try:
         app()
     except OSError as error:  # what we write ourselves has its own messages
-        from gradpruner.common.files import unusable
+        from gradpruner.common.files import os_failure
 
         if error.filename is None:
             raise
-        raise unusable(error) from error
+        raise os_failure(error) from error
 
 
 def _in_its_world() -> None:

@@ -21,9 +21,9 @@ def console() -> Console:
 
 def stop(number: int, frame: object) -> NoReturn:
     """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
-    from gradpruner.common.world import last_word
+    from gradpruner.common.world import peer_failure
 
-    word = last_word()  # a launcher ends all processes when one has failed: what that one said counts
+    word = peer_failure()  # a launcher ends all processes when one has failed: what that one said counts
     if os.environ.get("RANK", "0") == "0":  # of several processes one says it
         if word is not None:
             complain(word)

@@ -1,8 +1,8 @@
 """Atomic file writes: a reader sees the old content or the new content, never a half-written file.
 
 While a file or folder is being written, it has a random name (`.NAME.RANDOM.part`) and its writer holds a
-lock on it. A part file that nobody has locked was left behind by a killed process, and `sweep` removes it. A
-process id in the name could not tell: two containers that share a disk may use the same id.
+lock on it. An unlocked one was left behind by a killed process, and `sweep` removes it. A process id in the
+name could not replace the lock, because two containers that share a disk may use the same id.
 """
 
 from __future__ import annotations
@@ -375,7 +375,7 @@ def write_failure(path: Path, error: BaseException) -> ResourceError:
     return ResourceError(f"Cannot write {path}: {reason}.", hint=hint)
 
 
-def unusable(error: OSError) -> GradPrunerError:
+def os_failure(error: OSError) -> GradPrunerError:
     """Converts an OSError to an error of this package that names the file or folder, if known."""
     if error.filename is None:
         return ResourceError(f"{type(error).__name__}: {str(error).rstrip('.')}.")

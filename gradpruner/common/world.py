@@ -27,7 +27,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, ResourceError
-from gradpruner.common.files import unusable
+from gradpruner.common.files import os_failure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,8 +159,8 @@ class World:
             time.sleep(0.1)
         return False
 
-    def heed(self) -> None:
-        """Stops this process if another one has failed. Called again and again by long work in `in_step`.
+    def stop_if_peer_failed(self) -> None:
+        """Stops this process if another one has failed. Long work in `in_step` calls this repeatedly.
 
         Raises:
             PeerError: If another process has failed. `in_step` then raises the reason.
@@ -225,7 +225,7 @@ _LAUNCHERS = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_", "SLURM_")
 _OF_ONE_PROCESS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def alone(environment: Mapping[str, str]) -> dict[str, str]:
+def without_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment without the variables set by a launcher, to start a single-process program."""
     return {
         name: value
@@ -277,7 +277,7 @@ def _exchange(communicate: Callable[[], T]) -> T:
 
 def _gone(error: Exception) -> GoneError:
     """Returns the error for a lost connection, with the other process's own reason if it left one."""
-    return last_word() or GoneError(
+    return peer_failure() or GoneError(
         "Another process of this job has ended.",
         hint=f"Its own message says why ({str(error).splitlines()[0][:200]}).",
     )
@@ -306,7 +306,7 @@ def _leave_reason(error: BaseException) -> None:
         _store().compare_set(_REASON, "", json.dumps([str(failure), failure.exit_code]))
 
 
-def last_word() -> GoneError | None:
+def peer_failure() -> GoneError | None:
     """Returns why another process ended, or None if none left a reason."""
     if not this_world.cache_info().currsize or this_world().size == 1:
         return None
@@ -331,7 +331,7 @@ def _is_connection(error: Exception) -> bool:
 def _for_peers(error: BaseException) -> PeerError:
     """Returns the error that the other processes will raise: the message and exit code of `error` alone."""
     if isinstance(error, OSError):
-        error = unusable(error)
+        error = os_failure(error)
     code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
     if isinstance(error, PeerError):  # it came from another process already
         failure = PeerError(str(error))

@@ -236,7 +236,7 @@ class _Asking:
         self.outputs.flush()
         self.pending -= len(batch)
         self.bar.update(self._rows_done(), **shown)
-        self.world.heed()
+        self.world.stop_if_peer_failed()
 
 
 def _is_right(text: str, example: Example, answer: str) -> bool:

@@ -191,7 +191,7 @@ class GradientTrace(Printed):
             "steps": f"{self.num_steps}, {self.effective_steps} of them with energy",
             "layers and linears": f"{info.num_layers}, {len(info.linears)}",
             "adapter": f"{info.adapter}, rank {info.rank}, alpha {info.alpha:g}",
-            "loss": f"{losses[0]:.3g} at first, {losses[-1]:.3g} at last" if losses else "not logged",
+            "loss": f"{losses[0]:.3g} at the start, {losses[-1]:.3g} at the end" if losses else "not logged",
             "examples with gates": len(self.gates.values_EL) if self.gates else "none",
             "factors, for merging": "yes" if self.has_factors else "no",
         }
@@ -276,7 +276,7 @@ class GradientTrace(Printed):
                         found = file.get_slice(name).get_shape() if name in file.keys() else "nothing"  # noqa: SIM118
                         if found != shape:
                             raise IntegrityError(
-                                f"{path}: '{name}' has shape {found}; the trace needs {shape}.",
+                                f"{path} holds {found} as '{name}'; a tensor of shape {shape} is needed.",
                                 hint="Delete the trace folder and record again.",
                             )
 

@@ -288,7 +288,7 @@ def merge_linear(
     density: float = DENSITY,
     target_factors: Factors | None = None,
 ) -> Tensor:
-    """Merges the same linear of one or more pruned layers into that of a kept layer.
+    """Merges a linear of one or more pruned layers into the same linear of a kept layer.
 
     The top `density` entries of every source are kept, by importance. Of these, the rule combines the entries
     whose sign agrees with the *original* target (`weighted_average` combines all of them). The order of the

@@ -27,11 +27,11 @@ from gradpruner._version import __version__
 from gradpruner.common.errors import GradPrunerError, IntegrityError, ResourceError
 from gradpruner.common.files import (
     is_write_failure,
+    os_failure,
     path_fault,
     refuse_links,
     shown,
     sweep,
-    unusable,
     working_in,
     write_failure,
 )
@@ -348,7 +348,7 @@ def _as_ours(error: BaseException, folder: Path) -> BaseException:
             "gradient_checkpointing.",
         )
     if isinstance(error, OSError) and not _is_of(error, folder):
-        return unusable(error)
+        return os_failure(error)
     if is_write_failure(error):
         return write_failure(folder, error)
     return error

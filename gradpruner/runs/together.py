@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradpruner.common.errors import GradPrunerError
-from gradpruner.common.world import GoneError, last_word, this_world
+from gradpruner.common.world import GoneError, peer_failure, this_world
 from gradpruner.runs.job import Job
 from gradpruner.runs.recipe import Recipe
 
@@ -79,7 +79,7 @@ def follow() -> int:
                 if isinstance(error, GradPrunerError):
                     raise
                 log.debug("%s", error, exc_info=error)
-                raise last_word() or GoneError(str(error)) from error
+                raise peer_failure() or GoneError(str(error)) from error
             log.debug(
                 "%s", error, exc_info=error
             )  # the first process has been told and decides what comes next

@@ -18,7 +18,7 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen, TimeoutExpired
 from typing import Any, NamedTuple
 
-from gradpruner.common.world import alone
+from gradpruner.common.world import without_launcher
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import Workload
 
@@ -173,7 +173,7 @@ def worker_environment(device: str) -> dict[str, str]:
     That is the GPU in `device`, or the first one if none is named. With several GPUs in sight, a Trainer
     would spread every batch over all of them.
     """
-    environment = alone(os.environ)
+    environment = without_launcher(os.environ)
     paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
