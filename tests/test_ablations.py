@@ -67,7 +67,7 @@ def test_every_file_says_what_it_is_and_how_it_is_run(path: Path) -> None:
     study = yaml.safe_load("\n".join(head))
     assert head[0].startswith(f"# {study['figure']}: ")
     assert head[1] == f"# gradpruner ablate {path.stem} --out runs/{path.stem.partition('_')[0]}"
-    assert "# Differs here: " in "\n".join(head)
+    assert "# Difference from the paper: " in "\n".join(head)
     assert max(map(len, head)) <= 140
 
 

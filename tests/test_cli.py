@@ -141,7 +141,7 @@ def test_an_interrupt_marks_the_stage(call, tmp_path, monkeypatch, number, code)
     path, _ = make_project(tmp_path, variants=["dense"], evaluate={"before_finetuning": False})
     monkeypatch.setattr(work, "finetune", lambda *a, **k: os.kill(os.getpid(), number))
     found, _, err = call("run", path)
-    assert found == code and "Start the same command again" in err and "Traceback" not in err
+    assert found == code and "Run the same command again" in err and "Traceback" not in err
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["stages"]["finetune dense"]["state"] == "interrupted"
     assert not list((tmp_path / "run").rglob("*.part"))

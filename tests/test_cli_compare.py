@@ -150,7 +150,7 @@ def test_studies_that_come_along_are_listed(call, tmp_path, monkeypatch):
     ("options", "part"),
     [
         (("--methods", "lst"), "Did you mean 'last'"),
-        (("--methods", ","), "--methods names nothing"),
+        (("--methods", ","), "--methods is empty"),
         (("--seeds", ""), "A study needs seeds"),
         (("--seeds", "0,1,1"), "Seed 1 is given more than once"),
         (("--seeds", "0,x"), "'x' is not a seed"),
@@ -192,7 +192,7 @@ def test_an_interrupted_study_goes_on_where_it_was(call, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "run_rows", interrupted)
     code, _, err = call(*command)
-    assert code == 130 and "Start the same command again" in err
+    assert code == 130 and "Run the same command again" in err
     half = json.loads((out / "study.json").read_text())
     assert half["runs"] == {"planned": 2, "finished": 1, "failed": 0}
     ran = []

@@ -124,10 +124,10 @@ def test_a_damaged_model_fails_verification(call, source, tmp_path):
     "arguments, code, message",
     [
         (["--keep", "0-9"], 2, "'0-9' is not a layer or range of layers"),
-        (["--keep", "3-1"], 2, "Write layers of 0 to 5"),
+        (["--keep", "3-1"], 2, "Layers are 0 to 5"),
         (["--keep", "0,0,1"], 2, "listed more than once"),
-        (["--keep", "0", "--drop", "1"], 2, "exactly one is needed"),
-        ([], 2, "Neither --plan nor --keep nor --drop"),
+        (["--keep", "0", "--drop", "1"], 2, "exactly one of --plan"),
+        ([], 2, "None of --plan, --keep and --drop"),
         (["--drop", "0-4"], 2, "leaves 1 of 6 layers"),
         (["--drop", "1", "--max-shard-size", "much"], 2, "'much' is not a size"),
         (["--drop", "1", "--verify", "all"], 2, "Unknown level 'all'"),

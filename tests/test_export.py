@@ -57,7 +57,7 @@ def test_a_model_is_converted_quantised_and_the_outcome_said(call, model, tmp_pa
     assert (tmp_path / "q.gguf").read_bytes() == b"GGUFQ4_K_M of GGUFf16"
     assert "cannot be run here" in json.loads(out)["compared"]["why_not"]
     code, _, err = call("export", model, tmp_path / "q.gguf", "--gguf")
-    assert code == 2 and "is there already" in err
+    assert code == 2 and "already exists" in err
     assert not list(tmp_path.glob(".*"))
 
 
@@ -68,7 +68,7 @@ def test_what_is_missing_or_refused_is_said_and_nothing_is_left(call, model, tmp
     broken = llama_cpp(tmp_path / "broken", fails=True, quantises=False)
     before = set(tmp_path.iterdir())
     for arguments, code, said in (
-        ([], 2, "no format to export to"),
+        ([], 2, "no export format given"),
         (["--gguf"], 2, "pip install 'gradpruner[gguf]'"),
         (["--gguf", "--quantize", "Q4_K_X"], 2, "did you mean"),
         (["--gguf", "--llama-cpp", tmp_path], 2, "no convert_hf_to_gguf.py in"),

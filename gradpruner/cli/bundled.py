@@ -1,4 +1,4 @@
-"""Recipes and studies that come with the package, by name."""
+"""The built-in recipes and studies, by name."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ ABLATIONS = RECIPES / "ablations"
 
 
 def recipe_names() -> list[str]:
-    """Every recipe that comes with the package, by its path without the ending."""
+    """Returns the built-in recipes: their paths without the suffix."""
     names = (str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("ablations/"))  # those are studies
+    return sorted(name for name in names if not name.startswith("ablations/"))  # ablations are studies
 
 
 def ablation_names() -> list[str]:
-    """Every study that comes with the package."""
+    """Returns the names of the built-in studies."""
     return sorted(path.stem for path in ABLATIONS.glob("*.yaml"))
 
 
 def recipe_file(name: str) -> Path:
-    """The file of a recipe given by path or name.
+    """Returns the file of a recipe, given its path or built-in name.
 
     Raises:
-        ConfigError: If a recipe of this name does not come along.
+        ConfigError: If there is no such recipe.
     """
     if Path(name).is_file() or name.endswith((".yaml", ".yml")):
         return Path(name)
@@ -45,10 +45,10 @@ def recipe_file(name: str) -> Path:
 
 
 def study_file(name: str) -> Path:
-    """The file of a study given by path or name.
+    """Returns the file of a study, given its path or built-in name.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no such study.
     """
     known, names = ABLATIONS / f"{name}.yaml", ablation_names()
     for path in (Path(name), known):

@@ -1,4 +1,4 @@
-"""`gradpruner doctor`: is this machine ready, and if not, what is missing."""
+"""`gradpruner doctor`: checks whether this machine is ready, and says what is missing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradpruner._version import __version__
 from gradpruner.common.files import readable_bytes
 from gradpruner.common.provenance import machine
 
-# Security floors: see pyproject.toml.
+# Oldest versions without known security holes; pyproject.toml gives the reasons.
 FLOORS = {"torch": (2, 10), "transformers": (5, 3), "peft": (0, 18), "accelerate": (1, 12)}
 NEEDED = ("datasets", "safetensors", "pydantic", "typer", "rich", "jinja2", "matplotlib", "psutil")
 OPTIONAL = {
@@ -27,10 +27,10 @@ OPTIONAL = {
 
 
 def diagnose() -> dict[str, Any]:
-    """Looks at versions, devices, disk and optional packages.
+    """Checks versions, devices, disk and optional packages.
 
     Returns:
-        JSON values; `problems` lists what stops gradpruner from working, [] when it is ready.
+        JSON values. `problems` lists what stops gradpruner from working; it is empty when all is well.
     """
     problems = []
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "gradpruner": __version__}
@@ -48,7 +48,7 @@ def diagnose() -> dict[str, Any]:
     hardware = machine()
     free = shutil.disk_usage(Path.cwd()).free
     if free < 2e9:
-        problems.append(f"only {readable_bytes(free)} of disk are free in {Path.cwd()}")
+        problems.append(f"only {readable_bytes(free)} of disk space free in {Path.cwd()}")
     return {
         "versions": versions,
         "machine": hardware,
@@ -64,29 +64,32 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def _bf16() -> str:
-    """How this machine computes in bfloat16."""
+    """Returns how this machine computes in bfloat16: 'native', 'missing' or 'emulated, ...'."""
     import torch
 
     if torch.cuda.is_available():
         return "native" if torch.cuda.is_bf16_supported() else "missing"
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text(encoding="utf-8") if cpu.exists() else ""
-    return "native" if "avx512_bf16" in flags or "amx_bf16" in flags else "emulated, slow: fp32 is used"
+    native = "avx512_bf16" in flags or "amx_bf16" in flags
+    return "native" if native else "emulated and slow, so fp32 is used"
 
 
 def print_findings(findings: dict[str, Any], console: Console) -> None:
-    """The findings as tables."""
+    """Prints what `diagnose` found."""
     table = Table("package", "version", title="gradpruner doctor", title_justify="left")
     for name, version in findings["versions"].items():
         table.add_row(name, version or "[red]missing[/red]")
     for name, present in findings["optional"].items():
-        table.add_row(f"{name} (optional)", "installed" if present else escape(f"no; for {OPTIONAL[name]}"))
+        shown = "installed" if present else escape(f"not installed; needed for {OPTIONAL[name]}")
+        table.add_row(f"{name} (optional)", shown)
     console.print(table)
     hardware = findings["machine"]
     devices = ", ".join(map(str, hardware["devices"])) or "CPU only"
+    cores = hardware["cores"]
     console.print(
-        f"{hardware['cpu']}, {hardware['cores']} cores, {readable_bytes(hardware['memory_bytes'])} "
-        f"memory; devices: {devices}; bf16: {findings['bf16']}; "
+        f"{hardware['cpu']}, {cores} core{'' if cores == 1 else 's'}, "
+        f"{readable_bytes(hardware['memory_bytes'])} memory; devices: {devices}; bf16: {findings['bf16']}; "
         f"{readable_bytes(findings['free_disk_bytes'])} disk free",
         highlight=False,
     )

@@ -1,4 +1,4 @@
-"""`gradpruner evaluate`: a model folder on a task, or the variants of a run."""
+"""`gradpruner evaluate`: evaluates a model folder on a task, or all variants of a run."""
 
 from __future__ import annotations
 
@@ -32,54 +32,64 @@ _OF_A_RUN = f"model data plan num_prune layer_fraction {TUNING}"
     f"what task task_folder eval_data limit lm_eval lm_eval_folder endpoint served_name out {_OF_A_RUN} seed "
     f"overrides skip_bad trust_remote_code {ENDING}",
     task=Annotated[Text, typer.Option("--task", help="A named task (`gradpruner ls tasks`).")],
-    eval_data=Annotated[Text, typer.Option("--eval-data", help="Rows of your own instead.")],
-    limit=Annotated[Number, typer.Option("--limit", help="This many random rows.")],
+    eval_data=Annotated[
+        Text,
+        typer.Option("--eval-data", help="Your own rows, instead of --task: file, folder or hub dataset."),
+    ],
+    limit=Annotated[Number, typer.Option("--limit", help="Use only this many rows, drawn at random.")],
     lm_eval=Annotated[
-        Text, typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, with commas.")
+        Text,
+        typer.Option("--lm-eval", metavar="TASKS", help="Tasks of lm-evaluation-harness, comma-separated."),
     ],
     lm_eval_folder=Annotated[
-        Text, typer.Option("--lm-eval-folder", help="Folder with lm-eval task files of your own.")
+        Text, typer.Option("--lm-eval-folder", help="Folder with your own lm-eval task files.")
     ],
-    out=Annotated[Text, typer.Option("--out", help="Run directory; for a model folder, where results go.")],
-    model=Annotated[Text, typer.Option("--model", help="Model of a run: folder or hub id.")],
-    data=Annotated[Text, typer.Option("--data", help="Training data of a run.")],
-    plan=Annotated[Text, typer.Option("--plan", help="Plan file of a run.")],
+    out=Annotated[
+        Text, typer.Option("--out", help="Run directory. For a model folder: where to write the results.")
+    ],
+    model=Annotated[Text, typer.Option("--model", help="For a run: model folder or hub id.")],
+    data=Annotated[Text, typer.Option("--data", help="For a run: training data.")],
+    plan=Annotated[Text, typer.Option("--plan", help="For a run: plan file.")],
 )
 def evaluate(
     chosen: Chosen,
     what: Annotated[
-        str | None, typer.Argument(help="Model folder; or a recipe, done up to evaluation.")
+        str | None, typer.Argument(help="A model folder, or a recipe to run up to its evaluation.")
     ] = None,
     endpoint: Annotated[
         str | None,
         typer.Option(
-            "--endpoint", metavar="URL", help="Ask a server instead (vLLM: http://localhost:8000/v1)."
+            "--endpoint",
+            metavar="URL",
+            help="Ask a server that serves this model, e.g. vLLM at http://localhost:8000/v1.",
         ),
     ] = None,
-    served_name: Annotated[str | None, typer.Option(help="What the server calls the model.")] = None,
+    served_name: Annotated[str | None, typer.Option(help="Name of the model on the server.")] = None,
 ) -> None:
-    """Evaluate a model folder on a task: gradpruner evaluate MODEL --task arc_easy.
+    """Evaluate a model folder on a task or on your own rows.
 
-    With --lm-eval, on tasks of lm-evaluation-harness too. Without a model folder: a recipe or run directory,
-    fine-tuned if needed, then every variant evaluated.
+    Example: gradpruner evaluate MODEL --task arc_easy
+
+    --lm-eval adds tasks of lm-evaluation-harness. With a recipe or --out RUN instead of a model folder,
+    fine-tunes the variants of the run if needed and evaluates each of them.
     """
     from gradpruner.models.checking import is_model_folder
 
     if what is None or not is_model_folder(what):
         if endpoint is not None or served_name is not None:
-            raise ConfigError("--endpoint needs the folder of the model that is served, for its tokenizer.")
+            raise ConfigError(
+                "--endpoint and --served-name need the folder of the served model, for its tokenizer."
+            )
         execute(resolve(what, chosen, chosen.out), "evaluate", chosen)
         return
     of_a_run = {KEYS[name] for name in _OF_A_RUN.split()}
     if strange := [key for key in chosen.values if key in of_a_run]:
         raise ConfigError(
-            f"Options that set {', '.join(strange)} belong to a run; a model folder is only measured.",
-            hint="Leave it out, or give a recipe or --out RUN instead of the model folder.",
+            f"Options that set {', '.join(strange)} belong to a run; a model folder is only evaluated.",
+            hint="Leave them out, or give a recipe or --out RUN instead of the model folder.",
         )
     if not _MEASURED & set(chosen.values):
-        raise ConfigError(
-            f"What should {what} be measured on?", hint="Give --task, --eval-data or --lm-eval."
-        )
+        raise ConfigError(f"Nothing to evaluate {what} on.", hint="Give --task, --eval-data or --lm-eval.")
     prepare(chosen.quiet)
     found = _evaluate_folder(what, chosen, (endpoint, served_name))
     if chosen.as_json:
@@ -89,11 +99,11 @@ def evaluate(
 
 
 def _evaluate_folder(what: str, chosen: Chosen, server: tuple[str | None, str | None]) -> dict[str, Any]:
-    """Measures a model folder, or its server (address and name of the model there), as the options say."""
+    """Evaluates a model folder, or the `server` that serves it (its address and the model's name there)."""
     from gradpruner.common.files import LOCK_FILE, working_in
 
     rows = chosen.values.get("data.eval")
-    # A recipe needs data; rows that are not there are never read.
+    # A recipe must name data, even when only --lm-eval is asked for; "-" is never read.
     stand_in = {} if "data.task" in chosen.values else {"data.train": rows or "-", "data.eval": rows or "-"}
     recipe = resolve(None, chosen, defaults={"model.path": what, **stand_in})
     results = Path(chosen.out) if chosen.out else None
@@ -105,7 +115,7 @@ def _evaluate_folder(what: str, chosen: Chosen, server: tuple[str | None, str | 
 def _measure(
     recipe: Recipe, chosen: Chosen, server: tuple[str | None, str | None], out: Path | None
 ) -> dict[str, Any]:
-    """Measures one model folder as a recipe's `evaluate` section says; returns what is to be shown."""
+    """Evaluates one model folder by the recipe's `evaluate` section; returns what is shown."""
     from gradpruner.common.json_files import write_json
     from gradpruner.common.provenance import provenance
     from gradpruner.evaluation.endpoint import Endpoint
@@ -124,7 +134,7 @@ def _measure(
     measures_task = bool({"data.task", "data.eval"} & set(chosen.values))
     check_evaluation(recipe)
     folder = locate_model(choice.path)
-    if endpoint is None:  # of a model that is served elsewhere only the tokenizer is read
+    if endpoint is None:  # with a server, only the tokenizer is read from the folder
         check_loadable(folder, choice.trust_remote_code)
     tokenizer = tokenizer_of(recipe, folder)
     rows = load_split(recipe, "eval", tokenizer) if measures_task else None
@@ -134,7 +144,7 @@ def _measure(
         found |= {"rows_dropped": rows.num_dropped, "notes": list(rows.notes)}
         found["metrics_asked"] = list(metrics_of(recipe))
     if endpoint is not None and options.lm_eval:
-        raise ConfigError("--lm-eval needs the model loaded here; it does not go with --endpoint.")
+        raise ConfigError("--lm-eval loads the model itself, so it cannot be combined with --endpoint.")
     if chosen.dry_run:
         return found
     journal = _journal(out, folder, recipe, server, rows) if out and rows else None
@@ -162,7 +172,7 @@ def _measure(
 def measure_folder(
     recipe: Recipe, folder: Path, rows: Sequence[Example], journal: Path | None
 ) -> tuple[Any, Evaluation]:
-    """The model of a folder, and how well it answers; every process asks its share of the rows."""
+    """Loads and evaluates the model of a folder; each process evaluates its share of the rows."""
     from gradpruner.common.world import this_world
     from gradpruner.runs.evaluation_data import tokenizer_of
 
@@ -179,7 +189,7 @@ def _asked(
     journal: Path | None,
     world: World | None = None,
 ) -> Evaluation:
-    """What a model, or a server, answers to rows, asked as the recipe says."""
+    """Evaluates a model, or an `Endpoint`, on rows with the recipe's options."""
     from gradpruner.evaluation.quality import evaluate
     from gradpruner.runs.evaluation_data import metrics_of, options_of
 
@@ -190,7 +200,10 @@ def _asked(
 def _journal(
     out: Path, folder: Path, recipe: Recipe, server: tuple[str | None, str | None], rows: ExampleSet
 ) -> Path:
-    """Where answers are kept until all are there: a file of its own for every model, server and question."""
+    """Returns the file that keeps the answers so far, so that an interrupted evaluation can resume.
+
+    Its name is a hash of model, server, rows and options: another evaluation never reuses the answers.
+    """
     from gradpruner.common.provenance import sha256_json
 
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -217,7 +230,7 @@ def _show(found: Mapping[str, Any]) -> None:
         screen.print(f"{found['rows']} rows of {found['source']}: {', '.join(found['metrics_asked'])}")
     for note in found.get("notes", ()):
         screen.print(note, highlight=False, markup=False)
-    table = Table("Metric", "Value", "95 % interval or ± standard error", "n")
+    table = Table("Metric", "Value", "95% interval or ± standard error", "n")
     for name, entry in found.get("metrics", {}).items():
         mark = "*" if entry["n"] < FEW_EXAMPLES else ""
         shown = interval(entry["low"], entry["high"])
@@ -229,4 +242,4 @@ def _show(found: Mapping[str, Any]) -> None:
     if table.rows:
         screen.print(table)
     if any(entry["n"] < FEW_EXAMPLES for entry in found.get("metrics", {}).values()):
-        screen.print(f"* fewer than {FEW_EXAMPLES} examples: differences of several points are noise")
+        screen.print(f"* fewer than {FEW_EXAMPLES} examples: a difference of several points may be chance")

@@ -1,4 +1,4 @@
-"""What commands share: finding a recipe, carrying it out, and printing."""
+"""What commands share: resolving a recipe, running it, and printing."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 def resolve(
     recipe: str | None, chosen: Chosen, out: str | None = None, defaults: dict[str, Any] | None = None
 ) -> Recipe:
-    """The recipe from a file, a name, or the run directory that holds one, with all overrides.
+    """Returns the recipe of a file, a built-in name, or a run directory, with all overrides applied.
 
-    Keys are taken from the file, then from `defaults` of the command, from its options, and from --set.
+    Later sources win: the file, `defaults`, the command's options, --set.
 
     Raises:
-        ConfigError: If nothing says what to run, an option and --set say the same key, or a value is wrong.
+        ConfigError: If there is nothing to run, an option and --set give the same key, or a value is wrong.
     """
     from gradpruner.runs.recipe import load_recipe
 
@@ -45,18 +45,18 @@ def resolve(
     if path is None and "model.path" not in values:
         raise ConfigError(
             "Nothing to run: give a recipe, or --model with --data and --eval-data (or --task).",
-            hint="`gradpruner run demo` runs the embedded miniature.",
+            hint="To try it out, `gradpruner run demo` runs the built-in demo model.",
         )
     return load_recipe(path, chosen.overrides, values)
 
 
 def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
-    """Does a recipe up to the stage `name`, or says what it would do."""
+    """Runs a recipe up to the stage `name`; with --dry-run, only shows what would happen."""
     prepare(chosen.quiet)
     if chosen.dry_run:
-        from gradpruner.runs.preview import dry_run as examined
+        from gradpruner.runs.preview import dry_run
 
-        found = examined(recipe)
+        found = dry_run(recipe)
         tell(found, found.facts, chosen.as_json)
         if found.error is not None:
             raise found.error
@@ -89,7 +89,7 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
 
 
 def tell(found: Printed, values: dict[str, Any], as_json: bool) -> None:
-    """Prints a result, or its values as JSON."""
+    """Prints `found`, or `values` as JSON."""
     if as_json:
         typer.echo(json.dumps(values, indent=2))
     else:
@@ -97,14 +97,14 @@ def tell(found: Printed, values: dict[str, Any], as_json: bool) -> None:
 
 
 def command_line() -> str:
-    """How the user called this process."""
+    """Returns the command line as the user typed it."""
     import shlex
 
     return shlex.join(["gradpruner", *sys.argv[1:]])
 
 
 def prepare(quiet: bool) -> None:
-    """Progress and log lines of the process; libraries speak only when something is wrong."""
+    """Sets up progress and logging for this process; libraries print errors only."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

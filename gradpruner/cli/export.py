@@ -1,4 +1,4 @@
-"""Commands for a finished model: export it to GGUF and Ollama, push it to the hub."""
+"""Commands for a finished model: export to GGUF and Ollama, push to the hub."""
 
 from __future__ import annotations
 
@@ -18,34 +18,42 @@ if TYPE_CHECKING:
 
 ModelArgument = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory or model folder.")]
 VariantOption = Annotated[
-    str | None, typer.Option("--variant", help="A row of the run instead of the one to ship.")
+    str | None, typer.Option("--variant", help="Use this variant of the run, not the one to ship.")
 ]
 
 
 def export(
     model: ModelArgument,
     file: Annotated[
-        Path | None, typer.Argument(help="File to write; else in RUN/exports, or beside the model.")
+        Path | None,
+        typer.Argument(help="GGUF file to write. Default: in RUN/exports, or beside the model folder."),
     ] = None,
-    gguf: Annotated[bool, typer.Option("--gguf", help="As one GGUF file for llama.cpp.")] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write one GGUF file for llama.cpp.")] = False,
     quantize: Annotated[
-        str | None, typer.Option("--quantize", metavar="TYPE", help="Q4_K_M, Q8_0 ...; else 16 bits.")
+        str | None,
+        typer.Option("--quantize", metavar="TYPE", help="Quantise to Q4_K_M, Q8_0, ... Default: 16 bits."),
     ] = None,
-    ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile beside it.")] = False,
+    ollama: Annotated[
+        bool, typer.Option("--ollama", help="Write the GGUF file and a Modelfile beside it.")
+    ] = False,
     variant: VariantOption = None,
     llama_cpp: Annotated[
-        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="llama.cpp's sources; or LLAMA_CPP_DIR.")
+        Path | None,
+        typer.Option(
+            "--llama-cpp", metavar="DIR", help="llama.cpp's source folder. Default: $LLAMA_CPP_DIR."
+        ),
     ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a model into a GGUF file, and check that it answers as before.
+    """Export a model to GGUF and check its answers.
 
-    llama.cpp's own converter does it: pip install 'gradpruner[gguf]', or name its sources.
+    llama.cpp's own converter writes the file (pip install 'gradpruner[gguf]', or --llama-cpp DIR). A file
+    that computes something else than the model is removed.
     """
     if not (gguf or ollama):
         raise ConfigError(
-            "No format to export to is given.", hint="--gguf makes a GGUF file; --ollama a Modelfile too."
+            "No export format given.", hint="--gguf writes a GGUF file; --ollama writes a Modelfile as well."
         )
     prepare(quiet)
     found = _opened(model, variant)
@@ -65,19 +73,19 @@ def export(
 
 
 def _opened(model: str, variant: str | None) -> FinishedModel:
-    """The model that is meant; a task that was not learned is said before any work is done."""
+    """Opens the model to export or push; warns first if the run did not learn its task."""
     from gradpruner.exports.shipped import open_model
 
     found = open_model(model, variant)
     if found.warning:
-        typer.echo(f"warning: the task of this run was not learned. {found.warning}", err=True)
+        typer.echo(f"warning: this run did not learn its task. {found.warning}", err=True)
     return found
 
 
 def _write(
     model: FinishedModel, file: Path | None, quantize: str | None, ollama: bool, llama_cpp: Path | None
 ) -> dict[str, Any]:
-    """Converts, compares, and only then gives the files their names."""
+    """Converts the model and compares the two; only then do the files get their final names."""
     import os
     import re
 
@@ -99,7 +107,7 @@ def _write(
     for path in (target, *([beside] if ollama else [])):
         if path.exists():
             raise ConfigError(
-                f"{path} is there already.", hint="Nothing is overwritten: name another FILE, or move it."
+                f"{path} already exists.", hint="Nothing is overwritten: give another FILE, or move this one."
             )
     target.parent.mkdir(parents=True, exist_ok=True)
     with whole_model(model, target) as folder, staging(target) as staged:
@@ -107,8 +115,9 @@ def _write(
         outcome: Comparison = compare(folder, staged, kind, model.asked())
         if outcome.is_wrong:
             raise ModelError(
-                f"The file computes something else than the model, and was removed. {outcome.sentence()}",
-                hint="docs/serving.md says which model types llama.cpp runs right; is llama.cpp up to date?",
+                f"The GGUF file computes something else than the model, and was removed. "
+                f"{outcome.sentence()}",
+                hint="Update llama.cpp; docs/serving.md lists the model types it runs correctly.",
             )
         facts: dict[str, Any] = {
             "model": str(model.folder),
@@ -128,35 +137,40 @@ def _write(
 
 
 def _refuse_unfit(model: FinishedModel) -> None:
-    """ModelError if llama.cpp is known not to serve this model right."""
+    """Raises ModelError if llama.cpp is known not to serve this model correctly."""
     for entry in model.facts.get("portability") or ():
         if entry.get("engine") == "llama.cpp" and entry.get("status") in ("refused", "wrong"):
             raise ModelError(
-                f"llama.cpp does not serve this model right ({entry['status']}): {entry['reason']}",
-                hint="`gradpruner plan --portable-to llama.cpp` chooses layers so that it does.",
+                f"llama.cpp does not serve this model correctly ({entry['status']}): {entry['reason']}",
+                hint="`gradpruner plan --portable-to llama.cpp` chooses layers such that it does.",
             )
 
 
 def push(
     model: ModelArgument,
     repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Anybody may see it; else private.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public. Default: private.")
+    ] = False,
     variant: VariantOption = None,
     base_model: Annotated[
-        str | None, typer.Option("--base-model", help="Hub id of the base model, where it is not known.")
+        str | None, typer.Option("--base-model", help="Hub id of the base model, if it is not known.")
     ] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", help="Licence, where the base model's is not known.")
+        str | None, typer.Option("--license", help="Licence, if that of the base model is not known.")
     ] = None,
     no_report: Annotated[
         bool,
-        typer.Option("--no-report", help="Leave out report.html: it names this machine and its folders."),
+        typer.Option("--no-report", help="Leave out report.html, which names this machine and its folders."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, push nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files; push nothing.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Push a finished model to the hub: weights, tokenizer, model card, report. Private unless you say so."""
+    """Push a finished model to the hub, privately by default.
+
+    Uploads weights, tokenizer, model card and report.
+    """
     from gradpruner.common.printing import num_bytes
     from gradpruner.exports import hub
 
@@ -185,7 +199,7 @@ def push(
         typer.echo(f"  {num_bytes(size):>10}  {name}")
     if not hub.licence_is_known(found, options):
         typer.echo(
-            "The base model's licence is not known, so the card says 'unknown': give it with --license."
+            "The base model's licence is not known, so the model card says 'unknown'. Give it with --license."
         )
     state = "public" if public else "private"
     typer.echo(f"pushed: {url}" if url else f"dry run: {len(sizes)} files would go to {repo} ({state}).")

@@ -1,4 +1,4 @@
-"""`gradpruner init`: a first recipe, filled in from the model's config and the rows."""
+"""`gradpruner init`: writes a first recipe, filled in from the model's config and the rows."""
 
 from __future__ import annotations
 
@@ -21,51 +21,52 @@ if TYPE_CHECKING:
 
 RECIPE_NAME = "recipe.yaml"
 _MOST_EPOCHS = 10
-_UNNAMED = "number of the label: what the model is to answer; names tell it more than numbers do"
-_NOT_GIVEN = "the split of that folder or hub dataset, else a tenth of the training rows is held out"
+_UNNAMED = "label: what the model should answer; replace the numbers by names, which mean more to it"
+_NOT_GIVEN = "the test split of that folder or hub dataset, else a tenth of the training rows"
 
 TEMPLATE = """\
 # Written by `gradpruner init`.
-# {model_said}
-# {data_said}
-# gradpruner run {name} --dry-run    checks everything, shows what would be learned, loads no weights
-# gradpruner run {name}              does it; the same again goes on where it was
-# Every other key: `gradpruner schema`.
+# {model_note}
+# {data_note}
+# gradpruner run {name} --dry-run    checks everything and shows what the model would learn; loads no weights
+# gradpruner run {name}              runs it; run it again to resume
+# For all other keys: `gradpruner schema`.
 title: {title}
-out: {out}  # the run directory; recordings, models and report.html go there
+out: {out}  # the run directory, for recordings, models and report.html
 
 model:
   path: {model}  # a folder, or a hub id (org/name)
 
 data:
 {data}
-  # Rows to train on, drawn at random; null: all. Fewer: quicker, and worse.
+  # Number of training rows, drawn at random; null uses all. Fewer rows are faster but worse.
   train_limit: null
-  # Tokens of a sample, prompt and answer; longer prompts lose their beginning.
+  # Most tokens per sample, prompt and answer together; longer prompts lose their beginning.
   # {longest}
   max_length: {max_length}
 
-# best: the dense model is tuned, pruned, repaired, and teaches the pruned one; about twice its own tuning.
-# fast: the base model is pruned and repaired, then fine-tuned; with many rows cheaper than tuning it dense.
+# best: tunes the dense model, prunes and repairs it, and lets it teach the pruned one; takes about twice
+# the time of tuning it.
+# fast: prunes and repairs the base model, then fine-tunes it; with many rows cheaper than tuning it dense.
 effort: best
 
 plan:
-  # Layers that go, of {layers}. Fewer keep more of the quality, more make it smaller and faster.
+  # Layers to remove, of {layers}. Removing fewer keeps more quality; removing more saves more size and time.
   num_prune: {num_prune}  # {removed}
 
 finetune:
-  # full trains every weight: best, and {full_memory} for weights, gradients and optimizer.
-  # lora trains small adapters: {lora_memory}, and it wants a learning rate several times as high.
-  # qlora is lora on weights in 4 bits: {qlora_memory} (pip install 'gradpruner[quant]'). Recording
-  # does the same with record.adapter: qlora; models are evaluated as they are kept, not in 4 bits.
+  # full trains all weights: the best quality, but {full_memory} for weights, gradients and optimizer.
+  # lora trains small adapters: {lora_memory}; needs a learning rate several times as high.
+  # qlora is lora on 4-bit weights: {qlora_memory} (pip install 'gradpruner[quant]'). To record gradients
+  # in 4 bits too, set record.adapter: qlora. Models are evaluated as they are saved, not in 4 bits.
   mode: {mode}
-  # {rate_said}.
+  # {rate_note}.
   # Too low learns nothing, too high forgets or diverges; --find-lr tries some on held-out training rows.
   learning_rate: {rate}
-  # Passes over the training rows. More learn more, until the rows are known by heart.
+  # Passes over the training rows. More passes learn more, until the model has memorised the rows.
   epochs: {epochs}
-  # Samples in memory at a time, and how many such batches make an optimizer step: {batch} x {accumulation}
-  # samples, {steps} steps in all. More steps teach a small data set better; larger ones are steadier.
+  # Samples per batch, and batches per optimizer step: {batch} x {accumulation} samples, {steps} steps in all.
+  # More steps suit small data sets; larger steps are steadier.
   batch_size: {batch}
   accumulation: {accumulation}
 """
@@ -75,13 +76,15 @@ finetune:
 def init(
     chosen: Chosen,
     where: Annotated[
-        Path, typer.Argument(help=f"The recipe to write (NAME.yaml), or a folder for {RECIPE_NAME}.")
+        Path, typer.Argument(help=f"Recipe to write (NAME.yaml), or a folder to write {RECIPE_NAME} in.")
     ] = Path(),
 ) -> None:
-    """Write a first recipe for a model and rows of your own: gradpruner init --model MODEL --data ROWS.
+    """Write a first recipe for your own model and data.
 
-    Looks at the model's config and at the rows, never at weights, and fills in what suits them. What is not
-    given is looked for beside the recipe: a model folder, and files called train and test.
+    Example: gradpruner init --model MODEL --data ROWS
+
+    Fills in what suits the model's config and the rows; reads no weights. Without --model or --data, looks
+    beside the recipe for a model folder and for files called train and test.
     """
     from gradpruner.common.files import write_text
     from gradpruner.runs.recipe import check_recipe
@@ -90,8 +93,8 @@ def init(
     target = where if where.suffix in (".yaml", ".yml") else where / RECIPE_NAME
     if os.path.lexists(target):
         raise ConfigError(
-            f"{target} is there already, and is not overwritten.",
-            hint="Give another name: gradpruner init other.yaml.",
+            f"{target} already exists, and is not overwritten.",
+            hint="Give another name: gradpruner init other.yaml",
         )
     prepare(quiet=True)
     text = written(target, _found(target.parent, chosen.values))
@@ -102,7 +105,7 @@ def init(
 
 
 def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """What was given, completed by what lies beside the recipe."""
+    """Adds to the given keys the model and data files found in `folder`."""
     from gradpruner.data.folders import has_split, split_files
     from gradpruner.models.checking import is_model_folder
 
@@ -112,7 +115,7 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         if len(models) != 1:
             named = ", ".join(map(str, models)) or "none"
             raise ConfigError(
-                f"Which model? Model folders in {folder}: {named}.",
+                f"No --model given, and {folder} does not hold exactly one model folder (found: {named}).",
                 hint="Give --model: a folder or a hub id.",
             )
         values["model.path"] = str(models[0])
@@ -127,7 +130,7 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def written(target: Path, values: dict[str, Any]) -> str:
-    """The text of the recipe that will be at `target`; `values` are its keys of model and data."""
+    """Returns the text of the recipe to write at `target`; `values` holds its model and data keys."""
     from gradpruner.common.printing import short
     from gradpruner.data.layouts import UnnamedLabels
     from gradpruner.models.folder import locate_model
@@ -141,7 +144,7 @@ def written(target: Path, values: dict[str, Any]) -> str:
     sizes = ModelSizes(config)
     try:
         rows, longest = _rows(recipe, folder)
-    except UnnamedLabels as error:  # written as they are, to be named by who knows what they stand for
+    except UnnamedLabels as error:  # the recipe lists the numbers, for the user to name
         values = values | {"data.labels": {label: label for label in error.labels}}
         recipe.data.labels = values["data.labels"]
         rows, longest = _rows(recipe, folder)
@@ -162,9 +165,9 @@ def written(target: Path, values: dict[str, Any]) -> str:
         "layers": layers,
         "num_prune": gone,
         "removed": f"40 % of the layers, {short(lost)} parameters",
-        "model_said": f"{name} is a {config.model_type} of {layers} layers and "
-        f"{short(sizes.parameters)} parameters",
-        "data_said": f"{len(rows):,} training rows of the kind {rows.format}",
+        "model_note": f"Model: {name}, type {config.model_type}, {layers} layers, "
+        f"{short(sizes.parameters)} parameters.",
+        "data_note": f"Data: {len(rows):,} training rows, format {rows.format}.",
     }
     text = TEMPLATE.format(**facts, **trained)
     trusted = "  trust_remote_code: true\n" if recipe.model.trust_remote_code else ""
@@ -172,7 +175,7 @@ def written(target: Path, values: dict[str, Any]) -> str:
 
 
 def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
-    """The training rows, and how long the first of them are where a tokenizer is at hand."""
+    """Returns the training rows and, if the tokenizer is local, a note on how long the first ones are."""
     from gradpruner.data.encoding import encode_all
     from gradpruner.runs.evaluation_data import load_rows, tokenizer_of
 
@@ -180,13 +183,13 @@ def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
     tokenizer = tokenizer_of(recipe, folder) if local else None
     rows, _ = load_rows(recipe, tokenizer)
     if tokenizer is None:
-        return rows, "How long yours are, the dry run says."
+        return rows, "The dry run shows how long yours are."
     first = encode_all(tokenizer, rows.examples[:200], 10**6)
-    return rows, f"The longest of the first {len(first)}: {max(first.lengths)}."
+    return rows, f"The longest of your first {len(first)} samples has {max(first.lengths)} tokens."
 
 
 def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
-    """Mode, rate and steps for a model and so many rows."""
+    """Returns the template's training values for a model and this many rows."""
     from gradpruner.common.files import readable_bytes
     from gradpruner.evaluation.costing.per_device import Training, hold_training
     from gradpruner.models.loading import resolve_device
@@ -207,13 +210,13 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
         return planned_steps(rows, FinetuneSection(accumulation=accumulation, epochs=epochs))
 
     epochs = next((n for n in range(3, _MOST_EPOCHS) if steps(n) >= WANTED_STEPS), _MOST_EPOCHS)
-    said = default_rate_source(decoder, mode)
+    note = default_rate_source(decoder, mode)
     return {
         "mode": mode,
         "full_memory": readable_bytes(full),
         "lora_memory": f"{readable_bytes(lora)} for the weights",
         "qlora_memory": readable_bytes(qlora),
-        "rate_said": f"{said[0].upper()}{said[1:]}",
+        "rate_note": f"{note[0].upper()}{note[1:]}",
         "rate": f"{default_rate(decoder, mode):.1e}",
         "epochs": epochs,
         "batch": FinetuneSection().batch_size,
@@ -223,27 +226,27 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
 
 
 def _data_lines(base: Path, values: dict[str, Any], labels: Any) -> str:
-    """The rows, as lines of the recipe."""
-    said = {
+    """Returns the lines of the recipe's data section that name the rows."""
+    keys = {
         "task": ("data.task", "a named task (`gradpruner ls tasks`)"),
-        "folder": ("data.folder", "its splits"),
-        "train": ("data.train", "rows to train on: file, folder or hub dataset; file#2000 draws 2,000"),
-        "eval": ("data.eval", "rows to measure on, none of which are trained on"),
+        "folder": ("data.folder", "folder with its splits"),
+        "train": ("data.train", "training rows: file, folder or hub dataset; file#2000 draws 2,000"),
+        "eval": ("data.eval", "evaluation rows; must not be among the training rows"),
     }
     lines = []
-    for key, (dotted, comment) in said.items():
+    for key, (dotted, comment) in keys.items():
         if dotted in values:
             value = values[dotted] if key == "task" else _from(base, values[dotted])
             lines.append(f"  {key}: {_scalar(value)}  # {comment}")
     if "data.train" in values and "data.eval" not in values:
-        lines.append(f"  # Rows to measure on; null: {_NOT_GIVEN}.\n  eval: null")
+        lines.append(f"  # Evaluation rows; null: {_NOT_GIVEN}.\n  eval: null")
     if labels:
         lines.append(f"  labels: {json.dumps(labels)}  # {_UNNAMED}")
     return "\n".join(lines)
 
 
 def _from(base: Path, source: str) -> str:
-    """A path as it is to be written in a recipe that lies in `base`; a hub id as it is."""
+    """Returns a path relative to the recipe's folder `base`; absolute paths and hub ids stay as they are."""
     path, mark, count = source.partition("#")
     local = Path(path).expanduser()
     if local.is_absolute() or not local.exists():
@@ -253,7 +256,7 @@ def _from(base: Path, source: str) -> str:
 
 
 def _scalar(text: str) -> str:
-    """A text as YAML writes it, quoted where it must be."""
+    """Returns a text as a YAML scalar, quoted if needed."""
     plain = re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./ -]*[A-Za-z0-9]", text)
     ambiguous = text.lower() in ("null", "true", "false", "yes", "no", "on", "off")
     return text if plain and not ambiguous else json.dumps(text, ensure_ascii=False)

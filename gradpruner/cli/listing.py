@@ -1,4 +1,4 @@
-"""ls: what a recipe can name."""
+"""`gradpruner ls`: lists the names that a recipe can use."""
 
 from __future__ import annotations
 
@@ -13,21 +13,23 @@ from gradpruner.cli.options import JsonOption
 from gradpruner.common.registry import check_known
 
 KINDS = {
-    "methods": "ways to choose what goes",
-    "tasks": "named tasks with data, prompts and metrics",
-    "recipes": "whole runs: gradpruner run NAME",
+    "methods": "pruning methods",
+    "tasks": "named tasks: data, prompts and metrics",
+    "recipes": "built-in recipes: gradpruner run NAME",
     "ablations": "the paper's ablations: gradpruner ablate NAME",
-    "rules": "ways to merge layers",
-    "families": "model types",
-    "shapes": "models known by their sizes: gradpruner cost NAME",
+    "rules": "merge rules",
+    "families": "model types that can be pruned",
+    "shapes": "models whose sizes are built in: gradpruner cost NAME",
 }
 
 
 def ls(
-    kind: Annotated[str | None, typer.Argument(help=f"{', '.join(KINDS)}; none lists the kinds.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(help=f"What to list: {', '.join(KINDS)}. Default: these kinds.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What a recipe can name."""
+    """List methods, tasks, recipes and other names."""
     entries = dict(KINDS) if kind is None else _entries(kind)
     if as_json:
         typer.echo(json.dumps(entries, indent=2))
@@ -50,7 +52,7 @@ def _entries(kind: str) -> dict[str, str]:
     if kind == "rules":
         from gradpruner.plans.merging import MERGE_RULES, needs_importance
 
-        rules = [name for name in MERGE_RULES.names() if needs_importance(name)]  # the others are LaCo's own
+        rules = [name for name in MERGE_RULES.names() if needs_importance(name)]  # the rest belong to LaCo
         return {name: (MERGE_RULES.find(name).__doc__ or "").splitlines()[0] for name in rules}
     if kind == "recipes":
         return {name: _first_comment(recipe_file(name)) for name in recipe_names()}

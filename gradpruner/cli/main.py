@@ -1,4 +1,4 @@
-"""The command line: one short function per command; everything heavy is imported inside."""
+"""The command-line app: one short function per command, with heavy imports inside the functions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +29,16 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Make an open LLM about 40 % smaller for your own task: record early LoRA gradients, score "
-    f"layers, prune and merge, fine-tune, evaluate, report.\n\n{EXIT_CODES}",
+    help="Make an open LLM about 40 % smaller for your own task.\n\n"
+    "GradPruner records the LoRA gradients of a few training steps, scores the layers by them, removes the "
+    "least important ones, fine-tunes and evaluates the smaller model, and writes a report.\n\n"
+    "Start with `gradpruner run demo`. For your own model and data: `gradpruner init`, or `gradpruner "
+    f"shrink` if the model is already tuned for your task.\n\n{EXIT_CODES}",
 )
 
 
-def _stage(name: str, summary: str) -> None:
-    """Adds the command for one stage; all share their options, because all read one recipe."""
+def _stage(name: str, summary: str) -> Callable[..., None]:
+    """Returns the command that runs a recipe up to one stage; these commands share all their options."""
 
     @takes(
         f"recipe {ROWS} out plan name num_prune layer_fraction learning_rate find_lr epochs lora train_limit "
@@ -45,41 +49,18 @@ def _stage(name: str, summary: str) -> None:
             chosen.values[KEYS["find_lr"]] = True
         execute(resolve(chosen.recipe, chosen, chosen.out), name, chosen)
 
-    command.__doc__ = summary
-    app.command(name)(command)
+    command.__name__, command.__doc__ = name, summary
+    return command
 
 
-_stage(
-    "run",
-    "Do everything and write the report.\n\nBy default the dense model is tuned, pruned and repaired, and "
-    "then teaches the pruned one. Both are measured, side by side.",
-)
-_stage(
-    "rate",
-    "Find the learning rate.\n\nTunes the dense model briefly at several rates and reads their losses on "
-    "held-out training rows.",
-)
-_stage(
-    "record",
-    "Record the LoRA gradients of the first steps.\n\nBy default the dense model is tuned first; "
-    "--set effort=fast records the model as it is.",
-)
-_stage("score", "Record if needed, then score every layer.")
-_stage(
-    "plan",
-    "Score if needed, then decide which layers go.\n\n"
-    "Run it again with other --set plan.* options: the recording and all results of other plans are kept.",
-)
-_stage("finetune", "Prune if needed, then fine-tune every variant.")
-
-
-@app.command()
 def report(
     run_directory: Annotated[Path, typer.Argument(help="A run directory with run.json.")],
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the results as Markdown instead of a summary.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Render report.html again from run.json."""
+    """Write report.html again and print the results."""
     from gradpruner.common.files import working_in
     from gradpruner.common.json_files import read_object
     from gradpruner.reports.html import render_html
@@ -98,9 +79,8 @@ def report(
         typer.echo(f"report: {path}")
 
 
-@app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Versions, devices, free disk: what is missing here."""
+    """Check versions, devices and free disk space."""
     from gradpruner.cli.doctor import diagnose, print_findings
 
     findings = diagnose()
@@ -112,9 +92,8 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
 def schema() -> None:
-    """The recipe's JSON schema, for editors and scripts."""
+    """Print the JSON schema of recipes, with every key."""
     from gradpruner.runs.recipe import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
@@ -129,40 +108,71 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show version.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     pass
 
 
-for _command_of in (
+for _command in (
     init.init,
-    listing.ls,
+    _stage(
+        "run",
+        "Run a whole recipe and write the report.\n\nBy default, tunes the dense model, prunes and repairs "
+        "it, and lets it teach the pruned one. The report compares the two.",
+    ),
     shrink.shrink,
     evaluate.evaluate,
+    report,
+    serve.serve,
+    export.export,
+    export.push,
+    # Single stages of a run.
+    _stage(
+        "rate",
+        "Find a good learning rate.\n\nFine-tunes the dense model briefly at several rates and compares "
+        "their losses on held-out training rows.",
+    ),
+    _stage(
+        "record",
+        "Record the LoRA gradients of the first training steps.\n\nBy default, the dense model is tuned "
+        "first; --set effort=fast records the model as it is.",
+    ),
+    _stage("score", "Score every layer; records first if needed."),
+    _stage(
+        "plan",
+        "Decide which layers to remove; scores first if needed.\n\nYou can run it again with other --set "
+        "plan.* options: the recording and the results of other plans are kept.",
+    ),
     models.prune,
+    _stage("finetune", "Fine-tune every variant; prunes first if needed."),
+    # Model folders.
     models.verify,
     models.diff,
     models.rebuild,
-    export.export,
-    export.push,
-    serve.serve,
     cost.cost,
+    # Studies.
     studies.compare,
     studies.ablate,
+    listing.ls,
+    schema,
+    doctor,
 ):
-    app.command()(_command_of)
+    app.command()(_command)
 
 
 def main() -> None:
-    """Entry point: our errors become one clear message and their exit code."""
+    """Runs the command line; an error of ours becomes one clear message and its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    # Libraries make a million objects while they are imported; looking through them time and again for
-    # garbage takes a fifth of every start.
+    # Importing the libraries creates a million objects; scanning them for garbage again and again takes a
+    # fifth of every start.
     gc.set_threshold(20_000, 10, 10)
+    # Importing peft imports bitsandbytes, which warns about a missing 4-bit kernel that only QLoRA would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        _in_its_world()
+        _run_processes()
     except GradPrunerError as error:
         complain(error)
         sys.exit(error.exit_code)
@@ -170,11 +180,11 @@ def main() -> None:
         sys.exit(0)
 
 
-def _command() -> None:
-    """The command; a path somebody gave that the system refuses is an error like others."""
+def _run_app() -> None:
+    """Runs the command; a path that the system refuses becomes an error like any other."""
     try:
         app()
-    except OSError as error:  # what we write ourselves has its own messages
+    except OSError as error:  # writing our own files raises errors with messages of their own
         from gradpruner.common.files import os_failure
 
         if error.filename is None:
@@ -182,24 +192,24 @@ def _command() -> None:
         raise os_failure(error) from error
 
 
-def _in_its_world() -> None:
-    """Carries out the command; of several processes the first does, and the others help where it says so."""
+def _run_processes() -> None:
+    """Runs the command. Under a launcher the first process runs it and the others help when it asks."""
     from gradpruner.common.world import launched, this_world
 
     if not launched():
-        _command()
+        _run_app()
         return
     from gradpruner.runs.together import follow, leading
 
     if this_world().is_first:
         with leading():
-            _command()
+            _run_app()
         return
     prepare(True)
     logging.disable(logging.WARNING)
     try:
         code = follow()
-    except GradPrunerError as error:  # the first process says it
+    except GradPrunerError as error:  # the first process prints it
         code = error.exit_code
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""Where commands print: results on standard output, errors and interruptions on standard error."""
+"""Printing: results go to standard output, errors and interruptions to standard error."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ if TYPE_CHECKING:
 
 
 def console() -> Console:
-    """Standard output; wide enough for the tables where nothing says how wide it is."""
+    """Returns a console on standard output, 110 columns wide unless a terminal sets its own width."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 110)
 
 
 def stop(number: int, frame: object) -> NoReturn:
-    """Ctrl-C and SIGTERM unwind like any error, so that the stage is marked and files are closed."""
+    """Handles Ctrl-C and SIGTERM like any error, so that the stage is marked and files are closed."""
     from gradpruner.common.world import peer_failure
 
-    word = peer_failure()  # a launcher ends all processes when one has failed: what that one said counts
-    if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-        if word is not None:
-            complain(word)
+    # When one process fails, the launcher terminates the others: report the failure, not the signal.
+    cause = peer_failure()
+    if os.environ.get("RANK", "0") == "0":  # only one of several processes prints
+        if cause is not None:
+            complain(cause)
         else:
-            print("Interrupted. Start the same command again to go on.", file=sys.stderr)
-    raise SystemExit(word.exit_code if word is not None else 128 + number)
+            print("Interrupted. Run the same command again to resume.", file=sys.stderr)
+    raise SystemExit(cause.exit_code if cause is not None else 128 + number)
 
 
 def complain(error: GradPrunerError) -> None:
-    """An error and what to do about it, on standard error."""
+    """Prints an error and its hint to standard error."""
     from rich.console import Console
 
-    def printable(text: str) -> str:  # bytes of a path that are no UTF-8 must not cost the user the message
+    def printable(text: str) -> str:  # a path that is not UTF-8 must not break the message
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
     out = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""Commands that work on model folders, without recipe or data: prune, verify, diff, rebuild."""
+"""Commands that work on model folders, without a recipe or data: prune, verify, diff, rebuild."""
 
 from __future__ import annotations
 
@@ -22,60 +22,78 @@ if TYPE_CHECKING:
     from gradpruner.plans.width_plan import WidthPlan
     from gradpruner.pruning.verification import VerifyReport
 
-SourceOption = Annotated[str | None, typer.Option("--source", help="The model it was made from.")]
+SourceOption = Annotated[
+    str | None, typer.Option("--source", help="The model it was pruned from. Default: the recorded one.")
+]
 PlanFileOption = Annotated[
     Path | None, typer.Option("--plan", help="Plan file (plans/<variant>.json of a run).")
 ]
 TraceOption = Annotated[
     Path | None,
-    typer.Option("--trace", help="Recorded gradients; for a plan in a run directory, that run's by default."),
+    typer.Option(
+        "--trace", help="Folder of recorded gradients. Default: that of the run the plan belongs to."
+    ),
 ]
 LevelOption = Annotated[
     str,
-    typer.Option("--verify", help="full, structure (computes nothing), or auto (full if memory allows)."),
+    typer.Option(
+        "--verify", help="How to verify: full, structure (computes nothing), auto (full if memory allows)."
+    ),
 ]
 
 
 @takes(
     f"source destination plan trace keep drop repair max_shard_size level out overrides {ENDING}",
-    out=Annotated[str | None, typer.Option("--out", help="Run directory, to do it up to pruning.")],
-    dry_run=(Annotated[bool, typer.Option("--dry-run", help="Check everything, write nothing.")], False),
+    out=Annotated[str | None, typer.Option("--out", help="Run directory whose variants are to be pruned.")],
+    dry_run=(Annotated[bool, typer.Option("--dry-run", help="Check everything; write nothing.")], False),
 )
 def prune(
     chosen: Chosen,
     source: Annotated[
         str | None,
-        typer.Argument(help="Model folder or hub id; or a recipe, done up to pruning."),
+        typer.Argument(help="A model folder or hub id, or a recipe to run up to pruning."),
     ] = None,
-    destination: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
+    destination: Annotated[Path | None, typer.Argument(help="Folder to write the pruned model to.")] = None,
     plan: PlanFileOption = None,
     trace: TraceOption = None,
-    keep: Annotated[str | None, typer.Option("--keep", help="Keep these layers instead: 0-17,30,31.")] = None,
-    drop: Annotated[str | None, typer.Option("--drop", help="Drop these layers instead: 18-29.")] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", help="Instead of --plan: keep only these layers, e.g. 0-17,30,31.")
+    ] = None,
+    drop: Annotated[
+        str | None, typer.Option("--drop", help="Instead of --plan: drop these layers, e.g. 18-29.")
+    ] = None,
     repair: Annotated[
         Path | None,
-        typer.Option("--repair", help="A fitted repair of that plan: variants/<variant>/repair of a run."),
+        typer.Option("--repair", help="Fitted repair of that plan (variants/<variant>/repair of a run)."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights: 5GB, 500MB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest size of one weight file, e.g. 5GB or 500MB.")
+    ] = "5GB",
     level: LevelOption = "auto",
 ) -> None:
-    """Prune a checkpoint on disk: gradpruner prune MODEL NEW --plan PLAN.
+    """Prune a checkpoint on disk, without loading the model.
 
-    The model is never loaded: kept tensors are copied, merged ones computed one by one. The result is
-    verified before it appears. (A plan of heads, channels and hidden dimensions does load it.) Without a
-    second folder: a recipe or run directory, up to pruning.
+    Example: gradpruner prune MODEL NEW --plan PLAN
+
+    Copies the tensors of kept layers and computes merged ones one at a time; the new folder appears only
+    after it is verified. A plan that removes heads, channels or hidden dimensions does load the model.
+
+    Without a second folder: runs a recipe, or the run in --out, up to pruning.
     """
     if destination is None:
         if repair is not None:
             raise ConfigError(
-                "--repair belongs to a model folder that is pruned into a second one.",
-                hint="A run fits its own: --set plan.repair=least_squares.",
+                "--repair needs a model folder and a second folder to prune it into.",
+                hint="A run fits its own repair: --set plan.repair=least_squares.",
             )
         chosen = replace(chosen, values=given(plan=str(plan) if plan else None))
         execute(resolve(source, chosen, chosen.out), "prune", chosen)
         return
     if source is None or chosen.out is not None or chosen.overrides:
-        raise ConfigError("--out and --set belong to a run; a model folder is pruned into the second folder.")
+        raise ConfigError(
+            "--out and --set belong to a run, but two folders are given.",
+            hint="To prune a model folder: gradpruner prune MODEL NEW with --plan, --keep or --drop.",
+        )
     prepare(chosen.quiet)
     which = _Choice(plan, trace, keep, drop, repair)
     _prune_folder(source, destination, which, chosen, max_shard_bytes=num_bytes(max_shard_size), verify=level)
@@ -83,7 +101,7 @@ def prune(
 
 @dataclass(frozen=True)
 class _Choice:
-    """Which layers go, however it was said."""
+    """Which layers to remove: the values of --plan, --keep and --drop, with the plan's trace and repair."""
 
     plan_file: Path | None
     trace_folder: Path | None
@@ -93,14 +111,14 @@ class _Choice:
 
     def __post_init__(self) -> None:
         options = {"--plan": self.plan_file, "--keep": self.keep, "--drop": self.drop}
-        said = [name for name, value in options.items() if value]
-        if len(said) != 1:
-            what = " and ".join(said) or "Neither --plan nor --keep nor --drop"
-            raise ConfigError(f"{what} given; exactly one is needed.")
+        given = [name for name, value in options.items() if value]
+        if len(given) != 1:
+            what = " and ".join(given) or "None of --plan, --keep and --drop"
+            raise ConfigError(f"{what} given; give exactly one of --plan, --keep and --drop.")
 
     @property
     def width_plan(self) -> WidthPlan | None:
-        """The plan, if it is one of heads, channels and hidden dimensions."""
+        """The plan, if it removes heads, channels or hidden dimensions; otherwise None."""
         from gradpruner.plans.reading import load_plan
 
         if self.plan_file is None or not self.plan_file.is_file():
@@ -109,7 +127,7 @@ class _Choice:
         return plan if plan.kind == "width" else None
 
     def resolve(self, source: Path) -> tuple[PruningPlan, GradientTrace | None]:
-        """The plan and, if it merges by recorded gradients, the trace."""
+        """Returns the plan and, if it merges by recorded gradients, the trace."""
         from gradpruner.gradients.trace import GradientTrace
         from gradpruner.models.config_patch import text_config
         from gradpruner.models.loading import load_config
@@ -136,7 +154,11 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
     folder = locate_model(source)
     if (widths := which.width_plan) is not None:
         if which.repair_folder is not None:
-            raise ConfigError("A plan of heads, channels and hidden dimensions has no repair.")
+            raise ConfigError(
+                "--repair works only with plans of whole layers; this plan removes heads, channels or hidden "
+                "dimensions.",
+                hint="Leave --repair out.",
+            )
         _prune_widths(folder, source, destination, widths, chosen)
         return
     plan, trace = which.resolve(folder)
@@ -154,7 +176,7 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
 
 
 def _made(destination: Path, report: VerifyReport, chosen: Chosen) -> dict[str, Any]:
-    """Tells that a folder was made; returns what JSON adds."""
+    """Prints that the folder was written; returns what --json adds."""
     if not chosen.as_json:
         _print_report(report)
         typer.echo(f"pruned: {destination}")
@@ -208,7 +230,7 @@ def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
     before, after = (shown(size) for size in facts["bytes"])
     typer.echo(
         f"{facts['model_type']}: {facts['layers'][0]} -> {facts['layers'][1]} layers, {before} -> "
-        f"{after}; without {'layer' if len(plan.pruned) == 1 else 'layers'} {runs_of(plan.pruned)}"
+        f"{after}; removes {'layer' if len(plan.pruned) == 1 else 'layers'} {runs_of(plan.pruned)}"
         + (f", {sum(map(len, plan.merged.values()))} of them merged" if plan.merged else "")
     )
     _print_portability(facts["portability"])
@@ -234,7 +256,10 @@ def verify(
     level: LevelOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Check a pruned model against its plan and its source: files, shapes, logits, cache, generation."""
+    """Check a pruned model against its plan and source.
+
+    Checks files, shapes, logits, KV cache and generation.
+    """
     from gradpruner.gradients.trace import GradientTrace
     from gradpruner.plans.layer_plan import PruningPlan
     from gradpruner.pruning.verification import verify_checkpoint
@@ -257,11 +282,15 @@ def verify(
 def diff(
     source: Annotated[str, typer.Argument(help="The model before pruning: folder or hub id.")],
     pruned: Annotated[Path, typer.Argument(help="The pruned model folder.")],
-    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write the difference to.")],
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Store a pruned model as its difference from the source: plan, merged tensors, hashes."""
+    """Store a pruned model as a small difference.
+
+    The folder holds the plan, the tensors that are not the source's own, and hashes; `gradpruner rebuild`
+    makes the pruned model from it again.
+    """
     from gradpruner.common.progress import show_bytes
     from gradpruner.models.shards import open_shards
     from gradpruner.pruning.delta import diff_checkpoint, existing_folder
@@ -277,18 +306,21 @@ def diff(
 
         typer.echo(
             f"delta: {summary.folder}, {shown(summary.num_bytes)} for a checkpoint of "
-            f"{shown(summary.checkpoint_bytes)}; {summary.copied} tensors are the source's, {summary.stored} "
-            "are stored"
+            f"{shown(summary.checkpoint_bytes)}; {summary.copied} tensors come from the source, "
+            f"{summary.stored} are stored"
         )
 
 
 def rebuild(
     source: Annotated[str, typer.Argument(help="The model before pruning: folder or hub id.")],
-    delta: Annotated[Path, typer.Argument(help="A folder made by `gradpruner diff`.")],
-    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    delta: Annotated[Path, typer.Argument(help="A folder written by `gradpruner diff`.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write the pruned model to.")],
     quiet: QuietOption = False,
 ) -> None:
-    """Make the pruned model again from its source and the difference; every hash is checked."""
+    """Rebuild a pruned model from its source and difference.
+
+    Every hash is checked.
+    """
     from gradpruner.common.progress import show_bytes
     from gradpruner.pruning.delta import existing_folder
     from gradpruner.pruning.delta_record import read_record
@@ -301,29 +333,29 @@ def rebuild(
 
 
 def num_bytes(size: str) -> int:
-    """A size such as 5GB, 500MB or 1000000 in bytes (decimal units, as file sizes are given).
+    """Parses a size such as 5GB, 500MB or 1000000 into bytes; units are decimal.
 
     Raises:
-        ConfigError: If it is not a positive size.
+        ConfigError: If the text is not a positive size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", size.strip().lower())
     count = int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else 0
     if count < 1:
-        raise ConfigError(f"'{size}' is not a size.", hint="Write 5GB, 500MB or a number of bytes.")
+        raise ConfigError(f"'{size}' is not a size.", hint="Write for example 5GB, 500MB or 1000000.")
     return count
 
 
 def kept_layers(keep: str | None, drop: str | None, depth: int) -> list[int]:
-    """The layers that stay, said as those to keep or as those to drop (`layer_numbers`)."""
+    """Returns the layers that stay, from the text of --keep or of --drop (see `layer_numbers`)."""
     named = layer_numbers(keep or drop or "", depth)
     return named if keep else [i for i in range(depth) if i not in set(named)]
 
 
 def layer_numbers(text: str, depth: int) -> list[int]:
-    """Layers given as text: '0-17,30,31'.
+    """Parses layers such as '0-17,30,31'.
 
     Raises:
-        ConfigError: If a part is neither a number nor a rising range, or a layer does not exist.
+        ConfigError: If a part is neither a number nor a rising range, or the model has no such layer.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -333,7 +365,7 @@ def layer_numbers(text: str, depth: int) -> list[int]:
         if last < first or last >= depth:
             raise ConfigError(
                 f"'{part.strip()}' is not a layer or range of layers of this model.",
-                hint=f"Write layers of 0 to {depth - 1} with commas, ranges too: 1,2 or 3-5.",
+                hint=f"Layers are 0 to {depth - 1}; write them like 1,2 or 3-5.",
             )
         numbers += range(first, last + 1)
     return numbers

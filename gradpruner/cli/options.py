@@ -1,4 +1,4 @@
-"""Options that several commands share, under one name and with one help text, and the recipe key of each."""
+"""Options that several commands share: name, help text and the recipe key each one sets."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ KEYS = {
     "seed": "seed",
 }
 """Option -> the recipe key it sets."""
-_LISTS = {"portable_to", "lm_eval"}  # words with commas
+_LISTS = {"portable_to", "lm_eval"}  # comma-separated
 
 
 def given(**options: Any) -> dict[str, Any]:
-    """The recipe keys of those options that were given."""
+    """Returns recipe key -> value for the options that were given."""
     if options.get("lora") is not None:
         options["lora"] = "lora" if options["lora"] else "full"
     for name in _LISTS & set(options):
@@ -54,15 +54,15 @@ def given(**options: Any) -> dict[str, Any]:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text with commas between them."""
+    """Splits a comma-separated text; empty words are dropped."""
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def settled(chosen: Chosen) -> dict[str, Any]:
-    """The keys that options set, and those of a recipe that they exclude, as null.
+    """Returns the keys that options set, plus null for every recipe key that these options rule out.
 
     Raises:
-        ConfigError: If --set sets one of them too.
+        ConfigError: If --set sets one of the same keys.
     """
     from gradpruner.runs.sections import BUDGETS
 
@@ -71,7 +71,7 @@ def settled(chosen: Chosen) -> dict[str, Any]:
         key = item.partition("=")[0].strip()
         if key in values:
             flag = next(name for name, own in KEYS.items() if own == key).replace("_", "-")
-            raise ConfigError(f"--{flag} and --set {item} both set {key}.", hint="Give one of them.")
+            raise ConfigError(f"--{flag} and --set {item} both set {key}.", hint="Give only one of them.")
     budgets = tuple(f"plan.{name}" for name in BUDGETS)
     gone: tuple[str, ...] = ()
     rows = {"data.train", "data.eval"} & set(values)
@@ -85,69 +85,81 @@ def settled(chosen: Chosen) -> dict[str, Any]:
 
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Show no progress.")]
 Text, Number = str | None, int | None
 SHARED: dict[str, Any] = {
     "recipe": Annotated[
-        Text, typer.Argument(help="Recipe: a YAML file or the name of one (`gradpruner ls recipes`).")
+        Text,
+        typer.Argument(help="Recipe: a YAML file, or the name of a built-in one (`gradpruner ls recipes`)."),
     ],
     "model": Annotated[Text, typer.Option("--model", help="Model folder or hub id.")],
     "data": Annotated[
-        Text, typer.Option("--data", help="Training data: file, folder or hub dataset; #N samples.")
+        Text,
+        typer.Option("--data", help="Training data: file, folder or hub dataset; append #N to draw N rows."),
     ],
     "eval_data": Annotated[
         Text,
         typer.Option(
-            "--eval-data", help="Evaluation data; without it, rows are held out of the training data."
+            "--eval-data",
+            help="Evaluation data. Default: the test split of the --data folder or hub dataset, else a tenth "
+            "of the training rows.",
         ),
     ],
     "task": Annotated[
-        Text, typer.Option("--task", help="A named task (`gradpruner ls tasks`) instead of files.")
+        Text, typer.Option("--task", help="A named task (`gradpruner ls tasks`) instead of --data.")
     ],
     "task_folder": Annotated[
-        Text, typer.Option("--task-folder", help="Local folder with the named task's splits.")
+        Text, typer.Option("--task-folder", help="Local folder with the splits of the named task.")
     ],
     "out": Annotated[Text, typer.Option("--out", help="Run directory.")],
     "plan": Annotated[
-        Text, typer.Option("--plan", help="A plan file, perhaps edited, instead of the scores.")
+        Text, typer.Option("--plan", help="Prune by this plan file (edit it if you like), not by the scores.")
     ],
     "name": Annotated[
         Text,
-        typer.Option("--name", help="What this plan is called in the run directory: variants/<row>@NAME."),
+        typer.Option("--name", help="Name of this plan in the run directory: variants/<row>@NAME."),
     ],
-    "num_prune": Annotated[Number, typer.Option("--num-prune", help="Layers to remove.")],
+    "num_prune": Annotated[Number, typer.Option("--num-prune", help="Number of layers to remove.")],
     "layer_fraction": Annotated[
-        float | None, typer.Option("--layer-fraction", help="Share of the layers to remove; 0.4 by default.")
+        float | None, typer.Option("--layer-fraction", help="Fraction of the layers to remove. Default: 0.4.")
     ],
     "learning_rate": Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Peak learning rate; by the model's size if not given."),
+        typer.Option("--learning-rate", help="Peak learning rate. Default: depends on the model's size."),
     ],
     "find_lr": Annotated[
-        bool, typer.Option("--find-lr", help="Try learning rates on held-out training rows first.")
+        bool, typer.Option("--find-lr", help="First try several learning rates on held-out training rows.")
     ],
     "epochs": Annotated[float | None, typer.Option("--epochs", help="Passes over the training rows.")],
-    "lora": Annotated[bool | None, typer.Option("--lora/--full", help="Train adapters, or every weight.")],
-    "train_limit": Annotated[Number, typer.Option("--train-limit", help="This many random training rows.")],
-    "seed": Annotated[Number, typer.Option("--seed", help="Seed of everything random.")],
+    "lora": Annotated[
+        bool | None, typer.Option("--lora/--full", help="Train LoRA adapters, or all weights.")
+    ],
+    "train_limit": Annotated[
+        Number, typer.Option("--train-limit", help="Use only this many training rows, drawn at random.")
+    ],
+    "seed": Annotated[Number, typer.Option("--seed", help="Random seed.")],
     "overrides": Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key, e.g. plan.num_prune=13."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Set any recipe key, e.g. plan.num_prune=13; repeatable."
+        ),
     ],
     "trust_remote_code": Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that comes with the model.")
+        bool, typer.Option("--trust-remote-code", help="Allow running the Python code in the model folder.")
     ],
     "portable_to": Annotated[
         Text,
         typer.Option(
             "--portable-to",
             metavar="ENGINES",
-            help="Choose layers so that these serve the result right: vllm, sglang, llama.cpp, with commas.",
+            help="Choose layers so that these engines serve the result correctly: vllm, sglang, llama.cpp; "
+            "comma-separated.",
         ),
     ],
-    "skip_bad": Annotated[bool, typer.Option("--skip-bad", help="Drop unusable rows instead of stopping.")],
+    "skip_bad": Annotated[bool, typer.Option("--skip-bad", help="Skip unusable rows instead of stopping.")],
     "dry_run": Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, show what would happen, load no weights.")
+        bool,
+        typer.Option("--dry-run", help="Check everything and show what would happen; load no weights."),
     ],
     "as_json": JsonOption,
     "quiet": QuietOption,
@@ -159,10 +171,10 @@ ENDING = "dry_run as_json quiet"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The values of the options that `takes` gave a command."""
+    """The values of the options that `takes` added to a command."""
 
     values: dict[str, Any]
-    """Recipe keys."""
+    """Recipe key -> value."""
     recipe: str | None = None
     out: str | None = None
     overrides: tuple[str, ...] = ()
@@ -170,18 +182,19 @@ class Chosen:
     as_json: bool = False
     quiet: bool = False
     others: dict[str, Any] = field(default_factory=dict)
-    """Options that set no key of a recipe."""
+    """Options that set no recipe key."""
 
 
 def takes(
     order: str, keys: Mapping[str, str] = KEYS, **others: Any
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a command options in this order; what they say it gets as `chosen`.
+    """Adds options to a command, which receives their values as its parameter `chosen`.
 
     Args:
-        order: Names of `SHARED`, of `others`, and of the command's own parameters, with spaces.
-        keys: Option -> recipe key, of a command that reads a recipe.
-        others: Options this command explains in its own way: an annotation, or one with a default.
+        order: Names from `SHARED`, from `others` and of the command's own parameters, separated by spaces,
+            in the order `--help` lists them.
+        keys: Option -> recipe key; {} for a command that reads no recipe.
+        others: Options with a help text of this command's own: an annotation, or (annotation, default).
     """
     table = {name: (kind, False if kind.__origin__ is bool else None) for name, kind in SHARED.items()}
     table |= {name: value if isinstance(value, tuple) else (value, None) for name, value in others.items()}
@@ -196,20 +209,20 @@ def takes(
             )
 
         @functools.wraps(command)
-        def called(**said: Any) -> None:
-            shared = {name: value for name, value in said.items() if name not in own}
-            command(**{name: said[name] for name in said if name in own}, chosen=_chosen(shared, keys))
+        def called(**values: Any) -> None:
+            shared = {name: value for name, value in values.items() if name not in own}
+            command(**{name: values[name] for name in values if name in own}, chosen=_chosen(shared, keys))
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        called.__annotations__ = {one.name: one.annotation for one in parameters}
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return called
 
     return with_options
 
 
-def _chosen(said: dict[str, Any], keys: Mapping[str, str]) -> Chosen:
-    values = given(**{name: said.pop(name) for name in list(said) if name in keys})
-    fields = {name: said.pop(name) for name in list(said) if name in Chosen.__dataclass_fields__}
+def _chosen(options: dict[str, Any], keys: Mapping[str, str]) -> Chosen:
+    values = given(**{name: options.pop(name) for name in list(options) if name in keys})
+    fields = {name: options.pop(name) for name in list(options) if name in Chosen.__dataclass_fields__}
     if "overrides" in fields:
         fields["overrides"] = tuple(fields["overrides"] or ())
-    return Chosen(values, **fields, others=said)
+    return Chosen(values, **fields, others=options)

@@ -1,4 +1,4 @@
-"""serve: the runs of a folder in a browser."""
+"""`gradpruner serve`: shows the runs of a folder in a browser."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def serve(
     folder: Annotated[Path, typer.Argument(help="A run directory, or a folder of them.")],
     port: Annotated[
         int,
-        typer.Option(min=0, max=65535, help="Where it listens, on this machine only; 0 takes a free one."),
+        typer.Option(min=0, max=65535, help="Port to listen on, for this machine only; 0 picks a free one."),
     ] = 8765,
-    no_open: Annotated[bool, typer.Option("--no-open", help="Open no browser.")] = False,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Do not open a browser.")] = False,
 ) -> None:
-    """Show runs in a browser, while they go and side by side.
+    """Show runs in a browser, live and side by side.
 
-    Reads only, answers to this machine only. Ctrl-C ends it.
+    Only reads the folder, and answers this machine only. Stop it with Ctrl-C.
     """
     import webbrowser
 
@@ -31,18 +31,18 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     with open_server(folder, port) as server:
-        typer.echo(f"{server.url} shows {folder} until Ctrl-C.")
+        typer.echo(f"{server.url} shows {folder}. Press Ctrl-C to stop.")
         if not no_open and _has_screen():
-            # In a thread of its own: some browsers come back only when they are closed.
+            # In its own thread, because opening some browsers blocks until they are closed.
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
         server.serve_forever()
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    """There is nothing to go on with, so nothing is said."""
+    """Exits silently: unlike other commands, there is nothing to resume."""
     raise SystemExit(128 + number)
 
 
 def _has_screen() -> bool:
-    """Whether a browser gets a window; a text browser would take the terminal."""
+    """Returns whether a browser would open in a window; a text browser would take over the terminal."""
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

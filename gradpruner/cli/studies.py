@@ -1,4 +1,4 @@
-"""The commands `compare` and `ablate`: many methods, settings and seeds, one table."""
+"""The commands `compare` and `ablate`: many methods, settings and seeds in one table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ DEFAULT_SEEDS = "0,1,2"
 
 _SMALLER = Annotated[
     list[str] | None,
-    typer.Option("--smaller", metavar="MODEL", help="A smaller model to fine-tune beside them; repeatable."),
+    typer.Option(
+        "--smaller", metavar="MODEL", help="Also fine-tune this smaller model, for comparison; repeatable."
+    ),
 ]
 
 
@@ -37,35 +39,42 @@ _SMALLER = Annotated[
         Text,
         typer.Option(
             "--methods",
-            help="Rows, with commas (`gradpruner ls methods`), or all. gradpruner: with and without merging.",
+            help="Methods, comma-separated (`gradpruner ls methods`), or all. gradpruner is run with and "
+            "without merging.",
             show_default=DEFAULT_METHODS,
         ),
     ],
     smaller=_SMALLER,
     seeds=Annotated[
-        Text, typer.Option("--seeds", help="One run each, with commas.", show_default=DEFAULT_SEEDS)
+        Text,
+        typer.Option("--seeds", help="Seeds, comma-separated; one run each.", show_default=DEFAULT_SEEDS),
     ],
     unit=Annotated[
         Text,
         typer.Option(
-            "--unit", help="Match removed parameters or decoder_parameters.", show_default="parameters"
+            "--unit",
+            help="What every method removes the same amount of: parameters or decoder_parameters.",
+            show_default="parameters",
         ),
     ],
     out=(
-        Annotated[Text, typer.Option("--out", help="Folder of the study; the same again goes on there.")],
+        Annotated[Text, typer.Option("--out", help="Folder of the study.")],
         "runs/compare",
     ),
 )
 def compare(chosen: Chosen) -> None:
-    """Compare pruning methods at the same budget: gradpruner compare RECIPE --methods gradpruner,last.
+    """Compare pruning methods at the same budget.
 
-    The dense model, every method and every seed, fine-tuned and evaluated alike; paired differences and costs
-    in one table. A method that fails is a row with its error. Start it again to go on.
+    Example: gradpruner compare RECIPE --methods gradpruner,last
+
+    Fine-tunes and evaluates the dense model and every method, for every seed, in the same way; one table
+    shows paired differences and costs. A method that fails becomes a row with its error. Run the same command
+    again to resume.
     """
     from gradpruner.runs.study import comparing
 
     prepare(chosen.quiet)
-    # Methods as their papers have them; --set effort=fast repairs all.
+    # Without a recipe, methods follow their papers; with --set effort=fast all are repaired.
     defaults = {"effort": "paper"} if chosen.recipe is None else {}
     recipe = resolve(chosen.recipe, chosen, defaults=defaults)
     asked = _asked(chosen, comparing.METHODS, (), comparing.SEEDS)
@@ -76,22 +85,29 @@ def compare(chosen: Chosen) -> None:
 
 @takes(
     f"study {ROWS} methods smaller seeds out overrides trust_remote_code skip_bad {ENDING}",
-    methods=Annotated[Text, typer.Option("--methods", help="Other rows, with commas.")],
+    methods=Annotated[
+        Text,
+        typer.Option("--methods", help="Methods, comma-separated.", show_default="those of the study"),
+    ],
     smaller=_SMALLER,
     seeds=Annotated[
-        Text, typer.Option("--seeds", help="Other seeds, with commas.", show_default="the study's")
+        Text, typer.Option("--seeds", help="Seeds, comma-separated.", show_default="those of the study")
     ],
     out=Annotated[Text, typer.Option("--out", help="Folder of the study.", show_default="runs/NAME")],
 )
 def ablate(
     study: Annotated[
-        str, typer.Argument(help="Study: a YAML file or the name of one (`gradpruner ls ablations`).")
+        str,
+        typer.Argument(help="Study: a YAML file, or the name of a built-in one (`gradpruner ls ablations`)."),
     ],
     chosen: Chosen,
 ) -> None:
-    """Repeat an ablation of the paper, or your own: gradpruner ablate NAME --model ... --data ...
+    """Repeat an ablation of the paper, or run your own.
 
-    A sweep over recipe keys, with seeds; one table and one figure. Start it again to go on.
+    Example: gradpruner ablate table5_training_rows --model MODEL --data ROWS --eval-data ROWS
+
+    Sweeps over values of recipe keys, with several seeds, and shows the results in one table and one figure.
+    Run the same command again to resume.
     """
     from gradpruner.runs.study.comparing import carried_out, cleared
     from gradpruner.runs.study.design import make_study
@@ -121,36 +137,36 @@ def ablate(
 def _asked(
     chosen: Chosen, methods: Sequence[str] | None, smaller: Sequence[str], seeds: Sequence[int]
 ) -> dict[str, Any]:
-    """Rows and seeds: what was said, otherwise these."""
-    said = chosen.others
-    if said["methods"] is not None:
-        methods = words(said["methods"])
+    """Returns methods, smaller models and seeds from the options, with these defaults."""
+    options = chosen.others
+    if options["methods"] is not None:
+        methods = words(options["methods"])
         if not methods:
-            raise ConfigError("--methods names nothing.", hint="`gradpruner ls methods` lists what there is.")
+            raise ConfigError("--methods is empty.", hint="`gradpruner ls methods` lists the methods.")
     return {
         "methods": methods,
-        "smaller": said["smaller"] or smaller,
-        "seeds": seeds if said["seeds"] is None else parsed_seeds(said["seeds"]),
+        "smaller": options["smaller"] or smaller,
+        "seeds": seeds if options["seeds"] is None else parsed_seeds(options["seeds"]),
     }
 
 
 def parsed_seeds(text: str) -> list[int]:
-    """Seeds from "0,1,2".
+    """Parses seeds such as "0,1,2".
 
     Raises:
-        ConfigError: If one is not a whole number of at least 0.
+        ConfigError: If a seed is not a whole number >= 0.
     """
     for word in words(text):
         if not word.isdecimal():
             raise ConfigError(
                 f"--seeds {text}: '{word}' is not a seed.",
-                hint="Seeds are whole numbers from 0 on: --seeds 0,1,2.",
+                hint="Seeds are whole numbers of at least 0: --seeds 0,1,2.",
             )
     return [int(word) for word in words(text)]
 
 
 def _base_recipe(file: StudyFile, path: Path, chosen: Chosen) -> Recipe:
-    """The recipe a study starts from."""
+    """Returns the recipe that a study varies."""
     from gradpruner.runs.recipe import load_recipe, resolve_paths
 
     if file.base is not None:
@@ -163,7 +179,7 @@ def _base_recipe(file: StudyFile, path: Path, chosen: Chosen) -> Recipe:
 
 
 def _tell(found: Outcome, out: str | Path, as_json: bool) -> None:
-    """Prints what a study came to; the first row that failed decides how the command ends."""
+    """Prints the result of a study; raises the error of the first failed row."""
     from gradpruner.runs.study.carrying_out import REPORT
 
     tell(found, found.study, as_json)

@@ -1,4 +1,4 @@
-"""What to do next, said at the end of a command."""
+"""The "next:" lines that a command prints at its end."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from gradpruner.cli.messages import console
 
 NEXT: dict[str, tuple[tuple[str, str], ...]] = {
     "init": (
-        ("check it, without loading weights", "gradpruner run {recipe} --dry-run"),
-        ("do it", "gradpruner run {recipe}"),
+        ("check the recipe without loading weights", "gradpruner run {recipe} --dry-run"),
+        ("run it", "gradpruner run {recipe}"),
     ),
-    "rate": (("use it: it is kept there", "gradpruner run --out {out}"),),
-    "record": (("which layers go", "gradpruner plan --out {out}"),),
-    "score": (("which layers go", "gradpruner plan --out {out}"),),
+    "rate": (("train with this rate, which the run directory keeps", "gradpruner run --out {out}"),),
+    "record": (("choose the layers to remove", "gradpruner plan --out {out}"),),
+    "score": (("choose the layers to remove", "gradpruner plan --out {out}"),),
     "plan": (
-        ("prune by it, perhaps edited, and do the rest", "gradpruner run --out {out} --plan {plan}"),
-        ("or prune alone", "gradpruner prune --out {out}"),
+        ("edit the plan if you like, then run the rest", "gradpruner run --out {out} --plan {plan}"),
+        ("or only prune", "gradpruner prune --out {out}"),
     ),
-    "prune": (("tune what is left", "gradpruner finetune --out {out}"),),
-    "finetune": (("measure the models", "gradpruner evaluate --out {out}"),),
-    "evaluate": (("the table as Markdown", "gradpruner report {out} --markdown"),),
+    "prune": (("fine-tune the pruned models", "gradpruner finetune --out {out}"),),
+    "finetune": (("evaluate the models", "gradpruner evaluate --out {out}"),),
+    "evaluate": (("print the table as Markdown", "gradpruner report {out} --markdown"),),
     "report": (
-        ("measure the smaller model on other rows", "gradpruner evaluate {model} --eval-data ROWS"),
-        ("remove fewer or more layers, from the same recording", "gradpruner run --out {out} --num-prune N"),
-        ("the table as Markdown", "gradpruner report {out} --markdown"),
+        ("evaluate the smaller model on other rows", "gradpruner evaluate {model} --eval-data ROWS"),
+        ("remove fewer or more layers, reusing the recording", "gradpruner run --out {out} --num-prune N"),
+        ("print the table as Markdown", "gradpruner report {out} --markdown"),
     ),
     "report of the dense model alone": (
         (
-            "remove layers of it",
+            "remove layers from it",
             "gradpruner shrink {model} --data ROWS --eval-data ROWS --out {out}-small",
         ),
-        ("the table as Markdown", "gradpruner report {out} --markdown"),
+        ("print the table as Markdown", "gradpruner report {out} --markdown"),
     ),
     "prune a folder": (
         ("check it again, at any time", "gradpruner verify {folder}"),
-        ("measure it", "gradpruner evaluate {folder} --eval-data ROWS"),
+        ("evaluate it", "gradpruner evaluate {folder} --eval-data ROWS"),
     ),
 }
-"""Command -> what one may do after it: why, and the command; places in braces are filled in."""
+"""Command -> (purpose, next command) pairs; names in braces are filled in."""
 
 
-def suggest(after: str, **places: Any) -> None:
-    """Prints what to do after a command; a line whose place is not known is left out."""
-    known = {name: shlex.quote(str(value)) for name, value in places.items() if value is not None}
+def suggest(after: str, **values: Any) -> None:
+    """Prints the next commands; a line is left out if it needs a value that is missing."""
+    known = {name: shlex.quote(str(value)) for name, value in values.items() if value is not None}
     lines = []
     for why, command in NEXT.get(after, ()):
         try:
@@ -59,7 +59,7 @@ def suggest(after: str, **places: Any) -> None:
 
 
 def suggest_after_run(until: str, record: dict[str, Any], out: str) -> None:
-    """Prints what to do after a run that went as far as a stage."""
+    """Prints the next commands after a run up to the stage `until`."""
     from gradpruner.common.errors import ConfigError
     from gradpruner.reports.shipping import model_to_ship
 
