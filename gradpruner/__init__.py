@@ -1,7 +1,7 @@
 """GradPruner: make an open LLM about 40 % smaller for your own task.
 
     result = gradpruner.prune("my-tuned-model", rows)     # rows: [{"prompt": ..., "completion": ...}, ...]
-    print(result)                                         # which layers went, what that saves
+    print(result)                                         # the layers removed, and what that saves
     result.save("smaller")                                # a plain Hugging Face folder
 
 The whole job

@@ -169,7 +169,7 @@ def test_further_tasks_of_a_run(project):
     assert set(paired) == {"task", "gsm8k"} and "final_number" in paired["gsm8k"]
     assert record["variants"]["dense"].get("paired") is None
     page = (project.parent / "run" / "report.html").read_text()
-    assert "Further rows, not trained on" in page and "says nothing here" in page
+    assert "Validation rows and other tasks" in page and "says nothing here" in page
     names = [stage["name"] for stage in record["stages"]]
     assert "evaluate dropped on gsm8k" in names
     again = run(load_recipe(project))
@@ -288,7 +288,7 @@ def test_a_dry_run_measures_nothing(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "What should"),
+        ((), "Nothing to evaluate"),
         (("--task", "arc_eazy"), "Did you mean 'arc_easy'"),
         (("--eval-data", "none.jsonl"), "none.jsonl"),
         (("--eval-data", "eval.jsonl", "--model", "x"), "belong to a run"),
@@ -305,4 +305,4 @@ def test_what_cannot_be_measured(folder, arguments, message, monkeypatch):
 
 def test_a_server_needs_the_folder_of_its_model(folder):
     done = invoke("--endpoint", "http://127.0.0.1:9/v1", "--out", folder / "run")
-    assert "needs the folder" in str(done.exception)
+    assert "need the folder" in str(done.exception)

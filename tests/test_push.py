@@ -132,7 +132,7 @@ def test_of_a_task_that_was_not_learned_it_is_said(call, run):
         row["evaluation"]["metrics"]["exact_match"]["value"] = 0.0
     write_json(run / "run.json", record)
     code, _, err = call("push", run, "me/small", "--dry-run")
-    assert code == 0 and "the task of this run was not learned" in err and "No row gives a single" in err
+    assert code == 0 and "this run did not learn its task" in err and "No model gives a single" in err
 
 
 def test_what_cannot_be_pushed_is_refused_before_anything_is_sent(call, run, monkeypatch):

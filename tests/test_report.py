@@ -30,7 +30,7 @@ from gradpruner.common.printing import (
 )
 from gradpruner.reports import comparing, figures, html, svg, tables
 from gradpruner.reports.answers import sample_answers
-from gradpruner.reports.details import served_said, serving_table
+from gradpruner.reports.details import served_summary, serving_table
 from gradpruner.reports.html import render_html
 from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.shipping import advice
@@ -390,7 +390,7 @@ def test_empty_parts_inside_variants(tmp_path: Path) -> None:
     run["scores"]["gradient"].update(low=[], high=[], stability=[])
     run["scores"]["shortgpt"] = {"values": []}
     page = Page(render(run, tmp_path))
-    assert "Nothing to compare: merged has no exact match." in page.words
+    assert "Nothing to compare: no exact match was measured for merged." in page.words
     assert "figure-scores-0" in page.ids
     assert "figure-stability" not in page.ids
 
@@ -411,7 +411,7 @@ def test_eighty_layers_and_six_variants(tmp_path: Path) -> None:
         ({"dense": 0.60, "merged": 0.80}, 1000, "better", "do not overlap"),
         ({"dense": 0.80, "merged": 0.70}, 60, "unclear", "cannot tell"),
         ({"dense": 0.80, "merged": 0.75}, 300, "unclear", "cannot tell"),
-        ({"dense": 0.80, "merged": 0.81}, 1000, "even", "do not read this as an improvement"),
+        ({"dense": 0.80, "merged": 0.81}, 1000, "even", "this is not a clear improvement"),
     ],
 )
 def test_verdict(values: dict[str, float], n: int, level: str, says: str) -> None:
@@ -424,7 +424,7 @@ def test_verdict(values: dict[str, float], n: int, level: str, says: str) -> Non
 @pytest.mark.parametrize(
     ("values", "majority", "says"),
     [
-        ({"dense": 0.0, "merged": 0.0}, None, "No row gives a single right answer"),
+        ({"dense": 0.0, "merged": 0.0}, None, "No model gives a single right answer"),
         ({"dense": 0.25, "merged": 0.25}, 0.25, "no better than always giving the most frequent answer"),
         ({"dense": 0.20, "merged": 0.05}, 0.25, "no better than always giving the most frequent answer"),
     ],
@@ -439,7 +439,7 @@ def test_a_task_that_was_not_learned_is_the_headline(
     assert "now 30 steps" in verdict.sentence and "finetune.learning_rate, now 1e-05" in verdict.sentence
     assert "clear difference" not in verdict.sentence and "Not learned" in printed(run)
     run["recipe"]["start"] = "given"
-    assert "give a model that was tuned" in judge(read(run)).sentence
+    assert "give one that was tuned" in judge(read(run)).sentence
 
 
 def test_figures_of_an_interrupted_training_say_so(tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_a_line_holds_percentages_of_one_kind_with_one_minus(page: Page) -> None
     run["variants"]["merged"]["paired"] = {"task": {"exact_match": metric(0.1, 1000)}}
     run["variants"]["merged"]["paired"]["task"]["exact_match"].update(value=-0.1, low=-0.13, high=-0.07)
     said = judge(read(run)).sentence
-    assert "scores 70.0% where the dense model scores 80.0%. The difference" in said
+    assert "scores 70.0%; the dense model scores 80.0%. On the same examples" in said
     assert "−10.0 points, 95% [−13.0, −7.0]" in said and "relative" not in said
     assert not re.search(r"(?<![\w-])-\d", page.words.replace("Linux-6.8", "").replace("1.0e-05", ""))
 
@@ -491,7 +491,7 @@ def test_verdict_without_intervals_or_fine_tuning() -> None:
 def test_a_fine_tuned_model_is_not_compared_with_one_that_is_not() -> None:
     run = make_run(16, ("dense", "merged"), 1000, 3)
     run["variants"]["dense"]["evaluation"] = None
-    assert "scores 31.0% where the dense model scores 58.0%" in judge(read(run)).sentence
+    assert "scores 31.0%; the dense model scores 58.0%" in judge(read(run)).sentence
 
 
 def test_small_samples_are_marked() -> None:
@@ -600,11 +600,11 @@ def probed(dense: float, merged: float) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("dense", "merged", "said"),
     [
-        (0.40, 0.20, "Reasoning in several steps suffered: gsm8k falls from 40.0% to 20.0%"),
-        (0.40, 0.355, "Reasoning in several steps suffered"),
+        (0.40, 0.20, "Multi-step reasoning suffered: gsm8k falls from 40.0% to 20.0%"),
+        (0.40, 0.355, "Multi-step reasoning suffered"),
         (0.40, 0.365, None),  # less than a tenth
         (0.40, 0.45, None),
-        (0.015, 0.0, "says nothing here: the dense model itself solves only 1.5%"),
+        (0.015, 0.0, "says nothing here: the dense model itself scores only 1.5%"),
     ],
 )
 def test_a_reasoning_probe_that_falls_is_warned_of(dense: float, merged: float, said: str | None) -> None:
@@ -621,7 +621,7 @@ def test_the_verdict_goes_by_pairs_where_there_are_any() -> None:
             "task": {"exact_match": {"value": value, "low": low, "high": high, "n": 480}}
         }
         found = judge(read(run))
-        assert found.level == level and "on the same examples" in found.sentence
+        assert found.level == level and "On the same examples" in found.sentence
 
 
 def test_time_counts_everything_or_says_what_it_leaves_out() -> None:
@@ -631,7 +631,7 @@ def test_time_counts_everything_or_says_what_it_leaves_out() -> None:
     for name, parts in (("dense", {"training": 100.0, "total": 100.0}), ("merged", merged)):
         run["variants"][name]["cost"] = {"seconds": parts, "tokens": 7, "resumed": []}
     tile = tiles(read(run))[-1]
-    assert (tile.name, tile.change) == ("Time in all", "1.30×") and "all but measuring" in tile.remark
+    assert (tile.name, tile.change) == ("Total time", "1.30×") and "all but evaluation" in tile.remark
 
 
 def test_flat_losses_are_logarithmic_and_sizes_are_drawn_where_there_are_several() -> None:
@@ -654,10 +654,11 @@ def test_engines_are_one_line_when_all_is_well(tmp_path: Path) -> None:
     engines = [{"engine": e, "status": "ok", "reason": ""} for e in ("vllm", "sglang", "llama.cpp")]
     run["plans"]["merged"]["portability"] = engines
     view = read(run)
-    assert served_said(view) == "vllm, sglang and llama.cpp: it is served as it is, going by their sources."
+    expected = "vllm, sglang and llama.cpp can serve the pruned model as is, judging by their source code."
+    assert served_summary(view) == expected
     assert not serving_table(view).lines
     engines[0].update(status="wrong", reason="it counts layers")
-    assert served_said(read(run)).startswith("sglang and llama.cpp:")
+    assert served_summary(read(run)).startswith("sglang and llama.cpp can serve")
     assert [line.cells[3].text for line in serving_table(read(run)).lines] == ["it counts layers"]
     assert any("it counts layers" in step.note for step in (advice(read(run)) or pytest.fail()).commands)
 

@@ -246,7 +246,11 @@ def test_nothing_outside_is_served(tmp_path: Path) -> None:
             status, page = asked.get(path)
             assert status == 404 and "secret" not in page and "Traceback" not in page, path
         html = asked.get()[1]
-        assert "way-out" not in html and "/report/linked" not in html and "Its record is a link" in html
+        assert (
+            "way-out" not in html
+            and "/report/linked" not in html
+            and "Its record is missing or a link" in html
+        )
 
 
 def test_only_this_machine_and_only_reading(tmp_path: Path) -> None:
@@ -268,7 +272,7 @@ def test_what_cannot_be_served_is_said_in_one_line(tmp_path: Path) -> None:
             open_server(folder, 0)
         assert "\n" not in str(error.value)
     finished(tmp_path / "one")
-    with Asked(tmp_path) as asked, pytest.raises(ConfigError, match=r"Port \d+ cannot be used .*--port"):
+    with Asked(tmp_path) as asked, pytest.raises(ConfigError, match=r"Port \d+ cannot be used: .*--port"):
         open_server(tmp_path, asked.server.server_port)
 
 

@@ -71,11 +71,11 @@ def test_a_row_may_be_named_and_failed_or_unfinished_ones_are_no_choice() -> Non
     run = record(
         dense=DENSE, merged=row(60, 0.9, error="out of memory"), dropped=row(60, 0.8, evaluation=None)
     )
-    with pytest.raises(ConfigError, match="no pruned model that is measured"):
+    with pytest.raises(ConfigError, match="no evaluated pruned model"):
         model_to_ship(run)
     assert model_to_ship(run, "dense").folder == "variants/dense/model"
     with pytest.raises(ConfigError, match="'merged' failed") as caught:
         model_to_ship(run, "merged")
-    assert caught.value.hint == "Rows that have a model: dense, dropped."
+    assert caught.value.hint == "Variants with a model: dense, dropped."
     run["variants"]["dense"]["finetune"] = None
     assert model_to_ship(run, "dense").folder == "given/model"

@@ -119,7 +119,7 @@ def test_a_recovery_is_kept_only_where_validation_rows_say_so(tmp_path, rate, ke
     same = all(torch.equal(both[0][name], both[1][name]) for name in both[0])
     assert same == (kept == "pruned")
     page = render_html(record, tmp_path / "r.html").read_text()
-    assert ("the model before it was kept" in page) == same
+    assert ("the model from before that training was kept" in page) == same
 
 
 def test_a_recovery_is_chosen_anew_by_other_validation_rows(tmp_path):
@@ -165,7 +165,7 @@ def test_costs_count_everything_a_row_needed(tmp_path):
     dense = record["variants"]["dense"]["cost"]
     assert dense["seconds"]["total"] == pytest.approx(stages["finetune dense"])
     assert gate["tokens"] > last["tokens"] > dense["tokens"] > 0
-    assert "Whole cost" in render_html(record, tmp_path / "r.html").read_text()
+    assert "Total time" in render_html(record, tmp_path / "r.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch)
     sizes = {p["num_prune"]: p["parameters"] for p in search["curve"]}
     assert sizes[1] > sizes[2] and sizes[1] == record["variants"]["gate"]["num_parameters"]
     shown = render_html(record, tmp_path / "r.html").read_text()
-    assert "How many layers may go" in shown and "1 layers certified" in shown
+    assert "How many layers can be removed" in shown and "1 layers certified" in shown
     again = run(recipe)
     assert {s["state"] for s in again["stages"] if s["name"].startswith("search")} == {"skipped"}
 

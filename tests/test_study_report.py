@@ -226,7 +226,9 @@ def test_numbers_equal_the_record(source: str) -> None:
                 assert f"[{low}, {high}]".replace("-", "−") in words
     for shown in ("8.10M", "4.86M", "−40.0%", "0.63×", "0.61×", "3.00\u00a0GiB", "8\u00a0min\u00a025\u00a0s"):
         assert shown in words
-    assert "3,240,000 parameters, 40.0% of all parameters, what 6 of its 16 decoder layers hold" in words
+    assert (
+        "3,240,000 parameters, 40.0% of all parameters, as many as 6 of its 16 decoder layers hold" in words
+    )
     assert "AMD EPYC 9354" in words and "0a1b2c3d4e5f" in words
 
 
@@ -259,7 +261,7 @@ def test_wins_ties_and_losses_leave_out_dense_and_gradpruners_own_rows() -> None
         row_of(study, name)["metrics"]["exact_match"]["paired_gradpruner"] = difference(value)
     row_of(study, "dropped")["metrics"]["exact_match"]["paired_gradpruner"] = difference(-0.02)
     sentence = judge(read(study)).sentence
-    assert "Against 3 other methods, by paired 95% intervals: 1 win, 1 tie, 1 loss." in sentence
+    assert "Against 3 other methods (by paired 95% intervals): 1 win, 1 tie, 1 loss." in sentence
     assert "Merging adds 2.0 points, 95% [0.8, 3.2]." in sentence
 
 
@@ -303,7 +305,7 @@ def test_what_has_not_run_yet_did_not_fail(tmp_path: Path) -> None:
     source = render(study, tmp_path)
     assert 'class="error"' not in source
     notes = judge(read(study)).notes
-    assert "Not complete: 2 of 3 runs are finished." in notes
+    assert "Incomplete: 2 of 3 runs are finished." in notes
     assert not any("failed" in note for note in notes)
 
 
@@ -321,7 +323,7 @@ def test_one_seed_and_few_examples_are_said(tmp_path: Path) -> None:
             if row["metrics"]["exact_match"][key]:
                 row["metrics"]["exact_match"][key]["n"] = 60
     words = Page(render(study, tmp_path)).words
-    assert "One seed: how much another one would change is not known" in words
+    assert "Only one seed: how much the result varies from seed to seed is not known" in words
     assert "Only 60 examples were evaluated" in words
     assert "over 1 seeds" not in words
 
@@ -432,7 +434,7 @@ def test_a_sweep_says_whether_it_makes_a_difference() -> None:
     found = judge(read(make_sweep()))
     assert (
         found.level == "better"
-        and "highest at 5 (87.2%), lowest at 0 (84.2%), 3.0 points apart" in found.sentence
+        and "best at 5 (87.2%), worst at 0 (84.2%), 3.0 points apart" in found.sentence
     )
     assert judge(read(make_sweep((0, 1)))).level == "even"
     lone = make_sweep()
@@ -496,12 +498,12 @@ def test_what_was_not_learned_decides_nothing_and_says_what_to_change(make: Any,
 def test_validation_rows_choose_what_to_ship_and_test_rows_do_not() -> None:
     study = make_study(("dense", "merged", "sleb", "last"))
     found = advice(read(study))
-    assert found is not None and found.title == "GradPruner" and "test rows do not choose" in found.reason
+    assert found is not None and found.title == "GradPruner" and "test rows must not decide" in found.reason
     for name, value in (("dense", 0.9), ("merged", 0.8), ("sleb", 0.85), ("last", 0.7)):
         row_of(study, name)["validation"] = {"exact_match": {"mean": value, "n": 240}}
     found = advice(read(study), Path("here"))
     assert found is not None and found.path == "here/seed-0/variants/sleb/model"
-    assert "85.0%, where the dense model has 90.0%" in found.reason
+    assert "85.0%; the dense model has 90.0%" in found.reason
     row_of(study, "sleb")["removed_share"] = 0.3  # not at the budget
     assert (advice(read(study)) or pytest.fail()).title == "GradPruner"
     study["recipe"]["keep_models"] = "none"

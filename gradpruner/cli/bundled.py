@@ -36,7 +36,7 @@ def recipe_file(name: str) -> Path:
     if "/" in name and not any(other.startswith(name.split("/")[0]) for other in names):
         raise ConfigError(
             f"There is no recipe, model folder or other file at {name}.",
-            hint=f"Recipes that come along: {', '.join(names)}.",
+            hint=f"Built-in recipes: {', '.join(names)}.",
         )
     raise ConfigError(
         f"There is no recipe file or built-in recipe '{name}'.{suggest(name, names)}",

@@ -1,6 +1,6 @@
-"""Sample answers of a run, dense beside pruned, from the files of examples it left.
+"""Sample answers of the dense and the pruned model, side by side, read from the run's examples.jsonl files.
 
-Rows hold whatever the task holds: untrusted text, which is cut short here and escaped where it is shown.
+The rows hold untrusted text. It is cut short here and escaped where it is shown.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ KINDS = {
     "wrong": "Both wrong",
 }
 MOST = 15
-"""Examples of a kind that a page holds."""
+"""Most answers of one kind on a page."""
 _LONGEST = 280
-"""Characters of a text that a page holds."""
+"""Most characters of one text on a page."""
 _MOST_BYTES = 64 * 2**20
 _FIELDS = {
     "exact_match": ("correct", "generated"),
@@ -34,14 +34,14 @@ _FIELDS = {
     "bert_score": ("bert_score", "generated"),
     "similarity": ("rouge_l", "generated"),
 }
-"""Metric -> what says whether an answer is right, and the answer."""
+"""Metric -> the field that grades an answer, and the field that holds it."""
 _GRADED = 0.5
-"""From this score on, a graded answer counts as right."""
+"""A graded answer counts as right from this score on."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One row, as both models answered it."""
+    """The answers of both models to one row."""
 
     kind: str
     prompt: str
@@ -52,11 +52,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """Some answers of the pruned row called `label`, at most `MOST` of a kind.
+    """Answers of the dense model and of the pruned row `label`, at most `MOST` of each kind.
 
     Attributes:
-        counts: How many there are of every kind.
-        graded: Whether "right" stands for a score of at least a half.
+        counts: Kind -> number of answers in the whole file.
+        graded: Whether "right" means a score of at least 0.5.
     """
 
     label: str
@@ -66,38 +66,38 @@ class Answers:
 
 
 def sample_answers(view: View, folder: Path) -> Answers | None:
-    """The answers of the headline's row beside those of the dense model; None where they are not on disk.
+    """Returns the answers of the main row and of the dense model; None if they are not on disk.
 
     Args:
         view: The record.
-        folder: Where it lies; nothing outside is read.
+        folder: The record's folder; nothing outside it is read.
     """
     row, dense = view.main, view.dense
     if row is None or dense is None or view.metric not in _FIELDS:
         return None
-    files = [_file(view, one, folder) for one in (dense, row)]
+    files = [_file(view, model, folder) for model in (dense, row)]
     if files[0] is None or files[1] is None:
         return None
-    right, said = _FIELDS[view.metric]
+    grade, answer = _FIELDS[view.metric]
     found: dict[str, list[Answer]] = {kind: [] for kind in KINDS}
     counts = dict.fromkeys(KINDS, 0)
     graded = False
     try:
-        for one, other in zip(_lines(files[0]), _lines(files[1]), strict=False):
-            scores = [e[right] for e in (one, other)]
-            if one["id"] != other["id"]:
+        for before, after in zip(_lines(files[0]), _lines(files[1]), strict=False):
+            scores = [example[grade] for example in (before, after)]
+            if before["id"] != after["id"]:
                 return None
             graded = graded or not isinstance(scores[0], bool)
             kind = _kind(*(float(score) >= _GRADED for score in scores))
             counts[kind] += 1
             if len(found[kind]) < MOST:
-                shown = [text(e.get(said), _LONGEST) for e in (one, other)]
-                prompt = text(one.get("prompt_tail"))
+                shown = [text(example.get(answer), _LONGEST) for example in (before, after)]
+                prompt = text(before.get("prompt_tail"))
                 prompt = prompt if len(prompt) <= _LONGEST else "…" + prompt[-_LONGEST:]
-                found[kind].append(Answer(kind, prompt, text(one.get("answer"), _LONGEST), *shown))
+                found[kind].append(Answer(kind, prompt, text(before.get("answer"), _LONGEST), *shown))
     except (OSError, ValueError, KeyError, TypeError):  # another program's file, or a field is missing
         return None
-    answers = tuple(answer for kind in KINDS for answer in found[kind])
+    answers = tuple(sample for kind in KINDS for sample in found[kind])
     return Answers(row.label, answers, counts, graded) if answers else None
 
 
@@ -108,7 +108,7 @@ def _kind(dense: bool, pruned: bool) -> str:
 
 
 def _file(view: View, row: Row, folder: Path) -> Path | None:
-    """Where a row's answers lie, if that is a plain file inside the folder."""
+    """Returns the file of a row's answers, if it is a plain file inside the folder."""
     named = row.recorded.evaluation.per_example
     if view.kind != "run":
         named = f"{row.first_run}/variants/{row.name}/examples.jsonl" if row.first_run else None
@@ -121,7 +121,7 @@ def _file(view: View, row: Row, folder: Path) -> Path | None:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows in the first `_MOST_BYTES` of a file."""
+    """Yields the complete rows in the first `_MOST_BYTES` of a file."""
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES)
     for line in data[: data.rfind(b"\n") + 1].splitlines():

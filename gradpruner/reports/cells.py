@@ -1,4 +1,4 @@
-"""Cells, lines and tables of a report as plain data: HTML, terminal and markdown show the same numbers."""
+"""Cells, lines and tables as plain data, so that HTML, terminal and markdown show the same numbers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from gradpruner.reports.fields import Measured
 
 @dataclass(frozen=True)
 class Cell:
-    """One value; `detail` is a second, smaller text such as an interval.
+    """One value of a table.
 
     Attributes:
+        detail: A second, smaller text, for example an interval.
         exact: The unrounded value, shown on hover.
-        share: 0-1 draws a bar of that length; None draws none.
-        link: Where a click on it leads.
+        share: Length of a bar, 0 to 1; None draws no bar.
+        link: Address that the cell links to.
     """
 
     text: str
@@ -39,7 +40,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a table; `kind` is '', 'main' (set in bold) or 'failed' (see `error`)."""
+    """One line of a table; `kind` is '', 'main' (shown in bold) or 'failed' (see `error`)."""
 
     cells: tuple[Cell, ...]
     kind: str = ""
@@ -47,13 +48,13 @@ class Line:
 
 
 def line(*cells: Cell | str, kind: str = "", error: str = "") -> Line:
-    """A line of cells; plain texts become cells."""
+    """Returns a line; plain texts become cells."""
     return Line(tuple(Cell(cell) if isinstance(cell, str) else cell for cell in cells), kind, error)
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names the line, the others hold numbers unless listed in `words`."""
+    """A table. The first column names the line; the others hold numbers, except those in `words`."""
 
     caption: str
     columns: tuple[str, ...]
@@ -61,7 +62,7 @@ class Table:
     words: tuple[str, ...] = ()
 
     def texts(self, line: Line, failed: str) -> list[str]:
-        """The cells of a line as plain texts; of a failed line `failed` in place of its quality."""
+        """Returns the cells of a line as plain texts; a failed line shows `failed` instead of its quality."""
         texts = [f"{cell.text} {cell.detail}".strip() for cell in line.cells]
         if line.kind == "failed":
             texts[next((i for i, name in enumerate(self.columns) if name.endswith("]")), 1)] = failed
@@ -69,7 +70,7 @@ class Table:
 
 
 def measured_cell(measured: Measured | None) -> Cell:
-    """A metric with its interval; starred where too few examples stand behind it."""
+    """Returns a metric with its interval, and a star if it rests on too few examples."""
     if measured is None:
         return Cell(MISSING)
     star = "*" if measured.is_small else ""
@@ -78,26 +79,26 @@ def measured_cell(measured: Measured | None) -> Cell:
 
 
 def difference_cell(difference: Measured | None) -> Cell:
-    """A difference in points with its interval."""
+    """Returns a difference in points with its interval."""
     if difference is None:
         return Cell(MISSING)
     return exact_cell(points, difference.value, interval(difference.low, difference.high))
 
 
 def change(after: Any, before: Any) -> str:
-    """The relative change of a size, with its sign."""
+    """Returns the relative change of a size as a signed percentage."""
     kept = ratio(after, before)
     return signed_percent(None if kept is None else kept - 1)
 
 
 def exact_cell(show: Callable[[Any], str], value: Any, detail: str = "") -> Cell:
-    """A number rounded by `show`; hovering over it shows all digits."""
+    """Returns a number formatted by `show`; hovering shows all its digits."""
     unit = "s" if show is duration else "bytes" if show is num_bytes else ""
     return Cell(show(value), detail, exact_of(value, unit))
 
 
 def exact_of(value: Any, unit: str = "") -> str:
-    """The unrounded value; '' when there is none."""
+    """Returns the unrounded value as text, '' for a missing one."""
     finite = number(value)
     if finite is None:
         return ""

@@ -1,4 +1,4 @@
-"""Plots that compare rows: quality, difference to the dense model, quality against size and cost."""
+"""Plots that compare rows: quality, difference to the dense model, and quality against size and cost."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REFERENCE: dict[str, Any] = {"color": colour("series-0"), "linewidth": 1.2, "da
 
 
 def hue_of(view: View, row: Row) -> str:
-    """Returns a row's palette name: in a study GradPruner stands out, dense is the reference."""
+    """Returns the palette name of a row; in a study, GradPruner has a colour of its own."""
     if row.is_dense:
         return "series-0"
     if view.kind == "run":
@@ -35,7 +35,7 @@ def hue_of(view: View, row: Row) -> str:
 
 
 def quality_plot(view: View) -> Plot | None:
-    """Draws the main metric of every row: the value with its interval, or the mean with every seed."""
+    """Draws the main metric of every row: of a run with intervals, of a study with every seed."""
     rows, metric, study = _measured(view), view.metric, view.kind != "run"
     if not rows:
         return None
@@ -66,8 +66,8 @@ def quality_plot(view: View) -> Plot | None:
         percent_ticks(axes, "x")
         axes.set_xlabel(metric_label(metric).lower())
 
-    said = [f"{percent(a.value)} {interval(a.low, a.high)}".strip() for a in found]
-    words = "; ".join(f"{row.label}: {shown}" for row, shown in zip(rows, said, strict=True))
+    values = [f"{percent(a.value)} {interval(a.low, a.high)}".strip() for a in found]
+    words = "; ".join(f"{row.label}: {value}" for row, value in zip(rows, values, strict=True))
     return Plot(
         "quality",
         f"{metric_label(metric)} of every row",
@@ -79,20 +79,20 @@ def quality_plot(view: View) -> Plot | None:
 
 
 def _reading(view: View, rows: Sequence[Row], majority: float | None, before: Sequence[float | None]) -> str:
-    """How the quality plot is to be read."""
+    """Returns the caption of the quality plot: how to read it."""
     if view.kind == "run":
         pairs = zip(rows, before, strict=True)
         far = [
             row.before[view.metric].value for row, near in pairs if near is None and view.metric in row.before
         ]
         reach = " to ".join(dict.fromkeys(percent(end) for end in (min(far), max(far)))) if far else ""
-        left = f" Before fine-tuning, left of what is shown: {reach}." if far else ""
+        hidden = f" Before fine-tuning, too low to be shown here: {reach}." if far else ""
         if view.majority is not None and majority is None:
-            left += f" Always giving the most frequent answer would have {percent(view.majority)}."
-        return f"Dots are the measured values, lines their 95% bootstrap intervals.{left}"
+            hidden += f" Always giving the most frequent answer would score {percent(view.majority)}."
+        return f"Dots are measured values; lines are their 95% bootstrap intervals.{hidden}"
     if any(len(row.after[view.metric].per_seed) > 1 for row in rows):
-        return "Dots are means over seeds, lines reach from the lowest to the highest seed."
-    return "One seed: how much another one would change is not known."
+        return "Dots are means over seeds; lines reach from the lowest to the highest seed."
+    return "Only one seed: how much the result varies from seed to seed is not known."
 
 
 def _quality_legend(
@@ -114,13 +114,13 @@ def _quality_legend(
 
 
 def difference_plot(view: View) -> Plot | None:
-    """Draws the paired difference of every row to the dense model, with its interval."""
+    """Draws each row's paired difference to the dense model, with its interval."""
     rows = [row for row in _measured(view) if not row.is_dense and view.metric in row.paired]
     if not rows:
         return None
     found = [row.paired[view.metric] for row in rows]
-    said = [f"{points(paired.value)} {interval(paired.low, paired.high)}".strip() for paired in found]
-    labels = _labels(rows, said)
+    described = [f"{points(paired.value)} {interval(paired.low, paired.high)}".strip() for paired in found]
+    labels = _labels(rows, described)
 
     def paint(axes: Axes) -> None:
         axes.axvline(0, **_REFERENCE)
@@ -135,19 +135,19 @@ def difference_plot(view: View) -> Plot | None:
         axes.set_xlabel("points of difference to the dense model")
 
     seeds = ", averaged over seeds" if view.kind != "run" else ""
-    words = "; ".join(f"{row.label} {shown} points" for row, shown in zip(rows, said, strict=True))
+    words = "; ".join(f"{row.label} {shown} points" for row, shown in zip(rows, described, strict=True))
     return Plot(
         "difference",
         "Difference to the dense model",
         f"Paired on the same examples{seeds}; lines are 95% bootstrap intervals over examples. "
-        "What crosses the dashed line cannot be told from the dense model.",
+        "A row whose line crosses the dashed line does not clearly differ from the dense model.",
         f"{metric_label(view.metric)}, difference to the dense model. {words}.",
         draw("difference", _height(rows), paint, margins=_margins(labels)),
     )
 
 
 def size_plot(view: View) -> Plot | None:
-    """Draws quality against size, where rows of several sizes were measured."""
+    """Draws quality against size; None unless the pruned rows have several sizes."""
     labelled = [
         (row, f"{point.label}: {row.label}" if view.kind == "ablation" else row.label)
         for point in view.points
@@ -170,23 +170,25 @@ def size_plot(view: View) -> Plot | None:
         axes.xaxis.set_major_formatter(lambda value, _: short(value))
         axes.set_xlabel("parameters")
 
-    said = [
+    described = [
         f"{label}: {short(row.num_parameters)}, {percent(row.after[view.metric].value)}"
         for row, label in zip(rows, labels, strict=True)
     ]
-    of_dense = f" The dashed line is the dense model, with {short(dense.num_parameters)}." if dense else ""
+    of_dense = (
+        f" The dashed line is the dense model ({short(dense.num_parameters)} parameters)." if dense else ""
+    )
     return Plot(
         "size",
         f"{name} against size",
-        f"Left is smaller, up is better; lines are intervals.{of_dense}",
-        f"{name} against parameters. {'; '.join(said)}.",
+        f"Left is smaller, up is better. Vertical lines are intervals.{of_dense}",
+        f"{name} against parameters. {'; '.join(described)}.",
         draw("size", 380, paint, margins=Margins(left=70, right=24)),
         _numbered(view, rows, labels),
     )
 
 
 def cost_plot(view: View) -> Plot | None:
-    """Draws quality against what each method of a comparison needs before fine-tuning."""
+    """Draws quality against the time that each method of a comparison takes before fine-tuning."""
     rows = [
         row
         for row in _measured(view)
@@ -196,7 +198,7 @@ def cost_plot(view: View) -> Plot | None:
         return None
     seconds = [max(number(row.costs.get("method_seconds")) or 0.0, 0.0) for row in rows]
     log = is_wide(seconds)
-    # Where the axis has no zero, what takes no time stands at its left end.
+    # A logarithmic axis has no zero: a method that takes no time is drawn at the left end.
     least = min((value for value in seconds if value > 0), default=1.0) / 2
     at = [max(value, least) for value in seconds] if log else seconds
     name = metric_label(view.metric)
@@ -206,25 +208,26 @@ def cost_plot(view: View) -> Plot | None:
         _scatter(axes, view, rows, at, view.dense)
         axes.set_xlabel("time the method takes before fine-tuning")
 
-    said = [
+    described = [
         f"{row.label}: {duration(s)}, {percent(row.after[view.metric].value)}"
         for row, s in zip(rows, seconds, strict=True)
     ]
     return Plot(
         "cost",
-        f"{name} and what it costs to prune",
-        "Left is cheaper, up is better. Time is everything a method needs before the pruned model can be "
-        f"fine-tuned, recovery included{'; logarithmic' if log else ''}. The dashed line is the dense model.",
-        f"{name} against method time. {'; '.join(said)}.",
+        f"{name} against the cost of pruning",
+        "Left is cheaper, up is better. The time is all a method needs until the pruned model can be "
+        f"fine-tuned, including recovery{' (logarithmic)' if log else ''}. The dashed line is the dense "
+        "model.",
+        f"{name} against method time. {'; '.join(described)}.",
         draw("cost", 430, paint, margins=Margins(left=70, right=24)),
         _numbered(view, rows, [row.label for row in rows]),
     )
 
 
 def _scatter(axes: Axes, view: View, rows: Sequence[Row], xs: Sequence[float], dense: Row | None) -> None:
-    """Quality as numbered dots with their intervals, and the dense model as a line.
+    """Draws quality as numbered dots with their intervals, and the dense model as a line.
 
-    Numbers are explained above the figure: names would lie on top of each other.
+    The legend above the figure explains the numbers; names would overlap.
     """
     shown = [row.after[view.metric].value for row in (*rows, dense) if row and view.metric in row.after]
     if len(shown) > len(rows):
@@ -239,7 +242,7 @@ def _scatter(axes: Axes, view: View, rows: Sequence[Row], xs: Sequence[float], d
         at = (x, after.value)
         axes.plot(*([place] for place in at), "o", markersize=8, color=hue, markerfacecolor=face,
                   markeredgewidth=1.6, zorder=3)  # fmt: skip
-        # A number stands away from the nearest neighbour, so that it belongs to one dot only.
+        # Put the number on the side away from the nearest dot, so that it is clear which dot it labels.
         gaps = [(abs(other - places[i - 1]), other) for k, other in enumerate(places) if k != i - 1]
         right = min(gaps)[1] <= places[i - 1] if gaps else True
         axes.annotate(str(i), at, (6, 5) if right else (-6, -12), textcoords="offset points",
@@ -262,12 +265,12 @@ def _measured(view: View) -> list[Row]:
 
 
 def _is_ring(view: View, row: Row) -> bool:
-    """Whether a row's dot is hollow: in a study GradPruner without merging, which has its colour."""
+    """Returns whether a row's dot is hollow: in a study, GradPruner without merging."""
     return row.name == "dropped" and view.kind != "run"
 
 
 def _near(reference: float | None, found: Sequence[Measured]) -> float | None:
-    """Leaves a reference out that lies so far off that it would squeeze what is to be compared."""
+    """Returns a reference value, or None if it is so far below the rows that it would squeeze them."""
     low, high = min(m.value for m in found), max(m.value for m in found)
     return reference if reference is not None and reference > low - max(high - low, 0.05) else None
 
@@ -281,12 +284,12 @@ def _height(rows: Sequence[Row]) -> int:
 
 
 def _margins(labels: Sequence[str]) -> Margins:
-    # An upper estimate of the text's width; the browser's font is not known here.
+    # A generous estimate of the width of the labels; the browser's font is not known here.
     return Margins(left=_LABEL_ROOM + 7 * max(map(len, labels)), right=20)
 
 
 def _rows_axis(axes: Axes, labels: Sequence[str], shown: Sequence[float]) -> None:
-    """One line per row, from top to bottom; every interval is in sight from end to end."""
+    """Lists the rows from top to bottom and makes room for every value in `shown`."""
     pad = max(0.04 * (max(shown) - min(shown)), 0.01)
     axes.set_xlim(min(shown) - pad, max(shown) + pad)
     axes.set_ylim(len(labels) - 0.4, -0.6)
@@ -298,7 +301,7 @@ def _rows_axis(axes: Axes, labels: Sequence[str], shown: Sequence[float]) -> Non
 
 
 def _paint_interval(axes: Axes, measured: Measured, y: float, hue: str, filled: bool) -> list[float]:
-    """Draws one dot with its interval; returns the values that must be in sight."""
+    """Draws one dot with its interval; returns the values the axis must show."""
     if measured.ends:
         axes.hlines(y, *measured.ends, color=hue, linewidth=2.2, zorder=2)
     face = hue if filled else colour("surface")
@@ -308,7 +311,7 @@ def _paint_interval(axes: Axes, measured: Measured, y: float, hue: str, filled: 
 
 
 def _time_axis(axes: Axes, seconds: Sequence[float], log: bool) -> None:
-    """Puts durations people know on the horizontal axis."""
+    """Labels the horizontal axis with round durations."""
     if log:
         room = 10 ** (0.06 * math.log10(max(seconds) / min(seconds)))
         axes.set_xscale("log")
@@ -326,7 +329,7 @@ def _time_axis(axes: Axes, seconds: Sequence[float], log: bool) -> None:
 
 
 def _brief(seconds: float) -> str:
-    """Formats a tick: '0.1 s', '10 min', '1 h'."""
+    """Formats a tick, for example '0.1 s', '10 min' or '1 h'."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{seconds / size:.3g}\u00a0{unit}"

@@ -1,4 +1,4 @@
-// Copies the command beside a button. The page is whole without it: buttons are hidden until this runs.
+// Copies the command beside a button. Without this script the page works as well: the buttons stay hidden.
 for (const button of document.querySelectorAll("button.copy")) {
   const code = button.parentElement.querySelector("code");
   button.hidden = false;

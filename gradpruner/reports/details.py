@@ -1,4 +1,4 @@
-"""The tables of a run beside its results: savings, time and memory, data, engines, checks, repair, depth."""
+"""All tables but the results: savings, time and memory, data, engines, checks, repair, depth, lm-eval."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ _UNITS = {
     "disk_bytes": "Size on disk",
 }
 PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
-"""What is counted of a row, in the order it is done."""
+"""The parts of a row's cost, in the order they are done."""
 
 
 def plan_label(view: View, name: str) -> str:
-    """The label of the row that a plan made."""
+    """Returns the label of the row that a plan belongs to."""
     plan = view.record.plans[name]
     return next((row.label for row in view.rows if row.plan is plan), text(name))
 
 
 def savings_tables(view: View) -> list[Table]:
-    """One table per distinct saving; plans that save the same share one."""
+    """Returns one table per distinct saving; plans that save the same share a table."""
     groups: dict[str, list[str]] = {}
     for name, plan in view.record.plans.items():
         if plan.savings:
@@ -49,7 +49,7 @@ def savings_tables(view: View) -> list[Table]:
     for names in groups.values():
         lines = [_saving(unit, change) for unit, change in view.record.plans[names[0]].savings.items()]
         caption = " · ".join(plan_label(view, name) for name in names)
-        tables.append(Table(caption, ("Unit", "Before", "After", "Removed", "Ratio"), lines))
+        tables.append(Table(caption, ("Unit", "Before", "After", "Change", "Ratio"), lines))
     return tables
 
 
@@ -66,7 +66,7 @@ def _saving(unit: str, change: Change) -> Line:
 
 
 def widths_table(view: View) -> Table:
-    """How wide the layers are that plans of heads, channels and hidden dimensions leave."""
+    """Returns the widths of the layers that plans of heads, channels and hidden dimensions leave."""
     parts = {"heads": "num_heads", "kv_heads": "num_kv_heads", "channels": "intermediate_size"}
     lines = []
     for name, plan in view.record.plans.items():
@@ -85,9 +85,9 @@ def widths_table(view: View) -> Table:
 
 
 def whole_cost_table(view: View) -> Table:
-    """Seconds of every part by row, their sum, and the sum as a multiple of the dense row's.
+    """Returns each row's time by part, its total time, and the total as a multiple of the dense row's.
 
-    "resumed" stands where a stage went on from an interrupted start, which may lack seconds.
+    "resumed" marks rows with a resumed stage, whose time before the interruption may be missing.
     """
     lines = [
         line(
@@ -100,16 +100,16 @@ def whole_cost_table(view: View) -> Table:
         for row in view.rows
         if (cost := row.recorded.cost)
     ]
-    names = (*(part.capitalize() for part in PARTS), "In all", "vs dense", "Trained tokens")
-    return Table("Whole cost", ("Variant", *names), lines)
+    names = (*(part.capitalize() for part in PARTS), "Total", "vs dense", "Trained tokens")
+    return Table("Total time", ("Variant", *names), lines)
 
 
 def finetune_table(view: View) -> Table:
-    """What fine-tuning and evaluating each row took."""
+    """Returns time, memory and tokens of fine-tuning and evaluating each row."""
     lines = []
     for row in view.rows:
         tuned, evaluated = row.recorded.finetune, row.recorded.evaluation
-        # That a fine-tuning was interrupted, and from which step on its time is known.
+        # If fine-tuning was interrupted: the step it resumed at, or the step its time is known from.
         resumed = f"resumed at {whole(tuned.resumed_from)}" if tuned.resumed_from else ""
         if tuned.measured_from:
             resumed = f"timed from {whole(tuned.measured_from)}"
@@ -132,7 +132,7 @@ def finetune_table(view: View) -> Table:
 
 
 def stage_table(view: View) -> Table:
-    """Duration and memory of each stage, with its share of the total time."""
+    """Returns time and memory of each stage, with its share of the total time."""
     stages = view.record.stages
     total = sum(stage.seconds or 0 for stage in stages)
     lines = []
@@ -149,16 +149,16 @@ def stage_table(view: View) -> Table:
     return Table("Stages", ("Stage", "State", "Time", "Share", "Peak memory"), lines, words=("State",))
 
 
-def stages_said(view: View) -> str:
-    """All stages in one line."""
+def stages_summary(view: View) -> str:
+    """Returns the number of stages and their total time, in one line."""
     stages = view.record.stages
     failed = sum(stage.state == "failed" for stage in stages)
     total = duration(sum(stage.seconds or 0 for stage in stages))
-    return f"{len(stages)} stages, {total} in all" + (f", {failed} failed" if failed else "")
+    return f"{len(stages)} stages, {total} in total" + (f", {failed} failed" if failed else "")
 
 
 def data_table(view: View) -> Table:
-    """Source and size of the training and evaluation data."""
+    """Returns source and size of the training and evaluation data."""
     lines = [
         line(
             label,
@@ -177,7 +177,7 @@ def data_table(view: View) -> Table:
 
 
 def serving_table(view: View) -> Table:
-    """The engines that cannot serve a plan's model as it is, judging by their sources."""
+    """Returns the engines that cannot serve a plan's model as it is, judging by their source code."""
     lines = []
     for name, plan in view.record.plans.items():
         for found in plan.portability:
@@ -189,23 +189,24 @@ def serving_table(view: View) -> Table:
             words = (plan_label(view, name), text(found.engine), status + both, text(found.reason or "-"))
             lines.append(line(*words, kind=kind))
     columns = ("Plan", "Engine", "State", "Why")
-    return Table("Engines that do not serve it", columns, lines, words=columns[1:])
+    return Table("Engines that cannot serve the pruned models", columns, lines, words=columns[1:])
 
 
-def served_said(view: View) -> str:
-    """The engines that serve every plan, in one line; '' when there is none."""
+def served_summary(view: View) -> str:
+    """Names the engines that serve the models of all plans, in one line; '' if there are none."""
     states: dict[str, set[str]] = {}
     for plan in view.record.plans.values():
         for found in plan.portability:
             states.setdefault(text(found.engine), set()).add(text(found.status))
     fine = [engine for engine, found in states.items() if found == {"ok"}]
-    plans = "every plan" if len(view.record.plans) > 1 else "it"
+    models = "all pruned models" if len(view.record.plans) > 1 else "the pruned model"
     named = " and ".join(part for part in (", ".join(fine[:-1]), *fine[-1:]) if part)
-    return f"{named}: {plans} is served as it is, going by their sources." if fine else ""
+    whose = "their" if len(fine) > 1 else "its"
+    return f"{named} can serve {models} as is, judging by {whose} source code." if fine else ""
 
 
 def gate_table(view: View) -> Table:
-    """What was verified of every pruned model before it was used."""
+    """Returns the checks that every pruned model passed or failed before it was used."""
     lines = []
     for row in view.rows:
         report = row.recorded.verified
@@ -213,7 +214,7 @@ def gate_table(view: View) -> Table:
             continue
         passed = sum(1 for check in report.checks if check.passed)
         logits = next((text(c.detail) for c in report.checks if c.name == "logits"), "-")
-        words = f"{passed} of {len(report.checks)} checks made, none failed" if report.passed else "failed"
+        words = f"{passed} of {len(report.checks)} checks passed, none failed" if report.passed else "failed"
         kind = "" if report.passed else "failed"
         lines.append(line(row.label, text(report.level), words, logits, kind=kind))
     columns = ("Variant", "Level", "Result", "Logits against the source")
@@ -221,7 +222,7 @@ def gate_table(view: View) -> Table:
 
 
 def repair_table(view: View) -> Table:
-    """One line per cut: which layers went, what was refitted, and the error left on held-out samples."""
+    """Returns one line per cut: layers removed, linear refitted, and error on held-out samples."""
     lines = []
     kinds = set()
     for row in view.rows:
@@ -232,25 +233,25 @@ def repair_table(view: View) -> Table:
                 row.label,
                 runs_of(gone) if gone else MISSING,
                 f"{text(cut.linear)} of layer {whole(cut.layer)}",
-                "left as it was" if cut.ridge is None else f"{cut.ridge:g}",
+                "unchanged" if cut.ridge is None else f"{cut.ridge:g}",
                 percent(cut.error_before),
                 percent(cut.error_after),
             )
             lines.append(line(*words))
-    columns = ("Variant", "Layers gone", "Refitted", "Ridge", "Error before", "Error after")
-    caption = f"Repair ({', '.join(sorted(kinds))}): squared error of the hidden state, held-out samples"
-    return Table(caption, columns, lines, words=("Layers gone", "Refitted"))
+    columns = ("Variant", "Layers removed", "Refitted", "Ridge", "Error before", "Error after")
+    caption = f"Repair ({', '.join(sorted(kinds))}): squared error of the hidden state on held-out samples"
+    return Table(caption, columns, lines, words=("Layers removed", "Refitted"))
 
 
 def searches(view: View) -> list[tuple[int, str, Search]]:
-    """Of every row whose depth was searched: its place, its label, and the search."""
+    """Returns index, label and search of every row whose number of layers was searched for."""
     plans = [row.plan or view.record.plans.get(row.name, Plan()) for row in view.rows]
     found = zip(view.rows, plans, strict=True)
     return [(i, row.label, plan.search) for i, (row, plan) in enumerate(found) if plan.search.curve]
 
 
 def depth_table(view: View) -> Table:
-    """One line per number of layers that was measured on validation rows, and its certificate."""
+    """Returns one line per number of layers measured on validation rows, with its certified bound."""
     lines = []
     for _, label, search in searches(view):
         for depth in search.curve:
@@ -264,18 +265,18 @@ def depth_table(view: View) -> Table:
                 text(depth.verdict),
             )
             lines.append(line(*words, kind="main" if depth.num_prune == search.best else ""))
-    columns = ("Variant", "Layers gone", "Parameters left", "Measured", "At worst", "Rows", "Verdict")
-    return Table("How many layers may go", columns, lines, words=("Verdict",))
+    columns = ("Variant", "Layers removed", "Parameters left", "Measured", "Worst case", "Rows", "Verdict")
+    return Table("How many layers can be removed", columns, lines, words=("Verdict",))
 
 
 def harness_table(view: View) -> Table:
-    """What lm-evaluation-harness measured."""
+    """Returns the scores of lm-evaluation-harness."""
     lines = []
     for row in view.rows:
         for task, entry in row.recorded.lm_eval.items():
             for metric, scored in entry.metrics.items():
                 value, spread = scored.value, scored.stderr
-                # Most of its metrics are fractions; perplexities and the like are not.
+                # Most harness metrics are fractions; some, such as perplexity, are not.
                 fraction = value is not None and 0 <= value <= 1
                 shown = percent(value) if fraction else f"{value:.4g}" if value is not None else MISSING
                 error = f"± {100 * spread:.1f}" if spread is not None and fraction else ""

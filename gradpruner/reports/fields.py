@@ -1,6 +1,6 @@
-"""How records are read: what is missing, or is not what it should be, reads as empty.
+"""Field types for reading records; a missing or malformed value reads as empty.
 
-An interrupted run still has a report, and a record may come from somebody else.
+That way an interrupted run, or a record written by somebody else, still gives a report.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, F
 from gradpruner.common.printing import number
 
 FEW_EXAMPLES = 100
-"""Below this many evaluated examples a result is marked: its interval is about 20 points wide."""
+"""Results on fewer examples are marked: their intervals are about 20 points wide."""
 
 
 def count(value: Any) -> int | None:
@@ -33,18 +33,18 @@ def _numbers(values: Any) -> list[float]:
 
 Number = Annotated[float | None, BeforeValidator(number)]
 Known = Annotated[Any, BeforeValidator(number)]
-"""A number without which the whole entry is left out: whoever uses it need not check."""
+"""A number that an entry must have: entries without it are left out, so that nobody need check for None."""
 Count = Annotated[int | None, BeforeValidator(count)]
 Each = BeforeValidator(lambda value: list(value) if isinstance(value, list | tuple) else [])
-"""Of a list; anything else reads as an empty one."""
+"""For a list field: anything but a list reads as an empty one."""
 Named = BeforeValidator(_mapping)
-"""Of an object; anything else reads as an empty one."""
+"""For an object field: anything but an object reads as an empty one."""
 Fields = Annotated[dict[str, Any], Named]
 Values = Annotated[list[Any], Each]
 
 
 class Part(BaseModel):
-    """A JSON object; anything else reads as an empty one."""
+    """A JSON object; any other value reads as an empty one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -53,9 +53,10 @@ class Part(BaseModel):
 
 
 class Measured(Part):
-    """One metric of one model, or the difference of two: fractions, with a 95 % interval and the examples.
+    """One metric of a model, or the difference of two models, as fractions.
 
-    In a study `low` and `high` are the lowest and the highest seed.
+    `low` and `high` are the ends of the 95 % interval; in a study, the lowest and highest seed. `n` is the
+    number of examples.
     """
 
     value: Known = Field(default=None, validation_alias=AliasChoices("value", "mean"))
@@ -70,22 +71,22 @@ class Measured(Part):
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Both ends of the interval; None if one is not known."""
+        """Both ends of the interval; None if either is missing."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def is_small(self) -> bool:
-        """Whether too few examples were evaluated to rely on the value."""
+        """Whether the value rests on too few examples."""
         return self.n is not None and self.n < FEW_EXAMPLES
 
     def turned(self) -> Measured:
-        """The same difference, seen from the other side."""
+        """Returns the same difference with its sign reversed."""
         low, high = (None if end is None else -end for end in (self.high, self.low))
         return Measured(value=-self.value, low=low, high=high, n=self.n)
 
 
 def known(metrics: Mapping[str, Measured | None]) -> dict[str, Measured]:
-    """The metrics that have a value, in the order they were recorded: the most telling first."""
+    """Returns the metrics that have a value, in recorded order: the most informative first."""
     return {name: found for name, found in metrics.items() if found is not None and found.value is not None}
 
 

@@ -1,4 +1,4 @@
-"""The plots of a run beside those of its rows: layer scores, losses, stability, depth."""
+"""Plots of a run: layer scores, losses, rank stability and number of layers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from gradpruner.reports.view import View, metric_label, pairs
 def score_plots(view: View) -> list[Plot]:
     """Draws the layer scores of every method, coloured by what its plan does with each layer."""
     recorded = view.record.scores
-    # The recorded method has evidence (intervals, stability) and belongs to the headline's plan.
+    # The scores of the recorded gradients come first: they have stability curves, and the main row's plan
+    # uses them.
     ordered = sorted(recorded, key=lambda name: not recorded[name].stability)
     plots = []
     for i, method in enumerate(ordered):
@@ -57,7 +58,10 @@ def loss_plot(view: View) -> Plot | None:
 
 
 def curves_plot(name: str, title: str, found: Sequence[tuple[str, list[tuple[float, float]]]]) -> Plot | None:
-    """Draws training losses over their steps; a row without any keeps its colour for the other figures."""
+    """Draws training losses over their steps.
+
+    Colours go by position, so that a row without losses does not shift the colours of the others.
+    """
     curves = [(i, label, points) for i, (label, points) in enumerate(found) if points]
     if not curves:
         return None
@@ -65,7 +69,7 @@ def curves_plot(name: str, title: str, found: Sequence[tuple[str, list[tuple[flo
     smoothed = f" Each point is the mean of up to {span} logged values." if span > 1 else ""
     means = [(i, averaged(points)) for i, _, points in curves]
     log = is_wide([y for _, points in means for _, y in points])
-    said = [f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for _, label, p in curves]
+    described = [f"{label}: from {p[0][1]:.3g} to {p[-1][1]:.3g}" for _, label, p in curves]
 
     def paint(axes: Axes) -> None:
         for i, points in means:
@@ -76,8 +80,8 @@ def curves_plot(name: str, title: str, found: Sequence[tuple[str, list[tuple[flo
     return Plot(
         name,
         title,
-        f"Loss on the answer tokens of the training data{', logarithmic' if log else ''}.{smoothed}",
-        f"{title}, first and last value. {'; '.join(said)}.",
+        f"Loss on the answer tokens of the training data{' (logarithmic)' if log else ''}.{smoothed}",
+        f"{title}, first and last value. {'; '.join(described)}.",
         draw(name, 340, paint),
         tuple(Key(series(i), label, "line", dash_css(i)) for i, label, _ in curves),
     )
@@ -100,22 +104,23 @@ def stability_plot(view: View) -> Plot | None:
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
         whole_ticks(axes, 6)
 
-    said = [
+    described = [
         (f"{name}: the set " if len(curves) > 1 else "The set ") + settled(points) for name, points in curves
     ]
     legend = [Key(series(i), name, "line") for i, (name, _) in enumerate(curves, start=1)]
     return Plot(
         "stability",
         "Rank stability",
-        f"Share of the finally kept layers that would be kept already at this step. {'; '.join(said)}.",
-        f"Overlap of the kept set at each step with the final one. {'; '.join(said)}.",
+        "Share of the layers kept in the end that would already be kept if recording stopped at this step. "
+        f"{'; '.join(described)}.",
+        f"Overlap of the kept set at each step with the final one. {'; '.join(described)}.",
         draw("stability", 280, paint, HALF),
         tuple(legend) if len(legend) > 1 else (),
     )
 
 
 def recording_plot(view: View) -> Plot | None:
-    """Draws the loss while the gradients were recorded."""
+    """Draws the loss while gradients were recorded."""
     trace = view.record.trace
     losses = [number(loss) for loss in trace.losses]
     points = [(float(i), loss) for i, loss in enumerate(losses, start=1) if loss is not None]
@@ -141,7 +146,7 @@ def recording_plot(view: View) -> Plot | None:
 
 
 def depth_plot(view: View) -> Plot | None:
-    """Draws quality on validation rows against the layers that go, with the certified bound."""
+    """Draws the loss on validation rows over the number of layers removed, with its certified bound."""
     found = searches(view)
     if not found:
         return None
@@ -154,21 +159,21 @@ def depth_plot(view: View) -> Plot | None:
             for d in curve:
                 axes.vlines(d.num_prune, -d.upper, -d.loss, color=hue, linewidth=1.4)
         axes.axhline(-limit, color=colour("ink"), linewidth=1.2, dashes=(4, 3))
-        axes.set_xlabel("layers gone")
-        axes.set_ylabel("against dense, before any recovery")
+        axes.set_xlabel("layers removed")
+        axes.set_ylabel("change from dense, before recovery")
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, 1))
         whole_ticks(axes, 10)
 
-    said = "; ".join(
-        f"{label}: {search.best if search.best is not None else 'no number of'} layers certified"
+    described = "; ".join(
+        f"{label}: {f'{search.best} layers' if search.best is not None else 'no number of layers'} certified"
         for _, label, search in found
     )
     words = f"at most {percent(limit, 2)} lost on {whole(rows)} validation rows"
     return Plot(
         "depths",
-        "How many layers may go",
-        f"Dots are measured losses; lines reach down to the worst case. {said}, {words}.",
-        f"Loss by layers gone. {said}.",
+        "How many layers can be removed",
+        f"Dots are measured losses; lines reach down to the worst case. {described}, {words}.",
+        f"Loss by number of layers removed. {described}.",
         draw("depths", 300, paint),
         (*(Key(series(i), label, "line") for i, label, _ in found), Key("ink", words, "line", "5 4")),
     )

@@ -1,6 +1,7 @@
-"""Runs and studies below a folder, as they stand now: read only, without locks, through no link.
+"""Finds the runs and studies below a folder, in their current state; takes no locks and follows no links.
 
-A folder may be half written, or come from somebody else: what cannot be read is said, not raised.
+A folder may be half written, or written by somebody else: what cannot be read is reported as a fault, not
+raised.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from gradpruner.reports.view import View, pairs, read
 
 REPORT = "report.html"
 RUNNING, DONE, STOPPED, FAILED, DAMAGED = "running", "done", "stopped", "failed", "damaged"
-_GOES_ON = "the same command goes on."
-# A run at work writes progress.json at least every five seconds.
+_RESUME = "run the same command to resume."
+# A running process writes progress.json at least every five seconds.
 _ALIVE_SECONDS = 20.0
 _DEPTH, _MOST_FOLDERS = 6, 5000
 Curve = list[tuple[float, float]]
 
 
 class Stage(Part):
-    """What a manifest says of a stage."""
+    """A stage in manifest.json."""
 
     state: Any = None
     seconds: Number = None
@@ -42,14 +43,14 @@ class Stage(Part):
 
 
 class Manifest(Part):
-    """manifest.json, as far as it is shown."""
+    """The parts of manifest.json that are shown."""
 
     title: Any = Field(default=None, validation_alias=AliasPath("config", "title"))
     stages: Annotated[dict[str, Stage], Named] = {}
 
 
 class Now(Part):
-    """progress.json: what a run is doing; `left` in seconds, `began` a time."""
+    """progress.json: what a run is doing now. `left` is in seconds, `began` a Unix time."""
 
     stage: Any = None
     doing: Any = None
@@ -67,11 +68,13 @@ class Found:
     """A run or a study.
 
     Attributes:
-        name: Its path below the folder that is shown; '.' for the folder itself.
-        state: One of the words above; `fault` says why it failed, stopped or cannot be read.
-        now: What it is doing, while it runs; `curves` are its losses so far: row -> (step, loss).
-        report: Its page, if it has one.
-        changed: When it last wrote a record.
+        name: Path relative to the folder that is shown; '.' for the folder itself.
+        state: RUNNING, DONE, STOPPED, FAILED or DAMAGED.
+        fault: Why it failed, stopped or cannot be read.
+        now: What it is doing; None unless it is running.
+        curves: While it runs: row -> its losses so far, (step, loss).
+        report: Its report.html, if there is one.
+        changed: Unix time at which it last wrote a record.
     """
 
     name: str
@@ -85,7 +88,7 @@ class Found:
 
 
 def find_runs(root: Path) -> tuple[list[Found], bool]:
-    """Everything below a folder, newest first, and whether all of it was looked through."""
+    """Returns the runs and studies below a folder, newest first, and whether the search was complete."""
     root = root.resolve()
     folders, whole = _folders(root)
     found = [_examine(root, folder, record) for folder, record in folders]
@@ -93,14 +96,14 @@ def find_runs(root: Path) -> tuple[list[Found], bool]:
 
 
 def report_of(root: Path, name: str) -> Path | None:
-    """The page of the run or study of that name; None if there is none, or it lies elsewhere."""
+    """Returns the report.html of the run or study `name`; None if it is missing or a link leads elsewhere."""
     root = root.resolve()
     known = (folder for folder, _ in _folders(root)[0] if folder.relative_to(root).as_posix() == name)
     return next((_inside(root, folder / REPORT) for folder in known), None)
 
 
 def _folders(root: Path) -> tuple[list[tuple[Path, str]], bool]:
-    """Folders with their record's name; what lies below a run, or is part of a study, is shown there."""
+    """Returns folders with the name of their record; does not look inside runs and studies."""
     found: list[tuple[Path, str]] = []
     level, seen = [root], 0
     for _ in range(_DEPTH):
@@ -129,13 +132,13 @@ def _entries(folder: Path) -> tuple[set[str], list[Path]]:
                     names.add(entry.name)
                 elif not entry.name.startswith("."):
                     folders.append(Path(entry.path))
-    except OSError:  # gone meanwhile, or not ours to read
+    except OSError:  # deleted meanwhile, or not readable
         pass
     return names, sorted(folders)
 
 
 def _inside(root: Path, path: Path) -> Path | None:
-    """A file that is where its path says, not where a link leads."""
+    """Returns `path` if it is a file below `root` and no part of it is a link, otherwise None."""
     try:
         real = path.resolve()
         return path if real.is_file() and real == path and real.is_relative_to(root) else None
@@ -144,15 +147,15 @@ def _inside(root: Path, path: Path) -> Path | None:
 
 
 def _examine(root: Path, folder: Path, record: str) -> Found:
-    """One folder; what is wrong with it does not concern the others."""
+    """Reads one folder; an error becomes its fault and does not affect the others."""
     name = folder.relative_to(root).as_posix()
     report = _inside(root, folder / REPORT)
     try:
         return _found(root, folder, record, report)
     except GradPrunerError as error:
         fault = text(error.message.replace(str(folder), name), 300)
-    except Exception as error:  # what no check foresaw must not cost the page of all others
-        fault = f"It cannot be shown ({type(error).__name__})."
+    except Exception as error:  # one folder must not break the page of all others
+        fault = f"This folder cannot be shown ({type(error).__name__})."
     return Found(name, DAMAGED, fault, report=report, changed=_written(folder))
 
 
@@ -167,7 +170,7 @@ def _found(root: Path, folder: Path, name: str, report: Path | None) -> Found:
     record, manifest, pulse = (_inside(root, folder / n) for n in (name, "manifest.json", "progress.json"))
     where, study = folder.relative_to(root).as_posix(), name == "study.json"
     if record is None and ((folder / name).is_symlink() or (manifest is None and not study)):
-        return Found(where, DAMAGED, "Its record is a link, or gone.", report=report)
+        return Found(where, DAMAGED, "Its record is missing or a link.", report=report)
     known = _parsed(Manifest.model_validate, manifest) if manifest and not study else Manifest()
     begun = [n for n, stage in known.stages.items() if stage.state in ("running", "interrupted")]
     whole = record is not None and (not begun or _written(record) >= _written(manifest))
@@ -188,17 +191,17 @@ def _parsed(shape: Callable[[dict[str, Any]], Any], path: Path) -> Any:
 
 @lru_cache(maxsize=512)
 def _kept(shape: Callable[[dict[str, Any]], Any], path: Path, when: int, size: int) -> Any:
-    """Reads a file again only when it has changed."""
+    """Reads a file; the cache returns the same result until the file changes."""
     return shape(read_object(path, "record", dict[str, Any]))
 
 
 def _now(pulse: Path | None) -> Now | None:
-    """What a run is doing; None if progress.json is missing or too old."""
+    """Returns what a run is doing; None if progress.json is missing or too old."""
     if pulse is None or time.time() - _written(pulse) > _ALIVE_SECONDS:
         return None
     try:
         return Now.model_validate(read_object(pulse, "progress", dict[str, Any]))
-    except GradPrunerError:  # gone this moment, or another program's
+    except GradPrunerError:  # just deleted, or written by another program
         return None
 
 
@@ -206,7 +209,7 @@ def _study_ended(view: View, whole: bool) -> tuple[str, str]:
     waiting = any(seed.error in PENDING for row in view.rows for seed in row.seeds)
     if not whole or waiting:
         done, planned = count(view.record.done) or 0, count(view.record.planned)
-        return STOPPED, f"Stopped after {done} of {planned or 'its'} runs; {_GOES_ON}"
+        return STOPPED, f"Stopped after {done} of {planned or 'its'} runs; {_RESUME}"
     return _outcome(view)
 
 
@@ -216,19 +219,19 @@ def _outcome(view: View) -> tuple[str, str]:
 
 
 def _ended(known: Manifest, begun: list[str], view: View, whole: bool) -> tuple[str, str]:
-    """State and fault of a run that is not at work any more."""
+    """Returns state and fault of a run that is no longer running."""
     if whole:
         return _outcome(view)
     if begun:
-        return STOPPED, f"Stopped in {text(begun[-1], 80)}; {_GOES_ON}"
+        return STOPPED, f"Stopped in {text(begun[-1], 80)}; {_RESUME}"
     failed = [(name, stage.error) for name, stage in known.stages.items() if stage.state == "failed"]
     if failed:
         return FAILED, f"{text(failed[-1][0], 80)}: {text(failed[-1][1], 300)}"
-    return STOPPED, f"Stopped before its end; {_GOES_ON}"
+    return STOPPED, f"Stopped before the end; {_RESUME}"
 
 
 def _curves(known: Manifest, now: Now) -> dict[str, Curve]:
-    """The losses of finished trainings, and of the one going on."""
+    """Returns the losses of finished trainings and of the current one, by row."""
     found = {
         name.partition(" ")[2]: pairs(stage.result["losses"], "step", "loss")
         for name, stage in known.stages.items()
@@ -242,12 +245,12 @@ def _curves(known: Manifest, now: Now) -> dict[str, Curve]:
 
 
 def _so_far(known: Manifest) -> View:
-    """What the stages of a run without a record have found, in the form of a record."""
+    """Builds a view of a run that has no record yet from the results of its finished stages."""
     rows: dict[str, dict[str, Any]] = {}
     for name, stage in known.stages.items():
         kind, _, row = name.partition(" ")
         if stage.state != "done" or kind not in ("evaluate", "finetune") or " " in row:
-            continue  # "evaluate dense before" is of a model that is not finished
+            continue  # e.g. "evaluate dense before": that model is not fine-tuned yet
         entry = rows.setdefault(row, {"label": row, "plan": row})
         entry["evaluation" if kind == "evaluate" else kind] = stage.result
     plans = [name for name in known.stages if name.startswith("plan ")]

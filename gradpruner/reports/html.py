@@ -1,4 +1,4 @@
-"""run.json or study.json -> one HTML file that needs nothing else: no network, no other file."""
+"""Renders run.json or study.json as one self-contained HTML file: no network and no other file needed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from gradpruner.reports.view import View, read
 
 _MOST_STRIPS = 24
 Block = tuple[str, Any]
-"""What a macro of parts.html is called, and what it shows."""
+"""The name of a macro in parts.html, and the value it shows."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with a heading; one without blocks is left out."""
+    """A part of the page with a heading; sections without blocks are left out."""
 
     id: str
     title: str
@@ -45,22 +45,22 @@ def render_html(source: dict[str, Any], out: Path) -> Path:
     """Writes the report of one run or study.
 
     Args:
-        source: A record as read from run.json or study.json. Nothing is recomputed; missing parts are left
-            out or named as missing.
-        out: The HTML file to write, where the record lies: sample answers are read from there. An existing
+        source: The contents of run.json or study.json. Nothing is recomputed; missing parts are left out or
+            shown as missing.
+        out: The HTML file to write, in the record's folder, from which sample answers are read. An existing
             file is replaced.
 
     Returns:
-        `out`. The bytes depend on the record and the answers alone.
+        `out`. Its bytes depend only on the record and the answers.
     """
     page = render("page.html", page_of(read(source), out.parent))
-    # A lone surrogate from a file name must not cost the user the report.
+    # A lone surrogate in a file name must not break the report.
     write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
     return out
 
 
 def page_of(view: View, folder: Path) -> dict[str, Any]:
-    """What page.html shows."""
+    """Returns the context of page.html."""
     record = view.record
     with house_style():
         sections = [section for section in _sections(view, folder) if section.blocks]
@@ -93,7 +93,7 @@ def _sections(view: View, folder: Path) -> list[Section]:
         *_layers(view),
         *_costs(view),
         Section("data", "Data", _data(view)),
-        Section("methods", "What the rows are", _facts(*descriptions.items(), kind="columns")),
+        Section("methods", "What each row is", _facts(*descriptions.items(), kind="columns")),
         Section("recipe", "Recipe", _recipe(view)),
         Section("provenance", "Provenance", _provenance(view)),
     ]
@@ -117,14 +117,14 @@ def _results(view: View, folder: Path) -> list[Section]:
         *results,
         Section("answers", "Sample answers", [("answers", (answers, KINDS))] if answers else []),
         Section("further", "Further metrics", tables_of(tables.further_table(view))),
-        Section("other-tasks", "Other rows and tasks",
+        Section("other-tasks", "Other evaluation data",
                 tables_of(tables.other_tasks_table(view), details.harness_table(view))),
     ]  # fmt: skip
 
 
 def _layers(view: View) -> list[Section]:
     found = _strips(view)
-    note = _notes("note", "The plans of the first seed.") if view.kind != "run" else []
+    note = _notes("note", "These are the plans of the first seed.") if view.kind != "run" else []
     strips: list[Block] = [("strips", found), *note] if found else []
     repair = [
         *plots_of(figures.depth_plot(view)),
@@ -141,7 +141,7 @@ def _layers(view: View) -> list[Section]:
     )
     pair = [plot for _, plot in plots_of(figures.stability_plot(view), figures.recording_plot(view))]
     return [
-        Section("layers", "Which layers go", strips + plots_of(*figures.score_plots(view))),
+        Section("layers", "Which layers are removed", strips + plots_of(*figures.score_plots(view))),
         Section("repair", "Repair", repair),
         Section("losses", "Fine-tuning", plots_of(figures.loss_plot(view))),
         Section("recording", "Recorded gradients", recorded + ([("pair", pair)] if pair else [])),
@@ -151,24 +151,24 @@ def _layers(view: View) -> list[Section]:
 def _costs(view: View) -> list[Section]:
     stages = tables_of(details.stage_table(view))
     times = tables_of(details.whole_cost_table(view), details.finetune_table(view))
-    engines = [*_notes("line", details.served_said(view)), *tables_of(details.serving_table(view))]
+    engines = [*_notes("line", details.served_summary(view)), *tables_of(details.serving_table(view))]
     return [
         Section("savings", "Savings", tables_of(*details.savings_tables(view), details.widths_table(view))),
-        Section("serving", "The pruned models on disk", engines + tables_of(details.gate_table(view))),
+        Section("serving", "Serving and verification", engines + tables_of(details.gate_table(view))),
         Section("cost", "Time and memory",
-                times + ([("fold", (details.stages_said(view), stages))] if stages else [])),
+                times + ([("fold", (details.stages_summary(view), stages))] if stages else [])),
     ]  # fmt: skip
 
 
 def _data(view: View) -> list[Block]:
     rows = view.record.overlap_rows or 0
-    said: list[Block] = []
+    warning: list[Block] = []
     if rows:
         words = (
             f"{rows} evaluation row{' also occurs' if rows == 1 else 's also occur'} in the training data."
         )
-        said.append(("callout", (words, "The accuracies above are too good by an unknown amount.")))
-    return said + tables_of(details.data_table(view))
+        warning.append(("callout", (words, "The scores above are too high by an unknown amount.")))
+    return warning + tables_of(details.data_table(view))
 
 
 def _recipe(view: View) -> list[Block]:
@@ -179,8 +179,8 @@ def _recipe(view: View) -> list[Block]:
     )
     if not recipe:
         return [*shown, ("absent", "The recipe was not recorded.")]
-    what = "The resolved recipe" if view.kind == "run" else "The recipe all rows share"
-    return [*shown, ("fold", (f"{what}, every default included", [("text", as_yaml(recipe))]))]
+    what = "The resolved recipe" if view.kind == "run" else "The recipe that all rows share"
+    return [*shown, ("fold", (f"{what}, including all defaults", [("text", as_yaml(recipe))]))]
 
 
 def _provenance(view: View) -> list[Block]:
@@ -190,7 +190,7 @@ def _provenance(view: View) -> list[Block]:
 
 
 def _strips(view: View) -> list[dict[str, Any]]:
-    """A strip of layers per plan, the headline's first; of a study those of its first seed."""
+    """Returns a strip of layers per plan, the main row's first; for a study, the plans of the first seed."""
     if view.kind == "run":
         plans = [(name, plan) for name, plan in view.record.plans.items() if plan.actions]
         first = view.main.plan if view.main else None
@@ -209,12 +209,12 @@ def _strips(view: View) -> list[dict[str, Any]]:
 
 
 def tables_of(*found: Table) -> list[Block]:
-    """A block for every table that has lines."""
+    """Returns a block for every table that has lines."""
     return [("table", table) for table in found if table.lines]
 
 
 def plots_of(*found: Plot | None) -> list[Block]:
-    """A block for every plot that was drawn."""
+    """Returns a block for every plot that is not None."""
     return [("figure", plot) for plot in found if plot is not None]
 
 
@@ -258,14 +258,14 @@ def strip_of(plan: Plan, label: str) -> dict[str, Any]:
 
 def as_yaml(recipe: dict[str, Any]) -> str:
     """Returns a recipe as YAML."""
-    # Through JSON, so that an odd value cannot stop the report; what is not finite becomes null.
+    # Through JSON, so that an odd value cannot stop the report; NaN and infinity become null.
     plain = json.loads(json.dumps(recipe, default=str), parse_constant=lambda _: None)
     shown: str = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=96)
     return shown
 
 
 def provenance_facts(record: Record) -> list[tuple[str, str]]:
-    """Returns where the numbers of a record come from."""
+    """Returns name and value of everything recorded about software, machine and model."""
     found, model, machine = record.provenance, record.model, record.provenance.machine
     named = machine.get("devices")
     devices = ", ".join(map(text, named)) if isinstance(named, list) else ""
@@ -304,10 +304,10 @@ def _environment() -> Environment:
 
 
 def render(template: str, context: dict[str, Any]) -> str:
-    """Returns a page of this package; what is missing in a context is an error."""
+    """Renders a template of this package; a name missing in `context` is an error."""
     script = {"script": Markup(_script()), "script_hash": script_hash()}
-    given = {"palette": PALETTE, "MISSING": MISSING, **script, **context}
-    return _environment().get_template(template).render(given)
+    names = {"palette": PALETTE, "MISSING": MISSING, **script, **context}
+    return _environment().get_template(template).render(names)
 
 
 def _script() -> str:
@@ -315,5 +315,5 @@ def _script() -> str:
 
 
 def script_hash() -> str:
-    """Returns the hash with which a content security policy allows our script and no other."""
+    """Returns the hash of our script, by which a content security policy allows it and no other script."""
     return "sha256-" + base64.b64encode(hashlib.sha256(_script().encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""A run or a study as markdown: the table of results, and below it what is needed to read it."""
+"""A run or a study as markdown: the results table, then the text needed to read it."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
     """Returns the results of one run or study, ending in a newline.
 
     Args:
-        source: A record as read from run.json or study.json; missing parts show as a dash.
-        folder: Where the record lies; by default where it was made.
+        source: The contents of run.json or study.json; missing parts show as a dash.
+        folder: The record's folder; by default the folder it was written to.
 
     Returns:
-        GitHub-flavoured markdown; a failed row has its error in the place of its quality.
+        GitHub-flavoured markdown; a failed row shows its error instead of its quality.
     """
     view = read(source)
     verdict = judge(view)
     ship = advice(view, folder)
-    said = [
+    texts = [
         f"{verdict.word}. {verdict.sentence}",
         budget_words(view),
         reading_words(view),
         serving_note(view),
     ]
     if ship is not None:
-        said.append(f"To ship: {ship.title}. {ship.reason}")
-    # Of a run what the terminal shows, of a study all of it.
+        texts.append(f"Model to ship: {ship.title}. {ship.reason}")
+    # A run shows the short table of the terminal, a study the full one.
     table = short_table(view) if view.kind == "run" else results_table(view)
-    parts = [_markdown_of(table), *(f"{_plain(words)}\n" for words in said if words)]
+    parts = [_markdown_of(table), *(f"{_plain(words)}\n" for words in texts if words)]
     if ship is not None and ship.commands:
         parts.append("".join(f"    {text(step.command)}\n" for step in ship.commands))
     if verdict.notes:
@@ -45,7 +45,7 @@ def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
 
 
 def _plain(line: str) -> str:
-    """Keeps names from becoming markup."""
+    """Escapes names that would read as markup."""
     return line.replace("<", "\\<").replace("*", "\\*").replace("_", "\\_").replace("\u00a0", " ")
 
 
@@ -58,10 +58,10 @@ def _markdown_of(table: Table) -> str:
 
 
 def _markdown_cell(cell: str) -> str:
-    """Escapes what would end the cell or start markup."""
+    """Escapes characters that would end the cell or start markup."""
     cell = " ".join(cell.splitlines())
     for character in ("\\", "|", "*", "_", "`", "<", "["):
-        # An interval such as "[80.1, 86.3]" is no link, since no "(" follows it.
+        # An interval such as "[80.1, 86.3]" is not a link, because no "(" follows it.
         if character != "[" or "](" in cell:
             cell = cell.replace(character, f"\\{character}")
     return cell.replace("\u00a0", " ")

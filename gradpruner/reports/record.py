@@ -1,4 +1,4 @@
-"""run.json and study.json as types; see `fields` for how they are read."""
+"""run.json and study.json as types; `fields` says how missing and malformed values are read."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from gradpruner.reports.fields import (
 )
 
 PENDING = ("not run yet", "not finished")
-"""Errors of rows that did not fail: an unfinished study can be looked at."""
+"""Values of `error` that mean a row has not run yet, so that an unfinished study still gives a report."""
 
 
 def _at(*path: str, default: Any = None) -> Any:
-    """A field whose value stands deeper in the JSON."""
+    """Returns a field whose value is nested deeper in the JSON."""
     return Field(default=default, validation_alias=AliasPath(*path))
 
 
 class Evaluated(Part):
-    """What measuring a model gave and took."""
+    """An evaluation: its metrics, time and memory."""
 
     metrics: Metrics = {}
     seconds: Number = None
@@ -41,14 +41,14 @@ class Evaluated(Part):
 
 
 class Harnessed(Part):
-    """What lm-evaluation-harness measured on one of its tasks."""
+    """The scores of one task of lm-evaluation-harness."""
 
     metrics: Annotated[dict[str, Measured], Named] = {}
     n: Count = None
 
 
 class Kept(Part):
-    """Which model a recovery ended with, by losses on validation rows in nats per token."""
+    """Which model was kept after recovery, with the losses on validation rows, in nats per token."""
 
     model: Any = None
     before: Number = None
@@ -57,7 +57,7 @@ class Kept(Part):
 
 
 class Trained(Part):
-    """What fine-tuning, or recording, gave and took."""
+    """A training (fine-tuning, recovery or recording): its losses, time and memory."""
 
     steps: Number = None
     losses: Values = []
@@ -80,7 +80,7 @@ class Check(Part):
 
 
 class Verified(Part):
-    """What was checked of a pruned model before it was used."""
+    """The checks of a pruned model before it was used."""
 
     level: Any = None
     passed: Any = None
@@ -122,7 +122,7 @@ class VariantRecord(Part):
 
 
 class Action(Part):
-    """What a plan does with one layer: keep, drop or merge (then `into` names the target)."""
+    """What a plan does with one layer: keep, drop or merge (`into` is the layer it is merged into)."""
 
     layer: Annotated[Any, BeforeValidator(count)] = None
     action: Any = None
@@ -134,14 +134,14 @@ def _in_layer_order(actions: list[Action]) -> list[Action]:
 
 
 class Change(Part):
-    """One quantity before and after pruning."""
+    """A quantity before and after pruning."""
 
     before: Number = None
     after: Number = None
 
 
 class Engine(Part):
-    """How an engine serves what a plan leaves."""
+    """Whether an engine can serve the model that a plan leaves."""
 
     engine: Any = None
     status: Any = None
@@ -150,7 +150,7 @@ class Engine(Part):
 
 
 class Depth(Part):
-    """One number of layers, measured on validation rows."""
+    """A number of removed layers and its loss on validation rows."""
 
     num_prune: Known = None
     parameters: Number = None
@@ -165,7 +165,7 @@ def _complete(curve: list[Depth]) -> list[Depth]:
 
 
 class Search(Part):
-    """How many layers may go."""
+    """The search for how many layers can be removed."""
 
     best: Count = None
     limit: Number = None
@@ -174,7 +174,7 @@ class Search(Part):
 
 
 class Plan(Part):
-    """A plan; one of widths has no actions, any other has one for every layer, in their order."""
+    """A plan. A plan of whole layers has one action per layer, in layer order; a width plan has none."""
 
     actions: Annotated[list[Action], Each, AfterValidator(_in_layer_order)] = []
     savings: Annotated[dict[str, Change], Named] = {}
@@ -195,7 +195,7 @@ class Plan(Part):
 
     @cached_property
     def roles(self) -> dict[int, str]:
-        """Layer -> keep, drop, merge, or receive (kept, and the target of a merge)."""
+        """Layer -> 'keep', 'drop', 'merge' or 'receive' (kept, and the target of a merge)."""
         kept = {
             action.layer: "receive" if action.layer in self.targets else "keep" for action in self.actions
         }
@@ -209,7 +209,7 @@ class Plan(Part):
 
 
 class Scores(Part):
-    """A method's layer scores."""
+    """The layer scores of a method."""
 
     norm: Any = None
     values: Values = []
@@ -219,7 +219,7 @@ class Scores(Part):
 
 
 class Trace(Trained):
-    """How recording went."""
+    """The recording of gradients."""
 
     num_steps: Number = None
     effective_steps: Number = None
@@ -230,7 +230,7 @@ class Trace(Trained):
 
 
 class Rows(Part):
-    """Where rows came from."""
+    """A set of rows and its source."""
 
     source: Any = None
     format: Any = None
@@ -251,7 +251,7 @@ class StageRecord(Part):
 
 
 class Provenance(Part):
-    """Where figures come from."""
+    """The code, machine and packages that produced the record."""
 
     commit: Any = None
     dirty: Any = None
@@ -274,7 +274,7 @@ class ModelRecord(Part):
 
 
 class Seed(Part):
-    """A row of a study at one seed."""
+    """One seed of a study's row."""
 
     seed: Count = None
     run: Any = None
@@ -298,7 +298,7 @@ class Sweep(Part):
 
 
 class Budget(Part):
-    """How much is to be removed."""
+    """How much every method of a comparison removes."""
 
     unit: Any = None
     removed: Number = None
@@ -307,7 +307,7 @@ class Budget(Part):
 
 
 class Record(Part):
-    """run.json or study.json; the parts that only the other has are empty."""
+    """run.json or study.json; fields that belong to the other one are empty."""
 
     schema_version: Any = None
     gradpruner_version: Any = None
@@ -321,7 +321,7 @@ class Record(Part):
     majority: Number = _at("reference", "majority_class")
     warnings: Values = []
     budget: Budget = Budget()
-    # Of a run.
+    # Only in run.json.
     train: Rows = _at("data", "train", default=Rows())
     eval: Rows = _at("data", "eval", default=Rows())
     overlap_rows: Count = _at("data", "overlap_rows")
@@ -331,7 +331,7 @@ class Record(Part):
     rows: Fields = {}
     variants: Annotated[dict[str, VariantRecord], Named] = {}
     stages: Annotated[list[StageRecord], Each] = []
-    # Of a study.
+    # Only in study.json.
     points: Annotated[list[PointRecord], Each] = []
     figure: Any = None
     what: Any = None

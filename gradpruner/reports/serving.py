@@ -1,7 +1,8 @@
-"""The runs of a folder in a browser, on this machine alone: nothing is written.
+"""A web server that shows the runs of a folder, on this machine only; it writes nothing.
 
-Only GET and HEAD, only this page and the report.html of runs found below the folder. The Host header must be
-this machine's, so that no web site reaches the runs under a name of its own (DNS rebinding).
+It answers only GET and HEAD, and serves only the overview page and the report.html of runs found below the
+folder. The Host header must name this machine, so that no web site can read the runs under its own name (DNS
+rebinding).
 """
 
 from __future__ import annotations
@@ -32,46 +33,50 @@ _HOSTS = ("127.0.0.1", "localhost")
 _REFRESH, _REFRESH_IDLE = 5, 30
 _MOST_RUNS, _MOST_FIGURES = 300, 6
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501
-# Matplotlib's settings belong to the whole process.
+# Matplotlib's settings are global to the process, so only one thread may draw at a time.
 _drawing = threading.Lock()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one folder; `url` says where."""
+    """The server of one folder, at `url`."""
 
     def __init__(self, folder: Path, port: int) -> None:
         super().__init__((ADDRESS, port), partial(_Handler, folder=folder))
 
     def server_bind(self) -> None:
-        """Without asking a name server what this machine is called."""
+        """Binds without the DNS lookup of this machine's name that HTTPServer does."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = ADDRESS, self.server_address[1]
 
     @property
     def url(self) -> str:
-        """The address of the page."""
+        """The address of the overview page."""
         return f"http://{ADDRESS}:{self.server_port}/"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing of a reader who left."""
+        """Stays silent if a browser closes its connection."""
 
 
 def open_server(folder: Path, port: int) -> Server:
-    """A server of the runs in a folder; `serve_forever` starts it.
+    """Opens a server for the runs in a folder; `serve_forever` starts it.
 
     Raises:
-        ConfigError: If there is no such folder, no run in it, or the port is taken.
+        ConfigError: If the folder does not exist or holds no runs, or the port cannot be used.
     """
     if path_fault(folder) or not folder.is_dir():
         raise ConfigError(f"There is no folder {shown(str(folder), 200)}.")
     if not find_runs(folder)[0]:
         raise ConfigError(
-            f"There are no runs in {shown(str(folder), 200)}: give what --out named, or a folder above."
+            f"There are no runs in {shown(str(folder), 200)}.",
+            hint="Give a run directory (the --out of a run), or a folder that contains some.",
         )
     try:
         return Server(folder, port)
     except OSError as error:
-        raise ConfigError(f"Port {port} cannot be used ({error.strerror}): choose another --port.") from error
+        raise ConfigError(
+            f"Port {port} cannot be used: {error.strerror}.",
+            hint="Choose another --port; 0 picks a free one.",
+        ) from error
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -101,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         if page is None:
             self.send_error(HTTPStatus.NOT_FOUND, "There is no such page")
             return
-        # A page that came with a folder from somebody else runs no script but ours, and sends nothing out.
+        # A page in a folder from somebody else may run no script but ours, and may send nothing out.
         self._send(page, f"{_POLICY}; script-src '{script_hash()}'")
 
     do_HEAD = do_GET
@@ -131,11 +136,11 @@ class _Handler(BaseHTTPRequestHandler):
         super().end_headers()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """The terminal stays quiet."""
+        """Logs nothing, so that the terminal stays quiet."""
 
 
 def overview(folder: Path) -> str:
-    """The page of all runs of a folder, as they stand now."""
+    """Returns the page of all runs of a folder, in their current state."""
     found, complete = find_runs(folder)
     running = [run for run in found if run.state == RUNNING]
     with _drawing, house_style():
@@ -147,7 +152,7 @@ def overview(folder: Path) -> str:
     sections = [
         Section("running", "Running", [*tables_of(_running(running)), *plots_of(*curves)]),
         Section("results", "Side by side",
-                tables_of(_results(listed)) or [("absent", "No row was measured yet.")]),
+                tables_of(_results(listed)) or [("absent", "Nothing has been evaluated yet.")]),
         Section("all", "All runs", tables_of(_listed(listed))),
     ]  # fmt: skip
     root, states = folder.resolve(), sorted(run.state for run in found)
@@ -157,7 +162,7 @@ def overview(folder: Path) -> str:
         "brand": "GradPruner runs",
         "title": text(root.name or str(root), 100),
         "folder": text(root, 300),
-        "said": f"{counted}{', not all of them shown' if cut else ''}",
+        "counts": f"{counted}{' (not all are shown)' if cut else ''}",
         "when": _moment(time.time()),
         "refresh": _REFRESH if running else _REFRESH_IDLE,
         "sections": [section for section in sections if section.blocks],
@@ -179,7 +184,7 @@ def _name_cell(run: Found) -> Cell:
 
 
 def _running(found: list[Found]) -> Table:
-    """What every run is doing, and how far it is."""
+    """Returns what every running run is doing, and its progress."""
     lines = []
     for run in found:
         now = run.now
@@ -200,12 +205,12 @@ def _running(found: list[Found]) -> Table:
             duration(now.left),
         )
         lines.append(line(*cells))
-    columns = ("Run", "Stage", "Step", "Loss", "Token positions/s", "For", "Time left in it")
-    return Table("What is running, as it says itself", columns, lines, words=("Stage",))
+    columns = ("Run", "Stage", "Step", "Loss", "Token positions/s", "Running for", "Time left")
+    return Table("Runs in progress, current stage", columns, lines, words=("Stage",))
 
 
 def _results(found: list[Found]) -> Table:
-    """Every measured row of every run, and of every study over its seeds."""
+    """Returns every evaluated row of every run and study."""
     lines = [
         _row_line(run, run.view, point.label, row)
         for run in found
@@ -214,7 +219,7 @@ def _results(found: list[Found]) -> Table:
         for row in point.rows
         if row.error is not None or row.after
     ]
-    columns = ("Run", "Row", "State", "Metric", "Score [95%; of studies: seeds]", "Difference to dense [95%]",
+    columns = ("Run", "Row", "State", "Metric", "Score [95%; studies: seeds]", "Difference to dense [95%]",
                "Parameters", "Time")  # fmt: skip
     return Table("Rows of all runs", columns, lines, words=("Row", "State", "Metric"))
 

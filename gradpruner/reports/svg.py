@@ -1,4 +1,4 @@
-"""One matplotlib figure -> an inline SVG that follows the page's colours, fonts and dark theme."""
+"""Draws one matplotlib figure as an inline SVG that follows the page's colours, fonts and dark theme."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 
 from gradpruner.common.printing import percent
 
-# Figures are drawn in the light colours; each is then replaced by the CSS variable of that name, so
-# one drawing serves both themes. The values must be distinct. Variant colours follow Okabe and Ito.
+# Figures are drawn in the light colours. Each colour is then replaced by the CSS variable of that name, so
+# that one drawing serves both themes; the light values must therefore be distinct. Series colours follow
+# Okabe and Ito.
 PALETTE = {
     "ink": ("#1d2733", "#e4eaf0"),
     "muted": ("#5a6774", "#9dabb9"),
@@ -42,7 +43,7 @@ PALETTE = {
 WIDE, HALF = 840, 420
 _MOST_POINTS = 120
 _LOG_SPREAD = 30.0
-"""Positive values further apart than this are drawn on a logarithmic scale: on a plain one most look flat."""
+"""Positive values with a larger ratio are drawn on a logarithmic scale: on a plain one most look flat."""
 DASHES = ((), (6, 2), (2, 1.5), (6, 2, 1.5, 2), (1, 1))
 _LINE_WIDTH = 1.8
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -55,13 +56,13 @@ def colour(name: str) -> str:
 
 @contextmanager
 def house_style() -> Iterator[None]:
-    """Sets matplotlib up for `draw`, and back afterwards.
+    """Sets matplotlib up for `draw`, and restores its settings afterwards.
 
-    Starts from matplotlib's defaults: the matplotlibrc of whoever renders must not change the bytes.
-    It is one block around all figures of a page because resetting takes as long as drawing.
+    Starts from matplotlib's defaults, so that the user's matplotlibrc does not change the bytes. Use one
+    block around all figures of a page: resetting takes as long as drawing a figure.
     """
     settings: dict[Any, Any] = {
-        # Text stays text: small, searchable, in the page's font; user strings are never TeX.
+        # Keep text as text: small, searchable, in the page's font. User strings are never parsed as TeX.
         "svg.fonttype": "none",
         "svg.hashsalt": "gradpruner",
         "text.parse_math": False,
@@ -73,14 +74,14 @@ def house_style() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcParams.update(matplotlib.rcParamsDefault)
         matplotlib.rcParams.update(settings)
-        # Only widths are measured with DejaVu; a glyph it lacks is drawn by the browser.
+        # DejaVu is only used to measure widths; the browser draws the glyphs, also those DejaVu lacks.
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
 
 @dataclass(frozen=True)
 class Margins:
-    """Room around the axes in CSS pixels; fixed, so that figures line up under each other."""
+    """Room around the axes in CSS pixels; fixed, so that figures on a page line up."""
 
     left: int = 62
     right: int = 14
@@ -91,18 +92,17 @@ class Margins:
 def draw(
     identity: str, height: int, paint: Callable[[Axes], None], width: int = WIDE, margins: Margins = Margins()
 ) -> str:
-    """Draws one figure; to be called within `house_style`.
+    """Draws one figure; call it within `house_style`.
 
     Args:
-        identity: Prefix of every id in the SVG, so that figures on one page cannot clash.
+        identity: Prefix of every id in the SVG, so that ids of figures on one page cannot clash.
         height: In CSS pixels.
-        paint: Draws into the axes it is given.
-        width: In CSS pixels; narrower screens scroll it sideways, so that its text stays readable.
+        paint: Draws into the axes it receives.
+        width: In CSS pixels; narrower screens scroll the figure, so that its text stays readable.
         margins: Room for labels around the axes.
 
     Returns:
-        An `<svg>` element without namespaces, with the page's ids and colours; the same bytes for the same
-        drawing.
+        An `<svg>` element without namespaces, in the page's colours; the same drawing gives the same bytes.
     """
     figure = Figure(figsize=(width / 72, height / 72))
     room = (width - margins.left - margins.right, height - margins.top - margins.bottom)
@@ -115,7 +115,7 @@ def draw(
 
 
 def plain_ticks(axes: Axes, log: bool = False) -> None:
-    """Labels the vertical axis with few, short numbers; powers of ten when `log`."""
+    """Labels the vertical axis with a few short numbers, powers of ten if `log`."""
     if log:
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_minor_locator(LogLocator(subs=[], numticks=6))
@@ -154,10 +154,10 @@ def _style(axes: Axes) -> None:
 
 
 def _localise(svg: str, identity: str) -> str:
-    """Removes what only a stand-alone file needs; ids, colours and fonts become the page's."""
+    """Removes what only a stand-alone file needs, prefixes ids, and uses the page's colours and fonts."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    # Matplotlib's style rule is for `*`: inlined, it would reach the whole page.
+    # Matplotlib's style rule applies to `*`: inlined, it would affect the whole page.
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
     view_box = re.search(r'viewBox="([^"]*)"', svg)
     assert view_box is not None, "matplotlib always writes a view box"
@@ -167,7 +167,7 @@ def _localise(svg: str, identity: str) -> str:
     body = body.replace("url(#", f"url(#{identity}-")
     body = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", body)
     names = {light: name for name, (light, _) in PALETTE.items()}
-    # Within style attributes only, so that a label such as "#0072b2" is left as it is.
+    # Only within style attributes, so that a label such as "#0072b2" stays unchanged.
     body = re.sub(
         r'style="[^"]*"',
         lambda style: re.sub(
@@ -183,7 +183,7 @@ def _localise(svg: str, identity: str) -> str:
 
 @dataclass(frozen=True)
 class Key:
-    """One legend entry: palette name, words, mark ('box', 'dot', 'ring', 'line'), dash pattern."""
+    """A legend entry: palette name, label, mark ('box', 'dot', 'ring', 'line') and dash pattern."""
 
     colour: str
     label: str
@@ -193,7 +193,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure: `caption` says how to read it, `description` in words and numbers what it shows."""
+    """A drawn figure. `caption` says how to read it; `description` says what it shows, for screen readers."""
 
     name: str
     title: str
@@ -204,12 +204,12 @@ class Plot:
 
 
 def series(index: int) -> str:
-    """Returns the palette name of the variant at `index`; 0 is the dense model."""
+    """Returns the palette name of the series at `index`; 0 is the dense model."""
     return "series-0" if index == 0 else f"series-{1 + (index - 1) % 6}"
 
 
 def line(axes: Axes, points: Sequence[tuple[float, float]], index: int, marker: bool = False) -> None:
-    """One curve in the colour and dashes of its series, `index`."""
+    """Draws one curve in the colour and dashes of the series `index`."""
     xs, ys = zip(*points, strict=True)
     (curve,) = axes.plot(xs, ys, color=colour(series(index)), linewidth=_LINE_WIDTH)
     if marker or len(points) == 1:
@@ -220,30 +220,30 @@ def line(axes: Axes, points: Sequence[tuple[float, float]], index: int, marker: 
 
 
 def dash_css(index: int) -> str:
-    """Returns the dash pattern of a variant's line in CSS pixels, '' for a solid line."""
+    """Returns the dash pattern of a series in CSS pixels, '' for a solid line."""
     return " ".join(f"{_LINE_WIDTH * length:g}" for length in DASHES[index % 5])
 
 
 def bucket(points: Sequence[tuple[float, float]]) -> int:
-    """How many neighbouring points are drawn as one."""
+    """Returns how many neighbouring points are averaged into one."""
     return -(-len(points) // _MOST_POINTS)
 
 
 def averaged(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over equal runs of points: what remains readable where six noisy curves overlap."""
+    """Averages every `bucket` neighbouring points, so that several noisy curves stay readable."""
     size = bucket(points)
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
     return [(sum(x for x, _ in c) / len(c), sum(y for _, y in c) / len(c)) for c in chunks]
 
 
 def is_wide(values: Sequence[float]) -> bool:
-    """Whether values are drawn on a logarithmic scale."""
+    """Returns whether values should be drawn on a logarithmic scale."""
     least = min((value for value in values if value > 0), default=0.0)
     return least > 0 and min(values) >= 0 and max(values) > _LOG_SPREAD * least
 
 
 def loss_axis(axes: Axes, log: bool, label: str) -> None:
-    """The axes of a training loss."""
+    """Labels the axes of a training loss."""
     if log:
         axes.set_yscale("log")
     axes.set_xlabel(label)
@@ -252,19 +252,19 @@ def loss_axis(axes: Axes, log: bool, label: str) -> None:
 
 
 def percent_ticks(axes: Axes, which: str = "y") -> None:
-    """Percentages on an axis, with as many digits as tell its ticks apart."""
+    """Formats an axis as percentages, with enough digits to tell its ticks apart."""
     axis, (low, high) = (axes.yaxis, axes.get_ylim()) if which == "y" else (axes.xaxis, axes.get_xlim())
     digits = 0 if high - low > 0.05 else 1
     axis.set_major_formatter(lambda value, _: percent(value, digits))
 
 
 def settled(points: Sequence[tuple[float, float]]) -> str:
-    """Says from which step on the overlap does not change any more."""
+    """Says from which step on the overlap no longer changes."""
     step = points[-1][0]
     for x, y in reversed(points):
         if y != points[-1][1]:
             break
         step = x
     if step == points[-1][0]:
-        return "still changed at the last recorded step: record more steps"
-    return f"does not change after step {step:,.0f}"
+        return "still changed at the last recorded step, so record more steps"
+    return f"no longer changes after step {step:,.0f}"

@@ -1,4 +1,4 @@
-"""The plots of an ablation: what is measured over the values of one key, and which layers stay."""
+"""Plots of an ablation: quality or cost over the settings, and how early the kept layers settle."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _COSTS: dict[str, tuple[str, Any]] = {
 }
 
 Series = tuple[str, str, list[tuple[float, Measured]]]
-"""Row name, label, (position on the horizontal axis, what was measured)."""
+"""Row name, label, and points (position on the horizontal axis, measured value)."""
 
 
 def sweep_plot(view: View) -> Plot | None:
-    """Draws the main metric, or the cost the study asks for, over the settings: lines, or bars for names."""
+    """Draws the main metric, or the cost in `plot.y`, over the settings: lines, or bars for names."""
     found = _series(view)
     if not found:
         return None
@@ -70,24 +70,24 @@ def sweep_plot(view: View) -> Plot | None:
     ]
     if reference is not None:
         legend.append(Key("series-0", f"dense ({show(reference)})", "line", "5 4"))
-    said = [f"{label}: {', '.join(_said(view, points, show))}" for _, label, points in shown]
+    described = [f"{label}: {', '.join(_described(view, points, show))}" for _, label, points in shown]
     seeds = max((len(m.per_seed) for row in view.rows for m in row.after.values()), default=0)
     how = "Bars are means over seeds, thin lines" if bars else "Points are means over seeds, the shaded band"
-    caption = f"{how} from the lowest to the highest seed." if seeds > 1 else "One seed."
+    caption = f"{how} from the lowest to the highest seed." if seeds > 1 else "Only one seed."
     return Plot(
         "sweep",
         f"{name} over {view.sweep_label}",
         caption,
-        f"{name} over {view.sweep_label}. {'; '.join(said)}.",
+        f"{name} over {view.sweep_label}. {'; '.join(described)}.",
         draw("sweep", 400, paint, margins=Margins(left=74)),
         tuple(legend),
     )
 
 
 def kept_plot(view: View) -> Plot | None:
-    """Draws how many of the finally kept layers are kept at every setting (paper, Fig. 2).
+    """Draws the share of the layers kept at the last setting that are kept at every setting (paper, Fig. 2).
 
-    Final is the last setting of the sweep, seed by seed.
+    Compares plans of the same seed.
     """
     main = view.main_name
     rows = [(at, point.row(main)) for at, point in _positions(view)]
@@ -104,15 +104,15 @@ def kept_plot(view: View) -> Plot | None:
         _paint_lines(axes, view, [(str(main), "", points)])
         axes.set_ylim(min(0.5, *(m.value for _, m in points)) - 0.05, 1.04)
         axes.set_xlabel(view.sweep_label)
-        axes.set_ylabel("kept layers agreeing with the last")
+        axes.set_ylabel("overlap with the last setting")
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, 0))
 
     seeds = f", mean over {len(final)} seeds with their range" if len(final) > 1 else ""
     return Plot(
         "stability",
         "How early the kept layers settle",
-        f"Share of the layers kept at the last setting that are kept at this one{seeds}.",
-        f"Agreement with the layers kept at the last setting: {', '.join(_said(view, points, percent))}.",
+        f"Share of the layers kept at the last setting that are already kept at this setting{seeds}.",
+        f"Overlap with the layers kept at the last setting: {', '.join(_described(view, points, percent))}.",
         draw("stability", 340, paint, margins=Margins(left=74)),
     )
 
@@ -136,7 +136,7 @@ def _value(row: Row, view: View) -> Measured | None:
 
 
 def _positions(view: View) -> list[tuple[float, Point]]:
-    """Where every setting stands: at its value, or in order where values are names."""
+    """Returns the position of every setting: its value, or its index if the values are names."""
     if _is_categorical(view):
         return [(float(i), point) for i, point in enumerate(view.points)]
     return [(number(point.value) or 0.0, point) for point in view.points]
@@ -147,7 +147,7 @@ def _is_categorical(view: View) -> bool:
 
 
 def _flat_dense(found: Sequence[Series]) -> float | None:
-    """The dense model's value where it is one for all settings."""
+    """Returns the dense model's value, if it is the same at all settings."""
     values = [measured.value for name, _, points in found if name == "dense" for _, measured in points]
     return values[0] if values and len(set(values)) == 1 else None
 
@@ -169,7 +169,7 @@ def _paint_lines(axes: Axes, view: View, found: Sequence[Series]) -> None:
 
 
 def _setting_axis(axes: Axes, view: View) -> None:
-    """Labels every setting; where there are many, those that would run into the one before are left out."""
+    """Labels the settings; leaves out labels that would overlap the one before."""
     at = _positions(view)
     sweep = view.record.sweep
     if sweep is not None and sweep.log and min(x for x, _ in at) > 0:
@@ -192,7 +192,7 @@ def _setting_axis(axes: Axes, view: View) -> None:
 
 
 def _paint_bars(axes: Axes, view: View, found: Sequence[Series], show: Any) -> None:
-    """Bars from zero: a difference looks as large as it is; the numbers tell small ones apart."""
+    """Draws bars from zero, so that differences look as large as they are; numbers show small ones."""
     width = (0.6 if len(found) == 1 else 0.8) / max(len(found), 1)
     total = sum(len(points) for _, _, points in found)
     tops = (m.value if m.high is None else m.high for _, _, points in found for _, m in points)
@@ -205,7 +205,7 @@ def _paint_bars(axes: Axes, view: View, found: Sequence[Series], show: Any) -> N
             if m.ends:
                 axes.vlines(x, *m.ends, color=colour("ink"), linewidth=1.2, zorder=3)
             if total <= _MOST_NUMBERS:
-                # Inside the bar: above it would be where the dense model's line is.
+                # Inside the bar, because the dense model's line may be just above it.
                 y = m.value if m.low is None else min(m.low, m.value)
                 axes.annotate(show(m.value), (x, y), (0, -18), textcoords="offset points", ha="center",
                               fontsize=12, color=colour("surface"), zorder=4)  # fmt: skip
@@ -223,13 +223,13 @@ def _line_limits(axes: Axes, found: Sequence[Series], reference: float | None) -
 
 
 def _hue(index: int, name: str) -> str:
-    """Orange is GradPruner on every page of a study; grey the dense model."""
+    """Returns a palette name: grey for the dense model, orange for GradPruner."""
     if name == "dense":
         return "series-0"
     order = ("series-2", "series-1", "series-3", "series-4", "series-5", "series-6")
     return order[index % len(order)] if name != "merged" else "series-2"
 
 
-def _said(view: View, points: Sequence[tuple[float, Measured]], show: Any) -> list[str]:
+def _described(view: View, points: Sequence[tuple[float, Measured]], show: Any) -> list[str]:
     labels = {at: point.label for at, point in _positions(view)}
     return [f"{labels.get(at, short(at))} {show(measured.value)}" for at, measured in points]

@@ -1,4 +1,4 @@
-"""The tables of results: quality, size and cost of every row, of a run as of a study."""
+"""The results tables of runs and studies: quality, size and cost of every row."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _COSTS: dict[str, tuple[str, Any]] = {
     "method_peak_memory_bytes": ("Method memory", num_bytes),
     "training_ratio": ("Training", times),
     "inference_ratio": ("Inference", times),
-    "total_ratio": ("In all", times),
+    "total_ratio": ("Total", times),
     "trained_tokens": ("Trained tokens", short),
 }
 _TERMINAL_COSTS = {
-    "run": ("Training", "In all"),
+    "run": ("Training", "Total"),
     "compare": ("Method time", "Training"),
     "ablation": ("Training",),
 }
 
 
 def results_table(view: View) -> Table:
-    """One line per row: what it is, size, main metric, differences, cost; per setting where there are some.
+    """Returns one line per row and setting: label, size, main metric, differences and cost.
 
-    A dense model that all settings share stands once.
+    A dense model shared by all settings is listed once.
     """
     sweep, costs = view.kind == "ablation", _costs(view)
     several, shared = len(view.names) > 1, _shared_dense(view)
@@ -64,7 +64,7 @@ def results_table(view: View) -> Table:
 
 
 def further_table(view: View) -> Table:
-    """Every further metric; no lines when there is only one metric."""
+    """Returns all metrics but the main one; the table has no lines if there are no others."""
     metrics = view.metrics[1:]
     columns = (_name(view), *(metric_label(name) for name in metrics))
     lines = []
@@ -77,14 +77,14 @@ def further_table(view: View) -> Table:
 
 
 def short_table(view: View) -> Table:
-    """The table of the terminal: what fits on 100 columns."""
+    """Returns the table for the terminal: the columns that fit in 100 characters."""
     full = results_table(view)
     wanted = ("Parameters", *_quality_columns(view)[:2], *_TERMINAL_COSTS[view.kind])
     at = [full.columns.index(name) for name in wanted if name in full.columns]
     lead = full.columns.index("Parameters") - (view.kind != "compare")
     lines = []
     for one in full.lines:
-        # Setting and method share a column: only the first may wrap.
+        # Setting and method share the first column, because only that one may wrap.
         head = ": ".join(f"{'→ ' if c.detail else ''}{c.text}" for c in one.cells[:lead])
         lines.append(replace(one, cells=(Cell(head), *(one.cells[i] for i in at))))
     names = (full.columns[i].replace("Difference to", "vs") for i in at)
@@ -92,7 +92,7 @@ def short_table(view: View) -> Table:
 
 
 def other_tasks_table(view: View) -> Table:
-    """The headline metric of every row on every further task; validation rows are among them."""
+    """Returns the first metric of every row on every other task, and on the validation rows."""
     lines = []
     for task in dict.fromkeys(name for row in view.rows for name in row.recorded.also):
         for row in view.rows:
@@ -101,17 +101,17 @@ def other_tasks_table(view: View) -> Table:
                 words = (text(task), row.label, metric_label(metric))
                 paired = difference_cell(row.recorded.paired.get(task, {}).get(metric))
                 lines.append(_line(view, row, *words, measured_cell(measured), paired, whole(measured.n)))
-    columns = ("Rows of", "Variant", "Metric", "Value [95%]", "Difference to dense [95%]", "n")
-    return Table("Further rows, not trained on", columns, lines, words=("Variant", "Metric"))
+    columns = ("Data", "Variant", "Metric", "Value [95%]", "Difference to dense [95%]", "n")
+    return Table("Validation rows and other tasks", columns, lines, words=("Variant", "Metric"))
 
 
 def headline_of(row: Row, task: str) -> tuple[str, Measured] | None:
-    """The first metric recorded of a further task, which is the most telling one."""
+    """Returns the first recorded metric of another task, which is the most informative one."""
     return next(iter(row.recorded.also.get(task, Evaluated()).metrics.items()), None)
 
 
 def difference(view: View, row: Row) -> Measured | None:
-    """The difference to the dense model: on the same examples where that was measured."""
+    """Returns the difference to the dense model; paired by example, if that was measured."""
     if row.is_dense:
         return None
     mine, dense = (one.after.get(view.metric) if one else None for one in (row, view.dense))
@@ -149,7 +149,7 @@ def _quality_cells(view: View, row: Row) -> list[Cell | str]:
 
 
 def _costs(view: View) -> dict[str, tuple[str, Any]]:
-    """The cost columns that have a value; a run shows its details in a table of their own."""
+    """Returns the cost columns that have a value; a run shows the rest in its own cost table."""
     known = {k: v for k, v in _COSTS.items() if any(row.costs.get(k) is not None for row in view.rows)}
     left_out = {
         "run": ("method_seconds", "inference_ratio", "trained_tokens"),
@@ -165,7 +165,10 @@ def _line(view: View, row: Row, *cells: Cell | str) -> Line:
 
 
 def stands_out(view: View) -> bool:
-    """Whether the headline's row is set in bold: not where another row, in a run the dense one, beats it."""
+    """Returns whether the main row is shown in bold.
+
+    It is, unless another pruned row scores higher or, in a run, it is clearly worse than the dense model.
+    """
     main, metric = view.main, view.metric
     if main is None or metric not in main.after:
         return False
@@ -193,7 +196,7 @@ def _any_before(view: View) -> bool:
 
 
 def _shared_dense(view: View) -> bool:
-    """Whether every setting has one and the same dense model; its difference to GradPruner may change."""
+    """Returns whether all settings have the same dense model; its difference to GradPruner may differ."""
     rows = [point.row("dense") for point in view.points]
     found = [
         (row.costs, row.before, {name: measured.per_seed for name, measured in row.after.items()})

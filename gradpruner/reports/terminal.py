@@ -1,4 +1,4 @@
-"""A run or a study in the terminal: one table, a strip of layers per plan, the verdict. Fits 100 columns."""
+"""A run or a study in the terminal, within 100 columns: a table, a strip of layers per plan, the verdict."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _STYLES = {
     "worse": "bold red",
     "unknown": "bold",
 }
-# Role of a layer -> its sign, that of a console without symbols, and its style.
+# Role of a layer -> its symbol, its ASCII symbol and its style.
 _GLYPHS = {
     "keep": ("█", "#", "blue"),
     "receive": ("█", "#", "blue"),
@@ -43,10 +43,10 @@ def print_summary(
     """Prints results, layers, verdict, advice and warnings of one run or study.
 
     Args:
-        source: A record as read from run.json or study.json; missing parts are left out.
-        console: Where to; no colours when it is not a terminal, no symbols when it cannot show them.
-        folder: Where the record lies; by default where it was made.
-        advise: Say what to do with the model.
+        source: The contents of run.json or study.json; missing parts are left out.
+        console: Where to print; gets no colours if it is not a terminal, only ASCII if it cannot show more.
+        folder: The record's folder; by default the folder it was written to.
+        advise: Print which model to ship, and the next commands.
     """
     view = read(source)
     say(console, text(title_of(view), 90), "bold")
@@ -59,18 +59,18 @@ def print_summary(
 
 
 def title_of(view: View) -> str:
-    """What a report is called."""
+    """Returns the title of a report."""
     fallback = {"run": "GradPruner run", "compare": "Comparison", "ablation": "Ablation"}
     return text(view.record.title or fallback[view.kind], 200)
 
 
 def _print_results(view: View, console: Console) -> None:
-    """What was measured: the table of rows, their layers, the verdict."""
+    """Prints the table of rows, their layers and the verdict."""
     table = short_table(view)
     if table.lines:
         console.print(rich_table(table, console))
     if any(cell.text.endswith("*") for line in table.lines for cell in line.cells):
-        say(console, "* fewer than 100 examples: read the interval.", "dim")
+        say(console, "* fewer than 100 examples: rely on the interval, not on the value.", "dim")
     if view.kind == "run":
         strips = [(row.label, row.plan) for row in view.rows if row.plan is not None]
         rows = {row.name for row in view.rows}
@@ -89,10 +89,10 @@ def _print_results(view: View, console: Console) -> None:
 
 
 def _print_advice(view: View, console: Console, folder: Path | None) -> None:
-    """Which model to ship, and the next commands."""
+    """Prints which model to ship, and the next commands."""
     ship = advice(view, folder)
     if ship is not None:
-        say(console, f"To ship: {ship.title}", "bold")
+        say(console, f"Model to ship: {ship.title}", "bold")
         for words in (ship.path, ship.reason):
             if words:
                 say(console, f"  {words}")
@@ -101,7 +101,7 @@ def _print_advice(view: View, console: Console, folder: Path | None) -> None:
 
 
 def _print_decisions(view: View, console: Console) -> bool:
-    """What is known before anything is measured: scores, plans, savings. Returns whether there was any."""
+    """Prints what is known before any evaluation: scores, plans, savings. Returns False if nothing is."""
     record = view.record
     for name, scores in record.scores.items():
         _print_scores(text(name), scores.values, console)
@@ -112,12 +112,12 @@ def _print_decisions(view: View, console: Console) -> bool:
     recorded = bool(record.trace.model_fields_set)
     if recorded and not view.record.plans:
         steps, effective = whole(record.trace.num_steps), whole(record.trace.effective_steps)
-        say(console, f"{steps} steps recorded, {effective} with energy.")
+        say(console, f"{steps} steps recorded; {effective} of them carry evidence.")
     return bool(recorded or view.record.plans or record.scores)
 
 
 def _print_scores(name: str, values: list[Any], console: Console) -> None:
-    """One line per layer, least important first; the bar is the share of the highest score."""
+    """Prints one line per layer, least important first, with its share of the highest score."""
     numbers = [number(value) or 0.0 for value in values]
     highest = max(numbers, default=0.0)
     frame = box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD
@@ -130,17 +130,17 @@ def _print_scores(name: str, values: list[Any], console: Console) -> None:
 
 
 def say(console: Console, line: str, style: str = "") -> None:
-    """Prints one line as it is, without symbols the console cannot show."""
-    # Text, not a string: a label such as "[red]" is no markup.
+    """Prints one line verbatim, with ASCII for symbols the console cannot show."""
+    # As Text, because rich would read a label such as "[red]" as markup in a string.
     console.print(Text(_plain(line, console), style=style))
 
 
 def rich_table(table: Table, console: Console) -> RichTable:
-    """Returns a table for the console; a failed line says so in place of its quality."""
+    """Returns a table for the console; a failed line shows "failed" instead of its quality."""
     ascii_only = console.options.ascii_only
     shown = RichTable(box=box.ASCII if ascii_only else box.SIMPLE_HEAD, pad_edge=False)
     for i, name in enumerate(table.columns):
-        # Only labels may wrap: a broken number could be misread.
+        # Only labels may wrap: a wrapped number could be misread.
         if i:
             shown.add_column(Text(name), justify="right", no_wrap=True, overflow="fold")
         else:
@@ -172,14 +172,14 @@ def _print_strips(plans: list[tuple[str, Plan]], console: Console) -> None:
 
 
 def _merge_words(plan: Plan) -> str:
-    """Returns ': 19 of 32 kept; merged 18 and 19 into 17'."""
+    """Returns a plan in words, for example ': 19 of 32 kept; merged 18, 19 into 17'."""
     words = [f"{', '.join(map(str, layers))} into {to}" for to, layers in plan.targets.items()]
     merged = f"; merged {'; '.join(words)}" if words else ""
     return f": {len(plan.kept)} of {len(plan.actions)} kept{merged}"
 
 
 def _plain(shown: str, console: Console) -> str:
-    """Replaces no-break spaces, and on a console without Unicode everything beyond ASCII."""
+    """Replaces no-break spaces and, on a console without Unicode, everything beyond ASCII."""
     shown = shown.replace("\u00a0", " ")
     if not console.options.ascii_only:
         return shown

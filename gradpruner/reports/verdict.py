@@ -1,4 +1,4 @@
-"""What a run or a study shows, in plain words, and what limits it."""
+"""The conclusion of a run or a study in one sentence, the notes that limit it, and the headline numbers."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes,
 from gradpruner.reports.view import Point, Row, View, metric_label
 
 _SMALL_LOSS = 0.02
-"""Largest relative loss reported as 'no clear difference' when nothing can be told from chance."""
+"""A relative loss that may be chance is 'No clear difference' up to this size, and 'Cannot tell' above it."""
 NOT_LEARNED = "Not learned"
 _UNITS = {"parameters": "all parameters", "decoder_parameters": "the decoder's parameters"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The conclusion: its level, that in two or three words, and what was found.
+    """A conclusion.
 
     Attributes:
         level: 'even' (no clear difference), 'unclear' (a difference that may be chance), 'better',
             'worse' or 'unknown'.
-        notes: What limits the finding, most serious first.
+        word: The conclusion in two or three words.
+        sentence: The conclusion with its numbers.
+        notes: What limits the conclusion, most serious first.
     """
 
     level: str
@@ -44,14 +46,14 @@ class Verdict:
 
 
 def judge(view: View) -> Verdict:
-    """Says whether the headline's row is as good as dense, beats the last layers, or what settings change."""
+    """Judges a run (pruned against dense), a comparison (GradPruner against last layers) or a sweep."""
     return {"run": _judge_run, "compare": _judge_comparison, "ablation": _judge_sweep}[view.kind](view)
 
 
 def _concluded(
     view: View, lead: str, finding: tuple[str, str, str], notes: list[str], tuned: bool = True
 ) -> Verdict:
-    """A verdict by level, word and sentence, unless the task was not learned: then they say nothing."""
+    """Returns the verdict for a finding (level, word, sentence), or 'Not learned' if the task was not."""
     learned = not_learned(view, tuned)
     level, word, sentence = ("unclear", NOT_LEARNED, learned) if learned else finding
     return Verdict(level, word, f"{lead} {sentence}".rstrip(), notes)
@@ -67,10 +69,10 @@ def _failures(view: View) -> list[str]:
 
 
 def compared(view: View) -> tuple[Measured | None, Measured | None, bool]:
-    """The main metric of dense and of the headline's row, and whether both are finished.
+    """Returns the main metric of the dense and of the main row, and whether both are finished models.
 
-    A fine-tuned model is never compared with one that is not: without both, the two measurements
-    before fine-tuning are taken.
+    A fine-tuned model is never compared with one that is not: unless both are finished, the two values from
+    before fine-tuning are returned.
     """
     rows = (view.dense, view.main)
     dense, main = (row.after.get(view.metric) if row else None for row in rows)
@@ -83,17 +85,17 @@ def compared(view: View) -> tuple[Measured | None, Measured | None, bool]:
 def _judge_run(view: View) -> Verdict:
     dense, main, failures = view.dense, view.main, _failures(view)
     if main is None:
-        return Verdict("unknown", "No result", "This run holds no pruned model.", failures)
+        return Verdict("unknown", "No result", "This run has no pruned model.", failures)
     before, after, tuned = compared(view)
     if dense is None or before is None or after is None:
         measured = {"the dense model": before, main.label: after}
         lacking = " and ".join(name for name, value in measured.items() if value is None)
-        sentence = f"Nothing to compare: {lacking} has no {metric_label(view.metric).lower()}."
+        sentence = f"Nothing to compare: no {metric_label(view.metric).lower()} was measured for {lacking}."
         return Verdict("unknown", "No result", sentence, failures)
     finding = _finding(before, after, main.paired.get(view.metric) if tuned else None)
     lead = (
         f"{main.label} keeps {whole(main.num_layers)} of {whole(dense.num_layers)} layers and scores "
-        f"{percent(after.value)} where the dense model scores {percent(before.value)}."
+        f"{percent(after.value)}; the dense model scores {percent(before.value)}."
     )
     notes = [*failures, *probe_notes(view), *run_notes(view, before, after, tuned)]
     return _concluded(view, lead, finding, notes, tuned)
@@ -107,7 +109,7 @@ def _judge_comparison(view: View) -> Verdict:
         return Verdict("unknown", "No result", "No pruned model was measured.", notes)
     paired = main.paired.get(view.metric)
     dense = view.dense.after.get(view.metric) if view.dense else None
-    of_dense = f" where the dense model scores {percent(dense.value)}" if dense else ""
+    of_dense = f"; the dense model scores {percent(dense.value)}" if dense else ""
     of_dense += f" ({_paired_words(paired)})" if dense and paired else ""
     lead = f"{main.label} scores {percent(main.after[view.metric].value)}{of_dense}."
     last = point.row("last")
@@ -135,28 +137,28 @@ def _judge_sweep(view: View) -> Verdict:
         sentence = f"{name}: only {best} was measured, {percent(high.value)}."
         return Verdict("unknown", "One setting", sentence, notes)
     lead = (
-        f"{name}: highest at {best} ({percent(high.value)}), lowest at {worst} "
+        f"{name}: best at {best} ({percent(high.value)}), worst at {worst} "
         f"({percent(low.value)}), {points(high.value - low.value).lstrip('+')} points apart."
     )
     seeds = min(len(high.per_seed), len(low.per_seed))
     finding = (
         "even",
         "No clear difference",
-        f"The seeds of the two overlap ({seeds} each): no clear difference.",
+        f"The seeds of the best and the worst setting overlap ({seeds} each): no clear difference.",
     )
     if seeds < 2:
-        finding = ("unclear", "Cannot tell", "One seed each: this may be chance.")
+        finding = ("unclear", "Cannot tell", "Only one seed each: this may be chance.")
     elif low.high is not None and high.low is not None and low.high < high.low:
-        above = f"Every seed of the first is above every seed of the second ({seeds} each)."
+        above = f"Every seed of the best setting is above every seed of the worst one ({seeds} each)."
         finding = ("better", "It makes a difference", above)
     return _concluded(view, lead, finding, notes)
 
 
 def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> tuple[str, str, str]:
-    """The level, its words and the sentence, from the paired difference or else from two intervals."""
+    """Returns level, word and sentence, from the paired difference or else from the two intervals."""
     small = dense.is_small or pruned.is_small
     if difference is not None and difference.ends:
-        how = f"The difference on the same examples is {_paired_words(difference)}"
+        how = f"On the same examples, the difference is {_paired_words(difference)}"
         level, loss, gain = _level(difference), difference.value, False
     elif dense.ends and pruned.ends:
         apart = (pruned.low or 0) - (dense.high or 0), (pruned.high or 0) - (dense.low or 0)
@@ -171,7 +173,7 @@ def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> 
         return level, f"Clearly {level}", f"{how}: the {what} is more than evaluation noise."
     if gain:
         word = ("unclear", "Cannot tell") if small else ("even", "No clear difference")
-        return (*word, f"{how}: do not read this as an improvement.")
+        return (*word, f"{how}: this is not a clear improvement.")
     if (ratio(-(loss or 0), dense.value) or 0.0) > _SMALL_LOSS or small:
         examples = "" if pruned.n is None else f" on {whole(pruned.n)} examples"
         return "unclear", "Cannot tell", f"{how}: this evaluation{examples} cannot tell it from chance."
@@ -183,22 +185,23 @@ def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> 
 
 
 def budget_words(view: View) -> str:
-    """The budget of a comparison in a sentence, '' when it is not known."""
+    """Returns a sentence on the budget of a comparison, '' if it is not known."""
     budget = view.record.budget
     if view.kind != "compare" or (budget.removed is None and budget.share is None):
         return ""
     unit = _UNITS.get(str(budget.unit), text(budget.unit or "the parameters"))
     total = view.record.model.num_layers
     of = f" of its {whole(total)}" if total else ""
-    worth = f", what {whole(budget.layers)}{of} decoder layers hold" if budget.layers else ""
+    worth = f", as many as {whole(budget.layers)}{of} decoder layers hold" if budget.layers else ""
     return (
-        f"One budget for every method: {whole(budget.removed)} parameters, {percent(budget.share)} of "
-        f"{unit}{worth}. Methods that cannot meet it exactly stay within one of their units."
+        f"Every method has the same budget: it removes {whole(budget.removed)} parameters, "
+        f"{percent(budget.share)} of {unit}{worth}. Methods that cannot meet it exactly stay within one of "
+        "their units."
     )
 
 
 def _tally_words(view: View, point: Point) -> str:
-    """Wins, ties and losses of GradPruner by paired intervals, '' without any."""
+    """Counts GradPruner's wins, ties and losses by paired intervals; '' if there are none."""
     rivals = [
         row.rival[view.metric].turned()
         for row in point.rows
@@ -212,44 +215,44 @@ def _tally_words(view: View, point: Point) -> str:
     wins, losses = levels.count("better"), levels.count("worse")
     ties = len(levels) - wins - losses
     return (
-        f"Against {len(levels)} other method{'s' if len(levels) > 1 else ''}, by paired 95% intervals: "
+        f"Against {len(levels)} other method{'s' if len(levels) > 1 else ''} (by paired 95% intervals): "
         f"{wins} win{'' if wins == 1 else 's'}, {ties} tie{'' if ties == 1 else 's'}, "
         f"{losses} loss{'' if losses == 1 else 'es'}."
     )
 
 
 def serving_note(view: View) -> str:
-    """Names the rows whose layers differ in width and what that means; '' when there are none."""
+    """Names the rows whose layers differ in width, and says what that means; '' if there are none."""
     labels = list(dict.fromkeys(row.label for row in view.rows if row.uniform is False))
     if not labels:
         return ""
     verb = "has" if len(labels) == 1 else "have"
     return (
-        f"{'; '.join(labels)} {verb} layers of unequal width: such a model loads through gradpruner only; "
-        "vLLM, SGLang and llama.cpp refuse it."
+        f"{'; '.join(labels)} {verb} layers of unequal width. Only gradpruner loads such a model; vLLM, "
+        "SGLang and llama.cpp refuse it."
     )
 
 
 def _against_last(main: Row, last: Row, metric: str) -> tuple[str, str, str]:
-    """Returns level, its words and the sentence on the simplest rival there is."""
+    """Returns level, word and sentence on the simplest rival: dropping the last layers."""
     mine, theirs = main.after[metric].value, last.after[metric].value
     rival = last.rival.get(metric)
     if rival is None or not rival.ends:
-        ahead = "above" if mine > theirs else "not above"
-        said = f"That is {ahead} just dropping the last layers ({percent(theirs)}), without an interval"
-        return "unclear", "Cannot tell", f"{said}: it may be chance."
+        ahead = "better" if mine > theirs else "no better"
+        words = f"That is {ahead} than just dropping the last layers ({percent(theirs)}), without an interval"
+        return "unclear", "Cannot tell", f"{words}: it may be chance."
     gain = rival.turned()
     level, than = _level(gain), "dropping the last layers"
     word, verb = {
         "better": ("Better than", "beats"),
-        "even": ("No clear gain over", "cannot be told from"),
+        "even": ("No clear gain over", "does not clearly differ from"),
         "worse": ("Worse than", "loses to"),
     }[level]
     return level, f"{word} {than}", f"It {verb} just {than} ({percent(theirs)}): {_paired_words(gain)}."
 
 
 def _merging(point: Point, metric: str) -> str:
-    """Says what merging adds over dropping the same layers."""
+    """Says what merging adds to dropping the same layers; '' if that was not measured."""
     dropped = point.row("dropped")
     rival = dropped.rival.get(metric) if dropped is not None else None
     if rival is None or not rival.ends:
@@ -257,14 +260,14 @@ def _merging(point: Point, metric: str) -> str:
     gain = rival.turned()
     level = _level(gain)
     if level == "even":
-        return f"Merging adds nothing that can be told from chance ({_paired_words(gain)})."
+        return f"Merging makes no clear difference ({_paired_words(gain)})."
     size = points(abs(gain.value)).lstrip("+")
     ends = sorted(map(abs, gain.ends or ()))
     return f"Merging {'adds' if level == 'better' else 'costs'} {size} points, 95% {interval(*ends)}."
 
 
 def _level(gain: Measured) -> str:
-    """Better, even or worse, by where the interval of a difference lies."""
+    """Returns 'better', 'even' or 'worse': whether the interval lies above, around or below zero."""
     if gain.low is not None and gain.low > 0:
         return "better"
     return "worse" if gain.high is not None and gain.high < 0 else "even"
@@ -276,31 +279,30 @@ def _paired_words(paired: Measured) -> str:
 
 
 def reading_words(view: View) -> str:
-    """How the numbers of the main table are to be read."""
+    """Explains the numbers of the main table."""
     words = []
     if view.kind == "run":
         words.append("Brackets are 95% bootstrap intervals, in percent.")
     elif len(view.seeds) > 1:
         words.append(
-            f"{metric_label(view.metric)} is the mean over {len(view.seeds)} seeds, in brackets the lowest "
-            "and the highest."
+            f"{metric_label(view.metric)} is the mean over {len(view.seeds)} seeds; brackets show the lowest "
+            "and the highest seed."
         )
     if any(row.paired for row in view.rows):
         words.append(
-            "Differences are in points, example by example, with 95% bootstrap intervals over examples."
+            "Differences are in percentage points, paired example by example, with 95% bootstrap intervals."
         )
     if any(row.costs.get("training_ratio") is not None for row in view.rows):
-        words.append(
-            "Training, inference and all there is are times against the dense model of the same seed."
-        )
+        columns = "Training" if view.kind == "run" else "Training, Inference"
+        words.append(f"{columns} and Total are times relative to the dense model with the same seed.")
     if any(m.is_small for row in view.rows for m in (*row.after.values(), *row.before.values())):
-        words.append("* Fewer than 100 examples: read the interval, not the value.")
+        words.append("* Fewer than 100 examples: rely on the interval, not on the value.")
     return " ".join(words)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One headline number: what it is, its change, from what to what, and a remark."""
+    """A headline number: its name, its change, the values before and after, and a remark."""
 
     name: str
     change: str
@@ -310,7 +312,7 @@ class Tile:
 
 
 def tiles(view: View) -> list[Tile]:
-    """The headline numbers that are known: size, quality, time."""
+    """Returns the headline numbers that are known: size, quality, time."""
     main, dense, metric = view.main, view.dense, view.metric
     if view.kind == "ablation" or main is None:
         return []
@@ -323,7 +325,7 @@ def tiles(view: View) -> list[Tile]:
         Tile("Layers", change(main.num_layers, layers), whole(layers), whole(main.num_layers)),
         Tile("Parameters", smaller, short(size), short(main.num_parameters), main.label),
         _quality_tile(
-            "Against dense" + ("" if tuned else ", not fine-tuned"),
+            "Compared to dense" + ("" if tuned else ", not fine-tuned"),
             before,
             after,
             main.paired.get(metric) if tuned else None,
@@ -333,7 +335,7 @@ def tiles(view: View) -> list[Tile]:
     last = view.first.row("last")
     if view.kind == "compare" and last is not None and last is not main and metric in last.after:
         gain = last.rival[metric].turned() if metric in last.rival else None
-        found.append(_quality_tile("Against the last layers", last.after[metric], after, gain, metric))
+        found.append(_quality_tile("Compared to last layers", last.after[metric], after, gain, metric))
     found.append(_time_tile(main, dense))
     shown = found if view.kind == "run" else found[1:]
     return [tile for tile in shown if {tile.before, tile.after} != {MISSING}]
@@ -342,7 +344,7 @@ def tiles(view: View) -> list[Tile]:
 def _quality_tile(
     name: str, other: Measured | None, mine: Measured | None, paired: Measured | None, metric: str
 ) -> Tile:
-    """A difference in points, with its interval where it was measured example by example."""
+    """Returns a difference in points, with its interval if it was measured example by example."""
     gain, remark = MISSING, metric_label(metric)
     if paired is not None:
         gain = f"{points(paired.value)} points"
@@ -354,13 +356,13 @@ def _quality_tile(
 
 
 def _time_tile(main: Row, dense: Row | None) -> Tile:
-    """Everything a row took, where that was recorded; else fine-tuning alone, and it says so."""
+    """Returns a row's total time if it was recorded, otherwise its fine-tuning time."""
     costs = main.costs
     alone = times(costs.get("training_ratio"))
     if costs.get("total_ratio") is not None:
         before, after = (duration(row.costs.get("total_seconds") if row else None) for row in (dense, main))
-        words = "all but measuring" + (f"; fine-tuning alone {alone}" if alone != MISSING else "")
-        return Tile("Time in all", times(costs["total_ratio"]), before, after, words)
+        words = "all but evaluation" + (f"; fine-tuning alone {alone}" if alone != MISSING else "")
+        return Tile("Total time", times(costs["total_ratio"]), before, after, words)
     if main.recorded.finetune.seconds is not None or dense is None:
         before, after = (duration(row.recorded.finetune.seconds if row else None) for row in (dense, main))
     else:

@@ -1,7 +1,7 @@
-"""run.json or study.json as every report shows it: points of rows, their metrics, and which row to ship.
+"""run.json or study.json as all reports see it: points with rows, their metrics, and which row to ship.
 
-A run has one point and its rows one seed each; a comparison has one point over seeds; an ablation has a point
-per setting.
+A run has one point, and each row has one seed. A comparison has one point, and each row has several seeds. An
+ablation has one point per setting.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gradpruner.reports.record import PENDING, Evaluated, Plan, PointRecord, Rec
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
 _PREPARING = ("recording", "choosing", "repairing", "pruning")
 FAR_FROM_BUDGET = 0.03
-"""Removed shares further than this from the budget are not at it."""
+"""A row whose removed fraction is further than this from the budget does not meet it."""
 
 
 def _failure(error: Any) -> str | None:
@@ -28,17 +28,17 @@ def _failure(error: Any) -> str | None:
 
 
 class Row(Part):
-    """One model: the dense one, or what a method leaves. Read as it stands from study.json.
+    """One model: the dense one, or the one a method leaves. The fields are those of a row in study.json.
 
     Attributes:
         after: Metrics of the finished model.
-        before: Those before fine-tuning.
-        paired: Differences to the dense model on the same examples, with their 95 % intervals.
-        rival: The same differences to GradPruner; in studies only.
-        error: Why it failed; None also for what has not been run yet.
-        uniform: False if layers differ in width, so that only gradpruner loads the result.
-        plans: Of a study those of every seed.
-        recorded: What a run knows beyond that.
+        before: Metrics before fine-tuning.
+        paired: Differences to the dense model on the same examples, with 95 % intervals.
+        rival: Differences to GradPruner on the same examples; only in studies.
+        error: Why the row failed; None if it did not fail or has not run yet.
+        uniform: False if layers differ in width, so that only gradpruner loads the model.
+        plans: The plan of every seed; a run has one.
+        recorded: The row's whole record in run.json; empty in studies.
     """
 
     name: Annotated[str, BeforeValidator(str)] = "None"
@@ -61,34 +61,34 @@ class Row(Part):
 
     @property
     def is_dense(self) -> bool:
-        """Whether this is the model as it was."""
+        """Whether this is the unpruned model."""
         return self.name == "dense"
 
     @property
     def is_smaller(self) -> bool:
-        """Whether this is another, smaller model, which removes nothing."""
+        """Whether this is another, smaller model rather than a pruned one."""
         return self.name.startswith("smaller:")
 
     @property
     def plan(self) -> Plan | None:
-        """The plan, of the first seed."""
+        """The plan of the first seed."""
         return self.plans[0] if self.plans else None
 
     @property
     def first_run(self) -> str:
-        """Of a study: the folder of the first seed that worked; '' if there is none."""
+        """In a study, the folder of the first seed without an error; '' if there is none."""
         return next((text(seed.run) for seed in self.seeds if not seed.error), "")
 
     @property
     def missing_seeds(self) -> list[int]:
-        """The seeds that failed where others did not."""
+        """The failed seeds, if at least one other seed worked."""
         failed = [seed.seed for seed in self.seeds if seed.error and seed.error not in PENDING]
         return [seed for seed in failed if seed is not None] if self.after else []
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting of a sweep; runs and comparisons have one point, without a value."""
+    """One setting of a sweep; runs and comparisons have a single point without a value."""
 
     value: Any
     label: str
@@ -104,11 +104,11 @@ class View:
     """Everything a report shows.
 
     Attributes:
-        kind: 'run', 'compare', or 'ablation' where there are settings to compare.
-        metric: The main metric; `metrics` are all, main first.
-        seeds: Of a study, as asked for.
-        sweep_label: What is varied, in words; '' without settings.
-        majority: Accuracy of always giving the most frequent answer; None where the main metric is no
+        kind: 'run', 'compare', or 'ablation' (a study with several settings).
+        metric: The main metric; `metrics` lists all metrics, the main one first.
+        seeds: The seeds of a study.
+        sweep_label: What an ablation varies, in words; otherwise ''.
+        majority: Accuracy of always giving the most frequent answer; None if the main metric is not an
             accuracy.
     """
 
@@ -128,12 +128,12 @@ class View:
 
     @cached_property
     def first(self) -> Point:
-        """The only point, where there are no settings."""
+        """The first point; the only one of runs and comparisons."""
         return self.points[0] if self.points else Point(None, "", ())
 
     @property
     def dense(self) -> Row | None:
-        """The reference."""
+        """The dense row."""
         return self.first.row("dense")
 
     @property
@@ -146,12 +146,12 @@ class View:
 
     @cached_property
     def choice(self) -> tuple[Row | None, str]:
-        """The row to ship and what that rests on; see `choose`."""
+        """The row to ship, and what the choice rests on (see `choose`)."""
         return choose(self) if self.kind != "ablation" else (None, "")
 
     @cached_property
     def main_name(self) -> str | None:
-        """The row of the headline: of a run the one to ship, of a study GradPruner's, or the first."""
+        """The name of the main row: in a run the one to ship, in a study GradPruner's, else the first."""
         if self.kind == "run":
             found = self.choice[0] or next(iter(in_order(self.rows)), None)
             return found.name if found else None
@@ -160,12 +160,12 @@ class View:
 
     @property
     def main(self) -> Row | None:
-        """The row of the headline."""
+        """The main row: the one the headline is about."""
         return self.first.row(self.main_name)
 
     @property
     def num_examples(self) -> int | None:
-        """Fewest evaluated examples behind a row; None when that was not recorded."""
+        """The smallest number of examples behind any value; None if it was not recorded."""
         found = [
             m.n for row in self.rows for part in (row.after, row.paired, row.rival) for m in part.values()
         ]
@@ -178,7 +178,7 @@ def read(source: dict[str, Any]) -> View:
     is_study = "points" in source or "kind" in source
     label = text((record.sweep.label or record.sweep.key if record.sweep else None) or "setting", 60)
     if is_study:
-        # An ablation without settings (layers or hidden size, Fig. 9) compares methods.
+        # An ablation without settings (Fig. 9: layers or hidden size) is shown as a comparison.
         kind = "ablation" if record.sweep or len(record.points) > 1 else "compare"
         points = tuple(_read_point(point, label) for point in record.points)
     else:
@@ -222,7 +222,7 @@ def _run_row(name: str, found: VariantRecord, record: Record) -> Row:
 
 
 def _run_costs(row: VariantRecord, dense: VariantRecord) -> dict[str, Any]:
-    """What a row took, as a study has it."""
+    """Returns the costs of a run's row under the keys that studies use."""
     parts = row.cost
     preparing = [parts[part] or 0.0 for part in _PREPARING if part in parts]
     return {
@@ -238,7 +238,7 @@ def _run_costs(row: VariantRecord, dense: VariantRecord) -> dict[str, Any]:
 def _read_point(point: PointRecord, sweep_label: str) -> Point:
     label = text(point.label or "", 60)
     if number(point.value) is not None:
-        # The axis and the column say what is varied.
+        # Axis and column heading already say what is varied.
         label = f"{point.value:g}"
     elif sweep_label and label.startswith(f"{sweep_label} "):
         label = label[len(sweep_label) + 1 :]
@@ -246,7 +246,7 @@ def _read_point(point: PointRecord, sweep_label: str) -> Point:
 
 
 def _study_row(raw: Any) -> Row:
-    """A row of study.json, in which differences stand beside the metrics they are of."""
+    """Reads a row of study.json, where each metric holds its own differences."""
     row = Row.model_validate(raw)
     row.label = row.label or text(row.name, 80)
     row.before = known({name: Measured(value=found.before) for name, found in row.after.items()})
@@ -257,7 +257,7 @@ def _study_row(raw: Any) -> Row:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """Pruned rows as the recipe means them: what worked first, GradPruner before others, never by results."""
+    """Returns the pruned rows: working ones first, GradPruner before others, never ordered by result."""
     pruned = [row for row in rows if not row.is_dense and not row.is_smaller]
 
     def rank(row: Row) -> tuple[bool, ...]:
@@ -267,11 +267,11 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 
 
 def choose(view: View) -> tuple[Row | None, str]:
-    """The row to ship, of those that worked and fit the budget, and what the choice rests on.
+    """Returns the row to ship, among those that worked and fit the budget, and what the choice rests on.
 
-    'validation': the best figures on validation rows. 'certified': the smallest model whose loss is
-    certified. 'only': there is no other. 'recipe': the order of the recipe, because nothing but test rows
-    was measured, and those choose nothing. (None, '') if no row worked.
+    'validation': it scores best on validation rows. 'certified': it is the smallest model with a certified
+    loss. 'only': it is the only candidate. 'recipe': it is first in `in_order`, because only test rows were
+    evaluated, and test rows must not decide. Returns (None, '') if no row worked.
     """
     done = [
         row
@@ -280,7 +280,7 @@ def choose(view: View) -> tuple[Row | None, str]:
         and view.metric in row.after
         and (row.removed_share is None or row.removed_share > 0)
     ]
-    if view.kind == "run":  # what the recipe asks for is within its budget, and so is what is no larger
+    if view.kind == "run":  # the variants of the recipe define the budget: any row no larger than them fits
         asked = [row.num_parameters for row in done if row.name in view.record.rows.values()]
         limit = max((size for size in asked if size is not None), default=None)
         fits = [row for row in done if limit is None or (row.num_parameters or 0) <= limit]
@@ -304,12 +304,12 @@ def choose(view: View) -> tuple[Row | None, str]:
 
 
 def metric_label(name: str) -> str:
-    """Turns a metric's name into words: exact_match -> 'Exact match'."""
+    """Returns a metric's name in words: exact_match -> 'Exact match'."""
     proper = {"rouge_l": "ROUGE-L", "bert_score": "BERTScore"}
     return proper.get(name) or text(name).replace("_", " ").capitalize()
 
 
 def pairs(rows: list[Any], x: str, y: str) -> list[tuple[float, float]]:
-    """Reads (x, y) from a list of dictionaries, leaving out what is not finite."""
+    """Reads (x, y) from a list of dictionaries; leaves out pairs that are not finite."""
     found = ((number(row.get(x)), number(row.get(y))) for row in rows if isinstance(row, dict))
     return [(a, b) for a, b in found if a is not None and b is not None]
