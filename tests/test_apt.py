@@ -1,4 +1,4 @@
-"""APT-like pruning: schedule, salience, the cut by density, growing adapters, and the model that is left."""
+"""APT-like pruning: schedule, salience, pruning by density, growing adapters, and the resulting model."""
 
 import math
 from functools import cache
@@ -56,7 +56,7 @@ def context(model=make_llama, **changes):
 
 @cache
 def shrunk():
-    """Model and plan of the context above; not to be changed."""
+    """Returns model and plan of the context above; tests must not change them."""
     return shrink(context())
 
 
@@ -64,7 +64,7 @@ def test_the_kept_share_falls_with_the_third_power():
     assert [kept_share(t, 2, 6) for t in (0, 2, 4, 5, 6, 9)] == [1, 1, 1 / 8, 1 / 64, 0, 0]
 
 
-def test_prunings_are_evenly_spread_and_leave_masks_time():
+def test_prunings_are_evenly_spread_and_leave_time_for_masks():
     assert pruning_steps(1000, 4, 0.1) == ([300, 500, 700, 900], 100, 0.01)  # 100 steps of 0.01
     steps, begin, mask_step = pruning_steps(40, 3, 0.25)  # a quarter for the masks: 10 steps of 0.1
     assert (steps, begin, mask_step) == ([17, 24, 30], 10, 0.1)
@@ -92,7 +92,7 @@ def test_the_outlier_term_by_hand():
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_salience_is_that_of_a_naive_loop(checkpointed):
+def test_salience_equals_a_naive_loop(checkpointed):
     model = make_llama().train()
     view = WidthView(model)
     linears = {view.parts(1).o_proj: 2, view.parts(2).down_proj: 32}
@@ -162,7 +162,7 @@ def test_masks_move_towards_their_targets_and_scale_the_input():
 # -- the cut -------------------------------------------------------------------------------------------------
 
 
-def test_the_least_dense_go_and_what_does_not_fit_is_passed_over():
+def test_the_least_dense_units_are_chosen_and_too_large_ones_are_skipped():
     densities = torch.tensor([5.0, 1.0, 3.0, 2.0, 4.0, 2.5])
     sizes = torch.tensor([10, 10, 10, 100, 10, 10])
     assert lightest(densities, sizes, 0).tolist() == []
@@ -197,7 +197,7 @@ def test_adapters_grow_without_changing_the_model():
     first = 4 * 2 * (16 + 16 + 16 + 8 + 2 * (16 + 32))  # q, v, gate and up of four layers
     assert sorted(set(ranks.ranks().values()))[0] == 2 and max(ranks.ranks().values()) > 2
     assert sum(rank > 2 for rank in ranks.ranks().values()) == 8  # half of 16
-    # Ranks are rounded down: each of the eight may miss less than one.
+    # Ranks are rounded down: each of the eight may fall short by less than one.
     assert 0 <= 2 * first - ranks.parameters() < 8 * (16 + 32)
     assert ranks.parameters() == sum(p.numel() for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(model(input_ids=IDS).logits, before)
@@ -216,13 +216,13 @@ def test_adapters_grow_without_changing_the_model():
     torch.testing.assert_close(merged(input_ids=IDS).logits, adapted, rtol=1e-4, atol=1e-5)
 
 
-def test_adapters_grow_to_eight_times_their_rank_at_most():
+def test_adapters_grow_to_at_most_eight_times_their_rank():
     ranks = grown(100.0)[2].ranks()
     assert sorted(set(ranks.values())) == [2, 16]
     assert set(grown(1.0)[2].ranks().values()) == {2}
 
 
-def test_the_salient_half_grows():
+def test_the_more_salient_half_of_adapters_grows():
     model, _, ranks, _ = grown(1.0)
     ranks._salience = {name: float(i) for i, name in enumerate(ranks.ranks())}
     ranks.grow(3.0, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0))
@@ -235,7 +235,7 @@ def test_the_salient_half_grows():
 @pytest.mark.parametrize(
     ("num_remove", "unit"), [(1, "decoder_parameters"), (3500, "parameters"), (5000, "decoder_parameters")]
 )
-def test_the_budget_is_met_and_the_model_is_its_plan(num_remove, unit):
+def test_the_budget_is_met_and_the_model_matches_its_plan(num_remove, unit):
     dense = make_llama()
     model, plan = METHODS.find("apt").shrink(context(num_remove=num_remove, unit=unit))
     removed = count_parameters(dense) - count_parameters(model)
@@ -263,7 +263,7 @@ def test_the_model_was_trained_and_loads_again(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = resized_class(type(model), plan).from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(input_ids=IDS).logits, expected)
-    # q of a kept group has moved, o of it has not: it has no adapter.
+    # q of a kept group has changed; its o has not, because it has no adapter.
     heads = plan.layers[0].heads
     rows = [4 * head + i for head in heads for i in range(4)]
     before, after = make_llama().model.layers[0].self_attn, model.model.layers[0].self_attn
@@ -271,7 +271,7 @@ def test_the_model_was_trained_and_loads_again(tmp_path):
     assert torch.equal(before.o_proj.weight[:, rows], after.o_proj.weight)
 
 
-def test_what_happened_is_written_down():
+def test_the_evidence_records_prunings_and_ranks():
     evidence = shrunk()[1].evidence
     steps, begin, _ = pruning_steps(12, 16, 0.1)
     assert [cut["step"] for cut in evidence["cuts"]] == steps
@@ -288,7 +288,7 @@ def test_what_happened_is_written_down():
     }
 
 
-def test_the_same_for_the_same_seed():
+def test_results_depend_on_the_seed_only():
     (one, plan), (two, again), (_, other) = shrunk(), shrink(context()), shrink(context(seed=1))
     assert plan == again
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
@@ -311,7 +311,7 @@ def test_other_ways_to_train(shared):
     assert 0 <= 3500 - (count_parameters(make_llama()) - count_parameters(model)) < CHANNEL
 
 
-def test_a_part_that_hands_on_nothing_goes_first():
+def test_units_without_effect_are_pruned_first():
     def model():
         dense = make_llama()
         with torch.no_grad():
@@ -347,7 +347,7 @@ def test_another_family():
     assert WidthView(model()).parameters(plan) == count_parameters(pruned)
 
 
-def test_what_cannot_work_is_refused():
+def test_impossible_settings_are_refused():
     with pytest.raises(ConfigError, match="num_remove is None"):
         shrink(context(num_remove=None))
     with pytest.raises(DataError, match="there are none"):
@@ -370,7 +370,7 @@ def test_what_cannot_work_is_refused():
 # -- self-distillation ---------------------------------------------------------------------------------------
 
 
-def test_self_distillation_learns_from_the_model_with_its_masks_off():
+def test_self_distillation_learns_from_the_model_without_masks():
     model, samples = make_llama(), make_samples(8)
     view = WidthView(model)
     pruning = AdaptivePruning(view, APTOptions(), 3500, (), seed=0)

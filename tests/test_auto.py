@@ -1,4 +1,4 @@
-"""The search over plans of many methods: its pool, its constraints, what it judges by, and its rounds."""
+"""The search over plans of many methods: its pool, constraints, losses and rounds."""
 
 import json
 from dataclasses import replace
@@ -83,7 +83,7 @@ def test_every_family_gives_the_plan_of_its_method_and_windows_fill_the_pool():
     assert {f"window {start}" for start in range(5)} <= set(plans)
     assert all(plans[f"window {start}"] == (start, start + 1) for start in range(5))
     sets = [each.plan.pruned for each in pool]
-    assert len(sets) == len(set(sets)) < len(plans)  # what two propose is there once
+    assert len(sets) == len(set(sets)) < len(plans)  # a plan that two families propose is there once
     assert all(not each.plan.merged for each in pool)
 
 
@@ -101,14 +101,14 @@ def test_windows_that_turn_the_state_least_come_first_and_not_side_by_side():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
-def test_a_small_pool_takes_the_first_families_and_keeps_a_place_for_windows(size):
+def test_a_small_pool_uses_the_first_families_and_reserves_a_place_for_windows(size):
     pool, _ = make_pool(context_of(), 2, size, ["last", "random", "window"])
     assert len(pool) == min(size, 5)
     expected = {1: {"last"}, 2: {"last", "window"}}.get(size, {"last", "random", "window"})
     assert {name.split()[0] for name in named(pool)} == expected
 
 
-def test_all_candidates_keep_protected_layers_and_fit_where_they_stand():
+def test_all_candidates_keep_protected_layers_and_their_layers_fit():
     def fits(old, new, kept):
         return old % 2 == new % 2
 
@@ -127,7 +127,7 @@ def test_all_candidates_keep_protected_layers_and_fit_where_they_stand():
 
 
 @pytest.mark.parametrize(("count", "expected"), [(3, 3), (128, 6)])
-def test_a_quarter_of_the_samples_at_most_is_put_aside(count, expected):
+def test_at_most_a_quarter_of_the_samples_is_held_out(count, expected):
     aside, rest = put_aside(SAMPLES, count, 0)
     assert len(aside) == expected
     ids = [id(sample) for sample in (*aside, *rest)]
@@ -135,7 +135,7 @@ def test_a_quarter_of_the_samples_at_most_is_put_aside(count, expected):
     assert put_aside(SAMPLES, count, 0) == (aside, rest) != put_aside(SAMPLES, count, 1)
 
 
-def test_nothing_is_fitted_measured_or_trained_on_the_samples_put_aside(monkeypatch):
+def test_nothing_is_fitted_scored_or_trained_on_held_out_samples(monkeypatch):
     aside, rest = put_aside(SAMPLES, 128, 0)
     seen = {"pool": [], "repair": [], "train": []}
 
@@ -201,7 +201,7 @@ def test_without_training_the_lowest_loss_of_the_repaired_models_wins(kind):
 
 
 def searched(monkeypatch, loss, count=12, **options):
-    """The search over `count` windows, with losses from a table instead of models."""
+    """Returns a search over `count` windows, with losses from a table instead of models."""
     total = count + 1
     plans = [Candidate([f"window {i}"], dropping([i, i + 1], total + 1)) for i in range(count)]
     monkeypatch.setattr(auto, "make_pool", lambda *_, **__: (plans, {}))
@@ -224,7 +224,7 @@ def searched(monkeypatch, loss, count=12, **options):
 
 
 def test_twelve_become_six_become_three(monkeypatch):
-    """Untrained the first are best; 5 steps turn the order of their halves round, 15 steps once more."""
+    """Untrained, the first ones are best; 5 steps swap the halves, and 15 steps swap them again."""
     order = {0: lambda i: i, 5: lambda i: -i, 15: lambda i: abs(i - 4)}
     plan, trained = searched(monkeypatch, lambda i, steps: float(order[steps](i)))
     assert trained == [(i, 5) for i in range(6)] + [(5, 15), (4, 15), (3, 15)]
@@ -252,19 +252,19 @@ def test_twelve_become_six_become_three(monkeypatch):
         (12, {"share": 0.5, "rounds": 3}, [(6, 50), (3, 100), (2, 100)]),
     ],
 )
-def test_how_many_are_trained_for_how_long(monkeypatch, count, options, expected):
+def test_candidates_and_steps_of_every_round(monkeypatch, count, options, expected):
     plan, trained = searched(monkeypatch, lambda i, steps: float(i), count, **options)
     assert [(r["candidates"], r["steps"]) for r in plan.evidence["rounds"]] == expected
     assert len(trained) == sum(candidates for candidates, _ in expected)
     assert plan.pruned == (0, 1)
 
 
-def test_of_equal_candidates_the_first_wins(monkeypatch):
+def test_ties_go_to_the_first_candidate(monkeypatch):
     plan, trained = searched(monkeypatch, lambda i, steps: 1.0)
     assert plan.pruned == (0, 1) and [i for i, _ in trained] == [0, 1, 2, 3, 4, 5, 0, 1, 2]
 
 
-def test_what_fails_in_training_is_out(monkeypatch):
+def test_a_candidate_that_fails_in_training_drops_out(monkeypatch):
     def loss(number, steps):
         if (number, steps) in ((0, 5), (1, 15)):
             raise NonFiniteError("The loss is NaN.")
@@ -275,17 +275,17 @@ def test_what_fails_in_training_is_out(monkeypatch):
     assert plan.pruned == (2, 3)
     assert [row.get("error") for row in plan.evidence["candidates"][:3]] == ["The loss is NaN."] * 2 + [None]
     last, _ = searched(monkeypatch, lambda i, steps: float(i) if steps < 15 else loss(1, 15))
-    assert last.pruned == (3, 4)  # of those left after the round before: the three of the last all failed
+    assert last.pruned == (3, 4)  # the best of the round before: all three of the last round failed
 
 
-def test_the_steps_are_those_the_recipe_sets(monkeypatch):
+def test_steps_follow_the_recipe(monkeypatch):
     context = context_of(options=UNTRAINED)
-    assert auto._Search(context, UNTRAINED, []).steps == 8  # 24 samples twice, 6 a step
+    assert auto._Search(context, UNTRAINED, []).steps == 8  # 24 samples twice, 6 per step
     context = context_of(finetune=FinetuneOptions(max_steps=40))
     assert auto._Search(context, UNTRAINED, []).steps == 40
 
 
-def test_short_training_with_the_options_of_the_long_one():
+def test_candidates_are_trained_with_the_options_of_the_fine_tuning():
     options = AutoOptions(families=["last", "random", "window"], pool=4, rounds=1, repair="linear", share=0.5)
     plan = choose(options)
     json.dumps(plan.evidence)
@@ -309,7 +309,7 @@ def test_short_training_with_the_options_of_the_long_one():
 # --- what goes wrong ----------------------------------------------------------------------------------------
 
 
-def test_a_candidate_or_family_that_fails_is_noted_and_not_fatal(monkeypatch):
+def test_a_failing_candidate_or_family_is_noted_but_not_fatal(monkeypatch):
     lost = choose().pruned
 
     def repair(model, plan, *args, **options):
@@ -331,7 +331,7 @@ def test_a_candidate_or_family_that_fails_is_noted_and_not_fatal(monkeypatch):
     assert plan.pruned != lost
 
 
-def test_if_all_fail_it_says_what_each_failed_with(monkeypatch):
+def test_if_all_candidates_fail_the_error_says_why(monkeypatch):
     def repair(*args, **options):
         raise ModelError("It is a mixture of experts.")
 
@@ -342,7 +342,7 @@ def test_if_all_fail_it_says_what_each_failed_with(monkeypatch):
     assert choose(replace_options(UNTRAINED, repair="none")).keep
 
 
-def test_what_no_search_can_be_made_of_is_refused():
+def test_too_few_or_unlearned_samples_are_refused():
     with pytest.raises(DataError, match="number of training samples is 1"):
         choose(samples=SAMPLES[:1])
     unlearned = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in SAMPLES]
@@ -350,6 +350,6 @@ def test_what_no_search_can_be_made_of_is_refused():
         choose(samples=unlearned)
 
 
-def test_where_nothing_is_to_go_everything_stays():
+def test_with_nothing_to_prune_all_layers_stay():
     plan = choose(num_keep=L)
     assert plan.keep == tuple(range(L)) and plan.evidence["winner"] == ["whole"]

@@ -20,7 +20,7 @@ from gradpruner.runs.recipe import load_recipe
 
 
 def base_tokenizer():
-    """Bytes as tokens, as a base model's tokenizer has them: no marker is one token."""
+    """Returns a byte-level tokenizer, as base models have: no marker is a single token."""
     letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
     core = Tokenizer(BPE(letters, []))
     core.pre_tokenizer, core.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()

@@ -40,7 +40,7 @@ def refusal(source: object, **options: object) -> DataError:
 # Shapes
 
 
-def test_prompt_completion_is_taken_as_it_stands(tmp_path):
+def test_prompt_completion_is_used_unchanged(tmp_path):
     row = {"prompt": " Say hi:\n", "completion": "  hi \n"}
     found = load_examples(jsonl(tmp_path / "train.jsonl", row))
     assert found.examples == (Example("train.jsonl:1", " Say hi:\n", "  hi \n"),)
@@ -109,7 +109,7 @@ def test_conversational_prompt_completion_becomes_messages(tmp_path):
     assert "'choices' is allowed with a text prompt" in str(refusal(path))
 
 
-def test_shape_is_told_from_the_first_rows_not_the_first_alone(tmp_path):
+def test_shape_is_detected_from_several_rows(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"prompt": "x"}, PAIR)
     error = refusal(path)
     assert "1 of 2 rows cannot be used: a.jsonl:1: field 'completion' is missing" in str(error)
@@ -235,7 +235,7 @@ def test_sampling_is_seeded_and_keeps_the_order(tmp_path):
         load_examples(f"{path}#0")
 
 
-def test_a_file_really_named_with_a_hash_is_read(tmp_path):
+def test_a_file_with_a_hash_in_its_name_is_read(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", PAIR).rename(tmp_path / "b#2")
     assert "cannot tell the file type" in str(refusal(path))
     path = path.rename(tmp_path / "b#2.jsonl")
@@ -295,7 +295,7 @@ def test_hub_dataset(monkeypatch):
     assert found.sha256 == load_examples("org/sums:small", split="validation").sha256
 
 
-def test_hub_splits_have_the_other_names_that_files_of_a_folder_have(monkeypatch):
+def test_hub_splits_may_have_the_same_other_names_as_files(monkeypatch):
     datasets = pytest.importorskip("datasets")
     there = {"train": PAIR, "validate": {**PAIR, "prompt": "other"}}
 
@@ -354,7 +354,7 @@ def test_malformed_json_document_names_line_and_column(tmp_path):
         ('{"a": ' + "1" * 5000 + "}", "a number too long"),
     ],
 )
-def test_lines_that_are_no_rows(tmp_path, line, words):
+def test_lines_that_are_not_rows(tmp_path, line, words):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(PAIR) + "\n" + line)
     error = str(refusal(path))
@@ -394,7 +394,7 @@ def test_unrecognised_columns_list_the_four_shapes(tmp_path):
         assert columns in error
 
 
-def test_columns_of_a_named_task_are_pointed_out(tmp_path):
+def test_columns_of_a_named_task_are_recognised(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"text": "Who ?", "coarse_label": 3})
     assert "the task 'trec'" in refusal(path).hint
 

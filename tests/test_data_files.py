@@ -1,4 +1,4 @@
-"""Files as people have them: encodings, compressions, shards, layouts of the hub, save_to_disk."""
+"""Files as users have them: encodings, compression, shards, layouts of the hub, save_to_disk."""
 
 import bz2
 import codecs
@@ -53,7 +53,7 @@ def test_utf_16_csv_and_a_cut_file(tmp_path):
 
 
 @pytest.mark.parametrize(("suffix", "pack"), [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
-def test_packed_files(tmp_path, suffix, pack):
+def test_compressed_files(tmp_path, suffix, pack):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(pack.compress(LINES.encode()))
     assert answers(path) == EXPECTED
@@ -62,7 +62,7 @@ def test_packed_files(tmp_path, suffix, pack):
         load_examples(path)
 
 
-def test_a_packed_file_that_unpacks_beyond_the_limit(tmp_path, monkeypatch):
+def test_a_compressed_file_beyond_the_limit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("gradpruner.data.parsing._MOST_UNPACKED", 1 << 20)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b" " * (1 << 21)))
@@ -144,7 +144,7 @@ def test_names_of_classes_come_with_the_file(tmp_path):
         ("a.csv", TABLE + "one field\nthree,fields,here\n"),
     ],
 )
-def test_lines_that_cannot_be_read_are_skipped_where_bad_rows_are(tmp_path, name, content):
+def test_lines_that_cannot_be_read_are_skipped_with_skip_bad(tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=name):

@@ -1,4 +1,4 @@
-"""Columns of one's own: labelled texts, other names for columns, templates."""
+"""A user's own columns: labelled texts, other names for columns, templates."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_names_of_classes_come_from_the_hub(monkeypatch):
         load_examples("org/films")
 
 
-def test_shards_must_name_their_classes_alike(tmp_path):
+def test_shards_must_have_the_same_class_names(tmp_path):
     datasets = pytest.importorskip("datasets")
     for index, names in enumerate((NAMES, NAMES[::-1])):
         features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=names))
@@ -101,7 +101,7 @@ def test_numbers_are_named_by_the_recipe(tmp_path, labels, numbers):
         load_examples(path, layout=Layout(labels=["negative", "neutral"]))
 
 
-def test_a_column_of_names_goes_before_one_of_numbers(tmp_path):
+def test_a_column_of_names_takes_precedence_over_numbers(tmp_path):
     path = csv(tmp_path / "a.csv", "text,label,label_text", "good,1,positive", "bad,0,negative")
     found = load_examples(path)
     assert [e.answer for e in found.examples] == [" positive", " negative"]
@@ -109,7 +109,7 @@ def test_a_column_of_names_goes_before_one_of_numbers(tmp_path):
     assert "labels: negative, positive" in found.notes[0] and "'banking77'" in found.notes[0]
 
 
-def test_labels_that_are_none(tmp_path):
+def test_columns_that_are_not_labels(tmp_path):
     path = tmp_path / "a.jsonl"
     write_rows(path, [{"text": "a", "label": label} for label in ("x", "y", None, 0.5, " ", ["x"])])
     found = load_examples(path, skip_bad=True)
@@ -127,7 +127,7 @@ def test_labels_that_are_none(tmp_path):
     assert load_examples(path).examples[7].choices == ()
 
 
-def test_columns_of_a_task_that_needs_more_are_still_its_own(tmp_path):
+def test_rows_of_a_task_that_needs_more_columns_are_not_labelled_text(tmp_path):
     rows = [{"question": "a", "answer": "b", "choices": ["c", "b"], "subject": "s", "class": "x"}] * 2
     write_rows(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match="columns of the task 'mmlu_clinical_knowledge'"):
@@ -137,7 +137,7 @@ def test_columns_of_a_task_that_needs_more_are_still_its_own(tmp_path):
 # -- other names for columns --------------------------------------------------------------------------------
 
 
-def test_columns_are_called_as_the_recipe_says(tmp_path):
+def test_columns_are_renamed_by_the_recipe(tmp_path):
     write_rows(tmp_path / "a.jsonl", [{"q": "Is it?", "a": " yes", "s": "Be brief.", "more": 1}])
     two = load_examples(tmp_path / "a.jsonl", layout=Layout({"prompt": "q", "completion": "a"}))
     assert (two.examples[0].prompt, two.examples[0].answer) == ("Is it?", " yes")
@@ -203,7 +203,7 @@ def test_templates_that_cannot_be_filled(tmp_path, layout, words):
         ({"train": "a", "eval": "b", "labels": ["one"]}, "labels"),
     ],
 )
-def test_what_does_not_go_together(data, words):
+def test_contradicting_settings_are_refused(data, words):
     with pytest.raises(GradPrunerError, match=words):
         check_recipe({"model": {"path": "x"}, "data": data})
 
@@ -230,7 +230,7 @@ def test_a_recipe_lays_out_every_set_and_the_dry_run_shows_it(tmp_path):
         assert first.choices == (" negative", " positive")
     shown = preview_run(load_recipe(path, overrides))
     assert shown["format"].startswith("templates")
-    # What the miniature vocabulary leaves of the first row: a prompt that is read, an answer that is learned.
+    # The first row in the miniature vocabulary: its prompt is not learned, its answer is.
     assert [learned for _, learned in shown["samples"][0]] == [False, True]
 
 
@@ -244,7 +244,7 @@ def test_a_recipe_lays_out_every_set_and_the_dry_run_shows_it(tmp_path):
         ("null", None),
     ],
 )
-def test_a_template_is_taken_as_it_is_typed(tmp_path, typed, prompt):
+def test_a_template_on_the_command_line_is_not_changed(tmp_path, typed, prompt):
     path, _ = make_project(tmp_path)
     assert load_recipe(path, (f"data.prompt={typed}",)).data.prompt == prompt
 
@@ -265,7 +265,7 @@ def test_templates_and_columns_in_a_recipe(tmp_path):
     assert data.labels == {0: "negative", 1: "positive"}
 
 
-def test_other_labels_in_evaluation_rows_are_said(tmp_path):
+def test_different_labels_in_evaluation_rows_are_warned_of(tmp_path):
     path, _ = make_project(tmp_path)
     labels = {"train": ["x", "y", "z"], "eval": ["x", "y"]}
     for name, own in labels.items():

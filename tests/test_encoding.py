@@ -46,7 +46,7 @@ REWRITING = (
     "{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# Opens a thought when generating, and writes none afterwards.
+# Opens a thought in the generation prompt, but does not write it in the finished turn.
 DIVERGING = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>thought\n{% endif %}")
 UNCLOSED = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -76,7 +76,7 @@ def byte_level(*, bos=True, eos=True, pad=True, template=None, closes=False) -> 
 
 
 def sentence_piece_like(*, prepends: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer that writes a space before every text; `prepends`: before a space as well."""
+    """Returns a tokenizer that puts a space before every text; with `prepends`, also before a space."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     if prepends:
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -203,7 +203,7 @@ def test_word_level_tokenizer_has_neither_start_end_nor_padding():
 # Truncation
 
 
-def test_prompt_is_cut_from_the_left_behind_the_start_token(tokenizer):
+def test_prompt_is_cut_from_the_left_after_the_start_token(tokenizer):
     example = Example("x", "one two three four five six seven", " 4")
     whole = encode(tokenizer, example, 1000)
     size = len(whole.input_ids) - 5
@@ -244,7 +244,7 @@ def test_length_is_never_exceeded(tokenizer, prompt, answer, size):
         assert cut.num_supervised == whole.num_supervised
 
 
-def test_samples_that_teach_nothing_are_refused(tokenizer):
+def test_samples_without_supervised_tokens_are_refused(tokenizer):
     long = [Example(f"f:{i}", "word " * 30, " answer " * 20) for i in range(5)]
     with pytest.raises(DataError) as caught:
         encode_all(tokenizer, [SUM, *long], 12)
@@ -291,7 +291,7 @@ def test_template_that_rewrites_earlier_turns_leaves_the_last(chat_tokenizer):
     assert "assistant\nHello<|im_end|>" in tokenizer.decode(encoded.input_ids)
 
 
-def test_template_whose_generation_prompt_diverges_is_followed_by_the_bare_answer():
+def test_template_whose_generation_prompt_diverges_gets_the_bare_answer():
     tokenizer = byte_level(template=DIVERGING)
     encoded = encode(tokenizer, chat("Hi", "Hello"), 1000)
     assert learned(tokenizer, encoded) == "Hello</s>"

@@ -1,4 +1,4 @@
-"""GradPruner's importance on hidden dimensions, heads and channels: against whole IGIA matrices; budgets."""
+"""GradPruner's importance on widths, compared with whole IGIA matrices, and its budgets."""
 
 import json
 from dataclasses import replace
@@ -42,14 +42,14 @@ def make_context(model, trace=None, num_remove=1000, norm="squared", unit="param
 
 
 def test_row_and_column_energies_by_hand():
-    """gB = [[1], [2], [0]], gA = [[3, -1]]: G = [[3, -1], [6, -2], [0, 0]]; a second step has none of A."""
+    """gB = [[1], [2], [0]], gA = [[3, -1]]: G = [[3, -1], [6, -2], [0, 0]]; in the second step A has none."""
     b = torch.tensor([[[1.0], [2], [0]], [[1], [1], [1]]])
     a = torch.tensor([[[3.0, -1]], [[0, 0]]])
     assert row_energies(b, a).tolist() == [[10, 40, 0], [0, 0, 0]]
     assert column_energies(b, a).tolist() == [[45, 5], [0, 0]]
 
 
-def test_their_means_are_the_sums_of_the_igia_matrix():
+def test_mean_energies_equal_sums_of_the_igia_matrix():
     generator = torch.Generator().manual_seed(0)
     b = torch.randn(5, 30, 4, generator=generator)
     a = torch.randn(5, 4, 20, generator=generator)
@@ -72,7 +72,7 @@ def test_energies_below_the_range_of_fp32_are_kept():
 
 
 def naive(model, trace, norm):
-    """Hidden, KV head and channel scores from every step's whole matrix, entry groups summed by loops."""
+    """Returns hidden, KV head and channel scores from every step's whole matrix, summed by loops."""
     config = model.config
     hidden = torch.zeros(config.hidden_size, dtype=torch.float64)
     heads = torch.zeros(4, config.num_key_value_heads, dtype=torch.float64)
@@ -105,7 +105,7 @@ def highest(values, count):
 
 @pytest.mark.parametrize("norm", ["squared", "frobenius"])
 @pytest.mark.parametrize("axis", ["hidden", "inner", "both"])
-def test_the_units_with_the_most_energy_stay(norm, axis):
+def test_the_units_with_the_most_energy_are_kept(norm, axis):
     model = make_llama()
     trace = make_trace(model)
     hidden, heads, channels = naive(model, trace, norm)
@@ -160,7 +160,7 @@ def test_budget_is_met_to_half_a_unit_and_the_result_is_plain(axis, unit, share,
     assert torch.equal(loaded(ids).logits, pruned(ids).logits)
 
 
-def test_both_prunes_hidden_dimensions_and_channels_alike():
+def test_both_prunes_equal_shares_of_hidden_dimensions_and_channels():
     model = make_llama(hidden_size=32, intermediate_size=96)
     view = WidthView(model)
     dense = count_parameters(model)
@@ -171,7 +171,7 @@ def test_both_prunes_hidden_dimensions_and_channels_alike():
 # --- as a method --------------------------------------------------------------------------------------------
 
 
-def test_the_same_plan_every_time_and_it_survives_the_disk(tmp_path):
+def test_plans_are_deterministic_and_survive_saving(tmp_path):
     plans = [METHOD.plan(make_context(make_llama(), axis="both")) for _ in range(2)]
     assert plans[0] == plans[1] and plans[0].method == "gradpruner_width"
     assert json.loads(json.dumps(plans[0].evidence)) == plans[0].evidence
@@ -179,14 +179,14 @@ def test_the_same_plan_every_time_and_it_survives_the_disk(tmp_path):
     assert WidthPlan.load(plans[0].save(tmp_path / "plan.json")) == plans[0]
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_not_changed():
     model, other = make_llama(), make_llama()
     METHOD.plan(make_context(model))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def partial_trace(model, names):
-    """A trace of some of the linears."""
+    """Returns a trace of some of the linears."""
     whole = make_trace(model)
     refs = [ref for ref in whole.info.linears if ref.name.rpartition(".")[2] in names]
     info = replace(whole.info, linears=tuple(refs))
@@ -209,7 +209,7 @@ def test_hidden_dimensions_need_not_have_all_linears_recorded():
         METHOD.plan(make_context(model, trace, axis="inner"))
 
 
-def test_what_cannot_work_is_said():
+def test_impossible_requests_are_refused():
     model = make_llama()
     with pytest.raises(ConfigError, match="Unknown norm"):
         METHOD.plan(make_context(model, norm="cubed"))

@@ -1,4 +1,4 @@
-"""LaCo: its search on models in which the right run is known, and what a chain of merges comes to."""
+"""LaCo: its search on models in which the right run is known, and the result of a chain of merges."""
 
 import math
 
@@ -42,7 +42,7 @@ def plan(name, model, **options):
 
 
 def with_run(model, first, last):
-    """Layers before `last` become copies of it that do nothing: the run does what its last layer does."""
+    """Makes the layers before `last` copies of it that do nothing: the run equals its last layer."""
     view = LayeredModel(model)
     with torch.no_grad():
         for layer in range(first, last):
@@ -54,7 +54,7 @@ def with_run(model, first, last):
 
 
 def states_of(model, samples=SAMPLES):
-    """Last states one by one, so that there is no padding."""
+    """Returns the last states of samples run one by one, without padding."""
     with torch.no_grad():
         return [model.model(torch.tensor([s["input_ids"]])).last_hidden_state.flatten() for s in samples]
 
@@ -64,7 +64,7 @@ def states_of(model, samples=SAMPLES):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("first", [1, 2, 4])
-def test_the_run_that_does_what_its_last_layer_does_is_found(name, first):
+def test_a_run_that_equals_its_last_layer_is_found(name, first):
     model = with_run(make_model(num_hidden_layers=10), first, first + 3)
     found = plan(name, model, num_keep=7)
     assert found.merged == {first: (first + 1, first + 2, first + 3)}
@@ -77,7 +77,7 @@ def test_the_run_that_does_what_its_last_layer_does_is_found(name, first):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_layers, options", [(6, {}), (9, {"merge_layers": 3, "interval": 1})])
-def test_exactly_the_budget_goes_whatever_it_is(name, num_layers, options):
+def test_any_budget_is_met_exactly(name, num_layers, options):
     for num_keep in (2, 3, 4, 5, num_layers):
         model = make_model(num_hidden_layers=num_layers)
         found = plan(name, model, num_keep=num_keep, protected=(0,), options=LacoOptions(**options))
@@ -91,7 +91,7 @@ def test_exactly_the_budget_goes_whatever_it_is(name, num_layers, options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_deterministic_and_the_model_is_the_same_to_the_bit(name):
+def test_plans_are_deterministic_and_the_model_is_unchanged_to_the_bit(name):
     model = make_model(num_hidden_layers=10)
     pointers = [p.data_ptr() for p in model.parameters()]
     assert plan(name, model, num_keep=4) == plan(name, make_model(num_hidden_layers=10), num_keep=4)
@@ -102,7 +102,7 @@ def test_deterministic_and_the_model_is_the_same_to_the_bit(name):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_linears_are_put_back_after_an_error_too():
+def test_linears_are_restored_after_an_error_too():
     model = make_model()
     view = LayeredModel(model)
     weights = {2: {name: torch.zeros_like(weight) for name, weight in view.weights(2).items()}}
@@ -113,7 +113,7 @@ def test_linears_are_put_back_after_an_error_too():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_similarities_are_those_of_models_that_were_really_pruned(name):
+def test_similarities_equal_those_of_really_pruned_models(name):
     found = plan(name, make_model(num_hidden_layers=10), num_keep=4)
     original = states_of(make_model(num_hidden_layers=10))
     actions = [LayerAction("keep")] * 10
@@ -142,14 +142,14 @@ def test_a_higher_threshold_would_not_reach_the_budget():
             assert bool(runs.missing(merges)) == missing
 
 
-def test_the_way_down_by_hand():
-    # C = 4, I = 2 on 12 layers. Every candidate accepted: from layer 12 - 1 - 4 on.
+def test_the_sweep_by_hand():
+    # C = 4, I = 2 on 12 layers. If every candidate is accepted, targets begin at layer 12 - 1 - 4.
     runs = _Runs(LayeredModel(make_model(num_hidden_layers=12)), LacoOptions(), 10, set())
     assert runs.sweep(lambda _: True) == ((7, (8, 9, 10)), (5, (6, 7, 11)), (3, (4, 5)), (1, (2, 3)))
     tried = []
     assert runs.sweep(lambda merges: tried.append(merges[-1])) == ()
     assert tried == [(i, (i + 1, i + 2, i + 3)) for i in range(7, -1, -1)]
-    # Protected layers take in others, but never go; what is missing bounds the last merge.
+    # Protected layers take in others, but are never merged away; the last merge takes only what is missing.
     runs = _Runs(LayeredModel(make_model(num_hidden_layers=12)), LacoOptions(), 4, {7, 9, 11})
     assert runs.sweep(lambda _: True) == ((7, (8,)), (5, (6,)), (3, (4, 5)))
 
@@ -160,7 +160,7 @@ def test_an_interval_does_not_step_over_layer_0():
     assert runs.sweep(lambda _: True) == ((2, (3, 4)), (0, (1, 2)))
 
 
-def test_few_samples_are_looked_at_and_padding_is_not():
+def test_only_num_samples_are_used_and_padding_is_ignored():
     found = plan("laco", make_model(), num_keep=5, options=LacoOptions(num_samples=2))
     assert found.evidence["samples"] == 2
     one_by_one = [
@@ -190,7 +190,7 @@ def test_a_chain_by_hand():
     assert torch.equal(model.model.layers[0].input_layernorm.weight, norms)
 
 
-def test_biases_and_norms_of_the_layer_that_stays_are_untouched():
+def test_biases_and_norms_of_the_target_layer_stay():
     model = make_model("qwen2", num_hidden_layers=6, use_sliding_window=False)
     found = plan("laco_released", model, num_keep=3)
     target = min(found.merged)
@@ -203,11 +203,11 @@ def test_biases_and_norms_of_the_layer_that_stays_are_untouched():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_on_disk_as_in_memory_and_verified(name, tmp_path):
+def test_merging_on_disk_equals_merging_in_memory_and_verifies(name, tmp_path):
     model = make_model(num_hidden_layers=10)
     model.save_pretrained(tmp_path / "src")
     found = plan(name, model, num_keep=2)
-    assert any(target in found.pruned for target in found.merged)  # a chain, or this shows little
+    assert any(target in found.pruned for target in found.merged)  # a chain, the case worth testing
     report = prune_checkpoint(tmp_path / "src", tmp_path / "dst", found, verify="full")
     assert report.passed and report.level == "full"
     prune_(model, found)
@@ -226,7 +226,7 @@ def test_transposed_linears_are_searched_too():
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_is_refused():
+def test_impossible_plans_are_refused():
     with pytest.raises(PlanError, match="asked to remove 3 layers and can remove 1"):
         plan("laco", make_model(), num_keep=3, protected=(1, 3, 4))
     with pytest.raises(ModelError, match="can only be dropped"):
@@ -247,7 +247,7 @@ def test_quantised_layers_are_not_merged_in_memory_either():
         prune_(model, PruningPlan(actions, "laco"))
 
 
-def test_only_plans_whose_layers_fit_are_taken():
+def test_only_plans_whose_layers_fit_are_accepted():
     fits = lambda old, new, kept: old == new or old >= 4  # noqa: E731
     found = plan("laco", make_model(), num_keep=4, fits=fits)
     assert all(fits(old, new, 4) for new, old in enumerate(found.keep))
@@ -255,7 +255,7 @@ def test_only_plans_whose_layers_fit_are_taken():
         plan("laco", make_model(), num_keep=4, fits=lambda *_: False)
 
 
-def test_a_candidate_that_overflows_is_as_far_as_can_be():
+def test_a_candidate_that_overflows_counts_as_least_similar():
     model = make_model()
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.fill_(3e38)
@@ -278,7 +278,7 @@ def test_options_are_checked(raw):
 
 @pytest.fixture
 def unrendered(monkeypatch):
-    """Without the report's figures, which take longer than the run."""
+    """Skips the report, whose figures take longer than the run."""
     monkeypatch.setattr(html, "render_html", lambda record, path: path)
 
 

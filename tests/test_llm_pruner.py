@@ -24,7 +24,7 @@ SAMPLES = make_samples(6)
 METHOD = METHODS.find("llm_pruner")
 
 
-# Three query heads a group.
+# Three query heads per group.
 make_grouped_qwen2 = partial(
     make_qwen2, vocab_size=32, hidden_size=24, intermediate_size=40, num_attention_heads=6
 )
@@ -89,7 +89,7 @@ def test_two_channels_by_hand(taylor, expected):
 
 
 def naive_scores(model, taylor):
-    """Whole gradients and squared gradients of every weight, then plain loops over units."""
+    """Computes salience from whole gradients and squared gradients, with plain loops over units."""
     model.requires_grad_(True)
     batch, singles = batches()
     squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
@@ -144,10 +144,10 @@ def naive_scores(model, taylor):
         (make_grouped_qwen2, "param_mix", 1),
     ],
 )
-def test_salience_is_that_of_whole_gradients(make, taylor, layers_at_once, monkeypatch):
+def test_salience_equals_that_from_whole_gradients(make, taylor, layers_at_once, monkeypatch):
     monkeypatch.setattr(
         "gradpruner.gradients.importance.BLOCK_ENTRIES", 100
-    )  # several blocks of rows a weight
+    )  # several blocks of rows per weight
     expected = naive_scores(make(), taylor)
     salience = TaylorSalience(WidthView(make()), taylor, layers_at_once)
     found = salience.measure([0, 1, 2, 3], *batches())
@@ -156,7 +156,7 @@ def test_salience_is_that_of_whole_gradients(make, taylor, layers_at_once, monke
         assert one.channels_C.tolist() == pytest.approx(channels, rel=1e-4)
 
 
-def test_some_layers_alone_have_the_same_salience():
+def test_salience_does_not_depend_on_the_other_layers_measured():
     every = TaylorSalience(WidthView(make_llama()), "param_mix").measure([0, 1, 2, 3], *batches())
     some = TaylorSalience(WidthView(make_llama()), "param_mix").measure([1, 3], *batches())
     assert [s.channels_C.tolist() for s in some] == [
@@ -183,14 +183,14 @@ def test_rows_and_columns_go_to_the_kv_head_that_shares_them():
     [(0, 0, "param_first"), (1, 0, "param_mix"), (2, 1, "param_second"), (3, 1, "param_first")],
 )
 def test_the_group_of_the_query_head_that_matters_is_kept(head, group, taylor):
-    """The released code counts heads 0 and 2 to KV head 0, 1 and 3 to KV head 1."""
+    """The released code assigns heads 0 and 2 to KV head 0, and heads 1 and 3 to KV head 1."""
     model = make_llama()
     with torch.no_grad():
         for layer in model.model.layers:
             for other in set(range(4)) - {head}:
                 layer.self_attn.q_proj.weight[4 * other : 4 * other + 4] *= 0.01
                 layer.self_attn.o_proj.weight[:, 4 * other : 4 * other + 4] *= 0.01
-            layer.self_attn.k_proj.weight *= 0.1  # of both groups, so that they do not decide
+            layer.self_attn.k_proj.weight *= 0.1  # in both groups, so that it does not decide
     view = WidthView(model)
     # Half of layers 1 to 3.
     plan = METHOD.plan(make_context(model, 3 * (384 + 16 * 48), taylor=taylor))
@@ -215,15 +215,15 @@ def test_the_share_of_heads_is_floored_and_channels_make_up_the_rest():
     assert share_out(shape, units, 26, 0) == (0, 0)
 
 
-def test_more_heads_go_where_the_channels_do_not_suffice():
-    shape = WidthShape(1, 8, 4, 4, 2, 2)  # one channel can go
+def test_more_heads_are_removed_if_channels_do_not_suffice():
+    shape = WidthShape(1, 8, 4, 4, 2, 2)  # one channel can be removed
     assert share_out(shape, {"group": 10, "channel": 4}, 1, 9) == (1, 0)
     assert share_out(shape, {"group": 10, "channel": 4}, 1, 14) == (1, 1)
     with pytest.raises(PlanError, match="can lose at most 34"):
         share_out(shape, {"group": 10, "channel": 4}, 1, 40)
 
 
-def test_of_equal_units_the_lower_index_stays():
+def test_of_equal_units_the_lower_index_is_kept():
     assert most_important([1.0, 2.0, 1.0, 1.0], 3) == (0, 1, 2)
     assert descending([1.0, 2.0, 1.0]) == [1, 0, 2]
 
@@ -260,10 +260,10 @@ def test_budget_is_met_within_half_a_channel_by_whole_groups(make, share, unit):
     assert plan.evidence["removed"] == removed
 
 
-def test_channels_that_do_not_divide_go_where_the_next_weighs_least():
+def test_remaining_channels_are_taken_where_the_next_is_least_salient():
     model = make_llama()
     scores = TaylorSalience(WidthView(model), "param_first").measure([1, 2, 3], *batches())
-    # 10 channels of layers 1 to 3: three each, and one more; the next is the fourth lowest.
+    # 10 channels of layers 1 to 3: three each, and one more; the next channel is the fourth lowest.
     plan = METHOD.plan(make_context(model, 480))
     fourth = [sorted(one.channels_C.tolist())[3] for one in scores]
     assert plan.evidence["removed_channels"] == [3 + (x == min(fourth)) for x in fourth]
@@ -276,7 +276,7 @@ def test_channels_that_do_not_divide_go_where_the_next_weighs_least():
     "num_layers, first, last",
     [(32, 4, 29), (40, 5, 36), (16, 2, 14), (8, 1, 6), (6, 1, 5), (4, 1, 3), (2, 0, 1)],
 )
-def test_first_eighth_and_last_sixteenth_stay_whole(num_layers, first, last):
+def test_the_first_eighth_and_last_sixteenth_are_not_pruned(num_layers, first, last):
     assert layers_to_prune(num_layers, LLMPrunerOptions()) == list(range(first, last + 1))
 
 
@@ -294,7 +294,7 @@ def test_range_and_protected_layers():
 
 
 @pytest.mark.parametrize("taylor", TAYLOR)
-def test_the_same_plan_every_time_and_it_survives_the_disk(taylor, tmp_path):
+def test_plans_are_deterministic_and_survive_saving(taylor, tmp_path):
     plans = [METHOD.plan(make_context(make_llama(), taylor=taylor)) for _ in range(2)]
     assert plans[0] == plans[1]
     assert json.loads(json.dumps(plans[0].evidence)) == plans[0].evidence
@@ -302,7 +302,7 @@ def test_the_same_plan_every_time_and_it_survives_the_disk(taylor, tmp_path):
     assert WidthPlan.load(plans[0].save(tmp_path / "plan.json")) == plans[0]
 
 
-def test_options_say_which_tokens_count():
+def test_options_limit_samples_and_tokens():
     model = make_llama()
     few = METHOD.plan(make_context(model, num_samples=2, max_tokens=3))
     assert (few.evidence["samples"], few.evidence["tokens"]) == (2, 6)
@@ -345,7 +345,7 @@ def test_no_more_than_one_gradient_is_ever_held(taylor, layers_at_once, monkeypa
     ("taylor", "breaks"),
     [("param_first", True), ("param_second", False), ("param_mix", False), ("param_mix", True)],
 )
-def test_the_model_is_left_as_it_was(taylor, breaks, monkeypatch):
+def test_the_model_is_not_changed(taylor, breaks, monkeypatch):
     model, other = make_llama(), make_llama()
     model.requires_grad_(False)
     norm, down = model.model.norm.weight, model.model.layers[2].mlp.down_proj.weight
@@ -369,7 +369,7 @@ def test_the_model_is_left_as_it_was(taylor, breaks, monkeypatch):
     assert not model.training
 
 
-def test_half_precision_weights_choose_much_the_same():
+def test_half_precision_weights_choose_almost_the_same_units():
     full = METHOD.plan(make_context(make_llama(), 3000))
     half = METHOD.plan(make_context(make_llama().bfloat16(), 3000))
     assert full.layers[1].heads == half.layers[1].heads
@@ -389,7 +389,7 @@ def test_half_precision_weights_choose_much_the_same():
         (DataError, "two tokens", {"samples": [{"input_ids": [5], "labels": [5]}]}),
     ],
 )
-def test_what_cannot_work_is_said(error, message, changes):
+def test_impossible_requests_are_refused(error, message, changes):
     with pytest.raises(error, match=message):
         METHOD.plan(make_context(make_llama(), **changes))
 
@@ -408,7 +408,7 @@ def test_models_without_heads_and_channels_are_refused():
         METHOD.plan(make_context(gpt2))
 
 
-def test_gradients_that_are_no_numbers_are_refused():
+def test_nan_gradients_are_refused():
     model = make_llama()
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")

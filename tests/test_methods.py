@@ -1,4 +1,4 @@
-"""Methods that compare with the paper's, on models in which the right answer is known beforehand."""
+"""Methods that the paper compares with, on models in which the right answer is known."""
 
 import math
 import random
@@ -59,7 +59,7 @@ def turning(model, degrees):
         (3, [60, 35, 40, 60], [60, 35, 35, 35, 40, 60], [1, 2, 3]),
     ],
 )
-def test_the_block_with_the_smallest_angle_goes(tiny_llama, num_keep, distances, values, pruned):
+def test_the_block_with_the_smallest_angle_is_pruned(tiny_llama, num_keep, distances, values, pruned):
     scores = score("angular", turning(tiny_llama(), [30, 10, 20, 5, 15, 40]), num_keep=num_keep)
     as_turns = [angle / 180 for angle in distances]
     assert scores.evidence["distances"] == pytest.approx(as_turns, abs=1e-7)
@@ -74,13 +74,13 @@ def test_a_block_that_turns_back_is_found_where_no_single_layer_is_small(tiny_ll
     assert scores.values[2] == pytest.approx(0, abs=1e-7)
 
 
-def test_of_blocks_that_turn_nothing_the_last_goes(tiny_llama):
+def test_of_blocks_that_turn_nothing_the_last_is_pruned(tiny_llama):
     scores = score("angular", pass_through(tiny_llama(), *range(6)), num_keep=3)
     assert max(scores.values) < 1e-7
     assert plan_pruning(scores, num_prune=3, num_merge=0, protect_first=0).pruned == (3, 4, 5)
 
 
-def test_layers_that_pass_on_their_input_are_the_block(tiny_llama):
+def test_layers_that_pass_on_their_input_are_pruned(tiny_llama):
     scores = score("angular", pass_through(tiny_llama(), 2, 3), num_keep=4)
     assert plan_pruning(scores, num_prune=2, num_merge=0, protect_first=1).pruned == (2, 3)
 
@@ -103,18 +103,18 @@ def test_a_protected_layer_in_the_best_block_is_replaced_by_one_of_the_next_best
     assert plan_pruning(scores, num_prune=3, num_merge=0, protect_first=1).pruned == (1, 2, 3)
 
 
-def test_a_block_that_touches_a_protected_layer_is_no_candidate():
+def test_a_block_with_a_protected_layer_is_not_a_candidate():
     distances = [0.1, 0.2, 0.5, 0.4]  # blocks of 3 of 6 layers
     values = layer_values(distances, 3, protected=(0,))
     assert values == [2.1, 0.2, 0.2, 0.2, 0.4, 0.4]
-    # Of 0-2, 1-3, 2-4, 3-5 only the last is left; layer 0 is in none, and 1 and 2 may not go.
+    # Of the blocks 0-2, 1-3, 2-4 and 3-5 only the last is left; layer 0 is in none, 1 and 2 are protected.
     values = layer_values(distances, 3, protected=(1, 2))
     assert values == [1.1, 2.1, 2.1, 0.4, 0.4, 0.4]
-    # No block is left: the layers go by their own best one, protected ones last.
+    # No block is left: layers are ranked by the best block they belong to, protected layers last.
     assert layer_values(distances, 3, protected=(2, 3)) == [1.1, 1.1, 2.1, 2.2, 1.4, 1.4]
 
 
-def test_angular_distance_takes_the_best_block_that_may_go(tiny_llama):
+def test_angular_distance_prunes_the_best_block_without_protected_layers(tiny_llama):
     model = turning(tiny_llama(), [1, 2, 30, 10, 5, 3])
     for protected, block in [((), (0, 1)), ((0,), (4, 5)), ((0, 5), (3, 4)), ((1, 4), (2, 3))]:
         scores = score("angular", model, num_keep=4, protected=protected)
@@ -154,7 +154,7 @@ def test_angles_are_those_of_the_last_token_between_raw_states(tiny_llama, paddi
     assert found.evidence["distances"] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
-def test_angles_of_a_state_in_several_streams_are_those_of_all_together():
+def test_streams_of_a_state_are_measured_together():
     from families import make_family_model
 
     model, states = make_family_model("gemma3n_text"), []
@@ -217,7 +217,7 @@ def nll_without(model, pruned):
     return total / tokens
 
 
-def test_sleb_against_models_that_were_really_pruned(tiny_llama):
+def test_sleb_equals_greedy_removal_with_really_pruned_models(tiny_llama):
     first = {layer: nll_without(tiny_llama(), [layer]) for layer in (1, 2, 3, 4)}
     gone = min(first, key=first.get)
     second = {layer: nll_without(tiny_llama(), [gone, layer]) for layer in (1, 2, 3, 4) if layer != gone}
@@ -266,16 +266,16 @@ def test_sleb_never_tries_protected_layers(tiny_llama):
     assert scores.ascending()[3:] == [5, 3, 0] and sorted(scores.values) == [0, 1, 2, 3, 4, 5]
 
 
-def test_sleb_where_nothing_but_the_ends_can_go(tiny_llama):
+def test_sleb_with_no_layers_between_the_ends(tiny_llama):
     scores = score("sleb", tiny_llama(), num_keep=4, protected=(1, 2, 3, 4))
     assert scores.ascending() == [5, 0, 4, 3, 2, 1] and scores.evidence["removed"] == []
 
 
-def test_sleb_takes_40_percent_where_no_number_is_known(tiny_llama):
+def test_sleb_removes_40_percent_by_default(tiny_llama):
     assert len(score("sleb", tiny_llama()).evidence["removed"]) == 2
 
 
-def test_sleb_evaluates_as_often_as_it_says(tiny_llama):
+def test_sleb_evaluates_as_often_as_documented(tiny_llama):
     model, passes = tiny_llama(), []
     model.register_forward_hook(lambda *_: passes.append(1))
     score("sleb", model, num_keep=3)
@@ -318,7 +318,7 @@ def test_magnitude_of_known_weights(tiny_llama):
     assert scores.ascending() == [0, 4, 3, 2, 1, 5]
 
 
-def test_magnitude_does_not_depend_on_how_wide_a_layer_is():
+def test_magnitude_does_not_depend_on_the_width_of_a_layer():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=8, n_head=2, n_inner=12, vocab_size=16))
@@ -332,7 +332,7 @@ def test_magnitude_does_not_depend_on_how_wide_a_layer_is():
 # --- names and presets --------------------------------------------------------------------------------------
 
 
-def test_the_former_name_of_shortgpt_leads_to_it():
+def test_the_former_name_of_shortgpt_is_suggested():
     with pytest.raises(ConfigError, match=r"Unknown method 'block_influence'\. Did you mean 'shortgpt'"):
         METHODS.find("block_influence")
 

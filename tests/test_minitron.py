@@ -1,4 +1,4 @@
-"""Minitron: what is measured, what is chosen from it, and the recovery both of its methods share."""
+"""Minitron: measurements, choice of widths, and the recovery that both methods share."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ DEPTH, WIDTH = METHODS.find("minitron_depth"), METHODS.find("minitron_width")
 
 
 def make_gemma(seed=0):
-    """Four norms in every layer, and one for the heads."""
+    """Returns a model with four norms in every layer, and one for the heads."""
     torch.manual_seed(seed)
     config = Gemma3TextConfig(
         vocab_size=23, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -75,7 +75,7 @@ def measured(model, samples=SAMPLES):
 
 
 def naive_activations(model, sample):
-    """What every norm gives, and what o_proj and down_proj are given: one sample, (tokens, entries) each."""
+    """Returns a sample's outputs of norms and inputs of o_proj and down_proj, (tokens, entries) each."""
     seen = {}
 
     def remember(name, place):
@@ -100,7 +100,7 @@ def naive_activations(model, sample):
 
 
 def naive_statistics(model, samples):
-    """Sample after sample, number after number."""
+    """Computes the statistics sample by sample, number by number."""
     shape, squares = WidthView(model).shape, {}
     for sample in samples:
         for name, state in naive_activations(model, sample).items():
@@ -119,7 +119,7 @@ def naive_statistics(model, samples):
 
 
 @pytest.mark.parametrize(("make", "num_norms"), [(make_llama, 4 * 2), (make_gemma, 2 * 4)])
-def test_statistics_are_those_of_a_naive_loop(make, num_norms):
+def test_statistics_equal_a_naive_loop(make, num_norms):
     model = make()
     channels, heads, hidden, counted = naive_statistics(model, SAMPLES)
     assert counted == num_norms
@@ -147,7 +147,7 @@ def test_activations_of_16_bits_are_summed_in_32():
     assert torch.allclose(found.channels_LF, measured(make_llama()).channels_LF, rtol=0.05, atol=0.01)
 
 
-def test_what_is_largest_stays_and_heads_inside_their_group():
+def test_the_largest_units_stay_and_heads_are_ranked_in_their_group():
     view = WidthView(make_llama())
     heads = torch.tensor([[9.0, 8.0, 1.0, 2.0]] * 3 + [[1.0, 1.0, 5.0, 4.0]])
     channels = torch.arange(32.0).repeat(4, 1)
@@ -174,7 +174,7 @@ def test_grids_of_a_model_of_8_billion_and_of_a_small_one():
 
 
 @pytest.mark.parametrize(
-    # apart: how far allowed widths of the axis that meets the budget are from each other
+    # apart: distance of allowed widths on the axis that meets the budget
     ("axes", "apart", "unit", "share"),
     [
         (["ffn"], 1, "parameters", 0.03),
@@ -209,7 +209,7 @@ def parameters(view, size, unit="parameters"):
     return view.parameters_of([(2 * size["heads"], 2, size["ffn"])] * 4, size["hidden"], unit)
 
 
-def test_a_config_is_asked_what_it_can_say():
+def test_only_widths_that_a_config_allows_are_used():
     llama, gemma = WidthView(make_llama(**WIDE)), WidthView(make_gemma())
     for view in (llama, gemma):
         assert view.config_takes(24, 6, 2) and not view.config_takes(32, 6, 2)
@@ -224,7 +224,7 @@ def test_a_config_is_asked_what_it_can_say():
     assert WidthView(qwen).config_takes(32, 6, 2)
 
 
-def test_heads_alone_meet_a_budget_where_the_config_can_say_so():
+def test_heads_alone_meet_a_budget_if_the_config_allows_it():
     model = make_llama(**WIDE | {"hidden_size": 24})  # a multiple of 8 heads and of 6
     view = WidthView(model)
     one_head = 4 * 2 * view.unit_parameters()["head"]
@@ -239,16 +239,16 @@ def test_heads_alone_meet_a_budget_where_the_config_can_say_so():
 
 def test_candidates_near_the_budget_on_the_grid_come_first():
     view = WidthView(make_llama(**WIDE))
-    # Exactly what the grid gives without a fourth of the hidden dimensions.
+    # Exactly the parameters that the grid removes with a fourth of the hidden dimensions.
     num_remove = parameters(view, DENSE) - parameters(view, DENSE | {"hidden": 24})
     found = candidates(view, MinitronWidthOptions(top_k=3), num_remove, "parameters")
     assert found[0] == DENSE | {"hidden": 24} and len(found) == 3
 
 
-def test_a_budget_out_of_reach_says_what_is_in_reach():
+def test_a_budget_out_of_reach_is_refused_with_what_can_be_removed():
     view = WidthView(make_llama(**WIDE))
     dense = view.parameters(view.whole())
-    least = {"ffn": 39, "heads": 3, "hidden": 24}  # 20 is in reach too, but no multiple of 6 or 8 heads
+    least = {"ffn": 39, "heads": 3, "hidden": 24}  # 20 is in reach too, but not a multiple of 6 or 8 heads
     most = dense - parameters(view, least)
     assert candidates(view, MinitronWidthOptions(), most, "parameters") == [least]
     wanted = int(0.6 * dense)
@@ -264,7 +264,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach():
 
 
 @pytest.mark.parametrize("make", [lambda: make_llama(**WIDE), make_gemma])
-def test_the_pruned_model_is_a_plain_one_of_the_size_asked_for(make, tmp_path):
+def test_the_pruned_model_is_plain_and_has_the_size_asked_for(make, tmp_path):
     model = make()
     dense = count_parameters(model)
     num_remove = dense // 4
@@ -288,12 +288,12 @@ def test_the_pruned_model_is_a_plain_one_of_the_size_asked_for(make, tmp_path):
         assert torch.equal(loaded(input_ids=ids).logits, pruned(input_ids=ids).logits)
 
 
-def test_of_the_candidates_the_likeliest_is_taken():
+def test_the_candidate_with_the_likeliest_answers_wins():
     model = make_llama(**WIDE)
     num_remove = count_parameters(model) // 5
     plan = width_plan(model, num_remove, top_k=4)
     tried = plan.evidence["candidates"]
-    assert len(tried) == 2  # all there are: 30 hidden dimensions with 3 heads a group, or 32 with 4
+    assert len(tried) == 2  # all combinations: 30 hidden dimensions with 3 heads per group, or 32 with 4
     found, context = measured(model), context_of(model)
     for entry in tried:  # each really pruned, on another copy of the model
         copy = make_llama(**WIDE)
@@ -308,7 +308,7 @@ def test_of_the_candidates_the_likeliest_is_taken():
     assert first.evidence["candidates"] == [{**tried[0], "nll": None}]
 
 
-def test_the_plan_is_the_same_again_and_leaves_the_model_as_it_was():
+def test_plans_are_deterministic_and_the_model_is_not_changed():
     model = make_llama(**WIDE)
     config = model.config.to_dict()
     one, other = (width_plan(model, count_parameters(model) // 5) for _ in range(2))
@@ -320,7 +320,7 @@ def test_the_plan_is_the_same_again_and_leaves_the_model_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_what_cannot_be_planned_is_refused():
+def test_impossible_plans_are_refused():
     model = make_llama(**WIDE)
     unlearned = [{**sample, "labels": [IGNORED] * len(sample["labels"])} for sample in SAMPLES]
     with pytest.raises(DataError, match="calibration samples have none"):
@@ -336,7 +336,7 @@ def test_what_cannot_be_planned_is_refused():
         width_plan(model, 5000)
 
 
-def test_norms_without_weights_are_refused_where_hidden_dimensions_go():
+def test_norms_without_weights_are_refused_if_hidden_dimensions_are_pruned():
     from transformers import OlmoConfig, OlmoForCausalLM
 
     config = OlmoConfig(
@@ -361,7 +361,7 @@ def test_options_are_checked(raw):
 # --- depth and recovery -------------------------------------------------------------------------------------
 
 
-def test_depth_scores_are_those_of_shortgpt():
+def test_depth_scores_equal_those_of_shortgpt():
     context = context_of(make_llama(), options=MinitronOptions(calibration_samples=3))
     few = context_of(make_llama(), SAMPLES[:3])
     scores = DEPTH.score(context)
@@ -394,4 +394,4 @@ def test_recovery_can_be_left_out_and_takes_one_pass_by_default():
     before = [p.clone() for p in model.parameters()]
     assert DEPTH.recover(dataclasses.replace(context, options=MinitronOptions(distil=False)), model) == {}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert DEPTH.recover(context, model)["steps"] == 2  # six samples, four a step
+    assert DEPTH.recover(context, model)["steps"] == 2  # six samples, four per step

@@ -1,4 +1,4 @@
-"""SAT-like training: the ladder, what is drawn, and that leaving out is masking, but cheaper."""
+"""SAT-like training: the ladder, the draw of units, and that leaving out equals masking but costs less."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -83,7 +83,7 @@ def test_the_kept_share_is_rounded_up():
     assert num_kept(0.5, 1) == 1
 
 
-def test_the_average_is_that_of_other_methods():
+def test_the_average_omitted_share_matches_other_methods():
     # Rates 0.8, 0.6, 0.4, 0.2, 0 of 1000 units of 3 parameters: the mean is half of the first.
     assert mean_omitted(0.8, 10, 5, [(1000, 3)]) == pytest.approx(0.4 * 3000)
     assert mean_omitted(0.8, 10, 5, [(1000, 3), (2, 50)]) == pytest.approx(1200 + 50 * (2 + 2) / 10)
@@ -93,7 +93,7 @@ def test_the_average_is_that_of_other_methods():
     assert matched_rate(1200, 10, 5, [(1000, 3)]) == pytest.approx(0.8, abs=1e-3)
 
 
-def test_more_than_a_falling_rate_can_leave_out_is_refused():
+def test_a_budget_beyond_the_largest_rate_is_refused():
     with pytest.raises(ConfigError, match=r"begin above 0\.95"):
         matched_rate(0.6 * 3000, 10, 5, [(1000, 3)])
     with pytest.raises(ConfigError, match="num_remove is None"):
@@ -106,7 +106,7 @@ def test_more_than_a_falling_rate_can_leave_out_is_refused():
 # -- the draw ------------------------------------------------------------------------------------------------
 
 
-def test_units_are_drawn_once_each_in_proportion_to_their_weight():
+def test_units_are_drawn_without_replacement_in_proportion_to_weights():
     weights = torch.tensor([[1.0, 2.0, 3.0, 4.0]]).repeat(40000, 1)
     drawn = sample_units(weights, 2, torch.Generator().manual_seed(0))
     assert drawn.shape == (40000, 2) and bool((drawn[:, 0] < drawn[:, 1]).all())
@@ -118,7 +118,7 @@ def test_units_are_drawn_once_each_in_proportion_to_their_weight():
         assert found == pytest.approx(shares[unit] + second, abs=0.01)
 
 
-def test_units_of_no_weight_come_last_and_a_seed_decides():
+def test_units_of_weight_zero_are_drawn_last_and_draws_depend_on_the_seed():
     weights = torch.tensor([[0.0, 1.0, 0.0, 5.0]])
     draw = [sample_units(weights, 2, torch.Generator().manual_seed(seed)).tolist() for seed in (0, 1, 1)]
     assert draw == [[[1, 3]]] * 3
@@ -144,7 +144,7 @@ def plan_of(model):
 
 
 @pytest.mark.parametrize("make", [make_llama, make_qwen2])
-def test_sliced_is_masked(make):
+def test_slicing_equals_masking(make):
     model = make()
     with WidthView(model).masked(plan_of(model)):
         expected = model(input_ids=IDS, labels=IDS)
@@ -191,7 +191,7 @@ def test_adapters_are_sliced_with_their_linears():
     torch.testing.assert_close(found.logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_evaluation_is_whole_and_restoring_leaves_nothing():
+def test_evaluation_leaves_nothing_out_and_restore_removes_all_patches():
     model, dense = make_llama(), make_llama()
     before = {name: set(vars(module)) for name, module in model.named_modules()}
     state = list(model.state_dict())
@@ -208,7 +208,7 @@ def test_evaluation_is_whole_and_restoring_leaves_nothing():
 
 def test_half_the_units_cost_half_the_operations():
     def operations(groups, channels):
-        # Wide enough that head and attention scores do not count.
+        # Wide enough to make head and attention scores negligible.
         model = make_llama(hidden_size=128, intermediate_size=512, num_key_value_heads=4).train()
         sliced = SlicedModel(model.requires_grad_(True))
         sliced.keep(groups, channels)
@@ -226,7 +226,7 @@ def test_importance_is_the_norm_of_a_column_times_the_mean_input():
     model = make_llama().train()
     sliced = SlicedModel(model)
     norms = sliced.column_norms()
-    groups, channels = sliced.importance(norms)  # nothing seen: norms alone
+    groups, channels = sliced.importance(norms)  # no inputs seen yet: norms only
     assert torch.allclose(channels[2].float(), model.model.layers[2].mlp.down_proj.weight.norm(dim=0))
     inputs = {}
     down, o_proj = model.model.layers[0].mlp.down_proj, model.model.layers[0].self_attn.o_proj
@@ -249,7 +249,7 @@ def test_importance_is_the_norm_of_a_column_times_the_mean_input():
 
 
 class Watch(TrainerCallback):
-    """Remembers, step by step, which channels of layer 0 have a gradient, and how much is computed."""
+    """Records in every step which channels of layer 0 have a gradient, and how much is computed."""
 
     def __init__(self):
         self.channels, self.losses = [], []
@@ -266,7 +266,7 @@ class Watch(TrainerCallback):
     [{"batching": "packed"}, {"batching": "padded", "accumulation": 2}, {"gradient_checkpointing": True}],
     ids=["packed", "accumulated", "checkpointed"],
 )
-def test_training_leaves_out_as_the_ladder_says_and_ends_dense(mode, options):
+def test_training_follows_the_ladder_and_ends_dense(mode, options):
     callback, watch = sat(), Watch()
     model, result = tune(callbacks=[callback, watch], mode=mode, rank=2, **options)
     expected = [num_kept(ladder(step, 10, callback.start_rate, 5), 32) for step in range(10)]
@@ -274,7 +274,7 @@ def test_training_leaves_out_as_the_ladder_says_and_ends_dense(mode, options):
     assert [int(step.sum()) for step in watch.channels] == expected
     assert not torch.equal(watch.channels[0], watch.channels[1])
     assert callback.rates[0] == callback.start_rate and callback.rates[-1] == 0
-    # 25 % of the decoder asked for; 14 channels or a group are less than a hundredth of it.
+    # The budget is 25 % of the decoder; 14 channels or a group are less than a hundredth of it.
     assert callback.omitted_fraction == pytest.approx(0.25, abs=0.02)
     assert result.steps == 10
     assert list(model.state_dict()) == list(make_llama().state_dict())
@@ -282,13 +282,13 @@ def test_training_leaves_out_as_the_ladder_says_and_ends_dense(mode, options):
 
 
 @pytest.mark.parametrize("mode", ["full", "lora"])
-def test_a_seed_decides_what_is_left_out(mode):
+def test_the_units_left_out_depend_on_the_seed(mode):
     options = {"mode": mode, "rank": 2, "max_steps": 6}
     losses = [tune(callbacks=[sat(seed=seed)], **options)[1].losses for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_recomputed_activations_are_those_of_the_step():
+def test_gradient_checkpointing_recomputes_with_the_same_units():
     results = [tune(callbacks=[sat()], gradient_checkpointing=on)[1] for on in (False, True)]
     losses = [[entry["loss"] for entry in result.losses] for result in results]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -302,7 +302,7 @@ def test_an_explicit_rate_and_few_steps():
         tune(callbacks=[sat()], max_steps=1)
 
 
-def test_a_failed_training_gives_the_model_back():
+def test_a_failed_training_restores_the_model():
     model = make_llama()
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
@@ -311,7 +311,7 @@ def test_a_failed_training_gives_the_model_back():
     assert not any("forward" in vars(module) for module in model.model.layers.modules())
 
 
-def test_a_killed_training_goes_on(tmp_path):
+def test_a_killed_training_resumes(tmp_path):
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 5:
@@ -345,7 +345,7 @@ def test_models_and_settings_that_cannot_work_are_refused():
         SlicedModel(dora)
 
 
-def test_the_method_says_what_it_is():
+def test_label_and_description():
     method = METHODS.find("sat")
     assert method.label == "SAT-like" and not method.removes
     assert len(method.description) < 100

@@ -1,4 +1,4 @@
-"""The greedy choice by the task's loss, against models that were really pruned and maps solved by numpy."""
+"""The greedy choice by the task's loss, compared with really pruned models and maps solved by numpy."""
 
 import math
 from collections import Counter
@@ -71,7 +71,7 @@ def without(layers, model_type="llama", repair=None):
 
 
 def greedy(cost, rounds, free=range(L)):
-    """Layers in the order in which they go, their costs, and the costs of the others in the last round."""
+    """Returns layers in the order of their removal, their costs, and the others' costs in the last round."""
     removed, history, costs = [], [], {}
     for _ in range(rounds):
         costs = {i: cost(removed, i) for i in free if i not in removed}
@@ -81,7 +81,7 @@ def greedy(cost, rounds, free=range(L)):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "gemma2"])
-def test_without_repair_it_is_the_greedy_of_models_that_were_really_pruned(model_type):
+def test_without_repair_it_equals_greedy_removal_with_really_pruned_models(model_type):
     measured = drawn(SAMPLES, 12, 0)
     removed, history, others = greedy(
         lambda gone, layer: nll(without([*gone, layer], model_type), measured), 2
@@ -100,7 +100,7 @@ def test_without_repair_it_is_the_greedy_of_models_that_were_really_pruned(model
 
 
 def caught(model, samples, place, last="mlp.down_proj"):
-    """Outputs of a layer and of its last module, first tokens left out, (tokens, hidden) each, fp64."""
+    """Returns outputs of a layer and of its last module without first tokens, (tokens, hidden) each, fp64."""
     layer, states, given = model.model.layers[place], [], []
     hooks = [
         layer.register_forward_hook(lambda _, __, out: states.append(out)),
@@ -115,7 +115,7 @@ def caught(model, samples, place, last="mlp.down_proj"):
 
 
 def map_by_numpy(h, y, x, ridge):
-    """U of the weighted ridge regression, by stacked least squares instead of normal equations."""
+    """Solves the weighted ridge regression for U by stacked least squares instead of normal equations."""
     root = 1 / np.linalg.norm(h, axis=1, keepdims=True)
     rho = ridge * np.mean(np.sum((x * root) ** 2, axis=0))
     rows = np.vstack([x * root, math.sqrt(rho) * np.eye(x.shape[1])])
@@ -124,7 +124,7 @@ def map_by_numpy(h, y, x, ridge):
 
 
 def repaired(gone, fitted, given=None, ridge=0.1):
-    """Maps of all cuts, from input to output; those in `given` are taken as they are."""
+    """Returns the maps of all cuts, fitted from input to output; those in `given` are kept."""
     maps = {}
     plan = PruningPlan.from_keep(L, [i for i in range(L) if i not in gone])
 
@@ -151,12 +151,12 @@ def repaired(gone, fitted, given=None, ridge=0.1):
     return maps, without(gone, repair=repair)
 
 
-def test_with_repair_it_is_the_greedy_of_models_pruned_and_repaired():
+def test_with_repair_it_equals_greedy_removal_with_pruned_and_repaired_models():
     chosen = drawn(SAMPLES, 14, 0)
     measured, fitted = chosen[:6], chosen[6:]
 
     def cost(removed, layer):
-        """The cut that is made gets a new map; those behind it keep theirs."""
+        """The new cut gets a new map; later cuts keep theirs."""
         before = repaired(removed, fitted)[0] if removed else {}
         given = {k: u for k, u in before.items() if k > layer}
         return nll(repaired([*removed, layer], fitted, given)[1], measured)
@@ -185,7 +185,7 @@ def test_a_huge_ridge_is_no_repair():
 
 @pytest.mark.parametrize("options", [NONE, LINEAR], ids=["none", "linear"])
 @pytest.mark.parametrize("gone", [(2, 4, 3), (5, 1), (0, 3), (4, 2), (1, 0, 2)])
-def test_held_states_and_maps_are_those_of_starting_anew(gone, options):
+def test_stored_states_and_maps_equal_recomputed_ones(gone, options):
     model = six_layers()
     pruned = _Pruned(LayeredModel(model), context_of(model), options)
     for layer in gone:
@@ -196,7 +196,7 @@ def test_held_states_and_maps_are_those_of_starting_anew(gone, options):
     for held, anew in zip(pruned._states, walked, strict=True):
         torch.testing.assert_close(held, anew, rtol=1e-4, atol=1e-5)
     other = _Pruned(LayeredModel(model), context_of(model), options)
-    for layer in sorted(gone):  # whatever the order in which they went
+    for layer in sorted(gone):  # the order of removal does not matter
         other.remove(layer)
     assert set(other.updates) == set(pruned.updates)
     if options.repair == "none":
@@ -210,12 +210,12 @@ def test_held_states_and_maps_are_those_of_starting_anew(gone, options):
             torch.testing.assert_close(found, torch.from_numpy(update), rtol=1e-3, atol=1e-4)
 
 
-def test_maps_are_fitted_on_other_samples_than_the_loss_is_measured_on():
+def test_maps_and_loss_use_different_samples():
     evidence = score(six_layers(), options=LINEAR).evidence
     others = drawn(SAMPLES, 32, 0)[12:]
     assert evidence["samples"] == 12 and evidence["repair_samples"] == 20
     assert evidence["repair_tokens"] == sum(len(sample["input_ids"]) - 1 for sample in others)
-    few = score(six_layers(), SAMPLES[:13], options=LINEAR).evidence  # one is left, two are needed
+    few = score(six_layers(), SAMPLES[:13], options=LINEAR).evidence  # one sample is left, maps need two
     assert few["samples"] == few["repair_samples"] == 12
 
 
@@ -223,7 +223,7 @@ def test_maps_are_fitted_on_other_samples_than_the_loss_is_measured_on():
 
 
 def counted(model):
-    """How many samples the layers of a model are run on, one entry a run."""
+    """Records how many samples the layers of a model are run on, one entry per run."""
     runs = []
     for layer in model.model.layers:
         layer.mlp.register_forward_hook(lambda _, args, __: runs.append(args[0].shape[0]))
@@ -231,7 +231,7 @@ def counted(model):
 
 
 def applications(options, num_keep=3):
-    """The layers removed, and runs of layers beyond those that prepare the walks: samples -> how often."""
+    """Returns removed layers, and runs of layers beyond those that prepare the walks: samples -> runs."""
     model, chosen = six_layers(), drawn(SAMPLES, 32, 0)
     runs = counted(model)
     for samples in (chosen[:12], chosen[12:])[: 1 + (options.repair != "none")]:
@@ -244,12 +244,12 @@ def applications(options, num_keep=3):
 
 
 def place(removed, number):
-    """Where the layer of a round stood among those still there."""
+    """Returns the position of a round's layer among the layers then left."""
     return removed[number] - sum(1 for gone in removed[:number] if gone < removed[number])
 
 
 @pytest.mark.parametrize("num_keep", [2, 3, 5])
-def test_layers_are_applied_as_often_as_it_says_without_repair(num_keep):
+def test_layers_run_as_often_as_documented_without_repair(num_keep):
     removed, runs = applications(NONE, num_keep)
     rounds = [L - done for done in range(len(removed))]
     after = sum(m - 1 - place(removed, r) for r, m in enumerate(rounds[:-1]))
@@ -257,8 +257,8 @@ def test_layers_are_applied_as_often_as_it_says_without_repair(num_keep):
 
 
 @pytest.mark.parametrize("num_keep", [2, 3, 5])
-def test_layers_are_applied_as_often_as_it_says_with_repair(num_keep, monkeypatch):
-    # Which module is refitted is found by trial, once for every layer; that is not counted here.
+def test_layers_run_as_often_as_documented_with_repair(num_keep, monkeypatch):
+    # The module to refit is found by trial, once per layer; these runs are not counted.
     def found(view, walk, layer, state):
         linear = view.linears(layer)["mlp.down_proj"]
         return Output("mlp.down_proj", linear, linear.weight, 1.0)
@@ -289,7 +289,7 @@ def test_a_shortlist_tries_fewer_layers_from_the_second_round_on():
 # --- constraints --------------------------------------------------------------------------------------------
 
 
-def test_of_equal_layers_the_later_goes():
+def test_of_equal_layers_the_later_is_removed():
     scores = score(pass_through(six_layers(), 0, 1, 2, 3, 4, 5), options=NONE)
     assert scores.evidence["removed"] == [5, 4, 3]
     assert len(set(scores.evidence["nll"])) == 1
@@ -305,8 +305,8 @@ def test_protected_layers_are_never_tried_and_rank_above_all(options):
     assert all_but_one.evidence["removed"] == [5]
 
 
-def test_what_goes_leaves_layers_that_fit_where_they_come_to_stand():
-    def fits(old, new, kept):  # as where every second layer is of another kind
+def test_kept_layers_fit_at_their_new_positions():
+    def fits(old, new, kept):  # as if every second layer were of another kind
         return old % 2 == new % 2
 
     free = score(six_layers(), num_keep=4).evidence["removed"]
@@ -317,7 +317,7 @@ def test_what_goes_leaves_layers_that_fit_where_they_come_to_stand():
     assert len(keep) == 4 and all(fits(old, new, 4) for new, old in enumerate(keep))
     assert list(plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0, fits=fits).pruned) == removed
 
-    # Of all choices that fit, the first layer is one of those with which one can go on, the cheapest.
+    # The first layer is the cheapest of those that leave a choice that fits.
     measured = drawn(SAMPLES, 12, 0)
     pairs = [
         pair
@@ -330,20 +330,20 @@ def test_what_goes_leaves_layers_that_fit_where_they_come_to_stand():
     assert nothing.evidence["removed"] == [] and sorted(nothing.values) == list(range(L))
 
 
-def test_40_percent_go_where_no_number_is_known_and_two_layers_always_stay():
+def test_40_percent_are_removed_by_default_and_two_layers_always_stay():
     assert len(score(six_layers(), num_keep=None).evidence["removed"]) == 2
     assert len(score(six_layers(), num_keep=0).evidence["removed"]) == 4
     assert len(score(six_layers(), num_keep=6).evidence["removed"]) == 1
 
 
-def test_the_same_twice_and_other_samples_for_another_seed():
+def test_scores_are_deterministic_and_samples_depend_on_the_seed():
     one, other = (score(six_layers(), options=LINEAR) for _ in range(2))
     assert one == other
     context = replace(context_of(six_layers(), options=LINEAR), seed=1)
     assert METHODS.find("task_loss").score(context).evidence["nll"] != one.evidence["nll"]
 
 
-def test_what_cannot_be_measured_or_repaired_is_refused():
+def test_samples_and_models_that_cannot_be_used_are_refused():
     unlearned = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in SAMPLES]
     with pytest.raises(DataError, match="calibration samples have none"):
         score(six_layers(), unlearned)
@@ -364,14 +364,14 @@ def experts():
     return make_family_model("qwen3_moe")
 
 
-def test_a_model_that_is_refused_is_left_as_it_was():
+def test_a_refused_model_is_not_changed():
     model = experts()
     with pytest.raises(ModelError):
         score(model, options=LINEAR)
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
 
-def test_where_a_norm_ends_the_layer_its_scale_is_fitted():
+def test_if_a_norm_ends_the_layer_its_scale_is_fitted():
     chosen = drawn(SAMPLES, 32, 0)
     model = six_layers("gemma2")
     pruned = _Pruned(LayeredModel(model), context_of(model, options=LINEAR), LINEAR)

@@ -1,4 +1,4 @@
-"""What people's chat templates and tokenizers do to their rows: learned right, refused, or said."""
+"""Users' chat templates and tokenizers: rows are learned correctly, refused, or noted."""
 
 import json
 
@@ -48,7 +48,7 @@ def turn(role, content, **more):
 ASKED = [turn("user", "what colour is it"), turn("assistant", "red")]
 
 
-def test_a_template_that_opens_no_reply_is_refused_with_the_header_it_lacks(tmp_path):
+def test_a_template_without_generation_prompt_is_refused_with_its_header(tmp_path):
     found = conversations(tmp_path, {"messages": ASKED})
     with pytest.raises(DataError, match=r"ignores add_generation_prompt.*\[open\] assistant"):
         encode(make_chat_tokenizer(PLAIN), found.examples[0], 64)
@@ -59,7 +59,7 @@ def test_a_template_that_opens_no_reply_is_refused_with_the_header_it_lacks(tmp_
     assert [" ".join(text.split()) for text in learned] == ["red [shut]"]
 
 
-def test_a_turn_of_weight_zero_is_read_and_not_learned(tmp_path):
+def test_a_turn_of_weight_zero_is_not_learned(tmp_path):
     rows = [*ASKED, turn("user", "why is it"), turn("assistant", "because")]
     rows[1] = rows[1] | {"weight": 0}
     found = conversations(tmp_path, {"messages": rows})
@@ -70,7 +70,7 @@ def test_a_turn_of_weight_zero_is_read_and_not_learned(tmp_path):
 
 
 @pytest.mark.parametrize("weight", [0.5, 2, "no"])
-def test_a_weight_between_is_no_weight_we_can_keep(tmp_path, weight):
+def test_other_weights_than_0_and_1_are_refused(tmp_path, weight):
     with pytest.raises(DataError, match="weight"):
         conversations(tmp_path, {"messages": [ASKED[0], ASKED[1] | {"weight": weight}]})
 
@@ -85,14 +85,14 @@ def test_fields_of_a_turn_reach_the_template_or_are_named(tmp_path):
     assert "does not show" in note and "think (1 rows)" in note
 
 
-def test_a_start_token_written_twice_is_said(tmp_path):
+def test_a_doubled_start_token_is_noted(tmp_path):
     found = conversations(tmp_path, {"messages": ASKED})
     (note,) = template_notes(make_chat_tokenizer("<s> <s> " + OPENS), found.examples)
     assert "twice" in note
     assert template_notes(make_chat_tokenizer("<s> " + OPENS), found.examples) == ()
 
 
-def test_a_reply_written_otherwise_is_said(tmp_path):
+def test_replies_that_the_template_changes_are_noted(tmp_path):
     found = conversations(tmp_path, {"messages": ASKED})
     template = OPENS.replace("{{ m.content }}", "{{ m.content | replace('red', 'blue') }}")
     (note,) = template_notes(make_chat_tokenizer(template), found.examples)
@@ -100,7 +100,7 @@ def test_a_reply_written_otherwise_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["red", "red </s>", "red </s></s>"])
-def test_a_completion_that_ends_itself_is_compared_as_it_is_written(answer):
+def test_a_completion_with_its_own_end_token_gets_no_second_one(answer):
     tokenizer = make_tokenizer()
     example = Example("one", "the cat is red . what colour is the cat :", f" {answer}")
     questions = Questions(tokenizer, [example], 64)

@@ -1,4 +1,4 @@
-"""What every registered method must do, whatever its kind."""
+"""What every registered method must do."""
 
 import dataclasses
 import math
@@ -63,7 +63,7 @@ def check_unchanged(model, like):
 
 
 @pytest.mark.parametrize("name", SCORING)
-def test_a_finite_score_per_layer_that_repeats_survives_the_disk_and_leaves_the_model(
+def test_scores_are_finite_and_repeat_and_survive_saving_and_leave_the_model(
     name, make_context, tiny_llama, tmp_path
 ):
     method, model = METHODS.find(name), tiny_llama()
@@ -112,7 +112,7 @@ def test_options_survive_the_recipe(name):
 # --- methods that plan by themselves ------------------------------------------------------------------------
 
 
-# With less work than by default; what they do with all of it is tested where they are.
+# Options that take less work than the defaults; each method's own tests use the defaults.
 QUICK = {"auto": {"families": ["gate", "task_loss", "last", "window"], "pool": 4, "rounds": 1}}
 
 
@@ -122,7 +122,7 @@ def plan_by(name, context):
 
 
 def timeless(plan):
-    """A plan without the times that something took."""
+    """Returns a plan without the seconds in its evidence."""
 
     def without(value):
         if isinstance(value, dict):
@@ -133,7 +133,7 @@ def timeless(plan):
 
 
 def check_budget(plan, context):
-    """Whole layers: exactly as many. Else to one unit: a hidden dimension, or a channel of every layer."""
+    """Checks the budget: exactly for whole layers, else to a hidden dimension or a channel of every layer."""
     if isinstance(plan, PruningPlan):
         assert len(plan.keep) == context.num_keep
         return
@@ -148,7 +148,7 @@ def check_budget(plan, context):
     ("name", "num_prune", "unit"),
     [pair for name in PLANNING for pair in ((name, 1, "decoder_parameters"), (name, 2, "parameters"))],
 )
-def test_a_plan_keeps_to_the_budget_and_its_model_runs(name, num_prune, unit, make_context, tiny_llama):
+def test_a_plan_meets_the_budget_and_its_model_runs(name, num_prune, unit, make_context, tiny_llama):
     context = make_context(num_keep=6 - num_prune, num_remove=num_prune * LAYER_PARAMETERS, unit=unit)
     plan = plan_by(name, context)
     assert plan.method == name and plan.evidence["num_layers"] == 6
@@ -163,7 +163,7 @@ def test_a_plan_keeps_to_the_budget_and_its_model_runs(name, num_prune, unit, ma
 
 
 @pytest.mark.parametrize("name", PLANNING)
-def test_a_plan_repeats_survives_the_disk_and_leaves_the_model(name, make_context, tiny_llama, tmp_path):
+def test_plans_repeat_and_survive_saving_and_leave_the_model(name, make_context, tiny_llama, tmp_path):
     model = tiny_llama()
     plan = plan_by(name, make_context(seed=3, model=lambda: model))
     check_unchanged(model, tiny_llama())
@@ -177,7 +177,7 @@ def test_planning_without_a_budget_is_refused(name, make_context):
         plan_by(name, make_context(num_keep=None, num_remove=None))
 
 
-def test_what_a_context_cannot_give_is_refused(make_context):
+def test_a_context_refuses_unknown_or_impossible_budgets(make_context):
     with pytest.raises(PlanError, match="num_remove is -1"):
         make_context(num_remove=-1).budget()
     for wrong in (1, 7):
@@ -196,7 +196,7 @@ SEEING = [
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_methods_that_look_at_samples_refuse_to_have_none(name, make_context):
+def test_methods_that_need_samples_refuse_none(name, make_context):
     method = METHODS.find(name)
     with pytest.raises(DataError, match=r"there are none|no training samples|training samples is 0"):
         (method.score or method.plan or method.shrink)(make_context(samples=[]))
@@ -204,7 +204,7 @@ def test_methods_that_look_at_samples_refuse_to_have_none(name, make_context):
 
 @pytest.mark.parametrize("name", ["laco", "llm_pruner", "magnitude", "minitron_width"])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
-def test_methods_that_compute_with_weights_refuse_quantised_ones(name, dtype, make_context, tiny_llama):
+def test_methods_that_compute_with_weights_refuse_quantised_models(name, dtype, make_context, tiny_llama):
     method, model = METHODS.find(name), tiny_llama()
     linear = model.model.layers[1].mlp.up_proj
     linear.weight = torch.nn.Parameter(linear.weight.to(dtype), requires_grad=False)
@@ -216,7 +216,7 @@ def test_methods_that_compute_with_weights_refuse_quantised_ones(name, dtype, ma
 
 
 @pytest.mark.parametrize("name", SHRINKING)
-def test_shrinking_keeps_to_the_budget_and_gives_what_the_plan_says(name, make_context, tiny_llama):
+def test_shrinking_meets_the_budget_and_the_model_matches_its_plan(name, make_context, tiny_llama):
     method, context = METHODS.find(name), make_context()
     context = dataclasses.replace(context, options=method.options())
     model, plan = method.shrink(context)
@@ -259,7 +259,7 @@ def test_training_with_callbacks_leaves_a_plain_model_of_the_same_size(name, mod
 # --- what sets each apart -----------------------------------------------------------------------------------
 
 
-def test_random_draws_anew_for_another_seed(make_context):
+def test_random_depends_on_the_seed(make_context):
     score = METHODS.find("random").score
     assert score(make_context(seed=0)).values != score(make_context(seed=1)).values
 

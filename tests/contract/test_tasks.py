@@ -1,4 +1,4 @@
-"""What every registered task must do; a new task is tested by being registered."""
+"""What every registered task must do; registering a task is enough to test it."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from gradpruner.evaluation.quality import TASK_METRICS
 
 ROWS = json.loads((Path(__file__).parents[1] / "task_rows.json").read_text(encoding="utf-8"))
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-# Rows of the local copies of the sets, as their manifest lists them: to learn from, and to measure on.
+# Rows of the local copies of the datasets, as in their manifest: for training, and for evaluation.
 LOCAL_ROWS = {
     "arc_challenge": (1119, 1172),
     "arc_easy": (2251, 2376),
@@ -44,7 +44,7 @@ def task(request) -> Task:
 
 
 def asked_column(task: Task) -> str:
-    """The column whose text the prompt asks about; FinGPT's first one names the choices."""
+    """Returns the column that the prompt asks about; FinGPT's first column has the choices."""
     return "input" if "input" in task.columns else task.columns[0]
 
 
@@ -94,7 +94,7 @@ def test_its_examples_are_well_formed(task):
     assert examples == task.examples(ROWS[task.name], "train")
 
 
-def test_its_spacing_follows_the_one_rule(task):
+def test_its_spacing_follows_the_rule(task):
     for example in task.examples(ROWS[task.name], "train"):
         assert example.prompt == example.prompt.rstrip()
         for choice in (example.answer, *example.choices):
@@ -131,7 +131,7 @@ def test_a_missing_column_names_row_and_schema(task):
 
 
 @pytest.mark.parametrize("value", [-1, 99, 1.5, True, "great", "", [0]])
-def test_an_answer_that_is_none_names_the_row(task, value):
+def test_a_wrong_answer_names_the_row(task, value):
     column = task.columns[-1]
     if (task.name, value) == ("billsum", "great"):
         pytest.skip("a summary may be any text")
@@ -284,7 +284,7 @@ def test_banking77_prompt_is_short_and_names_no_intent():
     assert list(made.choices) == sorted(made.choices), "the hub numbers them in alphabetical order"
 
 
-def test_banking77_takes_the_name_before_the_number():
+def test_banking77_prefers_the_name_to_the_number():
     # Sorted by code point, as some copies are, 12 is "card_arrival" and 0 is "Refund_not_showing_up".
     row = {"text": "x", "label": 12}
     assert example("banking77", row).answer == " card delivery estimate"
@@ -317,7 +317,7 @@ def test_banking77_is_measured_without_scoring_77_options():
     assert "choice_likelihood" in TASK_METRICS[TASKS.find("trec").metric]
 
 
-def test_billsum_asks_behind_the_bill():
+def test_billsum_asks_after_the_bill():
     assert example("billsum", {"text": " SEC. 1. Pay. ", "summary": "Pays.\n", "title": "T"}) == Example(
         "train[0]", "Bill:\nSEC. 1. Pay.\n\nSummarise this bill.\nSummary:", " Pays."
     )
@@ -335,7 +335,7 @@ def test_gsm8k_needs_the_mark_and_a_number():
             example("gsm8k", row | {"answer": answer})
 
 
-def test_hellaswag_takes_the_marks_of_wikihow_out():
+def test_hellaswag_removes_the_marks_of_wikihow():
     row = {
         "activity_label": "Pets",
         "ctx": "[header] How to wash a dog [title] Fill a tub. [step] Use [lukewarm] water.",
@@ -445,7 +445,7 @@ def test_winogrande_counts_from_one():
         example("winogrande", row | {"answer": "0"})
 
 
-def test_what_the_paper_measures_how():
+def test_metrics_are_those_of_the_paper():
     similarity = {name for name in TASKS.names() if TASKS.find(name).metric == "similarity"}
     assert similarity == {"pubmedqa", "medmcqa", "billsum", "fingpt_sentiment", "scitldr"}
     first = {name for name in TASKS.names() if TASKS.find(name).paper.startswith("Tables 1,")}
