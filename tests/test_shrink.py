@@ -232,7 +232,7 @@ def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch)
     sizes = {p["num_prune"]: p["parameters"] for p in search["curve"]}
     assert sizes[1] > sizes[2] and sizes[1] == record["variants"]["gate"]["num_parameters"]
     shown = render_html(record, tmp_path / "r.html").read_text()
-    assert "How many layers can be removed" in shown and "1 layers certified" in shown
+    assert "How many layers can be removed" in shown and "1 layer certified" in shown
     again = run(recipe)
     assert {s["state"] for s in again["stages"] if s["name"].startswith("search")} == {"skipped"}
 

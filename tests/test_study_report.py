@@ -227,7 +227,7 @@ def test_numbers_equal_the_record(source: str) -> None:
     for shown in ("8.10M", "4.86M", "−40.0%", "0.63×", "0.61×", "3.00\u00a0GiB", "8\u00a0min\u00a025\u00a0s"):
         assert shown in words
     assert (
-        "3,240,000 parameters, 40.0% of all parameters, as many as 6 of its 16 decoder layers hold" in words
+        "3,240,000 parameters, 40.0% of all parameters, as many as 6 of the 16 decoder layers hold" in words
     )
     assert "AMD EPYC 9354" in words and "0a1b2c3d4e5f" in words
 

@@ -31,7 +31,7 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
     with open_server(folder, port) as server:
-        typer.echo(f"{server.url} shows {folder}. Press Ctrl-C to stop.")
+        typer.echo(f"{server.url} shows {folder} (press Ctrl-C to stop)")
         if not no_open and _has_screen():
             # In its own thread, because opening some browsers blocks until they are closed.
             threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()

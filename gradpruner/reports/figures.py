@@ -164,10 +164,7 @@ def depth_plot(view: View) -> Plot | None:
         axes.yaxis.set_major_formatter(lambda value, _: percent(value, 1))
         whole_ticks(axes, 10)
 
-    described = "; ".join(
-        f"{label}: {f'{search.best} layers' if search.best is not None else 'no number of layers'} certified"
-        for _, label, search in found
-    )
+    described = "; ".join(f"{label}: {_layers(search.best)} certified" for _, label, search in found)
     words = f"at most {percent(limit, 2)} lost on {whole(rows)} validation rows"
     return Plot(
         "depths",
@@ -177,6 +174,10 @@ def depth_plot(view: View) -> Plot | None:
         draw("depths", 300, paint),
         (*(Key(series(i), label, "line") for i, label, _ in found), Key("ink", words, "line", "5 4")),
     )
+
+
+def _layers(count: int | None) -> str:
+    return "no number of layers" if count is None else f"{count} layer{'' if count == 1 else 's'}"
 
 
 def _score_plot(name: str, title: str, entry: Scores, values: list[float | None], plan: Plan) -> Plot:

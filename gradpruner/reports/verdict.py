@@ -191,7 +191,7 @@ def budget_words(view: View) -> str:
         return ""
     unit = _UNITS.get(str(budget.unit), text(budget.unit or "the parameters"))
     total = view.record.model.num_layers
-    of = f" of its {whole(total)}" if total else ""
+    of = f" of the {whole(total)}" if total else ""
     worth = f", as many as {whole(budget.layers)}{of} decoder layers hold" if budget.layers else ""
     return (
         f"Every method has the same budget: it removes {whole(budget.removed)} parameters, "
