@@ -37,7 +37,7 @@ def base(study: dict[str, Any], tmp_path: Path) -> Path:
     if "base" in study:
         return PACKAGE / "recipes" / f"{study['base']}.yaml"
     written = tmp_path / "base.yaml"
-    written.write_text(yaml.safe_dump(study["recipe"]), encoding="utf-8")
+    written.write_text(yaml.safe_dump({"effort": "paper", **study["recipe"]}), encoding="utf-8")
     return written
 
 

@@ -98,6 +98,8 @@ def test_runs_are_points_times_seeds_and_a_shared_dense_row_is_run_once(tmp_path
     assert [run.recipe.variants for run in shared.runs()[:2]] == [["dense"], ["merged", "dropped"]]
     assert [run.recipe.plan.num_merge for run in shared.runs()[:3]] == [1, 0, 1]
     assert {(run.recipe.seed, run.recipe.out) for run in shared.runs()[:1]} == {(3, "s/dense/seed-3")}
+    tuned = make_study(recipe.model_copy(update={"start": "tuned"}), out="s", methods=["last"], sweep=sweep)
+    assert {tuple(run.recipe.variants) for run in tuned.runs()} == {("dense", "last")}  # pruned from it
     sweep = Sweep(key="finetune.epochs", values=[1, 2])
     each = make_study(recipe, out="s", methods=["last"], seeds=[0], sweep=sweep)
     assert [run.folder for run in each.runs()] == ["finetune.epochs=1/seed-0", "finetune.epochs=2/seed-0"]

@@ -234,7 +234,8 @@ def make_study(
         sweep=sweep.model_dump() | {"label": sweep.label or sweep.key} if sweep is not None else None,
         **others,
     )
-    if len(study.points) > 1 and study.only_pruning_changes:
+    # Where pruned models start from the tuned one, every point needs the dense row; its training is adopted.
+    if len(study.points) > 1 and study.only_pruning_changes and not recipe.tunes_first:
         own = tuple(replace(row, part=DENSE) if row.name == DENSE else row for row in study.rows)
         study = replace(study, rows=own)
     study.runs()
