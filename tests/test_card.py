@@ -31,7 +31,7 @@ def test_the_hub_reads_the_figures_as_they_were_measured() -> None:
     assert second.metric_value == 0.5
     assert "| exact match | 90.6% | 87.9% to 93.1% | 93.3% |" in card.text
     assert "| rouge l | 50.0% | not measured | not measured |" in card.text
-    assert "1 of 3 decoder layers are gone: 1." in card.text and "torch 2.13.0" in card.text
+    assert "1 of 3 decoder layers were removed: 1." in card.text and "torch 2.13.0" in card.text
     snippet = card.text.split("```python\n")[1].split("```")[0]
     compile(snippet, "card", "exec")
     assert "from_pretrained('me/small')" in snippet and "Answer:" in snippet

@@ -59,7 +59,7 @@ def test_a_saved_model_loads_as_it_was(tmp_path):
     assert PruningPlan.from_dict(facts["plan"]) == plan
     assert (facts["source"], facts["kind"], facts["steps"]) == ("org/base", "model", 3)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "1 of 4 decoder layers are gone: 1." in card and "base_model: org/base" in card
+    assert "1 of 4 decoder layers were removed: 1." in card and "base_model: org/base" in card
     assert load_tokenizer(tmp_path / "out").encode("red") == make_tokenizer().encode("red")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert {stat.S_IMODE(p.stat().st_mode) & 0o077 for p in (tmp_path / "out").iterdir()} == {0o044}
@@ -132,7 +132,7 @@ def test_places_without_a_model(tmp_path, folder):
         locate_model("model.gguf")
     with pytest.raises(ModelError, match="no model folder at"):
         locate_model(tmp_path / "none")
-    with pytest.raises(ModelError, match=r"'some/model' is neither a folder .* nor a model the hub"):
+    with pytest.raises(ModelError, match=r"'some/model' is neither a folder .* nor a model that the hub"):
         locate_model("some/model")
     with pytest.raises(ModelError, match=r"no config\.json"):
         check_model_folder(tmp_path)

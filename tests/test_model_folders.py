@@ -259,7 +259,7 @@ def test_quantised_by_its_tensors_or_by_a_file_beside_them(llama):
     (llama / "hf_quant_config.json").unlink()
     name = "model.layers.0.self_attn.q_proj.qweight"
     rewrite(llama, lambda t: t.update({name: torch.zeros(2, 2, dtype=torch.int32)}))
-    with pytest.raises(ModelError, match=r"by its tensors, such as .*qweight"):
+    with pytest.raises(ModelError, match=r"it has the tensor .*qweight"):
         check_model_folder(llama)
 
 
@@ -381,7 +381,7 @@ def test_adapters_beside_weights(llama, tmp_path):
 def test_models_without_a_language_head(tmp_path, model, what):
     folder = saved(model(make_llama().config), tmp_path / "model")
     for text in answers(folder, tmp_path).values():
-        assert what in text and model.__name__ in text and "give the one this was made from" in text
+        assert what in text and model.__name__ in text and "give the model this one was made from" in text
 
 
 def test_encoders_and_embedding_models(tmp_path, llama):
@@ -496,8 +496,8 @@ def test_every_parameter_keeps_its_own_dtype(tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "said"),
     [
-        ("architectures", 5, "a list of class names is needed"),
-        ("architectures", ["LlamaForCausalLM", None], "a list of class names is needed"),
+        ("architectures", 5, "it must be a list of class names"),
+        ("architectures", ["LlamaForCausalLM", None], "it must be a list of class names"),
         ("text_config", {"x": 1}, "holds a text_config that models of type 'llama' do not have"),
     ],
 )

@@ -120,7 +120,7 @@ def test_layers_of_different_widths_are_refused_but_for_channels_that_sglang_pad
     assert statuses(uneven(kv_heads=1), llama) == ["refused", "refused", "refused"]
     assert statuses(uneven(channels=24), llama) == ["refused", "ok", "refused"]
     assert "none are saved" in reason("sglang", uneven(channels=24), llama)
-    assert "layers have different widths; vllm reads one for all" in reason(
+    assert "layers have different widths; vllm reads one width for all" in reason(
         "vllm", uneven(channels=24), llama
     )
     assert statuses(uneven(channels=24), facts_of("smollm3"))[1] == "refused"

@@ -93,7 +93,7 @@ def test_a_dry_run_lists_what_a_push_then_brings(call, run, monkeypatch):
         assert call("push", run, "me/small", "--no-report", "--variant", "merged")[0] == 0
         hub.private["me/small"] = False
         code, _, err = call("push", run, "me/small")
-        assert code == 2 and "is there and public" in err
+        assert code == 2 and "exists and is public" in err
         hub.refuse = True
         code, out, err = call("push", run, "me/small", "--public")
         assert code == 2 and "may not push" in err and TOKEN not in out + err

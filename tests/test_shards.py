@@ -168,7 +168,7 @@ def test_headers_that_do_not_add_up(tmp_path, header):
 @pytest.mark.parametrize("size", range(8))
 def test_files_too_short_for_a_length(tmp_path, size):
     (tmp_path / "a.safetensors").write_bytes(bytes(size))
-    assert f"has {size} bytes; a safetensors file has 8 at least" in refusal(tmp_path / "a.safetensors")
+    assert f"has {size} bytes; a safetensors file has at least 8" in refusal(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("length", [100_000_001, 2**31, 2**62, 2**64 - 1])
@@ -177,7 +177,7 @@ def test_lengths_that_no_header_has(tmp_path, length):
     os.truncate(path, 2**33)  # there would be so many bytes
     tracemalloc.start()
     start = time.process_time()
-    assert f"claims a header of {length} bytes; 100000000 are allowed" in refusal(path)
+    assert f"claims a header of {length} bytes; at most 100000000 are allowed" in refusal(path)
     seconds, peak = time.process_time() - start, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 1 and peak < 1_000_000
@@ -196,7 +196,7 @@ def test_a_file_that_changed_while_it_was_read(tmp_path, monkeypatch):
     size = path.stat().st_size
     status = os.stat_result((*path.stat()[:6], size + 1, *path.stat()[7:10]))
     monkeypatch.setattr(headers.os, "fstat", lambda _: status)
-    assert f"holds {size + 1} bytes, its tensors end at {size}" in refusal(path)
+    assert f"holds {size + 1} bytes, but its tensors end at {size}" in refusal(path)
 
 
 def test_what_is_no_ordinary_file(tmp_path, monkeypatch):
@@ -388,7 +388,7 @@ def test_indexes_that_are_none(folder, text, part):
     assert (
         caught.value.message.startswith(f"{index} is not a weight index: ") and part in caught.value.message
     )
-    assert "weight_map, from the names of tensors to those of files" in caught.value.hint
+    assert "weight_map that maps tensor names to file names" in caught.value.hint
 
 
 def test_an_index_that_is_too_large_is_not_read(folder):
@@ -414,7 +414,7 @@ NO_PLAIN_NAMES = [
 def test_shards_that_are_no_plain_names(folder, shard):
     write(folder.parent / "secret.safetensors", {"z": entry()})
     make_index(folder, {"x": "b.safetensors", "y": "b.safetensors", "z": shard})
-    with pytest.raises(IntegrityError, match=r"only plain \*.safetensors names .* outside the model folder"):
+    with pytest.raises(IntegrityError, match=r"only plain \*.safetensors names .* out of the model folder"):
         open_shards(folder)
 
 

@@ -944,7 +944,7 @@ def test_what_somebody_else_wrote_meanwhile_is_not_touched(tmp_path):
     ):
         target = tmp_path / f"dst{len(os.listdir(tmp_path))}"
         with (
-            pytest.raises(ConfigError, match="was written by somebody else"),
+            pytest.raises(ConfigError, match="was written by another process"),
             staged_folder(target) as staged,
         ):
             fill(staged)

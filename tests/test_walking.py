@@ -252,7 +252,7 @@ class Squares(nn.Module):
 def test_a_layer_whose_last_linear_is_not_added_as_it_is_is_refused():
     model = make_model()
     model.model.layers[2] = Squares(model.model.layers[2])
-    with pytest.raises(ModelError, match="neither of one linear nor of one norm"):
+    with pytest.raises(ModelError, match="not the output of a single linear or norm"):
         found_output(model)
 
 

@@ -1,8 +1,8 @@
-"""A finished model on its way out: to llama.cpp and Ollama, and to the hub.
+"""Exports a finished model to llama.cpp and Ollama, and pushes it to the hub.
 
-shipped    the model that is exported or pushed: of a run the one to ship, adapters merged in
-gguf       llama.cpp's own converter and quantiser, found and run
-comparing  whether the GGUF answers as transformers does; engine: llama.cpp in a process of its own
+shipped    the model to export or push, with adapters merged in; from a run, the one to ship
+gguf       finds and runs llama.cpp's own converter and quantiser
+comparing  whether the GGUF file answers like transformers; engine: llama.cpp in a process of its own
 ollama     the Modelfile; turns: a chat template as the texts around its turns
-hub        what is pushed, with the card it gets, and the pushing
+hub        the files to push, with the model card, and the push itself
 """

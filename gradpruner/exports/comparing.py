@@ -1,4 +1,4 @@
-"""Whether a GGUF file answers as the model it was made from: greedy tokens, prompt by prompt."""
+"""Checks that a GGUF file answers like the model it was made from, by greedy tokens for a few prompts."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ TEXTS = (
 )
 NEW_TOKENS = 24
 MOST_PROMPTS = 4
+_INSTALL = "Install llama.cpp with: pip install 'gradpruner[gguf]'"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the answers of both compare.
+    """How the answers of the GGUF file compare with those of transformers.
 
     Attributes:
-        engine: Who ran the file; empty where nobody could.
-        prompts: How many were asked.
-        same_prompts: Of them, those answered with the very same tokens.
-        tokens: Tokens that transformers answered.
-        same_tokens: Of them, those up to the first difference in each answer.
-        same_tokenizer: Whether the file cuts texts into the same tokens; None if that was not asked.
+        engine: What ran the file; empty if nothing could.
+        prompts: Number of prompts.
+        same_prompts: Number of prompts that both answered with the same tokens.
+        tokens: Number of tokens that transformers answered.
+        same_tokens: Number of these tokens before the first difference in each answer.
+        same_tokenizer: Whether the file splits texts into the same tokens; None if that was not tried.
         why_not: Why nothing was compared.
     """
 
@@ -50,11 +51,11 @@ class Comparison:
     why_not: str = ""
 
     def facts(self) -> dict[str, Any]:
-        """JSON values."""
+        """Returns the fields as JSON values."""
         return asdict(self)
 
     def sentence(self) -> str:
-        """The outcome in words."""
+        """Returns the outcome in words."""
         if not self.engine:
             return f"Not compared with transformers: {self.why_not}"
         said = (
@@ -63,62 +64,63 @@ class Comparison:
             "the first difference."
         )
         if self.same_tokenizer is False:
-            said += " The file cuts texts into other tokens than the tokenizer: its answers will differ."
+            said += " The file splits texts into other tokens than the tokenizer: its answers will differ."
         return said
 
     @property
     def is_wrong(self) -> bool:
-        """Whether the file computes something else: not one first token is right."""
+        """Whether the file computes something else: the first token of every answer is wrong."""
         return bool(self.engine) and self.tokens > 0 and self.same_tokens == 0
 
 
 def has_llama_cpp() -> bool:
-    """Whether llama.cpp can be run here."""
+    """Whether llama.cpp can run in this Python environment."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 def compare(folder: Path, gguf: Path, kind: str, asked: Sequence[str] = ()) -> Comparison:
-    """Asks the model and the file the same prompts, greedily, and compares their answers.
+    """Gives the model and the file the same prompts and compares their greedy answers.
 
-    Asked are the prompts the model was measured with, special tokens included, or some texts where there are
-    none.
+    `asked` are prompts that the model was measured with, special tokens included. If there are none, `TEXTS`
+    are used.
 
     Raises:
-        ModelError: If the file cannot be run, though there is an engine for it.
+        ModelError: If llama.cpp is installed but cannot run the file.
     """
     from transformers import AutoModelForCausalLM
 
     if not has_llama_cpp() and kind not in PLAIN_TYPES:
-        return Comparison(why_not="llama.cpp cannot be run here; pip install 'gradpruner[gguf]' brings it.")
+        return Comparison(why_not=f"llama.cpp cannot be run here. {_INSTALL}")
     tokenizer = load_tokenizer(folder)
-    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in dict.fromkeys(asked)][
-        :MOST_PROMPTS
-    ]
+    padding = tokenizer.pad_token_id or 0
+    texts = list(dict.fromkeys(asked))[:MOST_PROMPTS]
+    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     prompts = prompts or [tokenizer.encode(text) for text in TEXTS]
+    same_tokenizer = None
     if has_llama_cpp():
-        found = _llama_cpp(gguf, prompts)
-        engine, right = f"llama.cpp in xllamacpp {found['version']}", found["tokens"]
-        alike: bool | None = found["tokenised"] == [tokenizer.encode(text) for text in TEXTS]
+        reply = _llama_cpp(gguf, prompts)
+        engine, answers = f"llama.cpp in xllamacpp {reply['version']}", reply["tokens"]
+        same_tokenizer = reply["tokenised"] == [tokenizer.encode(text) for text in TEXTS]
     else:
         try:
-            read = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name).eval()
-            right = _greedy(read, prompts, tokenizer.pad_token_id or 0)
-        except Exception as error:  # what transformers reads of GGUF changes with every release
+            gguf_model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name).eval()
+            answers = _greedy(gguf_model, prompts, padding)
+        except Exception as error:  # which GGUF files transformers reads changes with every release
             reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
             return Comparison(
-                why_not=f"no llama.cpp here, and transformers does not read the file ({reason})."
+                why_not=f"no llama.cpp here, and transformers does not read the file ({reason}). {_INSTALL}"
             )
-        engine, alike = "reading the GGUF itself; llama.cpp was not run", None
+        engine = "the GGUF file read by transformers; llama.cpp was not run"
     model: Any = load_model(folder)
-    named = model.generation_config.eos_token_id  # engines differ in whether they hand out the end
+    named = model.generation_config.eos_token_id  # some engines return the end token, others do not
     ends = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    expected = _greedy(model, prompts, tokenizer.pad_token_id or 0)
-    return _judged(
-        engine, [_up_to(ids, ends) for ids in expected], [_up_to(ids, ends) for ids in right], alike
-    )
+    expected = [_up_to(ids, ends) for ids in _greedy(model, prompts, padding)]
+    return _judged(engine, expected, [_up_to(ids, ends) for ids in answers], same_tokenizer)
 
 
-def _judged(engine: str, expected: list[list[int]], found: list[list[int]], alike: bool | None) -> Comparison:
+def _judged(
+    engine: str, expected: list[list[int]], found: list[list[int]], same_tokenizer: bool | None
+) -> Comparison:
     same = 0
     for wanted, answer in zip(expected, found, strict=True):
         for one, other in zip(wanted, answer, strict=False):
@@ -126,17 +128,17 @@ def _judged(engine: str, expected: list[list[int]], found: list[list[int]], alik
                 break
             same += 1
     whole = sum(wanted == answer for wanted, answer in zip(expected, found, strict=True))
-    return Comparison(engine, len(expected), whole, sum(map(len, expected)), same, alike)
+    return Comparison(engine, len(expected), whole, sum(map(len, expected)), same, same_tokenizer)
 
 
 def _up_to(ids: list[int], ends: set[int]) -> list[int]:
-    """An answer up to its end, which becomes one mark, so that stopping is compared too."""
+    """Cuts an answer at its end token, which becomes -1, so that stopping is compared too."""
     stop = next((place for place, token in enumerate(ids) if token in ends), None)
     return ids if stop is None else [*ids[:stop], -1]
 
 
 def _greedy(model: Any, prompts: list[list[int]], padding: int) -> list[list[int]]:
-    """The tokens transformers answers."""
+    """Returns the tokens that transformers answers to each prompt."""
     answers = []
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
@@ -175,4 +177,8 @@ def _llama_cpp(gguf: Path, prompts: list[list[int]]) -> dict[str, Any]:
     telling = (
         [line for line in said if "rror" in line or "GGML_ASSERT" in line] or said or ["no reason given"]
     )
-    raise ModelError(f"llama.cpp does not run the file: {telling[-1][:300]}", hint="See docs/serving.md.")
+    raise ModelError(
+        f"llama.cpp does not run the file: {telling[-1][:300]}",
+        hint="docs/serving.md says which model types llama.cpp was tried with. A newer llama.cpp may run it: "
+        "pip install -U xllamacpp",
+    )

@@ -1,4 +1,4 @@
-"""llama.cpp in a process of its own, because it may abort the one it is in.
+"""Runs llama.cpp in a process of its own, because it may abort its process.
 
 `python -m gradpruner.exports.engine` reads a job (JSON) from standard input and writes the answer (JSON) to
 the file that the job names. Needs xllamacpp.
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def answers(job: dict[str, Any]) -> dict[str, Any]:
-    """How the file tokenises texts, and the greedy tokens that follow."""
+    """Returns how the file tokenises the job's texts, and its greedy answers to the job's prompts."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -27,7 +27,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
     def post(path: str, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request) as reply:  # a server of this process, on this machine
+        with urllib.request.urlopen(request) as reply:  # the server runs in this process
             return json.load(reply)
 
     greedy = {"n_predict": job["new"], "temperature": 0, "return_tokens": True, "cache_prompt": False}
@@ -39,7 +39,7 @@ def answers(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Does one job."""
+    """Runs one job."""
     job = json.load(sys.stdin)
     Path(job["answer"]).write_text(json.dumps(answers(job)), encoding="utf-8")
 

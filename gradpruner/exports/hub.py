@@ -1,4 +1,4 @@
-"""Pushing a finished model to the hub: which files, with which card, and where to."""
+"""Pushes a finished model to the hub: checks it, collects its files, writes its card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, ResourceError
-from gradpruner.exports.shipped import FinishedModel, unfinished_stages, whole_model
+from gradpruner.exports.shipped import FinishedModel, unfinished, unfinished_stages, whole_model
 from gradpruner.models.card import CARD_FILE, Base, Figure, Results, base_of, model_card
 from gradpruner.models.folder import PRUNING_FILE, carried_files
 from gradpruner.models.headers import check_inside
@@ -21,7 +21,7 @@ from gradpruner.reports.record import VariantRecord
 REPORT = "report.html"
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 _TOLD_VERSIONS = ("torch", "transformers", "peft")
-_WHOLE_TAIL = 60  # tokens; a longer prompt may have been cut
+_WHOLE_TAIL = 60  # tokens; runs record only the end of longer prompts
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class PushOptions:
     """How to push.
 
     Attributes:
-        public: Anybody may see it.
-        report: The report goes along.
-        base_model: Hub id of the base model, where it is not known.
-        licence: Where it is not known.
+        public: Whether anybody may see the repository.
+        report: Whether to push the report too.
+        base_model: Hub id of the base model, if it is not known.
+        licence: Licence of the base model, if it is not known.
     """
 
     public: bool = False
@@ -42,10 +42,10 @@ class PushOptions:
 
 
 def check_name(repo: str) -> str:
-    """The name of a repository.
+    """Returns the name of a repository if the hub allows it.
 
     Raises:
-        ConfigError: If it has no owner, or is none.
+        ConfigError: If it has no owner or cannot be a name on the hub.
     """
     parts = repo.split("/")
     if len(parts) != 2:
@@ -53,16 +53,16 @@ def check_name(repo: str) -> str:
     if not all(_PART.fullmatch(part) and ".." not in part and "--" not in part for part in parts):
         raise ConfigError(
             f"'{repo}' cannot be a name on the hub.",
-            hint="Letters, digits, '-', '_' and '.', 96 at most on each side.",
+            hint="Use letters, digits, '-', '_' and '.', at most 96 on each side of the '/'.",
         )
     return repo
 
 
 def check_finished(model: FinishedModel) -> None:
-    """ConfigError if the run is still under way, or the folder is not ours."""
+    """Raises ConfigError if the run is not finished, or the folder was not made by gradpruner."""
     if model.run is None and not (model.folder / PRUNING_FILE).is_file():
         raise ConfigError(
-            f"{model.folder} was not made by gradpruner: there is nothing to say in its card.",
+            f"{model.folder} was not made by gradpruner, so there is nothing to write in its card.",
             hint="`hf upload` pushes any folder as it is.",
         )
     if model.run is None:
@@ -70,33 +70,29 @@ def check_finished(model: FinishedModel) -> None:
     left = unfinished_stages(model)
     if not left and model.found.evaluation.metrics:
         return
-    what = ", ".join(left) or f"'{model.row}' is not measured"
-    raise ConfigError(
-        f"The run in {model.run} is not finished: {what}.",
-        hint=f"Start it again, it goes on where it stopped: gradpruner run --out {model.run}",
-    )
+    raise unfinished(model.run, ", ".join(left) or f"'{model.row}' is not measured")
 
 
 def hub_token() -> str:
-    """The token to push with; never shown.
+    """Returns the token to push with; it is never shown.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no token.
     """
     from huggingface_hub import get_token
 
     token = get_token()
     if not token:
         raise ConfigError(
-            "There is no token of the hub on this machine.",
-            hint="`hf auth login` stores one that may write, or set HF_TOKEN. --dry-run needs none.",
+            "There is no token for the hub on this machine.",
+            hint="Run `hf auth login` with a token that may write, or set HF_TOKEN. --dry-run needs none.",
         )
     return token
 
 
 @contextmanager
 def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iterator[dict[str, Path | bytes]]:
-    """Name in the repository -> file or content; adapters are merged in, for as long as the block lasts."""
+    """Yields name in the repository -> file or content. A model merged from adapters lasts as the block."""
     beside = model.run / "push" if model.run is not None else model.folder.with_name(model.name)
     with whole_model(model, beside) as folder:
         card = model_card(_base(model, options), model.plan, model.facts, _results(model, repo))
@@ -106,7 +102,7 @@ def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iter
         for path in paths:
             found[str(path.relative_to(folder))] = check_inside(folder, path)
         base = _base(model, PushOptions())
-        facts = {**model.facts, "source": base.hub_id or Path(base.name).name}  # no folder of this machine
+        facts = {**model.facts, "source": base.hub_id or Path(base.name).name}  # no path of this machine
         found[PRUNING_FILE] = json.dumps(facts, indent=2).encode("utf-8")
         report = model.run / REPORT if model.run is not None and options.report else None
         if report is not None and report.is_file():
@@ -115,7 +111,7 @@ def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iter
 
 
 def _base(model: FinishedModel, options: PushOptions) -> Base:
-    """What the model was made from: the card beside it says so, unless the user does."""
+    """Returns what the model was made from, by the user's options or else the card beside it."""
     source = str(model.facts.get("source") or model.folder.name)
     base = base_of(source, model.base if model.is_adapter else model.folder)
     metadata = dict(base.metadata or {}) | ({"license": options.licence} if options.licence else {})
@@ -123,7 +119,7 @@ def _base(model: FinishedModel, options: PushOptions) -> Base:
 
 
 def _results(model: FinishedModel, repo: str) -> Results | None:
-    """What the card says was measured, where the model comes from a run."""
+    """Returns the results for the card; None if the model does not come from a run."""
     record = model.record
     dense = record.variants.get("dense", VariantRecord()).evaluation.metrics
     figures = [
@@ -149,13 +145,13 @@ def _results(model: FinishedModel, repo: str) -> Results | None:
 
 
 def _name_of(source: Any) -> str:
-    """Rows by the name of their file, without folders of this machine."""
+    """Returns the name of a source of rows, without folders of this machine."""
     text = str(source or "not said")
     return Path(text).name if text.startswith(("/", ".", "~")) else text
 
 
 def _example(model: FinishedModel) -> str | None:
-    """A prompt of the task that is known as a whole, without the start token that the tokenizer writes."""
+    """Returns a complete prompt of the task, without the start token that the tokenizer adds; else None."""
     tokenizer = load_tokenizer(model.base if model.is_adapter else model.folder)
     for prompt in model.asked():
         if len(tokenizer.encode(prompt, add_special_tokens=False)) < _WHOLE_TAIL:
@@ -164,13 +160,13 @@ def _example(model: FinishedModel) -> str | None:
 
 
 def push(files: dict[str, Path | bytes], repo: str, options: PushOptions, token: str) -> str:
-    """Makes the repository where there is none, and pushes all files as one commit.
+    """Creates the repository if it does not exist, and pushes all files as one commit.
 
     Returns:
         The address of the repository.
 
     Raises:
-        ConfigError: If the token may not do that, or the repository is public and nobody said so.
+        ConfigError: If the token lacks the right, or the repository is public but `options.public` is False.
         ResourceError: If the hub cannot be reached or refuses the files.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -180,7 +176,7 @@ def push(files: dict[str, Path | bytes], repo: str, options: PushOptions, token:
         if api.repo_exists(repo):
             if not options.public and not api.model_info(repo).private:
                 raise ConfigError(
-                    f"{repo} is there and public.", hint="Say --public, or push to another name."
+                    f"{repo} exists and is public.", hint="Add --public, or push to another name."
                 )
             url = f"{api.endpoint}/{repo}"
         else:
@@ -189,23 +185,23 @@ def push(files: dict[str, Path | bytes], repo: str, options: PushOptions, token:
         api.create_commit(repo, added, commit_message="Model, card and report by gradpruner")
     except GradPrunerError:
         raise
-    except Exception as error:  # network, permission, quota: many types
+    except Exception as error:  # network, permission, quota: errors of many types
         raise _refused(error, repo, token) from None
     return url
 
 
 def _refused(error: Exception, repo: str, token: str) -> GradPrunerError:
-    """An error of the hub in words, the token never among them."""
+    """Returns an error of the hub in words, without the token."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = str(error).replace(token, "<token>").strip().splitlines() or [type(error).__name__]
     if status in (401, 403):
         return ConfigError(
             f"The token may not push to {repo} (status {status}).",
-            hint="It needs the right to write, for this owner: make one on the hub, then `hf auth login`.",
+            hint="Make a token on the hub that may write for this owner, then run `hf auth login`.",
         )
     return ResourceError(
         f"{repo} was not pushed: {said[-1][:300]}",
-        hint="Nothing is half there: a push is one commit. Try again.",
+        hint="Try again. A push is one commit, so no part of it was pushed.",
     )
 
 

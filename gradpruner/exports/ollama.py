@@ -1,4 +1,4 @@
-"""The Modelfile that makes a GGUF file a model of Ollama: template, stops, parameters."""
+"""Writes the Modelfile with which Ollama runs a GGUF file: template, stops, parameters."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ MOST_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Modelfile:
-    """The text of a Modelfile, and a note on it for the user."""
+    """The text of a Modelfile, and a note for the user about its template."""
 
     text: str
     note: str
 
 
 def modelfile(folder: Path, gguf: Path, asked: Sequence[str] = ()) -> Modelfile:
-    """Writes the Modelfile of a model, which will lie beside its GGUF file.
+    """Returns the Modelfile of a model, to be written beside its GGUF file.
 
-    `asked` are ends of the prompts it was measured with: they say whether it is asked through its template.
+    `asked` are ends of the prompts the model was measured with. They show whether it was measured through its
+    chat template.
     """
     tokenizer = load_tokenizer(folder)
     template, turns, note = _template(tokenizer, asked)
@@ -47,34 +48,36 @@ def modelfile(folder: Path, gguf: Path, asked: Sequence[str] = ()) -> Modelfile:
 
 
 def _template(tokenizer: Any, asked: Sequence[str]) -> tuple[str, Turns | None, str]:
-    """The template in Ollama's language, the turns it has, and a line that says where it is from."""
+    """Returns the template in Ollama's language, its turns, and a note that says where it comes from."""
     if not tokenizer.chat_template:
-        return PLAIN, None, "The model has no chat template: it is given the prompt as it is."
+        return PLAIN, None, "The model has no chat template: the prompt is passed on as it is."
     turns = find_turns(tokenizer)
     if isinstance(turns, str):
         note = (
-            f"The chat template could not be translated: {turns}. The prompt is given as it is; write a "
-            "TEMPLATE that does what chat_template.jinja does before you chat with the model."
+            f"The chat template could not be translated: {turns}. The prompt is passed on as it is; before "
+            "you chat with the model, write a TEMPLATE that does what chat_template.jinja does."
         )
         return PLAIN, None, note
     ending = f"{turns.user[1]}{turns.reply}".rstrip()
     if asked and not any(prompt.rstrip().endswith(ending) for prompt in asked):
-        return PLAIN, None, "The model was tuned and measured on plain prompts: it is given them as they are."
-    start = tokenizer.encode("a")[:1]  # before a text, the start token comes by itself in some tokenizers
+        note = "The model was tuned and measured on plain prompts: the prompt is passed on as it is."
+        return PLAIN, None, note
+    start = tokenizer.encode("a")[:1]  # some tokenizers add the start token themselves
     template = turns.go_template(start_is_added=bool(start) and start[0] == tokenizer.bos_token_id)
     if '"""' in template:
-        return PLAIN, None, "The chat template cannot stand in a Modelfile; the prompt is given as it is."
+        note = (
+            'The chat template contains """, which a Modelfile cannot hold: the prompt is passed on as it is.'
+        )
+        return PLAIN, None, note
     dated = "strftime_now" in str(tokenizer.chat_template)
-    note = "The tokenizer's chat template, turn by turn" + (
-        ", with the date of today in it." if dated else "."
-    )
+    note = "The tokenizer's chat template, turn by turn" + (", with today's date in it." if dated else ".")
     if turns.system is None and turns.joint is None:
         note += " It has no system messages."
     return template, turns, note
 
 
 def _stops(folder: Path, tokenizer: Any, turns: Turns | None) -> list[str]:
-    """Every token that ends an answer, as text."""
+    """Returns the tokens that end an answer, as text."""
     ends: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         found = read_json(folder / name, name).get("eos_token_id") if (folder / name).is_file() else None

@@ -1,4 +1,4 @@
-"""The model that is exported or pushed: a folder, or the one of a run that is to be shipped."""
+"""The model to export or push: a model folder, or the model of a run that is to be shipped."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.common.files import shown, staging
 from gradpruner.common.json_files import read_json, read_object
 from gradpruner.evaluation.outputs import read_examples
+from gradpruner.models.checking import ADAPTER_FILE
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, locate_model, read_pruning
 from gradpruner.models.loading import load_adapter, load_model, load_tokenizer
@@ -24,22 +25,21 @@ from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import read
 from gradpruner.runs.directory import MANIFEST, read_manifest, stays_inside
 
-ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = "*.safetensors"
 
 
 @dataclass(frozen=True)
 class FinishedModel:
-    """A model folder, and the run it comes from.
+    """A model folder, and the run it comes from, if any.
 
     Attributes:
-        folder: Where it lies; of a run with LoRA, the adapters alone.
-        name: For files and repositories.
-        reason: Why this model of the run; empty for a folder.
-        run: The run directory, None for a folder.
-        row: Its row of the run.
-        record: run.json, empty for a folder.
-        warning: Why the run says that its task was not learned; empty where it was, and for a folder.
+        folder: The model folder; after a run with LoRA it holds only the adapters.
+        name: A name for files made from it.
+        reason: Why this model of the run was chosen; empty without a run.
+        run: The run directory; None without a run.
+        row: The model's row of the run.
+        record: The content of run.json; empty without a run.
+        warning: Why the run says that its task was not learned; empty if it was, or without a run.
     """
 
     folder: Path
@@ -52,37 +52,37 @@ class FinishedModel:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What `pruning.json` says; {} where there is none."""
+        """The content of `pruning.json`; {} if there is none."""
         return read_pruning(self.folder)
 
     @property
     def plan(self) -> Plan | None:
-        """Its plan; None for a dense model."""
+        """The plan of the model; None for a dense model."""
         raw = self.facts.get("plan")
         return read_plan(raw, str(self.folder / PRUNING_FILE)) if raw is not None else None
 
     @property
     def found(self) -> VariantRecord:
-        """What the run says of the row."""
+        """What the run recorded about the row."""
         return self.record.variants.get(self.row, VariantRecord())
 
     @property
     def is_adapter(self) -> bool:
         """Whether the folder holds adapters instead of a model."""
-        return (self.folder / ADAPTER_CONFIG).is_file()
+        return (self.folder / ADAPTER_FILE).is_file()
 
     @property
     def base(self) -> Path:
-        """The model folder adapters belong to."""
+        """The model folder that the adapters belong to."""
         if self.run is not None and self.row != "dense":
             return self.run / "variants" / self.row / "pruned"
         if self.run is not None:
             return locate_model(str(self.record.model.path))
-        named = read_json(self.folder / ADAPTER_CONFIG, "adapter config").get("base_model_name_or_path")
+        named = read_json(self.folder / ADAPTER_FILE, "adapter config").get("base_model_name_or_path")
         return locate_model(str(named))
 
     def asked(self) -> list[str]:
-        """Ends of the prompts it was measured with, special tokens included; none for a folder."""
+        """Returns ends of the prompts it was measured with, special tokens included; [] without a run."""
         file = self.found.evaluation.per_example
         if self.run is None or not isinstance(file, str) or not stays_inside(file):
             return []
@@ -91,26 +91,24 @@ class FinishedModel:
 
 
 def open_model(where: str, row: str | None = None) -> FinishedModel:
-    """Finds the model that a run directory, model folder or hub id means; of a run, `row` if it is given.
+    """Finds the model of a run directory, model folder or hub id; from a run, the model of `row` if given.
 
     Raises:
-        ConfigError: If there is no such row, the run is not far enough, or the model is no longer there.
-        ModelError: If it is neither a run nor a model.
+        ConfigError: If the run has no such row or no run.json yet, or the model was removed.
+        ModelError: If `where` is neither a run nor a model.
     """
     folder = Path(where).expanduser()
     if (folder / "study.json").is_file():
         raise ConfigError(
             f"{folder} holds a comparison of several runs.",
-            hint="Name one of them: the folder seed-0 in it, say.",
+            hint="Name one of these runs, for example the folder seed-0 in it.",
         )
     if (folder / MANIFEST).is_file() or (folder / "run.json").is_file():
         return _of_run(folder, row)
     if row is not None:
-        raise ConfigError("--variant names a row of a run, and this is a model.", hint="Leave it out.")
+        raise ConfigError(f"--variant names a row of a run, but {where} is a model.", hint="Leave it out.")
     found = locate_model(where)
-    if not any(found.glob(_WEIGHTS)) or not any(
-        (found / n).is_file() for n in ("config.json", ADAPTER_CONFIG)
-    ):
+    if not any(found.glob(_WEIGHTS)) or not any((found / n).is_file() for n in ("config.json", ADAPTER_FILE)):
         raise ModelError(
             f"{found} is neither a run directory nor a model folder.",
             hint="A run has manifest.json and run.json, a model config.json and *.safetensors.",
@@ -120,10 +118,7 @@ def open_model(where: str, row: str | None = None) -> FinishedModel:
 
 def _of_run(run: Path, row: str | None) -> FinishedModel:
     if not (run / "run.json").is_file():
-        raise ConfigError(
-            f"The run in {run} is not finished: it has no run.json yet.",
-            hint=f"Start it again, it goes on where it stopped: gradpruner run --out {run}",
-        )
+        raise unfinished(run, "it has no run.json yet")
     raw = read_object(run / "run.json", "run record", dict[str, Any])
     chosen, record = model_to_ship(raw, row), Record.model_validate(raw)
     given = chosen.row == "dense" and chosen.folder == record.model.path
@@ -131,21 +126,26 @@ def _of_run(run: Path, row: str | None) -> FinishedModel:
         raise ConfigError(f"The model of {shown(chosen.row)} is in {shown(chosen.folder)}, outside the run.")
     folder = locate_model(chosen.folder) if given else run / chosen.folder
     if not any(folder.glob(_WEIGHTS)):
-        kept = record.recipe.get("keep_models")
-        hint = (
-            "keep_models: none removed it: set it to all, and start the run again."
-            if kept == "none"
-            else None
-        )
-        raise ConfigError(f"The model of '{chosen.row}' is not in {folder}.", hint=hint)
+        again = f"Start the run again to make it: gradpruner run --out {run}"
+        if record.recipe.get("keep_models") == "none":
+            again = f"keep_models: none removed it. {again} --set keep_models=all"
+        raise ConfigError(f"The model of '{chosen.row}' is not in {folder}.", hint=again)
     name = f"{run.resolve().name}-{chosen.row}"
     verdict = judge(read(raw))
     warning = verdict.sentence if verdict.word == NOT_LEARNED else ""
     return FinishedModel(folder, name, chosen.reason, run, chosen.row, record, warning)
 
 
+def unfinished(run: Path, why: str) -> ConfigError:
+    """Returns the error for a run that is not finished."""
+    return ConfigError(
+        f"The run in {run} is not finished: {why}.",
+        hint=f"Start it again, and it goes on where it stopped: gradpruner run --out {run}",
+    )
+
+
 def unfinished_stages(model: FinishedModel) -> list[str]:
-    """Stages of the model's row, and of what it was made from, that were begun and are not done."""
+    """Returns the stages of the model's row, and those it depends on, that were begun and are not done."""
     if model.run is None or not (model.run / MANIFEST).is_file():
         return []
     stages = read_manifest(model.run / MANIFEST)["stages"]
@@ -157,7 +157,7 @@ def unfinished_stages(model: FinishedModel) -> list[str]:
 
 @contextmanager
 def whole_model(model: FinishedModel, beside: Path) -> Iterator[Path]:
-    """The folder of the model; adapters are merged into a folder next to `beside` while the block lasts.
+    """Yields the model's folder; adapters are merged into a folder next to `beside` for the block.
 
     Raises:
         ModelError: If the adapters do not fit.

@@ -1,4 +1,4 @@
-"""A chat template as the texts around its turns, found by rendering it and proved by rendering it again."""
+"""Derives the texts around the turns of a chat template by rendering it, and proves them the same way."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]
-# Words no template writes or changes, so that what stands around them is the template's.
+# Words that no template writes or changes, so the text around them is the template's.
 _SYSTEM, _USER, _ANSWER, _NEXT = "qzsysqz", "qzuserqz", "qzanswerqz", "qznextqz"
 
 
 @dataclass(frozen=True)
 class Turns:
-    """What stands around the content of each turn.
+    """The texts around the content of each turn.
 
     Attributes:
-        start: The start token, where the template writes one.
-        default: What begins a conversation without a system message.
-        system: Around a system message. None: it has no turn of its own.
-        joint: Between a system message and the first user turn it is put into; None: there are none.
-        user: Around a user message.
-        assistant: Around an answer.
-        reply: What opens the answer that is asked for.
+        start: The start token, if the template writes one.
+        default: The beginning of a conversation without a system message.
+        system: The texts around a system message; None if it has no turn of its own.
+        joint: The text between a system message and the first user message, if both share a turn; else None.
+        user: The texts around a user message.
+        assistant: The texts around an answer.
+        reply: The text that opens the answer to be generated.
     """
 
     start: str
@@ -34,7 +34,7 @@ class Turns:
     reply: str
 
     def render(self, messages: Sequence[Message]) -> str:
-        """A conversation as text, up to where the answer begins."""
+        """Returns a conversation as text, up to the place where the answer begins."""
         first = messages[0]
         system = first["content"] if first["role"] == "system" else None
         text = self.start + (self.default if system is None or self.system is None else "")
@@ -53,9 +53,9 @@ class Turns:
         return text + self.reply
 
     def go_template(self, start_is_added: bool) -> str:
-        """The same as a template of Go's text/template over Ollama's Messages.
+        """Returns the turns as a template for Go's text/template, over Ollama's Messages.
 
-        With `start_is_added` the engine writes the start token itself.
+        With `start_is_added`, the template leaves out the start token because the engine adds it.
         """
         user, answer = ([_escaped(text) for text in pair] for pair in (self.user, self.assistant))
         joined = ""
@@ -76,7 +76,7 @@ class Turns:
 
 
 def find_turns(tokenizer: Any) -> Turns | str:
-    """The turns of a tokenizer's chat template, or why it cannot be written as turns, in words."""
+    """Returns the turns of a tokenizer's chat template, or in words why it cannot be written as turns."""
 
     def render(*messages: Message, opened: bool = False) -> str:
         return str(
@@ -86,19 +86,19 @@ def find_turns(tokenizer: Any) -> Turns | str:
     try:
         found = _guess(render, tokenizer.bos_token or "")
     except Exception as error:  # a template is a program and may raise anything
-        return f"it does not put turns one after the other ({str(error).splitlines()[0][:120]})"
+        return f"it does not write one turn after the other ({str(error).splitlines()[0][:120]})"
     for messages in _probes(found):
         try:
             right = render(*messages, opened=True)
         except Exception as error:
             return f"it refuses a conversation ({str(error).splitlines()[0][:120]})"
         if right != found.render(messages):
-            return "it writes a turn in another way depending on what stands around it"
+            return "it writes a turn differently depending on the turns around it"
     return found
 
 
 def _guess(render: Any, bos: str) -> Turns:
-    """Reads the turns off a few conversations."""
+    """Derives the turns from a few rendered conversations."""
     user, answer = _says("user", _USER), _says("assistant", _ANSWER)
     head, tail = _around(render(user), _USER)
     reply = _without(render(user, opened=True), f"{head}{_USER}{tail}", "")
@@ -138,7 +138,7 @@ def _without(text: str, start: str, end: str) -> str:
 
 
 def _probes(turns: Turns) -> list[list[Message]]:
-    """Conversations that must come out right; the contents are ordinary ones."""
+    """Returns conversations with ordinary contents that the turns must render like the template."""
     user, answer, further = (
         _says("user", "What is 2 + 2?"),
         _says("assistant", "Four."),

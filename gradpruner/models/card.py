@@ -1,4 +1,4 @@
-"""The model card: README.md of every folder we write, and what the hub shows of a model that is pushed."""
+"""The model card: the README.md in every model folder we write, which the hub shows for a pushed model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ CARD_FILE = "README.md"
 UNKNOWN_LICENCE = "unknown"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _IN_CACHE = re.compile(r"models--(.+?)--(.+?)/snapshots/")
-# Licence and languages of a model hold for what is made from it.
-_TAKEN_OVER = ("license", "license_name", "license_link", "language")
+# What a model inherits from the model it was made from.
+_INHERITED = ("license", "license_name", "license_link", "language")
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Base:
     """The model that was pruned or tuned.
 
     Attributes:
-        name: As it was given.
-        hub_id: Its name on the hub, or that of the model it was made from; None where that is not known.
-        metadata: Licence and languages, as its own card gives them.
+        name: The folder or hub id that the user gave.
+        hub_id: Its hub id, or the hub id of the model it was made from; None if neither is known.
+        metadata: Licence and languages from its own card.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured metric: fractions, with the ends of the 95 % interval where there are any."""
+    """One measured metric as fractions: its value, the ends of its 95 % interval, the dense model's value."""
 
     metric: str
     value: float
@@ -48,15 +48,15 @@ class Figure:
 
 @dataclass(frozen=True)
 class Results:
-    """What the model was measured to do.
+    """How the model was trained and measured.
 
     Attributes:
-        rows: Where the test rows came from.
-        trained_on: Where the training rows came from.
+        rows: Source of the test rows.
+        trained_on: Source of the training rows.
         figures: The metrics, headline first.
-        versions: Package -> version it was made with.
-        prompt: An example to ask the model, as it was asked.
-        repo: The repository it is pushed to.
+        versions: Package name -> version the model was made with.
+        prompt: An example prompt, formatted as in the measurement.
+        repo: The repository the model is pushed to.
     """
 
     task: str
@@ -70,7 +70,7 @@ class Results:
 
 
 def base_of(source: str, folder: Path | None = None) -> Base:
-    """What is known of a base model that was given as `source`; its card in `folder` says the licence."""
+    """Returns what is known about the base model `source`; the card in `folder` gives its licence."""
     known = card_metadata(folder) if folder is not None else {}
     cached = _IN_CACHE.search(str(folder or source))
     if cached:
@@ -81,20 +81,20 @@ def base_of(source: str, folder: Path | None = None) -> Base:
         named = known.get("base_model")
         named = named[0] if isinstance(named, list) and len(named) == 1 else named
         hub_id = named if isinstance(named, str) and _HUB_ID.fullmatch(named) else None
-    kept = {key: known[key] for key in _TAKEN_OVER if key in known}
+    kept = {key: known[key] for key in _INHERITED if key in known}
     if kept.get("license") == UNKNOWN_LICENCE:
         del kept["license"]
     return Base(source, hub_id, kept)
 
 
 def card_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of a folder's card; nothing where it has none or none that can be read."""
+    """Returns the metadata of a folder's card; {} if there is no card or it cannot be read."""
     from huggingface_hub import metadata_load
 
     path = folder / CARD_FILE
     try:
         found = metadata_load(path) if path.is_file() and path.stat().st_size < 2**22 else None
-    except Exception:  # somebody else's YAML: many types, one meaning here
+    except Exception:  # somebody else's YAML raises errors of many types
         return {}
     return {str(key): value for key, value in (found or {}).items() if _plain_value(value)}
 
@@ -106,13 +106,13 @@ def _plain_value(value: Any) -> bool:
 def model_card(
     base: Base, plan: Plan | None, facts: Mapping[str, Any], results: Results | None = None
 ) -> str:
-    """The whole card as text.
+    """Returns the whole card as text.
 
     Args:
-        base: What it was made from.
+        base: The model it was made from.
         plan: None for a dense model.
-        facts: Of `pruning.json`: `portability`, `repair`.
-        results: None where nothing has been measured yet.
+        facts: `portability` and `repair` of `pruning.json`.
+        results: None if nothing has been measured yet.
     """
     kind = {None: "fine-tuned", "width": "pruned", "layers": "depth-pruned"}[plan.kind if plan else None]
     name = base.hub_id or base.name
@@ -145,13 +145,13 @@ def model_card(
 
 
 def plain(value: Any) -> str:
-    """A name somebody gave as one line of Markdown that means itself: no tags, links or headings."""
+    """Returns a value as one line of Markdown that shows it literally: no tags, links or headings."""
     line = "".join(c if c.isprintable() else " " for c in str(value))
     return re.sub(r"([\\`*\[\]|~#!])", r"\\\1", line.replace("&", "&amp;").replace("<", "&lt;"))
 
 
 def _metadata(base: Base, results: Results | None) -> str:
-    """The front matter, as the hub's own library writes it."""
+    """Returns the front matter, written by the hub's own library."""
     from huggingface_hub import EvalResult, ModelCardData
 
     measured = []
@@ -184,16 +184,16 @@ def _metadata(base: Base, results: Results | None) -> str:
 
 
 def _origin(base: Base) -> list[str]:
-    if base.hub_id and base.hub_id != base.name:
-        made = f"Made from {plain(Path(base.name).name)}, which was made from {plain(base.hub_id)}."
-        made = f"Made from {plain(base.hub_id)}." if _IN_CACHE.search(base.name) else made
-    elif base.hub_id:
+    local = plain(Path(base.name).name)
+    if not base.hub_id:
+        made = f"Made from {local}, whose name on the hub is not known."
+    elif base.hub_id == base.name or _IN_CACHE.search(base.name):
         made = f"Made from {plain(base.hub_id)}."
     else:
-        made = f"Made from {plain(Path(base.name).name)}; what the hub calls that model is not known."
+        made = f"Made from {local}, which was made from {plain(base.hub_id)}."
     if (base.metadata or {}).get("license"):
         return [f"{made} The licence is that of the base model."]
-    return [f"{made} Its licence is not known here: look it up before you share this model."]
+    return [f"{made} Its licence is not known: look it up before you share this model."]
 
 
 def _results(results: Results) -> list[str]:
@@ -201,8 +201,8 @@ def _results(results: Results) -> list[str]:
     lines = [
         "## Results",
         "",
-        f"Task: {plain(results.task)}. Measured on {rows} ({plain(results.rows)}), greedy answers, "
-        f"trained on {plain(results.trained_on)}.",
+        f"Task: {plain(results.task)}. Trained on {plain(results.trained_on)}, measured on {rows} "
+        f"({plain(results.rows)}) with greedy decoding.",
         "",
         "| metric | this model | 95 % interval | before pruning |",
         "|---|---|---|---|",
@@ -217,13 +217,14 @@ def _results(results: Results) -> list[str]:
 
 
 def _use(plan: Plan | None, results: Results | None) -> list[str]:
-    """How the model is loaded and, where an example is known, asked: a snippet that runs."""
+    """Returns a snippet that loads the model and, if an example prompt is known, asks it."""
     where = repr(results.repo if results and results.repo else "this folder")
-    if plan is not None and plan.kind == "width" and not plan.uniform:
+    uneven = plan is not None and plan.kind == "width" and not plan.uniform
+    if uneven:
         loads = ["from gradpruner import load_model", "", f"model = load_model({where})"]
         note = [
-            "No config can say widths that differ between layers. Load the model with GradPruner, which runs",
-            "no code of this folder; plain transformers refuses it by the shapes of its tensors:",
+            "A config cannot describe layers of different widths. Load the model with GradPruner, which runs",
+            "no code from this folder; plain transformers refuses the shapes of its tensors:",
         ]
     else:
         loads = [
@@ -232,7 +233,7 @@ def _use(plan: Plan | None, results: Results | None) -> list[str]:
             f"model = AutoModelForCausalLM.from_pretrained({where})",
         ]
         note = ["It loads with `AutoModelForCausalLM.from_pretrained`, without custom code."]
-    if results and results.prompt and len(loads) == 3 and "transformers" in loads[0]:
+    if results and results.prompt and not uneven:
         loads += [
             f"tokenizer = AutoTokenizer.from_pretrained({where})",
             f"prompt = {results.prompt!r}".replace("```", "` ` `"),
@@ -245,7 +246,7 @@ def _use(plan: Plan | None, results: Results | None) -> list[str]:
 
 def _depth_lines(plan: PruningPlan, repair: Mapping[str, Any] | None) -> list[str]:
     lines = [
-        f"{len(plan.pruned)} of {plan.num_layers} decoder layers are gone: {runs_of(plan.pruned)}.",
+        f"{len(plan.pruned)} of {plan.num_layers} decoder layers were removed: {runs_of(plan.pruned)}.",
         f"Method: {plain(plan.method)}. Kept: {runs_of(plan.keep)}.",
     ]
     for target, layers in plan.merged.items():
@@ -258,7 +259,7 @@ def _depth_lines(plan: PruningPlan, repair: Mapping[str, Any] | None) -> list[st
         how = plain(repair["kind"]).replace("_", " ")
         lines.append(
             f"Repaired ({how}, {plain(repair['rows'])} rows of the task): the last weights of layers "
-            f"{runs_of(refitted)} were refitted to make up for the layers that are gone behind them."
+            f"{runs_of(refitted)} were refitted to make up for the removed layers."
         )
     return [
         *lines,
@@ -275,13 +276,13 @@ def _width_lines(plan: WidthPlan) -> list[str]:
 
     shape, layers = plan.shape, range(plan.num_layers)
     return [
-        f"All {plan.num_layers} decoder layers stay and become narrower. Method: {plain(plan.method)}. "
+        f"All {plan.num_layers} decoder layers are kept but narrower. Method: {plain(plan.method)}. "
         "Per layer:",
         "",
         kept("query heads", [len(w.heads) for w in plan.layers], shape.num_heads),
         kept("key/value heads", [len(plan.kv_heads(i)) for i in layers], shape.num_kv_heads),
         kept("MLP channels", [len(w.channels) for w in plan.layers], shape.intermediate_size),
-        kept("hidden dimensions, in all of them,", [len(plan.hidden)], shape.hidden_size),
+        kept("hidden dimensions (the same in all layers)", [len(plan.hidden)], shape.hidden_size),
         "",
         "`pruning.json` holds the complete plan.",
     ]

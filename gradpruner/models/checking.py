@@ -1,4 +1,4 @@
-"""Whether a model folder can be used at all: one answer, for every command, before anything is loaded."""
+"""Checks whether a model folder can be used at all. Every command asks here before it loads anything."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from gradpruner.models.raw_config import (
 from gradpruner.models.shards import open_shards
 
 ADAPTER_FILE = "adapter_config.json"
-# Files that say, beside config.json, that weights are quantised (ModelOpt, GPTQ, AWQ).
+# Files beside config.json that say the weights are quantised (ModelOpt, GPTQ, AWQ).
 _QUANTISATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-# Tensors that only quantised weights have: GPTQ and AWQ, compressed-tensors, bitsandbytes, FP8.
+# Names of tensors that only quantised weights have: GPTQ and AWQ, compressed-tensors, bitsandbytes, FP8.
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight.absmax", ".SCB", ".weight_scale_inv")
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
@@ -30,31 +30,30 @@ _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 def check_model_folder(
     folder: Path, trust_remote_code: bool = False, quantised: bool = False
 ) -> dict[str, Any]:
-    """Looks at a model folder before anything is loaded; returns its raw config.
+    """Checks a model folder before anything is loaded and returns its raw config.
 
-    `trust_remote_code` accepts a config that needs code from its folder, `quantised` quantised weights.
+    `trust_remote_code` allows a config that needs code from its folder; `quantised` allows quantised weights.
 
     Raises:
-        ModelError: If config.json is missing or invalid, the folder holds adapters, weights are not
-            safetensors, the checkpoint is quantised, or needs remote code.
-        IntegrityError: If the config carries a field that makes transformers run foreign code, or sizes no
-            model has, or the files of the weights are damaged, missing, outside the folder or contradict
-            each other.
+        ModelError: If config.json is missing or invalid, the folder holds adapters, the weights are not
+            safetensors or are quantised, or the model needs remote code.
+        IntegrityError: If the config has a field that makes transformers run foreign code, or sizes that no
+            model has, or if weight files are damaged, missing, outside the folder or contradict each other.
     """
     config = check_config(folder, trust_remote_code, quantised)
     shards = open_shards(folder)
     packed = [name for name in shards.tensors if name.endswith(_PACKED)]
     if packed and not quantised:
-        raise _quantised(folder, f"by its tensors, such as '{packed[0]}'")
+        raise _quantised(folder, f"it has the tensor '{packed[0]}'")
     return config
 
 
 def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool = False) -> dict[str, Any]:
-    """What `check_model_folder` does, for a folder whose weights are not there or do not matter."""
+    """Checks a folder like `check_model_folder`, except its weights, which may be missing."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise _no_config(folder)
-    if (folder / ADAPTER_FILE).is_file():  # transformers would load both, and what the adapters name
+    if (folder / ADAPTER_FILE).is_file():  # transformers would also load the adapters and the base they name
         raise _adapters(folder)
     config = read_raw_config(check_inside(folder, path))
     refuse_foreign_code(path, config)
@@ -62,14 +61,14 @@ def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool 
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ModelError(
-            f"{path}: architectures is {names!r}; a list of class names is needed.",
-            hint="Take the config.json from where the weights came from.",
+            f"{path}: architectures is {names!r}; it must be a list of class names.",
+            hint="Get config.json again from where the weights came from.",
         )
     if wants_code(config) and not trust_remote_code:
         raise ModelError(
-            f"{path} asks for remote code (auto_map), and transformers itself knows no model type "
+            f"{path} asks for remote code (auto_map): transformers itself does not know the model type "
             f"{config.get('model_type')!r}.",
-            hint="If you trust its author, pass --trust-remote-code.",
+            hint="If you trust the author of the model, pass --trust-remote-code.",
         )
     parts = quantised_parts(config)
     beside = next((name for name in _QUANTISATION_FILES if (folder / name).is_file()), None)
@@ -79,22 +78,22 @@ def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool 
 
 
 def refuse_embedding_model(folder: Path) -> None:
-    """Raises ModelError for a folder of sentence-transformers, whatever class its config names."""
+    """Raises ModelError for a folder of sentence-transformers, even if its config names a causal LM."""
     if (folder / "modules.json").is_file() and (folder / "config_sentence_transformers.json").is_file():
         raise ModelError(
             f"{folder} is an embedding model (sentence-transformers).",
-            hint="Only language models that go on with a text can be used: give the one it was made from.",
+            hint="Only language models that generate text can be used: give the model it was made from.",
         )
 
 
 def is_quantised(folder: Path, config: dict[str, Any], tensors: Iterable[str]) -> bool:
-    """Whether a model's weights are quantised: by its config, a file beside it, or its tensors."""
+    """Whether a model's weights are quantised, judging by its config, a file beside it, or its tensors."""
     beside = any((folder / name).is_file() for name in _QUANTISATION_FILES)
     return bool(quantised_parts(config)) or beside or any(name.endswith(_PACKED) for name in tensors)
 
 
 def is_model_folder(path: str | Path) -> bool:
-    """Whether a folder is meant as a model, usable or not: it holds a config, adapters or weights."""
+    """Whether a folder looks like a model, usable or not: it holds a config, adapters or weights."""
     folder = Path(path).expanduser()
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     return any(name in (CONFIG_FILE, ADAPTER_FILE) or name.endswith(_WEIGHT_SUFFIXES) for name in names)
@@ -102,28 +101,28 @@ def is_model_folder(path: str | Path) -> bool:
 
 def _quantised(folder: Path, how: str) -> ModelError:
     return ModelError(
-        f"{folder} is quantised ({how}); merging and fine-tuning need the real weights.",
-        hint="Use the unquantised model; adapter: qlora quantises it on the fly for recording.",
+        f"{folder} is quantised ({how}); merging and fine-tuning need unquantised weights.",
+        hint="Use the unquantised model; with adapter: qlora it is quantised on the fly for recording.",
     )
 
 
 def _no_config(folder: Path) -> ModelError:
-    """Why a folder without config.json is not a model folder, and what to do about it."""
+    """Returns the error that says why a folder without config.json is no model folder, and what to do."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     if ADAPTER_FILE in names:
         return _adapters(folder)
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         return ModelError(
-            f"{folder} holds a model for llama.cpp ({gguf[0]}) and no config.json; GGUF is a one-way format.",
-            hint="Use the Hugging Face folder the file was made from, and make a new GGUF file of the pruned "
-            "model.",
+            f"{folder} holds a model for llama.cpp ({gguf[0]}) and no config.json; GGUF cannot be pruned.",
+            hint="Use the Hugging Face folder the file was made from; `gradpruner export` makes a GGUF file "
+            "from the pruned model.",
         )
     return ModelError(f"{folder} has no config.json.", hint="Give the folder of a Hugging Face model.")
 
 
 def _adapters(folder: Path) -> ModelError:
-    """What to do with a folder of adapters, alone or beside weights."""
+    """Returns the error for a folder that holds adapters, alone or beside weights."""
     try:
         named = read_raw_config(folder / ADAPTER_FILE).get("base_model_name_or_path")
     except ModelError:

@@ -1,4 +1,4 @@
-"""Which class of transformers a config means, and which models are not language models."""
+"""Finds the transformers class for a config, and refuses models that are not causal language models."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 from gradpruner.common.errors import ModelError
 
-# What the class of a model may end with; anything else is not a language model that continues a text.
+# Endings of class names of models that generate text; all others are refused.
 _DECODERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-# What a class ends with -> what it is.
+# Ending of a class name -> what such a model is.
 _OTHERS = {
     "ForSequenceClassification": "a classifier",
     "ForTokenClassification": "a classifier of tokens",
@@ -21,10 +21,10 @@ _OTHERS = {
 
 
 def model_class(config: Any) -> Any:
-    """The class that plain transformers loads a config as: the named architecture, else the causal LM.
+    """Returns the class that loads a config: the architecture it names, else the causal LM of its type.
 
     Raises:
-        ModelError: If transformers has none.
+        ModelError: If transformers has no such class.
     """
     import transformers
 
@@ -42,12 +42,12 @@ def model_class(config: Any) -> Any:
     try:
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
-        raise _no_decoder(config, "none that transformers has a causal language model for") from None
+        raise _no_decoder(config, "of another kind") from None
 
 
 def _no_decoder(config: Any, what: str) -> ModelError:
     return ModelError(
         f"The '{config.model_type}' model is {what}; transformers has no causal language model for it.",
-        hint="Only decoder-only language models (architectures: ...ForCausalLM) can be used: give the one "
-        "this was made from.",
+        hint="Only decoder-only language models (architectures: ...ForCausalLM) can be used: give the model "
+        "this one was made from.",
     )

@@ -1,8 +1,8 @@
-"""Fewer layers in a config: every field that numbers or counts layers, rewritten for the kept ones.
+"""Rewrites a config for fewer layers: every field that numbers or counts layers.
 
-A config says more about depth than `num_hidden_layers`. Lists that transformers derives on load (sliding or
-full attention, rotary or not, experts or not) are derived by position; after pruning the positions mean other
-layers, so what was derived from the whole model is written down before anything is cut.
+`num_hidden_layers` is not the only field that depends on depth. When transformers loads a config, it derives
+lists from layer positions: sliding or full attention, rotary or not, experts or not. Pruning shifts the
+positions, so the lists derived for the whole model are written out, with the entries of the kept layers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from gradpruner.models.families import Family
 from gradpruner.models.raw_config import beyond_fields
 from gradpruner.plans.layer_plan import PruningPlan, runs_of
 
-# What makes transformers fetch or run code that came with the source; the pruned model needs none of it.
+# Fields that make transformers run code that came with the source; the pruned model does not need it.
 _CODE_FIELDS = ("auto_map", "custom_pipelines")
 
 
 def text_config(config: Any) -> Any:
-    """The part of a model's config that describes its decoder; the config itself for text models."""
+    """Returns the part of a config that describes the decoder; for text models, the config itself."""
     return config.get_text_config(decoder=True)
 
 
 def parts_of(config: Any) -> list[Any]:
-    """A model's config and every config in it, each once: of its decoder, vision and audio towers."""
+    """Returns a config and all configs nested in it (decoder, vision and audio towers), each once."""
     found = [config]
     for value in list(vars(config).values()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
@@ -35,16 +35,16 @@ def parts_of(config: Any) -> list[Any]:
 
 
 def depth_fields(config: Any, family: Family, keep: Sequence[int]) -> dict[str, Any]:
-    """The decoder's config fields that change when only the layers `keep` stay, with their new values.
+    """Returns the fields of the decoder's config that change when only the layers `keep` stay.
 
-    All lists of the config must be there, as transformers makes them when it reads it.
+    `config` must hold the lists that transformers derives when it reads a config.
     """
     fields: dict[str, Any] = {"num_hidden_layers": len(keep)}
     depth = config.num_hidden_layers
     for name in family.lists:
         values = getattr(config, name, None)
         if isinstance(getattr(type(config), name, None), property):
-            continue  # derived whenever it is read (jamba): cannot be set
+            continue  # computed on every read (jamba), so it cannot be set
         if isinstance(values, Sequence) and not isinstance(values, str):
             fields[name] = [values[i] for i in keep]
     for name in family.indices:
@@ -67,21 +67,21 @@ def depth_fields(config: Any, family: Family, keep: Sequence[int]) -> dict[str, 
 
 
 def patch_config(raw: dict[str, Any], config: Any, family: Family, keep: Sequence[int]) -> dict[str, Any]:
-    """The content of config.json for the kept layers; fields it does not know stay as they are.
+    """Returns the content of config.json for the kept layers; unknown fields stay as they are.
 
     Args:
         raw: The content of the source's config.json, or `config.to_dict()`.
-        config: The same as transformers reads it.
-        family: Its row.
+        config: The same config as transformers reads it.
+        family: The row of its model type.
         keep: Kept layers, ascending.
 
     Returns:
-        A new dictionary. Fields keep the spelling they have; `rope_theta` and `rope_scaling` are added
-        beside a flat `rope_parameters`, which older readers do not know (they silently assume 10000);
-        references to remote code are left out.
+        A new dictionary. Fields keep their spelling. References to remote code are left out. `rope_theta` and
+        `rope_scaling` are added beside a flat `rope_parameters`, for older readers that do not know it and
+        silently assume a theta of 10000.
     """
     patched = {key: value for key, value in raw.items() if key not in _CODE_FIELDS}
-    if not patched.get("quantization_config", True):  # null: nothing is quantised
+    if not patched.get("quantization_config", True):  # null means that nothing is quantised
         del patched["quantization_config"]
     part = patched
     text = text_config(config)
@@ -103,7 +103,7 @@ def patch_config(raw: dict[str, Any], config: Any, family: Family, keep: Sequenc
 
 
 def _renumber_keys(values: dict[Any, Any], keep: Sequence[int]) -> dict[Any, Any]:
-    """Layer numbers as keys ("05" or 5), renumbered; other keys stay."""
+    """Returns a dictionary with its layer numbers as keys ("05" or 5) renumbered; other keys stay."""
     place = {old: new for new, old in enumerate(keep)}
     width = len(str(len(keep) - 1))
     out: dict[Any, Any] = {}
@@ -120,34 +120,34 @@ def _spell_rope_twice(part: dict[str, Any]) -> None:
     rope = part.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return
-    if part.get("rope_theta") is None:  # null means the same as no key
+    if part.get("rope_theta") is None:  # null means the same as a missing key
         part["rope_theta"] = rope["rope_theta"]
     if rope.get("rope_type", "default") != "default" and part.get("rope_scaling") is None:
         part["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
 
 
 def rename_modules(section: Any, rename: Callable[[str], str | None]) -> Any:
-    """A config section (quantization_config) with the module names in it renumbered.
+    """Returns a config section (quantization_config) with the module names in it renumbered.
 
-    `rename` gives the new name of a tensor or module, None when its layer is gone.
+    `rename` gives the new name of a tensor or module, or None if its layer was removed.
     """
     if isinstance(section, dict):
         renamed_keys = {rename(key): value for key, value in section.items()}
         return {key: rename_modules(value, rename) for key, value in renamed_keys.items() if key is not None}
     if isinstance(section, list):
-        # Names of removed layers are left out; what was null before stays.
+        # Names of removed layers are left out; entries that were null before stay.
         pairs = [(value, rename_modules(value, rename)) for value in section]
         return [new for old, new in pairs if new is not None or old is None]
     return rename(section) if isinstance(section, str) else section
 
 
 def layer_pattern(path: str) -> re.Pattern[str]:
-    """Matches names inside a numbered layer: the number is group 1, what follows group 2."""
+    """Returns a pattern for names inside a numbered layer: group 1 is the number, group 2 what follows."""
     return re.compile(rf"{re.escape(path)}\.(\d+)(\..*)?$", re.DOTALL)
 
 
 def required_layers(config: Any, family: Family) -> tuple[int, ...]:
-    """Layers that must stay because later ones reuse their keys and values."""
+    """Returns the layers that must stay because later layers reuse their keys and values."""
     count = getattr(config, family.trailing[0], 0) or 0 if family.shared_kv else 0
     first = config.num_hidden_layers - count
     if not count:
@@ -157,10 +157,11 @@ def required_layers(config: Any, family: Family) -> tuple[int, ...]:
 
 
 def family_slots(config: Any, family: Family) -> Callable[[int, int, int], bool] | None:
-    """Where a layer may stand in the pruned model as far as transformers itself is concerned.
+    """Returns a function that says at which positions of the pruned model transformers allows a layer.
 
     Returns:
-        `fits(old, new, kept)`: whether layer `old` may become layer `new` of `kept`; None when any may.
+        `fits(old, new, kept)`: whether layer `old` may become layer `new` of `kept`; None if every layer may
+        stand anywhere.
     """
     rules = [
         (getattr(config, period), getattr(config, offset))
@@ -179,14 +180,14 @@ def family_slots(config: Any, family: Family) -> Callable[[int, int, int], bool]
 
 
 def check_keep(config: Any, family: Family, plan: PruningPlan) -> list[str]:
-    """Whether transformers can express the model that a plan leaves.
+    """Checks that transformers can express the model that a plan leaves.
 
     Returns:
-        Warnings, in words.
+        Warnings, as sentences.
 
     Raises:
         ModelError: If models with this config cannot be pruned at all.
-        PlanError: If this plan cannot be carried out on them, with what to change.
+        PlanError: If this plan cannot be carried out on them; the hint says what to change.
     """
     kind, keep = config.model_type, plan.keep
     for flag, reason in family.refused.items():
@@ -205,7 +206,7 @@ def check_keep(config: Any, family: Family, plan: PruningPlan) -> list[str]:
         raise PlanError(
             f"Layers {runs_of(missing)} must stay: later layers of this {kind} model reuse their keys and "
             "values.",
-            hint="Keep them (plan.protect, or edit the plan).",
+            hint="Keep them: name them in plan.protect, or edit the plan.",
         )
     fits = family_slots(config, family)
     wrong = [old for new, old in enumerate(keep) if fits is not None and not fits(old, new, len(keep))]
@@ -218,7 +219,7 @@ def check_keep(config: Any, family: Family, plan: PruningPlan) -> list[str]:
     if wrong:
         raise PlanError(
             f"Layer {wrong[0]} would become layer {keep.index(wrong[0])}, where {kind} models have another "
-            "kind of layer: their config knows only a fixed rhythm, no list.",
+            "kind of layer: their config has a fixed period instead of a list.",
             hint="Prune whole periods: "
             + ", ".join(f"{p} = {getattr(config, p)}" for p, _ in family.periodic)
             + ".",
@@ -230,6 +231,7 @@ def _vanishing_types(config: Any, keep: Sequence[int]) -> list[str]:
     types = getattr(config, "layer_types", None) or []
     gone = sorted(set(types) - {types[i] for i in keep}) if types else []
     return [
-        f"No layer of type '{kind}' is left ({types.count(kind)} before): the model loses what only these do."
+        f"No layer of type '{kind}' is left (there were {types.count(kind)}): the model loses what only "
+        "these layers do."
         for kind in gone
     ]

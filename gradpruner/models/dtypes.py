@@ -1,4 +1,4 @@
-"""In which dtype a checkpoint is stored, by its tensors; parameters brought to it before they are saved."""
+"""Reads from its tensors which dtype a checkpoint is stored in, and casts parameters to it before saving."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that most entries of a checkpoint are stored in, from its tensors.
+    """Returns the dtype that most entries of a checkpoint are stored in.
 
-    Where none is a plain float (8 bits, or none at all), what its config says, wherever it says it; else
-    float32.
+    If no tensor is a plain float (8-bit tensors only, or none at all), this is the first dtype found anywhere
+    in its config, else float32.
     """
     found = majority_dtype(folder)
     if found is not None:
@@ -32,7 +32,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def majority_dtype(folder: Path) -> torch.dtype | None:
-    """The dtype of most entries of a folder's tensors; None when none is a plain float."""
+    """Returns the dtype of most entries of a folder's tensors; None if no tensor is a plain float."""
     entries: Counter[str] = Counter()
     for ref in open_shards(folder).tensors.values():
         if ref.dtype in _FLOATS:
@@ -40,23 +40,27 @@ def majority_dtype(folder: Path) -> torch.dtype | None:
     return _FLOATS[entries.most_common(1)[0][0]] if entries else None
 
 
-def _place_of(name: str) -> str:
-    """What tensors of the same kind share, on disk and in memory: the name inside a layer, or its end."""
+def _kind_of(name: str) -> str:
+    """Returns what the names of tensors of one kind share, on disk and in memory.
+
+    That is the part inside the layer, or outside of layers the last two parts.
+    """
     inside = re.search(r"\.(?:layers|h|blocks|block)\.\d+\.(.*)$", name)
     return re.sub(r"\d+", "#", inside[1]) if inside else ".".join(name.split(".")[-2:])
 
 
 def cast_like(model: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Gives every parameter the dtype that tensors of its kind have in a folder; `dtype` where it has none.
+    """Casts every parameter to the dtype of the tensors of its kind in a folder, or to `dtype` without any.
 
-    Where they have several, the narrowest: what is saved is never larger than its share of the source.
+    If these tensors have several dtypes, the narrowest is taken: a saved tensor is never larger than in the
+    source.
     """
-    kinds: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     for ref in open_shards(folder).tensors.values():
         if ref.dtype in _FLOATS:
-            place, found = _place_of(ref.name), _FLOATS[ref.dtype]
-            kinds[place] = min(kinds.get(place, found), found, key=lambda kind: kind.itemsize)
+            kind, found = _kind_of(ref.name), _FLOATS[ref.dtype]
+            dtypes[kind] = min(dtypes.get(kind, found), found, key=lambda choice: choice.itemsize)
     for name, parameter in model.named_parameters():
-        wanted = kinds.get(_place_of(name), dtype)
+        wanted = dtypes.get(_kind_of(name), dtype)
         if parameter.is_floating_point() and parameter.dtype != wanted:
             parameter.data = parameter.data.to(wanted)

@@ -1,10 +1,10 @@
-"""Whether inference engines serve a model some heads, channels or hidden dimensions of which were removed.
+"""Whether inference engines correctly serve a model with heads, channels or hidden dimensions removed.
 
-Its config says every width, the size of a head among them, because hidden size / heads no longer gives it.
-An engine that derives a size nevertheless loads the wrong part of a tensor, or none. What they derive is the
-table `WIDTH_RULES`, read in the sources of `engines.VERSIONS`; for llama.cpp it was run as well
-(`benchmarks/gguf_widths.py`). Which sizes a kernel takes, and into how many parts tensor parallelism divides
-heads, is no part of it.
+The pruned config states every width. It includes the head size, because hidden size / heads no longer gives
+it. An engine that derives a size anyway loads the wrong part of a tensor, or does not load it. The table
+`WIDTH_RULES` lists what engines derive, read in the sources of `engines.VERSIONS`; llama.cpp was also run
+(`benchmarks/gguf_widths.py`). The table does not cover which sizes a kernel supports, nor into how many parts
+tensor parallelism can split the heads.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from gradpruner.models.engines import LayerFacts, Portability, portability_of_la
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.width_plan import WidthPlan, WidthShape
 
-# The size an engine derives and the one the model has; None where it derives none.
+# Returns the size an engine derives and the model's actual size; None if the engine derives none.
 Sizes = Callable[[LayerFacts, WidthShape], tuple[float, float] | None]
 
 
 @dataclass(frozen=True)
 class WidthRule:
-    """A size that one engine derives from others instead of reading it.
+    """A size that one engine derives from other sizes instead of reading it from the config.
 
     Attributes:
         engine: A name in `engines.ENGINES`.
         models: Model types, separated by spaces.
-        sizes: What it derives, and what is right.
-        claim: The assumption in words; `{size}` is the derived one.
-        below: Status of a model when the derived size is too small.
-        above: When it is too large.
+        sizes: Gives the derived size and the actual one.
+        claim: The assumption in words; `{size}` is the derived size.
+        below: Status of a model if the derived size is too small.
+        above: Status of a model if the derived size is too large.
     """
 
     engine: str
@@ -46,7 +46,7 @@ def _head_size(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
 
 
 def _exact_head_size(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
-    """The same, where heads must divide the hidden size."""
+    """Like `_head_size`, for engines where the heads must divide the hidden size."""
     return widths.hidden_size / widths.num_heads, widths.head_dim
 
 
@@ -55,7 +55,7 @@ def _kv_heads(_: LayerFacts, widths: WidthShape) -> tuple[float, float]:
 
 
 def _query_scale(depth: int) -> Sizes:
-    """The query scale, which the engine derives for models of one depth only."""
+    """Returns the sizes of a rule for the query scale, which the engine derives only at this depth."""
 
     def sizes(facts: LayerFacts, widths: WidthShape) -> tuple[float, float] | None:
         scale = facts.attributes.get("query_scale")
@@ -69,41 +69,41 @@ _SCALE = "a {model} model of this depth scales attention by hidden size / heads 
 _MULTI_HEAD = "{model} has as many KV heads as query heads, {size:g}"
 
 WIDTH_RULES = (
-    # vLLM 0.33.0, vllm/model_executor/models/qwen2.py, stablelm.py; a tensor that is larger than expected is
-    # cut short without a word by layers/linear.py and parameter.py (narrow), one that is smaller is refused
+    # vLLM 0.33.0, vllm/model_executor/models/qwen2.py, stablelm.py; layers/linear.py and parameter.py
+    # (narrow) silently cut off a tensor that is larger than expected, and refuse a smaller one
     WidthRule("vllm", "qwen2", _head_size, _HEADS, "wrong", "refused"),
     WidthRule("vllm", "stablelm", _exact_head_size, _HEADS, "wrong", "refused"),
-    # SGLang 0.5.23, python/sglang/srt/models/commandr.py, olmo.py, stablelm.py; layers/linear.py likewise
-    # (its cache has heads of the config's size, so that the first token may fail instead)
+    # SGLang 0.5.23, python/sglang/srt/models/commandr.py, olmo.py, stablelm.py; layers/linear.py does the
+    # same (its cache uses the head size of the config, so the first token may fail instead)
     WidthRule("sglang", "cohere cohere2", _head_size, _HEADS, "wrong", "refused"),
     WidthRule("sglang", "olmo stablelm", _exact_head_size, _HEADS, "wrong", "refused"),
-    # models/olmo.py hands no number of KV heads to QKVParallelLinear
+    # models/olmo.py does not tell QKVParallelLinear the number of KV heads
     WidthRule("sglang", "olmo", _kv_heads, _MULTI_HEAD, "wrong", "refused"),
-    # llama.cpp 0c1e570, conversion/granite.py drops head_dim, and then src/llama-model.cpp divides
+    # llama.cpp 0c1e570: conversion/granite.py drops head_dim, so src/llama-model.cpp derives it by division
     WidthRule("llama.cpp", "granite", _head_size, _HEADS, "refused", "refused"),
     # src/models/command-r.cpp, cohere2.cpp, olmo.cpp, qwen2.cpp, stablelm.cpp: queries are n_embd x n_embd
     WidthRule(
         "llama.cpp", "cohere cohere2 olmo qwen2 stablelm", _exact_head_size, _HEADS, "refused", "refused"
     ),
-    # src/models/gemma2.cpp, gemma3.cpp: 27B, told by its depth, scales by n_embd / n_head
+    # src/models/gemma2.cpp, gemma3.cpp: 27B, recognised by its depth, scales by n_embd / n_head
     WidthRule("llama.cpp", "gemma2", _query_scale(46), _SCALE),
     WidthRule("llama.cpp", "gemma3_text", _query_scale(62), _SCALE),
 )
 
-# Model types whose widths can be pruned, read for them in vLLM and SGLang and run in llama.cpp, where those
-# engines have them; without a rule above every size comes from the config.
+# Model types whose widths can be pruned. Their code was read in vLLM and SGLang and run in llama.cpp, where
+# the engine has them. Without a rule above, every size comes from the config.
 _WIDTHS_READ = """
     cohere cohere2 ernie4_5 gemma gemma2 gemma3_text granite hunyuan_v1_dense llama ministral ministral3
     mistral olmo qwen2 qwen3 seed_oss smollm3 stablelm
 """
-# SGLang builds these from transformers' layers, whose loader pads nothing.
+# SGLang builds these from transformers' layers, whose loader does not pad.
 _SGLANG_BY_TRANSFORMERS = "ministral seed_oss smollm3"
 
 
 def portability_of(plan: Plan, facts: LayerFacts) -> tuple[Portability, ...]:
-    """How every engine serves the model that a plan leaves, in the order of `ENGINES`.
+    """Returns how each engine serves the model that a plan leaves, in the order of `ENGINES`.
 
-    `facts` are those of the unpruned model; what engines get wrong of it they get wrong of the pruned one.
+    `facts` describe the unpruned model. What an engine gets wrong there, it gets wrong in the pruned model.
     """
     before = portability_of_layers(facts, plan.keep)
     if plan.kind == "layers":
@@ -129,7 +129,7 @@ def _on_engine(before: Portability, plan: WidthPlan, facts: LayerFacts) -> Porta
 
 
 def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Portability]:
-    """The rules that the pruned model breaks."""
+    """Returns a verdict for each rule that the pruned model breaks."""
     after = plan.widths if plan.uniform else replace(plan.shape, hidden_size=len(plan.hidden))
     faults = []
     for rule in WIDTH_RULES:
@@ -152,12 +152,15 @@ def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Portability
 
 
 def _uneven(engine: str, plan: WidthPlan, kind: str) -> Portability:
-    """The verdict on layers of different widths, for which the config keeps those of the unpruned model."""
+    """Returns the verdict on layers of different widths; their config keeps the unpruned model's widths."""
     whole_heads = all(len(widths.heads) == plan.shape.num_heads for widths in plan.layers)
     if engine == "sglang" and whole_heads and kind not in _SGLANG_BY_TRANSFORMERS.split():
-        # layers/linear.py pads gate, up and down projections that are too small, but no queries, keys, values
+        # layers/linear.py pads gate, up and down projections that are too small, but not those of attention
         return Portability(
-            engine, "ok", "sglang fills channels up with zeros to the unpruned width; none are saved."
+            engine, "ok", "sglang pads channels with zeros to the unpruned width, so none are saved."
         )
-    reason = f"layers have different widths; {engine} reads one for all from the config and does not load it."
+    reason = (
+        f"layers have different widths; {engine} reads one width for all layers from the config and does not "
+        "load the model."
+    )
     return Portability(engine, "refused", reason)

@@ -1,9 +1,9 @@
 """Whether inference engines serve a depth-pruned model as transformers does.
 
-A pruned config says of every layer what it is: sliding or full attention, rotary or not, experts or not.
-transformers reads these lists. Engines derive some of them from a layer's number instead, so that a correct
-checkpoint is served silently wrong. What they derive is the table `RULES`, read in the sources of `VERSIONS`.
-That the plan suits transformers itself is taken for granted here (`config_patch.check_keep`).
+A pruned config says what kind each layer is: sliding or full attention, rotary or not, experts or not.
+transformers reads these lists. Engines derive some of them from a layer's number instead, and then silently
+serve a correct checkpoint wrongly. The table `RULES` lists what they derive, read in the sources of
+`VERSIONS`. This module assumes that the plan suits transformers itself (`config_patch.check_keep`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Portability:
 
     Attributes:
         engine: A name in `ENGINES`.
-        status: "ok"; "wrong" (loads, and computes something else than transformers); "refused" (does not
-            load); "unknown" (not read, or the engine does not know the architecture).
-        reason: For people; "" when ok, unless there is something to know.
-        also_unpruned: The same holds for the model before pruning.
+        status: "ok"; "wrong" (loads, but computes something else than transformers); "refused" (does not
+            load); "unknown" (its code was not read, or the engine does not know the architecture).
+        reason: An explanation for people; may be "" if the status is "ok".
+        also_unpruned: Whether the same holds for the model before pruning.
     """
 
     engine: str
@@ -46,12 +46,12 @@ class Portability:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a model's config says of every layer, before pruning.
+    """What the config of an unpruned model says about each layer.
 
     Attributes:
-        model_type: That of the decoder's config.
+        model_type: The model type of the decoder's config.
         attributes: Name -> one value per layer (`layer_types`, `no_rope_layers`, `moe` ...).
-        settings: Numbers of the config that engines count with; pruning does not change them.
+        settings: Numbers of the config that the rules use; pruning does not change them.
     """
 
     model_type: str
@@ -60,21 +60,21 @@ class LayerFacts:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-# expected(new, kept): what an engine takes layer `new` of `kept` for; None when it asks the config.
+# expected(new, kept): the kind an engine assumes for layer `new` of `kept`; None if it reads the config.
 Expected = Callable[[int, int], Any]
 Answers = Callable[[LayerFacts], tuple[Expected, ...]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What one engine takes for granted of some model types.
+    """What one engine assumes about some model types.
 
     Attributes:
         engine: A name in `ENGINES`.
         models: Model types, separated by spaces.
         attribute: The entry of `LayerFacts.attributes` that the engine does not read from the config.
-        expects: What it expects instead. Of several answers one has to hold; () when the rule does not apply.
-        claim: The assumption in words; numbers in braces are `settings`.
+        expects: What the engine assumes instead. One of the answers must hold; () if the rule does not apply.
+        claim: The assumption in words; names in braces are `settings`.
         outcome: Status of a model that breaks the rule.
     """
 
@@ -87,7 +87,11 @@ class Rule:
 
 
 def _every(period: int | str, last: Any, others: Any, given: str = "") -> Answers:
-    """The last layer of every period is `last`; the period may be a setting, and 0 means there is none."""
+    """The last layer of each period is `last`, the rest are `others`.
+
+    `period` may name a setting; 0 means that the rule does not apply. `given` names a setting that must not
+    be 0 for the rule to apply.
+    """
 
     def expects(facts: LayerFacts) -> tuple[Expected, ...]:
         step = facts.settings[period] if isinstance(period, str) else period
@@ -99,7 +103,7 @@ def _every(period: int | str, last: Any, others: Any, given: str = "") -> Answer
 
 
 def _by_depth(depths: tuple[int, ...], inside: Any, outside: Any, given: str = "") -> Answers:
-    """The kind of all layers follows from how many there are; kinds may be settings."""
+    """All layers are `inside` in models of these depths, else `outside`; both may name settings."""
 
     def expects(facts: LayerFacts) -> tuple[Expected, ...]:
         these, others = facts.settings.get(inside, inside), facts.settings.get(outside, outside)
@@ -121,7 +125,7 @@ def _one_kind(facts: LayerFacts) -> tuple[Expected, ...]:
 _EVERY = "every {} layer of {{model}} has full attention and the others a window"
 _NO_ROPE = "every 4th layer of {model} has no rotary positions"
 _NO_WINDOWS = "{model} has no attention windows (which matters only for texts longer than one)"
-_ALIKE = "all layers of {model} have the same kind of attention"
+_ONE_KIND = "all layers of {model} have the same kind of attention"
 _EXPERTS = "all layers of {model} have experts"
 _STEP = "every {moe_step} layer of {model} has experts"
 _SCALE = "{{model}} scales attention by the head size, unless it has exactly {} layers"
@@ -145,9 +149,9 @@ RULES = (
     # llama4.py: experts where (layer_idx + 1) % interleave_moe_layer_step == 0; moe_layers is not read
     Rule("vllm", "llama4_text", "moe", _EXPERT_STEP, _STEP, "refused"),
     # qwen2.py, inherited by qwen3.py: asserts max_window_layers == num_hidden_layers if layer_types are mixed
-    Rule("vllm", "qwen2 qwen3", "layer_types", _one_kind, _ALIKE, "refused"),
-    # qwen2_moe.py reads no layer_types; engine/arg_utils.py sets a window only if all layers have one
-    Rule("vllm", "qwen2_moe", "layer_types", _one_kind, _ALIKE),
+    Rule("vllm", "qwen2 qwen3", "layer_types", _one_kind, _ONE_KIND, "refused"),
+    # qwen2_moe.py does not read layer_types; engine/arg_utils.py sets a window only if all layers have one
+    Rule("vllm", "qwen2_moe", "layer_types", _one_kind, _ONE_KIND),
     # SGLang 0.5.23, python/sglang/srt/
     # models/gemma2.py: a window where layer_id % 2 == 0
     Rule("sglang", "gemma2", "layer_types", _TWO, _EVERY.format("2nd")),
@@ -173,24 +177,25 @@ RULES = (
     # llama4.cpp (if any layer is chunked), smollm3.cpp: rotary positions where (il + 1) % 4 != 0
     Rule("llama.cpp", "llama4_text", "no_rope_layers", _every(4, 0, 1, "chunked"), _NO_ROPE),
     Rule("llama.cpp", "smollm3", "no_rope_layers", _every(4, 0, 1), _NO_ROPE),
-    # llama4.cpp: experts where (i + 1) % n_moe_layer_step == 0, and all their tensors have to be there
+    # llama4.cpp: experts where (i + 1) % n_moe_layer_step == 0, and all their tensors must exist
     Rule("llama.cpp", "llama4_text", "moe", _EXPERT_STEP, _STEP, "refused"),
-    # qwen2moe.cpp, qwen3moe.cpp, qwen3next.cpp: expert tensors have to be there in every layer
+    # qwen2moe.cpp, qwen3moe.cpp, qwen3next.cpp: expert tensors must exist in every layer
     Rule("llama.cpp", _QWEN_MOE, "moe", _same(True), _EXPERTS, "refused"),
-    # exaone4.cpp: windows only if n_layer == 64, by the list; otherwise rotary positions in all layers
+    # exaone4.cpp: windows, by the list, only if n_layer == 64; otherwise rotary positions in all layers
     Rule("llama.cpp", "exaone4", "layer_types", _by_depth((64,), None, "neither", "window"), _DEEP),
-    # gemma3n.cpp: n_layer_kv_from_start = 20, whatever num_kv_shared_layers says
+    # gemma3n.cpp: n_layer_kv_from_start = 20, regardless of num_kv_shared_layers
     Rule("llama.cpp", "gemma3n_text", "kv_shared", lambda _: (lambda new, kept: new >= 20,), _OWN_KEYS),
-    # gemma2.cpp, gemma3.cpp: 27B, told by its depth, scales attention by hidden size / heads, not head size
+    # gemma2.cpp, gemma3.cpp: 27B, recognised by its depth, scales attention by hidden size / heads, not by
+    # the head size
     Rule("llama.cpp", "gemma2", "query_scale", _by_depth((46,), *_SCALES), _SCALE.format(46)),
     Rule("llama.cpp", "gemma3_text", "query_scale", _by_depth((62,), *_SCALES), _SCALE.format(62)),
-    # deepseek2.cpp: 26 or 27 layers are a V2-Lite, whose queries are not compressed
+    # deepseek2.cpp takes a model of 26 or 27 layers for V2-Lite, whose queries are not compressed
     Rule("llama.cpp", _DEEPSEEK, "low_rank_queries", _by_depth((26, 27), False, True), _LITE, "refused"),
-    # the files of these types set no n_swa; phi3.cpp switches windows off with a warning
+    # the code for these types does not set n_swa; phi3.cpp switches windows off with a warning
     Rule("llama.cpp", f"{_WINDOWED} smollm3", "layer_types", _same(FULL), _NO_WINDOWS),
 )
 
-# Model types whose files were read in all three engines; those without a rule above go by the config.
+# Model types whose code was read in all three engines. Without a rule above, the engine follows the config.
 _READ = """
     arcee bloom cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text
     gemma3n_text gemma4_text glm glm4 gpt2 gpt_neox gpt_oss gptj granite granitemoe hunyuan_v1_dense jamba
@@ -198,8 +203,9 @@ _READ = """
     olmoe opt phi phi3 qwen2 qwen2_moe qwen3 qwen3_5_text qwen3_moe qwen3_next seed_oss smollm3 stablelm
     starcoder2
 """
-# Types an engine has no code for, nor can run by transformers' (vLLM had minimax to 0.23 and mpt to 0.28; the
-# converter of llama.cpp knows MiniMaxText01ForCausalLM and MPTForCausalLM, not what transformers writes).
+# Types that an engine has no code for and cannot run with transformers' code either. vLLM had minimax until
+# 0.23 and mpt until 0.28. The converter of llama.cpp knows MiniMaxText01ForCausalLM and MPTForCausalLM, but
+# not the architecture names that transformers writes.
 _ABSENT = {
     "vllm": "minimax mpt",
     "sglang": "bloom falcon jamba minimax mpt",
@@ -208,7 +214,7 @@ _ABSENT = {
 
 
 def layer_facts(config: Any) -> LayerFacts:
-    """What a transformers config says of every layer; of a vision-language model the text part is taken."""
+    """Returns what a transformers config says about each layer; uses the text part of a larger config."""
     text = config.get_text_config(decoder=True)
     depth: int = text.num_hidden_layers
     kinds = _attention_kinds(text, depth)
@@ -231,16 +237,16 @@ def layer_facts(config: Any) -> LayerFacts:
 
 
 def _settings(text: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
-    """The numbers that the rules count with; 0 where a config has no such thing."""
+    """Returns the numbers that the rules use; 0 if the config does not have one."""
     pattern = getattr(text, "sliding_window_pattern", None) or 0
-    scaled = hasattr(text, "query_pre_attn_scalar")  # only then is it sure that heads are alike in all layers
+    scaled = hasattr(text, "query_pre_attn_scalar")  # only then do all layers surely have heads of one size
     return {
         "window": getattr(text, "sliding_window", None) or 0,
         "chunked": int(CHUNKED in kinds),
         "pattern": len(pattern) if isinstance(pattern, str) else 0,
         "pattern_number": pattern if isinstance(pattern, int) else 0,
         "moe_step": getattr(text, "interleave_moe_layer_step", None) or 0,
-        # transformers consumes the interval when it derives layer_types
+        # transformers drops the interval once it has derived layer_types from it
         "interval": getattr(text, "full_attention_interval", None) or (*kinds, FULL).index(FULL) + 1,
         "head_dim": text.head_dim if scaled else 0,
         "per_head": text.hidden_size // text.num_attention_heads if scaled else 0,
@@ -248,19 +254,19 @@ def _settings(text: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _attention_kinds(text: Any, depth: int) -> tuple[str, ...]:
-    """The kind of attention that every layer really has, whether or not the config lists it."""
+    """Returns the kind of attention that each layer really has, whether or not the config lists it."""
     window = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
     if not kinds:
         return (SLIDING if window else FULL,) * depth
     if any(isinstance(value, dict) for value in (getattr(text, "rope_parameters", None) or {}).values()):
-        return tuple(kinds)  # kinds differ in more than the window
+        return tuple(kinds)  # the kinds differ in more than the window
     unused = {SLIDING: not window, CHUNKED: not getattr(text, "attention_chunk_size", None)}
     return tuple(FULL if unused.get(kind) else kind for kind in kinds)
 
 
 def portability_of_layers(facts: LayerFacts, keep: Sequence[int]) -> tuple[Portability, ...]:
-    """How every engine serves the model that keeps these layers, in the order of `ENGINES`."""
+    """Returns how each engine serves the model that keeps these layers, in the order of `ENGINES`."""
     return tuple(_on_engine(engine, facts, tuple(keep)) for engine in ENGINES)
 
 
@@ -279,7 +285,7 @@ def _on_engine(engine: str, facts: LayerFacts, keep: tuple[int, ...]) -> Portabi
 
 
 def _rules(facts: LayerFacts, engines: Sequence[str]) -> list[Rule]:
-    """The rules that say something about this model."""
+    """Returns the rules of these engines that apply to this model."""
     mine = [rule for rule in RULES if rule.engine in engines and facts.model_type in rule.models.split()]
     return [rule for rule in mine if rule.attribute in facts.attributes and rule.expects(facts)]
 
@@ -295,7 +301,7 @@ def _fault(rule: Rule, facts: LayerFacts, keep: tuple[int, ...]) -> Portability 
         f"{rule.engine} assumes that {claim}; {_named(wrong, len(keep))} that"
         + (" and it does not load" if rule.outcome == "refused" else "")
         + (", like the unpruned model." if before else ".")
-        + (f" Use --portable-to {rule.engine} when planning." if _mendable(rule, facts) else "")
+        + (f" Use --portable-to {rule.engine} when planning." if _can_be_obeyed(rule, facts) else "")
     )
     return Portability(rule.engine, rule.outcome, reason, before)
 
@@ -314,7 +320,7 @@ def _ordinal(number: int) -> str:
 
 
 def _misplaced(rule: Rule, facts: LayerFacts, keep: Sequence[int]) -> list[int]:
-    """Kept layers that the engine takes for another kind, by the answer that fits the most layers."""
+    """Returns the kept layers that the engine takes for another kind, by the answer that fits most layers."""
     values = facts.attributes[rule.attribute]
     answers = [
         [old for new, old in enumerate(keep) if expected(new, len(keep)) not in (None, values[old])]
@@ -324,13 +330,14 @@ def _misplaced(rule: Rule, facts: LayerFacts, keep: Sequence[int]) -> list[int]:
 
 
 def slots(facts: LayerFacts, engines: Sequence[str]) -> Callable[[int, int, int], bool] | None:
-    """Where a layer may stand so that engines serve the pruned model right.
+    """Returns a function that says at which positions a layer may stand for the engines to serve it right.
 
-    A rule that the unpruned model breaks, and that no choice of layers could mend, is left out: the engine is
-    wrong about the model itself.
+    A rule is left out if the unpruned model breaks it and no choice of layers would obey it: the engine is
+    then wrong about the model itself.
 
     Returns:
-        `fits(old, new, kept)`: whether layer `old` may become layer `new` of `kept`; None when any may.
+        `fits(old, new, kept)`: whether layer `old` may become layer `new` of `kept`; None if every layer may
+        stand anywhere.
 
     Raises:
         ConfigError: If an engine is unknown.
@@ -352,7 +359,7 @@ def slots(facts: LayerFacts, engines: Sequence[str]) -> Callable[[int, int, int]
 
 
 def _best_answer(rule: Rule, facts: LayerFacts) -> Expected:
-    """Of several answers that are allowed, the one that holds for the most layers."""
+    """Returns the answer of a rule that holds for most layers of the unpruned model."""
     values, depth = facts.attributes[rule.attribute], facts.num_layers
     return max(rule.expects(facts), key=lambda e: sum(e(i, depth) in (None, values[i]) for i in range(depth)))
 
@@ -365,11 +372,11 @@ def _binds(rule: Rule, facts: LayerFacts) -> bool:
         expected(new, kept) in (None, values[0]) for kept in depths for new in range(kept)
     ):
         return False
-    return not _misplaced(rule, facts, range(facts.num_layers)) or _mendable(rule, facts)
+    return not _misplaced(rule, facts, range(facts.num_layers)) or _can_be_obeyed(rule, facts)
 
 
-def _mendable(rule: Rule, facts: LayerFacts) -> bool:
-    """Whether at least some two layers alone would obey the rule."""
+def _can_be_obeyed(rule: Rule, facts: LayerFacts) -> bool:
+    """Whether some two layers would obey the rule if only they were kept."""
     values, expected = facts.attributes[rule.attribute], _best_answer(rule, facts)
     first, second = (
         [old for old, value in enumerate(values) if expected(new, 2) in (None, value)] for new in range(2)

@@ -1,11 +1,11 @@
-"""Architectures as data: where the decoder layers live and which config fields number or count them.
+"""Architectures as data: where a model keeps its decoder layers, and which config fields depend on them.
 
-Together with config_patch.py and layers.py, which read this table, the only module that knows an
-architecture. A row says what naive layer deletion gets wrong. A type without a row is pruned by
-`generic_family`, and the result is proved before it is trusted.
+Only this module and the two that read its table, config_patch.py and layers.py, know architectures. A row
+lists what would go wrong if layers were just deleted. A model type without a row is pruned by
+`generic_family`, and the result is proved before it is used.
 
-To add a row: name the fields of its config that have one entry per layer (`lists`), name layers by number
-(`indices`), or count layers from one end (`leading`, `trailing`), and give it a line in tests/families.py.
+To add a row, name the config fields that have one entry per layer (`lists`), list layers by number
+(`indices`), or count layers from one end (`leading`, `trailing`). Then add a line to tests/families.py.
 """
 
 from __future__ import annotations
@@ -20,30 +20,30 @@ _TEXT_TOWER = ("model.language_model.layers", "language_model.model.layers")
 
 @dataclass(frozen=True)
 class Family:
-    """How one model type keeps its decoder layers.
+    """Where one model type keeps its decoder layers, and what in its config depends on them.
 
     Attributes:
         layers_path: Attribute path from the model to the ModuleList of decoder layers.
-        disk_paths: Further prefixes under which checkpoints of this type keep these layers.
-        lists: Config fields with one entry per layer; sliced with the kept indices where present.
-        indices: Config fields that list layers by number; dropped ones leave, the others are renumbered.
-        keyed: Config fields that map layer numbers to something; as `indices`.
+        disk_paths: Further prefixes that checkpoints of this type use for these layers.
+        lists: Config fields with one entry per layer; reduced to the kept layers where present.
+        indices: Config fields that list layers by number; removed layers are left out, the rest renumbered.
+        keyed: Config fields whose keys are layer numbers; handled like `indices`.
         leading: Config fields that count layers from the first (`max_window_layers`); recounted.
         trailing: Config fields that count layers from the last (`num_kv_shared_layers`); recounted.
-        fixed: Config fields and the value they must have once lists say what a modulo rule said before.
-        periodic: Pairs of config fields (period, offset) for which no list exists: a kept layer must land on
-            the same side of every such rule as before.
-        dense_layers: Layers without experts, from the config, written to `mlp_only_layers`.
-        wide_tensors: Name (behind the last dot of the layers' parent) -> axis of tensors that hold a slice
-            for every layer.
-        shared_kv: The trailing field counts layers that reuse keys and values of earlier ones; the layers
-            these come from must stay.
-        last_type: Layer type the last layer must have; transformers forces it.
-        no_merge: Why layers of this type can be dropped but not merged; "" when they can be merged.
+        fixed: Config field -> the value it must have because a list now says what a modulo rule said before.
+        periodic: Pairs of config fields (period, offset) for which no list exists: at its new position, a
+            kept layer must match each pair if, and only if, it did before.
+        dense_layers: Gives the layers without experts, from the config; they go to `mlp_only_layers`.
+        wide_tensors: Name, relative to the parent of the layers, -> axis, for tensors that hold one slice
+            per layer.
+        shared_kv: Whether the trailing field counts layers that reuse keys and values of earlier layers;
+            these earlier layers must stay.
+        last_type: Type that the last layer must have because transformers forces it; "" if there is none.
+        no_merge: Why layers of this type can be dropped but not merged; "" if they can be merged.
         refused: Config flag -> why a model that sets it cannot be pruned.
-        nested: Name of the part of the model's config that describes the decoder (`text_config` of models
-            that also see); "" when it is the config itself.
-        proven: The row is tested; a generic one is proved on the model at hand.
+        nested: Name of the part of the config that describes the decoder (`text_config` of vision-language
+            models); "" if it is the config itself.
+        proven: Whether the row is tested; a generic row is proved on the model at hand.
     """
 
     layers_path: str = "model.layers"
@@ -66,7 +66,7 @@ class Family:
 
 
 def _dense_by_step(config: Any) -> list[int]:
-    """Layers without experts by Qwen's rule: listed, or off the step."""
+    """Returns the layers without experts by Qwen's rule: those that are listed or fall between the steps."""
     step = getattr(config, "decoder_sparse_step", 1) or 1
     listed = set(getattr(config, "mlp_only_layers", None) or ())
     return [i for i in range(config.num_hidden_layers) if i in listed or (i + 1) % step]
@@ -174,12 +174,12 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(config: Any) -> Family | None:
-    """The row for a decoder's config; None for a type without one (see `generic_family`)."""
-    return FAMILIES.get(getattr(config, "model_type", None) or "unknown")
+    """Returns the row for a decoder's config; None for a type without a row (see `generic_family`)."""
+    return FAMILIES.get(getattr(config, "model_type", ""))
 
 
 def generic_family(config: Any) -> Family:
-    """The row of an unknown type: every field as long as the model is deep has one entry per layer."""
+    """Returns a row for an unknown type: a list with as many entries as layers has one entry per layer."""
     depth = config.num_hidden_layers
     values = config.to_dict()
     sequences = {n: v for n, v in values.items() if isinstance(v, Sequence) and not isinstance(v, str)}
@@ -188,8 +188,8 @@ def generic_family(config: Any) -> Family:
 
 
 def nested_family(row: Family, layers_path: str, part: str) -> Family:
-    """The row of a larger model that holds a decoder.
+    """Returns the row of a larger model that contains a decoder.
 
-    Its layers are at `layers_path` there, and its config is the part of that name.
+    The decoder's layers are at `layers_path` of the larger model, its config is the part called `part`.
     """
     return replace(row, layers_path=layers_path, disk_paths=_TEXT_TOWER, nested=part)

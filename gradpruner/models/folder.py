@@ -1,4 +1,4 @@
-"""Model folders: what may be read from them, and what we leave in ours."""
+"""Model folders: finding them, copying files from them, and writing ours completely or not at all."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan
 
 PRUNING_FILE = "pruning.json"
-# Everything a model folder needs besides weights; weights are asked for by pattern.
+# Everything of a model that is fetched from the hub.
 _HUB_FILES = [
     "*.json",
     "*.safetensors",
@@ -46,8 +46,8 @@ _HUB_FILES = [
     "NOTICE*",
     "README.md",
 ]
-# What a model folder has beside weights that a reader of the pruned model needs too. Not code (*.py), not
-# other formats of the same weights, not the source's own card; licences stay with the weights.
+# Files beside the weights that readers of the pruned model need too. They do not include code (*.py), other
+# formats of the same weights, or the source's own card. The licence must stay with the weights.
 _CARRIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".spm", ".vocab")
 _CARRIED_NAMES = ("license", "licence", "notice", "use_policy", "copying")
 _CARRIED_FOLDERS = ("additional_chat_templates",)
@@ -55,12 +55,12 @@ _LEFT_BEHIND = ("config.json", "params.json", "readme.md", PRUNING_FILE)
 
 
 def locate_model(model: str | Path, *, weights: bool = True) -> Path:
-    """The local folder of a model given as a folder or a hub id.
+    """Returns the local folder of a model given as a folder or a hub id.
 
-    From the hub everything is fetched, or config.json alone where no weights are needed.
+    From the hub, all files are fetched, or only config.json if `weights` is False.
 
     Raises:
-        ModelError: If it is neither a folder nor to be had from the hub; the message lists what was tried.
+        ModelError: If it is neither a folder nor a model on the hub; the message lists what was tried.
     """
     folder = Path(model).expanduser()
     fault = path_fault(folder)
@@ -72,7 +72,8 @@ def locate_model(model: str | Path, *, weights: bool = True) -> Path:
     if folder.suffix.lower() == ".gguf":
         raise ModelError(
             f"{folder} is a GGUF file: give the model it was made from.",
-            hint="That is a folder with config.json and *.safetensors. `gradpruner export` makes GGUF of it.",
+            hint="That is a folder with config.json and *.safetensors. `gradpruner export` makes a GGUF file "
+            "from it.",
         )
     if folder.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(
@@ -84,30 +85,30 @@ def locate_model(model: str | Path, *, weights: bool = True) -> Path:
     try:
         wanted = _HUB_FILES if weights else ["config.json"]
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*"]))
-    except Exception as error:  # offline, unknown, gated: many types, one meaning here
+    except Exception as error:  # offline, unknown, gated: errors of many types
         raise ModelError(
-            f"'{name}' is neither a folder ({folder.resolve()}) nor a model the hub could give: "
+            f"'{name}' is neither a folder ({folder.resolve()}) nor a model that the hub could give: "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
             hint="Check the name, the network, HF_HUB_OFFLINE and, for gated models, your token.",
         ) from error
 
 
 def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) -> None:
-    """Refuses an output folder that holds something we did not put there.
+    """Refuses an output folder that holds files gradpruner did not write.
 
     Args:
-        folder: Where output is to go.
-        inputs: Folders that must not be written to or into.
-        marker: The file that shows a folder is ours.
+        folder: The output folder.
+        inputs: Folders that must not be written to, nor the folders inside them.
+        marker: Name of the file that only folders made by gradpruner have.
 
     Raises:
-        ConfigError: If the folder is not empty and not ours, is an input, or lies inside one.
+        ConfigError: If the folder is not empty and not ours, or is an input or lies inside one.
     """
     fault = path_fault(folder)
     if fault:
         raise ConfigError(
             f"The output {shown(str(folder))} cannot be used: {fault}.",
-            hint="Choose another output folder; every part of its path may have 255 bytes.",
+            hint="Choose another output folder; each part of its path may have at most 255 bytes.",
         )
     resolved = folder.resolve()
     for source in inputs:
@@ -119,27 +120,27 @@ def check_output(folder: Path, *, inputs: tuple[Path, ...] = (), marker: str) ->
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"The output {folder} is a file.", hint="Choose another output folder.")
     entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    # A run directory may hold nothing but its lock: killed before its first file was written.
+    # A run directory may hold only its lock, if the run was killed before it wrote its first file.
     if not all(name.startswith(LOCK_FILE) for name in entries) and marker not in entries:
         raise ConfigError(
             f"The output folder {folder} is not empty and was not made by gradpruner.",
-            hint="Only what gradpruner made is replaced: choose another output folder, or empty it yourself.",
+            hint="gradpruner replaces only its own folders: choose another output folder, or empty this one.",
         )
 
 
 @contextmanager
 def staged_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place, durably, when the block ends without an error.
+    """Yields a new folder that replaces `folder`, durably, when the block ends without an error.
 
-    So a reader, or a run after a crash at any moment, finds the old folder, none, or a complete new one.
-    After an error it is the old one. What a killed process left behind is removed by the next one; what
-    another one is still writing is held by it, and left alone.
+    A reader, or a run after a crash at any moment, finds the old folder, no folder, or a complete new one.
+    After an error it is the old one. Staged folders that a killed process left behind are removed; those that
+    a running process still holds are left alone.
 
     Raises:
-        ConfigError: If somebody else wrote to the target meanwhile.
+        ConfigError: If another process wrote to the target meanwhile.
         ResourceError: If the disk is full or not writable.
     """
-    folder = folder.resolve()  # a link stays one, and "." has a name
+    folder = folder.resolve()  # so that a link stays a link, and "." has a name
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         sweep(folder.parent, folder.name)
@@ -155,9 +156,9 @@ def staged_folder(folder: Path) -> Iterator[Path]:
 
 
 def _take_place(staged: Path, folder: Path) -> None:
-    """Renames the staged folder; a folder of ours in its place is moved aside, and back if that fails."""
+    """Renames the staged folder; an old folder of ours is moved aside first, and back if that fails."""
     aside = folder.with_name(staging_name(folder.name, ".old"))
-    placed = False  # then the old one may go, even if another process has just moved ours away
+    placed = False  # if it is, the old folder is removed, even if another process has moved ours away again
     with ExitStack() as holding:
         try:
             if (folder / PRUNING_FILE).exists():
@@ -172,7 +173,8 @@ def _take_place(staged: Path, folder: Path) -> None:
                 os.replace(aside, folder)
             if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise ConfigError(
-                    f"{folder} was written by somebody else meanwhile.", hint="Choose another output folder."
+                    f"{folder} was written by another process meanwhile.",
+                    hint="Choose another output folder.",
                 ) from error
             raise
         finally:
@@ -189,9 +191,9 @@ def describe_model(
     facts: dict[str, Any] | None = None,
     origin: Path | None = None,
 ) -> None:
-    """Writes the model card, and last of all `pruning.json`, which marks the folder as ours and whole.
+    """Writes the model card and then `pruning.json`, which marks the folder as ours and complete.
 
-    `origin` is the folder `source` stands for; its own card says what goes on to this one.
+    `origin` is the local folder of `source`; licence and languages come from its card.
     """
     facts = facts or {}
     write_text(folder / CARD_FILE, model_card(base_of(source, origin), plan, facts))
@@ -208,21 +210,21 @@ def describe_model(
 
 
 def read_pruning(folder: Path) -> dict[str, Any]:
-    """What the `pruning.json` of a folder says; {} where there is none.
+    """Returns the content of a folder's `pruning.json`; {} if it has none.
 
     Raises:
-        IntegrityError: If it leads out of the folder, or is not a JSON object.
+        IntegrityError: If the file is a link out of the folder, or is not a JSON object.
     """
     path = folder / PRUNING_FILE
     return read_object(check_inside(folder, path), "pruning record", dict[str, Any]) if path.is_file() else {}
 
 
 def recorded_plan(folder: Path, facts: dict[str, Any], hint: str) -> PruningPlan:
-    """The plan of layers in what `read_pruning` gave.
+    """Returns the layer plan in `facts`, the result of `read_pruning`.
 
     Raises:
-        ConfigError: If there is none; with the hint.
-        PlanError: If it cannot be read.
+        ConfigError: If there is no plan; `hint` says what to do.
+        PlanError: If the plan cannot be read.
     """
     if not facts:
         raise ConfigError(f"{folder} has no {PRUNING_FILE}, so what was pruned is not known.", hint=hint)
@@ -232,10 +234,10 @@ def recorded_plan(folder: Path, facts: dict[str, Any], hint: str) -> PruningPlan
 
 
 def carried_files(source: Path) -> list[Path]:
-    """Tokenizer, generation config, chat template and licence of a model folder.
+    """Returns the files of a model's tokenizer, generation config, chat template and licence.
 
     Raises:
-        IntegrityError: If one of them leads out of the folder.
+        IntegrityError: If one of them is a link out of the folder.
     """
     found = []
     for path in sorted(source.iterdir()):
@@ -257,7 +259,7 @@ def carried_files(source: Path) -> list[Path]:
 
 
 def carry(source: Path, files: Sequence[Path], staged: Path) -> None:
-    """Copies files of a model folder into another one, byte for byte."""
+    """Copies files of a model folder into the staged folder, byte for byte."""
     for path in files:
         target = staged / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)

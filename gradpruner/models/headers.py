@@ -1,9 +1,9 @@
-"""What a safetensors file holds and where, from its header alone, as the safetensors library reads it.
+"""Reads which tensors a safetensors file holds, and where, from the header that the library has checked.
 
-A pruned checkpoint is made by copying byte ranges of its source, so a wrong offset would become a wrong model
-without anybody noticing. safetensors itself proves a header against the size of its file: every dtype, shape
-and offset, no byte twice and none left over. So its tensors lie one behind the other in the order it names,
-and their sizes give the offsets. Values are not looked at.
+A pruned checkpoint is made by copying byte ranges of its source, so a wrong offset would silently make a
+wrong model. The safetensors library checks a header against the size of the file: every dtype, shape and
+offset, no byte used twice and none left over. So the tensors lie one after the other in the order of their
+offsets, and their sizes give the offsets. Values are not read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from gradpruner.common.errors import IntegrityError, ModelError
 from gradpruner.common.files import shown
 
-# All of safetensors 0.8; the small floats share bytes, so only some shapes fill whole ones.
+# All dtypes of safetensors 0.8. The small floats share bytes, so only some shapes fill whole bytes.
 DTYPE_BYTES: dict[str, int | Fraction] = {
     "F4": Fraction(1, 2),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), Fraction(3, 4)),
@@ -34,8 +34,9 @@ DTYPE_BYTES: dict[str, int | Fraction] = {
     **dict.fromkeys(("I32", "U32", "F32"), 4),
     **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
 }
-HEADER_LIMIT = 100_000_000  # bytes; the format's own
+HEADER_LIMIT = 100_000_000  # bytes; the limit of the format
 AGAIN = "Download or copy the file again."
+PERMISSION = "Check the permissions of the file."
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,8 @@ class TensorRef:
     """One tensor on disk.
 
     Attributes:
-        dtype: safetensors' name of its dtype, a key of `DTYPE_BYTES`.
-        start: Absolute offset in the file of its first byte; `stop` is that behind its last.
+        dtype: The name safetensors gives its dtype, a key of `DTYPE_BYTES`.
+        start: Offset of its first byte from the start of the file; `stop` is one past its last byte.
     """
 
     name: str
@@ -56,17 +57,17 @@ class TensorRef:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of data; 0 if an extent is 0."""
+        """Bytes of data; 0 if a dimension is 0."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
-    """What one safetensors file says about itself.
+    """The header of one safetensors file.
 
     Attributes:
         tensors: By name, in the order of their data; they cover the file from `data_start` to its end.
-        metadata: The free strings of `__metadata__`.
+        metadata: The strings of `__metadata__`.
     """
 
     path: Path
@@ -77,20 +78,20 @@ class ShardHeader:
 
 
 def check_inside(folder: Path, path: Path) -> Path:
-    """A file of a model folder with all links followed, none of which may leave the folder.
+    """Follows all links of a file in a model folder, and refuses links that lead out of the folder.
 
-    A snapshot in the Hugging Face cache is made of links into `blobs` of the same repository, and since
-    huggingface_hub 2 from there into the cache's shared `blobs`; these two are the only way out.
+    A snapshot in the Hugging Face cache consists of links into `blobs` of the same repository, and since
+    huggingface_hub 2 from there into the cache's shared `blobs`. Only these two may lead out.
 
     Raises:
-        IntegrityError: If the file is missing, or is or passes a link to elsewhere.
+        IntegrityError: If the file is missing, or a link leads elsewhere.
     """
     try:
         base, real = folder.resolve(strict=True), path.resolve(strict=True)
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing.", hint="Is the download complete?") from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
-        raise IntegrityError(f"{path} cannot be followed: {error}.", hint=AGAIN) from error
+        raise IntegrityError(f"The link {path} cannot be followed: {error}.", hint=AGAIN) from error
     if base in real.parents or _in_same_cache(base, real):
         return real
     raise IntegrityError(
@@ -115,7 +116,7 @@ def _in_same_cache(base: Path, real: Path) -> bool:
 
 @contextmanager
 def _open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Opens a regular file and yields it with its size; our own errors instead of OSError."""
+    """Opens a regular file and yields it with its size; turns OSError into our own errors."""
 
     def without_waiting(name: str, flags: int) -> int:
         return os.open(name, flags | os.O_NONBLOCK)  # opening a pipe would wait for a writer
@@ -128,22 +129,22 @@ def _open_regular(path: Path) -> Iterator[tuple[BinaryIO, int]]:
             yield file, status.st_size
     except IsADirectoryError:
         raise IntegrityError(
-            f"{path} is not a regular file.", hint="Weights and index must be ordinary files."
+            f"{path} is not a regular file.", hint="Weights and index must be regular files."
         ) from None
     except FileNotFoundError:
         raise IntegrityError(f"{path} is missing.", hint="Is the download complete?") from None
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or error
-        raise ModelError(f"{path} cannot be read: {reason}.", hint="Who may read it?") from error
+        raise ModelError(f"{path} cannot be read: {reason}.", hint=PERMISSION) from error
 
 
 def read_header(path: Path, root: Path | None = None) -> ShardHeader:
-    """Reads the header of a safetensors file; its links must not leave `root`, where one is given.
+    """Reads the header of a safetensors file. Its links must not leave `root`, if given.
 
     Raises:
-        IntegrityError: If it is missing, is not safetensors, is cut off, or says anything that does not add
-            up; the message says what was found.
-        ModelError: If the operating system will not let us read it.
+        IntegrityError: If the file is missing, not safetensors, cut off or inconsistent; the message says
+            what was found.
+        ModelError: If the operating system does not let us read it.
     """
     real = path if root is None else check_inside(root, path)
     with _open_regular(real) as (file, file_bytes):
@@ -158,29 +159,29 @@ def read_header(path: Path, root: Path | None = None) -> ShardHeader:
             f"{path} is damaged or cut off: {shown(str(error), 200)}.", hint=AGAIN
         ) from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read: {error}.", hint="Who may read it?") from error
+        raise ModelError(f"{path} cannot be read: {error}.", hint=PERMISSION) from error
     tensors, start = {}, data_start
     for name, dtype, shape in kinds:
         stop = start + int(math.prod(shape) * DTYPE_BYTES[dtype])
         tensors[name] = TensorRef(name, path, dtype, shape, start, stop)
         start = stop
-    if start != file_bytes:  # it changed since, or this safetensors accepts what we do not know
-        raise IntegrityError(f"{path} holds {file_bytes} bytes, its tensors end at {start}.", hint=AGAIN)
+    if start != file_bytes:  # the file has changed, or this safetensors accepts what older ones refused
+        raise IntegrityError(f"{path} holds {file_bytes} bytes, but its tensors end at {start}.", hint=AGAIN)
     return ShardHeader(path, tensors, metadata, data_start, file_bytes)
 
 
 def _header_length(path: Path, file: BinaryIO, file_bytes: int) -> int:
-    """Bytes of the header; the commonest damages are named here, in plainer words than the library has."""
+    """Returns the bytes of the header; names common damage in plainer words than the library."""
     start = file.read(8)
     if start == b"version ":
         raise IntegrityError(f"{path} is a Git LFS pointer, not the weights.", hint="Run: git lfs pull")
     if len(start) < 8:
-        raise IntegrityError(f"{path} has {file_bytes} bytes; a safetensors file has 8 at least.", hint=AGAIN)
+        raise IntegrityError(f"{path} has {file_bytes} bytes; a safetensors file has at least 8.", hint=AGAIN)
     length = int.from_bytes(start, "little")
     if length > HEADER_LIMIT:
         raise IntegrityError(
-            f"{path} claims a header of {length} bytes; {HEADER_LIMIT} are allowed.",
-            hint="It is not a safetensors file, or damaged: download or copy it again.",
+            f"{path} claims a header of {length} bytes; at most {HEADER_LIMIT} are allowed.",
+            hint="The file is damaged, or not a safetensors file: download or copy it again.",
         )
     if length > file_bytes - 8:
         raise IntegrityError(

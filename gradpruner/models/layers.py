@@ -1,4 +1,4 @@
-"""LayeredModel: a thin view of a causal LM, its decoder layers and the linears in each."""
+"""LayeredModel: a thin view of the decoder layers of a causal LM and the linears in each."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradpruner.models.config_patch import check_keep, patch_config, text_config
 from gradpruner.models.families import Family, find_family, generic_family, nested_family
 from gradpruner.plans.layer_plan import PruningPlan
 
-# Chosen for a model by whoever loaded it, not by its depth; a rebuilt config must not lose them.
+# Set by whoever loaded the model and independent of its depth; a rebuilt config must keep them.
 _CHOSEN = (
     "_attn_implementation_internal",
     "_experts_implementation_internal",
@@ -31,7 +31,7 @@ _PLAIN_VALUES = (bool, int, float, str, type(None))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The causal LM inside PEFT, DDP or compile wrappers."""
+    """Returns the causal LM inside PEFT, DDP or compile wrappers."""
     inner: Any = model
     while True:
         if hasattr(inner, "get_base_model"):
@@ -54,17 +54,17 @@ def refuse_adapters(model: nn.Module, why: str) -> None:
 
 
 def skeleton(model_class: Any, config: Any) -> nn.Module:
-    """A model with shapes and no numbers, on torch's meta device: a second's work at any size."""
+    """Builds a model with shapes but no values, on torch's meta device; takes a second at any size."""
     with torch.device("meta"):
         model: nn.Module = model_class._from_config(copy.deepcopy(config))
     return model
 
 
 class LayeredModel:
-    """A thin view of a causal LM: ordered decoder layers and the linears in each.
+    """A thin view of the decoder layers of a causal LM, in order, and the linears in each.
 
     Args:
-        model: Any Hugging Face causal LM, also inside PEFT, DDP or compile wrappers.
+        model: Any Hugging Face causal LM; PEFT, DDP and compile wrappers are removed.
 
     Raises:
         ModelError: If its decoder layers cannot be found.
@@ -89,7 +89,7 @@ class LayeredModel:
             )
 
     def _find_family(self) -> Family:
-        """The row of the decoder's type, told where the layers are when the model is more than a decoder."""
+        """Returns the row of the decoder's type; in a larger model, with the path of the layers there."""
         whole = self.model.config
         row = find_family(self.config)
         if row is not None and whole is self.config:
@@ -100,21 +100,21 @@ class LayeredModel:
             return replace(generic_family(self.config), layers_path=path)
         if not parts:
             raise ModelError(
-                f"The decoder's config is not a direct part of that of a '{whole.model_type}' model.",
+                f"The decoder's config is not a direct part of the config of a '{whole.model_type}' model.",
                 hint="Prune the language model on its own.",
             )
         return nested_family(row or generic_family(self.config), path, parts[0])
 
     def _layers_path(self) -> str:
-        """Where a list of as many layers as the decoder has is, vision and audio towers apart."""
+        """Returns the path of the list with as many layers as the decoder, not in vision or audio towers."""
         depth = getattr(self.config, "num_hidden_layers", None)
         modules: list[tuple[str, nn.Module]] = list(self.model.named_modules())
         lists = [name for name, m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
         found = [name for name in lists if "language_model." in name] or lists
         if len(found) != 1 or not depth:
-            what = f"{len(found)} lists of {depth} layers" if depth else "no num_hidden_layers in its config"
+            what = f"has {len(found)} lists of {depth} layers" if depth else "config has no num_hidden_layers"
             raise ModelError(
-                f"The decoder layers of a '{self.model.config.model_type}' model cannot be told: {what}.",
+                f"The decoder layers of a '{self.model.config.model_type}' model were not found: its {what}.",
                 hint="Add a row to gradpruner/models/families.py that says where they are.",
             )
         return found[0]
@@ -131,9 +131,9 @@ class LayeredModel:
         return len(self.layers)
 
     def linears(self, layer: int) -> dict[str, nn.Module]:
-        """Path inside the layer -> linear module, for every linear of one layer.
+        """Returns path inside the layer -> linear module, for every linear of one layer.
 
-        LoRA-wrapped linears count once, under their own path.
+        A LoRA-wrapped linear counts once, under its own path.
         """
         found: dict[str, nn.Module] = {}
         for name, module in self.layers[layer].named_modules():
@@ -144,9 +144,9 @@ class LayeredModel:
         return found
 
     def weights(self, layer: int) -> dict[str, Tensor]:
-        """The weights of the linears of one layer, each as (out_features, in_features).
+        """Returns path inside the layer -> weight, shape (out_features, in_features), for its linears.
 
-        GPT-2 keeps them transposed; what is returned is then a transposed view.
+        GPT-2 keeps its weights transposed; for it, transposed views are returned.
         """
         found: dict[str, Tensor] = {}
         for name, module in self.linears(layer).items():
@@ -155,9 +155,9 @@ class LayeredModel:
         return found
 
     def weight(self, layer: int, name: str) -> Tensor | None:
-        """The weight of a linear, (out_features, in_features), or norm, (features,), of a layer.
+        """Returns the weight of a linear, (out_features, in_features), or norm, (features,), of a layer.
 
-        None when there is no such layer or module.
+        Returns None if there is no such layer or module.
         """
         if not 0 <= layer < self.num_layers:
             return None
@@ -171,10 +171,10 @@ class LayeredModel:
         return weight if isinstance(weight, Tensor) and weight.ndim == 1 else None
 
     def lora_target_pattern(self, only: Sequence[str] = ()) -> str:
-        """Regular expression that matches every linear of every decoder layer and nothing else.
+        """Returns a regular expression that matches the linears of all decoder layers and nothing else.
 
         Args:
-            only: Last parts of the paths of those that are meant; all when empty.
+            only: Last parts of the paths of the linears to match; empty for all.
         """
         names = sorted({name for i in range(self.num_layers) for name in self.linears(i)})
         names = [name for name in names if not only or name.rpartition(".")[2] in only]
@@ -183,7 +183,7 @@ class LayeredModel:
         return rf"(.*\.)?{prefix}\.\d+\.({inner})"
 
     def wide_tensors(self) -> dict[str, int]:
-        """Name -> axis of the tensors outside the layers that hold a slice for every layer."""
+        """Returns name -> axis of the tensors outside the layers that hold one slice per layer."""
         parent = self.family.layers_path.rpartition(".")[0]
         present = {name for name, _ in self.model.named_parameters()}
         full = {f"{parent}.{name}": axis for name, axis in self.family.wide_tensors.items()}
@@ -191,7 +191,7 @@ class LayeredModel:
 
     @contextmanager
     def passed_through(self, layers: Sequence[int]) -> Iterator[None]:
-        """Inside the block these layers return their input, as if they were pruned."""
+        """Inside the block, these layers return their input, as if they were pruned."""
         modules = [self.layers[i] for i in layers]
         for module in modules:
             module.forward = returning_input(module.forward)
@@ -202,14 +202,14 @@ class LayeredModel:
                 del module.__dict__["forward"]
 
     def keep_layers(self, plan: PruningPlan) -> None:
-        """Removes all layers a plan does not keep: modules, their numbers and the config, always all three.
+        """Removes all layers that a plan does not keep, from the modules, their numbering and the config.
 
-        What the model becomes is decided by building it from the new config without weights. The kept
-        layers must have the parameters of that skeleton, by name and shape, and take over from it every
-        plain attribute that depends on depth (`layer_idx`, the kind of attention, who shares keys).
+        A skeleton built from the new config, without weights, decides what the model becomes. The kept layers
+        must have the same parameters as the skeleton, by name and shape. They take over from it every plain
+        attribute that depends on depth (`layer_idx`, the kind of attention, which layers share keys).
 
         Raises:
-            ModelError: If the config cannot describe the kept layers; nothing is changed then.
+            ModelError: If the config cannot describe the kept layers; the model is then unchanged.
         """
         check_keep(self.config, self.family, plan)
         whole = self.model.config
@@ -239,13 +239,13 @@ class LayeredModel:
         if wrong:
             raise ModelError(
                 f"The config of a {self.config.model_type} model with layers {list(keep)} would describe "
-                f"other layers than these: '{wrong[0]}' would be {shapes.get(wrong[0], 'missing')}, it is "
-                f"{expected.get(wrong[0], 'missing')}.",
+                f"other layers than these: '{wrong[0]}' would be {shapes.get(wrong[0], 'missing')}, but it "
+                f"is {expected.get(wrong[0], 'missing')}.",
                 hint="If the family is new, add a row to gradpruner/models/families.py.",
             )
 
     def _renamed(self, name: str, keep: Sequence[int]) -> str | None:
-        """Name of a parameter or module after pruning; None when it goes."""
+        """Returns the name of a parameter or module after pruning; None if it is removed."""
         prefix = self.family.layers_path + "."
         if not name.startswith(prefix):
             return name
@@ -260,7 +260,7 @@ class LayeredModel:
         setattr(module, attribute, nn.Parameter(cut, requires_grad=old.requires_grad))
 
     def _take_over(self, old: nn.Module, new: nn.Module, keep: Sequence[int]) -> None:
-        """Gives the modules the plain attributes in which the two skeletons differ, and only these."""
+        """Gives the kept modules the plain attributes in which the two skeletons differ, and no others."""
         before = {
             renamed: module
             for name, module in old.named_modules()
@@ -275,23 +275,23 @@ class LayeredModel:
                     setattr(present, key, value)
 
     def _replace_configs(self, config: Any) -> None:
-        """Brings the config of the model and that of its decoder to the new depth, in place.
+        """Gives the configs of the model and its decoder the new depth.
 
-        In place, because every module holds a reference to one of them.
+        They are changed in place because every module holds a reference to one of them.
         """
         parts = {type(config): config, type(text_config(config)): text_config(config)}
         held = {id(c): c for m in self.model.modules() if (c := getattr(m, "config", None)) is not None}
-        for one in held.values():
-            if type(one) not in parts:
+        for old in held.values():
+            if type(old) not in parts:
                 continue
-            stay = {k: v for k, v in vars(one).items() if k in _CHOSEN or isinstance(v, PreTrainedConfig)}
-            vars(one).clear()
-            vars(one).update(copy.deepcopy(vars(parts[type(one)])) | stay)
+            stay = {k: v for k, v in vars(old).items() if k in _CHOSEN or isinstance(v, PreTrainedConfig)}
+            vars(old).clear()
+            vars(old).update(copy.deepcopy(vars(parts[type(old)])) | stay)
         self.config = text_config(self.model.config)
 
 
 def returning_input(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward that returns its input; the layer still runs, so that a cache keeps its places."""
+    """Wraps a layer's forward to return its input. The layer still runs, so the KV cache keeps its entry."""
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
@@ -302,19 +302,19 @@ def returning_input(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def slice_layers(tensor: Tensor, axis: int, num_layers: int, keep: Sequence[int]) -> Tensor:
-    """The slices of the kept layers of a tensor that is `num_layers` equal slices along `axis`."""
+    """Returns the slices of the kept layers from a tensor of `num_layers` equal slices along `axis`."""
     parts = tensor.chunk(num_layers, dim=axis)
     return torch.cat([parts[i] for i in keep], dim=axis)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Short identity of a model's decoder weights: '<type>-<layers>x<hidden>-<hash>'.
+    """Returns a short identity of a model's decoder weights: '<type>-<layers>x<hidden>-<hash>'.
 
-    Hashes shapes and 64 entries of every linear in every layer, so that a trace or plan from another
-    model, or from the same architecture with other weights, is recognised without reading it all. Entries
-    are rounded to bfloat16 first: a checkpoint has one fingerprint whether it is loaded in bfloat16 or
-    float32, with adapters or without. Quantised weights are not what the checkpoint holds; the hash of such
-    a model is 'quantised' (see `trace.same_model`).
+    It hashes the shape and 64 entries of every linear in every layer. That is enough to recognise a trace or
+    plan from another model, or from the same architecture with other weights, without reading all weights.
+    Entries are rounded to bfloat16 first, so a checkpoint has the same fingerprint in bfloat16 and float32,
+    with and without adapters. Quantised weights differ from those of the checkpoint, so the hash of a
+    quantised model is 'quantised' (see `trace.same_model`).
     """
     view = LayeredModel(model)
     identity = identity_of(view.config)
@@ -324,7 +324,7 @@ def fingerprint(model: nn.Module) -> str:
             weight: Any = getattr(module, "base_layer", module).weight  # without adapters
             if not weight.is_floating_point():
                 return identity + QUANTISED
-            # FSDP2 spreads weights over processes, all of which take part in gathering one.
+            # FSDP2 spreads weights over processes; all of them must take part in gathering one.
             whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
             flat = whole.detach().reshape(-1)
             sample = flat[:: sample_step(flat.numel())][:SAMPLES]
@@ -337,12 +337,12 @@ SAMPLES = 64
 
 
 def identity_of(config: Any) -> str:
-    """The readable part of a fingerprint, from the decoder's config."""
+    """Returns the readable part of a fingerprint, from the decoder's config."""
     return f"{config.model_type}-{config.num_hidden_layers}x{config.hidden_size}"
 
 
 def sample_step(entries: int) -> int:
-    """Distance between the entries of a weight that go into a fingerprint."""
+    """Returns the distance between the entries of a weight that go into a fingerprint."""
     return max(1, entries // SAMPLES)
 
 

@@ -1,4 +1,4 @@
-"""Models from folders and back: loading what has been checked, saving all of it or nothing."""
+"""Loads configs, tokenizers and models from folders, after checking the folders."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from gradpruner.plans.width_plan import WidthPlan
 def load_config(
     folder: Path, trust_remote_code: bool = False, *, native: bool = False, weights: bool = True
 ) -> Any:
-    """The transformers config of a checked model folder.
+    """Checks a model folder and returns its transformers config.
 
     Args:
         folder: The model folder.
         trust_remote_code: Run config code that comes with the folder.
-        native: The caller reads tensors, not a model: quantised weights, and code that comes with the folder
-            but is not run because transformers knows the model type, are no obstacle.
-        weights: The folder must hold weights, and they are checked; else its config.json is enough.
+        native: Allow quantised weights, and code that comes with the folder but is not run because
+            transformers knows the model type. For callers that read tensors and build no model.
+        weights: The folder must hold weights, which are checked too; otherwise its config.json is enough.
     """
     check = check_model_folder if weights else check_config
     check(folder, trust_remote_code or native, quantised=native)
@@ -47,12 +47,12 @@ def load_config(
 
 
 def check_loadable(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The config of a model folder that `load_model` will load: everything it checks, but no weight is read.
+    """Checks that `load_model` will load a model folder, without reading any weight; returns its config.
 
     With `trust_remote_code`, names and shapes of the weights are checked only when they are loaded.
 
     Raises:
-        ModelError: If it is not a model that can be used, as `load_config` says.
+        ModelError: If the model cannot be used (see `load_config`).
         IntegrityError: If tensors are missing, left over, or of another shape than the config says.
     """
     config = load_config(folder, trust_remote_code)
@@ -62,14 +62,14 @@ def check_loadable(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def _read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The config of a folder as transformers reads it, without what only its author's machine needed.
+    """Returns a folder's config as transformers reads it, without settings for its author's machine.
 
-    How attention is computed is for the caller to choose: a flash attention that the config names would be
-    fetched as a kernel from the hub where it is not installed. A `quantization_config` that is null or empty
-    says that nothing is quantised.
+    A flash attention that the config names is removed, because transformers would fetch it as a kernel from
+    the hub if it is not installed; the caller chooses how attention is computed. An empty or null
+    `quantization_config` is removed too, because it means that nothing is quantised.
 
     Raises:
-        ModelError: If transformers rejects it.
+        ModelError: If transformers rejects the config.
     """
     import transformers
     from transformers import AutoConfig
@@ -84,14 +84,14 @@ def _read_config(folder: Path, trust_remote_code: bool = False) -> Any:
                 f"{folder / 'config.json'}: transformers {transformers.__version__} knows no model type "
                 f"{kind!r}.{suggest(str(kind), FAMILIES)}",
                 hint="Upgrade transformers if the model is newer than it; `gradpruner ls families` lists "
-                "what is known to work.",
+                "the model types that are known to work.",
             ) from error
         raise ModelError(f"transformers rejects {folder / 'config.json'}: {error}") from error
     if isinstance(text_config(config), dict):
         raise ModelError(
             f"{folder / 'config.json'} holds a text_config that models of type '{config.model_type}' do "
             "not have.",
-            hint="Does this config.json belong to the model? Take it from where the weights came from.",
+            hint="Does this config.json belong to the model? Get it again from where the weights came from.",
         )
     for part in parts_of(config):
         if str(getattr(part, "_attn_implementation", None)).removeprefix("paged|").startswith("flash"):
@@ -102,10 +102,10 @@ def _read_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder.
+    """Returns the tokenizer of a model folder.
 
     Raises:
-        ModelError: If there is none.
+        ModelError: If the folder has no tokenizer that loads.
     """
     from transformers import AutoTokenizer
 
@@ -114,15 +114,15 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         raise ModelError(
             f"No usable tokenizer in {folder}: {str(error).splitlines()[0]}",
-            hint="A tokenizer.json (or tokenizer.model) must stand beside config.json.",
+            hint="Put a tokenizer.json (or tokenizer.model) beside config.json.",
         ) from error
 
 
 def load_structure(folder: Path) -> nn.Module:
-    """The model of a checked folder without its weights, its parameters checked against the files.
+    """Returns the model of a checked folder without weights, after checking its parameters by the files.
 
-    transformers itself matches the names, conversions between stored and computed forms included; no tensor
-    is read.
+    transformers itself matches the names, including conversions between the stored and the computed form. No
+    tensor is read.
 
     Raises:
         ModelError: If transformers cannot load the folder.
@@ -146,7 +146,7 @@ def load_structure(folder: Path) -> nn.Module:
 
 
 def _class_for(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
-    """What loads a folder: the class its config names, with layers of its widths where they differ."""
+    """Returns the class that loads a folder; if its layers have different widths, one with such layers."""
     from transformers import AutoModelForCausalLM
 
     plan = narrowed_plan(folder)
@@ -155,37 +155,35 @@ def _class_for(folder: Path, config: Any, trust_remote_code: bool = False) -> An
     return AutoModelForCausalLM if trust_remote_code else model_class(config)
 
 
-# What transformers reports -> what may have happened.
+# Entry in the loading report of transformers -> hint on what may have happened.
 _GAPS = {
-    "missing_keys": "Is the download complete? A file of weights may not have come along.",
+    "missing_keys": "Is the download complete? A file of weights may be missing.",
     "unexpected_keys": "Does its config.json belong to these weights? It describes less than they hold.",
     "mismatched_keys": "Does its config.json belong to these weights?",
 }
 
 
 def _refuse_gaps(folder: Path, report: Any, config: Any) -> None:
-    """IntegrityError when transformers would fill gaps with random numbers, or leave tensors out.
+    """Raises IntegrityError if transformers would fill missing weights with random numbers or leave some out.
 
-    Layers behind the last one, for predicting several tokens, are left out on purpose.
+    Layers behind the last one, which predict several tokens, are left out on purpose.
     """
     text = text_config(config)
     counted = beyond_fields(text) or beyond_fields(config)
     for what, hint in _GAPS.items():
         names = sorted(map(_key_name, report.get(what, ())))
-        if what == "unexpected_keys":
-            signs = any(name.endswith(BEYOND_SIGNS) for name in names)
-            if counted or signs:
-                names = [name for name in names if not is_beyond(name, text.num_hidden_layers)]
+        if what == "unexpected_keys" and (counted or any(name.endswith(BEYOND_SIGNS) for name in names)):
+            names = [name for name in names if not is_beyond(name, text.num_hidden_layers)]
         if names:
             raise IntegrityError(
-                f"{folder}: {len(names)} {what.replace('_', ' ')} against its config, such as "
+                f"{folder}: {len(names)} {what.replace('_', ' ')} compared with its config, for example "
                 f"{', '.join(names[:3])}.",
                 hint=hint,
             )
 
 
 def _key_name(entry: Any) -> str:
-    """The name of a tensor in a loading report, with both shapes if these are what is wrong."""
+    """Returns the name of a tensor in a loading report, with both shapes if they differ."""
     if isinstance(entry, tuple) and len(entry) == 3:
         name, stored, wanted = entry
         return f"{name} ({tuple(stored)} in the file, {tuple(wanted)} by the config)"
@@ -193,7 +191,7 @@ def _key_name(entry: Any) -> str:
 
 
 def narrowed_plan(folder: Path) -> WidthPlan | None:
-    """The plan of a folder whose layers have different widths, which no config can say; None for others.
+    """Returns the plan of a folder whose layers have different widths, which no config can state; else None.
 
     Raises:
         PlanError: If `pruning.json` holds a width plan that cannot be read.
@@ -207,7 +205,7 @@ def narrowed_plan(folder: Path) -> WidthPlan | None:
 
 
 def refuse_narrowed(folder: Path) -> None:
-    """Raises ModelError for a folder whose layers have different widths: sizes are read from its config."""
+    """Raises ModelError if the layers of a folder have different widths, because its config states one."""
     if narrowed_plan(folder) is not None:
         raise ModelError(
             f"The layers of {folder} have different widths, which its config does not say.",
@@ -226,24 +224,25 @@ def load_model(
     native: bool = False,
     quantise: bool = False,
 ) -> nn.Module:
-    """Loads a causal LM from a checked folder, in evaluation mode, on the device.
+    """Checks a folder and loads its causal LM, in evaluation mode, on the device.
 
-    Also one whose layers have different widths (`pruning.json` says which), which plain transformers refuses.
+    It also loads a model whose layers have different widths (listed in `pruning.json`), which plain
+    transformers refuses.
 
     Args:
         folder: The model folder.
-        dtype: torch's, its name, or "auto": bfloat16 on accelerators that have it,
-            float32 elsewhere.
-        device: "auto" (an accelerator when there is one) or a torch device.
+        dtype: A torch dtype, its name, or "auto": bfloat16 on CUDA devices that support it, else float32.
+        device: "auto" (an accelerator if there is one) or a torch device.
         attn_implementation: "sdpa", "eager", "flash_attention_2"; None leaves it to transformers.
         trust_remote_code: Run model code that comes with the folder.
-        native: Ignore model code that comes with the folder instead of refusing it.
-        quantise: Load in 4 bits for QLoRA, as its paper does: NF4, the scales quantised too, computing in
-            `dtype` (bitsandbytes).
+        native: Ignore model code that comes with the folder instead of refusing the model.
+        quantise: Load in 4 bits with bitsandbytes as in the QLoRA paper: NF4, with quantised scales,
+            computing in `dtype`.
 
     Raises:
-        ModelError: If weights are missing, unexpected or of the wrong shape: transformers would fill
-            the gaps with random numbers and only warn.
+        ModelError: If the model cannot be used or does not load.
+        IntegrityError: If weights are missing, left over or of the wrong shape. transformers would fill
+            missing weights with random numbers and only warn.
     """
     from transformers import BitsAndBytesConfig
 
@@ -261,7 +260,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=resolve_dtype(dtype, target),
         )
-        # transformers would silently take the GPU, even where the CPU is asked for.
+        # Without a device map, transformers silently uses the GPU even if the CPU is asked for.
         options["device_map"] = {"": "cpu"} if target.type == "cpu" else None
     try:
         model, report = _class_for(folder, config, trust_remote_code).from_pretrained(
@@ -281,8 +280,8 @@ def load_model(
     _refuse_gaps(folder, report, model.config)
     if quantise:
         for part in model.modules():
-            # On some CPUs bitsandbytes 0.50 lays weights out anew at the first pass in evaluation mode, as in
-            # the trial of packed rows; gradients through them are wrong from then on.
+            # On some CPUs, bitsandbytes 0.50 rearranges the weights in the first pass in evaluation mode (the
+            # check of packed rows is one), and from then on gradients through them are wrong.
             if hasattr(part, "support_avx512bf16_for_cpu"):
                 part.support_avx512bf16_for_cpu = False
     else:
@@ -292,7 +291,7 @@ def load_model(
 
 
 def check_bitsandbytes(what: str) -> None:
-    """Raises ConfigError where bitsandbytes is not installed, which `what` needs."""
+    """Raises ConfigError if bitsandbytes, which `what` needs, is not installed."""
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"{what} needs bitsandbytes, which is not installed.", hint="pip install 'gradpruner[quant]'"
@@ -300,7 +299,7 @@ def check_bitsandbytes(what: str) -> None:
 
 
 def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
-    """The model with the adapters of a folder merged in.
+    """Returns the model with the adapters of a folder merged into it.
 
     Raises:
         ModelError: If the folder holds no adapters for this model.
@@ -309,17 +308,17 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
 
     try:
         adapted: Any = PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:  # shapes, names, safetensors: many types, one meaning here
+    except Exception as error:  # wrong shapes, names or files: errors of many types
         raise ModelError(f"The adapters in {folder} do not fit the model: {error}") from error
     merged: nn.Module = adapted.merge_and_unload().eval()
     return merged
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turns "auto" into the accelerator when there is one, else the CPU.
+    """Returns the device of this name; "auto" is the accelerator if there is one, else the CPU.
 
     Raises:
-        ConfigError: If torch does not know the device or it is not there.
+        ConfigError: If torch does not know the device or does not find it.
     """
     if device != "auto":
         try:
@@ -337,7 +336,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Turns a name into a dtype; "auto" is bfloat16 on CUDA devices that have it, else float32."""
+    """Returns the dtype of this name; "auto" is bfloat16 on CUDA devices that support it, else float32."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":

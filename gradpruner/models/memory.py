@@ -1,4 +1,4 @@
-"""The memory a piece of work took at its most."""
+"""Measures the peak memory of a block of code."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _SAMPLE_SECONDS = 0.02
 class PeakMemory:
     """Measures the peak memory of this process between entry and exit of a `with` block.
 
-    On CUDA: the most bytes torch had allocated at once, summed over all visible devices; exact.
-    Blocks may be nested, the outer one sees the peaks of the inner ones.
-    Elsewhere: the resident set size (RSS) of the process, sampled every 20 ms and at both ends, so a
-    shorter spike can be missed. RSS holds everything in the process: Python, libraries (some 400 MB for
-    torch alone), the models of earlier steps the allocator has not given back, files mapped and read.
+    On CUDA this is the largest number of bytes that torch had allocated at once, summed over all visible
+    devices; it is exact. Blocks may be nested: the outer block sees the peaks of the inner ones.
+
+    Elsewhere it is the resident set size (RSS) of the process, sampled every 20 ms and at both ends, so a
+    shorter spike can be missed. RSS covers everything in the process: Python, libraries (some 400 MB for
+    torch alone), memory of earlier models that the allocator has not given back, files mapped and read.
 
     Args:
-        device: Where the work happens; None or anything but CUDA measures RSS.
+        device: Where the work runs. For None or anything but CUDA, RSS is measured.
 
     Attributes:
         kind: "cuda" or "rss".
-        peak_bytes: The absolute peak; for run.json.
-        rise_bytes: Peak minus what was in use at entry, >= 0.
+        peak_bytes: The absolute peak.
+        rise_bytes: The peak minus the bytes in use at entry, >= 0.
     """
 
     _open_on_cuda: ClassVar[list[PeakMemory]] = []
@@ -60,7 +61,7 @@ class PeakMemory:
             self._note(_cuda_peak())
 
     def _enter_cuda(self) -> None:
-        """Starts a fresh peak, after saving the one so far for the blocks around this one."""
+        """Resets torch's peak, after noting the peak so far in the blocks around this one."""
         for outer in PeakMemory._open_on_cuda:
             outer._note(_cuda_peak())
         for index in range(torch.cuda.device_count()):
@@ -74,7 +75,7 @@ class PeakMemory:
             self._note(self._process.memory_info().rss)
 
     def _note(self, in_use_bytes: int) -> None:
-        """Takes one reading into account."""
+        """Updates the peak with one reading."""
         self.peak_bytes = max(self.peak_bytes, in_use_bytes)
         self.rise_bytes = self.peak_bytes - self._at_entry
 

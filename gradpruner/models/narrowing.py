@@ -1,4 +1,4 @@
-"""Carrying out a width plan: heads, MLP channels and hidden dimensions leave a model in memory."""
+"""Carries out a width plan in memory: removes heads, MLP channels and hidden dimensions of a model."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from gradpruner.models.config_patch import text_config
 from gradpruner.models.layers import fingerprint, skeleton
 from gradpruner.models.proof import probe_logits, relative_error, tolerance
 from gradpruner.models.sizes import ModelSizes
-from gradpruner.models.widths import HEAD_NORMS, WidthView, head_entries
+from gradpruner.models.widths import HEAD_NORMS, USE_LAYERS, WidthView, head_entries
 from gradpruner.plans.width_plan import WidthPlan
 
 
-@torch.no_grad()
 def prune_width_(model: nn.Module, plan: WidthPlan) -> nn.Module:
-    """Removes heads, channels and hidden dimensions of a model in place, as `narrow_`; returns the model."""
+    """Removes heads, channels and hidden dimensions of a model in place (see `narrow_`) and returns it."""
     narrow_(model, plan)
     return model
 
 
 @torch.no_grad()
 def narrow_(model: nn.Module, plan: WidthPlan) -> float | None:
-    """Removes heads, channels and hidden dimensions of a model in place, and says how well that went.
+    """Removes heads, channels and hidden dimensions of a model in place, and returns the error of the proof.
 
-    Where no hidden dimension goes, the result is proved: it must compute what the model computed with the
-    removed heads and channels set to zero. Memory beyond the model: one linear.
+    If all hidden dimensions stay, the result is proved: it must compute what the model computed with the
+    removed heads and channels set to zero. Besides the model, this takes the memory of one linear.
+
+    If the plan is uniform, the config of the narrower model states its widths. Otherwise the model can be
+    saved, but only this package can load it (`loading.load_model`).
 
     Args:
         model: A Hugging Face causal LM without adapters.
         plan: What stays.
 
     Returns:
-        Relative error of the proof; None when hidden dimensions go, or the model has no weights. The model
-        has narrower linears. Its config says so if the plan is uniform; else it can be saved, and loaded
-        through this package only (`loading.load_model`).
+        Relative error of the proof; None if hidden dimensions are removed or the model has no weights.
 
     Raises:
-        PlanError: If the plan is for another model.
+        PlanError: If the plan is for another model, or transformers cannot load its widths.
         ModelError: If heads and channels of the model cannot be told apart, or the proof fails.
     """
     view = WidthView(model)
@@ -67,13 +67,13 @@ def narrow_(model: nn.Module, plan: WidthPlan) -> float | None:
         raise ModelError(
             f"The pruned '{view.layered.config.model_type}' model does not compute what it did with the "
             f"removed parts set to zero (relative error {error:.2g}).",
-            hint="Use a method that prunes whole layers (`gradpruner ls methods`).",
+            hint=USE_LAYERS,
         )
     return error
 
 
 def _cut_layers_(view: WidthView, plan: WidthPlan) -> None:
-    """Cuts the seven linears of every layer to the plan's heads and channels."""
+    """Cuts the seven linears of each layer to the heads and channels of the plan."""
     dim = view.shape.head_dim
     for layer, widths in enumerate(plan.layers):
         parts = view.parts(layer)
@@ -100,7 +100,7 @@ def _cut_layers_(view: WidthView, plan: WidthPlan) -> None:
 
 
 def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
-    """Cuts everything along the hidden state; refuses a model with parameters it cannot place."""
+    """Cuts all parameters along the hidden state; refuses a model if it is unclear how one depends on it."""
     model, kept = view.model, torch.tensor(plan.hidden)
     linears = [m for i in range(plan.num_layers) for m in vars(view.parts(i)).values()]
     norms = list(view.hidden_vectors(model))
@@ -124,7 +124,7 @@ def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
     for norm in norms:
         for name, vector in list(norm.named_parameters(recurse=False)):
             setattr(norm, name, _parameter(vector, vector[kept.to(vector.device)]))
-    for module in model.modules():  # also those without parameters, such as OLMo's
+    for module in model.modules():  # also norms without parameters, like OLMo's
         if getattr(module, "normalized_shape", None) == (plan.shape.hidden_size,):
             module.normalized_shape = (len(kept),)
     _cut_embeddings_(model, kept)
@@ -136,7 +136,7 @@ def _cut_embeddings_(model: Any, kept: Tensor) -> None:
     embedding.weight = _parameter(embedding.weight, embedding.weight[:, kept.to(embedding.weight.device)])
     embedding.embedding_dim = len(kept)
     if math.isclose(getattr(embedding, "scalar_embed_scale", 0.0), math.sqrt(whole)):
-        # Gemma's. A model that is loaded takes it from the config, so this one must do the same.
+        # Gemma scales embeddings so. A loaded model takes the scale from the config, so this one must match.
         embedding.scalar_embed_scale = math.sqrt(len(kept))
         embedding.embed_scale = torch.full_like(embedding.embed_scale, math.sqrt(len(kept)))
     if head is not None:
@@ -146,8 +146,8 @@ def _cut_embeddings_(model: Any, kept: Tensor) -> None:
 
 
 def _config_values(plan: WidthPlan) -> dict[str, int]:
-    """The new widths, as far as a config can say them."""
-    # The hidden size no longer gives that of a head.
+    """Returns the new widths, as far as a config can state them."""
+    # head_dim is stated because the hidden size no longer gives it.
     values = {"head_dim": plan.shape.head_dim, "hidden_size": len(plan.hidden)}
     if plan.uniform:
         values["num_attention_heads"] = plan.widths.num_heads
@@ -157,10 +157,10 @@ def _config_values(plan: WidthPlan) -> dict[str, int]:
 
 
 def check_widths(view: WidthView, plan: WidthPlan) -> None:
-    """Refuses what transformers would not load: for many types heads must divide the hidden size.
+    """Refuses widths that transformers would not load: for many types, heads must divide the hidden size.
 
     Raises:
-        PlanError: If no config of the family says these widths, or the family does not build them from it.
+        PlanError: If no config of this model type can state the widths, or its models ignore what it states.
     """
     config, values = view.layered.config, _config_values(plan)
     try:
@@ -172,7 +172,7 @@ def check_widths(view: WidthView, plan: WidthPlan) -> None:
         ) from error
     if not plan.uniform:
         return
-    # Some types take the size of a head from others, whatever the config says of it.
+    # Some types derive the head size from other sizes and ignore the one in the config.
     whole = copy.deepcopy(view.model.config)
     for name, value in values.items():
         setattr(text_config(whole), name, value)
@@ -202,9 +202,9 @@ def _parameter(old: Tensor, values: Tensor) -> nn.Parameter:
 
 
 def resized_class(base: Any, plan: WidthPlan) -> Any:
-    """The class `base`, its layers as narrow as a plan with different widths says; for `from_pretrained`.
+    """Returns a class like `base` with layers as narrow as a plan of different widths says.
 
-    The plan's hidden dimensions are in the folder's config already.
+    It is for `from_pretrained`. The hidden size of the plan is in the folder's config already.
     """
 
     class Resized(base):
@@ -213,14 +213,14 @@ def resized_class(base: Any, plan: WidthPlan) -> Any:
             with torch.no_grad():
                 _cut_layers_(WidthView(self), plan)
 
-    # The saved config names the class.
+    # A saved config records the name of the class.
     Resized.__name__, Resized.__qualname__ = base.__name__, base.__qualname__
     Resized.__module__ = base.__module__
     return Resized
 
 
 def width_savings(model: nn.Module, plan: WidthPlan) -> dict[str, dict[str, int]]:
-    """What a width plan saves, in the units of `ModelSizes.savings`.
+    """Returns what a width plan saves, in the format of `ModelSizes.savings`.
 
     `model` is the dense model without weights (`layers.skeleton`); it is pruned in place.
     """

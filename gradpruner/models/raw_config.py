@@ -1,4 +1,4 @@
-"""What a config.json says, looked at as a stranger's file before transformers acts on it."""
+"""Reads and checks config.json as an untrusted file, before transformers acts on it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gradpruner.common.files import read_plain
 
 CONFIG_FILE = "config.json"
 CONFIG_BYTES = 32 << 20
-# Implementations of attention and experts that come with torch and transformers. What a config names beside
-# these is a kernel that transformers would fetch from the hub and run (CVE-2026-4372 and its siblings).
+# Implementations of attention and experts that come with torch and transformers. Any other name in a config
+# is a kernel that transformers would fetch from the hub and run (CVE-2026-4372 and related ones).
 ALLOWED_ATTENTION = (
     "eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
 )  # fmt: skip
 ALLOWED_EXPERTS = ("eager", "batched_mm", "grouped_mm")
 _IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation$")
-# Set by transformers while a model is built, never written by it.
+# Fields that transformers sets while it builds a model and never writes to a file.
 _INTERNAL = ("_attn_implementation_internal", "_experts_implementation_internal")
-# Sections that say how weights are packed, as transformers, compressed-tensors and MLX call them.
+# Sections that say how weights are quantised, as transformers, compressed-tensors and MLX call them.
 _QUANTISATION = ("quantization_config", "compression_config", "quantization")
-# Fields that count layers stored behind the last one, for predicting several tokens at once.
+# Fields that count layers behind the last one, which predict several tokens at once.
 _BEYOND = re.compile(r"num_nextn_predict_layers$|.*mtp.*(layers|modules|depth)$|(num_)?mtp$")
-# What the layers of such a predictor have and no other layer has.
+# Tensors that the layers of such a predictor have and no other layer has.
 BEYOND_SIGNS = (".eh_proj.weight", ".enorm.weight", ".hnorm.weight", ".shared_head.norm.weight")
-# Largest value a field may have: far above any model there is, far below what would fill the memory.
+# Largest value a field may have: far above that of any model, far below what would fill the memory.
 _LIMITS = (
     (re.compile(r"(?:layers?|depth|blocks)$"), 2_000),
     (re.compile(r"(?:experts?|heads?|groups)$"), 1 << 16),
@@ -39,10 +39,10 @@ _DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def read_raw_config(path: Path) -> dict[str, Any]:
-    """The content of a config.json.
+    """Returns the content of a config.json.
 
     Raises:
-        ModelError: If it cannot be read, is larger than `CONFIG_BYTES`, or is no JSON object.
+        ModelError: If it cannot be read, is larger than `CONFIG_BYTES`, or is not a JSON object.
     """
     try:
         config = json.loads(read_plain(path, CONFIG_BYTES).decode("utf-8"))
@@ -54,7 +54,7 @@ def read_raw_config(path: Path) -> dict[str, Any]:
 
 
 def fields_of(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, str, Any]]:
-    """Yields (where, key, value) of every member of a config and of the objects in it, lists included."""
+    """Yields (path, key, value) of every field of a config and of all objects nested in it, also in lists."""
     for key, value in config.items():
         where = f"{inside}{key}"
         yield where, key, value
@@ -65,28 +65,29 @@ def fields_of(config: dict[str, Any], inside: str = "") -> Iterator[tuple[str, s
 
 
 def refuse_foreign_code(path: Path, config: dict[str, Any]) -> None:
-    """Refuses fields that make transformers fetch and run code, wherever in the config they are.
+    """Refuses fields, at any depth of the config, that make transformers fetch and run code.
 
     Raises:
-        IntegrityError: If attention, experts or a kernel are to come from the hub.
+        IntegrityError: If attention, experts or a kernel would come from the hub.
     """
     for where, key, value in fields_of(config):
         named = _IMPLEMENTATION.match(key)
         if key.startswith(_INTERNAL) and value is not None:
-            raise _code(path, where, value, "No genuine checkpoint needs it: remove the field")
+            raise _foreign_code(path, where, value, "No genuine checkpoint needs it: remove the field")
         if named:
             allowed = ALLOWED_ATTENTION if named[1] == "attn" else ALLOWED_EXPERTS
             strange = [name for name in _strings(value) if name.removeprefix("paged|") not in allowed]
             if strange:
                 hint = f"Allowed are {', '.join(allowed)}: remove the field"
-                raise _code(path, where, strange[0], hint)
+                raise _foreign_code(path, where, strange[0], hint)
         elif "kernel" in key:
             fetched = [name for name in _strings(value) if "/" in name]
             if fetched:
-                raise _code(path, where, fetched[0], "No genuine checkpoint needs it: remove the field")
+                hint = "No genuine checkpoint needs it: remove the field"
+                raise _foreign_code(path, where, fetched[0], hint)
 
 
-def _code(path: Path, where: str, value: Any, hint: str) -> IntegrityError:
+def _foreign_code(path: Path, where: str, value: Any, hint: str) -> IntegrityError:
     return IntegrityError(
         f"{path} sets '{where}' to {ascii(value)[:80]}, which makes transformers fetch and run code.",
         hint=f"{hint}, or do not use this model.",
@@ -94,7 +95,7 @@ def _code(path: Path, where: str, value: Any, hint: str) -> IntegrityError:
 
 
 def _strings(value: Any) -> list[str]:
-    """All strings in a JSON value, keys of objects included: names of kernels stand in both places."""
+    """Returns all strings in a JSON value, except the keys of objects."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, dict):
@@ -105,11 +106,11 @@ def _strings(value: Any) -> list[str]:
 
 
 def refuse_absurd_sizes(path: Path, config: dict[str, Any]) -> None:
-    """Refuses sizes that would fill the memory before any weight is looked at.
+    """Refuses sizes that would fill the memory before any weight is read.
 
     Raises:
-        IntegrityError: If a count of layers, heads, experts, channels or positions is beyond any model, or a
-            model is to have no layers.
+        IntegrityError: If a number of layers, heads, experts, channels or positions is larger than in any
+            model, or the model would have no layers.
     """
     for where, key, value in fields_of(config):
         numbers = value if isinstance(value, list) else [value]
@@ -118,7 +119,7 @@ def refuse_absurd_sizes(path: Path, config: dict[str, Any]) -> None:
         if limit is not None and any(x > limit for x in numbers):
             raise IntegrityError(
                 f"{path} sets '{where}' to {max(numbers):g}; at most {limit:,} is allowed.",
-                hint="The file is damaged or not meant well: get it again from where the model came from.",
+                hint="The file is damaged or malicious: get it again from where the model came from.",
             )
         if key in _DEPTH_FIELDS and any(x < 1 for x in numbers):
             raise IntegrityError(
@@ -128,7 +129,7 @@ def refuse_absurd_sizes(path: Path, config: dict[str, Any]) -> None:
 
 
 def quantised_parts(config: dict[str, Any]) -> dict[str, Any]:
-    """Where -> what a config says about quantised weights; null and empty sections say nothing."""
+    """Returns path -> section of a config about quantised weights; null and empty sections are left out."""
     return {
         where: value
         for where, key, value in fields_of(config)
@@ -137,7 +138,7 @@ def quantised_parts(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantised_kind(section: Any) -> str:
-    """The method a section on quantisation names."""
+    """Returns the method that a section on quantisation names."""
     if not isinstance(section, dict):
         return "unknown"
     method = section.get("quant_method")
@@ -145,7 +146,7 @@ def quantised_kind(section: Any) -> str:
 
 
 def wants_code(config: dict[str, Any]) -> bool:
-    """Whether a model can only be built with code that comes with it: transformers does not know its type."""
+    """Whether a model needs the code that comes with it because transformers does not know its type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     kind = config.get("model_type")
@@ -153,9 +154,9 @@ def wants_code(config: dict[str, Any]) -> bool:
 
 
 def beyond_fields(config: Any) -> dict[str, int]:
-    """Field -> number of layers stored behind the last one (multi-token prediction), of any model type.
+    """Returns field -> number of layers behind the last one (multi-token prediction), for any model type.
 
-    `config` is the decoder's config as transformers reads it, or its part of a config.json.
+    `config` is the decoder's config as transformers reads it, or the decoder's part of a config.json.
     """
     values = config if isinstance(config, dict) else vars(config)
     return {
@@ -166,7 +167,7 @@ def beyond_fields(config: Any) -> dict[str, int]:
 
 
 def is_beyond(name: str, depth: int) -> bool:
-    """Whether a tensor is part of what predicts several tokens: behind the last layer, or named so."""
+    """Whether a tensor belongs to multi-token prediction: by its name, or by a layer behind the last one."""
     numbered = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     if numbered is not None and int(numbered[1]) >= depth:
         return True

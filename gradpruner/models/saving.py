@@ -1,4 +1,4 @@
-"""Models into folders that plain transformers loads."""
+"""Saves models into folders that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -34,28 +34,27 @@ def save_model(
     carried_from: Path | None = None,
     like: Path | None = None,
 ) -> Path:
-    """Writes a model folder that plain transformers loads: all of it, or nothing.
+    """Writes a model folder that plain transformers loads, completely or not at all.
 
     Weights, config, tokenizer, chat template, `pruning.json` and a model card are written to a staged
-    folder beside the target, made durable, and renamed. `dtype` is that of the source checkpoint.
+    folder beside the target, made durable, and renamed.
 
     Args:
-        model: The causal LM (its weights are cast in place).
-        tokenizer: Saved beside it; None: there is none, or it is carried.
-        folder: The target; replaced if it is ours.
-        dtype: Stored dtype.
+        model: The causal LM; its weights are cast in place.
+        tokenizer: Saved with the model. None if there is none or `carried_from` has it.
+        folder: The target; replaced if gradpruner made it.
+        dtype: The dtype to store, which is that of the source checkpoint.
         plan: None for a dense model.
         source: Where the model came from, for the card.
-        facts: Further lines for `pruning.json`.
-        carried_from: Model folder whose tokenizer, chat template, generation config and licence are carried
-            over byte for byte.
-        like: Model folder whose tensors say the dtype of each parameter, for sources that store some in
-            another one than the rest.
+        facts: Further entries of `pruning.json`.
+        carried_from: Model folder whose tokenizer, chat template, generation config and licence are copied
+            byte for byte.
+        like: Model folder whose tensors give the dtype of each parameter, for sources with several dtypes.
 
     Raises:
-        ConfigError: If the target holds something that is not ours.
-        NonFiniteError: If a weight is NaN or Inf as it would be stored; the tensor is named.
-        ResourceError: If the disk is full; the staged folder is removed, the old one untouched.
+        ConfigError: If the target holds files that are not ours.
+        NonFiniteError: If a weight is NaN or Inf in the stored dtype; the message names the tensor.
+        ResourceError: If the disk is full. The staged folder is removed, the old folder stays as it was.
     """
     check_output(folder, marker=PRUNING_FILE)
     with staged_folder(folder) as staged:
@@ -78,9 +77,9 @@ def save_model(
 
 
 def _refuse_non_finite(staged: Path) -> None:
-    """NonFiniteError if a tensor that was just written holds NaN or Inf: no such model gets its name.
+    """Raises NonFiniteError if a tensor that was just written holds NaN or Inf.
 
-    A row of an embedding that no example uses, or a value too large for its dtype, shows in no loss.
+    The loss does not show an embedding row that no example uses, or a value too large for the stored dtype.
     """
     for path in sorted(staged.rglob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -91,7 +90,7 @@ def _refuse_non_finite(staged: Path) -> None:
                 if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
                     raise NonFiniteError(
                         f"The tensor '{name}' holds NaN or Inf; a model with such weights is not saved.",
-                        hint="If the source holds them too, it is damaged: take another copy. Else train "
+                        hint="If the source holds them too, it is damaged: use another copy. Otherwise train "
                         "with a lower learning rate, or store in a wider dtype than "
                         f"{str(tensor.dtype).removeprefix('torch.')}.",
                     )

@@ -1,6 +1,6 @@
-"""Which tensors the safetensors weights of a model folder hold and where: one file, or shards with an index.
+"""Reads which tensors a model folder holds and where: in one safetensors file, or in shards with an index.
 
-Names and links come from a stranger's folder; none leads out of it.
+The folder is not trusted: no file name and no link in it may lead out of it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 from gradpruner.common.errors import IntegrityError, ModelError
 from gradpruner.common.files import read_plain, shown
 from gradpruner.common.json_files import parse_json
-from gradpruner.models.headers import AGAIN, ShardHeader, TensorRef, check_inside, read_header
+from gradpruner.models.headers import AGAIN, PERMISSION, ShardHeader, TensorRef, check_inside, read_header
 
-INDEX_LIMIT = 64_000_000  # bytes; several times what the largest public models need
+INDEX_LIMIT = 64_000_000  # bytes; several times the size of the largest public index
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _SUFFIX, _INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
-# Mistral's second copy of the same weights, adapters, and what editors and file servers leave behind.
-_NOT_OURS = ("consolidated", "adapter_", ".")
+# Mistral's second copy of the same weights, adapters, and hidden files that editors and file servers leave.
+_IGNORED = ("consolidated", "adapter_", ".")
 _PART = re.compile(r"-\d+-of-0*(\d+)\.safetensors")
 
 
@@ -30,8 +30,8 @@ class Shards:
     """All tensors of a model folder.
 
     Attributes:
-        headers: One per file, in the order in which the index first names them.
-        tensors: By name, file after file, each in the order of its data.
+        headers: One per file, in the order in which the index first names the files.
+        tensors: By name, file after file, in the order of their data.
     """
 
     folder: Path
@@ -47,15 +47,15 @@ class Shards:
 def open_shards(folder: Path) -> Shards:
     """Reads the headers of all weights of a model folder.
 
-    Where there are both model.safetensors and an index, the former is taken, because transformers loads it
-    and the two must be the same model; if the shards hold other tensors, one of the two is stale, and we
-    refuse rather than guess. A model.safetensors beside an index that names only it is one set, not two.
-    Adapters and Mistral's consolidated files are left alone.
+    If there are both model.safetensors and an index, model.safetensors is used, because transformers loads
+    it. The shards must then hold the same tensors: if they do not, one of the two is stale, and the folder is
+    refused. An index that names only model.safetensors belongs to it. Adapters and Mistral's consolidated
+    files are ignored.
 
     Raises:
-        ModelError: If it holds no safetensors weights, or it is not clear which of them are the model.
-        IntegrityError: If a file is damaged or missing, lies outside the folder, or index and headers
-            disagree. The `total_size` of an index is not compared: many on the hub are wrong.
+        ModelError: If there are no safetensors weights, or it is not clear which files are the model.
+        IntegrityError: If a file is damaged, missing or outside the folder, or index and headers disagree.
+            The `total_size` of an index is not compared, because many on the hub are wrong.
     """
     single, index = _choose_files(folder)
     if index is None:
@@ -76,7 +76,7 @@ def open_shards(folder: Path) -> Shards:
 
 
 def _choose_files(folder: Path) -> tuple[str | None, str | None]:
-    """The names of the single weight file and of the index; one of them may be None."""
+    """Returns the names of the single weight file and of the index; one of them may be None."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -84,7 +84,7 @@ def _choose_files(folder: Path) -> tuple[str | None, str | None]:
             f"{folder} is not a model folder: {error.strerror}.",
             hint="Give a folder with config.json and *.safetensors.",
         ) from error
-    ours = [name for name in names if not name.startswith(_NOT_OURS)]
+    ours = [name for name in names if not name.startswith(_IGNORED)]
     weights = [name for name in ours if name.endswith(_SUFFIX)]
     indexes = [name for name in ours if name.endswith(_INDEX_SUFFIX)]
     single = SINGLE_FILE if SINGLE_FILE in weights else None
@@ -104,7 +104,7 @@ def _choose_files(folder: Path) -> tuple[str | None, str | None]:
         raise ModelError(
             f"{folder} holds {_examples(parts or weights)} but no index that says which of them make the "
             f"model; one *{_SUFFIX} or an {INDEX_FILE} is needed.",
-            hint="Is the download complete, was saving interrupted? Fetch the index, or remove what does not "
+            hint="Is the download complete? Was saving interrupted? Fetch the index, or remove what does not "
             "belong to the model.",
         )
     return single or weights[0], None
@@ -116,7 +116,7 @@ def _no_weights(folder: Path, names: list[str]) -> ModelError:
         return ModelError(
             f"{folder} holds its weights as {', '.join(others[:3])}; only safetensors are read, because "
             "pickled files can run code and gguf is a one-way format.",
-            hint="Convert once, where you trust the file: AutoModelForCausalLM.from_pretrained(folder)"
+            hint="If you trust the file, convert it once: AutoModelForCausalLM.from_pretrained(folder)"
             ".save_pretrained(new_folder).",
         )
     apart = [name for name in names if name.endswith(_SUFFIX)]
@@ -129,7 +129,7 @@ def _no_weights(folder: Path, names: list[str]) -> ModelError:
 
 
 def _open_indexed(folder: Path, index: Path) -> Shards:
-    """All shards of an index, after proving that index and headers say the same."""
+    """Reads all shards of an index and checks that the index and the headers agree."""
     weight_map = _read_index(folder, index)
     headers = []
     for shard in dict.fromkeys(weight_map.values()):
@@ -166,7 +166,7 @@ def _join(folder: Path, headers: list[ShardHeader]) -> Shards:
 
 
 def _read_index(folder: Path, index: Path) -> dict[str, str]:
-    """The weight map of an index, tensor name -> file name; all files are plain names."""
+    """Returns the weight map of an index, tensor name -> file name; every file name is a plain name."""
     real = check_inside(folder, index)
     try:
         found = parse_json(read_plain(real, INDEX_LIMIT))
@@ -176,21 +176,21 @@ def _read_index(folder: Path, index: Path) -> dict[str, str]:
         for shard in dict.fromkeys(map(str, weight_map.values())):
             _check_shard_name(index, shard)
     except OSError as error:
-        raise ModelError(f"{index} cannot be read: {error.strerror}.", hint="Who may read it?") from error
+        raise ModelError(f"{index} cannot be read: {error.strerror}.", hint=PERMISSION) from error
     except ValueError as error:
         raise IntegrityError(
             f"{index} is not a weight index: {error}.",
-            hint="It needs an object weight_map, from the names of tensors to those of files. " + AGAIN,
+            hint="It needs an object weight_map that maps tensor names to file names. " + AGAIN,
         ) from error
     return weight_map
 
 
 def _check_shard_name(index: Path, shard: str) -> None:
-    """Refuses what would be a path on any system (`a/b`, `..`, `C:a`), or no name on this one."""
+    """Refuses a name that is a path on any system (`a/b`, `..`, `C:a`), or cannot be a file name."""
     if re.search(r"[/\\:\x00-\x1f]", shard) or not shard.endswith(_SUFFIX) or shard == _SUFFIX:
         raise IntegrityError(
-            f"{index} names the shard {shown(shard)}; only plain *{_SUFFIX} names are allowed, others may "
-            "be outside the model folder.",
+            f"{index} names the shard {shown(shard)}; only plain *{_SUFFIX} names are allowed, because other "
+            "names may lead out of the model folder.",
             hint="No genuine checkpoint has this: do not use this model.",
         )
 

@@ -1,8 +1,8 @@
 """What a model costs: parameters, KV cache, operations, disk.
 
-Sizes come from the model built on torch's "meta" device, which holds shapes and no numbers: a model
-of any size is counted in about a second, without its weights. One multiply-accumulate (MAC) is two
-FLOPs. Operations count the linears only; attention scores add a share that grows with the context.
+Sizes are counted on the model built on torch's "meta" device, with shapes but no values. That takes about a
+second for a model of any size and needs no weights. One multiply-accumulate (MAC) is two FLOPs. Only the
+operations of the linears are counted; attention scores add a share that grows with the context.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 from gradpruner.common.errors import ModelError, PlanError
 
-# Spellings of the same three facts across model families.
+# Names of the same field in different model families, and of the layer types that have a KV cache.
 _EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _EXPERTS_USED_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts")
 _CACHED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 
 
 def build_on_meta(config: Any) -> nn.Module:
-    """Builds the causal language model a config describes, with shapes but without numbers.
+    """Builds the causal language model that a config describes, with shapes but no values.
 
     Raises:
         ModelError: If transformers has no causal language model for it.
@@ -48,7 +48,7 @@ def build_on_meta(config: Any) -> nn.Module:
 
 
 class _Decoder(nn.Module):
-    """The decoder of a model that also sees or hears, with a language head: none of its own exists."""
+    """The decoder of a vision or audio model with a language head, for which transformers has no class."""
 
     def __init__(self, text: Any) -> None:
         super().__init__()
@@ -60,19 +60,19 @@ class _Decoder(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """As transformers' own models have it: what is below the head."""
+        """The model below the head, as in transformers' own models."""
         return cast(nn.Module, self.model)
 
     def get_output_embeddings(self) -> nn.Linear:
-        """As transformers' own models have it."""
+        """Returns the head, as in transformers' own models."""
         return self.lm_head
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Returns the decoder layers in order.
 
-    They are the longest `nn.ModuleList` whose elements share one class; a list as long as the
-    config's `num_hidden_layers` wins over a longer one (vision towers and experts are lists too).
+    They are the longest `nn.ModuleList` whose elements share one class. A list as long as the config's
+    `num_hidden_layers` is preferred to a longer one, because vision towers and experts are lists too.
 
     Raises:
         ModelError: If the model has no such list.
@@ -85,7 +85,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if not lists:
         raise ModelError(
             f"No list of decoder layers found in {type(model).__name__}.",
-            hint="Depth pruning needs a model made of a row of equal layers.",
+            hint="Depth pruning needs a model with a list of layers of one class.",
         )
     config: Any = getattr(model, "config", None)
     text = None if config is None else config.get_text_config(decoder=True)
@@ -94,9 +94,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def keep_layers_(model: nn.Module, keep: Sequence[int]) -> nn.Module:
-    """Leaves only some decoder layers in a model that is to be sized, in place, and returns it.
+    """Keeps only some decoder layers of a model that is to be sized, in place, and returns the model.
 
-    The config learns their number and nothing else; pruning is `LayeredModel.keep_layers`.
+    In the config, only the number of layers changes; to prune a model, use `LayeredModel.keep_layers`.
     """
     layers = decoder_layers(model)
     for parent in list(model.modules()):
@@ -109,21 +109,21 @@ def keep_layers_(model: nn.Module, keep: Sequence[int]) -> nn.Module:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters; one shared by two places (tied embeddings) counts once."""
+    """Returns the number of parameters; tied embeddings count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def kv_bytes_per_token(
     config: Any, dtype: torch.dtype | None = None, *, keep: Sequence[int] | None = None
 ) -> int:
-    """Bytes the key-value cache grows by with every token of context.
+    """Returns by how many bytes the key-value cache grows with each token of context.
 
     Sliding-window layers count in full (they stop growing at the window); layers without a cache
     (linear attention, state space) count nothing; latent attention counts its compressed entry.
 
     Args:
         config: A transformers config.
-        dtype: Of the cache; None for the checkpoint's.
+        dtype: The dtype of the cache; None for the dtype of the checkpoint.
         keep: Layers to count; None for all.
     """
     text = config.get_text_config(decoder=True)
@@ -133,13 +133,13 @@ def kv_bytes_per_token(
 
 
 class ModelSizes:
-    """What a model is made of, counted on one model without numbers that is built when first asked for.
+    """The sizes of a model, counted on a model without values that is built when first needed.
 
     Args:
         counted: A transformers config of any decoder family, or a model. It must not change afterwards.
 
     Raises:
-        ModelError: When first asked, if transformers has no causal language model for the config.
+        ModelError: On first use, if transformers has no causal language model for the config.
     """
 
     def __init__(self, counted: Any) -> None:
@@ -148,7 +148,7 @@ class ModelSizes:
 
     @cached_property
     def model(self) -> Any:
-        """The model with shapes and no numbers; to be looked at, not changed."""
+        """The model with shapes but no values; do not change it."""
         return self._counted if isinstance(self._counted, nn.Module) else build_on_meta(self.config)
 
     @cached_property
@@ -170,7 +170,7 @@ class ModelSizes:
     def layer_macs(self) -> list[int]:
         """Multiply-accumulates of each layer's linears for one token, in order.
 
-        Of a mixture of experts only the experts that a token is sent to count.
+        In a mixture of experts, only the experts that a token is routed to count.
 
         Source: GradPruner, Table 11 (128 tokens): 893.353 GMAC for the 32 layers of Llama-3.1-8B and 530.428
         GMAC for 19 of them.
@@ -179,24 +179,24 @@ class ModelSizes:
 
     @cached_property
     def head_macs(self) -> int:
-        """Those of the projection to the vocabulary."""
+        """Multiply-accumulates of the projection to the vocabulary for one token."""
         head = self.model.get_output_embeddings()
         return 0 if head is None else int(head.weight.numel())
 
     @property
     def flops_per_token(self) -> int:
-        """FLOPs of the linears, head included, to push one token through the model."""
+        """FLOPs of the linears, including the head, for one token."""
         return 2 * (sum(self.layer_macs) + self.head_macs)
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes of the weights in a checkpoint of the dtype the config names, else float32."""
+        """Bytes of the weights in a checkpoint with the dtype that the config names, else float32."""
         return self.parameters * _dtype_of(self.model.config, None).itemsize
 
     def savings(self, keep: Sequence[int]) -> dict[str, dict[str, int]]:
-        """What keeping only some layers saves; layers may differ in size.
+        """Returns what keeping only some layers saves; layers may differ in size.
 
-        A layer merged into another costs nothing: it counts as removed.
+        A layer that is merged into another costs nothing, so it counts as removed.
 
         Args:
             keep: Indices of the layers that stay, ascending, each in [0, num_layers).
@@ -231,7 +231,7 @@ def _change(before: int, after: int) -> dict[str, int]:
 
 
 def _check_keep(keep: Sequence[int], num_layers: int) -> None:
-    """Refuses a keep-set that does not fit a model of `num_layers` layers."""
+    """Raises PlanError if `keep` does not fit a model of `num_layers` layers."""
     if list(keep) != sorted(set(keep)) or not keep or keep[0] < 0 or keep[-1] >= num_layers:
         raise PlanError(
             f"Cannot keep the layers {list(keep)} of a model with {num_layers} layers.",
@@ -248,7 +248,7 @@ def _dtype_of(config: Any, dtype: torch.dtype | None) -> torch.dtype:
 
 
 def _first_field(config: Any, names: Sequence[str]) -> int | None:
-    """Returns the first of the fields that the config has and that is a number."""
+    """Returns the value of the first of these fields that is an integer in the config, or None."""
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if isinstance(value, int)), None)
 
@@ -270,8 +270,8 @@ def _module_macs(module: nn.Module, experts: int | None, used: int) -> int:
     for parameter in module.parameters(recurse=False):
         if experts is None or parameter.ndim < 2 or parameter.shape[0] != experts:
             continue
-        # transformers keeps all experts of a layer in one (experts, out, in) tensor, and the router
-        # that chooses among them as (experts, in): neither is an nn.Linear.
+        # transformers keeps all experts of a layer in one (experts, out, in) tensor, and their router in an
+        # (experts, in) tensor. Neither is an nn.Linear.
         share = used if parameter.ndim == 3 else experts
         macs += parameter.numel() // experts * share
     return macs
@@ -292,5 +292,5 @@ def _kv_entries(config: Any, layer: int) -> int:
 
 
 def _at_layer(value: Any, layer: int) -> Any:
-    """Returns a config value at one layer: some families give one per layer."""
+    """Returns a config value for one layer; some families have a list with one value per layer."""
     return value[layer] if isinstance(value, list | tuple) else value

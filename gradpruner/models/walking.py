@@ -1,9 +1,9 @@
-"""Walking: hidden states of samples carried through the decoder one layer at a time.
+"""Walks: run the decoder layer by layer on the hidden states of samples.
 
-What goes into a layer beside the hidden state (masks, angles of the positions) is recorded once, from the
-model's own forward pass. After that any layer can be run on any state: the layers of a dense and a pruned
-model side by side, or the last layers without the first. Whether a model can be walked is tried, not listed:
-the walk must come to the same states as the model.
+The other inputs of each layer (masks, rotary angles) are recorded once, from the model's own forward pass.
+After that, any layer can run on any state: the layers of a dense and a pruned model side by side, or the last
+layers without the first. No list says which models can be walked. Every walk is tried on a few samples, where
+it must reach the same states as the model.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,21 +23,21 @@ from gradpruner.models.layers import LayeredModel
 
 BATCH_SIZE = 32
 PROOF_ROWS = 4
-"""Samples a walk is proved on: those of the first batch, whose longest come first."""
-# The same operations on the same numbers: what differs is the order of sums in other kernels.
+"""How many samples of the first batch a walk is proved on; a batch starts with its longest samples."""
+# Both do the same operations on the same values; only the order of sums may differ between kernels.
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _COARSE_TOLERANCE = 3e-2
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What goes into a layer beside the hidden state: by position, and by name."""
+"""The inputs of a layer other than the hidden state: positional and keyword arguments."""
 
 
 def sample_batches(
     samples: Sequence[Any], collator: Callable[[Any], dict[str, Tensor]], device: torch.device, size: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Padded batches of samples on a device, alike lengths together, the longest first.
+    """Yields padded batches of samples on a device, sorted by length, the longest first.
 
-    Alike lengths pad least; with the longest first, too little memory shows in the first batch.
+    Similar lengths need least padding. With the longest first, too little memory shows in the first batch.
     """
     ordered = sorted(samples, key=lambda sample: -len(sample["input_ids"]))
     for start in range(0, len(ordered), size):
@@ -46,10 +46,10 @@ def sample_batches(
 
 
 def drawn(samples: Sequence[Any], count: int, seed: int) -> list[Any]:
-    """At most `count` samples, drawn without repetition.
+    """Returns at most `count` samples, drawn without replacement.
 
     Raises:
-        DataError: If there are none.
+        DataError: If there are no samples.
     """
     if len(samples) == 0:
         raise DataError("There are no training samples to look at.")
@@ -57,9 +57,9 @@ def drawn(samples: Sequence[Any], count: int, seed: int) -> list[Any]:
 
 
 class Walk:
-    """Batches of samples, ready to be taken through a model's layers.
+    """Batches of samples, ready to be run through the layers of a model.
 
-    Memory: the hidden states of all tokens wherever they are held, and one mask per batch.
+    Memory: the hidden states of all tokens that are held, and one mask per batch.
 
     Args:
         view: The model, in evaluation mode.
@@ -67,13 +67,13 @@ class Walk:
 
     Attributes:
         start: Per batch, the states that enter layer 0, shape (samples, tokens, hidden).
-        counted: Per batch, which tokens count: real, and not the first of their sample (which attention
-            treats apart). Shape (samples, tokens), bool.
+        counted: Per batch, which tokens count, shape (samples, tokens), bool. Padding does not count, nor
+            does the first token of a sample, which attention treats differently.
         tuples: Whether the model's layers return their state in a tuple.
 
     Raises:
         DataError: If there are no samples, or only samples of one token.
-        ModelError: If the layers cannot be run one by one: they need more than their arguments.
+        ModelError: If the layers cannot run one by one because they depend on more than their arguments.
         NonFiniteError: If the states after the last layer are NaN or infinite.
     """
 
@@ -93,12 +93,12 @@ class Walk:
 
     @torch.no_grad()
     def layer(self, index: int, states: Sequence[Tensor]) -> list[Tensor]:
-        """The states after one layer, batch by batch."""
+        """Returns the states after one layer, batch by batch."""
         return [self.layer_on(index, number, state) for number, state in enumerate(states)]
 
     @torch.no_grad()
     def layer_on(self, index: int, batch: int, state: Tensor) -> Tensor:
-        """The states of one batch after one layer."""
+        """Returns the states of one batch after one layer."""
         args, kwargs = self._calls[batch][index]
         output = self.view.layers[index](state, *args, **kwargs)
         return _state_of(output)
@@ -106,7 +106,7 @@ class Walk:
     @contextmanager
     def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
         modules = list(self.view.layers)
-        own = [module.__dict__.get("forward") for module in modules]  # put there by accelerate, for one
+        own = [module.__dict__.get("forward") for module in modules]  # accelerate, for example, sets one
         for module, forward in zip(modules, forwards, strict=True):
             module.forward = forward
         try:
@@ -119,13 +119,13 @@ class Walk:
                     module.forward = before
 
     def _run(self, batch: dict[str, Tensor]) -> None:
-        """The decoder's own forward pass, without the head where the model names its decoder."""
+        """Runs the decoder's own forward pass, without the head if the model names its decoder."""
         model: Any = self.view.model
         decoder = getattr(model, model.base_model_prefix, model)
         decoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     def _catch(self, batch: dict[str, Tensor]) -> None:
-        """Records what the layers of a batch are called with, without running them."""
+        """Records the inputs of all layers for one batch, without running the layers."""
         calls: list[_Call] = []
         start: list[Tensor] = []
 
@@ -141,10 +141,10 @@ class Walk:
         self._calls.append(calls)
 
     def _prove(self, batch: dict[str, Tensor]) -> bool:
-        """Walks some samples and compares with the model's own pass; returns whether layers give tuples.
+        """Compares a walk with the model's own pass; returns whether the layers return tuples.
 
-        Each layer then runs on other states too. What it keeps for a later layer (shared keys, say) is then
-        that of the other states, and the walk comes to something else.
+        Each layer also runs on other states. If it keeps something for a later layer (shared keys, say), that
+        then belongs to the other states, and the walk reaches different states than the model.
         """
         calls, seen = self._watched(batch)
         start, reached = seen["start"], seen["last"]
@@ -153,23 +153,23 @@ class Walk:
         if not bool(torch.isfinite(expected).all()):
             raise NonFiniteError(
                 "The model computes NaN or Inf on these samples.",
-                hint="The model's number format is too narrow: try float32.",
+                hint="The dtype of the model is too narrow: try float32.",
             )
         state, other = start, start.flip(-1)
         for module, (args, kwargs) in zip(self.view.layers, calls, strict=True):
             given = state[mask].clone()
             state, before = _state_of(module(state, *args, **kwargs)), state
-            if not torch.equal(before[mask], given):  # the layer has overwritten what it was given
-                raise _cannot(self.view)
+            if not torch.equal(before[mask], given):  # the layer has overwritten its input
+                raise _cannot_be_walked(self.view)
             other = _state_of(module(other, *args, **kwargs))
-        lengths = expected.norm(dim=-1).clamp_min(1e-12)  # token by token: some are a thousand times longer
+        lengths = expected.norm(dim=-1).clamp_min(1e-12)  # per token: some are a thousand times longer
         error = float(((state[mask].float() - expected).norm(dim=-1) / lengths).max())
         if not error <= _TOLERANCE.get(reached.dtype, _COARSE_TOLERANCE):
-            raise _cannot(self.view)
+            raise _cannot_be_walked(self.view)
         return bool(seen["tuple"])
 
     def _watched(self, batch: dict[str, Tensor]) -> tuple[list[_Call], dict[str, Any]]:
-        """What the layers are called with in a pass of the model; first and last states, kind of output."""
+        """Runs the model; returns its layers' other inputs, its first and last state, the kind of output."""
         calls: list[_Call] = []
         seen: dict[str, Any] = {}
 
@@ -187,15 +187,15 @@ class Walk:
         with self._replaced([watched(module.forward) for module in self.view.layers]):
             self._run(batch)
         if len(calls) != self.view.num_layers or seen["start"].ndim != 3:
-            raise _cannot(self.view)
+            raise _cannot_be_walked(self.view)
         return calls, seen
 
 
-def _cannot(view: LayeredModel) -> ModelError:
+def _cannot_be_walked(view: LayeredModel) -> ModelError:
     return ModelError(
         f"Layers of {view.config.model_type} models cannot be run one by one: what they compute depends on "
         "more than the hidden state.",
-        hint="Use repair: none, and a method that does not need it.",
+        hint="Use repair: none, and a method that does not run layers one by one.",
     )
 
 
@@ -224,10 +224,10 @@ class Output:
     Attributes:
         name: Its path inside the layer.
         module: A linear, or a norm that follows the last linear (Gemma 2 and 3, OLMo 2).
-        weight: (out_features, in_features), or (hidden,) of a norm.
+        weight: (out_features, in_features) for a linear, (hidden,) for a norm.
         factor: What the output is multiplied by before it is added (not 1 in Granite).
-        offset: None for a linear. The output of a norm is x (weight + offset), x the normalised input: 0,
-            or 1 where the weight is kept around 0 (Gemma).
+        offset: None for a linear. The output of a norm is x (weight + offset), where x is the normalised
+            input; the offset is 0, or 1 if the weight is stored around 0 (Gemma).
     """
 
     name: str
@@ -239,14 +239,14 @@ class Output:
 
 @torch.no_grad()
 def output_of(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> Output:
-    """The module whose output a layer adds to the residual stream last.
+    """Returns the module whose output a layer adds to the residual stream last.
 
-    Found by trial on the first batch, whose hidden states before the layer are `state`: what is added to the
-    module's output must appear in the layer's output, times one factor. The last linear is tried, then the
-    last norm.
+    It is found by trial on the first batch, whose hidden states before the layer are `state`. A change of the
+    module's output must appear in the layer's output, times one factor. The last linear is tried first, then
+    the last norm.
 
     Raises:
-        ModelError: If there is none, or the layers are mixtures of experts.
+        ModelError: If there is no such module, or the layers are mixtures of experts.
     """
     linears, norms = _candidates(view, walk, layer, state)
     if not view.family.no_merge:
@@ -263,7 +263,7 @@ def output_of(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> Outp
         + (
             "it is a mixture of experts."
             if view.family.no_merge
-            else "what it adds to the residual stream is the output neither of one linear nor of one norm."
+            else "what it adds to the residual stream is not the output of a single linear or norm."
         ),
         hint="Use plan.repair: none.",
     )
@@ -272,7 +272,7 @@ def output_of(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> Outp
 def _candidates(
     view: LayeredModel, walk: Walk, layer: int, state: Tensor
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Linears and norms that run once and give vectors of the hidden size, in the order they run."""
+    """Returns the linears and norms that run once and output vectors of the hidden size, in running order."""
     order: list[str] = []
     width, linears = state.shape[-1], view.linears(layer)
     names = {name: view.weight(layer, name) for name, _ in view.layers[layer].named_modules()}
@@ -281,25 +281,21 @@ def _candidates(
     def watch(name: str) -> Callable[..., None]:
         return lambda module, args, output: order.append(name)
 
-    hooks = [
-        view.layers[layer].get_submodule(name).register_forward_hook(watch(name))
-        for name, weight in found.items()
-        if weight.shape[0] == width
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, weight in found.items():
+            if weight.shape[0] == width:
+                module = view.layers[layer].get_submodule(name)
+                hooks.enter_context(module.register_forward_hook(watch(name)))
         walk.layer_on(layer, 0, state)
-    finally:
-        for hook in hooks:
-            hook.remove()
     once = [name for name in order if order.count(name) == 1]
     return tuple(n for n in once if n in linears), tuple(n for n in once if n not in linears)
 
 
 def _factor(walk: Walk, layer: int, state: Tensor, plain: Tensor, module: nn.Module) -> float | None:
-    """The factor by which a change of the module's output appears in the layer's; None if there is none.
+    """Returns the factor by which a change of a module's output appears in the layer's; None if it does not.
 
-    Judged by nine tenths of the entries: in 16 bits the few channels with massive activations round away
-    more than the change.
+    Only nine tenths of the entries must fit: in 16 bits, rounding in the few channels with massive
+    activations is larger than the change.
     """
     generator = torch.Generator().manual_seed(0)
     counted = walk.counted[0]
@@ -311,11 +307,8 @@ def _factor(walk: Walk, layer: int, state: Tensor, plain: Tensor, module: nn.Mod
         fits.append(output.numel() == noise.numel())
         return output + noise.view_as(output) if fits[-1] else output
 
-    hook = module.register_forward_hook(move)
-    try:
+    with module.register_forward_hook(move):
         moved = walk.layer_on(layer, 0, state)
-    finally:
-        hook.remove()
     if fits != [True]:
         return None
     given, shown = noise[counted].float().cpu(), (moved.float() - plain.float())[counted].cpu()
@@ -324,18 +317,15 @@ def _factor(walk: Walk, layer: int, state: Tensor, plain: Tensor, module: nn.Mod
     typical = float(rest.kthvalue(math.ceil(0.9 * rest.numel())).values) / scale
     allowed = 1e-3 if plain.dtype in _TOLERANCE else 5e-2
     if abs(factor - 1) < 1e-3:
-        factor = 1.0  # estimated: in 16 bits only to about four digits
+        factor = 1.0  # in 16 bits, the estimate is only exact to about four digits
     return factor if abs(factor) > 1e-6 and typical <= allowed * abs(factor) else None
 
 
 def _offset(walk: Walk, layer: int, state: Tensor, module: nn.Module) -> float | None:
-    """What a norm adds to its weight before it multiplies: 0 or 1; None if it does something else."""
+    """Returns what a norm adds to its weight before it multiplies: 0 or 1; None if it does neither."""
     caught: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
-    try:
+    with module.register_forward_pre_hook(lambda _, args: caught.append(args[0])):
         walk.layer_on(layer, 0, state)
-    finally:
-        hook.remove()
     weight = module.weight
     assert isinstance(weight, Tensor)
     with weight_set(weight, torch.zeros_like(weight)):
@@ -351,7 +341,7 @@ def _offset(walk: Walk, layer: int, state: Tensor, module: nn.Module) -> float |
 
 @contextmanager
 def weight_set(weight: Tensor, new: Tensor) -> Iterator[None]:
-    """Inside the block, a weight has other numbers."""
+    """Inside the block, a weight has the values of `new`."""
     original = weight.detach().clone()
     weight.copy_(new)
     try:

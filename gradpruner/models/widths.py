@@ -1,11 +1,11 @@
-"""Heads, MLP channels and hidden dimensions of a model: found, counted, masked."""
+"""WidthView: finds, counts and masks the heads, MLP channels and hidden dimensions of a model."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,14 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 HEAD_NORMS = ("q_norm", "k_norm", "query_layernorm", "key_layernorm")
 """Norms along a head, not along the hidden state."""
 UNITS = ("parameters", "decoder_parameters")
+USE_LAYERS = "Use a method that prunes whole layers (`gradpruner ls methods`)."
 
 
 @dataclass(frozen=True)
 class LayerParts:
     """The seven linears of one layer.
 
-    Query heads are rows of q_proj and columns of o_proj, KV heads rows of k_proj and v_proj; channels are
+    Query heads are rows of q_proj and columns of o_proj. KV heads are rows of k_proj and v_proj. Channels are
     rows of gate_proj and up_proj and columns of down_proj.
     """
 
@@ -46,11 +47,11 @@ class WidthView:
     """A causal LM whose layers have attention heads and MLP channels that can be told apart.
 
     Args:
-        model: A Hugging Face causal LM without adapters; Llama, Mistral, Qwen, Gemma, OLMo, SmolLM and others
-            that name their linears alike.
+        model: A Hugging Face causal LM without adapters: Llama, Mistral, Qwen, Gemma, OLMo, SmolLM and others
+            with the same names of linears.
 
     Raises:
-        ModelError: If a layer has other linears than the seven, or widths that differ between layers.
+        ModelError: If a layer has other linears than the seven, or other widths than the config says.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,7 +62,7 @@ class WidthView:
         self.shape = self._shape()
 
     def parts(self, layer: int) -> LayerParts:
-        """The linears of one layer."""
+        """Returns the linears of one layer."""
         return self._parts[layer]
 
     def _find_parts(self, layer: int) -> LayerParts:
@@ -73,7 +74,7 @@ class WidthView:
             raise ModelError(
                 f"Heads and channels of a '{kind}' model cannot be told apart: layer {layer} has the linears "
                 f"{', '.join(linears)}; {', '.join([*ATTENTION, *MLP])} are needed.",
-                hint="Use a method that prunes whole layers (`gradpruner ls methods`).",
+                hint=USE_LAYERS,
             )
         for name, module in self.layered.layers[layer].named_modules():
             weight: Any = getattr(module, "weight", None)
@@ -81,8 +82,8 @@ class WidthView:
             if name.rpartition(".")[2] in HEAD_NORMS and not one_head:
                 raise ModelError(
                     f"Heads of a '{self.layered.config.model_type}' model share their norm ({name}): "
-                    "without some of them the others would change.",
-                    hint="Use a method that prunes whole layers (`gradpruner ls methods`).",
+                    "removing some heads would change the others.",
+                    hint=USE_LAYERS,
                 )
         return LayerParts(**found)  # type: ignore[arg-type]
 
@@ -103,12 +104,12 @@ class WidthView:
                     raise ModelError(
                         f"{name} of layer {layer} is {linear.out_features} x {linear.in_features}; by the "
                         f"config of this '{config.model_type}' model it would be {rows} x {columns}.",
-                        hint="Use a method that prunes whole layers (`gradpruner ls methods`).",
+                        hint=USE_LAYERS,
                     )
         return shape
 
     def whole(self) -> WidthPlan:
-        """The plan that keeps everything: a start to take away from (`dataclasses.replace`)."""
+        """Returns the plan that keeps everything, to be narrowed with `dataclasses.replace`."""
         widths = LayerWidths(tuple(range(self.shape.num_heads)), tuple(range(self.shape.intermediate_size)))
         evidence = {"model": fingerprint(self.model), "num_layers": self.shape.num_layers}
         return WidthPlan(
@@ -117,7 +118,7 @@ class WidthView:
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:
-        """What the number of parameters is made of."""
+        """Counts of vectors, biases and other parameters, from which the number of parameters is computed."""
         first = self._parts[0]
         embeddings = {id(p): p for p in self.embeddings()}
         layer_norms = sum(map(count_parameters, self.hidden_vectors(self.layered.layers[0])))
@@ -139,13 +140,13 @@ class WidthView:
         }
 
     def unit_parameters(self, hidden: int | None = None) -> dict[str, int]:
-        """Parameters of one unit of one layer, biases included.
+        """Returns the number of parameters of each unit of a layer, biases included.
 
         Args:
-            hidden: Hidden dimensions there are; None for those of the dense model.
+            hidden: Number of hidden dimensions; None for that of the dense model.
 
         Returns:
-            Of a "head" (query head: its rows of q_proj, its columns of o_proj), a "kv_head" (its rows of
+            For a "head" (query head: its rows of q_proj, its columns of o_proj), a "kv_head" (its rows of
             k_proj and v_proj, without query heads), a "group" (a KV head with all its query heads) and a
             "channel".
         """
@@ -161,9 +162,9 @@ class WidthView:
         }
 
     def parameters(self, plan: WidthPlan, unit: str = "parameters") -> int:
-        """Parameters that remain, without building anything.
+        """Returns the number of parameters that a plan leaves, without building a model.
 
-        `unit` is "parameters" of the whole model, or "decoder_parameters" without embeddings and head.
+        `unit` is "parameters" for the whole model, or "decoder_parameters" without embeddings and head.
         """
         sizes = [(len(w.heads), len(plan.kv_heads(i)), len(w.channels)) for i, w in enumerate(plan.layers)]
         return self.parameters_of(sizes, len(plan.hidden), unit)
@@ -171,7 +172,7 @@ class WidthView:
     def parameters_of(
         self, sizes: Sequence[tuple[int, int, int]], hidden: int, unit: str = "parameters"
     ) -> int:
-        """Parameters of a model whose layers have these query heads, KV heads and channels."""
+        """Returns the parameters of a model with these query heads, KV heads and channels in each layer."""
         if unit not in UNITS:
             raise PlanError(f"unit is '{unit}'; one of {', '.join(UNITS)} is needed.")
         units, counts = self.unit_parameters(hidden), self._counts
@@ -190,23 +191,23 @@ class WidthView:
         return decoder + vectors * hidden + counts["outside_rest"]
 
     def config_takes(self, hidden: int, heads: int, kv_heads: int) -> bool:
-        """Whether a config of the family takes these widths: in a Llama heads must divide the hidden size."""
+        """Whether a config of this type allows these widths: in Llama, heads must divide the hidden size."""
         config = copy.deepcopy(self.layered.config)
         config.head_dim, config.hidden_size = self.shape.head_dim, hidden
         config.num_attention_heads, config.num_key_value_heads = heads, kv_heads
         try:
-            config.validate()  # what transformers does before it saves or loads one
+            config.validate()  # as transformers does before it saves or loads a config
         except StrictDataclassError:
             return False
         return True
 
     def embeddings(self) -> list[nn.Parameter]:
-        """The weights of embedding and output head; one tensor twice when tied."""
+        """Returns the weights of embedding and output head; if they are tied, the same tensor twice."""
         modules = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         return [module.weight for module in modules if module is not None]
 
     def hidden_vectors(self, root: nn.Module) -> Iterator[Any]:
-        """Modules of which every parameter is a vector along the hidden state: the norms."""
+        """Yields the modules whose parameters are all vectors along the hidden state: the norms."""
         for module in root.modules():
             own = dict(module.named_parameters(recurse=False))
             vectors = all(tuple(p.shape) == (self.shape.hidden_size,) for p in own.values())
@@ -217,30 +218,28 @@ class WidthView:
     def masked(self, plan: WidthPlan) -> Iterator[None]:
         """Inside the block, heads and channels that a plan removes give zeros, as if they were pruned.
 
-        Hidden dimensions are left as they are: without them the norms change, which no mask can imitate.
+        Hidden dimensions are not masked: without some of them the norms change, which no mask can imitate.
         """
-        hooks = []
-        for layer, widths in enumerate(plan.layers):
-            parts = self._parts[layer]
-            kept = {
-                parts.o_proj: head_entries(widths.heads, self.shape.head_dim),
-                parts.down_proj: torch.tensor(widths.channels),
-            }
-            for module, indices in kept.items():
-                mask = torch.zeros(module.in_features, device=module.weight.device, dtype=module.weight.dtype)
-                mask[indices.to(mask.device)] = 1
-                hooks.append(
-                    module.register_forward_pre_hook(lambda _, args, mask=mask: (args[0] * mask, *args[1:]))
-                )
-        try:
+        with ExitStack() as hooks:
+            for layer, widths in enumerate(plan.layers):
+                parts = self._parts[layer]
+                kept = {
+                    parts.o_proj: head_entries(widths.heads, self.shape.head_dim),
+                    parts.down_proj: torch.tensor(widths.channels),
+                }
+                for module, indices in kept.items():
+                    mask = torch.zeros_like(module.weight[0])
+                    mask[indices.to(mask.device)] = 1
+                    hooks.enter_context(
+                        module.register_forward_pre_hook(
+                            lambda _, args, mask=mask: (args[0] * mask, *args[1:])
+                        )
+                    )
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _sizes(shape: WidthShape) -> dict[str, tuple[int, int]]:
-    """(out_features, in_features) of the seven linears."""
+    """Returns name -> (out_features, in_features) of the seven linears."""
     hidden, inner = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     return {
@@ -255,5 +254,5 @@ def _sizes(shape: WidthShape) -> dict[str, tuple[int, int]]:
 
 
 def head_entries(heads: Sequence[int], head_dim: int) -> Tensor:
-    """The rows or columns of a linear that belong to some heads of `head_dim` entries."""
+    """Returns the rows or columns of a linear that belong to some heads of `head_dim` entries."""
     return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).reshape(-1)
