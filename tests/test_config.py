@@ -35,7 +35,7 @@ def test_defaults_are_the_papers():
     assert check_recipe({**GOOD, "effort": None}).variants == recipe.variants
 
 
-def test_without_a_word_the_dense_model_is_tuned_pruned_repaired_and_teaches():
+def test_by_default_the_dense_model_is_tuned_pruned_repaired_and_teaches():
     recipe = check_recipe(GOOD)
     assert (recipe.effort, recipe.variants, recipe.plan.repair) == ("best", ["dense", "dropped"], "auto")
     assert recipe.start == "tuned" and recipe.distils and recipe.recover.epochs == 1

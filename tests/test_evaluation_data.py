@@ -58,7 +58,7 @@ def test_a_task_has_the_papers_number_of_training_rows(tmp_path, monkeypatch):
         object.__setattr__(TASKS.find("arc_easy"), "train_limit", None)
 
 
-def test_rows_to_be_measured_on_are_held_out_where_none_are_named(tmp_path):
+def test_evaluation_rows_are_held_out_if_none_are_given(tmp_path):
     tokenizer = make_tokenizer()
     write_rows(tmp_path / "mine.jsonl", make_rows(40))
     alone = recipe(train=f"{tmp_path}/mine.jsonl#30")
@@ -231,7 +231,7 @@ def test_a_model_folder_is_measured(folder):
     assert list(shown["metrics"]) == ["rouge_l"] and shown["metrics"]["rouge_l"]["n"] == 5
 
 
-def test_an_interrupted_measurement_is_taken_up_for_the_same_model_only(folder, monkeypatch):
+def test_an_interrupted_evaluation_resumes_for_the_same_model_only(folder, monkeypatch):
     def parts():
         return sorted((folder / "scores").glob("*.part"))
 
@@ -296,7 +296,7 @@ def test_a_dry_run_measures_nothing(folder):
         (("--eval-data", "eval.jsonl", "--endpoint", "nowhere"), "not the address"),
     ],
 )
-def test_what_cannot_be_measured(folder, arguments, message, monkeypatch):
+def test_evaluations_that_are_refused(folder, arguments, message, monkeypatch):
     monkeypatch.chdir(folder)
     done = invoke(folder / "model", *arguments, "--quiet")
     assert isinstance(done.exception, GradPrunerError)

@@ -192,7 +192,7 @@ def test_a_method_that_fails_is_a_row_with_its_error(register, tmp_path):
     assert rows["last"]["error"] is None and rows["last"]["evaluation"]["metrics"]
 
 
-def test_recording_that_fails_takes_only_the_rows_along_that_need_it(monkeypatch, tmp_path):
+def test_a_failed_recording_fails_only_the_rows_that_need_it(monkeypatch, tmp_path):
     tried = []
 
     def failing(*args, **kwargs):
@@ -225,9 +225,11 @@ def test_options_are_checked_before_anything_loads(register, methods, fault, tmp
 
 
 def test_a_method_is_of_one_kind():
-    with pytest.raises(ConfigError, match="one of score, plan, shrink or callbacks"):
+    with pytest.raises(
+        ConfigError, match="exactly one of score, plan, shrink and callbacks; this one has none"
+    ):
         Method("does nothing at all")
-    with pytest.raises(ConfigError, match="'score', 'plan'"):
+    with pytest.raises(ConfigError, match="this one has score, plan"):
         Method("does two things", score=plan_widths, plan=plan_widths)
 
 

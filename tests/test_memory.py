@@ -252,7 +252,7 @@ def test_what_each_of_several_devices_would_hold(call):
 @pytest.mark.parametrize(
     ("extra", "part"),
     [
-        (["--world-size", "2"], "runs nothing"),
+        (["--world-size", "2"], "needs --dry-run"),
         (["--world-size", "0", "--dry-run"], "at least 1"),
         (["--world-size", "2", "--strategy", "fdsp", "--dry-run"], "Did you mean 'fsdp'"),
         (["--world-size", "1", "--strategy", "ddp", "--dry-run"], "does not work with 1 process."),

@@ -72,7 +72,7 @@ def copy(project, tmp_path):
     return tmp_path / "project" / "recipe.yaml", {"out": str(tmp_path / "project" / "run")}, record
 
 
-def test_a_run_leaves_everything_it_found(project):
+def test_a_run_writes_all_its_results(project):
     path, _, record = project
     out = path.parent / "run"
     assert json.loads((out / "run.json").read_text()) == json.loads(json.dumps(record))
@@ -119,7 +119,7 @@ def test_the_manifest_holds_hashes_configuration_versions_and_states(project):
         assert stage["state"] == "done" and {"gradpruner", "torch", "transformers"} <= set(stage["versions"])
 
 
-def test_a_second_start_does_nothing_and_finds_the_same(copy, monkeypatch):
+def test_a_second_start_skips_every_stage_and_has_the_same_results(copy, monkeypatch):
     path, given, record = copy
     first = run(load_recipe(path, (), given))  # the copy's paths are new, its content is not
     assert set(states(first).values()) == {"skipped"}
@@ -167,7 +167,7 @@ def found_in(record):
 
 
 @pytest.mark.parametrize("until", ["record", "plan", "prune", "report"])
-def test_another_plan_leaves_all_that_is_finished(copy, until):
+def test_another_plan_keeps_all_finished_results(copy, until):
     path, given, _ = copy
     run(load_recipe(path, (), given))
     out = path.parent / "run"
@@ -198,7 +198,7 @@ def test_another_plan_leaves_all_that_is_finished(copy, until):
     assert list(again["variants"])[:4] == ["dense", "merged", "dropped", "random"]
 
 
-def test_a_recipe_read_back_asks_for_the_same(copy):
+def test_a_recipe_read_back_needs_no_stage_again(copy):
     path, given, _ = copy
     values = json.loads(path.read_text())
     del values["record"]["alpha"]
@@ -223,7 +223,7 @@ def test_a_name_belongs_to_one_plan(copy):
         load_recipe(path, (), named | {"plan.name": "../up"})
 
 
-def test_a_given_plan_that_is_there_already_is_that_plan(copy):
+def test_a_plan_file_of_a_finished_row_is_that_row(copy):
     path, given, _ = copy
     file = path.parent / "run/plans/merged.json"
     done = run(load_recipe(path, (), given | {"variants": ["merged"], "plan.file": str(file)}))
@@ -239,7 +239,7 @@ def test_a_given_plan_that_is_there_already_is_that_plan(copy):
     assert done["variants"]["merged@edited"]["num_layers"] == 3
 
 
-def test_rows_that_other_settings_made_are_shown_and_said_to_be(copy):
+def test_rows_made_with_other_settings_are_shown_with_a_warning(copy):
     path, given, record = copy
     tuned = run(load_recipe(path, ("finetune.learning_rate=2e-3",), given | {"variants": ["merged"]}))
     assert list(tuned["variants"]) == ["merged", "dense", "dropped", "random"]
@@ -260,7 +260,7 @@ def test_lora_without_merging_the_adapters(tmp_path):
     assert record["warnings"]
 
 
-def test_nothing_is_kept_when_nothing_is_to_be_kept(tmp_path):
+def test_keep_models_none_deletes_every_model(tmp_path):
     path, _ = make_project(tmp_path, variants=["dropped"], keep_models="none")
     first = run(load_recipe(path))
     assert not list((tmp_path / "run" / "variants").rglob("*.safetensors"))
@@ -268,7 +268,7 @@ def test_nothing_is_kept_when_nothing_is_to_be_kept(tmp_path):
     assert figures(first)[1] == figures(again)[1] and "done" not in states(again).values()
 
 
-def test_one_row_that_fails_does_not_take_the_others_along(copy, monkeypatch):
+def test_other_rows_go_on_when_one_row_fails(copy, monkeypatch):
     path, given, _ = copy
     shutil.rmtree(path.parent / "run")
     finetune = work.finetune
@@ -327,7 +327,7 @@ def test_impossible_runs_are_refused_before_anything_is_written(copy, tmp_path, 
     assert not (path.parent / "model" / "run").exists()
 
 
-def test_the_estimate_is_what_is_written(project):
+def test_the_estimated_bytes_are_the_bytes_written(project):
     path, _, _ = project
     job = Job(load_recipe(path))
     needs = bytes_to_write(job)
@@ -379,7 +379,7 @@ def test_layers_are_chosen_for_the_engines_asked_for(tmp_path):
         run(load_recipe(path, ("plan.num_prune=4", "plan.protect=[0, 2]", *wanted[1:])), until="plan")
 
 
-def test_a_method_that_searches_plans_anew_for_other_engines(tmp_path):
+def test_a_method_that_plans_by_itself_plans_again_for_other_engines(tmp_path):
     laco = {"merge_layers": 2, "interval": 1}
     path = other_family(tmp_path, "gemma2", variants=["laco"], methods={"laco": laco})
     for engines in ([], ["sglang", "llama.cpp"], []):

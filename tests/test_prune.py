@@ -63,7 +63,7 @@ def test_it_is_the_run_of_the_command(found, demo_rows, tmp_path):
     assert same(load_file(found.folder / "model.safetensors"), load_file(there / "pruned/model.safetensors"))
 
 
-def test_it_is_what_the_parts_make_in_memory(found):
+def test_the_single_functions_make_the_same_model_in_memory(found):
     model = AutoModelForCausalLM.from_pretrained(MODEL_DIR)
     gradpruner.prune_(model, found.plan, repair=found.repair)
     assert same(model.state_dict(), found.model.state_dict())
@@ -127,7 +127,7 @@ def test_a_dataset_and_a_run_directory_to_keep(tmp_path):
         ({"model": "nowhere/at/all", "tokenizer": None}, ModelError, "no model folder"),
     ],
 )
-def test_what_cannot_be_is_said_and_leaves_nothing(changes, error, said, tmp_path, monkeypatch):
+def test_bad_arguments_are_refused_and_leave_no_files(changes, error, said, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     given = {"model": make_llama(), "task_data": make_rows(8), "tokenizer": make_tokenizer()} | changes

@@ -69,7 +69,7 @@ def test_a_tuned_model_is_pruned_and_repaired_without_training(tmp_path):
     assert "Repair (least squares)" in render_html(record, tmp_path / "r.html").read_text()
 
 
-def test_a_second_start_does_nothing_and_another_repair_keeps_recording_and_plan(tmp_path):
+def test_a_second_start_skips_all_stages_and_another_repair_keeps_recording_and_plan(tmp_path):
     path, _ = make_project(tmp_path, start="tuned", variants=["dense", "gate"], plan=REPAIRED)
     first = run(load_recipe(path))
     again = run(load_recipe(path))
@@ -103,7 +103,7 @@ def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1e-3, "trained"), (30.0, "pruned")])
-def test_a_recovery_is_kept_only_where_validation_rows_say_so(tmp_path, rate, kept):
+def test_a_recovery_is_kept_only_if_it_lowers_the_validation_loss(tmp_path, rate, kept):
     record, folder = carry_out(
         tmp_path,
         start="tuned",
@@ -122,7 +122,7 @@ def test_a_recovery_is_kept_only_where_validation_rows_say_so(tmp_path, rate, ke
     assert ("the model from before that training was kept" in page) == same
 
 
-def test_a_recovery_is_chosen_anew_by_other_validation_rows(tmp_path):
+def test_other_validation_rows_decide_about_a_recovery_again(tmp_path):
     write_rows(tmp_path / "held.jsonl", make_rows(6, seed=7))
     path, _ = make_project(
         tmp_path, start="tuned", variants=["dense", "dropped"], plan=REPAIRED, recover={"steps": 1}
@@ -137,6 +137,13 @@ def test_a_recovery_is_chosen_anew_by_other_validation_rows(tmp_path):
     assert states["finetune dropped"] == "done" and row["finetune"]["kept"]["rows"] == 5
 
 
+def test_other_processes_recover_at_the_rate_of_the_first(tmp_path):
+    path, _ = make_project(tmp_path, start="given", recover={"steps": 1}, finetune={"learning_rate": None})
+    first = Job(load_recipe(path))
+    other = Job(check_recipe(first.recipe.model_dump(mode="json")))  # as `together` makes it
+    assert first.recover_rate == other.recover_rate == first.recipe.finetune.learning_rate / 2
+
+
 def test_a_given_model_is_measured_as_it_is(tmp_path):
     record, folder = carry_out(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
     dense = record["variants"]["dense"]
@@ -146,7 +153,7 @@ def test_a_given_model_is_measured_as_it_is(tmp_path):
     assert "repair dropped" in stages and not any(name.startswith("finetune") for name in stages)
 
 
-def test_nothing_is_kept_of_the_tuned_model_either(tmp_path):
+def test_keep_models_none_deletes_the_tuned_model_too(tmp_path):
     _, folder = carry_out(
         tmp_path, start="tuned", variants=["dense", "dropped"], plan=REPAIRED, keep_models="none"
     )
@@ -237,7 +244,7 @@ def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch)
     assert {s["state"] for s in again["stages"] if s["name"].startswith("search")} == {"skipped"}
 
 
-def test_too_few_rows_are_said_and_nothing_is_pruned(tmp_path, monkeypatch):
+def test_too_few_validation_rows_are_an_error_and_nothing_is_pruned(tmp_path, monkeypatch):
     fake_scores(monkeypatch, lambda layers: 0)
     path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
     overrides = ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.01")
@@ -314,7 +321,7 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
         ),
     ],
 )
-def test_recipes_that_cannot_be_carried_out_are_refused(recipe, said):
+def test_contradictory_recipes_are_refused(recipe, said):
     with pytest.raises(ConfigError, match=said):
         check_recipe(PLAIN | recipe)
 
@@ -326,7 +333,7 @@ def test_recipes_that_cannot_be_carried_out_are_refused(recipe, said):
         ({"start": "given", "variants": ["auto"], "plan": {"max_loss": 0.1}}, "auto plans without scores"),
     ],
 )
-def test_methods_that_cannot_do_what_is_asked_are_refused(recipe, said):
+def test_methods_are_refused_if_they_cannot_do_what_the_recipe_asks(recipe, said):
     with pytest.raises(ConfigError, match=said):
         check_methods(check_recipe(PLAIN | recipe))
     check_methods(check_recipe(PLAIN | recipe | {"start": "tuned", "variants": ["dense", "gate"]}))
@@ -367,7 +374,7 @@ def test_a_shrunk_model_of_a_run_is_called_after_that_run():
     assert title_of(job) == "smollm2 on reviews"
 
 
-def test_a_model_that_was_not_tuned_is_named_before_the_repair(tmp_path, caplog):
+def test_the_warning_about_an_untuned_model_comes_before_the_repair(tmp_path, caplog):
     make_project(tmp_path)
     with caplog.at_level("INFO", logger="gradpruner"):
         carry_out(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
@@ -385,7 +392,7 @@ def test_shrink_dry_run_loads_nothing(tmp_path):
     assert "repair" in result.stdout and "nothing is trained after that" in result.stdout
 
 
-def test_a_model_of_another_start_is_recorded_anew(tmp_path):
+def test_another_start_records_again(tmp_path):
     path, _ = make_project(tmp_path, variants=["dense", "gate"], plan=REPAIRED)
     run(load_recipe(path))
     record = run(load_recipe(path, ("start=tuned",)))

@@ -245,7 +245,7 @@ def test_a_smaller_model_is_a_row_with_its_own_size(compared):
     assert found["model"]["num_layers"] == 4
 
 
-def test_a_second_start_does_no_work_twice_and_finds_the_same(compared, monkeypatch):
+def test_a_second_start_skips_all_runs_and_has_the_same_results(compared, monkeypatch):
     _, plan, outcome = compared
     monkeypatch.setitem(METHODS._entries, "broken", Method("Always fails.", score=refuse))
     monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
@@ -255,9 +255,13 @@ def test_a_second_start_does_no_work_twice_and_finds_the_same(compared, monkeypa
     assert again.study["created"] == outcome.study["created"]
 
 
-def test_a_finished_run_is_known_by_its_recipe_also_where_that_leaves_things_open():
+def test_a_finished_run_is_recognised_by_its_recipe_even_if_keys_are_left_open():
     recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "t.jsonl"}})
-    settled = {"finetune": {"learning_rate": 1e-5, "accumulation": 4}, "plan": {"repair": "none"}}
+    settled = {
+        "finetune": {"learning_rate": 1e-5, "accumulation": 4},
+        "recover": {"learning_rate": 5e-6},
+        "plan": {"repair": "none"},
+    }
     made = recipe.with_values(**settled)
     assert is_of({"recipe": made.model_dump(mode="json")}, recipe)
     for other in ({"finetune": {"learning_rate": 1e-4}}, {"plan": {"num_prune": 3}}):
@@ -284,7 +288,7 @@ def test_a_failed_seed_leaves_the_mean_of_the_others(compared, monkeypatch):
     assert rows_of(found.study)["last"]["error"] is None
 
 
-def test_what_cannot_run_is_refused_before_anything_is_written(tmp_path):
+def test_impossible_studies_are_refused_before_anything_is_written(tmp_path):
     path, _ = make_project(tmp_path)
     sweep = Sweep(key="plan.num_prune", values=[2, 9])
     plan = make_study(load_recipe(path), out=tmp_path / "s", methods=["last"], seeds=[0], sweep=sweep)
@@ -321,7 +325,7 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(compared, tmp_path, monkeypa
         ("manifest.json", {"stages": []}),
     ],
 )  # fmt: skip
-def test_a_run_of_a_study_that_says_what_none_says_is_no_finished_one(compared, tmp_path, name, change):
+def test_a_run_with_a_damaged_record_does_not_count_as_finished(compared, tmp_path, name, change):
     folder, plan, _ = compared
     shutil.copytree(folder / "study/seed-1", tmp_path / "seed-1")
     assert stored_record(tmp_path / "seed-1") is not None
@@ -375,7 +379,7 @@ def test_two_processes_may_share_a_folder_and_the_last_one_summarises(compared, 
     assert rows_of(both)["last"]["metrics"] == rows["last"]["metrics"]
 
 
-def test_adopted_stages_are_links_and_what_differs_is_done_anew(compared, tmp_path):
+def test_adopted_stages_are_links_and_stages_that_differ_are_done_again(compared, tmp_path):
     folder, _, _ = compared
     source = folder / "study/seed-0"
     adopt(source, folder / "adopted")

@@ -312,7 +312,7 @@ def test_other_commands_of_two_processes_do_what_one_does(runs):
     assert alike(one.parent / "shrunk", two.parent / "shrunk", "gradpruner", "pruned")
 
 
-def test_nan_on_one_process_ends_both_with_one_message_and_is_gone_on_from(runs):
+def test_nan_in_one_process_ends_both_with_one_message_and_the_run_resumes(runs):
     _, two, (first, second), _ = runs
     assert first.count("error:") == 1 and "is NaN or Inf; training stopped" in first.split("error:")[1]
     assert "error:" not in second and "Traceback" not in first + second
@@ -320,13 +320,13 @@ def test_nan_on_one_process_ends_both_with_one_message_and_is_gone_on_from(runs)
     assert {row["finetune"]["resumed_from"] for row in rows} == {2}
 
 
-def test_bad_input_is_said_once_and_ends_all(runs):
+def test_bad_input_is_reported_once_and_ends_all_processes(runs):
     first, second = runs[3]
     assert first.count("error:") == 1 and "nowhere.jsonl" in first.split("error:")[1]
     assert "error:" not in second and "Traceback" not in first + second
 
 
-def test_what_several_processes_cannot_do_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
+def test_options_that_need_one_process_are_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
     path, _ = make_project(tmp_path, variants=["dense", "apt"])
     for module in ("runs.inputs", "runs.early_checks", "training.sharding"):
         monkeypatch.setattr(f"gradpruner.{module}.this_world", lambda: World(0, 7))

@@ -70,8 +70,8 @@ def check_evaluation(recipe: Recipe) -> None:
         check_harness(options.lm_eval, options.lm_eval_folder)
     if recipe.data.chat == "always" and recipe.data.task is None:
         raise ConfigError(
-            "data.chat is 'always', but only named tasks can be asked either way.",
-            hint="Rows of your own are conversations when they have 'messages'.",
+            "data.chat is 'always', but only named tasks can be turned into conversations.",
+            hint="Leave data.chat out; rows of your own are conversations if they have 'messages'.",
         )
 
 
@@ -244,7 +244,7 @@ def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:
     """
     if chat == "always" and not tokenizer.chat_template:
         raise ConfigError(
-            "data.chat is 'always', and the tokenizer has no chat template.",
+            "data.chat is 'always', but the tokenizer has no chat template.",
             hint="Use 'auto' or 'never', or an instruction-tuned model.",
         )
     if chat == "never" or not tokenizer.chat_template:

@@ -138,9 +138,9 @@ def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fi
     pruned = keep_layers_(copy.deepcopy(job.sizes.model), job.expected_plan.keep)
     models = {"dense": job.sizes.model, "pruned": pruned}
     held = {
-        stage.name: _held(job, stage, models[stage.model], rehearse)
-        for stage in _stages(job)
-        if STAGES.index(stage.step) <= STAGES.index(until)
+        phase.name: _held(job, phase, models[phase.model], rehearse)
+        for phase in _phases(job)
+        if STAGES.index(phase.step) <= STAGES.index(until)
     }
     return Fitting(name, available, spread_of(job), held)
 
@@ -241,16 +241,16 @@ def host_memory() -> int:
         return total
 
 
-def _held(job: Job, stage: Phase, model: nn.Module, rehearse: bool) -> Held:
-    """What a stage holds; `rehearse` includes its activations."""
-    training = stage.training
-    held = replace(hold_training(model, training), cache=stage.cache)
-    if stage.taught:
+def _held(job: Job, phase: Phase, model: nn.Module, rehearse: bool) -> Held:
+    """What a phase holds; `rehearse` includes its activations."""
+    training = phase.training
+    held = replace(hold_training(model, training), cache=phase.cache)
+    if phase.taught:
         held = replace(held, teacher=job.sizes.parameters * _loaded(job).itemsize)
     if not rehearse:
         return held
     working = working_bytes(job.sizes.model, training, len(decoder_layers(model)))
-    if working is not None and stage.taught:  # the teacher's logits, and the gradient of the student's logits
+    if working is not None and phase.taught:  # the teacher's logits, and the gradient of the student's logits
         places = training.batch_size * training.head_tokens
         working += 2 * places * int(job.text.vocab_size) * (2 if training.precision != "fp32" else 4)
     return replace(held, working=working)
@@ -261,14 +261,14 @@ def _loaded(job: Job) -> torch.dtype:
     return resolve_dtype(job.recipe.model.dtype, torch.device(job.device))
 
 
-def _stages(job: Job) -> Iterator[Phase]:
+def _phases(job: Job) -> Iterator[Phase]:
     """The phases of a run that hold a model, in order."""
     recipe, dense = job.recipe, "dense" in job.recipe.variants
     methods = [METHODS.find(method_of(v)) for v in recipe.variants if v != "dense"]
     if any(method.needs_trace for method in methods):
         yield Phase("recording", "record", "dense", _recording(job))
     if recipe.plan.repair != "none" and methods:
-        yield Phase("repair", "prune", "dense", _asking(job), cache=_repair_bytes(job))
+        yield Phase("repair", "prune", "dense", _forward_pass(job), cache=_repair_bytes(job))
     tuning = _tuning(job)
     if dense and recipe.start != "given":
         # With start: tuned, the dense model is tuned before anything is recorded.
@@ -278,11 +278,11 @@ def _stages(job: Job) -> Iterator[Phase]:
             tuning = replace(tuning, head_tokens=tuning.tokens)
         what = "distillation" if recipe.distils else "fine-tuning" if recipe.start == "base" else "recovery"
         yield Phase(f"{what} pruned", "finetune", "pruned", tuning, taught=recipe.distils)
-    asking = _asking(job)
-    longest = asking.tokens + (recipe.evaluate.max_new_tokens or asking.head_tokens + _MORE_TOKENS)
-    cache = asking.batch_size * longest * kv_bytes_per_token(job.config, asking.dtype)
-    asking = replace(asking, head_tokens=1)
-    yield Phase("evaluation", "evaluate", "dense" if dense else "pruned", asking, cache=cache)
+    forward = _forward_pass(job)
+    longest = forward.tokens + (recipe.evaluate.max_new_tokens or forward.head_tokens + _MORE_TOKENS)
+    cache = forward.batch_size * longest * kv_bytes_per_token(job.config, forward.dtype)
+    forward = replace(forward, head_tokens=1)
+    yield Phase("evaluation", "evaluate", "dense" if dense else "pruned", forward, cache=cache)
 
 
 def _recording(job: Job) -> Training:
@@ -291,7 +291,7 @@ def _recording(job: Job) -> Training:
     if shared["spread"].strategy.startswith("zero"):  # DeepSpeed steps before gradients can be read
         shared["spread"] = Spread("ddp", shared["spread"].size)
     return replace(
-        _asking(job, options.batch_size),
+        _forward_pass(job, options.batch_size),
         mode=options.adapter.replace("rslora", "lora"),
         rank=options.rank,
         dropout=options.dropout,
@@ -304,7 +304,7 @@ def _tuning(job: Job) -> Training:
     options = job.training
     trains_in_float32 = job.recipe.model.trained_dtype(options.mode) is not None
     return replace(
-        _asking(job, options.batch_size, packed=options.batching == "packed"),
+        _forward_pass(job, options.batch_size, packed=options.batching == "packed"),
         mode=options.mode,
         dtype=torch.float32 if trains_in_float32 else _loaded(job),
         optim=options.optim,
@@ -325,7 +325,7 @@ def _shared(job: Job) -> dict[str, Any]:
     }
 
 
-def _asking(job: Job, batch: int | None = None, packed: bool = False) -> Training:
+def _forward_pass(job: Job, batch: int | None = None, packed: bool = False) -> Training:
     """A forward pass without training; every process holds the whole model."""
     batch = batch or job.recipe.evaluate.batch_size
     tokens, head = _largest_batch(job, batch, packed)

@@ -116,6 +116,10 @@ class Job(Inputs):
         self.rate_source = "as given"
         if tuning.learning_rate is None:
             self.set_rate(default_rate(size, tuning.mode), default_rate_source(size, tuning.mode))
+            if self.recipe.start == "given" and self.recipe.recover.trains:
+                # Other processes, and fingerprints, see the resolved recipe, in which a default rate looks
+                # like a given one.
+                self.recipe = self.recipe.with_values(recover={"learning_rate": self.recover_rate})
 
     def _choose_accumulation(self) -> None:
         """Chooses the accumulation if the recipe leaves it open: with few rows, steps are smaller."""

@@ -71,7 +71,7 @@ class Recipe(Section):
     """A complete run."""
 
     title: str = ""
-    """Headline of the report."""
+    """Title of the report."""
     out: str = "runs/gradpruner"
     """Run directory."""
     seed: int = Field(default=0, ge=0)

@@ -105,7 +105,9 @@ class DataSection(Section):
             raise ValueError("data.task and data.train / data.eval exclude each other")
         own = [name for name in ("columns", "prompt", "completion", "labels") if getattr(self, name)]
         if self.task is not None and own:
-            raise ValueError(f"data.task knows its columns: data.{own[0]} is for rows of your own")
+            raise ValueError(
+                f"data.{own[0]} is for rows of your own; the rows of data.task have their own columns"
+            )
         if self.format != "auto" and (self.prompt or self.completion):
             raise ValueError("data.format and data.prompt / data.completion exclude each other")
         return self

@@ -80,9 +80,8 @@ def follow() -> int:
                     raise
                 log.debug("%s", error, exc_info=error)
                 raise peer_failure() or GoneError(str(error)) from error
-            log.debug(
-                "%s", error, exc_info=error
-            )  # the first process has been told and decides what comes next
+            # `in_step` has told the first process, which decides what comes next.
+            log.debug("%s", error, exc_info=error)
 
 
 @contextlib.contextmanager

@@ -40,7 +40,12 @@ MARKER = "study.yaml"
 # Keys of a recipe that do not change any figure.
 _INDIFFERENT = ("out", "title", "keep_models", "memory")
 # Keys that a job sets if the recipe leaves them open.
-_SETTLED = (("finetune", "learning_rate"), ("finetune", "accumulation"), ("plan", "repair"))
+_SETTLED = (
+    ("finetune", "learning_rate"),
+    ("finetune", "accumulation"),
+    ("recover", "learning_rate"),
+    ("plan", "repair"),
+)
 
 
 class Begun(TypedDict):
