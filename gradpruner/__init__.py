@@ -25,7 +25,7 @@ Choosing layers
     WidthPlan            which heads, channels and hidden dimensions stay
 
 Pruning and repair
-    fit_repair           refits the linear before every cut, on rows of the task
+    fit_repair           refits linears after the cut, in closed form, on rows of the task
     Repair               the refitted weights
     prune_               prunes layers of a model in memory, in place
     prune_width_         prunes widths of a model in memory, in place
