@@ -255,8 +255,8 @@ def test_the_model_card(rich):
     _, front, body = card.split("---\n", 2)
     # A folder is no id of the hub, and this one's own card says neither base nor licence.
     assert "base_model" not in yaml.safe_load(front) and yaml.safe_load(front)["license"] == "unknown"
-    assert "Made from the sörce; what the hub calls that model is not known." in body
-    assert "3 of 6 decoder layers are gone: 1, 3-4." in body
+    assert "Made from the sörce, whose name on the hub is not known." in body
+    assert "3 of 6 decoder layers were removed: 1, 3-4." in body
     assert "Layers 3-4 were merged into layer 2 (rule sum, density 0.2)." in body
 
 
