@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import random
 import statistics
 from collections.abc import Iterable, Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any
 
-import numpy as np
+from quality_cells import (
+    EARLY,
+    ROW_FAST,
+    TASKS,
+    USUAL,
+    WRITING,
+    Pair,
+    better,
+    cells,
+    classified,
+    dense_of,
+    loss,
+    measured_tasks,
+    pairs,
+    trained,
+    twice,
+)
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
-TASKS = {"trec": "TREC", "banking77": "Banking77", "sst2": "SST-2", "scitldr": "SciTLDR (ROUGE-L)"}
-WRITING = "scitldr"
-Pair = tuple[str, int, dict[str, Any], dict[str, Any]]
-"""Task, seed, cell of the tuned dense model, cell."""
 CHOICES = {
     "igia": "IGIA (GradPruner)",
     "gate": "gate, second order",
@@ -34,102 +40,9 @@ REPAIRS = {
     "least_squares": "least squares",
     "layer_wise": "layer-wise",
 }
-USUAL = 12
-"""Layers removed where a table does not say otherwise."""
 KINDS = ("layer_wise", "least_squares", "linear")
-RECOVERED = ("tuned/igia/least_squares/distil", "tuned/igia/layer_wise/distil")
-"""Recovered models for the row "best". A later entry replaces an earlier one: it starts from the default repair."""
+RECOVERING = "tuned/igia/layer_wise/distil"
 BEST = "from tuned: layer-wise, recovered where validation rows agree (best)"
-ROW_FAST = "base/igia/least_squares/labels"
-EARLY = f"shrink/early/0.6/igia/{USUAL}/layer_wise"
-RESAMPLES = 2000
-
-
-@cache
-def cells() -> dict[str, dict[str, Any]]:
-    """Every measured cell, by key."""
-    found = {}
-    for path in sorted(RESULTS.glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            found[entry["key"]] = entry
-    return found
-
-
-def dense_of(task: str, seed: int) -> dict[str, Any] | None:
-    """The tuned dense model, at the rate with the lowest loss on validation rows of seed 0."""
-    swept = {
-        key.rpartition("/")[2]: entry["validation"]["nll"]
-        for key, entry in cells().items()
-        if key.startswith(f"{task}/0/dense/") and "untrained" not in key
-    }
-    if not swept:
-        return None
-    return cells().get(f"{task}/{seed}/dense/{min(swept, key=lambda rate: swept[rate])}")
-
-
-def rows_of(entry: dict[str, Any], split: str = "test") -> list[float]:
-    """Scores of all rows."""
-    return [float(score) for score in entry[split]["rows"]]
-
-
-def pairs(name: str, tasks: Iterable[str] = TASKS) -> list[Pair]:
-    """(task, seed, dense, cell) for every run in which the cell `name` and its dense model are measured."""
-    found = []
-    for entry in cells().values():
-        dense = dense_of(entry["task"], entry["seed"])
-        if entry["cell"] == name and dense is not None and entry["task"] in tasks:
-            found.append((entry["task"], entry["seed"], dense, entry))
-    return found
-
-
-def trained(row: str, gone: int = USUAL, tasks: Iterable[str] = TASKS) -> list[Pair]:
-    """`pairs` of a trained row, at the learning rate with the lowest loss on validation rows of seed 0.
-
-    Other numbers of layers use the rate that is best for the usual number.
-    """
-    found = []
-    prefix = f"train/{row}/{USUAL}/"
-    for task in tasks:
-        rates = {
-            entry["cell"].rpartition("/")[2]: entry["validation"]["nll"]
-            for key, entry in cells().items()
-            if key.startswith(f"{task}/0/{prefix}")
-        }
-        if rates:
-            best = min(rates, key=lambda rate: rates[rate])
-            found += pairs(f"train/{row}/{gone}/{best}", (task,))
-    return found
-
-
-def loss(found: Sequence[Pair]) -> tuple[float, float, float]:
-    """Mean relative change against dense on test rows, and its 95 % interval.
-
-    A hierarchical bootstrap draws runs (task and seed), then rows of each run, the same for dense and pruned.
-    """
-    return _bootstrap(tuple((dense["key"], entry["key"]) for _, _, dense, entry in found))
-
-
-@cache
-def _bootstrap(keys: tuple[tuple[str, str], ...]) -> tuple[float, float, float]:
-    """`loss` of the cells with these keys; cached, because several tables show the same cells."""
-    runs = [[rows_of(cells()[key]) for key in pair] for pair in keys]
-    change = statistics.mean(sum(small) / max(sum(whole), 1e-9) - 1 for whole, small in runs)
-    draw = np.random.RandomState()
-    words = random.Random(0).getstate()[1]  # the same draws as the random module, many at a time
-    draw.set_state(("MT19937", words[:-1], words[-1]))
-    rows = np.concatenate([np.array(pair) for pair in runs], axis=1)
-    counts = np.array([len(whole) for whole, _ in runs])
-    starts = counts.cumsum() - counts
-    means = []
-    for _ in range(RESAMPLES):
-        chosen = (draw.random_sample(len(runs)) * len(runs)).astype(int)
-        many = counts[chosen]
-        at = (draw.random_sample(many.sum()) * many.repeat(many)).astype(int) + starts[chosen].repeat(many)
-        whole, small = np.add.reduceat(rows[:, at], many.cumsum() - many, axis=1)
-        means.append(float((small / np.maximum(whole, 1e-9) - 1).mean()))
-    means.sort()
-    return change, means[int(0.025 * len(means))], means[int(0.975 * len(means))]
 
 
 def _by_task(found: Sequence[Pair]) -> list[str]:
@@ -141,20 +54,8 @@ def _by_task(found: Sequence[Pair]) -> list[str]:
     return texts
 
 
-def measured_tasks() -> list[str]:
-    """Tasks whose dense model is measured, in the order of TASKS."""
-    return [task for task in TASKS if dense_of(task, 0) is not None]
-
-
-def classified(
-    found: Sequence[Pair],
-) -> list[Pair]:
-    """Leaves out the task that writes sentences: it loses so much that a mean over all tasks hides both."""
-    return [pair for pair in found if pair[0] != WRITING]
-
-
 def _line(label: str, found: Sequence[Pair]) -> str:
-    mean, low, high = loss(classified(found) or found)
+    mean, low, high = loss(found)
     change = f"{100 * mean:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
     return f"| {label} | {' | '.join(_by_task(found))} | {change} |"
 
@@ -184,14 +85,6 @@ def shrunk() -> str:
             if found:
                 lines.append(_line(f"{label}, {REPAIRS[repair]}", found))
     return "\n".join([*lines, "", _note()])
-
-
-def better() -> list[Pair]:
-    """For every run the repaired or the recovered model, whichever has the lower loss on validation rows."""
-    repaired = {pair[:2]: pair for pair in pairs(f"shrink/igia/{USUAL}/layer_wise")}
-    recovered = {pair[:2]: pair for row in RECOVERED for pair in trained(row)}
-    both = [(repaired[run], recovered[run]) for run in repaired if run in recovered]
-    return [min(pair, key=lambda found: found[3]["validation"]["nll"]) for pair in both]
 
 
 DEPTHS = (3, 6, 9, 12, 15, 18)
@@ -283,19 +176,13 @@ ROWS = {
 def tuned() -> str:
     """The table of pruned models that are trained on the rows, and for as many steps, as the dense model."""
     lines = [*_head(f"{USUAL} of 30 layers removed, then trained"), _dense_line()]
-    twice = [pair for task in measured_tasks() for pair in _twice(task)]
-    lines += [_line("dense, tuned for twice as long", twice)] if twice else []
+    longer = [pair for task in measured_tasks() for pair in twice(task)]
+    lines += [_line("dense, tuned for twice as long", longer)] if longer else []
     lines += [_line(BEST, found)] if (found := better()) else []
     lines += [_line(label, found) for row, label in ROWS.items() if (found := trained(row))]
     if found := pairs(EARLY):
         lines.append(_line("dense tuned on three fifths of the rows, then layer-wise", found))
     return "\n".join(lines)
-
-
-def _twice(task: str) -> list[Pair]:
-    """`pairs` of the dense model tuned for twice the epochs, at the dense model's rate."""
-    names = {entry["cell"] for entry in cells().values() if entry["cell"].startswith("dense-twice/")}
-    return [pair for name in sorted(names) for pair in pairs(name) if pair[0] == task]
 
 
 TRAINED_ROWS = (1600, 3200, 10_000, 30_000, 100_000)
@@ -362,10 +249,30 @@ def varied() -> str:
     return "\n".join(lines) + note
 
 
+def writing() -> str:
+    """The table of the task that writes sentences: the dense model, and one with fewer layers."""
+    dense = dense_of(WRITING, 0)
+    assert dense is not None
+    rows = {"dense, before tuning": "dense/untrained", "dense, tuned": dense["cell"]}
+    rows[f"{USUAL} of 30 layers removed, layer-wise"] = f"shrink/igia/{USUAL}/layer_wise"
+    begins = f"train/{RECOVERING}/{USUAL}/"
+    found = [entry for entry in cells().values() if entry["task"] == WRITING and entry["seed"] == 0]
+    for entry in found:
+        if entry["cell"].startswith(begins):
+            rows[f"recovered with the teacher, rate {entry['cell'].removeprefix(begins)}"] = entry["cell"]
+    by_cell = {entry["cell"]: entry for entry in found}
+    lines = [f"| {TASKS[WRITING]}, seed 0 | loss on validation rows | test score |", "|---|---|---|"]
+    lines += [
+        f"| {label} | {by_cell[cell]['validation']['nll']:.2f} | {100 * by_cell[cell]['test']['score']:.1f} |"
+        for label, cell in rows.items()
+    ]
+    return "\n".join([*lines, "", "Loss in nats per answer token; test score in %."])
+
+
 def headline() -> str:
     """Two sentences for the README."""
     shrunk_, best = (classified(found) for found in (pairs(f"shrink/igia/{USUAL}/layer_wise"), better()))
-    writing = [pair for pair in better() if pair[0] == WRITING]
+    sentences = [pair for pair in better() if pair[0] == WRITING]
     *most, last = (TASKS[task] for task in dict.fromkeys(task for task, *_ in shrunk_))
     names = f"{', '.join(most)} and {last}" if most else last
 
@@ -379,8 +286,8 @@ def headline() -> str:
     return (
         f"SmolLM2-135M-Instruct tuned on {names}, {USUAL} of 30 layers removed, repaired on 1,200 rows: the test score "
         f"changes by {said(shrunk_)}, relative to the dense model. Trained once more with the tuned model as teacher, "
-        f"where validation rows agree: {said(best)}. Writing summaries ({TASKS[WRITING]}) is another matter: "
-        f"{said(writing)} after all of that."
+        f"where validation rows agree: {said(best)}. A task that writes sentences, {TASKS[WRITING]}, "
+        f"loses much more, even after all of that: {said(sentences)}."
     )
 
 
@@ -402,4 +309,5 @@ BLOCKS = {
     "quality_tuned": tuned,
     "quality_varied": varied,
     "quality_headline": headline,
+    "quality_writing": writing,
 }

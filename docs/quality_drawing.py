@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import quality_blocks as blocks
+import quality_cells as cells
 from drawing import as_svg, digest, plotting
 
 
@@ -23,7 +24,7 @@ def draw() -> str:
     left.set_xlim(left=max(left.get_xlim()[0], -30))
     left.set_xlabel("test score against dense, %")
     for way, found_at in blocks.WAYS_DOWN.items():
-        line = [(gone, 100 * blocks.loss(found)[0]) for gone in blocks.DEPTHS if (found := found_at(gone))]
+        line = [(gone, 100 * cells.loss(found)[0]) for gone in blocks.DEPTHS if (found := found_at(gone))]
         if line:
             right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
     right.axhline(0, color="black", linewidth=0.8)
@@ -42,15 +43,15 @@ def _ways() -> list[tuple[str, tuple[float, float, float]]]:
     found = []
     for repair in ("layer_wise", "least_squares"):
         for choice, label in blocks.CHOICES.items():
-            here = blocks.pairs(f"shrink/{choice}/{blocks.USUAL}/{repair}")
+            here = cells.pairs(f"shrink/{choice}/{cells.USUAL}/{repair}")
             if here:
-                found.append((f"not trained: {label}, {blocks.REPAIRS[repair]}", blocks.loss(here)))
-    found.append((blocks.BEST, blocks.loss(blocks.better())))
+                found.append((f"not trained: {label}, {blocks.REPAIRS[repair]}", cells.loss(here)))
+    found.append((blocks.BEST, cells.loss(cells.better())))
     return found + [
-        (label, blocks.loss(here)) for row, label in blocks.ROWS.items() if (here := blocks.trained(row))
+        (label, cells.loss(here)) for row, label in blocks.ROWS.items() if (here := cells.trained(row))
     ]
 
 
 def shown() -> str:
     """The digest of the data the drawing shows."""
-    return digest([[key, entry["test"]["score"]] for key, entry in sorted(blocks.cells().items())])
+    return digest([[key, entry["test"]["score"]] for key, entry in sorted(cells.cells().items())])

@@ -1,0 +1,140 @@
+"""The cells of the quality study: which belong together, and how far they are from the dense model."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
+TASKS = {"trec": "TREC", "banking77": "Banking77", "sst2": "SST-2", "scitldr": "SciTLDR (ROUGE-L)"}
+WRITING = "scitldr"
+Pair = tuple[str, int, dict[str, Any], dict[str, Any]]
+"""Task, seed, cell of the tuned dense model, cell."""
+USUAL = 12
+"""Layers removed where a table does not say otherwise."""
+RECOVERED = ("tuned/igia/least_squares/distil", "tuned/igia/layer_wise/distil")
+"""Recovered models for the row "best". A later entry replaces an earlier one: it starts from the default repair."""
+ROW_FAST = "base/igia/least_squares/labels"
+EARLY = f"shrink/early/0.6/igia/{USUAL}/layer_wise"
+RESAMPLES = 2000
+
+
+@cache
+def cells() -> dict[str, dict[str, Any]]:
+    """Every measured cell, by key."""
+    found = {}
+    for path in sorted(RESULTS.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            found[entry["key"]] = entry
+    return found
+
+
+def dense_of(task: str, seed: int) -> dict[str, Any] | None:
+    """The tuned dense model, at the rate with the lowest loss on validation rows of seed 0."""
+    swept = {
+        key.rpartition("/")[2]: entry["validation"]["nll"]
+        for key, entry in cells().items()
+        if key.startswith(f"{task}/0/dense/") and "untrained" not in key
+    }
+    if not swept:
+        return None
+    return cells().get(f"{task}/{seed}/dense/{min(swept, key=lambda rate: swept[rate])}")
+
+
+def rows_of(entry: dict[str, Any], split: str = "test") -> list[float]:
+    """Scores of all rows."""
+    return [float(score) for score in entry[split]["rows"]]
+
+
+def pairs(name: str, tasks: Iterable[str] = TASKS) -> list[Pair]:
+    """(task, seed, dense, cell) for every run in which the cell `name` and its dense model are measured."""
+    found = []
+    for entry in cells().values():
+        dense = dense_of(entry["task"], entry["seed"])
+        if entry["cell"] == name and dense is not None and entry["task"] in tasks:
+            found.append((entry["task"], entry["seed"], dense, entry))
+    return found
+
+
+def trained(row: str, gone: int = USUAL, tasks: Iterable[str] = TASKS) -> list[Pair]:
+    """`pairs` of a trained row, at the learning rate with the lowest loss on validation rows of seed 0.
+
+    Other numbers of layers use the rate that is best for the usual number.
+    """
+    found = []
+    prefix = f"train/{row}/{USUAL}/"
+    for task in tasks:
+        rates = {
+            entry["cell"].rpartition("/")[2]: entry["validation"]["nll"]
+            for key, entry in cells().items()
+            if key.startswith(f"{task}/0/{prefix}")
+        }
+        if rates:
+            best = min(rates, key=lambda rate: rates[rate])
+            found += pairs(f"train/{row}/{gone}/{best}", (task,))
+    return found
+
+
+def loss(found: Sequence[Pair]) -> tuple[float, float, float]:
+    """Mean relative change against dense on test rows, and its 95 % interval.
+
+    A hierarchical bootstrap draws runs (task and seed), then rows of each run, the same for dense and pruned.
+    """
+    counted = classified(found) or found
+    return _bootstrap(tuple((dense["key"], entry["key"]) for _, _, dense, entry in counted))
+
+
+@cache
+def _bootstrap(keys: tuple[tuple[str, str], ...]) -> tuple[float, float, float]:
+    """`loss` of the cells with these keys; cached, because several tables show the same cells."""
+    runs = [[rows_of(cells()[key]) for key in pair] for pair in keys]
+    change = statistics.mean(sum(small) / max(sum(whole), 1e-9) - 1 for whole, small in runs)
+    draw = np.random.RandomState()
+    words = random.Random(0).getstate()[1]  # the same draws as the random module, many at a time
+    draw.set_state(("MT19937", words[:-1], words[-1]))
+    rows = np.concatenate([np.array(pair) for pair in runs], axis=1)
+    counts = np.array([len(whole) for whole, _ in runs])
+    starts = counts.cumsum() - counts
+    means = []
+    for _ in range(RESAMPLES):
+        chosen = (draw.random_sample(len(runs)) * len(runs)).astype(int)
+        many = counts[chosen]
+        at = (draw.random_sample(many.sum()) * many.repeat(many)).astype(int) + starts[chosen].repeat(many)
+        whole, small = np.add.reduceat(rows[:, at], many.cumsum() - many, axis=1)
+        means.append(float((small / np.maximum(whole, 1e-9) - 1).mean()))
+    means.sort()
+    return change, means[int(0.025 * len(means))], means[int(0.975 * len(means))]
+
+
+def measured_tasks() -> list[str]:
+    """Tasks whose dense model is measured, in the order of TASKS."""
+    return [task for task in TASKS if dense_of(task, 0) is not None]
+
+
+def classified(
+    found: Sequence[Pair],
+) -> list[Pair]:
+    """Leaves out the task that writes sentences: it loses so much that a mean over all tasks hides both."""
+    return [pair for pair in found if pair[0] != WRITING]
+
+
+def better() -> list[Pair]:
+    """For every run the repaired or the recovered model, whichever has the lower loss on validation rows."""
+    repaired = {pair[:2]: pair for pair in pairs(f"shrink/igia/{USUAL}/layer_wise")}
+    recovered = {pair[:2]: pair for row in RECOVERED for pair in trained(row)}
+    both = [(repaired[run], recovered[run]) for run in repaired if run in recovered]
+    return [min(pair, key=lambda found: found[3]["validation"]["nll"]) for pair in both]
+
+
+def twice(task: str) -> list[Pair]:
+    """`pairs` of the dense model tuned for twice the epochs, at the dense model's rate."""
+    names = {entry["cell"] for entry in cells().values() if entry["cell"].startswith("dense-twice/")}
+    return [pair for name in sorted(names) for pair in pairs(name) if pair[0] == task]
