@@ -100,6 +100,11 @@ def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
     assert "ce" in recovery["losses"][0] and "ce" not in tuning["losses"][0]
     model = AutoModelForCausalLM.from_pretrained(folder / "variants/dropped/model")
     assert model.config.num_hidden_layers == 2
+    # What counts as done is the rate: 5e-4 is half of the dense model's, which is the default too.
+    for rate, state in (("null", "skipped"), ("1e-3", "done")):
+        again = run(load_recipe(tmp_path / "recipe.yaml", (f"recover.learning_rate={rate}",)))
+        states = {stage["name"]: stage["state"] for stage in again["stages"]}
+        assert states["finetune dropped"] == state
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1e-3, "trained"), (30.0, "pruned")])

@@ -44,7 +44,9 @@ class Variant(Work):
         ignored = {"report_to", "save_steps", "fsdp", "deepspeed"}  # these do not change the result
         learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude=ignored)} | self.job.spread
         if not self.is_dense and recipe.start != "base":
-            learned_from["recover"] = recipe.recover.model_dump()
+            # The rate it trains at counts, not the key: an unset key stands for a default that may change.
+            rate = {"learning_rate": self.job.recover_rate} if recipe.recover.trains else {}
+            learned_from["recover"] = recipe.recover.model_dump() | rate
         if not self.is_dense and recipe.chooses_recovery and self.job.validation is not None:
             learned_from["validation"] = data_identity(self.job.validation)
         if not self.is_dense and recipe.distils:
