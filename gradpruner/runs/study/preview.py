@@ -62,7 +62,7 @@ class Preview(Outcome):
 def _print_preview(facts: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]Dry run[/bold] of a study in {facts['out']}", highlight=False)
     console.print(
-        f"runs: {len(facts['runs'])} (seeds: {len(facts['seeds'])}, points: {len(facts['points'])}), "
+        f"{len(facts['runs'])} runs ({len(facts['seeds'])} seeds, {len(facts['points'])} points), "
         f"{facts['finetunings']} fine-tunings of {facts['finetune_steps']} steps on {facts['train_rows']} "
         f"rows, of which {facts['finetunings_left']} are left; {facts['eval_rows']} evaluation rows",
         highlight=False,
