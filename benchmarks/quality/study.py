@@ -83,13 +83,20 @@ def tune(work: Work) -> Path:
 
 
 def repaired(
-    work: Work, model: Any, plan: Any, kind: str, count: int | None = None, source: Work | None = None
+    work: Work,
+    model: Any,
+    plan: Any,
+    kind: str,
+    count: int | None = None,
+    source: Work | None = None,
+    answers: float | None = None,
 ) -> Any:
     """Returns a repair fitted on training rows of the task, or of `source` if given."""
     from gradpruner.pruning.refitting import fit_repair
 
     rows = (source or work).encoded["train"]
-    answers = 0.8 if kind == "layer_wise" else 0.0  # older cells weigh all tokens equally
+    if answers is None:
+        answers = 0.8 if kind == "layer_wise" else 0.0  # older cells weigh all tokens equally
     count = count or (LAYER_WISE_ROWS if kind == "layer_wise" else REPAIR_ROWS)
     options: dict[str, Any] = {"kind": kind, "rows": count, "answers": answers, "seed": work.seed}
     return fit_repair(model, plan, rows, work.collator, **options)
@@ -120,7 +127,7 @@ def shrink(work: Work) -> None:
     for repair in ("least_squares", "none"):
         for choice in CHOICES:
             pruned(work, folder, choice, NUM_GONE, repair)
-    for choice in ("igia", "gate", "last"):
+    for choice in ("igia", "gate", "last", "shortgpt", "random"):
         pruned(work, folder, choice, NUM_GONE, "layer_wise")
     for choice in ("gate", "igia", "last"):
         pruned(work, folder, choice, NUM_GONE, "linear")
@@ -151,6 +158,8 @@ def vary(work: Work) -> None:
         if name != work.task:
             other = replace(work, task=name, only=())
             varied(work, folder, f"rows-of-{name}", source=other)
+    for answers in (0.2, 0.5):
+        varied(work, folder, f"layer_wise-answers-{answers:g}", kind="layer_wise", answers=answers)
     if not work.wants("shrink/lora/"):
         return
     adapted = lora_tuned(work)
@@ -158,7 +167,7 @@ def vary(work: Work) -> None:
         pruned(work, adapted, "igia", NUM_GONE, repair, tuned_by="lora/")
 
 
-def varied(work: Work, folder: Path, name: str, **options: Any) -> None:
+def varied(work: Work, folder: Path, name: str, kind: str = "least_squares", **options: Any) -> None:
     """Measures one variation of the repair after pruning IGIA's layers."""
 
     def make() -> dict[str, Any]:
@@ -166,7 +175,7 @@ def varied(work: Work, folder: Path, name: str, **options: Any) -> None:
 
         plan, _ = choose(work, folder, "igia", NUM_GONE)
         model = work.load(folder)
-        fitted = repaired(work, model, plan, "least_squares", **options)
+        fitted = repaired(work, model, plan, kind, **options)
         prune_(model, plan, repair=fitted)
         return {"gone": list(plan.pruned), "repair": fitted.facts(), **work.measure(model)}
 
@@ -205,17 +214,24 @@ class Row:
         choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
         repair: "none", "least_squares" or "layer_wise".
         distil: Whether the tuned dense model is the teacher.
+        prompts: Weight of what the teacher says on prompt tokens.
+        passes: Passes over the training rows, relative to the dense model's tuning.
     """
 
     start: str
     choice: str
     repair: str
     distil: bool = False
+    prompts: float = 0.0
+    passes: int = 1
 
     @property
     def name(self) -> str:
         """The row's part of the key of a cell."""
-        return f"{self.start}/{self.choice}/{self.repair}/{'distil' if self.distil else 'labels'}"
+        learns = "distil" if self.distil else "labels"
+        learns += f"-prompts-{self.prompts:g}" if self.prompts else ""
+        learns += f"-x{self.passes}" if self.passes > 1 else ""
+        return f"{self.start}/{self.choice}/{self.repair}/{learns}"
 
 
 TRAINED = (
@@ -234,6 +250,9 @@ TRAINED = (
     Row("base", "last", "least_squares"),
     Row("base", "igia", "least_squares", distil=True),
     Row("quarter", "igia", "layer_wise"),
+    Row("tuned", "igia", "layer_wise", distil=True, prompts=1.0),
+    Row("tuned", "igia", "layer_wise", distil=True, prompts=0.1),
+    Row("tuned", "igia", "layer_wise", distil=True, prompts=1.0, passes=3),
 )
 """The rows in the order in which they are measured."""
 
@@ -280,8 +299,9 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
         before = work.measure(model, "validation")["validation"]
         learns: dict[str, Any] = {"rows": work.part(QUARTER, 1)} if row.start == "quarter" else {}
         if row.distil:
-            learns = {"teacher": work.load(tune(work)), "distillation": DistillationOptions(prompts=0.0)}
-        result = work.tune(model, rate, **learns)
+            options = DistillationOptions(prompts=row.prompts)
+            learns = {"teacher": work.load(tune(work)), "distillation": options}
+        result = work.tune(model, rate, epochs=row.passes * work.facts.epochs, **learns)
         facts: dict[str, Any] = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
         facts["repair_seconds"] = round(fitted.seconds, 1) if fitted else 0.0
         facts["before"] = {k: before[k] for k in ("score", "nll") if k in before}
@@ -297,7 +317,10 @@ def rate_of(work: Work, row: Row) -> float:
     def loss_at(rate: float) -> float:
         return float(trained(first, row, rate)["validation"]["nll"])
 
-    if row.start == "tuned":
+    if row.prompts or row.passes > 1:
+        found = rate_of(work, replace(row, prompts=0.0, passes=1))
+        rates = (found, found * 2)
+    elif row.start == "tuned":
         rates = (best / 4, best / 2)
     else:
         rates = (best / 2, best) if best * 2 > LARGEST_RATE else (best, best * 2)
