@@ -36,6 +36,14 @@ DEPTHS = (3, 6, 9, 15, 18)
 REPAIR_ROWS = 384
 LAYER_WISE_ROWS = 1200
 """The number of rows that determines a repair: the product's default for these tasks."""
+WEIGHTS = (
+    ("layer_wise", 0.0),
+    ("layer_wise", 0.2),
+    ("layer_wise", 0.5),
+    ("layer_wise", 0.95),
+    ("least_squares", 0.8),
+)
+"""Repairs with other weights of positions before answer tokens."""
 
 
 def dense(work: Work, rate: float) -> dict[str, Any]:
@@ -153,13 +161,13 @@ def vary(work: Work) -> None:
     folder = tune(work)
     for count in (64, 128, 1200, 3200):
         if count <= work.facts.train_rows:
-            varied(work, folder, f"rows-{count}", count=count)
+            varied(work, folder, f"rows-{count}", count)
     for name in ("sst2", "banking77"):
         if name != work.task:
             other = replace(work, task=name, only=())
             varied(work, folder, f"rows-of-{name}", source=other)
-    for answers in (0.2, 0.5):
-        varied(work, folder, f"layer_wise-answers-{answers:g}", kind="layer_wise", answers=answers)
+    for kind, answers in WEIGHTS:
+        varied(work, folder, f"{kind}-answers-{answers:g}", LAYER_WISE_ROWS, kind=kind, answers=answers)
     if not work.wants("shrink/lora/"):
         return
     adapted = lora_tuned(work)
@@ -167,7 +175,14 @@ def vary(work: Work) -> None:
         pruned(work, adapted, "igia", NUM_GONE, repair, tuned_by="lora/")
 
 
-def varied(work: Work, folder: Path, name: str, kind: str = "least_squares", **options: Any) -> None:
+def varied(
+    work: Work,
+    folder: Path,
+    name: str,
+    count: int | None = None,
+    kind: str = "least_squares",
+    **options: Any,
+) -> None:
     """Measures one variation of the repair after pruning IGIA's layers."""
 
     def make() -> dict[str, Any]:
@@ -175,7 +190,7 @@ def varied(work: Work, folder: Path, name: str, kind: str = "least_squares", **o
 
         plan, _ = choose(work, folder, "igia", NUM_GONE)
         model = work.load(folder)
-        fitted = repaired(work, model, plan, kind, **options)
+        fitted = repaired(work, model, plan, kind, count, **options)
         prune_(model, plan, repair=fitted)
         return {"gone": list(plan.pruned), "repair": fitted.facts(), **work.measure(model)}
 
