@@ -16,11 +16,14 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from real_tasks import MODES, RESULTS, SEEDS, short_prompt, write, write_rows
+
+from gradpruner.common.files import readable_bytes
 
 FOLDER = RESULTS / "comparison"
 # Rows, epochs and rates (full, LoRA) with which the dense model learns in the time available, chosen on
@@ -222,19 +225,19 @@ def costs(studies: list[dict[str, Any]]) -> str:
             first["label"],
             f"{100 * rows[0]['removed_share']:.1f} %",
             f"{rows[0]['num_layers']:g}",
-            mid(spent, "method_seconds", "{:.1f}"),
-            mid(spent, "method_peak_memory_bytes", "{:.0f} MB", 1e6),
-            mid(spent, "training_ratio", "{:.2f}x"),
-            mid(spent, "inference_ratio", "{:.2f}x"),
+            mid(spent, "method_seconds", "{:.1f}".format),
+            mid(spent, "method_peak_memory_bytes", readable_bytes),
+            mid(spent, "training_ratio", "{:.2f}x".format),
+            mid(spent, "inference_ratio", "{:.2f}x".format),
             "no" if rows[0]["uniform"] is False else "yes",
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def mid(spent: list[dict[str, Any]], key: str, form: str, unit: float = 1) -> str:
-    values = [entry[key] / unit for entry in spent if entry.get(key) is not None]
-    return form.format(statistics.median(values)) if values else "-"
+def mid(spent: list[dict[str, Any]], key: str, form: Callable[[float], str]) -> str:
+    values = [entry[key] for entry in spent if entry.get(key) is not None]
+    return form(statistics.median(values)) if values else "-"
 
 
 def table(_: argparse.Namespace) -> None:

@@ -66,7 +66,3 @@ def dig(value: Any, path: str) -> Any:
 
 def times(value: float) -> str:
     return f"{value:.2f}x"
-
-
-def gigabytes(value: float) -> str:
-    return f"{value / 1e9:.2f} GB"

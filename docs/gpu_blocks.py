@@ -11,6 +11,9 @@ from typing import Any
 
 from drawing import BENCHMARKS
 
+from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import counted
+
 RESULTS = BENCHMARKS / "results" / "gpu"
 NOT_MEASURED = "not measured"
 SHAPES = {"llama-3.1-8b": "Llama-3.1-8B", "mistral-7b-v0.3": "Mistral-7B-v0.3"}
@@ -105,7 +108,7 @@ def _figure(line: dict[str, Any], name: str, figure: str) -> list[str]:
 def amount(value: float, unit: str) -> str:
     """Seconds or bytes with a readable unit."""
     if unit == "bytes":
-        return f"{value / 1e9:.2f} GB"
+        return readable_bytes(value)
     return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.2f} ms"
 
 
@@ -188,7 +191,11 @@ def _quality(cells: Lines) -> str:
         )
         if dense and dense["test"]["score"]:
             shares.append(cell["test"]["score"] / dense["test"]["score"])
-    return f"{100 * mean(shares):.1f} % of the dense score, {len(shares)} runs" if shares else NOT_MEASURED
+    return (
+        f"{100 * mean(shares):.1f} % of the dense score, {counted(len(shares), 'run')}"
+        if shares
+        else NOT_MEASURED
+    )
 
 
 OTHERS: tuple[tuple[str, str, Callable[[dict[str, Any]], str]], ...] = (

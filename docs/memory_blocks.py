@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 from drawing import RESULTS, read
 
-
-def size(value: float) -> str:
-    return f"{value / 1e9:,.1f} GB" if value < 1e11 else f"{value / 1e9:,.0f} GB"
+from gradpruner.common.files import readable_bytes
 
 
 def memory_estimate() -> str:
@@ -19,9 +17,7 @@ def memory_estimate() -> str:
         if "error" in row:
             lines.append(f"| {row['case']} | | {row['error']} | |")
             continue
-        estimated, measured = (
-            f"{value / 1e6:.0f} MB" for value in (row["estimate"]["peak"], row["measured_bytes"])
-        )
+        estimated, measured = map(readable_bytes, (row["estimate"]["peak"], row["measured_bytes"]))
         lines.append(f"| {row['case']} | {estimated} | {measured} | {row['ratio']:.3f} |")
     config = result["config"]
     note = (
@@ -53,16 +49,16 @@ def scaling() -> str:
     for path in sorted((RESULTS / "scaling").glob("*.json"), key=lambda p: read(p)["parameters"]):
         found = read(path)
         count = found["processes"]
-        name = f"{found['model']}, {count} x {found['device_bytes'] / 1e9:.0f} GB"
+        name = f"{found['model']}, {count} x {readable_bytes(found['device_bytes'])}"
         for row in found["rows"]:
             if row["mode"] == "qlora" and count > 1:
                 continue
             parts = ("weights", "gradients", "optimizer", "exchange", "working", "peak")
-            cells = " | ".join("?" if row[part] is None else size(row[part]) for part in parts)
+            cells = " | ".join("?" if row[part] is None else readable_bytes(row[part]) for part in parts)
             fits = "yes" if row["fits"] else "no"
             lines.append(f"| {name} | {row['mode']}, {row['strategy']} | {cells} | {fits} |")
         if count > 1:
-            stages = {key: size(value) for key, value in found["stages"].items()}
+            stages = {key: readable_bytes(value) for key, value in found["stages"].items()}
             notes.append(
                 f"| {found['model']} | {stages['checkpoint']} | {stages['trace']} | {stages['trace_in_memory']} | "
                 f"{stages['gathered']} | {stages['gathered_at_a_time']} | {stages['surgery_read']} | "

@@ -7,6 +7,8 @@ from typing import Any
 
 from drawing import BENCHMARKS, as_svg, digest, plotting, script
 
+from gradpruner.common.files import readable_bytes
+
 KINDS = {
     "score": "scores layers",
     "plan": "plans by itself",
@@ -73,7 +75,7 @@ def methods_memory() -> str:
         if "error" in row:
             lines.append(f"| {name} | {row['error']} | |")
             continue
-        lines.append(f"| {name} | {row['peak_bytes'] / 1e6:.0f} MB | {row['peak_over_lora']:.3f}x |")
+        lines.append(f"| {name} | {readable_bytes(row['peak_bytes'])} | {row['peak_over_lora']:.3f}x |")
     goal = result["goal"]["evidence_peak_over_lora_at_most"]
     met = "met" if result["met"] else "**not met**"
     return "\n".join([*lines, "", f"Goal: evidence at most {goal}x the peak of lora: {met}."])

@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from drawing import RESULTS, dig, gigabytes, machine, read, times
+from drawing import RESULTS, dig, machine, read, times
+
+from gradpruner.common.files import readable_bytes
 
 
 def prune_checkpoint() -> str:
@@ -17,7 +19,7 @@ def prune_checkpoint() -> str:
     dropped = f"{len(first['pruned'])} of {result['config']['layers']} layers dropped"
     merged = f"{len(first['pruned']) - len(first['merged'])} dropped, {len(first['merged'])} merged"
     fast, slow = (f"<= {goal[f'{step}_over_cp_at_most']}x" for step in ("drop", "merge"))
-    small = f"<= {gigabytes(goal['peak_rss_bytes_at_most'])}"
+    small = f"<= {readable_bytes(goal['peak_rss_bytes_at_most'])}"
     rows: list[tuple[str, str, Callable[[float], str], str, str]] = [
         (f"{dropped}, over `cp` and fsync", "disk.ratios.drop.over_cp.median", times, fast, "drop_over_cp"),
         ("the same, both without fsync", "disk.ratios.drop.without_fsync.median", times, "", ""),
@@ -32,16 +34,16 @@ def prune_checkpoint() -> str:
             "merge_over_cp",
         ),
         (f"{merged}, with that time", "disk.ratios.merge.with_arithmetic.median", times, "", ""),
-        ("peak RSS, dropping", "disk.medians.drop.peak_rss_bytes", gigabytes, small, "drop_peak_rss"),
-        ("peak RSS, merging", "disk.medians.merge.peak_rss_bytes", gigabytes, small, "merge_peak_rss"),
+        ("peak RSS, dropping", "disk.medians.drop.peak_rss_bytes", readable_bytes, small, "drop_peak_rss"),
+        ("peak RSS, merging", "disk.medians.merge.peak_rss_bytes", readable_bytes, small, "merge_peak_rss"),
         ("load, slice, save: time over dropping", "disk.ratios.naive.over_drop.median", times, "", ""),
-        ("its peak RSS", "disk.medians.naive.peak_rss_bytes", gigabytes, "", ""),
-        ("its peak anonymous memory", "disk.medians.naive.peak_anonymous_bytes", gigabytes, "", ""),
+        ("its peak RSS", "disk.medians.naive.peak_rss_bytes", readable_bytes, "", ""),
+        ("its peak anonymous memory", "disk.medians.naive.peak_anonymous_bytes", readable_bytes, "", ""),
         ("mergekit passthrough: time over dropping", "disk.ratios.mergekit.over_drop.median", times, "", ""),
-        ("its peak RSS", "disk.medians.mergekit.peak_rss_bytes", gigabytes, "", ""),
-        ("its peak anonymous memory", "disk.medians.mergekit.peak_anonymous_bytes", gigabytes, "", ""),
+        ("its peak RSS", "disk.medians.mergekit.peak_rss_bytes", readable_bytes, "", ""),
+        ("its peak anonymous memory", "disk.medians.mergekit.peak_anonymous_bytes", readable_bytes, "", ""),
     ]
-    heads = [f"{size['source_bytes'] / 1e9:.1f} -> {size['output_bytes'] / 1e9:.1f} GB" for size in sizes]
+    heads = [from_to(size) for size in sizes]
     lines = [f"| measured | {' | '.join(heads)} | goal | met |", "|---" * (len(sizes) + 3) + "|"]
     for what, path, form, limit, key in rows:
         cells = " | ".join("" if (found := dig(size, path)) is None else form(found) for size in sizes)
@@ -54,7 +56,6 @@ def prune_default() -> str:
     result = read(RESULTS / "prune_default.json")
     ratios, middle, goal = result["ratios"]["default"], result["medians"]["default"], result["goal"]
     met = {key: "yes" if value else "**no**" for key, value in result["met"].items()}
-    size = f"{result['source_bytes'] / 1e9:.1f} -> {result['output_bytes'] / 1e9:.1f} GB"
     dropped = f"{len(result['pruned'])} of {result['config']['layers']} layers dropped"
     parts = ", ".join(
         f"{name} {middle[name]:.1f} s" for name in ("blueprint", "copying", "verification", "fsync")
@@ -62,7 +63,7 @@ def prune_default() -> str:
     floor = result["ratios"].get("floor")  # newer results only
     return "\n".join(
         [
-            f"| `gradpruner prune`, {size} | measured | goal | met |",
+            f"| `gradpruner prune`, {from_to(result)} | measured | goal | met |",
             "|---|---|---|---|",
             f"| {dropped}, over `cp` and fsync | {times(ratios['over_cp']['median'])} | "
             f"<= {goal['default_over_cp_at_most']:.0f}x | {met['default_over_cp']} |",
@@ -72,13 +73,18 @@ def prune_default() -> str:
                 if floor
                 else []
             ),
-            f"| peak RSS above the imported libraries | {gigabytes(middle['memory_above_imports'])} | "
-            f"<= {gigabytes(goal['default_memory_above_imports_at_most'])} | {met['default_memory']} |",
+            f"| peak RSS above the imported libraries | {readable_bytes(middle['memory_above_imports'])} | "
+            f"<= {readable_bytes(goal['default_memory_above_imports_at_most'])} | {met['default_memory']} |",
             "",
             f"A random bf16 Llama on {machine(result)} ({result['filesystem']}), one thread, warm cache; the "
             f"median of {result['config']['pairs']} rounds. {middle['seconds']:.1f} s: {parts}.",
         ]
     )
+
+
+def from_to(result: dict[str, Any]) -> str:
+    """The sizes of the source and of the pruned checkpoint."""
+    return " -> ".join(readable_bytes(result[f"{which}_bytes"]) for which in ("source", "output"))
 
 
 def checkpoint_conditions(result: dict[str, Any]) -> str:

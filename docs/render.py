@@ -26,7 +26,9 @@ import methods
 import pruning_blocks
 import quality_blocks
 import quality_drawing
-from drawing import RESULTS, gigabytes, machine, read, script, times
+from drawing import RESULTS, machine, read, script, times
+
+from gradpruner.common.files import readable_bytes
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -319,7 +321,7 @@ def all_tasks() -> str:
 def amount(value: float, unit: str) -> str:
     """A value with a readable unit."""
     if unit == "bytes":
-        return gigabytes(value) if value >= 1e8 else f"{value / 1e6:.1f} MB"
+        return readable_bytes(value)
     if unit == "seconds":
         return f"{value:.2f} s" if value >= 1 else f"{1e3 * value:.1f} ms"
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

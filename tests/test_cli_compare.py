@@ -93,6 +93,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(call, tmp_path, monkey
         assert part in shown
     found = gradpruner.compare(load_recipe(path), methods="all", out=tmp_path / "s", dry_run=True)
     assert str(found).split() == shown.split() and not found.measured
+    one = gradpruner.compare(load_recipe(path), methods="last", seeds=[0], out=tmp_path / "[s]", dry_run=True)
+    assert "1 run (1 seed, 1 point), " in str(one) and "/[s]\n" in str(one)
     code, shown, _ = call("ablate", write_study(tmp_path), "--out", tmp_path / "s", "--dry-run")
     assert code == 0 and "dense/seed-0" in shown and "budget of merged layers 1" in shown
 

@@ -164,8 +164,10 @@ def test_the_model_is_built_once_without_weights(call, tmp_path, monkeypatch):
 
 def test_a_notebook_shows_what_the_command_prints(call, tmp_path):
     path, _ = make_project(tmp_path)
-    _, out, _ = call("run", path, "--dry-run")
-    found = dry_run(load_recipe(path))
+    title = "title='[bold]mine'"
+    _, out, _ = call("run", path, "--dry-run", "--set", title)
+    assert out.startswith("Dry run of [bold]mine\n")
+    found = dry_run(load_recipe(path, (title,)))
     untimed = [[line for line in said.split("\n") if "time:" not in line] for said in (out, str(found))]
     assert " ".join(untimed[0]).split() == " ".join(untimed[1]).split()
     assert found.facts["num_prune"] == 2 and "<table>" in found._repr_html_()

@@ -74,9 +74,9 @@ def test_the_whole_way_of_a_pruned_model(call, source, tmp_path):
 
     set_mode("auto")
     code, out, err = call("diff", source, tmp_path / "new", tmp_path / "delta")
-    assert code == 0 and "delta: " in out and "diff [MB]" in err
+    assert code == 0 and "delta: " in out and "diff [MiB]" in err
     code, out, err = call("rebuild", source, tmp_path / "delta", tmp_path / "again")
-    assert code == 0 and "rebuilt" in out and "rebuild [MB]" in err
+    assert code == 0 and "rebuilt" in out and "rebuild [MiB]" in err
     for path in (tmp_path / "new").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
     card = (tmp_path / "new" / "README.md").read_text()
@@ -160,7 +160,8 @@ def test_families_are_listed(call):
 
 
 def test_sizes_and_layers():
-    assert [num_bytes(s) for s in ("5GB", "1.5 mb", "7", "2k")] == [5 * 10**9, 1500000, 7, 2000]
+    sizes = {"5GB": 5 * 10**9, "1.5 mb": 1500000, "7": 7, "2k": 2000, "0.5 GiB": 2**29}
+    assert {text: num_bytes(text) for text in sizes} == sizes
     with pytest.raises(ConfigError):
         num_bytes("0")
     assert layer_numbers("0-2, 5", 6) == [0, 1, 2, 5]

@@ -22,6 +22,13 @@ def test_links_lead_to_files() -> None:
                 assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_sizes_have_binary_units_as_in_the_terminal() -> None:
+    sources = sorted((ROOT / "gradpruner").rglob("*.py"))
+    for path in [*DOCUMENTS[:-1], *sources]:  # the log keeps what was written at the time
+        found = re.findall(r"\d [kMGT]B\b(?!/s)", path.read_text(encoding="utf-8"))
+        assert not found, f"{path.name}: {found}: write KiB, MiB, GiB or TiB"
+
+
 def test_results_say_where_they_come_from() -> None:
     found = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
     assert found

@@ -117,7 +117,7 @@ def test_every_part_runs_and_the_tables_show_it(gpu, tmp_path, monkeypatch):
     assert linears["repair"]["error_after"] < 0.8 * linears["repair"]["error_before"]
     text = gpu.blocks.gpu(tmp_path)
     assert text.count("not measured") == 2 and "not measured (no miniature)" in text
-    assert "75.0 % of the dense score, 1 runs" in text and "3 of 4 answers" in text
+    assert "75.0 % of the dense score, 1 run" in text and "3 of 4 answers" in text
     assert "| Llama-3.1-8B | LoRA, a step | 2.00 s | 1.00 s | 0.500 (0.500 to 0.500) |" in text
 
 

@@ -23,7 +23,7 @@ ALLOWED: dict[str, str] = {
     "training": "models plans gradients data",
     "evaluation": "training models plans data",
     "methods": "training pruning models plans gradients data",
-    "reports": "plans",
+    "reports": "",
     "runs": "methods evaluation training pruning models plans gradients data reports",
     "exports": "runs reports evaluation models plans",
     "cli": "exports runs reports evaluation methods training pruning models plans gradients data",

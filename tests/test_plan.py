@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gradpruner.common.errors import ConfigError, PlanError
 from gradpruner.gradients.scores import LayerScores
-from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, runs_of
+from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.runs.sections import PlanSection
@@ -401,11 +401,6 @@ def test_from_keep():
     assert PruningPlan.from_keep(4, [3, 0]).pruned == (1, 2)
     with pytest.raises(PlanError, match="keep"):
         PruningPlan.from_keep(4, [0, 4])
-
-
-@pytest.mark.parametrize("layers, text", [((), "none"), ((3,), "3"), ((1, 2, 3, 7, 9, 10), "1-3, 7, 9-10")])
-def test_runs_of(layers, text):
-    assert runs_of(layers) == text
 
 
 def test_the_function_and_the_recipe_protect_merge_and_keep_alike():

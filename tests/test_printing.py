@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from gradpruner.common.printing import runs_of
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
@@ -60,3 +61,8 @@ def test_what_is_printed_is_a_table_of_what_it_is(found, lines, monkeypatch):
     assert all(word in page for word in lines[-1].split() if word.isalnum())
     monkeypatch.setattr(sys, "stdout", open("/dev/null", "w", encoding="ascii"))  # noqa: SIM115
     assert str(found).isascii()
+
+
+@pytest.mark.parametrize("numbers, text", [((), "none"), ((3,), "3"), ((1, 2, 3, 7, 9, 10), "1-3, 7, 9-10")])
+def test_runs_of(numbers, text):
+    assert runs_of(numbers) == text

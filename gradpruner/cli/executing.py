@@ -65,6 +65,8 @@ def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
 
 
 def _run(recipe: Recipe, until: str, as_json: bool) -> None:
+    from rich.text import Text
+
     from gradpruner.runs.pipeline import run_rows
 
     record, error = run_rows(recipe, until=until, command=command_line())
@@ -81,7 +83,7 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
 
             print_summary(record, console())
         where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
-        console().print(f"[bold]{until}[/bold] done: {where}", highlight=False)
+        console().print(Text.assemble((until, "bold"), f" done: {where}"))
         if error is None:
             suggest_after_run(until, record, recipe.out)
     if error is not None:

@@ -225,7 +225,7 @@ def _print_portability(verdicts: list[dict[str, Any]]) -> None:
 
 def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
     from gradpruner.common.printing import num_bytes as shown
-    from gradpruner.plans.layer_plan import runs_of
+    from gradpruner.common.printing import runs_of
 
     before, after = (shown(size) for size in facts["bytes"])
     typer.echo(
@@ -239,12 +239,14 @@ def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
 
 
 def _print_report(report: VerifyReport) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table("check", "", "found", title=f"{report.folder} ({report.level})", title_justify="left")
+    title = escape(f"{report.folder} ({report.level})")
+    table = Table("check", "", "found", title=title, title_justify="left")
     marks = {True: "[green]ok[/green]", False: "[red]FAILED[/red]", None: "-"}
     for check in report.checks:
-        table.add_row(check.name, marks[check.passed], check.detail)
+        table.add_row(check.name, marks[check.passed], escape(check.detail))
     console().print(table)
 
 
@@ -296,7 +298,8 @@ def diff(
     from gradpruner.pruning.delta import diff_checkpoint, existing_folder
 
     prepare(quiet)
-    size = open_shards(existing_folder(pruned, "pruned checkpoint")).total_bytes
+    shards = open_shards(existing_folder(pruned, "pruned checkpoint"))
+    size = shards.total_bytes + sum(header.file_bytes for header in shards.headers)  # compared, then hashed
     with show_bytes(size, "diff") as progress:
         summary = diff_checkpoint(source, pruned, destination, progress=progress)
     if as_json:
@@ -333,15 +336,16 @@ def rebuild(
 
 
 def num_bytes(size: str) -> int:
-    """Parses a size such as 5GB, 500MB or 1000000 into bytes; units are decimal.
+    """Parses a size such as 5GB, 80GiB or 1000000 into bytes; GB is decimal, GiB binary.
 
     Raises:
         ConfigError: If the text is not a positive size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", size.strip().lower())
-    count = int(float(match[1]) * 1000 ** " kmgt".index(match[2] or " ")) if match else 0
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", size.strip().lower())
+    unit = (1024 if match[3] else 1000) ** " kmgt".index(match[2] or " ") if match else 0
+    count = int(float(match[1]) * unit) if match else 0
     if count < 1:
-        raise ConfigError(f"'{size}' is not a size.", hint="Write for example 5GB, 500MB or 1000000.")
+        raise ConfigError(f"'{size}' is not a size.", hint="Write for example 5GB, 80GiB or 1000000.")
     return count
 
 

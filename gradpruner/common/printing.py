@@ -196,6 +196,22 @@ def short(value: Any) -> str:
     return f"{finite:.0f}" if finite == int(finite) else _three_digits(finite)
 
 
+def counted(count: int, noun: str) -> str:
+    """Formats a number of things: '1 run', '3 runs'."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def runs_of(numbers: Sequence[int]) -> str:
+    """Formats ascending numbers with ranges: '3, 7-9'; 'none' if there are none."""
+    parts: list[list[int]] = []
+    for one in numbers:
+        if parts and one == parts[-1][-1] + 1:
+            parts[-1].append(one)
+        else:
+            parts.append([one])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts) or "none"
+
+
 def num_bytes(value: Any) -> str:
     """Formats a number of bytes in binary units: 17179869184 -> '16.0 GiB'."""
     finite = number(value)

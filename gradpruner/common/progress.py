@@ -213,13 +213,13 @@ def track(items: Sequence[T], description: str) -> Iterator[T]:
 
 @contextmanager
 def show_bytes(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Shows progress in megabytes; yields a function to call with the bytes done since its last call."""
+    """Shows progress in mebibytes; yields a function to call with the bytes done since its last call."""
     done = 0
 
     def report(count: int) -> None:
         nonlocal done
         done += count
-        progress.update(done // 10**6)
+        progress.update(done // 2**20)
 
-    with Progress(max(1, total // 10**6), f"{description} [MB]") as progress:
+    with Progress(max(1, total // 2**20), f"{description} [MiB]") as progress:
         yield report

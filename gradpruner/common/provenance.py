@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ RECORDED_PACKAGES = (
     "trl",
 )
 _GIT_TIMEOUT_SECONDS = 10.0
+_BLOCK = 2**18  # bytes hashed at a time
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -100,15 +101,22 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def sha256_file(path: str | Path) -> str:
+def sha256_file(path: str | Path, progress: Callable[[int], None] | None = None) -> str:
     """Returns the SHA-256 of a file's bytes, 64 hex digits. Reads in blocks, so files may be of any size.
+
+    `progress` is called with the number of bytes hashed since the last call.
 
     Raises:
         DataError: If the file cannot be read.
     """
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with open(path, "rb", buffering=0) as file:
+            while size := file.readinto(block):
+                digest.update(block[:size])
+                if progress is not None:
+                    progress(size)
+            return digest.hexdigest()
     except OSError as error:
         raise DataError(f"Cannot read '{path}': {error.strerror}.") from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from gradpruner.common.errors import ConfigError, ModelError, ResourceError
-from gradpruner.common.registry import suggest
+from gradpruner.common.registry import check_known
 from gradpruner.models.dtypes import stored_dtype
 
 FOLDER_VARIABLE = "LLAMA_CPP_DIR"
@@ -46,11 +46,7 @@ def file_type(asked: str | None, folder: Path) -> str:
     if asked is None:
         return "BF16" if stored_dtype(folder) == torch.bfloat16 else "F16"
     known = (*CONVERTED_TYPES, *QUANTISED_TYPES)
-    if asked.upper() not in known:
-        raise ConfigError(
-            f"'{asked}' is not a type of GGUF file.{suggest(asked.upper(), known)}",
-            hint=f"Types: {', '.join(known)}.",
-        )
+    check_known("type of GGUF file", asked.upper(), known)
     return asked.upper()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradpruner.common.errors import ShapeError
 
-# A block of rows has about this many entries: 1 MB in fp32, which stays in the processor's cache.
+# A block of rows has about this many entries: 1 MiB in fp32, which stays in the processor's cache.
 BLOCK_ENTRIES = 262_144
 
 

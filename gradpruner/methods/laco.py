@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.printing import runs_of
 from gradpruner.common.progress import Progress
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import calibration_batches
 from gradpruner.models.config_patch import required_layers
 from gradpruner.models.layers import LayeredModel, fingerprint
-from gradpruner.plans.layer_plan import LayerAction, PruningPlan, runs_of
+from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.merging import Source, merge_linear
 
 BISECTIONS = 12

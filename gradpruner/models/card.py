@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.common.printing import runs_of
+from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.width_plan import WidthPlan
 

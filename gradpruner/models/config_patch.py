@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gradpruner.common.errors import ModelError, PlanError
+from gradpruner.common.printing import runs_of
 from gradpruner.models.families import Family
 from gradpruner.models.raw_config import beyond_fields
-from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.layer_plan import PruningPlan
 
 # Fields that make transformers run code that came with the source; the pruned model does not need it.
 _CODE_FIELDS = ("auto_map", "custom_pipelines")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradpruner.common.printing import runs_of
 from gradpruner.common.registry import check_known
-from gradpruner.plans.layer_plan import runs_of
 
 ENGINES = ("vllm", "sglang", "llama.cpp")
 # llama.cpp is the commit inside llama-cpp-python 0.3.36, with its convert_hf_to_gguf.py.

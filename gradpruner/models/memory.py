@@ -18,7 +18,7 @@ class PeakMemory:
     devices; it is exact. Blocks may be nested: the outer block sees the peaks of the inner ones.
 
     Elsewhere it is the resident set size (RSS) of the process, sampled every 20 ms and at both ends, so a
-    shorter spike can be missed. RSS covers everything in the process: Python, libraries (some 400 MB for
+    shorter spike can be missed. RSS covers everything in the process: Python, libraries (some 400 MiB for
     torch alone), memory of earlier models that the allocator has not given back, files mapped and read.
 
     Args:

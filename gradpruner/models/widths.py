@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from gradpruner.common.errors import ModelError, PlanError
+from gradpruner.common.registry import check_known
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.sizes import count_parameters
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
@@ -173,8 +174,7 @@ class WidthView:
         self, sizes: Sequence[tuple[int, int, int]], hidden: int, unit: str = "parameters"
     ) -> int:
         """Returns the parameters of a model with these query heads, KV heads and channels in each layer."""
-        if unit not in UNITS:
-            raise PlanError(f"unit is '{unit}'; one of {', '.join(UNITS)} is needed.")
+        check_known("unit", unit, UNITS, PlanError)
         units, counts = self.unit_parameters(hidden), self._counts
         fixed = counts["layer_vectors"] + counts["o_bias"] + counts["down_bias"]
         decoder = sum(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gradpruner.common.errors import ConfigError, PlanError
 from gradpruner.common.files import shown
-from gradpruner.common.printing import print_table
+from gradpruner.common.printing import print_table, runs_of
 from gradpruner.common.registry import suggest
 from gradpruner.plans.base import FORMAT_VERSION, METHOD_LIMIT, BasePlan
 from gradpruner.plans.defaults import DENSITY
@@ -260,14 +260,3 @@ def checked_layers(layers: Sequence[int], total: int, name: str) -> list[int]:
         fault = f"{outside} do not exist" if outside else f"{repeated} are listed more than once"
         raise PlanError(f"{name}: layers {fault}; the model has layers 0 to {total - 1}.")
     return sorted(layers)
-
-
-def runs_of(layers: Sequence[int]) -> str:
-    """Formats ascending numbers with ranges: '3, 7-9'; 'none' if there are none."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][-1] + 1:
-            parts[-1].append(layer)
-        else:
-            parts.append([layer])
-    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts) or "none"

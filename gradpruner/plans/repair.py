@@ -21,9 +21,9 @@ from torch import Tensor
 from gradpruner.common.errors import IntegrityError, PlanError, ShapeError
 from gradpruner.common.files import save_tensors
 from gradpruner.common.json_files import read_versioned, write_json
-from gradpruner.common.printing import Printed, print_table
+from gradpruner.common.printing import Printed, print_table, runs_of
 from gradpruner.gradients.trace import same_model
-from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.layer_plan import PruningPlan
 
 if TYPE_CHECKING:
     from rich.console import Console

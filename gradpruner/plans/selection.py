@@ -9,10 +9,11 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from gradpruner.common.errors import PlanError
+from gradpruner.common.printing import runs_of
 from gradpruner.common.registry import check_known
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
-from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, checked_layers, runs_of
+from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, checked_layers
 
 TARGETS = ("preceding", "nearest")
 # fits(old, new, kept): whether layer `old` may become layer `new` of a model with `kept` layers.

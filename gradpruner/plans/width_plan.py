@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gradpruner.common.errors import PlanError
 from gradpruner.common.files import shown
-from gradpruner.common.printing import print_table
+from gradpruner.common.printing import print_table, runs_of
 from gradpruner.plans.base import FORMAT_VERSION, BasePlan
-from gradpruner.plans.layer_plan import runs_of
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -94,7 +94,8 @@ def diff_checkpoint(
         source: The original, a model folder or a hub id.
         pruned: A folder whose `pruning.json` holds a plan.
         out: The folder to make; it must be missing or empty.
-        progress: Called with the number of bytes of the pruned checkpoint compared since the last call.
+        progress: Called with the number of bytes of the pruned checkpoint compared or hashed since the
+            last call; its tensors are compared, its weight files hashed.
 
     Returns:
         The contents of the delta.
@@ -219,7 +220,7 @@ def _compare_file(
         if progress is not None:
             progress(ref.num_bytes)
     raw = _header_bytes(header)
-    record.weights[name] = RecordedFile(sha256_file(header.path), header.file_bytes)
+    record.weights[name] = RecordedFile(sha256_file(header.path, progress), header.file_bytes)
     record.headers[name] = RecordedFile(hashlib.sha256(raw).hexdigest(), len(raw))
 
 

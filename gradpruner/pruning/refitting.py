@@ -20,20 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, PlanError
+from gradpruner.common.printing import runs_of
 from gradpruner.common.registry import check_known
 from gradpruner.common.world import World
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.walking import BATCH_SIZE, Output, drawn, output_of, sample_batches, weight_set
-from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import KINDS, Repair, RepairedCut, places_of, unrepaired
 from gradpruner.pruning.in_memory import check_merging, merge_planned, shapes_of
 from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
 from gradpruner.pruning.tokens import Tokens
 
 MAX_REGRESSORS = 16_384
-"""Largest least-squares system: four matrices of 2.1 GB in float64. Above it, the linear form is fitted."""
+"""Largest least-squares system: four matrices of 2 GiB in float64. Above it, the linear form is fitted."""
 ANSWERS = 0.8
 """Share of the total weight that positions before answer tokens get at least; see docs/quality.md."""
 TOKENS_PER_REGRESSOR = 20
@@ -81,8 +82,8 @@ def fit_repair(
     layer two more runs, tokens x P^2 multiplications and six solves of a P x P system. P is the linear's
     in_features (least_squares; above `MAX_REGRESSORS` the linear form is fitted) or the hidden size (linear).
     Memory beyond the model: the hidden states of all tokens twice, the linears of one layer, and in float64
-    four P x P and four hidden x P matrices and the linear three times: about 9 GB for Llama-3.1-8B (P 14336),
-    2.5 GB in the linear form.
+    four P x P and four hidden x P matrices and the linear three times: about 9 GiB for Llama-3.1-8B
+    (P 14336), 2.3 GiB in the linear form.
 
     Args:
         model: The dense causal LM, without adapters; not changed.

@@ -98,9 +98,9 @@ def verify_checkpoint(
     replaced by the checkpoint's.
 
     Both models run on the CPU, one after the other. Each weight is read from its file when it is used
-    (`on_demand`), so memory is at most 256 MB for cached products, plus the largest weight that is no linear;
-    16-bit weights are computed in float32. Models whose weights are stored in a different form than they use
-    are loaded whole, in the dtype they are stored in, and the report says so.
+    (`on_demand`), so memory is at most 256 MiB for cached products, plus the largest weight that is no
+    linear; 16-bit weights are computed in float32. Models whose weights are stored in a different form than
+    they use are loaded whole, in the dtype they are stored in, and the report says so.
 
     Args:
         folder: The pruned checkpoint.

@@ -9,13 +9,13 @@ from gradpruner.common.printing import (
     number,
     percent,
     ratio,
+    runs_of,
     short,
     signed_percent,
     text,
     times,
     whole,
 )
-from gradpruner.plans.layer_plan import runs_of
 from gradpruner.reports.cells import Cell, Line, Table, exact_cell, line
 from gradpruner.reports.fields import FEW_EXAMPLES
 from gradpruner.reports.record import Change, Plan, Search

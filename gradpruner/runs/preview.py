@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from gradpruner.common.errors import GradPrunerError, ResourceError
-from gradpruner.common.printing import Printed, duration, num_bytes
+from gradpruner.common.printing import Printed, duration, num_bytes, print_line
 from gradpruner.data.encoding import labelled_text
 from gradpruner.runs.data_warnings import leading_spaces
 from gradpruner.runs.disk import bytes_to_write
@@ -132,12 +133,13 @@ def dry_run(recipe: Recipe) -> DryRun:
 
 
 def _print_facts(facts: dict[str, Any], console: Console) -> None:
-    console.print(f"[bold]Dry run[/bold] of {facts['title']}", highlight=False)
-    console.print(
+    # Text and `escape`: a name such as "[red]" must not be read as markup.
+    console.print(Text.assemble(("Dry run", "bold"), f" of {facts['title']}"))
+    print_line(
+        console,
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"supervised tokens, longest sample {facts['longest_sample_tokens']}), "
         f"{facts['eval_rows']} evaluation rows{_spaces(facts)}\n{_steps(facts)}\n{_training(facts)}",
-        highlight=False,
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
     if facts["max_loss"] is not None:
@@ -220,7 +222,7 @@ def memory_table(found: dict[str, Any]) -> Table:
     spread = f", {found['strategy']}: each of {found['processes']} processes" if several else ""
     title = f"{found['device']}, {num_bytes(found['available_bytes'])}{spread}"
     head = ("memory", "weights", "gradients", "optimizer", "other", "activations", "at most")
-    table = Table(*head, title=title, title_justify="left")
+    table = Table(*head, title=escape(title), title_justify="left")
     for name, held in found["stages"].items():
         other = held["exchange"] + held["teacher"] + held["cache"]
         sizes = [held["weights"], held["gradients"], held["optimizer"], other, held["working"], held["peak"]]
@@ -231,7 +233,7 @@ def memory_table(found: dict[str, Any]) -> Table:
 
 def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:
     """Returns a table of every unit of cost before and after pruning, with the ratio."""
-    table = Table("", "before", "after", "ratio", title=title, title_justify="left")
+    table = Table("", "before", "after", "ratio", title=escape(title), title_justify="left")
     for name, change in saved.items():
         before, after = change["before"], change["after"]
         show = num_bytes if name in ("disk_bytes", "kv_bytes_per_token") else "{:,}".format

@@ -21,7 +21,7 @@ from gradpruner.training.trainer import CausalTrainer, answer_window
 PROMPT = -101
 """Label of a prompt token at which the student learns from its teacher."""
 
-# Entries of the logits processed at a time: 64 MB in fp32 for each of the two distributions.
+# Entries of the logits processed at a time: 64 MiB in fp32 for each of the two distributions.
 _CHUNK = 2**24
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -71,7 +72,9 @@ class CostComparison(Printed):
     def show(self, console: Console) -> None:
         """Prints a table with each figure of both models, their ratio, and the ratio over its floor."""
         columns = ("", "dense", "pruned", "ratio", "pairs", "floor", "ratio/floor")
-        table = Table(*columns, title=" | ".join(self.names), title_justify="left", caption_justify="left")
+        table = Table(
+            *columns, title=escape(" | ".join(self.names)), title_justify="left", caption_justify="left"
+        )
         for column in table.columns[1:]:
             column.justify = "right"
         group = "model"

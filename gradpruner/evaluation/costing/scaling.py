@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from gradpruner.common.errors import ConfigError
@@ -81,7 +82,7 @@ class Scaling(Printed):
         each = "one device" if self.processes == 1 else f"each of {self.processes} devices"
         title = f"{self.name}, {self.parameters / 1e9:.3g} B parameters: {each}{have}"
         head = ("mode", "strategy", "weights", "gradients", "optimizer", "exchange", "activations", "at most")
-        table = Table(*head, *(["fits"] if have else []), title=title, title_justify="left")
+        table = Table(*head, *(["fits"] if have else []), title=escape(title), title_justify="left")
         for row in self.rows:
             held = row.held
             parts = (held.weights, held.gradients, held.optimizer, held.exchange, held.working, held.peak)

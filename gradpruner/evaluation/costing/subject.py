@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.errors import ConfigError, ModelError, PlanError
+from gradpruner.common.printing import runs_of
 from gradpruner.common.registry import suggest
 from gradpruner.evaluation.costing.shapes import shape_folder, shape_names
 from gradpruner.models.checking import check_config
@@ -15,7 +16,7 @@ from gradpruner.models.config_patch import check_keep, patch_config, text_config
 from gradpruner.models.families import find_family, generic_family
 from gradpruner.models.folder import locate_model
 from gradpruner.models.loading import check_loadable, load_config, refuse_narrowed
-from gradpruner.plans.layer_plan import PruningPlan, runs_of
+from gradpruner.plans.layer_plan import PruningPlan
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf", "*.safetensors.index.json")
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradpruner.common.printing import num_bytes
+from gradpruner.common.printing import counted, num_bytes
 from gradpruner.runs.preview import savings_table
 from gradpruner.runs.study.carrying_out import Outcome, check_study, state_of
 from gradpruner.runs.study.design import Study
@@ -60,11 +60,12 @@ class Preview(Outcome):
 
 
 def _print_preview(facts: dict[str, Any], console: Console) -> None:
-    console.print(f"[bold]Dry run[/bold] of a study in {facts['out']}", highlight=False)
+    console.print(Text.assemble(("Dry run", "bold"), f" of a study in {facts['out']}"))
+    runs, seeds, points = (counted(len(facts[f"{what}s"]), what) for what in ("run", "seed", "point"))
+    tunings, rows = counted(facts["finetunings"], "fine-tuning"), counted(facts["train_rows"], "row")
     console.print(
-        f"{len(facts['runs'])} runs ({len(facts['seeds'])} seeds, {len(facts['points'])} points), "
-        f"{facts['finetunings']} fine-tunings of {facts['finetune_steps']} steps on {facts['train_rows']} "
-        f"rows, of which {facts['finetunings_left']} are left; {facts['eval_rows']} evaluation rows",
+        f"{runs} ({seeds}, {points}), {tunings} of {counted(facts['finetune_steps'], 'step')} on {rows}, of "
+        f"which {facts['finetunings_left']} are left; {counted(facts['eval_rows'], 'evaluation row')}",
         highlight=False,
     )
     table = Table("row", "", title="rows", title_justify="left")
