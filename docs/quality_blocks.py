@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from quality_cells import (
     EARLY,
@@ -42,6 +43,7 @@ REPAIRS = {
 }
 KINDS = ("layer_wise", "least_squares", "linear")
 RECOVERING = "tuned/igia/layer_wise/distil"
+LOSSES = "Loss on validation rows, in nats per answer token."
 BEST = "from tuned: layer-wise, recovered where validation rows agree (best)"
 
 
@@ -152,7 +154,7 @@ def decided() -> str:
         here = [found.get((task, seed)) for found in losses.values()]
         shown = " | ".join("–" if loss is None else f"{loss:.3f}" for loss in here)
         lines.append(f"| {TASKS[task]}, seed {seed} | {shown} |")
-    return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token."])
+    return "\n".join([*lines, "", LOSSES])
 
 
 ROWS = {
@@ -249,6 +251,58 @@ def varied() -> str:
     return "\n".join(lines) + note
 
 
+def weights() -> str:
+    """The table of validation losses by what the repair refits, its rows, and the weight of answers."""
+    ways = {
+        f"shrink/igia/{USUAL}/least_squares": "least squares, 384 rows",
+        f"vary/igia/{USUAL}/rows-1200": "least squares",
+        f"vary/igia/{USUAL}/least_squares-answers-0.8": "least squares, answers 0.8",
+        f"vary/igia/{USUAL}/rows-3200": "least squares, 3,200 rows",
+        f"vary/igia/{USUAL}/layer_wise-answers-0": "layer-wise",
+        f"vary/igia/{USUAL}/layer_wise-answers-0.2": "layer-wise, answers 0.2",
+        f"vary/igia/{USUAL}/layer_wise-answers-0.5": "layer-wise, answers 0.5",
+        f"shrink/igia/{USUAL}/layer_wise": "layer-wise, answers 0.8 (the default)",
+        f"vary/igia/{USUAL}/layer_wise-answers-0.95": "layer-wise, answers 0.95",
+    }
+    varied_runs = {
+        (entry["task"], entry["seed"])
+        for entry in cells().values()
+        if f"vary/igia/{USUAL}/" in entry["cell"] and "answers" in entry["cell"]
+    }
+    runs = [(task, seed) for task in TASKS for seed in range(3) if (task, seed) in varied_runs]
+    dense = {run: found for run in runs if (found := dense_of(*run)) is not None}
+    names = " | ".join(f"{TASKS[task]}, seed {seed}" for task, seed in dense)
+    lines = [f"| {USUAL} of 30 layers removed | {names} |", "|---" * (len(dense) + 1) + "|"]
+    for cell, label in {**ways, "": "dense"}.items():
+        shown = [dense[run] if not cell else cells().get(f"{run[0]}/{run[1]}/{cell}") for run in dense]
+        if any(shown):
+            lines.append(f"| {label} | {' | '.join(_nll(found) for found in shown)} |")
+    return "\n".join([*lines, "", LOSSES])
+
+
+def rates() -> str:
+    """The table of recovery's validation losses by learning rate, relative to the dense model's rate."""
+    shares = {32: "1/32", 16: "1/16", 8: "1/8", 4: "1/4", 2: "1/2", 1: "1"}
+    lines = [
+        "| seed 0 | dense | repaired | " + " | ".join(f"rate x {name}" for name in shares.values()) + " |",
+        "|---" * (len(shares) + 3) + "|",
+    ]
+    for task in measured_tasks():
+        dense = dense_of(task, 0)
+        assert dense is not None
+        rate = dense["training"]["rate"]
+        found = [
+            cells().get(f"{task}/0/train/{RECOVERING}/{USUAL}/{rate / divisor:g}") for divisor in shares
+        ]
+        shown = [dense, cells().get(f"{task}/0/shrink/igia/{USUAL}/layer_wise"), *found]
+        lines.append(f"| {TASKS[task]} | {' | '.join(_nll(entry) for entry in shown)} |")
+    return "\n".join([*lines, "", LOSSES])
+
+
+def _nll(entry: dict[str, Any] | None) -> str:
+    return "–" if entry is None else f"{entry['validation']['nll']:.3f}"
+
+
 def writing() -> str:
     """The table of the task that writes sentences: the dense model, and one with fewer layers."""
     dense = dense_of(WRITING, 0)
@@ -310,4 +364,6 @@ BLOCKS = {
     "quality_varied": varied,
     "quality_headline": headline,
     "quality_writing": writing,
+    "quality_weights": weights,
+    "quality_rates": rates,
 }
