@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(TASKS), choices=TASKS)
     args = parser.parse_args()
     from gradpruner.runs.pipeline import run
-    from gradpruner.runs.recipe import check_recipe
+    from gradpruner.runs.recipe.recipe import check_recipe
 
     rate = json.loads((RESULTS / "learning_rates.json").read_text(encoding="utf-8"))["best"]["full"]
     FOLDER.mkdir(parents=True, exist_ok=True)

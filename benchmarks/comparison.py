@@ -95,7 +95,7 @@ def shorten(task: str, prompt: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
-    from gradpruner.runs.recipe import check_recipe
+    from gradpruner.runs.recipe.recipe import check_recipe
     from gradpruner.runs.study.carrying_out import run_study
     from gradpruner.runs.study.design import make_study
 

@@ -99,7 +99,7 @@ def whole_run(folder: Path) -> Iterator[tuple[str, float, float]]:
 
     from gradpruner.pruning.verification import verify_checkpoint
     from gradpruner.runs.pipeline import run
-    from gradpruner.runs.recipe import load_recipe
+    from gradpruner.runs.recipe.recipe import load_recipe
 
     recipes = [
         make_project(

@@ -2,8 +2,9 @@
 
     python benchmarks/fuzz_files.py --rounds 100 --seed 1
 
-A round runs the attacks of tests/test_hostile_files.py with another seed: about ten thousand files. Each must
-be read as something valid or refused with a message of one line; the script stops at the first that is not.
+A round runs the attacks of tests/common/test_hostile_files.py with another seed: about ten thousand files.
+Each must be read as something valid or refused with a message of one line; the script stops at the first
+that is not.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from builders import make_project
 
 from gradpruner.common.progress import set_mode
 from gradpruner.runs.pipeline import run
-from gradpruner.runs.recipe import load_recipe
+from gradpruner.runs.recipe.recipe import load_recipe
 
 # Fields for time, memory and resuming; all other fields must be equal.
 OF_THE_WAY = {"seconds", "peak_memory_bytes", "tokens_per_second", "resumed_from", "measured_from", "resumed"}

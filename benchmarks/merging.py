@@ -29,8 +29,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from torch import Tensor
 
+from gradpruner.common.memory import PeakMemory
 from gradpruner.common.provenance import provenance
-from gradpruner.models.memory import PeakMemory
 from gradpruner.plans.merging import Factors, Source, merge_linear
 
 RESULT = Path(__file__).parent / "results" / "merging.json"

@@ -44,6 +44,7 @@ import torch
 from small_llama import config_of, random_samples
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from gradpruner.common.memory import PeakMemory
 from gradpruner.common.progress import set_mode
 from gradpruner.common.provenance import provenance
 from gradpruner.data.encoding import Collator, encode_all
@@ -56,7 +57,6 @@ from gradpruner.gradients.scores import default_num_prune
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.models.loading import load_tokenizer, resolve_device, resolve_dtype
-from gradpruner.models.memory import PeakMemory
 from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.training.finetuning import finetune
 from gradpruner.training.recording import record_gradients

@@ -75,7 +75,7 @@ def recipe_values(args: argparse.Namespace, task: str, mode: str, seed: int, rat
 
 def carry_out(values: dict[str, Any]) -> dict[str, Any]:
     from gradpruner.runs.pipeline import run
-    from gradpruner.runs.recipe import check_recipe
+    from gradpruner.runs.recipe.recipe import check_recipe
 
     return run(check_recipe(values), command="benchmarks/real_tasks.py")
 

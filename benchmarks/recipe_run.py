@@ -15,7 +15,7 @@ from typing import Any
 
 from gradpruner.reports.markdown import markdown_table
 from gradpruner.runs.pipeline import run
-from gradpruner.runs.recipe import load_recipe
+from gradpruner.runs.recipe.recipe import load_recipe
 
 RESULTS = Path(__file__).parent / "results"
 RECIPES = Path(__file__).parents[1] / "gradpruner" / "recipes"

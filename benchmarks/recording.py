@@ -41,9 +41,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from gradpruner.common.memory import PeakMemory
 from gradpruner.common.provenance import provenance
 from gradpruner.gradients.trace import LinearRef, factor_file
-from gradpruner.models.memory import PeakMemory
 from gradpruner.training.recording import GradientRecorder, attach_lora, find_lora_linears
 
 RESULT = Path(__file__).parent / "results" / "recording.json"

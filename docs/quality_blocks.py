@@ -291,9 +291,7 @@ def rates() -> str:
         dense = dense_of(task, 0)
         assert dense is not None
         rate = dense["training"]["rate"]
-        found = [
-            cells().get(f"{task}/0/train/{RECOVERING}/{USUAL}/{rate / divisor:g}") for divisor in shares
-        ]
+        found = [cells().get(f"{task}/0/train/{RECOVERING}/{USUAL}/{rate / divisor:g}") for divisor in shares]
         shown = [dense, cells().get(f"{task}/0/shrink/igia/{USUAL}/layer_wise"), *found]
         lines.append(f"| {TASKS[task]} | {' | '.join(_nll(entry) for entry in shown)} |")
     return "\n".join([*lines, "", LOSSES])

@@ -61,7 +61,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gradpruner._version import __version__
+from gradpruner.common.version import __version__
 
 if TYPE_CHECKING:
     from gradpruner.common.errors import GradPrunerError
@@ -88,9 +88,9 @@ if TYPE_CHECKING:
     from gradpruner.pruning.rebuilding import rebuild_checkpoint
     from gradpruner.pruning.refitting import fit_repair
     from gradpruner.pruning.verification import verify_checkpoint
+    from gradpruner.runs.before.preview import dry_run
     from gradpruner.runs.pipeline import run
-    from gradpruner.runs.preview import dry_run
-    from gradpruner.runs.recipe import Recipe, load_recipe
+    from gradpruner.runs.recipe.recipe import Recipe, load_recipe
     from gradpruner.runs.shrinking import Pruned, prune
     from gradpruner.runs.study.comparing import compare
     from gradpruner.training.finetuning import finetune
@@ -104,13 +104,13 @@ _HOMES = {
     "LayerScores": "gradients.scores",
     "Pruned": "runs.shrinking",
     "PruningPlan": "plans.layer_plan",
-    "Recipe": "runs.recipe",
+    "Recipe": "runs.recipe.recipe",
     "Repair": "plans.repair",
     "WidthPlan": "plans.width_plan",
     "Workload": "evaluation.costing.workload",
     "compare": "runs.study.comparing",
     "diff_checkpoint": "pruning.delta",
-    "dry_run": "runs.preview",
+    "dry_run": "runs.before.preview",
     "element_importance": "gradients.importance",
     "encode_all": "data.encoding",
     "evaluate": "evaluation.quality",
@@ -118,7 +118,7 @@ _HOMES = {
     "fit_repair": "pruning.refitting",
     "load_examples": "data.loading",
     "load_model": "models.loading",
-    "load_recipe": "runs.recipe",
+    "load_recipe": "runs.recipe.recipe",
     "measure_cost": "evaluation.costing.comparison",
     "merge_linear": "plans.merging",
     "plan_pruning": "plans.selection",

@@ -60,7 +60,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session", autouse=True)
 def rehearsed_once():
     """Dry runs of equal models find what a training step holds once: a second of the two that they take."""
-    from gradpruner.runs import fitting
+    from gradpruner.runs.before import fitting
 
     found, rehearse = {}, fitting.working_bytes
 
@@ -75,12 +75,16 @@ def rehearsed_once():
         yield
 
 
+@pytest.fixture(autouse=True)
+def progress_as_usual():
+    """No test finds progress lines turned off by an earlier one."""
+    set_mode("auto")
+
+
 @pytest.fixture
-def quiet():
+def quiet(progress_as_usual):
     """No progress lines."""
     set_mode("quiet")
-    yield
-    set_mode("auto")
 
 
 def make_model(model_type="llama", seed=0, **options):

@@ -10,8 +10,8 @@ import torch
 from place import SEED, Place
 from torch import Tensor
 
+from gradpruner.common.memory import PeakMemory
 from gradpruner.gradients.importance import Factors, gram_energies
-from gradpruner.models.memory import PeakMemory
 from gradpruner.plans.merging import Source, merge_linear
 from gradpruner.pruning.ridge import Sums, choose_update
 

@@ -105,7 +105,7 @@ class Place:
     @contextmanager
     def stage(self, name: str, into: dict[str, Any]) -> Iterator[None]:
         """Measures the seconds and peak memory of the block."""
-        from gradpruner.models.memory import PeakMemory
+        from gradpruner.common.memory import PeakMemory
 
         self.wait()
         started = time.perf_counter()

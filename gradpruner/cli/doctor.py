@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradpruner._version import __version__
 from gradpruner.common.files import readable_bytes
 from gradpruner.common.provenance import machine
+from gradpruner.common.version import __version__
 
 # Oldest versions without known security holes; pyproject.toml gives the reasons.
 FLOORS = {"torch": (2, 10), "transformers": (5, 3), "peft": (0, 18), "accelerate": (1, 12)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gradpruner.common.world import World
     from gradpruner.data.examples import Example, ExampleSet
     from gradpruner.evaluation.quality import Evaluation
-    from gradpruner.runs.recipe import Recipe
+    from gradpruner.runs.recipe.recipe import Recipe
 
 SCORES, ANSWERS = "evaluation.json", "examples.jsonl"
 
@@ -121,14 +121,14 @@ def _measure(
     from gradpruner.evaluation.endpoint import Endpoint
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import check_loadable
-    from gradpruner.runs.evaluation_data import (
+    from gradpruner.runs.job.evaluation_data import (
         asked_of_harness,
         check_evaluation,
         load_split,
         metrics_of,
         tokenizer_of,
     )
-    from gradpruner.runs.together import jointly
+    from gradpruner.runs.row.together import jointly
 
     options, choice, endpoint = recipe.evaluate, recipe.model, server[0]
     measures_task = bool({"data.task", "data.eval"} & set(chosen.values))
@@ -174,7 +174,7 @@ def measure_folder(
 ) -> tuple[Any, Evaluation]:
     """Loads and evaluates the model of a folder; each process evaluates its share of the rows."""
     from gradpruner.common.world import this_world
-    from gradpruner.runs.evaluation_data import tokenizer_of
+    from gradpruner.runs.job.evaluation_data import tokenizer_of
 
     tokenizer = tokenizer_of(recipe, folder)
     model = recipe.model.load(folder)
@@ -191,7 +191,7 @@ def _asked(
 ) -> Evaluation:
     """Evaluates a model, or an `Endpoint`, on rows with the recipe's options."""
     from gradpruner.evaluation.quality import evaluate
-    from gradpruner.runs.evaluation_data import metrics_of, options_of
+    from gradpruner.runs.job.evaluation_data import metrics_of, options_of
 
     options = options_of(recipe, metrics_of(recipe), recipe.data.max_length)
     return evaluate(model, tokenizer, rows, options, journal=journal, world=world)

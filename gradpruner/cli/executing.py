@@ -20,7 +20,7 @@ from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from gradpruner.common.printing import Printed
-    from gradpruner.runs.recipe import Recipe
+    from gradpruner.runs.recipe.recipe import Recipe
 
 
 def resolve(
@@ -33,7 +33,7 @@ def resolve(
     Raises:
         ConfigError: If there is nothing to run, an option and --set give the same key, or a value is wrong.
     """
-    from gradpruner.runs.recipe import load_recipe
+    from gradpruner.runs.recipe.recipe import load_recipe
 
     path: Path | None = None
     if recipe is not None:
@@ -54,7 +54,7 @@ def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
     """Runs a recipe up to the stage `name`; with --dry-run, only shows what would happen."""
     prepare(chosen.quiet)
     if chosen.dry_run:
-        from gradpruner.runs.preview import dry_run
+        from gradpruner.runs.before.preview import dry_run
 
         found = dry_run(recipe)
         tell(found, found.facts, chosen.as_json)

@@ -87,8 +87,8 @@ def init(
     beside the recipe for a model folder and for files called train and test.
     """
     from gradpruner.common.files import write_text
-    from gradpruner.runs.recipe import check_recipe
-    from gradpruner.runs.yaml_files import parse_yaml
+    from gradpruner.runs.recipe.recipe import check_recipe
+    from gradpruner.runs.recipe.yaml_files import parse_yaml
 
     target = where if where.suffix in (".yaml", ".yml") else where / RECIPE_NAME
     if os.path.lexists(target):
@@ -136,7 +136,7 @@ def written(target: Path, values: dict[str, Any]) -> str:
     from gradpruner.models.folder import locate_model
     from gradpruner.models.loading import load_config
     from gradpruner.models.sizes import ModelSizes
-    from gradpruner.runs.recipe import load_recipe
+    from gradpruner.runs.recipe.recipe import load_recipe
 
     recipe = load_recipe(None, (), values)
     folder = locate_model(recipe.model.path, weights=False)
@@ -177,7 +177,7 @@ def written(target: Path, values: dict[str, Any]) -> str:
 def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
     """Returns the training rows and, if the tokenizer is local, a note on how long the first ones are."""
     from gradpruner.data.encoding import encode_all
-    from gradpruner.runs.evaluation_data import load_rows, tokenizer_of
+    from gradpruner.runs.job.evaluation_data import load_rows, tokenizer_of
 
     local = any(folder.glob("tokenizer*"))
     tokenizer = tokenizer_of(recipe, folder) if local else None
@@ -193,7 +193,7 @@ def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     from gradpruner.common.files import readable_bytes
     from gradpruner.evaluation.costing.per_device import Training, hold_training
     from gradpruner.models.loading import resolve_device
-    from gradpruner.runs.fitting import device_memory
+    from gradpruner.runs.before.fitting import device_memory
     from gradpruner.training.finetuning import WANTED_STEPS, chosen_accumulation, planned_steps
     from gradpruner.training.options import FinetuneSection
     from gradpruner.training.rates import default_rate, default_rate_source

@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import typer
 
-from gradpruner._version import __version__
 from gradpruner.cli import cost, evaluate, export, init, listing, models, serve, shrink, studies
 from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import complain, console, stop
 from gradpruner.cli.options import ENDING, KEYS, ROWS, Chosen, JsonOption, takes
 from gradpruner.common.errors import GradPrunerError
+from gradpruner.common.version import __version__
 
 EXIT_CODES = (
     "Exit codes: 0 done, 2 command line, recipe or plan, 3 data, 4 model, 5 disk, memory or NaN, "
@@ -94,7 +94,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
 def schema() -> None:
     """Print the JSON schema of recipes, with every key."""
-    from gradpruner.runs.recipe import recipe_schema
+    from gradpruner.runs.recipe.recipe import recipe_schema
 
     typer.echo(json.dumps(recipe_schema(), indent=2))
 
@@ -199,7 +199,7 @@ def _run_processes() -> None:
     if not launched():
         _run_app()
         return
-    from gradpruner.runs.together import follow, leading
+    from gradpruner.runs.row.together import follow, leading
 
     if this_world().is_first:
         with leading():

@@ -56,7 +56,7 @@ def shrink(
     before it on your rows, and evaluates both models. The result is a plain model folder in the run
     directory: variants/<method>/pruned, or variants/<method>/model with --recover.
     """
-    from gradpruner.runs.recipe import shrinking
+    from gradpruner.runs.recipe.recipe import shrinking
 
     recipe = resolve(None, chosen, chosen.out, shrinking(model, method))
     if {KEYS["learning_rate"], KEYS["lora"]} & set(chosen.values) and not recipe.recover.trains:

@@ -16,7 +16,7 @@ from gradpruner.cli.options import ENDING, ROWS, TUNING, Chosen, Text, settled, 
 from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gradpruner.runs.recipe import Recipe
+    from gradpruner.runs.recipe.recipe import Recipe
     from gradpruner.runs.study.carrying_out import Outcome
     from gradpruner.runs.study.file import StudyFile
 
@@ -167,7 +167,7 @@ def parsed_seeds(text: str) -> list[int]:
 
 def _base_recipe(file: StudyFile, path: Path, chosen: Chosen) -> Recipe:
     """Returns the recipe that a study varies."""
-    from gradpruner.runs.recipe import load_recipe, resolve_paths
+    from gradpruner.runs.recipe.recipe import load_recipe, resolve_paths
 
     if file.base is not None:
         beside = path.parent / file.base

@@ -6,6 +6,8 @@ files       atomic writes, locks, and path checks
 json_files  JSON files, read strictly and by type
 printing    numbers as text, and results that print as tables
 progress    progress bars and log lines
+memory      the peak memory of a block of code
+version     the version of this package
 provenance  commit, packages and machine; hashes of files and values
 world       the processes of a distributed job, and how they communicate
 """

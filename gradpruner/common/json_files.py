@@ -9,9 +9,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gradpruner._version import __version__
 from gradpruner.common.errors import IntegrityError
 from gradpruner.common.files import read_plain, shown, write_text
+from gradpruner.common.version import __version__
 
 T = TypeVar("T")
 _ADAPTERS: dict[Any, Any] = {}  # type -> pydantic's TypeAdapter, which is slow to create

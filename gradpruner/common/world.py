@@ -2,7 +2,7 @@
 
 Jobs are data parallel: each process works on a share of the rows. The first process (rank 0) runs the command
 and writes all files (run folder, plans, models, report). The others wait for work that all processes do
-together (`runs/together.py`).
+together (`runs/row/together.py`).
 
     world = this_world()
     task = world.agreed(lambda: task)      # computed on the first process, returned on all

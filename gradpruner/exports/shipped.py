@@ -23,7 +23,7 @@ from gradpruner.reports.record import Record, VariantRecord
 from gradpruner.reports.shipping import model_to_ship
 from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import read
-from gradpruner.runs.directory import MANIFEST, read_manifest, stays_inside
+from gradpruner.runs.folder.directory import MANIFEST, read_manifest, stays_inside
 
 _WEIGHTS = "*.safetensors"
 

@@ -7,7 +7,7 @@ proof          whether two models compute the same
 walking        Walk: runs layers one by one on hidden states
 widths         WidthView: the heads, channels and hidden dimensions of a model
 narrowing      makes a model narrower in memory, and classes for layers of different widths
-sizes          parameters, operations, bytes; memory: the peak memory of a block of code
+sizes          parameters, operations, bytes
 engines        what vLLM, SGLang and llama.cpp assume about layers; engine_widths: about widths
 folder         finds model folders and writes ours; card: the model card in them
 checking       whether a folder can be used at all; raw_config: what its config.json says about that

@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gradpruner._version import __version__
 from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.common.files import (
     LOCK_FILE,
@@ -28,6 +27,7 @@ from gradpruner.common.files import (
     write_text,
 )
 from gradpruner.common.json_files import read_object, write_json
+from gradpruner.common.version import __version__
 from gradpruner.models.card import CARD_FILE, base_of, model_card
 from gradpruner.models.headers import check_inside
 from gradpruner.plans.layer_plan import PruningPlan

@@ -8,5 +8,4 @@ reading        reads a plan of either kind from a file
 selection      chooses the layers to prune, by score and by what the model's shape allows
 merging        combines the linears of merged layers
 repair         Repair: the refitted weights that belong to a plan
-certification  upper bounds on the loss of quality, and the largest number of layers they certify
 """

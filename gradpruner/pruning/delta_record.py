@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from gradpruner._version import __version__
 from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.common.files import read_plain
 from gradpruner.common.json_files import check_version, parse_json, typed
 from gradpruner.common.provenance import sha256_json
+from gradpruner.common.version import __version__
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.models.headers import HEADER_LIMIT, check_inside
 from gradpruner.plans.layer_plan import PruningPlan

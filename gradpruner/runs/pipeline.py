@@ -26,20 +26,20 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.reading import Plan
-from gradpruner.runs.data_warnings import not_tuned, too_few_steps
-from gradpruner.runs.directory import RunDirectory, Stage
-from gradpruner.runs.disk import bytes_missing
-from gradpruner.runs.fitting import check_fitting
-from gradpruner.runs.job import Job
-from gradpruner.runs.plan_names import STAGES, method_of
-from gradpruner.runs.planning import Planning
-from gradpruner.runs.rate_search import find_rate
-from gradpruner.runs.recipe import Recipe, recipe_yaml
-from gradpruner.runs.row_names import row_for, row_of_failed
-from gradpruner.runs.run_record import run_record
-from gradpruner.runs.together import together
-from gradpruner.runs.variant import Variant
-from gradpruner.runs.work import tuned_folder
+from gradpruner.runs.before.disk import bytes_missing
+from gradpruner.runs.before.fitting import check_fitting
+from gradpruner.runs.folder.directory import RunDirectory, Stage
+from gradpruner.runs.folder.plan_names import STAGES, method_of
+from gradpruner.runs.folder.row_names import row_for, row_of_failed
+from gradpruner.runs.folder.run_record import run_record
+from gradpruner.runs.job.data_warnings import not_tuned, too_few_steps
+from gradpruner.runs.job.job import Job
+from gradpruner.runs.recipe.recipe import Recipe, recipe_yaml
+from gradpruner.runs.row.planning import Planning
+from gradpruner.runs.row.rate_search import find_rate
+from gradpruner.runs.row.together import together
+from gradpruner.runs.row.variant import Variant
+from gradpruner.runs.row.work import tuned_folder
 from gradpruner.training.callbacks import ProgressCallback
 from gradpruner.training.options import RecordOptions
 from gradpruner.training.recording import record_gradients

@@ -25,12 +25,12 @@ from gradpruner.models.layers import refuse_adapters
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
-from gradpruner.runs.directory import RunDirectory
-from gradpruner.runs.job import Job
+from gradpruner.runs.folder.directory import RunDirectory
+from gradpruner.runs.folder.plan_names import method_of
+from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
-from gradpruner.runs.plan_names import method_of
-from gradpruner.runs.recipe import Recipe, load_recipe, shrinking
-from gradpruner.runs.work import own_plan, tuned_folder
+from gradpruner.runs.recipe.recipe import Recipe, load_recipe, shrinking
+from gradpruner.runs.row.work import own_plan, tuned_folder
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from gradpruner.common.errors import ConfigError, DataError, ModelError
+from gradpruner.common.memory import PeakMemory
 from gradpruner.common.world import this_world
 from gradpruner.data.encoding import Collator
-from gradpruner.models.memory import PeakMemory
 from gradpruner.training.adapters import attach_lora, is_4bit
 from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback
 from gradpruner.training.checks import check_liger, check_optimizer, check_trackers

@@ -29,11 +29,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from transformers.generation.streamers import BaseStreamer
 
 from gradpruner.common.errors import GradPrunerError
+from gradpruner.common.memory import PeakMemory
 from gradpruner.common.progress import set_mode
 from gradpruner.evaluation.costing.subject import Subject
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
 from gradpruner.models.loading import load_model, resolve_device, resolve_dtype
-from gradpruner.models.memory import PeakMemory
 
 # The first tokens of a vocabulary are often special (padding, end), so random input leaves them out.
 _FIRST_PLAIN_TOKEN = 3

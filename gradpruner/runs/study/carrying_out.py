@@ -20,12 +20,12 @@ from gradpruner.common.printing import Printed
 from gradpruner.common.provenance import utc_now
 from gradpruner.models.folder import check_output, locate_model, staged_folder
 from gradpruner.runs import pipeline
-from gradpruner.runs.directory import MANIFEST, read_manifest, write_manifest
-from gradpruner.runs.disk import bytes_to_write
-from gradpruner.runs.job import Job
-from gradpruner.runs.pulse import Pulse
-from gradpruner.runs.recipe import Recipe
-from gradpruner.runs.run_record import read_run_record
+from gradpruner.runs.before.disk import bytes_to_write
+from gradpruner.runs.folder.directory import MANIFEST, read_manifest, write_manifest
+from gradpruner.runs.folder.pulse import Pulse
+from gradpruner.runs.folder.run_record import read_run_record
+from gradpruner.runs.job.job import Job
+from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.study.design import Study, StudyRun
 from gradpruner.runs.study.summary import Found, is_measured, summarise
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradpruner.runs.recipe import Recipe
+from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.study.carrying_out import Outcome, run_study
 from gradpruner.runs.study.design import Study, make_study
 from gradpruner.runs.study.preview import Preview, preview_study

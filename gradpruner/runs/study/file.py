@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from gradpruner.runs.recipe import check_section
-from gradpruner.runs.yaml_files import read_yaml
+from gradpruner.runs.recipe.recipe import check_section
+from gradpruner.runs.recipe.yaml_files import read_yaml
 from gradpruner.training.options import Section
 
 

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradpruner.common.printing import counted, num_bytes
-from gradpruner.runs.preview import savings_table
+from gradpruner.runs.before.preview import savings_table
 from gradpruner.runs.study.carrying_out import Outcome, check_study, state_of
 from gradpruner.runs.study.design import Study
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradpruner._version import __version__
 from gradpruner.common.provenance import provenance, utc_now
+from gradpruner.common.version import __version__
 from gradpruner.methods import METHODS
-from gradpruner.runs.plan_names import method_of
+from gradpruner.runs.folder.plan_names import method_of
 from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Study, StudyRow
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers
 

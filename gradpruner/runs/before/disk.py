@@ -1,0 +1,43 @@
+"""How many bytes a run writes to disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gradpruner.common.files import folder_bytes
+from gradpruner.evaluation.costing.per_device import trace_bytes
+from gradpruner.methods import METHODS
+from gradpruner.runs.folder.plan_names import STAGES, method_of
+from gradpruner.runs.job.job import Job
+
+
+def bytes_to_write(job: Job) -> dict[str, int]:
+    """Returns the bytes a run writes: `trace`, `models` that stay, and `temporary` files at their peak."""
+    recipe = job.recipe
+    plan = job.expected_plan
+    sizes = job.sizes.savings(plan.keep)["disk_bytes"]
+    rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
+    trace = 0
+    if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
+        trace = trace_bytes(job.sizes.model, recipe.record.rank, job.record_steps)
+    temporary = 0 if recipe.keep_models == "all" else max(rows)
+    options = recipe.finetune
+    if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
+        # A checkpoint is float32 weights and two moments; two are kept while a third is written.
+        temporary += 3 * 12 * job.sizes.parameters
+    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+
+
+def _row_bytes(variant: str, sizes: dict[str, int]) -> int:
+    """Bytes of a pruned row's models: pruned, recovered if the method does that, and fine-tuned."""
+    method = METHODS.find(method_of(variant))
+    if not method.removes:
+        return sizes["before"]
+    return (3 if method.recover else 2) * sizes["after"]
+
+
+def bytes_missing(job: Job, folder: Path, until: str) -> int:
+    """Returns the bytes a run has still to write, besides what its directory already holds."""
+    needs = bytes_to_write(job)
+    total = needs["trace"] if STAGES.index(until) < STAGES.index("prune") else sum(needs.values())
+    return max(0, total - folder_bytes(folder, without=job.folder))

@@ -1,0 +1,375 @@
+"""The run record: what run.json says, for reports and studies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
+
+from gradpruner.common.errors import IntegrityError
+from gradpruner.common.files import shown
+from gradpruner.common.json_files import read_json, typed
+from gradpruner.common.provenance import provenance, utc_now
+from gradpruner.common.version import __version__
+from gradpruner.data.examples import ExampleSet
+from gradpruner.evaluation.metrics import majority_class
+from gradpruner.evaluation.outputs import paired_intervals, read_examples
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.methods import METHODS
+from gradpruner.models.dtypes import stored_dtype
+from gradpruner.runs.folder.directory import RunDirectory, stays_inside
+from gradpruner.runs.folder.plan_names import MADE, differences, label_of, method_of, rows_in
+from gradpruner.runs.job.job import Job
+from gradpruner.runs.recipe.recipe import Recipe
+from gradpruner.runs.row.variant import PARTS
+from gradpruner.runs.row.work import stored_plan
+
+
+class Value(TypedDict):
+    """One metric."""
+
+    value: float
+
+
+class Measured(TypedDict):
+    """The results of an evaluation."""
+
+    metrics: dict[str, Value]
+    seconds: NotRequired[float | None]
+    per_example: NotRequired[str | None]
+
+
+class Trained(TypedDict):
+    """The cost of training a model."""
+
+    seconds: NotRequired[float | None]
+    peak_memory_bytes: NotRequired[int | None]
+
+
+class Cost(TypedDict):
+    """The whole cost of a row."""
+
+    seconds: dict[str, float]
+    """Part -> seconds; also "total"."""
+    tokens: NotRequired[int | None]
+
+
+class RowFacts(TypedDict):
+    """What a study reads from a row."""
+
+    error: NotRequired[str | None]
+    num_layers: NotRequired[int | None]
+    num_parameters: NotRequired[int | None]
+    before: NotRequired[Measured | None]
+    evaluation: NotRequired[Measured | None]
+    finetune: NotRequired[Trained | None]
+    cost: NotRequired[Cost]
+
+
+class Size(TypedDict):
+    """The size of a model."""
+
+    num_parameters: int
+
+
+class RunRecord(TypedDict):
+    """What a study reads from run.json."""
+
+    title: NotRequired[str]
+    recipe: dict[str, Any]
+    model: Size
+    plans: dict[str, dict[str, Any]]
+    scores: dict[str, dict[str, Any]]
+    variants: dict[str, RowFacts]
+    reference: NotRequired[dict[str, Any]]
+    warnings: list[str]
+
+
+def read_run_record(path: Path) -> dict[str, Any]:
+    """Reads a run record and checks the types of all values that a study reads.
+
+    Raises:
+        IntegrityError: If the file is missing or not JSON, or a value has a wrong type.
+    """
+    raw: dict[str, Any] = read_json(path, "run record")
+    fault = f"{path} is not a readable run record"
+    for name, row in typed(raw, RunRecord, fault)["variants"].items():
+        measured = row.get("evaluation")
+        file = measured.get("per_example") if measured is not None else None
+        if file and not stays_inside(file):
+            raise IntegrityError(f"{fault}: the answers of {shown(name)} are outside, in {shown(file)}.")
+        if measured is not None and not row.get("error") and row.get("num_parameters") is None:
+            raise IntegrityError(f"{fault}: the row {shown(name)} has figures but no size.")
+    return raw
+
+
+# Keys and sections of the recipe that decide how a row was trained, and on which rows.
+_TRAINING_KEYS = ("seed", "start", "model", "data", "finetune", "recover", "distil")
+# Exceptions: nothing is trained on these rows. (If plan.max_loss holds rows out, the plan itself differs.)
+_MEASURING_KEYS = ("data.validation", "data.validation_limit")
+
+
+def run_record(
+    job: Job, directory: RunDirectory, asked: Mapping[str, str], errors: Mapping[str, str]
+) -> dict[str, Any]:
+    """Collects everything the run directory holds, from this start and earlier ones, for the report.
+
+    Args:
+        job: The recipe with its inputs.
+        directory: The run directory.
+        asked: Variant of the recipe -> its row, see `plan_names`; rows of other plans come after these.
+        errors: Row -> why it failed.
+    """
+    recipe = job.recipe
+    made = rows_in(directory.stages, MADE)
+    others = sorted(rows_in(directory.stages, ("plan", *MADE)), key=lambda name: name != "dense")
+    known = dict.fromkeys([*asked.values(), *others, *errors])
+    # A folder of an older version may have rows of methods that have another name today.
+    names = [name for name in known if method_of(name) in METHODS.names()]
+    plans = {name: plan_facts(job, directory, name) for name in names}
+    plans = {name: facts for name, facts in plans.items() if facts is not None}
+    variants = {
+        name: row_facts(job, directory, name, plans.get(name), errors.get(name))
+        for name in names
+        if name in made or name in errors
+    }
+    add_paired_differences(variants, directory.path, recipe.seed)
+    add_costs(variants, recipe, directory.stages)
+    return {
+        "schema_version": 1,
+        "gradpruner_version": __version__,
+        "created": directory.manifest["created"],
+        "finished": utc_now(),
+        "command": job.command,
+        "title": title_of(job),
+        "provenance": provenance(recipe.seed),
+        "recipe": directory.manifest["config"],
+        "model": model_facts(job),
+        "data": {
+            "train": data_facts(job.train) | {"supervised_tokens": job.samples.supervised_tokens},
+            "eval": data_facts(job.eval) if job.measures else {},
+            "overlap_rows": job.overlap,
+        },
+        "learning_rate": rate_facts(job, directory),
+        "trace": trace_facts(directory),
+        "scores": {found.method: score_facts(found) for found in stored_scores(directory)},
+        "plans": plans,
+        "rows": dict(asked),
+        "variants": variants,
+        "reference": {"majority_class": majority_class([e.answer for e in job.eval.examples])},
+        "stages": stage_facts(directory),
+        "warnings": [*job.warnings, *other_settings(directory, made)],
+    }
+
+
+def title_of(job: Job) -> str:
+    """Returns the title of the report: the recipe's, else "MODEL on TASK".
+
+    A model that is part of another run is named after that run.
+    """
+    *_, run, variants, _, last = ("", "", "", *job.folder.resolve().parts)
+    name = run if variants == "variants" else last
+    return job.recipe.title or f"{name} on {job.recipe.task_name}"
+
+
+def row_facts(
+    job: Job, directory: RunDirectory, name: str, plan: Mapping[str, Any] | None, error: str | None
+) -> dict[str, Any]:
+    """Collects a row of the comparison: the results of its stages, the size of its model, its error."""
+    found = {part: directory.result(stage.format(name)) for part, stage in PARTS.items()}
+    further = {stage: directory.result(stage) for stage in directory.stages}
+    of_row = f"evaluate {name} on "
+    if plan is not None:
+        sizes = {unit: change["after"] for unit, change in plan["savings"].items()}
+    else:
+        sizes = {"layers": job.num_layers, "parameters": job.sizes.parameters} if error is None else {}
+    return {
+        "label": label_of(name, found["repair"] is not None),
+        "plan": name if plan else None,
+        **found,
+        "also": {
+            stage.removeprefix(of_row): result
+            for stage, result in further.items()
+            if stage.startswith(of_row) and result is not None
+        },
+        "error": error,
+        "num_layers": sizes.get("layers"),
+        "num_parameters": sizes.get("parameters"),
+    }
+
+
+def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
+    """Returns warnings about rows that were trained with other settings than this recipe's."""
+    found = []
+    for name in names:
+        recipe = directory.recipe_of(f"finetune {name}") or directory.recipe_of(f"evaluate {name}")
+        changed = differences(recipe, directory.manifest["config"]) if recipe else {}
+        old = [
+            f"{key}={shown(value)}"
+            for key, (value, _) in changed.items()
+            if key.partition(".")[0] in _TRAINING_KEYS and key not in _MEASURING_KEYS
+        ]
+        if old:
+            found.append(f"The row {name} was made by an earlier start with {', '.join(old)}.")
+    return found
+
+
+def stored_scores(directory: RunDirectory) -> list[LayerScores]:
+    """Reads the scores of every method that has scored the layers."""
+    names = rows_in(directory.stages, ("score",))
+    return [
+        LayerScores.load(directory.path / "scores" / f"{name}.json")
+        for name in names
+        if directory.has_files(f"score {name}")
+    ]
+
+
+def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path, seed: int) -> None:
+    """Compares each row with the dense one, example by example.
+
+    Adds `paired` to each row: "task" or the name of a further task -> metric -> difference and its interval.
+    """
+
+    def answered(row: dict[str, Any]) -> dict[str, Path]:
+        measured = {"task": row.get("evaluation"), **row.get("also", {})}
+        found = {name: entry.get("per_example") for name, entry in measured.items() if entry}
+        return {name: folder / file for name, file in found.items() if file and (folder / file).is_file()}
+
+    dense = {name: read_examples(path) for name, path in answered(variants.get("dense", {})).items()}
+    for name, row in variants.items():
+        if name != "dense":
+            row["paired"] = {
+                task: paired_intervals(dense[task], read_examples(path), seed)
+                for task, path in answered(row).items()
+                if task in dense
+            }
+
+
+def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Mapping[str, Any]) -> None:
+    """Adds its whole cost to each row: `cost`, with `seconds` by part and in total, and trained `tokens`.
+
+    The parts are tuning (of the dense model, if the row is made from it or learns from it), recording,
+    choosing (scores, plan, search), repairing, pruning and training. Evaluations are not counted, and neither
+    is what only other rows need. `resumed` names the stages that resumed an interrupted start; if that start
+    was killed, its seconds are missing.
+    """
+
+    def trained(name: str) -> int:
+        found = [variants.get(name, {}).get(part) or {} for part in ("finetune", "recovery")]
+        return sum(int(part.get("tokens") or 0) for part in found)
+
+    for name, row in variants.items():
+        method = METHODS.find(method_of(name))
+        prunes = name != "dense" and method.training is None
+        parts = {
+            "tuning": ["finetune dense"] if recipe.tunes_first else [],
+            "recording": ["record"] if method.needs_trace else [],
+            "choosing": [f"score {method_of(name)}", f"plan {name}", f"search {name}"],
+            "repairing": [f"repair {name}"],
+            "pruning": [f"prune {name}"],
+        }
+        parts = (parts if prunes else {}) | {"training": [f"finetune {name}", f"recover {name}"]}
+        counted = [stage for names in parts.values() for stage in names if stage in stages]
+        seconds = {
+            part: sum(float(stages[stage].get("seconds", 0.0)) for stage in names if stage in stages)
+            for part, names in parts.items()
+        }
+        recorded = stages.get("record", {}).get("result") or {} if parts.get("recording") else {}
+        row["cost"] = {
+            "seconds": {**seconds, "total": sum(seconds.values())},
+            "tokens": trained(name)
+            + (trained("dense") if parts.get("tuning") else 0)
+            + int(recorded.get("tokens") or 0),
+            "resumed": [stage for stage in counted if stages[stage].get("resumed")],
+        }
+
+
+def model_facts(job: Job) -> dict[str, Any]:
+    """Returns what the record says about the dense model."""
+    return {
+        "path": job.recipe.model.path,
+        "model_type": job.config.model_type,
+        "num_layers": job.num_layers,
+        "num_parameters": job.sizes.parameters,
+        "decoder_parameters": job.sizes.decoder_parameters,
+        "dtype": str(stored_dtype(job.folder)).removeprefix("torch."),
+        "sha256": job.model_sha256,
+    }
+
+
+def data_facts(examples: ExampleSet) -> dict[str, Any]:
+    """Returns what the record says about a set of rows."""
+    return {
+        "source": examples.source,
+        "format": examples.format,
+        "rows": len(examples),
+        "dropped_rows": examples.num_dropped,
+        "sha256": examples.sha256,
+        "notes": list(examples.notes),
+    }
+
+
+def rate_facts(job: Job, directory: RunDirectory) -> dict[str, Any]:
+    """Returns the learning rate, where it comes from, and the loss at each rate that was tried."""
+    tried = [directory.result(name) for name in directory.stages if name.startswith("rate ")]
+    found = sorted(filter(None, tried), key=lambda entry: float(entry["rate"]))
+    facts = {"value": job.recipe.finetune.learning_rate, "source": job.rate_source}
+    return facts | ({"tried": found} if found and job.recipe.find_rate else {})
+
+
+def trace_facts(directory: RunDirectory) -> dict[str, Any] | None:
+    """Returns how recording went; None if nothing was recorded."""
+    entry = directory.stages.get("record")
+    if entry is None or entry["state"] != "done":
+        return None
+    facts = {key: value for key, value in entry["result"].items() if key != "notes"}
+    return facts | {
+        "seconds": entry["seconds"],
+        "peak_memory_bytes": entry["peak_memory_bytes"],
+    }
+
+
+def score_facts(scores: LayerScores) -> dict[str, Any]:
+    """Returns what the record says about scores: values, intervals and stability."""
+    return {
+        "method": scores.method,
+        "norm": scores.evidence.get("norm"),
+        "values": list(scores.values),
+        "low": list(scores.low),
+        "high": list(scores.high),
+        "stability": [{"step": step, "overlap": overlap} for step, overlap in scores.stability],
+    }
+
+
+def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | None:
+    """Returns what a row's plan does and saves, and which engines serve its model; None without a plan."""
+    plan = stored_plan(directory, row)
+    if plan is None:
+        return None
+    same_model = plan.num_layers == job.num_layers
+    saved = job.savings_of(plan) if same_model else directory.result(f"plan {row}")
+    return plan.facts() | {
+        "savings": saved or {},
+        "portability": [vars(v) for v in job.portability_of(plan)] if same_model else [],
+        "search": directory.result(f"search {row}"),
+    }
+
+
+def stage_facts(directory: RunDirectory) -> list[dict[str, Any]]:
+    """Returns every stage of this start: done, skipped or failed, its seconds, its peak memory.
+
+    `resumed` says that it resumed an interrupted start; if that start was killed, its seconds are missing.
+    """
+    stages = directory.stages
+    return [
+        {
+            "name": name,
+            "state": state,
+            "seconds": stages[name].get("seconds"),
+            "peak_memory_bytes": stages[name].get("peak_memory_bytes"),
+            "resumed": stages[name].get("resumed", False),
+        }
+        for name, state in directory.visited.items()
+    ]

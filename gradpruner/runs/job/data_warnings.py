@@ -1,0 +1,167 @@
+"""Warnings about the data of a job and the length of its training, given before anything is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from gradpruner.data.chat import template_notes
+from gradpruner.data.chat_templates import foreign_markers
+from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
+from gradpruner.evaluation.metrics import majority_class
+from gradpruner.runs.job.evaluation_data import holds_out, unequal_labels
+from gradpruner.training.finetuning import chosen_accumulation, planned_steps
+
+if TYPE_CHECKING:
+    from gradpruner.runs.job.inputs import Inputs
+
+FEW_STEPS = 60
+"""With fewer optimizer steps, a model rarely learns a task; see benchmarks/LOG.md."""
+
+
+def warnings_of(inputs: Inputs) -> list[str]:
+    """Returns all warnings: too few rows, rows in two sets, cut prompts, notes from reading and encoding.
+
+    Raises:
+        ModelError: If the tokenizer has tokens that the model does not have.
+        DataError: If a prompt is empty.
+    """
+    found = []
+    needed = inputs.record_steps * inputs.recipe.record.batch_size
+    if len(inputs.samples) < needed:
+        found.append(
+            f"{len(inputs.samples)} training samples for {inputs.record_steps} recording steps of "
+            f"{inputs.recipe.record.batch_size}: samples are used more than once."
+        )
+    found += filter(None, [too_few_steps(inputs), _uneven_spaces(inputs)])
+    found += _cut_prompts(inputs)
+    found += _doubtful_measurements(inputs) if inputs.measures else []
+    found += _notes_of_rows(inputs)
+    ends = {one.input_ids[-1] for one in inputs.samples.encoded if not one.cut_answer_tokens}
+    found += [
+        f"{n[0].upper()}{n[1:]}{'' if n.endswith('?') else '.'}"
+        for n in vocabulary_notes(inputs.tokenizer, inputs.text, ends)
+    ]
+    found += [f"training data: {note}" for note in inputs.samples.notes()]
+    held_out = {
+        "validation": inputs.validation is not None and inputs.recipe.data.validation is None,
+        "eval": inputs.measures and holds_out(inputs.recipe),
+    }
+    for key in (key for key, holds in held_out.items() if holds and inputs.recipe.start == "given"):
+        rows = "Validation" if key == "validation" else "Evaluation"
+        found.append(
+            f"{rows} rows are held out of the training rows, and the model may have been tuned on those: "
+            f"give rows that it has not seen as data.{key}."
+        )
+    return found
+
+
+def not_tuned(inputs: Inputs, measured: Mapping[str, Any] | None) -> str:
+    """Returns a warning if a model given as tuned is no better than the most frequent answer; or ""."""
+    score = measured["metrics"].get("exact_match") if measured and inputs.recipe.start == "given" else None
+    most_frequent = majority_class([example.answer for example in inputs.eval.examples]) if score else 0.0
+    if score is None or score["value"] > most_frequent:
+        return ""
+    return (
+        f"The model answers {score['value']:.1%} of {score['n']} rows right; always giving the most frequent "
+        f"answer would get {most_frequent:.1%}: was it tuned on this task? A pruned model is rarely better. "
+        "`gradpruner run` tunes a base model."
+    )
+
+
+def too_few_steps(inputs: Inputs) -> str:
+    """Returns a warning if fine-tuning is too short to teach a task, with what to set; "" if it is not."""
+    tuning, steps = inputs.recipe.finetune, inputs.finetune_steps
+    if inputs.recipe.start == "given" or steps >= FEW_STEPS:
+        return ""
+    passes = chosen_accumulation(len(inputs.samples), tuning)
+
+    def steps_with(accumulation: int) -> int:
+        return planned_steps(len(inputs.samples), tuning.model_copy(update={"accumulation": accumulation}))
+
+    enough = [n for n in range(1, passes) if steps_with(n) >= FEW_STEPS]
+    if enough:
+        advice = f"finetune.accumulation={enough[-1]} makes it {steps_with(enough[-1])}"
+    else:
+        epochs = math.ceil(tuning.epochs * FEW_STEPS / steps_with(1))
+        first = "finetune.accumulation=1 --set " if passes > 1 else ""
+        advice = f"{first}finetune.epochs={epochs} makes it {FEW_STEPS} or more"
+    return (
+        f"{steps} optimizer steps ({len(inputs.samples)} rows x {tuning.epochs:g} epochs, "
+        f"{tuning.batch_size} x {passes} rows a step): models rarely learn a task in fewer than "
+        f"{FEW_STEPS}. --set {advice}."
+    )
+
+
+def leading_spaces(inputs: Inputs) -> list[int] | None:
+    """Returns how many answers begin with a space, and the number of answers; None for conversations.
+
+    In conversations, the chat template decides about spaces.
+    """
+    plain = [example.answer for example in inputs.train.examples if not example.messages]
+    return [sum(answer[:1].isspace() for answer in plain), len(plain)] if plain else None
+
+
+def _uneven_spaces(inputs: Inputs) -> str:
+    spaces = leading_spaces(inputs)
+    if spaces is None or spaces[0] in (0, spaces[1]):
+        return ""
+    return (
+        f"{spaces[0]} of {spaces[1]} answers begin with a space and the others do not, so the same word is "
+        "learned as two different tokens."
+    )
+
+
+def _doubtful_measurements(inputs: Inputs) -> list[str]:
+    """Warnings about evaluation rows that make the figures less reliable."""
+    found = list(filter(None, [unequal_labels(inputs.train, inputs.eval)]))
+    if inputs.overlap:
+        found.append(
+            f"{inputs.overlap} of {len(inputs.eval)} evaluation prompts also occur in the training data."
+        )
+    if len(inputs.eval) < 100:
+        found.append(f"Only {len(inputs.eval)} evaluation examples: differences of several points are noise.")
+    return found
+
+
+def _notes_of_rows(inputs: Inputs) -> list[str]:
+    """What was left out or changed when each set was read and put into the chat template."""
+    found = []
+    sets = {
+        "training": inputs.train,
+        "evaluation": inputs.eval,
+        "validation": inputs.validation,
+        **inputs.also,
+    }
+    for name, examples in sets.items():
+        if examples is None or (name == "validation" and inputs.recipe.data.validation is None):
+            continue  # held out of the training rows, which have their own notes
+        if name == "evaluation" and not inputs.measures:
+            continue
+        if examples.num_dropped:
+            found.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
+        telling = ("not used", "dropped", "has these columns too")
+        notes = [note for note in examples.notes if any(part in note for part in telling)]
+        notes += template_notes(inputs.tokenizer, examples.examples)
+        texts = {row.id: f"{row.prompt}{row.answer}" for row in examples.examples if not row.messages}
+        notes += filter(None, [foreign_markers(inputs.tokenizer, texts)])
+        found += [f"{name} data: {note}" for note in notes]
+    return found
+
+
+def _cut_prompts(inputs: Inputs) -> list[str]:
+    """Warns of evaluation prompts that are too long; refuses tokens that the model does not have."""
+    found = []
+    vocabulary = int(inputs.text.vocab_size)
+    check_vocabulary(inputs.tokenizer, vocabulary, (one.input_ids for one in inputs.samples.encoded))
+    for name in ("eval", *inputs.also) if inputs.measures else ():
+        questions, called = inputs.questions(name), "evaluation" if name == "eval" else name
+        check_vocabulary(inputs.tokenizer, vocabulary, questions.prompts)
+        cut = questions.num_cut(questions.most_new_tokens())
+        if cut:
+            found.append(
+                f"{called} data: {cut} of {len(questions)} prompts are cut from the left to fit into "
+                f"{inputs.max_length} tokens beside the answer."
+            )
+    return found

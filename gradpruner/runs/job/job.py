@@ -1,0 +1,276 @@
+"""A job: a recipe with its inputs opened and checked, before anything is recorded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gradpruner.common.errors import PlanError
+from gradpruner.common.provenance import sha256_json
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.methods import METHODS, MethodContext, MethodOptions
+from gradpruner.models.config_patch import check_keep, required_layers
+from gradpruner.models.loading import resolve_device, resolve_dtype
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.pruning.refitting import ANSWERS, enough_rows
+from gradpruner.runs.folder.plan_names import LABELS
+from gradpruner.runs.job.budget import placeholder_scores, plan_for
+from gradpruner.runs.job.data_warnings import warnings_of
+from gradpruner.runs.job.early_checks import check_changed_training, check_methods, check_training
+from gradpruner.runs.job.evaluation_data import check_evaluation
+from gradpruner.runs.job.inputs import Inputs, hash_model
+from gradpruner.training.adapters import is_4bit
+from gradpruner.training.finetuning import chosen_accumulation, planned_steps
+from gradpruner.training.options import FinetuneOptions
+from gradpruner.training.rates import default_rate, default_rate_source
+
+REPAIR_PASSES = 2.5
+"""About how many times a repair passes its samples forward through all layers."""
+
+
+@dataclass
+class Job(Inputs):
+    """A recipe with its inputs opened and checked, which every stage uses. Making one loads no weights."""
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        for name in (*recipe.variants, *recipe.methods):
+            if name not in LABELS:
+                self.method_options(name)
+        check_methods(recipe)
+        resolve_device(recipe.model.device)
+        check_training(recipe)
+        check_evaluation(recipe)
+        self.open_model()
+        self.origin = self.folder
+        self._settle_repair()
+        self._check_budget()
+        self._choose_rate()
+        self.open_rows()
+        self._choose_accumulation()
+        steps = self.finetune_steps if recipe.start == "base" else self.recover_steps
+        check_changed_training(self.recipe, self.training, steps)
+        self.warnings += warnings_of(self)
+
+    def _settle_repair(self) -> None:
+        """Replaces `plan.repair: auto` by the repair that suits this model."""
+        if self.recipe.plan.repair != "auto":
+            return
+        reasons = {
+            "its layers hold experts": bool(self.family.no_merge),
+            "its layers share keys and values": self.family.shared_kv,
+            "it is quantised": bool(getattr(self.config, "quantization_config", None)),
+        }
+        found = next((reason for reason, holds in reasons.items() if holds), "")
+        if found:
+            self.warnings.append(
+                f"The model is not repaired: {found}. Only training can make up for the layers removed."
+            )
+        kind = "least_squares" if self.recipe.start == "base" else "layer_wise"  # by docs/quality.md
+        self.recipe = self.recipe.with_values(plan={"repair": "none" if found else kind})
+
+    @cached_property
+    def repair_rows(self) -> int:
+        """How many training samples a repair is fitted on."""
+        options, samples = self.recipe.plan, self.samples
+        asked = options.repair_rows or enough_rows(self.structure, list(samples), options.repair)
+        return min(asked, len(samples))
+
+    @property
+    def how_repaired(self) -> tuple[str, int, float]:
+        """The settings of a repair: its kind, its number of rows, and the share of weight on answers."""
+        options, default = self.recipe.plan, 0.0 if self.recipe.start == "base" else ANSWERS
+        answers = default if options.repair_answers is None else options.repair_answers
+        return options.repair, self.repair_rows, answers
+
+    def _check_budget(self) -> None:
+        """Refuses an impossible budget or plan before anything is recorded."""
+        plan = plan_for(self, placeholder_scores(self.num_layers), merging=False)
+        self.given_plan: PruningPlan | None = None
+        if self.recipe.plan.file is not None:
+            plan = self.given_plan = PruningPlan.load(self.recipe.plan.file)
+            plan.check_model(self.num_layers)
+            self.warnings += check_keep(self.text, self.family, plan)
+        self.num_keep = len(plan.keep)
+        self.expected_plan = plan
+        removed = self.sizes.savings(plan.keep)["parameters"]
+        self.num_remove = removed["before"] - removed["after"]
+        merges = "merged" in self.recipe.variants and self.recipe.plan.num_merge and self.given_plan is None
+        if merges and self.family.no_merge:
+            raise PlanError(
+                f"plan.num_merge is {self.recipe.plan.num_merge}, but layers of {self.text.model_type} "
+                f"models can only be dropped: {self.family.no_merge}.",
+                hint="Use --set plan.num_merge=0 and --set 'variants=[dense, dropped]'.",
+            )
+
+    def _choose_rate(self) -> None:
+        """Sets the default learning rate if the recipe gives none."""
+        tuning, size = self.recipe.finetune, self.sizes.decoder_parameters
+        self.rate_source = "as given"
+        if tuning.learning_rate is None:
+            self.set_rate(default_rate(size, tuning.mode), default_rate_source(size, tuning.mode))
+            if self.recipe.start == "given" and self.recipe.recover.trains:
+                # Other processes, and fingerprints, see the resolved recipe, in which a default rate looks
+                # like a given one.
+                self.recipe = self.recipe.with_values(recover={"learning_rate": self.recover_rate})
+
+    def _choose_accumulation(self) -> None:
+        """Chooses the accumulation if the recipe leaves it open: with few rows, steps are smaller."""
+        tuning, given = self.recipe.finetune, self.recipe.start == "given"
+        if tuning.accumulation is None:
+            # A model that is tuned already is trained in steps of the paper's size.
+            passes = 8 if given else chosen_accumulation(len(self.samples), tuning)
+            self.recipe = self.recipe.with_values(finetune={"accumulation": passes})
+
+    def set_rate(self, rate: float, source: str) -> None:
+        """Sets the peak learning rate of fine-tuning; `source` tells the user where it comes from."""
+        self.recipe = self.recipe.with_values(finetune={"learning_rate": rate})
+        self.rate_source = source
+
+    def method_options(self, name: str) -> MethodOptions:
+        """The options the recipe gives a method, checked."""
+        return METHODS.find(name).read_options(name, self.recipe.methods.get(name, {}))
+
+    def context(self, name: str, trace: Callable[[], GradientTrace], folder: Path) -> MethodContext:
+        """What a method may look at; it may keep checkpoints in `folder` while it trains."""
+        plan = self.recipe.plan
+        protected = {*plan.protect, *required_layers(self.text, self.family), *range(plan.protect_first)}
+        protected |= set(range(self.num_layers - plan.protect_last, self.num_layers))
+        return MethodContext(
+            num_layers=self.num_layers,
+            seed=self.recipe.seed,
+            trace=trace,
+            model=lambda: self.load(self.origin),
+            samples=self.samples,  # type: ignore[arg-type]
+            collator=self.collator,
+            norm=self.recipe.score.norm,
+            num_keep=self.num_keep,
+            num_remove=self.num_remove,
+            unit=plan.unit,
+            pruned_work=self.pruned_work,
+            protected=tuple(sorted(protected)),
+            fits=self.slots(),
+            options=self.method_options(name),
+            finetune=self.training,
+            folder=folder,
+        )
+
+    @property
+    def training(self) -> FinetuneOptions:
+        """The recipe's fine-tuning, with the run's seed and device."""
+        return FinetuneOptions(
+            **self.recipe.finetune.model_dump(),
+            seed=self.recipe.seed,
+            device="cpu" if self.device == "cpu" else "auto",
+        )
+
+    @property
+    def recover_rate(self) -> float | None:
+        """Peak learning rate of recovery: the recipe's, or half of fine-tuning's."""
+        recover, tuning = self.recipe.recover.learning_rate, self.recipe.finetune.learning_rate
+        # With start: given, recovery is the only training, so a rate for fine-tuning is meant for it.
+        meant = self.recipe.start == "given" and self.rate_source == "as given"
+        if recover or meant or not tuning:
+            return recover or tuning
+        return tuning / 2
+
+    @property
+    def recover_steps(self) -> int:
+        """Optimizer steps of recovery, after a tuned model was pruned; 0 for none."""
+        recover = self.recipe.recover
+        if recover.steps is not None or recover.epochs == 0:
+            return recover.steps or 0
+        tuning = self.recipe.finetune.model_copy(update={"epochs": recover.epochs})
+        return planned_steps(len(self.samples), tuning)
+
+    @property
+    def pruned_work(self) -> float:
+        """Estimated compute of one pruned row, recording included, in units of the dense fine-tuning.
+
+        Training counts samples times layers. A forward pass costs a third of a training step: a repair passes
+        its samples forward `REPAIR_PASSES` times, a teacher once.
+        """
+        recipe, options = self.recipe, self.training
+        dense_samples = self.finetune_steps * options.batch_size * options.accumulation
+        kept = self.num_keep / self.num_layers
+        share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
+        work = share * kept + self.record_steps * recipe.record.batch_size / dense_samples
+        if recipe.plan.repair != "none":
+            work += self.repair_rows * REPAIR_PASSES / 3 / dense_samples
+        if recipe.distils:
+            work += share / 3
+        return work + (1.0 if recipe.tunes_first else 0.0)
+
+    @property
+    def record_inputs(self) -> dict[str, Any]:
+        """What the recorded gradients depend on."""
+        return {
+            "model": self.origin_sha256,
+            "record": self.recipe.record.model_dump(),
+            "steps": self.record_steps,
+            "loading": self.loading,
+            "precision": self.recipe.finetune.precision,
+            **self.learned,
+            **self.spread,
+        }
+
+    def decision_inputs(self, name: str) -> dict[str, Any]:
+        """What the scores of a method depend on, or its plan if it plans without scores."""
+        options, method = self.recipe.plan, METHODS.find(name)
+        return {
+            "method": name,
+            "options": self.method_options(name).model_dump(mode="json"),
+            "score": self.recipe.score.model_dump(),
+            "num_keep": self.num_keep,
+            "protect": [options.protect_first, options.protect_last, options.protect],
+            "budget": None if method.score else [self.num_remove, options.unit, options.portable_to],
+            "record": self.record_inputs if method.needs_trace else None,
+            "model": self.origin_sha256,
+            **self.learned,
+        }
+
+    def prune_from(self, folder: Path) -> None:
+        """Sets the model that is recorded and pruned: with start: tuned, the dense model after its tuning."""
+        self.origin = folder
+        self.__dict__.pop("origin_sha256", None)
+
+    @cached_property
+    def origin_sha256(self) -> str:
+        """Hash of the config and weights of the model that is pruned."""
+        return self.model_sha256 if self.origin == self.folder else hash_model(self.origin)
+
+    def input_hashes(self) -> dict[str, str]:
+        """SHA-256 of every input of the run, by its name."""
+        hashes = {"model": self.model_sha256, "train": self.train.sha256, "eval": self.eval.sha256}
+        return hashes | ({"plan": sha256_json(self.given_plan.to_dict())} if self.given_plan else {})
+
+    def load_origin(self, *, quantise: bool = False) -> nn.Module:
+        """Returns the model that is pruned, not to be changed.
+
+        A model given in memory is returned as it is if it has the dtype that loading would give it.
+        """
+        wanted = resolve_dtype(self.recipe.model.dtype, resolve_device(self.recipe.model.device))
+        given = self.loaded if self.origin == self.folder and not quantise else None
+        if given is not None and {p.dtype for p in given.parameters()} == {wanted}:
+            return given
+        return self.load(self.origin, quantise=quantise)
+
+    def release(self, model: Any) -> None:
+        """Frees the memory of a loaded model; a model given in memory is left alone."""
+        if model is self.loaded:
+            return
+        if is_4bit(model):  # bitsandbytes refuses to be moved
+            for module in model.modules():
+                module._parameters.update(dict.fromkeys(module._parameters))
+        else:
+            model.to("meta")
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,126 @@
+"""The search for how many layers may go: a tuned model is pruned, repaired and measured on validation rows.
+
+Nothing is trained: each number of layers that is tried costs one repair and one evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from gradpruner.common.errors import PlanError
+from gradpruner.common.world import this_world
+from gradpruner.evaluation.certification import largest_certified
+from gradpruner.evaluation.outputs import values_of
+from gradpruner.evaluation.quality import evaluate
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.runs.job.budget import placeholder_scores, plan_for
+from gradpruner.runs.job.evaluation_data import options_of
+from gradpruner.runs.job.job import Job
+from gradpruner.runs.row.together import together
+from gradpruner.runs.row.work import fit_as_asked
+
+
+def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path) -> dict[str, Any]:
+    """Finds the largest number of layers whose loss on validation rows is certified (`largest_certified`).
+
+    Args:
+        job: Has validation rows and a `plan.max_loss`.
+        make_plan: Returns the plan that removes a number of layers.
+        trace: Folder of the recorded gradients; opened only if layers are merged.
+
+    Returns:
+        JSON values: `best` (None if no number was certified), `metric`, `rows`, `limit`, `confidence`, and
+        `curve`: one certificate for each number that was tried, with the `parameters` that stay.
+    """
+    options = job.recipe.plan
+    assert options.max_loss is not None and job.validation is not None
+    dense = together(job, validated, None, str(trace))
+    metric = next(iter(dense))
+
+    def measure(count: int) -> tuple[list[float], list[float]]:
+        found = together(job, validated, make_plan(count).to_dict(), str(trace))
+        return dense[metric], found[metric]
+
+    possible = possible_plans(job)
+    default = job.num_layers - job.num_keep
+    found = largest_certified(
+        measure,
+        list(possible),
+        options.max_loss,
+        confidence=options.confidence,
+        first=default if default in possible else None,
+    )
+    return {
+        "best": found.best,
+        "metric": metric,
+        "rows": len(job.validation.examples),
+        "limit": options.max_loss,
+        "confidence": found.confidence,
+        "curve": [
+            {
+                "num_prune": count,
+                "parameters": job.savings_of(possible[count])["parameters"]["after"],
+                **certificate.as_dict(),
+            }
+            for count, certificate in found.curve
+        ],
+    }
+
+
+def possible_plans(job: Job) -> dict[int, PruningPlan]:
+    """Returns the numbers of layers that can go, each with a plan.
+
+    The model's family, protected layers and engines restrict them.
+    """
+    found = {}
+    for count in range(1, job.num_layers):
+        with suppress(PlanError):
+            scores = placeholder_scores(job.num_layers)
+            found[count] = plan_for(job, scores, merging=False, num_prune=count)
+    return found
+
+
+def validated(job: Job, plan: dict[str, Any] | None, trace: str) -> dict[str, list[float]]:
+    """Prunes and repairs the model by a plan; returns the score of every validation row by metric.
+
+    The main metric comes first. Without a plan the dense model is measured.
+    """
+    model = job.load(job.origin)
+    if plan is not None:
+        found = PruningPlan.from_dict(plan)
+        recorded = GradientTrace.load(trace) if found.needs_trace else None
+        repair = fit_as_asked(job, model, found, recorded) if job.recipe.plan.repair != "none" else None
+        prune_(model, found, recorded, repair=repair)
+    return _scores_of(job, model)
+
+
+def _scores_of(job: Job, model: Any) -> dict[str, list[float]]:
+    options = options_of(job.recipe, job.metrics, job.max_length)
+    questions = job.questions("validation")
+    result = evaluate(model, job.tokenizer, questions, options, progress="validate", world=this_world())
+    job.release(model)
+    return values_of(result.outputs)
+
+
+def refuse_uncertified(found: dict[str, Any]) -> int:
+    """Returns the number of layers that a search found.
+
+    Raises:
+        PlanError: If it found none; the message says what was measured and what would help.
+    """
+    if found["best"] is not None:
+        return int(found["best"])
+    least = found["curve"][0]
+    needed = f" About {least['rows_needed']} rows are needed." if least["rows_needed"] else ""
+    raise PlanError(
+        f"No number of layers is certified to lose at most {found['limit']:.2%} of {found['metric']} on "
+        f"{found['rows']} validation rows: removing {least['num_prune']} loses {least['loss']:.2%}, at most "
+        f"{least['upper']:.2%} with confidence ({least['verdict']}).{needed}",
+        hint="Give more validation rows (data.validation, data.validation_limit), a higher plan.max_loss, or "
+        "a number of layers (plan.num_prune).",
+    )

@@ -1,0 +1,53 @@
+"""Decisions by the loss on held-out rows, on which nothing was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradpruner.common.errors import NonFiniteError
+from gradpruner.data.encoding import EncodedDataset
+from gradpruner.methods.calibration import mean_nll
+from gradpruner.models.walking import sample_batches
+from gradpruner.runs.job.job import Job
+
+_BATCH = 16
+
+
+def loss_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> float:
+    """Returns the mean loss of a model on held-out samples, in nats per learned token.
+
+    Raises:
+        NonFiniteError: If the loss is NaN or infinite; `which` says in the message which model it was.
+    """
+    device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
+    model.eval()
+    batches = sample_batches(samples, job.collator, device, _BATCH)  # type: ignore[arg-type]
+    return mean_nll(model, batches, which)
+
+
+def loss_before(job: Job, folder: Path) -> float:
+    """Returns the validation loss of the pruned model in `folder`, before its recovery."""
+    model = job.load(folder)
+    loss = loss_on(job, model, job.validation_samples, "before it is trained further")
+    job.release(model)
+    return loss
+
+
+def better_of(job: Job, folder: Path, trained: Any, before: float) -> tuple[Any, dict[str, Any]]:
+    """Returns the trained model if its validation loss is below `before`, else the pruned one in `folder`.
+
+    The second value is what run.json says about the choice. A trained model that is not kept is released.
+    """
+    samples = job.validation_samples
+    try:
+        after = loss_on(job, trained, samples, "trained further")
+    except NonFiniteError:
+        after = None
+    kept = {"model": "trained", "before": before, "after": after, "rows": len(samples)}
+    if after is not None and after < before:
+        return trained, kept
+    job.release(trained)
+    return job.load(folder), kept | {"model": "pruned"}

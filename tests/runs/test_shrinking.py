@@ -1,0 +1,408 @@
+"""Models pruned after tuning: start, repair, recovery, certified depth, effort, and what it all took."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from builders import make_project, make_rows, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from gradpruner.cli.main import app
+from gradpruner.common.errors import ConfigError, DataError, PlanError
+from gradpruner.common.progress import set_mode
+from gradpruner.models.folder import PRUNING_FILE
+from gradpruner.plans.repair import Repair
+from gradpruner.pruning.verification import verify_checkpoint
+from gradpruner.reports import html
+from gradpruner.reports.html import render_html
+from gradpruner.runs.folder.directory import RunDirectory
+from gradpruner.runs.folder.run_record import title_of
+from gradpruner.runs.job.early_checks import check_changed_training, check_methods
+from gradpruner.runs.job.evaluation_data import with_validation
+from gradpruner.runs.job.job import Job
+from gradpruner.runs.pipeline import run
+from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
+from gradpruner.runs.row.depth_search import possible_plans, refuse_uncertified
+from gradpruner.training.options import FinetuneOptions
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    set_mode("quiet")
+    monkeypatch.setattr(Job, "release", lambda *a: None)
+    yield
+    set_mode("auto")
+
+
+def carry_out(tmp_path, **recipe):
+    path, _ = make_project(tmp_path, **recipe)
+    return run(load_recipe(path)), tmp_path / "run"
+
+
+REPAIRED = {"num_prune": 2, "num_merge": 0, "repair": "least_squares", "repair_rows": 12}
+WHATEVER = {"steps": 3, "keep_better": False}
+
+
+def test_a_tuned_model_is_pruned_and_repaired_without_training(tmp_path):
+    record, folder = carry_out(tmp_path, start="tuned", variants=["gate", "dense"], plan=REPAIRED)
+    dense, row = record["variants"]["dense"], record["variants"]["gate"]
+    assert dense["finetune"]["steps"] == 6 and row["finetune"] is None and row["before"] is None
+    assert row["error"] is None and row["evaluation"]["metrics"]["exact_match"]["n"] == 12
+    assert not (folder / "variants/gate/model").exists()
+    # What was pruned is the tuned model, not the one that was given.
+    tuned = load_file(folder / "variants/dense/model/model.safetensors")
+    pruned = load_file(folder / "variants/gate/pruned/model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert torch.equal(tuned[name], pruned[name])
+    assert not torch.equal(tuned[name], load_file(tmp_path / "model/model.safetensors")[name])
+    facts = json.loads((folder / "variants/gate/pruned" / PRUNING_FILE).read_text())
+    assert facts["repair"]["kind"] == "least_squares" and row["repair"]["rows"] == 12
+    assert verify_checkpoint(folder / "variants/gate/pruned", level="full").passed
+    # The refitted weights of the folder are those of the repair that is kept beside it.
+    repair = Repair.load(folder / "variants/gate/repair")
+    for tensor in facts["repair"]["tensors"]:
+        assert any(torch.equal(pruned[tensor], weight) for weight in repair.weights.values())
+    assert "Repair (least squares)" in render_html(record, tmp_path / "r.html").read_text()
+
+
+def test_a_second_start_skips_all_stages_and_another_repair_keeps_recording_and_plan(tmp_path):
+    path, _ = make_project(tmp_path, start="tuned", variants=["dense", "gate"], plan=REPAIRED)
+    first = run(load_recipe(path))
+    again = run(load_recipe(path))
+    assert {stage["state"] for stage in again["stages"]} == {"skipped"}
+    assert again["variants"]["gate"]["cost"] == first["variants"]["gate"]["cost"]
+    other = run(load_recipe(path, ("plan.repair=linear",)))
+    states = {stage["name"]: stage["state"] for stage in other["stages"]}
+    assert states["record"] == states["finetune dense"] == "skipped"
+    assert states["repair gate@repair=linear"] == states["prune gate@repair=linear"] == "done"
+    # The first repair's model and figures are there beside the other's.
+    rows = {name: row["repair"]["kind"] for name, row in other["variants"].items() if row["repair"]}
+    assert rows == {"gate": "least_squares", "gate@repair=linear": "linear"}
+    assert other["variants"]["gate"]["evaluation"] == first["variants"]["gate"]["evaluation"]
+
+
+def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
+    record, folder = carry_out(
+        tmp_path,
+        start="tuned",
+        variants=["dense", "dropped"],
+        plan=REPAIRED,
+        recover={"steps": 2, "learning_rate": 5e-4},
+        distil={"teacher": "tuned", "prompts": 0.0},
+    )
+    tuning, recovery = (record["variants"][name]["finetune"] for name in ("dense", "dropped"))
+    assert (tuning["steps"], recovery["steps"]) == (6, 2)  # 2 of 24 rows are held out
+    assert max(entry["learning_rate"] for entry in recovery["losses"]) <= 5e-4
+    assert "ce" in recovery["losses"][0] and "ce" not in tuning["losses"][0]
+    model = AutoModelForCausalLM.from_pretrained(folder / "variants/dropped/model")
+    assert model.config.num_hidden_layers == 2
+    # What counts as done is the rate: 5e-4 is half of the dense model's, which is the default too.
+    for rate, state in (("null", "skipped"), ("1e-3", "done")):
+        again = run(load_recipe(tmp_path / "recipe.yaml", (f"recover.learning_rate={rate}",)))
+        states = {stage["name"]: stage["state"] for stage in again["stages"]}
+        assert states["finetune dropped"] == state
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(1e-3, "trained"), (30.0, "pruned")])
+def test_a_recovery_is_kept_only_if_it_lowers_the_validation_loss(tmp_path, rate, kept):
+    record, folder = carry_out(
+        tmp_path,
+        start="tuned",
+        variants=["dense", "dropped"],
+        plan=REPAIRED,
+        recover={"steps": 4, "learning_rate": rate},
+    )
+    row = record["variants"]["dropped"]
+    found = row["finetune"]["kept"]
+    assert (found["model"], found["rows"]) == (kept, 2)
+    assert (found["after"] < found["before"]) == (kept == "trained")
+    both = [load_file(folder / f"variants/dropped/{name}/model.safetensors") for name in ("pruned", "model")]
+    same = all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    assert same == (kept == "pruned")
+    page = render_html(record, tmp_path / "r.html").read_text()
+    assert ("the model from before that training was kept" in page) == same
+
+
+def test_other_validation_rows_decide_about_a_recovery_again(tmp_path):
+    write_rows(tmp_path / "held.jsonl", make_rows(6, seed=7))
+    path, _ = make_project(
+        tmp_path, start="tuned", variants=["dense", "dropped"], plan=REPAIRED, recover={"steps": 1}
+    )
+    given = (f"data.validation={tmp_path / 'held.jsonl'}",)
+    run(load_recipe(path, given))
+    write_rows(tmp_path / "held.jsonl", make_rows(5, seed=8))
+    record = run(load_recipe(path, given))
+    row = next(row for name, row in record["variants"].items() if name != "dense" and row["finetune"])
+    states = {stage["name"]: stage["state"] for stage in record["stages"]}
+    assert states["finetune dense"] == states["repair dropped"] == "skipped"
+    assert states["finetune dropped"] == "done" and row["finetune"]["kept"]["rows"] == 5
+
+
+def test_other_processes_recover_at_the_rate_of_the_first(tmp_path):
+    path, _ = make_project(tmp_path, start="given", recover={"steps": 1}, finetune={"learning_rate": None})
+    first = Job(load_recipe(path))
+    other = Job(check_recipe(first.recipe.model_dump(mode="json")))  # as `together` makes it
+    assert first.recover_rate == other.recover_rate == first.recipe.finetune.learning_rate / 2
+
+
+def test_a_given_model_is_measured_as_it_is(tmp_path):
+    record, folder = carry_out(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
+    dense = record["variants"]["dense"]
+    assert dense["finetune"] is None and dense["evaluation"]["metrics"]
+    assert not (folder / "variants/dense/model").exists()
+    stages = [stage["name"] for stage in record["stages"]]
+    assert "repair dropped" in stages and not any(name.startswith("finetune") for name in stages)
+
+
+def test_keep_models_none_deletes_the_tuned_model_too(tmp_path):
+    _, folder = carry_out(
+        tmp_path, start="tuned", variants=["dense", "dropped"], plan=REPAIRED, keep_models="none"
+    )
+    assert not list((folder / "variants").rglob("*.safetensors"))
+
+
+def test_costs_count_everything_a_row_needed(tmp_path):
+    record, _ = carry_out(
+        tmp_path, start="tuned", variants=["dense", "gate", "last"], plan=REPAIRED, recover={"steps": 1}
+    )
+    stages = {stage["name"]: stage["seconds"] for stage in record["stages"]}
+    gate, last = (record["variants"][name]["cost"] for name in ("gate", "last"))
+    expected = ["finetune dense", "record", "score gate", "plan gate", "repair gate", "prune gate"]
+    assert gate["seconds"]["total"] == pytest.approx(sum(stages[n] for n in [*expected, "finetune gate"]))
+    assert last["seconds"]["recording"] == 0 and last["seconds"]["tuning"] == stages["finetune dense"]
+    dense = record["variants"]["dense"]["cost"]
+    assert dense["seconds"]["total"] == pytest.approx(stages["finetune dense"])
+    assert gate["tokens"] > last["tokens"] > dense["tokens"] > 0
+    assert "Total time" in render_html(record, tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        # 6 steps of 4 samples; 4 steps of 4 are recorded; 2 of 4 layers stay.
+        ({"plan": REPAIRED | {"repair": "none"}}, 0.5 + 16 / 24),
+        ({"plan": REPAIRED}, 0.5 + 16 / 24 + 12 * 2.5 / 3 / 24),
+        ({"plan": REPAIRED | {"repair": "none"}, "start": "tuned", "recover": WHATEVER}, 1.25 + 16 / 24),
+        ({"plan": REPAIRED | {"repair": "none"}, "distil": {"teacher": "tuned"}}, 1.5 + 1 / 3 + 16 / 24),
+    ],
+)
+def test_the_work_of_a_pruned_row_is_counted_in_dense_fine_tunings(tmp_path, recipe, expected):
+    path, _ = make_project(tmp_path, **recipe)
+    assert Job(load_recipe(path)).pruned_work == pytest.approx(expected)
+
+
+def test_the_dense_model_is_shown_tuned_for_the_same_work(tmp_path):
+    record, _ = carry_out(
+        tmp_path,
+        start="tuned",
+        variants=["dense", "longer", "dropped"],
+        plan=REPAIRED | {"repair": "none"},
+        recover=WHATEVER,
+        evaluate={"before_finetuning": False},
+    )
+    steps = {name: row["finetune"]["steps"] for name, row in record["variants"].items()}
+    assert steps == {"dense": 6, "longer": 12, "dropped": 3}  # ceil(1.92 * 6)
+    longer = record["variants"]["longer"]
+    assert longer["label"] == "dense, same work" and longer["num_layers"] == 4
+    seconds = longer["cost"]["seconds"]
+    assert seconds["total"] == seconds["training"] > 0
+
+
+# -- how many layers -------------------------------------------------------------------------------------
+
+
+def fake_scores(monkeypatch, lost):
+    """Every row right but for `lost(layers)` of them: what a model of so many layers scores."""
+    from gradpruner.runs.row import depth_search
+
+    def scores(job, model):
+        wrong = lost(model.config.num_hidden_layers)
+        return {"exact_match": [float(i >= wrong) for i in range(len(job.validation))]}
+
+    monkeypatch.setattr(depth_search, "_scores_of", scores)
+
+
+def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch):
+    fake_scores(monkeypatch, lambda layers: {4: 0, 3: 0, 2: 30}[layers])
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
+    write_rows(tmp_path / "validation.jsonl", make_rows(80, seed=3))
+    recipe = load_recipe(
+        path, ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.1", "plan.repair=linear"),
+        {"data.validation": str(tmp_path / "validation.jsonl")},
+    )  # fmt: skip
+    record = run(recipe)
+    search = record["plans"]["gate"]["search"]
+    assert search["best"] == 1 and record["variants"]["gate"]["num_layers"] == 3
+    assert {p["num_prune"]: p["verdict"] for p in search["curve"]} == {1: "certified", 2: "not certified"}
+    assert search["rows"] == 80 and search["metric"] == "exact_match"
+    validated = [row["also"]["validation"]["metrics"] for row in record["variants"].values()]
+    assert [found["exact_match"]["n"] for found in validated] == [80, 80]
+    sizes = {p["num_prune"]: p["parameters"] for p in search["curve"]}
+    assert sizes[1] > sizes[2] and sizes[1] == record["variants"]["gate"]["num_parameters"]
+    shown = render_html(record, tmp_path / "r.html").read_text()
+    assert "How many layers can be removed" in shown and "1 layer certified" in shown
+    again = run(recipe)
+    assert {s["state"] for s in again["stages"] if s["name"].startswith("search")} == {"skipped"}
+
+
+def test_too_few_validation_rows_are_an_error_and_nothing_is_pruned(tmp_path, monkeypatch):
+    fake_scores(monkeypatch, lambda layers: 0)
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
+    overrides = ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.01")
+    with pytest.raises(PlanError, match=r"4 validation rows.*too few rows.*About \d+ rows are needed"):
+        run(load_recipe(path, overrides))
+    assert not (tmp_path / "run/variants/gate").exists()
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["variants"]["gate"]["error"] and not record["variants"]["dense"]["error"]
+    assert any("held out of the training rows" in warning for warning in record["warnings"])
+
+
+def test_validation_rows_are_no_training_rows(tmp_path):
+    path, _ = make_project(tmp_path, start="given")
+    job = Job(load_recipe(path, ("plan.num_prune=null", "plan.max_loss=0.05")))
+    train = {example.id for example in job.train.examples}
+    held_out = {example.id for example in job.validation.examples}
+    assert (len(train), len(held_out)) == (20, 4) and not train & held_out
+    assert len(job.samples) == 20
+    assert list(possible_plans(job)) == [1, 2]
+    again = Job(load_recipe(path, ("plan.num_prune=null", "plan.max_loss=0.05")))
+    assert {example.id for example in again.validation.examples} == held_out
+
+
+def test_rows_too_few_to_hold_any_out_are_refused(tmp_path):
+    path, _ = make_project(tmp_path, start="given")
+    write_rows(tmp_path / "train.jsonl", make_rows(4))
+    recipe = load_recipe(path, ("plan.num_prune=null", "plan.max_loss=0.05"))
+    with pytest.raises(DataError, match="too few to hold validation rows out"):
+        Job(recipe)
+    with pytest.raises(DataError, match="too few"):
+        job = Job(load_recipe(path))
+        with_validation(recipe, job.train, job.tokenizer)
+
+
+def test_a_search_without_a_result_names_rows_and_limit():
+    point = {"num_prune": 1, "loss": 0.0, "upper": 0.02, "verdict": "too few rows", "rows_needed": 300}
+    found = {"best": None, "limit": 0.01, "metric": "exact_match", "rows": 150, "curve": [point]}
+    with pytest.raises(PlanError, match=r"150 validation rows.*300 rows are needed"):
+        refuse_uncertified(found)
+    assert refuse_uncertified(found | {"best": 3}) == 3
+
+
+# -- recipes ---------------------------------------------------------------------------------------------
+
+PLAIN = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
+
+
+def test_an_effort_sets_what_the_recipe_leaves_open():
+    best = check_recipe(PLAIN | {"effort": "best", "plan": {"num_prune": 3}, "recover": {"steps": 7}})
+    assert (best.start, best.plan.repair, best.plan.num_prune) == ("tuned", "auto", 3)
+    assert best.recover.steps == 7 and best.distils and best.variants == ["dense", "dropped"]
+    fast = check_recipe(PLAIN | {"effort": "fast", "variants": ["dense", "gate"]})
+    assert (fast.start, fast.plan.repair, fast.variants) == ("base", "auto", ["dense", "gate"])
+    assert not fast.distils and check_recipe(fast.model_dump(mode="json")) == fast
+    assert check_recipe(PLAIN) == check_recipe(PLAIN | {"effort": "best"})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"start": "tuned", "variants": ["gate"]}, "start: tuned needs dense among the variants"),
+        (
+            {"distil": {"teacher": "tuned"}, "variants": ["gate"]},
+            "teacher: tuned needs dense among the variants",
+        ),
+        ({"start": "base", "plan": {"max_loss": 0.01}}, "needs start: tuned or given"),
+        ({"start": "given", "plan": {"max_loss": 0.01, "num_prune": 3}}, "are all budgets"),
+        ({"start": "given", "plan": {"max_loss": 1.5}}, "less than 1"),
+        ({"plan": {"repair": "magic"}}, "least_squares"),
+        ({"effort": "most"}, "'fast' or 'best'"),
+        (
+            {"start": "tuned", "finetune": {"mode": "lora", "merge_adapter": False}},
+            "merge_adapter: true",
+        ),
+    ],
+)
+def test_contradictory_recipes_are_refused(recipe, said):
+    with pytest.raises(ConfigError, match=said):
+        check_recipe(PLAIN | recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"start": "given", "variants": ["dense", "sat"]}, "sat changes the fine-tuning"),
+        ({"start": "given", "variants": ["auto"], "plan": {"max_loss": 0.1}}, "auto plans without scores"),
+    ],
+)
+def test_methods_are_refused_if_they_cannot_do_what_the_recipe_asks(recipe, said):
+    with pytest.raises(ConfigError, match=said):
+        check_methods(check_recipe(PLAIN | recipe))
+    check_methods(check_recipe(PLAIN | recipe | {"start": "tuned", "variants": ["dense", "gate"]}))
+
+
+def test_a_training_that_a_method_cannot_change_is_refused_before_a_model_is_loaded():
+    recipe = check_recipe(PLAIN | {"variants": ["dense", "sat"]})
+    check_changed_training(recipe, FinetuneOptions(), 2)
+    with pytest.raises(ConfigError, match="at least two optimizer steps; this training has 1"):
+        check_changed_training(recipe, FinetuneOptions(), 1)
+    with pytest.raises(ConfigError, match=r"torch\.compile"):
+        check_changed_training(recipe, FinetuneOptions(compile=True), 9)
+
+
+# -- the command -----------------------------------------------------------------------------------------
+
+
+def test_shrink_is_one_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(html, "render_html", lambda record, path: path)
+    make_project(tmp_path)
+    arguments = ["shrink", tmp_path / "model", "--data", tmp_path / "train.jsonl"]
+    arguments += ["--eval-data", tmp_path / "eval.jsonl", "--out", tmp_path / "out", "--num-prune", 2]
+    arguments += ["--set", "record.steps=4", "--set", "evaluate.metrics=[exact_match]", "--json", "--quiet"]
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0
+    record = json.loads(result.stdout)
+    assert record["title"] == f"model on {tmp_path.name}"  # where the file is called train
+    row = record["variants"]["gradpruner"]
+    assert row["num_layers"] == 2 and row["repair"]["kind"] == "layer_wise" and row["finetune"] is None
+    assert (tmp_path / "out/variants/gradpruner/pruned/model.safetensors").is_file()
+
+
+def test_a_shrunk_model_of_a_run_is_called_after_that_run():
+    recipe = check_recipe({"model": {"path": "m"}, "data": {"train": "/rows/sst2.jsonl#50"}})
+    job = SimpleNamespace(folder=Path("/my/runs/banking/variants/dense/model"), recipe=recipe)
+    assert title_of(job) == "banking on sst2"
+    recipe.data.train, job.folder = "/my/reviews/data/train.jsonl", Path("/models/smollm2")
+    assert title_of(job) == "smollm2 on reviews"
+
+
+def test_the_warning_about_an_untuned_model_comes_before_the_repair(tmp_path, caplog):
+    make_project(tmp_path)
+    with caplog.at_level("INFO", logger="gradpruner"):
+        carry_out(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
+    said = [record.getMessage() for record in caplog.records]
+    doubt = next(i for i, line in enumerate(said) if "was it tuned on this task?" in line)
+    assert said.index("evaluate dense") < doubt < said.index("repair dropped")
+
+
+def test_shrink_dry_run_loads_nothing(tmp_path):
+    make_project(tmp_path)
+    arguments = ["shrink", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--dry-run", "--quiet"]
+    arguments += ["--eval-data", tmp_path / "eval.jsonl", "--out", tmp_path / "out"]
+    result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+    assert result.exit_code == 0 and not (tmp_path / "out").exists()
+    assert "repair" in result.stdout and "nothing is trained after that" in result.stdout
+
+
+def test_another_start_records_again(tmp_path):
+    path, _ = make_project(tmp_path, variants=["dense", "gate"], plan=REPAIRED)
+    run(load_recipe(path))
+    record = run(load_recipe(path, ("start=tuned",)))
+    states = {stage["name"]: stage["state"] for stage in record["stages"]}
+    assert states["finetune dense"] == "skipped"
+    assert states["record"] == states["prune gate@start=tuned"] == "done"
+    with RunDirectory(tmp_path / "run") as directory:
+        assert directory.stages["record"]["state"] == "done"
