@@ -61,7 +61,7 @@ class Evaluation:
         seconds: Wall time of the evaluation: generation, scoring and metrics.
         tokens_per_second: Tokens generated per second of generation, without padding; None if this call
             generated nothing.
-        peak_memory_bytes: Peak over generation and scoring, see `models.memory.PeakMemory`.
+        peak_memory_bytes: Peak over generation and scoring, see `common.memory.PeakMemory`.
         outputs: One per example, in the order of the examples.
         details: How the metrics were computed: implementation, encoder, layer, normalisation.
     """
