@@ -41,6 +41,7 @@ from llama_engine import (
     AGREES,
     NEW_TOKENS,
     SEED,
+    SPM_VOCAB,
     Engine,
     compare,
     engine_options,
@@ -51,7 +52,6 @@ from llama_engine import (
     verdict_of,
     versions_of,
 )
-from llama_worker import SPM_VOCAB
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = range(24, 28)

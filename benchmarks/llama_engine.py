@@ -15,6 +15,7 @@ from typing import Any
 
 HERE, ROOT = Path(__file__).resolve().parent, Path(__file__).resolve().parent.parent
 SEED = 0
+SPM_VOCAB = 512  # entries of the small tokenizers
 NEW_TOKENS = 32
 AGREES = 1e-2
 """Largest relative error at which two results count as the same. Both sides are float32, but llama.cpp takes
@@ -148,7 +149,7 @@ def running(args: argparse.Namespace) -> Iterator[Engine]:
     """Starts the engine with a temporary folder that holds its tokenizers, and ends it after the block."""
     with tempfile.TemporaryDirectory() as name:
         engine = Engine(args.python, args.converter, Path(name))
-        fault = engine.do("tokenizers", folder=name, text=str(ROOT / "LICENSE"))
+        fault = engine.do("tokenizers", folder=name, text=str(ROOT / "LICENSE"), vocab=SPM_VOCAB)
         if fault:
             sys.exit(fault)
         yield engine

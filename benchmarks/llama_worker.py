@@ -14,8 +14,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-SPM_VOCAB = 512
-
 
 def work(converter: str) -> None:
     """Reads jobs as lines of JSON and runs each in a fork, because llama.cpp may abort the process."""
@@ -67,7 +65,7 @@ def tokenizers(converter: str, job: dict[str, Any]) -> None:
     special = {"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}
     (folder / "spm").mkdir()
     sentencepiece.SentencePieceTrainer.train(
-        input=text, model_prefix=str(folder / "spm" / "tokenizer"), vocab_size=SPM_VOCAB, model_type="bpe",
+        input=text, model_prefix=str(folder / "spm" / "tokenizer"), vocab_size=job["vocab"], model_type="bpe",
         byte_fallback=True, minloglevel=2, **special,
     )  # fmt: skip
     names = ["<pad>", "<s>", "</s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))]
@@ -75,7 +73,7 @@ def tokenizers(converter: str, job: dict[str, Any]) -> None:
     small.normalizer = normalizers.Replace(" ", "\u2581")
     steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     small.decoder = decoders.Sequence(steps)
-    trainer = trainers.BpeTrainer(vocab_size=SPM_VOCAB, special_tokens=names, max_token_length=8)
+    trainer = trainers.BpeTrainer(vocab_size=job["vocab"], special_tokens=names, max_token_length=8)
     small.train_from_iterator(Path(text).read_text(encoding="utf-8").splitlines(), trainer)
     bytes_too = PreTrainedTokenizerFast(
         tokenizer_object=small, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"

@@ -54,7 +54,7 @@ def _stage(name: str, summary: str) -> Callable[..., None]:
 
 
 def report(
-    run_directory: Annotated[Path, typer.Argument(help="A run directory with run.json.")],
+    folder: Annotated[Path, typer.Argument(help="A run directory, or the folder of a study.")],
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the results as Markdown instead of a summary.")
     ] = False,
@@ -63,19 +63,23 @@ def report(
     """Write report.html again and print the results."""
     from gradpruner.common.files import working_in
     from gradpruner.common.json_files import read_object
-    from gradpruner.reports.html import render_html
+    from gradpruner.reports.folders import REPORT
+    from gradpruner.reports.html import render_html, write_study_report
     from gradpruner.reports.markdown import markdown_table
     from gradpruner.reports.terminal import print_summary
 
-    record = read_object(run_directory / "run.json", "run record", dict[str, Any])
-    with working_in(run_directory):
-        path = render_html(record, run_directory / "report.html")
+    files = {path.name for path in folder.glob("*.*")}
+    study = "study.json" in files or ("study.yaml" in files and "run.json" not in files)
+    kind = "study" if study else "run"
+    record = read_object(folder / f"{kind}.json", f"{kind} record", dict[str, Any])
+    with working_in(folder):
+        path = write_study_report(record, folder) if study else render_html(record, folder / REPORT)
     if as_json:
         typer.echo(json.dumps({"report": str(path)}))
     elif markdown:
-        typer.echo(markdown_table(record, run_directory))
+        typer.echo(markdown_table(record, folder))
     else:
-        print_summary(record, console(), run_directory)
+        print_summary(record, console(), folder)
         typer.echo(f"report: {path}")
 
 

@@ -181,7 +181,7 @@ def _base_recipe(file: StudyFile, path: Path, chosen: Chosen) -> Recipe:
 def _tell(found: Outcome, out: str | Path, as_json: bool) -> None:
     """Prints the result of a study; raises the error of the first failed row."""
     from gradpruner.common.printing import print_line
-    from gradpruner.runs.study.carrying_out import REPORT
+    from gradpruner.reports.folders import REPORT
 
     tell(found, found.study, as_json)
     if found.measured and not as_json:

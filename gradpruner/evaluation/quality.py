@@ -151,7 +151,8 @@ def evaluate(
         asking = _Asking(answering, questions, outputs, share, bar, world)
         budget = (options.max_new_tokens or questions.most_new_tokens()) if _generates(metrics) else 0
         speed = world.in_step(lambda: asking.ask(budget, use_choices))
-    graded = _grade(world.in_order([outputs[i] for i in share]), metrics, scorer)
+    own = world.in_step(lambda: _grade([outputs[i] for i in share], metrics, scorer))
+    graded = world.in_order(own)
     details = _details(metrics, scorer, answering, use_choices, options.score_ends)
     return Evaluation(
         metrics={name: bootstrap_interval(v, seed=options.seed) for name, v in values_of(graded).items()},

@@ -143,8 +143,8 @@ class Method:
         plan: Decides by itself what is pruned; changes no weights.
         shrink: Prunes while it trains; returns the pruned, trained model and the plan of what was kept.
         callbacks: Trainer callbacks that change the fine-tuning; the model keeps its size.
-        check: Raises ConfigError if `callbacks` cannot be used with a fine-tuning, given its options and
-            number of optimizer steps. Called before a model is loaded.
+        check: Raises ConfigError if the method cannot train as the recipe's fine-tuning says, given its
+            options and number of optimizer steps. Called before a model is loaded.
         training: Keys of the recipe's `finetune` section that a method with `callbacks` sets itself. Its row
             then trains the original dense model, even where other rows start from the tuned one.
         recover: Trains the pruned model (second argument, in place) before fine-tuning. Returns JSON values

@@ -20,6 +20,8 @@ from gradpruner.common.printing import MISSING, moment, num_bytes, short, text, 
 from gradpruner.reports import comparing, details, figures, sweep, tables
 from gradpruner.reports.answers import KINDS, sample_answers
 from gradpruner.reports.cells import Table
+from gradpruner.reports.folders import REPORT
+from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.record import Plan, Record
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.svg import PALETTE, Plot, house_style
@@ -57,6 +59,12 @@ def render_html(source: dict[str, Any], out: Path) -> Path:
     # A lone surrogate in a file name must not break the report.
     write_text(out, page.encode("utf-8", "replace").decode("utf-8"))
     return out
+
+
+def write_study_report(source: dict[str, Any], folder: Path) -> Path:
+    """Writes report.html and table.md into the folder of a study, and returns the former."""
+    write_text(folder / "table.md", markdown_table(source, folder))
+    return render_html(source, folder / REPORT)
 
 
 def page_of(view: View, folder: Path) -> dict[str, Any]:

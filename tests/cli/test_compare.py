@@ -14,7 +14,7 @@ from gradpruner.cli import bundled
 from gradpruner.cli import studies as cli_compare
 from gradpruner.common.errors import ModelError
 from gradpruner.methods import METHODS, Method
-from gradpruner.reports import html, markdown, terminal
+from gradpruner.reports import html, terminal
 from gradpruner.runs import pipeline
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import load_recipe
@@ -25,7 +25,7 @@ from gradpruner.runs.study import comparing
 def as_it_was(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(html, "render_html", lambda found, out: out.write_text(found["title"]))
-    monkeypatch.setattr(markdown, "markdown_table", lambda found, folder: found["kind"])
+    monkeypatch.setattr(html, "markdown_table", lambda found, folder: found["kind"])
     monkeypatch.setattr(
         terminal,
         "print_summary",
@@ -58,6 +58,16 @@ def test_a_comparison_is_one_command_and_starts_again_where_it_was(call, tmp_pat
     found = json.loads((out / "study.json").read_text())
     assert found["seeds"] == [0, 1] and found["command"].startswith("gradpruner compare")
     assert not list(out.rglob("variants/*/model")) and (out / "report.html").exists()
+    written = {name: (out / name).read_bytes() for name in ("report.html", "table.md")}
+    for name in written:
+        (out / name).unlink()
+    code, shown, _ = call("report", out)
+    assert code == 0 and "table of 1 points" in shown
+    assert {name: (out / name).read_bytes() for name in written} == written
+    (tmp_path / "begun").mkdir()
+    write_study(tmp_path / "begun")
+    code, _, err = call("report", tmp_path / "begun")
+    assert code == 6 and "study.json" in err
     monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     code, shown, _ = call(*command, "--json", "--quiet")
     assert code == 0 and json.loads(shown)["points"] == found["points"]

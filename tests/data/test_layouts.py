@@ -274,6 +274,12 @@ def test_different_labels_in_evaluation_rows_are_warned_of(tmp_path):
     warning = next(one for one in Job(recipe).warnings if "labels, evaluation rows" in one)
     assert "3 labels, evaluation rows 2 (not in both: z)" in warning
     assert warning.endswith("""--set 'data.labels=["x", "y", "z"]'.""")
+    held = [{"text": "a", "label": label} for label in "xyw" * 10]
+    write_rows(tmp_path / "held.jsonl", held)
+    both = Job(load_recipe(path, (f"data.validation={tmp_path / 'held.jsonl'}",))).warnings
+    said = [one for one in both if "so they offer different choices" in one]
+    assert "3 labels, validation rows 3 (not in both: w, z)" in said[1] and len(said) == 2
+    assert all(one.endswith("""--set 'data.labels=["w", "x", "y", "z"]'.""") for one in said)
     filled = load_recipe(path, ("data.completion=It is {label}",))
     assert any(one.endswith("List all labels in data.labels.") for one in Job(filled).warnings)
     named = load_recipe(path, ("data.labels={x: x, y: y, z: z}",))

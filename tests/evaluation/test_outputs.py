@@ -9,6 +9,7 @@ from builders import make_llama, make_tokenizer
 
 from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.common.progress import Progress
+from gradpruner.common.world import World
 from gradpruner.data.examples import Example
 from gradpruner.evaluation.outputs import Output, paired_intervals, read_examples, values_of
 from gradpruner.evaluation.quality import evaluate
@@ -171,6 +172,18 @@ def test_text_metrics_score_the_greedy_answer(model, tokenizer, monkeypatch):
     assert found.details["bert_score"] == {"encoder": "none"}
     assert found.details["rouge_l"].startswith("rouge-score 0.")
     assert found.outputs[0].correct is None  # exact_match was not requested
+
+
+def test_each_process_scores_the_texts_of_its_own_rows(model, tokenizer, monkeypatch):
+    class Second(World):
+        in_step = staticmethod(lambda work: work())
+        in_order = staticmethod(list)
+
+    monkeypatch.setattr("gradpruner.evaluation.quality.BertScorer", lambda encoder, layer: Scorer())
+    monkeypatch.setattr(World, "stop_if_peer_failed", lambda self: None)
+    asked = {"metrics": ["bert_score"], "max_length": 64, "max_new_tokens": 3}
+    found = evaluate(model, tokenizer, EXAMPLES, world=Second(1, 2), **asked).outputs
+    assert [one.id for one in found if one.bert_score == 0.5] == [one.id for one in EXAMPLES[1::2]]
 
 
 def test_a_journal_has_one_writer_and_must_not_be_a_link(model, tokenizer, tmp_path):

@@ -351,6 +351,9 @@ def test_a_training_that_a_method_cannot_change_is_refused_before_a_model_is_loa
         check_changed_training(recipe, FinetuneOptions(), 1)
     with pytest.raises(ConfigError, match=r"torch\.compile"):
         check_changed_training(recipe, FinetuneOptions(compile=True), 9)
+    apt = check_recipe(PLAIN | {"variants": ["dense", "apt"]})
+    with pytest.raises(ConfigError, match="fp16 training scales gradients"):
+        check_changed_training(apt, FinetuneOptions(precision="fp16"), 9)
 
 
 # -- the command -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from builders import make_llama, make_project, make_tokenizer
 from gradpruner.common.errors import ConfigError, ModelError, PlanError
 from gradpruner.common.progress import set_mode
 from gradpruner.methods import METHODS, Method
-from gradpruner.reports import html, markdown
+from gradpruner.reports import html
 from gradpruner.runs import pipeline
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
@@ -25,7 +25,7 @@ def quick_and_quiet():
     set_mode("quiet")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(html, "render_html", lambda found, out: out.write_text(found["title"]))
-        patch.setattr(markdown, "markdown_table", lambda found, folder: found["kind"])
+        patch.setattr(html, "markdown_table", lambda found, folder: found["kind"])
         patch.setattr(Job, "release", lambda *a: None)
         yield
     set_mode("auto")

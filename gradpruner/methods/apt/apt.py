@@ -24,7 +24,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.callbacks import ClosingCallback, NonFiniteGuard, ProgressCallback
-from gradpruner.training.finetuning import LOGGED_POINTS, planned_steps, resolve_precision, training_arguments
+from gradpruner.training.finetuning import LOGGED_POINTS, planned_steps, training_arguments
 from gradpruner.training.options import DistillationOptions, FinetuneOptions
 from gradpruner.training.teacher import DistillationTrainer
 from gradpruner.training.trainer import CausalTrainer
@@ -100,11 +100,7 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     options = context.options or APTOptions()
     num_remove = context.budget()
     context.checked_samples()
-    if resolve_precision(context.finetune.precision, context.finetune.device) == "fp16":
-        raise ConfigError(
-            "APT adds a term of the gradients to a term of the weights, but fp16 training scales gradients.",
-            hint="Set finetune.precision to bf16 or fp32.",
-        )
+    _check(context.finetune)
     view = WidthView(context.model())
     whole = view.whole()
     pruning = AdaptivePruning(view, options, num_remove, context.protected, context.seed)
@@ -125,6 +121,15 @@ def shrink(context: MethodContext) -> tuple[nn.Module, WidthPlan]:
     # Training has changed the model, so the fingerprint in the plan's evidence no longer matches.
     prune_width_(model, dataclasses.replace(plan, evidence={}))
     return model.requires_grad_(True), plan
+
+
+def _check(tuning: FinetuneOptions) -> None:
+    """Raises ConfigError for fp16."""
+    if tuning.precision == "fp16":
+        raise ConfigError(
+            "APT adds a term of the gradients to a term of the weights, but fp16 training scales gradients.",
+            hint="Set finetune.precision to bf16 or fp32.",
+        )
 
 
 def kept_share(step: float, warmup: float, end: float) -> float:
@@ -349,6 +354,7 @@ METHODS.register("apt")(
     Method(
         "APT-like: prunes the least salient heads and channels step by step while LoRA trains",
         shrink=shrink,
+        check=lambda tuning, steps: _check(tuning),
         options=APTOptions,
         label="APT-like",
         uniform=False,

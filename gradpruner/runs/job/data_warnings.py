@@ -36,6 +36,10 @@ def warnings_of(inputs: Inputs) -> list[str]:
         )
     found += filter(None, [too_few_steps(inputs), _uneven_spaces(inputs)])
     found += _cut_prompts(inputs)
+    asked = {"evaluation": inputs.eval} if inputs.measures else {}
+    if inputs.validation is not None and inputs.recipe.data.validation is not None:
+        asked["validation"] = inputs.validation  # those held out of the training rows have the same labels
+    found += unequal_labels(inputs.train, asked)
     found += _doubtful_measurements(inputs) if inputs.measures else []
     found += _notes_of_rows(inputs)
     ends = {one.input_ids[-1] for one in inputs.samples.encoded if not one.cut_answer_tokens}
@@ -115,7 +119,7 @@ def _uneven_spaces(inputs: Inputs) -> str:
 
 def _doubtful_measurements(inputs: Inputs) -> list[str]:
     """Warnings about evaluation rows that make the figures less reliable."""
-    found = list(filter(None, [unequal_labels(inputs.train, inputs.eval)]))
+    found = []
     if inputs.overlap:
         found.append(
             f"{inputs.overlap} of {len(inputs.eval)} evaluation prompts also occur in the training data."

@@ -43,7 +43,7 @@ def check_methods(recipe: Recipe) -> None:
 
 
 def check_changed_training(recipe: Recipe, tuning: FinetuneOptions, steps: int) -> None:
-    """Raises ConfigError for a row whose method cannot change its training of `steps` optimizer steps."""
+    """Raises ConfigError for a row whose method cannot train so, or change a training of `steps` steps."""
     for name in recipe.variants:
         method = METHODS.find(method_of(name)) if name != "dense" else None
         if method is not None and method.check is not None:

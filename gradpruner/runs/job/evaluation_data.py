@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,25 +175,35 @@ def holds_out(recipe: Recipe) -> bool:
     return source.is_file() or (source.is_dir() and not has_split(source, "eval"))
 
 
-def unequal_labels(train: ExampleSet, evaluation: ExampleSet) -> str:
-    """Returns a warning if a user's training and evaluation rows have different labels; "" if not."""
-    learned, asked = (
-        {choice.strip() for example in found.examples[:1] for choice in example.choices}
-        if found.format.startswith(("labelled_text", "templates"))
-        else set()
-        for found in (train, evaluation)
-    )
-    if learned == asked or not learned or not asked:
-        return ""
-    differing = ", ".join(sorted(learned ^ asked)[:8])
+def unequal_labels(train: ExampleSet, others: Mapping[str, ExampleSet]) -> list[str]:
+    """Returns a warning for each set of a user's rows whose labels are not those of the training rows.
+
+    Args:
+        train: The training rows.
+        others: The other rows by name, such as "evaluation".
+    """
+    learned, asked = _labels(train), {name: _labels(rows) for name, rows in others.items()}
+    if not learned:
+        return []
     # Choices of a template have its words around the labels. JSON, since a bare `no` is false in YAML.
-    listed = shlex.quote(f"data.labels={json.dumps(sorted(learned | asked), ensure_ascii=False)}")
+    known = json.dumps(sorted(learned.union(*asked.values())), ensure_ascii=False)
+    listed = shlex.quote(f"data.labels={known}")
     as_command = train.format.startswith("labelled_text") and len(listed) < _SHORT
     place = f": --set {listed}" if as_command else " in data.labels"
-    return (
-        f"Training rows have {len(learned)} labels, evaluation rows {len(asked)} (not in both: {differing}), "
-        f"so they offer different choices. List all labels{place}."
-    )
+    return [
+        f"Training rows have {len(learned)} labels, {name} rows {len(labels)} (not in both: "
+        f"{', '.join(sorted(learned ^ labels)[:8])}), so they offer different choices. "
+        f"List all labels{place}."
+        for name, labels in asked.items()
+        if labels and labels != learned
+    ]
+
+
+def _labels(rows: ExampleSet) -> set[str]:
+    """Returns the labels that rows with labels offer as choices; empty for other rows."""
+    if not rows.format.startswith(("labelled_text", "templates")):
+        return set()
+    return {choice.strip() for example in rows.examples[:1] for choice in example.choices}
 
 
 def with_validation(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STUDY, REPORT, TABLE = "study.json", "report.html", "table.md"
+STUDY = "study.json"
 # Marks the folder of a study from the start, before a first run is finished.
 MARKER = "study.yaml"
 # Keys of a recipe that do not change any figure.
@@ -209,13 +209,11 @@ class _Progress:
 
     def _write(self) -> dict[str, Any]:
         """Results so far -> study.json, report.html and table.md"""
-        from gradpruner.reports.html import render_html
-        from gradpruner.reports.markdown import markdown_table
+        from gradpruner.reports.html import write_study_report
 
         found = summarise(self.study, self.found, self.command)
         write_json(self.study.out / STUDY, found)
-        render_html(found, self.study.out / REPORT)
-        write_text(self.study.out / TABLE, markdown_table(found, self.study.out))
+        write_study_report(found, self.study.out)
         return found
 
 
