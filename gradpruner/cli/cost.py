@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gradpruner.cli.executing import prepare, tell
-from gradpruner.cli.models import kept_layers, num_bytes
+from gradpruner.cli.models import kept_layers, parse_size
 from gradpruner.cli.options import ENDING, Chosen, takes, words
 from gradpruner.common.errors import ConfigError, ResourceError
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
@@ -225,7 +225,7 @@ def _scaling(
         processes=options["world_size"],
         strategies=tuple(words(options["strategy"] or "")),
         modes=modes,
-        device_bytes=num_bytes(options["device_memory"]) if options["device_memory"] else None,
+        device_bytes=parse_size(options["device_memory"]) if options["device_memory"] else None,
         optim=options["optim"],
         num_merge=min(NUM_MERGE, len(plan.pruned)),
     )

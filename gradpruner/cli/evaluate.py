@@ -237,8 +237,8 @@ def _show(found: Mapping[str, Any]) -> None:
         table.add_row(metric_label(name), percent(entry["value"]), shown, f"{entry['n']}{mark}")
     for task, scored in found.get("lm_eval", {}).get("tasks", {}).items():
         for name, entry in scored["metrics"].items():
-            spread = f"± {entry['stderr']:.4f}" if entry["stderr"] is not None else ""
-            table.add_row(f"{task}: {name} (lm-eval)", f"{entry['value']:.4f}", spread, str(scored["n"]))
+            error = f"± {entry['stderr']:.4f}" if entry["stderr"] is not None else ""
+            table.add_row(f"{task}: {name} (lm-eval)", f"{entry['value']:.4f}", error, str(scored["n"]))
     if table.rows:
         screen.print(table)
     if any(entry["n"] < FEW_EXAMPLES for entry in found.get("metrics", {}).values()):

@@ -96,7 +96,9 @@ def prune(
         )
     prepare(chosen.quiet)
     which = _Choice(plan, trace, keep, drop, repair)
-    _prune_folder(source, destination, which, chosen, max_shard_bytes=num_bytes(max_shard_size), verify=level)
+    _prune_folder(
+        source, destination, which, chosen, max_shard_bytes=parse_size(max_shard_size), verify=level
+    )
 
 
 @dataclass(frozen=True)
@@ -224,10 +226,9 @@ def _print_portability(verdicts: list[dict[str, Any]]) -> None:
 
 
 def _print_summary(facts: dict[str, Any], plan: PruningPlan) -> None:
-    from gradpruner.common.printing import num_bytes as shown
-    from gradpruner.common.printing import runs_of
+    from gradpruner.common.printing import num_bytes, runs_of
 
-    before, after = (shown(size) for size in facts["bytes"])
+    before, after = (num_bytes(size) for size in facts["bytes"])
     typer.echo(
         f"{facts['model_type']}: {facts['layers'][0]} -> {facts['layers'][1]} layers, {before} -> "
         f"{after}; removes {'layer' if len(plan.pruned) == 1 else 'layers'} {runs_of(plan.pruned)}"
@@ -305,11 +306,11 @@ def diff(
     if as_json:
         typer.echo(json.dumps(vars(summary), indent=2, default=str))
     else:
-        from gradpruner.common.printing import num_bytes as shown
+        from gradpruner.common.printing import num_bytes
 
         typer.echo(
-            f"delta: {summary.folder}, {shown(summary.num_bytes)} for a checkpoint of "
-            f"{shown(summary.checkpoint_bytes)}; {summary.copied} tensors come from the source, "
+            f"delta: {summary.folder}, {num_bytes(summary.num_bytes)} for a checkpoint of "
+            f"{num_bytes(summary.checkpoint_bytes)}; {summary.copied} tensors come from the source, "
             f"{summary.stored} are stored"
         )
 
@@ -335,7 +336,7 @@ def rebuild(
     typer.echo(f"rebuilt: {folder}")
 
 
-def num_bytes(size: str) -> int:
+def parse_size(size: str) -> int:
     """Parses a size such as 5GB, 80GiB or 1000000 into bytes; GB is decimal, GiB binary.
 
     Raises:

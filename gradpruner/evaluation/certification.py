@@ -176,8 +176,8 @@ def certify(dense: Scores, pruned: Scores, limit: float, confidence: float = 0.9
     margin, room = _margin(lost, gained, error), allowed - change
     if verdict != "certified" and lossless_margin > allowed and not surely_above:
         verdict, margin, room = "too few rows", lossless_margin, allowed
-    spread = NormalDist().inv_cdf(confidence) * float(np.sqrt((sizes**2).sum()))
-    needed = before.size if verdict == "certified" else _rows_needed(before.size, room, margin, spread)
+    noise = NormalDist().inv_cdf(confidence) * float(np.sqrt((sizes**2).sum()))
+    needed = before.size if verdict == "certified" else _rows_needed(before.size, room, margin, noise)
     means = float(before.mean()), float(after.mean())
     return Certificate(before.size, *means, bound.loss, bound.upper, confidence, limit, verdict, needed)
 
@@ -247,21 +247,21 @@ def _margin(lost: Floats, gained: Floats, error: float) -> float:
     return math.hypot(above, below)
 
 
-def _rows_needed(rows: int, room: float, margin: float, spread: float) -> int | None:
+def _rows_needed(rows: int, room: float, margin: float, noise: float) -> int | None:
     """Returns the number of rows at which the margin fits into the room, or None if it never does.
 
-    With k times as many rows, the room grows k times, and the random part of the margin, `spread`, sqrt(k)
+    With k times as many rows, the room grows k times, and the random part of the margin, `noise`, sqrt(k)
     times. The rest of the margin stays the same.
 
     Args:
         rows: Number of measured rows.
         room: How far the loss on these rows may still rise, as a sum of scores.
         margin: Margin on these rows, as a sum of scores.
-        spread: Random part of the margin.
+        noise: Random part of the margin.
     """
     if room <= 0:
         return None
-    root = (spread + math.sqrt(max(0.0, spread**2 + 4.0 * room * (margin - spread)))) / (2.0 * room)
+    root = (noise + math.sqrt(max(0.0, noise**2 + 4.0 * room * (margin - noise)))) / (2.0 * room)
     return max(rows + 1, math.ceil(rows * root**2))
 
 

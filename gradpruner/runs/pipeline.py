@@ -27,7 +27,7 @@ from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.reading import Plan
 from gradpruner.runs.before.disk import bytes_missing
-from gradpruner.runs.before.fitting import check_fitting
+from gradpruner.runs.before.fitting import check_memory
 from gradpruner.runs.folder.directory import RunDirectory, Stage
 from gradpruner.runs.folder.plan_names import STAGES, method_of
 from gradpruner.runs.folder.row_names import row_for, row_of_failed
@@ -89,7 +89,7 @@ def run_rows(
     """Does the same as `run`, but returns a variant's first error beside the run record; `run` raises it."""
     check_known("stage", until, STAGES)
     job = job or Job(recipe, command)
-    check_fitting(job, until)
+    check_memory(job, until)
     directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
     check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
     if STAGES.index(until) >= STAGES.index("finetune") and (short := too_few_steps(job)):

@@ -32,7 +32,7 @@ _TRIAL_ROWS = ((0,), (1, 2, 3))
 _ROUNDING = {"float32": 1e-4, "16 bits": 0.125}
 
 
-def spread(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
+def fill_rows(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
     """Spreads samples over rows: the next longest sample goes to the row with the fewest tokens.
 
     Args:
@@ -54,7 +54,7 @@ def spread(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
 
 
 def choose_rows(lengths: Sequence[int], attention_tokens: float = math.inf) -> list[list[int]]:
-    """Returns the cheapest rows for a batch, as `spread` does.
+    """Returns the cheapest rows for a batch, as `fill_rows` does.
 
     A few long rows waste little on padding, many short rows waste little on attention.
 
@@ -65,7 +65,7 @@ def choose_rows(lengths: Sequence[int], attention_tokens: float = math.inf) -> l
     """
     best, least = [list(range(len(lengths)))], math.inf
     for num_rows in range(1, len(lengths) + 1):
-        rows = spread(lengths, num_rows)
+        rows = fill_rows(lengths, num_rows)
         width = max(sum(lengths[i] for i in row) for row in rows)
         cost = num_rows * width * (1 + width / attention_tokens)
         if cost < least:

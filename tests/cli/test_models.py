@@ -10,7 +10,7 @@ from families import make_family_model
 from seeing import qwen3_vl, saved
 from transformers import AutoModelForCausalLM
 
-from gradpruner.cli.models import layer_numbers, num_bytes
+from gradpruner.cli.models import layer_numbers, parse_size
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.progress import set_mode
 from gradpruner.models.sizes import count_parameters
@@ -162,9 +162,9 @@ def test_families_are_listed(call):
 
 def test_sizes_and_layers():
     sizes = {"5GB": 5 * 10**9, "1.5 mb": 1500000, "7": 7, "2k": 2000, "0.5 GiB": 2**29}
-    assert {text: num_bytes(text) for text in sizes} == sizes
+    assert {text: parse_size(text) for text in sizes} == sizes
     with pytest.raises(ConfigError):
-        num_bytes("0")
+        parse_size("0")
     assert layer_numbers("0-2, 5", 6) == [0, 1, 2, 5]
 
 

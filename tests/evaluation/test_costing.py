@@ -113,7 +113,7 @@ def test_bad_pairs(shape, tmp_path):
         measure_cost(shape, shallow, Workload(device="cpu"), dry_run=True)
     narrow = write_config(tmp_path / "narrow", num_hidden_layers=4, intermediate_size=24)
     found = measure_cost(shape, narrow, SMALL, dry_run=True)
-    assert "not the first one with fewer layers" in found.warnings[0]
+    assert "differ in more than depth" in found.warnings[0]
     assert all(figure.floor is None for figure in found.figures)
 
 

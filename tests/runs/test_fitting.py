@@ -166,12 +166,17 @@ def test_teacher_and_repair_are_stages_of_their_own(call, tmp_path, monkeypatch)
     monkeypatch.setattr(fitting, "working_bytes", lambda *_: None)
     keys = ("start=tuned", "plan.repair=least_squares", "recover.epochs=1", "distil.teacher=tuned")
     code, out, _ = call("run", path, "--dry-run", *(part for key in keys for part in ("--set", key)))
-    assert code == 0 and "distillation pruned" in out and "repair" in out and "they come on top" in out
+    assert (
+        code == 0
+        and "distillation pruned" in out
+        and "repair" in out
+        and "add them to the figures above" in out
+    )
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(call, tmp_path, monkeypatch):
     path, values = make_project(tmp_path)
-    held = fitting.fitting_of(Job(load_recipe(path))).stages
+    held = fitting.memory_need(Job(load_recipe(path))).stages
     room = (held["fine-tuning dense"].certain + held["recording"].certain) // 2
     monkeypatch.setattr(fitting, "working_bytes", lambda *_: 1000)
     monkeypatch.setattr(fitting, "host_memory", lambda: room)
@@ -221,7 +226,7 @@ def test_offloading_reaches_torch_for_every_layer_and_changes_no_loss(monkeypatc
 
 def test_what_fits_without_activations_is_only_warned_of(call, tmp_path, monkeypatch):
     path, _ = make_project(tmp_path)
-    room = max(held.certain for held in fitting.fitting_of(Job(load_recipe(path))).stages.values())
+    room = max(held.certain for held in fitting.memory_need(Job(load_recipe(path))).stages.values())
     monkeypatch.setattr(fitting, "working_bytes", lambda *_: 10**6)
     monkeypatch.setattr(fitting, "host_memory", lambda: room)
     code, out, _ = call("run", path, "--dry-run", "--json")
@@ -283,6 +288,6 @@ def test_a_deepspeed_file_says_what_is_spread(tmp_path):
 def test_recording_is_data_parallel_where_deepspeed_tunes(tmp_path, monkeypatch):
     job = Job(load_recipe(make_project(tmp_path)[0]))
     monkeypatch.setattr(fitting, "spread_of", lambda _: Spread("zero3", 2))
-    stages = fitting.fitting_of(job).stages
+    stages = fitting.memory_need(job).stages
     assert stages["recording"].exchange == stages["recording"].gradients > 0  # DDP's buckets
     assert stages["recording"].weights > 1.9 * stages["fine-tuning dense"].weights

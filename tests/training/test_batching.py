@@ -15,9 +15,9 @@ from gradpruner.training.batching import (
     PackedCollator,
     attention_tokens,
     choose_rows,
+    fill_rows,
     lay_out,
     packing_fault,
-    spread,
 )
 from gradpruner.training.finetuning import finetune, training_arguments
 from gradpruner.training.options import FinetuneOptions
@@ -52,9 +52,9 @@ def long_samples(count, vocabulary, seed=0):
 
 
 def test_the_next_longest_goes_to_the_emptiest_row():
-    assert spread([4, 6, 2, 5, 6], 2) == [[1, 3], [4, 0, 2]]  # 6 5 and 6 4 2
-    assert spread([3, 3, 3], 3) == [[0], [1], [2]]
-    assert spread([3, 3, 3], 1) == [[0, 1, 2]]
+    assert fill_rows([4, 6, 2, 5, 6], 2) == [[1, 3], [4, 0, 2]]  # 6 5 and 6 4 2
+    assert fill_rows([3, 3, 3], 3) == [[0], [1], [2]]
+    assert fill_rows([3, 3, 3], 1) == [[0, 1, 2]]
 
 
 def test_the_number_of_rows_is_the_cheapest():

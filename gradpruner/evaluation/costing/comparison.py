@@ -258,10 +258,7 @@ def _warnings(differs: str, sizes: tuple[Sizes, Sizes]) -> tuple[str, ...]:
     """Returns warnings for the reader of the figures."""
     warnings = []
     if differs:
-        warnings.append(
-            f"The second model is not the first one with fewer layers ({differs}): the ratios are not due to "
-            "depth alone, and there are no floors."
-        )
+        warnings.append(f"The models differ in more than depth ({differs}); no floors are shown.")
     if any(one.flops is None for one in sizes):
         warnings.append("torch cannot count the FLOPs of this family without weights; that row is left out.")
     return tuple(warnings)

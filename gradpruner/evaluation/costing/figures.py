@@ -86,9 +86,9 @@ class Figure:
         return self.ratio / self.floor if self.ratio is not None and self.floor else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the figure as JSON values, including the spread of the pairs."""
+        """Returns the figure as JSON values, including the range of the pairs."""
         pairs = self.pairs if len(self.pairs) > 1 else []
-        spread = pairs and {
+        between = pairs and {
             "lowest": pairs[0],
             "quartiles": statistics.quantiles(pairs, n=4, method="inclusive"),
             "highest": pairs[-1],
@@ -100,7 +100,7 @@ class Figure:
             "ratio": self.ratio,
             "floor": self.floor,
             "above_floor": self.above_floor,
-            "pair_ratios": spread or None,
+            "pair_ratios": between or None,
             "dense_values": list(self.dense),
             "pruned_values": list(self.pruned),
         }

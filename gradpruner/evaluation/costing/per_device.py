@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer state on each device in training, computed from shapes alone.
 
-No weights are loaded, and the counts are exact. The activations of a step come on top, see `rehearsal`.
+No weights are loaded, and the counts are exact. Add the activations of a step, see `rehearsal`.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Piece:
+class DeviceTensor:
     """A tensor on a device; `itemsize` is the bytes per entry, a fraction if it is quantised."""
 
     shape: tuple[int, ...]
@@ -182,15 +182,15 @@ def hold_training(model: nn.Module, training: Training) -> Held:
         model: The whole model on the meta device, without adapters; not changed.
         training: How the model is trained.
     """
-    spread, pieces = training.spread, pieces_of(model, training)
-    trained = [piece for piece in pieces if piece.trained]
+    spread, tensors = training.spread, device_tensors(model, training)
+    trained = [tensor for tensor in tensors if tensor.trained]
     if spread.strategy.startswith("zero"):
-        optimizer = sum(_ZERO_OPTIMIZER * spread.share("optimizer", piece.shape) for piece in trained)
+        optimizer = sum(_ZERO_OPTIMIZER * spread.share("optimizer", tensor.shape) for tensor in trained)
     else:
-        optimizer = sum(_optimizer_bytes(training.optim, piece, spread) for piece in trained)
-    gradients = sum(round(spread.share("gradients", piece.shape) * piece.itemsize) for piece in trained)
+        optimizer = sum(_optimizer_bytes(training.optim, tensor, spread) for tensor in trained)
+    gradients = sum(round(spread.share("gradients", tensor.shape) * tensor.itemsize) for tensor in trained)
     return Held(
-        weights=sum(round(spread.share("weights", piece.shape) * piece.itemsize) for piece in pieces),
+        weights=sum(round(spread.share("weights", tensor.shape) * tensor.itemsize) for tensor in tensors),
         gradients=gradients,
         optimizer=optimizer,
         exchange=gradients if spread.strategy == "ddp" else _gathered(model, training),
@@ -199,7 +199,7 @@ def hold_training(model: nn.Module, training: Training) -> Held:
     )
 
 
-def pieces_of(model: nn.Module, training: Training) -> list[Piece]:
+def device_tensors(model: nn.Module, training: Training) -> list[DeviceTensor]:
     """Returns all tensors of a model in training, including adapters; arguments as for `hold_training`."""
     low = training.precision != "fp32"
     itemsize = training.dtype.itemsize
@@ -215,7 +215,7 @@ def pieces_of(model: nn.Module, training: Training) -> list[Piece]:
         size: float = itemsize
         if training.mode == "qlora":
             size = _ITEM_4BIT if id(weight) in quantised else _FLOAT32
-        found.append(Piece(tuple(weight.shape), size, full, id(weight) in embeddings))
+        found.append(DeviceTensor(tuple(weight.shape), size, full, id(weight) in embeddings))
     return found if full or not training.trains else found + _adapters(model, training)
 
 
@@ -253,12 +253,12 @@ def held_bytes(model: Any, mode: str, workload: Workload, dtype: torch.dtype) ->
     return hold_training(model, training).certain + cached
 
 
-def _adapters(model: nn.Module, training: Training) -> list[Piece]:
+def _adapters(model: nn.Module, training: Training) -> list[DeviceTensor]:
     """Returns the adapters' tensors; PEFT keeps them in float32 for a model of any dtype."""
     shapes: list[tuple[int, ...]] = list(adapter_shapes(model, training.rank))
     if training.mode == "dora":
         shapes += [(shape[0],) for shape in shapes[1::2]]  # one magnitude per output
-    return [Piece(shape, _FLOAT32, trained=True) for shape in shapes]
+    return [DeviceTensor(shape, _FLOAT32, trained=True) for shape in shapes]
 
 
 def _quantised(model: Any) -> set[int]:
@@ -277,9 +277,9 @@ def _gathered(model: Any, training: Training) -> int:
     return (sum(sorted(layers)[-2:]) + outside_layers) * itemsize
 
 
-def _optimizer_bytes(optim: str, piece: Piece, spread: Spread) -> int:
+def _optimizer_bytes(optim: str, tensor: DeviceTensor, spread: Spread) -> int:
     """Returns the bytes of optimizer state for one tensor."""
-    name, count, shape = optim.lower(), spread.share("optimizer", piece.shape), piece.shape
+    name, count, shape = optim.lower(), spread.share("optimizer", tensor.shape), tensor.shape
     if not count:
         return 0
     if "adafactor" in name:
@@ -289,10 +289,10 @@ def _optimizer_bytes(optim: str, piece: Piece, spread: Spread) -> int:
         return _FLOAT32 * (math.ceil((rows + columns) * count / math.prod(shape)) + 1)
     moments = next((number for part, number in _MOMENTS.items() if part in name), 2)
     if "8bit" in name:
-        if piece.embedding or count < _SMALLEST_8BIT:
+        if tensor.embedding or count < _SMALLEST_8BIT:
             return moments * _FLOAT32 * count
         return moments * (count + _FLOAT32 * math.ceil(count / _BLOCK_8BIT))
     if any(part in name for part in ("paged", "bnb")):
         return moments * _FLOAT32 * count
     # torch's optimizers keep moments in the weight's dtype, and a step count in float32.
-    return moments * round(piece.itemsize) * count + (_FLOAT32 if moments else 0)
+    return moments * round(tensor.itemsize) * count + (_FLOAT32 if moments else 0)

@@ -1,7 +1,7 @@
 """The process that measures one model in one mode, one step per request.
 
-It runs the functions that users run, `finetune` and `generate`, and waits at a gate before every step. The
-messages on its pipe:
+It runs the functions that users run, `finetune` and `generate`, and waits for a request before every step.
+The messages on its pipe:
 
     in   (subject, mode, workload)
     out  {"ready": True}
@@ -39,7 +39,7 @@ from gradpruner.models.loading import load_model, resolve_device, resolve_dtype
 _FIRST_PLAIN_TOKEN = 3
 
 
-class Gate:
+class StepClock:
     """Lets one step pass at a time and times it; all times are taken here.
 
     Args:
@@ -80,19 +80,19 @@ class Gate:
 class _TokenTimes(BaseStreamer):
     """Notes the time at which `generate` delivers each token; the first call delivers the prompt."""
 
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
+    def __init__(self, clock: StepClock) -> None:
+        self.clock = clock
         self.seconds: list[float] = []
 
     def put(self, value: Any) -> None:
         """Called with the prompts, then with each new token of the batch."""
-        self.seconds.append(self.gate.seconds())
+        self.seconds.append(self.clock.seconds())
 
     def end(self) -> None:
         """Called after the last token."""
 
 
-def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, str]:
+def measure_inference(model: Any, workload: Workload, clock: StepClock) -> tuple[int, str]:
     """Generates greedily from random prompts, once per step; returns the peak memory and its kind."""
     rows = _random_ids(model, workload)
     config = GenerationConfig(
@@ -103,12 +103,12 @@ def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, 
         eos_token_id=None,
         use_cache=True,
     )
-    with PeakMemory(gate.device) as memory, torch.inference_mode():
+    with PeakMemory(clock.device) as memory, torch.inference_mode():
         for step in range(workload.steps):
             batch = rows[step * workload.batch_size : (step + 1) * workload.batch_size]
-            prompt = torch.tensor(batch, device=gate.device)
-            times = _TokenTimes(gate)
-            gate.start()
+            prompt = torch.tensor(batch, device=clock.device)
+            times = _TokenTimes(clock)
+            clock.start()
             model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -117,11 +117,11 @@ def measure_inference(model: Any, workload: Workload, gate: Gate) -> tuple[int, 
             )
             began, first, *_, last = times.seconds
             decoding = (last - first) / (len(times.seconds) - 2)
-            gate.send(generation_seconds=last, prefill_seconds=first - began, decode_seconds=decoding)
+            clock.send(generation_seconds=last, prefill_seconds=first - began, decode_seconds=decoding)
     return memory.peak_bytes, memory.kind
 
 
-def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: str) -> tuple[int, str]:
+def measure_training(model: nn.Module, workload: Workload, clock: StepClock, *, mode: str) -> tuple[int, str]:
     """Fine-tunes on random samples; returns the peak memory and its kind."""
     # Imported here, because inference does not need the Trainer, whose imports take memory and seconds.
     from transformers import TrainerCallback
@@ -134,10 +134,10 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
         """Times forward, backward, clipping and optimizer, but not fetching the batch or logging."""
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            gate.start()
+            clock.start()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            gate.send(step_seconds=gate.seconds())
+            clock.send(step_seconds=clock.seconds())
 
     with tempfile.TemporaryDirectory() as folder:
         # The recorder expects one more step than is run, so no timed step includes the end of a recording.
@@ -157,9 +157,9 @@ def measure_training(model: nn.Module, workload: Workload, gate: Gate, *, mode: 
             gradient_checkpointing=workload.gradient_checkpointing,
             batching=workload.batching,
             liger=workload.liger,
-            device="cpu" if gate.device.type == "cpu" else "auto",
+            device="cpu" if clock.device.type == "cpu" else "auto",
         )
-    return result.peak_memory_bytes, "cuda" if gate.device.type == "cuda" else "rss"
+    return result.peak_memory_bytes, "cuda" if clock.device.type == "cuda" else "rss"
 
 
 def build(subject: Subject, mode: str, workload: Workload, device: torch.device) -> nn.Module:
@@ -187,17 +187,19 @@ def work(turns: Connection) -> None:
     _exercise(measure, device)
     empty = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     torch.manual_seed(workload.seed)
-    gate = Gate(device, turns)
+    clock = StepClock(device, turns)
     try:
-        peak, kind = measure(build(subject, mode, workload, device), workload, gate)
+        peak, kind = measure(build(subject, mode, workload, device), workload, clock)
     except EOFError:
         raise SystemExit(0) from None  # the parent process is gone
     except GradPrunerError as error:
-        gate.send(error=error.message)
+        clock.send(error=error.message)
     except Exception as error:  # out of memory, missing kernels: libraries raise all kinds of errors
-        gate.send(error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+        clock.send(
+            error=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        )
     else:
-        gate.send(peak_bytes=peak, empty_bytes=empty, kind=kind)
+        clock.send(peak_bytes=peak, empty_bytes=empty, kind=kind)
 
 
 def main(descriptor: int) -> None:
@@ -219,7 +221,9 @@ def _exercise(measure: Callable[..., tuple[int, str]], device: torch.device) -> 
         num_key_value_heads=1,
     )
     model = AutoModelForCausalLM.from_config(config).to(device).eval()
-    measure(model, Workload(batch_size=1, tokens=2, new_tokens=2, repeats=1, warmup=0), Gate(device, None))
+    measure(
+        model, Workload(batch_size=1, tokens=2, new_tokens=2, repeats=1, warmup=0), StepClock(device, None)
+    )
     del model
     gc.collect()
 

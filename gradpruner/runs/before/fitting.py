@@ -71,7 +71,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Fitting:
+class MemoryNeed:
     """What each stage of a run holds in memory.
 
     Attributes:
@@ -112,7 +112,9 @@ class Fitting:
         ]
         unknown = [name for name, held in self.stages.items() if held.working is None]
         if unknown:
-            found.append("Activations of this family cannot be estimated without data: they come on top.")
+            found.append(
+                "Activations of this family cannot be estimated without data: add them to the figures above."
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Fitting:
         }
 
 
-def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fitting:
+def memory_need(job: Job, *, rehearse: bool = False, until: str = "report") -> MemoryNeed:
     """Computes what each stage of a run holds on a device.
 
     `rehearse` also simulates activations, which takes seconds; `until` is the last stage of the run.
@@ -142,16 +144,16 @@ def fitting_of(job: Job, *, rehearse: bool = False, until: str = "report") -> Fi
         for phase in _phases(job)
         if STAGES.index(phase.step) <= STAGES.index(until)
     }
-    return Fitting(name, available, spread_of(job), held)
+    return MemoryNeed(name, available, spread_of(job), held)
 
 
-def check_fitting(job: Job, until: str) -> None:
+def check_memory(job: Job, until: str) -> None:
     """Refuses a run that cannot fit into memory; with `memory: warn` in the recipe, adds a warning instead.
 
     Raises:
         ResourceError: Names the stage, what it needs, and settings that would fit.
     """
-    found = fitting_of(job, until=until)
+    found = memory_need(job, until=until)
     if not found.impossible:
         return
     fault = fault_of(job, found)
@@ -160,7 +162,7 @@ def check_fitting(job: Job, until: str) -> None:
     job.warnings.append(str(fault).splitlines()[0])
 
 
-def fault_of(job: Job, found: Fitting) -> ResourceError:
+def fault_of(job: Job, found: MemoryNeed) -> ResourceError:
     """Returns the error for a run that cannot fit into memory."""
     name = max(found.impossible, key=lambda stage: found.stages[stage].certain)
     held = found.stages[name]
@@ -187,7 +189,7 @@ def _helps(job: Job, remedy: dict[str, Any]) -> bool:
         section, _, name = key.partition(".")
         sections.setdefault(section, {})[name] = value
     changed.recipe = job.recipe.with_values(**sections)
-    return not fitting_of(changed).impossible
+    return not memory_need(changed).impossible
 
 
 def spread_of(job: Job) -> Spread:

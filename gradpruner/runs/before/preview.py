@@ -15,7 +15,7 @@ from gradpruner.common.errors import GradPrunerError, ResourceError
 from gradpruner.common.printing import Printed, duration, num_bytes, print_line
 from gradpruner.data.encoding import labelled_text
 from gradpruner.runs.before.disk import bytes_to_write
-from gradpruner.runs.before.fitting import fault_of, fitting_of
+from gradpruner.runs.before.fitting import fault_of, memory_need
 from gradpruner.runs.before.forecast import forecast, num_devices
 from gradpruner.runs.folder.plan_names import label_of
 from gradpruner.runs.folder.run_record import title_of
@@ -40,8 +40,8 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
     needs = bytes_to_write(job)
     saved = job.sizes.savings(plan.keep)
     taken = forecast(job)
-    fitting = fitting_of(job, rehearse=True)
-    fault = str(fault_of(job, fitting)) if fitting.impossible else None
+    need = memory_need(job, rehearse=True)
+    fault = str(fault_of(job, need)) if need.impossible else None
     ignored = [fault] if fault is not None and recipe.memory == "warn" else []
     return {
         "title": title_of(job),
@@ -80,10 +80,10 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "written_bytes": needs["trace"] + needs["models"],
         "temporary_bytes": needs["temporary"],
         "model_bytes": job.sizes.disk_bytes,
-        "memory": fitting.to_dict(),
+        "memory": need.to_dict(),
         "memory_fault": fault,
         "seconds_estimate": {**asdict(taken), "all": taken.seconds},
-        "warnings": [*job.warnings, *fitting.warnings, *ignored],
+        "warnings": [*job.warnings, *need.warnings, *ignored],
         "samples": [
             [[text, supervised] for text, supervised in labelled_text(job.tokenizer, one)]
             for one in job.samples.encoded[:NUM_SAMPLES]
