@@ -216,7 +216,7 @@ def _scaling(
     options: Mapping[str, Any],
 ) -> Scaling:
     from gradpruner.evaluation.costing.scaling import plan_scaling
-    from gradpruner.plans.defaults import NUM_MERGE
+    from gradpruner.plans.options import PlanOptions
 
     return plan_scaling(
         subject,
@@ -227,5 +227,5 @@ def _scaling(
         modes=modes,
         device_bytes=parse_size(options["device_memory"]) if options["device_memory"] else None,
         optim=options["optim"],
-        num_merge=min(NUM_MERGE, len(plan.pruned)),
+        num_merge=min(PlanOptions().num_merge, len(plan.pruned)),
     )

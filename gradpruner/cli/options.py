@@ -64,7 +64,7 @@ def settled(chosen: Chosen) -> dict[str, Any]:
     Raises:
         ConfigError: If --set sets one of the same keys.
     """
-    from gradpruner.runs.recipe.sections import BUDGETS
+    from gradpruner.plans.options import BUDGETS
 
     values = chosen.values
     for item in chosen.overrides:

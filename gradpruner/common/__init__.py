@@ -3,6 +3,7 @@
 errors      all errors raised on purpose, with their exit codes
 registry    lookup by name, with suggestions for misspelt names
 files       atomic writes, locks, and path checks
+options     options as objects, checked when they are made
 json_files  JSON files, read strictly and by type
 printing    numbers as text, and results that print as tables
 progress    progress bars and log lines

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from gradpruner.training.options import Section
+from gradpruner.common.options import Section
 
 Metric = Literal["exact_match", "choice_likelihood", "rouge_l", "bert_score", "final_number"]
 DEFAULT_ENCODER = "roberta-large"

@@ -19,6 +19,7 @@ import torch
 from gradpruner.common.errors import ConfigError, DataError, ResourceError
 from gradpruner.common.files import write_text
 from gradpruner.common.memory import PeakMemory
+from gradpruner.common.options import changed
 from gradpruner.common.progress import Progress
 from gradpruner.common.world import World
 from gradpruner.data.examples import Example
@@ -35,7 +36,6 @@ from gradpruner.evaluation.metrics import (
 from gradpruner.evaluation.options import EvaluateOptions
 from gradpruner.evaluation.outputs import Journal, Output, output_line, values_of
 from gradpruner.evaluation.questions import Questions
-from gradpruner.training.options import changed
 
 if TYPE_CHECKING:
     from gradpruner.evaluation.endpoint import Endpoint

@@ -13,15 +13,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gradpruner.common.errors import ConfigError, DataError, ModelError, PlanError
+from gradpruner.common.options import validated
 from gradpruner.common.registry import Registry
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan
 from gradpruner.plans.reading import Plan
-from gradpruner.plans.selection import Fits, plan_pruning
+from gradpruner.plans.selection import Placeable, plan_pruning
 from gradpruner.plans.width_plan import WidthPlan
-from gradpruner.training.options import FinetuneOptions, validated
+from gradpruner.training.options import FinetuneOptions
 
 _COMPUTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -69,7 +70,7 @@ class MethodContext:
     num_remove: int | None = None
     unit: str = "parameters"
     protected: tuple[int, ...] = ()
-    fits: Fits | None = None
+    fits: Placeable | None = None
     options: Any = None
     pruned_work: float = 1.0
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)

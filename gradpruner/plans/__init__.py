@@ -1,6 +1,6 @@
 """Plans: what will happen to a model, decided before any weight changes. Pure torch.
 
-defaults       what is protected, merged and kept unless asked otherwise
+options        PlanOptions: how many layers are pruned, protected and merged
 base           what both kinds of plan share: a checked JSON file, a method, evidence
 layer_plan     PruningPlan: keep, drop or merge, for every layer
 width_plan     WidthPlan: which heads, channels and hidden dimensions stay

@@ -11,8 +11,8 @@ from gradpruner.common.files import shown
 from gradpruner.common.printing import print_table, runs_of
 from gradpruner.common.registry import suggest
 from gradpruner.plans.base import FORMAT_VERSION, METHOD_LIMIT, BasePlan
-from gradpruner.plans.defaults import DENSITY
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance
+from gradpruner.plans.options import DENSITY
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -21,7 +21,7 @@ from torch import Tensor
 from gradpruner.common.errors import ConfigError, ShapeError
 from gradpruner.common.registry import Registry
 from gradpruner.gradients.importance import BLOCK_ENTRIES, Factors, ScaledImportance, row_blocks
-from gradpruner.plans.defaults import DENSITY
+from gradpruner.plans.options import DENSITY
 
 # Size of the sample of a matrix that is sorted to bracket its threshold.
 SAMPLE_ENTRIES = 65_536

@@ -7,114 +7,86 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 from gradpruner.common.errors import PlanError
+from gradpruner.common.options import changed
 from gradpruner.common.printing import runs_of
-from gradpruner.common.registry import check_known
 from gradpruner.gradients.scores import LayerScores, default_num_prune
-from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
 from gradpruner.plans.layer_plan import MIN_KEPT, LayerAction, PruningPlan, checked_layers
+from gradpruner.plans.options import PlanOptions
 
-TARGETS = ("preceding", "nearest")
 # fits(old, new, kept): whether layer `old` may become layer `new` of a model with `kept` layers.
-Fits = Callable[[int, int, int], bool]
+Placeable = Callable[[int, int, int], bool]
 
 
 def plan_pruning(
     scores: LayerScores,
+    options: PlanOptions | None = None,
     *,
-    num_prune: int | None = None,
-    layer_fraction: float | None = None,
-    parameter_fraction: float | None = None,
-    num_merge: int = NUM_MERGE,
-    protect_first: int = PROTECT_FIRST,
-    protect_last: int = 0,
-    protect: Sequence[int] = (),
-    contiguous: bool = False,
-    layers: Sequence[int] | None = None,
-    target: str = "preceding",
-    rule: str = "sum",
-    density: float = DENSITY,
     layer_parameters: Sequence[int] | None = None,
     total_parameters: int | None = None,
-    fits: Fits | None = None,
+    fits: Placeable | None = None,
     kinds: Sequence[Hashable] | None = None,
+    **changes: Any,
 ) -> PruningPlan:
     """Chooses the least important layers to prune, and which of them to merge instead of drop.
 
-    Give the budget in at most one unit. Without a budget, 40 % of the layers are pruned.
-
     Args:
         scores: One score per layer.
-        num_prune: Number of layers to prune, 0 <= num_prune <= layers - 2.
-        layer_fraction: Fraction of the layers to prune, in [0, 1).
-        parameter_fraction: Fraction of all parameters to remove, in [0, 1). Needs `layer_parameters` and
-            `total_parameters`. The number of layers that comes closest is pruned.
-        num_merge: Number of pruned layers to merge, the highest-scored ones. The others are dropped. If it
-            exceeds the number of pruned layers, all are merged.
-        protect_first: Number of layers at the input that are never pruned. The default of 1, as in recipes,
-            gives every merged layer a kept layer before it.
-        protect_last: Number of layers at the output that are never pruned.
-        protect: Further layers that are never pruned.
-        contiguous: Whether to prune one block of adjacent layers: the one with the lowest total score, on a
-            tie the latest.
-        layers: The layers to prune, instead of a budget.
-        target: "preceding" merges into the nearest kept layer before (as in the paper). "nearest" merges into
-            the nearest kept layer on either side, on a tie the earlier one.
-        rule: Combine rule, see `merging.MERGE_RULES`.
-        density: Fraction of a merged layer's entries to keep, in (0, 1].
-        layer_parameters: Number of parameters of every layer.
-        total_parameters: Number of parameters of the model.
+        options: The budget, in at most one unit (`num_prune`, `layer_fraction`, `parameter_fraction` or
+            `layers`), and how it is met (`num_merge`, `protect_first`, `contiguous`, ...). None prunes 40 %
+            of the layers and merges three of them. The number of layers pruned is the one that comes closest
+            to a fraction.
+        layer_parameters: Number of parameters of every layer; for `parameter_fraction`.
+        total_parameters: Number of parameters of the model; for `parameter_fraction`.
         fits: `fits(old, new, kept)` says whether layer `old` may become layer `new` of a model with `kept`
             layers (`engines.slots`). Of the choices that fit, the one with the lowest total score is taken.
         kinds: One value per layer. A layer is merged only into a layer with the same value, for models that
             mix layers of several shapes. None if all layers have the same shape.
+        **changes: Single options, for example num_prune=13.
 
     Returns:
         The plan. No weight is changed.
 
     Raises:
-        PlanError: If the budget cannot be met, options contradict each other, a merged layer has no kept
-            layer to go into, or no choice leaves layers that fit.
+        ConfigError: If an option is unknown or not allowed, or two budgets are given.
+        PlanError: If the budget cannot be met, a merged layer has no kept layer to go into, or no choice
+            leaves layers that fit.
 
     Source: GradPruner, Algorithm 1 step 4, section 3.2, C.2.
     """
+    options = changed(PlanOptions, options, changes)
     total = scores.num_layers
-    check_known("target", target, TARGETS, PlanError)
-    if num_merge < 0:
-        raise PlanError(f"num_merge is {num_merge}; 0 or more is needed.")
-    free = _free_layers(total, protect_first, protect_last, protect)
-    if layers is not None:
-        if any(b is not None for b in (num_prune, layer_fraction, parameter_fraction)):
-            raise PlanError("Give either the layers to prune or a budget, not both.")
-        pruned = _listed(layers, free, total, fits)
+    free = _free_layers(total, options)
+    if options.layers is not None:
+        pruned = _listed(options.layers, free, total, fits)
     else:
-        count = _budget(
-            total, num_prune, layer_fraction, parameter_fraction, layer_parameters, total_parameters
-        )
-        pruned = _choose(scores, free, count, contiguous, fits)
+        count = _budget(total, options, layer_parameters, total_parameters)
+        pruned = _choose(scores, free, count, options.contiguous, fits)
     actions = [LayerAction("keep")] * total
     for layer in pruned:
         actions[layer] = LayerAction("drop")
     by_score = [layer for layer in scores.ascending() if layer in set(pruned)]
-    for layer in by_score[max(0, len(by_score) - num_merge) :]:
+    for layer in by_score[max(0, len(by_score) - options.num_merge) :]:
         same_kind = [i for i in range(total) if kinds is None or kinds[i] == kinds[layer]]
         kept = [i for i in same_kind if i not in set(pruned)]
-        actions[layer] = LayerAction("merge", _target_of(layer, kept, target))
-    return PruningPlan(tuple(actions), rule, density, scores.method, dict(scores.evidence))
+        actions[layer] = LayerAction("merge", _target_of(layer, kept, options.target))
+    return PruningPlan(tuple(actions), options.rule, options.density, scores.method, dict(scores.evidence))
 
 
-def _free_layers(total: int, protect_first: int, protect_last: int, protect: Sequence[int]) -> list[int]:
-    if protect_first < 0 or protect_last < 0 or protect_first + protect_last > total:
+def _free_layers(total: int, options: PlanOptions) -> list[int]:
+    first, last = options.protect_first, options.protect_last
+    if first + last > total:
         raise PlanError(
-            f"protect_first is {protect_first} and protect_last is {protect_last} in a model of {total} "
-            f"layers; both must be 0 or more, and together at most {total}."
+            f"protect_first is {first} and protect_last is {last} in a model of {total} layers; "
+            f"together they can be at most {total}."
         )
-    protected = set(checked_layers(protect, total, "protect"))
-    return [layer for layer in range(protect_first, total - protect_last) if layer not in protected]
+    protected = set(checked_layers(options.protect, total, "protect"))
+    return [layer for layer in range(first, total - last) if layer not in protected]
 
 
-def _listed(layers: Sequence[int], free: list[int], total: int, fits: Fits | None) -> list[int]:
+def _listed(layers: Sequence[int], free: list[int], total: int, fits: Placeable | None) -> list[int]:
     """Returns the layers listed by the user, after checking that all of them can be pruned."""
     pruned = checked_layers(layers, total, "layers")
     _check_count(len(pruned), total)
@@ -131,7 +103,7 @@ def _listed(layers: Sequence[int], free: list[int], total: int, fits: Fits | Non
     return pruned
 
 
-def _misfits(pruned: Sequence[int], total: int, fits: Fits | None) -> Iterator[int]:
+def _misfits(pruned: Sequence[int], total: int, fits: Placeable | None) -> Iterator[int]:
     """Yields the kept layers that do not fit at their new position."""
     gone = set(pruned)
     keep = [layer for layer in range(total) if layer not in gone]
@@ -139,32 +111,18 @@ def _misfits(pruned: Sequence[int], total: int, fits: Fits | None) -> Iterator[i
 
 
 def _budget(
-    total: int,
-    num_prune: int | None,
-    layer_fraction: float | None,
-    parameter_fraction: float | None,
-    layer_parameters: Sequence[int] | None,
-    total_parameters: int | None,
+    total: int, options: PlanOptions, layer_parameters: Sequence[int] | None, total_parameters: int | None
 ) -> int:
     """Returns the number of layers to prune, converted from the unit in which the budget was given."""
-    given = [b for b in (num_prune, layer_fraction, parameter_fraction) if b is not None]
-    if len(given) > 1:
-        raise PlanError("Give the budget in one unit: num_prune, layer_fraction or parameter_fraction.")
-    for name, fraction in (
-        ("layer_fraction", layer_fraction),
-        ("parameter_fraction", parameter_fraction),
-    ):
-        if fraction is not None and not 0 <= fraction < 1:
-            raise PlanError(f"{name} is {fraction}; a fraction of at least 0 and below 1 is needed.")
-    if parameter_fraction is not None:
+    if options.parameter_fraction is not None:
         if layer_parameters is None or total_parameters is None:
             raise PlanError("parameter_fraction needs layer_parameters and total_parameters.")
         per_layer = sum(layer_parameters) / total
-        count = math.floor(parameter_fraction * total_parameters / per_layer + 0.5)
-    elif layer_fraction is not None:
-        count = default_num_prune(total, layer_fraction)
+        count = math.floor(options.parameter_fraction * total_parameters / per_layer + 0.5)
+    elif options.layer_fraction is not None:
+        count = default_num_prune(total, options.layer_fraction)
     else:
-        count = num_prune if num_prune is not None else default_num_prune(total)
+        count = options.num_prune if options.num_prune is not None else default_num_prune(total)
     _check_count(count, total)
     return count
 
@@ -178,7 +136,7 @@ def _check_count(count: int, total: int) -> None:
 
 
 def _choose(
-    scores: LayerScores, free: list[int], count: int, contiguous: bool, fits: Fits | None
+    scores: LayerScores, free: list[int], count: int, contiguous: bool, fits: Placeable | None
 ) -> list[int]:
     if count > len(free):
         raise PlanError(
@@ -197,7 +155,7 @@ def _choose(
     raise _no_fit(scores, free, count, contiguous, fits)
 
 
-def _best_block(scores: LayerScores, free: list[int], count: int, fits: Fits | None) -> list[int] | None:
+def _best_block(scores: LayerScores, free: list[int], count: int, fits: Placeable | None) -> list[int] | None:
     """Returns the block of adjacent layers with the lowest total score whose removal fits, or None."""
     allowed = set(free)
     starts = range(free[0], free[-1] - count + 2) if free else range(1)
@@ -213,7 +171,7 @@ def _best_block(scores: LayerScores, free: list[int], count: int, fits: Fits | N
     return list(range(best, best + count))
 
 
-def _best_fit(scores: LayerScores, free: list[int], count: int, fits: Fits) -> list[int] | None:
+def _best_fit(scores: LayerScores, free: list[int], count: int, fits: Placeable) -> list[int] | None:
     """Returns the layers with the lowest total score whose removal fits, or None.
 
     Dynamic programming: goes through the layers once and stores, for every number of layers kept so far, the
@@ -258,7 +216,7 @@ def _exact(values: Sequence[float]) -> list[int]:
 
 
 def _no_fit(
-    scores: LayerScores, free: list[int], count: int, contiguous: bool, fits: Fits | None
+    scores: LayerScores, free: list[int], count: int, contiguous: bool, fits: Placeable | None
 ) -> PlanError:
     """Returns an error that names the nearest numbers of layers that could be pruned instead."""
     flat = LayerScores("any", (0.0,) * scores.num_layers)

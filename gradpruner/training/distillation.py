@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from gradpruner.common.errors import DataError
+from gradpruner.common.options import changed, validated
 from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.training.finetuning import finetune, planned_steps
-from gradpruner.training.options import DistillationOptions, FinetuneOptions, changed, validated
+from gradpruner.training.options import DistillationOptions, FinetuneOptions
 from gradpruner.training.rates import with_rate
 
 DEFAULTS = FinetuneOptions(learning_rate=1e-4, accumulation=1, epochs=1.0)

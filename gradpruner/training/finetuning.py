@@ -17,12 +17,13 @@ from transformers import TrainingArguments, set_seed
 
 from gradpruner.common.errors import ConfigError, DataError, ModelError
 from gradpruner.common.memory import PeakMemory
+from gradpruner.common.options import changed
 from gradpruner.common.world import this_world
 from gradpruner.data.encoding import Collator
 from gradpruner.training.adapters import attach_lora, is_4bit
 from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback
 from gradpruner.training.checks import check_liger, check_optimizer, check_trackers
-from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection, changed
+from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection
 from gradpruner.training.rates import PAPER_RATE, with_rate
 from gradpruner.training.resume import latest_complete_checkpoint, tally_of
 from gradpruner.training.sharding import check_sharding, make_whole_, num_trainable

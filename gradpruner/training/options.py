@@ -6,44 +6,11 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from gradpruner.common.errors import ConfigError
-
-T = TypeVar("T", bound=BaseModel)
-
-
-def validated(kind: type[T], raw: dict[str, Any], where: str = "") -> T:
-    """Makes options from plain values; raises ConfigError if one is unknown or not allowed.
-
-    `where` comes before their names in messages, for example "methods.laco.".
-    """
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        key = ".".join(map(str, fault["loc"]))
-        raise ConfigError(
-            f"{where}{key}: {fault['msg']} (given: {fault.get('input')!r}).",
-            hint=f"Options: {', '.join(kind.model_fields) or 'none'}.",
-        ) from error
-
-
-def changed(kind: type[T], options: T | None, changes: dict[str, Any]) -> T:
-    """Returns options (None: the defaults) with some values changed; raises ConfigError like `validated`."""
-    options = options or kind()
-    return validated(kind, options.model_dump() | changes) if changes else options
-
-
-class Section(BaseModel):
-    """A part of the recipe; unknown keys are errors."""
-
-    # Defaults are validated too, so that 32 for a float becomes 32.0, as when the recipe is read back.
-    model_config = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False, validate_default=True
-    )
+from gradpruner.common.options import Section
 
 
 class RecordSection(Section):

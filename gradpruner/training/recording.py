@@ -21,6 +21,7 @@ from torch import nn
 from transformers import set_seed
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError
+from gradpruner.common.options import changed
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.gates import GateHooks
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
@@ -29,7 +30,7 @@ from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.training.adapters import adapter_kind, attach_lora, find_lora_linears
 from gradpruner.training.callbacks import ClosingCallback
 from gradpruner.training.finetuning import resolve_precision, training_arguments
-from gradpruner.training.options import FinetuneOptions, RecordOptions, changed
+from gradpruner.training.options import FinetuneOptions, RecordOptions
 from gradpruner.training.step_gradients import full_gradient, learning_rate, loss_scale, unscale
 from gradpruner.training.trainer import CausalTrainer
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.models.config_patch import required_layers
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.options import BUDGETS
 from gradpruner.plans.selection import plan_pruning
 
 if TYPE_CHECKING:
@@ -41,20 +42,17 @@ def plan_for(
         PlanError: If no such plan is possible.
     """
     options = inputs.recipe.plan
-    fractions: dict[str, Any] = {}
-    if options.parameter_fraction is not None:
-        fractions = {
-            "layer_parameters": inputs.sizes.layer_parameters,
-            "total_parameters": inputs.sizes.parameters,
-        }
-    chosen = options.model_dump(exclude={"file", "name", "portable_to", "unit", *REPAIR_KEYS}) | (
-        {} if merging else {"num_merge": 0}
-    )
-    chosen |= chosen_by_method or {}
+    changes = ({} if merging else {"num_merge": 0}) | (chosen_by_method or {})
+    changes["protect"] = sorted({*options.protect, *required_layers(inputs.text, inputs.family)})
     if num_prune is not None:
-        chosen |= {"num_prune": num_prune, "layer_fraction": None, "parameter_fraction": None, "layers": None}
-        fractions = {}
-    chosen["protect"] = sorted({*options.protect, *required_layers(inputs.text, inputs.family)})
-    if merging:
-        chosen["kinds"] = inputs.layer_kinds
-    return plan_pruning(scores, **chosen, **fractions, fits=inputs.slots())
+        changes |= dict.fromkeys(BUDGETS) | {"num_prune": num_prune}
+    by_size = num_prune is None and options.parameter_fraction is not None
+    return plan_pruning(
+        scores,
+        options,
+        layer_parameters=inputs.sizes.layer_parameters if by_size else None,
+        total_parameters=inputs.sizes.parameters if by_size else None,
+        fits=inputs.slots(),
+        kinds=inputs.layer_kinds if merging else None,
+        **changes,
+    )

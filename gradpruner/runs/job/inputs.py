@@ -26,7 +26,7 @@ from gradpruner.models.loading import check_loadable, refuse_narrowed, resolve_d
 from gradpruner.models.narrowing import width_savings
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.reading import Plan
-from gradpruner.plans.selection import Fits
+from gradpruner.plans.selection import Placeable
 from gradpruner.runs.job.evaluation_data import (
     data_identity,
     load_rows,
@@ -146,7 +146,7 @@ class Inputs:
             for i in range(view.num_layers)
         ]
 
-    def slots(self) -> Fits | None:
+    def slots(self) -> Placeable | None:
         """Where a layer may stand in the pruned model: transformers' rules and those of plan.portable_to."""
         rules = [
             family_slots(self.text, self.family),

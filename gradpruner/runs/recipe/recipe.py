@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.files import shown
+from gradpruner.common.options import Section
 from gradpruner.runs.recipe.key_hints import meant_key
 from gradpruner.runs.recipe.sections import (
     DataSection,
@@ -24,7 +25,7 @@ from gradpruner.runs.recipe.sections import (
     ScoreSection,
 )
 from gradpruner.runs.recipe.yaml_files import check_scalar, parse_yaml, read_yaml
-from gradpruner.training.options import DistilSection, FinetuneSection, RecordSection, Section
+from gradpruner.training.options import DistilSection, FinetuneSection, RecordSection
 
 EFFORTS: dict[str, dict[str, Any]] = {
     "paper": {},

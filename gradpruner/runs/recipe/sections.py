@@ -1,25 +1,22 @@
 """The sections of a recipe: every key with its default, its limits and its meaning.
 
-The training sections (record, finetune, distil) are in `training.options`. Importing this module imports no
-torch.
+The training sections (record, finetune, distil) are in `training.options`, and most of plan is in
+`plans.options`. Importing this module imports no torch.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
+from gradpruner.common.options import Section
 from gradpruner.evaluation.options import AskingSection
-from gradpruner.plans.defaults import DENSITY, NUM_MERGE, PROTECT_FIRST
-from gradpruner.training.options import Section
+from gradpruner.plans.options import PlanOptions
 
 if TYPE_CHECKING:
     from torch import nn
-
-BUDGETS = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
-"""Keys of the plan section that say how much to prune; a recipe gives at most one."""
 
 
 class ModelSection(Section):
@@ -120,7 +117,7 @@ class ScoreSection(Section):
     """squared: mean squared simulated gradient (paper). frobenius: sum of norms (released code)."""
 
 
-class PlanSection(Section):
+class PlanSection(PlanOptions):
     """How many layers are pruned, which are protected, and how merged layers are combined."""
 
     file: str | None = None
@@ -128,14 +125,6 @@ class PlanSection(Section):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,59}$")
     """Name of this plan, whose results go to variants/<row>@<name>. null: the first plan in a run directory
     has no name, and further plans are named after the settings that differ. Applies to one start only."""
-    num_prune: int | None = Field(default=None, ge=0)
-    """Layers to prune. Give one budget only; the default is 40 % of the layers."""
-    layer_fraction: float | None = Field(default=None, ge=0, lt=1)
-    """Fraction of the layers to prune."""
-    parameter_fraction: float | None = Field(default=None, ge=0, lt=1)
-    """Fraction of all parameters to remove."""
-    layers: list[Annotated[int, Field(ge=0)]] | None = None
-    """Prune exactly these layers."""
     max_loss: float | None = Field(default=None, gt=0, lt=1)
     """Prune as many layers as possible while losing at most this share of the dense model's score (0.01 is
     1 %), certified on validation rows before any recovery. Needs start: tuned or given."""
@@ -144,26 +133,11 @@ class PlanSection(Section):
     unit: Literal["parameters", "decoder_parameters"] = "parameters"
     """Budget of methods that do not prune whole layers: they remove as many parameters as the pruned layers
     would hold, counted in the whole model or without embeddings and head (decoder_parameters)."""
-    num_merge: int = Field(default=NUM_MERGE, ge=0)
-    """How many of the pruned layers are merged instead of dropped: those with the highest scores."""
-    protect_first: int = Field(default=PROTECT_FIRST, ge=0)
-    """Layers at the input that are never pruned; 1 by default, so that every merged layer has a layer before
-    it."""
-    protect_last: int = Field(default=0, ge=0)
-    """Layers at the output that are never pruned."""
-    protect: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
-    """Further layers that are never pruned."""
     portable_to: list[Literal["vllm", "sglang", "llama.cpp"]] = Field(default_factory=list)
     """Engines that must serve the pruned model correctly. Some derive the kind of a layer from its position
     (in Gemma 2 and 3, gpt-oss, Cohere 2, Llama 4, SmolLM3 ...); this restricts which layers may go."""
-    contiguous: bool = False
-    """Prune one block of adjacent layers."""
-    target: Literal["preceding", "nearest"] = "preceding"
-    """The retained layer that a merged layer goes into."""
     rule: Literal["sum", "mean", "fisher", "weighted_average", "norm_preserving"] = "sum"
     """Combine rule (`gradpruner ls rules`)."""
-    density: float = Field(default=DENSITY, gt=0, le=1)
-    """Fraction of a merged layer's entries kept; 0.2 is the paper's 80 % sparsity."""
     repair: Literal["auto", "none", "linear", "least_squares", "layer_wise"] = "none"
     """Refit the last linear before each removed block on training samples, so that the layers behind it get
     nearly the inputs they got before. linear: fit a map of the hidden size. least_squares: fit the linear
@@ -175,15 +149,6 @@ class PlanSection(Section):
     repair_answers: float | None = Field(default=None, ge=0, lt=1)
     """Least share of a repair's weight for the positions that predict answer tokens; 0: all positions count
     the same. null: 0.8 if a tuned model is pruned, 0 with start: base."""
-
-    @model_validator(mode="after")
-    def _one_budget(self) -> PlanSection:
-        given = [name for name in BUDGETS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are all budgets; give one")
-        if self.layers is not None and len(set(self.layers)) != len(self.layers):
-            raise ValueError("layers lists a layer more than once")
-        return self
 
 
 class RecoverSection(Section):

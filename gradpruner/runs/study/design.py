@@ -18,8 +18,8 @@ import yaml
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.registry import check_known
 from gradpruner.methods import METHODS
+from gradpruner.plans.options import BUDGETS
 from gradpruner.runs.recipe.recipe import Recipe, assign, check_recipe, resolve_paths
-from gradpruner.runs.recipe.sections import BUDGETS
 from gradpruner.runs.study.file import NamedPoint, Sweep
 
 # Sections that do not matter for a model that is not pruned.

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from gradpruner.common.options import Section
 from gradpruner.runs.recipe.recipe import check_section
 from gradpruner.runs.recipe.yaml_files import read_yaml
-from gradpruner.training.options import Section
 
 
 class Sweep(Section):
