@@ -58,6 +58,7 @@ Each name is loaded when it is first used. Importing the package loads nothing e
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,9 @@ if TYPE_CHECKING:
     from gradpruner.runs.study.comparing import compare
     from gradpruner.training.finetuning import finetune
     from gradpruner.training.recording import GradientRecorder, record_gradients
+
+# Importing peft imports bitsandbytes, which warns about a missing 4-bit kernel that only QLoRA would use.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "Example": "data.examples",

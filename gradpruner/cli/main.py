@@ -173,8 +173,6 @@ def main() -> None:
     # Importing the libraries creates a million objects; scanning them for garbage again and again takes a
     # fifth of every start.
     gc.set_threshold(20_000, 10, 10)
-    # Importing peft imports bitsandbytes, which warns about a missing 4-bit kernel that only QLoRA would use.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         _run_processes()
     except GradPrunerError as error:

@@ -7,9 +7,7 @@ under transformers 5 it tokenises the first word of a text for RoBERTa different
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from gradpruner.common.provenance import hash_folder
 from gradpruner.evaluation.options import DEFAULT_ENCODER
 from gradpruner.models.checking import check_model_folder
 from gradpruner.models.folder import locate_model
+from gradpruner.models.loading import quietly
 
 # Layer -> names (without organisation) of the encoders whose published figures use the output of that layer,
 # because it agrees best with human judgement (Zhang et al., 2020). The library has the same table.
@@ -215,7 +214,7 @@ def _load(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
     if layer != config.num_hidden_layers:
         config.num_hidden_layers = layer
     try:
-        with _quietly():  # transformers would warn of layers left out and of a missing pooler: both intended
+        with quietly():  # transformers would warn of layers left out and of a missing pooler: both intended
             model = AutoModel.from_pretrained(
                 folder, config=config, dtype=torch.float32, use_safetensors=True, local_files_only=True
             )
@@ -239,15 +238,3 @@ def _load(folder: Path, layer: int, device: str) -> tuple[Any, Any]:
     elif tokenizer.model_max_length > 1_000_000:
         tokenizer.model_max_length = 512
     return model.to(device).eval(), tokenizer
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Silences transformers' warnings of unused and missing weights."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

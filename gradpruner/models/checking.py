@@ -62,7 +62,7 @@ def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool 
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ModelError(
             f"{path}: architectures is {names!r}; it must be a list of class names.",
-            hint="Get config.json again from where the weights came from.",
+            hint="Download config.json again.",
         )
     if wants_code(config) and not trust_remote_code:
         raise ModelError(

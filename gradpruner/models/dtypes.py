@@ -41,9 +41,9 @@ def majority_dtype(folder: Path) -> torch.dtype | None:
 
 
 def _kind_of(name: str) -> str:
-    """Returns what the names of tensors of one kind share, on disk and in memory.
+    """Returns the part of a tensor's name that says its kind, the same on disk and in memory.
 
-    That is the part inside the layer, or outside of layers the last two parts.
+    Inside a layer it is what follows the layer's number; elsewhere, the last two parts.
     """
     inside = re.search(r"\.(?:layers|h|blocks|block)\.\d+\.(.*)$", name)
     return re.sub(r"\d+", "#", inside[1]) if inside else ".".join(name.split(".")[-2:])

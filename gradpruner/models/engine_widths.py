@@ -108,7 +108,7 @@ def portability_of(plan: Plan, facts: LayerFacts) -> tuple[Portability, ...]:
     before = portability_of_layers(facts, plan.keep)
     if plan.kind == "layers":
         return before
-    return tuple(_on_engine(verdict, plan, facts) for verdict in before)
+    return tuple(_on_engine(portability, plan, facts) for portability in before)
 
 
 def _on_engine(before: Portability, plan: WidthPlan, facts: LayerFacts) -> Portability:
@@ -123,13 +123,11 @@ def _on_engine(before: Portability, plan: WidthPlan, facts: LayerFacts) -> Porta
     if not plan.uniform:
         found.append(_uneven(engine, plan, kind))
     order = ("refused", "wrong", "ok")
-    return min(
-        found, key=lambda verdict: (order.index(verdict.status), verdict.also_unpruned, not verdict.reason)
-    )
+    return min(found, key=lambda one: (order.index(one.status), one.also_unpruned, not one.reason))
 
 
 def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Portability]:
-    """Returns a verdict for each rule that the pruned model breaks."""
+    """Returns a portability for each rule that the pruned model breaks."""
     after = plan.widths if plan.uniform else replace(plan.shape, hidden_size=len(plan.hidden))
     faults = []
     for rule in WIDTH_RULES:
@@ -152,7 +150,7 @@ def _faults(engine: str, plan: WidthPlan, facts: LayerFacts) -> list[Portability
 
 
 def _uneven(engine: str, plan: WidthPlan, kind: str) -> Portability:
-    """Returns the verdict on layers of different widths; their config keeps the unpruned model's widths."""
+    """Returns the portability of layers of different widths, whose config states the unpruned ones."""
     whole_heads = all(len(widths.heads) == plan.shape.num_heads for widths in plan.layers)
     if engine == "sglang" and whole_heads and kind not in _SGLANG_BY_TRANSFORMERS.split():
         # layers/linear.py pads gate, up and down projections that are too small, but not those of attention

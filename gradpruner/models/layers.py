@@ -238,9 +238,9 @@ class LayeredModel:
         )
         if wrong:
             raise ModelError(
-                f"The config of a {self.config.model_type} model with layers {list(keep)} would describe "
-                f"other layers than these: '{wrong[0]}' would be {shapes.get(wrong[0], 'missing')}, but it "
-                f"is {expected.get(wrong[0], 'missing')}.",
+                f"With the config of a {self.config.model_type} model that keeps layers {list(keep)}, "
+                f"transformers would build '{wrong[0]}' with shape {shapes.get(wrong[0], 'missing')}; the "
+                f"kept layer has {expected.get(wrong[0], 'missing')}.",
                 hint="If the family is new, add a row to gradpruner/models/families.py.",
             )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,7 +93,7 @@ def _read_config(folder: Path, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"{folder / 'config.json'} holds a text_config that models of type '{config.model_type}' do "
             "not have.",
-            hint="Does this config.json belong to the model? Get it again from where the weights came from.",
+            hint="Does this config.json belong to the model? Download it again.",
         )
     for part in parts_of(config):
         if str(getattr(part, "_attn_implementation", None)).removeprefix("paged|").startswith("flash"):
@@ -121,8 +123,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
 def load_structure(folder: Path) -> nn.Module:
     """Returns the model of a checked folder without weights, after checking its parameters by the files.
 
-    transformers itself matches the names, including conversions between the stored and the computed form. No
-    tensor is read.
+    transformers itself matches the names, including conversions between the stored and the computed form,
+    which it calls loading. No tensor is read.
 
     Raises:
         ModelError: If transformers cannot load the folder.
@@ -130,10 +132,10 @@ def load_structure(folder: Path) -> nn.Module:
     """
     check_config(folder, trust_remote_code=True)
     config = _read_config(folder)
+    options = {"device_map": "meta", "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, report = _class_for(folder, config).from_pretrained(
-            folder, config=config, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with quietly():
+            model, report = _class_for(folder, config).from_pretrained(folder, config=config, **options)
     except GradPrunerError:
         raise
     except Exception as error:  # conversions raise types of their own
@@ -143,6 +145,23 @@ def load_structure(folder: Path) -> nn.Module:
     _refuse_gaps(folder, report, model.config)
     module: nn.Module = model.eval()
     return module
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside the block, transformers shows no bar and warns of nothing: what it finds is in its report."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    if bars:
+        theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def _class_for(folder: Path, config: Any, trust_remote_code: bool = False) -> Any:
@@ -252,27 +271,26 @@ def load_model(
     check_model_folder(folder, trust_remote_code or native)
     config = _read_config(folder, trust_remote_code)
     target = resolve_device(device)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {
+        "dtype": resolve_dtype(dtype, target),
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # reported below, by name
+    }
     if quantise:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=resolve_dtype(dtype, target),
+            bnb_4bit_compute_dtype=options["dtype"],
         )
         # Without a device map, transformers silently uses the GPU even if the CPU is asked for.
         options["device_map"] = {"": "cpu"} if target.type == "cpu" else None
     try:
-        model, report = _class_for(folder, config, trust_remote_code).from_pretrained(
-            folder,
-            config=config,
-            dtype=resolve_dtype(dtype, target),
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, by name
-            **options,
-        )
+        with quietly():
+            of = _class_for(folder, config, trust_remote_code)
+            model, report = of.from_pretrained(folder, config=config, **options)
     except GradPrunerError:
         raise
     except Exception as error:

@@ -65,8 +65,8 @@ def narrow_(model: nn.Module, plan: WidthPlan) -> float | None:
     error = relative_error(probe_logits(view.model), expected)
     if not error <= tolerance(next(model.parameters()).dtype, reordered=True):
         raise ModelError(
-            f"The pruned '{view.layered.config.model_type}' model does not compute what it did with the "
-            f"removed parts set to zero (relative error {error:.2g}).",
+            f"After the cut, the outputs of the '{view.layered.config.model_type}' model differ from the "
+            f"uncut model's with those parts set to zero (relative error {error:.2g}).",
             hint=USE_LAYERS,
         )
     return error

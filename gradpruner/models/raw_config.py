@@ -119,12 +119,12 @@ def refuse_absurd_sizes(path: Path, config: dict[str, Any]) -> None:
         if limit is not None and any(x > limit for x in numbers):
             raise IntegrityError(
                 f"{path} sets '{where}' to {max(numbers):g}; at most {limit:,} is allowed.",
-                hint="The file is damaged or malicious: get it again from where the model came from.",
+                hint="The file is damaged or malicious: download it again, or do not use this model.",
             )
         if key in _DEPTH_FIELDS and any(x < 1 for x in numbers):
             raise IntegrityError(
                 f"{path} sets '{where}' to {min(numbers):g}; a model has at least 1 layer.",
-                hint="Get the file again from where the model came from.",
+                hint="Download config.json again.",
             )
 
 

@@ -172,8 +172,11 @@ class WidthPlan(BasePlan):
     def check_model(self, shape: WidthShape, fingerprint: str = "") -> None:
         """Raises PlanError if the plan was made for other widths or another model."""
         if shape != self.shape:
+            mine, found = asdict(self.shape), asdict(shape)
+            differ = [name for name in mine if mine[name] != found[name]]
+            planned, given = (", ".join(f"{n} {s[n]}" for n in differ) for s in (mine, found))
             raise PlanError(
-                f"The plan is for a model with {asdict(self.shape)}; this one has {asdict(shape)}.",
+                f"The plan is for a model with {planned}; this one has {given}.",
                 hint="Make a plan for this model.",
             )
         self.check_origin(fingerprint)

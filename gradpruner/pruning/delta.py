@@ -241,7 +241,7 @@ def _refuse_large(
     recast = sum(1 for ref in stored if origins[ref.name] is None)
     dtypes = f" {recast} of them have another dtype than in the source." if recast else ""
     raise ConfigError(
-        f"{len(stored)} of {len(shards.tensors)} tensors of {shards.folder} are not those of {source}: a "
+        f"{len(stored)} of {len(shards.tensors)} tensors of {shards.folder} differ from those of {source}: a "
         f"delta would store {readable_bytes(size)} of {readable_bytes(total)}, and at most "
         f"{STORED_LIMIT:.0%} is allowed.{dtypes}",
         hint="If this model was fine-tuned after pruning, every tensor differs: publish the LoRA adapters "

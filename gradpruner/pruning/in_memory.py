@@ -33,7 +33,7 @@ def prune_(
 ) -> nn.Module:
     """Merges, repairs and removes layers of a model in place.
 
-    Only linears are merged; biases, layer norms and q/k norms of the retained layer stay as they are.
+    Only linears are merged; biases, layer norms and q/k norms of the kept layer stay as they are.
     Memory beyond the model: about 1.5 times the largest linear in float32, see `merge_linear`.
 
     Args:

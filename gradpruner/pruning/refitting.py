@@ -130,7 +130,7 @@ def fit_repair(
     model.eval()
     try:
         counted = world.in_step(lambda: Tokens(view, batches, answers, world))
-        fitting = _Fitting(view, plan, counted, kind, trace, ridges)
+        fitting = _Refitting(view, plan, counted, kind, trace, ridges)
         fitting.run(progress)
     finally:
         model.train(was_training)
@@ -186,7 +186,7 @@ def _check_model(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | N
         check_merging(plan, trace, shapes_of(view), identity)
 
 
-class _Fitting:
+class _Refitting:
     """Walks dense and pruned hidden states through the layers, and fits the repair on the way."""
 
     def __init__(
@@ -351,8 +351,8 @@ class _Fitting:
     def _note_tokens(self, tokens: int, regressors: int) -> None:
         if tokens < TOKENS_PER_REGRESSOR * regressors:
             self.notes.append(
-                f"{tokens} tokens for {regressors} regressors; at least "
-                f"{TOKENS_PER_REGRESSOR * regressors} determine the repair better"
+                f"only {tokens} tokens; {TOKENS_PER_REGRESSOR * regressors} or more make the repair "
+                "reliable: give more rows, or raise plan.repair_rows"
             )
 
     @contextmanager

@@ -138,19 +138,19 @@ def verify_written(
     """
     full = compares_fully(level, blueprint)
     repaired = blueprint.repair_facts() or _recorded_repair(facts, target)
-    gate = _Gate(target, blueprint, tuned="finetune" in facts, repaired=repaired)
-    gate.may_skip = level == "auto" and blueprint.view.family.proven
-    checks: list[Check] = []
-    for name, work in gate.steps(full):
+    checks = _Checks(target, blueprint, tuned="finetune" in facts, repaired=repaired)
+    checks.may_skip = level == "auto" and blueprint.view.family.proven
+    results: list[Check] = []
+    for name, work in checks.steps(full):
         try:
             detail = work()
         except (_Failed, GradPrunerError) as failure:
-            checks.append(Check(name, False, str(failure)))
+            results.append(Check(name, False, str(failure)))
             break
-        checks.append(Check(name, None if detail.startswith("not") else True, detail))
-        if gate.skipped:
+        results.append(Check(name, None if detail.startswith("not") else True, detail))
+        if checks.skipped:
             break
-    return VerifyReport(str(target), "full" if full and not gate.skipped else "structure", tuple(checks))
+    return VerifyReport(str(target), "full" if full and not checks.skipped else "structure", tuple(results))
 
 
 def _recorded_repair(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def _runs_on_demand(blueprint: Blueprint) -> bool:
     return True
 
 
-class _Gate:
+class _Checks:
     """The checks, in order; later checks use what earlier ones loaded."""
 
     def __init__(

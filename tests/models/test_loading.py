@@ -6,6 +6,7 @@ import pytest
 import torch
 from builders import make_llama, make_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging as theirs
 
 from gradpruner.common.errors import ConfigError, IntegrityError, ModelError, ResourceError
 from gradpruner.models import folder as folder_module
@@ -16,6 +17,7 @@ from gradpruner.models.loading import (
     load_adapter,
     load_config,
     load_model,
+    load_structure,
     load_tokenizer,
     resolve_device,
     resolve_dtype,
@@ -204,6 +206,15 @@ def test_no_tokenizer(folder):
         path.unlink()
     with pytest.raises(ModelError, match=r"No usable tokenizer in .*tokenizer\.json"):
         load_tokenizer(folder)
+
+
+def test_loading_is_quiet_and_leaves_the_settings_of_transformers(folder, capfd):
+    theirs.enable_progress_bar()
+    level = theirs.get_verbosity()
+    load_structure(folder)
+    load_model(folder, device="cpu")
+    assert capfd.readouterr() == ("", "")
+    assert theirs.is_progress_bar_enabled() and theirs.get_verbosity() == level
 
 
 def test_devices_and_dtypes():

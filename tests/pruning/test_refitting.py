@@ -534,7 +534,7 @@ def test_more_regressors_than_allowed_get_the_linear_form(monkeypatch):
 def test_few_tokens_are_noted_and_progress_is_told():
     seen = []
     repair = fit(make_model(), dropping([3]), progress=seen.append)
-    assert any("tokens for 48 regressors; at least 960" in note for note in repair.notes)
+    assert any("; 960 or more make the repair reliable" in note for note in repair.notes)
     assert sum(seen) == 4
     assert not fit(make_model(), dropping([3]), rows=make_ids(240)).notes
 
@@ -607,7 +607,7 @@ def test_infinite_states_end_the_fitting():
 def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
     model, calls = make_model().train(), []
     before = {name: p.clone() for name, p in model.named_parameters()}
-    advance = module._Fitting._advance
+    advance = module._Refitting._advance
 
     def fails(self, layers, states):
         calls.append(layers)
@@ -615,7 +615,7 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
             raise KeyboardInterrupt
         advance(self, layers, states)
 
-    monkeypatch.setattr(module._Fitting, "_advance", fails)
+    monkeypatch.setattr(module._Refitting, "_advance", fails)
     with pytest.raises(KeyboardInterrupt):
         fit(model, dropping([1, 4]))
     assert model.training
