@@ -52,9 +52,9 @@ def shrink(
 
     Example: gradpruner shrink TUNED --data train.jsonl --eval-data test.jsonl
 
-    Records a few training steps, chooses layers, removes them, repairs each cut by refitting the linear
-    before it on your rows, and evaluates both models. The result is a plain model folder in the run
-    directory: variants/<method>/pruned, or variants/<method>/model with --recover.
+    Records a few training steps, chooses layers, removes them, repairs the model by refitting one linear in
+    each layer behind the first cut on your rows, and evaluates both models. The result is a plain model
+    folder in the run directory: variants/<method>/pruned, or variants/<method>/model with --recover.
     """
     from gradpruner.runs.recipe.recipe import shrinking
 

@@ -47,7 +47,7 @@ class Pruned(Printed):
         folder: The pruned model: a plain Hugging Face folder, in the run directory (see `save`).
         plan: Which layers were removed.
         scores: The scores behind the plan; None for methods that plan without scores.
-        repair: The refitted linears before the removed layers; None if nothing was repaired.
+        repair: The refitted linears; None if nothing was repaired.
         record: All results, as in `run.json`.
         recipe: What was done, as a recipe.
         dtype: Dtype the model is loaded in.
@@ -114,8 +114,8 @@ def prune(
     """Removes layers from a model that is tuned on a task and repairs it without training.
 
     Records the first LoRA gradients on the rows, scores the layers, removes the least important ones, refits
-    the linear before each removed block, and verifies the result. This is the run of `gradpruner shrink`. The
-    given model is not changed.
+    linears of the kept layers on the rows (`repair`), and verifies the result. This is the run of `gradpruner
+    shrink`. The given model is not changed.
 
     Args:
         model: A model folder, a hub id, or a loaded causal LM without adapters, which is first copied to
@@ -127,7 +127,9 @@ def prune(
         num_prune: Layers to remove.
         layer_fraction: Share of the layers to remove; 0.4 if neither is given.
         method: How layers are chosen (`gradpruner ls methods`).
-        repair: "auto", "layer_wise", "least_squares", "linear" or "none".
+        repair: What is refitted: "layer_wise" the last linear before the first removed block and in every
+            kept layer after it, "least_squares" and "linear" the last linear before each removed block,
+            "none" nothing; "auto" is layer_wise, or none if the model cannot be repaired.
         steps: Optimizer steps to record; None takes 40 or, if that is more, 1 % of a fine-tuning.
         seed: Seed of all random choices.
         out: Run directory to keep; the same call resumes there. None takes a temporary folder, which is

@@ -7,7 +7,15 @@ import pytest
 import yaml
 
 from gradpruner.common.errors import ConfigError
-from gradpruner.runs.recipe.recipe import Recipe, check_recipe, load_recipe, recipe_schema, recipe_yaml
+from gradpruner.runs.recipe import effects
+from gradpruner.runs.recipe.recipe import (
+    Recipe,
+    check_recipe,
+    key_names,
+    load_recipe,
+    recipe_schema,
+    recipe_yaml,
+)
 
 GOOD = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}}
 FOLDER = Path(__file__).parents[2] / "gradpruner" / "recipes"
@@ -220,6 +228,16 @@ def test_the_schema_is_json_schema_and_documents_every_key():
     validator = pytest.importorskip("jsonschema").Draft202012Validator
     validator.check_schema(schema)
     validator(schema).validate(json.loads(Recipe.model_validate(GOOD).model_dump_json()))
+
+
+def test_every_key_has_an_effect_and_fingerprints_leave_out_what_they_always_did():
+    known = set(key_names(Recipe))
+    assert known >= {*effects._EFFECTS, *effects.SETTLED}
+    assert all(map(effects.effect_of, known)) and effects.effect_of("unknown") is None
+    # With other keys, the stages of runs that are there already would be done again.
+    assert effects.keys_of("finetune", "execution") == {"report_to", "save_steps", "fsdp", "deepspeed"}
+    repair = {"repair", "repair_rows", "repair_answers", "max_loss", "confidence"}
+    assert effects.keys_of("plan", "choice", "depth", "repair") == {"name", *repair}
 
 
 def test_reading_a_recipe_imports_no_torch():

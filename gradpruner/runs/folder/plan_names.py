@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.methods import METHODS
+from gradpruner.runs.recipe.effects import effect_of
 
 MARK = "@"
 STAGES = ("rate", "record", "score", "plan", "prune", "finetune", "evaluate", "report")
@@ -21,11 +22,6 @@ LABELS = {"dense": "dense", "merged": "pruned + merged", "dropped": "pruned, no 
 # Stages that make a model from a plan, or evaluate it.
 MADE = ("repair", "prune", "recover", "finetune", "evaluate")
 _LONGEST = 60
-# Sections and keys that do not change a plan.
-_INDIFFERENT = (
-    "out", "title", "effort", "variants", "keep_models", "memory", "verify", "evaluate", "plan.name",
-    "find_rate",
-)  # fmt: skip
 
 
 def variant_of(row: str) -> str:
@@ -60,9 +56,13 @@ def rows_in(stages: Mapping[str, Any], verbs: Iterable[str]) -> list[str]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the dotted keys that differ between two recipes, given as plain values, with both values."""
+    """Returns the dotted keys that differ between two recipes, given as plain values, with both values.
+
+    Keys that change no model are left out.
+    """
     old, new = _flat(before), _flat(now)
-    keys = [key for key in {**new, **old} if not key.startswith(_INDIFFERENT)]
+    without = ("bookkeeping", "choice", "measurement")
+    keys = [key for key in {**new, **old} if effect_of(key) not in without]
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 

@@ -22,6 +22,7 @@ from gradpruner.models.dtypes import stored_dtype
 from gradpruner.runs.folder.directory import RunDirectory, stays_inside
 from gradpruner.runs.folder.plan_names import MADE, differences, label_of, method_of, rows_in
 from gradpruner.runs.job.job import Job
+from gradpruner.runs.recipe.effects import effect_of
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.row.variant import PARTS
 from gradpruner.runs.row.work import stored_plan
@@ -103,12 +104,6 @@ def read_run_record(path: Path) -> dict[str, Any]:
         if measured is not None and not row.get("error") and row.get("num_parameters") is None:
             raise IntegrityError(f"{fault}: the row {shown(name)} has figures but no size.")
     return raw
-
-
-# Keys and sections of the recipe that decide how a row was trained, and on which rows.
-_TRAINING_KEYS = ("seed", "start", "model", "data", "finetune", "recover", "distil")
-# Exceptions: nothing is trained on these rows. (If plan.max_loss holds rows out, the plan itself differs.)
-_MEASURING_KEYS = ("data.validation", "data.validation_limit")
 
 
 def run_record(
@@ -209,7 +204,7 @@ def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
         old = [
             f"{key}={shown(value)}"
             for key, (value, _) in changed.items()
-            if key.partition(".")[0] in _TRAINING_KEYS and key not in _MEASURING_KEYS
+            if effect_of(key) in ("training", "execution")
         ]
         if old:
             found.append(f"The row {name} was made by an earlier start with {', '.join(old)}.")

@@ -13,9 +13,6 @@ from gradpruner.plans.selection import plan_pruning
 if TYPE_CHECKING:
     from gradpruner.runs.job.inputs import Inputs
 
-# Keys of the recipe's plan section that do not decide which layers go.
-REPAIR_KEYS = frozenset({"repair", "repair_rows", "repair_answers", "max_loss", "confidence"})
-
 
 def placeholder_scores(num_layers: int) -> LayerScores:
     """Returns scores for computing a budget: how many layers go does not depend on the scores."""

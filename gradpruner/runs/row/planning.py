@@ -12,9 +12,10 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.runs.folder.directory import RunDirectory, Stage
 from gradpruner.runs.folder.plan_names import LABELS, method_of
-from gradpruner.runs.job.budget import REPAIR_KEYS, plan_for
+from gradpruner.runs.job.budget import plan_for
 from gradpruner.runs.job.evaluation_data import data_identity
 from gradpruner.runs.job.job import Job
+from gradpruner.runs.recipe.effects import keys_of
 from gradpruner.runs.row.depth_search import refuse_uncertified, search_depth
 from gradpruner.runs.row.work import plan_file, same_plan, stored_plan
 
@@ -52,7 +53,7 @@ class Planning:
         name = method_of(self.variant)
         if not self.method.score:
             return self.job.decision_inputs(name)
-        settings = self.job.recipe.plan.model_dump(exclude={"name", *REPAIR_KEYS})
+        settings = self.job.recipe.plan.model_dump(exclude=keys_of("plan", "choice", "depth", "repair"))
         return {
             "scores": sha256_file(self.directory.path / "scores" / f"{name}.json"),
             "plan": settings | self.method.plan_options,

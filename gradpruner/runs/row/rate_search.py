@@ -16,6 +16,7 @@ from gradpruner.data.examples import sample
 from gradpruner.runs.folder.directory import RunDirectory, Stage
 from gradpruner.runs.job.evaluation_data import data_identity, with_validation
 from gradpruner.runs.job.job import Job
+from gradpruner.runs.recipe.effects import keys_of
 from gradpruner.runs.row.held_out import loss_on
 from gradpruner.runs.row.together import together
 from gradpruner.runs.row.work import finished
@@ -58,7 +59,7 @@ def find_rate(job: Job, directory: RunDirectory) -> None:
 
 def _inputs(job: Job) -> dict[str, Any]:
     """What the loss at a rate depends on, besides the rate."""
-    ignored = {"report_to", "save_steps", "fsdp", "deepspeed", "learning_rate"}
+    ignored = keys_of("finetune", "execution") | {"learning_rate"}
     return {
         "model": job.model_sha256,
         "validation": data_identity(job.validation) if job.validation else job.recipe.data.validation,

@@ -9,6 +9,7 @@ from gradpruner.plans.reading import read_plan
 from gradpruner.runs.folder.directory import Stage
 from gradpruner.runs.folder.plan_names import STAGES
 from gradpruner.runs.job.evaluation_data import data_identity, metrics_of_task
+from gradpruner.runs.recipe.effects import keys_of
 from gradpruner.runs.row.work import Work, journal
 
 # Key of a row in run.json -> name of the stage whose result it is.
@@ -41,8 +42,8 @@ class Variant(Work):
         samples = self.job.learned
         if self.repairs:
             self.prune_inputs["repair"] = [*self.job.how_repaired, samples]
-        ignored = {"report_to", "save_steps", "fsdp", "deepspeed"}  # these do not change the result
-        learned_from = samples | {"finetune": recipe.finetune.model_dump(exclude=ignored)} | self.job.spread
+        tuning = recipe.finetune.model_dump(exclude=keys_of("finetune", "execution"))
+        learned_from = samples | {"finetune": tuning} | self.job.spread
         if not self.is_dense and recipe.start != "base":
             # The rate it trains at counts, not the key: an unset key stands for a default that may change.
             rate = {"learning_rate": self.job.recover_rate} if recipe.recover.trains else {}

@@ -84,7 +84,7 @@ class Work:
 
     @property
     def repairs(self) -> bool:
-        """Whether the linears before removed layers are refitted."""
+        """Whether linears of the kept layers are refitted."""
         wanted = self.recipe.plan.repair != "none"
         return wanted and self.plan is not None and bool(self.plan.pruned)
 

@@ -25,6 +25,7 @@ from gradpruner.runs.folder.directory import MANIFEST, read_manifest, write_mani
 from gradpruner.runs.folder.pulse import Pulse
 from gradpruner.runs.folder.run_record import read_run_record
 from gradpruner.runs.job.job import Job
+from gradpruner.runs.recipe.effects import SETTLED, effect_of
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.study.design import Study, StudyRun
 from gradpruner.runs.study.summary import Found, is_measured, summarise
@@ -37,15 +38,6 @@ log = logging.getLogger(__name__)
 STUDY = "study.json"
 # Marks the folder of a study from the start, before a first run is finished.
 MARKER = "study.yaml"
-# Keys of a recipe that do not change any figure.
-_INDIFFERENT = ("out", "title", "keep_models", "memory")
-# Keys that a job sets if the recipe leaves them open.
-_SETTLED = (
-    ("finetune", "learning_rate"),
-    ("finetune", "accumulation"),
-    ("recover", "learning_rate"),
-    ("plan", "repair"),
-)
 
 
 class Begun(TypedDict):
@@ -242,11 +234,12 @@ def stored_record(folder: Path) -> dict[str, Any] | None:
 def is_of(record: dict[str, Any], recipe: Recipe) -> bool:
     """Whether a run record was made by this recipe, in whatever folder."""
     wanted, made = json.loads(recipe.model_dump_json()), record.get("recipe", {})
-    for section, key in _SETTLED:
+    for settled in SETTLED:
+        section, _, key = settled.partition(".")
         found = made.get(section)
         if wanted[section][key] in (None, "auto") and isinstance(found, dict):
             wanted[section][key] = found.get(key)
-    return all(made.get(key) == wanted[key] for key in wanted if key not in _INDIFFERENT)
+    return all(made.get(key) == wanted[key] for key in wanted if effect_of(key) != "bookkeeping")
 
 
 def state_of(out: Path, run: StudyRun) -> str:

@@ -19,11 +19,10 @@ from gradpruner.common.errors import ConfigError
 from gradpruner.common.registry import check_known
 from gradpruner.methods import METHODS
 from gradpruner.plans.options import BUDGETS
+from gradpruner.runs.recipe.effects import effect_of
 from gradpruner.runs.recipe.recipe import Recipe, assign, check_recipe, resolve_paths
 from gradpruner.runs.study.file import NamedPoint, Sweep
 
-# Sections that do not matter for a model that is not pruned.
-PRUNING_SECTIONS = ("plan", "record", "score", "methods")
 # Keys that the study itself sets.
 OWN_KEYS = ("out", "seed", "variants", "title")
 DENSE, GRADPRUNER = "dense", "merged"
@@ -118,7 +117,7 @@ class Study:
     def only_pruning_changes(self) -> bool:
         """Whether the points change nothing that a dense model depends on."""
         return all(
-            key.partition(".")[0] in PRUNING_SECTIONS for point in self.points for key in point.changes
+            effect_of(key.partition(".")[0]) == "pruning" for point in self.points for key in point.changes
         )
 
     def folder(self, point: Point, row: StudyRow, seed: int) -> str:
