@@ -267,7 +267,7 @@ def weights() -> str:
     varied_runs = {
         (entry["task"], entry["seed"])
         for entry in cells().values()
-        if f"vary/igia/{USUAL}/" in entry["cell"] and "answers" in entry["cell"]
+        if entry["cell"] == f"vary/igia/{USUAL}/rows-1200" or "-answers-" in entry["cell"]
     }
     runs = [(task, seed) for task in TASKS for seed in range(3) if (task, seed) in varied_runs]
     dense = {run: found for run in runs if (found := dense_of(*run)) is not None}
