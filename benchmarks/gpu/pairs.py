@@ -11,7 +11,6 @@ from place import Place
 
 from gradpruner.evaluation.costing.comparison import measure_cost
 from gradpruner.evaluation.costing.figures import Figure
-from gradpruner.evaluation.costing.sizing import Sizes
 from gradpruner.evaluation.costing.subject import plan_by_count
 from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
@@ -33,7 +32,9 @@ def table(place: Place, shape: str, mode: str) -> dict[str, Any]:
     return facts | {"error": "; ".join(f"{what}: {why}" for what, why in found.errors.items())}
 
 
-def device_floor(sizes: Sizes, mode: str, workload: Workload, rates: dict[str, Any]) -> dict[str, float]:
+def device_floor(
+    sizes: dict[str, Any], mode: str, workload: Workload, rates: dict[str, Any]
+) -> dict[str, float]:
     """Returns the least seconds the device needs at its measured copy and matmul rates, for each time
     measured.
 
@@ -43,7 +44,7 @@ def device_floor(sizes: Sizes, mode: str, workload: Workload, rates: dict[str, A
     AdamW moves: it reads weight, gradient and two moments and writes three of them. Attention, norms and
     activations are left out, so the bound cannot be reached.
     """
-    weights = BYTES * (sizes.decoder_parameters + sizes.head_macs)
+    weights = BYTES * (sizes["decoder_parameters"] + sizes["head_macs"])
 
     def least(macs: float, num_bytes: float) -> float:
         flops, num_bytes_a_second = rates["bfloat16_flops_per_second"], rates["bytes_per_second"]
@@ -52,18 +53,18 @@ def device_floor(sizes: Sizes, mode: str, workload: Workload, rates: dict[str, A
     tokens = workload.batch_size * workload.tokens
     if mode == "inference":
         cached = workload.tokens + workload.new_tokens / 2
-        cache = BYTES * workload.batch_size * cached * sizes.kv_entries_per_token
-        macs = sizes.layer_macs + sizes.head_macs
+        cache = BYTES * workload.batch_size * cached * sizes["kv_entries_per_token"]
+        macs = sizes["layer_macs"] + sizes["head_macs"]
         return {
             "prefill_seconds": least(
-                tokens * sizes.layer_macs + workload.batch_size * sizes.head_macs, weights
+                tokens * sizes["layer_macs"] + workload.batch_size * sizes["head_macs"], weights
             ),
             "decode_seconds": least(workload.batch_size * macs, weights + cache),
         }
-    forward = tokens * sizes.layer_macs + workload.batch_size * workload.head_tokens * sizes.head_macs
+    forward = tokens * sizes["layer_macs"] + workload.batch_size * workload.head_tokens * sizes["head_macs"]
     if mode == "lora":
         return {"step_seconds": least(2 * forward, 2 * weights)}
-    updating = 7 * BYTES * sizes.parameters / rates["bytes_per_second"]
+    updating = 7 * BYTES * sizes["parameters"] / rates["bytes_per_second"]
     return {"step_seconds": least(3 * forward, 3 * weights) + updating}
 
 

@@ -17,9 +17,10 @@ from gradpruner.evaluation.costing import turns as turns_module
 from gradpruner.evaluation.costing import worker
 from gradpruner.evaluation.costing.comparison import measure_cost
 from gradpruner.evaluation.costing.figures import Figure, shown, time_floors
-from gradpruner.evaluation.costing.subject import Subject, find_subject
+from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
 from gradpruner.evaluation.costing.turns import worker_environment
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
+from gradpruner.models.sizes import ModelSizes
 from gradpruner.plans.layer_plan import PruningPlan
 
 SMALL = Workload(batch_size=2, tokens=8, new_tokens=4, repeats=2, warmup=1, device="cpu")
@@ -87,20 +88,21 @@ def test_a_median_and_its_pairs_by_hand():
 
 
 def test_floors_count_the_head_where_it_is_computed(shape):
-    found = measure_cost(shape, PruningPlan.from_keep(6, [0, 1, 5]), SMALL, dry_run=True)
+    dense = find_subject(shape)
+    sizes = ModelSizes(dense.config), ModelSizes(shorten(dense, PruningPlan.from_keep(6, [0, 1, 5])).config)
     linear, head = 2 * 1024 + 2 * 512 + 3 * 1536, 2048
 
     def floor(tokens, heads):
         return pytest.approx((tokens * 3 * linear + heads * head) / (tokens * 6 * linear + heads * head))
 
-    floors = time_floors("inference", found.sizes, SMALL)
+    floors = time_floors("inference", sizes, SMALL)
     assert floors == {
         "prefill_seconds": floor(8, 1),
         "decode_seconds": floor(1, 1),
         "generation_seconds": floor(11, 4),
     }
     answers = Workload(tokens=8, learned_tokens=1)
-    assert time_floors("lora", found.sizes, answers) == {"step_seconds": floor(8, 2)}
+    assert time_floors("lora", sizes, answers) == {"step_seconds": floor(8, 2)}
 
 
 def test_bad_pairs(shape, tmp_path):

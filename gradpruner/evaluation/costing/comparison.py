@@ -19,7 +19,7 @@ from gradpruner.common.progress import Progress
 from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, shown, size_figures
 from gradpruner.evaluation.costing.per_device import held_bytes
-from gradpruner.evaluation.costing.sizing import Sizes, depth_alone, size_model
+from gradpruner.evaluation.costing.sizing import depth_alone, size_facts
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
 from gradpruner.evaluation.costing.turns import Measurement, Order, measure_pair
 from gradpruner.evaluation.costing.workload import MODES, Workload, checked_modes
@@ -38,6 +38,7 @@ class CostComparison(Printed):
 
     Attributes:
         names: Names of the dense and the pruned model, in this order; `sizes` has the same order.
+        sizes: What is known of both models without running them (`sizing.size_facts`).
         device: Name of the device.
         random_weights: Whether the models got random weights.
         dtypes: Mode -> dtype of the weights.
@@ -46,7 +47,7 @@ class CostComparison(Printed):
     """
 
     names: tuple[str, str]
-    sizes: tuple[Sizes, Sizes]
+    sizes: tuple[dict[str, Any], dict[str, Any]]
     workload: Workload
     device: str
     random_weights: bool
@@ -116,8 +117,8 @@ class CostComparison(Printed):
         return {
             "what": "cost of a pruned model against the dense one; ratio = pruned / dense",
             "when": utc_now(),
-            "dense": {"name": self.names[0], **asdict(self.sizes[0])},
-            "pruned": {"name": self.names[1], **asdict(self.sizes[1])},
+            "dense": {"name": self.names[0], **self.sizes[0]},
+            "pruned": {"name": self.names[1], **self.sizes[1]},
             "workload": asdict(self.workload),
             "device": self.device,
             "random_weights": self.random_weights,
@@ -166,13 +167,13 @@ def measure_cost(
     pair = _find_pair(dense, pruned, random, fetch=not dry_run)
     if not dry_run:
         _check_buildable(pair)
-    models = [ModelSizes(subject.config) for subject in pair]
-    sizes = (_size(pair[0], models[0], workload), _size(pair[1], models[1], workload))
+    sizes = (ModelSizes(pair[0].config), ModelSizes(pair[1].config))
+    facts = (_facts(pair[0], sizes[0], workload), _facts(pair[1], sizes[1], workload))
     differs = depth_alone(*sizes)
-    _check_pair(pair, sizes, workload)
+    _check_pair(pair, workload)
     device = resolve_device(workload.device)
     dtypes = {mode: resolve_dtype(workload.weight_dtype(mode), device) for mode in wanted}
-    figures = size_figures(sizes, workload.tokens)
+    figures = size_figures(facts, workload.tokens)
     errors: dict[str, str] = {}
     with Progress(0 if dry_run else 2 * workload.steps * len(wanted), "cost") as progress:
         for mode in wanted:
@@ -181,7 +182,7 @@ def measure_cost(
                 progress.update(progress.completed, mode=mode)
                 orders = (Order(pair[0], mode, workload), Order(pair[1], mode, workload))
                 found = measure_pair(orders, progress.advance)
-            held = [held_bytes(one.model, mode, workload, dtypes[mode]) for one in models]
+            held = [held_bytes(one.model, mode, workload, dtypes[mode]) for one in sizes]
             figures += measured_figures(
                 found, mode, sizes, workload, (held[0], held[1]), with_floors=not differs
             )
@@ -190,14 +191,14 @@ def measure_cost(
                     errors[f"{side}, {LABELS[mode]}"] = one.error
     return CostComparison(
         names=(pair[0].name, pair[1].name),
-        sizes=sizes,
+        sizes=facts,
         workload=workload,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         random_weights=pair[0].folder is None,
         figures=tuple(figures),
         dtypes={mode: str(dtype).removeprefix("torch.") for mode, dtype in dtypes.items()},
         errors=errors,
-        warnings=_warnings(differs, sizes),
+        warnings=_warnings(differs, facts),
         measured=not dry_run,
     )
 
@@ -228,19 +229,18 @@ def _check_buildable(pair: tuple[Subject, Subject]) -> None:
             )
 
 
-def _size(subject: Subject, counted: ModelSizes, workload: Workload) -> Sizes:
+def _facts(subject: Subject, sizes: ModelSizes, workload: Workload) -> dict[str, Any]:
     """Returns the sizes from the config; stored weights count with their bytes on disk."""
-    sizes = size_model(counted, tokens=workload.tokens, rank=workload.rank)
-    if subject.folder is None:
-        return sizes
-    return replace(sizes, disk_bytes=open_shards(subject.folder).total_bytes)
+    facts = size_facts(sizes, tokens=workload.tokens, rank=workload.rank)
+    stored = {} if subject.folder is None else {"disk_bytes": open_shards(subject.folder).total_bytes}
+    return facts | stored
 
 
-def _check_pair(pair: tuple[Subject, Subject], sizes: tuple[Sizes, Sizes], workload: Workload) -> None:
+def _check_pair(pair: tuple[Subject, Subject], workload: Workload) -> None:
     """Raises ConfigError if the models are in the wrong order or the sequences too long for one of them."""
-    if sizes[1].layers > sizes[0].layers:
+    if pair[1].depth > pair[0].depth:
         raise ConfigError(
-            f"The pruned model has {sizes[1].layers} layers, the dense one only {sizes[0].layers}.",
+            f"The pruned model has {pair[1].depth} layers, the dense one only {pair[0].depth}.",
             hint="Give the dense model first: gradpruner cost DENSE PRUNED.",
         )
     longest = workload.tokens + workload.new_tokens
@@ -254,12 +254,12 @@ def _check_pair(pair: tuple[Subject, Subject], sizes: tuple[Sizes, Sizes], workl
             )
 
 
-def _warnings(differs: str, sizes: tuple[Sizes, Sizes]) -> tuple[str, ...]:
+def _warnings(differs: str, facts: tuple[dict[str, Any], ...]) -> tuple[str, ...]:
     """Returns warnings for the reader of the figures."""
     warnings = []
     if differs:
         warnings.append(f"The models differ in more than depth ({differs}); no floors are shown.")
-    if any(one.flops is None for one in sizes):
+    if any(one["flops"] is None for one in facts):
         warnings.append("torch cannot count the FLOPs of this family without weights; that row is left out.")
     return tuple(warnings)
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from gradpruner.common import printing
-from gradpruner.evaluation.costing.sizing import Sizes, time_floor
+from gradpruner.evaluation.costing.sizing import time_floor
 from gradpruner.evaluation.costing.turns import Measurement
 from gradpruner.evaluation.costing.workload import Workload
+from gradpruner.models.sizes import ModelSizes
 
 # Mode -> its name in tables.
 LABELS = {"full": "full fine-tuning", "lora": "LoRA fine-tuning", "inference": "inference"}
-# Figures known without running a model: name (a field of `Sizes`, except "macs"), label, unit.
+# Figures known without running a model: name (a key of `size_facts`, except "macs"), label, unit.
 _SIZES = (
     ("layers", "layers", ""),
     ("parameters", "parameters", ""),
@@ -106,12 +107,11 @@ class Figure:
         }
 
 
-def size_figures(sizes: tuple[Sizes, Sizes], tokens: int) -> list[Figure]:
-    """Returns the figures known without running a model; operations are for a prompt of `tokens` tokens."""
+def size_figures(facts: tuple[dict[str, Any], dict[str, Any]], tokens: int) -> list[Figure]:
+    """Returns the figures known without running a model, from `size_facts` for `tokens` tokens."""
     figures = []
     for name, label, unit in _SIZES:
-        known = (asdict(one) | {"macs": tokens * one.layer_macs} for one in sizes)
-        dense, pruned = (values[name] for values in known)
+        dense, pruned = ((one | {"macs": tokens * one["layer_macs"]})[name] for one in facts)
         if dense is not None and pruned is not None:
             group = f"{tokens} tokens" if unit in ("MAC", "FLOP") else "model"
             figures.append(Figure(name, group, label, unit, (float(dense),), (float(pruned),)))
@@ -121,7 +121,7 @@ def size_figures(sizes: tuple[Sizes, Sizes], tokens: int) -> list[Figure]:
 def measured_figures(
     found: tuple[Measurement, Measurement],
     mode: str,
-    sizes: tuple[Sizes, Sizes],
+    sizes: tuple[ModelSizes, ModelSizes],
     workload: Workload,
     held: tuple[int, int],
     *,
@@ -164,7 +164,7 @@ def measured_figures(
     ]
 
 
-def time_floors(mode: str, sizes: tuple[Sizes, Sizes], workload: Workload) -> dict[str, float]:
+def time_floors(mode: str, sizes: tuple[ModelSizes, ModelSizes], workload: Workload) -> dict[str, float]:
     """Returns the floors of the times measured in a mode: name -> ratio pruned / dense."""
     tokens, new = workload.tokens, workload.new_tokens
     if mode != "inference":

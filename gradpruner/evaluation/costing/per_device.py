@@ -6,13 +6,17 @@ No weights are loaded, and the counts are exact. Add the activations of a step, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from gradpruner.common.printing import num_bytes
 from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.sizes import count_parameters, decoder_layers, kv_bytes_per_token
@@ -163,6 +167,26 @@ class Held:
     def to_dict(self) -> dict[str, Any]:
         """Returns the bytes as JSON values."""
         return asdict(self) | {"certain": self.certain, "peak": self.peak}
+
+
+def memory_table(title: str, rows: Mapping[str, Mapping[str, Any]], most: str = "") -> Table:
+    """Returns a table of what a device holds.
+
+    Args:
+        title: Shown above the table.
+        rows: Name -> values as in `Held.to_dict`, and whether it "fits" if that is known.
+        most: Name of the row to stress.
+    """
+    known = any(held.get("fits") is not None for held in rows.values())
+    head = ["memory", "weights", "gradients", "optimizer", "other", "activations", "at most"]
+    table = Table(*head, *["fits"] * known, title=escape(title), title_justify="left")
+    for name, held in rows.items():
+        other = held["exchange"] + held["teacher"] + held["cache"]
+        sizes = [held["weights"], held["gradients"], held["optimizer"], other, held["working"], held["peak"]]
+        cells = ["?" if size is None else num_bytes(size) for size in sizes]
+        fits = ["yes" if held["fits"] else "no"] if known else []
+        table.add_row(name, *cells, *fits, style="bold" if name == most else "")
+    return table
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.printing import Printed, num_bytes
@@ -19,6 +17,7 @@ from gradpruner.evaluation.costing.per_device import (
     Spread,
     Training,
     hold_training,
+    memory_table,
     trace_bytes,
 )
 from gradpruner.evaluation.costing.rehearsal import working_bytes
@@ -34,23 +33,6 @@ SCALED_MODES = ("full", "lora", "qlora")
 RECORD_STEPS = 40
 
 
-@dataclass(frozen=True)
-class Placement:
-    """What each device holds in one mode with one strategy.
-
-    Attributes:
-        mode: One of `SCALED_MODES`.
-        strategy: One of `per_device.STRATEGIES`.
-        held: Bytes on the device.
-        fits: Whether the peak fits into a device's memory; None if the size of that memory is not given.
-    """
-
-    mode: str
-    strategy: str
-    held: Held
-    fits: bool | None
-
-
 @dataclass(frozen=True, repr=False)
 class Scaling(Printed):
     """The result of `plan_scaling`.
@@ -58,7 +40,7 @@ class Scaling(Printed):
     Attributes:
         device_bytes: Memory of each device; None if not given.
         workload: Batch size and lengths on each device.
-        rows: One per mode and strategy.
+        rows: Mode and strategy -> what each device holds.
         stages: Bytes that other stages hold or move: "checkpoint", "trace", "trace_in_memory", "gathered",
             "gathered_at_a_time", "surgery_read", "surgery_written".
         pruned: Layers to prune.
@@ -71,7 +53,7 @@ class Scaling(Printed):
     device_bytes: int | None
     workload: Workload
     optim: str
-    rows: tuple[Placement, ...]
+    rows: dict[tuple[str, str], Held]
     stages: dict[str, int]
     pruned: tuple[int, ...]
     merged: int
@@ -81,14 +63,8 @@ class Scaling(Printed):
         have = f" ({num_bytes(self.device_bytes)})" if self.device_bytes else ""
         each = "one device" if self.processes == 1 else f"each of {self.processes} devices"
         title = f"{self.name}, {self.parameters / 1e9:.3g} B parameters: {each}{have}"
-        head = ("mode", "strategy", "weights", "gradients", "optimizer", "exchange", "activations", "at most")
-        table = Table(*head, *(["fits"] if have else []), title=escape(title), title_justify="left")
-        for row in self.rows:
-            held = row.held
-            parts = (held.weights, held.gradients, held.optimizer, held.exchange, held.working, held.peak)
-            fits = [] if row.fits is None else ["yes" if row.fits else "no"]
-            table.add_row(row.mode, row.strategy, *map(num_bytes, parts), *fits)
-        console.print(table)
+        rows = {f"{row['mode']}, {row['strategy']}": row for row in self._rows()}
+        console.print(memory_table(title, rows))
         moved, work = {name: num_bytes(count) for name, count in self.stages.items()}, self.workload
         console.print(
             f"recording: {moved['trace']} on disk, {moved['trace_in_memory']} in the first process's memory. "
@@ -106,12 +82,17 @@ class Scaling(Printed):
             highlight=False,
         )
 
+    def _rows(self) -> list[dict[str, Any]]:
+        """One entry for each mode and strategy; "fits" is None if the memory of a device is not given."""
+        have = self.device_bytes
+        return [
+            {"mode": mode, "strategy": strategy, "fits": None if have is None else held.peak <= have}
+            | held.to_dict()
+            for (mode, strategy), held in self.rows.items()
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as JSON values, with its provenance."""
-        rows = [
-            {"mode": row.mode, "strategy": row.strategy, "fits": row.fits, **row.held.to_dict()}
-            for row in self.rows
-        ]
         return {
             "what": "bytes on each device and of each stage, computed from shapes; nothing was run",
             "when": utc_now(),
@@ -121,7 +102,7 @@ class Scaling(Printed):
             "device_bytes": self.device_bytes,
             "optim": self.optim,
             "workload": asdict(self.workload),
-            "rows": rows,
+            "rows": self._rows(),
             "stages": self.stages,
             "pruned": list(self.pruned),
             "merged": self.merged,
@@ -161,7 +142,7 @@ def plan_scaling(
             or a run refuses a mode with every strategy given.
     """
     sizes = ModelSizes(subject.config)
-    rows = []
+    rows = {}
     check_known("mode", modes, SCALED_MODES)
     for mode in modes or SCALED_MODES:
         training, rehearsed = _training(mode, workload, optim), {}
@@ -177,9 +158,9 @@ def plan_scaling(
             dtype = one.computing_dtype
             if dtype not in rehearsed:
                 rehearsed[dtype] = working_bytes(sizes.model, one, subject.depth)
-            held = replace(hold_training(sizes.model, one), working=rehearsed[dtype])
-            fits = None if device_bytes is None else held.peak <= device_bytes
-            rows.append(Placement(mode, one.spread.strategy, held, fits))
+            rows[mode, one.spread.strategy] = replace(
+                hold_training(sizes.model, one), working=rehearsed[dtype]
+            )
     return Scaling(
         subject.name,
         sizes.parameters,
@@ -187,7 +168,7 @@ def plan_scaling(
         device_bytes,
         workload,
         optim,
-        tuple(rows),
+        rows,
         _stage_bytes(sizes, workload, plan, num_merge),
         plan.pruned,
         num_merge,

@@ -9,7 +9,6 @@ bookkeeping.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,71 +21,43 @@ from gradpruner.models.sizes import ModelSizes, count_parameters, kv_bytes_per_t
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The costs of a model that are known without running it.
-
-    Attributes:
-        parameters: All parameters; tied ones count once.
-        parameters_without_head: All parameters without the head (the projection to the vocabulary).
-        decoder_parameters: Parameters of all decoder layers.
-        layer_kinds: The different parameter counts of single layers, ascending.
-        adapter_parameters: Parameters of LoRA adapters on every linear of every layer.
-        layer_macs: Multiply-accumulates per token of the linears of all layers.
-        head_macs: Multiply-accumulates per token of the head.
-        flops: FLOPs of one prompt as torch counts them, with attention and without the head; None if they
-            cannot be counted without weights (mixtures of experts, where the data choose the experts).
-        kv_entries_per_token: Numbers that each token adds to the KV cache.
-        kv_bytes_per_token: Bytes that each token adds to the KV cache, in the checkpoint's dtype.
-        disk_bytes: Bytes of the weights on disk.
-    """
-
-    model_type: str
-    layers: int
-    parameters: int
-    parameters_without_head: int
-    decoder_parameters: int
-    layer_kinds: tuple[int, ...]
-    adapter_parameters: int
-    layer_macs: int
-    head_macs: int
-    flops: int | None
-    kv_entries_per_token: int
-    kv_bytes_per_token: int
-    disk_bytes: int
-
-
-def size_model(counted: ModelSizes, *, tokens: int = 128, rank: int = 8) -> Sizes:
-    """Returns the sizes of a model.
+def size_facts(sizes: ModelSizes, *, tokens: int = 128, rank: int = 8) -> dict[str, Any]:
+    """Returns the costs of a model that are known without running it, as JSON values.
 
     Args:
-        counted: The model.
+        sizes: The model.
         tokens: Length of the prompt whose FLOPs are counted.
         rank: Rank of the LoRA adapters.
+
+    Returns:
+        "layer_kinds" are the different parameter counts of single layers, ascending. "layer_macs" (of all
+        layers) and "head_macs" are multiply-accumulates per token. "flops" are those of `count_flops`.
+        "kv_entries_per_token" are the numbers that a token adds to the KV cache, "kv_bytes_per_token" their
+        bytes in the checkpoint's dtype.
 
     Raises:
         ModelError: If transformers has no causal language model for the config.
     """
-    model = counted.model
+    model = sizes.model
     try:
         adapters = adapter_parameters(model, rank)
     except ModelError:  # the decoder layers were not found, so no adapters can be attached
         adapters = 0
-    return Sizes(
-        model_type=str(model.config.model_type),
-        layers=len(counted.layer_parameters),
-        parameters=counted.parameters,
-        parameters_without_head=count_parameters(model.base_model),
-        decoder_parameters=counted.decoder_parameters,
-        layer_kinds=tuple(sorted(set(counted.layer_parameters))),
-        adapter_parameters=adapters,
-        layer_macs=sum(counted.layer_macs),
-        head_macs=counted.head_macs,
-        flops=count_flops(model, tokens=tokens),
-        kv_entries_per_token=kv_bytes_per_token(counted.config, torch.int8),  # one byte an entry
-        kv_bytes_per_token=kv_bytes_per_token(counted.config),
-        disk_bytes=counted.disk_bytes,
-    )
+    return {
+        "model_type": str(model.config.model_type),
+        "layers": len(sizes.layer_parameters),
+        "parameters": sizes.parameters,
+        "parameters_without_head": count_parameters(model.base_model),
+        "decoder_parameters": sizes.decoder_parameters,
+        "layer_kinds": sorted(set(sizes.layer_parameters)),
+        "adapter_parameters": adapters,
+        "layer_macs": sum(sizes.layer_macs),
+        "head_macs": sizes.head_macs,
+        "flops": count_flops(model, tokens=tokens),
+        "kv_entries_per_token": kv_bytes_per_token(sizes.config, torch.int8),  # one byte an entry
+        "kv_bytes_per_token": kv_bytes_per_token(sizes.config),
+        "disk_bytes": sizes.disk_bytes,
+    }
 
 
 def count_flops(model: Any, *, tokens: int = 128) -> int | None:
@@ -114,11 +85,12 @@ def count_flops(model: Any, *, tokens: int = 128) -> int | None:
     return counted if counted >= 2 * tokens * sum(ModelSizes(model).layer_macs) else None
 
 
-def depth_alone(dense: Sizes, pruned: Sizes) -> str:
+def depth_alone(dense: ModelSizes, pruned: ModelSizes) -> str:
     """Returns why two models differ in more than their number of layers; "" if they do not."""
-    if dense.model_type != pruned.model_type:
-        return f"{pruned.model_type} instead of {dense.model_type}"
-    if not set(pruned.layer_kinds) <= set(dense.layer_kinds):
+    types = [str(sizes.model.config.model_type) for sizes in (dense, pruned)]
+    if types[0] != types[1]:
+        return f"{types[1]} instead of {types[0]}"
+    if not set(pruned.layer_parameters) <= set(dense.layer_parameters):
         return "layers of another size"
     outside = [sizes.parameters - sizes.decoder_parameters for sizes in (dense, pruned)]
     # A few families keep per-layer slices outside the layers, so fewer parameters there are expected.
@@ -127,7 +99,7 @@ def depth_alone(dense: Sizes, pruned: Sizes) -> str:
     return ""
 
 
-def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) -> float:
+def time_floor(dense: ModelSizes, pruned: ModelSizes, *, tokens: int, head_tokens: int) -> float:
     """Returns the ratio pruned / dense of the operations: the lowest time ratio if compute is the bottleneck.
 
     With one token it is also the ratio of the weights read, the bottleneck when decoding small batches.
@@ -142,5 +114,5 @@ def time_floor(dense: Sizes, pruned: Sizes, *, tokens: int, head_tokens: int) ->
         (T L' c + H h) / (T L c + H h) for L and L' layers, T tokens and H head tokens, where c and h are the
         multiply-accumulates per token of one layer and of the head.
     """
-    work = [tokens * sizes.layer_macs + head_tokens * sizes.head_macs for sizes in (dense, pruned)]
+    work = [tokens * sum(sizes.layer_macs) + head_tokens * sizes.head_macs for sizes in (dense, pruned)]
     return work[1] / work[0]

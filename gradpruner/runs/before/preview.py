@@ -14,6 +14,7 @@ from rich.text import Text
 from gradpruner.common.errors import GradPrunerError, ResourceError
 from gradpruner.common.printing import Printed, duration, num_bytes, print_line
 from gradpruner.data.encoding import labelled_text
+from gradpruner.evaluation.costing.per_device import memory_table
 from gradpruner.runs.before.disk import bytes_to_write
 from gradpruner.runs.before.fitting import fault_of, memory_need
 from gradpruner.runs.before.forecast import forecast, num_devices
@@ -150,7 +151,10 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
         f"{num_bytes(facts['written_bytes'])}",
         highlight=False,
     )
-    console.print(memory_table(facts["memory"]))
+    need = facts["memory"]
+    several = f", {need['strategy']}: each of {need['processes']} processes" if need["processes"] > 1 else ""
+    title = f"{need['device']}, {num_bytes(need['available_bytes'])}{several}"
+    console.print(memory_table(title, need["stages"], need["peak_stage"]))
     for number, pieces in enumerate(facts["samples"], start=1):
         line = Text(f"sample {number}: ")
         for text, supervised in pieces:
@@ -214,21 +218,6 @@ def _steps(facts: dict[str, Any]) -> str:
         parts[-1] += f"; rows: {rows}"
     teacher = "; pruned models also learn from the tuned dense one" if facts["teacher"] != "none" else ""
     return ", ".join(parts) + teacher
-
-
-def memory_table(found: dict[str, Any]) -> Table:
-    """Returns a table of what each stage holds on a device."""
-    several = found["processes"] > 1
-    spread = f", {found['strategy']}: each of {found['processes']} processes" if several else ""
-    title = f"{found['device']}, {num_bytes(found['available_bytes'])}{spread}"
-    head = ("memory", "weights", "gradients", "optimizer", "other", "activations", "at most")
-    table = Table(*head, title=escape(title), title_justify="left")
-    for name, held in found["stages"].items():
-        other = held["exchange"] + held["teacher"] + held["cache"]
-        sizes = [held["weights"], held["gradients"], held["optimizer"], other, held["working"], held["peak"]]
-        cells = ["?" if size is None else num_bytes(size) for size in sizes]
-        table.add_row(name, *cells, style="bold" if name == found["peak_stage"] else "")
-    return table
 
 
 def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:
