@@ -183,7 +183,7 @@ def encode_all(
     empty = [example.id for example, one in zip(examples, encoded, strict=True) if one.num_supervised == 0]
     if empty:
         raise DataError(
-            f"0 supervised tokens in {len(empty)} of {len(encoded)} samples "
+            f"0 learned tokens in {len(empty)} of {len(encoded)} samples "
             f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): their prompts alone take up all "
             f"{max_length} tokens.",
             hint=f"Raise data.max_length (now {max_length}) or shorten the texts.",

@@ -12,6 +12,7 @@ from typing import Any
 from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.common.files import shown, staging
 from gradpruner.common.json_files import read_json, read_object
+from gradpruner.common.run_names import StageName, row_file
 from gradpruner.evaluation.outputs import read_examples
 from gradpruner.models.checking import ADAPTER_FILE
 from gradpruner.models.dtypes import stored_dtype
@@ -75,7 +76,7 @@ class FinishedModel:
     def base(self) -> Path:
         """The model folder that the adapters belong to."""
         if self.run is not None and self.row != "dense":
-            return self.run / "variants" / self.row / "pruned"
+            return self.run / row_file(self.row, "pruned")
         if self.run is not None:
             return locate_model(str(self.record.model.path))
         named = read_json(self.folder / ADAPTER_FILE, "adapter config").get("base_model_name_or_path")
@@ -149,9 +150,7 @@ def unfinished_stages(model: FinishedModel) -> list[str]:
     if model.run is None or not (model.run / MANIFEST).is_file():
         return []
     stages = read_manifest(model.run / MANIFEST)["stages"]
-    ours = {
-        name: entry for name, entry in stages.items() if name.split(" ")[1:2] in ([], [model.row], ["dense"])
-    }
+    ours = {name: e for name, e in stages.items() if StageName.of(name).row in ("", model.row, "dense")}
     return [f"{name} ({entry['state']})" for name, entry in ours.items() if entry["state"] != "done"]
 
 

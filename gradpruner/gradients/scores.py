@@ -16,7 +16,8 @@ from torch import Tensor
 from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.common.files import shown
 from gradpruner.common.json_files import read_object, write_json
-from gradpruner.common.printing import Printed, print_table
+from gradpruner.common.printing import Printed
+from gradpruner.common.ranking import ascending, print_scores
 from gradpruner.common.registry import check_known
 from gradpruner.gradients.gates import bootstrap
 from gradpruner.gradients.trace import GradientTrace, trace_digest
@@ -58,26 +59,12 @@ class LayerScores(Printed):
         return len(self.values)
 
     def ascending(self) -> list[int]:
-        """Returns the layers from least to most important. On a tie, the earlier layer is more important.
-
-        Early layers are harder to do without, and later layers can be merged into a kept early layer.
-        """
-        return _ascending(self.values)
+        """Returns the layers from least to most important, see `ranking.ascending`."""
+        return ascending(self.values)
 
     def show(self, console: Console) -> None:
         """Prints one line per layer, the least important first."""
-        highest, intervals = max(self.values), bool(self.low)
-        columns = ["layer", "score", *(["95 % from", "to"] if intervals else []), "of the highest"]
-        rows = [
-            (
-                layer,
-                self.values[layer],
-                *((self.low[layer], self.high[layer]) if intervals else ()),
-                f"{self.values[layer] / highest:.1%}" if highest > 0 else "",
-            )
-            for layer in self.ascending()
-        ]
-        print_table(console, f"Scores ({self.method}), least important layers first", columns, rows)
+        print_scores(console, self.method, self.values, self.low, self.high)
 
     def save(self, path: Path) -> Path:
         """Writes the scores as JSON."""
@@ -201,8 +188,4 @@ def rank_stability(energy_SL: Tensor, num_keep: int) -> tuple[tuple[int, float],
 
 
 def _kept(values: Sequence[float], num_keep: int) -> set[int]:
-    return set(_ascending(values)[len(values) - num_keep :])
-
-
-def _ascending(values: Sequence[float]) -> list[int]:
-    return sorted(range(len(values)), key=lambda layer: (values[layer], -layer))
+    return set(ascending(values)[len(values) - num_keep :])

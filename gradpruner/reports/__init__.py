@@ -4,7 +4,7 @@ Nothing is recomputed.
 
 fields     field types that tolerate missing and odd values; record: run.json and study.json as types
 view       the rows of a record, their metrics, and which row to ship
-verdict    the conclusion in one sentence, and the headline numbers; notes: the limits of the conclusion
+verdict    the conclusion in one sentence; headline: the headline numbers; notes: the limits of the conclusion
 shipping   which model to ship and why, and the next commands
 tables     the results tables as plain data; details: all other tables; cells: cells, lines and tables
 answers    sample answers of the dense and the pruned model, side by side

@@ -12,6 +12,7 @@ from typing import Any
 
 from gradpruner.common.json_files import parse_json
 from gradpruner.common.printing import text
+from gradpruner.common.run_names import row_file
 from gradpruner.reports.view import Row, View
 
 KINDS = {
@@ -111,7 +112,7 @@ def _file(view: View, row: Row, folder: Path) -> Path | None:
     """Returns the file of a row's answers, if it is a plain file inside the folder."""
     named = row.recorded.evaluation.per_example
     if view.kind != "run":
-        named = f"{row.first_run}/variants/{row.name}/examples.jsonl" if row.first_run else None
+        named = f"{row.first_run}/{row_file(row.name, 'examples.jsonl')}" if row.first_run else None
     try:
         path = (folder / str(named)).resolve() if named else None
         inside = path is not None and path.is_relative_to(folder.resolve()) and path.is_file()

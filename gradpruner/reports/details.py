@@ -18,7 +18,7 @@ from gradpruner.common.printing import (
 )
 from gradpruner.reports.cells import Cell, Line, Table, exact_cell, line
 from gradpruner.reports.fields import FEW_EXAMPLES
-from gradpruner.reports.record import Change, Plan, Search
+from gradpruner.reports.record import Change, PlanRecord, Search
 from gradpruner.reports.view import View
 
 _UNITS = {
@@ -29,7 +29,7 @@ _UNITS = {
     "flops_per_token": "FLOPs per token",
     "disk_bytes": "Size on disk",
 }
-PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
+COST_PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
 """The parts of a row's cost, in the order they are done."""
 
 
@@ -92,7 +92,7 @@ def whole_cost_table(view: View) -> Table:
     lines = [
         line(
             row.label,
-            *(exact_cell(duration, cost.get(part) or None) for part in PARTS),
+            *(exact_cell(duration, cost.get(part) or None) for part in COST_PARTS),
             exact_cell(duration, cost.get("total"), "resumed" if row.recorded.cost_resumed else ""),
             MISSING if row.is_dense else times(row.costs.get("total_ratio")),
             whole(row.recorded.cost_tokens),
@@ -100,7 +100,7 @@ def whole_cost_table(view: View) -> Table:
         for row in view.rows
         if (cost := row.recorded.cost)
     ]
-    names = (*(part.capitalize() for part in PARTS), "Total", "vs dense", "Trained tokens")
+    names = (*(part.capitalize() for part in COST_PARTS), "Total", "vs dense", "Trained tokens")
     return Table("Total time", ("Variant", *names), lines)
 
 
@@ -172,7 +172,7 @@ def data_table(view: View) -> Table:
         for label, part in (("Training", view.record.train), ("Evaluation", view.record.eval))
         if part.model_fields_set
     ]
-    columns = ("Data", "Source", "Format", "Rows", "Dropped", "Supervised tokens", "SHA-256")
+    columns = ("Data", "Source", "Format", "Rows", "Dropped", "Learned tokens", "SHA-256")
     return Table("Data", columns, lines, words=("Source", "Format", "SHA-256"))
 
 
@@ -205,7 +205,7 @@ def served_summary(view: View) -> str:
     return f"{named} can serve {models} as is, judging by {whose} source code." if fine else ""
 
 
-def gate_table(view: View) -> Table:
+def verification_table(view: View) -> Table:
     """Returns the checks that every pruned model passed or failed before it was used."""
     lines = []
     for row in view.rows:
@@ -245,7 +245,7 @@ def repair_table(view: View) -> Table:
 
 def searches(view: View) -> list[tuple[int, str, Search]]:
     """Returns index, label and search of every row whose number of layers was searched for."""
-    plans = [row.plan or view.record.plans.get(row.name, Plan()) for row in view.rows]
+    plans = [row.plan or view.record.plans.get(row.name, PlanRecord()) for row in view.rows]
     found = zip(view.rows, plans, strict=True)
     return [(i, row.label, plan.search) for i, (row, plan) in enumerate(found) if plan.search.curve]
 

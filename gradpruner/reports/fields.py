@@ -43,16 +43,16 @@ Fields = Annotated[dict[str, Any], Named]
 Values = Annotated[list[Any], Each]
 
 
-class Part(BaseModel):
+class JsonPart(BaseModel):
     """A JSON object; any other value reads as an empty one."""
 
     @model_validator(mode="before")
     @classmethod
     def _object(cls, value: Any) -> Any:
-        return _mapping(value) if not isinstance(value, Part) else value
+        return _mapping(value) if not isinstance(value, JsonPart) else value
 
 
-class Measured(Part):
+class Measured(JsonPart):
     """One metric of a model, or the difference of two models, as fractions.
 
     `low` and `high` are the ends of the 95 % interval; in a study, the lowest and highest seed. `n` is the

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from gradpruner.common.printing import number, percent, text, whole
 from gradpruner.reports.details import searches
-from gradpruner.reports.record import Plan, Scores
+from gradpruner.reports.record import PlanRecord, Scores
 from gradpruner.reports.svg import (
     HALF,
     Key,
@@ -47,7 +47,7 @@ def score_plots(view: View) -> list[Plot]:
             plan = view.main.plan if view.main else next(iter(view.record.plans.values()), None)
         name, norm = metric_label(method).lower(), recorded[method].norm
         title = f"Layer scores: {name}" + (f" ({text(norm)})" if norm else "")
-        plots.append(_score_plot(f"scores-{i}", title, recorded[method], values, plan or Plan()))
+        plots.append(_score_plot(f"scores-{i}", title, recorded[method], values, plan or PlanRecord()))
     return plots
 
 
@@ -134,7 +134,7 @@ def recording_plot(view: View) -> Plot | None:
         whole_ticks(axes, 6)
 
     steps, effective = trace.num_steps, trace.effective_steps
-    used = f"{whole(effective)} of {whole(steps)} steps carry evidence: " if effective else ""
+    used = f"{whole(effective)} of {whole(steps)} steps with energy: " if effective else ""
     why = "LoRA's B starts at zero, so the first gradients of A are zero." if used else ""
     return Plot(
         "recording",
@@ -180,7 +180,7 @@ def _layers(count: int | None) -> str:
     return "no number of layers" if count is None else f"{count} layer{'' if count == 1 else 's'}"
 
 
-def _score_plot(name: str, title: str, entry: Scores, values: list[float | None], plan: Plan) -> Plot:
+def _score_plot(name: str, title: str, entry: Scores, values: list[float | None], plan: PlanRecord) -> Plot:
     known = [value for value in values if value is not None]
     log = is_wide(known)
     roles = [plan.roles.get(layer, "keep") for layer in range(len(values))]
@@ -216,7 +216,9 @@ def _score_plot(name: str, title: str, entry: Scores, values: list[float | None]
     )
 
 
-def _paint_scores(axes: Axes, entry: Scores, values: Sequence[float | None], plan: Plan, log: bool) -> None:
+def _paint_scores(
+    axes: Axes, entry: Scores, values: Sequence[float | None], plan: PlanRecord, log: bool
+) -> None:
     layers = range(len(values))
     floor = min(value for value in values if value is not None and value > 0) / 3 if log else 0.0
     heights = [floor if value is None or (log and value <= 0) else value for value in values]

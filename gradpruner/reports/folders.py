@@ -20,7 +20,8 @@ from gradpruner.common.errors import GradPrunerError
 from gradpruner.common.files import LOCK_FILE
 from gradpruner.common.json_files import read_object
 from gradpruner.common.printing import number, text
-from gradpruner.reports.fields import Each, Fields, Named, Number, Part, count
+from gradpruner.common.run_names import StageName
+from gradpruner.reports.fields import Each, Fields, JsonPart, Named, Number, count
 from gradpruner.reports.record import PENDING
 from gradpruner.reports.view import View, pairs, read
 
@@ -30,10 +31,11 @@ _RESUME = "run the same command to resume."
 # A running process writes progress.json at least every five seconds.
 _ALIVE_SECONDS = 20.0
 _DEPTH, _MOST_FOLDERS = 6, 5000
+_TRAINS = ("finetune", "recover")
 Curve = list[tuple[float, float]]
 
 
-class Stage(Part):
+class Stage(JsonPart):
     """A stage in manifest.json."""
 
     state: Any = None
@@ -42,14 +44,14 @@ class Stage(Part):
     error: Any = None
 
 
-class Manifest(Part):
+class Manifest(JsonPart):
     """The parts of manifest.json that are shown."""
 
     title: Any = Field(default=None, validation_alias=AliasPath("config", "title"))
     stages: Annotated[dict[str, Stage], Named] = {}
 
 
-class Now(Part):
+class Now(JsonPart):
     """progress.json: what a run is doing now. `left` is in seconds, `began` a Unix time."""
 
     stage: Any = None
@@ -232,13 +234,14 @@ def _ended(known: Manifest, begun: list[str], view: View, whole: bool) -> tuple[
 
 def _curves(known: Manifest, now: Now) -> dict[str, Curve]:
     """Returns the losses of finished trainings and of the current one, by row."""
+    named = {StageName.of(name): stage.result.get("losses") for name, stage in known.stages.items()}
     found = {
-        name.partition(" ")[2]: pairs(stage.result["losses"], "step", "loss")
-        for name, stage in known.stages.items()
-        if name.startswith(("finetune ", "recover ")) and isinstance(stage.result.get("losses"), list)
+        name.row: pairs(losses, "step", "loss")
+        for name, losses in named.items()
+        if name.verb in _TRAINS and isinstance(losses, list)
     }
-    doing = str(now.doing)
-    row = doing.partition(" ")[2] if doing.startswith(("finetune ", "recover ")) else doing
+    doing = StageName.of(str(now.doing))
+    row = doing.row if doing.verb in _TRAINS else str(now.doing)
     dots = [{"step": p[0], "loss": p[1]} for p in now.losses if isinstance(p, list) and len(p) == 2]
     found[row] = pairs(dots, "step", "loss") or found.get(row, [])
     return {row: points for row, points in found.items() if points}
@@ -248,12 +251,12 @@ def _so_far(known: Manifest) -> View:
     """Builds a view of a run that has no record yet from the results of its finished stages."""
     rows: dict[str, dict[str, Any]] = {}
     for name, stage in known.stages.items():
-        kind, _, row = name.partition(" ")
-        if stage.state != "done" or kind not in ("evaluate", "finetune") or " " in row:
+        kind, row, rest = StageName.of(name)
+        if stage.state != "done" or kind not in ("evaluate", "finetune") or rest:
             continue  # e.g. "evaluate dense before": that model is not fine-tuned yet
         entry = rows.setdefault(row, {"label": row, "plan": row})
         entry["evaluation" if kind == "evaluate" else kind] = stage.result
-    plans = [name for name in known.stages if name.startswith("plan ")]
+    plans = [name for name in known.stages if StageName.of(name).verb == "plan"]
     for row, entry in rows.items():
         plan, end = (next(iter(plans), ""), "before") if row == "dense" else (f"plan {row}", "after")
         sizes = known.stages.get(plan, Stage()).result.get("parameters")

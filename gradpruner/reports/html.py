@@ -21,12 +21,14 @@ from gradpruner.reports import comparing, details, figures, sweep, tables
 from gradpruner.reports.answers import KINDS, sample_answers
 from gradpruner.reports.cells import Table
 from gradpruner.reports.folders import REPORT
+from gradpruner.reports.headline import tiles
 from gradpruner.reports.markdown import markdown_table
-from gradpruner.reports.record import Plan, Record
+from gradpruner.reports.notes import budget_words, serving_note
+from gradpruner.reports.record import PlanRecord, Record
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.svg import PALETTE, Plot, house_style
 from gradpruner.reports.terminal import title_of
-from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note, tiles
+from gradpruner.reports.verdict import judge
 from gradpruner.reports.view import View, read
 
 _MOST_STRIPS = 24
@@ -110,7 +112,7 @@ def _sections(view: View, folder: Path) -> list[Section]:
 def _results(view: View, folder: Path) -> list[Section]:
     table = tables.results_table(view)
     shown = tables_of(table) or [("absent", "Nothing was measured yet.")]
-    about = [reading_words(view), serving_note(view)] if table.lines else []
+    about = [tables.reading_words(view), serving_note(view)] if table.lines else []
     shown = _notes("lead", budget_words(view)) + shown + _notes("note", *about)
     plots = [comparing.size_plot(view), comparing.cost_plot(view)]
     if view.kind == "ablation":
@@ -141,7 +143,7 @@ def _layers(view: View) -> list[Section]:
     trace = view.record.trace
     recorded = _facts(
         ("Steps", whole(trace.num_steps)),
-        ("With evidence", whole(trace.effective_steps)),
+        ("With energy", whole(trace.effective_steps)),
         ("Adapter", text(trace.adapter)),
         ("Rank", text(trace.rank)),
         ("Clipping", text(trace.clip)),
@@ -162,7 +164,7 @@ def _costs(view: View) -> list[Section]:
     engines = [*_notes("line", details.served_summary(view)), *tables_of(details.serving_table(view))]
     return [
         Section("savings", "Savings", tables_of(*details.savings_tables(view), details.widths_table(view))),
-        Section("serving", "Serving and verification", engines + tables_of(details.gate_table(view))),
+        Section("serving", "Serving and verification", engines + tables_of(details.verification_table(view))),
         Section("cost", "Time and memory",
                 times + ([("fold", (details.stages_summary(view), stages))] if stages else [])),
     ]  # fmt: skip
@@ -240,7 +242,7 @@ def facts_of(*facts: tuple[str, str]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts if value != MISSING]
 
 
-def strip_of(plan: Plan, label: str) -> dict[str, Any]:
+def strip_of(plan: PlanRecord, label: str) -> dict[str, Any]:
     """Returns one plan as a row of cells, one per layer, with its counts in words."""
     words = {"keep": "kept", "receive": "kept", "drop": "dropped"}
     roles = [plan.roles[action.layer] for action in plan.actions]

@@ -7,9 +7,10 @@ from typing import Any
 
 from gradpruner.common.printing import text
 from gradpruner.reports.cells import Table
+from gradpruner.reports.notes import budget_words, serving_note
 from gradpruner.reports.shipping import advice
-from gradpruner.reports.tables import results_table, short_table
-from gradpruner.reports.verdict import budget_words, judge, reading_words, serving_note
+from gradpruner.reports.tables import reading_words, results_table, short_table
+from gradpruner.reports.verdict import judge
 from gradpruner.reports.view import read
 
 

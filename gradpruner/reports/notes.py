@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradpruner.common.printing import number, percent, ratio, whole
+from gradpruner.common.printing import number, percent, ratio, text, whole
 from gradpruner.reports.fields import FEW_EXAMPLES, Measured
 from gradpruner.reports.tables import headline_of
 from gradpruner.reports.view import FAR_FROM_BUDGET, Row, View
 
+_UNITS = {"parameters": "all parameters", "decoder_parameters": "the decoder's parameters"}
 FEW_SEEDS = 3
 """With fewer seeds, the range over seeds says little."""
 PROBE_TASKS = ("gsm8k",)
@@ -176,7 +177,8 @@ def comparison_notes(view: View) -> list[str]:
         and abs(row.removed_share - share) > FAR_FROM_BUDGET
     ]
     if off:
-        notes.append(f"Not at the budget of {percent(share)} removed: {', '.join(off)}.")
+        miss = "misses" if len(off) == 1 else "miss"
+        notes.append(f"{', '.join(off)} {miss} the budget of {percent(share)} removed.")
     rows = sum(1 for row in view.first.rows if not row.is_dense and view.metric in row.after)
     if rows >= 10:
         notes.append(
@@ -205,3 +207,31 @@ def size_notes(view: View) -> list[str]:
     for label, failed in {row.label: row.missing_seeds for row in view.rows if row.missing_seeds}.items():
         notes.append(f"{label}: seed{'s' if len(failed) > 1 else ''} {', '.join(map(str, failed))} failed.")
     return notes
+
+
+def budget_words(view: View) -> str:
+    """Returns a sentence on the budget of a comparison, '' if it is not known."""
+    budget = view.record.budget
+    if view.kind != "compare" or (budget.removed is None and budget.share is None):
+        return ""
+    unit = _UNITS.get(str(budget.unit), text(budget.unit or "the parameters"))
+    total = view.record.model.num_layers
+    of = f" of the {whole(total)}" if total else ""
+    worth = f", as many as {whole(budget.layers)}{of} decoder layers hold" if budget.layers else ""
+    return (
+        f"Every method has the same budget: it removes {whole(budget.removed)} parameters, "
+        f"{percent(budget.share)} of {unit}{worth}. Methods that cannot meet it exactly stay within one of "
+        "their units."
+    )
+
+
+def serving_note(view: View) -> str:
+    """Names the rows whose layers differ in width, and says what that means; '' if there are none."""
+    labels = list(dict.fromkeys(row.label for row in view.rows if row.uniform is False))
+    if not labels:
+        return ""
+    verb = "has" if len(labels) == 1 else "have"
+    return (
+        f"{'; '.join(labels)} {verb} layers of unequal width. Only gradpruner loads such a model; vLLM, "
+        "SGLang and llama.cpp refuse it."
+    )

@@ -11,12 +11,12 @@ from gradpruner.reports.fields import (
     Count,
     Each,
     Fields,
+    JsonPart,
     Known,
     Measured,
     Metrics,
     Named,
     Number,
-    Part,
     Values,
     count,
 )
@@ -30,7 +30,7 @@ def _at(*path: str, default: Any = None) -> Any:
     return Field(default=default, validation_alias=AliasPath(*path))
 
 
-class Evaluated(Part):
+class Evaluated(JsonPart):
     """An evaluation: its metrics, time and memory."""
 
     metrics: Metrics = {}
@@ -40,14 +40,14 @@ class Evaluated(Part):
     per_example: Any = None
 
 
-class Harnessed(Part):
+class Harnessed(JsonPart):
     """The scores of one task of lm-evaluation-harness."""
 
     metrics: Annotated[dict[str, Measured], Named] = {}
     n: Count = None
 
 
-class Kept(Part):
+class Kept(JsonPart):
     """Which model was kept after recovery, with the losses on validation rows, in nats per token."""
 
     model: Any = None
@@ -56,7 +56,7 @@ class Kept(Part):
     rows: Number = None
 
 
-class Trained(Part):
+class Trained(JsonPart):
     """A training (fine-tuning, recovery or recording): its losses, time and memory."""
 
     steps: Number = None
@@ -71,7 +71,7 @@ class Trained(Part):
     kept: Kept | None = None
 
 
-class Check(Part):
+class Check(JsonPart):
     """One check of a pruned model."""
 
     name: Any = None
@@ -79,7 +79,7 @@ class Check(Part):
     detail: Any = None
 
 
-class Verified(Part):
+class Verified(JsonPart):
     """The checks of a pruned model before it was used."""
 
     level: Any = None
@@ -87,7 +87,7 @@ class Verified(Part):
     checks: Annotated[list[Check], Each] = []
 
 
-class Cut(Part):
+class Cut(JsonPart):
     """A repaired cut."""
 
     gone: Values = []
@@ -98,7 +98,7 @@ class Cut(Part):
     error_after: Number = None
 
 
-class VariantRecord(Part):
+class VariantRecord(JsonPart):
     """A row of a run."""
 
     label: Any = None
@@ -121,7 +121,7 @@ class VariantRecord(Part):
     lm_eval: Annotated[dict[str, Harnessed], Named] = _at("lm_eval", "tasks", default={})
 
 
-class Action(Part):
+class Action(JsonPart):
     """What a plan does with one layer: keep, drop or merge (`into` is the layer it is merged into)."""
 
     layer: Annotated[Any, BeforeValidator(count)] = None
@@ -133,14 +133,14 @@ def _in_layer_order(actions: list[Action]) -> list[Action]:
     return sorted((action for action in actions if action.layer is not None), key=lambda a: a.layer)
 
 
-class Change(Part):
+class Change(JsonPart):
     """A quantity before and after pruning."""
 
     before: Number = None
     after: Number = None
 
 
-class Engine(Part):
+class Engine(JsonPart):
     """Whether an engine can serve the model that a plan leaves."""
 
     engine: Any = None
@@ -149,7 +149,7 @@ class Engine(Part):
     also_unpruned: Any = None
 
 
-class Depth(Part):
+class Depth(JsonPart):
     """A number of removed layers and its loss on validation rows."""
 
     num_prune: Known = None
@@ -164,7 +164,7 @@ def _complete(curve: list[Depth]) -> list[Depth]:
     return [depth for depth in curve if None not in (depth.num_prune, depth.loss, depth.upper, depth.rows)]
 
 
-class Search(Part):
+class Search(JsonPart):
     """The search for how many layers can be removed."""
 
     best: Count = None
@@ -173,7 +173,7 @@ class Search(Part):
     curve: Annotated[list[Depth], Each, AfterValidator(_complete)] = []
 
 
-class Plan(Part):
+class PlanRecord(JsonPart):
     """A plan. A plan of whole layers has one action per layer, in layer order; a width plan has none."""
 
     actions: Annotated[list[Action], Each, AfterValidator(_in_layer_order)] = []
@@ -208,7 +208,7 @@ class Plan(Part):
         return frozenset(layer for layer, role in self.roles.items() if role not in ("drop", "merge"))
 
 
-class Scores(Part):
+class Scores(JsonPart):
     """The layer scores of a method."""
 
     norm: Any = None
@@ -229,7 +229,7 @@ class Trace(Trained):
     bytes_on_disk: Number = None
 
 
-class Rows(Part):
+class Rows(JsonPart):
     """A set of rows and its source."""
 
     source: Any = None
@@ -240,7 +240,7 @@ class Rows(Part):
     sha256: Any = None
 
 
-class StageRecord(Part):
+class StageRecord(JsonPart):
     """One stage of a run."""
 
     name: Any = None
@@ -250,7 +250,7 @@ class StageRecord(Part):
     resumed: Any = None
 
 
-class Provenance(Part):
+class Provenance(JsonPart):
     """The code, machine and packages that produced the record."""
 
     commit: Any = None
@@ -261,7 +261,7 @@ class Provenance(Part):
     machine: Fields = {}
 
 
-class ModelRecord(Part):
+class ModelRecord(JsonPart):
     """The dense model."""
 
     path: Any = None
@@ -273,7 +273,7 @@ class ModelRecord(Part):
     sha256: Any = None
 
 
-class Seed(Part):
+class Seed(JsonPart):
     """One seed of a study's row."""
 
     seed: Count = None
@@ -281,7 +281,7 @@ class Seed(Part):
     error: Any = None
 
 
-class PointRecord(Part):
+class PointRecord(JsonPart):
     """One setting of a study."""
 
     value: Any = None
@@ -289,7 +289,7 @@ class PointRecord(Part):
     rows: Values = []
 
 
-class Sweep(Part):
+class Sweep(JsonPart):
     """What an ablation varies."""
 
     key: Any = None
@@ -297,7 +297,7 @@ class Sweep(Part):
     log: Any = None
 
 
-class Budget(Part):
+class Budget(JsonPart):
     """How much every method of a comparison removes."""
 
     unit: Any = None
@@ -306,7 +306,7 @@ class Budget(Part):
     layers: Number = None
 
 
-class Record(Part):
+class Record(JsonPart):
     """run.json or study.json; fields that belong to the other one are empty."""
 
     schema_version: Any = None
@@ -327,7 +327,7 @@ class Record(Part):
     overlap_rows: Count = _at("data", "overlap_rows")
     trace: Trace = Trace()
     scores: Annotated[dict[str, Scores], Named] = {}
-    plans: Annotated[dict[str, Plan], Named] = {}
+    plans: Annotated[dict[str, PlanRecord], Named] = {}
     rows: Fields = {}
     variants: Annotated[dict[str, VariantRecord], Named] = {}
     stages: Annotated[list[StageRecord], Each] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.printing import percent, text, whole
+from gradpruner.common.run_names import row_file
 from gradpruner.reports.record import Search
 from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import Row, View, metric_label, read
@@ -136,13 +137,13 @@ def _reason(view: View, row: Row, basis: str) -> str:
 def _folder(view: View, row: Row) -> str:
     """Returns the folder of a row's finished model, relative to the record, or the path of an untuned one."""
     if view.kind != "run":
-        return f"{row.first_run or '.'}/variants/{row.name}/model"
+        return f"{row.first_run or '.'}/{row_file(row.name, 'model')}"
     found = row.recorded
     if found.finetune.output:
         return str(found.finetune.output)
     if found.recovery.model_fields_set:
-        return f"variants/{row.name}/recovered"
-    return str(view.record.model.path) if row.is_dense else f"variants/{row.name}/pruned"
+        return row_file(row.name, "recovered")
+    return str(view.record.model.path) if row.is_dense else row_file(row.name, "pruned")
 
 
 def _next_steps(view: View, row: Row, path: str, here: Path) -> tuple[Command, ...]:

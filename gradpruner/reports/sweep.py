@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from gradpruner.common.printing import duration, num_bytes, number, percent, short, times
+from gradpruner.common.printing import number, percent, short
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.svg import (
     DASHES,
@@ -21,19 +21,11 @@ from gradpruner.reports.svg import (
     percent_ticks,
     plain_ticks,
 )
+from gradpruner.reports.tables import COSTS
 from gradpruner.reports.view import Point, Row, View, metric_label
 
 _MOST_SERIES = 6
 _MOST_NUMBERS = 16
-_COSTS: dict[str, tuple[str, Any]] = {
-    "method_seconds": ("Method time", duration),
-    "method_peak_memory_bytes": ("Method memory", num_bytes),
-    "training_seconds": ("Training time", duration),
-    "training_ratio": ("Training time against dense", times),
-    "training_peak_memory_bytes": ("Training memory", num_bytes),
-    "inference_seconds": ("Evaluation time", duration),
-    "inference_ratio": ("Evaluation time against dense", times),
-}
 
 Series = tuple[str, str, list[tuple[float, Measured]]]
 """Row name, label, and points (position on the horizontal axis, measured value)."""
@@ -44,7 +36,7 @@ def sweep_plot(view: View) -> Plot | None:
     found = _series(view)
     if not found:
         return None
-    name, show = _COSTS.get(str(view.record.plot.get("y")), (metric_label(view.metric), percent))
+    name, show = COSTS.get(str(view.record.plot.get("y")), (metric_label(view.metric), percent))
     bars = _is_categorical(view)
     reference = _flat_dense(found)
     shown = [s for s in found if reference is None or s[0] != "dense"]
@@ -129,7 +121,7 @@ def _series(view: View) -> list[Series]:
 
 def _value(row: Row, view: View) -> Measured | None:
     wanted = str(view.record.plot.get("y"))
-    if wanted in _COSTS:
+    if wanted in COSTS:
         value = number(row.costs.get(wanted))
         return None if value is None else Measured(value=value)
     return row.after.get(view.metric)

@@ -11,14 +11,23 @@ from gradpruner.reports.fields import Measured
 from gradpruner.reports.record import Evaluated
 from gradpruner.reports.view import Row, View, metric_label
 
-_COSTS: dict[str, tuple[str, Any]] = {
+_AGAINST = " time against dense"
+COSTS: dict[str, tuple[str, Any]] = {
     "method_seconds": ("Method time", duration),
     "method_peak_memory_bytes": ("Method memory", num_bytes),
-    "training_ratio": ("Training", times),
-    "inference_ratio": ("Inference", times),
-    "total_ratio": ("Total", times),
+    "training_seconds": ("Training time", duration),
+    "training_ratio": (f"Training{_AGAINST}", times),
+    "training_peak_memory_bytes": ("Training memory", num_bytes),
+    "inference_seconds": ("Evaluation time", duration),
+    "inference_ratio": (f"Evaluation{_AGAINST}", times),
+    "total_ratio": (f"Total{_AGAINST}", times),
     "trained_tokens": ("Trained tokens", short),
 }
+"""Key of a cost -> its name, and how it is shown."""
+_COLUMNS = (
+    "method_seconds", "method_peak_memory_bytes", "training_ratio", "inference_ratio", "total_ratio",
+    "trained_tokens",
+)  # fmt: skip
 _TERMINAL_COSTS = {
     "run": ("Training", "Total"),
     "compare": ("Method time", "Training"),
@@ -120,6 +129,28 @@ def difference(view: View, row: Row) -> Measured | None:
     return Measured(value=mine.value - dense.value)
 
 
+def reading_words(view: View) -> str:
+    """Explains the numbers of the main table."""
+    words = []
+    if view.kind == "run":
+        words.append("Brackets are 95% bootstrap intervals, in percent.")
+    elif len(view.seeds) > 1:
+        words.append(
+            f"{metric_label(view.metric)} is the mean over {len(view.seeds)} seeds; brackets show the lowest "
+            "and the highest seed."
+        )
+    if any(row.paired for row in view.rows):
+        words.append(
+            "Differences are in percentage points, paired example by example, with 95% bootstrap intervals."
+        )
+    if any(row.costs.get("training_ratio") is not None for row in view.rows):
+        columns = "Training" if view.kind == "run" else "Training, Evaluation"
+        words.append(f"{columns} and Total are times relative to the dense model with the same seed.")
+    if any(m.is_small for row in view.rows for m in (*row.after.values(), *row.before.values())):
+        words.append("* Fewer than 100 examples: rely on the interval, not on the value.")
+    return " ".join(words)
+
+
 def _name(view: View) -> str:
     return "Variant" if view.kind == "run" else "Method"
 
@@ -149,13 +180,10 @@ def _quality_cells(view: View, row: Row) -> list[Cell | str]:
 
 
 def _costs(view: View) -> dict[str, tuple[str, Any]]:
-    """Returns the cost columns that have a value; a run shows the rest in its own cost table."""
-    known = {k: v for k, v in _COSTS.items() if any(row.costs.get(k) is not None for row in view.rows)}
-    left_out = {
-        "run": ("method_seconds", "inference_ratio", "trained_tokens"),
-        "ablation": ("method_peak_memory_bytes",),
-    }
-    return {k: v for k, v in known.items() if k not in left_out.get(view.kind, ())}
+    """Returns the cost columns that have a value; `reading_words` says that ratios are against dense."""
+    left_out = "method_peak_memory_bytes" if view.kind == "ablation" else ""
+    known = [k for k in _COLUMNS if k != left_out and any(row.costs.get(k) is not None for row in view.rows)]
+    return {key: (COSTS[key][0].removesuffix(_AGAINST), COSTS[key][1]) for key in known}
 
 
 def _line(view: View, row: Row, *cells: Cell | str) -> Line:

@@ -11,12 +11,14 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from gradpruner.common.printing import number, text, whole
+from gradpruner.common.ranking import print_scores
 from gradpruner.reports.cells import Table
 from gradpruner.reports.details import savings_tables
-from gradpruner.reports.record import Plan
+from gradpruner.reports.notes import budget_words, serving_note
+from gradpruner.reports.record import PlanRecord
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.tables import short_table
-from gradpruner.reports.verdict import budget_words, judge, serving_note
+from gradpruner.reports.verdict import judge
 from gradpruner.reports.view import View, read
 
 _STYLES = {
@@ -104,7 +106,10 @@ def _print_decisions(view: View, console: Console) -> bool:
     """Prints what is known before any evaluation: scores, plans, savings. Returns False if nothing is."""
     record = view.record
     for name, scores in record.scores.items():
-        _print_scores(text(name), scores.values, console)
+        values, low, high = (
+            [number(v) or 0.0 for v in part] for part in (scores.values, scores.low, scores.high)
+        )
+        print_scores(console, text(name), values, low, high)
     _print_strips([(text(name), plan) for name, plan in view.record.plans.items()], console)
     for table in savings_tables(view):
         say(console, f"Savings: {table.caption}", "bold")
@@ -112,21 +117,8 @@ def _print_decisions(view: View, console: Console) -> bool:
     recorded = bool(record.trace.model_fields_set)
     if recorded and not view.record.plans:
         steps, effective = whole(record.trace.num_steps), whole(record.trace.effective_steps)
-        say(console, f"{steps} steps recorded; {effective} of them carry evidence.")
+        say(console, f"{steps} steps recorded; {effective} of them with energy.")
     return bool(recorded or view.record.plans or record.scores)
-
-
-def _print_scores(name: str, values: list[Any], console: Console) -> None:
-    """Prints one line per layer, least important first, with its share of the highest score."""
-    numbers = [number(value) or 0.0 for value in values]
-    highest = max(numbers, default=0.0)
-    frame = box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD
-    title = f"Scores: {name}"
-    table = RichTable("layer", "score", "of the highest", title=title, title_justify="left", box=frame)
-    for layer in sorted(range(len(numbers)), key=lambda i: (numbers[i], i)):
-        share = numbers[layer] / highest if highest else 0.0
-        table.add_row(str(layer), f"{numbers[layer]:.3e}", f"{share:.2%}")
-    console.print(table)
 
 
 def say(console: Console, line: str, style: str = "") -> None:
@@ -152,7 +144,7 @@ def rich_table(table: Table, console: Console) -> RichTable:
     return shown
 
 
-def _print_strips(plans: list[tuple[str, Plan]], console: Console) -> None:
+def _print_strips(plans: list[tuple[str, PlanRecord]], console: Console) -> None:
     shown = [(label, plan) for label, plan in plans if plan.actions]
     if not shown:
         return
@@ -171,7 +163,7 @@ def _print_strips(plans: list[tuple[str, Plan]], console: Console) -> None:
             console.print(line.append(f" {part[-1].layer}", style="dim"))
 
 
-def _merge_words(plan: Plan) -> str:
+def _merge_words(plan: PlanRecord) -> str:
     """Returns a plan in words, for example ': 19 of 32 kept; merged 18, 19 into 17'."""
     words = [f"{', '.join(map(str, layers))} into {to}" for to, layers in plan.targets.items()]
     merged = f"; merged {'; '.join(words)}" if words else ""

@@ -1,22 +1,17 @@
-"""The conclusion of a run or a study in one sentence, the notes that limit it, and the headline numbers."""
+"""The conclusion of a run or a study in one sentence, and the notes that limit it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from gradpruner.common.printing import (
-    MISSING,
-    duration,
     interval,
     percent,
     points,
     ratio,
-    short,
     text,
-    times,
     whole,
 )
-from gradpruner.reports.cells import change
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes
 from gradpruner.reports.view import Point, Row, View, metric_label
@@ -24,7 +19,6 @@ from gradpruner.reports.view import Point, Row, View, metric_label
 _SMALL_LOSS = 0.02
 """A relative loss that may be chance is 'No clear difference' up to this size, and 'Cannot tell' above it."""
 NOT_LEARNED = "Not learned"
-_UNITS = {"parameters": "all parameters", "decoder_parameters": "the decoder's parameters"}
 
 
 @dataclass(frozen=True)
@@ -184,22 +178,6 @@ def _finding(dense: Measured, pruned: Measured, difference: Measured | None) -> 
     )
 
 
-def budget_words(view: View) -> str:
-    """Returns a sentence on the budget of a comparison, '' if it is not known."""
-    budget = view.record.budget
-    if view.kind != "compare" or (budget.removed is None and budget.share is None):
-        return ""
-    unit = _UNITS.get(str(budget.unit), text(budget.unit or "the parameters"))
-    total = view.record.model.num_layers
-    of = f" of the {whole(total)}" if total else ""
-    worth = f", as many as {whole(budget.layers)}{of} decoder layers hold" if budget.layers else ""
-    return (
-        f"Every method has the same budget: it removes {whole(budget.removed)} parameters, "
-        f"{percent(budget.share)} of {unit}{worth}. Methods that cannot meet it exactly stay within one of "
-        "their units."
-    )
-
-
 def _tally_words(view: View, point: Point) -> str:
     """Counts GradPruner's wins, ties and losses by paired intervals; '' if there are none."""
     rivals = [
@@ -218,18 +196,6 @@ def _tally_words(view: View, point: Point) -> str:
         f"Against {len(levels)} other method{'s' if len(levels) > 1 else ''} (by paired 95% intervals): "
         f"{wins} win{'' if wins == 1 else 's'}, {ties} tie{'' if ties == 1 else 's'}, "
         f"{losses} loss{'' if losses == 1 else 'es'}."
-    )
-
-
-def serving_note(view: View) -> str:
-    """Names the rows whose layers differ in width, and says what that means; '' if there are none."""
-    labels = list(dict.fromkeys(row.label for row in view.rows if row.uniform is False))
-    if not labels:
-        return ""
-    verb = "has" if len(labels) == 1 else "have"
-    return (
-        f"{'; '.join(labels)} {verb} layers of unequal width. Only gradpruner loads such a model; vLLM, "
-        "SGLang and llama.cpp refuse it."
     )
 
 
@@ -276,95 +242,3 @@ def _level(gain: Measured) -> str:
 def _paired_words(paired: Measured) -> str:
     shown = interval(paired.low, paired.high)
     return f"{points(paired.value)} points" + (f", 95% {shown}" if shown else "")
-
-
-def reading_words(view: View) -> str:
-    """Explains the numbers of the main table."""
-    words = []
-    if view.kind == "run":
-        words.append("Brackets are 95% bootstrap intervals, in percent.")
-    elif len(view.seeds) > 1:
-        words.append(
-            f"{metric_label(view.metric)} is the mean over {len(view.seeds)} seeds; brackets show the lowest "
-            "and the highest seed."
-        )
-    if any(row.paired for row in view.rows):
-        words.append(
-            "Differences are in percentage points, paired example by example, with 95% bootstrap intervals."
-        )
-    if any(row.costs.get("training_ratio") is not None for row in view.rows):
-        columns = "Training" if view.kind == "run" else "Training, Inference"
-        words.append(f"{columns} and Total are times relative to the dense model with the same seed.")
-    if any(m.is_small for row in view.rows for m in (*row.after.values(), *row.before.values())):
-        words.append("* Fewer than 100 examples: rely on the interval, not on the value.")
-    return " ".join(words)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A headline number: its name, its change, the values before and after, and a remark."""
-
-    name: str
-    change: str
-    before: str
-    after: str
-    remark: str = ""
-
-
-def tiles(view: View) -> list[Tile]:
-    """Returns the headline numbers that are known: size, quality, time."""
-    main, dense, metric = view.main, view.dense, view.metric
-    if view.kind == "ablation" or main is None:
-        return []
-    model = view.record.model
-    layers = (dense.num_layers if dense else None) or model.num_layers
-    size = (dense.num_parameters if dense else None) or model.num_parameters
-    before, after, tuned = compared(view)
-    smaller = change(main.num_parameters, size)
-    found = [
-        Tile("Layers", change(main.num_layers, layers), whole(layers), whole(main.num_layers)),
-        Tile("Parameters", smaller, short(size), short(main.num_parameters), main.label),
-        _quality_tile(
-            "Compared to dense" + ("" if tuned else ", not fine-tuned"),
-            before,
-            after,
-            main.paired.get(metric) if tuned else None,
-            metric,
-        ),
-    ]
-    last = view.first.row("last")
-    if view.kind == "compare" and last is not None and last is not main and metric in last.after:
-        gain = last.rival[metric].turned() if metric in last.rival else None
-        found.append(_quality_tile("Compared to last layers", last.after[metric], after, gain, metric))
-    found.append(_time_tile(main, dense))
-    shown = found if view.kind == "run" else found[1:]
-    return [tile for tile in shown if {tile.before, tile.after} != {MISSING}]
-
-
-def _quality_tile(
-    name: str, other: Measured | None, mine: Measured | None, paired: Measured | None, metric: str
-) -> Tile:
-    """Returns a difference in points, with its interval if it was measured example by example."""
-    gain, remark = MISSING, metric_label(metric)
-    if paired is not None:
-        gain = f"{points(paired.value)} points"
-        remark += f"; 95%: {interval(*paired.ends)}" if paired.ends else ""
-    elif other is not None and mine is not None:
-        gain = f"{points(mine.value - other.value)} points"
-    before, after = (percent(m.value if m else None) for m in (other, mine))
-    return Tile(name, gain, before, after, remark)
-
-
-def _time_tile(main: Row, dense: Row | None) -> Tile:
-    """Returns a row's total time if it was recorded, otherwise its fine-tuning time."""
-    costs = main.costs
-    alone = times(costs.get("training_ratio"))
-    if costs.get("total_ratio") is not None:
-        before, after = (duration(row.costs.get("total_seconds") if row else None) for row in (dense, main))
-        words = "all but evaluation" + (f"; fine-tuning alone {alone}" if alone != MISSING else "")
-        return Tile("Total time", times(costs["total_ratio"]), before, after, words)
-    if main.recorded.finetune.seconds is not None or dense is None:
-        before, after = (duration(row.recorded.finetune.seconds if row else None) for row in (dense, main))
-    else:
-        before, after = times(dense.costs.get("training_ratio")), alone
-    return Tile("Fine-tuning time", alone, before, after, "without recording, choosing and pruning")

@@ -14,11 +14,10 @@ from typing import Annotated, Any
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from gradpruner.common.printing import number, ratio, text
-from gradpruner.reports.fields import Count, Each, Fields, Measured, Metrics, Number, Part, count, known
-from gradpruner.reports.record import PENDING, Evaluated, Plan, PointRecord, Record, Seed, VariantRecord
+from gradpruner.reports.fields import Count, Each, Fields, JsonPart, Measured, Metrics, Number, count, known
+from gradpruner.reports.record import PENDING, Evaluated, PlanRecord, PointRecord, Record, Seed, VariantRecord
 
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
-_PREPARING = ("recording", "choosing", "repairing", "pruning")
 FAR_FROM_BUDGET = 0.03
 """A row whose removed fraction is further than this from the budget does not meet it."""
 
@@ -27,7 +26,7 @@ def _failure(error: Any) -> str | None:
     return str(error) if error and error not in PENDING else None
 
 
-class Row(Part):
+class Row(JsonPart):
     """One model: the dense one, or the one a method leaves. The fields are those of a row in study.json.
 
     Attributes:
@@ -55,7 +54,7 @@ class Row(Part):
     rival: Metrics = {}
     validation: Metrics = {}
     costs: Fields = {}
-    plans: Annotated[list[Plan], Each] = []
+    plans: Annotated[list[PlanRecord], Each] = []
     seeds: Annotated[list[Seed], Each] = Field(default=[], validation_alias="per_seed")
     recorded: VariantRecord = VariantRecord()
 
@@ -70,7 +69,7 @@ class Row(Part):
         return self.name.startswith("smaller:")
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> PlanRecord | None:
         """The plan of the first seed."""
         return self.plans[0] if self.plans else None
 
@@ -222,16 +221,12 @@ def _run_row(name: str, found: VariantRecord, record: Record) -> Row:
 
 
 def _run_costs(row: VariantRecord, dense: VariantRecord) -> dict[str, Any]:
-    """Returns the costs of a run's row under the keys that studies use."""
+    """Returns the costs of a run's row that reports show, under the keys that studies use."""
     parts = row.cost
-    preparing = [parts[part] or 0.0 for part in _PREPARING if part in parts]
     return {
-        "method_seconds": sum(preparing) if preparing else None,
         "training_ratio": ratio(row.finetune.seconds, dense.finetune.seconds),
-        "inference_ratio": ratio(row.evaluation.seconds, dense.evaluation.seconds),
         "total_ratio": ratio(parts.get("total"), dense.cost.get("total")),
         "total_seconds": parts.get("total"),
-        "trained_tokens": row.cost_tokens,
     }
 
 

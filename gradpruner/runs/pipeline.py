@@ -21,6 +21,7 @@ from gradpruner.common.errors import GradPrunerError, ModelError
 from gradpruner.common.files import check_free_space, write_text
 from gradpruner.common.json_files import write_json
 from gradpruner.common.registry import check_known
+from gradpruner.common.run_names import row_file
 from gradpruner.common.world import this_world
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
@@ -242,7 +243,7 @@ class _Run:
 
     def context(self, method: str) -> MethodContext:
         """What a method may look at."""
-        return self.job.context(method, self.open_trace, self.path("variants", method, "method"))
+        return self.job.context(method, self.open_trace, self.path(row_file(method, "method")))
 
     def plan(self, variant: str) -> None:
         """Scores (or model) -> plans/<row>.json"""

@@ -126,7 +126,7 @@ def test_06_data_that_are_not_there(project, refuse):
 def test_12_nothing_left_to_learn(project, refuse):
     rows = [{"prompt": "red " * 20, "completion": " red" * 20}] * 2
     write_rows(project.parent / "train.jsonl", rows)
-    parts = ["0 supervised tokens in 2 of 2 samples", "train.jsonl:1", "Raise data.max_length"]
+    parts = ["0 learned tokens in 2 of 2 samples", "train.jsonl:1", "Raise data.max_length"]
     refuse(DATA, parts, "run", project, "--set", "data.max_length=16")
     # The tokenizer knows no chat: conversations cannot be encoded either.
     message = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

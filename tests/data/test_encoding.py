@@ -249,7 +249,7 @@ def test_samples_without_supervised_tokens_are_refused(tokenizer):
     with pytest.raises(DataError) as caught:
         encode_all(tokenizer, [SUM, *long], 12)
     message = str(caught.value)
-    assert "0 supervised tokens in 5 of 6 samples (first: f:0, f:1, f:2)" in message
+    assert "0 learned tokens in 5 of 6 samples (first: f:0, f:1, f:2)" in message
     assert "Raise data.max_length (now 12)" in message
 
 
@@ -262,7 +262,7 @@ def test_a_supervised_first_token_does_not_count():
     tokenizer = byte_level(bos=False, eos=False)
     single = Example("x", "", "4")
     assert encode(tokenizer, single, 10).num_supervised == 0
-    with pytest.raises(DataError, match="0 supervised tokens in 1 of 1"):
+    with pytest.raises(DataError, match="0 learned tokens in 1 of 1"):
         encode_all(tokenizer, [single], 10)
 
 

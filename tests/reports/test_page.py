@@ -31,11 +31,12 @@ from gradpruner.common.printing import (
 from gradpruner.reports import comparing, figures, html, svg, tables
 from gradpruner.reports.answers import sample_answers
 from gradpruner.reports.details import served_summary, serving_table
+from gradpruner.reports.headline import tiles
 from gradpruner.reports.html import render_html
 from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.shipping import advice
 from gradpruner.reports.terminal import print_summary
-from gradpruner.reports.verdict import judge, tiles
+from gradpruner.reports.verdict import judge
 from gradpruner.reports.view import read
 
 SECTIONS = [
@@ -515,11 +516,15 @@ def test_terminal_fits_a_hundred_columns_and_is_plain() -> None:
 def test_terminal_before_anything_is_measured_shows_scores_plans_and_savings() -> None:
     run = make_run(16, ("dense", "merged"), num_losses=3)
     run["variants"] = {}
-    shown = printed(run)
     scores = next(iter(run["scores"].values()))["values"]
-    least = min(range(16), key=lambda layer: (scores[layer], layer))
-    first = next(line.split() for line in shown.splitlines() if line.split()[:1] == [str(least)])
-    assert float(first[1]) == pytest.approx(scores[least], rel=1e-3)
+    scores[3] = scores[9] = 0.5 * min(scores)
+    shown = printed(run)
+    start = next(i for i, line in enumerate(shown.splitlines()) if line.startswith("Scores (gradient)"))
+    below = map(str.split, shown.splitlines()[start:])
+    listed = [words for words in below if words and words[0].isdigit()]
+    # On a tie the later layer is pruned first, as in a plan.
+    assert [words[0] for words in listed[:2]] == ["9", "3"]
+    assert float(listed[0][1]) == pytest.approx(scores[9], rel=1e-3)
     assert "▼" in shown and "Savings: merged" in shown and "FLOPs per token" in shown
     assert "No result" not in shown
     run["plans"] = {}

@@ -237,7 +237,7 @@ def test_every_cell_of_the_main_row() -> None:
     assert table.columns == (
         "Method", "Parameters", "Exact match [seeds]", "Difference to dense [95%]",
         "Difference to GradPruner [95%]", "Before tuning", "Method time", "Method memory", "Training",
-        "Inference",
+        "Evaluation",
     )  # fmt: skip
     merged = next(row for row in table.lines if row.kind == "main")
     assert [(c.text, c.detail) for c in merged.cells] == [
@@ -332,7 +332,7 @@ def test_rows_off_the_budget_and_of_unequal_width_are_named() -> None:
     study = make_study(("dense", "merged", "sat", "apt", "last"))
     row_of(study, "sat").update(removed_share=0.0, removed_parameters=0)
     notes = judge(read(study)).notes
-    assert "Not at the budget of 40.0% removed: SAT-like (0.0%)." in notes
+    assert "SAT-like (0.0%) misses the budget of 40.0% removed." in notes
     assert "APT-like has layers of unequal width" in markdown_table(study)
     assert "vLLM, SGLang and llama.cpp refuse it" in " ".join(printed(study).split())
 

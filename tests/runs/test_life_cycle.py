@@ -150,7 +150,9 @@ def test_recovery_comes_between_pruning_and_fine_tuning(register, tmp_path):
     }
     assert not torch.equal(norms["pruned"], norms["recovered"]) and (norms["recovered"] == 3).all()
     assert (norms["model"] - 3).abs().max() < 0.1
-    assert "recover recovering" in {stage["name"] for stage in record["stages"]}
+    seconds = {stage["name"]: stage["seconds"] for stage in record["stages"]}
+    of_method = [seconds[f"{verb} recovering"] for verb in ("plan", "prune", "recover")]
+    assert record["variants"]["recovering"]["cost"]["method_seconds"] == pytest.approx(sum(of_method))
     # What is measured before fine-tuning is the recovered model: recovered anew, measured anew.
     again = run(load_recipe(tmp_path / "recipe.yaml", ("finetune.learning_rate=2e-3",)))
     states = {stage["name"]: stage["state"] for stage in again["stages"]}

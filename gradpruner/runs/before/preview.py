@@ -139,7 +139,7 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
     print_line(
         console,
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
-        f"supervised tokens, longest sample {facts['longest_sample_tokens']}), "
+        f"learned tokens, longest sample {facts['longest_sample_tokens']}), "
         f"{facts['eval_rows']} evaluation rows{_spaces(facts)}\n{_steps(facts)}\n{_training(facts)}",
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gradpruner.common.run_names import StageName
 from gradpruner.methods import METHODS
 from gradpruner.runs.recipe.effects import effect_of
 
@@ -51,8 +52,8 @@ def named_row(variant: str, name: str) -> str:
 
 def rows_in(stages: Mapping[str, Any], verbs: Iterable[str]) -> list[str]:
     """Returns the rows for which a stage with one of these verbs is done, in the order of the stages."""
-    found = [name.split(" ")[:2] for name, entry in stages.items() if entry["state"] == "done"]
-    return list(dict.fromkeys(words[1] for words in found if len(words) == 2 and words[0] in verbs))
+    found = [StageName.of(name) for name, entry in stages.items() if entry["state"] == "done"]
+    return list(dict.fromkeys(stage.row for stage in found if stage.row and stage.verb in verbs))
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from gradpruner.common.errors import IntegrityError
 from gradpruner.common.files import shown
 from gradpruner.common.json_files import read_json, typed
 from gradpruner.common.provenance import provenance, utc_now
+from gradpruner.common.run_names import StageName
 from gradpruner.common.version import __version__
 from gradpruner.data.examples import ExampleSet
 from gradpruner.evaluation.metrics import majority_class
@@ -54,6 +55,8 @@ class Cost(TypedDict):
 
     seconds: dict[str, float]
     """Part -> seconds; also "total"."""
+    method_seconds: NotRequired[float | None]
+    method_peak_memory_bytes: NotRequired[int | None]
     tokens: NotRequired[int | None]
 
 
@@ -174,8 +177,7 @@ def row_facts(
 ) -> dict[str, Any]:
     """Collects a row of the comparison: the results of its stages, the size of its model, its error."""
     found = {part: directory.result(stage.format(name)) for part, stage in PARTS.items()}
-    further = {stage: directory.result(stage) for stage in directory.stages}
-    of_row = f"evaluate {name} on "
+    further = {StageName.of(stage): directory.result(stage) for stage in directory.stages}
     if plan is not None:
         sizes = {unit: change["after"] for unit, change in plan["savings"].items()}
     else:
@@ -185,9 +187,9 @@ def row_facts(
         "plan": name if plan else None,
         **found,
         "also": {
-            stage.removeprefix(of_row): result
+            stage.rest.removeprefix("on "): result
             for stage, result in further.items()
-            if stage.startswith(of_row) and result is not None
+            if stage[:2] == ("evaluate", name) and stage.rest.startswith("on ") and result is not None
         },
         "error": error,
         "num_layers": sizes.get("layers"),
@@ -247,8 +249,9 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Ma
 
     The parts are tuning (of the dense model, if the row is made from it or learns from it), recording,
     choosing (scores, plan, search), repairing, pruning and training. Evaluations are not counted, and neither
-    is what only other rows need. `resumed` names the stages that resumed an interrupted start; if that start
-    was killed, its seconds are missing.
+    is what only other rows need. `method_seconds` and `method_peak_memory_bytes` are those of a pruned row
+    without fine-tuning, but with the recovery that its method brings. `resumed` names the stages that resumed
+    an interrupted start; if that start was killed, its seconds are missing.
     """
 
     def trained(name: str) -> int:
@@ -268,17 +271,26 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Ma
         parts = (parts if prunes else {}) | {"training": [f"finetune {name}", f"recover {name}"]}
         counted = [stage for names in parts.values() for stage in names if stage in stages]
         seconds = {
-            part: sum(float(stages[stage].get("seconds", 0.0)) for stage in names if stage in stages)
+            part: sum(_seconds(stages[stage]) for stage in names if stage in stages)
             for part, names in parts.items()
         }
+        of_method = [stages[stage] for stage in counted if StageName.of(stage).verb != "finetune"]
         recorded = stages.get("record", {}).get("result") or {} if parts.get("recording") else {}
         row["cost"] = {
             "seconds": {**seconds, "total": sum(seconds.values())},
+            "method_seconds": sum(map(_seconds, of_method)) if name != "dense" else None,
+            "method_peak_memory_bytes": max(
+                (s.get("peak_memory_bytes") or 0 for s in of_method), default=None
+            ),
             "tokens": trained(name)
             + (trained("dense") if parts.get("tuning") else 0)
             + int(recorded.get("tokens") or 0),
             "resumed": [stage for stage in counted if stages[stage].get("resumed")],
         }
+
+
+def _seconds(stage: Mapping[str, Any]) -> float:
+    return float(stage.get("seconds", 0.0))
 
 
 def model_facts(job: Job) -> dict[str, Any]:
@@ -308,7 +320,7 @@ def data_facts(examples: ExampleSet) -> dict[str, Any]:
 
 def rate_facts(job: Job, directory: RunDirectory) -> dict[str, Any]:
     """Returns the learning rate, where it comes from, and the loss at each rate that was tried."""
-    tried = [directory.result(name) for name in directory.stages if name.startswith("rate ")]
+    tried = [directory.result(name) for name in directory.stages if StageName.of(name).verb == "rate"]
     found = sorted(filter(None, tried), key=lambda entry: float(entry["rate"]))
     facts = {"value": job.recipe.finetune.learning_rate, "source": job.rate_source}
     return facts | ({"tried": found} if found and job.recipe.find_rate else {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from gradpruner.common.run_names import row_file
 from gradpruner.plans.reading import read_plan
 from gradpruner.runs.folder.directory import Stage
 from gradpruner.runs.folder.plan_names import STAGES
@@ -108,7 +109,7 @@ class Variant(Work):
             "max_length": self.job.max_length,
             "seed": self.recipe.seed,
         }
-        file = f"variants/{self.name}/examples{what and '_' + what.removeprefix('on ')}.jsonl"
+        file = row_file(self.name, f"examples{what and '_' + what.removeprefix('on ')}.jsonl")
 
         def work() -> dict[str, Any]:
             folder = self.source if what == "before" else self.outcome

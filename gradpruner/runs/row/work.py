@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from gradpruner.common.progress import Progress, show_bytes
+from gradpruner.common.run_names import row_file
 from gradpruner.common.world import this_world
 from gradpruner.evaluation.outputs import parts_of
 from gradpruner.evaluation.quality import Evaluation, evaluate
@@ -61,10 +62,10 @@ class Work:
         self.name, self.plan, self.trace = name, plan, trace
         self.variant = variant_of(name)
         self.method = METHODS.find(self.variant) if self.variant not in LABELS else None
-        base = f"variants/{name}"
-        self.pruned, self.recovered, self.tuned = f"{base}/pruned", f"{base}/recovered", tuned_folder(name)
-        self.repaired, self.own_plan = f"{base}/repair", own_plan(name)
-        self.checkpoints, self.scratch = f"{base}/checkpoints", f"{base}/method"
+        self.pruned, self.recovered = row_file(name, "pruned"), row_file(name, "recovered")
+        self.repaired, self.scratch = row_file(name, "repair"), row_file(name, "method")
+        self.checkpoints = row_file(name, "checkpoints")
+        self.own_plan, self.tuned = own_plan(name), tuned_folder(name)
 
     def path(self, relative: str) -> Path:
         """A path inside the run directory."""
@@ -338,7 +339,7 @@ def fit_as_asked(
 
 def tuned_folder(name: str) -> str:
     """Folder of a row's fine-tuned model, relative to the run directory."""
-    return f"variants/{name}/model"
+    return row_file(name, "model")
 
 
 def plan_file(row: str) -> str:
@@ -366,7 +367,7 @@ def same_plan(one: Plan | None, other: Plan | None) -> bool:
 
 def own_plan(name: str) -> str:
     """File of the plan that a row's models were made by; the one in plans/ may have been edited since."""
-    return f"variants/{name}/plan.json"
+    return row_file(name, "plan.json")
 
 
 def journal(file: str) -> str:

@@ -215,20 +215,14 @@ def named(error: GradPrunerError, where: str) -> GradPrunerError:
 
 
 def stored_record(folder: Path) -> dict[str, Any] | None:
-    """Reads the run record in a folder, with every stage ever done there; None if there is none."""
+    """Reads the run record in a folder; None if there is none, or the folder is damaged."""
     if not (folder / "run.json").exists():
         return None
     try:
-        record = read_run_record(folder / "run.json")
-        stages = read_manifest(folder / MANIFEST)["stages"]
+        read_manifest(folder / MANIFEST)
+        return read_run_record(folder / "run.json")
     except IntegrityError:
         return None  # the run itself will report the damage
-    # run.json lists the stages of the last start only, which does not visit those of deleted models again.
-    record["stages"] = [
-        {"name": name, **{key: stage.get(key) for key in ("state", "seconds", "peak_memory_bytes")}}
-        for name, stage in stages.items()
-    ]
-    return record
 
 
 def is_of(record: dict[str, Any], recipe: Recipe) -> bool:

@@ -8,13 +8,9 @@ from typing import Any
 
 from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.common.version import __version__
-from gradpruner.methods import METHODS
 from gradpruner.runs.folder.plan_names import method_of
 from gradpruner.runs.study.design import DENSE, GRADPRUNER, Point, Study, StudyRow
 from gradpruner.runs.study.pairing import Answers, paired_over_seeds, read_answers
-
-# Stages that a method needs to make the pruned model; later stages are the same for every row.
-METHOD_VERBS = ("score", "search", "plan", "repair", "prune", "recover")
 
 
 @dataclass
@@ -187,8 +183,6 @@ class _Point:
 
     def _costs(self, row: StudyRow, good: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
         wholes = self.entries[DENSE]
-        records = [self._record(row, seed) for seed in good] if row.variant != DENSE else []
-        methods = [method_stages(record, row.variant) for record in records]
 
         def mean(*keys: str) -> float | None:
             return _mean(_at(entry, *keys) for entry in good.values())
@@ -202,10 +196,8 @@ class _Point:
             "total_seconds": mean("cost", "seconds", "total"),
             "total_ratio": ratio("cost", "seconds", "total"),
             "trained_tokens": _rounded(mean("cost", "tokens")),
-            "method_seconds": _mean(sum(s["seconds"] or 0.0 for s in stages) for stages in methods),
-            "method_peak_memory_bytes": _rounded(
-                _mean(max((s["peak_memory_bytes"] or 0 for s in stages), default=None) for stages in methods)
-            ),
+            "method_seconds": mean("cost", "method_seconds"),
+            "method_peak_memory_bytes": _rounded(mean("cost", "method_peak_memory_bytes")),
             "training_seconds": mean("finetune", "seconds"),
             "training_ratio": ratio("finetune", "seconds"),
             "training_peak_memory_bytes": _rounded(mean("finetune", "peak_memory_bytes")),
@@ -228,15 +220,6 @@ class _Point:
 def is_measured(entry: Mapping[str, Any]) -> bool:
     """Whether a row of a run is evaluated and has no error."""
     return not entry.get("error") and bool(entry.get("evaluation"))
-
-
-def method_stages(record: Mapping[str, Any], variant: str) -> list[dict[str, Any]]:
-    """Returns the stages of a run that a row's pruned model needed, from recording to recovery."""
-    method = method_of(variant)
-    wanted = {f"score {method}", *(f"{verb} {variant}" for verb in METHOD_VERBS)}
-    if METHODS.find(method).needs_trace:
-        wanted.add("record")
-    return [stage for stage in record["stages"] if stage["name"] in wanted]
 
 
 def _title(study: Study, of_run: str) -> str:
