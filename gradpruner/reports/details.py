@@ -92,13 +92,13 @@ def whole_cost_table(view: View) -> Table:
     lines = [
         line(
             row.label,
-            *(exact_cell(duration, cost.get(part) or None) for part in COST_PARTS),
-            exact_cell(duration, cost.get("total"), "resumed" if row.recorded.cost_resumed else ""),
+            *(exact_cell(duration, cost.seconds.get(part) or None) for part in COST_PARTS),
+            exact_cell(duration, cost.seconds.get("total"), "resumed" if cost.resumed else ""),
             MISSING if row.is_dense else times(row.costs.get("total_ratio")),
-            whole(row.recorded.cost_tokens),
+            whole(cost.tokens),
         )
         for row in view.rows
-        if (cost := row.recorded.cost)
+        if (cost := row.recorded.cost).seconds
     ]
     names = (*(part.capitalize() for part in COST_PARTS), "Total", "vs dense", "Trained tokens")
     return Table("Total time", ("Variant", *names), lines)

@@ -1,17 +1,28 @@
 """Field types for reading records; a missing or malformed value reads as empty.
 
-That way an interrupted run, or a record written by somebody else, still gives a report.
+That way an interrupted run, or a record written by somebody else, still gives a report. With the context
+`REFUSE`, a malformed value is an error: a study computes only with what is right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    model_validator,
+)
 
 from gradpruner.common.printing import number
 
+REFUSE = {"malformed": "refused"}
+"""Context for `model_validate` with which a malformed value is refused."""
 FEW_EXAMPLES = 100
 """Results on fewer examples are marked: their intervals are about 20 points wide."""
 
@@ -22,8 +33,30 @@ def count(value: Any) -> int | None:
     return None if finite is None else round(finite)
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else {}
+def _mapping(value: Any) -> dict[str, Any] | None:
+    return {str(key): item for key, item in value.items()} if isinstance(value, Mapping) else None
+
+
+def _list(value: Any) -> list[Any] | None:
+    return list(value) if isinstance(value, list | tuple) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _read(
+    value: Any, info: ValidationInfo, kind: Callable[[Any], Any], empty: Callable[[], Any] = lambda: None
+) -> Any:
+    """Returns `kind(value)`, or `empty()` if that is None; with `REFUSE`, only a missing value is empty."""
+    found = kind(value)
+    if found is None and value is not None and info.context is REFUSE:
+        raise ValueError("malformed")
+    return empty() if found is None else found
+
+
+def _reads(kind: Callable[[Any], Any], empty: Callable[[], Any] = lambda: None) -> BeforeValidator:
+    return BeforeValidator(lambda value, info: _read(value, info, kind, empty))
 
 
 def _numbers(values: Any) -> list[float]:
@@ -31,16 +64,17 @@ def _numbers(values: Any) -> list[float]:
     return [value for value in found if value is not None]
 
 
-Number = Annotated[float | None, BeforeValidator(number)]
-Known = Annotated[Any, BeforeValidator(number)]
+Number = Annotated[float | None, _reads(number)]
+Known = Annotated[Any, _reads(number)]
 """A number that an entry must have: entries without it are left out, so that nobody need check for None."""
-Count = Annotated[int | None, BeforeValidator(count)]
-Each = BeforeValidator(lambda value: list(value) if isinstance(value, list | tuple) else [])
+Count = Annotated[int | None, _reads(count)]
+Each = _reads(_list, list)
 """For a list field: anything but a list reads as an empty one."""
-Named = BeforeValidator(_mapping)
+Named = _reads(_mapping, dict)
 """For an object field: anything but an object reads as an empty one."""
 Fields = Annotated[dict[str, Any], Named]
 Values = Annotated[list[Any], Each]
+Text = Annotated[str | None, _reads(_text)]
 
 
 class JsonPart(BaseModel):
@@ -48,8 +82,8 @@ class JsonPart(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _object(cls, value: Any) -> Any:
-        return _mapping(value) if not isinstance(value, JsonPart) else value
+    def _object(cls, value: Any, info: ValidationInfo) -> Any:
+        return value if isinstance(value, JsonPart) else _read(value, info, _mapping, dict)
 
 
 class Measured(JsonPart):

@@ -17,6 +17,7 @@ from gradpruner.reports.fields import (
     Metrics,
     Named,
     Number,
+    Text,
     Values,
     count,
 )
@@ -37,7 +38,7 @@ class Evaluated(JsonPart):
     seconds: Number = None
     tokens_per_second: Number = None
     peak_memory_bytes: Number = None
-    per_example: Any = None
+    per_example: Text = None
 
 
 class Harnessed(JsonPart):
@@ -98,6 +99,16 @@ class Cut(JsonPart):
     error_after: Number = None
 
 
+class Cost(JsonPart):
+    """The whole cost of a row: seconds by part and in total, and tokens of training."""
+
+    seconds: Annotated[dict[str, Number], Named] = {}
+    method_seconds: Number = None
+    method_peak_memory_bytes: Number = None
+    tokens: Number = None
+    resumed: Values = []
+
+
 class VariantRecord(JsonPart):
     """A row of a run."""
 
@@ -115,9 +126,7 @@ class VariantRecord(JsonPart):
     verified: Verified = _at("pruning", "verified", default=Verified())
     repair_kind: Any = _at("repair", "kind")
     cuts: Annotated[list[Cut], Each] = _at("repair", "cuts", default=[])
-    cost: Annotated[dict[str, Number], Named] = _at("cost", "seconds", default={})
-    cost_tokens: Number = _at("cost", "tokens")
-    cost_resumed: Values = _at("cost", "resumed", default=[])
+    cost: Cost = Cost()
     lm_eval: Annotated[dict[str, Harnessed], Named] = _at("lm_eval", "tasks", default={})
 
 
@@ -319,7 +328,7 @@ class Record(JsonPart):
     recipe: Fields = {}
     model: ModelRecord = ModelRecord()
     majority: Number = _at("reference", "majority_class")
-    warnings: Values = []
+    warnings: Annotated[list[Text], Each] = []
     budget: Budget = Budget()
     # Only in run.json.
     train: Rows = _at("data", "train", default=Rows())

@@ -222,11 +222,11 @@ def _run_row(name: str, found: VariantRecord, record: Record) -> Row:
 
 def _run_costs(row: VariantRecord, dense: VariantRecord) -> dict[str, Any]:
     """Returns the costs of a run's row that reports show, under the keys that studies use."""
-    parts = row.cost
+    total = row.cost.seconds.get("total")
     return {
         "training_ratio": ratio(row.finetune.seconds, dense.finetune.seconds),
-        "total_ratio": ratio(parts.get("total"), dense.cost.get("total")),
-        "total_seconds": parts.get("total"),
+        "total_ratio": ratio(total, dense.cost.seconds.get("total")),
+        "total_seconds": total,
     }
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
-from typing_extensions import TypedDict
+from pydantic import ValidationError
 
 from gradpruner.common.errors import IntegrityError
 from gradpruner.common.files import shown
-from gradpruner.common.json_files import read_json, typed
+from gradpruner.common.json_files import read_json
 from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.common.run_names import StageName
 from gradpruner.common.version import __version__
@@ -20,6 +20,8 @@ from gradpruner.evaluation.outputs import paired_intervals, read_examples
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
+from gradpruner.reports.fields import REFUSE
+from gradpruner.reports.record import Record
 from gradpruner.runs.folder.directory import RunDirectory, stays_inside
 from gradpruner.runs.folder.plan_names import MADE, differences, label_of, method_of, rows_in
 from gradpruner.runs.job.job import Job
@@ -28,83 +30,29 @@ from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.row.variant import PARTS
 from gradpruner.runs.row.work import stored_plan
 
-
-class Value(TypedDict):
-    """One metric."""
-
-    value: float
-
-
-class Measured(TypedDict):
-    """The results of an evaluation."""
-
-    metrics: dict[str, Value]
-    seconds: NotRequired[float | None]
-    per_example: NotRequired[str | None]
-
-
-class Trained(TypedDict):
-    """The cost of training a model."""
-
-    seconds: NotRequired[float | None]
-    peak_memory_bytes: NotRequired[int | None]
-
-
-class Cost(TypedDict):
-    """The whole cost of a row."""
-
-    seconds: dict[str, float]
-    """Part -> seconds; also "total"."""
-    method_seconds: NotRequired[float | None]
-    method_peak_memory_bytes: NotRequired[int | None]
-    tokens: NotRequired[int | None]
-
-
-class RowFacts(TypedDict):
-    """What a study reads from a row."""
-
-    error: NotRequired[str | None]
-    num_layers: NotRequired[int | None]
-    num_parameters: NotRequired[int | None]
-    before: NotRequired[Measured | None]
-    evaluation: NotRequired[Measured | None]
-    finetune: NotRequired[Trained | None]
-    cost: NotRequired[Cost]
-
-
-class Size(TypedDict):
-    """The size of a model."""
-
-    num_parameters: int
-
-
-class RunRecord(TypedDict):
-    """What a study reads from run.json."""
-
-    title: NotRequired[str]
-    recipe: dict[str, Any]
-    model: Size
-    plans: dict[str, dict[str, Any]]
-    scores: dict[str, dict[str, Any]]
-    variants: dict[str, RowFacts]
-    reference: NotRequired[dict[str, Any]]
-    warnings: list[str]
+# Without these, a study has nothing to compute with.
+_NEEDED = {"recipe", "model", "plans", "scores", "variants", "warnings"}
 
 
 def read_run_record(path: Path) -> dict[str, Any]:
-    """Reads a run record and checks the types of all values that a study reads.
+    """Reads a run record and checks all values that a study or a report reads.
 
     Raises:
-        IntegrityError: If the file is missing or not JSON, or a value has a wrong type.
+        IntegrityError: If the file is missing or not JSON, or a value is missing or has a wrong type.
     """
     raw: dict[str, Any] = read_json(path, "run record")
     fault = f"{path} is not a readable run record"
-    for name, row in typed(raw, RunRecord, fault)["variants"].items():
-        measured = row.get("evaluation")
-        file = measured.get("per_example") if measured is not None else None
+    try:
+        record = Record.model_validate(raw, context=REFUSE)
+    except ValidationError as error:
+        raise IntegrityError(f"{fault}.") from error
+    if _NEEDED - record.model_fields_set or record.model.num_parameters is None:
+        raise IntegrityError(f"{fault}: it lacks what every record has.")
+    for name, row in record.variants.items():
+        file = row.evaluation.per_example
         if file and not stays_inside(file):
             raise IntegrityError(f"{fault}: the answers of {shown(name)} are outside, in {shown(file)}.")
-        if measured is not None and not row.get("error") and row.get("num_parameters") is None:
+        if row.evaluation.model_fields_set and not row.error and row.num_parameters is None:
             raise IntegrityError(f"{fault}: the row {shown(name)} has figures but no size.")
     return raw
 
