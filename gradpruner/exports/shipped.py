@@ -85,7 +85,7 @@ class FinishedModel:
     def asked(self) -> list[str]:
         """Returns ends of the prompts it was measured with, special tokens included; [] without a run."""
         file = self.found.evaluation.per_example
-        if self.run is None or not isinstance(file, str) or not stays_inside(file):
+        if self.run is None or file is None or not stays_inside(file):
             return []
         path = self.run / file
         return [output.prompt_tail for output in read_examples(path)] if path.is_file() else []

@@ -21,8 +21,8 @@ from gradpruner.common.files import LOCK_FILE
 from gradpruner.common.json_files import read_object
 from gradpruner.common.printing import number, text
 from gradpruner.common.run_names import StageName
-from gradpruner.reports.fields import Each, Fields, JsonPart, Named, Number, count
-from gradpruner.reports.record import PENDING
+from gradpruner.reports.fields import Each, JsonPart, Named, Number, count
+from gradpruner.reports.record import PENDING, StageRecord
 from gradpruner.reports.view import View, pairs, read
 
 REPORT = "report.html"
@@ -35,20 +35,11 @@ _TRAINS = ("finetune", "recover")
 Curve = list[tuple[float, float]]
 
 
-class Stage(JsonPart):
-    """A stage in manifest.json."""
-
-    state: Any = None
-    seconds: Number = None
-    result: Fields = {}
-    error: Any = None
-
-
 class Manifest(JsonPart):
     """The parts of manifest.json that are shown."""
 
     title: Any = Field(default=None, validation_alias=AliasPath("config", "title"))
-    stages: Annotated[dict[str, Stage], Named] = {}
+    stages: Annotated[dict[str, StageRecord], Named] = {}
 
 
 class Now(JsonPart):
@@ -259,6 +250,6 @@ def _so_far(known: Manifest) -> View:
     plans = [name for name in known.stages if StageName.of(name).verb == "plan"]
     for row, entry in rows.items():
         plan, end = (next(iter(plans), ""), "before") if row == "dense" else (f"plan {row}", "after")
-        sizes = known.stages.get(plan, Stage()).result.get("parameters")
+        sizes = known.stages.get(plan, StageRecord()).result.get("parameters")
         entry["num_parameters"] = number(sizes.get(end)) if isinstance(sizes, dict) else None
     return read({"title": known.title, "variants": rows})

@@ -250,13 +250,15 @@ class Rows(JsonPart):
 
 
 class StageRecord(JsonPart):
-    """One stage of a run."""
+    """One stage, in run.json, or in manifest.json (where its name is its key)."""
 
     name: Any = None
     state: Any = None
     seconds: Number = None
     peak_memory_bytes: Number = None
     resumed: Any = None
+    result: Fields = {}
+    error: Any = None
 
 
 class Provenance(JsonPart):
