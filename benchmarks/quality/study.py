@@ -26,7 +26,7 @@ from choices import CHOICES, choose, trace_of
 from tasks import TASKS
 from work import Work, with_plain_memory, with_wide_kernels
 
-from gradpruner.training.rates import best_rate as best_of
+from gradpruner.runs.row.rate_search import best_rate as best_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
 RATES = (1e-4, 2e-4)

@@ -16,13 +16,13 @@ from gradpruner.common.errors import DataError, PlanError
 from gradpruner.common.printing import runs_of
 from gradpruner.common.progress import Progress
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.methods.calibration import mean_nll
 from gradpruner.methods.candidates import FAMILIES, FAULTS, Candidate, Family, make_pool
 from gradpruner.models.layers import fingerprint
 from gradpruner.models.walking import BATCH_SIZE, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.refitting import fit_repair
+from gradpruner.training.answer_loss import mean_nll
 from gradpruner.training.finetuning import finetune, planned_steps
 
 _GROWTH = 3  # factor by which the steps grow from round to round

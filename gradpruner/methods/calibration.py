@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from gradpruner.common.errors import DataError, NonFiniteError
-from gradpruner.data.encoding import IGNORED
 from gradpruner.methods.base import MethodContext
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import sample_batches
-from gradpruner.training.trainer import answer_window
 
 MAX_SAMPLES = 256
 BATCH_SIZE = 16
@@ -65,43 +58,3 @@ def _one_state(x: Tensor) -> Tensor:
 def run(model: Any, batch: dict[str, Tensor]) -> None:
     """Runs a padded batch forward, for the hooks that read its states."""
     model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-
-
-@torch.no_grad()
-def mean_nll(model: Any, batches: Iterable[dict[str, Tensor]], which: str) -> float:
-    """Returns the mean negative log-likelihood of the learned tokens of all batches, in nats.
-
-    Args:
-        model: A causal LM without wrappers.
-        batches: On the model's device.
-        which: Says in an error which model it was, for example "without layers [3]".
-
-    Raises:
-        DataError: If no batch has a learned token.
-        NonFiniteError: If the result is NaN or infinite.
-    """
-    windowed = "logits_to_keep" in inspect.signature(model.forward).parameters
-    total, num_tokens = 0.0, 0
-    for batch in batches:
-        window = answer_window(batch["labels"]) if windowed else {"labels": batch["labels"]}
-        targets = window.pop("labels")[:, 1:]
-        learned = targets != IGNORED
-        if not learned.any():
-            continue
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False, **window
-        ).logits
-        nll = cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
-        total += float(nll.cpu().double().sum())
-        num_tokens += len(nll)
-    if num_tokens == 0:
-        raise DataError(
-            "This method measures the likelihood of learned tokens, and the calibration samples have none.",
-            hint="At least one label must differ from -100.",
-        )
-    if not math.isfinite(total):
-        raise NonFiniteError(
-            f"The loss of the model {which} is NaN or infinite.",
-            hint="The model's number format is too narrow: try float32.",
-        )
-    return total / num_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Literal
 
@@ -12,7 +13,6 @@ from gradpruner.common.errors import ConfigError
 from gradpruner.common.registry import check_known
 from gradpruner.gradients.gates import (
     bootstrap,
-    choose_pairwise,
     first_order,
     predicted_rise,
     second_order,
@@ -22,6 +22,9 @@ from gradpruner.gradients.trace import GradientTrace, trace_digest
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 
 ORDERS = ("second", "first")
+# Relative tolerance. A swap must lower the predicted rise by more than rounding can, or the search would swap
+# between two equally good sets forever.
+_ROUNDING = 1e-12
 
 
 class GateOptions(MethodOptions):
@@ -124,6 +127,73 @@ def score_gates(
         stability=rank_stability(_sums_of_steps(trace, terms_EL), keep),
         evidence=evidence,
     )
+
+
+def choose_pairwise(gates_EL: Tensor, num_prune: int, candidates: Collection[int] | None = None) -> list[int]:
+    """Chooses the layers whose joint removal is predicted to raise the loss least.
+
+    The search runs once from every candidate. It adds the layer that raises the predicted loss least until
+    `num_prune` layers are chosen. Then it swaps a chosen layer for another one, always making the swap that
+    lowers the prediction most, until no swap helps. The best result of all runs is returned. No single swap
+    improves it. It is usually the best set of all, but that is not guaranteed. On ties, the later layer is
+    chosen.
+
+    Args:
+        gates_EL: Shape (examples, layers).
+        num_prune: Number of layers to choose, from 0 to the number of candidates.
+        candidates: Layers that may be chosen; None for all layers.
+
+    Returns:
+        The chosen layers, ascending.
+
+    Raises:
+        ConfigError: If there are fewer candidates than layers to choose.
+    """
+    gates_EL = gates_EL.double()
+    free = sorted(range(gates_EL.shape[1]) if candidates is None else set(candidates), reverse=True)
+    if not 0 <= num_prune <= len(free):
+        raise ConfigError(f"{num_prune} layers cannot be chosen from {len(free)} candidates.")
+    mean_L = -first_order(gates_EL)
+    fisher_LL = gates_EL.T @ gates_EL / gates_EL.shape[0]
+    best: list[int] = []
+    lowest = math.inf
+    tolerance = _ROUNDING * float(mean_L.abs().max() + fisher_LL.abs().max())
+    for first in free if num_prune else ():
+        chosen = _search(mean_L, fisher_LL, free, first, num_prune)
+        rise = float(-mean_L[chosen].sum() + fisher_LL[chosen][:, chosen].sum() / 2)
+        if rise < lowest - tolerance:
+            best, lowest = chosen, rise
+    return sorted(best)
+
+
+def _search(mean_L: Tensor, fisher_LL: Tensor, free: list[int], first: int, num_prune: int) -> list[int]:
+    """Grows a set from `first`, then swaps layers until no swap helps. `free` is in descending order."""
+    chosen = [first]
+    while len(chosen) < num_prune:
+        added_L = -mean_L + fisher_LL.diagonal() / 2 + fisher_LL[:, chosen].sum(dim=1)
+        left = [layer for layer in free if layer not in chosen]
+        chosen.append(left[int(added_L[left].argmin())])  # on a tie the first, which is the latest layer
+    while (swap := _best_swap(mean_L, fisher_LL, chosen, free)) is not None:
+        chosen[chosen.index(swap[0])] = swap[1]
+    return chosen
+
+
+def _best_swap(
+    mean_L: Tensor, fisher_LL: Tensor, chosen: list[int], free: list[int]
+) -> tuple[int, int] | None:
+    """Returns the swap (layer to remove, layer to add) that lowers the predicted rise most, or None."""
+    inside, outside = sorted(chosen), [layer for layer in free if layer not in chosen]
+    if not inside or not outside:
+        return None
+    slope_L = -mean_L + fisher_LL[:, inside].sum(dim=1)  # derivative of the rise by leaving each layer out
+    half_L = fisher_LL.diagonal() / 2
+    change = (slope_L + half_L)[outside] - (slope_L - half_L)[inside][:, None]
+    change = change - fisher_LL[inside][:, outside]
+    best = int(change.argmin())  # on a tie the first: the earliest layer is removed, the latest added
+    scale = float(mean_L.abs().max() + fisher_LL.abs().max())
+    if float(change.flatten()[best]) >= -_ROUNDING * scale:
+        return None
+    return inside[best // len(outside)], outside[best % len(outside)]
 
 
 def set_values(gates_EL: Tensor, chosen: Collection[int]) -> list[float]:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
 from gradpruner.common.progress import track
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.methods.calibration import calibration_batches, mean_nll, run
+from gradpruner.methods.calibration import calibration_batches, run
 from gradpruner.methods.minitron_depth import MinitronOptions, recover
 from gradpruner.methods.width_choice import budget_facts, most_important
 from gradpruner.models.narrowing import prune_width_
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan
+from gradpruner.training.answer_loss import mean_nll
 
 Axis = Literal["ffn", "heads", "hidden"]
 # The first of these axes that may be pruned is set to meet the budget exactly.

@@ -14,8 +14,9 @@ from torch import Tensor
 from gradpruner.common.progress import Progress
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.methods.calibration import calibration_batches, mean_nll
+from gradpruner.methods.calibration import calibration_batches
 from gradpruner.models.layers import LayeredModel
+from gradpruner.training.answer_loss import mean_nll
 
 
 class SlebOptions(MethodOptions):

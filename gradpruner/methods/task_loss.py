@@ -16,12 +16,12 @@ from torch import Tensor
 from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.methods.calibration import mean_nll
 from gradpruner.methods.sleb import greedy_scores
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches
 from gradpruner.plans.layer_plan import MIN_KEPT
 from gradpruner.pruning.ridge import AnySums, ChannelSums, Sums
+from gradpruner.training.answer_loss import mean_nll
 
 States = list[Tensor]
 """Hidden states of all samples, batch by batch, each (samples, tokens, D)."""

@@ -3,6 +3,7 @@
 options         options of recording, fine-tuning and distillation; sections of the recipe
 trainer         a Trainer that computes logits only for the tokens that are learned
 rates           the default learning rate
+answer_loss     the mean loss of the learned tokens, measured without training
 batching        how the samples of a batch become rows: packed, grouped or padded
 callbacks       progress, and a guard against NaN; resume: find the last complete checkpoint
 adapters        LoRA and its variants on every linear of every layer

@@ -1,4 +1,4 @@
-"""Default learning rates by model size and mode, and a search for the best rate.
+"""Default learning rates by model size and mode.
 
 Smaller models need higher rates. For full fine-tuning, the default is the paper's rate at 8 B, scaled to
 other sizes by the power of the published Step Law. For LoRA, it is ten times the paper's rate at 8 B, and
@@ -8,12 +8,8 @@ says what this was checked against).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 from torch import nn
 
-from gradpruner.common.errors import NonFiniteError
 from gradpruner.common.printing import short
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.training.options import FinetuneOptions
@@ -25,7 +21,6 @@ _FULL_POWER = 0.713
 _LORA_POWER = 0.5
 _LORA_TIMES = 10.0
 _HIGHEST = {"full": 2e-3, "lora": 3e-3}  # the best rates of the smallest model measured
-_MOST_RATES = 12
 
 
 def default_rate(parameters: int, mode: str) -> float:
@@ -51,31 +46,3 @@ def with_rate(options: FinetuneOptions, model: nn.Module) -> FinetuneOptions:
         return options
     rate = default_rate(ModelSizes(model).decoder_parameters, options.mode)
     return options.model_copy(update={"learning_rate": rate})
-
-
-def best_rate(losses: dict[float, float], loss_at: Callable[[float], float]) -> float:
-    """Finds the rate with the lowest loss: doubles or halves it until it has a worse rate on either side.
-
-    Args:
-        losses: Rate -> loss, of at least one rate; infinite if training diverged. Rates that are tried are
-            added.
-        loss_at: Trains at a rate and returns the loss.
-
-    Raises:
-        NonFiniteError: If training diverged at every rate.
-    """
-    for _ in range(_MOST_RATES):
-        best = min(losses, key=lambda rate: (losses[rate], rate))
-        finite = math.isfinite(losses[best])
-        further = best / 2 if best == min(losses) else None
-        if finite and best == max(losses):
-            further = best * 2
-        if further is None:
-            return best
-        losses[further] = loss_at(further)
-    if math.isfinite(min(losses.values())):
-        return min(losses, key=lambda rate: losses[rate])
-    raise NonFiniteError(
-        f"Training gave NaN or Inf at every learning rate from {min(losses):g} to {max(losses):g}.",
-        hint="Look at the training rows, or try another precision: --set finetune.precision=fp32.",
-    )

@@ -18,14 +18,13 @@ from gradpruner.gradients.gates import (
     GateHooks,
     Gates,
     bootstrap,
-    choose_pairwise,
     first_order,
     predicted_rise,
     second_order,
 )
 from gradpruner.gradients.trace import GATES_FILE, TRACE_FILE, GradientTrace
 from gradpruner.methods.base import METHODS, MethodContext
-from gradpruner.methods.gate import GateOptions, score_gates, set_values
+from gradpruner.methods.gate import GateOptions, choose_pairwise, score_gates, set_values
 from gradpruner.models.layers import LayeredModel
 from gradpruner.training.finetuning import finetune
 from gradpruner.training.recording import GradientRecorder, record_gradients

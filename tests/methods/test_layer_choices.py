@@ -290,7 +290,7 @@ def test_sleb_switches_every_layer_on_again(tiny_llama):
 
 def test_sleb_needs_learned_tokens_and_finite_likelihoods(tiny_llama):
     unlearned = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in SAMPLES]
-    with pytest.raises(DataError, match="calibration samples have none"):
+    with pytest.raises(DataError, match="the samples have none"):
         score("sleb", tiny_llama(), samples=unlearned, num_keep=4)
     broken = tiny_llama()
     with torch.no_grad():

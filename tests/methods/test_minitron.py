@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3ForCausalLM, Ge
 from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.methods import METHODS, MethodContext
-from gradpruner.methods.calibration import calibration_batches, mean_nll
+from gradpruner.methods.calibration import calibration_batches
 from gradpruner.methods.minitron_depth import MinitronOptions
 from gradpruner.methods.minitron_width import (
     ChannelStatistics,
@@ -30,6 +30,7 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.pruning.in_memory import prune_
+from gradpruner.training.answer_loss import mean_nll
 from gradpruner.training.options import FinetuneOptions
 
 SAMPLES = make_samples(6)
@@ -323,7 +324,7 @@ def test_plans_are_deterministic_and_the_model_is_not_changed():
 def test_impossible_plans_are_refused():
     model = make_llama(**WIDE)
     unlearned = [{**sample, "labels": [IGNORED] * len(sample["labels"])} for sample in SAMPLES]
-    with pytest.raises(DataError, match="calibration samples have none"):
+    with pytest.raises(DataError, match="the samples have none"):
         width_plan(model, 5000, samples=unlearned)
     broken = make_llama(**WIDE)
     with torch.no_grad():

@@ -345,7 +345,7 @@ def test_scores_are_deterministic_and_samples_depend_on_the_seed():
 
 def test_samples_and_models_that_cannot_be_used_are_refused():
     unlearned = [{**sample, "labels": [-100] * len(sample["labels"])} for sample in SAMPLES]
-    with pytest.raises(DataError, match="calibration samples have none"):
+    with pytest.raises(DataError, match="the samples have none"):
         score(six_layers(), unlearned)
     with pytest.raises(DataError, match="no training samples"):
         score(six_layers(), [])

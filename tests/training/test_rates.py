@@ -13,8 +13,9 @@ from gradpruner.evaluation.costing.shapes import shape_folder
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import load_recipe
+from gradpruner.runs.row.rate_search import best_rate
 from gradpruner.training.finetuning import finetune
-from gradpruner.training.rates import best_rate, default_rate
+from gradpruner.training.rates import default_rate
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "mistral-7b-v0.3"])

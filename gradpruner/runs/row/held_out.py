@@ -9,9 +9,9 @@ import torch
 
 from gradpruner.common.errors import NonFiniteError
 from gradpruner.data.encoding import EncodedDataset
-from gradpruner.methods.calibration import mean_nll
 from gradpruner.models.walking import sample_batches
 from gradpruner.runs.job.job import Job
+from gradpruner.training.answer_loss import mean_nll
 
 _BATCH = 16
 
@@ -25,7 +25,7 @@ def loss_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> float:
     device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
     model.eval()
     batches = sample_batches(samples, job.collator, device, _BATCH)  # type: ignore[arg-type]
-    return mean_nll(model, batches, which)
+    return mean_nll(model, batches, which, "held-out rows")
 
 
 def loss_before(job: Job, folder: Path) -> float:

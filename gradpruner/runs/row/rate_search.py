@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,12 +22,12 @@ from gradpruner.runs.row.held_out import loss_on
 from gradpruner.runs.row.together import together
 from gradpruner.runs.row.work import finished
 from gradpruner.training.finetuning import finetune, planned_steps
-from gradpruner.training.rates import best_rate
 
 log = logging.getLogger(__name__)
 
 STEPS = 100
 """Optimizer steps at each rate; fewer if the fine-tuning itself has fewer."""
+_MOST_RATES = 12
 
 
 def find_rate(job: Job, directory: RunDirectory) -> None:
@@ -55,6 +56,34 @@ def find_rate(job: Job, directory: RunDirectory) -> None:
     for entry in tried:
         loss = "not finite" if entry["loss"] is None else f"{entry['loss']:.4f}"
         log.info("%-13g  %s%s", entry["rate"], loss, "  (taken)" if entry["rate"] == best else "")
+
+
+def best_rate(losses: dict[float, float], loss_at: Callable[[float], float]) -> float:
+    """Finds the rate with the lowest loss: doubles or halves it until it has a worse rate on either side.
+
+    Args:
+        losses: Rate -> loss, of at least one rate; infinite if training diverged. Rates that are tried are
+            added.
+        loss_at: Trains at a rate and returns the loss.
+
+    Raises:
+        NonFiniteError: If training diverged at every rate.
+    """
+    for _ in range(_MOST_RATES):
+        best = min(losses, key=lambda rate: (losses[rate], rate))
+        finite = math.isfinite(losses[best])
+        further = best / 2 if best == min(losses) else None
+        if finite and best == max(losses):
+            further = best * 2
+        if further is None:
+            return best
+        losses[further] = loss_at(further)
+    if math.isfinite(min(losses.values())):
+        return min(losses, key=lambda rate: losses[rate])
+    raise NonFiniteError(
+        f"Training gave NaN or Inf at every learning rate from {min(losses):g} to {max(losses):g}.",
+        hint="Look at the training rows, or try another precision: --set finetune.precision=fp32.",
+    )
 
 
 def _inputs(job: Job) -> dict[str, Any]:
