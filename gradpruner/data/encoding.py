@@ -124,7 +124,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, example: Example) -> list[int
     Raises:
         DataError: If the example is a conversation and the tokenizer cannot render it.
     """
-    return _labelled(tokenizer, example)[0]
+    if example.messages:
+        return conversation_ids(tokenizer, example)[0]
+    return _plain_prompt(tokenizer, example.prompt)
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradpruner.common.errors import ConfigError, ModelError, ShapeError
+from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.common.provenance import hash_folder
 from gradpruner.evaluation.options import DEFAULT_ENCODER
 from gradpruner.models.checking import check_model_folder
@@ -127,13 +127,8 @@ class BertScorer:
         Returns:
             One score per example, at most 1 and with RoBERTa usually above 0.8; 0 if either text is empty.
 
-        Raises:
-            ShapeError: If `generated` and `answers` differ in length.
-
         Source: Zhang et al., "BERTScore: evaluating text generation with BERT", 2020.
         """
-        if len(generated) != len(answers):
-            raise ShapeError(f"{len(generated)} generated texts and {len(answers)} answers do not pair up.")
         pairs = [(text.strip(), answer.strip()) for text, answer in zip(generated, answers, strict=True)]
         # Each distinct pair once, longest first, so that running out of memory happens in the first batch.
         distinct = sorted(

@@ -70,14 +70,14 @@ class Journal:
     """
 
     def __init__(self, path: str | Path | None, questions: Questions, rank: int = 0) -> None:
-        self._path = None if path is None else parts_of(Path(path), rank + 1)[rank]
+        self._path = None if path is None else journals(Path(path), rank + 1)[rank]
         self._file: Any = None
         self._outputs = [
             Output(e.id, questions.prompt_tail(i), questions.reference(i))
             for i, e in enumerate(questions.examples)
         ]
-        for part in [] if path is None else parts_of(Path(path)):
-            self._recall(part)
+        for journal in [] if path is None else journals(Path(path)):
+            self._recall(journal)
 
     def _recall(self, path: Path) -> None:
         """Reads the complete lines of an interrupted evaluation; lines that do not match are ignored."""
@@ -124,7 +124,7 @@ class Journal:
             self._file.flush()
 
 
-def parts_of(path: Path, count: int | None = None) -> list[Path]:
+def journals(path: Path, count: int | None = None) -> list[Path]:
     """Returns the journal paths of `count` processes; with None all journals that exist."""
     if count is not None:
         return [path, *(path.with_name(f"{path.name}-{rank}") for rank in range(1, count))]

@@ -69,7 +69,7 @@ class Comparison:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether the file computes something else: the first token of every answer is wrong."""
+        """Whether the file gives other answers: the first token of every answer is wrong."""
         return bool(self.engine) and self.tokens > 0 and self.same_tokens == 0
 
 

@@ -92,7 +92,7 @@ def hub_token() -> str:
 
 @contextmanager
 def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iterator[dict[str, Path | bytes]]:
-    """Yields name in the repository -> file or content. A model merged from adapters lasts as the block."""
+    """Yields name in the repository -> file or content; a merged model is deleted when the block ends."""
     beside = model.run / "push" if model.run is not None else model.folder.with_name(model.name)
     with whole_model(model, beside) as folder:
         card = model_card(_base(model, options), model.plan, model.facts, _results(model, repo))

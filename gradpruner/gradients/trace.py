@@ -145,7 +145,7 @@ class GradientTrace(Printed):
         shape = (len(gates.per_step), gates.values_EL.shape[1]) if gates else None
         if shape not in (None, (len(energies_SK), info.num_layers)):
             raise ShapeError(
-                f"The gates are of {shape[0]} steps and {shape[1]} layers, the energies of "
+                f"The gates cover {shape[0]} steps and {shape[1]} layers, the energies of "
                 f"{len(energies_SK)} steps and {info.num_layers} layers."
             )
         self.info = info

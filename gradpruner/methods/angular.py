@@ -37,7 +37,7 @@ def score(context: MethodContext) -> LayerScores:
     Source: The Unreasonable Ineffectiveness of the Deeper Layers (Gromov et al., 2025).
     """
     view = LayeredModel(context.model())
-    size = max(1, view.num_layers - context.kept())
+    size = max(1, context.checked_num_prune())
     totals = torch.zeros(view.num_layers - size + 1, dtype=torch.float64)
     num_samples = 0
     for batch in calibration_batches(context, view.model):

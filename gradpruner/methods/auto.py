@@ -16,7 +16,7 @@ from gradpruner.common.errors import DataError, PlanError
 from gradpruner.common.printing import runs_of
 from gradpruner.common.progress import Progress
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.methods.candidates import FAMILIES, FAULTS, Candidate, Family, make_pool
+from gradpruner.methods.candidates import FAULTS, PROPOSERS, Candidate, Proposer, make_pool
 from gradpruner.models.layers import fingerprint
 from gradpruner.models.walking import BATCH_SIZE, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
@@ -33,7 +33,7 @@ class AutoOptions(MethodOptions):
 
     pool: int = Field(default=12, ge=1)
     """Largest number of plans to choose from."""
-    families: list[Family] = Field(default=list(FAMILIES), min_length=1)
+    families: list[Proposer] = Field(default=list(PROPOSERS), min_length=1)
     """Where the plans come from. If the pool is too small for all families, the first ones are used."""
     validation_samples: int = Field(default=128, ge=1)
     """Training samples held out to compare candidates on; at most a quarter of all samples."""
@@ -79,7 +79,7 @@ def plan(context: MethodContext) -> PruningPlan:
     Source: successive halving (Jamieson and Talwalkar, 2016).
     """
     options: AutoOptions = context.options or AutoOptions()
-    num_prune = context.num_layers - context.kept()
+    num_prune = context.checked_num_prune()
     validation, rest = put_aside(context.samples, options.validation_samples, context.seed)
     _check_learned(validation)
     search = _Search(replace(context, samples=rest), options, validation)
@@ -88,7 +88,7 @@ def plan(context: MethodContext) -> PruningPlan:
     else:
         whole = PruningPlan.from_keep(context.num_layers, range(context.num_layers))
         search.candidates = [Candidate(["whole"], whole)]
-    search.judge()
+    search.measure_all()
     search.halve()
     best = search.best()
     return replace(best.plan, method="auto", evidence=search.evidence(best))
@@ -146,7 +146,7 @@ class _Search:
                 report=lambda name: progress.advance(),
             )
 
-    def judge(self) -> None:
+    def measure_all(self) -> None:
         """Repairs and measures every candidate; keeps the repairs of those that can reach the first round."""
         with Progress(len(self.candidates), "plan auto: repair") as progress:
             for candidate in self.candidates:

@@ -83,8 +83,8 @@ class MethodContext:
             return default_num_prune(self.num_layers)
         return self.num_layers - self.num_keep
 
-    def kept(self) -> int:
-        """Returns `num_keep`; raises ConfigError if it is unknown or out of range."""
+    def checked_num_prune(self) -> int:
+        """Returns `num_prune`; raises ConfigError if `num_keep` is unknown or out of range."""
         if self.num_keep is None:
             raise ConfigError(
                 "This method needs to know how many layers to keep, and num_keep is None.",
@@ -94,7 +94,7 @@ class MethodContext:
             raise ConfigError(
                 f"num_keep is {self.num_keep}; {MIN_KEPT} to {self.num_layers} layers can be kept."
             )
-        return self.num_keep
+        return self.num_prune
 
     def plan_by(self, scores: LayerScores, **which: Any) -> PruningPlan:
         """Returns the plan that follows from scores, without merging; `which` is passed to `plan_pruning`."""

@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from gradpruner.common.errors import NonFiniteError
 from gradpruner.methods.base import MethodContext
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.walking import sample_batches
@@ -53,6 +55,14 @@ def watched(view: LayeredModel, see: Callable[[int, Tensor, Tensor], None]) -> I
 def _one_state(x: Tensor) -> Tensor:
     """Joins the four streams of Gemma 3n, which are in an axis before the samples, into one state."""
     return x if x.ndim == 3 else x.movedim(0, -2).flatten(-2)
+
+
+def check_finite(what: str, *values: Tensor) -> None:
+    """Raises NonFiniteError if a value is NaN or infinite; `what` names the values, in the plural."""
+    if not all(bool(torch.isfinite(one).all()) for one in values):
+        raise NonFiniteError(
+            f"{what} are NaN or infinite.", hint="The model's number format is too narrow: try float32."
+        )
 
 
 def run(model: Any, batch: dict[str, Tensor]) -> None:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, get_args
 
 from gradpruner.common.errors import GradPrunerError, PlanError
-from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import angular
 from gradpruner.methods.base import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 
-Family = Literal["gate", "gate_pairwise", "gradpruner", "shortgpt", "task_loss", "last", "random", "window"]
-FAMILIES: tuple[Family, ...] = get_args(Family)
+Proposer = Literal["gate", "gate_pairwise", "gradpruner", "shortgpt", "task_loss", "last", "random", "window"]
+PROPOSERS: tuple[Proposer, ...] = get_args(Proposer)
 _SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {"gate_pairwise": ("gate", {"pairwise": True})}
 FAULTS = (GradPrunerError, RuntimeError)
 """Errors a candidate can fail with: our own, and torch's (out of memory, a singular system)."""
@@ -59,7 +57,7 @@ def make_pool(
     context: MethodContext,
     num_prune: int,
     size: int,
-    families: Sequence[Family] = FAMILIES,
+    families: Sequence[Proposer] = PROPOSERS,
     task_loss_samples: int = 32,
     report: Callable[[str], None] | None = None,
 ) -> tuple[list[Candidate], dict[str, str]]:
@@ -86,46 +84,43 @@ def make_pool(
     Returns:
         The candidates; and the errors of families that failed, by name.
     """
-    kinds = list(dict.fromkeys(families))
-    singles = [name for name in kinds if name != "window"]
+    singles = list(dict.fromkeys(name for name in families if name != "window"))
+    windows = ["window"] if "window" in families else []
     found: dict[tuple[int, ...], Candidate] = {}
     failures: dict[str, str] = {}
-
-    def add(name: str, plan: PruningPlan) -> None:
-        found.setdefault(plan.pruned, Candidate([], plan)).names.append(name)
-
-    planned = partial(context.plan_by, num_prune=num_prune)
-    for name in singles[: size - 1 if "window" in kinds and size > 1 else size]:
+    for name in [*singles[: max(1, size - len(windows))], *windows]:
+        if len(found) == size:
+            break
         try:
-            add(name, planned(_scores(context, name, task_loss_samples)))
+            for label, plan in _proposed(context, name, num_prune, task_loss_samples):
+                found.setdefault(plan.pruned, Candidate([], plan)).names.append(label)
+                if len(found) == size:
+                    break
         except FAULTS as error:
             failures[name] = str(error)
         if report is not None:
             report(name)
-    if "window" in kinds and len(found) < size:
-        try:
-            for start, plan in _windows(context, num_prune):
-                add(f"window {start}", plan)
-                if len(found) == size:
-                    break
-        except FAULTS as error:
-            failures["window"] = str(error)
-        if report is not None:
-            report("window")
     return list(found.values()), failures
 
 
-def _scores(context: MethodContext, family: str, task_loss_samples: int) -> LayerScores:
+def _proposed(
+    context: MethodContext, family: str, num_prune: int, task_loss_samples: int
+) -> Iterator[tuple[str, PruningPlan]]:
+    """Yields the plans of a family, each with its name."""
+    if family == "window":
+        yield from _windows(context, num_prune)
+        return
     name, raw = _SETTINGS.get(family, (family, {}))
     if family == "task_loss":
         raw = {"num_samples": task_loss_samples}
     method = METHODS.find(name)
     assert method.score is not None
-    return method.score(replace(context, options=method.read_options(name, raw)))
+    scores = method.score(replace(context, options=method.read_options(name, raw)))
+    yield family, context.plan_by(scores, num_prune=num_prune)
 
 
-def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[int, PruningPlan]]:
-    """Yields first layer and plan of blocks that can be pruned, those that turn the state least first."""
+def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[str, PruningPlan]]:
+    """Yields name and plan of blocks that can be pruned, those that turn the state least first."""
     measured = angular.score(context)
     distances = measured.evidence["distances"]
     apart = max(1, num_prune // 4)
@@ -139,4 +134,4 @@ def _windows(context: MethodContext, num_prune: int) -> Iterator[tuple[int, Prun
         except PlanError:
             continue  # the block contains a protected layer, or kept layers would not fit
         taken.append(start)
-        yield start, plan
+        yield f"window {start}", plan

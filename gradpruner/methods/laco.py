@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.common.printing import runs_of
 from gradpruner.common.progress import Progress
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
-from gradpruner.methods.calibration import calibration_batches
+from gradpruner.methods.calibration import calibration_batches, check_finite
 from gradpruner.models.config_patch import required_layers
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
@@ -84,7 +84,7 @@ def plan_laco(context: MethodContext, name: str) -> PruningPlan:
             hint="Use a method that drops layers.",
         )
     num_layers = view.num_layers
-    budget = num_layers - context.kept()
+    budget = context.checked_num_prune()
     protected = {*context.protected, *required_layers(view.config, view.family)}
     runs = _Runs(view, options, budget, protected)
     evidence: dict[str, Any] = {"num_layers": num_layers, "model": fingerprint(view.model)}
@@ -196,11 +196,7 @@ class _Similarity:
         self.view, self.rule = view, rule
         self.batches = list(calibration_batches(context, view.model, num_samples))
         self.original = self._states()
-        if not all(bool(torch.isfinite(state).all()) for state in self.original):
-            raise NonFiniteError(
-                "The last hidden states of the training samples are NaN or infinite.",
-                hint="The model's number format is too narrow: try float32.",
-            )
+        check_finite("The last hidden states of the training samples", *self.original)
         self.measured: dict[tuple[Merge, ...], float] = {}
         self._latest: tuple[tuple[Merge, ...], dict[int, Linears]] = ((), {})
 

@@ -14,10 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from gradpruner.common.errors import ModelError, NonFiniteError, PlanError
+from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.common.progress import track
 from gradpruner.methods.base import METHODS, Method, MethodContext
-from gradpruner.methods.calibration import calibration_batches, run
+from gradpruner.methods.calibration import calibration_batches, check_finite, run
 from gradpruner.methods.minitron_depth import MinitronOptions, recover
 from gradpruner.methods.width_choice import budget_facts, most_important
 from gradpruner.models.narrowing import prune_width_
@@ -151,12 +151,7 @@ def channel_statistics(
     dimensions = (
         torch.stack([sizes[m] for m in norms]).sum(dim=0) if norms else torch.zeros(shape.hidden_size)
     )
-    for values in (channels, heads, dimensions):
-        if not torch.isfinite(values).all():
-            raise NonFiniteError(
-                "Activations on the training samples are NaN or infinite.",
-                hint="The model's number format is too narrow: try float32.",
-            )
+    check_finite("Activations on the training samples", channels, heads, dimensions)
     return ChannelStatistics(channels, heads, dimensions, samples)
 
 

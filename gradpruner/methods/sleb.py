@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from gradpruner.common.progress import Progress
 from gradpruner.gradients.scores import LayerScores
@@ -52,12 +50,17 @@ def score(context: MethodContext) -> LayerScores:
     batches = list(calibration_batches(context, view.model, options.num_samples))
     middle = [layer for layer in range(1, view.num_layers - 1) if layer not in context.protected]
     rounds = min(max(1, context.num_prune), len(middle))
+
+    def loss_without(layers: Sequence[int]) -> float:
+        with view.passed_through(layers):
+            return mean_nll(view.model, batches, f"without layers {sorted(layers)}")
+
     return greedy_scores(
         "sleb",
         context,
         middle,
         [len(middle) - done for done in range(rounds)],
-        partial(_mean_nll, view, batches),
+        loss_without,
         evidence={"samples": sum(len(batch["labels"]) for batch in batches)},
     )
 
@@ -125,12 +128,6 @@ def greedy_scores(
 
 def _cheapest_first(costs: dict[int, float], layers: Collection[int]) -> list[int]:
     return sorted(layers, key=lambda layer: (costs[layer], -layer))
-
-
-def _mean_nll(view: LayeredModel, batches: Sequence[dict[str, Tensor]], without: Sequence[int]) -> float:
-    """Returns the mean negative log-likelihood of the learned tokens with some layers switched off."""
-    with view.passed_through(without):
-        return mean_nll(view.model, batches, f"without layers {sorted(without)}")
 
 
 METHODS.register("sleb")(

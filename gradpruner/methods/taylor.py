@@ -18,7 +18,6 @@ from gradpruner.gradients.importance import row_blocks
 from gradpruner.methods.width_choice import BY_ROW, UnitScores, unit_scores
 from gradpruner.models.widths import WidthView
 
-TAYLOR = ("param_first", "param_second", "param_mix")
 Batch = dict[str, Tensor]
 
 

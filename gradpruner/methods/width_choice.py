@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradpruner.common.errors import NonFiniteError, PlanError
+from gradpruner.common.errors import PlanError
 from gradpruner.methods.base import MethodContext
+from gradpruner.methods.calibration import check_finite
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import WidthPlan, WidthShape
 
@@ -48,11 +49,7 @@ def unit_scores(shape: WidthShape, vectors: Mapping[str, Tensor]) -> UnitScores:
     channels_C = torch.zeros(shape.intermediate_size, dtype=torch.float64)
     for name, vector in vectors.items():
         values = vector.cpu().double()
-        if not bool(torch.isfinite(values).all()):
-            raise NonFiniteError(
-                f"The scores of {name} are NaN or infinite.",
-                hint="The model's number format is too narrow: try float32.",
-            )
+        check_finite(f"The scores of {name}", values)
         if name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             kv_heads_K += values.reshape(shape.num_kv_heads, -1).sum(dim=1)
         else:

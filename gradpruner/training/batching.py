@@ -33,7 +33,7 @@ _ROUNDING = {"float32": 1e-4, "16 bits": 0.125}
 
 
 def fill_rows(lengths: Sequence[int], num_rows: int) -> list[list[int]]:
-    """Spreads samples over rows: the next longest sample goes to the row with the fewest tokens.
+    """Distributes samples among rows: the next longest sample goes to the row with the fewest tokens.
 
     Args:
         lengths: Tokens of every sample; samples of equal length keep their order.

@@ -182,9 +182,9 @@ def test_a_context_refuses_unknown_or_impossible_budgets(make_context):
         make_context(num_remove=-1).budget()
     for wrong in (1, 7):
         with pytest.raises(ConfigError, match=f"num_keep is {wrong}; 2 to 6"):
-            make_context(num_keep=wrong).kept()
+            make_context(num_keep=wrong).checked_num_prune()
     with pytest.raises(ConfigError, match="num_keep is None") as caught:
-        make_context(num_keep=None).kept()
+        make_context(num_keep=None).checked_num_prune()
     assert "num_keep" in caught.value.hint
     assert make_context(num_keep=None).num_prune == 2 and make_context().num_prune == 2
 

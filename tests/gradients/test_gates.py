@@ -440,7 +440,7 @@ def test_damaged_gates(tiny_llama, tiny_trace, tmp_path):
     for tensors, message in (
         ({"gates": gates, "examples": steps[:3]}, "12, 6"),
         ({"gates": gates[:, :5].contiguous(), "examples": steps}, "5 layers"),
-        ({"gates": gates, "examples": torch.tensor([6, 6])}, "gates are of 2 steps"),
+        ({"gates": gates, "examples": torch.tensor([6, 6])}, "gates cover 2 steps"),
         ({"gates": gates.float(), "examples": steps}, "float32"),
         ({"gates": gates / 0, "examples": steps}, "NaN or Inf gates"),
         ({"gates": gates}, "examples"),

@@ -13,7 +13,7 @@ from gradpruner.common.errors import DataError, ModelError, NonFiniteError, Plan
 from gradpruner.data.encoding import Collator
 from gradpruner.methods import METHODS, MethodContext, auto
 from gradpruner.methods.auto import AutoOptions, put_aside
-from gradpruner.methods.candidates import FAMILIES, Candidate, make_pool
+from gradpruner.methods.candidates import PROPOSERS, Candidate, make_pool
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
@@ -73,9 +73,9 @@ def test_every_family_gives_the_plan_of_its_method_and_windows_fill_the_pool():
     pool, failures = make_pool(context, 2, 12)
     assert failures == {}
     plans = named(pool)
-    assert {name.split()[0] for name in plans} == set(FAMILIES)
+    assert {name.split()[0] for name in plans} == set(PROPOSERS)
     methods = {"gate_pairwise": ("gate", {"pairwise": True}), "task_loss": ("task_loss", {"num_samples": 32})}
-    for family in set(FAMILIES) - {"window"}:
+    for family in set(PROPOSERS) - {"window"}:
         name, options = methods.get(family, (family, {}))
         method = METHODS.find(name)
         scores = method.score(replace(context, options=method.read_options(name, options)))

@@ -13,7 +13,7 @@ from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFini
 from gradpruner.data.encoding import Collator
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.llm_pruner import LLMPrunerOptions, layers_to_prune
-from gradpruner.methods.taylor import TAYLOR, TaylorSalience
+from gradpruner.methods.taylor import TaylorSalience
 from gradpruner.methods.width_choice import descending, most_important, share_out, unit_scores
 from gradpruner.models.narrowing import prune_width_
 from gradpruner.models.sizes import count_parameters
@@ -293,7 +293,7 @@ def test_range_and_protected_layers():
 # --- as a method --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("taylor", TAYLOR)
+@pytest.mark.parametrize("taylor", ["param_first", "param_second", "param_mix"])
 def test_plans_are_deterministic_and_survive_saving(taylor, tmp_path):
     plans = [METHOD.plan(make_context(make_llama(), taylor=taylor)) for _ in range(2)]
     assert plans[0] == plans[1]

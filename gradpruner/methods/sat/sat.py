@@ -214,7 +214,7 @@ def _check(steps: int, compiled: bool) -> None:
         )
     if compiled:
         raise ConfigError(
-            "SAT changes what a linear computes at every step, and torch.compile would compile every change.",
+            "SAT changes what linears compute, so torch.compile would recompile at every step.",
             hint="Set finetune.compile to false.",
         )
 

@@ -12,7 +12,7 @@ from torch import nn
 from gradpruner.common.progress import Progress, show_bytes
 from gradpruner.common.run_names import row_file
 from gradpruner.common.world import this_world
-from gradpruner.evaluation.outputs import parts_of
+from gradpruner.evaluation.outputs import journals
 from gradpruner.evaluation.quality import Evaluation, evaluate
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
@@ -266,7 +266,7 @@ class Work:
         kept = str(self.path(journal(file)))
         result: Evaluation = self._in_all_processes("evaluate", str(folder), rows, metrics, kept)
         result.write_examples(self.path(file))
-        for part in parts_of(self.path(journal(file))):
+        for part in journals(self.path(journal(file))):
             part.unlink()
         return result.summary() | {"per_example": file, "source": self.job.rows(rows).source}
 
