@@ -148,8 +148,8 @@ def depth(work: Work) -> None:
     folder = tune(work)
     for gone in DEPTHS:
         for choice in ("gate", "igia"):
-            pruned(work, folder, choice, gone, "least_squares")
-        pruned(work, folder, "igia", gone, "layer_wise")
+            for repair in ("least_squares", "layer_wise"):
+                pruned(work, folder, choice, gone, repair)
     for row in FULL_ROWS:
         for gone in DEPTHS:
             if work.wants(f"train/{row.name}/{gone}/"):
