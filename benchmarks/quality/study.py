@@ -148,8 +148,9 @@ def depth(work: Work) -> None:
     folder = tune(work)
     for gone in DEPTHS:
         for choice in ("gate", "igia"):
-            for repair in ("least_squares", "layer_wise"):
-                pruned(work, folder, choice, gone, repair)
+            pruned(work, folder, choice, gone, "least_squares")
+        for choice in ("gate", "igia", "shortgpt"):
+            pruned(work, folder, choice, gone, "layer_wise")
     for row in FULL_ROWS:
         for gone in DEPTHS:
             if work.wants(f"train/{row.name}/{gone}/"):

@@ -171,3 +171,17 @@ def test_a_notebook_shows_what_the_command_prints(call, tmp_path):
     untimed = [[line for line in said.split("\n") if "time:" not in line] for said in (out, str(found))]
     assert " ".join(untimed[0]).split() == " ".join(untimed[1]).split()
     assert found.facts["num_prune"] == 2 and "<table>" in found._repr_html_()
+
+
+def test_who_removes_many_layers_from_a_model_that_writes_sentences_is_warned(call, tmp_path):
+    path, _ = make_project(tmp_path)
+    rows = [row | {"completion": row["completion"] * 10} for row in make_rows(24)]
+    write_rows(tmp_path / "train.jsonl", rows)
+
+    def warned(*overrides):
+        return any("write sentences" in text for text in facts_of(call, path, *overrides)["warnings"])
+
+    assert warned()
+    assert not warned("start=given", "plan.max_loss=0.1", "plan.num_prune=null", "plan.num_merge=0")
+    write_rows(tmp_path / "train.jsonl", make_rows(24))
+    assert not warned()

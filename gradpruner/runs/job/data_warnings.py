@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FEW_STEPS = 60
 """With fewer optimizer steps, a model rarely learns a task; see benchmarks/LOG.md."""
+LONG_ANSWER = 10
+"""Tokens. Models that write longer answers lose more by pruning; see docs/quality.md."""
 
 
 def warnings_of(inputs: Inputs) -> list[str]:
@@ -34,7 +36,7 @@ def warnings_of(inputs: Inputs) -> list[str]:
             f"{len(inputs.samples)} training samples for {inputs.record_steps} recording steps of "
             f"{inputs.recipe.record.batch_size}: samples are used more than once."
         )
-    found += filter(None, [too_few_steps(inputs), _uneven_spaces(inputs)])
+    found += filter(None, [too_few_steps(inputs), _long_answers(inputs), _uneven_spaces(inputs)])
     found += _cut_prompts(inputs)
     asked = {"evaluation": inputs.eval} if inputs.measures else {}
     if inputs.validation is not None and inputs.recipe.data.validation is not None:
@@ -95,6 +97,19 @@ def too_few_steps(inputs: Inputs) -> str:
         f"{steps} optimizer steps ({len(inputs.samples)} rows x {tuning.epochs:g} epochs, "
         f"{tuning.batch_size} x {passes} rows a step): models rarely learn a task in fewer than "
         f"{FEW_STEPS}. --set {advice}."
+    )
+
+
+def _long_answers(inputs: Inputs) -> str:
+    """Returns a warning if many layers are removed from a model that writes sentences; or ""."""
+    plan, length = inputs.recipe.plan, inputs.samples.supervised_tokens / len(inputs.samples)
+    few = plan.num_prune is not None and plan.num_prune <= inputs.num_layers / 10
+    if length < LONG_ANSWER or few or plan.max_loss is not None:
+        return ""
+    return (
+        f"Answers have {length:.0f} tokens on average. Models that write sentences lose far more by pruning "
+        "than models that answer in a few tokens (docs/quality.md). Compare several numbers of layers "
+        "(plan.num_prune), or set the loss you accept and let plan.max_loss find the number."
     )
 
 
