@@ -2,7 +2,7 @@
 
 Every arrow is a stage of the run directory and leaves a file there. The code follows the picture in
 docs/design.md: `_Run` records once and scores and plans each variant (planning.py); from the plan on, every
-variant goes through stages of its own (variant.py).
+variant goes through stages of its own (stages.py).
 
 A variant is an entry of the recipe's `variants`. A row is its name in the run directory, which can hold
 several plans of one variant (plan_names.py).
@@ -30,7 +30,7 @@ from gradpruner.plans.reading import Plan
 from gradpruner.runs.before.disk import bytes_missing
 from gradpruner.runs.before.fitting import check_memory
 from gradpruner.runs.folder.directory import RunDirectory, Stage
-from gradpruner.runs.folder.plan_names import STAGES, method_of
+from gradpruner.runs.folder.plan_names import STAGES, method_of, tuned_folder
 from gradpruner.runs.folder.row_names import row_for, row_of_failed
 from gradpruner.runs.folder.run_record import run_record
 from gradpruner.runs.job.data_warnings import not_tuned, too_few_steps
@@ -38,9 +38,9 @@ from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import Recipe, recipe_yaml
 from gradpruner.runs.row.planning import Planning
 from gradpruner.runs.row.rate_search import find_rate
+from gradpruner.runs.row.stages import do_stages
 from gradpruner.runs.row.together import together
 from gradpruner.runs.row.variant import Variant
-from gradpruner.runs.row.work import tuned_folder
 from gradpruner.training.callbacks import ProgressCallback
 from gradpruner.training.options import RecordOptions
 from gradpruner.training.recording import record_gradients
@@ -253,9 +253,9 @@ class _Run:
         )
         row = self.rows[variant] = self.find_row(variant, planning.plan_in)
         plan = self.plans[variant] = planning.make_in(row)
-        for verdict in self.job.portability_of(plan):
-            if verdict.status in ("wrong", "refused") and not verdict.also_unpruned:
-                self.job.warnings.append(f"plan {row}, served by {verdict.engine}: {verdict.reason}")
+        for found in self.job.portability_of(plan):
+            if found.status in ("wrong", "refused") and not found.also_unpruned:
+                self.job.warnings.append(f"plan {row}, served by {found.engine}: {found.reason}")
                 log.warning("%s", self.job.warnings[-1])
 
     def find_row(self, variant: str, plan_in: Callable[[str], Plan | None] = lambda row: None) -> str:
@@ -268,7 +268,8 @@ class _Run:
         """Plan -> pruned model -> fine-tuned model -> figures, for one variant."""
         if depth >= STAGES.index("prune"):
             row = self.rows.setdefault(variant, variant)
-            Variant(self.job, self.directory, row, self.plans.get(variant), self.open_trace).up_to(depth)
+            plan = self.plans.get(variant)
+            do_stages(Variant(self.job, self.directory, row, plan, self.open_trace), depth)
 
     def write_record(self, depth: int) -> dict[str, Any]:
         """Everything the run directory holds -> run.json and, once models are evaluated, report.html"""

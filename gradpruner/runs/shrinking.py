@@ -26,11 +26,10 @@ from gradpruner.models.loading import load_tokenizer
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
 from gradpruner.runs.folder.directory import RunDirectory
-from gradpruner.runs.folder.plan_names import method_of
+from gradpruner.runs.folder.plan_names import method_of, own_plan, tuned_folder
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import Recipe, load_recipe, shrinking
-from gradpruner.runs.row.work import own_plan, tuned_folder
 
 if TYPE_CHECKING:
     from rich.console import Console

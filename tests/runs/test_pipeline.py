@@ -102,7 +102,7 @@ def test_evaluation_rows_are_tokenised_once_for_all_models(project, tmp_path, mo
     for name in ("dense", "dropped"):
         plan = None if name == "dense" else PruningPlan.load(out / f"plans/{name}.json").to_dict()
         asked = str(out / record["variants"][name]["finetune"]["output"]), "eval", job.metrics
-        found = work.on_row(job, str(out), name, plan, "evaluate", *asked, str(tmp_path / name))
+        found = work.on_variant(job, str(out), name, plan, work.answer, *asked, str(tmp_path / name))
         found.write_examples(tmp_path / "examples.jsonl")
         recorded = out / record["variants"][name]["evaluation"]["per_example"]
         assert (tmp_path / "examples.jsonl").read_text() == recorded.read_text()

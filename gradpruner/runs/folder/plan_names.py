@@ -1,4 +1,4 @@
-"""Names of the rows of a run directory, so that one folder holds the results of many plans.
+"""Names of rows in a run directory, and of their files, so that one folder holds the results of many plans.
 
 A finished pruned model is never replaced. The first row of a variant has the variant's name. With other
 settings, a new row is named after what differs, `merged@num_prune=4`, or as `plan.name` says. The name of a
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradpruner.common.run_names import StageName
+from gradpruner.common.run_names import StageName, row_file
 from gradpruner.methods import METHODS
 from gradpruner.runs.recipe.effects import effect_of
 
@@ -48,6 +48,31 @@ def method_of(row: str) -> str:
 def named_row(variant: str, name: str) -> str:
     """Returns the row of a variant whose plan has a name."""
     return f"{variant}{MARK}{name}"
+
+
+def plan_file(row: str) -> str:
+    """File of a row's plan, for users to read and edit, relative to the run directory."""
+    return f"plans/{row}.json"
+
+
+def own_plan(row: str) -> str:
+    """File of the plan that a row's models were made by; the one in plans/ may have been edited since."""
+    return row_file(row, "plan.json")
+
+
+def tuned_folder(row: str) -> str:
+    """Folder of a row's fine-tuned model."""
+    return row_file(row, "model")
+
+
+def answers_file(row: str, what: str) -> str:
+    """File of a row's answers in an evaluation: "" of its finished model, "before", "on TASK"."""
+    return row_file(row, f"examples{what and '_' + what.removeprefix('on ')}.jsonl")
+
+
+def journal(file: str) -> str:
+    """File that keeps the answers of an evaluation until all are there."""
+    return f"{file}.part"
 
 
 def rows_in(stages: Mapping[str, Any], verbs: Iterable[str]) -> list[str]:

@@ -27,8 +27,8 @@ from gradpruner.runs.folder.plan_names import MADE, differences, label_of, metho
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.effects import effect_of
 from gradpruner.runs.recipe.recipe import Recipe
-from gradpruner.runs.row.variant import PARTS
-from gradpruner.runs.row.work import stored_plan
+from gradpruner.runs.row.planning import stored_plan
+from gradpruner.runs.row.stages import RESULTS
 
 # Without these, a study has nothing to compute with.
 _NEEDED = {"recipe", "model", "plans", "scores", "variants", "warnings"}
@@ -124,7 +124,7 @@ def row_facts(
     job: Job, directory: RunDirectory, name: str, plan: Mapping[str, Any] | None, error: str | None
 ) -> dict[str, Any]:
     """Collects a row of the comparison: the results of its stages, the size of its model, its error."""
-    found = {part: directory.result(stage.format(name)) for part, stage in PARTS.items()}
+    found = {part: directory.result(stage.format(name)) for part, stage in RESULTS.items()}
     further = {StageName.of(stage): directory.result(stage) for stage in directory.stages}
     if plan is not None:
         sizes = {unit: change["after"] for unit, change in plan["savings"].items()}

@@ -9,15 +9,14 @@ from gradpruner.common.provenance import sha256_file
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.reading import Plan, load_plan
-from gradpruner.runs.folder.directory import RunDirectory, Stage
-from gradpruner.runs.folder.plan_names import LABELS, method_of
+from gradpruner.plans.reading import Plan, load_plan, read_plan
+from gradpruner.runs.folder.directory import RunDirectory, Stage, fingerprint
+from gradpruner.runs.folder.plan_names import LABELS, method_of, own_plan, plan_file
 from gradpruner.runs.job.budget import plan_for
 from gradpruner.runs.job.evaluation_data import data_identity
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.effects import keys_of
 from gradpruner.runs.row.depth_search import refuse_uncertified, search_depth
-from gradpruner.runs.row.work import plan_file, same_plan, stored_plan
 
 
 class Planning:
@@ -119,3 +118,21 @@ class Planning:
     def _search(self) -> dict[str, Any]:
         """Tuned model, scores and validation rows -> how many layers may go"""
         return search_depth(self.job, self._plan_by_scores, self.directory.path / "trace")
+
+
+def stored_plan(directory: RunDirectory, row: str) -> Plan | None:
+    """The plan of a row as it was decided; None if there is none, or only a file that was edited since."""
+    shrunk = (directory.result(f"prune {row}") or {}).get("plan")
+    if shrunk is not None:
+        return read_plan(shrunk)
+    if directory.result(f"plan {row}") is not None and directory.has_files(f"plan {row}"):
+        return load_plan(directory.path / plan_file(row))
+    path = directory.path / own_plan(row)
+    return load_plan(path) if path.is_file() else None
+
+
+def same_plan(one: Plan | None, other: Plan | None) -> bool:
+    """Whether both plans are there and say the same."""
+    return (
+        one is not None and other is not None and fingerprint(one.to_dict()) == fingerprint(other.to_dict())
+    )

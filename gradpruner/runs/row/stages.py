@@ -1,0 +1,114 @@
+"""The stages of one compared model: repair, prune, evaluate, fine-tune, evaluate again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from gradpruner.plans.reading import read_plan
+from gradpruner.runs.folder.directory import Stage
+from gradpruner.runs.folder.plan_names import STAGES, answers_file, journal
+from gradpruner.runs.job.evaluation_data import data_identity, metrics_of_task
+from gradpruner.runs.row import work
+from gradpruner.runs.row.variant import Variant
+
+# Key of a variant in run.json -> name of the stage whose result it is.
+RESULTS = {
+    "repair": "repair {}",
+    "pruning": "prune {}",
+    "recovery": "recover {}",
+    "before": "evaluate {} before",
+    "finetune": "finetune {}",
+    "evaluation": "evaluate {}",
+    "lm_eval": "evaluate {} by lm-eval",
+}
+
+
+def stages_of(variant: Variant) -> Iterator[Stage]:
+    """The stages of a variant, in order."""
+    v, name, pruned, tuned = variant, variant.name, variant.prune_inputs, variant.tune_inputs
+    repair, prune, recover = partial(work.repair, v), partial(work.prune, v), partial(work.recover, v)
+    tune, harness, options = partial(work.tune, v), partial(work.run_harness, v), v.recipe.evaluate
+    if v.repairs:
+        yield Stage(f"repair {name}", pruned, repair, [v.repaired], resumes=True, step="prune")
+    if v.plan is not None or v.shrinks:
+        outputs = [v.pruned, v.scratch, v.own_plan]
+        yield Stage(f"prune {name}", pruned, prune, outputs, resumes=v.shrinks, step="prune")
+    if v.recovers:
+        outputs = [v.recovered, v.scratch]
+        yield Stage(f"recover {name}", tuned, recover, outputs, resumes=True, step="prune")
+    if v.trains:
+        if options.before_finetuning:
+            yield _evaluation(v, "before", tuned if v.recovers else pruned)
+        outputs = [v.tuned, v.checkpoints]
+        yield Stage(f"finetune {name}", tuned, tune, outputs, resumes=True, step="finetune")
+    yield _evaluation(v, "", tuned)
+    for task in v.job.also:
+        yield _evaluation(v, f"on {task}", tuned, task, metrics_of_task(task))
+    if v.recipe.data.validation is not None:
+        yield _evaluation(v, "on validation", tuned, "validation")
+    if options.lm_eval:
+        asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
+        by_harness, inputs = RESULTS["lm_eval"].format(name), tuned | {"lm_eval": asked}
+        yield Stage(by_harness, inputs, harness, resumes=True, step="evaluate")
+
+
+def _evaluation(
+    variant: Variant, what: str, model: dict[str, Any], rows: str = "eval", metrics: tuple[str, ...] = ()
+) -> Stage:
+    """The stage that evaluates a variant's model.
+
+    Args:
+        variant: The compared model.
+        what: "before" fine-tuning, "on TASK" for further rows, "" for the finished model on the recipe's.
+        model: What the model depends on.
+        rows: See `Job.rows`.
+        metrics: () takes the job's.
+    """
+    job, metrics = variant.job, metrics or variant.job.metrics
+    settings = {"batch_size", "max_new_tokens", "encoder", "encoder_layer"}
+    inputs = {
+        "eval": data_identity(job.rows(rows)),
+        "evaluate": job.recipe.evaluate.model_dump(include=settings) | {"metrics": list(metrics)},
+        "max_length": job.max_length,
+        "seed": job.recipe.seed,
+    }
+    file = answers_file(variant.name, what)
+
+    def measure() -> dict[str, Any]:
+        folder = variant.source if what == "before" else variant.outcome
+        return work.measure(variant, folder, file, rows, metrics)
+
+    name = f"evaluate {variant.name} {what}".rstrip()
+    return Stage(name, model | inputs, measure, [file, journal(file)], resumes=True, step="evaluate")
+
+
+def do_stages(variant: Variant, depth: int) -> None:
+    """Does a variant's stages up to position `depth` of `STAGES`, except those that are done already."""
+    stages, directory, recipe = list(stages_of(variant)), variant.directory, variant.recipe
+    # With keep_models: none the models are deleted after their evaluation, and not made again.
+    cleared = recipe.keep_models == "none" and all(
+        directory.is_current(stage) for stage in stages if stage.step == "evaluate"
+    )
+    for number, stage in enumerate(stages):
+        makes = stage.step != "evaluate"  # the stage makes or changes a model
+        if STAGES.index(stage.step) > depth:
+            continue
+        if not (cleared and makes and directory.result(stage.name) is not None):
+            if makes and not directory.is_current(stage):
+                _forget(variant, stages[number + 1 :])
+            directory.ensure(stage)
+        if variant.shrinks and stage.name == f"prune {variant.name}":
+            variant.plan = read_plan((directory.result(stage.name) or {})["plan"])
+    if recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
+        directory.remove([variant.repaired, variant.pruned, variant.recovered, variant.checkpoints])
+        if not (variant.name == "dense" and recipe.tunes_first):  # other variants still need that model
+            directory.remove([variant.tuned])
+
+
+def _forget(variant: Variant, later: list[Stage]) -> None:
+    """Deletes the results of later stages, whose model is about to be replaced."""
+    done = [stage for stage in later if variant.directory.result(stage.name) is not None]
+    variant.directory.forget(stage.name for stage in done)
+    variant.directory.remove([output for stage in done for output in stage.outputs])
