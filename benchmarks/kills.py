@@ -30,7 +30,10 @@ from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import load_recipe
 
 # Fields for time, memory and resuming; all other fields must be equal.
-OF_THE_WAY = {"seconds", "peak_memory_bytes", "tokens_per_second", "resumed_from", "measured_from", "resumed"}
+OF_THE_WAY = {
+    "seconds", "method_seconds", "peak_memory_bytes", "method_peak_memory_bytes", "tokens_per_second",
+    "resumed_from", "measured_from", "resumed",
+}  # fmt: skip
 COMPARED = ("model", "data", "trace", "scores", "plans", "variants", "rows", "reference")
 
 

@@ -33,7 +33,7 @@ def rows_of(record):
         for part in ("before", "evaluation", "finetune"):
             for key in ("seconds", "peak_memory_bytes", "tokens_per_second", "resumed_from"):
                 (kept[part] or {}).pop(key, None)
-        del kept["cost"]["seconds"], kept["cost"]["resumed"]
+        kept["cost"] = kept["cost"]["tokens"]
         rows[name] = kept
     return rows
 
