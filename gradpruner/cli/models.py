@@ -193,16 +193,15 @@ def _prune_widths(folder: Path, source: str, destination: Path, plan: WidthPlan,
     from gradpruner.models.folder import PRUNING_FILE, check_output
     from gradpruner.models.layers import skeleton
     from gradpruner.models.loading import load_config
-    from gradpruner.models.narrowing import check_widths, width_savings
+    from gradpruner.models.narrowing import check_widths
     from gradpruner.models.widths import WidthView
     from gradpruner.pruning.widths_on_disk import prune_width_checkpoint
 
     config = load_config(folder)
-    dense = skeleton(model_class(config), config)
-    view = WidthView(dense)
+    view = WidthView(skeleton(model_class(config), config))
     plan.check_model(view.shape)
     check_widths(view, plan)
-    saved = width_savings(dense, plan)
+    saved = view.savings(plan)
     facts: dict[str, Any] = {
         "model_type": config.model_type,
         "uniform": plan.uniform,

@@ -94,7 +94,7 @@ class LayeredModel:
         row = find_family(self.config)
         if row is not None and whole is self.config:
             return row
-        parts = [name for name in vars(whole) if getattr(whole, name, None) is self.config]
+        parts = [name for name, value in vars(whole).items() if value is self.config]
         path = self._layers_path()
         if whole is self.config:
             return replace(generic_family(self.config), layers_path=path)
@@ -112,9 +112,10 @@ class LayeredModel:
         lists = [name for name, m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
         found = [name for name in lists if "language_model." in name] or lists
         if len(found) != 1 or not depth:
-            what = f"has {len(found)} lists of {depth} layers" if depth else "config has no num_hidden_layers"
+            lists_found = f"the model has {len(found)} lists of {depth} layers"
+            what = lists_found if depth else "the config has no num_hidden_layers"
             raise ModelError(
-                f"The decoder layers of a '{self.model.config.model_type}' model were not found: its {what}.",
+                f"The decoder layers of a '{self.model.config.model_type}' model were not found: {what}.",
                 hint="Add a row to gradpruner/models/families.py that says where they are.",
             )
         return found[0]
@@ -217,12 +218,24 @@ class LayeredModel:
         config = type(whole).from_dict(patch_config(whole.to_dict(), whole, self.family, plan.keep))
         new = skeleton(type(self.model), config)
         self._check_same_parameters(old, new, plan.keep)
-        kept = [self.layers[i] for i in plan.keep]
-        setattr(self._parent, self._name, nn.ModuleList(kept))
+        self._keep_modules(plan.keep)
         for name, axis in self.wide_tensors().items():
             self._cut(name, axis, plan)
         self._take_over(old, new, plan.keep)
         self._replace_configs(config)
+
+    def shorten(self, keep: Sequence[int]) -> nn.Module:
+        """Keeps only some layers of a model that is to be sized, and returns the model.
+
+        In the config, only the number of layers changes; to prune a model, use `keep_layers`.
+        """
+        self._keep_modules(keep)
+        self.config.num_hidden_layers = len(keep)
+        model: nn.Module = self.model
+        return model
+
+    def _keep_modules(self, keep: Sequence[int]) -> None:
+        setattr(self._parent, self._name, nn.ModuleList([self.layers[i] for i in keep]))
 
     def _check_same_parameters(self, old: nn.Module, new: nn.Module, keep: Sequence[int]) -> None:
         shapes = {name: tuple(p.shape) for name, p in new.named_parameters()}

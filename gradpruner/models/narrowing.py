@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.models.config_patch import text_config
 from gradpruner.models.layers import fingerprint, skeleton
 from gradpruner.models.proof import probe_logits, relative_error, tolerance
-from gradpruner.models.sizes import ModelSizes
 from gradpruner.models.widths import HEAD_NORMS, USE_LAYERS, WidthView, head_entries
 from gradpruner.plans.width_plan import WidthPlan
 
@@ -100,21 +98,9 @@ def _cut_layers_(view: WidthView, plan: WidthPlan) -> None:
 
 
 def _cut_hidden_(view: WidthView, plan: WidthPlan) -> None:
-    """Cuts all parameters along the hidden state; refuses a model if it is unclear how one depends on it."""
+    """Cuts all parameters along the hidden state."""
     model, kept = view.model, torch.tensor(plan.hidden)
-    linears = [m for i in range(plan.num_layers) for m in vars(view.parts(i)).values()]
     norms = list(view.hidden_vectors(model))
-    known = {id(p) for m in [*linears, *norms] for p in m.parameters()}
-    known |= {id(p) for p in view.embeddings()}
-    others = [name for name, p in model.named_parameters() if id(p) not in known and p.ndim > 0]
-    odd = [name for name in others if not any(part in HEAD_NORMS for part in name.split("."))]
-    odd += [n for n, m in model.named_modules() if n.rpartition(".")[2] in HEAD_NORMS and m in norms]
-    if odd:
-        raise ModelError(
-            f"Hidden dimensions of a '{view.layered.config.model_type}' model cannot be pruned: it is not "
-            f"known how '{odd[0]}' depends on them.",
-            hint="Prune heads, channels or layers instead.",
-        )
     for layer in range(plan.num_layers):
         parts = view.parts(layer)
         for module in (parts.q_proj, parts.k_proj, parts.v_proj, parts.gate_proj, parts.up_proj):
@@ -161,7 +147,10 @@ def check_widths(view: WidthView, plan: WidthPlan) -> None:
 
     Raises:
         PlanError: If no config of this model type can state the widths, or its models ignore what it states.
+        ModelError: If hidden dimensions are removed, and it is unclear how a parameter depends on them.
     """
+    if len(plan.hidden) < plan.shape.hidden_size:
+        _check_hidden(view)
     config, values = view.layered.config, _config_values(plan)
     try:
         type(config).from_dict(config.to_dict() | values)
@@ -183,6 +172,24 @@ def check_widths(view: WidthView, plan: WidthPlan) -> None:
             f"transformers would not build these widths ({values}) from the config: {error.message}",
             hint="Keep hidden size / heads as it is, or prune channels only.",
         ) from error
+
+
+def _check_hidden(view: WidthView) -> None:
+    """Refuses a model if it is unclear how one of its parameters depends on the hidden state."""
+    model = view.model
+    linears = [m for i in range(view.shape.num_layers) for m in vars(view.parts(i)).values()]
+    norms = list(view.hidden_vectors(model))
+    known = {id(p) for m in [*linears, *norms] for p in m.parameters()}
+    known |= {id(p) for p in view.embeddings()}
+    others = [name for name, p in model.named_parameters() if id(p) not in known and p.ndim > 0]
+    odd = [name for name in others if not any(part in HEAD_NORMS for part in name.split("."))]
+    odd += [n for n, m in model.named_modules() if n.rpartition(".")[2] in HEAD_NORMS and m in norms]
+    if odd:
+        raise ModelError(
+            f"Hidden dimensions of a '{view.layered.config.model_type}' model cannot be pruned: it is not "
+            f"known how '{odd[0]}' depends on them.",
+            hint="Prune heads, channels or layers instead.",
+        )
 
 
 def _cut_(linear: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
@@ -217,30 +224,3 @@ def resized_class(base: Any, plan: WidthPlan) -> Any:
     Resized.__name__, Resized.__qualname__ = base.__name__, base.__qualname__
     Resized.__module__ = base.__module__
     return Resized
-
-
-def width_savings(model: nn.Module, plan: WidthPlan) -> dict[str, dict[str, int]]:
-    """Returns what a width plan saves, in the format of `ModelSizes.savings`.
-
-    `model` is the dense model without weights (`layers.skeleton`); it is pruned in place.
-    """
-    before = _figures(WidthView(model), plan.shape.num_layers * [plan.shape.num_kv_heads])
-    view = WidthView(model)
-    if len(plan.hidden) < plan.shape.hidden_size:
-        _cut_hidden_(view, plan)
-    _cut_layers_(view, plan)
-    after = _figures(view, [len(plan.kv_heads(i)) for i in plan.keep])
-    return {name: {"before": before[name], "after": after[name]} for name in before}
-
-
-def _figures(view: WidthView, kv_heads: Sequence[int]) -> dict[str, int]:
-    sizes = ModelSizes(view.model)
-    itemsize = sizes.disk_bytes // sizes.parameters
-    return {
-        "layers": view.shape.num_layers,
-        "decoder_parameters": sizes.decoder_parameters,
-        "parameters": sizes.parameters,
-        "kv_bytes_per_token": 2 * sum(kv_heads) * view.shape.head_dim * itemsize,
-        "flops_per_token": sizes.flops_per_token,
-        "disk_bytes": sizes.disk_bytes,
-    }

@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel, AutoModelForCau
 from transformers.pytorch_utils import Conv1D
 
 from gradpruner.common.errors import ModelError, PlanError
+from gradpruner.models.layers import LayeredModel
 
 # Names of the same field in different model families, and of the layer types that have a KV cache.
 _EXPERT_COUNT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -68,46 +69,6 @@ class _Decoder(nn.Module):
         return self.lm_head
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """Returns the decoder layers in order.
-
-    They are the longest `nn.ModuleList` whose elements share one class. A list as long as the config's
-    `num_hidden_layers` is preferred to a longer one, because vision towers and experts are lists too.
-
-    Raises:
-        ModelError: If the model has no such list.
-    """
-    lists = [
-        list(module)
-        for module in model.modules()
-        if isinstance(module, nn.ModuleList) and len({type(element) for element in module}) == 1
-    ]
-    if not lists:
-        raise ModelError(
-            f"No list of decoder layers found in {type(model).__name__}.",
-            hint="Depth pruning needs a model with a list of layers of one class.",
-        )
-    config: Any = getattr(model, "config", None)
-    text = None if config is None else config.get_text_config(decoder=True)
-    expected = getattr(text, "num_hidden_layers", None)
-    return max(lists, key=lambda layers: (len(layers) == expected, len(layers)))
-
-
-def keep_layers_(model: nn.Module, keep: Sequence[int]) -> nn.Module:
-    """Keeps only some decoder layers of a model that is to be sized, in place, and returns the model.
-
-    In the config, only the number of layers changes; to prune a model, use `LayeredModel.keep_layers`.
-    """
-    layers = decoder_layers(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.ModuleList) and len(child) and child[0] is layers[0]:
-                setattr(parent, name, nn.ModuleList([layers[index] for index in keep]))
-    config: Any = model.config
-    config.get_text_config(decoder=True).num_hidden_layers = len(keep)
-    return model
-
-
 def count_parameters(module: nn.Module) -> int:
     """Returns the number of parameters; tied embeddings count once."""
     return sum(parameter.numel() for parameter in module.parameters())
@@ -156,10 +117,15 @@ class ModelSizes:
         """Parameters of the whole model; tied weights count once."""
         return count_parameters(self.model)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers, in order; do not change them."""
+        return LayeredModel(self.model).layers
+
     @cached_property
     def layer_parameters(self) -> list[int]:
         """Parameters of each decoder layer, in order."""
-        return [count_parameters(layer) for layer in decoder_layers(self.model)]
+        return [count_parameters(layer) for layer in self.layers]
 
     @property
     def decoder_parameters(self) -> int:
@@ -175,7 +141,7 @@ class ModelSizes:
         Source: GradPruner, Table 11 (128 tokens): 893.353 GMAC for the 32 layers of Llama-3.1-8B and 530.428
         GMAC for 19 of them.
         """
-        return [_layer_macs(layer, self.model) for layer in decoder_layers(self.model)]
+        return [_layer_macs(layer, self.model) for layer in self.layers]
 
     @cached_property
     def head_macs(self) -> int:
@@ -208,26 +174,27 @@ class ModelSizes:
         Raises:
             PlanError: If `keep` is empty, not ascending, repeats a layer or leaves the range.
         """
-        per_layer, whole = self.layer_parameters, self.decoder_parameters
-        _check_keep(keep, len(per_layer))
-        dropped = sorted(set(range(len(per_layer))) - set(keep))
-        gone = sum(per_layer[layer] for layer in dropped)
-        gone_flops = 2 * sum(self.layer_macs[layer] for layer in dropped)
-        itemsize = self.disk_bytes // self.parameters
-        cache = (kv_bytes_per_token(self.config), kv_bytes_per_token(self.config, keep=keep))
+        num_layers = len(self.layer_parameters)
+        _check_keep(keep, num_layers)
+        return changes(self.counts(range(num_layers)), self.counts(keep))
+
+    def counts(self, keep: Sequence[int]) -> dict[str, int]:
+        """Returns the sizes with only these layers, in the units of `savings`."""
+        decoder = sum(self.layer_parameters[layer] for layer in keep)
+        parameters = self.parameters - self.decoder_parameters + decoder
         return {
-            "layers": _change(len(per_layer), len(keep)),
-            "decoder_parameters": _change(whole, whole - gone),
-            "parameters": _change(self.parameters, self.parameters - gone),
-            "kv_bytes_per_token": _change(*cache),
-            "flops_per_token": _change(self.flops_per_token, self.flops_per_token - gone_flops),
-            "disk_bytes": _change(self.disk_bytes, self.disk_bytes - gone * itemsize),
+            "layers": len(keep),
+            "decoder_parameters": decoder,
+            "parameters": parameters,
+            "kv_bytes_per_token": kv_bytes_per_token(self.config, keep=keep),
+            "flops_per_token": 2 * (sum(self.layer_macs[layer] for layer in keep) + self.head_macs),
+            "disk_bytes": parameters * (self.disk_bytes // self.parameters),
         }
 
 
-def _change(before: int, after: int) -> dict[str, int]:
-    """One entry of `ModelSizes.savings`."""
-    return {"before": before, "after": after}
+def changes(before: dict[str, int], after: dict[str, int]) -> dict[str, dict[str, int]]:
+    """Returns unit -> `{"before", "after"}`."""
+    return {unit: {"before": count, "after": after[unit]} for unit, count in before.items()}
 
 
 def _check_keep(keep: Sequence[int], num_layers: int) -> None:

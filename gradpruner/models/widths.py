@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.common.registry import check_known
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
-from gradpruner.models.sizes import count_parameters
+from gradpruner.models.sizes import ModelSizes, changes, count_parameters
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -189,6 +189,28 @@ class WidthView:
             return decoder
         vectors = counts["embedding_columns"] + counts["outside_vectors"]
         return decoder + vectors * hidden + counts["outside_rest"]
+
+    def savings(self, plan: WidthPlan) -> dict[str, dict[str, int]]:
+        """Returns what a plan saves, in the format of `ModelSizes.savings`, without building a model."""
+        sizes, shape, hidden = ModelSizes(self.model), self.shape, len(plan.hidden)
+        before = sizes.counts(range(shape.num_layers))
+        kv_heads = [len(plan.kv_heads(layer)) for layer in range(shape.num_layers)]
+        rows = sum(
+            2 * shape.head_dim * (len(widths.heads) + count) + 3 * len(widths.channels)
+            for widths, count in zip(plan.layers, kv_heads, strict=True)
+        )  # of the linears of all layers, those along the hidden state
+        parameters = self.parameters(plan)
+        after = {
+            "layers": shape.num_layers,
+            "decoder_parameters": self.parameters(plan, "decoder_parameters"),
+            "parameters": parameters,
+            "kv_bytes_per_token": before["kv_bytes_per_token"]
+            * sum(kv_heads)
+            // (shape.num_layers * shape.num_kv_heads),
+            "flops_per_token": 2 * hidden * (rows + sizes.head_macs // shape.hidden_size),
+            "disk_bytes": parameters * (before["disk_bytes"] // before["parameters"]),
+        }
+        return changes(before, after)
 
     def config_takes(self, hidden: int, heads: int, kv_heads: int) -> bool:
         """Whether a config of this type allows these widths: in Llama, heads must divide the hidden size."""

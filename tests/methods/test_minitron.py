@@ -24,7 +24,7 @@ from gradpruner.methods.minitron_width import (
     channel_statistics,
 )
 from gradpruner.models.layers import skeleton
-from gradpruner.models.narrowing import prune_width_, width_savings
+from gradpruner.models.narrowing import prune_width_
 from gradpruner.models.sizes import count_parameters
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.selection import plan_pruning
@@ -278,7 +278,7 @@ def test_the_pruned_model_is_plain_and_has_the_size_asked_for(make, tmp_path):
     assert plan.evidence["removed"] == removed
     assert abs(removed - num_remove) <= shape.num_layers * 3 * shape.hidden_size // 2
     assert plan.widths.num_kv_heads == shape.num_kv_heads
-    assert width_savings(skeleton(type(model), make().config), plan)["parameters"] == {
+    assert WidthView(skeleton(type(model), make().config)).savings(plan)["parameters"] == {
         "before": dense,
         "after": dense - removed,
     }

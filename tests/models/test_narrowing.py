@@ -16,8 +16,8 @@ from transformers import (
 
 from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.models.engine_widths import _WIDTHS_READ
-from gradpruner.models.narrowing import prune_width_, resized_class, width_savings
-from gradpruner.models.sizes import count_parameters
+from gradpruner.models.narrowing import prune_width_, resized_class
+from gradpruner.models.sizes import ModelSizes, count_parameters
 from gradpruner.models.widths import WidthView
 from gradpruner.plans.width_plan import LayerWidths, WidthPlan, WidthShape
 from gradpruner.pruning.widths_on_disk import prune_width_checkpoint
@@ -137,9 +137,10 @@ def test_every_family_is_narrowed_and_loads_again(kind, tmp_path):
     # As many heads as hidden dimensions, because some families take the size of a head from the two.
     heads, hidden = shape.heads_of(range(shape.num_kv_heads // 2)), shape.hidden_size // 2
     plan = plan_of(model, heads, range(shape.intermediate_size // 3), range(hidden))
-    foretold = view.parameters(plan)
+    saved = view.savings(plan)
     pruned = prune_width_(model, plan)
-    assert count_parameters(pruned) == foretold
+    counted = ModelSizes(pruned).counts(range(shape.num_layers))
+    assert {unit: change["after"] for unit, change in saved.items()} == counted
     pruned.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()), logits(pruned))
 
@@ -177,7 +178,7 @@ def test_unit_parameters_of_a_llama():
 def test_savings_are_those_of_the_pruned_model():
     model = make_llama()
     plan = plan_of(model, heads=(0, 1), channels=range(16))
-    found = width_savings(make_llama().to("meta"), plan)
+    found = WidthView(make_llama().to("meta")).savings(plan)
     pruned = prune_width_(model, plan)
     assert found["parameters"]["after"] == count_parameters(pruned)
     assert found["kv_bytes_per_token"] == {"before": 4 * 2 * 2 * 4 * 4, "after": 4 * 2 * 1 * 4 * 4}

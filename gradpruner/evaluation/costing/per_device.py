@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from gradpruner.common.printing import num_bytes
 from gradpruner.evaluation.costing.workload import Workload
 from gradpruner.models.layers import LayeredModel
-from gradpruner.models.sizes import count_parameters, decoder_layers, kv_bytes_per_token
+from gradpruner.models.sizes import count_parameters, kv_bytes_per_token
 
 STRATEGIES = ("one", "ddp", "fsdp", "zero1", "zero2", "zero3")
 # Strategy -> what it shards over the processes.
@@ -295,7 +295,7 @@ def _gathered(model: Any, training: Training) -> int:
     """Returns the bytes that FSDP holds gathered: two layers (it prefetches one), embeddings and head."""
     if training.spread.strategy != "fsdp":
         return 0
-    layers = [count_parameters(layer) for layer in decoder_layers(model)]
+    layers = [count_parameters(layer) for layer in LayeredModel(model).layers]
     outside_layers = count_parameters(model) - sum(layers)
     itemsize = 2 if training.precision != "fp32" else training.dtype.itemsize
     return (sum(sorted(layers)[-2:]) + outside_layers) * itemsize

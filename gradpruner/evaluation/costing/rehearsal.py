@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gradpruner.evaluation.costing.per_device import Training
-from gradpruner.models.sizes import decoder_layers, keep_layers_
+from gradpruner.models.layers import LayeredModel
 from gradpruner.training.adapters import attach_lora
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def working_bytes(model: Any, training: Training, layers: int) -> int | None:
     Returns:
         The bytes; None if the model's pass depends on data, as in mixtures of experts.
     """
-    depths = tuple(sorted({min(depth, layers, len(decoder_layers(model))) for depth in _DEPTHS}))
+    depths = tuple(sorted({min(depth, layers, LayeredModel(model).num_layers) for depth in _DEPTHS}))
     try:
         found = _at_depths(model, training, depths)
     except Exception as error:  # model code raises all kinds of errors on tensors without data
@@ -69,7 +69,7 @@ def _at_depths(model: nn.Module, training: Training, depths: tuple[int, ...]) ->
     known = _REHEARSED.setdefault(model, {})
     if (training, depths) not in known:
         known[training, depths] = [
-            _rehearsed(keep_layers_(copy.deepcopy(model), range(depth)), training) for depth in depths
+            _rehearsed(LayeredModel(copy.deepcopy(model)).shorten(range(depth)), training) for depth in depths
         ]
     return known[training, depths]
 

@@ -27,8 +27,9 @@ from gradpruner.data.encoding import IGNORED
 from gradpruner.evaluation.costing.per_device import Held, Spread, Training, hold_training
 from gradpruner.evaluation.costing.rehearsal import working_bytes
 from gradpruner.methods import METHODS
+from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import resolve_dtype
-from gradpruner.models.sizes import decoder_layers, keep_layers_, kv_bytes_per_token
+from gradpruner.models.sizes import kv_bytes_per_token
 from gradpruner.pruning.refitting import MAX_REGRESSORS
 from gradpruner.runs.folder.plan_names import STAGES, method_of
 from gradpruner.runs.job.job import Job
@@ -137,7 +138,7 @@ def memory_need(job: Job, *, rehearse: bool = False, until: str = "report") -> M
     """
     name, available = device_memory(torch.device(job.device))
     # Which layers go is not known yet, but how many.
-    pruned = keep_layers_(copy.deepcopy(job.sizes.model), job.expected_plan.keep)
+    pruned = LayeredModel(copy.deepcopy(job.sizes.model)).shorten(job.expected_plan.keep)
     models = {"dense": job.sizes.model, "pruned": pruned}
     held = {
         phase.name: _held(job, phase, models[phase.model], rehearse)
@@ -251,7 +252,7 @@ def _held(job: Job, phase: Phase, model: nn.Module, rehearse: bool) -> Held:
         held = replace(held, teacher=job.sizes.parameters * _loaded(job).itemsize)
     if not rehearse:
         return held
-    working = working_bytes(job.sizes.model, training, len(decoder_layers(model)))
+    working = working_bytes(job.sizes.model, training, LayeredModel(model).num_layers)
     if working is not None and phase.taught:  # the teacher's logits, and the gradient of the student's logits
         places = training.batch_size * training.head_tokens
         working += 2 * places * int(job.text.vocab_size) * (2 if training.precision != "fp32" else 4)

@@ -23,8 +23,8 @@ from gradpruner.models.families import Family
 from gradpruner.models.folder import locate_model
 from gradpruner.models.layers import LayeredModel, skeleton
 from gradpruner.models.loading import check_loadable, refuse_narrowed, resolve_device
-from gradpruner.models.narrowing import width_savings
 from gradpruner.models.sizes import ModelSizes
+from gradpruner.models.widths import WidthView
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Placeable
 from gradpruner.runs.job.evaluation_data import (
@@ -100,7 +100,7 @@ class Inputs:
         """What a plan saves, in every unit."""
         if plan.kind == "layers":
             return self.sizes.savings(plan.keep)
-        return width_savings(self.skeleton(), plan)
+        return WidthView(self.structure.model).savings(plan)
 
     def skeleton(self) -> nn.Module:
         """Builds the dense model without weights."""

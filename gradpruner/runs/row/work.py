@@ -109,7 +109,7 @@ def _shrink(variant: Variant) -> dict[str, Any]:
     assert variant.method is not None and variant.method.shrink is not None
     model, variant.plan = variant.method.shrink(variant.context)
     _save(variant, model, variant.pruned)
-    expected = WidthView(variant.job.skeleton()).parameters(variant.plan)
+    expected = WidthView(variant.job.structure.model).parameters(variant.plan)
     report = check_narrowed(variant.path(variant.pruned), expected, None)
     variant.job.release(model)
     variant.directory.remove([variant.scratch])
