@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gradpruner.cli.bundled import recipe_file
 from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, KEYS, TUNING, Chosen, Number, Text, takes
@@ -75,7 +76,8 @@ def evaluate(
     """
     from gradpruner.models.checking import is_model_folder
 
-    if what is None or not is_model_folder(what):
+    is_model = what is not None and (is_model_folder(what) or _is_missing_model(what, chosen))
+    if what is None or not is_model:
         if endpoint is not None or served_name is not None:
             raise ConfigError(
                 "--endpoint and --served-name need the folder of the served model, for its tokenizer."
@@ -96,6 +98,15 @@ def evaluate(
         typer.echo(json.dumps(found, indent=2))
     else:
         _show(found)
+
+
+def _is_missing_model(what: str, chosen: Chosen) -> bool:
+    """Whether something that is no recipe is to be measured, so that it was meant to be a model."""
+    try:
+        recipe_file(what)
+    except ConfigError:
+        return bool(_MEASURED & set(chosen.values))
+    return False
 
 
 def _evaluate_folder(what: str, chosen: Chosen, server: tuple[str | None, str | None]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gradpruner.cli.bundled import recipe_file
-from gradpruner.cli.messages import console
-from gradpruner.cli.options import Chosen, settled
+from gradpruner.cli.messages import Spoken, console, speaking
+from gradpruner.cli.options import Chosen, in_use, settled, spoken
 from gradpruner.cli.suggestions import suggest_after_run
 from gradpruner.common.errors import ConfigError
 
@@ -47,7 +47,7 @@ def resolve(
             "Nothing to run: give a recipe, or --model with --data and --eval-data (or --task).",
             hint="To try it out, `gradpruner run demo` runs the built-in demo model.",
         )
-    return load_recipe(path, chosen.overrides, values)
+    return load_recipe(path, chosen.overrides, values, in_use)
 
 
 def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
@@ -57,6 +57,7 @@ def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:
         from gradpruner.runs.before.preview import dry_run
 
         found = dry_run(recipe)
+        found.facts["warnings"] = [spoken(warning) for warning in found.facts["warnings"]]
         tell(found, found.facts, chosen.as_json)
         if found.error is not None:
             raise found.error
@@ -81,7 +82,7 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
         else:
             from gradpruner.reports.terminal import print_summary
 
-            print_summary(record, console())
+            print_summary(record, speaking())
         where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
         console().print(Text.assemble((until, "bold"), f" done: {where}"))
         if error is None:
@@ -116,7 +117,9 @@ def prepare(quiet: bool) -> None:
         set_mode("quiet")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
+    messages = logging.StreamHandler()
+    messages.setFormatter(Spoken())
+    logging.basicConfig(handlers=[messages], level=logging.ERROR, force=True)
     logging.getLogger("gradpruner").setLevel(logging.WARNING if quiet else logging.INFO)
     import transformers
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from gradpruner.cli.options import spoken
 from gradpruner.common.errors import GradPrunerError
 
 if TYPE_CHECKING:
@@ -17,6 +19,29 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 110)
+
+
+def speaking() -> Console:
+    """Returns the same console; in lines of text, it names options instead of the recipe keys they set."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class Speaking(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            for line in objects:
+                if isinstance(line, Text):
+                    line.plain = spoken(line.plain)
+            super().print(*objects, **options)
+
+    return Speaking(width=console().width)
+
+
+class Spoken(logging.Formatter):
+    """Formats log messages for somebody who gave options, not recipe keys."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns the message alone, as `spoken` says it."""
+        return spoken(super().format(record))
 
 
 def stop(number: int, frame: object) -> NoReturn:
@@ -38,7 +63,7 @@ def complain(error: GradPrunerError) -> None:
     from rich.console import Console
 
     def printable(text: str) -> str:  # a path that is not UTF-8 must not break the message
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+        return spoken(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     out = Console(stderr=True)
     out.print("[bold red]error:[/bold red]", end=" ")

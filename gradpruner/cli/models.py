@@ -14,7 +14,7 @@ from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, Chosen, JsonOption, QuietOption, given, takes
 from gradpruner.cli.suggestions import suggest
-from gradpruner.common.errors import ConfigError
+from gradpruner.common.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from gradpruner.gradients.trace import GradientTrace
@@ -267,6 +267,11 @@ def verify(
     from gradpruner.pruning.verification import verify_checkpoint
 
     prepare(True)
+    if not folder.expanduser().is_dir():
+        raise ModelError(
+            f"There is no model folder at {folder}.",
+            hint="Give a folder that `gradpruner prune` or a run wrote.",
+        )
     report = verify_checkpoint(
         folder,
         source,

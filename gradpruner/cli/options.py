@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -58,6 +59,33 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
+in_use: dict[str, str] = {}
+"""Recipe key -> the option that sets it, for the command in use."""
+
+
+def spoken(text: str) -> str:
+    """Returns a message with options of the command in use in place of the recipe keys that they set."""
+
+    def option(found: re.Match[str]) -> str:
+        return in_use.get(found[1], found[0])
+
+    # Neither "--set plan.num_prune=3", nor a part of a path, nor a faulty key of a file, "  - plan.name:".
+    # An option that is named already is not repeated.
+    return re.sub(
+        r"(?<!  - )(?<!--set )(?<![\w./=-])([a-z]+\.[a-z_]+)(?: \(--[a-z-]+\))?(?![\w/=]|\.\w)", option, text
+    )
+
+
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
+
+
+def _options(order: Iterable[str], keys: Mapping[str, str]) -> dict[str, str]:
+    """Returns recipe key -> the option among those in `order` that sets it to the value it is given."""
+    found = {keys[name]: _flag(name) for name in order if name in keys and name not in ("lora", "find_lr")}
+    return found | ({"recover.epochs": "--recover STEPS"} if "recover.steps" in found else {})
+
+
 def settled(chosen: Chosen) -> dict[str, Any]:
     """Returns the keys that options set, plus null for every recipe key that these options rule out.
 
@@ -70,8 +98,8 @@ def settled(chosen: Chosen) -> dict[str, Any]:
     for item in chosen.overrides:
         key = item.partition("=")[0].strip()
         if key in values:
-            flag = next(name for name, own in KEYS.items() if own == key).replace("_", "-")
-            raise ConfigError(f"--{flag} and --set {item} both set {key}.", hint="Give only one of them.")
+            flag = _flag(next(name for name, own in KEYS.items() if own == key))
+            raise ConfigError(f"{flag} and --set {item} both set {key}.", hint="Give only one of them.")
     budgets = tuple(f"plan.{name}" for name in BUDGETS)
     gone: tuple[str, ...] = ()
     rows = {"data.train", "data.eval"} & set(values)
@@ -211,7 +239,10 @@ def takes(
         @functools.wraps(command)
         def called(**values: Any) -> None:
             shared = {name: value for name, value in values.items() if name not in own}
-            command(**{name: values[name] for name in values if name in own}, chosen=_chosen(shared, keys))
+            chosen = _chosen(dict(shared), keys)
+            in_use.clear()
+            in_use.update(_options(shared, keys))
+            command(**{name: values[name] for name in values if name in own}, chosen=chosen)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

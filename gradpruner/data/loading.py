@@ -93,10 +93,10 @@ def _shape_of(rows: RowSet, format: str, layout: Layout) -> tuple[str, Shape, st
         shape, note = templated(rows, layout)
     except DataError as error:
         if tasks:  # their labels have names
-            error.hint = f"{error.hint} If these are rows of the task {tasks}, set data.task instead."
+            error.hint = f"{error.hint} If these are rows of the task {tasks}, give data.task instead."
         raise
     if tasks:
-        note += f"; the task {tasks} has these columns too: if these are its rows, set data.task instead"
+        note += f"; the task {tasks} has these columns too: if these are its rows, give data.task instead"
     return name, shape, note
 
 
@@ -129,7 +129,7 @@ def _detect(rows: RowSet) -> str:
         "data.prompt and data.completion to texts with columns in braces."
     )
     if tasks:
-        hint = f"These are the columns of the task {tasks}: set data.task instead."
+        hint = f"These are the columns of the task {tasks}: give data.task instead."
     raise _unrecognised(rows, tuple(found), hint)
 
 

@@ -45,7 +45,7 @@ def not_learned(view: View, tuned: bool = True) -> str:
 def _what_to_change(recipe: dict[str, Any], steps: float | None) -> str:
     """Says what to change if the task was not learned, with the current values."""
     if recipe.get("start") == "given":
-        return "This run does not tune the model: give one that was tuned for the task, or set start: tuned."
+        return "This run does not tune the model: give one that was tuned for the task (`gradpruner run`)."
     found = recipe.get("finetune")
     options = found if isinstance(found, dict) else {}
     epochs, rate = number(options.get("epochs")), number(options.get("learning_rate"))

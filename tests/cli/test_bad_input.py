@@ -69,7 +69,7 @@ RECIPE_FAULTS = {
     "1 unknown key": ("plan.drop_layer=[1]", ["plan.drop_layer: unknown key. Did you mean 'plan.layers'?"]),
     "1 unknown section": (
         "prune.drop_layer=[1]",
-        ["prune: unknown section. prune.drop_layer: did you mean 'plan.layers'?"],
+        ["--set prune.drop_layer: unknown section. prune.drop_layer: did you mean 'plan.layers'?"],
     ),
     "2 too many": ("plan.num_prune=4", ["Pruning 4 of 4 layers is not possible; 0 to 2 are"]),
     "2 leaves one": ("plan.num_prune=3", ["at least 2 layers must stay"]),
@@ -369,3 +369,34 @@ def test_model_folders(project, refuse, fault):
     if fault != "21 NaN":  # a dry run reads no weights
         refuse(code, parts, "run", project, "--dry-run")
     assert sorted(place.iterdir()) == before
+
+
+def test_faults_of_options_are_told_as_options_and_not_as_faults_of_the_file(project, refuse):
+    run = project.parent / "run"
+    run.mkdir()
+    shutil.copy(project, run / "recipe.yaml")
+    parts = ["What is given besides", "2 faults", "--num-prune: Input", "--set foo.bar: unknown"]
+    refuse(USAGE, parts, "run", "--out", run, "--num-prune", -5, "--set", "foo.bar=3")
+    shrink = ("shrink", project.parent / "model", "--data", project.parent / "train.jsonl", "--out", run)
+    refuse(USAGE, ["--recover: Input", "--repair: Input"], *shrink, "--recover", -5, "--repair", "lin")
+    recipe = json.loads((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(json.dumps(recipe | {"plan": {"num_prune": -1}}))
+    refuse(
+        USAGE, [f"error: {run / 'recipe.yaml'} has 1 fault", "  - plan.num_prune: Input"], "run", "--out", run
+    )
+
+
+def test_advice_names_options_where_the_command_has_them(project, refuse, call):
+    rows = [{"question": "a", "choices": ["x", "y"], "answer": 0, "subject": "s"}]
+    write_rows(project.parent / "train.jsonl", rows * 20)
+    model, data = project.parent / "model", project.parent / "train.jsonl"
+    assert "data.task" not in refuse(DATA, ["give --task instead"], "shrink", model, "--data", data)
+    write_rows(data, make_rows(40))
+    _, out, _ = call("shrink", model, "--data", data, "--dry-run", "--num-prune", 2)
+    assert "has not seen as --eval-data" in " ".join(out.split())
+
+
+def test_a_mistyped_model_folder_is_told_as_one(project, refuse):
+    gone = project.parent / "gone"
+    refuse(MODEL, [f"There is no model folder at {gone}"], "verify", gone)
+    refuse(MODEL, [f"There is no model folder at {gone}"], "evaluate", gone, "--task", "arc_easy")

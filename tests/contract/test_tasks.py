@@ -482,7 +482,7 @@ def test_rows_of_another_task_are_recognised(tmp_path):
     with pytest.raises(DataError) as caught:
         load_examples(path)
     assert caught.value.hint == (
-        "These are the columns of the task 'mmlu_clinical_knowledge': set data.task instead."
+        "These are the columns of the task 'mmlu_clinical_knowledge': give data.task instead."
     )
     with pytest.raises(DataError) as caught:
         load_examples(write(tmp_path / "sst2.jsonl", ROWS["sst2"]))

@@ -28,7 +28,7 @@ def check_methods(recipe: Recipe) -> None:
         if method.callbacks and not tunes and not recipe.recover.trains:
             raise ConfigError(
                 f"The method {name} changes the fine-tuning, and with start: {recipe.start} there is none.",
-                hint="Use start: base, or let the model recover: --set recover.epochs=1.",
+                hint="Let the model recover, --set recover.epochs=1, or tune it in a run: start: base.",
             )
         if recipe.finetune.mode == "qlora" and (method.alone or name == "sat"):
             raise ConfigError(

@@ -5,8 +5,11 @@ Importing this module imports no torch.
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -177,6 +180,7 @@ class Recipe(Section):
 
 
 S = TypeVar("S", bound=Section)
+_ALL_KEYS = "\n`gradpruner schema` lists every key."
 
 
 def key_names(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -195,8 +199,11 @@ def load_recipe(
     path: str | Path | None = None,
     overrides: tuple[str, ...] = (),
     values: dict[str, Any] | None = None,
+    names: Mapping[str, str] = MappingProxyType({}),
 ) -> Recipe:
     """Reads a recipe: the file, then `values` (dotted keys), then overrides in the form of `--set`, "a.b=c".
+
+    `names` says how messages name the keys in `values`, such as "--num-prune".
 
     Raises:
         ConfigError: Lists all faults at once, with the file, the key and what is allowed.
@@ -205,25 +212,47 @@ def load_recipe(
     if path is not None:
         raw = read_yaml(Path(path))
         resolve_paths(raw, Path(path).parent)
+    stored, given = copy.deepcopy(raw), {}
     for key, value in (values or {}).items():
         assign(raw, key, value)
+        given[key] = names.get(key, key)
     for item in overrides:
         key, found, text = item.partition("=")
         if not found or not key:
             raise ConfigError(f"--set {item} is not of the form section.key=value.")
         assign(raw, key.strip(), _parse_value(item, key.strip(), text))
+        given[key.strip()] = f"--set {key.strip()}"
     # The run directory keeps the recipe, whose paths must also hold when it is read from elsewhere.
     resolve_paths(raw, Path())
-    return check_recipe(raw, str(path) if path is not None else "recipe")
+    where = "recipe"
+    if path is not None:
+        where = str(path) if _is_faulty(stored) else f"What is given besides {path}"
+    return check_section(Recipe, raw, where, _ALL_KEYS, given)
+
+
+def _is_faulty(raw: dict[str, Any]) -> bool:
+    try:
+        Recipe.model_validate(raw)
+    except ValidationError:
+        return True
+    return False
 
 
 def check_recipe(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     """Validates a recipe given as plain values; see `load_recipe`."""
-    return check_section(Recipe, raw, where, "\n`gradpruner schema` lists every key.")
+    return check_section(Recipe, raw, where, _ALL_KEYS)
 
 
-def check_section(kind: type[S], raw: dict[str, Any], where: str, hint: str | None = None) -> S:
+def check_section(
+    kind: type[S],
+    raw: dict[str, Any],
+    where: str,
+    hint: str | None = None,
+    given: Mapping[str, str] = MappingProxyType({}),
+) -> S:
     """Validates plain values as a section, or as a file of sections; `where` names them in messages.
+
+    `given` holds keys that do not come from there, and how messages name each of them.
 
     Raises:
         ConfigError: Lists all faults at once.
@@ -232,7 +261,7 @@ def check_section(kind: type[S], raw: dict[str, Any], where: str, hint: str | No
         return kind.model_validate(raw)
     except ValidationError as error:
         known = key_names(kind)
-        faults = [_fault(entry, known) for entry in error.errors()]
+        faults = [_fault(entry, known, given) for entry in error.errors()]
         raise ConfigError(
             f"{where} has {len(faults)} fault{'s' if len(faults) > 1 else ''}:\n"
             + "\n".join(f"  - {fault}" for fault in faults),
@@ -240,17 +269,19 @@ def check_section(kind: type[S], raw: dict[str, Any], where: str, hint: str | No
         ) from None
 
 
-def _fault(entry: Any, known: list[str]) -> str:
+def _fault(entry: Any, known: list[str], given: Mapping[str, str]) -> str:
     path = ".".join(str(part) for part in entry["loc"])
+    name = given.get(path, path)
     if entry["type"] == "extra_forbidden":
         meant = meant_key(path, known)
         if isinstance(entry["input"], dict) and entry["input"]:  # a section that other tools have
             inner = {key: meant_key(f"{path}.{key}", known) for key in entry["input"]}
-            return f"{path}: unknown section." + "".join(
+            name = next((given[key] for key in given if key.startswith(f"{path}.")), name)
+            return f"{name}: unknown section." + "".join(
                 f" {path}.{key}: did you mean '{other}'?" for key, other in inner.items() if other
             )
         close = f" Did you mean '{meant}'?" if meant else ""
-        return f"{path}: unknown key.{close}"
+        return f"{name}: unknown key.{close}"
     if entry["type"] == "missing":
         needed = {
             "model": "give model.path (--model)",
@@ -258,8 +289,8 @@ def _fault(entry: Any, known: list[str]) -> str:
         }
         return f"{path}: missing{'; ' + needed[path] if path in needed else ''}."
     message = str(entry["msg"]).removeprefix("Value error, ")
-    given = "" if isinstance(entry["input"], dict) else f" (given: {shown(entry['input'])})"
-    return f"{path or 'recipe'}: {message}{given}"
+    value = "" if isinstance(entry["input"], dict) else f" (given: {shown(entry['input'])})"
+    return f"{name or 'recipe'}: {message}{value}"
 
 
 def assign(raw: dict[str, Any], key: str, value: Any) -> None:
