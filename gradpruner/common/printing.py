@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 _NBSP = "\u00a0"
+_ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "→": "->", "…": "...", "·": "."})
 WIDTH = 110
 """Width in characters where the output device does not state its own."""
 
@@ -73,7 +74,10 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    texts = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    texts = [
+        [plain(f"{value:.4g}" if isinstance(value, float) else str(value), console) for value in row]
+        for row in rows
+    ]
     shown = Table(
         box=box.ASCII if console.options.ascii_only else box.SIMPLE_HEAD,
         pad_edge=False,
@@ -81,7 +85,7 @@ def print_table(
     )
     for name, *cells in zip(columns, *texts, strict=True):
         numbers = all(re.fullmatch(r"[\d.e+-]+%?", cell) for cell in cells)
-        shown.add_column(Text(name), justify="right" if numbers else "left", overflow="fold")
+        shown.add_column(Text(plain(name, console)), justify="right" if numbers else "left", overflow="fold")
     for cells in texts:
         shown.add_row(*map(Text, cells))  # as Text, so that a name such as "[red]" is not read as markup
     print_line(console, title, "bold")
@@ -91,10 +95,18 @@ def print_table(
 
 
 def print_line(console: Console, line: str, style: str = "") -> None:
-    """Prints a line literally, without reading it as markup."""
+    """Prints a line literally, without reading it as markup, in the symbols the console can show."""
     from rich.text import Text
 
-    console.print(Text(line, style=style))
+    console.print(Text(plain(line, console), style=style))
+
+
+def plain(shown: str, console: Console) -> str:
+    """Replaces no-break spaces and, on a console without Unicode, everything beyond ASCII."""
+    shown = shown.replace(_NBSP, " ")
+    if not console.options.ascii_only:
+        return shown
+    return shown.translate(_ASCII).encode("ascii", "replace").decode("ascii")
 
 
 def _as_html(printed: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from gradpruner.common.printing import number, percent, text, whole
+from gradpruner.common.printing import counted, number, percent, text, whole
 from gradpruner.reports.details import searches
 from gradpruner.reports.record import PlanRecord, Scores
 from gradpruner.reports.svg import (
@@ -177,7 +177,7 @@ def depth_plot(view: View) -> Plot | None:
 
 
 def _layers(count: int | None) -> str:
-    return "no number of layers" if count is None else f"{count} layer{'' if count == 1 else 's'}"
+    return "no number of layers" if count is None else counted(count, "layer")
 
 
 def _score_plot(name: str, title: str, entry: Scores, values: list[float | None], plan: PlanRecord) -> Plot:

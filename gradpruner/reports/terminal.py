@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gradpruner.common.printing import number, text, whole
+from gradpruner.common.printing import number, plain, print_line, text, whole
 from gradpruner.common.ranking import print_scores
 from gradpruner.reports.cells import Table
 from gradpruner.reports.details import savings_tables
@@ -35,7 +35,6 @@ _GLYPHS = {
     "merge": ("▼", "m", "yellow"),
     "drop": ("·", ".", "dim"),
 }
-_ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "→": "->", "…": "...", "·": "."})
 _PER_LINE = 80
 
 
@@ -51,13 +50,13 @@ def print_summary(
         advise: Print which model to ship, and the next commands.
     """
     view = read(source)
-    say(console, text(title_of(view), 90), "bold")
+    print_line(console, text(title_of(view), 90), "bold")
     if any(row.after or row.before or row.error for row in view.rows) or not _print_decisions(view, console):
         _print_results(view, console)
         if advise:
             _print_advice(view, console, folder)
     for warning in view.record.warnings:
-        say(console, f"Warning: {text(warning)}", "yellow")
+        print_line(console, f"Warning: {text(warning)}", "yellow")
 
 
 def title_of(view: View) -> str:
@@ -72,7 +71,7 @@ def _print_results(view: View, console: Console) -> None:
     if table.lines:
         console.print(rich_table(table, console))
     if any(cell.text.endswith("*") for line in table.lines for cell in line.cells):
-        say(console, "* fewer than 100 examples: rely on the interval, not on the value.", "dim")
+        print_line(console, "* fewer than 100 examples: rely on the interval, not on the value.", "dim")
     if view.kind == "run":
         strips = [(row.label, row.plan) for row in view.rows if row.plan is not None]
         rows = {row.name for row in view.rows}
@@ -82,24 +81,24 @@ def _print_results(view: View, console: Console) -> None:
         _print_strips(strips + planned, console)
         console.print()
     verdict = judge(view)
-    say(console, verdict.word, _STYLES[verdict.level])
+    print_line(console, verdict.word, _STYLES[verdict.level])
     for line in (verdict.sentence, budget_words(view), serving_note(view)):
         if line:
-            say(console, line)
+            print_line(console, line)
     for note in verdict.notes:
-        say(console, f"- {note}")
+        print_line(console, f"- {note}")
 
 
 def _print_advice(view: View, console: Console, folder: Path | None) -> None:
     """Prints which model to ship, and the next commands."""
     ship = advice(view, folder)
     if ship is not None:
-        say(console, f"Model to ship: {ship.title}", "bold")
+        print_line(console, f"Model to ship: {ship.title}", "bold")
         for words in (ship.path, ship.reason):
             if words:
-                say(console, f"  {words}")
+                print_line(console, f"  {words}")
         for step in ship.commands:
-            say(console, f"  {step.title}: {step.command}")
+            print_line(console, f"  {step.title}: {step.command}")
 
 
 def _print_decisions(view: View, console: Console) -> bool:
@@ -112,19 +111,13 @@ def _print_decisions(view: View, console: Console) -> bool:
         print_scores(console, text(name), values, low, high)
     _print_strips([(text(name), plan) for name, plan in view.record.plans.items()], console)
     for table in savings_tables(view):
-        say(console, f"Savings: {table.caption}", "bold")
+        print_line(console, f"Savings: {table.caption}", "bold")
         console.print(rich_table(table, console))
     recorded = bool(record.trace.model_fields_set)
     if recorded and not view.record.plans:
         steps, effective = whole(record.trace.num_steps), whole(record.trace.effective_steps)
-        say(console, f"{steps} steps recorded; {effective} of them with energy.")
+        print_line(console, f"{steps} steps recorded; {effective} of them with energy.")
     return bool(recorded or view.record.plans or record.scores)
-
-
-def say(console: Console, line: str, style: str = "") -> None:
-    """Prints one line verbatim, with ASCII for symbols the console cannot show."""
-    # As Text, because rich would read a label such as "[red]" as markup in a string.
-    console.print(Text(_plain(line, console), style=style))
 
 
 def rich_table(table: Table, console: Console) -> RichTable:
@@ -139,7 +132,7 @@ def rich_table(table: Table, console: Console) -> RichTable:
             shown.add_column(Text(name), overflow="fold", min_width=12, max_width=26)
     styles = {"failed": "red", "main": "bold", "": ""}
     for line in table.lines:
-        cells = [_plain(text, console) for text in table.texts(line, "failed")]
+        cells = [plain(text, console) for text in table.texts(line, "failed")]
         shown.add_row(*(Text(cell) for cell in cells), style=styles[line.kind])
     return shown
 
@@ -154,7 +147,7 @@ def _print_strips(plans: list[tuple[str, PlanRecord]], console: Console) -> None
         legend.append(*glyphs[role]).append(f" {word}  ")
     console.print(legend)
     for label, plan in shown:
-        say(console, f"{label}{_merge_words(plan)}")
+        print_line(console, f"{label}{_merge_words(plan)}")
         for start in range(0, len(plan.actions), _PER_LINE):
             part = plan.actions[start : start + _PER_LINE]
             line = Text(f"{part[0].layer:>4} ", style="dim")
@@ -168,11 +161,3 @@ def _merge_words(plan: PlanRecord) -> str:
     words = [f"{', '.join(map(str, layers))} into {to}" for to, layers in plan.targets.items()]
     merged = f"; merged {'; '.join(words)}" if words else ""
     return f": {len(plan.kept)} of {len(plan.actions)} kept{merged}"
-
-
-def _plain(shown: str, console: Console) -> str:
-    """Replaces no-break spaces and, on a console without Unicode, everything beyond ASCII."""
-    shown = shown.replace("\u00a0", " ")
-    if not console.options.ascii_only:
-        return shown
-    return shown.translate(_ASCII).encode("ascii", "replace").decode("ascii")

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gradpruner.common.printing import (
-    interval,
-    percent,
-    points,
-    ratio,
-    text,
-    whole,
-)
+from gradpruner.common.printing import counted, interval, percent, points, ratio, text, whole
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes
 from gradpruner.reports.view import Point, Row, View, metric_label
@@ -193,8 +186,8 @@ def _tally_words(view: View, point: Point) -> str:
     wins, losses = levels.count("better"), levels.count("worse")
     ties = len(levels) - wins - losses
     return (
-        f"Against {len(levels)} other method{'s' if len(levels) > 1 else ''} (by paired 95% intervals): "
-        f"{wins} win{'' if wins == 1 else 's'}, {ties} tie{'' if ties == 1 else 's'}, "
+        f"Against {counted(len(levels), 'other method')} (by paired 95% intervals): "
+        f"{counted(wins, 'win')}, {counted(ties, 'tie')}, "
         f"{losses} loss{'' if losses == 1 else 'es'}."
     )
 

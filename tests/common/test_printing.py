@@ -1,11 +1,13 @@
 """Plans, scores, repairs and traces print as tables people can read; a notebook shows the same as HTML."""
 
+import io
 import sys
 
 import pytest
 import torch
+from rich.console import Console
 
-from gradpruner.common.printing import runs_of
+from gradpruner.common.printing import num_bytes, print_line, runs_of
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
@@ -61,6 +63,13 @@ def test_what_is_printed_is_a_table_of_what_it_is(found, lines, monkeypatch):
     assert all(word in page for word in lines[-1].split() if word.isalnum())
     monkeypatch.setattr(sys, "stdout", open("/dev/null", "w", encoding="ascii"))  # noqa: SIM115
     assert str(found).isascii()
+
+
+def test_a_console_without_unicode_gets_ascii():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    print_line(Console(file=stream, width=80), f"{num_bytes(2**34)} – 2×, [red]é")
+    stream.flush()
+    assert stream.buffer.getvalue() == b"16.0 GiB - 2x, [red]?\n"
 
 
 @pytest.mark.parametrize("numbers, text", [((), "none"), ((3,), "3"), ((1, 2, 3, 7, 9, 10), "1-3, 7, 9-10")])
