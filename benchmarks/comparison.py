@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from real_tasks import MODES, RESULTS, SEEDS, short_prompt, write, write_rows
 
-from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import readable_bytes
 
 FOLDER = RESULTS / "comparison"
 # Rows, epochs and rates (full, LoRA) with which the dense model learns in the time available, chosen on

@@ -11,8 +11,7 @@ from typing import Any
 
 from drawing import BENCHMARKS
 
-from gradpruner.common.files import readable_bytes
-from gradpruner.common.printing import counted
+from gradpruner.common.printing import counted, readable_bytes
 
 RESULTS = BENCHMARKS / "results" / "gpu"
 NOT_MEASURED = "not measured"

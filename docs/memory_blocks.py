@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from drawing import RESULTS, read
 
-from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import readable_bytes
 
 
 def memory_estimate() -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from drawing import BENCHMARKS, as_svg, digest, plotting, script
 
-from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import readable_bytes
 
 KINDS = {
     "score": "scores layers",

@@ -9,7 +9,7 @@ from typing import Any
 
 from drawing import RESULTS, dig, machine, read, times
 
-from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import readable_bytes
 
 
 def prune_checkpoint() -> str:

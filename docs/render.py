@@ -28,7 +28,7 @@ import quality_blocks
 import quality_drawing
 from drawing import RESULTS, machine, read, script, times
 
-from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import readable_bytes
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import readable_bytes
 from gradpruner.common.provenance import machine
 from gradpruner.common.version import __version__
 

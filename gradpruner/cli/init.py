@@ -190,7 +190,7 @@ def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
 
 def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
     """Returns the template's training values for a model and this many rows."""
-    from gradpruner.common.files import readable_bytes
+    from gradpruner.common.printing import readable_bytes
     from gradpruner.evaluation.costing.per_device import Training, hold_training
     from gradpruner.models.loading import resolve_device
     from gradpruner.runs.before.fitting import device_memory

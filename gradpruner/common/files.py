@@ -18,9 +18,10 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ResourceError
+from gradpruner.common.printing import readable_bytes, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -316,22 +317,6 @@ def path_fault(path: Path) -> str | None:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             return str(error.strerror)
     return None
-
-
-def shown(value: Any, length: int = 60) -> str:
-    """Formats an untrusted value for a message: one short line without control characters."""
-    text = ascii(value) if not isinstance(value, str) else repr(value)
-    return text if len(text) <= length else f"{text[:length]}..."
-
-
-def readable_bytes(count: float) -> str:
-    """Formats a number of bytes in binary units: 17179869184 -> '16.0 GiB'."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        scaled = count / 1024**power
-        if abs(scaled) >= 0.9995:
-            digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
-            return f"{scaled:.{digits}f} {unit}"
-    return f"{count:.0f} B"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

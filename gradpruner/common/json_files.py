@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gradpruner.common.errors import IntegrityError
-from gradpruner.common.files import read_plain, shown, write_text
+from gradpruner.common.files import read_plain, write_text
+from gradpruner.common.printing import shown
 from gradpruner.common.version import __version__
 
 T = TypeVar("T")

@@ -16,8 +16,6 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from gradpruner.common.files import readable_bytes
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -161,6 +159,12 @@ def text(value: Any, limit: int | None = None) -> str:
     return clean
 
 
+def shown(value: Any, length: int = 60) -> str:
+    """Formats an untrusted value for a message: one short line without control characters."""
+    text = ascii(value) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def percent(value: Any, digits: int = 1) -> str:
     """Formats a fraction (0-1) as a percentage: 0.834 -> '83.4%'."""
     finite = number(value)
@@ -224,8 +228,18 @@ def runs_of(numbers: Sequence[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts) or "none"
 
 
-def num_bytes(value: Any) -> str:
+def readable_bytes(count: float) -> str:
     """Formats a number of bytes in binary units: 17179869184 -> '16.0 GiB'."""
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        scaled = count / 1024**power
+        if abs(scaled) >= 0.9995:
+            digits = 0 if abs(scaled) >= 99.95 else 1 if abs(scaled) >= 9.995 else 2
+            return f"{scaled:.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def num_bytes(value: Any) -> str:
+    """Formats a number of bytes without a line break before the unit; a dash if it is unknown."""
     finite = number(value)
     return MISSING if finite is None else readable_bytes(finite).replace(" ", _NBSP)
 

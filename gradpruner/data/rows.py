@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gradpruner.common.errors import DataError
-from gradpruner.common.files import path_fault, shown
+from gradpruner.common.files import path_fault
+from gradpruner.common.printing import shown
 from gradpruner.data.folders import is_saved_dataset, saved_split, split_files, split_names
 from gradpruner.data.parsing import (
     PACKED,

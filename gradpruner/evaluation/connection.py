@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 
 from gradpruner.common.errors import ConfigError, ResourceError
-from gradpruner.common.files import shown
 from gradpruner.common.json_files import parse_json
+from gradpruner.common.printing import shown
 
 log = logging.getLogger(__name__)
 

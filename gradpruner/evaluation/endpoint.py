@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field
 
 from gradpruner.common.errors import ConfigError, IntegrityError, ResourceError
-from gradpruner.common.files import shown
 from gradpruner.common.json_files import typed
+from gradpruner.common.printing import shown
 from gradpruner.evaluation.connection import API_KEY, Connection
 from gradpruner.evaluation.generation import Answer
 from gradpruner.evaluation.questions import Questions

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.errors import ConfigError, ModelError
-from gradpruner.common.files import shown, staging
+from gradpruner.common.files import staging
 from gradpruner.common.json_files import read_json, read_object
+from gradpruner.common.printing import shown
 from gradpruner.common.run_names import StageName, row_file
 from gradpruner.evaluation.outputs import read_examples
 from gradpruner.models.checking import ADAPTER_FILE

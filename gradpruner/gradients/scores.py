@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from gradpruner.common.errors import ConfigError, IntegrityError
-from gradpruner.common.files import shown
 from gradpruner.common.json_files import read_object, write_json
-from gradpruner.common.printing import Printed
+from gradpruner.common.printing import Printed, shown
 from gradpruner.common.ranking import ascending, print_scores
 from gradpruner.common.registry import check_known
 from gradpruner.gradients.gates import bootstrap

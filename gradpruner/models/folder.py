@@ -18,7 +18,6 @@ from gradpruner.common.files import (
     make_durable,
     path_fault,
     remove,
-    shown,
     staging,
     staging_name,
     sweep,
@@ -27,6 +26,7 @@ from gradpruner.common.files import (
     write_text,
 )
 from gradpruner.common.json_files import read_object, write_json
+from gradpruner.common.printing import shown
 from gradpruner.common.version import __version__
 from gradpruner.models.card import CARD_FILE, base_of, model_card
 from gradpruner.models.headers import check_inside

@@ -22,7 +22,7 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 
 from gradpruner.common.errors import IntegrityError, ModelError
-from gradpruner.common.files import shown
+from gradpruner.common.printing import shown
 
 # All dtypes of safetensors 0.8. The small floats share bytes, so only some shapes fill whole bytes.
 DTYPE_BYTES: dict[str, int | Fraction] = {

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradpruner.common.errors import IntegrityError, ModelError
-from gradpruner.common.files import read_plain, shown
+from gradpruner.common.files import read_plain
 from gradpruner.common.json_files import parse_json
+from gradpruner.common.printing import shown
 from gradpruner.models.headers import AGAIN, PERMISSION, ShardHeader, TensorRef, check_inside, read_header
 
 INDEX_LIMIT = 64_000_000  # bytes; several times the size of the largest public index

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from gradpruner.common.errors import PlanError
-from gradpruner.common.files import shown
 from gradpruner.common.json_files import check_json, read_json, write_json
-from gradpruner.common.printing import Printed
+from gradpruner.common.printing import Printed, shown
 from gradpruner.common.registry import suggest
 from gradpruner.gradients.trace import same_model
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gradpruner.common.errors import ConfigError, PlanError
-from gradpruner.common.files import shown
-from gradpruner.common.printing import print_table, runs_of
+from gradpruner.common.printing import print_table, runs_of, shown
 from gradpruner.common.registry import suggest
 from gradpruner.plans.base import FORMAT_VERSION, METHOD_LIMIT, BasePlan
 from gradpruner.plans.merging import MAX_SOURCES, MERGE_RULES, check_density, needs_importance

@@ -9,8 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from gradpruner.common.errors import PlanError
-from gradpruner.common.files import shown
-from gradpruner.common.printing import print_table, runs_of
+from gradpruner.common.printing import print_table, runs_of, shown
 from gradpruner.plans.base import FORMAT_VERSION, BasePlan
 
 if TYPE_CHECKING:

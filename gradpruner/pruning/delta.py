@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.errors import ConfigError, IntegrityError, PlanError
-from gradpruner.common.files import check_free_space, folder_bytes, readable_bytes
+from gradpruner.common.files import check_free_space, folder_bytes
 from gradpruner.common.json_files import write_json
+from gradpruner.common.printing import readable_bytes
 from gradpruner.common.provenance import sha256_file
 from gradpruner.models.folder import (
     PRUNING_FILE,

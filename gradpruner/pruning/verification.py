@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
-from gradpruner.common.files import readable_bytes
+from gradpruner.common.printing import readable_bytes
 from gradpruner.common.registry import check_known
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.config_patch import text_config

@@ -18,8 +18,8 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from gradpruner.common.errors import ConfigError
-from gradpruner.common.files import path_fault, read_plain, shown
-from gradpruner.common.printing import MISSING, duration, moment, ratio, short, text, whole
+from gradpruner.common.files import path_fault, read_plain
+from gradpruner.common.printing import MISSING, duration, moment, ratio, short, shown, text, whole
 from gradpruner.reports.cells import Cell, Line, Table, difference_cell, exact_cell, line, measured_cell
 from gradpruner.reports.figures import curves_plot
 from gradpruner.reports.folders import DONE, RUNNING, Found, find_runs, report_of

@@ -16,7 +16,7 @@ from gradpruner.data.encoding import IGNORED
 from gradpruner.evaluation.costing import turns as turns_module
 from gradpruner.evaluation.costing import worker
 from gradpruner.evaluation.costing.comparison import measure_cost
-from gradpruner.evaluation.costing.figures import Figure, shown, time_floors
+from gradpruner.evaluation.costing.figures import Figure, time_floors, with_unit
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
 from gradpruner.evaluation.costing.turns import worker_environment
 from gradpruner.evaluation.costing.workload import RECORDING, Workload
@@ -216,9 +216,9 @@ def test_a_worker_loads_stored_weights_and_reports_errors(tmp_path, monkeypatch)
 
 
 def test_values_as_text():
-    assert shown(0.25, "seconds") == "250 ms" and shown(0.9999, "seconds").startswith("1.00")
-    assert shown(893_353_263_104, "MAC") == "893.353 GMACs" and shown(None, "bytes") == "–"
-    assert shown(75.52, "tokens/s") == "75.5/s" and shown(8_030_261_248, "") == "8.03B"
+    assert with_unit(0.25, "seconds") == "250 ms" and with_unit(0.9999, "seconds").startswith("1.00")
+    assert with_unit(893_353_263_104, "MAC") == "893.353 GMACs" and with_unit(None, "bytes") == "–"
+    assert with_unit(75.52, "tokens/s") == "75.5/s" and with_unit(8_030_261_248, "") == "8.03B"
 
 
 def test_shapes_are_listed():

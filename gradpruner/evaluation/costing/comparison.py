@@ -17,7 +17,7 @@ from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.common.printing import Printed
 from gradpruner.common.progress import Progress
 from gradpruner.common.provenance import provenance, utc_now
-from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, shown, size_figures
+from gradpruner.evaluation.costing.figures import LABELS, Figure, measured_figures, size_figures, with_unit
 from gradpruner.evaluation.costing.per_device import held_bytes
 from gradpruner.evaluation.costing.sizing import depth_alone, size_facts
 from gradpruner.evaluation.costing.subject import Subject, find_subject, shorten
@@ -87,7 +87,7 @@ class CostComparison(Printed):
             pairs = figure.pairs
             table.add_row(
                 figure.label if group == "model" else f"  {figure.label}",
-                *(shown(median, figure.unit) for median in figure.medians),
+                *(with_unit(median, figure.unit) for median in figure.medians),
                 _three(figure.ratio),
                 f"{_three(pairs[0])}-{_three(pairs[-1])}" if len(pairs) > 1 else "",
                 _three(figure.floor),

@@ -177,7 +177,7 @@ def time_floors(mode: str, sizes: tuple[ModelSizes, ModelSizes], workload: Workl
     }
 
 
-def shown(value: float | None, unit: str) -> str:
+def with_unit(value: float | None, unit: str) -> str:
     """Returns a value with its unit as text; durations below a second are in milliseconds."""
     if value is None:
         return printing.MISSING

@@ -29,13 +29,13 @@ from gradpruner.common.files import (
     os_failure,
     path_fault,
     refuse_links,
-    shown,
     sweep,
     working_in,
     write_failure,
 )
 from gradpruner.common.json_files import read_versioned, write_json
 from gradpruner.common.memory import PeakMemory
+from gradpruner.common.printing import shown
 from gradpruner.common.provenance import package_versions, sha256_file, sha256_json, utc_now
 from gradpruner.common.version import __version__
 from gradpruner.models.folder import check_output

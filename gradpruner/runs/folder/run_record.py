@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from gradpruner.common.errors import IntegrityError
-from gradpruner.common.files import shown
 from gradpruner.common.json_files import read_json
+from gradpruner.common.printing import shown
 from gradpruner.common.provenance import provenance, utc_now
 from gradpruner.common.run_names import StageName
 from gradpruner.common.version import __version__

@@ -16,8 +16,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from gradpruner.common.errors import ConfigError
-from gradpruner.common.files import shown
 from gradpruner.common.options import Section
+from gradpruner.common.printing import shown
 from gradpruner.runs.recipe.key_hints import meant_key
 from gradpruner.runs.recipe.sections import (
     DataSection,

@@ -11,8 +11,9 @@ from typing import Any
 import yaml
 
 from gradpruner.common.errors import ConfigError
-from gradpruner.common.files import read_plain, shown
+from gradpruner.common.files import read_plain
 from gradpruner.common.json_files import MAX_DEPTH, check_json
+from gradpruner.common.printing import shown
 
 RECIPE_LIMIT = 2**20  # bytes
 _MOST_VALUES = 100_000
