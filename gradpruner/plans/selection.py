@@ -34,10 +34,10 @@ def plan_pruning(
 
     Args:
         scores: One score per layer.
-        options: The budget, in at most one unit (`num_prune`, `layer_fraction`, `parameter_fraction` or
-            `layers`), and how it is met (`num_merge`, `protect_first`, `contiguous`, ...). None prunes 40 %
-            of the layers and merges three of them. The number of layers pruned is the one that comes closest
-            to a fraction.
+        options: A `plans.options.PlanOptions`: the budget, in at most one unit (num_prune, layer_fraction,
+            parameter_fraction or layers), the layers that stay (protect_first, protect_last, protect), how
+            the others are chosen (contiguous) and merged (num_merge, target, rule, density). None prunes 40 %
+            of the layers and merges three of them. Of a fraction, the closest number of layers is taken.
         layer_parameters: Number of parameters of every layer; for `parameter_fraction`.
         total_parameters: Number of parameters of the model; for `parameter_fraction`.
         fits: `fits(old, new, kept)` says whether layer `old` may become layer `new` of a model with `kept`
