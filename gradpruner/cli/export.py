@@ -78,7 +78,7 @@ def _opened(model: str, variant: str | None) -> FinishedModel:
 
     found = open_model(model, variant)
     if found.warning:
-        typer.echo(f"warning: this run did not learn its task. {found.warning}", err=True)
+        typer.echo(f"warning: {found.warning}", err=True)
     return found
 
 

@@ -18,7 +18,7 @@ NEXT: dict[str, tuple[tuple[str, str], ...]] = {
     "score": (("choose the layers to remove", "gradpruner plan --out {out}"),),
     "plan": (
         ("edit the plan if you like, then run the rest", "gradpruner run --out {out} --plan {plan}"),
-        ("or only prune", "gradpruner prune --out {out}"),
+        ("or only prune", "gradpruner prune --out {out} --plan {plan}"),
     ),
     "prune": (("fine-tune the pruned models", "gradpruner finetune --out {out}"),),
     "finetune": (("evaluate the models", "gradpruner evaluate --out {out}"),),
@@ -60,14 +60,12 @@ def suggest(after: str, **values: Any) -> None:
 
 def suggest_after_run(until: str, record: dict[str, Any], out: str) -> None:
     """Prints the next commands after a run up to the stage `until`."""
-    from gradpruner.common.errors import ConfigError
-    from gradpruner.reports.shipping import model_to_ship
+    from gradpruner.reports.shipping import advice
+    from gradpruner.reports.view import read
 
     pruned = [row for variant, row in record["rows"].items() if variant != "dense" and row in record["plans"]]
-    try:
-        model = Path(out) / model_to_ship(record).folder
-    except ConfigError:
-        model = None
+    ship = advice(read(record), Path(out))
+    model = ship.path or None if ship else None
     dense = record["rows"].get("dense")
     if until == "report" and list(record["rows"].values()) == [dense]:
         tuned = (record["variants"][dense]["finetune"] or {}).get("output")

@@ -22,7 +22,7 @@ from gradpruner.models.loading import load_adapter, load_model, load_tokenizer
 from gradpruner.models.saving import save_model
 from gradpruner.plans.reading import Plan, read_plan
 from gradpruner.reports.record import Record, VariantRecord
-from gradpruner.reports.shipping import model_to_ship
+from gradpruner.reports.shipping import lost_words, model_to_ship
 from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import read
 from gradpruner.runs.folder.directory import MANIFEST, read_manifest, stays_inside
@@ -41,7 +41,7 @@ class FinishedModel:
         run: The run directory; None without a run.
         row: The model's row of the run.
         record: The content of run.json; empty without a run.
-        warning: Why the run says that its task was not learned; empty if it was, or without a run.
+        warning: That the run's task was not learned, or that the model is not good enough; else empty.
     """
 
     folder: Path
@@ -133,8 +133,13 @@ def _of_run(run: Path, row: str | None) -> FinishedModel:
             again = f"keep_models: none removed it. {again} --set keep_models=all"
         raise ConfigError(f"The model of '{chosen.row}' is not in {folder}.", hint=again)
     name = f"{run.resolve().name}-{chosen.row}"
-    verdict = judge(read(raw))
-    warning = verdict.sentence if verdict.word == NOT_LEARNED else ""
+    view = read(raw)
+    verdict, its_row = judge(view), view.first.row(chosen.row)
+    warning = ""
+    if verdict.word == NOT_LEARNED:
+        warning = f"this run did not learn its task. {verdict.sentence}"
+    elif its_row is not None and (lost := lost_words(view, its_row)):
+        warning = f"this model is not good enough to ship. {lost}"
     return FinishedModel(folder, name, chosen.reason, run, chosen.row, record, warning)
 
 

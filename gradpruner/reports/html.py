@@ -25,11 +25,11 @@ from gradpruner.reports.headline import tiles
 from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.notes import budget_words, serving_note
 from gradpruner.reports.record import PlanRecord, Record
-from gradpruner.reports.shipping import advice
+from gradpruner.reports.shipping import Advice, advice
 from gradpruner.reports.svg import PALETTE, Plot, house_style
 from gradpruner.reports.terminal import title_of
 from gradpruner.reports.verdict import judge
-from gradpruner.reports.view import View, read
+from gradpruner.reports.view import Row, View, read
 
 _MOST_STRIPS = 24
 Block = tuple[str, Any]
@@ -71,9 +71,9 @@ def write_study_report(source: dict[str, Any], folder: Path) -> Path:
 
 def page_of(view: View, folder: Path) -> dict[str, Any]:
     """Returns the context of page.html."""
-    record = view.record
+    record, ship = view.record, advice(view, folder)
     with house_style():
-        sections = [section for section in _sections(view, folder) if section.blocks]
+        sections = [section for section in _sections(view, folder, ship) if section.blocks]
     kind, name = ("report", "run.json") if view.kind == "run" else ("study", "study.json")
     return {
         "brand": f"GradPruner {kind}" + (f" · {text(record.figure)}" if record.figure else ""),
@@ -87,7 +87,7 @@ def page_of(view: View, folder: Path) -> dict[str, Any]:
             ("Fine-tuning", text(record.mode)),
             ("Seeds", ", ".join(map(str, view.seeds)) or MISSING),
         ),
-        "ship": advice(view, folder),
+        "ship": ship,
         "verdict": judge(view),
         "tiles": tiles(view),
         "warnings": [text(warning) for warning in record.warnings],
@@ -96,10 +96,10 @@ def page_of(view: View, folder: Path) -> dict[str, Any]:
     }
 
 
-def _sections(view: View, folder: Path) -> list[Section]:
+def _sections(view: View, folder: Path, ship: Advice | None) -> list[Section]:
     descriptions = {row.label: row.description for row in view.rows if row.description}
     return [
-        *_results(view, folder),
+        *_results(view, folder, ship.row if ship else None),
         *_layers(view),
         *_costs(view),
         Section("data", "Data", _data(view)),
@@ -109,8 +109,8 @@ def _sections(view: View, folder: Path) -> list[Section]:
     ]
 
 
-def _results(view: View, folder: Path) -> list[Section]:
-    table = tables.results_table(view)
+def _results(view: View, folder: Path, ship: Row | None) -> list[Section]:
+    table = tables.results_table(view, ship)
     shown = tables_of(table) or [("absent", "Nothing was measured yet.")]
     about = [tables.reading_words(view), serving_note(view)] if table.lines else []
     shown = _notes("lead", budget_words(view)) + shown + _notes("note", *about)

@@ -34,9 +34,9 @@ def markdown_table(source: dict[str, Any], folder: Path | None = None) -> str:
         serving_note(view),
     ]
     if ship is not None:
-        texts.append(f"Model to ship: {ship.title}. {ship.reason}")
+        texts.append(f"{ship.heading}. {ship.reason}")
     # A run shows the short table of the terminal, a study the full one.
-    table = short_table(view) if view.kind == "run" else results_table(view)
+    table = (short_table if view.kind == "run" else results_table)(view, ship.row if ship else None)
     parts = [_markdown_of(table), *(f"{_plain(words)}\n" for words in texts if words)]
     if ship is not None and ship.commands:
         parts.append("".join(f"    {text(step.command)}\n" for step in ship.commands))

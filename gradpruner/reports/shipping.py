@@ -17,6 +17,7 @@ from gradpruner.reports.record import Search
 from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import Row, View, metric_label, read
 
+NOT_GOOD_ENOUGH = "Not good enough to ship"
 _KEEP_MORE = (
     "To keep more quality, remove fewer layers (plan.num_prune), train after pruning (recover.epochs) or "
     "limit the loss (plan.max_loss)."
@@ -47,12 +48,21 @@ class Command:
 
 @dataclass(frozen=True)
 class Advice:
-    """The top of a report: the model to ship, its folder ('' if none), the reason, and the next commands."""
+    """The top of a report: a title, the model's folder ('' if none), the reason, and the next commands.
+
+    `row` is the row to ship; None if there is none, which the title then says.
+    """
 
     title: str
     path: str
     reason: str
     commands: tuple[Command, ...] = ()
+    row: Row | None = None
+
+    @property
+    def heading(self) -> str:
+        """The title, which says "Model to ship" only of a model to ship."""
+        return f"Model to ship: {self.title}" if self.row else self.title
 
 
 def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
@@ -63,7 +73,7 @@ def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
         wanted: Return this row instead.
 
     Raises:
-        ConfigError: If `wanted` is not in the run or failed, or if there is no row to ship.
+        ConfigError: If `wanted` is not in the run or failed, or if there is no row worth shipping.
     """
     view = read(record)
     made = {row.name: row for row in view.rows if row.error is None}
@@ -81,6 +91,11 @@ def model_to_ship(record: dict[str, Any], wanted: str | None = None) -> Shipped:
             "This run has no evaluated pruned model.",
             hint="Run the same command again to resume it, or name a variant with --variant.",
         )
+    if why := lost_words(view, row):
+        raise ConfigError(
+            f"{NOT_GOOD_ENOUGH}: {why}",
+            hint=f"{_what_to_change(view, row)} To take it all the same: --variant {shlex.quote(row.name)}.",
+        )
     return Shipped(row.name, _folder(view, row), _reason(view, row, basis))
 
 
@@ -95,7 +110,8 @@ def advice(view: View, folder: Path | None = None) -> Advice | None:
     if view.kind == "ablation" or not any(view.metric in (*row.after, *row.before) for row in view.rows):
         return None
     if row is None:
-        reason = "No pruned model within the budget was evaluated; see below."
+        within = "" if view.kind == "run" else "within the budget "
+        reason = f"No pruned model {within}was evaluated; see below."
         if all(row.is_dense for row in view.rows):
             reason = "Only the dense model was evaluated; `gradpruner shrink` makes it smaller."
         return Advice("Nothing to ship", "", reason)
@@ -103,15 +119,50 @@ def advice(view: View, folder: Path | None = None) -> Advice | None:
     if verdict.word == NOT_LEARNED:
         return Advice("Nothing to ship yet", "", "The task was not learned; see below for what to change.")
     here = folder if folder is not None else Path(str(view.record.recipe.get("out") or "."))
+    if why := lost_words(view, row):
+        fewer = _removed(view, row) // 2
+        again = f"gradpruner run --out {shlex.quote(str(here))} --num-prune {fewer}"
+        steps = (Command("Remove fewer layers", again),) if fewer and view.kind == "run" else ()
+        return Advice(NOT_GOOD_ENOUGH, "", f"{why} {_what_to_change(view, row)}", steps)
     reason = _reason(view, row, basis)
     title = row.label
     # The verdict of a study is about GradPruner's row, not about this one.
     if view.kind == "run" and verdict.level == "worse":
         title, reason = f"{title}, clearly worse than the dense model", f"{reason} {_KEEP_MORE}"
     if view.record.recipe.get("keep_models") == "none":
-        return Advice(title, "", f"{reason} The model was not kept.", (_remake(row, here),))
+        return Advice(title, "", f"{reason} The model was not kept.", (_remake(row, here),), row)
     path = str(here / _folder(view, row))
-    return Advice(title, path, reason, _next_steps(view, row, path, here))
+    return Advice(title, path, reason, _next_steps(view, row, path, here), row)
+
+
+def lost_words(view: View, row: Row) -> str:
+    """Says that a row is too bad to ship (`View.has_lost`); '' if it is not."""
+    if not view.has_lost(row) or view.dense is None:
+        return ""
+    pruned, dense = (percent(one.after[view.metric].value) for one in (row, view.dense))
+    most = "" if view.majority is None else f", the most frequent answer alone {percent(view.majority)}"
+    return f"{row.label} scores {pruned}, the dense model {dense}{most}."
+
+
+def _removed(view: View, row: Row) -> int:
+    """Returns how many layers a row has lost; 0 if that is not known."""
+    before = (view.dense.num_layers if view.dense else None) or view.record.model.num_layers
+    return before - row.num_layers if before and row.num_layers else 0
+
+
+def _what_to_change(view: View, row: Row) -> str:
+    """Says what would keep more of the quality, with the values of this run."""
+    recipe, removed = view.record.recipe, _removed(view, row)
+    plan = found if isinstance(found := recipe.get("plan"), dict) else {}
+    fewer = f"remove fewer layers (plan.num_prune={removed // 2}, now {removed})"
+    ways = [fewer if removed > 1 else ""]
+    ways.append("repair the cuts (plan.repair=auto, now none)" if plan.get("repair") == "none" else "")
+    trained = row.recorded.recovery.model_fields_set or row.recorded.finetune.model_fields_set
+    ways.append("" if trained else "train after pruning (recover.epochs=1)")
+    unlimited = recipe.get("start") in ("tuned", "given") and not plan.get("max_loss")
+    ways.append("limit the loss (plan.max_loss=0.05)" if unlimited else "")
+    *most, last = [way for way in ways if way] or ["give more training rows"]
+    return f"To keep more, {', '.join(most)}{' or ' if most else ''}{last}."
 
 
 def _reason(view: View, row: Row, basis: str) -> str:
@@ -123,15 +174,31 @@ def _reason(view: View, row: Row, basis: str) -> str:
         dense = view.dense.validation.get(view.metric) if view.dense else None
         against = f"; the dense model has {percent(dense.value)}" if dense else ""
         sure = f" Removing this many layers is {certified}." if search.best is not None else ""
-        best = f"Of the models that fit the budget, it has the best {name}{measured_on}"
+        best = f"Of the {_candidates(view)}, it has the best {name}{measured_on}"
         return f"{best}: {percent(found.value)}{against}.{sure}"
     nothing = "nothing was compared on validation rows"
+    first = "the first plan" if _other_plans(view) else "the main variant"
+    decided = (
+        f"It is {first}: {nothing}, and test rows must not decide. Set data.validation in the recipe to ship "
+        "the model that does best on validation rows."
+    )
+    only = "fits the budget" if view.kind != "run" else "was measured"
     return {
         "certified": f"It is the smallest model {certified}.",
-        "only": f"It is the only pruned model that fits the budget; {nothing}.",
-        "recipe": f"It is the main variant: {nothing}, and test rows must not decide. Set data.validation in "
-        "the recipe to ship the model that does best on validation rows.",
+        "only": decided if _other_plans(view) else f"It is the only pruned model that {only}; {nothing}.",
+        "recipe": decided,
     }[basis]
+
+
+def _other_plans(view: View) -> bool:
+    return any("@" in row.name for row in view.rows)
+
+
+def _candidates(view: View) -> str:
+    """Says between which models validation rows decided."""
+    if view.kind != "run":
+        return "models that fit the budget"
+    return "models no larger than that of the first plan" if _other_plans(view) else "models measured"
 
 
 def _folder(view: View, row: Row) -> str:

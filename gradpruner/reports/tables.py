@@ -35,8 +35,10 @@ _TERMINAL_COSTS = {
 }
 
 
-def results_table(view: View) -> Table:
+def results_table(view: View, ship: Row | None = None) -> Table:
     """Returns one line per row and setting: label, size, main metric, differences and cost.
+
+    The row `ship` is marked as the one to ship.
 
     A dense model shared by all settings is listed once.
     """
@@ -57,7 +59,7 @@ def results_table(view: View) -> Table:
             if row.is_dense and shared and i:
                 continue
             setting = ["any" if row.is_dense and shared else point.label] if sweep else []
-            label = [Cell(row.label, "to ship" if row is view.choice[0] else "")]
+            label = [Cell(row.label, "to ship" if row is ship else "")]
             size = "" if row.removed_share is None or row.is_dense else signed_percent(-row.removed_share)
             cells = [
                 *setting,
@@ -85,9 +87,9 @@ def further_table(view: View) -> Table:
     return Table("Further metrics", columns, lines)
 
 
-def short_table(view: View) -> Table:
+def short_table(view: View, ship: Row | None = None) -> Table:
     """Returns the table for the terminal: the columns that fit in 100 characters."""
-    full = results_table(view)
+    full = results_table(view, ship)
     wanted = ("Parameters", *_quality_columns(view)[:2], *_TERMINAL_COSTS[view.kind])
     at = [full.columns.index(name) for name in wanted if name in full.columns]
     lead = full.columns.index("Parameters") - (view.kind != "compare")

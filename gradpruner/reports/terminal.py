@@ -16,10 +16,10 @@ from gradpruner.reports.cells import Table
 from gradpruner.reports.details import savings_tables
 from gradpruner.reports.notes import budget_words, serving_note
 from gradpruner.reports.record import PlanRecord
-from gradpruner.reports.shipping import advice
+from gradpruner.reports.shipping import Advice, advice
 from gradpruner.reports.tables import short_table
 from gradpruner.reports.verdict import judge
-from gradpruner.reports.view import View, read
+from gradpruner.reports.view import Row, View, read
 
 _STYLES = {
     "even": "bold cyan",
@@ -52,9 +52,10 @@ def print_summary(
     view = read(source)
     print_line(console, text(title_of(view), 90), "bold")
     if any(row.after or row.before or row.error for row in view.rows) or not _print_decisions(view, console):
-        _print_results(view, console)
-        if advise:
-            _print_advice(view, console, folder)
+        ship = advice(view, folder)
+        _print_results(view, console, ship.row if ship else None)
+        if advise and ship is not None:
+            _print_advice(ship, console)
     for warning in view.record.warnings:
         print_line(console, f"Warning: {text(warning)}", "yellow")
 
@@ -65,9 +66,9 @@ def title_of(view: View) -> str:
     return text(view.record.title or fallback[view.kind], 200)
 
 
-def _print_results(view: View, console: Console) -> None:
+def _print_results(view: View, console: Console, ship: Row | None) -> None:
     """Prints the table of rows, their layers and the verdict."""
-    table = short_table(view)
+    table = short_table(view, ship)
     if table.lines:
         console.print(rich_table(table, console))
     if any(cell.text.endswith("*") for line in table.lines for cell in line.cells):
@@ -89,16 +90,14 @@ def _print_results(view: View, console: Console) -> None:
         print_line(console, f"- {note}")
 
 
-def _print_advice(view: View, console: Console, folder: Path | None) -> None:
+def _print_advice(ship: Advice, console: Console) -> None:
     """Prints which model to ship, and the next commands."""
-    ship = advice(view, folder)
-    if ship is not None:
-        print_line(console, f"Model to ship: {ship.title}", "bold")
-        for words in (ship.path, ship.reason):
-            if words:
-                print_line(console, f"  {words}")
-        for step in ship.commands:
-            print_line(console, f"  {step.title}: {step.command}")
+    print_line(console, ship.heading, "bold")
+    for words in (ship.path, ship.reason):
+        if words:
+            print_line(console, f"  {words}")
+    for step in ship.commands:
+        print_line(console, f"  {step.title}: {step.command}")
 
 
 def _print_decisions(view: View, console: Console) -> bool:

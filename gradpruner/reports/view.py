@@ -20,6 +20,9 @@ from gradpruner.reports.record import PENDING, Evaluated, PlanRecord, PointRecor
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
 FAR_FROM_BUDGET = 0.03
 """A row whose removed fraction is further than this from the budget does not meet it."""
+MOST_LOST = 0.5
+"""A row that is clearly worse than dense is not worth shipping if it loses more than this share of what the
+dense model gains over always giving the most frequent answer (where that is unknown: of its score)."""
 
 
 def _failure(error: Any) -> str | None:
@@ -162,6 +165,25 @@ class View:
         """The main row: the one the headline is about."""
         return self.first.row(self.main_name)
 
+    def has_lost(self, row: Row) -> bool:
+        """Returns whether a row is too bad to ship: clearly worse than dense, and by too much.
+
+        That is by more than `MOST_LOST`, or so that it is no longer clearly better than always giving the
+        most frequent answer, while the dense model is.
+        """
+        after, dense = (one.after.get(self.metric) if one else None for one in (row, self.dense))
+        if row.is_dense or after is None or dense is None or dense.value <= 0:
+            return False
+        paired = row.paired.get(self.metric)
+        if paired is not None and paired.ends:
+            worse = (paired.high or 0) < 0
+        else:
+            worse = after.high is not None and dense.low is not None and after.high < dense.low
+        known = self.majority is not None and self.majority < dense.value
+        floor = self.majority if known and self.majority is not None else 0.0
+        fallen = known and _least(after) <= floor < _least(dense)
+        return worse and (fallen or dense.value - after.value > MOST_LOST * (dense.value - floor))
+
     @property
     def num_examples(self) -> int | None:
         """The smallest number of examples behind any value; None if it was not recorded."""
@@ -169,6 +191,10 @@ class View:
             m.n for row in self.rows for part in (row.after, row.paired, row.rival) for m in part.values()
         ]
         return min((n for n in found if n is not None), default=None)
+
+
+def _least(measured: Measured) -> float:
+    return float(measured.value if measured.low is None else measured.low)
 
 
 def read(source: dict[str, Any]) -> View:
@@ -266,7 +292,9 @@ def choose(view: View) -> tuple[Row | None, str]:
 
     'validation': it scores best on validation rows. 'certified': it is the smallest model with a certified
     loss. 'only': it is the only candidate. 'recipe': it is first in `in_order`, because only test rows were
-    evaluated, and test rows must not decide. Returns (None, '') if no row worked.
+    evaluated, and test rows must not decide. Returns (None, '') if no row worked. In a run, the first plans
+    (rows named like their variant) set the budget and come first; rows that `has_lost` are taken only if all
+    have.
     """
     done = [
         row
@@ -275,8 +303,11 @@ def choose(view: View) -> tuple[Row | None, str]:
         and view.metric in row.after
         and (row.removed_share is None or row.removed_share > 0)
     ]
-    if view.kind == "run":  # the variants of the recipe define the budget: any row no larger than them fits
-        asked = [row.num_parameters for row in done if row.name in view.record.rows.values()]
+    done = [row for row in done if not view.has_lost(row)] or done
+    if view.kind == "run":  # the first plans define the budget: any row no larger than them fits
+        first = [row for row in done if "@" not in row.name]
+        done = [*first, *(row for row in done if row not in first)]
+        asked = [row.num_parameters for row in first]
         limit = max((size for size in asked if size is not None), default=None)
         fits = [row for row in done if limit is None or (row.num_parameters or 0) <= limit]
     else:

@@ -30,7 +30,7 @@ from gradpruner.plans.reading import Plan
 from gradpruner.runs.before.disk import bytes_missing
 from gradpruner.runs.before.fitting import check_memory
 from gradpruner.runs.folder.directory import RunDirectory, Stage
-from gradpruner.runs.folder.plan_names import STAGES, method_of, tuned_folder
+from gradpruner.runs.folder.plan_names import MADE, MARK, STAGES, method_of, rows_in, tuned_folder
 from gradpruner.runs.folder.row_names import row_for, row_of_failed
 from gradpruner.runs.folder.run_record import run_record
 from gradpruner.runs.job.data_warnings import not_tuned, too_few_steps
@@ -99,11 +99,13 @@ def run_rows(
         _describe(job, directory)
         # The recipe as the user gave it, not `job.recipe` with its chosen learning rate: the next start may
         # use another mode of fine-tuning, which needs another rate.
-        write_text(directory.path / "recipe.yaml", recipe_yaml(_without_name(recipe)))
+        kept = partial(write_text, directory.path / "recipe.yaml", recipe_yaml(_without_name(recipe)))
+        if not _made(directory):
+            kept()
         if recipe.find_rate:
             find_rate(job, directory)
             _describe(job, directory)  # with the rate that was found
-        return _Run(job, directory, one_plan).up_to(until)
+        return _Run(job, directory, one_plan, kept).up_to(until)
 
 
 def _describe(job: Job, directory: RunDirectory) -> None:
@@ -116,11 +118,19 @@ def _without_name(recipe: Recipe) -> Recipe:
     return recipe.with_values(plan={"name": None})
 
 
+def _made(directory: RunDirectory) -> list[str]:
+    """The pruned rows that have a model."""
+    return [row for row in rows_in(directory.stages, MADE) if row != "dense"]
+
+
 class _Run:
     """One start of a run: goes through the stages and keeps what later stages need from earlier ones."""
 
-    def __init__(self, job: Job, directory: RunDirectory, one_plan: bool) -> None:
+    def __init__(
+        self, job: Job, directory: RunDirectory, one_plan: bool, keep_recipe: Callable[[], object]
+    ) -> None:
         self.job, self.directory, self.one_plan = job, directory, one_plan
+        self.keep_recipe = keep_recipe
         self.recipe = job.recipe
         self.open_trace = cache(lambda: GradientTrace.load(self.path("trace")))
         self.record_failure: Exception | None = None
@@ -147,6 +157,10 @@ class _Run:
             if variant != "dense":
                 with self.attempt(variant):
                     self.decide(variant, depth)
+        # Once a model is made, the folder keeps the recipe of its first plan: another plan is beside it.
+        beside = any(MARK in row and variant in _made(self.directory) for variant, row in self.rows.items())
+        if depth >= STAGES.index("plan") and not beside:
+            self.keep_recipe()
         # The dense model comes first: it may be the teacher of the others.
         for variant in sorted(self.recipe.variants, key=lambda name: name != "dense"):
             with self.attempt(variant):

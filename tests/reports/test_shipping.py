@@ -1,12 +1,15 @@
 """Which model of a run is the one to ship."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gradpruner.cli.suggestions import suggest_after_run
 from gradpruner.common.errors import ConfigError
+from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.shipping import advice, model_to_ship
+from gradpruner.reports.tables import results_table
 from gradpruner.reports.view import read
 
 
@@ -59,6 +62,57 @@ def test_of_a_row_that_is_clearly_worse_it_is_said_what_keeps_more() -> None:
 
     assert "clearly worse" in said(-0.4) and "plan.max_loss" in said(-0.4)
     assert "worse" not in said(0.0) and "plan.max_loss" not in said(0.0)
+
+
+def lost(change: float, dense: dict[str, Any] = DENSE, **more: Any) -> dict[str, Any]:
+    paired = {"task": {"exact_match": {"value": change, "low": change - 0.1, "high": change + 0.1}}}
+    dropped = row(60, 0.9 + change, paired=paired, num_layers=3)
+    run = record(dense=dense | {"num_layers": 16}, dropped=dropped, **more)
+    return run | {"recipe": {"start": "given", "plan": {"repair": "none"}}}
+
+
+def test_a_model_that_gets_little_right_is_not_shipped_unless_it_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = lost(-0.9) | {"reference": {"majority_class": 0.3}, "plans": {}}
+    with pytest.raises(ConfigError, match="Not good enough to ship") as caught:
+        model_to_ship(run)
+    for words in (
+        "plan.num_prune=6, now 13",
+        "plan.repair=auto",
+        "recover.epochs",
+        "plan.max_loss",
+        "--variant",
+    ):
+        assert words in (caught.value.hint or "")
+    assert model_to_ship(run, "dropped").row == "dropped"
+    found = advice(read(run), Path("out"))
+    assert found is not None and found.row is None and found.heading == "Not good enough to ship"
+    assert [step.command for step in found.commands] == ["gradpruner run --out out --num-prune 6"]
+    assert "to ship" not in str(results_table(read(run), found.row).lines)
+    assert "Model to ship" not in markdown_table(run) and "→" not in markdown_table(run)
+    suggest_after_run("report", run, "out")
+    assert "on other rows" not in "".join(capsys.readouterr())
+
+
+def test_how_much_is_too_much_depends_on_the_most_frequent_answer() -> None:
+    majority = {"reference": {"majority_class": 0.6}}
+    assert model_to_ship(lost(-0.12)) and model_to_ship(lost(-0.12) | majority)
+    assert model_to_ship(lost(-0.2))
+    with pytest.raises(ConfigError, match="the most frequent answer alone 60"):
+        model_to_ship(lost(-0.2) | majority)
+    unsure = DENSE | {"evaluation": {"metrics": {"exact_match": {"value": 0.9, "low": 0.8}}}}
+    low = lost(-0.12, unsure) | majority
+    low["variants"]["dropped"]["evaluation"]["metrics"]["exact_match"]["low"] = 0.55
+    with pytest.raises(ConfigError, match="Not good enough"):
+        model_to_ship(low)
+
+
+def test_another_plan_takes_over_only_from_a_first_one_that_is_not_good_enough() -> None:
+    more = {"dropped@num_prune=1": row(90, 0.95)}
+    asked = {"rows": {"dense": "dense", "dropped": "dropped@num_prune=1"}}
+    assert model_to_ship(lost(0.0, **more) | asked).row == "dropped"
+    assert model_to_ship(lost(-0.8, **more) | asked).row == "dropped@num_prune=1"
 
 
 def test_rows_of_other_plans_must_fit_the_budget() -> None:

@@ -189,8 +189,8 @@ def test_another_plan_keeps_all_finished_results(copy, until):
         with StringIO() as screen:
             print_summary(after, Console(file=screen, width=110))
             assert "planned: merged@num_prune=1+num_merge=0: 3 of 4 kept" in screen.getvalue()
-    # And back: nothing is done twice.
-    again = run(load_recipe(out / "recipe.yaml", ("plan.num_prune=2", "plan.num_merge=1")))
+    # And back: the first plan is still that of the folder, and nothing is done twice.
+    again = run(load_recipe(out / "recipe.yaml"))
     done = {name for name, state in states(again).items() if state == "done"}
     assert done <= {"score gradpruner", "score random"} and again["rows"]["merged"] == "merged"
     assert list(again["variants"])[:4] == ["dense", "merged", "dropped", "random"]
@@ -213,7 +213,7 @@ def test_a_name_belongs_to_one_plan(copy):
     done = run(load_recipe(path, (), named), until="prune")
     assert done["rows"] == {"merged": "merged@small"} and "merged" in done["variants"]
     assert done["variants"]["merged@small"]["label"] == "pruned + merged (small)"
-    again = run(load_recipe(path.parent / "run" / "recipe.yaml"), until="prune")
+    again = run(load_recipe(path, (), named | {"plan.name": None}), until="prune")
     assert again["rows"] == {"merged": "merged@small"} and set(states(again).values()) == {"skipped"}
     with pytest.raises(ConfigError, match="already has another plan called 'small'"):
         run(load_recipe(path, ("plan.num_prune=1",), named), until="prune")
