@@ -87,7 +87,7 @@ if TYPE_CHECKING:
     from gradpruner.pruning.in_memory import prune_
     from gradpruner.pruning.on_disk import prune_checkpoint
     from gradpruner.pruning.rebuilding import rebuild_checkpoint
-    from gradpruner.pruning.refitting import fit_repair
+    from gradpruner.pruning.repair.refitting import fit_repair
     from gradpruner.pruning.verification import verify_checkpoint
     from gradpruner.runs.before.preview import dry_run
     from gradpruner.runs.pipeline import run
@@ -119,7 +119,7 @@ _HOMES = {
     "encode_all": "data.encoding",
     "evaluate": "evaluation.quality",
     "finetune": "training.finetuning",
-    "fit_repair": "pruning.refitting",
+    "fit_repair": "pruning.repair.refitting",
     "load_examples": "data.loading",
     "load_model": "models.loading",
     "load_recipe": "runs.recipe.recipe",

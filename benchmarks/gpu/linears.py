@@ -13,7 +13,8 @@ from torch import Tensor
 from gradpruner.common.memory import PeakMemory
 from gradpruner.gradients.importance import Factors, gram_energies
 from gradpruner.plans.merging import Source, merge_linear
-from gradpruner.pruning.ridge import Sums, choose_update
+from gradpruner.plans.options import RepairOptions
+from gradpruner.pruning.repair.ridge import Sums, choose_update
 
 DENSITY = 0.2
 
@@ -139,7 +140,9 @@ def repair(place: Place) -> dict[str, Any]:
         add(held_out)
         found: list[tuple[float | None, float]] = []
         choosing = place.times(
-            lambda: found.append(choose_update(fitted, held_out)), repeats=2, warmup=0 if place.tiny else 1
+            lambda: found.append(choose_update(fitted, held_out, RepairOptions().ridges)),
+            repeats=2,
+            warmup=0 if place.tiny else 1,
         )
     return {
         "tokens": fitted.tokens,

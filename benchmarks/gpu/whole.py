@@ -23,7 +23,7 @@ from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.on_disk import prune_checkpoint
-from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.repair.refitting import fit_repair
 
 NUM_MERGE = 3
 STUDY = Path(__file__).parents[1] / "quality" / "study.py"

@@ -100,7 +100,7 @@ def repaired(
     answers: float | None = None,
 ) -> Any:
     """Returns a repair fitted on training rows of the task, or of `source` if given."""
-    from gradpruner.pruning.refitting import fit_repair
+    from gradpruner.pruning.repair.refitting import fit_repair
 
     rows = (source or work).encoded["train"]
     if answers is None:

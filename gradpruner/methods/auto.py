@@ -21,7 +21,7 @@ from gradpruner.models.layers import fingerprint
 from gradpruner.models.walking import BATCH_SIZE, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.training.answer_loss import mean_nll
 from gradpruner.training.finetuning import finetune, planned_steps
 

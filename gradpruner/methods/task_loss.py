@@ -18,9 +18,10 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.sleb import greedy_scores
 from gradpruner.models.layers import LayeredModel, fingerprint
-from gradpruner.models.walking import BATCH_SIZE, Output, Walk, drawn, output_of, sample_batches
+from gradpruner.models.walking import BATCH_SIZE, Walk, drawn, sample_batches
 from gradpruner.plans.layer_plan import MIN_KEPT
-from gradpruner.pruning.ridge import AnySums, ChannelSums, Sums
+from gradpruner.pruning.repair.ridge import AnySums, ChannelSums, Sums
+from gradpruner.pruning.repair.target import RefitTarget, target_of
 from gradpruner.training.answer_loss import mean_nll
 
 States = list[Tensor]
@@ -137,7 +138,7 @@ class _Pruned:
         self.view, self.ridge, self.repairs = view, options.ridge, options.repair != "none"
         self.kept = list(range(view.num_layers))
         self.updates: dict[int, Tensor] = {}
-        self._outputs: dict[int, Output] = {}
+        self._targets: dict[int, RefitTarget] = {}
         number, others = options.num_samples, options.repair_samples if self.repairs else 0
         samples = drawn(context.samples, number + others, context.seed)
         measured, fitted = samples[:number], samples[number:]
@@ -203,16 +204,16 @@ class _Pruned:
         layer = self.kept[place]
         target = self._dense[self.kept[after] if after < len(self.kept) else self.view.num_layers]
         layer_out, linear_out = self._with_output(self._fitted, layer, fitted_states)
-        output = self._output_of(layer)
+        refitted = self._target_of(layer)
         size = target[0].shape[-1]
         on_cpu = target[0].device.type == "mps"  # no double precision there
         device = torch.device("cpu") if on_cpu else target[0].device
-        by_channel = output.offset is not None
+        by_channel = refitted.offset is not None
         sums: AnySums = ChannelSums.empty(size, device) if by_channel else Sums.empty(size, size, device)
         for counted, h, y, x in zip(self._fitted.counted, target, layer_out, linear_out, strict=True):
             h_TD, y_TD, x_TD = (part[counted].to(device, torch.float64) for part in (h, y, x))
             weight_T = 1 / h_TD.square().sum(dim=1).clamp_min(1e-12)
-            sums.add(x_TD, (h_TD - y_TD) / output.factor, weight_T)
+            sums.add(x_TD, (h_TD - y_TD) / refitted.factor, weight_T)
         if not sums.is_finite:
             raise NonFiniteError(
                 f"Hidden states of the training samples are NaN or infinite after layer {layer}.",
@@ -229,14 +230,14 @@ class _Pruned:
         return self._added(layer, self.updates[layer], *self._with_output(walk, layer, states))
 
     def _added(self, layer: int, update: Tensor, layer_out: States, linear_out: States) -> States:
-        scaled = (update * self._output_of(layer).factor).to(layer_out[0])
+        scaled = (update * self._target_of(layer).factor).to(layer_out[0])
         if scaled.ndim == 1:
             return [y + x * scaled for y, x in zip(layer_out, linear_out, strict=True)]
         return [y + x @ scaled.T for y, x in zip(layer_out, linear_out, strict=True)]
 
     def _with_output(self, walk: Walk, layer: int, states: States) -> tuple[States, States]:
         """Returns the outputs of a layer, and of its last linear (or the norm after it) without the bias."""
-        module: Any = self._output_of(layer).module
+        module: Any = self._target_of(layer).module
         linear_out: States = []
 
         def keep(_: Any, __: Any, output: Tensor) -> None:
@@ -247,14 +248,14 @@ class _Pruned:
             layer_out = walk.layer(layer, states)
         return layer_out, [x.view_as(y) for x, y in zip(linear_out, layer_out, strict=True)]
 
-    def _output_of(self, layer: int) -> Output:
-        if layer not in self._outputs:
+    def _target_of(self, layer: int) -> RefitTarget:
+        if layer not in self._targets:
             state = self._states[self.kept.index(layer)][0]
             try:
-                self._outputs[layer] = output_of(self.view, self._measured, layer, state)
+                self._targets[layer] = target_of(self.view, self._measured, layer, state)
             except ModelError as error:
                 raise ModelError(error.message, "Set methods.task_loss.repair to none.") from error
-        return self._outputs[layer]
+        return self._targets[layer]
 
     def _walk(self, context: MethodContext, samples: Sequence[Any]) -> Walk:
         device = next(self.view.model.parameters()).device

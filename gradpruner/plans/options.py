@@ -1,4 +1,7 @@
-"""Options of `plan_pruning`, of which the recipe's plan section is made. Importing them imports no torch."""
+"""Options of `plan_pruning`, of which the recipe's plan section is made, and of `fit_repair`.
+
+Importing them imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from pydantic import Field, model_validator
 
 from gradpruner.common.options import Section
 
+REPAIRS = ("none", "linear", "least_squares", "layer_wise")
 DENSITY = 0.2
 """Fraction of a merged layer's entries that is kept. The paper calls 0.2 "80 % sparsity"."""
 BUDGETS = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
@@ -52,3 +56,19 @@ class PlanOptions(Section):
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise ValueError("layers lists a layer more than once")
         return self
+
+
+class RepairOptions(Section):
+    """How a repair is fitted."""
+
+    kind: Literal["none", "linear", "least_squares", "layer_wise"] = "least_squares"
+    """What is refitted, see `fit_repair`; none only stands for a run without a repair."""
+    rows: int | None = Field(default=None, ge=2)
+    """Most samples it is fitted on; null: as many as `enough_rows` returns."""
+    answers: float = Field(default=0.8, ge=0, lt=1)
+    """Share of the total weight that positions before answer tokens get at least; see docs/quality.md. There
+    are often few such positions, but they are what the model is asked for. 0: all count equally."""
+    ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.01, 0.1, 1.0, 10.0), min_length=1)
+    """Values of rho to try, in units of the mean diagonal of the regressors' second moments."""
+    seed: int = 0
+    """Seeds the choice of samples."""

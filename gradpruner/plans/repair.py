@@ -1,6 +1,6 @@
 """Repair: refitted weights that give the layers after a cut nearly the input they had before pruning.
 
-A repair belongs to one plan for one model. `refitting.fit_repair` makes it. `prune_(model, plan, repair=...)`
+A repair belongs to one plan for one model. `fit_repair` makes it. `prune_(model, plan, repair=...)`
 in memory and `prune_checkpoint(..., repair=...)` on disk apply it, with identical results.
 
 On disk, a repair is a folder with `repair.json` (what was fitted, and how well) and `repair.safetensors`.
@@ -28,7 +28,6 @@ from gradpruner.plans.layer_plan import PruningPlan
 if TYPE_CHECKING:
     from rich.console import Console
 
-KINDS = ("none", "linear", "least_squares", "layer_wise")
 REPAIR_FILE, WEIGHTS_FILE = "repair.json", "repair.safetensors"
 FORMAT_VERSION = 1
 

@@ -7,7 +7,7 @@ pieces          describe the tensors of a file to write; writer: write safetenso
                 checked: read back and check a file while it is written
 verification    the checks that every pruned checkpoint must pass; behaviour: the outputs they compare
 on_demand       models that read each weight from its file when it is used
-refitting       fit_repair: refit linears; ridge: the regressions; tokens: the tokens they are fitted on
+repair          fit_repair: refit kept layers after a cut
 delta           store a pruned checkpoint as its difference from the source; delta_record: delta.json;
                 rebuilding: rebuild the checkpoint from source and delta
 """

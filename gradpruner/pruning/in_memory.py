@@ -13,15 +13,12 @@ from gradpruner.gradients.importance import Factors
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.config_patch import check_keep
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
-from gradpruner.models.proof import probe_logits, relative_error
+from gradpruner.models.proof import probe_logits, relative_error, tolerance
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.merging import Source, merge_linear
 from gradpruner.plans.repair import Repair
 
 log = logging.getLogger("gradpruner.pruning.in_memory")
-
-PROOF_TOLERANCE = 1e-3
-"""Largest relative error of a pruned model against its source with the dropped layers passed through."""
 
 
 def prune_(
@@ -126,7 +123,7 @@ def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
     view.keep_layers(plan)
     error = relative_error(probe_logits(view.model), expected)
     view.model.train(was_training)
-    if not error <= PROOF_TOLERANCE:
+    if not error <= tolerance(next(view.model.parameters()).dtype):
         raise ModelError(
             f"Model type '{view.config.model_type}' is not known, and pruning it by the general rule changes "
             f"what the kept layers compute (relative error {error:.1e}). The model in memory is unusable.",

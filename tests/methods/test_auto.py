@@ -17,7 +17,7 @@ from gradpruner.methods.candidates import PROPOSERS, Candidate, make_pool
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.training.options import FinetuneOptions
 
 L = 6

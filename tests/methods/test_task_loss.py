@@ -17,11 +17,12 @@ from gradpruner.data.encoding import Collator
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.methods.task_loss import TaskLossOptions, _Pruned
 from gradpruner.models.layers import LayeredModel
-from gradpruner.models.walking import Output, Walk, drawn, sample_batches
+from gradpruner.models.walking import Walk, drawn, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair, RepairedCut, places_of
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.repair.target import RefitTarget
 
 SAMPLES = make_samples(40)
 NONE = TaskLossOptions(repair="none", num_samples=12)
@@ -261,9 +262,9 @@ def test_layers_run_as_often_as_documented_with_repair(num_keep, monkeypatch):
     # The module to refit is found by trial, once per layer; these runs are not counted.
     def found(view, walk, layer, state):
         linear = view.linears(layer)["mlp.down_proj"]
-        return Output("mlp.down_proj", linear, linear.weight, 1.0)
+        return RefitTarget("mlp.down_proj", linear, linear.weight, 1.0)
 
-    monkeypatch.setattr("gradpruner.methods.task_loss.output_of", found)
+    monkeypatch.setattr("gradpruner.methods.task_loss.target_of", found)
     removed, runs = applications(LINEAR, num_keep)
     rounds = [L - done for done in range(len(removed))]
     tried = sum(m - 1 for m in rounds)

@@ -11,8 +11,9 @@ from torch import nn
 
 from gradpruner.common.errors import DataError, ModelError, NonFiniteError
 from gradpruner.models.layers import LayeredModel
-from gradpruner.models.walking import Walk, drawn, output_of, sample_batches
+from gradpruner.models.walking import Walk, drawn, sample_batches
 from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.repair.target import target_of
 
 CPU = torch.device("cpu")
 
@@ -201,7 +202,7 @@ def found_output(model, layer=2):
     state = walk.start
     for index in range(layer):
         state = walk.layer(index, state)
-    return output_of(LayeredModel(model), walk, layer, state[0]), walk, state
+    return target_of(LayeredModel(model), walk, layer, state[0]), walk, state
 
 
 def test_the_last_linear_is_found_and_its_factor():

@@ -21,7 +21,7 @@ from gradpruner.pruning.delta import diff_checkpoint
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.on_disk import prune_checkpoint
 from gradpruner.pruning.rebuilding import rebuild_checkpoint
-from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.pruning.verification import verify_checkpoint
 
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")

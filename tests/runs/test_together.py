@@ -18,7 +18,7 @@ from gradpruner.common.world import World, this_world
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.scores import LayerScores, score_layers
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run

@@ -30,7 +30,7 @@ from gradpruner.methods import METHODS
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import resolve_dtype
 from gradpruner.models.sizes import kv_bytes_per_token
-from gradpruner.pruning.refitting import MAX_REGRESSORS
+from gradpruner.pruning.repair.refitting import num_regressors
 from gradpruner.runs.folder.plan_names import STAGES, method_of
 from gradpruner.runs.job.job import Job
 from gradpruner.training.finetuning import resolve_precision
@@ -352,7 +352,5 @@ def _repair_bytes(job: Job) -> int:
     """Bytes of a repair: hidden states of both models, and four square float64 matrices for one cut."""
     rows = job.repair_rows
     hidden, tokens = int(job.text.hidden_size), sum(job.samples.lengths) / len(job.samples)
-    widths = [int(weight.shape[1]) for weight in job.structure.weights(0).values()]
-    width = hidden if job.recipe.plan.repair == "linear" else max(widths)
-    width = width if width <= MAX_REGRESSORS else hidden
+    width = num_regressors(job.structure, job.recipe.plan.repair)
     return round(2 * rows * tokens * hidden * _loaded(job).itemsize) + 4 * 8 * width**2

@@ -19,7 +19,8 @@ from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.config_patch import check_keep, required_layers
 from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.pruning.refitting import ANSWERS, enough_rows
+from gradpruner.plans.options import RepairOptions
+from gradpruner.pruning.repair.refitting import enough_rows
 from gradpruner.runs.folder.plan_names import LABELS
 from gradpruner.runs.job.budget import placeholder_scores, plan_for
 from gradpruner.runs.job.data_warnings import warnings_of
@@ -84,11 +85,21 @@ class Job(Inputs):
         return min(asked, len(samples))
 
     @property
-    def how_repaired(self) -> tuple[str, int, float]:
-        """The settings of a repair: its kind, its number of rows, and the share of weight on answers."""
-        options, default = self.recipe.plan, 0.0 if self.recipe.start == "base" else ANSWERS
-        answers = default if options.repair_answers is None else options.repair_answers
-        return options.repair, self.repair_rows, answers
+    def repair(self) -> RepairOptions:
+        """How a repair is fitted. Before tuning, all positions count equally unless the recipe says more."""
+        plan = self.recipe.plan
+        answers = 0.0 if self.recipe.start == "base" else RepairOptions().answers
+        return RepairOptions(
+            kind=plan.repair,  # type: ignore[arg-type]  # "auto" is settled
+            rows=max(self.repair_rows, 2),
+            answers=answers if plan.repair_answers is None else plan.repair_answers,
+            seed=self.recipe.seed,
+        )
+
+    @property
+    def repair_inputs(self) -> list[Any]:
+        """What a repair depends on, besides its plan, the model, the samples and the seed."""
+        return [self.repair.kind, self.repair.rows, self.repair.answers]
 
     def _check_budget(self) -> None:
         """Refuses an impossible budget or plan before anything is recorded."""

@@ -18,11 +18,11 @@ from gradpruner.evaluation.quality import evaluate
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.runs.job.budget import placeholder_scores, plan_for
 from gradpruner.runs.job.evaluation_data import options_of
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.row.together import together
-from gradpruner.runs.row.work import fit_as_asked
 
 
 def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path) -> dict[str, Any]:
@@ -94,7 +94,11 @@ def validated(job: Job, plan: dict[str, Any] | None, trace: str) -> dict[str, li
     if plan is not None:
         found = PruningPlan.from_dict(plan)
         recorded = GradientTrace.load(trace) if found.needs_trace else None
-        repair = fit_as_asked(job, model, found, recorded) if job.recipe.plan.repair != "none" else None
+        repair = None
+        if job.repair.kind != "none":
+            samples: Any = job.samples
+            world = this_world()
+            repair = fit_repair(model, found, samples, job.collator, job.repair, trace=recorded, world=world)
         prune_(model, found, recorded, repair=repair)
     return _scores_of(job, model)
 

@@ -68,7 +68,7 @@ class Planning:
             "model": self.job.origin_sha256,
             "train": data_identity(self.job.train),
             "validation": data_identity(validation),
-            "limit": [options.max_loss, options.confidence, *self.job.how_repaired],
+            "limit": [options.max_loss, options.confidence, *self.job.repair_inputs],
             "metrics": list(self.job.metrics),
             "seed": self.job.recipe.seed,
         }

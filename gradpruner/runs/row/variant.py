@@ -111,7 +111,7 @@ class Variant:
             "loading": job.loading,
         }
         if self.repairs:
-            found["repair"] = [*job.how_repaired, job.learned]
+            found["repair"] = [*job.repair_inputs, job.learned]
         if self.method and (self.shrinks or self.recovers or self.method.callbacks):
             chosen = job.method_options(self.kind).model_dump(mode="json")
             budget = [job.num_remove, self.recipe.plan.unit]

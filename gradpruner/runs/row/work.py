@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from torch import nn
-
 from gradpruner.common.progress import Progress, show_bytes
 from gradpruner.common.world import this_world
 from gradpruner.evaluation.outputs import journals
@@ -25,7 +23,7 @@ from gradpruner.plans.reading import read_plan
 from gradpruner.plans.repair import Repair
 from gradpruner.plans.width_plan import WidthPlan
 from gradpruner.pruning.on_disk import prune_checkpoint
-from gradpruner.pruning.refitting import fit_repair
+from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.pruning.verification import VerifyReport
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
 from gradpruner.runs.folder.directory import RunDirectory
@@ -52,11 +50,21 @@ def repair(variant: Variant) -> dict[str, Any]:
 def fit(variant: Variant) -> Repair:
     """Fits the repair of a variant's plan; returns it in memory."""
     assert variant.plan is not None and variant.plan.kind == "layers"
-    model = variant.job.load_origin()
-    with Progress(variant.job.num_layers, f"repair {variant.name} [layers]") as progress:
+    job = variant.job
+    model = job.load_origin()
+    with Progress(job.num_layers, f"repair {variant.name} [layers]") as progress:
         trace = variant.trace() if variant.plan.needs_trace else None
-        found = fit_as_asked(variant.job, model, variant.plan, trace, progress.advance)
-    variant.job.release(model)
+        found = fit_repair(
+            model,
+            variant.plan,
+            job.samples,  # type: ignore[arg-type]
+            job.collator,
+            job.repair,
+            trace=trace,
+            progress=progress.advance,
+            world=this_world(),
+        )
+    job.release(model)
     return found
 
 
@@ -264,27 +272,3 @@ def on_variant(
     found = read_plan(plan) if plan is not None else None
     trace = partial(GradientTrace.load, directory.path / "trace")
     return work(Variant(job, directory, name, found, trace), *arguments)
-
-
-def fit_as_asked(
-    job: Job,
-    model: nn.Module,
-    plan: PruningPlan,
-    trace: GradientTrace | None,
-    progress: Callable[[int], None] | None = None,
-) -> Repair:
-    """Fits the repair of a plan with the recipe's settings."""
-    kind, rows, answers = job.how_repaired
-    return fit_repair(
-        model,
-        plan,
-        job.samples,  # type: ignore[arg-type]
-        job.collator,
-        kind=kind,
-        rows=rows,
-        answers=answers,
-        trace=trace,
-        seed=job.recipe.seed,
-        progress=progress,
-        world=this_world(),
-    )

@@ -20,23 +20,23 @@ import torch
 from torch import Tensor, nn
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, PlanError
+from gradpruner.common.options import changed
 from gradpruner.common.printing import runs_of
-from gradpruner.common.registry import check_known
 from gradpruner.common.world import World
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
-from gradpruner.models.walking import BATCH_SIZE, Output, drawn, output_of, sample_batches, weight_set
+from gradpruner.models.walking import BATCH_SIZE, drawn, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.repair import KINDS, Repair, RepairedCut, places_of, unrepaired
+from gradpruner.plans.options import REPAIRS, RepairOptions
+from gradpruner.plans.repair import Repair, RepairedCut, places_of, unrepaired
 from gradpruner.pruning.in_memory import check_merging, merge_planned, shapes_of
-from gradpruner.pruning.ridge import RIDGES, AnySums, ChannelSums, Sums, check_ridges, choose_update
-from gradpruner.pruning.tokens import Tokens
+from gradpruner.pruning.repair.ridge import AnySums, ChannelSums, Sums, choose_update
+from gradpruner.pruning.repair.target import RefitTarget, target_of, weight_set
+from gradpruner.pruning.repair.tokens import Tokens
 
 MAX_REGRESSORS = 16_384
 """Largest least-squares system: four matrices of 2 GiB in float64. Above it, the linear form is fitted."""
-ANSWERS = 0.8
-"""Share of the total weight that positions before answer tokens get at least; see docs/quality.md."""
 TOKENS_PER_REGRESSOR = 20
 FEWEST_ROWS = 512
 TOKENS_AT_ONCE = 2048
@@ -49,15 +49,12 @@ def fit_repair(
     plan: PruningPlan,
     samples: Sequence[dict[str, list[int]]],
     collator: Callable[[Any], dict[str, Tensor]] | None = None,
+    options: RepairOptions | None = None,
     *,
-    kind: str = "least_squares",
-    rows: int | None = None,
-    answers: float = ANSWERS,
     trace: GradientTrace | None = None,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
-    ridges: Sequence[float] = RIDGES,
     world: World | None = None,
+    **changes: Any,
 ) -> Repair:
     """Refits linears of kept layers so that removing the other layers changes the hidden states least.
 
@@ -91,19 +88,15 @@ def fit_repair(
         samples: Encoded samples (`input_ids`, `labels`), at least two, as `encode_all` returns them. Labels
             only say which tokens belong to answers.
         collator: Makes batches of them, padded on the right; None pads with token 0.
-        kind: "linear", "least_squares" or "layer_wise".
-        rows: Maximum number of samples, >= 2; None takes the number that `enough_rows` returns.
-        answers: Share of the total weight that positions before answer tokens get at least, in [0, 1). There
-            are often few such positions, but they are what the model is asked for. 0: all count equally.
+        options: The kind of repair, the number of rows and so on; None: the defaults.
         trace: The recorded gradients, if the plan merges by them.
-        seed: Seeds the choice of samples.
         progress: Called with the number of layers done since the last call.
-        ridges: Values of rho to try, > 0, in units of the mean diagonal of the regressors' second moments.
         world: Processes that share the batches. Each must call this function, and each gets the repair. The
             first one adds up the sums and solves.
+        changes: Single options to change: `rows=384` sets `RepairOptions.rows`.
 
     Raises:
-        ConfigError: If the kind is unknown or "none", or rows, answers or ridges are out of range.
+        ConfigError: If the kind is "none", or an option is unknown or out of range.
         PlanError: If the plan is for another model, or the model is quantised or has adapters.
         ModelError: If the layers cannot be refitted: they are mixtures of experts, depend on more than the
             hidden state, or end in neither a linear nor a norm.
@@ -113,13 +106,17 @@ def fit_repair(
     Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form is applied to the linear
     itself and to a norm's weight.
     """
-    _check_request(kind, rows, answers, ridges)
+    options = changed(RepairOptions, options, changes)
+    if options.kind == "none":
+        raise ConfigError(
+            "There is nothing to fit for repair 'none'.", hint=f"Allowed: {', '.join(REPAIRS[1:])}."
+        )
     world = world or World()
     started = time.perf_counter()
     view = LayeredModel(model)
     _check_model(view, plan, trace)
     device = next(model.parameters()).device
-    chosen = drawn(samples, rows or enough_rows(view, samples, kind), seed)
+    chosen = drawn(samples, options.rows or enough_rows(view, samples, options.kind), options.seed)
     if len(chosen) < 2:
         raise DataError(
             "There is only one sample; a repair is fitted on some and checked on others.",
@@ -129,21 +126,21 @@ def fit_repair(
     was_training = model.training
     model.eval()
     try:
-        counted = world.in_step(lambda: Tokens(view, batches, answers, world))
-        fitting = _Refitting(view, plan, counted, kind, trace, ridges)
+        counted = world.in_step(lambda: Tokens(view, batches, options.answers, world))
+        fitting = _Refitting(view, plan, counted, options, trace)
         fitting.run(progress)
     finally:
         model.train(was_training)
     tokens = sum(world.gathered([sum(int(some.sum()) for some in counted.walk.counted)]))
     return Repair(
-        kind=kind,
+        kind=options.kind,
         pruned=plan.pruned,
         cuts=tuple(fitting.cuts),
         weights=fitting.weights,
         model=fingerprint(model),
         rows=len(chosen),
         tokens=tokens,
-        answers=answers,
+        answers=options.answers,
         seconds=time.perf_counter() - started,
         notes=tuple(dict.fromkeys(fitting.notes)),
     )
@@ -151,26 +148,21 @@ def fit_repair(
 
 def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kind: str) -> int:
     """Returns how many samples hold `TOKENS_PER_REGRESSOR` tokens per regressor; at least `FEWEST_ROWS`."""
-    shapes = [weight.shape for weight in view.weights(0).values()]
-    regressors = max(int(shape[1]) for shape in shapes)
-    if kind == "linear" or regressors > MAX_REGRESSORS:
-        regressors = min(int(shape[1]) for shape in shapes)
+    regressors = num_regressors(view, kind)
     tokens = sum(len(sample["input_ids"]) for sample in samples)
     rows = math.ceil(TOKENS_PER_REGRESSOR * regressors * len(samples) / max(tokens, 1))
     return min(max(rows, FEWEST_ROWS), max(len(samples), 2))
 
 
-def _check_request(kind: str, rows: int | None, answers: float, ridges: Sequence[float]) -> None:
-    check_known("repair", kind, KINDS)
-    if kind == "none":
-        raise ConfigError(
-            "There is nothing to fit for repair 'none'.", hint=f"Allowed: {', '.join(KINDS[1:])}."
-        )
-    if rows is not None and rows < 2:
-        raise ConfigError(f"rows is {rows}; a repair needs 2 or more.")
-    if not 0 <= answers < 1:
-        raise ConfigError(f"answers is {answers}; a share of at least 0 and below 1 is needed.")
-    check_ridges(ridges)
+def num_regressors(view: LayeredModel, kind: str) -> int:
+    """Returns how many regressors a repair of this kind has: the widest linear's inputs, or its outputs."""
+    widest = max(int(weight.shape[1]) for weight in view.weights(0).values())
+    return int(view.config.hidden_size) if _form(kind, widest) == "linear" else widest
+
+
+def _form(kind: str, regressors: int) -> str:
+    """Returns the form in which a linear with this many inputs is refitted."""
+    return "linear" if kind == "linear" or regressors > MAX_REGRESSORS else "least_squares"
 
 
 def _check_model(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | None) -> None:
@@ -194,12 +186,11 @@ class _Refitting:
         view: LayeredModel,
         plan: PruningPlan,
         tokens: Tokens,
-        kind: str,
+        options: RepairOptions,
         trace: GradientTrace | None,
-        ridges: Sequence[float],
     ) -> None:
-        self.view, self.plan, self.tokens, self.kind, self.trace = view, plan, tokens, kind, trace
-        self.walk, self.world, self.ridges = tokens.walk, tokens.world, ridges
+        self.view, self.plan, self.tokens, self.options, self.trace = view, plan, tokens, options, trace
+        self.walk, self.world = tokens.walk, tokens.world
         self.cuts: list[RepairedCut] = []
         self.weights: dict[int, Tensor] = {}
         self.notes: list[str] = []
@@ -210,7 +201,7 @@ class _Refitting:
 
     def run(self, progress: Callable[[int], None] | None) -> None:
         """Takes both states through all layers up to the last cut."""
-        runs = dict(places_of(self.plan, self.kind))
+        runs = dict(places_of(self.plan, self.options.kind))
         dense, self.walk.start = self.walk.start, []  # so that replaced states are freed
         pruned = dense  # the same list until the states differ
         last = max((layer + len(run) for layer, run in runs.items()), default=-1)
@@ -253,70 +244,70 @@ class _Refitting:
         self, layer: int, run: tuple[int, ...], pruned: list[Tensor], dense: list[Tensor]
     ) -> Tensor | None:
         """Returns the refitted weight of a layer, float32 on the CPU; None if no ridge lowers the error."""
-        output = self._output(layer, pruned[0])
-        form = self._form(output)
-        fitted, held_out = self._sums(layer, output, form, pruned, dense)
+        target = self._target(layer, pruned[0])
+        form = self._form(target)
+        fitted, held_out = self._sums(layer, target, form, pruned, dense)
 
         def work() -> tuple[RepairedCut, Tensor | None]:
             before = held_out.error(None)
-            ridge, after = choose_update(fitted, held_out, self.ridges)
-            cut = RepairedCut(layer, output.name, run, ridge, before, after)
-            return cut, None if ridge is None else self._solved(cut, output, form, fitted, held_out)
+            ridge, after = choose_update(fitted, held_out, self.options.ridges)
+            cut = RepairedCut(layer, target.name, run, ridge, before, after)
+            return cut, None if ridge is None else self._solved(cut, target, form, fitted, held_out)
 
         cut, new = self.world.agreed(work)
         self.cuts.append(cut)
         return new
 
-    def _output(self, layer: int, state: Tensor) -> Output:
+    def _target(self, layer: int, state: Tensor) -> RefitTarget:
         """Finds what to refit in a layer; its factor is estimated, so all processes use the first one's."""
 
         def work() -> tuple[str, float, float | None]:
-            found = output_of(self.view, self.walk, layer, state)
+            found = target_of(self.view, self.walk, layer, state)
             return found.name, found.factor, found.offset
 
         name, factor, offset = self.world.agreed(work)
         weight = self.view.weight(layer, name)
         assert weight is not None
-        return Output(name, self.view.layers[layer].get_submodule(name), weight, factor, offset)
+        return RefitTarget(name, self.view.layers[layer].get_submodule(name), weight, factor, offset)
 
     def _solved(
-        self, cut: RepairedCut, output: Output, form: str, fitted: AnySums, held_out: AnySums
+        self, cut: RepairedCut, target: RefitTarget, form: str, fitted: AnySums, held_out: AnySums
     ) -> Tensor:
         """Returns the weight refitted on all tokens with the chosen ridge."""
         assert cut.ridge is not None
         fitted.take(held_out)
         update = fitted.solve(cut.ridge)
-        old = output.weight.detach().to(update)
+        old = target.weight.detach().to(update)
         if form == "scale":
-            update = update * (old + (output.offset or 0.0))
+            update = update * (old + (target.offset or 0.0))
         new = (old + (update @ old if form == "linear" else update)).float().cpu()
-        if not bool(torch.isfinite(new.to(output.weight.dtype)).all()):
+        if not bool(torch.isfinite(new.to(target.weight.dtype)).all()):
             raise NonFiniteError(
-                f"Refitting '{output.name}' of layer {cut.layer} gives NaN or Inf.",
+                f"Refitting '{target.name}' of layer {cut.layer} gives NaN or Inf.",
                 hint="The model's number format is too narrow: try float32.",
             )
         return new
 
-    def _form(self, output: Output) -> str:
+    def _form(self, target: RefitTarget) -> str:
         """Returns what to fit: "linear", "least_squares", or "scale" if a norm follows the last linear."""
-        if output.offset is not None:
+        if target.offset is not None:
             self.notes.append(
                 "a norm follows the last linear of each layer: its scale per channel was refitted instead"
             )
             return "scale"
-        regressors = output.weight.shape[1]
-        if self.kind != "linear" and regressors > MAX_REGRESSORS:
+        regressors = target.weight.shape[1]
+        form = _form(self.options.kind, regressors)
+        if form == "linear" != self.options.kind:
             self.notes.append(
                 f"the linear form was fitted, because {regressors} regressors are more than {MAX_REGRESSORS}"
             )
-            return "linear"
-        return "linear" if self.kind == "linear" else "least_squares"
+        return form
 
     def _sums(
-        self, layer: int, output: Output, form: str, pruned: list[Tensor], dense: list[Tensor]
+        self, layer: int, target: RefitTarget, form: str, pruned: list[Tensor], dense: list[Tensor]
     ) -> tuple[AnySums, AnySums]:
         """Returns the sums over fitted tokens and over held-out tokens, from one run of the layer."""
-        weight = output.weight.detach()
+        weight = target.weight.detach()
         # MPS has no double precision.
         device = torch.device("cpu") if weight.device.type == "mps" else weight.device
         width = weight.shape[0]
@@ -327,7 +318,7 @@ class _Refitting:
         ]
         wide = weight.to(device, torch.float64) if form == "linear" else None
         caught: dict[str, Tensor] = {}
-        hook = output.module.register_forward_hook(
+        hook = target.module.register_forward_hook(
             lambda _, args, out: caught.update(x=out if form == "scale" else args[0])
         )
         try:
@@ -335,12 +326,12 @@ class _Refitting:
                 after = self.walk.layer_on(layer, batch, state)
                 for part, chosen in zip(sums, self.tokens.parts(batch), strict=True):
                     for sample, token in (t.unbind(1) for t in chosen.nonzero().split(TOKENS_AT_ONCE)):
-                        target = dense[batch][sample, token].to(device, torch.float64)
-                        residual = target - after[sample, token].to(device, torch.float64)
+                        wanted = dense[batch][sample, token].to(device, torch.float64)
+                        residual = wanted - after[sample, token].to(device, torch.float64)
                         x = caught["x"].view(*after.shape[:2], -1)[sample, token].to(device, torch.float64)
-                        x = (x if wide is None else x @ wide.T) * output.factor
+                        x = (x if wide is None else x @ wide.T) * target.factor
                         count = self.tokens.weights(batch, sample, token).to(device)
-                        part.add(x, residual, count / target.square().sum(dim=1).clamp_min(1e-12))
+                        part.add(x, residual, count / wanted.square().sum(dim=1).clamp_min(1e-12))
         finally:
             hook.remove()
         for part in sums:

@@ -15,8 +15,6 @@ from torch import Tensor
 from gradpruner.common.errors import ConfigError, NonFiniteError
 from gradpruner.common.world import World
 
-RIDGES = (0.01, 0.1, 1.0, 10.0)
-
 
 @dataclass
 class AnySums:
@@ -148,15 +146,7 @@ def _positive(mean: Tensor) -> Tensor:
     return mean.clamp_min(1e-200)  # if every regressor is 0, the update is 0, not NaN
 
 
-def check_ridges(ridges: Sequence[float]) -> None:
-    """Raises ConfigError unless there is at least one ridge and all are positive and finite."""
-    if not ridges or not all(0 < ridge < math.inf for ridge in ridges):
-        raise ConfigError(f"ridges is {list(ridges)}; one or more finite numbers above 0 are needed.")
-
-
-def choose_update(
-    fitted: AnySums, held_out: AnySums, ridges: Sequence[float] = RIDGES
-) -> tuple[float | None, float]:
+def choose_update(fitted: AnySums, held_out: AnySums, ridges: Sequence[float]) -> tuple[float | None, float]:
     """Chooses the ridge with the lowest error on held-out tokens.
 
     Returns:
