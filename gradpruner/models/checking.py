@@ -17,7 +17,7 @@ from gradpruner.models.raw_config import (
     refuse_foreign_code,
     wants_code,
 )
-from gradpruner.models.shards import open_shards
+from gradpruner.models.shards import Shards, open_shards
 
 ADAPTER_FILE = "adapter_config.json"
 # Files beside config.json that say the weights are quantised (ModelOpt, GPTQ, AWQ).
@@ -41,11 +41,17 @@ def check_model_folder(
             model has, or if weight files are damaged, missing, outside the folder or contradict each other.
     """
     config = check_config(folder, trust_remote_code, quantised)
-    shards = open_shards(folder)
+    check_weights(folder, quantised=quantised)
+    return config
+
+
+def check_weights(folder: Path, shards: Shards | None = None, quantised: bool = False) -> Shards:
+    """Checks a folder's weights and returns their headers; `shards` are these headers, if they were read."""
+    shards = shards or open_shards(folder)
     packed = [name for name in shards.tensors if name.endswith(_PACKED)]
     if packed and not quantised:
         raise _quantised(folder, f"it has the tensor '{packed[0]}'")
-    return config
+    return shards
 
 
 def check_config(folder: Path, trust_remote_code: bool = False, quantised: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from gradpruner.models.raw_config import CONFIG_FILE, fields_of, read_raw_config
-from gradpruner.models.shards import open_shards
+from gradpruner.models.shards import Shards, open_shards
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
@@ -21,7 +21,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     If no tensor is a plain float (8-bit tensors only, or none at all), this is the first dtype found anywhere
     in its config, else float32.
     """
-    found = majority_dtype(folder)
+    found = majority_dtype(open_shards(folder))
     if found is not None:
         return found
     for _, key, value in fields_of(read_raw_config(folder / CONFIG_FILE)):
@@ -31,10 +31,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return torch.float32
 
 
-def majority_dtype(folder: Path) -> torch.dtype | None:
+def majority_dtype(shards: Shards) -> torch.dtype | None:
     """Returns the dtype of most entries of a folder's tensors; None if no tensor is a plain float."""
     entries: Counter[str] = Counter()
-    for ref in open_shards(folder).tensors.values():
+    for ref in shards.tensors.values():
         if ref.dtype in _FLOATS:
             entries[ref.dtype] += ref.num_bytes // _FLOATS[ref.dtype].itemsize
     return _FLOATS[entries.most_common(1)[0][0]] if entries else None

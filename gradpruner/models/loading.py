@@ -13,7 +13,12 @@ from torch import nn
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
 from gradpruner.common.registry import suggest
-from gradpruner.models.checking import check_config, check_model_folder, refuse_embedding_model
+from gradpruner.models.checking import (
+    check_config,
+    check_model_folder,
+    check_weights,
+    refuse_embedding_model,
+)
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import parts_of, text_config
 from gradpruner.models.dtypes import majority_dtype
@@ -21,11 +26,17 @@ from gradpruner.models.families import FAMILIES
 from gradpruner.models.folder import PRUNING_FILE, read_pruning
 from gradpruner.models.narrowing import resized_class
 from gradpruner.models.raw_config import BEYOND_SIGNS, CONFIG_FILE, beyond_fields, is_beyond, read_raw_config
+from gradpruner.models.shards import Shards
 from gradpruner.plans.width_plan import WidthPlan
 
 
 def load_config(
-    folder: Path, trust_remote_code: bool = False, *, native: bool = False, weights: bool = True
+    folder: Path,
+    trust_remote_code: bool = False,
+    *,
+    native: bool = False,
+    weights: bool = True,
+    shards: Shards | None = None,
 ) -> Any:
     """Checks a model folder and returns its transformers config.
 
@@ -35,14 +46,16 @@ def load_config(
         native: Allow quantised weights, and code that comes with the folder but is not run because
             transformers knows the model type. For callers that read tensors and build no model.
         weights: The folder must hold weights, which are checked too; otherwise its config.json is enough.
+        shards: Its tensors, if they have been read.
     """
-    check = check_model_folder if weights else check_config
-    check(folder, trust_remote_code or native, quantised=native)
+    check_config(folder, trust_remote_code or native, quantised=native)
+    if weights:
+        shards = check_weights(folder, shards, quantised=native)
     refuse_embedding_model(folder)
     config = _read_config(folder, trust_remote_code)
     if not trust_remote_code:
         model_class(config)
-    if weights and (stored := majority_dtype(folder)) is not None:
+    if shards is not None and (stored := majority_dtype(shards)) is not None:
         for part in (config, text_config(config)):
             part.dtype = stored
     return config

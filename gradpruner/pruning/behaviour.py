@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from gradpruner.models.headers import TensorRef
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import load_config, load_model
 from gradpruner.models.proof import probe_ids, probe_logits
-from gradpruner.models.shards import open_shards
+from gradpruner.models.shards import Shards
 from gradpruner.pruning.blueprint import Blueprint
 from gradpruner.pruning.on_demand import Reader, Unmatched, on_demand
 from gradpruner.pruning.pieces import TORCH_DTYPES
@@ -28,10 +27,10 @@ FEW_NEW_TOKENS = 2
 """For models that read all weights in every pass: one token after the prompt, one step with the cache."""
 
 
-def computing_dtype(folder: Path) -> torch.dtype:
+def computing_dtype(shards: Shards) -> torch.dtype:
     """Returns the dtype of most stored bytes, so that loading rounds nothing; bfloat16 for 8-bit weights."""
     sizes: dict[str, int] = {}
-    for ref in open_shards(folder).tensors.values():
+    for ref in shards.tensors.values():
         sizes[ref.dtype] = sizes.get(ref.dtype, 0) + ref.num_bytes
     dtype = TORCH_DTYPES.get(max(sizes, key=lambda name: sizes[name], default="F32"), torch.float32)
     return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
@@ -96,19 +95,18 @@ def _copies(blueprint: Blueprint, repaired: _Weights) -> dict[str, TensorRef]:
     return {piece.name: piece.ref for piece in pieces if piece.ref is not None}
 
 
-def check_copies(folder: Path, blueprint: Blueprint, repaired: _Weights) -> None:
+def check_copies(shards: Shards, blueprint: Blueprint, repaired: _Weights) -> None:
     """Compares every copied tensor with the source, byte by byte.
 
     Raises:
         IntegrityError: If a tensor differs.
     """
-    here = open_shards(folder).tensors
     for name, ref in _copies(blueprint, repaired).items():
-        if not same_bytes(here[name], ref):
+        if not same_bytes(shards.tensors[name], ref):
             raise IntegrityError(f"'{name}' does not hold the bytes of '{ref.name}' in the source")
 
 
-def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Weights, *, with_source: bool) -> Outputs:
+def run_on_demand(shards: Shards, blueprint: Blueprint, repaired: _Weights, *, with_source: bool) -> Outputs:
     """Runs both models, reading each weight from its file when it is used; 16 bits are computed in float32.
 
     With the source, copied tensors are read from the source's files for both models, and a product of the
@@ -119,9 +117,9 @@ def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Weights, *, wit
             passed-through layer computes.
         Exception: Whatever the model raises if it cannot run like this.
     """
-    stored = computing_dtype(folder)
+    stored = computing_dtype(shards)
     dtype = stored if stored.itemsize >= torch.float32.itemsize else torch.float32
-    here, expected, reader = open_shards(folder).tensors, {}, Reader(dtype)
+    here, expected, reader = shards.tensors, {}, Reader(dtype)
     if with_source:
         taken = {
             blueprint.repaired_ref(layer, name).name: here[blueprint.repaired_name(layer, name)]
@@ -133,23 +131,24 @@ def run_on_demand(folder: Path, blueprint: Blueprint, repaired: _Weights, *, wit
         if not all(bool(torch.isfinite(numbers).all()) for numbers in expected.values()):
             raise Unmatched("other layers use a passed-through layer, or the model computes NaN or Inf")
         here = here | _copies(blueprint, repaired)
-    pruned = on_demand(load_config(folder, native=True), here, blueprint.prefix, reader)
+    config = load_config(shards.folder, native=True, shards=shards)
+    pruned = on_demand(config, here, blueprint.prefix, reader)
     return Outputs(expected, behaviour(pruned, FEW_NEW_TOKENS), dtype, is_tied(pruned))
 
 
-def run_whole(folder: Path, blueprint: Blueprint, repaired: _Weights, *, with_source: bool) -> Outputs:
+def run_whole(shards: Shards, blueprint: Blueprint, repaired: _Weights, *, with_source: bool) -> Outputs:
     """Runs both models as `run_on_demand`, but loads each one whole in turn, in its stored dtype."""
-    dtype = computing_dtype(folder)
+    dtype = computing_dtype(shards)
     expected: dict[str, Tensor] = {}
     if with_source:
         model = load_model(blueprint.source, dtype=dtype, device="cpu", native=True)
         view = LayeredModel(model)
-        _set_computed(view, folder, blueprint, repaired)
+        _set_computed(view, shards, blueprint, repaired)
         with view.passed_through(blueprint.plan.pruned):
             expected = behaviour(model)
         del model, view
         gc.collect()
-    model = load_model(folder, dtype=dtype, device="cpu", native=True)
+    model = load_model(shards.folder, dtype=dtype, device="cpu", native=True)
     return Outputs(expected, behaviour(model), dtype, is_tied(model))
 
 
@@ -160,10 +159,9 @@ def _computed(blueprint: Blueprint, view: LayeredModel, repaired: _Weights) -> l
 
 
 @torch.no_grad()
-def _set_computed(view: LayeredModel, folder: Path, blueprint: Blueprint, repaired: _Weights) -> None:
+def _set_computed(view: LayeredModel, shards: Shards, blueprint: Blueprint, repaired: _Weights) -> None:
     """Copies the merged and repaired weights of the checkpoint into the source model."""
-    here = open_shards(folder).tensors
     for layer, name in _computed(blueprint, view, repaired):
         weight = view.layers[layer].get_submodule(name).weight
         assert isinstance(weight, Tensor)
-        weight.copy_(read_tensor(here[blueprint.repaired_name(layer, name)]))
+        weight.copy_(read_tensor(shards.tensors[blueprint.repaired_name(layer, name)]))

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gradpruner.common.errors import IntegrityError, ModelError, PlanError
 from gradpruner.gradients.trace import GradientTrace
-from gradpruner.models.checking import check_model_folder, is_quantised
+from gradpruner.models.checking import check_config, is_quantised
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import (
     check_keep,
@@ -85,11 +85,11 @@ class Blueprint:
     repair: Repair | None = None
 
     def __post_init__(self) -> None:
-        self.raw = check_model_folder(self.source, trust_remote_code=True, quantised=True)
-        refuse_narrowed(self.source)
+        self.raw = check_config(self.source, trust_remote_code=True, quantised=True)
         self.shards: Shards = open_shards(self.source)
+        refuse_narrowed(self.source)
         self.quantised = is_quantised(self.source, self.raw, self.shards.tensors)
-        self.config: Any = load_config(self.source, native=True)
+        self.config: Any = load_config(self.source, native=True, shards=self.shards)
         self.view = LayeredModel(self._structure())
         self.prefix = find_prefix(self.view, self.shards)
         self._pattern = layer_pattern(self.prefix)

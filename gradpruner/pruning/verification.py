@@ -20,7 +20,7 @@ from gradpruner.models.config_patch import text_config
 from gradpruner.models.folder import PRUNING_FILE, locate_model, read_pruning, recorded_plan
 from gradpruner.models.loading import load_config, load_structure
 from gradpruner.models.proof import relative_error, tolerance
-from gradpruner.models.shards import open_shards
+from gradpruner.models.shards import Shards, open_shards
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.behaviour import Outputs, check_copies, run_on_demand, run_whole
@@ -218,6 +218,7 @@ class _Checks:
         cuts = repaired.get("cuts", ())
         self.linears = {cut["layer"]: cut["linear"] for cut in cuts if cut["ridge"] is not None}
         self.plan = blueprint.plan
+        self.shards: Shards
         self.outputs: Outputs
         self.may_skip = self.skipped = False
         self.how = ""
@@ -246,13 +247,13 @@ class _Checks:
 
     def files(self) -> str:
         """Checks headers, sizes and the index."""
-        shards = open_shards(self.folder)
-        size = readable_bytes(shards.total_bytes)
-        return f"{len(shards.tensors)} tensors, {len(shards.headers)} file(s), {size}"
+        self.shards = open_shards(self.folder)
+        size = readable_bytes(self.shards.total_bytes)
+        return f"{len(self.shards.tensors)} tensors, {len(self.shards.headers)} file(s), {size}"
 
     def tensors(self) -> str:
         """Checks names, shapes and dtypes against plan and source."""
-        found = {name: (ref.dtype, ref.shape) for name, ref in open_shards(self.folder).tensors.items()}
+        found = {name: (ref.dtype, ref.shape) for name, ref in self.shards.tensors.items()}
         wanted = {piece.name: (piece.dtype, piece.shape) for piece in self.blueprint.pieces()}
         wrong = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))
         if wrong:
@@ -265,7 +266,7 @@ class _Checks:
 
     def config(self) -> str:
         """Checks the depth, and that transformers saves the config as it read it."""
-        config = load_config(self.folder, native=True)
+        config = load_config(self.folder, native=True, shards=self.shards)
         depth = text_config(config).num_hidden_layers
         if depth != len(self.plan.keep):
             raise _Failed(f"{depth} layers in config.json, {len(self.plan.keep)} in the plan")
@@ -286,7 +287,7 @@ class _Checks:
         if self.tuned:
             return self._run_both() or "not compared: this model was fine-tuned after pruning"
         with ThreadPoolExecutor(1) as thread:
-            comparing = thread.submit(check_copies, self.folder, self.blueprint, self.linears.items())
+            comparing = thread.submit(check_copies, self.shards, self.blueprint, self.linears.items())
             not_run = self._run_both()
             comparing.result()
         targets = self.plan.merged.keys() & set(self.plan.keep)
@@ -297,7 +298,7 @@ class _Checks:
         """Runs both models; returns why they were not run, or ""."""
         cuts = self.linears.items()
         try:
-            self.outputs = run_on_demand(self.folder, self.blueprint, cuts, with_source=not self.tuned)
+            self.outputs = run_on_demand(self.shards, self.blueprint, cuts, with_source=not self.tuned)
             how = "weights read as they are used"
         except GradPrunerError:
             raise
@@ -306,7 +307,7 @@ class _Checks:
             if self.may_skip and not _fits(self.blueprint):
                 self.skipped = True
                 return f"not done: the models must be loaded whole, for which memory is too small ({reason})"
-            self.outputs = run_whole(self.folder, self.blueprint, cuts, with_source=not self.tuned)
+            self.outputs = run_whole(self.shards, self.blueprint, cuts, with_source=not self.tuned)
             how = f"loaded whole ({reason})"
         self.how = f"{how}, in {str(self.outputs.dtype).removeprefix('torch.')}"
         return ""
@@ -315,7 +316,7 @@ class _Checks:
         """Checks refitted weights against the repair, or against the hashes recorded when it was applied."""
         if self.tuned:
             return "not compared: this model was fine-tuned after the repair"
-        here = open_shards(self.folder).tensors
+        here = self.shards.tensors
         named = {self.blueprint.repaired_name(layer, name) for layer, name in self.linears.items()}
         if named != set(self.hashes):
             raise _Failed(f"the repair records the tensors {sorted(self.hashes)}, but refits {sorted(named)}")
@@ -330,7 +331,7 @@ class _Checks:
             return "not done: no layer was merged"
         if self.plan.needs_trace and self.blueprint.trace is None:
             return "not done: no trace given"
-        here = open_shards(self.folder).tensors
+        here = self.shards.tensors
         targets = self.blueprint.merged_names()
         count = 0
         for piece in self.blueprint.pieces():
