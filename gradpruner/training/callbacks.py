@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +16,8 @@ from transformers import TrainerCallback
 
 from gradpruner.common.errors import NonFiniteError
 from gradpruner.common.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 class ClosingCallback(TrainerCallback):
@@ -61,6 +67,57 @@ class ProgressCallback(ClosingCallback):
         if self._progress is not None:
             self._progress.__exit__(*sys.exc_info())
             self._progress = None
+
+
+class SavingInterrupt(ClosingCallback):
+    """Writes a checkpoint when Ctrl-C or SIGTERM ends a training; a second signal ends it at once.
+
+    The step in progress is finished first. Only one process, in its main thread, does this: several would
+    have to agree on the step.
+    """
+
+    def __init__(self) -> None:
+        self._asked: int | None = None
+        self._before: dict[int, Callable[[int, Any], Any]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Takes the two signals over, if anybody handles them."""
+        if args.world_size > 1 or threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._before[number] = handler
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self._asked is not None:
+            self._before[number](number, frame)
+        self._asked = number
+        log.warning("Stopping after this step, to write a checkpoint. Interrupt again to stop at once.")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Asks the Trainer for a checkpoint, if it fits on the disk."""
+        if self._asked is None:
+            return
+        held = sum(p.nbytes * (4 if p.requires_grad else 1) for p in kwargs["model"].parameters())
+        if shutil.disk_usage(args.output_dir).free < held:
+            self._before[self._asked](self._asked, None)
+        control.should_save = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hands the signal on, once the checkpoint is whole."""
+        if self._asked is not None:
+            self._before[self._asked](self._asked, None)
+
+    def close(self) -> None:
+        """Gives the signals back; one that came after the last step is handed on."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        before, self._before = self._before, {}
+        asked, self._asked = self._asked, None
+        if asked is not None and asked in before and sys.exc_info()[0] is None:
+            before[asked](asked, None)
 
 
 class NonFiniteGuard(TrainerCallback):

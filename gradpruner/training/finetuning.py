@@ -21,7 +21,7 @@ from gradpruner.common.options import changed
 from gradpruner.common.world import this_world
 from gradpruner.data.encoding import Collator
 from gradpruner.training.adapters import attach_lora, is_4bit
-from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback
+from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback, SavingInterrupt
 from gradpruner.training.checks import check_liger, check_optimizer, check_trackers
 from gradpruner.training.options import DistillationOptions, FinetuneOptions, FinetuneSection
 from gradpruner.training.rates import PAPER_RATE, with_rate
@@ -208,8 +208,8 @@ def finetune(
             evaluation mode and moved to the training device; its weights do not change. Every step costs one
             forward pass of the teacher more.
         distillation: The weights of labels and teacher; None takes `DistillationOptions()`.
-        checkpoints: Folder for checkpoints, written every `options.save_steps` steps. If it holds an
-            interrupted run, that run is resumed. None writes no checkpoints.
+        checkpoints: Folder for checkpoints, written every `options.save_steps` steps and at Ctrl-C. If it
+            holds an interrupted run, that run is resumed. None writes no checkpoints.
         description: Name for the progress bar.
         callbacks: More Trainer callbacks; a `ClosingCallback` is closed even if training fails.
         **changes: Single options, for example learning_rate=1e-3.
@@ -258,13 +258,14 @@ def finetune(
             "fp16 autocast needs float32 weights to update; these are float16.",
             hint="Set model.dtype to float32, or finetune.precision to bf16 or fp32.",
         )
+    keeping = [SavingInterrupt()] if checkpoints and options.save_steps else []
     trainer = trainer_class(
         model=trained,
         args=arguments,
         samples=dataset,
         collator=collator or Collator(),
         batching=options.batching,
-        callbacks=[NonFiniteGuard(), ProgressCallback(description), *callbacks],
+        callbacks=[NonFiniteGuard(), ProgressCallback(description), *keeping, *callbacks],
     )
     # One process looks, because looking removes broken checkpoints.
     found = this_world().agreed(

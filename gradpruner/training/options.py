@@ -106,7 +106,8 @@ class FinetuneSection(Section):
     """DeepSpeed configuration file (ZeRO 1 to 3; pip install deepspeed), for fine-tuning only. Recording is
     data parallel, because DeepSpeed steps before gradients can be read."""
     save_steps: int | None = Field(default=500, ge=1)
-    """Steps between checkpoints; an interrupted run resumes from the last complete one; null: none."""
+    """Steps between checkpoints. One is also written at Ctrl-C or SIGTERM, unless several processes train. An
+    interrupted run resumes from the last complete one; null: none."""
     report_to: str | list[str] = "none"
     """Trackers: tensorboard, wandb, trackio, mlflow, swanlab, all or none."""
 

@@ -1,6 +1,8 @@
 import json
 import math
+import os
 import shutil
+import signal
 import time
 from types import SimpleNamespace
 
@@ -239,6 +241,31 @@ def test_an_interrupted_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_pa
     # Time, tokens and padding are those of the whole training.
     assert result.padding_fraction == expected.padding_fraction and result.tokens == expected.tokens
     assert earlier.seconds > 0 and result.seconds >= earlier.seconds + 5 * 0.05
+    assert same_weights(straight, resumed)
+
+
+class Interrupt(TrainerCallback):
+    """Presses Ctrl-C in the middle of a step, `times` times."""
+
+    def __init__(self, step, times=1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for _ in range(self.times * (state.global_step == self.step)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupted_run_keeps_the_steps_it_has_done(tmp_path):
+    straight, expected = tune(max_steps=5)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        tune(callbacks=[Interrupt(1, times=2)], max_steps=5, checkpoints=tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(KeyboardInterrupt):
+        tune(callbacks=[Interrupt(2)], max_steps=5, checkpoints=tmp_path)
+    assert signal.getsignal(signal.SIGINT) == handler
+    resumed, result = tune(max_steps=5, checkpoints=tmp_path)
+    assert result.resumed_from == 3 and result.losses == expected.losses
     assert same_weights(straight, resumed)
 
 
