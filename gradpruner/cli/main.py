@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import logging
 import signal
@@ -18,6 +19,7 @@ from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import complain, console, stop
 from gradpruner.cli.options import ENDING, KEYS, ROWS, Chosen, JsonOption, takes
 from gradpruner.common.errors import GradPrunerError
+from gradpruner.common.printing import SUBSTITUTE
 from gradpruner.common.version import __version__
 
 EXIT_CODES = (
@@ -170,6 +172,8 @@ def main() -> None:
     """Runs the command line; an error of ours becomes one clear message and its exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a character that it cannot show must not end a run
+        sys.stdout.reconfigure(errors=SUBSTITUTE)
     # Importing the libraries creates a million objects; scanning them for garbage again and again takes a
     # fifth of every start.
     gc.set_threshold(20_000, 10, 10)

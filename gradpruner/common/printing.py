@@ -6,6 +6,7 @@ script, and HTML in a notebook.
 
 from __future__ import annotations
 
+import codecs
 import html
 import io
 import math
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 
 MISSING = "–"
 _NBSP = "\u00a0"
-_ASCII = str.maketrans({"–": "-", "−": "-", "×": "x", "→": "->", "…": "...", "·": "."})
+_ASCII = str.maketrans({
+    "–": "-", "−": "-", "×": "x", "→": "->", "…": "...", "·": ".", "⟦": "[", "⟧": "]", _NBSP: " ",
+})  # fmt: skip
+SUBSTITUTE = "gradpruner.substitute"
+"""Error handler of a stream: a symbol that it cannot show becomes ASCII."""
 WIDTH = 110
 """Width in characters where the output device does not state its own."""
 
@@ -102,9 +107,16 @@ def print_line(console: Console, line: str, style: str = "") -> None:
 def plain(shown: str, console: Console) -> str:
     """Replaces no-break spaces and, on a console without Unicode, everything beyond ASCII."""
     shown = shown.replace(_NBSP, " ")
-    if not console.options.ascii_only:
-        return shown
-    return shown.translate(_ASCII).encode("ascii", "replace").decode("ascii")
+    return shown.encode("ascii", SUBSTITUTE).decode("ascii") if console.options.ascii_only else shown
+
+
+def _substituted(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    shown = error.object[error.start : error.end].translate(_ASCII)
+    return shown.encode("ascii", "replace").decode("ascii"), error.end
+
+
+codecs.register_error(SUBSTITUTE, _substituted)
 
 
 def _as_html(printed: Any) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gradpruner.common.printing import num_bytes, print_line, runs_of
+from gradpruner.common.printing import SUBSTITUTE, num_bytes, print_line, runs_of
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
@@ -66,10 +66,11 @@ def test_what_is_printed_is_a_table_of_what_it_is(found, lines, monkeypatch):
 
 
 def test_a_console_without_unicode_gets_ascii():
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors=SUBSTITUTE)
     print_line(Console(file=stream, width=80), f"{num_bytes(2**34)} – 2×, [red]é")
+    print(f"{num_bytes(2**34)} – ⟦2×⟧ é", file=stream)
     stream.flush()
-    assert stream.buffer.getvalue() == b"16.0 GiB - 2x, [red]?\n"
+    assert stream.buffer.getvalue() == b"16.0 GiB - 2x, [red]?\n16.0 GiB - [2x] ?\n"
 
 
 @pytest.mark.parametrize("numbers, text", [((), "none"), ((3,), "3"), ((1, 2, 3, 7, 9, 10), "1-3, 7, 9-10")])
