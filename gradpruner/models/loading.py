@@ -61,19 +61,20 @@ def load_config(
     return config
 
 
-def check_loadable(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Checks that `load_model` will load a model folder, without reading any weight; returns its config.
+def check_loadable(folder: Path, trust_remote_code: bool = False) -> tuple[Any, nn.Module | None]:
+    """Checks that `load_model` will load a model folder, without reading any weight.
 
     With `trust_remote_code`, names and shapes of the weights are checked only when they are loaded.
+
+    Returns:
+        The config, and the model without weights; None with `trust_remote_code`.
 
     Raises:
         ModelError: If the model cannot be used (see `load_config`).
         IntegrityError: If tensors are missing, left over, or of another shape than the config says.
     """
     config = load_config(folder, trust_remote_code)
-    if not trust_remote_code:
-        load_structure(folder)
-    return config
+    return config, None if trust_remote_code else load_structure(folder, config)
 
 
 def _read_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -133,7 +134,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
-def load_structure(folder: Path) -> nn.Module:
+def load_structure(folder: Path, config: Any = None) -> nn.Module:
     """Returns the model of a checked folder without weights, after checking its parameters by the files.
 
     transformers itself matches the names, including conversions between the stored and the computed form,

@@ -7,7 +7,7 @@ from builders import make_project, make_rows, write_rows
 
 from gradpruner import dry_run
 from gradpruner.common.world import World
-from gradpruner.models import sizes
+from gradpruner.models import loading, sizes
 from gradpruner.models.sizes import ModelSizes, build_on_meta, count_parameters
 from gradpruner.runs.before import forecast as forecasting
 from gradpruner.runs.job import inputs
@@ -156,10 +156,11 @@ def test_the_model_is_built_once_without_weights(call, tmp_path, monkeypatch):
 
         return counted
 
+    monkeypatch.setattr(loading, "load_structure", counting(loading.load_structure))
     monkeypatch.setattr(sizes, "build_on_meta", counting(sizes.build_on_meta))
     monkeypatch.setattr(inputs, "skeleton", counting(inputs.skeleton))
     facts_of(call, path)
-    assert built == ["build_on_meta"]
+    assert built == ["load_structure"]
 
 
 def test_a_notebook_shows_what_the_command_prints(call, tmp_path):

@@ -76,7 +76,7 @@ def _at_depths(model: nn.Module, training: Training, depths: tuple[int, ...]) ->
 
 def _rehearsed(model: Any, training: Training) -> tuple[int, ...]:
     """Returns the peak bytes of each part of a pass; changes the model, which is on the meta device."""
-    model.to(training.computing_dtype)
+    model.to(training.computing_dtype).train(training.trains)
     if training.attn == "eager":
         model.set_attn_implementation("eager")
     with warnings.catch_warnings():
@@ -130,7 +130,6 @@ def _prepare(model: Any, training: Training) -> None:
         new = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.23
         enable = new or model.gradient_checkpointing_enable
         enable({"use_reentrant": False, "preserve_rng_state": False})
-    model.train()
 
 
 def _replace_with_fakes(model: nn.Module) -> None:

@@ -68,7 +68,7 @@ def find_subject(model: str | Path, *, random: bool = False, fetch: bool = True)
     # Refuse models with code of their own, which is never run, and quantised ones, which cannot be trained.
     check_config(folder, True)
     refuse_narrowed(folder)
-    whole = load_config(folder, native=True, weights=False) if random else check_loadable(folder)
+    whole = load_config(folder, native=True, weights=False) if random else check_loadable(folder)[0]
     config = text_config(whole)
     if not getattr(config, "num_hidden_layers", None):
         raise ModelError(

@@ -59,11 +59,12 @@ class Inputs:
     measures: bool = True
 
     def open_model(self) -> None:
-        """Finds the model and reads its config."""
+        """Finds the model, reads its config and builds it without weights."""
         model = self.recipe.model
         self.folder = locate_model(model.path)
         refuse_narrowed(self.folder)
-        self.config = check_loadable(self.folder, model.trust_remote_code)
+        self.config, built = check_loadable(self.folder, model.trust_remote_code)
+        self.structure = LayeredModel(built or skeleton(model_class(self.config), self.config))
 
     def open_rows(self) -> None:
         """Reads and encodes the rows of every set."""
@@ -102,10 +103,6 @@ class Inputs:
             return self.sizes.savings(plan.keep)
         return WidthView(self.structure.model).savings(plan)
 
-    def skeleton(self) -> nn.Module:
-        """Builds the dense model without weights."""
-        return skeleton(model_class(self.config), self.config)
-
     def portability_of(self, plan: Plan) -> tuple[Portability, ...]:
         """Whether inference engines serve the model that a plan leaves correctly."""
         return portability_of(plan, layer_facts(self.config))
@@ -122,15 +119,8 @@ class Inputs:
 
     @cached_property
     def sizes(self) -> ModelSizes:
-        """The sizes of the dense model: layers, parameters, bytes."""
-        return ModelSizes(self.config)
-
-    @cached_property
-    def structure(self) -> LayeredModel:
-        """The dense model's layers, without weights."""
-        counted = self.sizes.model
-        # `sizes` counts the decoder alone; a model that also takes images or sound is built whole here.
-        return LayeredModel(counted if type(counted) is model_class(self.config) else self.skeleton())
+        """The sizes of the dense model; of one that also takes images or sound, those of its decoder."""
+        return ModelSizes(self.structure.model if self.text is self.config else self.config)
 
     @property
     def family(self) -> Family:
