@@ -220,7 +220,7 @@ def _results(results: Results) -> list[str]:
 def _use(plan: Plan | None, results: Results | None) -> list[str]:
     """Returns a snippet that loads the model and, if an example prompt is known, asks it."""
     where = repr(results.repo if results and results.repo else "this folder")
-    uneven = plan is not None and plan.kind == "width" and not plan.uniform
+    uneven = plan is not None and not plan.uniform
     if uneven:
         loads = ["from gradpruner import load_model", "", f"model = load_model({where})"]
         note = [

@@ -66,6 +66,7 @@ class PruningPlan(BasePlan):
         "evidence",
     )
     kind: ClassVar[Literal["layers"]] = "layers"
+    uniform: ClassVar[bool] = True  # kept layers keep their widths
 
     def __post_init__(self) -> None:
         super().__post_init__()
