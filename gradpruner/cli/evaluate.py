@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -15,15 +13,6 @@ from gradpruner.cli.executing import execute, prepare, resolve
 from gradpruner.cli.messages import console
 from gradpruner.cli.options import ENDING, KEYS, TUNING, Chosen, Number, Text, takes
 from gradpruner.common.errors import ConfigError
-
-if TYPE_CHECKING:
-    from gradpruner.common.world import World
-    from gradpruner.data.examples import Example, ExampleSet
-    from gradpruner.evaluation.quality import Evaluation
-    from gradpruner.runs.recipe.recipe import Recipe
-
-SCORES, ANSWERS = "evaluation.json", "examples.jsonl"
-
 
 _MEASURED = {"data.task", "data.eval", "evaluate.lm_eval"}
 _OF_A_RUN = f"model data plan num_prune layer_fraction {TUNING}"
@@ -93,7 +82,7 @@ def evaluate(
     if not _MEASURED & set(chosen.values):
         raise ConfigError(f"Nothing to evaluate {what} on.", hint="Give --task, --eval-data or --lm-eval.")
     prepare(chosen.quiet)
-    found = _evaluate_folder(what, chosen, (endpoint, served_name))
+    found = _evaluate_folder(what, chosen, endpoint, served_name)
     if chosen.as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
@@ -109,124 +98,21 @@ def _is_missing_model(what: str, chosen: Chosen) -> bool:
     return False
 
 
-def _evaluate_folder(what: str, chosen: Chosen, server: tuple[str | None, str | None]) -> dict[str, Any]:
-    """Evaluates a model folder, or the `server` that serves it (its address and the model's name there)."""
-    from gradpruner.common.files import LOCK_FILE, working_in
+def _evaluate_folder(
+    what: str, chosen: Chosen, endpoint: str | None, served_name: str | None
+) -> dict[str, Any]:
+    """Evaluates a model folder, or the server at `endpoint` that serves it."""
+    from gradpruner.runs.evaluating import Server, evaluate_folder
 
     rows = chosen.values.get("data.eval")
     # A recipe must name data, even when only --lm-eval is asked for; "-" is never read.
     stand_in = {} if "data.task" in chosen.values else {"data.train": rows or "-", "data.eval": rows or "-"}
     recipe = resolve(None, chosen, defaults={"model.path": what, **stand_in})
-    results = Path(chosen.out) if chosen.out else None
-    in_a_run = results is not None and not chosen.dry_run and (results / LOCK_FILE).exists()
-    with working_in(results) if results is not None and in_a_run else nullcontext():
-        return _measure(recipe, chosen, server, results)
-
-
-def _measure(
-    recipe: Recipe, chosen: Chosen, server: tuple[str | None, str | None], out: Path | None
-) -> dict[str, Any]:
-    """Evaluates one model folder by the recipe's `evaluate` section; returns what is shown."""
-    from gradpruner.common.json_files import write_json
-    from gradpruner.common.provenance import provenance
-    from gradpruner.evaluation.endpoint import Endpoint
-    from gradpruner.models.folder import locate_model
-    from gradpruner.models.loading import check_loadable
-    from gradpruner.runs.job.evaluation_data import (
-        asked_of_harness,
-        check_evaluation,
-        load_split,
-        metrics_of,
-        tokenizer_of,
-    )
-    from gradpruner.runs.row.together import jointly
-
-    options, choice, endpoint = recipe.evaluate, recipe.model, server[0]
-    measures_task = bool({"data.task", "data.eval"} & set(chosen.values))
-    check_evaluation(recipe)
-    folder = locate_model(choice.path)
-    if endpoint is None:  # with a server, only the tokenizer is read from the folder
-        check_loadable(folder, choice.trust_remote_code)
-    tokenizer = tokenizer_of(recipe, folder)
-    rows = load_split(recipe, "eval", tokenizer) if measures_task else None
-    found: dict[str, Any] = {"model": str(folder), "endpoint": endpoint}
-    if rows is not None:
-        found |= {"source": rows.source, "format": rows.format, "rows": len(rows), "sha256": rows.sha256}
-        found |= {"rows_dropped": rows.num_dropped, "notes": list(rows.notes)}
-        found["metrics_asked"] = list(metrics_of(recipe))
-    if endpoint is not None and options.lm_eval:
+    if endpoint is not None and recipe.evaluate.lm_eval:
         raise ConfigError("--lm-eval loads the model itself, so it cannot be combined with --endpoint.")
-    if chosen.dry_run:
-        return found
-    journal = _journal(out, folder, recipe, server, rows) if out and rows else None
-    if rows is not None:
-        if endpoint is None:
-            model, result = jointly(measure_folder, recipe, folder, rows.examples, journal)
-        else:
-            answering = Endpoint(endpoint, server[1], options.batch_size)
-            result = _asked(recipe, answering, tokenizer, rows.examples, journal)
-        found |= result.summary(ANSWERS if out else None)
-        if out:
-            result.write_examples(out / ANSWERS)
-    elif options.lm_eval:
-        model = recipe.model.load(folder)
-    if options.lm_eval:
-        found["lm_eval"] = asked_of_harness(recipe, model, tokenizer)
-    found["provenance"] = provenance(recipe.seed)
-    if out:
-        write_json(out / SCORES, found)
-        for part in out.glob(f"{ANSWERS}.*.part*"):
-            part.unlink()
-    return found
-
-
-def measure_folder(
-    recipe: Recipe, folder: Path, rows: Sequence[Example], journal: Path | None
-) -> tuple[Any, Evaluation]:
-    """Loads and evaluates the model of a folder; each process evaluates its share of the rows."""
-    from gradpruner.common.world import this_world
-    from gradpruner.runs.job.evaluation_data import tokenizer_of
-
-    tokenizer = tokenizer_of(recipe, folder)
-    model = recipe.model.load(folder)
-    return model, _asked(recipe, model, tokenizer, rows, journal, this_world())
-
-
-def _asked(
-    recipe: Recipe,
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Example],
-    journal: Path | None,
-    world: World | None = None,
-) -> Evaluation:
-    """Evaluates a model, or an `Endpoint`, on rows with the recipe's options."""
-    from gradpruner.evaluation.quality import evaluate
-    from gradpruner.runs.job.evaluation_data import metrics_of, options_of
-
-    options = options_of(recipe, metrics_of(recipe), recipe.data.max_length)
-    return evaluate(model, tokenizer, rows, options, journal=journal, world=world)
-
-
-def _journal(
-    out: Path, folder: Path, recipe: Recipe, server: tuple[str | None, str | None], rows: ExampleSet
-) -> Path:
-    """Returns the file that keeps the answers so far, so that an interrupted evaluation can resume.
-
-    Its name is a hash of model, server, rows and options: another evaluation never reuses the answers.
-    """
-    from gradpruner.common.provenance import sha256_json
-
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    asked = {
-        "files": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-        "model": recipe.model.model_dump() | {"path": str(folder.resolve())},
-        "server": server,
-        "rows": [rows.sha256, rows.format, [example.id for example in rows.examples]],
-        "evaluate": recipe.evaluate.model_dump(),
-        "max_length": recipe.data.max_length,
-    }
-    return out / f"{ANSWERS}.{sha256_json(asked)[:12]}.part"
+    asks_rows = bool({"data.task", "data.eval"} & set(chosen.values))
+    server = Server(endpoint, served_name) if endpoint is not None else None
+    return evaluate_folder(recipe, asks_rows=asks_rows, server=server, out=chosen.out, dry_run=chosen.dry_run)
 
 
 def _show(found: Mapping[str, Any]) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gradpruner.cli.executing import prepare
 from gradpruner.cli.options import JsonOption, QuietOption
-from gradpruner.common.errors import ConfigError, ModelError
+from gradpruner.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gradpruner.exports.comparing import Comparison
     from gradpruner.exports.shipped import FinishedModel
 
 ModelArgument = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run directory or model folder.")]
@@ -56,8 +55,10 @@ def export(
             "No export format given.", hint="--gguf writes a GGUF file; --ollama writes a Modelfile as well."
         )
     prepare(quiet)
+    from gradpruner.exports.exporting import export_model
+
     found = _opened(model, variant)
-    facts = _write(found, file, quantize, ollama, llama_cpp)
+    facts = export_model(found, file, quantize=quantize, ollama=ollama, llama_cpp=llama_cpp)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -80,69 +81,6 @@ def _opened(model: str, variant: str | None) -> FinishedModel:
     if found.warning:
         typer.echo(f"warning: {found.warning}", err=True)
     return found
-
-
-def _write(
-    model: FinishedModel, file: Path | None, quantize: str | None, ollama: bool, llama_cpp: Path | None
-) -> dict[str, Any]:
-    """Converts the model and compares the two; only then do the files get their final names."""
-    import os
-    import re
-
-    from gradpruner.common.files import make_durable, staging, write_text
-    from gradpruner.exports.comparing import compare
-    from gradpruner.exports.gguf import file_type, find_tools, write_gguf
-    from gradpruner.exports.ollama import MODELFILE, modelfile
-    from gradpruner.exports.shipped import whole_model
-
-    kind = file_type(quantize, model.base if model.is_adapter else model.folder)
-    tools = find_tools(kind, llama_cpp)
-    _refuse_unfit(model)
-    target = (
-        file
-        or (model.run / "exports" if model.run else model.folder.resolve().parent)
-        / f"{model.name}-{kind}.gguf"
-    )
-    beside = target.with_name(MODELFILE)
-    for path in (target, *([beside] if ollama else [])):
-        if path.exists():
-            raise ConfigError(
-                f"{path} already exists.", hint="Nothing is overwritten: give another FILE, or move this one."
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with whole_model(model, target) as folder, staging(target) as staged:
-        write_gguf(folder, staged, kind, tools)
-        outcome: Comparison = compare(folder, staged, kind, model.asked())
-        if outcome.is_wrong:
-            raise ModelError(
-                f"The GGUF file gives other answers than the model, and was removed. {outcome.sentence()}",
-                hint="Update llama.cpp; docs/serving.md lists the model types it runs correctly.",
-            )
-        facts: dict[str, Any] = {
-            "model": str(model.folder),
-            "row": model.row,
-            "gguf": str(target),
-            "type": kind,
-        }
-        facts |= {"bytes": staged.stat().st_size, "compared": outcome.facts(), "said": outcome.sentence()}
-        if ollama:
-            made = modelfile(folder, target, model.asked())
-            write_text(beside, made.text)
-            name = re.sub(r"[^a-z0-9._-]+", "-", model.name.lower()).strip("-._") or "pruned"
-            facts |= {"modelfile": str(beside), "note": made.note, "ollama_name": name}
-        make_durable(staged)
-        os.replace(staged, target)
-    return facts
-
-
-def _refuse_unfit(model: FinishedModel) -> None:
-    """Raises ModelError if llama.cpp is known not to serve this model correctly."""
-    for entry in model.facts.get("portability") or ():
-        if entry.get("engine") == "llama.cpp" and entry.get("status") in ("refused", "wrong"):
-            raise ModelError(
-                f"llama.cpp does not serve this model correctly ({entry['status']}): {entry['reason']}",
-                hint="`gradpruner plan --portable-to llama.cpp` chooses layers such that it does.",
-            )
 
 
 def push(

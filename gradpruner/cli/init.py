@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -15,61 +13,7 @@ from gradpruner.cli.options import ROWS, Chosen, takes
 from gradpruner.cli.suggestions import suggest
 from gradpruner.common.errors import ConfigError
 
-if TYPE_CHECKING:
-    from gradpruner.data.examples import ExampleSet
-    from gradpruner.models.sizes import ModelSizes
-
 RECIPE_NAME = "recipe.yaml"
-_MOST_EPOCHS = 10
-_UNNAMED = "label: what the model should answer; replace the numbers by names, which mean more to it"
-_NOT_GIVEN = "the test split of that folder or hub dataset, else a tenth of the training rows"
-
-TEMPLATE = """\
-# Written by `gradpruner init`.
-# {model_note}
-# {data_note}
-# gradpruner run {name} --dry-run    checks everything and shows what the model would learn; loads no weights
-# gradpruner run {name}              runs it; run it again to resume
-# For all other keys: `gradpruner schema`.
-title: {title}
-out: {out}  # the run directory, for recordings, models and report.html
-
-model:
-  path: {model}  # a folder, or a hub id (org/name)
-
-data:
-{data}
-  # Number of training rows, drawn at random; null uses all. Fewer rows are faster but worse.
-  train_limit: null
-  # Most tokens per sample, prompt and answer together; longer prompts lose their beginning.
-  # {longest}
-  max_length: {max_length}
-
-# best: tunes the dense model, prunes and repairs it, and lets it teach the pruned one; takes about twice
-# the time of tuning it.
-# fast: prunes and repairs the base model, then fine-tunes it; with many rows cheaper than tuning it dense.
-effort: best
-
-plan:
-  # Layers to remove, of {layers}. Removing fewer keeps more quality; removing more saves more size and time.
-  num_prune: {num_prune}  # {removed}
-
-finetune:
-  # full trains all weights: the best quality, but {full_memory} for weights, gradients and optimizer.
-  # lora trains small adapters: {lora_memory}; needs a learning rate several times as high.
-  # qlora is lora on 4-bit weights: {qlora_memory} (pip install 'gradpruner[quant]'). To record gradients
-  # in 4 bits too, set record.adapter: qlora. Models are evaluated as they are saved, not in 4 bits.
-  mode: {mode}
-  # {rate_note}.
-  # Too low learns nothing, too high forgets or diverges; --find-lr tries some on held-out training rows.
-  learning_rate: {rate}
-  # Passes over the training rows. More passes learn more, until the model has memorised the rows.
-  epochs: {epochs}
-  # Samples per batch, and batches per optimizer step: {batch} x {accumulation} samples, {steps} steps in all.
-  # More steps suit small data sets; larger steps are steadier.
-  batch_size: {batch}
-  accumulation: {accumulation}
-"""
 
 
 @takes(f"where {ROWS} trust_remote_code")
@@ -89,6 +33,7 @@ def init(
     from gradpruner.common.files import write_text
     from gradpruner.runs.recipe.recipe import check_recipe
     from gradpruner.runs.recipe.yaml_files import parse_yaml
+    from gradpruner.runs.starting import first_recipe
 
     target = where if where.suffix in (".yaml", ".yml") else where / RECIPE_NAME
     if os.path.lexists(target):
@@ -97,7 +42,7 @@ def init(
             hint="Give another name: gradpruner init other.yaml",
         )
     prepare(quiet=True)
-    text = written(target, _found(target.parent, chosen.values))
+    text = first_recipe(target, _found(target.parent, chosen.values))
     check_recipe(parse_yaml(text), str(target))
     write_text(target, text)
     typer.echo(f"written: {target}")
@@ -127,136 +72,3 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     if "data.eval" not in values and Path(values["data.train"]).is_file() and has_split(beside, "eval"):
         values["data.eval"] = str(split_files(beside, "eval")[0])
     return values
-
-
-def written(target: Path, values: dict[str, Any]) -> str:
-    """Returns the text of the recipe to write at `target`; `values` holds its model and data keys."""
-    from gradpruner.common.printing import short
-    from gradpruner.data.layouts import UnnamedLabels
-    from gradpruner.models.folder import locate_model
-    from gradpruner.models.loading import load_config
-    from gradpruner.models.sizes import ModelSizes
-    from gradpruner.runs.recipe.recipe import load_recipe
-
-    recipe = load_recipe(None, (), values)
-    folder = locate_model(recipe.model.path, weights=False)
-    config = load_config(folder, recipe.model.trust_remote_code, weights=False)
-    sizes = ModelSizes(config)
-    try:
-        rows, longest = _rows(recipe, folder)
-    except UnnamedLabels as error:  # the recipe lists the numbers, for the user to name
-        values = values | {"data.labels": {label: label for label in error.labels}}
-        recipe.data.labels = values["data.labels"]
-        rows, longest = _rows(recipe, folder)
-    trained = _training(sizes, len(rows))
-    layers = len(sizes.layer_parameters)
-    gone = round(0.4 * layers)
-    lost = sum(sizes.layer_parameters) * gone // layers
-    base = target.parent.resolve()
-    name = Path(recipe.model.path).name
-    facts = {
-        "name": target.name,
-        "title": _scalar(f"{name} on {recipe.data.task or Path(rows.source).stem}"),
-        "out": _scalar(f"runs/{re.sub(r'[^A-Za-z0-9._-]+', '-', target.stem)}"),
-        "model": _scalar(_from(base, values["model.path"])),
-        "data": _data_lines(base, values, recipe.data.labels),
-        "longest": longest,
-        "max_length": min(2048, int(getattr(config, "max_position_embeddings", None) or 2048)),
-        "layers": layers,
-        "num_prune": gone,
-        "removed": f"40 % of the layers, {short(lost)} parameters",
-        "model_note": f"Model: {name}, type {config.model_type}, {layers} layers, "
-        f"{short(sizes.parameters)} parameters.",
-        "data_note": f"Data: {len(rows):,} training rows, format {rows.format}.",
-    }
-    text = TEMPLATE.format(**facts, **trained)
-    trusted = "  trust_remote_code: true\n" if recipe.model.trust_remote_code else ""
-    return text.replace("  path:", f"{trusted}  path:")
-
-
-def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
-    """Returns the training rows and, if the tokenizer is local, a note on how long the first ones are."""
-    from gradpruner.data.encoding import encode_all
-    from gradpruner.runs.job.evaluation_data import load_rows, tokenizer_of
-
-    local = any(folder.glob("tokenizer*"))
-    tokenizer = tokenizer_of(recipe, folder) if local else None
-    rows, _ = load_rows(recipe, tokenizer)
-    if tokenizer is None:
-        return rows, "The dry run shows how long yours are."
-    first = encode_all(tokenizer, rows.examples[:200], 10**6)
-    return rows, f"The longest of your first {len(first)} samples has {max(first.lengths)} tokens."
-
-
-def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:
-    """Returns the template's training values for a model and this many rows."""
-    from gradpruner.common.printing import readable_bytes
-    from gradpruner.evaluation.costing.per_device import Training, hold_training
-    from gradpruner.models.loading import resolve_device
-    from gradpruner.runs.before.fitting import device_memory
-    from gradpruner.training.finetuning import WANTED_STEPS, chosen_accumulation, planned_steps
-    from gradpruner.training.options import FinetuneSection
-    from gradpruner.training.rates import default_rate, default_rate_source
-
-    decoder = sum(sizes.layer_parameters)
-    full, lora = 16 * sizes.parameters, 2 * sizes.parameters
-    qlora = hold_training(sizes.model, Training(mode="qlora")).weights
-    _, memory = device_memory(resolve_device("auto"))
-    mode = "full" if full < 0.8 * memory else "lora"
-
-    accumulation = chosen_accumulation(rows, FinetuneSection(accumulation=None))
-
-    def steps(epochs: int) -> int:
-        return planned_steps(rows, FinetuneSection(accumulation=accumulation, epochs=epochs))
-
-    epochs = next((n for n in range(3, _MOST_EPOCHS) if steps(n) >= WANTED_STEPS), _MOST_EPOCHS)
-    note = default_rate_source(decoder, mode)
-    return {
-        "mode": mode,
-        "full_memory": readable_bytes(full),
-        "lora_memory": f"{readable_bytes(lora)} for the weights",
-        "qlora_memory": readable_bytes(qlora),
-        "rate_note": f"{note[0].upper()}{note[1:]}",
-        "rate": f"{default_rate(decoder, mode):.1e}",
-        "epochs": epochs,
-        "batch": FinetuneSection().batch_size,
-        "accumulation": accumulation,
-        "steps": steps(epochs),
-    }
-
-
-def _data_lines(base: Path, values: dict[str, Any], labels: Any) -> str:
-    """Returns the lines of the recipe's data section that name the rows."""
-    keys = {
-        "task": ("data.task", "a named task (`gradpruner ls tasks`)"),
-        "folder": ("data.folder", "folder with its splits"),
-        "train": ("data.train", "training rows: file, folder or hub dataset; file#2000 draws 2,000"),
-        "eval": ("data.eval", "evaluation rows; must not be among the training rows"),
-    }
-    lines = []
-    for key, (dotted, comment) in keys.items():
-        if dotted in values:
-            value = values[dotted] if key == "task" else _from(base, values[dotted])
-            lines.append(f"  {key}: {_scalar(value)}  # {comment}")
-    if "data.train" in values and "data.eval" not in values:
-        lines.append(f"  # Evaluation rows; null: {_NOT_GIVEN}.\n  eval: null")
-    if labels:
-        lines.append(f"  labels: {json.dumps(labels)}  # {_UNNAMED}")
-    return "\n".join(lines)
-
-
-def _from(base: Path, source: str) -> str:
-    """Returns a path relative to the recipe's folder `base`; absolute paths and hub ids stay as they are."""
-    path, mark, count = source.partition("#")
-    local = Path(path).expanduser()
-    if local.is_absolute() or not local.exists():
-        return source
-    relative = os.path.relpath(local.resolve(), base)
-    return (relative if relative.startswith("..") else f"./{relative}") + mark + count
-
-
-def _scalar(text: str) -> str:
-    """Returns a text as a YAML scalar, quoted if needed."""
-    plain = re.fullmatch(r"[A-Za-z./][A-Za-z0-9_./ -]*[A-Za-z0-9]", text)
-    ambiguous = text.lower() in ("null", "true", "false", "yes", "no", "on", "off")
-    return text if plain and not ambiguous else json.dumps(text, ensure_ascii=False)

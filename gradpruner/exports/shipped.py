@@ -108,7 +108,9 @@ def open_model(where: str, row: str | None = None) -> FinishedModel:
     if (folder / MANIFEST).is_file() or (folder / "run.json").is_file():
         return _of_run(folder, row)
     if row is not None:
-        raise ConfigError(f"--variant names a row of a run, but {where} is a model.", hint="Leave it out.")
+        raise ConfigError(
+            f"--variant names a variant of a run, but {where} is a model.", hint="Leave it out."
+        )
     found = locate_model(where)
     if not any(found.glob(_WEIGHTS)) or not any((found / n).is_file() for n in ("config.json", ADAPTER_FILE)):
         raise ModelError(

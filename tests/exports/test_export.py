@@ -74,7 +74,7 @@ def test_what_is_missing_or_refused_is_said_and_nothing_is_left(call, model, tmp
         (["--gguf", "--llama-cpp", tmp_path], 2, "no convert_hf_to_gguf.py in"),
         (["--gguf", "--llama-cpp", broken, "--quantize", "Q4_K_M"], 2, "llama-quantize, which was not found"),
         (["--gguf", "--llama-cpp", broken], 4, "knows tokenizers by name and not this one"),
-        (["--gguf", "--variant", "merged"], 2, "--variant names a row of a run"),
+        (["--gguf", "--variant", "merged"], 2, "--variant names a variant of a run"),
     ):
         found, _, err = call("export", model, *arguments)
         assert found == code and said.lower() in err.lower(), (arguments, err)
