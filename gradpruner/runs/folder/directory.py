@@ -190,7 +190,7 @@ class RunDirectory:
     def is_done(self, name: str, inputs: Any) -> bool:
         """Whether a stage is done with these inputs; its files may be missing or changed."""
         entry = self.stages.get(name)
-        return entry is not None and entry["state"] == "done" and entry["inputs"] == fingerprint(inputs)
+        return entry is not None and entry["state"] == "done" and entry["inputs"] == inputs_hash(inputs)
 
     def is_current(self, stage: Stage) -> bool:
         """Whether a stage is done with its inputs and its files are unchanged."""
@@ -213,7 +213,7 @@ class RunDirectory:
             log.info("%s: done before, skipped", name)
             self.visited[name] = "skipped"
             return self.stages[name]["result"]
-        asked = fingerprint(stage.inputs)
+        asked = inputs_hash(stage.inputs)
         earlier = self.stages.get(name)
         before, resumed = 0.0, False
         if stage.resumes and earlier and earlier["inputs"] == asked and earlier["state"] != "done":
@@ -279,7 +279,7 @@ class RunDirectory:
         return {"bytes": size, "sha256": sha256_file(path)} if size <= HASHED_BYTES else {"bytes": size}
 
 
-def fingerprint(inputs: Any) -> str:
+def inputs_hash(inputs: Any) -> str:
     """Returns a hash of what a stage depends on; 32 and 32.0 count as the same number."""
     return sha256_json(_plain_numbers(inputs))
 

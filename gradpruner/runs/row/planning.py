@@ -10,7 +10,7 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan, read_plan
-from gradpruner.runs.folder.directory import RunDirectory, Stage, fingerprint
+from gradpruner.runs.folder.directory import RunDirectory, Stage, inputs_hash
 from gradpruner.runs.folder.plan_names import LABELS, method_of, own_plan, plan_file
 from gradpruner.runs.job.budget import plan_for
 from gradpruner.runs.job.evaluation_data import data_identity
@@ -134,5 +134,5 @@ def stored_plan(directory: RunDirectory, row: str) -> Plan | None:
 def same_plan(one: Plan | None, other: Plan | None) -> bool:
     """Whether both plans are there and say the same."""
     return (
-        one is not None and other is not None and fingerprint(one.to_dict()) == fingerprint(other.to_dict())
+        one is not None and other is not None and inputs_hash(one.to_dict()) == inputs_hash(other.to_dict())
     )
