@@ -179,8 +179,8 @@ def _wrong_weights(name: str, pieces: Sequence[Piece], record: DeltaRecord) -> I
     first = wrong[0].ref
     assert first is not None
     return IntegrityError(
-        f"{len(wrong)} of {len(copied)} tensors of the source that go into {name} are not those the delta "
-        f"was made from; the first is '{first.name}' in {first.file}.",
+        f"{len(wrong)} of {len(copied)} tensors of the source that go into {name} differ from those the "
+        f"delta was made from; the first is '{first.name}' in {first.file}.",
         hint="The source is another revision, was fine-tuned, or is damaged. " + _right_source(record),
     )
 

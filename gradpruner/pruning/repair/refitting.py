@@ -88,8 +88,9 @@ def fit_repair(
         samples: Encoded samples (`input_ids`, `labels`), at least two, as `encode_all` returns them. Labels
             only say which tokens belong to answers.
         collator: Makes batches of them, padded on the right; None pads with token 0.
-        options: None takes the defaults: least_squares, as many rows as `enough_rows` returns, four fifths of
-            the weight before answer tokens.
+        options: A `plans.options.RepairOptions`: what is refitted (kind), on how many rows (rows, seed), how
+            much positions before answers count (answers), and the ridges to try (ridges). None: least_squares
+            on as many rows as `enough_rows` returns, four fifths of the weight before answers.
         trace: The recorded gradients, if the plan merges by them.
         progress: Called with the number of layers done since the last call.
         world: Processes that share the batches. Each must call this function, and each gets the repair. The
