@@ -239,6 +239,19 @@ def largest_certified(
     return Search(best, tuple(measured), confidence)
 
 
+def rows_to_certify(
+    candidates: Sequence[int], limit: float, *, confidence: float = 0.9, first: int | None = None
+) -> int:
+    """Returns the fewest rows with which `largest_certified` certifies a number of layers that loses nothing.
+
+    That is where the dense model gets every row right and no row changes; if it gets fewer right, or rows are
+    lost, more are needed.
+    """
+    one = [1.0]
+    found = largest_certified(lambda count: (one, one), candidates, limit, confidence=confidence, first=first)
+    return min(certificate.rows_needed or 1 for _, certificate in found.measured)
+
+
 def _margin(lost: Floats, gained: Floats, error: float) -> float:
     """Returns what the bound adds to sum(lost) - sum(gained). Both arrays are in descending order."""
     upper, lower = _limits(lost.size, error)[0], _limits(gained.size, error)[1]

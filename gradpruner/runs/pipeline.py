@@ -36,6 +36,7 @@ from gradpruner.runs.folder.run_record import run_record
 from gradpruner.runs.job.data_warnings import not_tuned, too_few_steps
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import Recipe, recipe_yaml
+from gradpruner.runs.row.depth_search import check_validation_rows
 from gradpruner.runs.row.planning import Planning
 from gradpruner.runs.row.rate_search import find_rate
 from gradpruner.runs.row.stages import do_stages
@@ -91,6 +92,7 @@ def run_rows(
     check_known("stage", until, STAGES)
     job = job or Job(recipe, command)
     check_memory(job, until)
+    check_validation_rows(job)
     directory = RunDirectory(recipe.out, inputs=(job.folder,), device=job.device)
     check_free_space(directory.path, bytes_missing(job, directory.path, until), "This run")
     if STAGES.index(until) >= STAGES.index("finetune") and (short := too_few_steps(job)):

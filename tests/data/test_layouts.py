@@ -221,7 +221,7 @@ def test_a_recipe_lays_out_every_set_and_the_dry_run_shows_it(tmp_path):
         "data.labels={0: negative, 1: positive}",
         f"data.validation={tmp_path}/validation.jsonl",
         "plan.num_prune=null",
-        "plan.max_loss=0.05",
+        "plan.max_loss=0.2",
     )
     job = Job(load_recipe(path, overrides))
     for found in (job.train, job.eval, job.validation):

@@ -19,6 +19,7 @@ from gradpruner.plans.repair import Repair
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import html
 from gradpruner.reports.html import render_html
+from gradpruner.runs.before.preview import dry_run
 from gradpruner.runs.folder.directory import RunDirectory
 from gradpruner.runs.folder.run_record import title_of
 from gradpruner.runs.job.early_checks import check_changed_training, check_methods
@@ -249,16 +250,17 @@ def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch)
     assert {s["state"] for s in again["stages"] if s["name"].startswith("search")} == {"skipped"}
 
 
-def test_too_few_validation_rows_are_an_error_and_nothing_is_pruned(tmp_path, monkeypatch):
-    fake_scores(monkeypatch, lambda layers: 0)
+def test_too_few_validation_rows_are_an_error_before_anything_is_done(tmp_path):
     path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
     overrides = ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.01")
-    with pytest.raises(PlanError, match=r"4 validation rows.*too few rows.*About \d+ rows are needed"):
-        run(load_recipe(path, overrides))
-    assert not (tmp_path / "run/variants/gate").exists()
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["variants"]["gate"]["error"] and not record["variants"]["dense"]["error"]
-    assert any("held out of the training rows" in warning for warning in record["warnings"])
+    recipe = load_recipe(path, overrides)
+    for start in (run, dry_run):
+        with pytest.raises(
+            PlanError, match=r"at most 1\.00%, 300 validation rows are needed at least.* are 4:"
+        ):
+            start(recipe)
+    assert not (tmp_path / "run").exists()
+    assert any("held out of the training rows" in warning for warning in Job(recipe).warnings)
 
 
 def test_validation_rows_are_no_training_rows(tmp_path):

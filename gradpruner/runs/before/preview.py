@@ -23,6 +23,7 @@ from gradpruner.runs.folder.run_record import title_of
 from gradpruner.runs.job.data_warnings import leading_spaces
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import Recipe
+from gradpruner.runs.row.depth_search import check_validation_rows
 
 NUM_SAMPLES = 2
 
@@ -35,6 +36,7 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         of the trace and of the models, time, memory, warnings, and samples with their label masks.
     """
     job = Job(recipe)
+    check_validation_rows(job)
     recipe = job.recipe
     rate, source = _learning_rate(job)
     plan = job.expected_plan

@@ -12,7 +12,7 @@ from typing import Any
 
 from gradpruner.common.errors import PlanError
 from gradpruner.common.world import this_world
-from gradpruner.evaluation.certification import largest_certified
+from gradpruner.evaluation.certification import largest_certified, rows_to_certify
 from gradpruner.evaluation.outputs import values_of
 from gradpruner.evaluation.quality import evaluate
 from gradpruner.gradients.trace import GradientTrace
@@ -23,6 +23,11 @@ from gradpruner.runs.job.budget import placeholder_scores, plan_for
 from gradpruner.runs.job.evaluation_data import options_of
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.row.together import together
+
+_MORE = (
+    "Give more validation rows (data.validation, data.validation_limit), a higher plan.max_loss, or a number "
+    "of layers (plan.num_prune)."
+)
 
 
 def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path) -> dict[str, Any]:
@@ -47,13 +52,12 @@ def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path)
         return dense[metric], found[metric]
 
     possible = possible_plans(job)
-    default = job.num_layers - job.num_keep
     found = largest_certified(
         measure,
         list(possible),
         options.max_loss,
         confidence=options.confidence,
-        first=default if default in possible else None,
+        first=_first_of(job, possible),
     )
     return {
         "best": found.best,
@@ -70,6 +74,31 @@ def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path)
             for count, certificate in found.curve
         ],
     }
+
+
+def check_validation_rows(job: Job) -> None:
+    """Refuses a search that could not even certify a removal without any loss: its rows are too few.
+
+    Raises:
+        PlanError: Says how many rows are needed at least.
+    """
+    options, possible = job.recipe.plan, possible_plans(job) if job.recipe.plan.max_loss else {}
+    if options.max_loss is None or job.validation is None or not possible:
+        return
+    first, rows = _first_of(job, possible), len(job.validation.examples)
+    needed = rows_to_certify(list(possible), options.max_loss, confidence=options.confidence, first=first)
+    if rows < needed:
+        raise PlanError(
+            f"To certify a loss of at most {options.max_loss:.2%}, {needed} validation rows are needed at "
+            f"least, and there are {rows}: not even a removal that loses nothing could be certified.",
+            hint=_MORE,
+        )
+
+
+def _first_of(job: Job, possible: dict[int, PruningPlan]) -> int | None:
+    """Returns the number of layers to try first: the default, if it is possible."""
+    default = job.num_layers - job.num_keep
+    return default if default in possible else None
 
 
 def possible_plans(job: Job) -> dict[int, PruningPlan]:
@@ -125,6 +154,5 @@ def refuse_uncertified(found: dict[str, Any]) -> int:
         f"No number of layers is certified to lose at most {found['limit']:.2%} of {found['metric']} on "
         f"{found['rows']} validation rows: removing {least['num_prune']} loses {least['loss']:.2%}, at most "
         f"{least['upper']:.2%} with confidence ({least['verdict']}).{needed}",
-        hint="Give more validation rows (data.validation, data.validation_limit), a higher plan.max_loss, or "
-        "a number of layers (plan.num_prune).",
+        hint=_MORE,
     )
