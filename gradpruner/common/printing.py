@@ -183,20 +183,20 @@ def percent(value: Any, digits: int = 1) -> str:
     return MISSING if finite is None else f"{100 * finite:.{digits}f}%"
 
 
-def signed_percent(value: Any) -> str:
+def signed_percent(value: Any, digits: int = 1) -> str:
     """Formats a relative change (a fraction) with its sign: -0.008 -> '−0.8%'."""
     finite = number(value)
     if finite is None:
         return MISSING
-    shown = f"{abs(100 * finite):.1f}%"
+    shown = f"{abs(100 * finite):.{digits}f}%"
     if float(shown[:-1]) == 0:
         return shown
     return ("−" if finite < 0 else "+") + shown
 
 
-def points(difference: Any) -> str:
+def points(difference: Any, digits: int = 1) -> str:
     """Formats a difference between two fractions in percentage points: -0.019 -> '−1.9'."""
-    return signed_percent(difference).removesuffix("%")
+    return signed_percent(difference, digits).removesuffix("%")
 
 
 def times(value: Any) -> str:

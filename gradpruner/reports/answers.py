@@ -5,6 +5,7 @@ The rows hold untrusted text. It is cut short here and escaped where it is shown
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ MOST = 15
 _LONGEST = 280
 """Most characters of one text on a page."""
 _MOST_BYTES = 64 * 2**20
+_SPECIAL = re.compile(r"^(<s>|<bos>|\[CLS\])+|<\|\w+\|>")
+"""Special tokens in a prompt: of the usual kinds, and only where they are no words of the row."""
 _FIELDS = {
     "exact_match": ("correct", "generated"),
     "final_number": ("number_correct", "generated"),
@@ -64,6 +67,12 @@ class Answers:
     answers: tuple[Answer, ...]
     counts: dict[str, int]
     graded: bool
+    most: int = MOST
+
+    @property
+    def total(self) -> int:
+        """Number of answers in the whole file."""
+        return sum(self.counts.values())
 
 
 def sample_answers(view: View, folder: Path) -> Answers | None:
@@ -93,7 +102,7 @@ def sample_answers(view: View, folder: Path) -> Answers | None:
             counts[kind] += 1
             if len(found[kind]) < MOST:
                 shown = [text(example.get(answer), _LONGEST) for example in (before, after)]
-                prompt = text(before.get("prompt_tail"))
+                prompt = _SPECIAL.sub("", text(before.get("prompt_tail")))
                 prompt = prompt if len(prompt) <= _LONGEST else "…" + prompt[-_LONGEST:]
                 found[kind].append(Answer(kind, prompt, text(before.get("answer"), _LONGEST), *shown))
     except (OSError, ValueError, KeyError, TypeError):  # another program's file, or a field is missing

@@ -11,7 +11,17 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 from gradpruner.common.printing import duration, interval, number, percent, points, short, text
 from gradpruner.reports.fields import Measured
-from gradpruner.reports.svg import Key, Margins, Plot, colour, draw, is_wide, percent_ticks, series
+from gradpruner.reports.svg import (
+    Key,
+    Margins,
+    Plot,
+    colour,
+    draw,
+    is_wide,
+    percent_ticks,
+    series,
+    tick_digits,
+)
 from gradpruner.reports.view import Row, View, metric_label
 
 _ROW = 30
@@ -128,10 +138,7 @@ def difference_plot(view: View) -> Plot | None:
         for at, (row, paired) in enumerate(zip(rows, found, strict=True)):
             shown += _paint_interval(axes, paired, at, colour(hue_of(view, row)), not _is_ring(view, row))
         _rows_axis(axes, labels, shown)
-        digits = 0 if max(shown) - min(shown) > 0.05 else 1
-        axes.xaxis.set_major_formatter(
-            lambda value, _: points(round(value, 9)) if digits else points(value)[:-2]
-        )
+        axes.xaxis.set_major_formatter(lambda value, _: points(round(value, 9), tick_digits(axes.xaxis)))
         axes.set_xlabel("points of difference to the dense model")
 
     seeds = ", averaged over seeds" if view.kind != "run" else ""
@@ -255,7 +262,7 @@ def _scatter(axes: Axes, view: View, rows: Sequence[Row], xs: Sequence[float], d
 
 def _numbered(view: View, rows: Sequence[Row], labels: Sequence[str]) -> tuple[Key, ...]:
     return tuple(
-        Key(hue_of(view, row), f"{i} {text(label, 30)}", "ring" if _is_ring(view, row) else "dot")
+        Key(hue_of(view, row), f"{i} {text(label)}", "ring" if _is_ring(view, row) else "dot")
         for i, (row, label) in enumerate(zip(rows, labels, strict=True), start=1)
     )
 

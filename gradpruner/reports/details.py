@@ -30,6 +30,7 @@ _UNITS = {
     "disk_bytes": "Size on disk",
 }
 COST_PARTS = ("tuning", "recording", "choosing", "repairing", "pruning", "training")
+_COST_NAMES = {"tuning": "Dense tuning", "training": "Own training"}
 """The parts of a row's cost, in the order they are done."""
 
 
@@ -100,7 +101,12 @@ def whole_cost_table(view: View) -> Table:
         for row in view.rows
         if (cost := row.recorded.cost).seconds
     ]
-    names = (*(part.capitalize() for part in COST_PARTS), "Total", "vs dense", "Trained tokens")
+    names = (
+        *(_COST_NAMES.get(part, part.capitalize()) for part in COST_PARTS),
+        "Total",
+        "vs dense",
+        "Trained tokens",
+    )
     return Table("Total time", ("Variant", *names), lines)
 
 
@@ -126,7 +132,7 @@ def finetune_table(view: View) -> Table:
         )
         if any(cell.text != MISSING for cell in found.cells[1:]):
             lines.append(found)
-    columns = ("Variant", "Trainable", "Steps", "Tokens", "Tuning time", "Tuning memory",
+    columns = ("Variant", "Trainable", "Steps", "Tokens", "Training time", "Training memory",
                "Evaluation time", "Tokens/s", "Evaluation memory")  # fmt: skip
     return Table("Fine-tuning and evaluation", columns, lines)
 
@@ -215,6 +221,8 @@ def verification_table(view: View) -> Table:
         passed = sum(1 for check in report.checks if check.passed)
         logits = next((text(c.detail) for c in report.checks if c.name == "logits"), "-")
         words = f"{passed} of {len(report.checks)} checks passed, none failed" if report.passed else "failed"
+        undone = (f"; {text(c.name)}: {text(c.detail, 80)}" for c in report.checks if c.passed is None)
+        words += "".join(undone) if report.passed else ""
         kind = "" if report.passed else "failed"
         lines.append(line(row.label, text(report.level), words, logits, kind=kind))
     columns = ("Variant", "Level", "Result", "Logits against the source")

@@ -23,7 +23,7 @@ from gradpruner.common.printing import number, text
 from gradpruner.common.run_names import StageName
 from gradpruner.reports.fields import Each, JsonPart, Named, Number, count
 from gradpruner.reports.record import PENDING, StageRecord
-from gradpruner.reports.view import View, pairs, read
+from gradpruner.reports.view import LONGEST_ERROR, View, pairs, read
 
 REPORT = "report.html"
 RUNNING, DONE, STOPPED, FAILED, DAMAGED = "running", "done", "stopped", "failed", "damaged"
@@ -207,7 +207,7 @@ def _study_ended(view: View, whole: bool) -> tuple[str, str]:
 
 
 def _outcome(view: View) -> tuple[str, str]:
-    errors = [text(row.error, 300) for row in view.rows if row.error]
+    errors = [text(row.error, LONGEST_ERROR) for row in view.rows if row.error]
     return (FAILED, errors[0]) if errors and len(errors) == len(view.rows) else (DONE, "")
 
 
@@ -219,7 +219,7 @@ def _ended(known: Manifest, begun: list[str], view: View, whole: bool) -> tuple[
         return STOPPED, f"Stopped in {text(begun[-1], 80)}; {_RESUME}"
     failed = [(name, stage.error) for name, stage in known.stages.items() if stage.state == "failed"]
     if failed:
-        return FAILED, f"{text(failed[-1][0], 80)}: {text(failed[-1][1], 300)}"
+        return FAILED, f"{text(failed[-1][0], 80)}: {text(failed[-1][1], LONGEST_ERROR)}"
     return STOPPED, f"Stopped before the end; {_RESUME}"
 
 

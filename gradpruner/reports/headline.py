@@ -47,7 +47,7 @@ def tiles(view: View) -> list[Tile]:
     if view.kind == "compare" and last is not None and last is not main and metric in last.after:
         gain = last.rival[metric].turned() if metric in last.rival else None
         found.append(_quality_tile("Compared to last layers", last.after[metric], after, gain, metric))
-    found.append(_time_tile(main, dense))
+    found += [time] if (time := _time_tile(main, dense)).change != MISSING else []
     shown = found if view.kind == "run" else found[1:]
     return [tile for tile in shown if {tile.before, tile.after} != {MISSING}]
 

@@ -178,7 +178,10 @@ def _data(view: View) -> list[Block]:
             f"{rows} evaluation row{' also occurs' if rows == 1 else 's also occur'} in the training data."
         )
         warning.append(("callout", (words, "The scores above are too high by an unknown amount.")))
-    return warning + tables_of(details.data_table(view))
+    parts = {"Training rows": view.record.train, "Evaluation rows": view.record.eval}
+    said = {name: "; ".join(text(note, 300) for note in part.notes) for name, part in parts.items()}
+    about = [f"{name}: {notes}." for name, notes in said.items() if notes]
+    return warning + tables_of(details.data_table(view)) + _notes("note", *about)
 
 
 def _recipe(view: View) -> list[Block]:

@@ -245,6 +245,7 @@ class Rows(JsonPart):
     format: Any = None
     rows: Number = None
     dropped_rows: Number = None
+    notes: Values = []
     supervised_tokens: Number = None
     sha256: Any = None
 

@@ -26,7 +26,7 @@ from gradpruner.reports.folders import DONE, RUNNING, Found, find_runs, report_o
 from gradpruner.reports.html import Section, plots_of, render, script_hash, tables_of
 from gradpruner.reports.svg import house_style
 from gradpruner.reports.tables import difference
-from gradpruner.reports.view import Row, View, metric_label
+from gradpruner.reports.view import LONGEST_ERROR, Row, View, metric_label
 
 ADDRESS = "127.0.0.1"
 _HOSTS = ("127.0.0.1", "localhost")
@@ -226,7 +226,7 @@ def _results(found: list[Found]) -> Table:
 
 def _row_line(run: Found, view: View, setting: str, row: Row) -> Line:
     label = f"{setting}: {row.label}" if view.kind == "ablation" else row.label
-    error = text(row.error, 300) if row.error else ""
+    error = text(row.error, LONGEST_ERROR) if row.error else ""
     cells = (
         _name_cell(run),
         text(label, 100),

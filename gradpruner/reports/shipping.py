@@ -176,7 +176,10 @@ def _reason(view: View, row: Row, basis: str) -> str:
         sure = f" Removing this many layers is {certified}." if search.best is not None else ""
         best = f"Of the {_candidates(view)}, it has the best {name}{measured_on}"
         return f"{best}: {percent(found.value)}{against}.{sure}"
-    nothing = "nothing was compared on validation rows"
+    nothing = "no scores were compared on validation rows"
+    kept = row.recorded.finetune.kept
+    if kept is not None and kept.rows is not None:
+        nothing = f"{nothing} (only losses, on {whole(kept.rows)} rows, to decide whether training it helped)"
     first = "the first plan" if _other_plans(view) else "the main variant"
     decided = (
         f"It is {first}: {nothing}, and test rows must not decide. Set data.validation in the recipe to ship "

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -253,9 +254,14 @@ def loss_axis(axes: Axes, log: bool, label: str) -> None:
 
 def percent_ticks(axes: Axes, which: str = "y") -> None:
     """Formats an axis as percentages, with enough digits to tell its ticks apart."""
-    axis, (low, high) = (axes.yaxis, axes.get_ylim()) if which == "y" else (axes.xaxis, axes.get_xlim())
-    digits = 0 if high - low > 0.05 else 1
-    axis.set_major_formatter(lambda value, _: percent(value, digits))
+    axis = axes.yaxis if which == "y" else axes.xaxis
+    axis.set_major_formatter(lambda value, _: percent(value, tick_digits(axis)))
+
+
+def tick_digits(axis: Axis) -> int:
+    """Returns how many digits behind the point tell an axis's ticks apart exactly, in per cent; at most 3."""
+    ticks = [100 * tick for tick in axis.get_majorticklocs()]
+    return next((n for n in range(3) if all(abs(tick - round(tick, n)) < 1e-6 for tick in ticks)), 3)
 
 
 def settled(points: Sequence[tuple[float, float]]) -> str:

@@ -9,7 +9,7 @@ from gradpruner.common.printing import duration, num_bytes, short, signed_percen
 from gradpruner.reports.cells import Cell, Line, Table, difference_cell, exact_cell, line, measured_cell
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.record import Evaluated
-from gradpruner.reports.view import Row, View, metric_label
+from gradpruner.reports.view import LONGEST_ERROR, Row, View, metric_label
 
 _AGAINST = " time against dense"
 COSTS: dict[str, tuple[str, Any]] = {
@@ -189,7 +189,7 @@ def _costs(view: View) -> dict[str, tuple[str, Any]]:
 
 
 def _line(view: View, row: Row, *cells: Cell | str) -> Line:
-    error = text(row.error, 500) if row.error else ""
+    error = text(row.error, LONGEST_ERROR) if row.error else ""
     kind = "failed" if error else "main" if row is view.main and stands_out(view) else ""
     return line(*cells, kind=kind, error=error)
 

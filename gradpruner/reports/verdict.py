@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gradpruner.common.printing import counted, interval, percent, points, ratio, text, whole
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes
-from gradpruner.reports.view import Point, Row, View, metric_label
+from gradpruner.reports.view import LONGEST_ERROR, Point, Row, View, metric_label
 
 _SMALL_LOSS = 0.02
 """A relative loss that may be chance is 'No clear difference' up to this size, and 'Cannot tell' above it."""
@@ -48,7 +48,8 @@ def _concluded(
 
 def _failures(view: View) -> list[str]:
     return [
-        f"{row.label}{f' at {point.label}' if view.kind == 'ablation' else ''} failed: {text(row.error, 300)}"
+        f"{row.label}{f' at {point.label}' if view.kind == 'ablation' else ''} failed: "
+        f"{text(row.error, LONGEST_ERROR)}"
         for point in view.points
         for row in point.rows
         if row.error

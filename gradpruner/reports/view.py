@@ -18,6 +18,8 @@ from gradpruner.reports.fields import Count, Each, Fields, JsonPart, Measured, M
 from gradpruner.reports.record import PENDING, Evaluated, PlanRecord, PointRecord, Record, Seed, VariantRecord
 
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
+LONGEST_ERROR = 1000
+"""Errors are shown up to this many characters, because the hint comes last."""
 FAR_FROM_BUDGET = 0.03
 """A row whose removed fraction is further than this from the budget does not meet it."""
 MOST_LOST = 0.5

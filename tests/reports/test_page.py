@@ -15,6 +15,8 @@ from typing import Any
 
 import matplotlib
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator
 from pages import Page
 from rich.console import Console
 
@@ -666,6 +668,36 @@ def test_engines_are_one_line_when_all_is_well(tmp_path: Path) -> None:
     assert served_summary(read(run)).startswith("sglang and llama.cpp can serve")
     assert [line.cells[3].text for line in serving_table(read(run)).lines] == ["it counts layers"]
     assert any("it counts layers" in step.note for step in (advice(read(run)) or pytest.fail()).commands)
+
+
+def test_answers_are_counted_in_the_whole_file_and_shown_without_special_tokens(tmp_path: Path) -> None:
+    run = make_run(16, ("dense", "merged"), num_losses=3)
+    run["data"]["train"]["notes"] = ["20 rows held out for validation"]
+    run["variants"]["merged"]["error"] = "it is too long " * 40 + "so do this"
+    line = {"prompt_tail": "<s>p", "answer": "a", "generated": "a", "correct": True}
+    for name in ("dense", "merged"):
+        path = tmp_path / f"variants/{name}/examples.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("".join(json.dumps({**line, "id": str(i)}) + "\n" for i in range(40)))
+    found = sample_answers(read(run), tmp_path)
+    assert found is not None and (found.total, len(found.answers)) == (40, 15)
+    assert found.answers[0].prompt == "p"
+    shown = render(run, tmp_path)
+    assert "All (40)" in shown and "the first 15 of each kind are listed" in shown
+    assert "Training rows: 20 rows held out for validation." in shown
+    assert shown.count("so do this") >= 2 and "so do this" in " ".join(printed(run).split())
+
+
+def test_tick_labels_are_the_values_of_their_ticks() -> None:
+    axes = Figure().subplots()
+    for low, high, labels in (
+        (0.57, 0.68, ["57.5%", "60.0%", "62.5%", "65.0%", "67.5%"]),
+        (0.0, 0.6, ["0%", "10%", "20%", "30%", "40%", "50%", "60%"]),
+    ):
+        axes.set_xlim(low, high)
+        axes.xaxis.set_major_locator(FixedLocator([float(label.strip("%")) / 100 for label in labels]))
+        svg.percent_ticks(axes, "x")
+        assert [label.get_text() for label in axes.get_xticklabels()] == labels
 
 
 def test_answers_are_read_from_inside_the_run_only(tmp_path: Path) -> None:

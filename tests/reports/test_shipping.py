@@ -40,7 +40,7 @@ def test_the_best_on_validation_rows_is_taken_whatever_the_test_rows_say() -> No
 def test_without_validation_rows_test_rows_do_not_decide_either() -> None:
     run = record(dense=DENSE, dropped=row(60, 0.9), merged=row(60, 0.5))
     found = model_to_ship(run)
-    assert found.row == "merged" and "nothing was compared" in found.reason
+    assert found.row == "merged" and "no scores were compared" in found.reason
 
 
 def test_after_a_run_of_the_dense_model_alone_shrink_is_named(capsys: pytest.CaptureFixture[str]) -> None:
