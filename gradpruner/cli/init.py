@@ -36,6 +36,11 @@ def init(
     from gradpruner.runs.starting import first_recipe
 
     target = where if where.suffix in (".yaml", ".yml") else where / RECIPE_NAME
+    if target != where and where.suffix[1:].isalpha() and not where.is_dir():
+        raise ConfigError(
+            f"'{where}' looks like a file, and a recipe is a YAML file.",
+            hint=f"Give {where.with_suffix('.yaml')}, or a folder to write {RECIPE_NAME} in.",
+        )
     if os.path.lexists(target):
         raise ConfigError(
             f"{target} already exists, and is not overwritten.",

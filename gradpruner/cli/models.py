@@ -164,6 +164,7 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
         _prune_widths(folder, source, destination, widths, chosen)
         return
     plan, trace = which.resolve(folder)
+    replaces = _has_files(destination)
     repair = Repair.load(which.repair_folder) if which.repair_folder is not None else None
     blueprint = Blueprint(folder, plan, trace, repair=repair)
     facts = blueprint.summary()
@@ -172,16 +173,20 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
     if not chosen.dry_run:
         with show_bytes(facts["bytes"][1], "prune") as progress:
             report = write_pruned(blueprint, destination, name=source, progress=progress, **options)
-        facts |= _made(destination, report, chosen)
+        facts |= _made(destination, report, chosen, replaces)
     if chosen.as_json:
         typer.echo(json.dumps(facts, indent=2))
 
 
-def _made(destination: Path, report: VerifyReport, chosen: Chosen) -> dict[str, Any]:
+def _has_files(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _made(destination: Path, report: VerifyReport, chosen: Chosen, replaced: bool) -> dict[str, Any]:
     """Prints that the folder was written; returns what --json adds."""
     if not chosen.as_json:
         _print_report(report)
-        typer.echo(f"pruned: {destination}")
+        typer.echo(f"pruned: {destination}{', which replaces the earlier one there' if replaced else ''}")
         suggest("prune a folder", folder=destination)
     return {"folder": str(destination), "verified": report.to_dict()}
 
@@ -214,7 +219,9 @@ def _prune_widths(folder: Path, source: str, destination: Path, plan: WidthPlan,
         _print_portability(facts["portability"])
     if not chosen.dry_run:
         check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
-        facts |= _made(destination, prune_width_checkpoint(folder, destination, plan, name=source), chosen)
+        replaces = _has_files(destination)
+        report = prune_width_checkpoint(folder, destination, plan, name=source)
+        facts |= _made(destination, report, chosen, replaces)
     if chosen.as_json:
         typer.echo(json.dumps(facts, indent=2))
 

@@ -70,9 +70,9 @@ def spoken(text: str) -> str:
         return in_use.get(found[1], found[0])
 
     # Neither "--set plan.num_prune=3", nor a part of a path, nor a faulty key of a file, "  - plan.name:".
-    # An option that is named already is not repeated.
+    # A quoted key is meant as one. An option that is named already is not repeated.
     return re.sub(
-        r"(?<!  - )(?<!--set )(?<![\w./=-])([a-z]+\.[a-z_]+)(?: \(--[a-z-]+\))?(?![\w/=]|\.\w)", option, text
+        r"(?<!  - )(?<!--set )(?<![\w./='-])([a-z]+\.[a-z_]+)(?: \(--[a-z-]+\))?(?![\w/=]|\.\w)", option, text
     )
 
 
@@ -99,7 +99,7 @@ def settled(chosen: Chosen) -> dict[str, Any]:
         key = item.partition("=")[0].strip()
         if key in values:
             flag = _flag(next(name for name, own in KEYS.items() if own == key))
-            raise ConfigError(f"{flag} and --set {item} both set {key}.", hint="Give only one of them.")
+            raise ConfigError(f"{flag} and --set {item} both set '{key}'.", hint="Give only one of them.")
     budgets = tuple(f"plan.{name}" for name in BUDGETS)
     gone: tuple[str, ...] = ()
     rows = {"data.train", "data.eval"} & set(values)

@@ -75,7 +75,8 @@ def compare(chosen: Chosen) -> None:
 
     prepare(chosen.quiet)
     # Without a recipe, methods follow their papers; with --set effort=fast all are repaired.
-    defaults = {"effort": "paper"} if chosen.recipe is None else {}
+    tuning = {"finetune.accumulation": None}  # as in a run: fewer rows a step if there are few
+    defaults = {"effort": "paper", **tuning} if chosen.recipe is None else {}
     recipe = resolve(chosen.recipe, chosen, defaults=defaults)
     asked = _asked(chosen, comparing.METHODS, (), comparing.SEEDS)
     out = chosen.out or comparing.FOLDER

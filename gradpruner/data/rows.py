@@ -82,6 +82,12 @@ def read_rows(source: str | Path, split: str = "train", *, skip_bad: bool = Fals
     if _HUB_ID.fullmatch(name) and not type_of(path):
         hub_id, _, config = name.partition(":")
         return read_hub(hub_id, split, config=config or None, tried=(str(path.absolute()),))
+    file, mark, count = name.partition("#")
+    if mark and Path(file).expanduser().exists():
+        raise DataError(
+            f"No data at '{name}': after # a number is needed, and '{count}' is not one.",
+            hint=f"Write {file}#500 to draw 500 rows, or {file} for all.",
+        )
     raise DataError(
         f"No data at '{name}'. Tried: file or folder {path.absolute()}.",
         hint=f"Give an existing file ({', '.join(SUFFIXES)}), a folder with {split}.jsonl, "

@@ -52,7 +52,8 @@ class PlanOptions(Section):
     def _one_budget(self) -> PlanOptions:
         given = [name for name in BUDGETS if getattr(self, name, None) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are all budgets; give one")
+            kind = "both" if len(given) == 2 else "all"
+            raise ValueError(f"{' and '.join(given)} are {kind} budgets; give one")
         if self.layers is not None and len(set(self.layers)) != len(self.layers):
             raise ValueError("layers lists a layer more than once")
         return self

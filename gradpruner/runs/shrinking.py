@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import weakref
@@ -34,6 +35,7 @@ from gradpruner.runs.recipe.recipe import Recipe, load_recipe, shrinking
 if TYPE_CHECKING:
     from rich.console import Console
 
+log = logging.getLogger(__name__)
 INPUTS = "inputs"
 """Folder of the run directory for a model and rows that were in memory."""
 
@@ -82,6 +84,8 @@ class Pruned(Printed):
         target = Path(folder).expanduser()
         check_output(target, inputs=(self.folder,), marker=PRUNING_FILE)
         check_free_space(target.absolute().parent, folder_bytes(self.folder), "The pruned model")
+        if target.is_dir() and any(target.iterdir()):
+            log.warning("Replacing the pruned model in %s.", target)
         with staged_folder(target) as staged:
             shutil.copytree(self.folder, staged, dirs_exist_ok=True)
         return target

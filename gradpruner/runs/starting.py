@@ -17,7 +17,7 @@ from gradpruner.models.folder import locate_model
 from gradpruner.models.loading import load_config, resolve_device
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.runs.before.fitting import device_memory
-from gradpruner.runs.job.evaluation_data import load_rows, tokenizer_of
+from gradpruner.runs.job.evaluation_data import HELD_OUT, load_rows, tokenizer_of, with_validation
 from gradpruner.runs.recipe.recipe import load_recipe
 from gradpruner.training.finetuning import WANTED_STEPS, chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneSection
@@ -87,6 +87,7 @@ def first_recipe(target: Path, values: dict[str, Any]) -> str:
         values = values | {"data.labels": {label: label for label in error.labels}}
         recipe.data.labels = values["data.labels"]
         rows, longest = _rows(recipe, folder)
+    held_out = [note for note in rows.notes if HELD_OUT in note]
     trained = _training(sizes, len(rows))
     layers = len(sizes.layer_parameters)
     gone = round(0.4 * layers)
@@ -106,7 +107,7 @@ def first_recipe(target: Path, values: dict[str, Any]) -> str:
         "removed": f"40 % of the layers, {short(lost)} parameters",
         "model_note": f"Model: {name}, type {config.model_type}, {layers} layers, "
         f"{short(sizes.parameters)} parameters.",
-        "data_note": f"Data: {len(rows):,} training rows, format {rows.format}.",
+        "data_note": "; ".join([f"Data: {len(rows):,} training rows, format {rows.format}", *held_out]) + ".",
     }
     text = TEMPLATE.format(**facts, **trained)
     trusted = "  trust_remote_code: true\n" if recipe.model.trust_remote_code else ""
@@ -118,6 +119,8 @@ def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
     local = any(folder.glob("tokenizer*"))
     tokenizer = tokenizer_of(recipe, folder) if local else None
     rows, _ = load_rows(recipe, tokenizer)
+    if recipe.chooses_recovery:  # as the run will do
+        rows, _ = with_validation(recipe, rows, tokenizer)
     if tokenizer is None:
         return rows, "The dry run shows how long yours are."
     first = encode_all(tokenizer, rows.examples[:200], 10**6)

@@ -39,11 +39,11 @@ def test_flags_reach_the_recipe_and_take_another_budget_and_other_rows_out(call,
 @pytest.mark.parametrize(
     ("command", "arguments", "part"),
     [
-        ("run", ("--epochs", "2", "--set", "finetune.epochs=3"), "both set finetune.epochs"),
+        ("run", ("--epochs", "2", "--set", "finetune.epochs=3"), "both set 'finetune.epochs'"),
         ("run", ("--lora", "--set", "finetune.mode=full"), "--lora and --set finetune.mode=full both"),
-        ("run", ("--num-prune", "1", "--layer-fraction", "0.5"), "are all budgets"),
+        ("run", ("--num-prune", "1", "--layer-fraction", "0.5"), "are both budgets"),
         ("run", ("--learning-rate", "0"), "greater than 0"),
-        ("evaluate", ("--epochs", "2", "--set", "finetune.epochs=2"), "both set finetune.epochs"),
+        ("evaluate", ("--epochs", "2", "--set", "finetune.epochs=2"), "both set 'finetune.epochs'"),
     ],
 )
 def test_flags_that_contradict_are_refused(call, tmp_path, command, arguments, part):
@@ -112,7 +112,8 @@ def test_a_first_recipe_runs_as_it_is(call, tmp_path, monkeypatch):
     recipe = load_recipe("recipe.yaml")
     assert recipe.model.path == str(tmp_path / "model") and recipe.data.eval == str(tmp_path / "eval.jsonl")
     assert (recipe.plan.num_prune, recipe.effort, recipe.data.max_length) == (2, "best", 64)
-    assert " 4 layers" in text and "24 training rows" in text
+    assert " 4 layers" in text and "22 training rows" in text
+    assert "2 rows held out for validation" in text
     assert max(map(len, text.splitlines())) <= 120
     code, out, err = call("run", "recipe.yaml", "--epochs", "1", "--train-limit", "16", "--quiet")
     assert code == 0 and (tmp_path / "runs/recipe/report.html").exists(), err
@@ -159,6 +160,7 @@ def test_a_recipe_elsewhere_finds_what_was_named_here(call, tmp_path, monkeypatc
             "columns not recognised",
         ),
         (("--data", "nowhere.jsonl", "--eval-data", "eval.jsonl"), 3, "No data at"),
+        (("--data", "train.jsonl#abc"), 3, "after # a number is needed"),
         (("--model", "model", "--task", "sst3"), 2, "sst3"),
     ],
 )
@@ -171,6 +173,8 @@ def test_what_no_recipe_can_be_made_of_is_refused_and_nothing_written(
     monkeypatch.chdir(tmp_path)
     found, out, err = call("init", "new.yaml", *options)
     assert found == code and part in err and out == "" and not (tmp_path / "new.yaml").exists()
+    found, _, err = call("init", "new.txt")
+    assert found == 2 and "Give new.yaml" in err and not (tmp_path / "new.txt").exists()
 
 
 # -- what to do next --------------------------------------------------------------------------------------

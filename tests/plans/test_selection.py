@@ -109,9 +109,9 @@ def test_parameter_fraction_takes_the_nearest_number_of_layers():
         ({"parameter_fraction": 0.3}, "needs layer_parameters and total_parameters"),
         (
             {"num_prune": 1, "layer_fraction": 0.1},
-            "^num_prune and layer_fraction are all budgets; give one. ",
+            "^num_prune and layer_fraction are both budgets; give one. ",
         ),
-        ({"num_prune": 1, "layers": [1]}, "num_prune and layers are all budgets"),
+        ({"num_prune": 1, "layers": [1]}, "num_prune and layers are both budgets"),
         ({"layers": [8]}, "0 to 7"),
         ({"layers": [-1]}, "layers.0: .* greater than or equal to 0"),
         ({"layers": [1, 1]}, "more than once"),

@@ -102,7 +102,7 @@ def test_all_faults_are_told_at_once():
         ({"finetune": {"seed": 9}}, "finetune.seed: unknown key. Did you mean 'seed'?"),
         ({"training": {"num_train_epochs": 1}}, "training.num_train_epochs: did you mean 'finetune.epochs'?"),
         ({"plan": {"num_prnue": 1}}, "plan.num_prnue: unknown key. Did you mean 'plan.num_prune'?"),
-        ({"plan": {"num_prune": 3, "layers": [1]}}, "num_prune and layers are all budgets; give one"),
+        ({"plan": {"num_prune": 3, "layers": [1]}}, "num_prune and layers are both budgets; give one"),
         ({"plan": {"layers": [1, 1]}}, "lists a layer more than once"),
         ({"plan": {"layers": [-1]}}, "plan.layers.0:"),
         ({"plan": {"density": 0}}, "plan.density:"),

@@ -318,7 +318,7 @@ def test_an_effort_sets_what_the_recipe_leaves_open():
             "teacher: tuned needs dense among the variants",
         ),
         ({"start": "base", "plan": {"max_loss": 0.01}}, "needs start: tuned or given"),
-        ({"start": "given", "plan": {"max_loss": 0.01, "num_prune": 3}}, "are all budgets"),
+        ({"start": "given", "plan": {"max_loss": 0.01, "num_prune": 3}}, "are both budgets"),
         ({"start": "given", "plan": {"max_loss": 1.5}}, "less than 1"),
         ({"plan": {"repair": "magic"}}, "least_squares"),
         ({"effort": "most"}, "'fast' or 'best'"),

@@ -21,6 +21,7 @@ from gradpruner.runs.before.forecast import forecast, num_devices
 from gradpruner.runs.folder.plan_names import label_of
 from gradpruner.runs.folder.run_record import title_of
 from gradpruner.runs.job.data_warnings import leading_spaces
+from gradpruner.runs.job.evaluation_data import HELD_OUT
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.row.depth_search import check_validation_rows
@@ -53,6 +54,7 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "num_prune": len(plan.pruned),
         "variants": [label_of(v, recipe.plan.repair != "none") for v in recipe.variants],
         "train_rows": len(job.train),
+        "held_out": [note for note in job.train.notes if HELD_OUT in note],
         "eval_rows": len(job.eval),
         "format": job.train.format,
         "supervised_tokens": job.samples.supervised_tokens,
@@ -142,6 +144,7 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
         console,
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"learned tokens, longest sample {facts['longest_sample_tokens']}), "
+        f"{''.join(f'{note}, ' for note in facts['held_out'])}"
         f"{facts['eval_rows']} evaluation rows{_spaces(facts)}\n{_steps(facts)}\n{_training(facts)}",
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"

@@ -24,6 +24,8 @@ from gradpruner.models.loading import load_tokenizer
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.recipe.sections import AlsoSection, DataSection
 
+HELD_OUT = "rows held out for"
+"""In notes of training rows: "40 rows held out for validation"."""
 _SHORT = 200  # characters of a command that a message may hold
 MOST_TO_CHOOSE = 200
 """At most this many training rows, and at most a tenth of them, are held out to decide whether a recovery is
@@ -239,7 +241,7 @@ def _held_out(
     def part(wanted: bool) -> tuple[Example, ...]:
         return tuple(row for i, row in enumerate(train.examples) if (i in held_out) == wanted)
 
-    notes = (*train.notes, f"{count} rows held out for {what}")
+    notes = (*train.notes, f"{count} {HELD_OUT} {what}")
     others = replace(
         train, examples=part(True), num_dropped=0, notes=(f"{count} of {len(train)} training rows",)
     )

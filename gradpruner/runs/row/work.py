@@ -64,6 +64,7 @@ def fit(variant: Variant) -> Repair:
             progress=progress.advance,
             world=this_world(),
         )
+        progress.update(job.num_layers)  # the walk ends at the last layer that is repaired
     job.release(model)
     return found
 
