@@ -302,21 +302,25 @@ def _nll(entry: dict[str, Any] | None) -> str:
 
 
 def writing() -> str:
-    """The table of the task that writes sentences: the dense model, and one with fewer layers."""
+    """The table of the task that writes sentences, by number of layers and choice."""
     dense = dense_of(WRITING, 0)
     assert dense is not None
-    rows = {"dense, before tuning": "dense/untrained", "dense, tuned": dense["cell"]}
-    rows[f"{USUAL} of 30 layers removed, layer-wise"] = f"shrink/igia/{USUAL}/layer_wise"
-    begins = f"train/{RECOVERING}/{USUAL}/"
-    found = [entry for entry in cells().values() if entry["task"] == WRITING and entry["seed"] == 0]
-    for entry in found:
-        if entry["cell"].startswith(begins):
-            rows[f"recovered with the teacher, rate {entry['cell'].removeprefix(begins)}"] = entry["cell"]
-    by_cell = {entry["cell"]: entry for entry in found}
+    rows = {"dense/untrained": "dense, before tuning", dense["cell"]: "dense, tuned"}
+    for gone in DEPTHS:
+        for choice, name in CHOICES.items():
+            rows[f"shrink/{choice}/{gone}/layer_wise"] = f"{gone} of 30 layers removed, {name}, layer-wise"
+    found = {e["cell"]: e for e in cells().values() if e["task"] == WRITING and e["seed"] == 0}
+    begins = f"train/{RECOVERING}"
+    for cell in found:
+        if cell.startswith(begins):
+            how, gone, rate = cell.removeprefix(begins).split("/")
+            prompts = ", who is followed on prompts too" if "prompts" in how else ""
+            rows[cell] = f"{gone} removed, IGIA, layer-wise, recovered with the teacher{prompts}, rate {rate}"
     lines = [f"| {TASKS[WRITING]}, seed 0 | loss on validation rows | test score |", "|---|---|---|"]
     lines += [
-        f"| {label} | {by_cell[cell]['validation']['nll']:.2f} | {100 * by_cell[cell]['test']['score']:.1f} |"
-        for label, cell in rows.items()
+        f"| {label} | {found[cell]['validation']['nll']:.2f} | {100 * found[cell]['test']['score']:.1f} |"
+        for cell, label in rows.items()
+        if cell in found
     ]
     return "\n".join([*lines, "", "Loss in nats per answer token; test score in %."])
 
