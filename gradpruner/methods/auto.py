@@ -25,6 +25,8 @@ from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.training.answer_loss import mean_nll
 from gradpruner.training.finetuning import finetune, planned_steps
 
+UNTRAINED: tuple[Proposer, ...] = ("gate", "gradpruner", "shortgpt")
+"""Families of which one was best on every task of docs/quality.md where nothing is trained."""
 _GROWTH = 3  # factor by which the steps grow from round to round
 
 
@@ -33,16 +35,18 @@ class AutoOptions(MethodOptions):
 
     pool: int = Field(default=12, ge=1)
     """Largest number of plans to choose from."""
-    families: list[Proposer] = Field(default=list(PROPOSERS), min_length=1)
-    """Where the plans come from. If the pool is too small for all families, the first ones are used."""
+    families: list[Proposer] | None = Field(default=None, min_length=1)
+    """Where the plans come from. If the pool is too small for all families, the first ones are used. null:
+    all of them, but only gate, gradpruner and shortgpt without rounds of training."""
     validation_samples: int = Field(default=128, ge=1)
     """Training samples held out to compare candidates on; at most a quarter of all samples."""
-    repair: Literal["none", "linear", "least_squares", "layer_wise"] = "least_squares"
-    """How every candidate is repaired before it is measured and trained."""
+    repair: Literal["none", "linear", "least_squares", "layer_wise"] | None = None
+    """How every candidate is repaired before it is measured and trained. null: as the run repairs its models
+    (plan.repair), by least_squares if it does not."""
     repair_rows: int | None = Field(default=None, ge=2)
-    """Largest number of training samples a repair is fitted on; null: as many as determine it well."""
-    rounds: int = Field(default=2, ge=0, le=3)
-    """Rounds of training; 0 chooses without training."""
+    """Largest number of training samples a repair is fitted on; null: as many as the run's repair."""
+    rounds: int | None = Field(default=None, ge=0, le=3)
+    """Rounds of training; 0 chooses without training. null: 2, but 0 if the pruned model is not trained."""
     share: float = Field(default=0.05, gt=0, le=1)
     """Steps of the first round, as a share of the steps of the later fine-tuning; every further round takes
     three times as many."""
@@ -70,7 +74,7 @@ def plan(context: MethodContext) -> PruningPlan:
     pruned copy in training (in float32 if all weights are trained), and on the CPU the refitted weights of
     the best half of the pool.
 
-    The plan holds no repair: set `plan.repair` to the repair the candidates were compared with.
+    The plan holds no repair: the run fits it again, on all samples.
 
     Raises:
         PlanError: If no candidate is left; the message says why each one failed.
@@ -78,7 +82,7 @@ def plan(context: MethodContext) -> PruningPlan:
 
     Source: successive halving (Jamieson and Talwalkar, 2016).
     """
-    options: AutoOptions = context.options or AutoOptions()
+    options = settled(context.options or AutoOptions(), context)
     num_prune = context.checked_num_prune()
     validation, rest = put_aside(context.samples, options.validation_samples, context.seed)
     _check_learned(validation)
@@ -92,6 +96,20 @@ def plan(context: MethodContext) -> PruningPlan:
     search.halve()
     best = search.best()
     return replace(best.plan, method="auto", evidence=search.evidence(best))
+
+
+def settled(options: AutoOptions, context: MethodContext) -> AutoOptions:
+    """Returns the options without a null, except `repair_rows`: what they leave open follows from the run."""
+    run = context.repair
+    rounds = (2 if context.trained else 0) if options.rounds is None else options.rounds
+    return options.model_copy(
+        update={
+            "rounds": rounds,
+            "families": options.families or list(PROPOSERS if rounds else UNTRAINED),
+            "repair": options.repair or ("least_squares" if run.kind == "none" else run.kind),
+            "repair_rows": options.repair_rows or run.rows,
+        }
+    )
 
 
 def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
@@ -126,6 +144,7 @@ class _Search:
 
     def __init__(self, context: MethodContext, options: AutoOptions, validation: list[Any]) -> None:
         self.context, self.options, self.validation = context, options, validation
+        self.num_rounds = options.rounds or 0
         self.candidates: list[Candidate] = []
         self.failures: dict[str, str] = {}
         self.rounds: list[dict[str, int]] = []
@@ -135,13 +154,13 @@ class _Search:
 
     def fill(self, num_prune: int) -> None:
         """Makes the pool."""
-        options = self.options
-        with Progress(len(set(options.families)), "plan auto: pool") as progress:
+        options, families = self.options, self.options.families or []
+        with Progress(len(set(families)), "plan auto: pool") as progress:
             self.candidates, self.failures = make_pool(
                 self.context,
                 num_prune,
                 options.pool,
-                options.families,
+                families,
                 options.task_loss_samples,
                 report=lambda name: progress.advance(),
             )
@@ -151,13 +170,13 @@ class _Search:
         with Progress(len(self.candidates), "plan auto: repair") as progress:
             for candidate in self.candidates:
                 self._try(candidate, 0)
-                self._forget_repairs(self._number(1) if self.options.rounds else 0)
+                self._forget_repairs(self._number(1) if self.num_rounds else 0)
                 progress.advance()
-        self.dense = None if self.options.rounds == 0 else self.dense
+        self.dense = self.dense if self.num_rounds else None
 
     def halve(self) -> None:
         """Trains the best candidates, round by round: fewer of them, for longer."""
-        for number in range(1, self.options.rounds + 1):
+        for number in range(1, self.num_rounds + 1):
             chosen = self._ranked()[: self._number(number)]
             if len(chosen) < 2:
                 break
@@ -227,15 +246,9 @@ class _Search:
     def _loss(self, candidate: Candidate, steps: int) -> float:
         plan, context = candidate.plan, self.context
         if steps == 0 and self.options.repair != "none" and plan.pruned:
-            candidate.repair = fit_repair(
-                self.dense,
-                plan,
-                context.samples,
-                context.collator,
-                kind=self.options.repair,
-                rows=self.options.repair_rows,
-                seed=context.seed,
-            )
+            changes = {"kind": self.options.repair, "rows": self.options.repair_rows, "seed": context.seed}
+            repair = context.repair.model_copy(update=changes)
+            candidate.repair = fit_repair(self.dense, plan, context.samples, context.collator, repair)
         model: Any = prune_(copy.deepcopy(self.dense), plan, repair=candidate.repair)
         if steps:
             model = self._trained(model, steps, candidate.names[0])

@@ -19,6 +19,7 @@ from gradpruner.data.encoding import Collator
 from gradpruner.gradients.scores import LayerScores, default_num_prune
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.plans.layer_plan import MIN_KEPT, PruningPlan
+from gradpruner.plans.options import RepairOptions
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Placeable, plan_pruning
 from gradpruner.plans.width_plan import WidthPlan
@@ -54,6 +55,8 @@ class MethodContext:
         options: The method's own options, an instance of `Method.options`.
         pruned_work: Estimated work of a pruned row (recording, repair, teacher, training) as a multiple of
             the dense model's fine-tuning; computed from steps and layers.
+        repair: How the result is repaired later; kind "none" if it is not.
+        trained: Whether the result is fine-tuned later, or stays as it is after the repair.
         finetune: How the result is fine-tuned later. Methods that train take batch size, precision and
             device from it.
         folder: Where a method that trains for long may save checkpoints; None if it must not save any.
@@ -73,6 +76,8 @@ class MethodContext:
     fits: Placeable | None = None
     options: Any = None
     pruned_work: float = 1.0
+    repair: RepairOptions = field(default_factory=RepairOptions)
+    trained: bool = True
     finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
     folder: Path | None = None
 

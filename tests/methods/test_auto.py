@@ -12,9 +12,10 @@ from torch.nn.functional import cross_entropy
 from gradpruner.common.errors import DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
 from gradpruner.methods import METHODS, MethodContext, auto
-from gradpruner.methods.auto import AutoOptions, put_aside
+from gradpruner.methods.auto import AutoOptions, put_aside, settled
 from gradpruner.methods.candidates import PROPOSERS, Candidate, make_pool
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.options import RepairOptions
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.pruning.in_memory import prune_
 from gradpruner.pruning.repair.refitting import fit_repair
@@ -195,6 +196,21 @@ def test_without_training_the_lowest_loss_of_the_repaired_models_wins(kind):
     best = min(table, key=lambda row: row["losses"][0])
     assert list(plan.pruned) == best["pruned"] and plan.evidence["winner"] == best["names"]
     assert plan.method == "auto" and plan.evidence["rounds"] == []
+
+
+def test_what_is_left_open_follows_from_the_run():
+    options = AutoOptions()
+    run = context_of([], options=options, num_keep=4)
+    found = settled(options, run)
+    assert (found.rounds, found.families, found.repair) == (2, list(PROPOSERS), "least_squares")
+    shrunk = replace(run, trained=False, repair=RepairOptions(kind="layer_wise", rows=7))
+    found = settled(options, shrunk)
+    assert (found.rounds, found.families) == (0, ["gate", "gradpruner", "shortgpt"])
+    assert (found.repair, found.repair_rows) == ("layer_wise", 7)
+    unrepaired = replace(run, repair=RepairOptions(kind="none"))
+    assert settled(options, unrepaired).repair == "least_squares"
+    asked = AutoOptions(rounds=1, families=["last"], repair="none", repair_rows=3)
+    assert settled(asked, shrunk) == asked
 
 
 # --- rounds -------------------------------------------------------------------------------------------------

@@ -276,7 +276,7 @@ def _phases(job: Job) -> Iterator[Phase]:
     if dense and recipe.start != "given":
         # With start: tuned, the dense model is tuned before anything is recorded.
         yield Phase("fine-tuning dense", "record" if recipe.start == "tuned" else "finetune", "dense", tuning)
-    if methods and (recipe.start == "base" or recipe.recover.trains):
+    if methods and recipe.trains_pruned:
         if recipe.distils and recipe.distil.prompts:
             tuning = replace(tuning, head_tokens=tuning.tokens)
         what = "distillation" if recipe.distils else "fine-tuning" if recipe.start == "base" else "recovery"

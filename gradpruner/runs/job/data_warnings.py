@@ -108,8 +108,9 @@ def _long_answers(inputs: Inputs) -> str:
         return ""
     return (
         f"Answers have {length:.0f} tokens on average. Models that write sentences lose far more by pruning "
-        "than models that answer in a few tokens (docs/quality.md). Compare several numbers of layers "
-        "(plan.num_prune), or set the loss you accept and let plan.max_loss find the number."
+        "than models that answer in a few tokens, and another choice of layers suits them (docs/quality.md). "
+        "Remove fewer layers (plan.num_prune), or let plan.max_loss find how many; the method auto compares "
+        "choices on held-out rows."
     )
 
 

@@ -166,6 +166,8 @@ class Job(Inputs):
             num_remove=self.num_remove,
             unit=plan.unit,
             pruned_work=self.pruned_work,
+            repair=self.repair,
+            trained=self.recipe.trains_pruned,
             protected=tuple(sorted(protected)),
             fits=self.slots(),
             options=self.method_options(name),
@@ -235,7 +237,8 @@ class Job(Inputs):
     def decision_inputs(self, name: str) -> dict[str, Any]:
         """What the scores of a method depend on, or its plan if it plans without scores."""
         options, method = self.recipe.plan, METHODS.find(name)
-        return {
+        compared = {"compared": [*self.repair_inputs, self.recipe.trains_pruned]} if method.alone else {}
+        return compared | {
             "method": name,
             "options": self.method_options(name).model_dump(mode="json"),
             "score": self.recipe.score.model_dump(),

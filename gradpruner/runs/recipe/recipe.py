@@ -169,6 +169,11 @@ class Recipe(Section):
         return self.distil.teacher == "tuned"
 
     @property
+    def trains_pruned(self) -> bool:
+        """Whether pruned models are trained: fine-tuned or, if a tuned model was pruned, recovered."""
+        return self.start == "base" or self.recover.trains
+
+    @property
     def chooses_recovery(self) -> bool:
         """Whether validation rows decide if a pruned model's recovery is kept."""
         return self.start != "base" and self.recover.trains and self.recover.keep_better

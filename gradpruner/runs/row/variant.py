@@ -59,7 +59,7 @@ class Variant:
         """Whether it is trained: fine-tuned or, if a tuned model was pruned, recovered."""
         if self.starts_dense:
             return self.recipe.start != "given"
-        return self.recipe.start == "base" or self.recipe.recover.trains
+        return self.recipe.trains_pruned
 
     @property
     def repairs(self) -> bool:
