@@ -167,8 +167,10 @@ def vary(work: Work) -> None:
         if name != work.task:
             other = replace(work, task=name, only=())
             varied(work, folder, f"rows-of-{name}", source=other)
-    for kind, answers in WEIGHTS:
-        varied(work, folder, f"{kind}-answers-{answers:g}", LAYER_WISE_ROWS, kind=kind, answers=answers)
+    for choice in ("igia", "gate", "shortgpt"):
+        for kind, answers in WEIGHTS:
+            name = f"{kind}-answers-{answers:g}"
+            varied(work, folder, name, LAYER_WISE_ROWS, kind, choice, answers=answers)
     if not work.wants("shrink/lora/"):
         return
     adapted = lora_tuned(work)
@@ -182,20 +184,21 @@ def varied(
     name: str,
     count: int | None = None,
     kind: str = "least_squares",
+    choice: str = "igia",
     **options: Any,
 ) -> None:
-    """Measures one variation of the repair after pruning IGIA's layers."""
+    """Measures one variation of the repair."""
 
     def make() -> dict[str, Any]:
         from gradpruner.pruning.in_memory import prune_
 
-        plan, _ = choose(work, folder, "igia", NUM_GONE)
+        plan, _ = choose(work, folder, choice, NUM_GONE)
         model = work.load(folder)
         fitted = repaired(work, model, plan, kind, count, **options)
         prune_(model, plan, repair=fitted)
         return {"gone": list(plan.pruned), "repair": fitted.facts(), **work.measure(model)}
 
-    key = f"vary/igia/{NUM_GONE}/{name}"
+    key = f"vary/{choice}/{NUM_GONE}/{name}"
     if work.wants(key):
         work.cell(key, make)
 
