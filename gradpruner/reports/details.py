@@ -221,8 +221,8 @@ def verification_table(view: View) -> Table:
         passed = sum(1 for check in report.checks if check.passed)
         logits = next((text(c.detail) for c in report.checks if c.name == "logits"), "-")
         words = f"{passed} of {len(report.checks)} checks passed, none failed" if report.passed else "failed"
-        undone = (f"; {text(c.name)}: {text(c.detail, 80)}" for c in report.checks if c.passed is None)
-        words += "".join(undone) if report.passed else ""
+        undone = ", ".join(text(check.name) for check in report.checks if check.passed is None)
+        words += f"; not done: {undone}" if report.passed and undone else ""
         kind = "" if report.passed else "failed"
         lines.append(line(row.label, text(report.level), words, logits, kind=kind))
     columns = ("Variant", "Level", "Result", "Logits against the source")
