@@ -12,6 +12,7 @@ from gradpruner.reports import html
 from gradpruner.runs import pipeline
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
+from gradpruner.runs.row import work
 from gradpruner.runs.study.carrying_out import MARKER, adopt, is_of, run_study, state_of, stored_record
 from gradpruner.runs.study.design import make_study
 from gradpruner.runs.study.file import NamedPoint, Sweep, read_study
@@ -341,9 +342,9 @@ def test_a_run_with_a_damaged_record_does_not_count_as_finished(compared, tmp_pa
 def test_a_sweep_shows_the_dense_row_everywhere_and_records_once(tmp_path, monkeypatch):
     path, _ = make_project(tmp_path)
     recorded, trained = [], []
-    record, finetune = pipeline.record_gradients, pipeline.Variant.tune
+    record, finetune = pipeline.record_gradients, work.tune
     monkeypatch.setattr(pipeline, "record_gradients", lambda *a, **k: recorded.append(1) or record(*a, **k))
-    monkeypatch.setattr(pipeline.Variant, "tune", lambda self: trained.append(self.name) or finetune(self))
+    monkeypatch.setattr(work, "tune", lambda variant: trained.append(variant.name) or finetune(variant))
     sweep = Sweep(key="plan.num_merge", values=[0, 1], label="merged layers")
     plan = make_study(recipe_of(path), out=tmp_path / "s", methods=["gradpruner"], seeds=[0], sweep=sweep)
     found = run_study(plan).study
