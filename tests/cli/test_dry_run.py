@@ -45,6 +45,23 @@ def test_it_shows_rates_what_is_in_a_step_and_about_how_long(call, tmp_path):
         assert part in shown
 
 
+def test_what_is_done_before_is_marked_and_not_counted(call, tmp_path):
+    path, _ = make_project(tmp_path, start="tuned", evaluate={"before_finetuning": False})
+    new = facts_of(call, path)
+    assert new["done"] == [] and new["trace_bytes"] > 0
+    assert call("record", path)[0] == 0
+    facts = facts_of(call, path, "plan.num_prune=1")
+    assert facts["done"] == ["finetune dense", "record"]
+    assert (
+        facts["seconds_estimate"]["record"] == facts["seconds_estimate"]["train"] == facts["trace_bytes"] == 0
+    )
+    assert facts["written_bytes"] < new["written_bytes"] - new["trace_bytes"]
+    _, out, _ = call("run", path, "--dry-run")
+    shown = " ".join(out.split())
+    assert "steps (done before), record 4 steps (done before)" in shown
+    assert facts_of(call, path, "finetune.epochs=2")["done"] == []
+
+
 @pytest.mark.parametrize(
     ("overrides", "rate", "source"),
     [

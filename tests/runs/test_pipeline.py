@@ -334,7 +334,7 @@ def test_the_estimated_bytes_are_the_bytes_written(project):
     models = sum(p.stat().st_size for p in out.rglob("*.safetensors") if "trace" not in p.parts)
     assert needs["trace"] == pytest.approx(factors, rel=0.2)
     assert needs["models"] == pytest.approx(models, rel=0.2)
-    facts = preview_run(load_recipe(path))
+    facts = preview_run(load_recipe(path, (f"out={path.parent / 'new'}",)))
     assert facts["written_bytes"] == needs["trace"] + needs["models"]
     learned = "".join(text for text, supervised in facts["samples"][0] if supervised)
     assert learned.split()[0] in ("red", "blue", "green") and len(facts["samples"]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from gradpruner.common.files import folder_bytes
@@ -11,21 +12,27 @@ from gradpruner.runs.folder.plan_names import STAGES, method_of
 from gradpruner.runs.job.job import Job
 
 
-def bytes_to_write(job: Job) -> dict[str, int]:
-    """Returns the bytes a run writes: `trace`, `models` that stay, and `temporary` files at their peak."""
+def bytes_to_write(job: Job, done: Collection[str] = ()) -> dict[str, int]:
+    """Returns the bytes a run writes: `trace`, `models` that stay, and `temporary` files at their peak.
+
+    The trace and the dense model do not count if their stages are `done`.
+    """
     recipe = job.recipe
     plan = job.expected_plan
     sizes = job.sizes.savings(plan.keep)["disk_bytes"]
     rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
+    written = sum(rows) - (sizes["before"] if "finetune dense" in done else 0)
     trace = 0
-    if any(METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"):
+    if "record" not in done and any(
+        METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"
+    ):
         trace = trace_bytes(job.sizes.model, recipe.record.rank, job.record_steps)
     temporary = 0 if recipe.keep_models == "all" else max(rows)
     options = recipe.finetune
     if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
         # A checkpoint is float32 weights and two moments; two are kept while a third is written.
         temporary += 3 * 12 * job.sizes.parameters
-    return {"trace": trace, "models": sum(rows) if recipe.keep_models == "all" else 0, "temporary": temporary}
+    return {"trace": trace, "models": written if recipe.keep_models == "all" else 0, "temporary": temporary}
 
 
 def _row_bytes(variant: str, sizes: dict[str, int]) -> int:

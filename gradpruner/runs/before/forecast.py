@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +122,8 @@ class _Trial:
             torch.cuda.synchronize(self.device)
 
 
-def forecast(job: Job) -> Forecast:
-    """Estimates how long a recipe takes, without the searches of methods."""
+def forecast(job: Job, done: Collection[str] = ()) -> Forecast:
+    """Estimates how long a recipe takes, without the searches of methods and the stages `done` before."""
     recipe, options = job.recipe, job.training
     trial = _Trial(job)
     macs_per_layer = sum(job.sizes.layer_macs) / job.num_layers
@@ -134,7 +135,8 @@ def forecast(job: Job) -> Forecast:
     step = options.accumulation * one_pass * (1.0 if options.mode == "full" else _LORA) + update
     kept = job.num_keep / job.num_layers
     pruned = [name for name in recipe.variants if name != "dense"]
-    dense = 0.0 if recipe.start == "given" else job.finetune_steps * step * ("dense" in recipe.variants)
+    tuned = recipe.start == "given" or "finetune dense" in done
+    dense = 0.0 if tuned else job.finetune_steps * step * ("dense" in recipe.variants)
     steps = job.finetune_steps if recipe.start == "base" else job.recover_steps
     taught = 4 / 3 if recipe.distils else 1.0
     train = dense + len(pruned) * kept * taught * steps * step
@@ -145,9 +147,9 @@ def forecast(job: Job) -> Forecast:
     passes = math.ceil(len(job.eval) / batch)
     per_batch = trial.seconds(batch, length, False) + answer * trial.seconds(batch, 1, False)
     times = 2 if recipe.evaluate.before_finetuning and (recipe.start == "base" or steps) else 1
-    rows = ("dense" in recipe.variants) + kept * len(pruned)
+    rows = ("dense" in recipe.variants and "evaluate dense" not in done) + kept * len(pruned)
     return Forecast(
-        record=0.0 if not pruned else record,
+        record=0.0 if not pruned or "record" in done else record,
         repair=layers * repair * len(pruned) / this_world().size if recipe.plan.repair != "none" else 0.0,
         train=train,
         evaluate=layers * per_batch * passes * times * rows / this_world().size,

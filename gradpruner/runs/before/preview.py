@@ -16,6 +16,7 @@ from gradpruner.common.printing import Printed, duration, num_bytes, print_line
 from gradpruner.data.encoding import labelled_text
 from gradpruner.evaluation.costing.per_device import memory_table
 from gradpruner.runs.before.disk import bytes_to_write
+from gradpruner.runs.before.done import done_before
 from gradpruner.runs.before.fitting import fault_of, memory_need
 from gradpruner.runs.before.forecast import forecast, num_devices
 from gradpruner.runs.folder.plan_names import label_of
@@ -41,9 +42,10 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
     recipe = job.recipe
     rate, source = _learning_rate(job)
     plan = job.expected_plan
-    needs = bytes_to_write(job)
+    done = done_before(job)
+    needs = bytes_to_write(job, done)
     saved = job.sizes.savings(plan.keep)
-    taken = forecast(job)
+    taken = forecast(job, done)
     need = memory_need(job, rehearse=True)
     fault = str(fault_of(job, need)) if need.impossible else None
     ignored = [fault] if fault is not None and recipe.memory == "warn" else []
@@ -53,6 +55,7 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "num_layers": job.num_layers,
         "num_prune": len(plan.pruned),
         "variants": [label_of(v, recipe.plan.repair != "none") for v in recipe.variants],
+        "done": sorted(done),
         "train_rows": len(job.train),
         "held_out": [note for note in job.train.notes if HELD_OUT in note],
         "eval_rows": len(job.eval),
@@ -204,8 +207,11 @@ def _training(facts: dict[str, Any]) -> str:
 def _steps(facts: dict[str, Any]) -> str:
     """What the run does, in order, in a sentence."""
     rows, steps = ", ".join(facts["variants"]), facts["finetune_steps"]
-    parts = [f"fine-tune dense for {steps} steps"] if facts["start"] == "tuned" else []
-    parts.append(f"record {facts['record_steps']} steps")
+    done = {name: " (done before)" if name in facts["done"] else "" for name in ("finetune dense", "record")}
+    parts = (
+        [f"fine-tune dense for {steps} steps{done['finetune dense']}"] if facts["start"] == "tuned" else []
+    )
+    parts.append(f"record {facts['record_steps']} steps{done['record']}")
     if facts["max_loss"] is not None:
         parts.append(
             f"find how many layers lose at most {facts['max_loss']:.2%} on {facts['validation_rows']} "
