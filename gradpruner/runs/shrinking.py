@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from gradpruner.common.errors import ConfigError, DataError, ModelError
+from gradpruner.common.errors import ConfigError, DataError, GradPrunerError, ModelError
 from gradpruner.common.files import check_free_space, folder_bytes, write_text
 from gradpruner.common.printing import Printed, print_line
 from gradpruner.gradients.scores import LayerScores
+from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, check_output, staged_folder
 from gradpruner.models.layers import refuse_adapters
@@ -28,6 +29,7 @@ from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
 from gradpruner.runs.folder.directory import RunDirectory
 from gradpruner.runs.folder.plan_names import method_of, own_plan, tuned_folder
+from gradpruner.runs.job.evaluation_data import load_split
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import Recipe, load_recipe, shrinking
@@ -163,10 +165,15 @@ def prune(
         }
         given = {key: value for key, value in values.items() if value is not None}
         recipe = load_recipe(values=given | dict(settings or {}))
-        if inputs.writes:
+        METHODS.find(method_of(method))
+        if inputs.writes or isinstance(model, nn.Module):
             with RunDirectory(folder):
                 for write in inputs.writes:
                     write()
+                if isinstance(model, nn.Module):  # bad rows are told before gigabytes are copied
+                    for split in ("train", "eval"):
+                        load_split(recipe, split, tokenizer)
+                    inputs.write_model()
         loaded = model if isinstance(model, nn.Module) else None
         job = Job(recipe, "gradpruner.prune", loaded=loaded, measures=eval_data is not None)
         record = run(recipe, until="report" if job.measures else "finetune", job=job)
@@ -174,9 +181,11 @@ def prune(
             str(stored_dtype(job.folder)).removeprefix("torch.") if loaded is not None else recipe.model.dtype
         )
         result = replace(_result(recipe, record, method, dtype), temporary=out is None)
-    except BaseException:
+    except BaseException as error:
         if out is None:
             shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, GradPrunerError):
+            error.message, error.hint = inputs.named(error.message), error.hint and inputs.named(error.hint)
         raise
     if out is None:
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
@@ -208,6 +217,9 @@ class _Inputs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.writes: list[Callable[[], object]] = []
+        self.write_model: Callable[[], object] = lambda: None
+        self.written: dict[str, Path] = {}
+        """Argument whose rows are in memory -> where they are written."""
 
     def model(
         self, model: str | Path | nn.Module, tokenizer: Any, method: str, repair: str
@@ -224,20 +236,27 @@ class _Inputs:
         _refuse_unusable(loaded, tokenizer)
         name = Path(str(getattr(loaded, "name_or_path", ""))).name or str(loaded.config.model_type)
         folder = self.folder / (re.sub(r"[^\w.-]", "_", name).strip(".") or "model")
-        self.writes.append(partial(_write_model, loaded, tokenizer, folder))
+        self.write_model = partial(_write_model, loaded, tokenizer, folder)
         return shrinking(str(folder), method, repair) | {"model.device": str(loaded.device)}
+
+    def named(self, text: str) -> str:
+        """Returns a message with arguments of `prune` in place of our own files and options of commands."""
+        for argument, path in self.written.items():
+            text = text.replace(str(path), argument).replace(path.name, argument)
+        return text.replace("--skip-bad", 'settings={"data.skip_bad": True}').replace("--set ", "settings: ")
 
     def rows(self, rows: Any, name: str) -> str:
         """Returns where the rows are, or where they will be written."""
         if isinstance(rows, str | Path):
             return str(rows)
+        argument = {"train": "task_data", "eval": "eval_data"}[name]
         if hasattr(rows, "save_to_disk"):  # a `datasets.Dataset`
             target = self.folder / name
             self.writes.append(partial(shutil.rmtree, target, ignore_errors=True))
             self.writes.append(partial(rows.save_to_disk, str(target)))
             return str(target)
         text = _as_lines(rows)
-        target = self.folder / f"{name}.jsonl"
+        target = self.written[argument] = self.folder / f"{name}.jsonl"
         self.writes.append(partial(write_text, target, text))
         return str(target)
 

@@ -16,6 +16,7 @@ from gradpruner.cli.main import app
 from gradpruner.common.errors import ConfigError, DataError, ModelError, PlanError
 from gradpruner.common.progress import set_mode
 from gradpruner.demo import DATA_DIR, MODEL_DIR
+from gradpruner.runs import shrinking
 
 SETTINGS = {"record.batch_size": 2, "data.max_length": 128, "plan.repair_rows": 16}
 
@@ -115,7 +116,11 @@ def test_a_dataset_and_a_run_directory_to_keep(tmp_path):
         ({"tokenizer": None}, ConfigError, "tokenizer=tokenizer"),
         ({"task_data": {"prompt": ["a"]}}, DataError, "list of dictionaries"),
         ({"task_data": [{"prompt": "a"}, {"prompt": object()}]}, DataError, "Row 1"),
-        ({"task_data": [{"a": "b"}]}, DataError, "columns not recognised"),
+        (
+            {"task_data": [{"a": "b"}]},
+            DataError,
+            "^task_data: columns not recognised.*settings: 'data.columns",
+        ),
         ({"num_prune": 2, "layer_fraction": 0.5}, ConfigError, "give one"),
         ({"method": "gradpruned"}, ConfigError, "Did you mean 'gradpruner'"),
         ({"settings": {"record.stepz": 3}}, ConfigError, "record.stepz"),
@@ -131,6 +136,7 @@ def test_bad_arguments_are_refused_and_leave_no_files(changes, error, said, tmp_
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     given = {"model": make_llama(), "task_data": make_rows(8), "tokenizer": make_tokenizer()} | changes
+    monkeypatch.setattr(shrinking, "_write_model", lambda *a: pytest.fail("bad rows are told first"))
     with pytest.raises(error, match=said):
         gradpruner.prune(given.pop("model"), given.pop("task_data"), **given)
     assert not list(tmp_path.iterdir())
