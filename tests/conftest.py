@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -76,13 +77,17 @@ def rehearsed_once():
 
 
 @pytest.fixture(autouse=True)
-def progress_as_usual():
-    """No test finds progress lines turned off by an earlier one."""
+def process_as_usual():
+    """No test finds progress lines turned off, or signals handled, by an earlier one."""
     set_mode("auto")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
-def quiet(progress_as_usual):
+def quiet(process_as_usual):
     """No progress lines."""
     set_mode("quiet")
 

@@ -18,14 +18,6 @@ from gradpruner.runs.recipe.recipe import load_recipe
 from gradpruner.runs.row import work
 
 
-@pytest.fixture(autouse=True)
-def as_it_was():
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 def rows_of(record):
     rows = {}
     for name, row in record["variants"].items():
@@ -98,7 +90,7 @@ def test_doctor(call):
         (["run", "nowhere.yaml"], "There is no recipe at nowhere.yaml"),
         (["run", "dmo"], "no recipe file or built-in recipe 'dmo'"),
         (["run", "--oot", "x"], "No such option"),
-        (["plan", "--model", "m"], "give data.train (--data), or data.task"),
+        (["plan", "--model", "m"], "data: missing; give --data, or --task"),
         (["fly"], "No such command"),
     ],
 )

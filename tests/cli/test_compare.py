@@ -22,8 +22,7 @@ from gradpruner.runs.study import comparing
 
 
 @pytest.fixture(autouse=True)
-def as_it_was(monkeypatch):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def quick(monkeypatch):
     monkeypatch.setattr(html, "render_html", lambda found, out: out.write_text(found["title"]))
     monkeypatch.setattr(html, "markdown_table", lambda found, folder: found["kind"])
     monkeypatch.setattr(
@@ -32,9 +31,6 @@ def as_it_was(monkeypatch):
         lambda found, console, folder: console.print(f"table of {len(found['points'])} points"),
     )
     monkeypatch.setattr(Job, "release", lambda *a: None)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 QUICK = ("--set", "evaluate.before_finetuning=false", "--set", "evaluate.metrics=[exact_match]")

@@ -200,6 +200,6 @@ def test_who_removes_many_layers_from_a_model_that_writes_sentences_is_warned(ca
         return any("write sentences" in text for text in facts_of(call, path, *overrides)["warnings"])
 
     assert warned()
-    assert not warned("start=given", "plan.max_loss=0.1", "plan.num_prune=null", "plan.num_merge=0")
+    assert not warned("start=given", "plan.max_loss=0.9", "plan.num_prune=null", "plan.num_merge=0")
     write_rows(tmp_path / "train.jsonl", make_rows(24))
     assert not warned()

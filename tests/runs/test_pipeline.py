@@ -26,7 +26,7 @@ from gradpruner.runs.row import work
 
 
 @pytest.fixture(autouse=True)
-def quick_and_quiet(project, progress_as_usual, monkeypatch):
+def quick_and_quiet(project, process_as_usual, monkeypatch):
     """The report and the clearing of memory, seconds each, are left to the first run."""
     set_mode("quiet")
     monkeypatch.setattr(html, "render_html", lambda record, path: path)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, get_scheduler
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError
+from gradpruner.common.progress import set_mode
 from gradpruner.data.encoding import IGNORED, Collator
 from gradpruner.training.adapters import attach_lora
 from gradpruner.training.batching import LengthGroups
@@ -412,6 +413,7 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch):
 
 
 def test_progress_shows_steps_and_loss(capsys):
+    set_mode("auto")
     tune(max_steps=3, description="finetune merged")
     shown = capsys.readouterr()
     assert shown.out == "" and "finetune merged 3/3 loss" in shown.err
