@@ -118,7 +118,7 @@ def test_all_there_is_can_be_seen_and_read(tab: Browser, pages: dict[str, Path],
     tab.open(pages[kind], **how)
     assert tab.ask(FAULTS) == []
     tops = tab.ask(
-        "['ship', 'headline', 'results'].map(i => document.getElementById(i).getBoundingClientRect().top)"
+        "['headline', 'ship', 'results'].map(i => document.getElementById(i).getBoundingClientRect().top)"
     )
     assert tops == sorted(tops) and tops[0] < 300
 
