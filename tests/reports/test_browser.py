@@ -123,7 +123,7 @@ def test_all_there_is_can_be_seen_and_read(tab: Browser, pages: dict[str, Path],
     assert tops == sorted(tops) and tops[0] < 300
 
 
-def test_what_to_do_stands_on_top_and_is_copied(tab: Browser, pages: dict[str, Path]) -> None:
+def test_what_to_do_is_copied(tab: Browser, pages: dict[str, Path]) -> None:
     tab.open(pages["run"])
     tab.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
     lines = tab.ask("[...document.querySelectorAll('#ship .command code')].map(e => e.innerText)")
