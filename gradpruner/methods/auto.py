@@ -25,7 +25,7 @@ from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.training.answer_loss import mean_nll
 from gradpruner.training.finetuning import finetune, planned_steps
 
-UNTRAINED: tuple[Proposer, ...] = ("gate", "gradpruner", "shortgpt")
+UNTRAINED: tuple[Proposer, ...] = ("gate", "gradpruner")
 """Families of which one was best on every task of docs/quality.md where nothing is trained."""
 _GROWTH = 3  # factor by which the steps grow from round to round
 
@@ -37,7 +37,7 @@ class AutoOptions(MethodOptions):
     """Largest number of plans to choose from."""
     families: list[Proposer] | None = Field(default=None, min_length=1)
     """Where the plans come from. If the pool is too small for all families, the first ones are used. null:
-    all of them, but only gate, gradpruner and shortgpt without rounds of training."""
+    all of them, but only gate and gradpruner without rounds of training."""
     validation_samples: int = Field(default=128, ge=1)
     """Training samples held out to compare candidates on; at most a quarter of all samples."""
     repair: Literal["none", "linear", "least_squares", "layer_wise"] | None = None

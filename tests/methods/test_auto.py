@@ -205,7 +205,7 @@ def test_what_is_left_open_follows_from_the_run():
     assert (found.rounds, found.families, found.repair) == (2, list(PROPOSERS), "least_squares")
     shrunk = replace(run, trained=False, repair=RepairOptions(kind="layer_wise", rows=7))
     found = settled(options, shrunk)
-    assert (found.rounds, found.families) == (0, ["gate", "gradpruner", "shortgpt"])
+    assert (found.rounds, found.families) == (0, ["gate", "gradpruner"])
     assert (found.repair, found.repair_rows) == ("layer_wise", 7)
     unrepaired = replace(run, repair=RepairOptions(kind="none"))
     assert settled(options, unrepaired).repair == "least_squares"
