@@ -16,6 +16,7 @@ from quality_cells import (
     better,
     cells,
     classified,
+    compared,
     dense_of,
     loss,
     measured_tasks,
@@ -86,6 +87,8 @@ def shrunk() -> str:
             found = pairs(f"shrink/{choice}/{USUAL}/{repair}")
             if found:
                 lines.append(_line(f"{label}, {REPAIRS[repair]}", found))
+    if found := compared():
+        lines.insert(3, _line("IGIA's or the gate's, by loss on validation rows, layer-wise", found))
     return "\n".join([*lines, "", _note()])
 
 

@@ -134,6 +134,13 @@ def better() -> list[Pair]:
     return [min(pair, key=lambda found: found[3]["validation"]["nll"]) for pair in both]
 
 
+def compared() -> list[Pair]:
+    """For every run the gate's or IGIA's choice, repaired layer-wise, whichever has the lower validation loss."""
+    found = [{pair[:2]: pair for pair in pairs(f"shrink/{c}/{USUAL}/layer_wise")} for c in ("igia", "gate")]
+    both = [(found[0][run], found[1][run]) for run in found[0] if run in found[1]]
+    return [min(pair, key=lambda one: one[3]["validation"]["nll"]) for pair in both]
+
+
 def twice(task: str) -> list[Pair]:
     """`pairs` of the dense model tuned for twice the epochs, at the dense model's rate."""
     names = {entry["cell"] for entry in cells().values() if entry["cell"].startswith("dense-twice/")}
