@@ -78,12 +78,13 @@ def rehearsed_once():
 
 @pytest.fixture(autouse=True)
 def process_as_usual():
-    """No test finds progress lines turned off, or signals handled, by an earlier one."""
+    """No test finds progress lines turned off, or signals handled, by an earlier one.
+
+    Signals may also be ignored, where the tests run in the background of a shell.
+    """
     set_mode("auto")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_figures(call, 
             assert process.is_alive() and time.monotonic() < deadline, errors.read_text()
             time.sleep(0.01)
         refused = call("run", path)
-        assert refused[0] == 2 and f"in use by process {process.pid}" in refused[2]
+        assert refused[0] == 2 and f"in use by process {process.pid}" in refused[2], refused
     finally:
         process.kill()
         process.join()
