@@ -298,9 +298,19 @@ def read_plain(path: Path, limit: int = JSON_LIMIT) -> bytes:
 
 
 def folder_bytes(folder: Path, without: Path | None = None) -> int:
-    """Returns the total size in bytes of all files below `folder`, except those below `without`."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and without not in path.parents)
-    return sum(path.stat().st_size for path in paths)
+    """Returns the total size in bytes of all files below `folder`, except those below `without`.
+
+    Another process may be writing there: what vanishes meanwhile is not counted.
+    """
+    total = 0
+    for where, folders, names in os.walk(folder):
+        if Path(where) == without:
+            folders.clear()
+            continue
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(where, name)).st_size
+    return total
 
 
 def path_fault(path: Path) -> str | None:

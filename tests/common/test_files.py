@@ -13,6 +13,7 @@ from gradpruner.common import files
 from gradpruner.common.errors import IntegrityError, ResourceError
 from gradpruner.common.files import (
     check_free_space,
+    folder_bytes,
     open_private,
     refuse_links,
     save_tensors,
@@ -218,3 +219,13 @@ def test_free_space_is_looked_at_where_the_folder_will_be(tmp_path):
     check_free_space(tmp_path / "not" / "yet", 1, "This run")
     with pytest.raises(ResourceError, match=r"This run needs 909 TiB in .*yet; .* [GT]iB are free"):
         check_free_space(tmp_path / "not" / "yet", 10**15, "This run")
+
+
+def test_bytes_of_a_folder_leave_out_what_vanishes_and_what_is_asked(tmp_path):
+    for name, size in (("a", 3), ("b/c", 5), ("model/w", 7)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    (tmp_path / "b" / "gone").symlink_to(tmp_path / "nowhere")  # as a file that vanishes after it was listed
+    assert folder_bytes(tmp_path) == 15
+    assert folder_bytes(tmp_path, without=tmp_path / "model") == 8
+    assert folder_bytes(tmp_path, without=tmp_path) == folder_bytes(tmp_path / "nowhere") == 0
