@@ -490,7 +490,7 @@ def test_every_field_of_the_record_is_sealed(deltas, tmp_path):
 
 
 HOSTILE = [
-    "../evil", "/tmp/evil", "..", ".", "", ".hidden", "a/b", "a\\b", "C:evil", "a\0b", "a\nb", "files/../x",
+    "../evil", "/evil", "..", ".", "", ".hidden", "a/b", "a\\b", "C:evil", "a\0b", "a\nb", "files/../x",
     "additional_chat_templates/../x", "additional_chat_templates/", "additional_chat_templates/a/b",
 ]  # fmt: skip
 
@@ -507,7 +507,7 @@ def test_names_that_are_no_plain_names(given_source, given_delta, tmp_path):
             forge(given_delta, partial(rename, where, name + end))
             match = f"{where} names the file"
             refused(IntegrityError, match, given_source, given_delta, tmp_path / "out")
-    assert not (tmp_path / "evil").exists() and not Path("/tmp/evil").exists()
+    assert not (tmp_path / "evil").exists() and not Path("/evil").exists()
 
 
 ENTRY = {"sha256": "0" * 64, "bytes": 1}
