@@ -27,12 +27,10 @@ _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight.absmax", ".SCB", ".
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 
 
-def check_model_folder(
-    folder: Path, trust_remote_code: bool = False, quantised: bool = False
-) -> dict[str, Any]:
+def check_model_folder(folder: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """Checks a model folder before anything is loaded and returns its raw config.
 
-    `trust_remote_code` allows a config that needs code from its folder; `quantised` allows quantised weights.
+    `trust_remote_code` allows a config that needs code from its folder.
 
     Raises:
         ModelError: If config.json is missing or invalid, the folder holds adapters, the weights are not
@@ -40,8 +38,8 @@ def check_model_folder(
         IntegrityError: If the config has a field that makes transformers run foreign code, or sizes that no
             model has, or if weight files are damaged, missing, outside the folder or contradict each other.
     """
-    config = check_config(folder, trust_remote_code, quantised)
-    check_weights(folder, quantised=quantised)
+    config = check_config(folder, trust_remote_code)
+    check_weights(folder)
     return config
 
 
