@@ -268,6 +268,8 @@ TRAINED = (
     Row("base", "random", "none"),
     Row("base", "last", "least_squares"),
     Row("base", "igia", "least_squares", distil=True),
+    Row("tuned", "gate", "layer_wise", distil=True),
+    Row("tuned", "gate", "layer_wise", distil=True, prompts=1.0),
     Row("quarter", "igia", "layer_wise"),
     Row("tuned", "igia", "layer_wise", distil=True, prompts=1.0),
     Row("tuned", "igia", "layer_wise", distil=True, prompts=0.1),
