@@ -1,5 +1,5 @@
 #!/bin/bash
-# Serves a pruned model with SGLang and asks it one question:  bash sglang.sh runs/small/variants/gradpruner/pruned
+# Serves a pruned model with SGLang and asks it one question:  bash sglang.sh runs/small/variants/either/pruned
 # Not run by this project, because SGLang needs a GPU. `gradpruner prune` says beforehand whether SGLang runs the model (docs/serving.md).
 set -euo pipefail
 python -m sglang.launch_server --model-path "$1" --served-model-name pruned --port 30000 &

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Serves a pruned model with vLLM and asks it one question:  bash vllm.sh runs/small/variants/gradpruner/pruned
+# Serves a pruned model with vLLM and asks it one question:  bash vllm.sh runs/small/variants/either/pruned
 # Not run by this project, because vLLM needs a GPU. `gradpruner prune` says beforehand whether vLLM runs the model (docs/serving.md).
 set -euo pipefail
 vllm serve "$1" --served-model-name pruned --port 8000 &

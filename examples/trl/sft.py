@@ -1,6 +1,6 @@
 """Tunes a model with LoRA in TRL and saves plain weights; with --record also records gradients for pruning.
 
-Train a pruned model:       python sft.py runs/small/variants/gradpruner/pruned train.jsonl tuned
+Train a pruned model:       python sft.py runs/small/variants/either/pruned train.jsonl tuned
 Record while a model tunes: python sft.py ./my-model train.jsonl tuned --record trace
                             python ../plan_trace.py trace plan.json
                             gradpruner prune ./my-model ./pruned --plan plan.json --trace trace

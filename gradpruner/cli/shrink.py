@@ -46,7 +46,7 @@ def shrink(
     chosen: Chosen,
     method: Annotated[
         str, typer.Option("--method", help="How to choose the layers (`gradpruner ls methods`).")
-    ] = "gradpruner",
+    ] = "either",
 ) -> None:
     """Remove layers from a model you have already tuned.
 

@@ -2,7 +2,7 @@
 
 base           Method, its options, and what it is given to decide by
 Choosing layers
-    gradpruner, gate, task_loss, auto, shortgpt, angular, sleb, magnitude, last, random_layers
+    gradpruner, gate, either, task_loss, auto, shortgpt, angular, sleb, magnitude, last, random_layers
     candidates     the pool of plans that `auto` compares
 Merging layers
     laco
@@ -22,8 +22,8 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 __all__ = ["METHODS", "Method", "MethodContext", "MethodOptions"]
 
 for _name in (
-    "angular", "apt.apt", "auto", "gate", "gradpruner", "gradpruner_width", "laco", "last", "llm_pruner",
-    "longer", "magnitude", "minitron_depth", "minitron_width", "random_layers", "sat.sat", "shortgpt", "sleb",
-    "task_loss",
+    "angular", "apt.apt", "auto", "either", "gate", "gradpruner", "gradpruner_width", "laco", "last",
+    "llm_pruner", "longer", "magnitude", "minitron_depth", "minitron_width", "random_layers", "sat.sat",
+    "shortgpt", "sleb", "task_loss",
 ):  # fmt: skip
     import_module(f"{__name__}.{_name}")  # registers itself in METHODS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,20 +12,16 @@ from pydantic import Field
 from torch import nn
 
 from gradpruner.common.errors import DataError, PlanError
-from gradpruner.common.printing import runs_of
 from gradpruner.common.progress import Progress
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.calibration import held_out_loss, put_aside
 from gradpruner.methods.candidates import FAULTS, PROPOSERS, Candidate, Proposer, make_pool
 from gradpruner.models.layers import fingerprint
-from gradpruner.models.walking import BATCH_SIZE, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.in_memory import as_pruned, prune_
 from gradpruner.pruning.repair.refitting import fit_repair
-from gradpruner.training.answer_loss import mean_nll
 from gradpruner.training.finetuning import finetune, planned_steps
 
-UNTRAINED: tuple[Proposer, ...] = ("gate", "gradpruner")
-"""Families of which one was best on every task of docs/quality.md where nothing is trained."""
 _GROWTH = 3  # factor by which the steps grow from round to round
 
 
@@ -35,9 +30,8 @@ class AutoOptions(MethodOptions):
 
     pool: int = Field(default=12, ge=1)
     """Largest number of plans to choose from."""
-    families: list[Proposer] | None = Field(default=None, min_length=1)
-    """Where the plans come from. If the pool is too small for all families, the first ones are used. null:
-    all of them, but only gate and gradpruner without rounds of training."""
+    families: list[Proposer] = Field(default=list(PROPOSERS), min_length=1)
+    """Where the plans come from. If the pool is too small for all families, the first ones are used."""
     validation_samples: int = Field(default=128, ge=1)
     """Training samples held out to compare candidates on; at most a quarter of all samples."""
     repair: Literal["none", "linear", "least_squares", "layer_wise"] | None = None
@@ -105,30 +99,10 @@ def settled(options: AutoOptions, context: MethodContext) -> AutoOptions:
     return options.model_copy(
         update={
             "rounds": rounds,
-            "families": options.families or list(PROPOSERS if rounds else UNTRAINED),
             "repair": options.repair or ("least_squares" if run.kind == "none" else run.kind),
             "repair_rows": options.repair_rows or run.rows,
         }
     )
-
-
-def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
-    """Returns `count` held-out samples (at least one, at most a quarter of all), and all others.
-
-    Raises:
-        DataError: If there are fewer than two samples.
-    """
-    if len(samples) < 2:
-        raise DataError(
-            f"The number of training samples is {len(samples)}; auto needs at least two, one of them to hold "
-            "out.",
-            hint="Give more rows.",
-        )
-    order = random.Random(seed).sample(range(len(samples)), len(samples))
-    number = max(1, min(count, len(samples) // 4))
-    chosen = set(order[:number])
-    aside = [samples[i] for i in range(len(samples)) if i in chosen]
-    return aside, [samples[i] for i in range(len(samples)) if i not in chosen]
 
 
 def _check_learned(validation: Sequence[Any]) -> None:
@@ -154,13 +128,13 @@ class _Search:
 
     def fill(self, num_prune: int) -> None:
         """Makes the pool."""
-        options, families = self.options, self.options.families or []
-        with Progress(len(set(families)), "plan auto: pool") as progress:
+        options = self.options
+        with Progress(len(set(options.families)), "plan auto: pool") as progress:
             self.candidates, self.failures = make_pool(
                 self.context,
                 num_prune,
                 options.pool,
-                families,
+                options.families,
                 options.task_loss_samples,
                 report=lambda name: progress.advance(),
             )
@@ -249,13 +223,11 @@ class _Search:
             changes = {"kind": self.options.repair, "rows": self.options.repair_rows, "seed": context.seed}
             repair = context.repair.model_copy(update=changes)
             candidate.repair = fit_repair(self.dense, plan, context.samples, context.collator, repair)
-        model: Any = prune_(copy.deepcopy(self.dense), plan, repair=candidate.repair)
-        if steps:
-            model = self._trained(model, steps, candidate.names[0])
-        model.eval()
-        device = next(model.parameters()).device
-        batches = sample_batches(self.validation, context.collator, device, BATCH_SIZE)
-        return mean_nll(model, batches, f"without layers {runs_of(plan.pruned)}")
+        if steps == 0:
+            with as_pruned(self.dense, plan, candidate.repair):
+                return held_out_loss(self.dense, plan, self.validation, context)
+        model = prune_(copy.deepcopy(self.dense), plan, repair=candidate.repair)
+        return held_out_loss(self._trained(model, steps, candidate.names[0]), plan, self.validation, context)
 
     def _trained(self, model: nn.Module, steps: int, name: str) -> Any:
         tuning = self.context.finetune
@@ -284,6 +256,7 @@ METHODS.register("auto")(
         plan=plan,
         options=AutoOptions,
         needs_trace=True,
+        compares=True,
         alone=True,
         label="Auto",
     )

@@ -52,6 +52,7 @@ class MethodContext:
             embeddings and head).
         protected: Layers that must not be pruned, ascending.
         fits: Which layers are allowed at which position, see `selection.plan_pruning`; None allows all.
+        make_plan: Returns the plan that the run makes of scores, without merging; None if there is no run.
         options: The method's own options, an instance of `Method.options`.
         pruned_work: Estimated work of a pruned row (recording, repair, teacher, training) as a multiple of
             the dense model's fine-tuning; computed from steps and layers.
@@ -74,6 +75,7 @@ class MethodContext:
     unit: str = "parameters"
     protected: tuple[int, ...] = ()
     fits: Placeable | None = None
+    make_plan: Callable[[LayerScores], PruningPlan] | None = None
     options: Any = None
     pruned_work: float = 1.0
     repair: RepairOptions = field(default_factory=RepairOptions)
@@ -160,6 +162,8 @@ class Method:
         uniform: Whether the result is a plain Hugging Face model: whole layers removed, or the same widths in
             every layer.
         plan_options: Keys of the recipe's `plan` section that it sets itself.
+        compares: Whether it repairs candidates as the run does and compares their losses. Several processes
+            of a job score together.
         alone: Whether it trains candidates while it plans, which works in one process only.
         label: Name in reports; "" derives it from the registered name. It ends in "-like" if the method was
             reconstructed from a paper without code.
@@ -178,6 +182,7 @@ class Method:
     merges: bool = False
     uniform: bool = True
     plan_options: dict[str, Any] = field(default_factory=dict)
+    compares: bool = False
     alone: bool = False
     label: str = ""
 

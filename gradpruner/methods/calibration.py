@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpruner.common.errors import NonFiniteError
+from gradpruner.common.errors import DataError, NonFiniteError
+from gradpruner.common.printing import runs_of
 from gradpruner.methods.base import MethodContext
 from gradpruner.models.layers import LayeredModel
+from gradpruner.models.walking import BATCH_SIZE as WALK_SIZE
 from gradpruner.models.walking import sample_batches
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.training.answer_loss import mean_nll
 
 MAX_SAMPLES = 256
 BATCH_SIZE = 16
@@ -31,6 +36,37 @@ def calibration_batches(
     samples = [available[i] for i in range(min(max_samples, len(available)))]
     device = next(model.parameters()).device
     yield from sample_batches(samples, context.collator, device, BATCH_SIZE)
+
+
+def put_aside(samples: Sequence[Any], count: int, seed: int) -> tuple[list[Any], list[Any]]:
+    """Returns `count` held-out samples (at least one, at most a quarter of all), and all others.
+
+    Raises:
+        DataError: If there are fewer than two samples.
+    """
+    if len(samples) < 2:
+        raise DataError(
+            f"The number of training samples is {len(samples)}; to compare candidates, at least two are "
+            "needed, one of them to hold out.",
+            hint="Give more rows.",
+        )
+    order = random.Random(seed).sample(range(len(samples)), len(samples))
+    number = max(1, min(count, len(samples) // 4))
+    chosen = set(order[:number])
+    aside = [samples[i] for i in range(len(samples)) if i in chosen]
+    return aside, [samples[i] for i in range(len(samples)) if i not in chosen]
+
+
+def held_out_loss(model: Any, plan: PruningPlan, samples: Sequence[Any], context: MethodContext) -> float:
+    """Returns the mean negative log-likelihood of the learned tokens, in nats; `plan` names the model.
+
+    Raises:
+        DataError: If the samples have no learned token.
+        NonFiniteError: If the loss is not a finite number.
+    """
+    model.eval()
+    batches = sample_batches(samples, context.collator, next(model.parameters()).device, WALK_SIZE)
+    return mean_nll(model, batches, f"without layers {runs_of(plan.pruned)}", "held-out samples")
 
 
 @contextmanager

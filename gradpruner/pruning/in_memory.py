@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +98,40 @@ def _merge_layers_(
                 progress(f"layer {target} {name}")
             originals = {layer: found[name] for layer, found in linears.items() if name in found}
             weight.copy_(merge_planned(plan, trace, target, name, originals.__getitem__))
+
+
+@contextmanager
+def as_pruned(model: nn.Module, plan: PruningPlan, repair: Repair | None = None) -> Iterator[None]:
+    """Inside the block, a model computes what it would after `prune_`; afterwards it is as before.
+
+    Memory: a copy of the weights that the repair replaces.
+
+    Args:
+        model: A Hugging Face causal LM of a known family, without adapters.
+        plan: Which layers are left out; it must not merge any.
+        repair: The repair fitted for this plan (`fit_repair`), or None.
+
+    Raises:
+        PlanError: If the plan merges layers, or if plan or repair belong to another model.
+    """
+    if plan.merged:
+        raise PlanError("A model cannot act as if layers were merged.", hint="Use prune_ on a copy.")
+    view, identity = LayeredModel(model), fingerprint(model)
+    plan.check_model(view.num_layers, identity)
+    saved: list[tuple[Tensor, Tensor]] = []
+    if repair is not None:
+        repair.check(plan, identity)
+        found = [view.weight(layer, name) for layer, name in repair.linears.items()]
+        saved = [(weight, weight.detach().clone()) for weight in found if weight is not None]
+    try:
+        if repair is not None:
+            _repair_(view, repair)
+        with view.passed_through(plan.pruned):
+            yield
+    finally:
+        with torch.no_grad():
+            for weight, before in saved:
+                weight.copy_(before)
 
 
 def shapes_of(view: LayeredModel) -> dict[int, dict[str, tuple[int, ...]]]:

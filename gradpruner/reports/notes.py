@@ -6,6 +6,7 @@ from typing import Any
 
 from gradpruner.common.printing import number, percent, ratio, text, whole
 from gradpruner.reports.fields import FEW_EXAMPLES, Measured
+from gradpruner.reports.record import Comparison
 from gradpruner.reports.tables import headline_of
 from gradpruner.reports.view import FAR_FROM_BUDGET, Row, View
 
@@ -58,6 +59,22 @@ def _what_to_change(recipe: dict[str, Any], steps: float | None) -> str:
     )
 
 
+def _choice_note(row: Row) -> str:
+    """Says by which of two scores the layers were chosen, if both were compared."""
+    found = row.plans[0].comparison if row.plans else Comparison()
+    igia, gate = (number(found.losses.get(name)) for name in ("gradpruner", "gate"))
+    if igia is None or gate is None:
+        return ""
+    (mine, name), (theirs, other) = (igia, "IGIA"), (gate, "the gate")
+    if found.chosen == "gate":
+        mine, name, theirs, other = theirs, other, mine, name
+    return (
+        f"The layers of {row.label} were chosen by {name}: without them, the repaired model's loss on "
+        f"{whole(found.held_out)} held-out training rows is {mine:.3g}; without those that {other} would "
+        f"remove, it is {theirs:.3g}."
+    )
+
+
 def _recovery_note(row: Row) -> str:
     """Says that training the pruned model further did not help, if so."""
     kept = row.recorded.finetune.kept
@@ -89,6 +106,7 @@ def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> lis
             f"Fine-tuning took {whole(others.steps)} steps for dense and {whole(own.steps)} for "
             f"{main.label}: times and scores are not like for like."
         )
+    notes += [_choice_note(row) for row in view.rows]
     notes += [_recovery_note(row) for row in view.rows]
     for row in view.rows:
         tuning = row.recorded.finetune

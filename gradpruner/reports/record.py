@@ -182,6 +182,14 @@ class Search(JsonPart):
     curve: Annotated[list[Depth], Each, AfterValidator(_complete)] = []
 
 
+class Comparison(JsonPart):
+    """Which of two choices of layers was taken, and the losses of both models on held-out rows."""
+
+    chosen: Any = None
+    losses: Fields = {}
+    held_out: Count = None
+
+
 class PlanRecord(JsonPart):
     """A plan. A plan of whole layers has one action per layer, in layer order; a width plan has none."""
 
@@ -189,6 +197,7 @@ class PlanRecord(JsonPart):
     savings: Annotated[dict[str, Change], Named] = {}
     portability: Annotated[list[Engine], Each] = []
     search: Search = Search()
+    comparison: Comparison = Comparison()
     shape: Fields = {}
     widths: Annotated[list[Fields], Each] = []
     hidden: Number = None

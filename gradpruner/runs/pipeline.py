@@ -249,9 +249,13 @@ class _Run:
         target = f"scores/{method}.json"
 
         def work() -> dict[str, Any]:
-            score = METHODS.find(method).score
-            assert score is not None
-            score(self.context(method)).save(self.path(target))
+            found = METHODS.find(method)
+            folders = (str(self.path("trace")), str(self.path(row_file(method, "method"))))
+            if found.compares:
+                scores = together(self.job, scores_of, method, *folders)
+            else:
+                scores = scores_of(self.job, method, *folders)
+            scores.save(self.path(target))
             return {}
 
         self.directory.ensure(Stage(f"score {method}", self.job.decision_inputs(method), work, [target]))
@@ -304,6 +308,13 @@ class _Run:
         if variant in self.failures and variant not in self.rows and not self.one_plan:
             return row_of_failed(self.directory, variant)
         return self.rows.get(variant, variant)
+
+
+def scores_of(job: Job, method: str, trace: str, folder: str) -> LayerScores:
+    """Scores the layers by a method, with the gradients recorded in the folder `trace`."""
+    score = METHODS.find(method).score
+    assert score is not None
+    return score(job.context(method, cache(lambda: GradientTrace.load(trace)), Path(folder)))
 
 
 def record_rows(job: Job, folder: str) -> GradientTrace:

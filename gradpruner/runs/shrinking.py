@@ -109,7 +109,7 @@ def prune(
     eval_data: Any = None,
     num_prune: int | None = None,
     layer_fraction: float | None = None,
-    method: str = "gradpruner",
+    method: str = "either",
     repair: str = "auto",
     steps: int | None = None,
     seed: int = 0,

@@ -3,14 +3,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from builders import make_samples
 from transformers import AutoModelForCausalLM
 
 from gradpruner.common.errors import IntegrityError, PlanError
+from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import GradientTrace, factor_file
 from gradpruner.models.layers import LayeredModel
 from gradpruner.plans.layer_plan import LayerAction, PruningPlan
 from gradpruner.plans.merging import Source, merge_linear
-from gradpruner.pruning.in_memory import prune_
+from gradpruner.plans.options import RepairOptions
+from gradpruner.pruning.in_memory import as_pruned, prune_
+from gradpruner.pruning.repair.refitting import fit_repair
 
 IDS = torch.arange(3, 27).reshape(2, 12)  # longer than the sliding window of 4
 KEEP, DROP = LayerAction("keep"), LayerAction("drop")
@@ -65,6 +69,30 @@ def test_everything_that_numbers_layers_is_rewritten(tiny_model, family_name):
     assert len(numbered) >= 4 and all(index == own for index, own in numbered)
     assert model.config.num_hidden_layers == len(model.model.layers) == 4
     assert getattr(model.config, "layer_types", None) == (types and [types[i] for i in DROPPING.keep])
+
+
+def test_as_pruned_computes_what_the_pruned_model_does_and_leaves_the_model(tiny_model, family_name):
+    model, pruned = tiny_model(family_name), prune_(tiny_model(family_name), DROPPING)
+    before, whole = state(model), logits(model)
+    with as_pruned(model, DROPPING):
+        torch.testing.assert_close(logits(model), logits(pruned))
+    assert same_state(model, before) and torch.equal(logits(model), whole)
+
+
+def test_as_pruned_sets_and_takes_back_repaired_weights(tiny_llama):
+    repair = fit_repair(tiny_llama(), DROPPING, make_samples(12), Collator(), RepairOptions(kind="linear"))
+    model, pruned = tiny_llama(), prune_(tiny_llama(), DROPPING, repair=repair)
+    before, whole = state(model), logits(model)
+    with pytest.raises(ZeroDivisionError), as_pruned(model, DROPPING, repair):
+        torch.testing.assert_close(logits(model), logits(pruned))
+        raise ZeroDivisionError
+    assert same_state(model, before) and torch.equal(logits(model), whole)
+    with pytest.raises(PlanError, match="merged"), as_pruned(model, MERGING):
+        pass
+    other = PruningPlan.from_keep(6, (0, 1, 2, 3))
+    with pytest.raises(PlanError, match="fitted for"), as_pruned(model, other, repair):
+        pass
+    assert same_state(model, before)
 
 
 def test_generating_with_a_cache_is_generating_without(tiny_model, family_name):

@@ -480,6 +480,20 @@ def test_verdict_notes_what_speaks_against_it() -> None:
     assert "not like for like" in notes
 
 
+def test_the_notes_say_by_which_of_two_scores_the_layers_were_chosen() -> None:
+    run = make_run(16, ("dense", "merged"), 1000, 3)
+    losses = {"gradpruner": 4.0957, "gate": 3.3333}
+    for chosen, first, then in (("gate", "the gate", "IGIA"), ("gradpruner", "IGIA", "the gate")):
+        run["plans"]["merged"]["comparison"] = {"chosen": chosen, "losses": losses, "held_out": 256}
+        notes = " ".join(judge(read(run)).notes)
+        assert f"were chosen by {first}" in notes and f"those that {then} would remove" in notes
+        numbers = ("3.33", "4.1") if chosen == "gate" else ("4.1", "3.33")
+        assert f"256 held-out training rows is {numbers[0]};" in notes and f"it is {numbers[1]}." in notes
+    for nothing in ({}, {"chosen": None, "losses": None, "held_out": None}, {"chosen": "gate", "losses": {}}):
+        run["plans"]["merged"]["comparison"] = nothing
+        assert "were chosen by" not in " ".join(judge(read(run)).notes)
+
+
 def test_verdict_without_intervals_or_fine_tuning() -> None:
     run = make_run(16, ("dense", "merged"), 1000, 3)
     for variant in run["variants"].values():

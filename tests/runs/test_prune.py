@@ -57,10 +57,10 @@ def test_it_is_the_run_of_the_command(found, demo_rows, tmp_path):
         arguments += ["--set", f"{key}={value}"]
     done = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert done.exit_code == 0
-    there = out / "variants" / "gradpruner"
+    there = out / "variants" / "either"
     plan = gradpruner.PruningPlan.load(there / "plan.json")
     assert (found.plan.actions, found.plan.evidence["trace"]) == (plan.actions, plan.evidence["trace"])
-    assert found.scores == gradpruner.LayerScores.load(out / "scores" / "gradpruner.json")
+    assert found.scores == gradpruner.LayerScores.load(out / "scores" / "either.json")
     assert same(load_file(found.folder / "model.safetensors"), load_file(there / "pruned/model.safetensors"))
 
 

@@ -45,7 +45,7 @@ def test_defaults_are_the_papers():
 
 def test_by_default_the_dense_model_is_tuned_pruned_repaired_and_teaches():
     recipe = check_recipe(GOOD)
-    assert (recipe.effort, recipe.variants, recipe.plan.repair) == ("best", ["dense", "dropped"], "auto")
+    assert (recipe.effort, recipe.variants, recipe.plan.repair) == ("best", ["dense", "either"], "auto")
     assert recipe.start == "tuned" and recipe.distils and recipe.recover.epochs == 1
     assert check_recipe(recipe.model_dump(mode="json")) == recipe
     own = check_recipe({**GOOD, "variants": ["dense", "last"], "plan": {"repair": "none"}})

@@ -14,7 +14,10 @@ from typer.testing import CliRunner
 from gradpruner.cli.main import app
 from gradpruner.common.errors import ConfigError, DataError, PlanError
 from gradpruner.common.progress import set_mode
+from gradpruner.gradients.trace import GradientTrace
+from gradpruner.methods import METHODS, either
 from gradpruner.models.folder import PRUNING_FILE
+from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import html
@@ -250,6 +253,52 @@ def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch)
     assert {s["state"] for s in again["stages"] if s["name"].startswith("search")} == {"skipped"}
 
 
+def test_two_choices_are_compared_and_the_search_goes_on_with_the_better_one(tmp_path, monkeypatch):
+    fake_scores(monkeypatch, lambda layers: {4: 0, 3: 0, 2: 30}[layers])
+    losses = {"gradpruner": 2.0, "gate": 1.0}
+    monkeypatch.setattr(either, "_compared", lambda context, plans, aside: (losses, {}))
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "either"])
+    write_rows(tmp_path / "validation.jsonl", make_rows(80, seed=3))
+    recipe = load_recipe(
+        path, ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.1", "plan.repair=linear"),
+        {"data.validation": str(tmp_path / "validation.jsonl")},
+    )  # fmt: skip
+    record = run(recipe)
+    plan = record["plans"]["either"]
+    assert plan["search"]["best"] == 1 and plan["comparison"]["losses"] == losses
+    gate = METHODS.find("gate").score(Job(recipe).context("gate", lambda: _trace(tmp_path), tmp_path))
+    assert [a["layer"] for a in plan["actions"] if a["action"] == "drop"] == [gate.ascending()[0]]
+    assert "were chosen by the gate" in (tmp_path / "run/report.html").read_text()
+
+
+def _trace(tmp_path):
+    return GradientTrace.load(tmp_path / "run/trace")
+
+
+def test_another_budget_or_repair_compares_again_and_a_given_plan_nothing(tmp_path, monkeypatch):
+    compared = []
+
+    def compare(context, plans, aside):
+        compared.append({name: plan.pruned for name, plan in plans.items()})
+        return dict.fromkeys(plans, 1.0), {}
+
+    monkeypatch.setattr(either, "_compared", compare)
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "either"], plan=REPAIRED)
+    first = run(load_recipe(path))
+    run(load_recipe(path))
+    seen = len(compared)
+    assert seen <= 1 and first["variants"]["either"]["label"] == "pruned + repaired"
+    run(load_recipe(path, ("plan.repair=linear",)))
+    run(load_recipe(path, ("plan.layers=[1,2]", "plan.num_prune=null")))
+    assert len(compared) == 2 * seen
+    own = PruningPlan.from_keep(4, (0, 3))
+    own.save(tmp_path / "own.json")
+    record = run(load_recipe(path, (), {"plan.file": str(tmp_path / "own.json"), "plan.name": "mine"}))
+    assert len(compared) == 2 * seen and record["variants"]["either@mine"]["num_layers"] == 2
+    actions = record["plans"]["either@mine"]["actions"]
+    assert [a["layer"] for a in actions if a["action"] == "keep"] == [0, 3]
+
+
 def test_too_few_validation_rows_are_an_error_before_anything_is_done(tmp_path):
     path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
     overrides = ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.01")
@@ -302,7 +351,7 @@ PLAIN = {"model": {"path": "m"}, "data": {"train": "a.jsonl", "eval": "b.jsonl"}
 def test_an_effort_sets_what_the_recipe_leaves_open():
     best = check_recipe(PLAIN | {"effort": "best", "plan": {"num_prune": 3}, "recover": {"steps": 7}})
     assert (best.start, best.plan.repair, best.plan.num_prune) == ("tuned", "auto", 3)
-    assert best.recover.steps == 7 and best.distils and best.variants == ["dense", "dropped"]
+    assert best.recover.steps == 7 and best.distils and best.variants == ["dense", "either"]
     fast = check_recipe(PLAIN | {"effort": "fast", "variants": ["dense", "gate"]})
     assert (fast.start, fast.plan.repair, fast.variants) == ("base", "auto", ["dense", "gate"])
     assert not fast.distils and check_recipe(fast.model_dump(mode="json")) == fast
@@ -371,9 +420,9 @@ def test_shrink_is_one_command(tmp_path, monkeypatch):
     assert result.exit_code == 0
     record = json.loads(result.stdout)
     assert record["title"] == f"model on {tmp_path.name}"  # where the file is called train
-    row = record["variants"]["gradpruner"]
+    row = record["variants"]["either"]
     assert row["num_layers"] == 2 and row["repair"]["kind"] == "layer_wise" and row["finetune"] is None
-    assert (tmp_path / "out/variants/gradpruner/pruned/model.safetensors").is_file()
+    assert (tmp_path / "out/variants/either/pruned/model.safetensors").is_file()
 
 
 def test_a_shrunk_model_of_a_run_is_called_after_that_run():

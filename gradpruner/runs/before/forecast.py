@@ -141,6 +141,7 @@ def forecast(job: Job, done: Collection[str] = ()) -> Forecast:
     taught = 4 / 3 if recipe.distils else 1.0
     train = dense + len(pruned) * kept * taught * steps * step
     train /= _gpus_of_one_process(job)  # `planned_steps` divides by processes only
+    fits = sum(map(job.repairs_of, pruned))
     repair = trial.seconds(BATCH_SIZE, length, False) * job.repair_rows / BATCH_SIZE * REPAIR_PASSES
     answer = max(1, math.ceil(job.samples.supervised_tokens / len(job.samples)))
     batch = min(recipe.evaluate.batch_size, len(job.eval))
@@ -150,7 +151,7 @@ def forecast(job: Job, done: Collection[str] = ()) -> Forecast:
     rows = ("dense" in recipe.variants and "evaluate dense" not in done) + kept * len(pruned)
     return Forecast(
         record=0.0 if not pruned or "record" in done else record,
-        repair=layers * repair * len(pruned) / this_world().size if recipe.plan.repair != "none" else 0.0,
+        repair=layers * repair * fits / this_world().size if recipe.plan.repair != "none" else 0.0,
         train=train,
         evaluate=layers * per_batch * passes * times * rows / this_world().size,
         basis=f"two layers of these widths, timed here on {trial.device.type}",

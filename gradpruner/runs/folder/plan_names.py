@@ -34,8 +34,10 @@ def label_of(row: str, repaired: bool = False) -> str:
     """Returns what reports call a row; `repaired` says whether its linears were refitted."""
     variant, _, name = row.partition(MARK)
     label = LABELS.get(variant) or METHODS.find(variant).label or variant.replace("_", " ")
-    if repaired and variant == "dropped":
-        label = "pruned + repaired"
+    if variant == "either":
+        label = "pruned + repaired" if repaired else "pruned"
+    elif repaired and variant == "dropped":
+        label = "pruned by IGIA + repaired"
     return f"{label} ({name})" if name else label
 
 

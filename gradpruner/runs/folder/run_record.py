@@ -304,11 +304,13 @@ def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | 
     if plan is None:
         return None
     same_model = plan.num_layers == job.num_layers
+    evidence = getattr(plan, "evidence", {})
     saved = job.savings_of(plan) if same_model else directory.result(f"plan {row}")
     return plan.facts() | {
         "savings": saved or {},
         "portability": [vars(v) for v in job.portability_of(plan)] if same_model else [],
         "search": directory.result(f"search {row}"),
+        "comparison": {key: evidence.get(key) for key in ("chosen", "losses", "held_out")},
     }
 
 

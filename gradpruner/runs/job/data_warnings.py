@@ -108,9 +108,8 @@ def _long_answers(inputs: Inputs) -> str:
         return ""
     return (
         f"Answers have {length:.0f} tokens on average. Models that write sentences lose far more by pruning "
-        "than models that answer in a few tokens, and another choice of layers suits them (docs/quality.md). "
-        "Remove fewer layers (plan.num_prune), or let plan.max_loss find how many; the method auto compares "
-        "choices on held-out rows."
+        "than models that answer in a few tokens (docs/quality.md). Remove fewer layers (plan.num_prune), or "
+        "let plan.max_loss find how many."
     )
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from gradpruner.common.errors import PlanError
 from gradpruner.common.provenance import sha256_json
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.config_patch import check_keep, required_layers
@@ -21,12 +22,13 @@ from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.options import RepairOptions
 from gradpruner.pruning.repair.refitting import enough_rows
-from gradpruner.runs.folder.plan_names import LABELS
+from gradpruner.runs.folder.plan_names import LABELS, method_of
 from gradpruner.runs.job.budget import placeholder_scores, plan_for
 from gradpruner.runs.job.data_warnings import warnings_of
 from gradpruner.runs.job.early_checks import check_changed_training, check_methods, check_training
 from gradpruner.runs.job.evaluation_data import check_evaluation
 from gradpruner.runs.job.inputs import Inputs, hash_model
+from gradpruner.runs.recipe.effects import keys_of
 from gradpruner.training.adapters import is_4bit
 from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneOptions
@@ -170,10 +172,15 @@ class Job(Inputs):
             trained=self.recipe.trains_pruned,
             protected=tuple(sorted(protected)),
             fits=self.slots(),
+            make_plan=self._unmerged,
             options=self.method_options(name),
             finetune=self.training,
             folder=folder,
         )
+
+    def _unmerged(self, scores: LayerScores) -> PruningPlan:
+        """The plan that follows from scores, or the given one, without merging."""
+        return self.given_plan.without_merging() if self.given_plan else plan_for(self, scores, merging=False)
 
     @property
     def training(self) -> FinetuneOptions:
@@ -216,10 +223,17 @@ class Job(Inputs):
         share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
         work = share * kept + self.record_steps * recipe.record.batch_size / dense_samples
         if recipe.plan.repair != "none":
-            work += self.repair_rows * REPAIR_PASSES / 3 / dense_samples
+            fits = max((self.repairs_of(name) for name in recipe.variants if name != "dense"), default=1)
+            work += fits * self.repair_rows * REPAIR_PASSES / 3 / dense_samples
         if recipe.distils:
             work += share / 3
         return work + (1.0 if recipe.tunes_first else 0.0)
+
+    @staticmethod
+    def repairs_of(variant: str) -> int:
+        """How many repairs a pruned row fits: its own, and one for each of two plans that it compares."""
+        method = METHODS.find(method_of(variant))
+        return 3 if method.compares and method.score else 1
 
     @property
     def record_inputs(self) -> dict[str, Any]:
@@ -237,8 +251,13 @@ class Job(Inputs):
     def decision_inputs(self, name: str) -> dict[str, Any]:
         """What the scores of a method depend on, or its plan if it plans without scores."""
         options, method = self.recipe.plan, METHODS.find(name)
-        compared = {"compared": [*self.repair_inputs, self.recipe.trains_pruned]} if method.alone else {}
-        return compared | {
+        found: dict[str, Any] = {}
+        if method.compares:
+            found["compared"] = [*self.repair_inputs, self.recipe.trains_pruned]
+        if method.compares and method.score:  # what it compares are the run's plans
+            given = self.given_plan.to_dict() if self.given_plan else None
+            found["plan"] = [options.model_dump(exclude=keys_of("plan", "choice", "depth", "repair")), given]
+        return found | {
             "method": name,
             "options": self.method_options(name).model_dump(mode="json"),
             "score": self.recipe.score.model_dump(),

@@ -40,7 +40,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
     },
     "best": {
         "start": "tuned",
-        "variants": ["dense", "dropped"],
+        "variants": ["dense", "either"],
         "plan": {"repair": "auto"},
         "finetune": {"accumulation": None},
         "recover": {"epochs": 1.0},
@@ -50,7 +50,7 @@ EFFORTS: dict[str, dict[str, Any]] = {
 """Effort -> the values it sets where the recipe says nothing."""
 
 
-def shrinking(model: str, method: str = "gradpruner", repair: str = "auto") -> dict[str, Any]:
+def shrinking(model: str, method: str = "either", repair: str = "auto") -> dict[str, Any]:
     """Returns the dotted keys of a `gradpruner shrink` recipe: a tuned model, pruned and repaired."""
     return {
         "start": "given",

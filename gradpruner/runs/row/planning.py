@@ -41,7 +41,9 @@ class Planning:
         self.job, self.directory, self.variant = job, directory, variant
         self.scores, self.context = scores, context
         self.method = METHODS.find(method_of(variant))
-        self.given: PruningPlan | None = job.given_plan if variant in LABELS else None
+        # A plan is given instead of GradPruner's choice; other methods in the comparison keep theirs.
+        replaced = variant in LABELS or variant in ("gradpruner", "either")
+        self.given: PruningPlan | None = job.given_plan if replaced else None
         limited = job.recipe.plan.max_loss is not None
         self.searches = limited and self.method.score is not None and self.given is None
         self.inputs = self._inputs()

@@ -1,0 +1,128 @@
+"""Either: prunes IGIA's layers or the gate's, whichever leave the lower loss once the cuts are repaired."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pydantic import Field
+
+from gradpruner.common.errors import GradPrunerError
+from gradpruner.common.progress import Progress
+from gradpruner.common.world import GoneError, this_world
+from gradpruner.gradients.scores import LayerScores
+from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
+from gradpruner.methods.calibration import held_out_loss, put_aside
+from gradpruner.methods.candidates import FAULTS
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.pruning.in_memory import as_pruned
+from gradpruner.pruning.repair.refitting import fit_repair
+
+COMPARED = ("gradpruner", "gate")
+"""Of these methods, one was best on every task of docs/quality.md; on a tie, and in doubt, the first."""
+
+log = logging.getLogger(__name__)
+
+
+class EitherOptions(MethodOptions):
+    """Options of the comparison."""
+
+    validation_samples: int = Field(default=256, ge=1)
+    """Training samples held out to compare on; at most a quarter of all samples."""
+
+
+def score(context: MethodContext) -> LayerScores:
+    """Returns the scores of the method in `COMPARED` whose plan loses least.
+
+    1. Both methods score the layers, from the same recorded gradients, and the run's plan is made of each.
+    2. `validation_samples` training samples are held out. On the others, each plan is repaired as the run
+       repairs its models (`context.repair`), or not at all if the run does not.
+    3. The plan whose model has the lower loss on the held-out samples wins: the mean negative log-likelihood
+       of the learned tokens, in nats.
+
+    Nothing is compared if both plans prune the same layers, or if there is only one sample; the first method
+    is then taken. If only one method or model works, it is taken.
+    `evidence` adds to the winner's own: `chosen`, its name; `losses` by name; `failed`, errors by name; the
+    number of samples `held_out`.
+
+    Cost: two repairs. Memory: the model and one repair. With several processes, each must call
+    this function; they share the samples of the repairs, and every one returns the same scores.
+
+    Raises:
+        GradPrunerError: If neither method can score the layers.
+    """
+    options = context.options or EitherOptions()
+    scores, failed = _scored(context)
+    plans = {name: _plan_of(context, found) for name, found in scores.items()}
+    losses: dict[str, float] = {}
+    held_out: list[Any] = []
+    if len({plan.pruned for plan in plans.values()}) > 1 and len(context.samples) > 1:
+        held_out, rest = put_aside(context.samples, options.validation_samples, context.seed)
+        losses, faults = _compared(replace(context, samples=rest), plans, held_out)
+        failed |= faults
+    ahead = {name: losses.get(name, float("inf")) for name in scores}
+    chosen = this_world().agreed(lambda: min(ahead, key=lambda name: ahead[name]))
+    for name, error in failed.items():
+        log.warning("warning: the layers are chosen by %s, without comparing %s: %s", chosen, name, error)
+    found = scores[chosen]
+    evidence = {"chosen": chosen, "losses": losses, "failed": failed, "held_out": len(held_out)}
+    return replace(found, method="either", evidence=found.evidence | evidence)
+
+
+def _scored(context: MethodContext) -> tuple[dict[str, LayerScores], dict[str, str]]:
+    """Returns the scores of both methods, and the error of one that cannot score."""
+    scores: dict[str, LayerScores] = {}
+    errors: dict[str, GradPrunerError] = {}
+    for name in COMPARED:
+        method = METHODS.find(name)
+        assert method.score is not None
+        try:
+            scores[name] = method.score(replace(context, options=method.options()))
+        except GradPrunerError as error:
+            errors[name] = error
+    if not scores:
+        raise next(iter(errors.values()))
+    return scores, {name: str(error) for name, error in errors.items()}
+
+
+def _plan_of(context: MethodContext, scores: LayerScores) -> PruningPlan:
+    if context.make_plan is not None:
+        return context.make_plan(scores)
+    return context.plan_by(scores, num_prune=context.num_prune)
+
+
+def _compared(
+    context: MethodContext, plans: Mapping[str, PruningPlan], held_out: Sequence[Any]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Returns the losses of the repaired models on held-out samples, and errors, by method."""
+    losses: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    model, options, world = context.model(), context.repair, this_world()
+    with Progress(len(plans), "compare IGIA and gate") as progress:
+        for name, plan in plans.items():
+            try:
+                repair = None
+                if options.kind != "none" and plan.pruned:
+                    repair = fit_repair(model, plan, context.samples, context.collator, options, world=world)
+                with as_pruned(model, plan, repair):
+                    losses[name] = held_out_loss(model, plan, held_out, context)
+            except GoneError:
+                raise
+            except FAULTS as error:
+                failed[name] = str(error)
+            progress.advance()
+    return losses, failed
+
+
+METHODS.register("either")(
+    Method(
+        "either: the layers of gradpruner or of gate, whichever lose less once repaired, on held-out samples",
+        score,
+        options=EitherOptions,
+        needs_trace=True,
+        compares=True,
+        label="IGIA or gate",
+    )
+)

@@ -1,0 +1,135 @@
+"""Either: of IGIA's layers and the gate's, those without which the repaired model loses less."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from builders import make_llama, make_samples
+from conftest import make_trace
+from torch.nn.functional import cross_entropy
+
+from gradpruner.common.errors import ConfigError, PlanError
+from gradpruner.data.encoding import Collator
+from gradpruner.methods import METHODS, MethodContext, either
+from gradpruner.methods.calibration import put_aside
+from gradpruner.methods.either import EitherOptions
+from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.options import RepairOptions
+from gradpruner.plans.selection import plan_pruning
+from gradpruner.pruning.in_memory import prune_
+from gradpruner.pruning.repair.refitting import fit_repair
+
+L = 6
+SAMPLES = make_samples(24)
+MODEL = make_llama(num_hidden_layers=L)
+TRACE = make_trace(MODEL)
+METHOD = METHODS.find("either")
+
+
+def context_of(**changes):
+    fields = {"trace": lambda: TRACE, "model": lambda: MODEL, "samples": SAMPLES, "num_keep": 4} | changes
+    return MethodContext(num_layers=L, seed=0, collator=Collator(), **fields)
+
+
+def alone(name, **changes):
+    """The scores of one method, and its plan."""
+    method = METHODS.find(name)
+    scores = method.score(context_of(options=method.options(), **changes))
+    return scores, plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0)
+
+
+def nll(model, samples):
+    """Nats per learned token, one sample at a time."""
+    losses = []
+    for sample in samples:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
+        labels = torch.tensor(sample["labels"])[1:]
+        learned = labels != -100
+        losses.append(cross_entropy(logits[:-1][learned], labels[learned], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+@pytest.mark.parametrize("kind", ["none", "linear", "layer_wise"])
+def test_the_lower_loss_of_the_repaired_models_on_held_out_samples_wins(kind):
+    options, expected = RepairOptions(kind=kind, rows=18), {}
+    aside, rest = put_aside(SAMPLES, 256, 0)
+    assert len(aside) == 6
+    for name in ("gradpruner", "gate"):
+        plan = alone(name)[1]
+        repair = None if kind == "none" else fit_repair(MODEL, plan, rest, Collator(), options)
+        expected[name] = nll(prune_(copy.deepcopy(MODEL), plan, repair=repair), aside)
+    before = copy.deepcopy(MODEL.state_dict())
+    found = METHOD.score(context_of(repair=options))
+    assert found.evidence["losses"] == pytest.approx(expected, rel=1e-5)
+    best = min(expected, key=expected.get)
+    scores = alone(best)[0]
+    assert (found.method, found.evidence["chosen"], found.values) == ("either", best, scores.values)
+    assert (found.low, found.high, found.stability) == (scores.low, scores.high, scores.stability)
+    assert found.evidence["held_out"] == 6 and found.evidence["failed"] == {}
+    assert all(torch.equal(value, before[name]) for name, value in MODEL.state_dict().items())
+
+
+@pytest.mark.parametrize("losses", [(0.2, 0.1), (0.1, 0.2), (0.1, 0.1)])
+def test_the_gate_must_be_ahead(monkeypatch, losses):
+    waiting = list(losses)
+    monkeypatch.setattr(either, "held_out_loss", lambda *_: waiting.pop(0))
+    found = METHOD.score(context_of(options=EitherOptions(validation_samples=2)))
+    chosen = "gate" if losses[1] < losses[0] else "gradpruner"
+    assert (found.evidence["chosen"], found.evidence["held_out"]) == (chosen, 2)
+    assert found.values == alone(chosen)[0].values
+
+
+def unused():
+    raise AssertionError("nothing needs this model")
+
+
+@pytest.mark.parametrize("changes", [{"num_keep": 6}, {"samples": SAMPLES[:1]}])
+def test_nothing_is_compared_where_plans_are_alike_or_samples_too_few(changes):
+    found = METHOD.score(context_of(model=unused, **changes))
+    assert found.evidence["chosen"] == "gradpruner" and found.evidence["losses"] == {}
+
+
+def test_the_plans_of_the_run_are_compared():
+    same = PruningPlan.from_keep(L, (0, 2, 3, 5))
+    seen = []
+
+    def make_plan(scores):
+        seen.append(scores.method)
+        return same
+
+    found = METHOD.score(context_of(model=unused, make_plan=make_plan))
+    assert seen == ["gradpruner", "gate"] and found.evidence["held_out"] == 0
+
+
+def test_a_method_that_cannot_score_leaves_the_choice_to_the_other(caplog):
+    still = copy.copy(TRACE)
+    still.gates = None
+    with caplog.at_level(logging.WARNING):
+        found = METHOD.score(context_of(trace=lambda: still, model=unused))
+    assert found.evidence["chosen"] == "gradpruner" and list(found.evidence["failed"]) == ["gate"]
+    assert "chosen by gradpruner, without comparing gate" in caplog.text
+    silent = make_trace(MODEL, scale=0.0)
+    silent.gates = None
+    with pytest.raises(ConfigError, match="zero gradient energy"):
+        METHOD.score(context_of(trace=lambda: silent))
+
+
+def test_a_model_that_cannot_be_repaired_is_not_taken(monkeypatch):
+    first = alone("gradpruner")[1].pruned
+
+    def fails(model, plan, *args, **options):
+        if plan.pruned == first:
+            raise PlanError("No.")
+        return fit_repair(model, plan, *args, **options)
+
+    monkeypatch.setattr(either, "fit_repair", fails)
+    found = METHOD.score(context_of(repair=RepairOptions(kind="linear", rows=18)))
+    assert found.evidence["chosen"] == "gate" and found.evidence["failed"] == {"gradpruner": "No."}
+    monkeypatch.setattr(either, "fit_repair", lambda *_, **__: fails(MODEL, alone("gradpruner")[1]))
+    found = METHOD.score(context_of(repair=RepairOptions(kind="linear", rows=18)))
+    assert found.evidence["chosen"] == "gradpruner" and set(found.evidence["failed"]) == {
+        "gradpruner",
+        "gate",
+    }
