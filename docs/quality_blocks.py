@@ -12,6 +12,7 @@ from quality_cells import (
     TASKS,
     USUAL,
     WRITING,
+    WRITTEN,
     Pair,
     better,
     cells,
@@ -305,27 +306,41 @@ def _nll(entry: dict[str, Any] | None) -> str:
 
 
 def writing() -> str:
-    """The table of the task that writes sentences, by number of layers and choice."""
-    dense = dense_of(WRITING, 0)
-    assert dense is not None
+    """The tables of the tasks that write sentences, by number of layers and choice."""
+    lines = [line for task in WRITTEN for line in (*_written(task), "")]
+    return "\n".join(
+        [*lines, "Loss in nats per answer token; test score in %; the number of seeds in brackets."]
+    )
+
+
+def _written(task: str) -> list[str]:
+    """The lines of one task's table: means over the seeds that are measured."""
+    dense = dense_of(task, 0)
+    if dense is None:
+        return []
     rows = {"dense/untrained": "dense, before tuning", dense["cell"]: "dense, tuned"}
     for gone in DEPTHS:
         for choice, name in CHOICES.items():
             rows[f"shrink/{choice}/{gone}/layer_wise"] = f"{gone} of 30 layers removed, {name}, layer-wise"
-    found = {e["cell"]: e for e in cells().values() if e["task"] == WRITING and e["seed"] == 0}
-    begins = f"train/{RECOVERING}"
-    for cell in found:
-        if cell.startswith(begins):
+    found: dict[str, list[dict[str, Any]]] = {}
+    for entry in cells().values():
+        if entry["task"] == task:
+            found.setdefault(entry["cell"], []).append(entry)
+    for choice, name in CHOICES.items():
+        begins = f"train/tuned/{choice}/layer_wise/distil"
+        for cell in filter(lambda cell: cell.startswith(begins), found):
             how, gone, rate = cell.removeprefix(begins).split("/")
             prompts = ", who is followed on prompts too" if "prompts" in how else ""
-            rows[cell] = f"{gone} removed, IGIA, layer-wise, recovered with the teacher{prompts}, rate {rate}"
-    lines = [f"| {TASKS[WRITING]}, seed 0 | loss on validation rows | test score |", "|---|---|---|"]
-    lines += [
-        f"| {label} | {found[cell]['validation']['nll']:.2f} | {100 * found[cell]['test']['score']:.1f} |"
-        for cell, label in rows.items()
-        if cell in found
-    ]
-    return "\n".join([*lines, "", "Loss in nats per answer token; test score in %."])
+            rows[cell] = (
+                f"{gone} removed, {name}, layer-wise, recovered with the teacher{prompts}, rate {rate}"
+            )
+    lines = [f"| {WRITTEN[task]} | loss on validation rows | test score |", "|---|---|---|"]
+    for cell, label in rows.items():
+        if entries := found.get(cell):
+            nll = statistics.mean(entry["validation"]["nll"] for entry in entries)
+            score = 100 * statistics.mean(entry["test"]["score"] for entry in entries)
+            lines.append(f"| {label} | {nll:.2f} ({len(entries)}) | {score:.1f} |")
+    return lines
 
 
 def headline() -> str:

@@ -31,7 +31,7 @@ class StudyTask:
         test_rows: Number of test rows, always the same ones.
         epochs: Passes over the training rows, in steps of 16 rows.
         max_length: Most tokens of a sample; longer prompts lose their beginning.
-        metric: "exact_match", or "rouge_l" for tasks whose answers are sentences.
+        metric: "exact_match"; "rouge_l" for tasks whose answers are sentences, "final_number" for sums.
     """
 
     train: str
@@ -79,6 +79,15 @@ TASKS = {
         test_rows=200,
         max_length=160,
         metric="rouge_l",
+    ),
+    "gsm8k": StudyTask(
+        "gsm8k/train.jsonl",
+        "gsm8k/test.jsonl",
+        lambda r: (f"Question: {r['question']}\nAnswer:", f" {r['answer']}"),
+        train_rows=800,
+        test_rows=200,
+        max_length=288,
+        metric="final_number",
     ),
 }
 
