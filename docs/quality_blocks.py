@@ -307,10 +307,9 @@ def _nll(entry: dict[str, Any] | None) -> str:
 
 def writing() -> str:
     """The tables of the tasks that write sentences, by number of layers and choice."""
-    lines = [line for task in WRITTEN for line in (*_written(task), "")]
-    return "\n".join(
-        [*lines, "Loss in nats per answer token; test score in %; the number of seeds in brackets."]
-    )
+    tables = ["\n".join(lines) for task in WRITTEN if (lines := _written(task))]
+    notes = "Loss in nats per answer token; test score in %; the number of seeds in brackets."
+    return "\n\n".join([*tables, notes])
 
 
 def _written(task: str) -> list[str]:
