@@ -21,8 +21,12 @@ Pair = tuple[str, int, dict[str, Any], dict[str, Any]]
 """Task, seed, cell of the tuned dense model, cell."""
 USUAL = 12
 """Layers removed where a table does not say otherwise."""
-RECOVERED = ("tuned/igia/least_squares/distil", "tuned/igia/layer_wise/distil")
-"""Recovered models for the row "best". A later entry replaces an earlier one: it starts from the default repair."""
+RECOVERED = {
+    "igia": ("tuned/igia/least_squares/distil", "tuned/igia/layer_wise/distil"),
+    "gate": ("tuned/gate/layer_wise/distil",),
+}
+"""Recovered models for the row "best", by choice of layers. A later entry replaces an earlier one: it starts from
+the default repair."""
 ROW_FAST = "base/igia/least_squares/labels"
 EARLY = f"shrink/early/0.6/igia/{USUAL}/layer_wise"
 RESAMPLES = 2000
@@ -129,11 +133,23 @@ def classified(
 
 
 def better() -> list[Pair]:
-    """For every run the repaired or the recovered model, whichever has the lower loss on validation rows."""
-    repaired = {pair[:2]: pair for pair in pairs(f"shrink/igia/{USUAL}/layer_wise")}
-    recovered = {pair[:2]: pair for row in RECOVERED for pair in trained(row)}
-    both = [(repaired[run], recovered[run]) for run in repaired if run in recovered]
-    return [min(pair, key=lambda found: found[3]["validation"]["nll"]) for pair in both]
+    """For every run the repaired or the recovered model, whichever has the lower loss on validation rows.
+
+    The layers are those of `compared`; where that choice was not recovered, IGIA's stands for it.
+    """
+    recovered = {
+        choice: {pair[:2]: pair for row in rows for pair in trained(row)}
+        for choice, rows in RECOVERED.items()
+    }
+    found = []
+    for pair in compared():
+        run, choice = pair[:2], pair[3]["cell"].split("/")[1]
+        choice = choice if run in recovered[choice] else "igia"
+        repaired = {one[:2]: one for one in pairs(f"shrink/{choice}/{USUAL}/layer_wise")}
+        if run in recovered[choice] and run in repaired:
+            both = repaired[run], recovered[choice][run]
+            found.append(min(both, key=lambda one: one[3]["validation"]["nll"]))
+    return found
 
 
 def compared() -> list[Pair]:
