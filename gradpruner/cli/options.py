@@ -92,23 +92,18 @@ def settled(chosen: Chosen) -> dict[str, Any]:
     Raises:
         ConfigError: If --set sets one of the same keys.
     """
-    from gradpruner.plans.options import BUDGETS
-
     values = chosen.values
     for item in chosen.overrides:
         key = item.partition("=")[0].strip()
         if key in values:
             flag = _flag(next(name for name, own in KEYS.items() if own == key))
             raise ConfigError(f"{flag} and --set {item} both set '{key}'.", hint="Give only one of them.")
-    budgets = tuple(f"plan.{name}" for name in BUDGETS)
     gone: tuple[str, ...] = ()
     rows = {"data.train", "data.eval"} & set(values)
     if "data.task" in values and not rows:
         gone = ("data.train", "data.eval")
     elif rows and "data.task" not in values:
         gone = ("data.task", "data.folder")
-    if set(budgets) & set(values):
-        gone += budgets
     return dict.fromkeys(gone) | values
 
 

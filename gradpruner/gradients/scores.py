@@ -63,7 +63,8 @@ class LayerScores(Printed):
 
     def show(self, console: Console) -> None:
         """Prints one line per layer, the least important first."""
-        print_scores(console, self.method, self.values, self.low, self.high)
+        name = ": ".join(filter(None, (self.method, self.evidence.get("chosen"))))
+        print_scores(console, name, self.values, self.low, self.high)
 
     def save(self, path: Path) -> Path:
         """Writes the scores as JSON."""

@@ -36,7 +36,7 @@ class AutoOptions(MethodOptions):
     """Training samples held out to compare candidates on; at most a quarter of all samples."""
     repair: Literal["none", "linear", "least_squares", "layer_wise"] | None = None
     """How every candidate is repaired before it is measured and trained. null: as the run repairs its models
-    (plan.repair), by least_squares if it does not."""
+    (plan.repair)."""
     repair_rows: int | None = Field(default=None, ge=2)
     """Largest number of training samples a repair is fitted on; null: as many as the run's repair."""
     rounds: int | None = Field(default=None, ge=0, le=3)
@@ -99,7 +99,7 @@ def settled(options: AutoOptions, context: MethodContext) -> AutoOptions:
     return options.model_copy(
         update={
             "rounds": rounds,
-            "repair": options.repair or ("least_squares" if run.kind == "none" else run.kind),
+            "repair": options.repair or run.kind,
             "repair_rows": options.repair_rows or run.rows,
         }
     )

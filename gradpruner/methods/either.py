@@ -22,6 +22,9 @@ from gradpruner.pruning.repair.refitting import fit_repair
 
 COMPARED = ("gradpruner", "gate")
 """Of these methods, one was best on every task of docs/quality.md; on a tie, and in doubt, the first."""
+NAMES = {"gradpruner": "IGIA", "gate": "the gate"}
+_SAME = "both would remove the same layers"
+_UNREPAIRED = "losses of unrepaired models would say little"
 
 log = logging.getLogger(__name__)
 
@@ -30,61 +33,80 @@ class EitherOptions(MethodOptions):
     """Options of the comparison."""
 
     validation_samples: int = Field(default=256, ge=1)
-    """Training samples held out to compare on; at most a quarter of all samples."""
+    """Training samples set aside to compare on; at most a quarter of all samples."""
 
 
 def score(context: MethodContext) -> LayerScores:
     """Returns the scores of the method in `COMPARED` whose plan loses least.
 
     1. Both methods score the layers, from the same recorded gradients, and the run's plan is made of each.
-    2. `validation_samples` training samples are held out. On the others, each plan is repaired as the run
-       repairs its models (`context.repair`), or not at all if the run does not.
-    3. The plan whose model has the lower loss on the held-out samples wins: the mean negative log-likelihood
+    2. `validation_samples` training samples are set aside. On the others, each plan is repaired as the run
+       repairs its models (`context.repair`).
+    3. The plan whose model has the lower loss on the samples set aside wins: the mean negative log-likelihood
        of the learned tokens, in nats.
 
-    Nothing is compared if both plans prune the same layers, or if there is only one sample; the first method
-    is then taken. If only one method or model works, it is taken.
-    `evidence` adds to the winner's own: `chosen`, its name; `losses` by name; `failed`, errors by name; the
-    number of samples `held_out`.
+    Nothing is compared, and the first method is taken, if both plans prune the same layers, if the run
+    repairs nothing (losses of unrepaired models say little), or if there are fewer than three samples. If
+    only one method or model works, it is taken.
 
-    Cost: two repairs. Memory: the model and one repair. With several processes, each must call
-    this function; they share the samples of the repairs, and every one returns the same scores.
+    `evidence` adds to the winner's own: `chosen`, its name; `losses` and `pruned` layers, by name;
+    `held_out`, the number of samples set aside; `skipped`, why nothing was compared, or "".
+
+    Cost: two repairs. Memory: the model and one repair. With several processes, each must call this function;
+    they share the samples of the repairs, and every one returns the same scores.
 
     Raises:
         GradPrunerError: If neither method can score the layers.
     """
     options = context.options or EitherOptions()
-    scores, failed = _scored(context)
+    scores = _scored(context)
     plans = {name: _plan_of(context, found) for name, found in scores.items()}
     losses: dict[str, float] = {}
     held_out: list[Any] = []
-    if len({plan.pruned for plan in plans.values()}) > 1 and len(context.samples) > 1:
+    skipped = _reason(context, plans)
+    if not skipped:
         held_out, rest = put_aside(context.samples, options.validation_samples, context.seed)
-        losses, faults = _compared(replace(context, samples=rest), plans, held_out)
-        failed |= faults
+        losses, skipped = _compared(replace(context, samples=rest), plans, held_out)
     ahead = {name: losses.get(name, float("inf")) for name in scores}
     chosen = this_world().agreed(lambda: min(ahead, key=lambda name: ahead[name]))
-    for name, error in failed.items():
-        log.warning("warning: the layers are chosen by %s, without comparing %s: %s", chosen, name, error)
+    if skipped not in ("", _SAME, _UNREPAIRED):
+        log.warning("warning: the layers are chosen by %s, without a comparison: %s", NAMES[chosen], skipped)
     found = scores[chosen]
-    evidence = {"chosen": chosen, "losses": losses, "failed": failed, "held_out": len(held_out)}
+    evidence = {
+        "chosen": chosen,
+        "losses": losses,
+        "pruned": {name: list(plan.pruned) for name, plan in plans.items()},
+        "held_out": len(held_out),
+        "skipped": skipped,
+    }
     return replace(found, method="either", evidence=found.evidence | evidence)
 
 
-def _scored(context: MethodContext) -> tuple[dict[str, LayerScores], dict[str, str]]:
-    """Returns the scores of both methods, and the error of one that cannot score."""
+def _reason(context: MethodContext, plans: Mapping[str, PruningPlan]) -> str:
+    """Returns why nothing is to be compared, or ""."""
+    if len(plans) < len(COMPARED):
+        return "only one of them can score these layers"
+    if len({plan.pruned for plan in plans.values()}) == 1:
+        return _SAME
+    if context.repair.kind == "none":
+        return _UNREPAIRED
+    return "" if len(context.samples) > 2 else "there are too few training samples"
+
+
+def _scored(context: MethodContext) -> dict[str, LayerScores]:
+    """Returns the scores of both methods, without one that cannot score."""
     scores: dict[str, LayerScores] = {}
-    errors: dict[str, GradPrunerError] = {}
+    errors: list[GradPrunerError] = []
     for name in COMPARED:
         method = METHODS.find(name)
         assert method.score is not None
         try:
             scores[name] = method.score(replace(context, options=method.options()))
         except GradPrunerError as error:
-            errors[name] = error
+            errors.append(error)
     if not scores:
-        raise next(iter(errors.values()))
-    return scores, {name: str(error) for name, error in errors.items()}
+        raise errors[0]
+    return scores
 
 
 def _plan_of(context: MethodContext, scores: LayerScores) -> PruningPlan:
@@ -95,25 +117,25 @@ def _plan_of(context: MethodContext, scores: LayerScores) -> PruningPlan:
 
 def _compared(
     context: MethodContext, plans: Mapping[str, PruningPlan], held_out: Sequence[Any]
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Returns the losses of the repaired models on held-out samples, and errors, by method."""
+) -> tuple[dict[str, float], str]:
+    """Returns the losses of the repaired models on held-out samples by method, and what failed, or ""."""
     losses: dict[str, float] = {}
-    failed: dict[str, str] = {}
+    failed: list[str] = []
     model, options, world = context.model(), context.repair, this_world()
     with Progress(len(plans), "compare IGIA and gate") as progress:
         for name, plan in plans.items():
             try:
                 repair = None
-                if options.kind != "none" and plan.pruned:
+                if plan.pruned:
                     repair = fit_repair(model, plan, context.samples, context.collator, options, world=world)
                 with as_pruned(model, plan, repair):
                     losses[name] = held_out_loss(model, plan, held_out, context)
             except GoneError:
                 raise
             except FAULTS as error:
-                failed[name] = str(error)
+                failed.append(f"{NAMES[name]}'s choice fails: {error}")
             progress.advance()
-    return losses, failed
+    return losses, "; ".join(failed)
 
 
 METHODS.register("either")(

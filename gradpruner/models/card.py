@@ -248,7 +248,7 @@ def _use(plan: Plan | None, results: Results | None) -> list[str]:
 def _depth_lines(plan: PruningPlan, repair: Mapping[str, Any] | None) -> list[str]:
     lines = [
         f"{len(plan.pruned)} of {plan.num_layers} decoder layers were removed: {runs_of(plan.pruned)}.",
-        f"Method: {plain(plan.method)}. Kept: {runs_of(plan.keep)}.",
+        f"Method: {plain(plan.method_and_choice)}. Kept: {runs_of(plan.keep)}.",
     ]
     for target, layers in plan.merged.items():
         lines.append(

@@ -193,7 +193,7 @@ def _cannot_be_walked(view: LayeredModel) -> ModelError:
     return ModelError(
         f"Layers of {view.config.model_type} models cannot be run one by one: what they compute depends on "
         "more than the hidden state.",
-        hint="Use repair: none, and a method that does not run layers one by one.",
+        hint="Repair nothing (plan.repair=none), and use a method that does not run layers one by one.",
     )
 
 

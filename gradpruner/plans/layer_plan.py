@@ -195,6 +195,11 @@ class PruningPlan(BasePlan):
         except ConfigError as error:
             raise PlanError(f"{where}: {error.message}", error.hint) from error
 
+    @property
+    def method_and_choice(self) -> str:
+        """The method and, if it took the layers of another method, that one: "either: gate"."""
+        return ": ".join(filter(None, (self.method, self.evidence.get("chosen"))))
+
     def facts(self) -> dict[str, Any]:
         """Returns what happens to every layer, in the form used in `run.json`."""
         return {

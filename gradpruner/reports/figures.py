@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from gradpruner.common.printing import counted, number, percent, text, whole
 from gradpruner.reports.details import searches
-from gradpruner.reports.record import PlanRecord, Scores
+from gradpruner.reports.record import CHOICES, PlanRecord, Scores
 from gradpruner.reports.svg import (
     HALF,
     Key,
@@ -37,15 +37,19 @@ def score_plots(view: View) -> list[Plot]:
     # The scores of the recorded gradients come first: they have stability curves, and the main row's plan
     # uses them.
     ordered = sorted(recorded, key=lambda name: not recorded[name].stability)
+    plans, main = view.record.plans, view.main.plan if view.main else None
+    own = {text(plan.scores): plan for plan in reversed((*([main] if main else []), *plans.values()))}
     plots = []
     for i, method in enumerate(ordered):
         values = [number(value) for value in recorded[method].values]
         if not any(value is not None for value in values):
             continue
-        plan = view.record.plans.get(method)
+        plan = own.get(method) or plans.get(method)
         if plan is None and i == 0:
-            plan = view.main.plan if view.main else next(iter(view.record.plans.values()), None)
+            plan = main or next(iter(plans.values()), None)
         name, norm = metric_label(method).lower(), recorded[method].norm
+        chosen = CHOICES.get(text(plan.comparison.chosen)) if plan else None
+        name = f"{name}: {chosen}" if chosen else name
         title = f"Layer scores: {name}" + (f" ({text(norm)})" if norm else "")
         plots.append(_score_plot(f"scores-{i}", title, recorded[method], values, plan or PlanRecord()))
     return plots

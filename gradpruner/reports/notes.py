@@ -6,7 +6,7 @@ from typing import Any
 
 from gradpruner.common.printing import number, percent, ratio, text, whole
 from gradpruner.reports.fields import FEW_EXAMPLES, Measured
-from gradpruner.reports.record import Comparison
+from gradpruner.reports.record import CHOICES, PlanRecord
 from gradpruner.reports.tables import headline_of
 from gradpruner.reports.view import FAR_FROM_BUDGET, Row, View
 
@@ -60,18 +60,22 @@ def _what_to_change(recipe: dict[str, Any], steps: float | None) -> str:
 
 
 def _choice_note(row: Row) -> str:
-    """Says by which of two scores the layers were chosen, if both were compared."""
-    found = row.plans[0].comparison if row.plans else Comparison()
-    igia, gate = (number(found.losses.get(name)) for name in ("gradpruner", "gate"))
-    if igia is None or gate is None:
+    """Says by which of two scores the layers were chosen, or why these were not compared."""
+    plan = row.plans[0] if row.plans else PlanRecord()
+    found = plan.comparison
+    if found.chosen not in CHOICES or not (found.same or plan.search.curve):
         return ""
-    (mine, name), (theirs, other) = (igia, "IGIA"), (gate, "the gate")
+    igia, gate = (number(found.losses.get(name)) for name in CHOICES)
+    if igia is None or gate is None:
+        return f"The layers of {row.label} were chosen by {CHOICES[found.chosen]}: {text(found.skipped)}."
+    (mine, name), (theirs, other) = (igia, CHOICES["gradpruner"]), (gate, CHOICES["gate"])
     if found.chosen == "gate":
         mine, name, theirs, other = theirs, other, mine, name
+    removed = "them" if found.same else f"{whole(found.num_prune)} layers"
     return (
-        f"The layers of {row.label} were chosen by {name}: without them, the repaired model's loss on "
-        f"{whole(found.held_out)} held-out training rows is {mine:.3g}; without those that {other} would "
-        f"remove, it is {theirs:.3g}."
+        f"The layers of {row.label} were chosen by {name}: with {removed} removed and the cuts repaired, the "
+        f"loss on {whole(found.held_out)} training rows set aside is {mine:#.3g}; with the choice of {other} "
+        f"it is {theirs:#.3g}."
     )
 
 

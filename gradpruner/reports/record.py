@@ -182,12 +182,22 @@ class Search(JsonPart):
     curve: Annotated[list[Depth], Each, AfterValidator(_complete)] = []
 
 
+CHOICES = {"gradpruner": "IGIA", "gate": "the gate"}
+"""Methods that `either` compares, in words."""
+
+
 class Comparison(JsonPart):
-    """Which of two choices of layers was taken, and the losses of both models on held-out rows."""
+    """Which of two choices of layers was taken, and the losses of both models on rows set aside.
+
+    `num_prune` layers were compared; `same` says whether the plan removes just the layers of that choice.
+    """
 
     chosen: Any = None
     losses: Fields = {}
     held_out: Count = None
+    skipped: Any = None
+    num_prune: Count = None
+    same: Any = None
 
 
 class PlanRecord(JsonPart):
@@ -198,6 +208,7 @@ class PlanRecord(JsonPart):
     portability: Annotated[list[Engine], Each] = []
     search: Search = Search()
     comparison: Comparison = Comparison()
+    scores: Any = None
     shape: Fields = {}
     widths: Annotated[list[Fields], Each] = []
     hidden: Number = None

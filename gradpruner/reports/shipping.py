@@ -182,8 +182,8 @@ def _reason(view: View, row: Row, basis: str) -> str:
         nothing = f"{nothing} (only losses, on {whole(kept.rows)} rows, to decide whether training it helped)"
     first = "the first plan" if _other_plans(view) else "the main variant"
     decided = (
-        f"It is {first}: {nothing}, and test rows must not decide. Set data.validation in the recipe to ship "
-        "the model that does best on validation rows."
+        f"It is {first}: {nothing}, and test rows must not decide. With validation rows "
+        "(data.validation) the model that does best on them would be chosen."
     )
     only = "fits the budget" if view.kind != "run" else "was measured"
     return {

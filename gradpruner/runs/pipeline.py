@@ -30,8 +30,17 @@ from gradpruner.plans.reading import Plan
 from gradpruner.runs.before.disk import bytes_missing
 from gradpruner.runs.before.fitting import check_memory
 from gradpruner.runs.folder.directory import RunDirectory, Stage
-from gradpruner.runs.folder.plan_names import MADE, MARK, STAGES, method_of, rows_in, tuned_folder
-from gradpruner.runs.folder.row_names import row_for, row_of_failed
+from gradpruner.runs.folder.plan_names import (
+    MADE,
+    MARK,
+    STAGES,
+    method_of,
+    rows_in,
+    scores_file,
+    takes_given_plan,
+    tuned_folder,
+)
+from gradpruner.runs.folder.row_names import row_for, row_of_failed, scores_name
 from gradpruner.runs.folder.run_record import run_record
 from gradpruner.runs.job.data_warnings import not_tuned, too_few_steps
 from gradpruner.runs.job.job import Job
@@ -138,6 +147,8 @@ class _Run:
         self.record_failure: Exception | None = None
         self.scores: dict[str, LayerScores] = {}
         """Method -> its scores."""
+        self.score_names: dict[str, str] = {}
+        """Method -> name of its scores in the run directory, see `scores_name`."""
         self.plans: dict[str, Plan] = {}
         """Variant -> its plan."""
         self.rows: dict[str, str] = {}
@@ -201,9 +212,10 @@ class _Run:
         """Records, scores and plans: what can be decided about a variant before its model is made."""
         name = method_of(variant)
         method = METHODS.find(name)
-        if method.needs_trace and depth >= STAGES.index("record"):
+        given = self.job.given_plan if takes_given_plan(variant) else None
+        if (given.needs_trace if given else method.needs_trace) and depth >= STAGES.index("record"):
             self.record()
-        if method.score and depth >= STAGES.index("score"):
+        if method.score and not given and depth >= STAGES.index("score"):
             self.score(name)
         if depth >= STAGES.index("plan"):
             if method.score or method.plan:
@@ -246,7 +258,9 @@ class _Run:
         """Trace (or model) -> scores/<method>.json"""
         if method in self.scores:
             return
-        target = f"scores/{method}.json"
+        inputs = self.job.decision_inputs(method)
+        name = self.score_names[method] = scores_name(self.directory, method, inputs)
+        target = scores_file(name)
 
         def work() -> dict[str, Any]:
             found = METHODS.find(method)
@@ -258,7 +272,7 @@ class _Run:
             scores.save(self.path(target))
             return {}
 
-        self.directory.ensure(Stage(f"score {method}", self.job.decision_inputs(method), work, [target]))
+        self.directory.ensure(Stage(f"score {name}", inputs, work, [target]))
         self.scores[method] = LayerScores.load(self.path(target))
 
     def context(self, method: str) -> MethodContext:
@@ -268,9 +282,8 @@ class _Run:
     def plan(self, variant: str) -> None:
         """Scores (or model) -> plans/<row>.json"""
         name = method_of(variant)
-        planning = Planning(
-            self.job, self.directory, variant, self.scores.get(name), partial(self.context, name)
-        )
+        scored = (self.score_names[name], self.scores[name]) if name in self.scores else None
+        planning = Planning(self.job, self.directory, variant, scored, partial(self.context, name))
         row = self.rows[variant] = self.find_row(variant, planning.plan_in)
         plan = self.plans[variant] = planning.make_in(row)
         for found in self.job.portability_of(plan):

@@ -28,7 +28,7 @@ from gradpruner.models.loading import load_tokenizer
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
 from gradpruner.runs.folder.directory import RunDirectory
-from gradpruner.runs.folder.plan_names import method_of, own_plan, tuned_folder
+from gradpruner.runs.folder.plan_names import method_of, own_plan, scores_file, tuned_folder
 from gradpruner.runs.job.evaluation_data import load_split
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
@@ -196,7 +196,8 @@ def _result(recipe: Recipe, record: dict[str, Any], method: str, dtype: str) -> 
     folder, row = Path(recipe.out), record["rows"][method]
     plan = folder / own_plan(row)
     models = (folder / tuned_folder(row), plan.with_name("recovered"), plan.with_name("pruned"))
-    scores, repaired = folder / "scores" / f"{method_of(method)}.json", plan.with_name("repair")
+    scored = record["plans"][row]["scores"] if row in record["plans"] else None
+    scores, repaired = folder / scores_file(scored or ""), plan.with_name("repair")
     return Pruned(
         folder=next(path for path in models if path.is_dir()),
         plan=load_plan(plan),

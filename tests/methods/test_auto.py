@@ -202,13 +202,13 @@ def test_what_is_left_open_follows_from_the_run():
     options = AutoOptions()
     run = context_of([], options=options, num_keep=4)
     found = settled(options, run)
-    assert (found.rounds, found.families, found.repair) == (2, list(PROPOSERS), "least_squares")
+    assert (found.rounds, found.families, found.repair) == (2, list(PROPOSERS), run.repair.kind)
     shrunk = replace(run, trained=False, repair=RepairOptions(kind="layer_wise", rows=7))
     found = settled(options, shrunk)
     assert found.rounds == 0
     assert (found.repair, found.repair_rows) == ("layer_wise", 7)
     unrepaired = replace(run, repair=RepairOptions(kind="none"))
-    assert settled(options, unrepaired).repair == "least_squares"
+    assert settled(options, unrepaired).repair == "none"
     asked = AutoOptions(rounds=1, families=["last"], repair="none", repair_rows=3)
     assert settled(asked, shrunk) == asked
 

@@ -51,14 +51,14 @@ def nll(model, samples):
     return float(torch.cat(losses).mean())
 
 
-@pytest.mark.parametrize("kind", ["none", "linear", "layer_wise"])
+@pytest.mark.parametrize("kind", ["linear", "layer_wise"])
 def test_the_lower_loss_of_the_repaired_models_on_held_out_samples_wins(kind):
     options, expected = RepairOptions(kind=kind, rows=18), {}
     aside, rest = put_aside(SAMPLES, 256, 0)
     assert len(aside) == 6
     for name in ("gradpruner", "gate"):
         plan = alone(name)[1]
-        repair = None if kind == "none" else fit_repair(MODEL, plan, rest, Collator(), options)
+        repair = fit_repair(MODEL, plan, rest, Collator(), options)
         expected[name] = nll(prune_(copy.deepcopy(MODEL), plan, repair=repair), aside)
     before = copy.deepcopy(MODEL.state_dict())
     found = METHOD.score(context_of(repair=options))
@@ -67,7 +67,8 @@ def test_the_lower_loss_of_the_repaired_models_on_held_out_samples_wins(kind):
     scores = alone(best)[0]
     assert (found.method, found.evidence["chosen"], found.values) == ("either", best, scores.values)
     assert (found.low, found.high, found.stability) == (scores.low, scores.high, scores.stability)
-    assert found.evidence["held_out"] == 6 and found.evidence["failed"] == {}
+    assert found.evidence["held_out"] == 6 and found.evidence["skipped"] == ""
+    assert found.evidence["pruned"] == {name: list(alone(name)[1].pruned) for name in expected}
     assert all(torch.equal(value, before[name]) for name, value in MODEL.state_dict().items())
 
 
@@ -85,10 +86,22 @@ def unused():
     raise AssertionError("nothing needs this model")
 
 
-@pytest.mark.parametrize("changes", [{"num_keep": 6}, {"samples": SAMPLES[:1]}])
-def test_nothing_is_compared_where_plans_are_alike_or_samples_too_few(changes):
-    found = METHOD.score(context_of(model=unused, **changes))
-    assert found.evidence["chosen"] == "gradpruner" and found.evidence["losses"] == {}
+UNREPAIRED = RepairOptions(kind="none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "why", "warned"),
+    [
+        ({"num_keep": 6}, "both would remove the same layers", False),
+        ({"repair": UNREPAIRED}, "losses of unrepaired models would say little", False),
+        ({"samples": SAMPLES[:2]}, "there are too few training samples", True),
+    ],
+)
+def test_where_nothing_is_compared_igia_decides_and_the_evidence_says_why(changes, why, warned, caplog):
+    with caplog.at_level(logging.WARNING):
+        found = METHOD.score(context_of(model=unused, **changes))
+    assert (found.evidence["chosen"], found.evidence["skipped"]) == ("gradpruner", why)
+    assert found.evidence["losses"] == {} and (why in caplog.text) is warned
 
 
 def test_the_plans_of_the_run_are_compared():
@@ -108,8 +121,8 @@ def test_a_method_that_cannot_score_leaves_the_choice_to_the_other(caplog):
     still.gates = None
     with caplog.at_level(logging.WARNING):
         found = METHOD.score(context_of(trace=lambda: still, model=unused))
-    assert found.evidence["chosen"] == "gradpruner" and list(found.evidence["failed"]) == ["gate"]
-    assert "chosen by gradpruner, without comparing gate" in caplog.text
+    assert found.evidence["chosen"] == "gradpruner" and "only one" in found.evidence["skipped"]
+    assert "chosen by IGIA, without a comparison: only one of them" in caplog.text
     silent = make_trace(MODEL, scale=0.0)
     silent.gates = None
     with pytest.raises(ConfigError, match="zero gradient energy"):
@@ -126,10 +139,8 @@ def test_a_model_that_cannot_be_repaired_is_not_taken(monkeypatch):
 
     monkeypatch.setattr(either, "fit_repair", fails)
     found = METHOD.score(context_of(repair=RepairOptions(kind="linear", rows=18)))
-    assert found.evidence["chosen"] == "gate" and found.evidence["failed"] == {"gradpruner": "No."}
+    assert found.evidence["chosen"] == "gate" and found.evidence["skipped"] == "IGIA's choice fails: No."
     monkeypatch.setattr(either, "fit_repair", lambda *_, **__: fails(MODEL, alone("gradpruner")[1]))
     found = METHOD.score(context_of(repair=RepairOptions(kind="linear", rows=18)))
-    assert found.evidence["chosen"] == "gradpruner" and set(found.evidence["failed"]) == {
-        "gradpruner",
-        "gate",
-    }
+    assert found.evidence["chosen"] == "gradpruner" and found.evidence["losses"] == {}
+    assert found.evidence["skipped"] == "IGIA's choice fails: No.; the gate's choice fails: No."

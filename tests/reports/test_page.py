@@ -480,18 +480,32 @@ def test_verdict_notes_what_speaks_against_it() -> None:
     assert "not like for like" in notes
 
 
+COMPARED = {"losses": {"gradpruner": 4.0957, "gate": 3.3333}, "held_out": 256, "num_prune": 6, "skipped": ""}
+
+
 def test_the_notes_say_by_which_of_two_scores_the_layers_were_chosen() -> None:
     run = make_run(16, ("dense", "merged"), 1000, 3)
-    losses = {"gradpruner": 4.0957, "gate": 3.3333}
-    for chosen, first, then in (("gate", "the gate", "IGIA"), ("gradpruner", "IGIA", "the gate")):
-        run["plans"]["merged"]["comparison"] = {"chosen": chosen, "losses": losses, "held_out": 256}
-        notes = " ".join(judge(read(run)).notes)
-        assert f"were chosen by {first}" in notes and f"those that {then} would remove" in notes
-        numbers = ("3.33", "4.1") if chosen == "gate" else ("4.1", "3.33")
-        assert f"256 held-out training rows is {numbers[0]};" in notes and f"it is {numbers[1]}." in notes
-    for nothing in ({}, {"chosen": None, "losses": None, "held_out": None}, {"chosen": "gate", "losses": {}}):
-        run["plans"]["merged"]["comparison"] = nothing
-        assert "were chosen by" not in " ".join(judge(read(run)).notes)
+
+    def notes(**found: Any) -> str:
+        run["plans"]["merged"]["comparison"] = found
+        return " ".join(judge(read(run)).notes)
+
+    for chosen, one, two in (("gate", "the gate", "IGIA"), ("gradpruner", "IGIA", "the gate")):
+        said = notes(chosen=chosen, same=True, **COMPARED)
+        first, then = ("3.33", "4.10") if chosen == "gate" else ("4.10", "3.33")
+        assert f"were chosen by {one}: with them removed and the cuts repaired" in said
+        assert f"256 training rows set aside is {first}; with the choice of {two} it is {then}." in said
+    unlike = COMPARED | {"losses": {}, "skipped": "both would remove the same layers"}
+    said = notes(chosen="gradpruner", same=True, **unlike)
+    assert "were chosen by IGIA: both would remove the same layers." in said
+    # Without layers of the comparison nothing is said, unless a search went on from it.
+    for nothing in ({}, {"chosen": None, "same": True}, {"chosen": "gate", "same": False, **COMPARED}):
+        assert "were chosen by" not in notes(**nothing)
+    run["plans"]["merged"]["search"] = {
+        "best": 5, "limit": 0.1, "rows": 80,
+        "curve": [{"num_prune": 5, "loss": 0.0, "upper": 0.1, "rows": 80, "verdict": "certified"}],
+    }  # fmt: skip
+    assert "by the gate: with 6 layers removed" in notes(chosen="gate", same=False, **COMPARED)
 
 
 def test_verdict_without_intervals_or_fine_tuning() -> None:

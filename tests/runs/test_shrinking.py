@@ -256,7 +256,7 @@ def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch)
 def test_two_choices_are_compared_and_the_search_goes_on_with_the_better_one(tmp_path, monkeypatch):
     fake_scores(monkeypatch, lambda layers: {4: 0, 3: 0, 2: 30}[layers])
     losses = {"gradpruner": 2.0, "gate": 1.0}
-    monkeypatch.setattr(either, "_compared", lambda context, plans, aside: (losses, {}))
+    monkeypatch.setattr(either, "_compared", lambda context, plans, aside: (losses, ""))
     path, _ = make_project(tmp_path, start="given", variants=["dense", "either"])
     write_rows(tmp_path / "validation.jsonl", make_rows(80, seed=3))
     recipe = load_recipe(
@@ -275,28 +275,72 @@ def _trace(tmp_path):
     return GradientTrace.load(tmp_path / "run/trace")
 
 
-def test_another_budget_or_repair_compares_again_and_a_given_plan_nothing(tmp_path, monkeypatch):
+def test_scores_that_depend_on_the_budget_are_kept_for_every_plan(tmp_path, monkeypatch):
     compared = []
 
     def compare(context, plans, aside):
         compared.append({name: plan.pruned for name, plan in plans.items()})
-        return dict.fromkeys(plans, 1.0), {}
+        return {"gradpruner": 2.0, "gate": 1.0}, ""
 
     monkeypatch.setattr(either, "_compared", compare)
+    monkeypatch.setattr(either, "_reason", lambda *_: "")
     path, _ = make_project(tmp_path, start="given", variants=["dense", "either"], plan=REPAIRED)
     first = run(load_recipe(path))
-    run(load_recipe(path))
-    seen = len(compared)
-    assert seen <= 1 and first["variants"]["either"]["label"] == "pruned + repaired"
+    assert first["variants"]["either"]["label"] == "pruned + repaired" and len(compared) == 1
+    one = run(load_recipe(path, ("plan.num_prune=1",)))
+    again = run(load_recipe(path))
+    half = run(load_recipe(path, ("plan.num_prune=null", "plan.layer_fraction=0.5")))  # the same two layers
+    assert len(compared) == 2
+    for record in (one, again):
+        assert {name: plan["scores"] for name, plan in record["plans"].items()} == {
+            "either": "either", "either@num_prune=1": "either@2",
+        }  # fmt: skip
+        assert set(record["scores"]) == {"either", "either@2"}
+        assert record["variants"]["either"]["cost"] == first["variants"]["either"]["cost"]
+    assert {plan["scores"] for plan in half["plans"].values()} == {"either", "either@2"}
     run(load_recipe(path, ("plan.repair=linear",)))
-    run(load_recipe(path, ("plan.layers=[1,2]", "plan.num_prune=null")))
-    assert len(compared) == 2 * seen
-    own = PruningPlan.from_keep(4, (0, 3))
-    own.save(tmp_path / "own.json")
-    record = run(load_recipe(path, (), {"plan.file": str(tmp_path / "own.json"), "plan.name": "mine"}))
-    assert len(compared) == 2 * seen and record["variants"]["either@mine"]["num_layers"] == 2
-    actions = record["plans"]["either@mine"]["actions"]
+    assert len(compared) == 3
+
+
+def test_a_given_plan_needs_no_scores_and_no_recording(tmp_path, caplog):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "either"])
+    PruningPlan.from_keep(4, (0, 3)).save(tmp_path / "own.json")
+    given = {"plan.file": str(tmp_path / "own.json"), "plan.repair": "linear"}
+    record = run(load_recipe(path, ("plan.num_prune=null", "plan.num_merge=0"), given))
+    actions = record["plans"]["either"]["actions"]
     assert [a["layer"] for a in actions if a["action"] == "keep"] == [0, 3]
+    states = {stage["name"] for stage in record["stages"]}
+    assert not states & {"record", "score either"} and record["plans"]["either"]["comparison"] == {}
+    assert record["variants"]["either"]["cost"]["seconds"]["recording"] == 0
+    for key in ("plan.num_prune=2", "plan.max_loss=0.1"):
+        with pytest.raises(ConfigError, match=f"{key.split('=')[0].partition('.')[2]} how many"):
+            load_recipe(path, ("plan.num_prune=null", key), given)
+    other = load_recipe(path, ("plan.num_prune=null", "variants=[dense,gate,last]"), given)
+    with pytest.raises(ConfigError, match="gate, last chooses layers by itself"):
+        run(other)
+
+
+def test_an_edited_plan_is_not_called_the_choice_of_either(tmp_path, monkeypatch):
+    monkeypatch.setattr(either, "_compared", lambda *_: ({"gradpruner": 2.0, "gate": 1.0}, ""))
+    monkeypatch.setattr(either, "_reason", lambda *_: "")
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "either"], plan=REPAIRED)
+    record = run(load_recipe(path))
+    assert record["plans"]["either"]["comparison"]["same"] is True
+    assert "Method: either: gate." in (tmp_path / "run/variants/either/pruned/README.md").read_text()
+    edited = json.loads((tmp_path / "run/plans/either.json").read_text())
+    for action, name in zip(edited["actions"], ("keep", "keep", "drop", "keep"), strict=True):
+        action["action"] = name
+    (tmp_path / "own.json").write_text(json.dumps(edited))
+    given = {"plan.file": str(tmp_path / "own.json"), "plan.num_prune": None}
+    facts = run(load_recipe(path, (), given))["plans"]["either@own"]["comparison"]
+    assert facts["same"] is False
+
+
+def test_a_repair_needs_two_samples(tmp_path):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "either"], plan=REPAIRED)
+    write_rows(tmp_path / "train.jsonl", make_rows(1))
+    with pytest.raises(DataError, match="a repair needs two"):
+        Job(load_recipe(path))
 
 
 def test_too_few_validation_rows_are_an_error_before_anything_is_done(tmp_path):

@@ -79,12 +79,17 @@ def _rehearsed(model: Any, training: Training) -> tuple[int, ...]:
     model.to(training.computing_dtype).train(training.trains)
     if training.attn == "eager":
         model.set_attn_implementation("eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        if training.trains:
-            _prepare(model, training)
-        with FakeTensorMode():
-            return _peaks_of_a_pass(model, training)
+    torch_log = logging.getLogger(FakeTensorMode.__module__)
+    disabled, torch_log.disabled = torch_log.disabled, True  # it prints a traceback for errors that we handle
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if training.trains:
+                _prepare(model, training)
+            with FakeTensorMode():
+                return _peaks_of_a_pass(model, training)
+    finally:
+        torch_log.disabled = disabled
 
 
 def _peaks_of_a_pass(model: Any, training: Training) -> tuple[int, ...]:

@@ -173,7 +173,7 @@ def _check_model(view: LayeredModel, plan: PruningPlan, trace: GradientTrace | N
     if identity.endswith(QUANTISED):
         raise PlanError(
             "The model is quantised; its linears cannot be refitted.",
-            hint="Use plan.repair: none, or the unquantised model.",
+            hint="Repair nothing (plan.repair=none), or use the unquantised model.",
         )
     plan.check_model(view.num_layers, identity)
     if plan.merged:

@@ -64,7 +64,7 @@ def target_of(view: LayeredModel, walk: Walk, layer: int, state: Tensor) -> Refi
             if view.family.no_merge
             else "what it adds to the residual stream is not the output of a single linear or norm."
         ),
-        hint="Use plan.repair: none.",
+        hint="Repair nothing: plan.repair=none.",
     )
 
 

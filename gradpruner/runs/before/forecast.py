@@ -151,7 +151,7 @@ def forecast(job: Job, done: Collection[str] = ()) -> Forecast:
     rows = ("dense" in recipe.variants and "evaluate dense" not in done) + kept * len(pruned)
     return Forecast(
         record=0.0 if not pruned or "record" in done else record,
-        repair=layers * repair * fits / this_world().size if recipe.plan.repair != "none" else 0.0,
+        repair=layers * repair * fits / this_world().size,
         train=train,
         evaluate=layers * per_batch * passes * times * rows / this_world().size,
         basis=f"two layers of these widths, timed here on {trial.device.type}",

@@ -77,6 +77,7 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "start": recipe.start,
         "repair": recipe.plan.repair,
         "repair_rows": job.repair_rows,
+        "compares": any(job.repairs_of(name) > 1 for name in recipe.variants if name != "dense"),
         "recover_steps": job.recover_steps,
         "recover_learning_rate": job.recover_rate,
         "teacher": recipe.distil.teacher,
@@ -217,6 +218,8 @@ def _steps(facts: dict[str, Any]) -> str:
             f"find how many layers lose at most {facts['max_loss']:.2%} on {facts['validation_rows']} "
             "validation rows"
         )
+    if facts["compares"]:
+        parts.append("choose the layers by IGIA or the gate, comparing losses after a repair of each")
     if facts["repair"] != "none":
         kind = facts["repair"].replace("_", " ")
         parts.append(f"prune and repair ({kind}, {facts['repair_rows']} rows)")

@@ -342,8 +342,9 @@ def _as_ours(error: BaseException, folder: Path) -> BaseException:
     # torch says "out of memory" on accelerators and "can't allocate memory" on the CPU.
     allocation = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if allocation or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        said = str(error).splitlines()[0].rstrip(".") if str(error) else "allocation failed"
         return ResourceError(
-            f"Out of memory: {str(error).splitlines()[0] if str(error) else 'allocation failed'}",
+            f"Out of memory: {said}.",
             hint="Lower the batch size (and raise accumulation), shorten max_length, or use "
             "gradient_checkpointing.",
         )

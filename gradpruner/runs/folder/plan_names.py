@@ -47,6 +47,11 @@ def method_of(row: str) -> str:
     return "gradpruner" if variant in LABELS else variant
 
 
+def takes_given_plan(row: str) -> bool:
+    """Returns whether a pruned row follows a plan given by plan.file, instead of its method's choice."""
+    return method_of(row) in ("gradpruner", "either")
+
+
 def named_row(variant: str, name: str) -> str:
     """Returns the row of a variant whose plan has a name."""
     return f"{variant}{MARK}{name}"
@@ -55,6 +60,11 @@ def named_row(variant: str, name: str) -> str:
 def plan_file(row: str) -> str:
     """File of a row's plan, for users to read and edit, relative to the run directory."""
     return f"plans/{row}.json"
+
+
+def scores_file(name: str) -> str:
+    """File of layer scores; `name` is the method, or METHOD@N for the scores of another plan."""
+    return f"scores/{name}.json"
 
 
 def own_plan(row: str) -> str:
@@ -112,7 +122,7 @@ def derived_name(
     of_plan = {key: value for key, value in changed.items() if key.startswith("plan.")} or changed
     telling = {key: value for key, value in of_plan.items() if value is not None} or of_plan
     words = "+".join(f"{key.removeprefix('plan.')}={_shown(value)}" for key, value in telling.items())
-    if set(telling) == {"plan.file"}:
+    if "plan.file" in telling:  # it says by itself which layers go
         stem = Path(str(telling["plan.file"])).stem
         words = "edited" if variant_of(stem) == variant else stem
     words = re.sub(r"[^A-Za-z0-9._=+-]+", "_", words).strip("._")

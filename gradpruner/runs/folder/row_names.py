@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from gradpruner.common.errors import ConfigError
 from gradpruner.gradients.trace import GradientTrace
@@ -11,6 +12,7 @@ from gradpruner.plans.reading import Plan
 from gradpruner.runs.folder.directory import RunDirectory
 from gradpruner.runs.folder.plan_names import (
     MADE,
+    MARK,
     derived_name,
     differences,
     method_of,
@@ -70,6 +72,26 @@ def row_for(
         return variant
     first = directory.recipe_of(f"prune {variant}")
     return named_row(variant, derived_name(variant, first, directory.manifest["config"], made))
+
+
+def scores_name(directory: RunDirectory, method: str, inputs: Any) -> str:
+    """Returns the name of a method's scores: the method or, if plans rest on other scores of it, METHOD@N.
+
+    Only scores that depend on the budget (`Method.compares`) are kept for every plan; others are replaced.
+    """
+    if not METHODS.find(method).compares:
+        return method
+    found = [name for name in rows_in(directory.stages, ("score",)) if variant_of(name) == method]
+    used = {scores_of_plan(directory, row) for row in rows_in(directory.stages, ("plan",))}
+    names = [method, *(f"{method}{MARK}{number}" for number in range(2, len(used) + 2))]
+    same = (name for name in found if directory.is_done(f"score {name}", inputs))
+    return next(same, None) or next(name for name in names if name not in used)
+
+
+def scores_of_plan(directory: RunDirectory, row: str) -> str | None:
+    """Returns the name of the scores behind a row's plan; None if the plan was given."""
+    found: str | None = (directory.result(f"plan {row}") or {}).get("scores", method_of(row))
+    return found
 
 
 def row_of_failed(directory: RunDirectory, variant: str) -> str:

@@ -20,10 +20,12 @@ from gradpruner.evaluation.outputs import paired_intervals, read_examples
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS
 from gradpruner.models.dtypes import stored_dtype
+from gradpruner.plans.reading import Plan
 from gradpruner.reports.fields import REFUSE
 from gradpruner.reports.record import Record
 from gradpruner.runs.folder.directory import RunDirectory, stays_inside
-from gradpruner.runs.folder.plan_names import MADE, differences, label_of, method_of, rows_in
+from gradpruner.runs.folder.plan_names import MADE, differences, label_of, method_of, rows_in, scores_file
+from gradpruner.runs.folder.row_names import scores_of_plan
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.effects import effect_of
 from gradpruner.runs.recipe.recipe import Recipe
@@ -82,7 +84,7 @@ def run_record(
         if name in made or name in errors
     }
     add_paired_differences(variants, directory.path, recipe.seed)
-    add_costs(variants, recipe, directory.stages)
+    add_costs(variants, recipe, directory)
     return {
         "schema_version": 1,
         "gradpruner_version": __version__,
@@ -100,7 +102,7 @@ def run_record(
         },
         "learning_rate": rate_facts(job, directory),
         "trace": trace_facts(directory),
-        "scores": {found.method: score_facts(found) for found in stored_scores(directory)},
+        "scores": {name: score_facts(found) for name, found in stored_scores(directory).items()},
         "plans": plans,
         "rows": dict(asked),
         "variants": variants,
@@ -161,14 +163,14 @@ def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
     return found
 
 
-def stored_scores(directory: RunDirectory) -> list[LayerScores]:
-    """Reads the scores of every method that has scored the layers."""
+def stored_scores(directory: RunDirectory) -> dict[str, LayerScores]:
+    """Reads the scores of every method that has scored the layers, and of every plan that has its own."""
     names = rows_in(directory.stages, ("score",))
-    return [
-        LayerScores.load(directory.path / "scores" / f"{name}.json")
+    return {
+        name: LayerScores.load(directory.path / scores_file(name))
         for name in names
         if directory.has_files(f"score {name}")
-    ]
+    }
 
 
 def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path, seed: int) -> None:
@@ -192,7 +194,7 @@ def add_paired_differences(variants: Mapping[str, dict[str, Any]], folder: Path,
             }
 
 
-def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Mapping[str, Any]) -> None:
+def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, directory: RunDirectory) -> None:
     """Adds its whole cost to each row: `cost`, with `seconds` by part and in total, and trained `tokens`.
 
     The parts are tuning (of the dense model, if the row is made from it or learns from it), recording,
@@ -202,6 +204,8 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Ma
     an interrupted start; if that start was killed, its seconds are missing.
     """
 
+    stages = directory.stages
+
     def trained(name: str) -> int:
         found = [variants.get(name, {}).get(part) or {} for part in ("finetune", "recovery")]
         return sum(int(part.get("tokens") or 0) for part in found)
@@ -209,21 +213,22 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, stages: Ma
     for name, row in variants.items():
         method = METHODS.find(method_of(name))
         prunes = name != "dense" and method.training is None
-        parts = {
+        parts: dict[str, list[str]] = {
             "tuning": ["finetune dense"] if recipe.tunes_first else [],
             "recording": ["record"] if method.needs_trace else [],
-            "choosing": [f"score {method_of(name)}", f"plan {name}", f"search {name}"],
+            "choosing": [f"score {scores_of_plan(directory, name)}", f"plan {name}", f"search {name}"],
             "repairing": [f"repair {name}"],
             "pruning": [f"prune {name}"],
         }
-        parts = (parts if prunes else {}) | {"training": [f"finetune {name}", f"recover {name}"]}
+        parts = parts if prunes else {}
+        parts["training"] = [f"finetune {name}", f"recover {name}"]
         counted = [stage for names in parts.values() for stage in names if stage in stages]
         seconds = {
             part: sum(_seconds(stages[stage]) for stage in names if stage in stages)
             for part, names in parts.items()
         }
         of_method = [stages[stage] for stage in counted if StageName.of(stage).verb != "finetune"]
-        recorded = stages.get("record", {}).get("result") or {} if parts.get("recording") else {}
+        recorded = directory.result("record") or {} if parts.get("recording") else {}
         row["cost"] = {
             "seconds": {**seconds, "total": sum(seconds.values())},
             "method_seconds": sum(map(_seconds, of_method)) if name != "dense" else None,
@@ -304,14 +309,25 @@ def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | 
     if plan is None:
         return None
     same_model = plan.num_layers == job.num_layers
-    evidence = getattr(plan, "evidence", {})
-    saved = job.savings_of(plan) if same_model else directory.result(f"plan {row}")
+    saved = job.savings_of(plan) if same_model else directory.result(f"plan {row}") or {}
     return plan.facts() | {
-        "savings": saved or {},
+        "savings": {unit: change for unit, change in saved.items() if unit != "scores"},
+        "scores": scores_of_plan(directory, row),
         "portability": [vars(v) for v in job.portability_of(plan)] if same_model else [],
         "search": directory.result(f"search {row}"),
-        "comparison": {key: evidence.get(key) for key in ("chosen", "losses", "held_out")},
+        "comparison": comparison_facts(plan),
     }
+
+
+def comparison_facts(plan: Plan) -> dict[str, Any]:
+    """Returns which of two choices of layers a plan took, and their losses; {} if the plan says otherwise."""
+    found: dict[str, Any] = getattr(plan, "evidence", {})
+    pruned = (found.get("pruned") or {}).get(found.get("chosen"))
+    if pruned is None:
+        return {}
+    facts = {key: found[key] for key in ("chosen", "losses", "held_out", "skipped")}
+    # A search goes on from the comparison to other numbers of layers; an edited plan is no longer its result.
+    return facts | {"num_prune": len(pruned), "same": list(plan.pruned) == pruned}
 
 
 def stage_facts(directory: RunDirectory) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.world import this_world
 from gradpruner.methods import METHODS
-from gradpruner.runs.folder.plan_names import method_of
+from gradpruner.runs.folder.plan_names import method_of, takes_given_plan
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.training.checks import check_4bit, check_liger, check_optimizer, check_trackers
 from gradpruner.training.finetuning import check_checkpointing
@@ -15,6 +15,12 @@ from gradpruner.training.sharding import check_sharding
 
 def check_methods(recipe: Recipe) -> None:
     """Raises ConfigError if a method cannot do what the recipe asks of it."""
+    pruned = [name for name in recipe.variants if name != "dense"]
+    if recipe.plan.file is not None and pruned and not any(map(takes_given_plan, pruned)):
+        raise ConfigError(
+            f"plan.file is given, but {', '.join(pruned)} chooses layers by itself.",
+            hint="Leave one of the two out; merged, dropped, gradpruner and either follow a given plan.",
+        )
     for name in recipe.variants:
         method = METHODS.find(method_of(name)) if name != "dense" else None
         if method is None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from gradpruner.common.errors import PlanError
+from gradpruner.common.errors import DataError, PlanError
 from gradpruner.common.provenance import sha256_json
-from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.config_patch import check_keep, required_layers
@@ -57,6 +56,7 @@ class Job(Inputs):
         self._check_budget()
         self._choose_rate()
         self.open_rows()
+        self._check_repair_rows()
         self._choose_accumulation()
         steps = self.finetune_steps if recipe.start == "base" else self.recover_steps
         check_changed_training(self.recipe, self.training, steps)
@@ -78,6 +78,14 @@ class Job(Inputs):
             )
         kind = "least_squares" if self.recipe.start == "base" else "layer_wise"  # by docs/quality.md
         self.recipe = self.recipe.with_values(plan={"repair": "none" if found else kind})
+
+    def _check_repair_rows(self) -> None:
+        """Refuses to repair with a single sample: one more is needed to choose the ridge by."""
+        if self.recipe.plan.repair != "none" and len(self.samples) < 2:
+            raise DataError(
+                "There is only one training sample, and a repair needs two at least.",
+                hint="Give more rows, or repair nothing: plan.repair=none.",
+            )
 
     @cached_property
     def repair_rows(self) -> int:
@@ -172,15 +180,11 @@ class Job(Inputs):
             trained=self.recipe.trains_pruned,
             protected=tuple(sorted(protected)),
             fits=self.slots(),
-            make_plan=self._unmerged,
+            make_plan=partial(plan_for, self, merging=False),
             options=self.method_options(name),
             finetune=self.training,
             folder=folder,
         )
-
-    def _unmerged(self, scores: LayerScores) -> PruningPlan:
-        """The plan that follows from scores, or the given one, without merging."""
-        return self.given_plan.without_merging() if self.given_plan else plan_for(self, scores, merging=False)
 
     @property
     def training(self) -> FinetuneOptions:
@@ -222,18 +226,16 @@ class Job(Inputs):
         kept = self.num_keep / self.num_layers
         share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
         work = share * kept + self.record_steps * recipe.record.batch_size / dense_samples
-        if recipe.plan.repair != "none":
-            fits = max((self.repairs_of(name) for name in recipe.variants if name != "dense"), default=1)
-            work += fits * self.repair_rows * REPAIR_PASSES / 3 / dense_samples
+        fits = max((self.repairs_of(name) for name in recipe.variants if name != "dense"), default=0)
+        work += fits * self.repair_rows * REPAIR_PASSES / 3 / dense_samples
         if recipe.distils:
             work += share / 3
         return work + (1.0 if recipe.tunes_first else 0.0)
 
-    @staticmethod
-    def repairs_of(variant: str) -> int:
+    def repairs_of(self, variant: str) -> int:
         """How many repairs a pruned row fits: its own, and one for each of two plans that it compares."""
-        method = METHODS.find(method_of(variant))
-        return 3 if method.compares and method.score else 1
+        method, repairs = METHODS.find(method_of(variant)), self.recipe.plan.repair != "none"
+        return 3 if method.compares and method.score and repairs and not self.given_plan else int(repairs)
 
     @property
     def record_inputs(self) -> dict[str, Any]:
@@ -254,9 +256,10 @@ class Job(Inputs):
         found: dict[str, Any] = {}
         if method.compares:
             found["compared"] = [*self.repair_inputs, self.recipe.trains_pruned]
-        if method.compares and method.score:  # what it compares are the run's plans
-            given = self.given_plan.to_dict() if self.given_plan else None
-            found["plan"] = [options.model_dump(exclude=keys_of("plan", "choice", "depth", "repair")), given]
+        if method.compares and method.score:  # it compares the run's plans; num_keep is part of the result
+            counted = {"num_prune", "layer_fraction"}
+            excluded = keys_of("plan", "choice", "depth", "repair") | counted
+            found["plan"] = options.model_dump(exclude=excluded)
         return found | {
             "method": name,
             "options": self.method_options(name).model_dump(mode="json"),

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.options import Section
 from gradpruner.common.printing import shown
+from gradpruner.plans.options import BUDGETS
 from gradpruner.runs.recipe.key_hints import meant_key
 from gradpruner.runs.recipe.sections import (
     DataSection,
@@ -218,15 +219,20 @@ def load_recipe(
         raw = read_yaml(Path(path))
         resolve_paths(raw, Path(path).parent)
     stored, given = copy.deepcopy(raw), {}
+    last: dict[str, Any] = {}
     for key, value in (values or {}).items():
-        assign(raw, key, value)
-        given[key] = names.get(key, key)
+        last[key], given[key] = value, names.get(key, key)
     for item in overrides:
         key, found, text = item.partition("=")
         if not found or not key:
             raise ConfigError(f"--set {item} is not of the form section.key=value.")
-        assign(raw, key.strip(), _parse_value(item, key.strip(), text))
+        last[key.strip()] = _parse_value(item, key.strip(), text)
         given[key.strip()] = f"--set {key.strip()}"
+    rivals = [f"plan.{name}" for name in (*BUDGETS, "file")]
+    if any(last.get(key) is not None for key in rivals):  # the file's budget or plan is not meant any more
+        last = dict.fromkeys(rivals) | last
+    for key, value in last.items():
+        assign(raw, key, value)
     # The run directory keeps the recipe, whose paths must also hold when it is read from elsewhere.
     resolve_paths(raw, Path())
     where = "recipe"

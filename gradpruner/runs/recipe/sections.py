@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from gradpruner.common.options import Section
 from gradpruner.evaluation.options import AskingSection
-from gradpruner.plans.options import PlanOptions
+from gradpruner.plans.options import BUDGETS, PlanOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,7 +121,8 @@ class PlanSection(PlanOptions):
     """How many layers are pruned, which are protected, and how merged layers are combined."""
 
     file: str | None = None
-    """Use this plan file (from `gradpruner plan`, perhaps edited) for merged and dropped."""
+    """Use this plan file (from `gradpruner plan`, perhaps edited) for merged, dropped, gradpruner and either.
+    It says which layers go, so no budget is given beside it."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]{0,59}$")
     """Name of this plan, whose results go to variants/<row>@<name>. null: the first plan in a run directory
     has no name, and further plans are named after the settings that differ. Applies to one start only."""
@@ -149,6 +150,15 @@ class PlanSection(PlanOptions):
     repair_answers: float | None = Field(default=None, ge=0, lt=1)
     """Least share of a repair's weight for the positions that predict answer tokens; 0: all positions count
     the same. null: 0.8 if a tuned model is pruned, 0 with start: base."""
+
+    @model_validator(mode="after")
+    def _file_or_budget(self) -> PlanSection:
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
+        if self.file is not None and given:
+            raise ValueError(
+                f"file says which layers go, and {given[0]} how many; give one of them, the other as null"
+            )
+        return self
 
 
 class RecoverSection(Section):

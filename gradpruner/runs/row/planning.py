@@ -11,7 +11,14 @@ from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan, load_plan, read_plan
 from gradpruner.runs.folder.directory import RunDirectory, Stage, inputs_hash
-from gradpruner.runs.folder.plan_names import LABELS, method_of, own_plan, plan_file
+from gradpruner.runs.folder.plan_names import (
+    LABELS,
+    method_of,
+    own_plan,
+    plan_file,
+    scores_file,
+    takes_given_plan,
+)
 from gradpruner.runs.job.budget import plan_for
 from gradpruner.runs.job.evaluation_data import data_identity
 from gradpruner.runs.job.job import Job
@@ -26,7 +33,7 @@ class Planning:
 
     Args:
         variant: An entry of the recipe's `variants`, not "dense".
-        scores: The scores of its method; None for a method that plans without scores.
+        scored: Name and scores of its method; None if no scores are needed.
         context: Gives what such a method may look at.
     """
 
@@ -35,15 +42,15 @@ class Planning:
         job: Job,
         directory: RunDirectory,
         variant: str,
-        scores: LayerScores | None,
+        scored: tuple[str, LayerScores] | None,
         context: Callable[[], MethodContext],
     ) -> None:
         self.job, self.directory, self.variant = job, directory, variant
-        self.scores, self.context = scores, context
+        self.context = context
+        self.scores_name: str | None = scored[0] if scored else None
+        self.scores: LayerScores | None = scored[1] if scored else None
         self.method = METHODS.find(method_of(variant))
-        # A plan is given instead of GradPruner's choice; other methods in the comparison keep theirs.
-        replaced = variant in LABELS or variant in ("gradpruner", "either")
-        self.given: PruningPlan | None = job.given_plan if replaced else None
+        self.given: PruningPlan | None = job.given_plan if takes_given_plan(variant) else None
         limited = job.recipe.plan.max_loss is not None
         self.searches = limited and self.method.score is not None and self.given is None
         self.inputs = self._inputs()
@@ -54,9 +61,10 @@ class Planning:
         name = method_of(self.variant)
         if not self.method.score:
             return self.job.decision_inputs(name)
+        file = self.directory.path / scores_file(self.scores_name) if self.scores_name else None
         settings = self.job.recipe.plan.model_dump(exclude=keys_of("plan", "choice", "depth", "repair"))
         return {
-            "scores": sha256_file(self.directory.path / "scores" / f"{name}.json"),
+            "scores": sha256_file(file) if file else None,
             "plan": settings | self.method.plan_options,
             "given": self.given.to_dict() if self.given else None,
             "variant": self.variant,
@@ -112,7 +120,7 @@ class Planning:
         def work() -> dict[str, Any]:
             plan = self.make(inputs.get("num_prune"))
             plan.save(self.directory.path / file)
-            return self.job.savings_of(plan)
+            return self.job.savings_of(plan) | {"scores": self.scores_name}
 
         self.directory.ensure(Stage(f"plan {row}", inputs, work, [file]))
         return load_plan(self.directory.path / file)
