@@ -60,7 +60,8 @@ class MethodContext:
         trained: Whether the result is fine-tuned later, or stays as it is after the repair.
         finetune: How the result is fine-tuned later. Methods that train take batch size, precision and
             device from it.
-        folder: Where a method that trains for long may save checkpoints; None if it must not save any.
+        folder: Where a method that trains for long may save checkpoints, and one that compares repaired
+            models the winner's repair; None if it must not save any.
     """
 
     num_layers: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOption
 from gradpruner.methods.calibration import held_out_loss, put_aside
 from gradpruner.methods.candidates import FAULTS
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.repair import Repair
 from gradpruner.pruning.in_memory import as_pruned
 from gradpruner.pruning.repair.refitting import fit_repair
 
@@ -52,8 +54,10 @@ def score(context: MethodContext) -> LayerScores:
     `evidence` adds to the winner's own: `chosen`, its name; `losses` and `pruned` layers, by name;
     `held_out`, the number of samples set aside; `skipped`, why nothing was compared, or "".
 
-    Cost: two repairs. Memory: the model and one repair. With several processes, each must call this function;
-    they share the samples of the repairs, and every one returns the same scores.
+    Cost: two repairs. If the winner's was fitted on as many samples as the run's repair is, it is saved as
+    `context.folder`/repair, and the run need not fit it again. Memory: the model and two repairs. With
+    several processes, each must call this function; they share the samples of the repairs, and every one
+    returns the same scores.
 
     Raises:
         GradPrunerError: If neither method can score the layers.
@@ -121,6 +125,7 @@ def _compared(
     """Returns the losses of the repaired models on held-out samples by method, and what failed, or ""."""
     losses: dict[str, float] = {}
     failed: list[str] = []
+    best: Repair | None = None
     model, options, world = context.model(), context.repair, this_world()
     with Progress(len(plans), "compare IGIA and gate") as progress:
         for name, plan in plans.items():
@@ -129,12 +134,16 @@ def _compared(
                 if plan.pruned:
                     repair = fit_repair(model, plan, context.samples, context.collator, options, world=world)
                 with as_pruned(model, plan, repair):
-                    losses[name] = held_out_loss(model, plan, held_out, context)
+                    loss = held_out_loss(model, plan, held_out, context)
+                best = repair if loss < min(losses.values(), default=math.inf) else best
+                losses[name] = loss
             except GoneError:
                 raise
             except FAULTS as error:
                 failed.append(f"{NAMES[name]}'s choice fails: {error}")
             progress.advance()
+    if best is not None and best.rows == options.rows and context.folder is not None and world.is_first:
+        best.save(context.folder / "repair")
     return losses, "; ".join(failed)
 
 

@@ -37,6 +37,7 @@ from gradpruner.runs.folder.plan_names import (
     method_of,
     rows_in,
     scores_file,
+    scores_folder,
     takes_given_plan,
     tuned_folder,
 )
@@ -263,9 +264,9 @@ class _Run:
         target = scores_file(name)
 
         def work() -> dict[str, Any]:
-            found = METHODS.find(method)
-            folders = (str(self.path("trace")), str(self.path(row_file(method, "method"))))
-            if found.compares:
+            folders = (str(self.path("trace")), str(self.path(scores_folder(name))))
+            self.directory.remove([scores_folder(name)])
+            if METHODS.find(method).compares:
                 scores = together(self.job, scores_of, method, *folders)
             else:
                 scores = scores_of(self.job, method, *folders)

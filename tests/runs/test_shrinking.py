@@ -16,9 +16,11 @@ from gradpruner.common.errors import ConfigError, DataError, PlanError
 from gradpruner.common.progress import set_mode
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, either
+from gradpruner.methods.calibration import put_aside
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.repair import Repair
+from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import html
 from gradpruner.reports.html import render_html
@@ -30,6 +32,7 @@ from gradpruner.runs.job.evaluation_data import with_validation
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
+from gradpruner.runs.row import work
 from gradpruner.runs.row.depth_search import possible_plans, refuse_uncertified
 from gradpruner.training.options import FinetuneOptions
 
@@ -300,6 +303,34 @@ def test_scores_that_depend_on_the_budget_are_kept_for_every_plan(tmp_path, monk
     assert {plan["scores"] for plan in half["plans"].values()} == {"either", "either@2"}
     run(load_recipe(path, ("plan.repair=linear",)))
     assert len(compared) == 3
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(12, 0), (24, 1)])
+def test_the_winners_repair_is_not_fitted_again_if_it_saw_as_many_samples(tmp_path, monkeypatch, rows, fits):
+    fitted, real = [], work.fit
+    monkeypatch.setattr(work, "fit", lambda variant: fitted.append(1) or real(variant))
+    monkeypatch.setattr(either, "_reason", lambda *_: "")
+    plan = REPAIRED | {"repair_rows": rows}
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "either"], plan=plan)
+    recipe = load_recipe(path)
+    run(recipe, until="plan")
+    chosen = tmp_path / "run/scores/either/repair"
+    assert chosen.is_dir() is not bool(fits)
+    kept = Repair.load(chosen) if chosen.is_dir() else None
+    record = run(recipe)
+    found = Repair.load(tmp_path / "run/variants/either/repair")
+    assert len(fitted) == fits and not chosen.exists() and found.rows == rows
+    assert record["variants"]["either"]["repair"]["rows"] == rows
+    if kept is not None:
+        assert all(torch.equal(found.weights[layer], weight) for layer, weight in kept.weights.items())
+        _, rest = put_aside(Job(recipe).samples, 256, 0)
+        model = Job(recipe).load(tmp_path / "model")
+        again = fit_repair(model, stored_plan(tmp_path), rest, Job(recipe).collator, Job(recipe).repair)
+        assert all(torch.equal(found.weights[layer], weight) for layer, weight in again.weights.items())
+
+
+def stored_plan(tmp_path):
+    return PruningPlan.load(tmp_path / "run/plans/either.json")
 
 
 def test_a_given_plan_needs_no_scores_and_no_recording(tmp_path, caplog):

@@ -67,6 +67,11 @@ def scores_file(name: str) -> str:
     return f"scores/{name}.json"
 
 
+def scores_folder(name: str) -> str:
+    """Folder of what finding these scores left for later: the repair of the plan that won."""
+    return f"scores/{name}"
+
+
 def own_plan(row: str) -> str:
     """File of the plan that a row's models were made by; the one in plans/ may have been edited since."""
     return row_file(row, "plan.json")

@@ -233,9 +233,18 @@ class Job(Inputs):
         return work + (1.0 if recipe.tunes_first else 0.0)
 
     def repairs_of(self, variant: str) -> int:
-        """How many repairs a pruned row fits: its own, and one for each of two plans that it compares."""
-        method, repairs = METHODS.find(method_of(variant)), self.recipe.plan.repair != "none"
-        return 3 if method.compares and method.score and repairs and not self.given_plan else int(repairs)
+        """How many repairs a pruned row fits: one, or one for each of two plans that it compares.
+
+        In the second case, one more if the samples set aside are needed for the final one.
+        """
+        method = METHODS.find(method_of(variant))
+        if self.recipe.plan.repair == "none":
+            return 0
+        if not (method.compares and method.score) or self.given_plan:
+            return 1
+        aside: int = self.method_options(variant).validation_samples  # type: ignore[attr-defined]
+        rest = len(self.samples) - min(aside, len(self.samples) // 4)
+        return 2 if self.repair_rows <= rest else 3
 
     @property
     def record_inputs(self) -> dict[str, Any]:

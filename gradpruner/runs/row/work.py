@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gradpruner.common.errors import IntegrityError
 from gradpruner.common.progress import Progress, show_bytes
 from gradpruner.common.world import this_world
 from gradpruner.evaluation.outputs import journals
@@ -27,7 +29,8 @@ from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.pruning.verification import VerifyReport
 from gradpruner.pruning.widths_on_disk import check_narrowed, prune_width_checkpoint
 from gradpruner.runs.folder.directory import RunDirectory
-from gradpruner.runs.folder.plan_names import journal, tuned_folder
+from gradpruner.runs.folder.plan_names import journal, scores_folder, tuned_folder
+from gradpruner.runs.folder.row_names import scores_of_plan
 from gradpruner.runs.job.evaluation_data import asked_of_harness, options_of
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.row.held_out import better_of, loss_before
@@ -37,14 +40,33 @@ from gradpruner.training.adapters import Adapters
 from gradpruner.training.finetuning import FinetuneResult, finetune
 from gradpruner.training.options import FinetuneOptions
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
 def repair(variant: Variant) -> dict[str, Any]:
     """Dense model, plan and samples -> refitted linears"""
-    found = _in_all_processes(variant, fit)
+    found = _fitted_before(variant) or _in_all_processes(variant, fit)
     found.save(variant.path(variant.repaired))
     return found.facts()
+
+
+def _fitted_before(variant: Variant) -> Repair | None:
+    """Returns the repair that was fitted to choose the layers, if it is as this run would fit it."""
+    folder = variant.path(scores_folder(str(scores_of_plan(variant.directory, variant.name)))) / "repair"
+    if variant.plan is None or not folder.is_dir():
+        return None
+    wanted = variant.job.repair
+    try:
+        found = Repair.load(folder)
+    except IntegrityError:  # from an interrupted start
+        return None
+    same = (found.kind, found.rows, found.answers) == (wanted.kind, wanted.rows, wanted.answers)
+    if not same or found.pruned != variant.plan.pruned:
+        return None
+    log.info("repair %s: fitted already, when the layers were chosen", variant.name)
+    return found
 
 
 def fit(variant: Variant) -> Repair:
@@ -76,6 +98,7 @@ def prune(variant: Variant) -> dict[str, Any]:
         read_plan(found["plan"]).save(variant.path(variant.own_plan))
         return found
     assert variant.plan is not None
+    variant.directory.remove([scores_folder(str(scores_of_plan(variant.directory, variant.name)))])
     variant.plan.save(variant.path(variant.own_plan))
     report = (
         _prune_widths(variant, variant.plan)
