@@ -50,6 +50,8 @@ class MethodContext:
             layer-pruning method would remove. A method may miss this number by less than one of its units.
         unit: What `num_remove` counts: "parameters" (of the whole model) or "decoder_parameters" (without
             embeddings and head).
+        validation: Encoded samples that nothing is fitted or trained on, to compare models by; None if there
+            are none, or if they certify a loss later.
         protected: Layers that must not be pruned, ascending.
         fits: Which layers are allowed at which position, see `selection.plan_pruning`; None allows all.
         make_plan: Returns the plan that the run makes of scores, without merging; None if there is no run.
@@ -74,6 +76,7 @@ class MethodContext:
     num_keep: int | None = None
     num_remove: int | None = None
     unit: str = "parameters"
+    validation: Sequence[dict[str, list[int]]] | None = None
     protected: tuple[int, ...] = ()
     fits: Placeable | None = None
     make_plan: Callable[[LayerScores], PruningPlan] | None = None

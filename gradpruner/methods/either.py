@@ -35,24 +35,25 @@ class EitherOptions(MethodOptions):
     """Options of the comparison."""
 
     validation_samples: int = Field(default=256, ge=1)
-    """Training samples set aside to compare on; at most a quarter of all samples."""
+    """Training samples set aside to compare on if there are no validation rows; at most a quarter of all."""
 
 
 def score(context: MethodContext) -> LayerScores:
     """Returns the scores of the method in `COMPARED` whose plan loses least.
 
     1. Both methods score the layers, from the same recorded gradients, and the run's plan is made of each.
-    2. `validation_samples` training samples are set aside. On the others, each plan is repaired as the run
-       repairs its models (`context.repair`).
-    3. The plan whose model has the lower loss on the samples set aside wins: the mean negative log-likelihood
-       of the learned tokens, in nats.
+    2. Each plan is repaired as the run repairs its models (`context.repair`).
+    3. The plan whose model has the lower loss on `context.validation` wins: the mean negative log-likelihood
+       of the learned tokens, in nats. Without validation samples, `validation_samples` training samples are
+       set aside before the repairs.
 
     Nothing is compared, and the first method is taken, if both plans prune the same layers, if the run
     repairs nothing (losses of unrepaired models say little), or if there are fewer than three samples. If
     only one method or model works, it is taken.
 
     `evidence` adds to the winner's own: `chosen`, its name; `losses` and `pruned` layers, by name;
-    `held_out`, the number of samples set aside; `skipped`, why nothing was compared, or "".
+    `held_out`, the number of samples compared on, and `rows`, which they are; `skipped`, why nothing was
+    compared, or "".
 
     Cost: two repairs. If the winner's was fitted on as many samples as the run's repair is, it is saved as
     `context.folder`/repair, and the run need not fit it again. Memory: the model and two repairs. With
@@ -66,10 +67,13 @@ def score(context: MethodContext) -> LayerScores:
     scores = _scored(context)
     plans = {name: _plan_of(context, found) for name, found in scores.items()}
     losses: dict[str, float] = {}
-    held_out: list[Any] = []
+    held_out, rows = context.validation, "validation rows"
     skipped = _reason(context, plans)
     if not skipped:
-        held_out, rest = put_aside(context.samples, options.validation_samples, context.seed)
+        rest = context.samples
+        if held_out is None:
+            held_out, rest = put_aside(context.samples, options.validation_samples, context.seed)
+            rows = "training rows set aside"
         losses, skipped = _compared(replace(context, samples=rest), plans, held_out)
     ahead = {name: losses.get(name, float("inf")) for name in scores}
     chosen = this_world().agreed(lambda: min(ahead, key=lambda name: ahead[name]))
@@ -80,7 +84,8 @@ def score(context: MethodContext) -> LayerScores:
         "chosen": chosen,
         "losses": losses,
         "pruned": {name: list(plan.pruned) for name, plan in plans.items()},
-        "held_out": len(held_out),
+        "held_out": len(held_out) if losses and held_out is not None else 0,
+        "rows": rows,
         "skipped": skipped,
     }
     return replace(found, method="either", evidence=found.evidence | evidence)

@@ -74,7 +74,7 @@ def _choice_note(row: Row) -> str:
     removed = "them" if found.same else f"{whole(found.num_prune)} layers"
     return (
         f"The layers of {row.label} were chosen by {name}: with {removed} removed and the cuts repaired, the "
-        f"loss on {whole(found.held_out)} training rows set aside is {mine:#.3g}; with the choice of {other} "
+        f"loss on {whole(found.held_out)} {text(found.rows)} is {mine:#.3g}; with the choice of {other} "
         f"it is {theirs:#.3g}."
     )
 

@@ -187,7 +187,7 @@ CHOICES = {"gradpruner": "IGIA", "gate": "the gate"}
 
 
 class Comparison(JsonPart):
-    """Which of two choices of layers was taken, and the losses of both models on rows set aside.
+    """Which of two choices of layers was taken, and the losses of both models on `held_out` of some `rows`.
 
     `num_prune` layers were compared; `same` says whether the plan removes just the layers of that choice.
     """
@@ -195,6 +195,7 @@ class Comparison(JsonPart):
     chosen: Any = None
     losses: Fields = {}
     held_out: Count = None
+    rows: Any = None
     skipped: Any = None
     num_prune: Count = None
     same: Any = None

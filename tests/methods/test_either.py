@@ -116,6 +116,19 @@ def test_the_plans_of_the_run_are_compared():
     assert seen == ["gradpruner", "gate"] and found.evidence["held_out"] == 0
 
 
+def test_validation_samples_decide_where_there_are_any():
+    own = make_samples(9, seed=5)
+    options = RepairOptions(kind="linear", rows=18)
+    found = METHOD.score(context_of(repair=options, validation=own))
+    expected = {}
+    for name in ("gradpruner", "gate"):
+        plan = alone(name)[1]
+        repair = fit_repair(MODEL, plan, SAMPLES, Collator(), options)
+        expected[name] = nll(prune_(copy.deepcopy(MODEL), plan, repair=repair), own)
+    assert found.evidence["losses"] == pytest.approx(expected, rel=1e-5)
+    assert (found.evidence["held_out"], found.evidence["rows"]) == (9, "validation rows")
+
+
 def test_a_method_that_cannot_score_leaves_the_choice_to_the_other(caplog):
     still = copy.copy(TRACE)
     still.gates = None

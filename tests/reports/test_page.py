@@ -480,7 +480,8 @@ def test_verdict_notes_what_speaks_against_it() -> None:
     assert "not like for like" in notes
 
 
-COMPARED = {"losses": {"gradpruner": 4.0957, "gate": 3.3333}, "held_out": 256, "num_prune": 6, "skipped": ""}
+COMPARED = {"losses": {"gradpruner": 4.0957, "gate": 3.3333}, "held_out": 256, "num_prune": 6, "skipped": "",
+            "rows": "validation rows"}  # fmt: skip
 
 
 def test_the_notes_say_by_which_of_two_scores_the_layers_were_chosen() -> None:
@@ -494,7 +495,7 @@ def test_the_notes_say_by_which_of_two_scores_the_layers_were_chosen() -> None:
         said = notes(chosen=chosen, same=True, **COMPARED)
         first, then = ("3.33", "4.10") if chosen == "gate" else ("4.10", "3.33")
         assert f"were chosen by {one}: with them removed and the cuts repaired" in said
-        assert f"256 training rows set aside is {first}; with the choice of {two} it is {then}." in said
+        assert f"256 validation rows is {first}; with the choice of {two} it is {then}." in said
     unlike = COMPARED | {"losses": {}, "skipped": "both would remove the same layers"}
     said = notes(chosen="gradpruner", same=True, **unlike)
     assert "were chosen by IGIA: both would remove the same layers." in said

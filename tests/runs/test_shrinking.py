@@ -333,6 +333,27 @@ def stored_plan(tmp_path):
     return PruningPlan.load(tmp_path / "run/plans/either.json")
 
 
+def test_choices_are_compared_on_validation_rows_unless_these_certify_a_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(either, "_reason", lambda *_: "")
+    changes = {"start": "tuned", "variants": ["dense", "either"], "plan": REPAIRED, "recover": {"steps": 1}}
+    record, folder = carry_out(tmp_path / "best", **changes)
+    found, rows = (
+        record["plans"]["either"]["comparison"],
+        record["variants"]["either"]["finetune"]["kept"]["rows"],
+    )
+    assert (found["rows"], found["held_out"]) == ("validation rows", rows)
+    assert f"on {rows} validation rows" in (folder / "report.html").read_text()
+    fake_scores(monkeypatch, lambda layers: 0)
+    (tmp_path / "certified").mkdir()
+    path, _ = make_project(tmp_path / "certified", start="given", variants=["dense", "either"])
+    write_rows(tmp_path / "validation.jsonl", make_rows(80, seed=3))
+    given = {"data.validation": str(tmp_path / "validation.jsonl"), "plan.repair": "linear"}
+    found = run(load_recipe(path, ("plan.max_loss=0.1", "plan.num_merge=0"), given))["plans"]["either"][
+        "comparison"
+    ]
+    assert (found["rows"], found["held_out"]) == ("training rows set aside", 6)
+
+
 def test_a_given_plan_needs_no_scores_and_no_recording(tmp_path, caplog):
     path, _ = make_project(tmp_path, start="given", variants=["dense", "either"])
     PruningPlan.from_keep(4, (0, 3)).save(tmp_path / "own.json")

@@ -325,7 +325,7 @@ def comparison_facts(plan: Plan) -> dict[str, Any]:
     pruned = (found.get("pruned") or {}).get(found.get("chosen"))
     if pruned is None:
         return {}
-    facts = {key: found[key] for key in ("chosen", "losses", "held_out", "skipped")}
+    facts = {key: found[key] for key in ("chosen", "losses", "held_out", "rows", "skipped")}
     # A search goes on from the comparison to other numbers of layers; an edited plan is no longer its result.
     return facts | {"num_prune": len(pruned), "same": list(plan.pruned) == pruned}
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from gradpruner.common.errors import DataError, PlanError
 from gradpruner.common.provenance import sha256_json
+from gradpruner.data.examples import ExampleSet
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext, MethodOptions
 from gradpruner.models.config_patch import check_keep, required_layers
@@ -25,7 +26,7 @@ from gradpruner.runs.folder.plan_names import LABELS, method_of
 from gradpruner.runs.job.budget import placeholder_scores, plan_for
 from gradpruner.runs.job.data_warnings import warnings_of
 from gradpruner.runs.job.early_checks import check_changed_training, check_methods, check_training
-from gradpruner.runs.job.evaluation_data import check_evaluation
+from gradpruner.runs.job.evaluation_data import check_evaluation, data_identity
 from gradpruner.runs.job.inputs import Inputs, hash_model
 from gradpruner.runs.recipe.effects import keys_of
 from gradpruner.training.adapters import is_4bit
@@ -180,6 +181,7 @@ class Job(Inputs):
             trained=self.recipe.trains_pruned,
             protected=tuple(sorted(protected)),
             fits=self.slots(),
+            validation=self.validation_samples if self._compared_on else None,  # type: ignore[arg-type]
             make_plan=partial(plan_for, self, merging=False),
             options=self.method_options(name),
             finetune=self.training,
@@ -243,8 +245,14 @@ class Job(Inputs):
         if not (method.compares and method.score) or self.given_plan:
             return 1
         aside: int = self.method_options(variant).validation_samples  # type: ignore[attr-defined]
-        rest = len(self.samples) - min(aside, len(self.samples) // 4)
+        rest = len(self.samples)
+        rest -= min(aside, rest // 4) if self._compared_on is None else 0
         return 2 if self.repair_rows <= rest else 3
+
+    @property
+    def _compared_on(self) -> ExampleSet | None:
+        """Rows to compare choices of layers by: validation rows, unless these certify a loss later."""
+        return self.validation if self.recipe.plan.max_loss is None else None
 
     @property
     def record_inputs(self) -> dict[str, Any]:
@@ -268,6 +276,7 @@ class Job(Inputs):
         if method.compares and method.score:  # it compares the run's plans; num_keep is part of the result
             counted = {"num_prune", "layer_fraction"}
             excluded = keys_of("plan", "choice", "depth", "repair") | counted
+            found["validation"] = data_identity(self._compared_on) if self._compared_on else None
             found["plan"] = options.model_dump(exclude=excluded)
         return found | {
             "method": name,
