@@ -210,8 +210,9 @@ class RunDirectory:
         """Does a stage unless it is current; returns its result."""
         name = stage.name
         if self.is_current(stage):
-            log.info("%s: done before, skipped", name)
-            self.visited[name] = "skipped"
+            if name not in self.visited:  # else it was done in this start
+                log.info("%s: done before, skipped", name)
+                self.visited[name] = "skipped"
             return self.stages[name]["result"]
         asked = inputs_hash(stage.inputs)
         earlier = self.stages.get(name)
