@@ -97,6 +97,16 @@ def training_step() -> str:
     )
 
 
+def fast_products() -> str:
+    result = read(RESULTS / "fast_products.json")
+    step, forward = result["ratios"]["training step"], result["ratios"]["forward pass"]
+    return (
+        f"Measured with a model of SmolLM2-135M's shape on {machine(result)} (`benchmarks/fast_products.py`): a "
+        f"training step takes {step:.2f}x the time, a forward pass {forward:.2f}x; logits differ by "
+        f"{result['relative_difference_of_logits']:.0e}."
+    )
+
+
 def speed() -> str:
     recording, scoring, merging = (read(RESULTS / f"{n}.json") for n in ("recording", "scoring", "merging"))
     recorder, dense = recording["ratios"]["recorder"], recording["ratios"]["dense"]
@@ -272,6 +282,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": families,
     "tasks": tasks,
     "training_step": training_step,
+    "fast_products": fast_products,
     "evaluation": evaluation,
     "finetuning": finetuning,
     "all_tasks": all_tasks,

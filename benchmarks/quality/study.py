@@ -24,8 +24,9 @@ from typing import Any
 
 from choices import CHOICES, choose, trace_of
 from tasks import TASKS
-from work import Work, with_plain_memory, with_wide_kernels
+from work import Work, with_plain_memory
 
+from gradpruner.models.kernels import fast_products
 from gradpruner.runs.row.rate_search import best_rate as best_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
@@ -367,12 +368,14 @@ def tuned_twice(work: Work, rate: float) -> dict[str, Any]:
     return {"training": result, **work.measure(model)}
 
 
+PARTS = {"tune": tune, "shrink": shrink, "depth": depth, "train": train, "vary": vary}
+
+
 def main() -> None:
-    parts = {"tune": tune, "shrink": shrink, "depth": depth, "train": train, "vary": vary}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="+", choices=list(parts))
+    parser.add_argument("what", nargs="+", choices=list(PARTS))
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, required=True)
@@ -385,12 +388,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with_wide_kernels(args.device)
+    with fast_products():
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measures the parts, seeds and tasks that were asked for."""
     for what in args.what:
         for seed in args.seed:
             for task in args.task:
                 folders = (args.model, args.data, args.scratch, args.results)
-                parts[what](Work(*folders, task, seed, tuple(args.only), args.device))
+                PARTS[what](Work(*folders, task, seed, tuple(args.only), args.device))
 
 
 if __name__ == "__main__":

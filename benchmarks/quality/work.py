@@ -242,29 +242,3 @@ def with_plain_memory() -> None:
     wanted = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
-
-
-def with_wide_kernels(device: str) -> None:
-    """Lets oneDNN multiply matrices if it is as exact as fp32; on some machines that is twice as fast.
-
-    The precision "medium" allows oneDNN to round to bf16, which it does only where that is faster (AMX). So
-    this function measures the error on the model's shapes and switches back to "highest" if products are not
-    exact. It changes nothing on GPUs, which would round.
-    """
-    import torch
-
-    from gradpruner.models.loading import resolve_device
-
-    if resolve_device(device).type != "cpu":
-        return
-
-    torch.set_float32_matmul_precision("medium")
-    generator = torch.Generator().manual_seed(0)
-    for rows, columns in ((576, 1536), (1536, 576), (576, 49152)):
-        left = torch.randn(352, rows, generator=generator)
-        right = torch.randn(columns, rows, generator=generator)
-        exact = left.double() @ right.double().T
-        error = (torch.nn.functional.linear(left, right) - exact).norm() / exact.norm()
-        if error > 1e-6:
-            torch.set_float32_matmul_precision("highest")
-            return

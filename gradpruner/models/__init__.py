@@ -14,5 +14,6 @@ checking       whether a folder can be used at all; raw_config: what its config.
 classes        the transformers class for a config
 dtypes         the dtype a checkpoint is stored in, read from its tensors
 shards         the weights of a folder, from untrusted safetensors headers (headers) and indexes
+kernels        faster matrix products on CPUs, where they are exact
 loading        loads models from folders; saving: saves them
 """
