@@ -12,7 +12,7 @@ from gradpruner.common.errors import ConfigError
 
 
 @takes(
-    "model data eval_data validation_data task task_folder out num_prune layer_fraction max_loss method "
+    "model data eval_data validation_data task task_folder out plan num_prune layer_fraction max_loss method "
     f"repair recover learning_rate lora train_limit seed overrides trust_remote_code skip_bad {ENDING}",
     validation_data=Annotated[
         Text,
