@@ -63,7 +63,8 @@ class LayerScores(Printed):
 
     def show(self, console: Console) -> None:
         """Prints one line per layer, the least important first."""
-        name = ": ".join(filter(None, (self.method, self.evidence.get("chosen"))))
+        found = self.evidence.get("comparison")
+        name = f"{self.method}: {found['chosen']}" if isinstance(found, dict) else self.method
         print_scores(console, name, self.values, self.low, self.high)
 
     def save(self, path: Path) -> Path:

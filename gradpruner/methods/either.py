@@ -51,9 +51,9 @@ def score(context: MethodContext) -> LayerScores:
     repairs nothing (losses of unrepaired models say little), or if there are fewer than three samples. If
     only one method or model works, it is taken.
 
-    `evidence` adds to the winner's own: `chosen`, its name; `losses` and `pruned` layers, by name;
-    `held_out`, the number of samples compared on, and `rows`, which they are; `skipped`, why nothing was
-    compared, or "".
+    To the winner's own evidence, `evidence["comparison"]` is added: `chosen`, its name; `losses` and `pruned`
+    layers, by name; `held_out`, the number of samples compared on, and `rows`, which they are; `skipped`, why
+    nothing was compared, or "".
 
     Cost: two repairs. If the winner's was fitted on as many samples as the run's repair is, it is saved as
     `context.folder`/repair, and the run need not fit it again. Memory: the model and two repairs. With
@@ -80,7 +80,7 @@ def score(context: MethodContext) -> LayerScores:
     if skipped not in ("", _SAME, _UNREPAIRED):
         log.warning("warning: the layers are chosen by %s, without a comparison: %s", NAMES[chosen], skipped)
     found = scores[chosen]
-    evidence = {
+    comparison = {
         "chosen": chosen,
         "losses": losses,
         "pruned": {name: list(plan.pruned) for name, plan in plans.items()},
@@ -88,7 +88,7 @@ def score(context: MethodContext) -> LayerScores:
         "rows": rows,
         "skipped": skipped,
     }
-    return replace(found, method="either", evidence=found.evidence | evidence)
+    return replace(found, method="either", evidence=found.evidence | {"comparison": comparison})
 
 
 def _reason(context: MethodContext, plans: Mapping[str, PruningPlan]) -> str:

@@ -198,7 +198,9 @@ class PruningPlan(BasePlan):
     @property
     def method_and_choice(self) -> str:
         """The method and, if it took the layers of another method, that one: "either: gate"."""
-        return ": ".join(filter(None, (self.method, self.evidence.get("chosen"))))
+        found = self.evidence.get("comparison")
+        chosen = found.get("chosen") if isinstance(found, dict) else None
+        return f"{self.method}: {chosen}" if chosen else self.method
 
     def facts(self) -> dict[str, Any]:
         """Returns what happens to every layer, in the form used in `run.json`."""

@@ -39,6 +39,10 @@ def alone(name, **changes):
     return scores, plan_pruning(scores, num_prune=2, num_merge=0, protect_first=0)
 
 
+def said(scores):
+    return scores.evidence["comparison"]
+
+
 def nll(model, samples):
     """Nats per learned token, one sample at a time."""
     losses = []
@@ -62,13 +66,17 @@ def test_the_lower_loss_of_the_repaired_models_on_held_out_samples_wins(kind):
         expected[name] = nll(prune_(copy.deepcopy(MODEL), plan, repair=repair), aside)
     before = copy.deepcopy(MODEL.state_dict())
     found = METHOD.score(context_of(repair=options))
-    assert found.evidence["losses"] == pytest.approx(expected, rel=1e-5)
+    assert said(found)["losses"] == pytest.approx(expected, rel=1e-5)
     best = min(expected, key=expected.get)
     scores = alone(best)[0]
-    assert (found.method, found.evidence["chosen"], found.values) == ("either", best, scores.values)
+    assert (found.method, said(found)["chosen"], found.values) == (
+        "either",
+        best,
+        scores.values,
+    )
     assert (found.low, found.high, found.stability) == (scores.low, scores.high, scores.stability)
-    assert found.evidence["held_out"] == 6 and found.evidence["skipped"] == ""
-    assert found.evidence["pruned"] == {name: list(alone(name)[1].pruned) for name in expected}
+    assert said(found)["held_out"] == 6 and said(found)["skipped"] == ""
+    assert said(found)["pruned"] == {name: list(alone(name)[1].pruned) for name in expected}
     assert all(torch.equal(value, before[name]) for name, value in MODEL.state_dict().items())
 
 
@@ -78,7 +86,7 @@ def test_the_gate_must_be_ahead(monkeypatch, losses):
     monkeypatch.setattr(either, "held_out_loss", lambda *_: waiting.pop(0))
     found = METHOD.score(context_of(options=EitherOptions(validation_samples=2)))
     chosen = "gate" if losses[1] < losses[0] else "gradpruner"
-    assert (found.evidence["chosen"], found.evidence["held_out"]) == (chosen, 2)
+    assert (said(found)["chosen"], said(found)["held_out"]) == (chosen, 2)
     assert found.values == alone(chosen)[0].values
 
 
@@ -100,8 +108,11 @@ UNREPAIRED = RepairOptions(kind="none")
 def test_where_nothing_is_compared_igia_decides_and_the_evidence_says_why(changes, why, warned, caplog):
     with caplog.at_level(logging.WARNING):
         found = METHOD.score(context_of(model=unused, **changes))
-    assert (found.evidence["chosen"], found.evidence["skipped"]) == ("gradpruner", why)
-    assert found.evidence["losses"] == {} and (why in caplog.text) is warned
+    assert (said(found)["chosen"], said(found)["skipped"]) == (
+        "gradpruner",
+        why,
+    )
+    assert said(found)["losses"] == {} and (why in caplog.text) is warned
 
 
 def test_the_plans_of_the_run_are_compared():
@@ -113,7 +124,7 @@ def test_the_plans_of_the_run_are_compared():
         return same
 
     found = METHOD.score(context_of(model=unused, make_plan=make_plan))
-    assert seen == ["gradpruner", "gate"] and found.evidence["held_out"] == 0
+    assert seen == ["gradpruner", "gate"] and said(found)["held_out"] == 0
 
 
 def test_validation_samples_decide_where_there_are_any():
@@ -125,8 +136,11 @@ def test_validation_samples_decide_where_there_are_any():
         plan = alone(name)[1]
         repair = fit_repair(MODEL, plan, SAMPLES, Collator(), options)
         expected[name] = nll(prune_(copy.deepcopy(MODEL), plan, repair=repair), own)
-    assert found.evidence["losses"] == pytest.approx(expected, rel=1e-5)
-    assert (found.evidence["held_out"], found.evidence["rows"]) == (9, "validation rows")
+    assert said(found)["losses"] == pytest.approx(expected, rel=1e-5)
+    assert (said(found)["held_out"], said(found)["rows"]) == (
+        9,
+        "validation rows",
+    )
 
 
 def test_a_method_that_cannot_score_leaves_the_choice_to_the_other(caplog):
@@ -134,7 +148,7 @@ def test_a_method_that_cannot_score_leaves_the_choice_to_the_other(caplog):
     still.gates = None
     with caplog.at_level(logging.WARNING):
         found = METHOD.score(context_of(trace=lambda: still, model=unused))
-    assert found.evidence["chosen"] == "gradpruner" and "only one" in found.evidence["skipped"]
+    assert said(found)["chosen"] == "gradpruner" and "only one" in said(found)["skipped"]
     assert "chosen by IGIA, without a comparison: only one of them" in caplog.text
     silent = make_trace(MODEL, scale=0.0)
     silent.gates = None
@@ -152,8 +166,8 @@ def test_a_model_that_cannot_be_repaired_is_not_taken(monkeypatch):
 
     monkeypatch.setattr(either, "fit_repair", fails)
     found = METHOD.score(context_of(repair=RepairOptions(kind="linear", rows=18)))
-    assert found.evidence["chosen"] == "gate" and found.evidence["skipped"] == "IGIA's choice fails: No."
+    assert said(found)["chosen"] == "gate" and said(found)["skipped"] == "IGIA's choice fails: No."
     monkeypatch.setattr(either, "fit_repair", lambda *_, **__: fails(MODEL, alone("gradpruner")[1]))
     found = METHOD.score(context_of(repair=RepairOptions(kind="linear", rows=18)))
-    assert found.evidence["chosen"] == "gradpruner" and found.evidence["losses"] == {}
-    assert found.evidence["skipped"] == "IGIA's choice fails: No.; the gate's choice fails: No."
+    assert said(found)["chosen"] == "gradpruner" and said(found)["losses"] == {}
+    assert said(found)["skipped"] == "IGIA's choice fails: No.; the gate's choice fails: No."

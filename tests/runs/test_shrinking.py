@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from gradpruner.cli.main import app
 from gradpruner.common.errors import ConfigError, DataError, PlanError
 from gradpruner.common.progress import set_mode
+from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, either
 from gradpruner.methods.calibration import put_aside
@@ -386,6 +387,15 @@ def test_an_edited_plan_is_not_called_the_choice_of_either(tmp_path, monkeypatch
     given = {"plan.file": str(tmp_path / "own.json"), "plan.num_prune": None}
     facts = run(load_recipe(path, (), given))["plans"]["either@own"]["comparison"]
     assert facts["same"] is False
+
+
+def test_pairwise_gates_have_evidence_of_their_own(tmp_path):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"], plan=REPAIRED)
+    record = run(load_recipe(path, ("methods.gate.pairwise=true",)))
+    assert record["variants"]["gate"]["error"] is None and record["plans"]["gate"]["comparison"] == {}
+    assert "Method: gate." in (tmp_path / "run/variants/gate/pruned/README.md").read_text()
+    scores = LayerScores.load(tmp_path / "run/scores/gate.json")
+    assert isinstance(scores.evidence["chosen"], list) and "Scores (gate)" in str(scores)
 
 
 def test_a_repair_needs_two_samples(tmp_path):

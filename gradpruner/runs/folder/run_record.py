@@ -321,11 +321,13 @@ def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | 
 
 def comparison_facts(plan: Plan) -> dict[str, Any]:
     """Returns which of two choices of layers a plan took, and their losses; {} if the plan says otherwise."""
-    found: dict[str, Any] = getattr(plan, "evidence", {})
-    pruned = (found.get("pruned") or {}).get(found.get("chosen"))
-    if pruned is None:
+    found: Any = getattr(plan, "evidence", {}).get("comparison")
+    if not isinstance(found, dict) or not isinstance(found.get("pruned"), dict):  # plans can be edited
         return {}
-    facts = {key: found[key] for key in ("chosen", "losses", "held_out", "rows", "skipped")}
+    pruned = found["pruned"].get(str(found.get("chosen")))
+    if not isinstance(pruned, list):
+        return {}
+    facts = {key: found.get(key) for key in ("chosen", "losses", "held_out", "rows", "skipped")}
     # A search goes on from the comparison to other numbers of layers; an edited plan is no longer its result.
     return facts | {"num_prune": len(pruned), "same": list(plan.pruned) == pruned}
 
