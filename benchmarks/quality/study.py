@@ -26,7 +26,6 @@ from choices import CHOICES, choose, trace_of
 from tasks import TASKS
 from work import Work, with_plain_memory
 
-from gradpruner.models.kernels import fast_products
 from gradpruner.runs.row.rate_search import best_rate as best_of
 
 RESULTS = Path(__file__).parent.parent / "results" / "quality"
@@ -388,12 +387,6 @@ def main() -> None:
     )
     args = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with fast_products():
-        measure(args)
-
-
-def measure(args: argparse.Namespace) -> None:
-    """Measures the parts, seeds and tasks that were asked for."""
     for what in args.what:
         for seed in args.seed:
             for task in args.task:

@@ -13,6 +13,8 @@ from typing import Any
 
 from tasks import TASKS, splits
 
+from gradpruner.models.kernels import with_fast_products
+
 BATCH = 16
 
 
@@ -186,6 +188,7 @@ class Work:
         return [float(value) for value in values_of(result.outputs)[self.facts.metric]]
 
 
+@with_fast_products
 def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[list[float], float]:
     """Returns whether each row's greedy answer is right, and the loss in nats per answer token; in one pass.
 

@@ -36,7 +36,7 @@ from gradpruner.evaluation.metrics import (
 from gradpruner.evaluation.options import EvaluateOptions
 from gradpruner.evaluation.outputs import Journal, Output, output_line, values_of
 from gradpruner.evaluation.questions import Questions
-from gradpruner.models.kernels import fast_products
+from gradpruner.models.kernels import with_fast_products
 
 if TYPE_CHECKING:
     from gradpruner.evaluation.endpoint import Endpoint
@@ -94,7 +94,7 @@ class Evaluation:
         write_text(Path(path), "".join(map(output_line, self.outputs)))
 
 
-@fast_products()
+@with_fast_products
 def evaluate(
     model: Any,
     tokenizer: Any,

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+_LEAST_WIDTH = 192
+"""Hidden size from which oneDNN is faster for any number of tokens; below, calls cost more than they save."""
 _SHAPES = ((128, 576, 1536), (128, 1536, 576), (64, 4096, 512))
 _EXACT = 1e-6
 """Relative error of a product whose terms are not rounded, with a wide margin; with bf16 it is above 1e-3."""
 
 
+def with_fast_products(function: F) -> F:
+    """Decorator: runs a function, whose first argument is a model, inside `fast_products(model)`."""
+
+    @wraps(function)
+    def faster(*args: Any, **options: Any) -> Any:
+        with fast_products(args[0] if args else options.get("model")):
+            return function(*args, **options)
+
+    return cast(F, faster)
+
+
 @contextmanager
-def fast_products() -> Iterator[None]:
+def fast_products(model: Any) -> Iterator[None]:
     """Inside the block, fp32 matrix products may use oneDNN's kernels, if these are exact on this CPU.
 
     PyTorch hands fp32 products to oneDNN only where it may round to bf16 (precision "medium"). On a CPU with
     AVX-512 and without AMX, oneDNN does not round, and on AMD processors it is twice as fast as the other
     kernels. Whether it rounds is measured once in every process. Nothing changes with a GPU, which would
-    round, or if the precision was set before. Also a decorator.
+    round, for narrow models, or if the precision was set before.
     """
-    if torch.cuda.is_available() or _precision() != "highest" or not _exact():
+    width = _width(model)
+    if width < _LEAST_WIDTH or torch.cuda.is_available() or _precision() != "highest" or not _exact():
         yield
         return
     torch.set_float32_matmul_precision("medium")
@@ -30,6 +47,14 @@ def fast_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def _width(model: Any) -> int:
+    """Hidden size of a transformers model, with or without adapters; 0 for anything else."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        return 0
+    return int(getattr(config.get_text_config(decoder=True), "hidden_size", None) or 0)
 
 
 def _precision() -> str:

@@ -13,12 +13,12 @@ from torch.nn.functional import cross_entropy
 
 from gradpruner.common.errors import DataError, NonFiniteError
 from gradpruner.data.encoding import IGNORED
-from gradpruner.models.kernels import fast_products
+from gradpruner.models.kernels import with_fast_products
 from gradpruner.training.trainer import answer_window
 
 
 @torch.no_grad()
-@fast_products()
+@with_fast_products
 def mean_nll(model: Any, batches: Iterable[dict[str, Tensor]], which: str, rows: str = "samples") -> float:
     """Returns the mean negative log-likelihood of the learned tokens of all batches, in nats.
 

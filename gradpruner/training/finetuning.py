@@ -20,7 +20,7 @@ from gradpruner.common.memory import PeakMemory
 from gradpruner.common.options import changed
 from gradpruner.common.world import this_world
 from gradpruner.data.encoding import Collator
-from gradpruner.models.kernels import fast_products
+from gradpruner.models.kernels import with_fast_products
 from gradpruner.training.adapters import attach_lora, is_4bit
 from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback, SavingInterrupt
 from gradpruner.training.checks import check_liger, check_optimizer, check_trackers
@@ -184,7 +184,7 @@ def chosen_accumulation(num_samples: int, options: FinetuneSection) -> int:
     return next((count for count in (8, 4, 2) if steps(count) >= WANTED_STEPS), 1)
 
 
-@fast_products()
+@with_fast_products
 def finetune(
     model: nn.Module,
     dataset: Any,

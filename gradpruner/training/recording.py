@@ -26,7 +26,7 @@ from gradpruner.data.encoding import Collator
 from gradpruner.gradients.gates import GateHooks
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter
-from gradpruner.models.kernels import fast_products
+from gradpruner.models.kernels import with_fast_products
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.training.adapters import adapter_kind, attach_lora, find_lora_linears
 from gradpruner.training.callbacks import ClosingCallback
@@ -255,7 +255,7 @@ def _check_folder(folder: Path) -> Path:
     return folder
 
 
-@fast_products()
+@with_fast_products
 def record_gradients(
     model: nn.Module,
     dataset: Sequence[dict[str, list[int]]],

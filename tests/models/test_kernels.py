@@ -1,10 +1,13 @@
 """Faster matrix products: used only where they are exact, and only inside the block."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from gradpruner.models import kernels
-from gradpruner.models.kernels import fast_products
+from gradpruner.models.kernels import fast_products, with_fast_products
 
 
 @pytest.fixture
@@ -18,17 +21,28 @@ def exact(monkeypatch):
     return says
 
 
-@fast_products()
-def inside():
+WIDE, NARROW = (
+    SimpleNamespace(config=LlamaConfig(hidden_size=size, num_attention_heads=4)) for size in (192, 64)
+)
+
+
+@with_fast_products
+def precision(model):
     return torch.get_float32_matmul_precision()
+
+
+def inside():
+    return precision(WIDE)
 
 
 def test_the_precision_is_lowered_inside_the_block_only(exact):
     exact(True)
-    with pytest.raises(ZeroDivisionError), fast_products():
+    with pytest.raises(ZeroDivisionError), fast_products(WIDE):
         assert torch.get_float32_matmul_precision() == inside() == "medium"
         raise ZeroDivisionError
-    assert inside() == "medium" and torch.get_float32_matmul_precision() == "highest"
+    assert inside() == precision(model=WIDE) == "medium"
+    assert precision(NARROW) == precision(object()) == precision(None) == "highest"
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_nothing_changes_where_products_are_rounded_or_with_a_gpu(exact, monkeypatch):
@@ -62,5 +76,5 @@ def test_rounding_is_noticed(monkeypatch, rounds, found):
 def test_a_model_computes_the_same_inside_the_block():
     layer, states = torch.nn.Linear(256, 512), torch.randn(64, 256)
     expected = layer(states)
-    with fast_products():
+    with fast_products(WIDE):
         torch.testing.assert_close(layer(states), expected, rtol=1e-5, atol=1e-6)

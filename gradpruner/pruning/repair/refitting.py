@@ -25,7 +25,7 @@ from gradpruner.common.printing import runs_of
 from gradpruner.common.world import World
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
-from gradpruner.models.kernels import fast_products
+from gradpruner.models.kernels import with_fast_products
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.walking import BATCH_SIZE, drawn, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
@@ -45,7 +45,7 @@ TOKENS_AT_ONCE = 2048
 
 
 @torch.no_grad()
-@fast_products()
+@with_fast_products
 def fit_repair(
     model: nn.Module,
     plan: PruningPlan,
