@@ -1,9 +1,9 @@
-"""Layers in order of their scores, and the table that shows them."""
+"""Layers in order of their scores, the table that shows them, and the name of who scored them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from gradpruner.common.printing import print_table
 
@@ -17,6 +17,13 @@ def ascending(values: Sequence[float]) -> list[int]:
     Early layers are harder to do without, and later layers can be merged into a kept early layer.
     """
     return sorted(range(len(values)), key=lambda layer: (values[layer], -layer))
+
+
+def method_and_choice(method: str, evidence: Mapping[str, Any]) -> str:
+    """Returns the method and, if it took the layers of another method, that one: "either: gate"."""
+    found = evidence.get("comparison")
+    chosen = found.get("chosen") if isinstance(found, dict) else None
+    return f"{method}: {chosen}" if chosen else method
 
 
 def print_scores(

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.common.json_files import read_object, write_json
 from gradpruner.common.printing import Printed, shown
-from gradpruner.common.ranking import ascending, print_scores
+from gradpruner.common.ranking import ascending, method_and_choice, print_scores
 from gradpruner.common.registry import check_known
 from gradpruner.gradients.gates import bootstrap
 from gradpruner.gradients.trace import GradientTrace, trace_digest
@@ -63,8 +63,7 @@ class LayerScores(Printed):
 
     def show(self, console: Console) -> None:
         """Prints one line per layer, the least important first."""
-        found = self.evidence.get("comparison")
-        name = f"{self.method}: {found['chosen']}" if isinstance(found, dict) else self.method
+        name = method_and_choice(self.method, self.evidence)
         print_scores(console, name, self.values, self.low, self.high)
 
     def save(self, path: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.printing import runs_of
+from gradpruner.common.ranking import method_and_choice
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.width_plan import WidthPlan
@@ -248,7 +249,7 @@ def _use(plan: Plan | None, results: Results | None) -> list[str]:
 def _depth_lines(plan: PruningPlan, repair: Mapping[str, Any] | None) -> list[str]:
     lines = [
         f"{len(plan.pruned)} of {plan.num_layers} decoder layers were removed: {runs_of(plan.pruned)}.",
-        f"Method: {plain(plan.method_and_choice)}. Kept: {runs_of(plan.keep)}.",
+        f"Method: {plain(method_and_choice(plan.method, plan.evidence))}. Kept: {runs_of(plan.keep)}.",
     ]
     for target, layers in plan.merged.items():
         lines.append(

@@ -195,13 +195,6 @@ class PruningPlan(BasePlan):
         except ConfigError as error:
             raise PlanError(f"{where}: {error.message}", error.hint) from error
 
-    @property
-    def method_and_choice(self) -> str:
-        """The method and, if it took the layers of another method, that one: "either: gate"."""
-        found = self.evidence.get("comparison")
-        chosen = found.get("chosen") if isinstance(found, dict) else None
-        return f"{self.method}: {chosen}" if chosen else self.method
-
     def facts(self) -> dict[str, Any]:
         """Returns what happens to every layer, in the form used in `run.json`."""
         return {
