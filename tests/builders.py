@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
+from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -132,3 +133,15 @@ def make_project(folder, **recipe):
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")
     return path, values
+
+
+def nll(model, samples):
+    """Nats per learned token, one sample at a time."""
+    losses = []
+    for sample in samples:
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
+        labels = torch.tensor(sample["labels"])[1:]
+        learned = labels != -100
+        losses.append(cross_entropy(logits[:-1][learned], labels[learned], reduction="none"))
+    return float(torch.cat(losses).mean())

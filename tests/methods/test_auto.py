@@ -4,10 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
-from builders import make_llama, make_samples
+from builders import make_llama, make_samples, nll
 from conftest import make_trace
-from torch.nn.functional import cross_entropy
 
 from gradpruner.common.errors import DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
@@ -49,18 +47,6 @@ def choose(options=UNTRAINED, **changes):
 
 def dropping(layers, total=L):
     return PruningPlan.from_keep(total, [i for i in range(total) if i not in layers])
-
-
-def nll(model, samples):
-    """Nats per learned token, one sample at a time."""
-    losses = []
-    for sample in samples:
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
-        labels = torch.tensor(sample["labels"])[1:]
-        learned = labels != -100
-        losses.append(cross_entropy(logits[:-1][learned], labels[learned], reduction="none"))
-    return float(torch.cat(losses).mean())
 
 
 # --- the pool -----------------------------------------------------------------------------------------------

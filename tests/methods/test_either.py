@@ -5,9 +5,8 @@ import logging
 
 import pytest
 import torch
-from builders import make_llama, make_samples
+from builders import make_llama, make_samples, nll
 from conftest import make_trace
-from torch.nn.functional import cross_entropy
 
 from gradpruner.common.errors import ConfigError, PlanError
 from gradpruner.data.encoding import Collator
@@ -41,18 +40,6 @@ def alone(name, **changes):
 
 def said(scores):
     return scores.evidence["comparison"]
-
-
-def nll(model, samples):
-    """Nats per learned token, one sample at a time."""
-    losses = []
-    for sample in samples:
-        with torch.no_grad():
-            logits = model.eval()(input_ids=torch.tensor([sample["input_ids"]])).logits[0]
-        labels = torch.tensor(sample["labels"])[1:]
-        learned = labels != -100
-        losses.append(cross_entropy(logits[:-1][learned], labels[learned], reduction="none"))
-    return float(torch.cat(losses).mean())
 
 
 @pytest.mark.parametrize("kind", ["linear", "layer_wise"])

@@ -234,14 +234,18 @@ def fake_scores(monkeypatch, lost):
     monkeypatch.setattr(depth_search, "_scores_of", scores)
 
 
+def certifying(path):
+    """The recipe with a search for the number of layers, on 80 validation rows."""
+    rows = path.parent / "validation.jsonl"
+    write_rows(rows, make_rows(80, seed=3))
+    changes = ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.1", "plan.repair=linear")
+    return load_recipe(path, changes, {"data.validation": str(rows)})
+
+
 def test_the_largest_certified_number_of_layers_is_pruned(tmp_path, monkeypatch):
     fake_scores(monkeypatch, lambda layers: {4: 0, 3: 0, 2: 30}[layers])
     path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
-    write_rows(tmp_path / "validation.jsonl", make_rows(80, seed=3))
-    recipe = load_recipe(
-        path, ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.1", "plan.repair=linear"),
-        {"data.validation": str(tmp_path / "validation.jsonl")},
-    )  # fmt: skip
+    recipe = certifying(path)
     record = run(recipe)
     search = record["plans"]["gate"]["search"]
     assert search["best"] == 1 and record["variants"]["gate"]["num_layers"] == 3
@@ -262,11 +266,7 @@ def test_two_choices_are_compared_and_the_search_goes_on_with_the_better_one(tmp
     losses = {"gradpruner": 2.0, "gate": 1.0}
     monkeypatch.setattr(either, "_compared", lambda context, plans, aside: (losses, ""))
     path, _ = make_project(tmp_path, start="given", variants=["dense", "either"])
-    write_rows(tmp_path / "validation.jsonl", make_rows(80, seed=3))
-    recipe = load_recipe(
-        path, ("plan.num_prune=null", "plan.num_merge=0", "plan.max_loss=0.1", "plan.repair=linear"),
-        {"data.validation": str(tmp_path / "validation.jsonl")},
-    )  # fmt: skip
+    recipe = certifying(path)
     record = run(recipe)
     plan = record["plans"]["either"]
     assert plan["search"]["best"] == 1 and plan["comparison"]["losses"] == losses
