@@ -96,7 +96,8 @@ TASKS["trec-4800"] = replace(TASKS["trec"], train_rows=4800)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # `splitlines` would also split at U+2028 inside a string
+        return [json.loads(line) for line in file]
 
 
 def splits(data: Path, name: str, seed: int) -> dict[str, tuple[Example, ...]]:
