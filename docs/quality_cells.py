@@ -43,6 +43,7 @@ def cells() -> dict[str, dict[str, Any]]:
     return found
 
 
+@cache
 def dense_of(task: str, seed: int) -> dict[str, Any] | None:
     """The tuned dense model, at the rate with the lowest loss on validation rows of seed 0."""
     swept = {

@@ -12,6 +12,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,15 @@ def source_state(folder: Path = _PACKAGE_FOLDER) -> tuple[str | None, bool | Non
 
 def package_versions(names: Iterable[str] = RECORDED_PACKAGES) -> dict[str, str]:
     """Returns the version of every installed package in `names`; packages not installed are left out."""
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    return {name: version for name in names if (version := _version_of(name)) is not None}
+
+
+@cache
+def _version_of(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reads from its tensors which dtype a checkpoint is stored in, and casts parameters to it before saving."""
+"""The dtype a checkpoint is stored in, casting to it before saving, and whether its numbers are finite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from gradpruner.common.errors import IntegrityError
 from gradpruner.models.raw_config import CONFIG_FILE, fields_of, read_raw_config
 from gradpruner.models.shards import Shards, open_shards
 
@@ -29,6 +31,25 @@ def stored_dtype(folder: Path) -> torch.dtype:
         if isinstance(named, torch.dtype):
             return named
     return torch.float32
+
+
+def is_finite(numbers: torch.Tensor) -> bool:
+    """Whether a tensor of floats (integers always) holds neither NaN nor Inf; copies only 8-bit floats."""
+    if not numbers.is_floating_point():
+        return True
+    plain = numbers.detach().float() if numbers.itemsize == 1 else numbers.detach()
+    # The sum needs no memory. It can overflow although every number is finite, hence the second look.
+    return bool(plain.sum(dtype=torch.float32).isfinite()) or bool(plain.isfinite().all())
+
+
+def refuse_non_finite(model: nn.Module, origin: str | Path) -> None:
+    """Raises IntegrityError, which names the tensor, if a weight of a loaded model is NaN or Inf."""
+    for name, weight in model.named_parameters():
+        if not is_finite(weight):
+            raise IntegrityError(
+                f"{origin}: the tensor '{name}' holds NaN or Inf as {weight.dtype}.",
+                hint="The model is damaged (use another copy), or needs a wider dtype (model.dtype).",
+            )
 
 
 def majority_dtype(shards: Shards) -> torch.dtype | None:

@@ -21,7 +21,7 @@ from gradpruner.models.checking import (
 )
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import parts_of, text_config
-from gradpruner.models.dtypes import majority_dtype
+from gradpruner.models.dtypes import majority_dtype, refuse_non_finite
 from gradpruner.models.families import FAMILIES
 from gradpruner.models.folder import PRUNING_FILE, read_pruning
 from gradpruner.models.narrowing import resized_class
@@ -274,8 +274,9 @@ def load_model(
 
     Raises:
         ModelError: If the model cannot be used or does not load.
-        IntegrityError: If weights are missing, left over or of the wrong shape. transformers would fill
-            missing weights with random numbers and only warn.
+        IntegrityError: If weights are missing, left over or of the wrong shape (transformers would fill
+            missing weights with random numbers and only warn), or if one is NaN or Inf. One that no row uses,
+            such as that of a rare token, would else be found hours later, when the trained model is saved.
     """
     from transformers import BitsAndBytesConfig
 
@@ -310,6 +311,7 @@ def load_model(
     except Exception as error:
         raise ModelError(f"{folder} does not load: {type(error).__name__}: {str(error).strip()}") from error
     _refuse_gaps(folder, report, model.config)
+    refuse_non_finite(model, folder)
     if quantise:
         for part in model.modules():
             # On some CPUs, bitsandbytes 0.50 rearranges the weights in the first pass in evaluation mode (the

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from gradpruner.common.errors import NonFiniteError
 from gradpruner.models.config_patch import parts_of
-from gradpruner.models.dtypes import cast_like
+from gradpruner.models.dtypes import cast_like, is_finite
 from gradpruner.models.folder import (
     PRUNING_FILE,
     carried_files,
@@ -85,12 +85,9 @@ def _refuse_non_finite(staged: Path) -> None:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
-                    continue
-                if not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
+                if not is_finite(tensor):
                     raise NonFiniteError(
                         f"The tensor '{name}' holds NaN or Inf; a model with such weights is not saved.",
-                        hint="If the source holds them too, it is damaged: use another copy. Otherwise train "
-                        "with a lower learning rate, or store in a wider dtype than "
+                        hint="Train with a lower learning rate, or store in a wider dtype than "
                         f"{str(tensor.dtype).removeprefix('torch.')}.",
                     )

@@ -79,6 +79,15 @@ def _choice_note(row: Row) -> str:
     )
 
 
+def _choices_note(row: Row) -> str:
+    """Says how often each of two scores chose the layers of a row with several seeds."""
+    chosen = [plan.comparison.chosen for plan in row.plans if plan.comparison.chosen in CHOICES]
+    times = [f"{CHOICES[name]} in {chosen.count(name)}" for name in CHOICES if name in chosen]
+    if not times:
+        return ""
+    return f"The layers of {row.label} were chosen by {' and by '.join(times)} of {len(chosen)} seeds."
+
+
 def _recovery_note(row: Row) -> str:
     """Says that training the pruned model further did not help, if so."""
     kept = row.recorded.finetune.kept
@@ -207,7 +216,7 @@ def comparison_notes(view: View) -> list[str]:
             f"{rows} rows are compared at 95% confidence: about one interval in twenty excludes zero by "
             "chance."
         )
-    return [note for note in notes if note]
+    return [note for note in (*notes, *map(_choices_note, view.first.rows)) if note]
 
 
 def size_notes(view: View) -> list[str]:

@@ -21,7 +21,7 @@ from gradpruner.common.files import check_free_space, folder_bytes, write_text
 from gradpruner.common.printing import Printed, print_line
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods import METHODS
-from gradpruner.models.dtypes import stored_dtype
+from gradpruner.models.dtypes import refuse_non_finite, stored_dtype
 from gradpruner.models.folder import PRUNING_FILE, check_output, staged_folder
 from gradpruner.models.layers import refuse_adapters
 from gradpruner.models.loading import load_tokenizer
@@ -275,6 +275,7 @@ def _refuse_unusable(model: Any, tokenizer: Any) -> None:
             "A loaded model needs its tokenizer, and none is given.",
             hint="Call prune(model, rows, tokenizer=tokenizer), or give the model's folder.",
         )
+    refuse_non_finite(model, "The given model")
 
 
 def _write_model(model: Any, tokenizer: Any, folder: Path) -> None:

@@ -11,7 +11,7 @@ from transformers.utils import logging as theirs
 from gradpruner.common.errors import ConfigError, IntegrityError, ModelError, ResourceError
 from gradpruner.models import folder as folder_module
 from gradpruner.models.checking import check_model_folder
-from gradpruner.models.dtypes import stored_dtype
+from gradpruner.models.dtypes import is_finite, stored_dtype
 from gradpruner.models.folder import locate_model
 from gradpruner.models.loading import (
     load_adapter,
@@ -199,6 +199,33 @@ def test_weights_that_do_not_belong_to_the_config(folder):
     edit_config(folder, num_hidden_layers=3)
     with pytest.raises(IntegrityError, match="unexpected"):
         load_model(folder)
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (1e5, "float16")])
+def test_weights_that_are_not_finite_are_refused_before_anything_is_trained(folder, value, dtype):
+    """In a row of the embedding that no example may ever use; 1e5 is too large for float16 alone."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.embed_tokens.weight"][3, 0] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(
+        IntegrityError, match=rf"embed_tokens\.weight' holds NaN or Inf as torch\.{dtype}"
+    ) as caught:
+        load_model(folder, dtype=dtype)
+    assert "model.dtype" in caught.value.hint
+    if value == 1e5:
+        assert load_model(folder, dtype="float32").get_input_embeddings().weight[3, 0] == value
+
+
+def test_large_finite_weights_whose_sum_overflows_are_finite():
+    assert (
+        is_finite(torch.full((8,), 3e38)) and is_finite(torch.tensor([2**31])) and is_finite(torch.zeros(0))
+    )
+    assert is_finite(torch.full((70_000,), 1.0, dtype=torch.float16))
+    for kind in (torch.float32, torch.bfloat16, torch.float8_e5m2):
+        assert is_finite(torch.ones(3, dtype=kind))
+        assert not is_finite(torch.tensor([1.0, float("inf")]).to(kind))
+        assert not is_finite(torch.tensor([1.0, float("nan")]).to(kind))
 
 
 def test_no_tokenizer(folder):

@@ -256,6 +256,15 @@ def test_the_verdict_is_that_of_the_paired_interval_to_the_last_layers() -> None
     assert "loses to just dropping the last layers (81.8%): −3.0 points, 95% [−4.2, −1.8]." in found.sentence
 
 
+def test_the_notes_say_how_often_each_of_two_scores_chose_the_layers() -> None:
+    study = make_study()
+    for plan, chosen in zip(row_of(study, "sleb")["plans"], ("gate", "gradpruner", "gate"), strict=True):
+        plan["comparison"] = {"chosen": chosen}
+    notes = judge(read(study)).notes
+    assert "The layers of SLEB were chosen by IGIA in 1 and by the gate in 2 of 3 seeds." in notes
+    assert sum("were chosen by" in note for note in notes) == 1
+
+
 def test_wins_ties_and_losses_leave_out_dense_and_gradpruners_own_rows() -> None:
     study = make_study(("dense", "merged", "dropped", "last", "random", "sleb"))
     for name, value in (("last", -0.05), ("random", 0.05), ("sleb", 0.001)):

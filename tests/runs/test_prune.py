@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import gradpruner
 from gradpruner.cli.main import app
-from gradpruner.common.errors import ConfigError, DataError, ModelError, PlanError
+from gradpruner.common.errors import ConfigError, DataError, IntegrityError, ModelError, PlanError
 from gradpruner.common.progress import set_mode
 from gradpruner.demo import DATA_DIR, MODEL_DIR
 from gradpruner.runs import shrinking
@@ -110,6 +110,11 @@ def test_a_dataset_and_a_run_directory_to_keep(tmp_path):
     assert "exact match" in str(again).lower()
 
 
+def with_nan(model):
+    torch.nn.init.constant_(model.model.embed_tokens.weight[3], float("nan"))
+    return model
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
@@ -130,6 +135,7 @@ def test_a_dataset_and_a_run_directory_to_keep(tmp_path):
             "carries adapters.*merge_",
         ),
         ({"model": "nowhere/at/all", "tokenizer": None}, ModelError, "no model folder"),
+        ({"model": with_nan(make_llama())}, IntegrityError, "The given model: .*embed_tokens.* holds NaN"),
     ],
 )
 def test_bad_arguments_are_refused_and_leave_no_files(changes, error, said, tmp_path, monkeypatch):
