@@ -27,7 +27,8 @@ RECOVERED = {
 }
 """Recovered models for the row "best", by choice of layers. A later entry replaces an earlier one: it starts from
 the default repair."""
-ROW_FAST = "base/igia/least_squares/labels"
+ROW_FAST = "base/last/least_squares/labels"
+ROW_IGIA = "base/igia/least_squares/labels"
 EARLY = f"shrink/early/0.6/igia/{USUAL}/layer_wise"
 RESAMPLES = 2000
 

@@ -29,7 +29,7 @@ def draw() -> str:
             right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
     right.axhline(0, color="black", linewidth=0.8)
     right.set_xticks(blocks.DEPTHS)
-    right.set_xlabel("layers removed of 30, chosen by IGIA")
+    right.set_xlabel("layers removed of 30")
     right.set_ylabel("test score against dense, %")
     right.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     for axes in (left, right):

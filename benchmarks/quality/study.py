@@ -278,7 +278,7 @@ TRAINED = (
 """The rows in the order in which they are measured."""
 
 
-FULL_ROWS = TRAINED[:4]
+FULL_ROWS = (Row("base", "last", "least_squares"), Row("tuned", "igia", "layer_wise", distil=True))
 """The rows that are measured at every depth."""
 QUARTER = 0.25
 EARLY = 0.6

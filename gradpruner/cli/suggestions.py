@@ -25,7 +25,7 @@ NEXT: dict[str, tuple[tuple[str, str], ...]] = {
     "evaluate": (("print the table as Markdown", "gradpruner report {out} --markdown"),),
     "report": (
         ("evaluate the smaller model on other rows", "gradpruner evaluate {model} --eval-data ROWS"),
-        ("remove fewer or more layers, reusing the recording", "gradpruner run --out {out} --num-prune N"),
+        ("remove fewer or more layers, reusing what is done", "gradpruner run --out {out} --num-prune N"),
         ("print the table as Markdown", "gradpruner report {out} --markdown"),
     ),
     "report of the dense model alone": (

@@ -1,4 +1,4 @@
-"""Control: prunes the last layers before the final one."""
+"""Prunes the last layers before the final one: a control for tuned models, and what effort `fast` removes."""
 
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext
@@ -12,4 +12,6 @@ def score(context: MethodContext) -> LayerScores:
     return LayerScores("last", tuple(values), evidence={"num_layers": context.num_layers})
 
 
-METHODS.register("last")(Method("control: the last layers before the final one", score, label="Last layers"))
+METHODS.register("last")(
+    Method("the last layers before the final one; what effort fast removes", score, label="Last layers")
+)

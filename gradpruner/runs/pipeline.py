@@ -214,7 +214,7 @@ class _Run:
         name = method_of(variant)
         method = METHODS.find(name)
         given = self.job.given_plan if takes_given_plan(variant) else None
-        if (given.needs_trace if given else method.needs_trace) and depth >= STAGES.index("record"):
+        if self.job.reads_trace(variant) and depth >= STAGES.index("record"):
             self.record()
         if method.score and not given and depth >= STAGES.index("score"):
             self.score(name)

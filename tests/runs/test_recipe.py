@@ -56,6 +56,8 @@ def test_by_default_the_dense_model_is_tuned_pruned_repaired_and_teaches():
         "none",
     )
     assert check_recipe({**GOOD, "finetune": {"mode": "lora", "merge_adapter": False}}).effort == "fast"
+    fast = check_recipe({**GOOD, "effort": "fast"})
+    assert (fast.start, fast.variants, fast.plan.repair) == ("base", ["dense", "last"], "auto")
     given = check_recipe({**GOOD, "start": "given"})
     assert not given.recover.trains and not given.distils
 

@@ -373,6 +373,21 @@ def test_a_given_plan_needs_no_scores_and_no_recording(tmp_path, caplog):
         run(other)
 
 
+def test_effort_fast_removes_the_last_layers_and_records_nothing(tmp_path):
+    path, _ = make_project(tmp_path, effort="fast", plan={"num_prune": 2, "repair_rows": 12})
+    record = run(load_recipe(path))
+    assert [a["layer"] for a in record["plans"]["last"]["actions"] if a["action"] == "drop"] == [1, 2]
+    assert record["variants"]["last"]["repair"]["kind"] == "least_squares"
+    assert record["variants"]["last"]["finetune"]["steps"] == record["variants"]["dense"]["finetune"]["steps"]
+    assert "record" not in {stage["name"] for stage in record["stages"]}
+    facts = dry_run(load_recipe(path, (f"out={tmp_path / 'new'}",))).facts
+    assert facts["record_steps"] == facts["seconds_estimate"]["record"] == 0
+    # A plan that the user edited is followed by a row of its own.
+    again = load_recipe(tmp_path / "run/recipe.yaml", (), {"plan.file": str(tmp_path / "run/plans/last.json"),
+                                                           "plan.num_prune": None})  # fmt: skip
+    assert again.variants == ["dense", "dropped"] and not Job(again).recorded_steps
+
+
 def test_an_edited_plan_is_not_called_the_choice_of_either(tmp_path, monkeypatch):
     monkeypatch.setattr(either, "_compared", lambda *_: ({"gradpruner": 2.0, "gate": 1.0}, ""))
     monkeypatch.setattr(either, "_reason", lambda *_: "")

@@ -23,10 +23,8 @@ def bytes_to_write(job: Job, done: Collection[str] = ()) -> dict[str, int]:
     rows = [sizes["before"] if v == "dense" else _row_bytes(v, sizes) for v in recipe.variants]
     written = sum(rows) - (sizes["before"] if "finetune dense" in done else 0)
     trace = 0
-    if "record" not in done and any(
-        METHODS.find(method_of(v)).needs_trace for v in recipe.variants if v != "dense"
-    ):
-        trace = trace_bytes(job.sizes.model, recipe.record.rank, job.record_steps)
+    if "record" not in done and job.recorded_steps:
+        trace = trace_bytes(job.sizes.model, recipe.record.rank, job.recorded_steps)
     temporary = 0 if recipe.keep_models == "all" else max(rows)
     options = recipe.finetune
     if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:

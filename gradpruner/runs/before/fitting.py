@@ -26,12 +26,11 @@ from gradpruner.common.world import this_world
 from gradpruner.data.encoding import IGNORED
 from gradpruner.evaluation.costing.per_device import Held, Spread, Training, hold_training
 from gradpruner.evaluation.costing.rehearsal import working_bytes
-from gradpruner.methods import METHODS
 from gradpruner.models.layers import LayeredModel
 from gradpruner.models.loading import resolve_dtype
 from gradpruner.models.sizes import kv_bytes_per_token
 from gradpruner.pruning.repair.refitting import num_regressors
-from gradpruner.runs.folder.plan_names import STAGES, method_of
+from gradpruner.runs.folder.plan_names import STAGES
 from gradpruner.runs.job.job import Job
 from gradpruner.training.finetuning import resolve_precision
 from gradpruner.training.sharding import accelerate_shards
@@ -267,16 +266,16 @@ def _loaded(job: Job) -> torch.dtype:
 def _phases(job: Job) -> Iterator[Phase]:
     """The phases of a run that hold a model, in order."""
     recipe, dense = job.recipe, "dense" in job.recipe.variants
-    methods = [METHODS.find(method_of(v)) for v in recipe.variants if v != "dense"]
-    if any(method.needs_trace for method in methods):
+    pruned = [variant for variant in recipe.variants if variant != "dense"]
+    if job.recorded_steps:
         yield Phase("recording", "record", "dense", _recording(job))
-    if recipe.plan.repair != "none" and methods:
+    if recipe.plan.repair != "none" and pruned:
         yield Phase("repair", "prune", "dense", _forward_pass(job), cache=_repair_bytes(job))
     tuning = _tuning(job)
     if dense and recipe.start != "given":
         # With start: tuned, the dense model is tuned before anything is recorded.
         yield Phase("fine-tuning dense", "record" if recipe.start == "tuned" else "finetune", "dense", tuning)
-    if methods and recipe.trains_pruned:
+    if pruned and recipe.trains_pruned:
         if recipe.distils and recipe.distil.prompts:
             tuning = replace(tuning, head_tokens=tuning.tokens)
         what = "distillation" if recipe.distils else "fine-tuning" if recipe.start == "base" else "recovery"

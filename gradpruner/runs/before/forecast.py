@@ -129,7 +129,7 @@ def forecast(job: Job, done: Collection[str] = ()) -> Forecast:
     macs_per_layer = sum(job.sizes.layer_macs) / job.num_layers
     layers = job.num_layers * macs_per_layer / trial.macs  # the model's depth in layers of the trial
     length = max(1, round(sum(job.samples.lengths) / len(job.samples)))
-    record = layers * trial.seconds(recipe.record.batch_size, length, True) * job.record_steps * _LORA
+    record = layers * trial.seconds(recipe.record.batch_size, length, True) * job.recorded_steps * _LORA
     one_pass = layers * trial.seconds(options.batch_size, length, True)
     update = trial.optimizer_seconds() * job.sizes.parameters if options.mode == "full" else 0.0
     step = options.accumulation * one_pass * (1.0 if options.mode == "full" else _LORA) + update

@@ -63,7 +63,7 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "supervised_tokens": job.samples.supervised_tokens,
         "longest_sample_tokens": max(job.samples.lengths),
         "answers_with_space": leading_spaces(job),
-        "record_steps": job.record_steps,
+        "record_steps": job.recorded_steps,
         "record_learning_rate": recipe.record.learning_rate,
         "mode": recipe.finetune.mode,
         "learning_rate": rate,
@@ -193,9 +193,10 @@ def _training(facts: dict[str, Any]) -> str:
         lines.append(
             f"training ({facts['mode']}): learning rate {facts['learning_rate']:g} "
             f"({facts['learning_rate_source']}), "
-            f"{math.prod(batch.values())} samples per step ({of}: batch, accumulation, devices); "
-            f"recording: learning rate {facts['record_learning_rate']:g}"
+            f"{math.prod(batch.values())} samples per step ({of}: batch, accumulation, devices)"
         )
+        if facts["record_steps"]:
+            lines[-1] += f"; recording: learning rate {facts['record_learning_rate']:g}"
     parts = {"recording": "record", "repair": "repair", "training": "train", "evaluation": "evaluate"}
     spent = ", ".join(f"{name} {duration(taken[key])}" for name, key in parts.items() if taken[key])
     lines.append(
@@ -212,7 +213,7 @@ def _steps(facts: dict[str, Any]) -> str:
     parts = (
         [f"fine-tune dense for {steps} steps{done['finetune dense']}"] if facts["start"] == "tuned" else []
     )
-    parts.append(f"record {facts['record_steps']} steps{done['record']}")
+    parts += [f"record {facts['record_steps']} steps{done['record']}"] if facts["record_steps"] else []
     if facts["max_loss"] is not None:
         parts.append(
             f"find how many layers lose at most {facts['max_loss']:.2%} on {facts['validation_rows']} "
@@ -231,7 +232,7 @@ def _steps(facts: dict[str, Any]) -> str:
         parts.append(at if trained else "nothing is trained after that")
         parts[-1] += f"; rows: {rows}"
     teacher = "; pruned models also learn from the tuned dense one" if facts["teacher"] != "none" else ""
-    return ", ".join(parts) + teacher
+    return (", ".join(parts) + teacher).removeprefix("then ")
 
 
 def savings_table(saved: dict[str, dict[str, int]], title: str) -> Table:

@@ -23,20 +23,13 @@ LONG_ANSWER = 10
 
 
 def warnings_of(inputs: Inputs) -> list[str]:
-    """Returns all warnings: too few rows, rows in two sets, cut prompts, notes from reading and encoding.
+    """Returns all warnings: too few steps, rows in two sets, cut prompts, notes from reading and encoding.
 
     Raises:
         ModelError: If the tokenizer has tokens that the model does not have.
         DataError: If a prompt is empty.
     """
-    found = []
-    needed = inputs.record_steps * inputs.recipe.record.batch_size
-    if len(inputs.samples) < needed:
-        found.append(
-            f"{len(inputs.samples)} training samples for {inputs.record_steps} recording steps of "
-            f"{inputs.recipe.record.batch_size}: samples are used more than once."
-        )
-    found += filter(None, [too_few_steps(inputs), _long_answers(inputs), _uneven_spaces(inputs)])
+    found = [note for note in (too_few_steps(inputs), _long_answers(inputs), _uneven_spaces(inputs)) if note]
     found += _cut_prompts(inputs)
     asked = {"evaluation": inputs.eval} if inputs.measures else {}
     if inputs.validation is not None and inputs.recipe.data.validation is not None:

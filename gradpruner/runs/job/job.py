@@ -22,7 +22,7 @@ from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.options import RepairOptions
 from gradpruner.pruning.repair.refitting import enough_rows
-from gradpruner.runs.folder.plan_names import LABELS, method_of
+from gradpruner.runs.folder.plan_names import LABELS, method_of, takes_given_plan
 from gradpruner.runs.job.budget import placeholder_scores, plan_for
 from gradpruner.runs.job.data_warnings import warnings_of
 from gradpruner.runs.job.early_checks import check_changed_training, check_methods, check_training
@@ -61,7 +61,16 @@ class Job(Inputs):
         self._choose_accumulation()
         steps = self.finetune_steps if recipe.start == "base" else self.recover_steps
         check_changed_training(self.recipe, self.training, steps)
+        self._note_repeated_samples()
         self.warnings += warnings_of(self)
+
+    def _note_repeated_samples(self) -> None:
+        size = self.recipe.record.batch_size
+        if len(self.samples) < self.recorded_steps * size:
+            self.warnings.append(
+                f"{len(self.samples)} training samples for {self.recorded_steps} recording steps of {size}: "
+                "samples are used more than once."
+            )
 
     def _settle_repair(self) -> None:
         """Replaces `plan.repair: auto` by the repair that suits this model."""
@@ -227,12 +236,23 @@ class Job(Inputs):
         dense_samples = self.finetune_steps * options.batch_size * options.accumulation
         kept = self.num_keep / self.num_layers
         share = 1.0 if recipe.start == "base" else self.recover_steps / self.finetune_steps
-        work = share * kept + self.record_steps * recipe.record.batch_size / dense_samples
+        work = share * kept + self.recorded_steps * recipe.record.batch_size / dense_samples
         fits = max((self.repairs_of(name) for name in recipe.variants if name != "dense"), default=0)
         work += fits * self.repair_rows * REPAIR_PASSES / 3 / dense_samples
         if recipe.distils:
             work += share / 3
         return work + (1.0 if recipe.tunes_first else 0.0)
+
+    def reads_trace(self, variant: str) -> bool:
+        """Whether a pruned row reads recorded gradients, by its method or the plan given for it."""
+        if self.given_plan is not None and takes_given_plan(variant):
+            return self.given_plan.needs_trace
+        return METHODS.find(method_of(variant)).needs_trace
+
+    @property
+    def recorded_steps(self) -> int:
+        """Optimizer steps that a run records: none if no row reads gradients."""
+        return self.record_steps * any(self.reads_trace(v) for v in self.recipe.variants if v != "dense")
 
     def repairs_of(self, variant: str) -> int:
         """How many repairs a pruned row fits: one, or one for each of two plans that it compares.

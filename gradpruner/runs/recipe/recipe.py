@@ -31,11 +31,13 @@ from gradpruner.runs.recipe.sections import (
 from gradpruner.runs.recipe.yaml_files import check_scalar, parse_yaml, read_yaml
 from gradpruner.training.options import DistilSection, FinetuneSection, RecordSection
 
+FAST_ROWS = ["dense", "last"]
+"""The rows of effort `fast`. A plan that is given needs a row that follows it: `dropped`."""
 EFFORTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "fast": {
         "start": "base",
-        "variants": ["dense", "dropped"],
+        "variants": FAST_ROWS,
         "plan": {"repair": "auto"},
         "finetune": {"accumulation": None},
     },
@@ -49,6 +51,11 @@ EFFORTS: dict[str, dict[str, Any]] = {
     },
 }
 """Effort -> the values it sets where the recipe says nothing."""
+
+
+def _follows_a_plan(raw: dict[str, Any]) -> bool:
+    plan = raw.get("plan")
+    return isinstance(plan, dict) and plan.get("file") is not None
 
 
 def shrinking(model: str, method: str = "either", repair: str = "auto") -> dict[str, Any]:
@@ -83,10 +90,10 @@ class Recipe(Section):
     """Seed of data sampling, LoRA, data order, dropout and bootstrap."""
     effort: Literal["auto", "paper", "fast", "best"] | None = "auto"
     """Sets keys that the recipe leaves out. best: tune the dense model, prune and repair it, then recover
-    with the dense model as the teacher. fast: prune and repair the base model, then fine-tune, which costs
-    less than tuning the dense model. paper (or null): as in the paper, with and without merging, no repair.
-    auto: best, or fast if the recipe sets `start` or `variants` itself or keeps adapters apart
-    (finetune.merge_adapter: false)."""
+    with the dense model as the teacher. fast: remove the last layers before the final one from the base
+    model, repair it, then fine-tune, which costs less than tuning the dense model. paper (or null): as in the
+    paper, with and without merging, no repair. auto: best, or fast if the recipe sets `start` or `variants`
+    itself or keeps adapters apart (finetune.merge_adapter: false)."""
     find_rate: bool = False
     """Find the learning rate first: the dense model is tuned briefly at several rates, doubling and halving
     from finetune.learning_rate; the rate with the lowest loss on held-out training rows is used."""
@@ -129,6 +136,8 @@ class Recipe(Section):
             plain = not isinstance(tuning, dict) or tuning.get("merge_adapter", True)
             effort = "best" if plain and not {"start", "variants"} & raw.keys() else "fast"
             raw = raw | {"effort": effort}
+        if effort == "fast" and raw.get("variants") in (None, FAST_ROWS) and _follows_a_plan(raw):
+            raw = raw | {"variants": ["dense", "dropped"]}
         return _filled(raw, EFFORTS.get(effort, {})) if isinstance(effort, str) else raw
 
     @model_validator(mode="after")

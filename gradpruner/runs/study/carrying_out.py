@@ -130,7 +130,7 @@ def _facts(job: Job) -> dict[str, Any]:
         "num_layers": job.num_layers,
         "train_rows": len(job.train),
         "eval_rows": len(job.eval),
-        "record_steps": job.record_steps,
+        "record_steps": job.recorded_steps,
         "finetune_steps": job.finetune_steps,
         "bytes": bytes_to_write(job),
         "warnings": job.warnings,
