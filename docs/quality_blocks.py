@@ -118,7 +118,6 @@ def more_rows() -> str:
     usual, many = ("trec",), ("trec-4800",)
     ways = {
         "layer-wise, nothing trained": lambda tasks: pairs(f"shrink/igia/{USUAL}/layer_wise", tasks),
-        "from base: last layers, least squares, tuned (fast)": lambda tasks: trained(ROW_FAST, tasks=tasks),
         "from base: IGIA, least squares, tuned": lambda tasks: trained(ROW_IGIA, tasks=tasks),
     }
     dense = [dense_of(task, 0) for (task,) in (usual, many)]
@@ -131,9 +130,6 @@ def more_rows() -> str:
         shown = []
         for tasks in (usual, many):
             found = [pair for pair in found_at(tasks) if pair[1] == 0]
-            if not found:
-                shown.append("–")
-                continue
             mean, low, high = (100 * part for part in loss(found))
             score = 100 * found[0][3]["test"]["score"]
             shown.append(f"{score:.1f}, {mean:+.1f} % [{low:+.1f}, {high:+.1f}]")
