@@ -196,10 +196,13 @@ def test_who_removes_many_layers_from_a_model_that_writes_sentences_is_warned(ca
     rows = [row | {"completion": row["completion"] * 10} for row in make_rows(24)]
     write_rows(tmp_path / "train.jsonl", rows)
 
-    def warned(*overrides):
-        return any("write sentences" in text for text in facts_of(call, path, *overrides)["warnings"])
+    def warned(*overrides, said="write sentences"):
+        return any(said in text for text in facts_of(call, path, *overrides)["warnings"])
 
-    assert warned()
+    assert warned() and not warned(said="use effort best")
+    assert warned(
+        "effort=fast", said="the last layers are the wrong ones to remove from them: use effort best"
+    )
     assert not warned("start=given", "plan.max_loss=0.9", "plan.num_prune=null", "plan.num_merge=0")
     write_rows(tmp_path / "train.jsonl", make_rows(24))
     assert not warned()

@@ -99,10 +99,15 @@ def _long_answers(inputs: Inputs) -> str:
     few = plan.num_prune is not None and plan.num_prune <= inputs.num_layers / 10
     if length < LONG_ANSWER or few or plan.max_loss is not None:
         return ""
+    last = (
+        " Before tuning, the last layers are the wrong ones to remove from them: use effort best."
+        if "last" in inputs.recipe.variants and inputs.recipe.start == "base"
+        else ""
+    )
     return (
         f"Answers have {length:.0f} tokens on average. Models that write sentences lose far more by pruning "
         "than models that answer in a few tokens (docs/quality.md). Remove fewer layers (plan.num_prune), or "
-        "let plan.max_loss find how many."
+        f"let plan.max_loss find how many.{last}"
     )
 
 
