@@ -13,5 +13,7 @@ def score(context: MethodContext) -> LayerScores:
 
 
 METHODS.register("last")(
-    Method("the last layers before the final one; what effort fast removes", score, label="Last layers")
+    Method(
+        "the last layers before the final one; what effort fast removes", score, label="Last layers dropped"
+    )
 )

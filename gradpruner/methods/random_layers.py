@@ -15,5 +15,5 @@ def score(context: MethodContext) -> LayerScores:
 
 
 METHODS.register("random")(
-    Method("control: random layers, drawn with the seed", score, label="Random layers")
+    Method("control: random layers, drawn with the seed", score, label="Random layers dropped")
 )
