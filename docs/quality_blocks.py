@@ -336,6 +336,11 @@ def _written(task: str) -> list[str]:
             rows[cell] = (
                 f"{gone} removed, {name}, layer-wise, recovered with the teacher{prompts}, rate {rate}"
             )
+    for choice, name in CHOICES.items():
+        begins = f"train/base/{choice}/least_squares/labels/{USUAL}/"
+        for cell in filter(lambda cell: cell.startswith(begins), found):
+            rate = cell.removeprefix(begins)
+            rows[cell] = f"{USUAL} removed before tuning, {name}, least squares, tuned, rate {rate}"
     lines = [f"| {WRITTEN[task]} | loss on validation rows | test score |", "|---|---|---|"]
     for cell, label in rows.items():
         if entries := found.get(cell):
