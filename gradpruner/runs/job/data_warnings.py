@@ -100,7 +100,8 @@ def _long_answers(inputs: Inputs) -> str:
     if length < LONG_ANSWER or few or plan.max_loss is not None:
         return ""
     last = (
-        " Before tuning, the last layers are the wrong ones to remove from them: use effort best."
+        " Before tuning, the last layers are the wrong ones to remove from them: use effort best, or "
+        "--set 'variants=[dense, gate]'."
         if "last" in inputs.recipe.variants and inputs.recipe.start == "base"
         else ""
     )
