@@ -175,6 +175,7 @@ ROWS = {
     "base/igia/least_squares/labels": "from base: IGIA, least squares, tuned",
     "base/gate/least_squares/labels": "from base: gate, least squares, tuned",
     "base/last/least_squares/labels": "from base: last layers, least squares, tuned (fast)",
+    "base/angular/least_squares/labels": "from base: neighbours by angular distance, least squares, tuned",
     "base/igia/none/labels": "from base: IGIA, no repair, tuned",
     "base/paper/none/labels": "from base: GradPruner as in the paper (3 merged), tuned",
     "base/shortgpt/none/labels": "from base: ShortGPT, no repair, tuned",

@@ -267,6 +267,7 @@ TRAINED = (
     Row("base", "shortgpt", "none"),
     Row("base", "random", "none"),
     Row("base", "last", "least_squares"),
+    Row("base", "angular", "least_squares"),
     Row("base", "igia", "least_squares", distil=True),
     Row("tuned", "gate", "layer_wise", distil=True),
     Row("tuned", "gate", "layer_wise", distil=True, prompts=1.0),

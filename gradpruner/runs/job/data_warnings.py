@@ -11,6 +11,7 @@ from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.evaluation.metrics import majority_class
 from gradpruner.runs.job.evaluation_data import holds_out, unequal_labels
+from gradpruner.runs.recipe.recipe import FAST_ROWS
 from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _long_answers(inputs: Inputs) -> str:
     last = (
         " Before tuning, the last layers are the wrong ones to remove from them: use effort best, or "
         "--set 'variants=[dense, gate]'."
-        if "last" in inputs.recipe.variants and inputs.recipe.start == "base"
+        if inputs.recipe.effort == "fast" and inputs.recipe.variants == FAST_ROWS
         else ""
     )
     return (
