@@ -15,6 +15,8 @@ from gradpruner.models.raw_config import CONFIG_FILE, fields_of, read_raw_config
 from gradpruner.models.shards import Shards, open_shards
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_AT_ONCE = 2**24
+"""Numbers looked at together; summing a half-precision tensor on a CPU would copy it whole in float32."""
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -34,12 +36,15 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def is_finite(numbers: torch.Tensor) -> bool:
-    """Whether a tensor of floats (integers always) holds neither NaN nor Inf; copies only 8-bit floats."""
+    """Whether a tensor of floats (integers always) holds neither NaN nor Inf; needs 64 MiB at most."""
     if not numbers.is_floating_point():
         return True
-    plain = numbers.detach().float() if numbers.itemsize == 1 else numbers.detach()
-    # The sum needs no memory. It can overflow although every number is finite, hence the second look.
-    return bool(plain.sum(dtype=torch.float32).isfinite()) or bool(plain.isfinite().all())
+    for part in numbers.detach().reshape(-1).split(_AT_ONCE):
+        wide = part if part.itemsize > 2 else part.float()
+        # A sum is faster. It can overflow although every number is finite, hence the second look.
+        if not bool(wide.sum().isfinite()) and not bool(wide.isfinite().all()):
+            return False
+    return True
 
 
 def refuse_non_finite(model: nn.Module, origin: str | Path) -> None:

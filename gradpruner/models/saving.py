@@ -88,6 +88,7 @@ def _refuse_non_finite(staged: Path) -> None:
                 if not is_finite(tensor):
                     raise NonFiniteError(
                         f"The tensor '{name}' holds NaN or Inf; a model with such weights is not saved.",
-                        hint="Train with a lower learning rate, or store in a wider dtype than "
+                        hint="If the source holds them too, it is damaged: use another copy. Otherwise train "
+                        "with a lower learning rate, or store in a wider dtype than "
                         f"{str(tensor.dtype).removeprefix('torch.')}.",
                     )

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as theirs
 
 from gradpruner.common.errors import ConfigError, IntegrityError, ModelError, ResourceError
+from gradpruner.models import dtypes
 from gradpruner.models import folder as folder_module
 from gradpruner.models.checking import check_model_folder
 from gradpruner.models.dtypes import is_finite, stored_dtype
@@ -217,15 +218,17 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_trained(fold
         assert load_model(folder, dtype="float32").get_input_embeddings().weight[3, 0] == value
 
 
-def test_large_finite_weights_whose_sum_overflows_are_finite():
+def test_large_finite_weights_whose_sum_overflows_are_finite(monkeypatch):
     assert (
         is_finite(torch.full((8,), 3e38)) and is_finite(torch.tensor([2**31])) and is_finite(torch.zeros(0))
     )
     assert is_finite(torch.full((70_000,), 1.0, dtype=torch.float16))
-    for kind in (torch.float32, torch.bfloat16, torch.float8_e5m2):
+    assert is_finite(torch.tensor([1e300, 1e300], dtype=torch.float64))
+    monkeypatch.setattr(dtypes, "_AT_ONCE", 2)  # the odd one is in the second part
+    for kind in (torch.float64, torch.float32, torch.bfloat16, torch.float8_e5m2):
         assert is_finite(torch.ones(3, dtype=kind))
-        assert not is_finite(torch.tensor([1.0, float("inf")]).to(kind))
-        assert not is_finite(torch.tensor([1.0, float("nan")]).to(kind))
+        assert not is_finite(torch.tensor([1.0, 2.0, float("inf")]).to(kind))
+        assert not is_finite(torch.tensor([1.0, 2.0, float("nan")]).to(kind))
 
 
 def test_no_tokenizer(folder):
