@@ -166,7 +166,7 @@ def test_manifests(tmp_path, seed=0):
         with RunDirectory(path.parent) as directory:
             directory.ensure(Stage("work", 1, lambda: {"a": (tmp_path / "a.txt").write_text("x")}, ["a.txt"]))
 
-    assert attack(tmp_path / MANIFEST, value, read, 400, seed) > 100
+    assert attack(tmp_path / MANIFEST, value, read, 800, seed) > 200
 
 
 def test_evaluated_examples(tmp_path, seed=0):
