@@ -163,6 +163,10 @@ def vary(work: Work) -> None:
     for count in (64, 128, 1200, 3200):
         if count <= work.facts.train_rows:
             varied(work, folder, f"rows-{count}", count)
+    for choice in ("igia", "gate"):
+        for count in (192, 384, 600, 3200):
+            if count <= work.facts.train_rows:
+                varied(work, folder, f"layer_wise-rows-{count}", count, "layer_wise", choice)
     for name in ("sst2", "banking77"):
         if name != work.task:
             other = replace(work, task=name, only=())
@@ -235,6 +239,7 @@ class Row:
         distil: Whether the tuned dense model is the teacher.
         prompts: Weight of what the teacher says on prompt tokens.
         passes: Passes over the training rows, relative to the dense model's tuning.
+        rows: Number of training rows that the repair is fitted on, or None for the usual number.
     """
 
     start: str
@@ -243,6 +248,7 @@ class Row:
     distil: bool = False
     prompts: float = 0.0
     passes: int = 1
+    rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -250,7 +256,8 @@ class Row:
         learns = "distil" if self.distil else "labels"
         learns += f"-prompts-{self.prompts:g}" if self.prompts else ""
         learns += f"-x{self.passes}" if self.passes > 1 else ""
-        return f"{self.start}/{self.choice}/{self.repair}/{learns}"
+        repair = f"{self.repair}-{self.rows}" if self.rows else self.repair
+        return f"{self.start}/{self.choice}/{repair}/{learns}"
 
 
 TRAINED = (
@@ -267,6 +274,7 @@ TRAINED = (
     Row("base", "shortgpt", "none"),
     Row("base", "random", "none"),
     Row("base", "last", "least_squares"),
+    Row("base", "last", "least_squares", rows=1200),
     Row("base", "angular", "least_squares"),
     Row("base", "igia", "least_squares", distil=True),
     Row("tuned", "gate", "layer_wise", distil=True),
@@ -316,7 +324,7 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
         trace = trace_of(work, folder) if plan.needs_trace else None
         model, fitted = work.load(folder), None
         if row.repair != "none":
-            fitted = repaired(work, model, plan, row.repair)
+            fitted = repaired(work, model, plan, row.repair, row.rows)
         prune_(model, plan, trace, repair=fitted)
         before = work.measure(model, "validation")["validation"]
         learns: dict[str, Any] = {"rows": work.part(QUARTER, 1)} if row.start == "quarter" else {}

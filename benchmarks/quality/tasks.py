@@ -86,7 +86,7 @@ TASKS = {
         lambda r: (f"Question: {r['question']}\nAnswer:", f" {r['answer']}"),
         train_rows=800,
         test_rows=200,
-        max_length=288,
+        max_length=512,
         metric="final_number",
     ),
 }

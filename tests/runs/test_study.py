@@ -10,9 +10,11 @@ from gradpruner.common.progress import set_mode
 from gradpruner.methods import METHODS, Method
 from gradpruner.reports import html
 from gradpruner.runs import pipeline
+from gradpruner.runs.before.forecast import Forecast
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
 from gradpruner.runs.row import work
+from gradpruner.runs.study import preview
 from gradpruner.runs.study.carrying_out import MARKER, adopt, is_of, run_study, state_of, stored_record
 from gradpruner.runs.study.design import make_study
 from gradpruner.runs.study.file import NamedPoint, Sweep, read_study
@@ -305,11 +307,13 @@ def test_a_dry_run_loads_nothing_and_writes_nothing(compared, tmp_path, monkeypa
     folder, plan, _ = compared
     monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setitem(METHODS._entries, "broken", Method("Always fails.", score=refuse))
+    monkeypatch.setattr(preview, "forecast", lambda job: Forecast(0.25, 0.25, 0.25, 0.25, ""))
     before = {path: path.stat().st_mtime_ns for path in (folder / "study").rglob("*")}
     facts = preview_study(plan)
     assert {path: path.stat().st_mtime_ns for path in (folder / "study").rglob("*")} == before
     assert facts["finetunings"] == 12 and facts["finetunings_left"] == 10
     assert facts["budgets"][""]["removed"] > 0 and facts["disk_bytes"] > 0
+    assert facts["seconds_left"] == 2.0  # one second for each run that is not done
     assert [run["state"] for run in facts["runs"]] == ["begun", "done", "begun", "done"]
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +94,18 @@ def run_study(study: Study, *, command: str = "") -> Outcome:
         return _Progress(study, checks, command, pulse).to_the_end()
 
 
-def check_study(study: Study) -> dict[str, dict[str, Any]]:
+def check_study(
+    study: Study, look: Callable[[Job], dict[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
     """Checks the inputs of every run of the first seed; loads no weights.
 
+    Args:
+        study: The study.
+        look: What else to find out about each run.
+
     Returns:
-        Folder of a run -> its "budget", "savings", numbers of rows and steps, bytes to write and warnings.
+        Folder of a run -> its "budget", "savings", numbers of rows and steps, bytes to write, warnings, and
+        what `look` returns.
 
     Raises:
         GradPrunerError: The first error, with the point it belongs to.
@@ -106,7 +114,8 @@ def check_study(study: Study) -> dict[str, dict[str, Any]]:
     for run in study.runs():
         if run.seed == study.seeds[0]:
             try:
-                found[run.folder] = _facts(Job(run.recipe))
+                job = Job(run.recipe)
+                found[run.folder] = _facts(job) | (look(job) if look else {})
             except GradPrunerError as error:
                 if len(study.points) > 1 or run.recipe.model.path != study.recipe.model.path:
                     raise named(error, run.title) from error

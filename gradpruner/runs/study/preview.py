@@ -1,4 +1,4 @@
-"""The dry run of a study: runs, rows, budget and disk, from configs and data alone."""
+"""The dry run of a study: runs, rows, budget, time and disk, from configs and data alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gradpruner.common.printing import counted, num_bytes
+from gradpruner.common.printing import counted, duration, num_bytes
+from gradpruner.runs.before.forecast import forecast
 from gradpruner.runs.before.preview import savings_table
 from gradpruner.runs.study.carrying_out import Outcome, check_study, state_of
 from gradpruner.runs.study.design import Study
@@ -19,9 +20,10 @@ def preview_study(study: Study) -> dict[str, Any]:
 
     Returns:
         JSON values: "runs", each with its state and variants, "rows", "budgets" and "savings" by point, the
-        number of fine-tunings, "disk_bytes", and the warnings of all points.
+        number of fine-tunings, "seconds_left" (what runs can take over from others is not taken off),
+        "disk_bytes", and the warnings of all points.
     """
-    facts = check_study(study)
+    facts = check_study(study, lambda job: {"seconds": forecast(job).seconds})
     runs = [
         {
             "folder": run.folder,
@@ -32,6 +34,8 @@ def preview_study(study: Study) -> dict[str, Any]:
         for run in study.runs()
     ]
     pruned = {point.label: facts[folder] for point, folder in study.pruning_runs()}
+    # Every seed has the same runs in the same order, and the first seed's are checked.
+    seconds = [fact["seconds"] for fact in facts.values()] * len(study.seeds)
     per_seed = [fact["bytes"] for fact in facts.values()]
     first = next(iter(pruned.values()), next(iter(facts.values())))
     return {
@@ -45,6 +49,7 @@ def preview_study(study: Study) -> dict[str, Any]:
         "budgets": {label: fact["budget"] for label, fact in pruned.items()},
         "savings": {label: fact["savings"] for label, fact in pruned.items()},
         **{key: first[key] for key in ("train_rows", "eval_rows", "record_steps", "finetune_steps")},
+        "seconds_left": sum(s for s, run in zip(seconds, runs, strict=True) if run["state"] != "done"),
         "disk_bytes": len(study.seeds) * sum(size["trace"] + size["models"] for size in per_seed)
         + max(size["temporary"] for size in per_seed),
         "warnings": list(dict.fromkeys(text for fact in facts.values() for text in fact["warnings"])),
@@ -79,6 +84,11 @@ def _print_preview(facts: dict[str, Any], console: Console) -> None:
     for label, saved in facts["savings"].items():
         layers = facts["budgets"][label]["layers"]
         console.print(savings_table(saved, f"budget{' of ' + label if label else ''}: {layers} layers"))
+    console.print(
+        f"time: at most about {duration(facts['seconds_left'])} for what is left, estimated from two layers "
+        "timed here; loading, writing, and searches and training of methods come on top",
+        highlight=False,
+    )
     console.print(f"disk: about {num_bytes(facts['disk_bytes'])}", highlight=False)
     for warning in facts["warnings"]:
         console.print(Text(f"warning: {warning}", style="yellow"))
