@@ -27,8 +27,10 @@ from gradpruner.models.layers import refuse_adapters
 from gradpruner.models.loading import load_tokenizer
 from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
+from gradpruner.plans.selection import plan_pruning
 from gradpruner.runs.folder.directory import RunDirectory
 from gradpruner.runs.folder.plan_names import method_of, own_plan, scores_file, tuned_folder
+from gradpruner.runs.job.budget import placeholder_scores
 from gradpruner.runs.job.evaluation_data import load_split
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
@@ -170,9 +172,8 @@ def prune(
             with RunDirectory(folder):
                 for write in inputs.writes:
                     write()
-                if isinstance(model, nn.Module):  # bad rows are told before gigabytes are copied
-                    for split in ("train", "eval"):
-                        load_split(recipe, split, tokenizer)
+                if isinstance(model, nn.Module):
+                    _check_early(recipe, model, tokenizer)
                     inputs.write_model()
         loaded = model if isinstance(model, nn.Module) else None
         job = Job(recipe, "gradpruner.prune", loaded=loaded, measures=eval_data is not None)
@@ -190,6 +191,15 @@ def prune(
     if out is None:
         weakref.finalize(result, shutil.rmtree, folder, ignore_errors=True)
     return result
+
+
+def _check_early(recipe: Recipe, model: Any, tokenizer: Any) -> None:
+    """Refuses bad rows and an impossible number of layers before gigabytes are copied."""
+    for split in ("train", "eval"):
+        load_split(recipe, split, tokenizer)
+    if recipe.plan.parameter_fraction is None:
+        scores = placeholder_scores(int(model.config.get_text_config().num_hidden_layers))
+        plan_pruning(scores, recipe.plan, num_merge=0)
 
 
 def _result(recipe: Recipe, record: dict[str, Any], method: str, dtype: str) -> Pruned:

@@ -50,7 +50,8 @@ data:
 
 # best: tunes the dense model, prunes and repairs it, and lets it teach the pruned one; takes about twice
 # the time of tuning it.
-# fast: prunes and repairs the base model, then fine-tunes it; with many rows cheaper than tuning it dense.
+# fast: removes the last layers of the base model, repairs it, then fine-tunes it, in less time than tuning
+# it dense; for short answers (classes, labels), not for sentences.
 effort: best
 
 plan:

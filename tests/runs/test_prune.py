@@ -127,6 +127,7 @@ def with_nan(model):
             "^task_data: columns not recognised.*settings: 'data.columns",
         ),
         ({"num_prune": 2, "layer_fraction": 0.5}, ConfigError, "give one"),
+        ({"num_prune": 99}, PlanError, "99.*0 to"),
         ({"method": "gradpruned"}, ConfigError, "Did you mean 'gradpruner'"),
         ({"settings": {"record.stepz": 3}}, ConfigError, "record.stepz"),
         (
