@@ -19,7 +19,7 @@ from pydantic import AliasPath, Field
 from gradpruner.common.errors import GradPrunerError
 from gradpruner.common.files import LOCK_FILE
 from gradpruner.common.json_files import read_object
-from gradpruner.common.printing import number, text
+from gradpruner.common.printing import counted, number, text
 from gradpruner.common.run_names import StageName
 from gradpruner.reports.fields import Each, JsonPart, Named, Number, count
 from gradpruner.reports.record import PENDING, StageRecord
@@ -208,7 +208,9 @@ def _study_ended(view: View, whole: bool) -> tuple[str, str]:
 
 def _outcome(view: View) -> tuple[str, str]:
     errors = [text(row.error, LONGEST_ERROR) for row in view.rows if row.error]
-    return (FAILED, errors[0]) if errors and len(errors) == len(view.rows) else (DONE, "")
+    if errors and len(errors) == len(view.rows):
+        return FAILED, errors[0]
+    return DONE, f"{len(errors)} of {counted(len(view.rows), 'row')} failed: {errors[0]}" if errors else ""
 
 
 def _ended(known: Manifest, begun: list[str], view: View, whole: bool) -> tuple[str, str]:

@@ -116,6 +116,17 @@ def test_runs_are_shown_while_they_go_and_side_by_side(tmp_path: Path) -> None:
     assert {link for link in links if not link.startswith("#")} == {"/report/one", "/report/deep/two"}
 
 
+def test_a_finished_run_says_how_many_of_its_rows_failed(tmp_path: Path) -> None:
+    rows = {"a": {"label": "a", "evaluation": measured(0.8)}, "b": {"label": "b", "error": "out of memory"}}
+    write(tmp_path / "one" / "run.json", {"title": "one", "variants": rows})
+    write(tmp_path / "two" / "run.json", {"title": "two", "variants": {"b": rows["b"]}})
+    said = {run.name: (run.state, run.fault) for run in find_runs(tmp_path)[0]}
+    assert said == {
+        "one": ("done", "1 of 2 rows failed: out of memory"),
+        "two": ("failed", "out of memory"),
+    }
+
+
 def test_what_nobody_works_on_any_more_has_stopped(tmp_path: Path) -> None:
     going(tmp_path / "new")
     os.utime(tmp_path / "new" / PULSE, (1e9, 1e9))
