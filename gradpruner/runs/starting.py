@@ -50,8 +50,8 @@ data:
 
 # best: tunes the dense model, prunes and repairs it, and lets it teach the pruned one; takes about twice
 # the time of tuning it.
-# fast: removes the last layers of the base model, repairs it, then fine-tunes it, in less time than tuning
-# it dense; for short answers (classes, labels), not for sentences.
+# fast: removes the last layers of the base model (the gate's choice where answers are sentences), repairs
+# it, then fine-tunes it, in less time than tuning it dense.
 effort: best
 
 plan:

@@ -11,7 +11,6 @@ from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.evaluation.metrics import majority_class
 from gradpruner.runs.job.evaluation_data import holds_out, unequal_labels
-from gradpruner.runs.recipe.recipe import FAST_ROWS
 from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 
 if TYPE_CHECKING:
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 FEW_STEPS = 60
 """With fewer optimizer steps, a model rarely learns a task; see benchmarks/LOG.md."""
-LONG_ANSWER = 10
-"""Tokens. Models that write longer answers lose more by pruning; see docs/quality.md."""
 
 
 def warnings_of(inputs: Inputs) -> list[str]:
@@ -96,20 +93,19 @@ def too_few_steps(inputs: Inputs) -> str:
 
 def _long_answers(inputs: Inputs) -> str:
     """Returns a warning if many layers are removed from a model that writes sentences; or ""."""
-    plan, length = inputs.recipe.plan, inputs.samples.supervised_tokens / len(inputs.samples)
+    recipe, plan = inputs.recipe, inputs.recipe.plan
     few = plan.num_prune is not None and plan.num_prune <= inputs.num_layers / 10
-    if length < LONG_ANSWER or few or plan.max_loss is not None:
+    if not inputs.has_long_answers or few or plan.max_loss is not None:
         return ""
-    last = (
-        " Before tuning, the last layers are the wrong ones to remove from them: use effort best, or "
-        "--set 'variants=[dense, gate]'."
-        if inputs.recipe.effort == "fast" and inputs.recipe.variants == FAST_ROWS
-        else ""
-    )
+    advice = ""
+    if recipe.start == "base" and "last" in recipe.variants:
+        advice = " Without the last layers they lose most; the gate chooses better: 'variants=[dense, gate]'."
+    elif recipe.effort == "fast" and recipe.variants == ["dense", "gate"]:
+        advice = " Effort fast lets the gate choose the layers here; without the last ones they lose most."
     return (
-        f"Answers have {length:.0f} tokens on average. Models that write sentences lose far more by pruning "
-        "than models that answer in a few tokens (docs/quality.md). Remove fewer layers (plan.num_prune), or "
-        f"let plan.max_loss find how many.{last}"
+        f"Answers have {inputs.answer_tokens:.0f} tokens on average. Models that write sentences lose far "
+        "more by pruning than models that answer in a few tokens (docs/quality.md). Remove fewer layers "
+        f"(plan.num_prune), or let plan.max_loss find how many.{advice}"
     )
 
 

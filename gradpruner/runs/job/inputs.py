@@ -40,6 +40,9 @@ from gradpruner.training.finetuning import planned_steps
 from gradpruner.training.recording import default_steps
 from gradpruner.training.sharding import check_world_size
 
+LONG_ANSWER = 10
+"""Tokens. Models that write longer answers lose more by pruning; see docs/quality.md."""
+
 
 @dataclass
 class Inputs:
@@ -144,6 +147,16 @@ class Inputs:
         ]
         given = [rule for rule in rules if rule is not None]
         return (lambda old, new, kept: all(fits(old, new, kept) for fits in given)) if given else None
+
+    @property
+    def answer_tokens(self) -> float:
+        """Mean number of learned tokens of the training samples."""
+        return self.samples.supervised_tokens / len(self.samples)
+
+    @property
+    def has_long_answers(self) -> bool:
+        """Whether the model learns to write sentences rather than a class or a few words."""
+        return self.answer_tokens >= LONG_ANSWER
 
     @property
     def num_layers(self) -> int:

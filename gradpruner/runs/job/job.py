@@ -29,6 +29,7 @@ from gradpruner.runs.job.early_checks import check_changed_training, check_metho
 from gradpruner.runs.job.evaluation_data import check_evaluation, data_identity
 from gradpruner.runs.job.inputs import Inputs, hash_model
 from gradpruner.runs.recipe.effects import keys_of
+from gradpruner.runs.recipe.recipe import FAST_ROWS
 from gradpruner.training.adapters import is_4bit
 from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneOptions
@@ -57,6 +58,7 @@ class Job(Inputs):
         self._check_budget()
         self._choose_rate()
         self.open_rows()
+        self._settle_rows()
         self._check_repair_rows()
         self._choose_accumulation()
         steps = self.finetune_steps if recipe.start == "base" else self.recover_steps
@@ -88,6 +90,12 @@ class Job(Inputs):
             )
         kind = "least_squares" if self.recipe.start == "base" else "layer_wise"  # by docs/quality.md
         self.recipe = self.recipe.with_values(plan={"repair": "none" if found else kind})
+
+    def _settle_rows(self) -> None:
+        """Lets the gate choose the layers of effort `fast` where answers are long, by docs/quality.md."""
+        chosen = not self.recipe.names_rows and self.recipe.variants == ["dense", FAST_ROWS[0]]
+        if chosen and self.has_long_answers:
+            self.recipe = self.recipe.model_copy(update={"variants": ["dense", FAST_ROWS[1]]})
 
     def _check_repair_rows(self) -> None:
         """Refuses to repair with a single sample: one more is needed to choose the ridge by."""

@@ -31,19 +31,20 @@ from gradpruner.runs.recipe.sections import (
 from gradpruner.runs.recipe.yaml_files import check_scalar, parse_yaml, read_yaml
 from gradpruner.training.options import DistilSection, FinetuneSection, RecordSection
 
-FAST_ROWS = ["dense", "last"]
-"""The rows of effort `fast`. A plan that is given needs a row that follows it: `dropped`."""
+FAST_ROWS = ("last", "gate")
+"""The pruned row of effort `fast`: the last layers go or, where answers are long, the gate's choice."""
+EFFORT_ROWS = {"fast": ["dense", FAST_ROWS[0]], "best": ["dense", "either"]}
+"""Effort -> the rows of a recipe that names none."""
+_FAST = [["dense", row] for row in FAST_ROWS]
 EFFORTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "fast": {
         "start": "base",
-        "variants": FAST_ROWS,
         "plan": {"repair": "auto"},
         "finetune": {"accumulation": None},
     },
     "best": {
         "start": "tuned",
-        "variants": ["dense", "either"],
         "plan": {"repair": "auto"},
         "finetune": {"accumulation": None},
         "recover": {"epochs": 1.0},
@@ -51,11 +52,6 @@ EFFORTS: dict[str, dict[str, Any]] = {
     },
 }
 """Effort -> the values it sets where the recipe says nothing."""
-
-
-def _follows_a_plan(raw: dict[str, Any]) -> bool:
-    plan = raw.get("plan")
-    return isinstance(plan, dict) and plan.get("file") is not None
 
 
 def shrinking(model: str, method: str = "either", repair: str = "auto") -> dict[str, Any]:
@@ -90,10 +86,10 @@ class Recipe(Section):
     """Seed of data sampling, LoRA, data order, dropout and bootstrap."""
     effort: Literal["auto", "paper", "fast", "best"] | None = "auto"
     """Sets keys that the recipe leaves out. best: tune the dense model, prune and repair it, then recover
-    with the dense model as the teacher. fast: remove the last layers before the final one from the base
-    model, repair it, then fine-tune, which costs less than tuning the dense model. paper (or null): as in the
-    paper, with and without merging, no repair. auto: best, or fast if the recipe sets `start` or `variants`
-    itself or keeps adapters apart (finetune.merge_adapter: false)."""
+    with the dense model as the teacher. fast: remove the last layers before the final one from the base model
+    (where answers are long: the gate's choice), repair it, then fine-tune, which costs less than tuning the
+    dense model. paper (or null): as in the paper, with and without merging, no repair. auto: best, or fast if
+    the recipe sets `start` or `variants` itself or keeps adapters apart (finetune.merge_adapter: false)."""
     find_rate: bool = False
     """Find the learning rate first: the dense model is tuned briefly at several rates, doubling and halving
     from finetune.learning_rate; the rate with the lowest loss on held-out training rows is used."""
@@ -136,9 +132,17 @@ class Recipe(Section):
             plain = not isinstance(tuning, dict) or tuning.get("merge_adapter", True)
             effort = "best" if plain and not {"start", "variants"} & raw.keys() else "fast"
             raw = raw | {"effort": effort}
-        if effort == "fast" and raw.get("variants") in (None, FAST_ROWS) and _follows_a_plan(raw):
-            raw = raw | {"variants": ["dense", "dropped"]}
         return _filled(raw, EFFORTS.get(effort, {})) if isinstance(effort, str) else raw
+
+    @model_validator(mode="after")
+    def _choose_rows(self) -> Recipe:
+        """Sets the rows of the effort if the recipe names none."""
+        # Not by assignment, after which the recipe would seem to name them.
+        if not self.names_rows:
+            self.__dict__["variants"] = list(EFFORT_ROWS.get(str(self.effort), self.variants))
+        if self.effort == "fast" and self.plan.file is not None and self.variants in _FAST:
+            self.__dict__["variants"] = ["dense", "dropped"]  # a row that follows a given plan
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -164,6 +168,11 @@ class Recipe(Section):
         """Returns this recipe with values of sections changed: `recipe.with_values(plan={"name": None})`."""
         changed = {name: getattr(self, name).model_copy(update=keys) for name, keys in sections.items()}
         return self.model_copy(update=changed)
+
+    @property
+    def names_rows(self) -> bool:
+        """Whether the recipe says which rows it has; if not, its effort decides."""
+        return "variants" in self.model_fields_set
 
     @property
     def task_name(self) -> str:
