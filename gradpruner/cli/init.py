@@ -56,7 +56,7 @@ def init(
 
 def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Adds to the given keys the model and data files found in `folder`."""
-    from gradpruner.data.folders import has_split, split_files
+    from gradpruner.data.folders import file_of, split_files
     from gradpruner.models.checking import is_model_folder
 
     if "model.path" not in values:
@@ -73,7 +73,9 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         return values
     if "data.train" not in values:
         values["data.train"] = str(split_files(folder, "train")[0])
-    beside = Path(values["data.train"]).parent
-    if "data.eval" not in values and Path(values["data.train"]).is_file() and has_split(beside, "eval"):
-        values["data.eval"] = str(split_files(beside, "eval")[0])
+    train = Path(values["data.train"])
+    # Only in the same folder: a folder in it is probably another data set.
+    beside = file_of(train.parent, "eval") if train.is_file() else None
+    if "data.eval" not in values and beside is not None:
+        values["data.eval"] = str(beside)
     return values

@@ -66,10 +66,20 @@ def has_split(folder: Path, split: str) -> bool:
     return any(bool(_files_of(folder, name)) for name in names)
 
 
+def file_of(folder: Path, split: str) -> Path | None:
+    """Returns the file in the folder itself that is called after a split; None if it is not exactly one."""
+    named = next(filter(None, (_called(folder, name) for name in split_names(split))), [])
+    return named[0] if len(named) == 1 else None
+
+
+def _called(folder: Path, name: str) -> list[Path]:
+    files = [folder / (name + suffix + packed) for suffix in SUFFIXES for packed in ("", *PACKED)]
+    return [path for path in files if path.is_file()]
+
+
 def _files_of(folder: Path, name: str) -> list[Path]:
     """Returns the files of a split under one of its names; [] if there are none."""
-    files = [folder / (name + suffix + packed) for suffix in SUFFIXES for packed in ("", *PACKED)]
-    found = [path for path in files if path.is_file()]
+    found = _called(folder, name)
     if len(found) > 1:
         raise DataError(
             f"{folder}: several files for split '{name}': {', '.join(p.name for p in found)}.",

@@ -336,7 +336,7 @@ def _checked(dense: Scores, pruned: Scores, confidence: float) -> tuple[Floats, 
     if not before.any():
         raise DataError(
             "The dense model scores 0 on every validation row, so there is no relative loss.",
-            hint="Check prompt and metric, or fine-tune the dense model first.",
+            hint="Check prompt (data.prompt) and metric (evaluate.metrics), or tune the dense model first.",
         )
     return before, after
 

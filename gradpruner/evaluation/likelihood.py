@@ -8,7 +8,7 @@ by all options, and each option attends to the prompt and to itself:
     attends to  (causal) | p, a  | p, b
 
 This works only if tokens influence each other through attention alone and the model accepts a custom mask.
-`OptionScorer` does not look this up by model type: it tries it on one example at the start of every
+`OptionScorer` does not look this up by model type: it tries it on two examples at the start of every
 evaluation. A model that fails gets one row per option instead.
 """
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gradpruner.common.errors import NonFiniteError
+from gradpruner.models.restoring import modes_kept
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +103,22 @@ class OptionScorer:
         return [[next(values) for _ in one.targets] for one in sets]
 
     def _can_share(self, sets: Sequence[OptionSet]) -> bool:
-        """Whether a shared row gives the same scores as one row per option, tried on one short example."""
+        """Whether a shared row gives the same scores as one row per option, tried on two examples.
+
+        One is short. The other is the longest: layers with a window of their own, as GPT-Neo's, may count it
+        along the row, whatever the mask and the positions say.
+        """
         several = [one for one in sets if len(one.targets) > 1 and self._in_window(one)]
         if not several or not {"position_ids", "attention_mask"} <= set(self._accepted):
             return False
         if self._config._attn_implementation not in ("sdpa", "eager"):
             return False
         # Prefer an option of three tokens or more: a leak between options shows at later tokens only.
-        one = min(several, key=lambda one: (max(map(len, one.targets)) < 3, _row_length(one)))
+        short = min(several, key=lambda one: (max(map(len, one.targets)) < 3, _row_length(one)))
+        longest = max(several, key=_row_length)
+        return all(self._same_in_a_row(one) for one in ([short] if short is longest else [short, longest]))
+
+    def _same_in_a_row(self, one: OptionSet) -> bool:
         # Replace every token of the first option: this must not change the scores of the other options.
         changed = OptionSet(one.prompt, [[(token + 1) % 8 for token in one.targets[0]], *one.targets[1:]])
         separate = self.log_likelihoods([one])[0]
@@ -244,14 +253,9 @@ def _row_length(one: OptionSet) -> int:
 @contextmanager
 def inference(model: Any) -> Iterator[None]:
     """Runs the block in eval mode and without gradients, then restores the mode of every module."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with modes_kept(model), torch.inference_mode():
+        model.eval()
+        yield
 
 
 def without_adapters(model: Any) -> Any:

@@ -83,13 +83,16 @@ def _rouge_scorer() -> Any:
 def majority_class(answers: Sequence[str]) -> float:
     """Returns the accuracy of always giving the most frequent answer, 0 to 1: the score to beat.
 
+    It is 0 if no answer occurs twice: then there are no classes.
+
     Raises:
         DataError: If there are no answers.
     """
     if not answers:
         raise DataError("The majority class of zero answers is undefined.")
     counts = Counter(normalise_answer(answer) for answer in answers)
-    return counts.most_common(1)[0][1] / len(answers)
+    most = counts.most_common(1)[0][1]
+    return most / len(answers) if most > 1 else 0.0
 
 
 def bootstrap_interval(values: Sequence[float] | Sequence[bool], *, seed: int = 0) -> Interval:

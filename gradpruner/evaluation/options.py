@@ -26,7 +26,8 @@ class AskingSection(Section):
     metrics: list[Metric] | None = Field(default=None, min_length=1)
     """exact_match, rouge_l, bert_score and final_number score the greedy answer; choice_likelihood needs
     choices; bert_score and rouge_l together also give similarity, their mean. null: the metrics of the named
-    task; for your own data exact_match and choice_likelihood."""
+    task; for your own data exact_match and choice_likelihood, or where answers are sentences rouge_l (if all
+    have a number after "####": final_number)."""
     encoder: str = DEFAULT_ENCODER
     """Encoder for BERTScore: a folder or a hub id."""
     encoder_layer: int | None = Field(default=None, ge=1)

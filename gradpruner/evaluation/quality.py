@@ -150,16 +150,17 @@ def evaluate(
         Journal(journal, questions, world.rank) as outputs,
         Progress(len(share), progress) as bar,
     ):
-        asking = _Asking(answering, questions, outputs, share, bar, world)
+        asking = _Asking(answering, questions, outputs, share, bar, world, "exact_match" in metrics)
         budget = (options.max_new_tokens or questions.most_new_tokens()) if _generates(metrics) else 0
         speed = world.in_step(lambda: asking.ask(budget, use_choices))
+        speeds = [one for one in world.gathered([speed]) if one is not None]
     own = world.in_step(lambda: _grade([outputs[i] for i in share], metrics, scorer))
     graded = world.in_order(own)
     details = _details(metrics, scorer, answering, use_choices, options.score_ends)
     return Evaluation(
         metrics={name: bootstrap_interval(v, seed=options.seed) for name, v in values_of(graded).items()},
         seconds=time.perf_counter() - started,
-        tokens_per_second=speed,
+        tokens_per_second=sum(speeds) if speeds else None,
         peak_memory_bytes=peak.peak_bytes,
         outputs=graded,
         details=details,
@@ -175,6 +176,7 @@ class _Asking:
     """Asks this process's share of the questions and records the answers.
 
     Attributes:
+        shows_matches: Whether the progress bar shows the share of exact matches.
         passes: 2 if every row is both answered and scored, else 1.
         pending: Rows still to do, summed over the passes.
     """
@@ -185,6 +187,7 @@ class _Asking:
     share: range
     bar: Progress
     world: World
+    shows_matches: bool = True
     passes: int = 0
     pending: int = 0
 
@@ -226,7 +229,8 @@ class _Asking:
                 outputs.note(i, generated=text, finished=answer.finished, correct=correct)
                 matches.append(correct)
                 num_tokens += answer.num_tokens
-            self._batch_done(batch, exact_match=sum(matches) / len(matches))
+            shown = {"exact_match": sum(matches) / len(matches)} if self.shows_matches else {}
+            self._batch_done(batch, **shown)
         return num_tokens / (time.perf_counter() - began)
 
     def _score_options(self, missing: list[int]) -> None:
@@ -314,6 +318,12 @@ def _check_request(examples: Sequence[Example], metrics: Sequence[str]) -> bool:
             hint="Add 'exact_match' to the metrics, or give every example its options.",
         )
     if use_choices:
+        blank = [e.id for e in examples if not all(choice.strip() for choice in e.choices)]
+        if blank:
+            raise DataError(
+                f"{len(blank)} examples have an option without text: {', '.join(blank[:3])}.",
+                hint="Correct the options of these rows, or leave out 'choice_likelihood'.",
+            )
         stray = [e.id for e in examples if not any(exact_match(choice, e.answer) for choice in e.choices)]
         if stray:
             raise DataError(

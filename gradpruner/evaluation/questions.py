@@ -102,7 +102,7 @@ class Questions:
             raise ConfigError(
                 f"An answer of up to {answer_tokens} tokens leaves no room for a prompt within"
                 f" {self.max_length} tokens.",
-                hint="Raise max_length or lower max_new_tokens.",
+                hint="Raise max_length (data.max_length) or lower max_new_tokens (evaluate.max_new_tokens).",
             )
         excess = max(0, len(ids) - room)
         return ids[:start] + ids[start + excess :]

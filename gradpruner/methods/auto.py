@@ -158,6 +158,12 @@ class _Search:
             steps = max(1, round(min(1.0, share) * self.steps))
             for candidate in chosen:
                 self._try(candidate, steps)
+            if not any(len(one.losses) > 1 and not one.error for one in self.candidates):
+                # Those that are left were worse, and training would fail for them too.
+                raise PlanError(
+                    f"Training failed for all {len(chosen)} candidates of round {number}: {chosen[0].error}",
+                    hint="Lower finetune.learning_rate, or train no candidate: methods.auto.rounds: 0.",
+                )
             self.rounds.append({"candidates": len(chosen), "steps": steps})
             self._forget_repairs(self._number(number + 1))
 

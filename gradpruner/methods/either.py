@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from pydantic import Field
 
 from gradpruner.common.errors import GradPrunerError
 from gradpruner.common.progress import Progress
-from gradpruner.common.world import GoneError, this_world
+from gradpruner.common.world import this_world
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import held_out_loss, put_aside
@@ -131,25 +132,35 @@ def _compared(
     losses: dict[str, float] = {}
     failed: list[str] = []
     best: Repair | None = None
-    model, options, world = context.model(), context.repair, this_world()
+    model, world = context.model(), this_world()
     with Progress(len(plans), "compare IGIA and gate") as progress:
         for name, plan in plans.items():
             try:
-                repair = None
-                if plan.pruned:
-                    repair = fit_repair(model, plan, context.samples, context.collator, options, world=world)
-                with as_pruned(model, plan, repair):
-                    loss = held_out_loss(model, plan, held_out, context)
+                # An error on one process is one on all: each must go on to the next plan together.
+                repair, loss = world.in_step(partial(_tried, context, model, plan, held_out))
                 best = repair if loss < min(losses.values(), default=math.inf) else best
                 losses[name] = loss
-            except GoneError:
-                raise
             except FAULTS as error:
+                if world.broken:
+                    raise
                 failed.append(f"{NAMES[name]}'s choice fails: {error}")
             progress.advance()
-    if best is not None and best.rows == options.rows and context.folder is not None and world.is_first:
-        best.save(context.folder / "repair")
+    folder = context.folder if world.is_first else None
+    if best is not None and folder is not None and best.rows == context.repair.rows:
+        best.save(folder / "repair")
     return losses, "; ".join(failed)
+
+
+def _tried(
+    context: MethodContext, model: Any, plan: PruningPlan, held_out: Sequence[Any]
+) -> tuple[Repair | None, float]:
+    """Returns the repair of a plan, None if it removes nothing, and the loss of the repaired model."""
+    repair = None
+    if plan.pruned:
+        samples, collator = context.samples, context.collator
+        repair = fit_repair(model, plan, samples, collator, context.repair, world=this_world())
+    with as_pruned(model, plan, repair):
+        return repair, held_out_loss(model, plan, held_out, context)
 
 
 METHODS.register("either")(

@@ -18,6 +18,7 @@ from gradpruner.gradients.scores import LayerScores
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.sleb import greedy_scores
 from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.restoring import forwards_set
 from gradpruner.models.walking import BATCH_SIZE, Walk, drawn, sample_batches
 from gradpruner.plans.layer_plan import MIN_KEPT
 from gradpruner.pruning.repair.ridge import AnySums, ChannelSums, Sums
@@ -280,13 +281,8 @@ class _Pruned:
                 yield batch
 
         modules = list(self.view.layers)
-        for module in modules:
-            module.forward = pass_on
-        try:
+        with forwards_set(modules, [pass_on] * len(modules)):
             return mean_nll(self.view.model, batches(), which)
-        finally:
-            for module in modules:
-                del module.__dict__["forward"]
 
 
 METHODS.register("task_loss")(

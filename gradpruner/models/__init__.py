@@ -3,6 +3,7 @@
 families       how each model type keeps its layers: one row per type
 config_patch   the config of a model with fewer layers
 layers         LayeredModel: the decoder layers of a causal LM, in order, and their linears
+restoring      changes for the length of a block: modes and forwards of modules
 proof          whether two models compute the same
 walking        Walk: runs layers one by one on hidden states
 widths         WidthView: the heads, channels and hidden dimensions of a model

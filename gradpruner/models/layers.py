@@ -18,6 +18,7 @@ from gradpruner.common.errors import ModelError, PlanError
 from gradpruner.gradients.trace import QUANTISED
 from gradpruner.models.config_patch import check_keep, patch_config, text_config
 from gradpruner.models.families import Family, find_family, generic_family, nested_family
+from gradpruner.models.restoring import forwards_set
 from gradpruner.plans.layer_plan import PruningPlan
 
 # Set by whoever loaded the model and independent of its depth; a rebuilt config must keep them.
@@ -194,13 +195,8 @@ class LayeredModel:
     def passed_through(self, layers: Sequence[int]) -> Iterator[None]:
         """Inside the block, these layers return their input, as if they were pruned."""
         modules = [self.layers[i] for i in layers]
-        for module in modules:
-            module.forward = returning_input(module.forward)
-        try:
+        with forwards_set(modules, [returning_input(module.forward) for module in modules]):
             yield
-        finally:
-            for module in modules:
-                del module.__dict__["forward"]
 
     def keep_layers(self, plan: PruningPlan) -> None:
         """Removes all layers that a plan does not keep, from the modules, their numbering and the config.

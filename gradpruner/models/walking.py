@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from gradpruner.common.errors import DataError, ModelError, NonFiniteError
 from gradpruner.models.layers import LayeredModel
+from gradpruner.models.restoring import forwards_set
 
 BATCH_SIZE = 32
 PROOF_ROWS = 4
@@ -101,21 +101,6 @@ class Walk:
         output = self.view.layers[index](state, *args, **kwargs)
         return _state_of(output)
 
-    @contextmanager
-    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        modules = list(self.view.layers)
-        own = [module.__dict__.get("forward") for module in modules]  # accelerate, for example, sets one
-        for module, forward in zip(modules, forwards, strict=True):
-            module.forward = forward
-        try:
-            yield
-        finally:
-            for module, before in zip(modules, own, strict=True):
-                if before is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = before
-
     def _run(self, batch: dict[str, Tensor]) -> None:
         """Runs the decoder's own forward pass, without the head if the model names its decoder."""
         model: Any = self.view.model
@@ -133,7 +118,7 @@ class Walk:
             calls.append((rest, named))
             return (state,) if self.tuples else state
 
-        with self._replaced([forward] * self.view.num_layers):
+        with forwards_set(list(self.view.layers), [forward] * self.view.num_layers):
             self._run(batch)
         self.start.append(start[0])
         self._calls.append(calls)
@@ -182,7 +167,8 @@ class Walk:
 
             return forward
 
-        with self._replaced([watched(module.forward) for module in self.view.layers]):
+        layers = list(self.view.layers)
+        with forwards_set(layers, [watched(module.forward) for module in layers]):
             self._run(batch)
         if len(calls) != self.view.num_layers or seen["start"].ndim != 3:
             raise _cannot_be_walked(self.view)

@@ -15,6 +15,7 @@ from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.config_patch import check_keep
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.proof import probe_logits, relative_error, tolerance
+from gradpruner.models.restoring import modes_kept
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.merging import Source, merge_linear
 from gradpruner.plans.repair import Repair
@@ -151,13 +152,12 @@ def _repair_(view: LayeredModel, repair: Repair) -> None:
 @torch.no_grad()
 def _keep_proven(view: LayeredModel, plan: PruningPlan) -> None:
     """Removes layers of an unknown model type; proves that the kept ones compute the same as before."""
-    was_training = view.model.training
-    view.model.eval()
-    with view.passed_through(plan.pruned):
-        expected = probe_logits(view.model)
-    view.keep_layers(plan)
-    error = relative_error(probe_logits(view.model), expected)
-    view.model.train(was_training)
+    with modes_kept(view.model):
+        view.model.eval()
+        with view.passed_through(plan.pruned):
+            expected = probe_logits(view.model)
+        view.keep_layers(plan)
+        error = relative_error(probe_logits(view.model), expected)
     if not error <= tolerance(next(view.model.parameters()).dtype):
         raise ModelError(
             f"Model type '{view.config.model_type}' is not known, and pruning it by the general rule changes "

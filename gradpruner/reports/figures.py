@@ -28,7 +28,7 @@ from gradpruner.reports.svg import (
     settled,
     whole_ticks,
 )
-from gradpruner.reports.view import View, metric_label, pairs
+from gradpruner.reports.view import View, answer_losses, metric_label, pairs
 
 
 def score_plots(view: View) -> list[Plot]:
@@ -57,7 +57,7 @@ def score_plots(view: View) -> list[Plot]:
 
 def loss_plot(view: View) -> Plot | None:
     """Draws the fine-tuning loss of every row over its steps."""
-    found = [(row.label, pairs(row.recorded.finetune.losses, "step", "loss")) for row in view.rows]
+    found = [(row.label, answer_losses(row.recorded.finetune.losses)) for row in view.rows]
     return curves_plot("losses", "Fine-tuning loss", found)
 
 

@@ -37,6 +37,11 @@ def not_learned(view: View, tuned: bool = True) -> str:
             f"The dense model ({percent(dense)}) is no better than always giving the most frequent answer "
             f"({percent(view.majority)}), so there is nothing to compare."
         )
+    elif dense is not None and view.floor is not None and dense <= view.floor:
+        why = (
+            f"The dense model ({percent(dense)}) is no better than before it was tuned "
+            f"({percent(view.floor)}), so there is nothing to compare."
+        )
     else:
         return ""
     steps = view.dense.recorded.finetune.steps if view.dense and tuned else None

@@ -18,10 +18,6 @@ from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import Row, View, metric_label, read
 
 NOT_GOOD_ENOUGH = "Not good enough to ship"
-_KEEP_MORE = (
-    "To keep more quality, remove fewer layers (plan.num_prune), train after pruning (recover.epochs) or "
-    "limit the loss (plan.max_loss)."
-)
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,8 @@ def advice(view: View, folder: Path | None = None) -> Advice | None:
     title = row.label
     # The verdict of a study is about GradPruner's row, not about this one.
     if view.kind == "run" and verdict.level == "worse":
-        title, reason = f"{title}, clearly worse than the dense model", f"{reason} {_KEEP_MORE}"
+        advice = _what_to_change(view, row)
+        title, reason = f"{title}, clearly worse than the dense model", f"{reason} {advice}"
     if view.record.recipe.get("keep_models") == "none":
         return Advice(title, "", f"{reason} The model was not kept.", (_remake(row, here),), row)
     path = str(here / _folder(view, row))
@@ -141,6 +138,8 @@ def lost_words(view: View, row: Row) -> str:
         return ""
     pruned, dense = (percent(one.after[view.metric].value) for one in (row, view.dense))
     most = "" if view.majority is None else f", the most frequent answer alone {percent(view.majority)}"
+    if view.majority is None and view.floor is not None:
+        most = f", before it was tuned {percent(view.floor)}"
     return f"{row.label} scores {pruned}, the dense model {dense}{most}."
 
 

@@ -170,8 +170,8 @@ class View:
     def has_lost(self, row: Row) -> bool:
         """Returns whether a row is too bad to ship: clearly worse than dense, and by too much.
 
-        That is by more than `MOST_LOST`, or so that it is no longer clearly better than always giving the
-        most frequent answer, while the dense model is.
+        That is by more than `MOST_LOST` of what is above `floor`, or so that it is no longer clearly above
+        it, while the dense model is.
         """
         after, dense = (one.after.get(self.metric) if one else None for one in (row, self.dense))
         if row.is_dense or after is None or dense is None or dense.value <= 0:
@@ -181,10 +181,19 @@ class View:
             worse = (paired.high or 0) < 0
         else:
             worse = after.high is not None and dense.low is not None and after.high < dense.low
-        known = self.majority is not None and self.majority < dense.value
-        floor = self.majority if known and self.majority is not None else 0.0
+        known = self.floor is not None and self.floor < dense.value
+        floor = self.floor if known and self.floor is not None else 0.0
         fallen = known and _least(after) <= floor < _least(dense)
         return worse and (fallen or dense.value - after.value > MOST_LOST * (dense.value - floor))
+
+    @property
+    def floor(self) -> float | None:
+        """The score that needs no tuning: that of always giving the most frequent answer or, if the metric is
+        no accuracy, the dense model's before it was tuned; None if it was not measured."""
+        before = self.dense.before.get(self.metric) if self.dense else None
+        if self.majority is not None or self.metric in _ACCURACIES or before is None:
+            return self.majority
+        return float(before.value)
 
     @property
     def num_examples(self) -> int | None:
@@ -223,7 +232,7 @@ def read(source: dict[str, Any]) -> View:
         metrics=metrics,
         seeds=tuple(seed for seed in seeds if seed is not None),
         sweep_label=label if kind == "ablation" else "",
-        majority=record.majority if not metrics or metrics[0] in _ACCURACIES else None,
+        majority=(record.majority or None) if not metrics or metrics[0] in _ACCURACIES else None,
     )
 
 
@@ -335,6 +344,11 @@ def metric_label(name: str) -> str:
     """Returns a metric's name in words: exact_match -> 'Exact match'."""
     proper = {"rouge_l": "ROUGE-L", "bert_score": "BERTScore"}
     return proper.get(name) or text(name).replace("_", " ").capitalize()
+
+
+def answer_losses(losses: list[Any]) -> list[tuple[float, float]]:
+    """Reads (step, loss on answers); with a teacher the logged loss is a mix, and `ce` that on answers."""
+    return pairs(losses, "step", "ce") or pairs(losses, "step", "loss")
 
 
 def pairs(rows: list[Any], x: str, y: str) -> list[tuple[float, float]]:

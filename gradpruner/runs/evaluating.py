@@ -23,6 +23,7 @@ from gradpruner.runs.job.evaluation_data import (
     metrics_of,
     options_of,
     tokenizer_of,
+    with_metrics,
 )
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.row.together import jointly
@@ -76,6 +77,7 @@ def _measured(
         check_loadable(folder, recipe.model.trust_remote_code)
     tokenizer = tokenizer_of(recipe, folder)
     rows = load_split(recipe, "eval", tokenizer) if asks_rows else None
+    recipe = with_metrics(recipe, rows, tokenizer) if rows is not None else recipe
     found: dict[str, Any] = {"model": str(folder), "endpoint": server.address if server else None}
     if rows is not None:
         found |= {"source": rows.source, "format": rows.format, "rows": len(rows), "sha256": rows.sha256}

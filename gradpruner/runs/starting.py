@@ -17,7 +17,14 @@ from gradpruner.models.folder import locate_model
 from gradpruner.models.loading import load_config, resolve_device
 from gradpruner.models.sizes import ModelSizes
 from gradpruner.runs.before.fitting import device_memory
-from gradpruner.runs.job.evaluation_data import HELD_OUT, load_rows, tokenizer_of, with_validation
+from gradpruner.runs.job.evaluation_data import (
+    HELD_OUT,
+    load_rows,
+    metrics_of,
+    tokenizer_of,
+    with_metrics,
+    with_validation,
+)
 from gradpruner.runs.recipe.recipe import load_recipe
 from gradpruner.training.finetuning import WANTED_STEPS, chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneSection
@@ -73,6 +80,10 @@ finetune:
   # More steps suit small data sets; larger steps are steadier.
   batch_size: {batch}
   accumulation: {accumulation}
+
+evaluate:
+  # exact_match for classes and short answers, rouge_l for sentences, final_number for sums; or several.
+  metrics: {metrics}
 """
 
 
@@ -83,11 +94,11 @@ def first_recipe(target: Path, values: dict[str, Any]) -> str:
     config = load_config(folder, recipe.model.trust_remote_code, weights=False)
     sizes = ModelSizes(config)
     try:
-        rows, longest = _rows(recipe, folder)
+        rows, longest, metrics = _rows(recipe, folder)
     except UnnamedLabels as error:  # the recipe lists the numbers, for the user to name
         values = values | {"data.labels": {label: label for label in error.labels}}
         recipe.data.labels = values["data.labels"]
-        rows, longest = _rows(recipe, folder)
+        rows, longest, metrics = _rows(recipe, folder)
     held_out = [note for note in rows.notes if HELD_OUT in note]
     trained = _training(sizes, len(rows))
     layers = len(sizes.layer_parameters)
@@ -102,6 +113,7 @@ def first_recipe(target: Path, values: dict[str, Any]) -> str:
         "model": _scalar(_from(base, values["model.path"])),
         "data": _data_lines(base, values, recipe.data.labels),
         "longest": longest,
+        "metrics": metrics,
         "max_length": min(2048, int(getattr(config, "max_position_embeddings", None) or 2048)),
         "layers": layers,
         "num_prune": gone,
@@ -115,17 +127,22 @@ def first_recipe(target: Path, values: dict[str, Any]) -> str:
     return text.replace("  path:", f"{trusted}  path:")
 
 
-def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str]:
-    """Returns the training rows and, if the tokenizer is local, a note on how long the first ones are."""
+def _rows(recipe: Any, folder: Path) -> tuple[ExampleSet, str, str]:
+    """Returns the training rows, how long the first ones are, and the metrics that suit the evaluation rows.
+
+    Without a tokenizer beside the model, the dry run has to say the latter two.
+    """
     local = any(folder.glob("tokenizer*"))
     tokenizer = tokenizer_of(recipe, folder) if local else None
-    rows, _ = load_rows(recipe, tokenizer)
+    rows, evaluated = load_rows(recipe, tokenizer)
     if recipe.chooses_recovery:  # as the run will do
         rows, _ = with_validation(recipe, rows, tokenizer)
     if tokenizer is None:
-        return rows, "The dry run shows how long yours are."
+        return rows, "The dry run shows how long yours are.", "null  # the dry run shows which"
     first = encode_all(tokenizer, rows.examples[:200], 10**6)
-    return rows, f"The longest of your first {len(first)} samples has {max(first.lengths)} tokens."
+    metrics = ", ".join(metrics_of(with_metrics(recipe, evaluated, tokenizer)))
+    longest = f"The longest of your first {len(first)} samples has {max(first.lengths)} tokens."
+    return rows, longest, f"[{metrics}]"
 
 
 def _training(sizes: ModelSizes, rows: int) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from gradpruner.data.encoding import IGNORED, Collator
+from gradpruner.models.restoring import modes_kept
 
 # Per token and layer, the linears cost about 24 hidden^2 operations and attention over a row of W tokens 4 W
 # hidden. They are equal at W = 6 hidden; but attention with a mask runs at a third of the speed, or less.
@@ -181,10 +182,9 @@ def packing_fault(
     trial = [list(islice(stream, length)) for length in _TRIAL_LENGTHS]
     exchanged = [trial[0], list(islice(stream, len(trial[1]))), *trial[2:]]
     rows = [range(len(trial))] if math.isinf(attention_tokens(model.config)) else _TRIAL_ROWS
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad(), computing():
+        with modes_kept(model), torch.no_grad(), computing():
+            model.eval()
             alone = _likelihoods(model, trial[:1])
             padded = _likelihoods(model, trial)
             packed = _likelihoods(model, trial, rows)
@@ -192,8 +192,6 @@ def packing_fault(
             exact = not torch.is_autocast_enabled(padded[0].device.type)
     except Exception as error:  # a model may raise anything on rows it was not written for
         return f"this model does not take packed rows: {type(error).__name__}"
-    finally:
-        model.train(training)
     exact = exact and all(p.dtype == torch.float32 for p in model.parameters())
     noise = _largest_difference(padded[:1], alone)
     rounding = max(4 * noise, _ROUNDING["float32" if exact else "16 bits"])

@@ -28,6 +28,7 @@ from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter
 from gradpruner.models.kernels import with_fast_products
 from gradpruner.models.layers import LayeredModel, fingerprint
+from gradpruner.models.restoring import modes_kept
 from gradpruner.training.adapters import adapter_kind, attach_lora, find_lora_linears
 from gradpruner.training.callbacks import ClosingCallback
 from gradpruner.training.finetuning import resolve_precision, training_arguments
@@ -330,11 +331,12 @@ def _adapters(model: nn.Module, options: RecordOptions) -> Iterator[Any]:
     """Puts LoRA on the model within the block; restores the model afterwards, even after an error."""
     # PEFT, its preparation for quantised training, and the Trainer change these.
     config: Any = model.config
-    training, use_cache = model.training, bool(getattr(config, "use_cache", True))
+    use_cache = bool(getattr(config, "use_cache", True))
     before = {name: (p.requires_grad, p.dtype) for name, p in model.named_parameters()}
     peft_model = attach_lora(model, **options.model_dump(include={"rank", "alpha", "dropout", "adapter"}))
     try:
-        yield peft_model
+        with modes_kept(model):
+            yield peft_model
     finally:
         peft_model.unload()
         # Named gradient_checkpointing_disable before transformers 5.23.
@@ -351,4 +353,3 @@ def _adapters(model: nn.Module, options: RecordOptions) -> Iterator[Any]:
             if parameter.dtype != dtype:
                 parameter.data = parameter.data.to(dtype)
         config.use_cache = use_cache
-        model.train(training)

@@ -5,7 +5,8 @@ import shlex
 
 import pytest
 import typer
-from builders import make_project
+import yaml
+from builders import make_project, make_rows, write_rows
 
 from gradpruner.cli.main import app
 from gradpruner.cli.options import KEYS
@@ -136,6 +137,22 @@ def test_a_first_recipe_of_one_file_with_numbered_labels_runs(call, tmp_path):
         33,
         4,
     )  # 3 to choose a recovery by
+
+
+def test_rows_of_another_data_set_in_a_folder_beside_are_not_taken(call, tmp_path):
+    make_project(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for folder, name in (("mine/other", "test"), ("mine/third", "test"), ("mine", "rows")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        rows = [
+            row | {"completion": f" the {i} {row['completion'] * 10}"} for i, row in enumerate(make_rows(24))
+        ]
+        write_rows(tmp_path / folder / f"{name}.jsonl", rows)
+    recipe = tmp_path / "first.yaml"
+    code, _, err = call("init", recipe, "--model", tmp_path / "model", "--data", tmp_path / "mine/rows.jsonl")
+    assert code == 0, err
+    written = yaml.safe_load(recipe.read_text())
+    assert written["data"]["eval"] is None and written["evaluate"]["metrics"] == ["rouge_l"]
 
 
 def test_a_recipe_elsewhere_finds_what_was_named_here(call, tmp_path, monkeypatch):

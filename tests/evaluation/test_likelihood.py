@@ -5,6 +5,7 @@ import torch
 from families import make_family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from gradpruner.evaluation.likelihood import OptionScorer, OptionSet, Rows
 
@@ -97,6 +98,23 @@ def test_options_share_a_row_only_within_the_sliding_window():
     long = [OptionSet([5, 9, 3, 7, 8, 6], [[4, 6, 2], [8, 2]])]
     _, scores = scored(model, [OptionSet([5], [[4, 2], [3, 2]]), *long])
     assert scores[1] == pytest.approx(one_by_one(model, long)[0], abs=1e-4)
+
+
+def test_options_do_not_share_a_row_if_layers_count_a_window_along_it():
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, window_size=16, max_position_embeddings=64,
+        attention_types=[[["global", "local"], 1]], intermediate_size=48, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = GPTNeoForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    long = OptionSet([5, 9, 3, 7, 8, 6, 4, 2], [[4, 6, 2, 8, 7, 2]] * 3 + [[8, 2, 9, 4, 5, 2]])
+    sets = [OptionSet([5], [[4, 2, 6], [3, 2, 7]]), long]
+    scorer, scores = scored(model, sets)
+    assert scorer.shares_prompts is False
+    assert flat(scores) == pytest.approx(flat(one_by_one(model, sets)), abs=1e-4)
 
 
 def test_options_do_not_see_each_other():

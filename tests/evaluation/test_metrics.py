@@ -129,6 +129,7 @@ def test_same_number():
 
 def test_majority_class_by_hand():
     assert majority_class(["yes", "Yes ", "no", "maybe", "YES"]) == 0.6
+    assert majority_class(["a sentence", "another one"]) == 0  # no classes
 
 
 @pytest.mark.parametrize("function", [majority_class, bootstrap_interval])

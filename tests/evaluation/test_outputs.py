@@ -177,7 +177,7 @@ def test_text_metrics_score_the_greedy_answer(model, tokenizer, monkeypatch):
 def test_each_process_scores_the_texts_of_its_own_rows(model, tokenizer, monkeypatch):
     class Second(World):
         in_step = staticmethod(lambda work: work())
-        in_order = staticmethod(list)
+        in_order = gathered = staticmethod(list)
 
     monkeypatch.setattr("gradpruner.evaluation.quality.BertScorer", lambda encoder, layer: Scorer())
     monkeypatch.setattr(World, "stop_if_peer_failed", lambda self: None)

@@ -278,6 +278,8 @@ def test_a_candidate_that_fails_in_training_drops_out(monkeypatch):
     assert [row.get("error") for row in plan.evidence["candidates"][:3]] == ["The loss is NaN."] * 2 + [None]
     last, _ = searched(monkeypatch, lambda i, steps: float(i) if steps < 15 else loss(1, 15))
     assert last.pruned == (3, 4)  # the best of the round before: all three of the last round failed
+    with pytest.raises(PlanError, match="Training failed for all 6 candidates of round 1: The loss is NaN"):
+        searched(monkeypatch, lambda i, steps: float(i) if steps == 0 else loss(0, 5))
 
 
 def test_steps_follow_the_recipe(monkeypatch):

@@ -79,6 +79,17 @@ def test_as_pruned_computes_what_the_pruned_model_does_and_leaves_the_model(tiny
     assert same_state(model, before) and torch.equal(logits(model), whole)
 
 
+def test_as_pruned_leaves_a_layers_own_forward_and_its_mode(tiny_llama):
+    model = tiny_llama().train()
+    layer = model.model.layers[DROPPING.pruned[0]].eval()
+    layer.forward = own = layer.forward  # as accelerate's hooks do
+    with as_pruned(model, DROPPING):
+        assert layer.forward is not own
+    assert layer.forward is own
+    fit_repair(model, DROPPING, make_samples(12), Collator())
+    assert layer.forward is own and model.training and not layer.training
+
+
 def test_as_pruned_sets_and_takes_back_repaired_weights(tiny_llama):
     repair = fit_repair(tiny_llama(), DROPPING, make_samples(12), Collator(), RepairOptions(kind="linear"))
     model, pruned = tiny_llama(), prune_(tiny_llama(), DROPPING, repair=repair)

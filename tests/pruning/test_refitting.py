@@ -755,7 +755,7 @@ def test_the_document_names_the_families_that_are_refused_or_scaled():
 def test_rows_that_determine_a_repair():
     view = LayeredModel(make_model())
     wide = max(int(weight.shape[1]) for weight in view.weights(0).values())
-    samples = [{"input_ids": [1, 2]}] * 4000
+    samples = [{"input_ids": [1, 2, 3]}] * 4000  # the first token of each sample does not count
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FEWEST_ROWS", 8)
         assert enough_rows(view, samples, "least_squares") == TOKENS_PER_REGRESSOR * wide / 2

@@ -10,7 +10,7 @@ from gradpruner.common.errors import ConfigError
 from gradpruner.reports.markdown import markdown_table
 from gradpruner.reports.shipping import advice, model_to_ship
 from gradpruner.reports.tables import results_table
-from gradpruner.reports.view import read
+from gradpruner.reports.view import answer_losses, read
 
 
 def row(size: int, test: float, validation: float | None = None, **more: Any) -> dict[str, Any]:
@@ -60,8 +60,8 @@ def test_of_a_row_that_is_clearly_worse_it_is_said_what_keeps_more() -> None:
         assert found is not None
         return f"{found.title} {found.reason}"
 
-    assert "clearly worse" in said(-0.4) and "plan.max_loss" in said(-0.4)
-    assert "worse" not in said(0.0) and "plan.max_loss" not in said(0.0)
+    assert "clearly worse" in said(-0.4) and "recover.epochs=1" in said(-0.4)
+    assert "worse" not in said(0.0) and "recover.epochs" not in said(0.0)
 
 
 def lost(change: float, dense: dict[str, Any] = DENSE, **more: Any) -> dict[str, Any]:
@@ -106,6 +106,29 @@ def test_how_much_is_too_much_depends_on_the_most_frequent_answer() -> None:
     low["variants"]["dropped"]["evaluation"]["metrics"]["exact_match"]["low"] = 0.55
     with pytest.raises(ConfigError, match="Not good enough"):
         model_to_ship(low)
+
+
+def test_a_score_that_is_no_accuracy_starts_where_the_model_was_before_tuning() -> None:
+    def run(pruned: float, before: float | None, dense: float = 0.25) -> dict[str, Any]:
+        def rouge(value: float) -> dict[str, Any]:
+            return {"metrics": {"rouge_l": {"value": value}}}
+
+        paired = {"task": {"rouge_l": {"value": pruned - dense, "low": -0.2, "high": -0.01}}}
+        small = row(60, 0) | {"evaluation": rouge(pruned), "paired": paired}
+        whole = DENSE | {"evaluation": rouge(dense), "before": None if before is None else rouge(before)}
+        return record(dense=whole, dropped=small) | {"metrics": ["rouge_l"], "plans": {}}
+
+    assert model_to_ship(run(0.2, None)).row == model_to_ship(run(0.235, 0.15)).row == "dropped"
+    with pytest.raises(ConfigError, match=r"Not good enough to ship.*before it was tuned 15"):
+        model_to_ship(run(0.17, 0.15))
+    found = advice(read(run(0.14, 0.16, dense=0.15)))
+    assert found is not None and found.title == "Nothing to ship yet"
+
+
+def test_the_loss_of_a_student_is_that_on_its_answers() -> None:
+    losses = [{"step": 1, "loss": 3.6, "ce": 11.2}, {"step": 2, "loss": 3.5, "ce": 10.8}]
+    assert answer_losses(losses) == [(1, 11.2), (2, 10.8)]
+    assert answer_losses([{"step": 1, "loss": 3.6}]) == [(1, 3.6)]
 
 
 def test_another_plan_takes_over_only_from_a_first_one_that_is_not_good_enough() -> None:

@@ -45,6 +45,34 @@ def test_the_task_says_what_is_measured_unless_the_recipe_does():
     assert metrics_of(own) == ("rouge_l",)
 
 
+@pytest.mark.parametrize(
+    ("answer", "measured"),
+    [
+        (lambda i: f"the dog {i} " * 6, ["rouge_l"]),
+        (lambda i: f"{i} and {i} makes so many, and so on and on #### {i}", ["final_number"]),
+        (lambda i: "a long name of a class of customers in a bank" + " there" * (i % 2), None),
+        (lambda i: f"yes {i}", None),
+    ],
+)
+def test_sentences_are_not_measured_by_exact_match(tmp_path, answer, measured):
+    path, _ = make_project(tmp_path)
+    rows = [row | {"completion": f" {answer(i)}"} for i, row in enumerate(make_rows(12))]
+    write_rows(tmp_path / "eval.jsonl", rows)
+    job = Job(load_recipe(path))
+    assert job.recipe.evaluate.metrics == measured
+    assert job.metrics == tuple(measured or ("exact_match", "choice_likelihood"))
+    assert Job(load_recipe(path, ("evaluate.metrics=[exact_match]",))).metrics == ("exact_match",)
+
+
+def test_an_answer_without_room_for_a_prompt_is_refused_before_the_model_is_loaded(tmp_path):
+    path, _ = make_project(tmp_path)
+    rows = [row | {"completion": " dog" * 40} for row in make_rows(12)]
+    write_rows(tmp_path / "eval.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"leaves no room.*Raise max_length \(data.max_length\)"):
+        Job(load_recipe(path, ("data.max_length=32",)))
+    Job(load_recipe(path, ("data.max_length=32", "evaluate.max_new_tokens=8")))
+
+
 def test_a_task_has_the_papers_number_of_training_rows(tmp_path, monkeypatch):
     rows = ROWS["arc_easy"]
     write_rows(tmp_path / "train.jsonl", rows)

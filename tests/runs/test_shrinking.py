@@ -26,7 +26,7 @@ from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import html
 from gradpruner.reports.html import render_html
 from gradpruner.runs.before.preview import dry_run
-from gradpruner.runs.folder.directory import RunDirectory
+from gradpruner.runs.folder.directory import RunDirectory, inputs_hash
 from gradpruner.runs.folder.run_record import title_of
 from gradpruner.runs.job.early_checks import check_changed_training, check_methods
 from gradpruner.runs.job.evaluation_data import with_validation
@@ -133,6 +133,68 @@ def test_a_recovery_is_kept_only_if_it_lowers_the_validation_loss(tmp_path, rate
     assert same == (kept == "pruned")
     page = render_html(record, tmp_path / "r.html").read_text()
     assert ("the model from before that training was kept" in page) == same
+
+
+def test_a_recovery_is_judged_as_it_is_saved(tmp_path):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "dropped"], plan=REPAIRED)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    rate = ("recover.steps=2", "recover.learning_rate=1e-9")  # far below the resolution of bfloat16
+    found = run(load_recipe(path, rate))["variants"]["dropped"]["finetune"]["kept"]
+    assert found["model"] == "pruned" and found["after"] == found["before"]
+    kept = run(load_recipe(path, ("recover.steps=4", "recover.learning_rate=3e-3")))["variants"]
+    row = next(
+        row for row in kept.values() if row["finetune"] and row["finetune"]["kept"]["model"] == "trained"
+    )
+    assert row["finetune"]["kept"]["after"] < row["finetune"]["kept"]["before"]
+
+
+def test_auto_trains_its_candidates_as_the_run_trains_the_pruned_model(tmp_path):
+    recover = {"epochs": 0.5, "learning_rate": 5e-4}
+    path, _ = make_project(
+        tmp_path, start="tuned", variants=["dense", "auto"], plan=REPAIRED, recover=recover
+    )
+    job = Job(load_recipe(path, ("finetune.epochs=3",)))
+    training = job.context("auto", lambda: None, tmp_path).finetune
+    assert (training.epochs, training.learning_rate, job.training.epochs) == (0.5, 5e-4, 3)
+    inputs = [Job(load_recipe(path, asked)).decision_inputs("auto") for asked in ((), ("recover.epochs=1",))]
+    assert inputs[0] != inputs[1]
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [
+        ("shortgpt", "model.dtype=bfloat16"),
+        ("task_loss", "plan.portable_to=[vllm]"),
+        ("auto", "finetune.learning_rate=0.1"),
+    ],
+)
+def test_scores_depend_on(tmp_path, method, changed):
+    path, _ = make_project(tmp_path, variants=["dense", method], plan=REPAIRED)
+    assert inputs_hash(Job(load_recipe(path)).decision_inputs(method)) != inputs_hash(
+        Job(load_recipe(path, (changed,))).decision_inputs(method)
+    )
+
+
+def test_the_tokenizer_is_part_of_the_model(tmp_path):
+    path, _ = make_project(tmp_path)
+    before = Job(load_recipe(path)).model_sha256
+    settings = tmp_path / "model/tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"add_bos_token": False}))
+    assert Job(load_recipe(path)).model_sha256 != before
+
+
+def test_answers_of_every_process_go_when_the_model_changes(tmp_path):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=REPAIRED)
+    run(load_recipe(path))
+    left = tmp_path / "run/variants/dense/examples.jsonl.part-1"
+    rows = (tmp_path / "run/variants/dense/examples.jsonl").read_text().splitlines()
+    left.write_text(
+        "".join(f"[{i}, {json.dumps(json.loads(r) | {'generated': 'old'})}]\n" for i, r in enumerate(rows))
+    )
+    run(load_recipe(path, ("evaluate.max_new_tokens=3",)))
+    assert not left.exists()
+    assert '"old"' not in (tmp_path / "run/variants/dense/examples.jsonl").read_text()
 
 
 def test_other_validation_rows_decide_about_a_recovery_again(tmp_path):
@@ -273,6 +335,25 @@ def test_two_choices_are_compared_and_the_search_goes_on_with_the_better_one(tmp
     gate = METHODS.find("gate").score(Job(recipe).context("gate", lambda: _trace(tmp_path), tmp_path))
     assert [a["layer"] for a in plan["actions"] if a["action"] == "drop"] == [gate.ascending()[0]]
     assert "were chosen by the gate" in (tmp_path / "run/report.html").read_text()
+
+
+def test_rows_that_could_certify_nothing_are_refused_once_the_dense_model_is_measured(tmp_path, monkeypatch):
+    fake_scores(monkeypatch, lambda layers: {4: 70, 3: 70, 2: 70}[layers])
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "gate"])
+    with pytest.raises(PlanError, match=r"scores 12.5% on 80 .*cannot certify.*are needed"):
+        run(certifying(path))
+
+
+def test_what_is_certified_is_what_is_kept(tmp_path, monkeypatch):
+    """The repair fitted for the choice saw fewer rows than the one that was certified."""
+    fake_scores(monkeypatch, lambda layers: {4: 0, 3: 30, 2: 0}[layers])
+    monkeypatch.setattr(either, "_reason", lambda *_: "")
+    fitted, real = [], work.fit
+    monkeypatch.setattr(work, "fit", lambda variant: fitted.append(1) or real(variant))
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "either"])
+    recipe = certifying(path).with_values(plan={"repair_rows": 12})
+    run(recipe)
+    assert fitted == [1]
 
 
 def _trace(tmp_path):

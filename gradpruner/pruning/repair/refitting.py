@@ -27,6 +27,7 @@ from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.kernels import with_fast_products
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
+from gradpruner.models.restoring import modes_kept
 from gradpruner.models.walking import BATCH_SIZE, drawn, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.options import REPAIRS, RepairOptions
@@ -127,14 +128,11 @@ def fit_repair(
             hint="Give two rows or more.",
         )
     batches = list(sample_batches(chosen, collator or Collator(), device, BATCH_SIZE))
-    was_training = model.training
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.eval()
         counted = world.in_step(lambda: Tokens(view, batches, options.answers, world))
         fitting = _Refitting(view, plan, counted, options, trace)
         fitting.run(progress)
-    finally:
-        model.train(was_training)
     tokens = sum(world.gathered([sum(int(some.sum()) for some in counted.walk.counted)]))
     return Repair(
         kind=options.kind,
@@ -153,7 +151,7 @@ def fit_repair(
 def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kind: str) -> int:
     """Returns how many samples hold `TOKENS_PER_REGRESSOR` tokens per regressor; at least `FEWEST_ROWS`."""
     regressors = num_regressors(view, kind)
-    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    tokens = sum(len(sample["input_ids"]) - 1 for sample in samples)  # the first token does not count
     rows = math.ceil(TOKENS_PER_REGRESSOR * regressors * len(samples) / max(tokens, 1))
     return min(max(rows, FEWEST_ROWS), max(len(samples), 2))
 

@@ -59,6 +59,7 @@ def preview_run(recipe: Recipe) -> dict[str, Any]:
         "train_rows": len(job.train),
         "held_out": [note for note in job.train.notes if HELD_OUT in note],
         "eval_rows": len(job.eval),
+        "metrics": list(job.metrics),
         "format": job.train.format,
         "supervised_tokens": job.samples.supervised_tokens,
         "longest_sample_tokens": max(job.samples.lengths),
@@ -149,7 +150,8 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"learned tokens, longest sample {facts['longest_sample_tokens']}), "
         f"{''.join(f'{note}, ' for note in facts['held_out'])}"
-        f"{facts['eval_rows']} evaluation rows{_spaces(facts)}\n{_steps(facts)}\n{_training(facts)}",
+        f"{facts['eval_rows']} evaluation rows ({_metrics(facts)}){_spaces(facts)}\n"
+        f"{_steps(facts)}\n{_training(facts)}",
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
     if facts["max_loss"] is not None:
@@ -174,6 +176,11 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
     console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
     for warning in facts["warnings"]:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
+
+
+def _metrics(facts: dict[str, Any]) -> str:
+    """The metrics that are computed, in words."""
+    return ", ".join(name.replace("_", " ") for name in facts["metrics"])
 
 
 def _spaces(facts: dict[str, Any]) -> str:

@@ -33,6 +33,11 @@ def warnings_of(inputs: Inputs) -> list[str]:
     if inputs.validation is not None and inputs.recipe.data.validation is not None:
         asked["validation"] = inputs.validation  # those held out of the training rows have the same labels
     found += unequal_labels(inputs.train, asked)
+    if inputs.validation_overlap:
+        found.append(
+            f"{inputs.validation_overlap} of {len(inputs.validation or ())} validation prompts also occur in "
+            "the training data: what they decide is not checked on new rows."
+        )
     found += _doubtful_measurements(inputs) if inputs.measures else []
     found += _notes_of_rows(inputs)
     ends = {one.input_ids[-1] for one in inputs.samples.encoded if not one.cut_answer_tokens}
@@ -166,14 +171,16 @@ def _notes_of_rows(inputs: Inputs) -> list[str]:
 
 
 def _cut_prompts(inputs: Inputs) -> list[str]:
-    """Warns of evaluation prompts that are too long; refuses tokens that the model does not have."""
+    """Warns of evaluation prompts that are too long; refuses too long answers and unknown tokens."""
     found = []
     vocabulary = int(inputs.text.vocab_size)
     check_vocabulary(inputs.tokenizer, vocabulary, (one.input_ids for one in inputs.samples.encoded))
     for name in ("eval", *inputs.also) if inputs.measures else ():
         questions, called = inputs.questions(name), "evaluation" if name == "eval" else name
         check_vocabulary(inputs.tokenizer, vocabulary, questions.prompts)
-        cut = questions.num_cut(questions.most_new_tokens())
+        budget = inputs.recipe.evaluate.max_new_tokens or questions.most_new_tokens()
+        questions.cut_prompt(0, budget)  # refuses answers that leave no room
+        cut = questions.num_cut(budget)
         if cut:
             found.append(
                 f"{called} data: {cut} of {len(questions)} prompts are cut from the left to fit into "

@@ -17,6 +17,7 @@ from gradpruner.data.examples import Example, ExampleSet, as_conversation
 from gradpruner.data.folders import has_split
 from gradpruner.data.layouts import Layout
 from gradpruner.data.loading import load_examples, split_sample_suffix
+from gradpruner.data.numbers import final_number
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
@@ -30,6 +31,10 @@ _SHORT = 200  # characters of a command that a message may hold
 MOST_TO_CHOOSE = 200
 """At most this many training rows, and at most a tenth of them, are held out to decide whether a recovery is
 kept. To certify a loss, up to a fifth is held out, and at most data.validation_limit rows."""
+LONG_ANSWER = 10
+"""Tokens. Models that write longer answers lose more by pruning; see docs/quality.md."""
+_FIRST = 200
+"""Answers whose length is looked at."""
 MOST_HELD_OUT = 1000
 """At most this many training rows, and at most a tenth of them, are held out for evaluation."""
 
@@ -43,6 +48,25 @@ def metrics_of(recipe: Recipe) -> tuple[str, ...]:
 def metrics_of_task(name: str | None) -> tuple[str, ...]:
     """What is measured on a named task; on rows of one's own (None), the same as on a task with labels."""
     return TASK_METRICS[TASKS.find(name).metric if name is not None else "accuracy"]
+
+
+def with_metrics(recipe: Recipe, rows: ExampleSet, tokenizer: Any) -> Recipe:
+    """Returns the recipe with a metric for sentences, if answers are some and it names no metric and no task.
+
+    Exact match is 0 for nearly every sentence. Answers are sentences if they have `LONG_ANSWER` tokens on
+    average, most of them occur once, and no row has options. ROUGE-L measures them or, if each has a number
+    after "####" (GSM8K), that number.
+    """
+    answers = [example.answer for example in rows.examples]
+    named = recipe.evaluate.metrics is not None or recipe.data.task is not None
+    if named or len(set(answers)) <= len(answers) / 2 or any(len(e.choices) > 1 for e in rows.examples):
+        return recipe
+    first = answers[:_FIRST]
+    tokens = sum(len(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in first)
+    if tokens < LONG_ANSWER * len(first):
+        return recipe
+    numbers = all("####" in answer and final_number(answer) is not None for answer in answers)
+    return recipe.with_values(evaluate={"metrics": ["final_number" if numbers else "rouge_l"]})
 
 
 def options_of(recipe: Recipe, metrics: Sequence[str], max_length: int) -> EvaluateOptions:

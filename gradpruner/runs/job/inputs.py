@@ -28,20 +28,19 @@ from gradpruner.models.widths import WidthView
 from gradpruner.plans.reading import Plan
 from gradpruner.plans.selection import Placeable
 from gradpruner.runs.job.evaluation_data import (
+    LONG_ANSWER,
     data_identity,
     load_rows,
     load_split,
     metrics_of,
     tokenizer_of,
+    with_metrics,
     with_validation,
 )
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.training.finetuning import planned_steps
 from gradpruner.training.recording import default_steps
 from gradpruner.training.sharding import check_world_size
-
-LONG_ANSWER = 10
-"""Tokens. Models that write longer answers lose more by pruning; see docs/quality.md."""
 
 
 @dataclass
@@ -76,6 +75,7 @@ class Inputs:
         positions = getattr(self.config, "max_position_embeddings", None) or 2**31
         self.max_length = longest = min(recipe.data.max_length, int(positions))
         self.train, self.eval = load_rows(recipe, self.tokenizer, longest)
+        recipe = self.recipe = with_metrics(recipe, self.eval, self.tokenizer)
         self.validation: ExampleSet | None = None
         if recipe.plan.max_loss is not None or recipe.data.validation is not None or recipe.chooses_recovery:
             self.train, self.validation = with_validation(recipe, self.train, self.tokenizer, longest)
@@ -89,6 +89,8 @@ class Inputs:
         self.collator = Collator(self.tokenizer)
         self._questions: dict[str, Questions] = {}
         self.overlap = overlap(self.train.examples, self.eval.examples)
+        given = self.validation if recipe.data.validation is not None else None
+        self.validation_overlap = overlap(self.train.examples, given.examples) if given else 0
 
     def encode(self, examples: Sequence[Example]) -> EncodedDataset:
         """Tokenises examples as training samples."""
@@ -175,7 +177,7 @@ class Inputs:
 
     @cached_property
     def model_sha256(self) -> str:
-        """Hash of the model's config and weights."""
+        """Hash of the model's config, weights and tokenizer."""
         return hash_model(self.folder)
 
     @property
@@ -214,6 +216,11 @@ class Inputs:
         return self.recipe.model.load(folder, dtype=dtype, quantise=quantise)
 
 
+_HASHED = ("config.json", "generation_config.json", "tokenizer*", "vocab*", "merges.txt", "chat_template*",
+           "special_tokens_map.json", "added_tokens.json", "*.model", "*.safetensors")  # fmt: skip
+
+
 def hash_model(folder: Path) -> str:
-    """Hash of a folder's config and weights."""
-    return hash_folder([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    """Hash of what a model computes and how text becomes its tokens: config, weights and tokenizer."""
+    found = {path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()}
+    return hash_folder(sorted(found))

@@ -201,7 +201,7 @@ class Job(Inputs):
             validation=self.validation_samples if self._compared_on else None,  # type: ignore[arg-type]
             make_plan=partial(plan_for, self, merging=False),
             options=self.method_options(name),
-            finetune=self.training,
+            finetune=self.pruned_training,
             folder=folder,
         )
 
@@ -213,6 +213,15 @@ class Job(Inputs):
             seed=self.recipe.seed,
             device="cpu" if self.device == "cpu" else "auto",
         )
+
+    @property
+    def pruned_training(self) -> FinetuneOptions:
+        """How pruned models are trained: as the dense one or, if a tuned model was pruned, by `recover`."""
+        recover = self.recipe.recover
+        if self.recipe.start == "base" or not recover.trains:
+            return self.training
+        length = {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
+        return self.training.model_copy(update={"learning_rate": self.recover_rate, **length})
 
     @property
     def recover_rate(self) -> float | None:
@@ -306,13 +315,18 @@ class Job(Inputs):
             excluded = keys_of("plan", "choice", "depth", "repair") | counted
             found["validation"] = data_identity(self._compared_on) if self._compared_on else None
             found["plan"] = options.model_dump(exclude=excluded)
+        elif method.compares and self.recipe.trains_pruned:  # it trains its candidates
+            excluded = keys_of("finetune", "execution")
+            found["training"] = self.pruned_training.model_dump(exclude=excluded | {"seed", "device"})
         return found | {
             "method": name,
             "options": self.method_options(name).model_dump(mode="json"),
             "score": self.recipe.score.model_dump(),
             "num_keep": self.num_keep,
             "protect": [options.protect_first, options.protect_last, options.protect],
-            "budget": None if method.score else [self.num_remove, options.unit, options.portable_to],
+            "budget": None if method.score else [self.num_remove, options.unit],
+            "portable_to": list(options.portable_to),
+            "loading": self.loading,
             "record": self.record_inputs if method.needs_trace else None,
             "model": self.origin_sha256,
             **self.learned,
@@ -325,7 +339,7 @@ class Job(Inputs):
 
     @cached_property
     def origin_sha256(self) -> str:
-        """Hash of the config and weights of the model that is pruned."""
+        """Hash of the config, weights and tokenizer of the model that is pruned."""
         return self.model_sha256 if self.origin == self.folder else hash_model(self.origin)
 
     def input_hashes(self) -> dict[str, str]:

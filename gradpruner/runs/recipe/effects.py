@@ -20,7 +20,13 @@ _KEYS = {
 }
 _EFFECTS = {key: effect for effect, keys in _KEYS.items() for key in keys.split()}
 
-SETTLED = ("finetune.learning_rate", "finetune.accumulation", "recover.learning_rate", "plan.repair")
+SETTLED = (
+    "finetune.learning_rate",
+    "finetune.accumulation",
+    "recover.learning_rate",
+    "plan.repair",
+    "evaluate.metrics",
+)
 """Keys that a job sets if the recipe leaves them open (null or auto)."""
 
 

@@ -52,6 +52,7 @@ def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path)
         return dense[metric], found[metric]
 
     possible = possible_plans(job)
+    _refuse_hopeless(job, possible, dense[metric])
     found = largest_certified(
         measure,
         list(possible),
@@ -91,6 +92,30 @@ def check_validation_rows(job: Job) -> None:
         raise PlanError(
             f"To certify a loss of at most {options.max_loss:.2%}, {needed} validation rows are needed at "
             f"least, and there are {rows}: not even a removal that loses nothing could be certified.",
+            hint=_MORE,
+        )
+
+
+def _refuse_hopeless(job: Job, possible: dict[int, PruningPlan], dense: list[float]) -> None:
+    """Refuses a search if not even a model that scores like the dense one on every row would be certified.
+
+    `check_validation_rows` asks the same before anything is measured, of a dense model with full marks.
+    """
+    options = job.recipe.plan
+    assert options.max_loss is not None
+    found = largest_certified(
+        lambda count: (dense, dense),
+        list(possible),
+        options.max_loss,
+        confidence=options.confidence,
+        first=_first_of(job, possible),
+    )
+    if found.best is None:
+        needed = min((certificate.rows_needed or 0 for _, certificate in found.measured), default=0)
+        raise PlanError(
+            f"The dense model scores {sum(dense) / len(dense):.1%} on {len(dense)} validation rows. They "
+            f"cannot certify a loss of at most {options.max_loss:.2%}, not even of a removal that loses "
+            f"nothing{f': about {needed} are needed' if needed else ''}.",
             hint=_MORE,
         )
 

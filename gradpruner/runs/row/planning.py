@@ -80,6 +80,8 @@ class Planning:
             "validation": data_identity(validation),
             "limit": [options.max_loss, options.confidence, *self.job.repair_inputs],
             "metrics": list(self.job.metrics),
+            "answers": [self.job.recipe.evaluate.max_new_tokens, self.job.max_length],
+            "loading": self.job.loading,
             "seed": self.job.recipe.seed,
         }
 

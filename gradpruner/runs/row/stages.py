@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from gradpruner.evaluation.outputs import journals
 from gradpruner.plans.reading import read_plan
 from gradpruner.runs.folder.directory import Stage
 from gradpruner.runs.folder.plan_names import STAGES, answers_file, journal
@@ -81,7 +82,9 @@ def _evaluation(
         return work.measure(variant, folder, file, rows, metrics)
 
     name = f"evaluate {variant.name} {what}".rstrip()
-    return Stage(name, model | inputs, measure, [file, journal(file)], resumes=True, step="evaluate")
+    # The answers so far of every process that took part; there may be fewer processes this time.
+    begun = [str(path.relative_to(variant.directory.path)) for path in journals(variant.path(journal(file)))]
+    return Stage(name, model | inputs, measure, [file, *begun], resumes=True, step="evaluate")
 
 
 def do_stages(variant: Variant, depth: int) -> None:

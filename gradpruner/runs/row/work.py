@@ -53,7 +53,12 @@ def repair(variant: Variant) -> dict[str, Any]:
 
 
 def _fitted_before(variant: Variant) -> Repair | None:
-    """Returns the repair that was fitted to choose the layers, if it is as this run would fit it."""
+    """Returns the repair that was fitted to choose the layers, if it is as this run would fit it.
+
+    With plan.max_loss it is not: rows are set aside for the choice, and what is certified is fitted on all.
+    """
+    if variant.recipe.plan.max_loss is not None:
+        return None
     folder = variant.path(scores_folder(str(scores_of_plan(variant.directory, variant.name)))) / "repair"
     if variant.plan is None or not folder.is_dir():
         return None
@@ -202,14 +207,10 @@ def train(variant: Variant) -> tuple[Any, FinetuneResult]:
 
 def _training_options(variant: Variant) -> FinetuneOptions:
     """The recipe's `finetune` section, with the changes that `recover` or the method make."""
-    options, recover = variant.job.training, variant.recipe.recover
-    changes: dict[str, Any] = {}
-    if not variant.starts_dense and variant.recipe.start != "base":
-        changes["learning_rate"] = variant.job.recover_rate
-        changes |= {"epochs": recover.epochs} if recover.steps is None else {"max_steps": recover.steps}
+    options = variant.job.training if variant.starts_dense else variant.job.pruned_training
     if variant.method and variant.method.training:
-        changes |= variant.method.training(variant.context)
-    return options.model_copy(update=changes)
+        options = options.model_copy(update=variant.method.training(variant.context))
+    return options
 
 
 def _teacher(variant: Variant) -> dict[str, Any]:
