@@ -228,7 +228,7 @@ def read(source: dict[str, Any]) -> View:
         record=record,
         kind=kind,
         points=points,
-        metric=metrics[0] if metrics else "exact_match",
+        metric=next((str(name) for name in (*metrics, *record.metrics)), "exact_match"),
         metrics=metrics,
         seeds=tuple(seed for seed in seeds if seed is not None),
         sweep_label=label if kind == "ablation" else "",

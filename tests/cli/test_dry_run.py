@@ -203,8 +203,8 @@ def test_who_removes_many_layers_from_a_model_that_writes_sentences_is_warned(ca
     named = ("effort=fast", "variants=[dense, last]")
     assert warned(*named, said="the gate chooses better") and warned("effort=fast", said="Effort fast lets")
     rows = [facts_of(call, path, *asked)["variants"][1] for asked in (named, ["effort=fast"])]
-    assert rows == ["Last layers dropped", "Gate"]
+    assert rows == ["Last layers dropped + repaired", "Gate + repaired"]
     assert not warned("start=given", "plan.max_loss=0.9", "plan.num_prune=null", "plan.num_merge=0")
     write_rows(tmp_path / "train.jsonl", make_rows(24))
     assert not warned()
-    assert facts_of(call, path, "effort=fast")["variants"][1] == "Last layers dropped"
+    assert facts_of(call, path, "effort=fast")["variants"][1] == "Last layers dropped + repaired"

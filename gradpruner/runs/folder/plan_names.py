@@ -38,6 +38,8 @@ def label_of(row: str, repaired: bool = False) -> str:
         label = "pruned + repaired" if repaired else "pruned"
     elif repaired and variant == "dropped":
         label = "pruned by IGIA + repaired"
+    elif repaired and variant not in LABELS and METHODS.find(variant).score:
+        label += " + repaired"
     return f"{label} ({name})" if name else label
 
 
