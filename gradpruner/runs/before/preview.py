@@ -150,7 +150,7 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
         f"{facts['train_rows']} training rows ({facts['format']}, {facts['supervised_tokens']} "
         f"learned tokens, longest sample {facts['longest_sample_tokens']}), "
         f"{''.join(f'{note}, ' for note in facts['held_out'])}"
-        f"{facts['eval_rows']} evaluation rows ({_metrics(facts)}){_spaces(facts)}\n"
+        f"{facts['eval_rows']} evaluation rows ({', '.join(facts['metrics'])}){_spaces(facts)}\n"
         f"{_steps(facts)}\n{_training(facts)}",
     )
     title = f"prune {facts['num_prune']} of {facts['num_layers']} layers"
@@ -176,11 +176,6 @@ def _print_facts(facts: dict[str, Any], console: Console) -> None:
     console.print("Only ⟦bracketed⟧ text is learned.", style="dim")
     for warning in facts["warnings"]:
         console.print(Text.assemble(("warning:", "yellow"), f" {warning}"))
-
-
-def _metrics(facts: dict[str, Any]) -> str:
-    """The metrics that are computed, in words."""
-    return ", ".join(name.replace("_", " ") for name in facts["metrics"])
 
 
 def _spaces(facts: dict[str, Any]) -> str:
