@@ -36,9 +36,13 @@ def _compared_in(job: Job) -> torch.dtype:
     return torch.promote_types(stored_dtype(job.folder), wanted)
 
 
+def _loaded(job: Job, folder: Path) -> Any:
+    return job.load(folder, dtype=str(_compared_in(job)).removeprefix("torch."))
+
+
 def loss_before(job: Job, folder: Path) -> float:
     """Returns the validation loss of the pruned model in `folder`, before its recovery."""
-    model = job.load(folder, dtype=str(_compared_in(job)).removeprefix("torch."))
+    model = _loaded(job, folder)
     loss = loss_on(job, model, job.validation_samples, "before it is trained further")
     job.release(model)
     return loss
@@ -63,4 +67,4 @@ def better_of(job: Job, folder: Path, trained: Any, before: float) -> tuple[Any,
     if after is not None and after < before:
         return trained, kept
     job.release(trained)
-    return job.load(folder), kept | {"model": "pruned"}
+    return _loaded(job, folder), kept | {"model": "pruned"}
