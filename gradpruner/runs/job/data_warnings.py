@@ -159,8 +159,6 @@ def _notes_of_rows(inputs: Inputs) -> list[str]:
             continue  # held out of the training rows, which have their own notes
         if name == "evaluation" and not inputs.measures:
             continue
-        if examples.num_dropped:
-            found.append(f"{examples.num_dropped} unusable {name} rows were dropped.")
         telling = ("not used", "dropped", "has these columns too")
         notes = [note for note in examples.notes if any(part in note for part in telling)]
         notes += template_notes(inputs.tokenizer, examples.examples)
