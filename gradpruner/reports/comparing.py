@@ -22,7 +22,7 @@ from gradpruner.reports.svg import (
     series,
     tick_digits,
 )
-from gradpruner.reports.view import Row, View, metric_label
+from gradpruner.reports.view import Row, View, metric_label, metric_words
 
 _ROW = 30
 _LABEL_ROOM = 30
@@ -74,7 +74,7 @@ def quality_plot(view: View) -> Plot | None:
             shown += [*seeds, *_paint_interval(axes, dot, at, hue, not _is_ring(view, row))]
         _rows_axis(axes, labels, shown)
         percent_ticks(axes, "x")
-        axes.set_xlabel(metric_label(metric).lower())
+        axes.set_xlabel(metric_words(metric))
 
     values = [f"{percent(a.value)} {interval(a.low, a.high)}".strip() for a in found]
     words = "; ".join(f"{row.label}: {value}" for row, value in zip(rows, values, strict=True))
@@ -256,7 +256,7 @@ def _scatter(axes: Axes, view: View, rows: Sequence[Row], xs: Sequence[float], d
                       ha="left" if right else "right", fontsize=11, color=colour("ink"))  # fmt: skip
     pad = max(0.08 * (max(shown) - min(shown)), 0.01)
     axes.set_ylim(min(shown) - pad, max(shown) + pad)
-    axes.set_ylabel(metric_label(view.metric).lower())
+    axes.set_ylabel(metric_words(view.metric))
     percent_ticks(axes)
 
 

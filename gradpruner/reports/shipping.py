@@ -15,7 +15,7 @@ from gradpruner.common.printing import percent, text, whole
 from gradpruner.common.run_names import row_file
 from gradpruner.reports.record import Search
 from gradpruner.reports.verdict import NOT_LEARNED, judge
-from gradpruner.reports.view import Row, View, metric_label, read
+from gradpruner.reports.view import Row, View, metric_words, read
 
 NOT_GOOD_ENOUGH = "Not good enough to ship"
 
@@ -168,7 +168,7 @@ def _reason(view: View, row: Row, basis: str) -> str:
     search = row.plan.search if row.plan else Search()
     certified = f"certified on {whole(search.rows)} validation rows to lose at most {percent(search.limit)}"
     if basis == "validation":
-        found, name = row.validation[view.metric], metric_label(view.metric).lower()
+        found, name = row.validation[view.metric], metric_words(view.metric)
         measured_on = f" on {whole(found.n)} validation rows" if found.n else " on validation rows"
         dense = view.dense.validation.get(view.metric) if view.dense else None
         against = f"; the dense model has {percent(dense.value)}" if dense else ""

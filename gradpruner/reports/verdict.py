@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from gradpruner.common.printing import counted, interval, percent, points, ratio, text, whole
 from gradpruner.reports.fields import Measured
 from gradpruner.reports.notes import comparison_notes, not_learned, probe_notes, run_notes, size_notes
-from gradpruner.reports.view import LONGEST_ERROR, Point, Row, View, metric_label
+from gradpruner.reports.view import LONGEST_ERROR, Point, Row, View, metric_words
 
 _SMALL_LOSS = 0.02
 """A relative loss that may be chance is 'No clear difference' up to this size, and 'Cannot tell' above it."""
@@ -78,7 +78,7 @@ def _judge_run(view: View) -> Verdict:
     if dense is None or before is None or after is None:
         measured = {"the dense model": before, main.label: after}
         lacking = " and ".join(name for name, value in measured.items() if value is None)
-        sentence = f"Nothing to compare: no {metric_label(view.metric).lower()} was measured for {lacking}."
+        sentence = f"Nothing to compare: no {metric_words(view.metric)} was measured for {lacking}."
         return Verdict("unknown", "No result", sentence, failures)
     finding = _finding(before, after, main.paired.get(view.metric) if tuned else None)
     lead = (

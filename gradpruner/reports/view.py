@@ -340,10 +340,17 @@ def choose(view: View) -> tuple[Row | None, str]:
     return fits[0], "only" if len(fits) == 1 else "recipe"
 
 
+_PROPER = {"rouge_l": "ROUGE-L", "bert_score": "BERTScore"}
+
+
 def metric_label(name: str) -> str:
-    """Returns a metric's name in words: exact_match -> 'Exact match'."""
-    proper = {"rouge_l": "ROUGE-L", "bert_score": "BERTScore"}
-    return proper.get(name) or text(name).replace("_", " ").capitalize()
+    """Returns a metric's name as a title: exact_match -> 'Exact match'."""
+    return _PROPER.get(name) or text(name).replace("_", " ").capitalize()
+
+
+def metric_words(name: str) -> str:
+    """Returns a metric's name within a sentence: exact_match -> 'exact match'."""
+    return _PROPER.get(name) or metric_label(name).lower()
 
 
 def answer_losses(losses: list[Any]) -> list[tuple[float, float]]:
