@@ -82,7 +82,7 @@ def _run(recipe: Recipe, until: str, as_json: bool) -> None:
         else:
             from gradpruner.reports.terminal import print_summary
 
-            print_summary(record, speaking())
+            print_summary(record, speaking(), decisions=until in ("record", "score", "plan"))
         where = Path(recipe.out) / ("report.html" if until in ("evaluate", "report") else "")
         console().print(Text.assemble((until, "bold"), f" done: {where}"))
         if error is None:

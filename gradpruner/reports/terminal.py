@@ -39,7 +39,12 @@ _PER_LINE = 80
 
 
 def print_summary(
-    source: dict[str, Any], console: Console, folder: Path | None = None, *, advise: bool = True
+    source: dict[str, Any],
+    console: Console,
+    folder: Path | None = None,
+    *,
+    advise: bool = True,
+    decisions: bool = False,
 ) -> None:
     """Prints results, layers, verdict, advice and warnings of one run or study.
 
@@ -48,10 +53,12 @@ def print_summary(
         console: Where to print; gets no colours if it is not a terminal, only ASCII if it cannot show more.
         folder: The record's folder; by default the folder it was written to.
         advise: Print which model to ship, and the next commands.
+        decisions: Print scores and plans alone, if there are any, although models have been measured.
     """
     view = read(source)
     print_line(console, text(title_of(view), 90), "bold")
-    if any(row.after or row.before or row.error for row in view.rows) or not _print_decisions(view, console):
+    measured = any(row.after or row.before or row.error for row in view.rows)
+    if (measured and not decisions) or not _print_decisions(view, console):
         ship = advice(view, folder)
         _print_results(view, console, ship.row if ship else None)
         if advise and ship is not None:

@@ -189,6 +189,10 @@ def test_another_plan_keeps_all_finished_results(copy, until):
         with StringIO() as screen:
             print_summary(after, Console(file=screen, width=110))
             assert "planned: merged@num_prune=1+num_merge=0: 3 of 4 kept" in screen.getvalue()
+        with StringIO() as screen:  # as the command `plan` prints it
+            print_summary(after, Console(file=screen, width=110), decisions=True)
+            said = screen.getvalue()
+            assert "merged@num_prune=1+num_merge=0: 3 of 4 kept" in said and "vs dense" not in said
     # And back: the first plan is still that of the folder, and nothing is done twice.
     again = run(load_recipe(out / "recipe.yaml"))
     done = {name for name, state in states(again).items() if state == "done"}
