@@ -66,6 +66,9 @@ class RepairOptions(Section):
     """What is refitted, see `fit_repair`; none only stands for a run without a repair."""
     rows: int | None = Field(default=None, ge=2)
     """Most samples it is fitted on; null: as many as `enough_rows` returns."""
+    tokens_per_unknown: int = Field(default=20, ge=1)
+    """Tokens for each unknown that determine the fit: `enough_rows` counts on as many, and a fit on fewer
+    notes it. A model that is trained afterwards needs less, see docs/quality.md."""
     answers: float = Field(default=0.8, ge=0, lt=1)
     """Share of the total weight that positions before answer tokens get at least; see docs/quality.md. There
     are often few such positions, but they are what the model is asked for. 0: all count equally."""

@@ -51,7 +51,7 @@ from gradpruner.plans.repair import (
     unrepaired,
 )
 from gradpruner.pruning.in_memory import prune_
-from gradpruner.pruning.repair.refitting import FEWEST_ROWS, TOKENS_PER_REGRESSOR, enough_rows, fit_repair
+from gradpruner.pruning.repair.refitting import FEWEST_ROWS, enough_rows, fit_repair
 from gradpruner.pruning.repair.ridge import ChannelSums, Sums, choose_update
 from gradpruner.pruning.repair.tokens import HELD_OUT, Tokens
 
@@ -755,11 +755,12 @@ def test_the_document_names_the_families_that_are_refused_or_scaled():
 def test_rows_that_determine_a_repair():
     view = LayeredModel(make_model())
     wide = max(int(weight.shape[1]) for weight in view.weights(0).values())
+    full, linear = RepairOptions(), RepairOptions(kind="linear", tokens_per_unknown=5)
     samples = [{"input_ids": [1, 2, 3]}] * 4000  # the first token of each sample does not count
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "FEWEST_ROWS", 8)
-        assert enough_rows(view, samples, "least_squares") == TOKENS_PER_REGRESSOR * wide / 2
-        assert enough_rows(view, samples, "linear") == TOKENS_PER_REGRESSOR * view.config.hidden_size / 2
-        assert enough_rows(view, samples[:20], "least_squares") == 20
-        assert enough_rows(view, [{"input_ids": [1] * 5000}] * 9, "least_squares") == 8
-    assert enough_rows(view, [{"input_ids": [1] * 5000}] * 4000, "least_squares") == FEWEST_ROWS
+        assert enough_rows(view, samples, full) == full.tokens_per_unknown * wide / 2
+        assert enough_rows(view, samples, linear) == 5 * view.config.hidden_size / 2
+        assert enough_rows(view, samples[:20], full) == 20
+        assert enough_rows(view, [{"input_ids": [1] * 5000}] * 9, full) == 8
+    assert enough_rows(view, [{"input_ids": [1] * 5000}] * 4000, full) == FEWEST_ROWS

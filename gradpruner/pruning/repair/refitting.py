@@ -39,7 +39,6 @@ from gradpruner.pruning.repair.tokens import Tokens
 
 MAX_REGRESSORS = 16_384
 """Largest least-squares system: four matrices of 2 GiB in float64. Above it, the linear form is fitted."""
-TOKENS_PER_REGRESSOR = 20
 FEWEST_ROWS = 512
 TOKENS_AT_ONCE = 2048
 """Tokens converted to float64 at a time."""
@@ -121,7 +120,7 @@ def fit_repair(
     view = LayeredModel(model)
     _check_model(view, plan, trace)
     device = next(model.parameters()).device
-    chosen = drawn(samples, options.rows or enough_rows(view, samples, options.kind), options.seed)
+    chosen = drawn(samples, options.rows or enough_rows(view, samples, options), options.seed)
     if len(chosen) < 2:
         raise DataError(
             "There is only one sample; a repair is fitted on some and checked on others.",
@@ -148,11 +147,11 @@ def fit_repair(
     )
 
 
-def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], kind: str) -> int:
-    """Returns how many samples hold `TOKENS_PER_REGRESSOR` tokens per regressor; at least `FEWEST_ROWS`."""
-    regressors = num_regressors(view, kind)
+def enough_rows(view: LayeredModel, samples: Sequence[dict[str, list[int]]], options: RepairOptions) -> int:
+    """Returns how many samples hold `options.tokens_per_unknown` tokens per regressor, or `FEWEST_ROWS`."""
+    regressors = num_regressors(view, options.kind)
     tokens = sum(len(sample["input_ids"]) - 1 for sample in samples)  # the first token does not count
-    rows = math.ceil(TOKENS_PER_REGRESSOR * regressors * len(samples) / max(tokens, 1))
+    rows = math.ceil(options.tokens_per_unknown * regressors * len(samples) / max(tokens, 1))
     return min(max(rows, FEWEST_ROWS), max(len(samples), 2))
 
 
@@ -342,9 +341,10 @@ class _Refitting:
         return sums[0], sums[1]
 
     def _note_tokens(self, tokens: int, regressors: int) -> None:
-        if tokens < TOKENS_PER_REGRESSOR * regressors:
+        needed = self.options.tokens_per_unknown * regressors
+        if tokens < needed:
             self.notes.append(
-                f"only {tokens} tokens; {TOKENS_PER_REGRESSOR * regressors} or more make the repair "
+                f"only {tokens} tokens; {needed} or more make the repair "
                 "reliable: give more rows, or raise plan.repair_rows"
             )
 

@@ -35,6 +35,7 @@ from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, default_rate_source
 
+_TOKENS_BEFORE_TUNING = 5
 REPAIR_PASSES = 2.5
 """About how many times a repair passes its samples forward through all layers."""
 
@@ -108,21 +109,27 @@ class Job(Inputs):
     @cached_property
     def repair_rows(self) -> int:
         """How many training samples a repair is fitted on."""
-        options, samples = self.recipe.plan, self.samples
-        asked = options.repair_rows or enough_rows(self.structure, list(samples), options.repair)
-        return min(asked, len(samples))
+        asked = self.recipe.plan.repair_rows or enough_rows(self.structure, list(self.samples), self._fit)
+        return min(asked, len(self.samples))
+
+    @property
+    def _fit(self) -> RepairOptions:
+        """How a repair is fitted, without the number of samples.
+
+        Before tuning, all positions count equally unless the recipe says more, and fewer samples will do: the
+        model is trained on all of them afterwards.
+        """
+        plan = self.recipe.plan
+        found = RepairOptions(kind=plan.repair, seed=self.recipe.seed)  # type: ignore[arg-type]  # "auto" is settled
+        if self.recipe.start == "base":
+            found = found.model_copy(update={"answers": 0.0, "tokens_per_unknown": _TOKENS_BEFORE_TUNING})
+        given = {} if plan.repair_answers is None else {"answers": plan.repair_answers}
+        return found.model_copy(update=given)
 
     @property
     def repair(self) -> RepairOptions:
-        """How a repair is fitted. Before tuning, all positions count equally unless the recipe says more."""
-        plan = self.recipe.plan
-        answers = 0.0 if self.recipe.start == "base" else RepairOptions().answers
-        return RepairOptions(
-            kind=plan.repair,  # type: ignore[arg-type]  # "auto" is settled
-            rows=max(self.repair_rows, 2),
-            answers=answers if plan.repair_answers is None else plan.repair_answers,
-            seed=self.recipe.seed,
-        )
+        """How a repair is fitted."""
+        return self._fit.model_copy(update={"rows": max(self.repair_rows, 2)})
 
     @property
     def repair_inputs(self) -> list[Any]:
