@@ -26,6 +26,7 @@ import memory_blocks
 import methods
 import pruning_blocks
 import quality_blocks
+import quality_compared
 import quality_drawing
 from drawing import RESULTS, machine, read, script, times
 
@@ -294,6 +295,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **pruning_blocks.BLOCKS,
     **gpu_blocks.BLOCKS,
     **quality_blocks.BLOCKS,
+    **quality_compared.BLOCKS,
 }
 DRAWINGS = {
     "comparison.svg": (methods.comparison_digest, methods.draw_comparison),

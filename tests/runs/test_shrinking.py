@@ -157,6 +157,7 @@ def test_auto_trains_its_candidates_as_the_run_trains_the_pruned_model(tmp_path)
     job = Job(load_recipe(path, ("finetune.epochs=3",)))
     training = job.context("auto", lambda: None, tmp_path).finetune
     assert (training.epochs, training.learning_rate, job.training.epochs) == (0.5, 5e-4, 3)
+    assert job.context("longer", lambda: None, tmp_path).finetune == job.training  # of the dense model
     inputs = [Job(load_recipe(path, asked)).decision_inputs("auto") for asked in ((), ("recover.epochs=1",))]
     assert inputs[0] != inputs[1]
 

@@ -208,7 +208,8 @@ class Job(Inputs):
             validation=self.validation_samples if self._compared_on else None,  # type: ignore[arg-type]
             make_plan=partial(plan_for, self, merging=False),
             options=self.method_options(name),
-            finetune=self.pruned_training,
+            # A method that sets keys of the training tunes the dense model.
+            finetune=self.training if METHODS.find(name).training else self.pruned_training,
             folder=folder,
         )
 
