@@ -20,7 +20,9 @@ from gradpruner.methods import METHODS, either
 from gradpruner.methods.calibration import put_aside
 from gradpruner.models.folder import PRUNING_FILE
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.options import RepairOptions
 from gradpruner.plans.repair import Repair
+from gradpruner.pruning.repair import refitting
 from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import html
@@ -468,6 +470,21 @@ def test_effort_fast_removes_the_last_layers_and_records_nothing(tmp_path):
     again = load_recipe(tmp_path / "run/recipe.yaml", (), {"plan.file": str(tmp_path / "run/plans/last.json"),
                                                            "plan.num_prune": None})  # fmt: skip
     assert again.variants == ["dense", "dropped"] and not Job(again).recorded_steps
+
+
+@pytest.mark.parametrize(("count", "taken"), [(10, "all"), (24, "few"), (200, "share"), (900, "well")])
+def test_before_tuning_a_repair_takes_few_rows_unless_there_are_many(tmp_path, monkeypatch, count, taken):
+    monkeypatch.setattr(refitting, "FEWEST_ROWS", 2)
+    path, _ = make_project(tmp_path, effort="fast", plan={"num_prune": 2, "repair": "least_squares"})
+    write_rows(tmp_path / "train.jsonl", make_rows(count))
+    job = Job(load_recipe(path))
+    few, well = (
+        refitting.enough_rows(job.structure, list(job.samples), RepairOptions(tokens_per_unknown=tokens))
+        for tokens in (5, 20)
+    )
+    expected = {"all": count, "few": few, "share": count // 8, "well": well}
+    assert job.repair_rows == expected[taken]
+    assert Job(load_recipe(path, ("start=given", "variants=[dense, gate]"))).repair_rows == well
 
 
 def test_an_edited_plan_is_not_called_the_choice_of_either(tmp_path, monkeypatch):

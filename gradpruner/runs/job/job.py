@@ -35,7 +35,8 @@ from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 from gradpruner.training.options import FinetuneOptions
 from gradpruner.training.rates import default_rate, default_rate_source
 
-_TOKENS_BEFORE_TUNING = 5
+_TOKENS_BEFORE_TUNING, _SHARE_BEFORE_TUNING = 5, 8
+"""A repair before tuning: tokens for each unknown at least, and one in so many training samples."""
 REPAIR_PASSES = 2.5
 """About how many times a repair passes its samples forward through all layers."""
 
@@ -109,15 +110,19 @@ class Job(Inputs):
     @cached_property
     def repair_rows(self) -> int:
         """How many training samples a repair is fitted on."""
-        asked = self.recipe.plan.repair_rows or enough_rows(self.structure, list(self.samples), self._fit)
-        return min(asked, len(self.samples))
+        samples, fit = list(self.samples), self._fit
+        asked = self.recipe.plan.repair_rows or enough_rows(self.structure, samples, fit)
+        if self.recipe.start == "base" and self.recipe.plan.repair_rows is None:  # the fewest; more if cheap
+            well = enough_rows(self.structure, samples, RepairOptions(kind=fit.kind))
+            asked = max(asked, min(well, len(samples) // _SHARE_BEFORE_TUNING))
+        return min(asked, len(samples))
 
     @property
     def _fit(self) -> RepairOptions:
         """How a repair is fitted, without the number of samples.
 
-        Before tuning, all positions count equally unless the recipe says more, and fewer samples will do: the
-        model is trained on all of them afterwards.
+        Before tuning, all positions count equally unless the recipe says more, and fewer samples will do, by
+        docs/quality.md: the model is trained on all of them afterwards.
         """
         plan = self.recipe.plan
         found = RepairOptions(kind=plan.repair, seed=self.recipe.seed)  # type: ignore[arg-type]  # "auto" is settled

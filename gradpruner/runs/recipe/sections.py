@@ -146,7 +146,8 @@ class PlanSection(PlanOptions):
     tuned model, least_squares with start: base, none if the model cannot be repaired (mixture of experts,
     quantised)."""
     repair_rows: int | None = Field(default=None, ge=2)
-    """Most training samples a repair is fitted on; null: as many as determine it well, at least 512."""
+    """Most training samples a repair is fitted on; null: as many as determine it well, at least 512;
+    with start: base fewer, since the model is trained on all rows afterwards."""
     repair_answers: float | None = Field(default=None, ge=0, lt=1)
     """Least share of a repair's weight for the positions that predict answer tokens; 0: all positions count
     the same. null: 0.8 if a tuned model is pruned, 0 with start: base."""
