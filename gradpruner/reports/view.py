@@ -223,12 +223,14 @@ def read(source: dict[str, Any]) -> View:
     measured = dict.fromkeys(n for point in points for row in point.rows for n in (*row.after, *row.before))
     named = [str(name) for name in record.metrics if str(name) in measured]
     metrics = tuple(dict.fromkeys((*named, *measured)))
+    section = record.recipe.get("evaluate")
+    asked = section.get("metrics") if isinstance(section, dict) else None
     seeds = (count(seed) for seed in record.seeds)
     return View(
         record=record,
         kind=kind,
         points=points,
-        metric=next((str(name) for name in (*metrics, *record.metrics)), "exact_match"),
+        metric=next((str(name) for name in (*metrics, *record.metrics, *(asked or ()))), "exact_match"),
         metrics=metrics,
         seeds=tuple(seed for seed in seeds if seed is not None),
         sweep_label=label if kind == "ablation" else "",

@@ -487,6 +487,16 @@ def test_before_tuning_a_repair_takes_few_rows_unless_there_are_many(tmp_path, m
     assert Job(load_recipe(path, ("start=given", "variants=[dense, gate]"))).repair_rows == well
 
 
+def test_effort_fast_lets_the_gate_choose_where_answers_are_long(tmp_path):
+    path, _ = make_project(tmp_path, effort="fast", plan={"num_prune": 2})
+    rows = [row | {"completion": f" the {i} {row['completion'] * 10}"} for i, row in enumerate(make_rows(24))]
+    write_rows(tmp_path / "train.jsonl", rows)
+    record = run(load_recipe(path), until="plan")
+    assert list(record["plans"]) == ["gate"]
+    again = run(load_recipe(tmp_path / "run/recipe.yaml"), until="plan")
+    assert {stage["state"] for stage in again["stages"]} == {"skipped"} and list(again["plans"]) == ["gate"]
+
+
 def test_an_edited_plan_is_not_called_the_choice_of_either(tmp_path, monkeypatch):
     monkeypatch.setattr(either, "_compared", lambda *_: ({"gradpruner": 2.0, "gate": 1.0}, ""))
     monkeypatch.setattr(either, "_reason", lambda *_: "")

@@ -381,6 +381,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def recipe_yaml(recipe: Recipe) -> str:
-    """Returns a recipe as YAML, with every key."""
-    text: str = yaml.safe_dump(json.loads(recipe.model_dump_json()), sort_keys=False, width=100)
+    """Returns a recipe as YAML, with every key; without `variants` if the effort decides about them."""
+    values = json.loads(recipe.model_dump_json(exclude=set() if recipe.names_rows else {"variants"}))
+    text: str = yaml.safe_dump(values, sort_keys=False, width=100)
     return text
