@@ -16,9 +16,10 @@ from gradpruner.common.errors import ModelError
 from gradpruner.methods import METHODS, Method
 from gradpruner.reports import html, terminal
 from gradpruner.runs import pipeline
+from gradpruner.runs.before.forecast import Forecast
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.recipe import load_recipe
-from gradpruner.runs.study import comparing
+from gradpruner.runs.study import comparing, preview
 
 
 @pytest.fixture(autouse=True)
@@ -90,11 +91,13 @@ def test_options_reach_the_recipe(call, tmp_path):
 def test_a_dry_run_says_what_would_run_and_writes_nothing(call, tmp_path, monkeypatch):
     path, _ = make_project(tmp_path)
     monkeypatch.setattr(Job, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(preview, "forecast", lambda job: Forecast(1.0, 2.0, 3.0, 4.0, ""))
     before = sorted(tmp_path.rglob("*"))
     code, shown, _ = call("compare", path, "--methods", "all", "--out", tmp_path / "s", "--dry-run")
     assert code == 0 and sorted(tmp_path.rglob("*")) == before
     for part in ("3 runs", "seed-2", "new", "GradPruner, no merging", "decoder parameters", "disk: about"):
         assert part in shown
+    assert "time: at most about 30 s" in shown.replace("\xa0", " ")
     found = gradpruner.compare(load_recipe(path), methods="all", out=tmp_path / "s", dry_run=True)
     assert str(found).split() == shown.split() and not found.measured
     one = gradpruner.compare(load_recipe(path), methods="last", seeds=[0], out=tmp_path / "[s]", dry_run=True)
