@@ -97,7 +97,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(call, tmp_path, monkey
     assert code == 0 and sorted(tmp_path.rglob("*")) == before
     for part in ("3 runs", "seed-2", "new", "GradPruner, no merging", "decoder parameters", "disk: about"):
         assert part in shown
-    assert "time: at most about 30 s" in shown.replace("\xa0", " ")
+    assert "time: at most about 30.0 s" in shown.replace("\xa0", " ")
     found = gradpruner.compare(load_recipe(path), methods="all", out=tmp_path / "s", dry_run=True)
     assert str(found).split() == shown.split() and not found.measured
     one = gradpruner.compare(load_recipe(path), methods="last", seeds=[0], out=tmp_path / "[s]", dry_run=True)
