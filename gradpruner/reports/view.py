@@ -225,12 +225,13 @@ def read(source: dict[str, Any]) -> View:
     metrics = tuple(dict.fromkeys((*named, *measured)))
     section = record.recipe.get("evaluate")
     asked = section.get("metrics") if isinstance(section, dict) else None
+    listed = (*metrics, *record.metrics, *(asked if isinstance(asked, list) else ()))
     seeds = (count(seed) for seed in record.seeds)
     return View(
         record=record,
         kind=kind,
         points=points,
-        metric=next((str(name) for name in (*metrics, *record.metrics, *(asked or ()))), "exact_match"),
+        metric=str(listed[0]) if listed else "exact_match",
         metrics=metrics,
         seeds=tuple(seed for seed in seeds if seed is not None),
         sweep_label=label if kind == "ablation" else "",

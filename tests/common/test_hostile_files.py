@@ -200,6 +200,7 @@ def record():
         },
         "scores": {"gradpruner": {"values": [1.0, 2.0], "low": [0.5, 1.0], "high": [2, 3]}},
         "trace": {"num_steps": 4, "effective_steps": 3},
+        "recipe": {"evaluate": {"metrics": ["exact_match"]}},
         "warnings": ["mind the gap"],
     }  # fmt: skip
 

@@ -20,6 +20,7 @@ from gradpruner.common.files import LOCK_FILE
 from gradpruner.common.progress import Progress
 from gradpruner.reports.folders import find_runs
 from gradpruner.reports.serving import open_server
+from gradpruner.reports.view import read
 from gradpruner.runs.folder.directory import RunDirectory, Stage
 from gradpruner.runs.folder.pulse import PULSE
 
@@ -114,6 +115,13 @@ def test_runs_are_shown_while_they_go_and_side_by_side(tmp_path: Path) -> None:
     assert EVIL not in html and "&lt;script&gt;" in html and "script" not in Page(html).tags
     links = set(Page(html).references) - {"data:,"}
     assert {link for link in links if not link.startswith("#")} == {"/report/one", "/report/deep/two"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"), [(["rouge_l"], "rouge_l"), (5, "exact_match"), (None, "exact_match")]
+)
+def test_where_nothing_was_measured_the_metric_asked_for_is_named(asked: object, shown: str) -> None:
+    assert read({"recipe": {"evaluate": {"metrics": asked}}}).metric == shown
 
 
 def test_a_finished_run_says_how_many_of_its_rows_failed(tmp_path: Path) -> None:
