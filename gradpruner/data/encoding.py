@@ -186,8 +186,8 @@ def encode_all(
     if empty:
         raise DataError(
             f"0 learned tokens in {len(empty)} of {len(encoded)} samples "
-            f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): their answers alone are too "
-            f"long for {max_length} tokens, so the samples are cut from the right, and no answer is left.",
+            f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): cut to {max_length} "
+            "tokens, they keep nothing of their answers.",
             hint=f"Raise data.max_length (now {max_length}) or shorten the texts.",
         )
     return EncodedDataset(encoded)

@@ -124,8 +124,8 @@ def advice(view: View, folder: Path | None = None) -> Advice | None:
     title = row.label
     # The verdict of a study is about GradPruner's row, not about this one.
     if view.kind == "run" and verdict.level == "worse":
-        advice = _what_to_change(view, row)
-        title, reason = f"{title}, clearly worse than the dense model", f"{reason} {advice}"
+        title = f"{title}, clearly worse than the dense model"
+        reason = f"{reason} {_what_to_change(view, row)}"
     if view.record.recipe.get("keep_models") == "none":
         return Advice(title, "", f"{reason} The model was not kept.", (_remake(row, here),), row)
     path = str(here / _folder(view, row))

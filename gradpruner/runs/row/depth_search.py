@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gradpruner.common.errors import PlanError
 from gradpruner.common.world import this_world
-from gradpruner.evaluation.certification import largest_certified, rows_to_certify
+from gradpruner.evaluation.certification import Search, largest_certified, rows_to_certify
 from gradpruner.evaluation.outputs import values_of
 from gradpruner.evaluation.quality import evaluate
 from gradpruner.gradients.trace import GradientTrace
@@ -52,14 +53,17 @@ def search_depth(job: Job, make_plan: Callable[[int], PruningPlan], trace: Path)
         return dense[metric], found[metric]
 
     possible = possible_plans(job)
-    _refuse_hopeless(job, possible, dense[metric])
-    found = largest_certified(
-        measure,
-        list(possible),
-        options.max_loss,
+    certified = partial(
+        largest_certified,
+        candidates=list(possible),
+        limit=options.max_loss,
         confidence=options.confidence,
         first=_first_of(job, possible),
     )
+    unchanged = certified(lambda count: (dense[metric], dense[metric]))
+    if unchanged.best is None:  # `check_validation_rows` asked the same of a dense model with full marks
+        raise _hopeless(dense[metric], unchanged, options.max_loss)
+    found = certified(measure)
     return {
         "best": found.best,
         "metric": metric,
@@ -96,28 +100,15 @@ def check_validation_rows(job: Job) -> None:
         )
 
 
-def _refuse_hopeless(job: Job, possible: dict[int, PruningPlan], dense: list[float]) -> None:
-    """Refuses a search if not even a model that scores like the dense one on every row would be certified.
-
-    `check_validation_rows` asks the same before anything is measured, of a dense model with full marks.
-    """
-    options = job.recipe.plan
-    assert options.max_loss is not None
-    found = largest_certified(
-        lambda count: (dense, dense),
-        list(possible),
-        options.max_loss,
-        confidence=options.confidence,
-        first=_first_of(job, possible),
+def _hopeless(dense: list[float], found: Search, limit: float) -> PlanError:
+    """Returns the error for rows that would not even certify a model with the dense model's own scores."""
+    needed = min((certificate.rows_needed or 0 for _, certificate in found.measured), default=0)
+    return PlanError(
+        f"The dense model scores {sum(dense) / len(dense):.1%} on {len(dense)} validation rows. They cannot "
+        f"certify a loss of at most {limit:.2%}, not even of a removal that loses nothing"
+        f"{f': about {needed} are needed' if needed else ''}.",
+        hint=_MORE,
     )
-    if found.best is None:
-        needed = min((certificate.rows_needed or 0 for _, certificate in found.measured), default=0)
-        raise PlanError(
-            f"The dense model scores {sum(dense) / len(dense):.1%} on {len(dense)} validation rows. They "
-            f"cannot certify a loss of at most {options.max_loss:.2%}, not even of a removal that loses "
-            f"nothing{f': about {needed} are needed' if needed else ''}.",
-            hint=_MORE,
-        )
 
 
 def _first_of(job: Job, possible: dict[int, PruningPlan]) -> int | None:
