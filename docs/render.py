@@ -28,6 +28,7 @@ import pruning_blocks
 import quality_blocks
 import quality_compared
 import quality_drawing
+import quality_writing
 from drawing import RESULTS, machine, read, script, times
 
 ROOT = Path(__file__).parent.parent
@@ -296,6 +297,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **gpu_blocks.BLOCKS,
     **quality_blocks.BLOCKS,
     **quality_compared.BLOCKS,
+    **quality_writing.BLOCKS,
 }
 DRAWINGS = {
     "comparison.svg": (methods.comparison_digest, methods.draw_comparison),
