@@ -13,7 +13,7 @@ class Row:
         start: The model to prune: "base"; "tuned", the dense model tuned on the same rows; or "quarter", the
             dense model tuned on the first quarter of the rows. Then the pruned model trains on the rest.
         choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
-        repair: "none", "least_squares" or "layer_wise".
+        repair: "none", "least_squares" or "influence", see `study.repaired`.
         distil: Whether the tuned dense model is the teacher.
         prompts: Weight of what the teacher says on prompt tokens.
         passes: Passes over the training rows, relative to the dense model's tuning.
@@ -39,8 +39,8 @@ class Row:
 
 
 TRAINED = (
-    Row("base", "igia", "layer_wise"),
-    Row("tuned", "igia", "layer_wise", distil=True),
+    Row("base", "igia", "influence"),
+    Row("tuned", "igia", "influence", distil=True),
     Row("base", "igia", "least_squares"),
     Row("tuned", "igia", "least_squares", distil=True),
     Row("base", "igia", "none"),
@@ -55,15 +55,15 @@ TRAINED = (
     Row("base", "last", "least_squares", rows=1200),
     Row("base", "angular", "least_squares"),
     Row("base", "igia", "least_squares", distil=True),
-    Row("tuned", "gate", "layer_wise", distil=True),
-    Row("tuned", "gate", "layer_wise", distil=True, prompts=1.0),
-    Row("quarter", "igia", "layer_wise"),
-    Row("tuned", "igia", "layer_wise", distil=True, prompts=1.0),
-    Row("tuned", "igia", "layer_wise", distil=True, prompts=0.1),
-    Row("tuned", "igia", "layer_wise", distil=True, prompts=1.0, passes=3),
+    Row("tuned", "gate", "influence", distil=True),
+    Row("tuned", "gate", "influence", distil=True, prompts=1.0),
+    Row("quarter", "igia", "influence"),
+    Row("tuned", "igia", "influence", distil=True, prompts=1.0),
+    Row("tuned", "igia", "influence", distil=True, prompts=0.1),
+    Row("tuned", "igia", "influence", distil=True, prompts=1.0, passes=3),
 )
 """The rows in the order in which they are measured."""
 
 
-FULL_ROWS = (Row("base", "last", "least_squares"), Row("tuned", "igia", "layer_wise", distil=True))
+FULL_ROWS = (Row("base", "last", "least_squares"), Row("tuned", "igia", "influence", distil=True))
 """The rows that are measured at every depth."""

@@ -37,14 +37,8 @@ DEPTHS = (3, 6, 9, 15, 18)
 REPAIR_ROWS = 384
 LAYER_WISE_ROWS = 1200
 """The number of rows that determines a repair: the product's default for these tasks."""
-WEIGHTS = (
-    ("layer_wise", 0.0),
-    ("layer_wise", 0.2),
-    ("layer_wise", 0.5),
-    ("layer_wise", 0.95),
-    ("least_squares", 0.8),
-)
-"""Repairs with other weights of positions before answer tokens."""
+WEIGHTS = (0.0, 0.5, 0.95)
+"""Other shares of a repair's weight that go by influence."""
 
 
 def dense(work: Work, rate: float) -> dict[str, Any]:
@@ -100,14 +94,20 @@ def repaired(
     source: Work | None = None,
     answers: float | None = None,
 ) -> Any:
-    """Returns a repair fitted on training rows of the task, or of `source` if given."""
+    """Returns a repair fitted on training rows of the task, or of `source` if given.
+
+    "influence" is the product's layer-wise repair. Cells called "layer_wise" are of commits where four fifths
+    of its weight were of all positions before answer tokens instead.
+    """
     from gradpruner.pruning.repair.refitting import fit_repair
 
     rows = (source or work).encoded["train"]
+    layer_wise = kind == "influence"
     if answers is None:
-        answers = 0.8 if kind == "layer_wise" else 0.0  # older cells weigh all tokens equally
-    count = count or (LAYER_WISE_ROWS if kind == "layer_wise" else REPAIR_ROWS)
-    options: dict[str, Any] = {"kind": kind, "rows": count, "answers": answers, "seed": work.seed}
+        answers = 0.8 if layer_wise else 0.0  # cells of the other kinds weigh all tokens equally
+    count = count or (LAYER_WISE_ROWS if layer_wise else REPAIR_ROWS)
+    options: dict[str, Any] = {"rows": count, "answers": answers, "seed": work.seed}
+    options["kind"] = "layer_wise" if layer_wise else kind
     return fit_repair(model, plan, rows, work.collator, **options)
 
 
@@ -137,7 +137,7 @@ def shrink(work: Work) -> None:
         for choice in CHOICES:
             pruned(work, folder, choice, NUM_GONE, repair)
     for choice in ("igia", "gate", "last", "shortgpt", "random"):
-        pruned(work, folder, choice, NUM_GONE, "layer_wise")
+        pruned(work, folder, choice, NUM_GONE, "influence")
     for choice in ("gate", "igia", "last"):
         pruned(work, folder, choice, NUM_GONE, "linear")
     for choice in ("task_loss", "auto"):
@@ -151,7 +151,7 @@ def depth(work: Work) -> None:
         for choice in ("gate", "igia"):
             pruned(work, folder, choice, gone, "least_squares")
         for choice in ("gate", "igia", "shortgpt"):
-            pruned(work, folder, choice, gone, "layer_wise")
+            pruned(work, folder, choice, gone, "influence")
     for row in FULL_ROWS:
         for gone in DEPTHS:
             if work.wants(f"train/{row.name}/{gone}/"):
@@ -167,15 +167,15 @@ def vary(work: Work) -> None:
     for choice in ("igia", "gate"):
         for count in (192, 384, 600, 3200):
             if count <= work.facts.train_rows:
-                varied(work, folder, f"layer_wise-rows-{count}", count, "layer_wise", choice)
+                varied(work, folder, f"influence-rows-{count}", count, "influence", choice)
     for name in ("sst2", "banking77"):
         if name != work.task:
             other = replace(work, task=name, only=())
             varied(work, folder, f"rows-of-{name}", source=other)
     for choice in ("igia", "gate", "shortgpt"):
-        for kind, answers in WEIGHTS:
-            name = f"{kind}-answers-{answers:g}"
-            varied(work, folder, name, LAYER_WISE_ROWS, kind, choice, answers=answers)
+        for answers in WEIGHTS:
+            name = f"influence-answers-{answers:g}"
+            varied(work, folder, name, LAYER_WISE_ROWS, "influence", choice, answers=answers)
     if not work.wants("shrink/lora/"):
         return
     adapted = lora_tuned(work)
@@ -303,7 +303,7 @@ def train(work: Work) -> None:
         if work.wants(f"train/{row.name}/"):
             trained(work, row, rate_of(work, row))
     if work.wants("early/"):
-        pruned(work, begun(work, EARLY), "igia", NUM_GONE, "layer_wise", tuned_by=f"early/{EARLY:g}/")
+        pruned(work, begun(work, EARLY), "igia", NUM_GONE, "influence", tuned_by=f"early/{EARLY:g}/")
     if work.wants("dense-twice/"):
         work.cell(f"dense-twice/{best:g}", lambda: tuned_twice(work, best))
 

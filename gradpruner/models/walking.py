@@ -101,6 +101,14 @@ class Walk:
         output = self.view.layers[index](state, *args, **kwargs)
         return _state_of(output)
 
+    def pulled(self, index: int, batch: int, state: Tensor, gradient: Tensor) -> Tensor:
+        """Returns the gradient before a layer, given the state before it and the gradient behind it."""
+        args, kwargs = self._calls[batch][index]
+        with torch.enable_grad():
+            state = state.detach().requires_grad_()
+            output = _state_of(self.view.layers[index](state, *args, **kwargs))
+        return torch.autograd.grad(output, state, gradient)[0]
+
     def _run(self, batch: dict[str, Tensor]) -> None:
         """Runs the decoder's own forward pass, without the head if the model names its decoder."""
         model: Any = self.view.model

@@ -70,8 +70,8 @@ class RepairOptions(Section):
     """Tokens for each unknown that determine the fit: `enough_rows` counts on as many, and a fit on fewer
     notes it. A model that is trained afterwards needs less, see docs/quality.md."""
     answers: float = Field(default=0.8, ge=0, lt=1)
-    """Share of the total weight that positions before answer tokens get at least; see docs/quality.md. There
-    are often few such positions, but they are what the model is asked for. 0: all count equally."""
+    """Share of the weight that tokens get by how much the answer depends on them; see `influences` in
+    `pruning.repair.tokens` and docs/quality.md. Often few tokens decide it. 0: all count equally."""
     ridges: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.01, 0.1, 1.0, 10.0), min_length=1)
     """Values of rho to try, in units of the mean diagonal of the regressors' second moments."""
     seed: int = 0

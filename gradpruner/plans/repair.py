@@ -85,7 +85,7 @@ class Repair(Printed):
         tokens: Number of their tokens that were used.
         seconds: Wall time of fitting.
         notes: Anything unusual, in words.
-        answers: Minimum share of the total weight that positions before answer tokens get, in [0, 1).
+        answers: Share of the weight that tokens got by their influence on answers, in [0, 1).
     """
 
     kind: str

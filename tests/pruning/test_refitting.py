@@ -62,7 +62,8 @@ RIDGES = RepairOptions().ridges
 
 def fit(model, plan, kind="least_squares", rows=None, count=512, **options):
     rows = make_ids(ROWS) if rows is None else rows
-    return fit_repair(model, plan, rows, collate, kind=kind, rows=count, seed=SEED, **options)
+    options = {"answers": 0.0, "seed": SEED} | options  # all tokens count equally
+    return fit_repair(model, plan, rows, collate, kind=kind, rows=count, **options)
 
 
 def is_fitted(number):
@@ -402,23 +403,83 @@ def test_a_second_cut_is_fitted_on_what_the_repaired_model_computes(model_type):
     )
 
 
-def test_positions_before_answers_have_half_of_the_weight_and_all_weights_are_one_on_average():
-    asked = {"input_ids": [1, 5, 6, 7, 8], "labels": [-100, -100, -100, -100, 8]}
-    text = {"input_ids": [1, 5, 6, 7, 8], "labels": [-100, 5, 6, 7, 8]}
-    view, position = LayeredModel(make_model()), torch.arange(1, 5)
+def asking(batch_ids=((1, 5, 6, 7, 8), (1, 9, 4, 0, 0)), answer_from=(3, 5)):
+    """Two samples: one whose answer begins at a token, and one without an answer, padded."""
+    ids = torch.tensor(batch_ids)
+    labels = ids.clone()
+    for row, start in zip(labels, answer_from, strict=True):
+        row[:start] = -100
+    return {"input_ids": ids, "labels": labels, "attention_mask": (ids > 0).long()}
 
-    def weights(row, answers):
-        batch = {name: torch.tensor([values]) for name, values in row.items()}
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        tokens = Tokens(view, [batch], answers, World())
-        return tokens.weights(0, torch.zeros(4, dtype=torch.long), position).tolist()
 
-    # Of the four that count, the one before the answer has three times the weight of each of the others.
-    assert weights(asked, 0.5) == pytest.approx([2 / 3, 2 / 3, 2, 2 / 3])
-    assert weights(asked, 0.8) == pytest.approx([4 / 15, 4 / 15, 16 / 5, 4 / 15])
-    assert weights(asked, 0.0) == weights(text, 0.5) == [1.0] * 4  # three quarters are answered as it is
+def seen_by_autograd(model, batch, layer, seed):
+    """The influence of each token, by a backward pass through the whole model."""
+    caught = {}
+
+    def keep(number):
+        def hook(module, args, output):
+            caught[number] = output[0] if isinstance(output, tuple) else output
+            caught[number].retain_grad()
+
+        return hook
+
+    layers = LayeredModel(model).layers
+    hooks = [layers[i].register_forward_hook(keep(i)) for i in (layer, len(layers) - 1)]
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    last = caught[len(layers) - 1]
+    moved = torch.randn(last.shape, generator=torch.Generator().manual_seed(seed))
+    for position in (2, 3):  # the tokens before the two of the first sample's answer
+        ratio = (last[0, position] @ moved[0, position].to(last)) / last[0, position].norm().detach()
+        ratio.backward(retain_graph=True)
+    for hook in hooks:
+        hook.remove()
+    state = caught[layer]
+    return (state.grad[0, 1:].norm(dim=-1) * state.detach()[0, 1:].norm(dim=-1)).square()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "olmo2"])
+def test_tokens_weigh_what_the_answer_depends_on_them(model_type):
+    model = make_model() if model_type == "llama" else make_family_model(model_type)
+    model, batch, view = model.double(), asking(), LayeredModel(model)
+    half, position = Tokens(view, [batch], 0.5, World(), first=1), torch.arange(1, 5)
+    behind = view.num_layers - 1
+    for layer in (1, behind - 1):
+        expected = seen_by_autograd(model, batch, layer, seed=0)
+        share = 4 * expected / expected.sum()
+        found = half.weights(layer, 0, torch.zeros(4, dtype=torch.long), position)
+        torch.testing.assert_close(found, 0.5 + 0.5 * share, rtol=1e-4, atol=1e-6)
+        assert float(found.mean()) == pytest.approx(1)
+    # After the last layer only the positions before answer tokens are left, and without an answer all count.
+    last = half.weights(behind, 0, torch.zeros(4, dtype=torch.long), position)
+    assert last[[0, 3]].tolist() == [0.5, 0.5] and float(last[1:3].sum()) == pytest.approx(3.0)
+    assert half.weights(1, 0, torch.ones(2, dtype=torch.long), position[:2]).tolist() == [1.0, 1.0]
+    equal = Tokens(view, [batch], 0.0, World())
+    assert equal.weights(1, 0, torch.zeros(4, dtype=torch.long), position).tolist() == [1.0] * 4
+
+
+def test_a_share_of_all_weight_is_refused():
     with pytest.raises(ConfigError, match=r"answers: .*less than 1"):
         fit(make_model(), dropping([2]), answers=1.0)
+
+
+def test_weighted_tokens_are_fitted_as_numpy_fits_them():
+    model, rows, plan = make_model(), in_order(make_ids(ROWS), 25), dropping([2])
+    repair = fit(model, plan, count=25, ridges=(1.0,), answers=0.9)
+    view = LayeredModel(model)
+    counted = Tokens(view, [collate(rows)], 0.9, World(), first=1)
+    weights = [
+        counted.weights(2, 0, torch.full((n,), number), torch.arange(1, n + 1))
+        for number, n in ((i, len(row["input_ids"]) - 1) for i, row in enumerate(rows))
+    ]
+    c = torch.cat(weights).numpy()
+    dense, y = (without_first(states_behind(model, layer, rows)) for layer in (2, 1))
+    x = without_first(inputs_of(model, 1, "mlp.down_proj", rows))
+    w = c / (dense**2).sum(1)
+    gram = (x * w[:, None]).T @ x
+    cross = ((dense - y) * w[:, None]).T @ x
+    old = view.weight(1, "mlp.down_proj").detach().double().numpy()
+    expected = old + cross @ np.linalg.inv(gram + np.diag(gram).mean() * np.eye(len(gram)))
+    np.testing.assert_allclose(repair.weights[1], expected, rtol=2e-3, atol=2e-4)
 
 
 def test_layer_wise_refits_every_layer_behind_the_first_cut_to_what_the_dense_one_hands_on():

@@ -4,7 +4,7 @@ The dense and the pruned model run side by side, layer by layer (`walking.Walk`)
 also runs the removed layers, and the kept layer before them is refitted so that the pruned model's hidden
 states come close to the dense ones; `layer_wise` refits every kept layer behind the first cut. Each layer is
 fitted on the hidden states that the pruned model, with its earlier repairs, feeds it. Labels only say which
-tokens are answers.
+tokens are answers: states on which these depend much count more.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def fit_repair(
     For a run of removed layers behind a kept layer, let A be the input of that layer's last linear W in the
     pruned model, y the layer's output, h the dense model's hidden states after the run, f the factor by which
     the layer multiplies what it adds (1 except for Granite), and w = c / |h|^2, so that tokens with massive
-    activations do not dominate; c is larger where the next token belongs to the answer (see `answers`):
+    activations do not dominate; c is larger the more the answer depends on h (see `tokens.influences`):
 
         least_squares   W' = W + argmin_U sum w |h - y - f U A|^2 + rho |U|^2
         linear          W' = (I + U) W, with U from the regression on W A instead of A (ReplaceMe's map)
@@ -80,9 +80,10 @@ def fit_repair(
     Cost: one run of the dense and of the pruned model up to the last refitted layer, and for each refitted
     layer two more runs, tokens x P^2 multiplications and six solves of a P x P system. P is the linear's
     in_features (least_squares; above `MAX_REGRESSORS` the linear form is fitted) or the hidden size (linear).
+    For the influences, two more runs of the dense model and a backward pass to the first refitted layer.
     Memory beyond the model: the hidden states of all tokens twice, the linears of one layer, and in float64
     four P x P and four hidden x P matrices and the linear three times: about 9 GiB for Llama-3.1-8B
-    (P 14336), 2.3 GiB in the linear form.
+    (P 14336), 2.3 GiB in the linear form. Before that, a batch's hidden states after every layer.
 
     Args:
         model: The dense causal LM, without adapters; not changed.
@@ -91,8 +92,8 @@ def fit_repair(
             only say which tokens belong to answers.
         collator: Makes batches of them, padded on the right; None pads with token 0.
         options: A `plans.options.RepairOptions`: what is refitted (kind), on how many rows (rows, seed), how
-            much positions before answers count (answers), and the ridges to try (ridges). None: least_squares
-            on as many rows as `enough_rows` returns, four fifths of the weight before answers.
+            much of the weight goes by influence on answers (answers), and the ridges to try (ridges). None:
+            least_squares on as many rows as `enough_rows` returns, four fifths of the weight by influence.
         trace: The recorded gradients, if the plan merges by them.
         progress: Called with the number of layers done since the last call.
         world: Processes that share the batches. Each must call this function, and each gets the repair. The
@@ -129,7 +130,8 @@ def fit_repair(
     batches = list(sample_batches(chosen, collator or Collator(), device, BATCH_SIZE))
     with modes_kept(model):
         model.eval()
-        counted = world.in_step(lambda: Tokens(view, batches, options.answers, world))
+        first = min((layer for layer, _ in places_of(plan, options.kind)), default=view.num_layers - 1)
+        counted = world.in_step(lambda: Tokens(view, batches, options.answers, world, first))
         fitting = _Refitting(view, plan, counted, options, trace)
         fitting.run(progress)
     tokens = sum(world.gathered([sum(int(some.sum()) for some in counted.walk.counted)]))
@@ -247,7 +249,7 @@ class _Refitting:
         """Returns the refitted weight of a layer, float32 on the CPU; None if no ridge lowers the error."""
         target = self._target(layer, pruned[0])
         form = self._form(target)
-        fitted, held_out = self._sums(layer, target, form, pruned, dense)
+        fitted, held_out = self._sums(layer, layer + len(run), target, form, pruned, dense)
 
         def work() -> tuple[RepairedCut, Tensor | None]:
             before = held_out.error(None)
@@ -305,9 +307,18 @@ class _Refitting:
         return form
 
     def _sums(
-        self, layer: int, target: RefitTarget, form: str, pruned: list[Tensor], dense: list[Tensor]
+        self,
+        layer: int,
+        behind: int,
+        target: RefitTarget,
+        form: str,
+        pruned: list[Tensor],
+        dense: list[Tensor],
     ) -> tuple[AnySums, AnySums]:
-        """Returns the sums over fitted tokens and over held-out tokens, from one run of the layer."""
+        """Returns the sums over fitted tokens and over held-out tokens, from one run of a layer.
+
+        The dense states are those after the layer `behind`.
+        """
         weight = target.weight.detach()
         # MPS has no double precision.
         device = torch.device("cpu") if weight.device.type == "mps" else weight.device
@@ -331,7 +342,7 @@ class _Refitting:
                         residual = wanted - after[sample, token].to(device, torch.float64)
                         x = caught["x"].view(*after.shape[:2], -1)[sample, token].to(device, torch.float64)
                         x = (x if wide is None else x @ wide.T) * target.factor
-                        count = self.tokens.weights(batch, sample, token).to(device)
+                        count = self.tokens.weights(behind, batch, sample, token).to(device)
                         part.add(x, residual, count / wanted.square().sum(dim=1).clamp_min(1e-12))
         finally:
             hook.remove()

@@ -20,17 +20,23 @@ class Tokens:
     """The batches that this process walks, and the weights of their tokens.
 
     Args:
-        view: The model.
+        view: The dense model, in evaluation mode.
         batches: The batches of all processes, see `Walk`.
-        answers: Share of the total weight that positions before answer tokens get at least, in [0, 1).
+        answers: Share of a sample's weight that its tokens get by their influence on its answer, in [0, 1).
         world: The processes.
+        first: The first layer after which weights are asked for.
 
     Attributes:
         walk: The walk over this process's batches.
     """
 
     def __init__(
-        self, view: LayeredModel, batches: Sequence[dict[str, Tensor]], answers: float, world: World
+        self,
+        view: LayeredModel,
+        batches: Sequence[dict[str, Tensor]],
+        answers: float,
+        world: World,
+        first: int = 0,
     ) -> None:
         mine = [i for i in world.share(len(batches)) if batches[i]["attention_mask"][:, 1:].any()]
         # A process without batches walks the first one and counts no token: all must take part in every cut.
@@ -38,14 +44,12 @@ class Tokens:
         self.walk = Walk(view, [batches[i] for i in walked])
         if not mine:
             self.walk.counted[0].zero_()
-        self.world = world
+        self.world, self.answers = world, answers
         self._first_number = [i * BATCH_SIZE for i in walked]
-        self._answered = [_answered(batches[i]) for i in walked]
-        total = sum(int(batch["attention_mask"][:, 1:].sum()) for batch in batches)
-        answered = sum(int(_answered(batch)[:, 1:].sum()) for batch in batches)
-        weight = answers / (1 - answers) * (total - answered) / max(answered, 1)
-        self._answer_weight = max(weight, 1.0) if answered else 1.0
-        self._mean_weight = (self._answer_weight * answered + total - answered) / max(total, 1)
+        self._influences = [
+            influences(self.walk, batch, first, seed=number) if answers else {}
+            for batch, number in enumerate(self._first_number)
+        ]
 
     def parts(self, batch: int) -> tuple[Tensor, Tensor]:
         """Returns which tokens of a batch are fitted and which are held out; (samples, tokens), bool."""
@@ -54,10 +58,61 @@ class Tokens:
         held_out = (numbers % HELD_OUT == 0)[:, None].expand_as(counted)
         return counted & ~held_out, counted & held_out
 
-    def weights(self, batch: int, sample: Tensor, token: Tensor) -> Tensor:
-        """Returns the weights of tokens of a batch, 1 on average over all batches, float64."""
-        answered = self._answered[batch][sample, token]
-        return torch.where(answered, self._answer_weight, 1.0).to(torch.float64) / self._mean_weight
+    def weights(self, layer: int, batch: int, sample: Tensor, token: Tensor) -> Tensor:
+        """Returns the weights of tokens of a batch after a layer, 1 on average over each sample, float64."""
+        if not self.answers:
+            return torch.ones(len(sample), dtype=torch.float64)
+        influence = self._influences[batch][layer][sample.cpu(), token.cpu()]
+        return 1 - self.answers + self.answers * influence
+
+
+@torch.no_grad()
+def influences(walk: Walk, batch: int, first: int, seed: int) -> dict[int, Tensor]:
+    """Returns how much the answers depend on each token's hidden state after each layer.
+
+    For a token's state h after a layer, this is |h|^2 E|J^T v|^2. J is the derivative, by h, of the last
+    layer's states at the positions before answer tokens, each divided by its length, and v is a random vector
+    of variance 1; one is drawn. So it is the squared change of these states by a change of h of a given size
+    relative to h, and no label decides how much a sample counts.
+
+    Memory: the states of the batch after every layer, and what one layer keeps for its backward pass. Time:
+    a forward pass, and a forward and a backward pass of the layers behind `first`.
+
+    Args:
+        walk: The walk over the batches.
+        batch: Number of the batch.
+        first: The first layer wanted.
+        seed: Seeds the random vector.
+
+    Returns:
+        Layer -> (samples, tokens), float64, 1 on average over the tokens of a sample that count, and 0 for
+        those that do not. All 1 in samples without an answer.
+    """
+    layers = range(first, walk.view.num_layers)
+    states = {-1: walk.start[batch]}
+    for layer in range(walk.view.num_layers):
+        states[layer] = walk.layer_on(layer, batch, states[layer - 1])
+        if layer <= first:
+            del states[layer - 1]
+    last = states[layers[-1]]
+    asked = _answered(walk.batches[batch]) & walk.counted[batch]
+    noise = torch.randn(last.shape, generator=torch.Generator().manual_seed(seed))
+    lengths = last.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    gradient = (noise.to(lengths) * asked[..., None] / lengths).to(last.dtype)
+    found = {}
+    for layer in reversed(layers):
+        energy = gradient.float().square().sum(-1) * states[layer].float().square().sum(-1)
+        found[layer] = _shares(energy.cpu().double(), walk.counted[batch].cpu())
+        if layer > first:
+            gradient = walk.pulled(layer, batch, states[layer - 1], gradient)
+    return found
+
+
+def _shares(energy: Tensor, counted: Tensor) -> Tensor:
+    """Returns energies divided by their mean over the tokens of each sample that count."""
+    energy = energy * counted
+    total, number = energy.sum(1, keepdim=True), counted.sum(1, keepdim=True)
+    return torch.where(total == 0, counted.double(), energy * number / total.clamp_min(1e-300))
 
 
 def _answered(batch: dict[str, Tensor]) -> Tensor:

@@ -149,8 +149,8 @@ class PlanSection(PlanOptions):
     """Most training samples a repair is fitted on; null: as many as determine it well, at least 512;
     with start: base fewer, since the model is trained on all rows afterwards."""
     repair_answers: float | None = Field(default=None, ge=0, lt=1)
-    """Least share of a repair's weight for the positions that predict answer tokens; 0: all positions count
-    the same. null: 0.8 if a tuned model is pruned, 0 with start: base."""
+    """Share of a repair's weight that tokens get by how much the answer depends on them; 0: all count the
+    same. null: 0.8 if a tuned model is pruned, 0 with start: base."""
 
     @model_validator(mode="after")
     def _file_or_budget(self) -> PlanSection:
