@@ -178,7 +178,7 @@ def _quality(cells: Lines) -> str:
     """Score relative to dense, the mean over tasks and seeds."""
     shares = []
     for cell in cells.values():
-        if cell["cell"] != "shrink/igia/12/layer_wise":
+        if cell["cell"] != "shrink/igia/12/influence":
             continue
         swept = {
             key.rpartition("/")[2]: one["validation"]["nll"]

@@ -41,12 +41,13 @@ REPAIRS = {
     "none": "no repair",
     "linear": "linear",
     "least_squares": "least squares",
-    "layer_wise": "layer-wise",
+    "influence": "layer-wise",
+    "layer_wise": "layer-wise by position",
 }
-KINDS = ("layer_wise", "least_squares", "linear")
+KINDS = ("influence", "layer_wise", "least_squares", "linear")
 RECOVERING = "tuned/igia/layer_wise/distil"
 LOSSES = "Loss on validation rows, in nats per answer token."
-BEST = "from tuned: layer-wise, recovered where validation rows agree (best)"
+BEST = "from tuned: layer-wise by position, recovered where validation rows agree (best)"
 
 
 def _by_task(found: Sequence[Pair]) -> list[str]:
@@ -88,19 +89,21 @@ def shrunk() -> str:
             found = pairs(f"shrink/{choice}/{USUAL}/{repair}")
             if found:
                 lines.append(_line(f"{label}, {REPAIRS[repair]}", found))
-    if found := compared():
-        lines.insert(
-            3, _line("IGIA's or the gate's, by loss on validation rows, layer-wise (default)", found)
-        )
+    first = [
+        _line(f"IGIA's or the gate's, by loss on validation rows, {REPAIRS[repair]}{note}", found)
+        for repair, note in (("influence", " (default)"), ("layer_wise", ""))
+        if (found := compared(repair))
+    ]
+    lines[3:3] = first
     return "\n".join([*lines, "", _note()])
 
 
 DEPTHS = (3, 6, 9, 12, 15, 18)
 WAYS_DOWN = {
-    "IGIA, layer-wise, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/layer_wise"),
+    "IGIA, layer-wise by position, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/layer_wise"),
     "IGIA, least squares, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
     "last layers, from base, tuned (fast)": lambda gone: trained(ROW_FAST, gone),
-    "IGIA, layer-wise, recovered with the teacher": lambda gone: trained(RECOVERING, gone),
+    "IGIA, layer-wise by position, recovered": lambda gone: trained(RECOVERING, gone),
 }
 
 
@@ -116,7 +119,9 @@ def more_rows() -> str:
     """The table of seed 0 of TREC with the usual number of rows and with three times as many."""
     usual, many = ("trec",), ("trec-4800",)
     ways = {
-        "layer-wise, nothing trained": lambda tasks: pairs(f"shrink/igia/{USUAL}/layer_wise", tasks),
+        "layer-wise by position, nothing trained": lambda tasks: pairs(
+            f"shrink/igia/{USUAL}/layer_wise", tasks
+        ),
         "from base: IGIA, least squares, tuned": lambda tasks: trained(ROW_IGIA, tasks=tasks),
     }
     dense = [dense_of(task, 0) for (task,) in (usual, many)]
@@ -140,14 +145,14 @@ def decided() -> str:
     """The table of losses that decided what `run` does by default."""
     ways = {
         "best": better(),
-        "tuned, then layer-wise": pairs(f"shrink/igia/{USUAL}/layer_wise"),
+        "tuned, then layer-wise by position": pairs(f"shrink/igia/{USUAL}/layer_wise"),
         "from base: last layers (fast)": trained(ROW_FAST),
         "from base: IGIA": trained(ROW_IGIA),
-        "from base: IGIA, layer-wise": trained("base/igia/layer_wise/labels"),
+        "from base: IGIA, layer-wise by position": trained("base/igia/layer_wise/labels"),
         "from base: gate": trained("base/gate/least_squares/labels"),
         "from base: IGIA, no repair": trained("base/igia/none/labels"),
         "from base: three merged": trained("base/paper/none/labels"),
-        "tuned on 3/5 of the rows, then layer-wise": pairs(EARLY),
+        "tuned on 3/5 of the rows, then layer-wise by position": pairs(EARLY),
     }
     losses = {
         way: {(task, seed): entry["validation"]["nll"] for task, seed, _, entry in found}
@@ -166,11 +171,13 @@ def decided() -> str:
 
 ROWS = {
     "tuned/igia/least_squares/distil": "from tuned: IGIA, least squares, recovered with the teacher",
-    "tuned/igia/layer_wise/distil": "from tuned: IGIA, layer-wise, recovered with the teacher",
+    "tuned/igia/influence/distil": "from tuned: IGIA, layer-wise, recovered with the teacher",
+    "tuned/gate/influence/distil": "from tuned: gate, layer-wise, recovered with the teacher",
+    "tuned/igia/layer_wise/distil": "from tuned: IGIA, layer-wise by position, recovered with the teacher",
     "tuned/igia/least_squares/labels": "from tuned: IGIA, least squares, recovered on labels",
     "tuned/igia/none/labels": "from tuned: IGIA, no repair, recovered on labels",
     "base/igia/least_squares/distil": "from base: IGIA, least squares, tuned with the teacher",
-    "base/igia/layer_wise/labels": "from base: IGIA, layer-wise, tuned",
+    "base/igia/layer_wise/labels": "from base: IGIA, layer-wise by position, tuned",
     "base/igia/least_squares/labels": "from base: IGIA, least squares, tuned",
     "base/gate/least_squares/labels": "from base: gate, least squares, tuned",
     "base/last/least_squares/labels": "from base: last layers, least squares, tuned (fast)",
@@ -191,7 +198,7 @@ def tuned() -> str:
     lines += [_line(BEST, found)] if (found := better()) else []
     lines += [_line(label, found) for row, label in ROWS.items() if (found := trained(row))]
     if found := pairs(EARLY):
-        lines.append(_line("dense tuned on three fifths of the rows, then layer-wise", found))
+        lines.append(_line("dense tuned on three fifths of the rows, then layer-wise by position", found))
     return "\n".join(lines)
 
 
@@ -286,7 +293,7 @@ def weights() -> str:
         f"vary/igia/{USUAL}/layer_wise-answers-0": "layer-wise",
         f"vary/igia/{USUAL}/layer_wise-answers-0.2": "layer-wise, answers 0.2",
         f"vary/igia/{USUAL}/layer_wise-answers-0.5": "layer-wise, answers 0.5",
-        f"shrink/igia/{USUAL}/layer_wise": "layer-wise, answers 0.8 (the default)",
+        f"shrink/igia/{USUAL}/layer_wise": "layer-wise, answers 0.8",
         f"vary/igia/{USUAL}/layer_wise-answers-0.95": "layer-wise, answers 0.95",
     }
     varied_runs = {

@@ -137,14 +137,15 @@ def classified(
 def better() -> list[Pair]:
     """For every run the repaired or the recovered model, whichever has the lower loss on validation rows.
 
-    The layers are those of `compared`; where that choice was not recovered, IGIA's stands for it.
+    The layers are those of `compared`; where that choice was not recovered, IGIA's stands for it. All start
+    from the repair that weighs by position.
     """
     recovered = {
         choice: {pair[:2]: pair for row in rows for pair in trained(row)}
         for choice, rows in RECOVERED.items()
     }
     found = []
-    for pair in compared():
+    for pair in compared("layer_wise"):
         run, choice = pair[:2], pair[3]["cell"].split("/")[1]
         choice = choice if run in recovered[choice] else "igia"
         repaired = {one[:2]: one for one in pairs(f"shrink/{choice}/{USUAL}/layer_wise")}
@@ -154,9 +155,9 @@ def better() -> list[Pair]:
     return found
 
 
-def compared() -> list[Pair]:
-    """For every run the gate's or IGIA's choice, repaired layer-wise, whichever has the lower validation loss."""
-    found = [{pair[:2]: pair for pair in pairs(f"shrink/{c}/{USUAL}/layer_wise")} for c in ("igia", "gate")]
+def compared(repair: str = "influence") -> list[Pair]:
+    """For every run the gate's or IGIA's choice, repaired, whichever has the lower validation loss."""
+    found = [{pair[:2]: pair for pair in pairs(f"shrink/{c}/{USUAL}/{repair}")} for c in ("igia", "gate")]
     both = [(found[0][run], found[1][run]) for run in found[0] if run in found[1]]
     return [min(pair, key=lambda one: one[3]["validation"]["nll"]) for pair in both]
 

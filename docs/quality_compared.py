@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from quality_cells import TASKS, WRITTEN, cells
+from typing import Any
+
+from quality_cells import TASKS, USUAL, WRITTEN, cells, dense_of
 
 
 def _runs(one: str, other: str, heads: tuple[str, str]) -> str:
@@ -15,9 +17,8 @@ def _runs(one: str, other: str, heads: tuple[str, str]) -> str:
         if beside is None:
             continue
         rate = float(key.rpartition("/")[2])
-        shown = [f"{e['validation']['nll']:.3f} / {100 * e['test']['score']:.1f}" for e in (entry, beside)]
         task = (TASKS | WRITTEN)[entry["task"]]
-        lines.append(f"| {task}, seed {entry['seed']}, rate {rate:g} | {' | '.join(shown)} |")
+        lines.append(f"| {task}, seed {entry['seed']}, rate {rate:g} | {_both(entry)} | {_both(beside)} |")
     return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token / test score in %."])
 
 
@@ -40,4 +41,25 @@ def prompts() -> str:
     return "\n\n".join(table for table in found if table.count("\n") > 3)
 
 
-BLOCKS = {"quality_fast_rows": fast_rows, "quality_prompts": prompts}
+def weighed() -> str:
+    """Layer-wise repairs that weigh tokens by position, and by influence: the same tuned models and layers."""
+    ways = {
+        f"{name}, {how}": f"shrink/{choice}/{USUAL}/{repair}"
+        for choice, name in (("igia", "IGIA"), ("gate", "gate"))
+        for repair, how in (("layer_wise", "by position"), ("influence", "by influence"))
+    }
+    lines = [f"| run | dense | {' | '.join(ways)} |", "|---" * (len(ways) + 2) + "|"]
+    for task, label in (TASKS | WRITTEN).items():
+        for seed in range(3):
+            found = [cells().get(f"{task}/{seed}/{cell}") for cell in ways.values()]
+            if any(found[1::2]):
+                shown = " | ".join(map(_both, [dense_of(task, seed), *found]))
+                lines.append(f"| {label}, seed {seed} | {shown} |")
+    return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token / test score in %."])
+
+
+def _both(entry: dict[str, Any] | None) -> str:
+    return f"{entry['validation']['nll']:.3f} / {100 * entry['test']['score']:.1f}" if entry else "–"
+
+
+BLOCKS = {"quality_fast_rows": fast_rows, "quality_prompts": prompts, "quality_weighed": weighed}

@@ -41,7 +41,7 @@ def draw() -> str:
 def _ways() -> list[tuple[str, tuple[float, float, float]]]:
     """Label, mean and interval of every way that is measured: repaired ones, then trained ones."""
     found = []
-    for repair in ("layer_wise", "least_squares"):
+    for repair in ("influence", "layer_wise", "least_squares"):
         for choice, label in blocks.CHOICES.items():
             here = cells.pairs(f"shrink/{choice}/{cells.USUAL}/{repair}")
             if here:

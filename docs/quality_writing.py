@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from quality_blocks import CHOICES, DEPTHS
+from quality_blocks import CHOICES, DEPTHS, REPAIRS
 from quality_cells import USUAL, WRITTEN, cells, dense_of
 
 
@@ -24,7 +24,9 @@ def _written(task: str) -> list[str]:
     rows = {"dense/untrained": "dense, before tuning", dense["cell"]: "dense, tuned"}
     for gone in DEPTHS:
         for choice, name in CHOICES.items():
-            rows[f"shrink/{choice}/{gone}/layer_wise"] = f"{gone} of 30 layers removed, {name}, layer-wise"
+            for repair in ("influence", "layer_wise"):
+                label = f"{gone} of 30 layers removed, {name}, {REPAIRS[repair]}"
+                rows[f"shrink/{choice}/{gone}/{repair}"] = label
     found: dict[str, list[dict[str, Any]]] = {}
     for entry in cells().values():
         if entry["task"] == task:
@@ -35,7 +37,7 @@ def _written(task: str) -> list[str]:
             how, gone, rate = cell.removeprefix(begins).split("/")
             prompts = ", who is followed on prompts too" if "prompts" in how else ""
             rows[cell] = (
-                f"{gone} removed, {name}, layer-wise, recovered with the teacher{prompts}, rate {rate}"
+                f"{gone} removed, {name}, layer-wise by position, recovered with the teacher{prompts}, rate {rate}"
             )
     for choice, name in CHOICES.items():
         begins = f"train/base/{choice}/least_squares/labels/{USUAL}/"

@@ -131,7 +131,7 @@ def quality(place: Place) -> dict[str, Any]:
         sys.executable, str(STUDY), "tune", "shrink", "--model", str(place.model), "--data", str(place.data),
         "--scratch", str(place.scratch), "--results", str(results), "--task", *tasks, "--seed", *seeds,
         "--device", "cpu" if place.torch_device.type == "cpu" else "auto",
-        "--only", "igia/12/layer_wise", "igia/12/none",
+        "--only", "igia/12/influence", "igia/12/none",
     ]  # fmt: skip
     subprocess.run(command, check=True)
     cells = [json.loads(line) for path in results.glob("*.jsonl") for line in path.read_text().splitlines()]

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradpruner.plans.width_plan import WidthPlan
     from gradpruner.pruning.verification import VerifyReport
 
+LARGEST_SHARD = "5GB"
 SourceOption = Annotated[
     str | None, typer.Option("--source", help="The model it was pruned from. Default: the recorded one.")
 ]
@@ -68,7 +69,7 @@ def prune(
     ] = None,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest size of one weight file, e.g. 5GB or 500MB.")
-    ] = "5GB",
+    ] = LARGEST_SHARD,
     level: LevelOption = "auto",
 ) -> None:
     """Prune a checkpoint on disk, without loading the model.
@@ -81,11 +82,7 @@ def prune(
     Without a second folder: runs a recipe, or the run in --out, up to pruning.
     """
     if destination is None:
-        if repair is not None:
-            raise ConfigError(
-                "--repair needs a model folder and a second folder to prune it into.",
-                hint="A run fits its own repair: --set plan.repair=least_squares.",
-            )
+        _refuse_for_runs(source, trace, keep, drop, repair, max_shard_size, level)
         chosen = replace(chosen, values=given(plan=str(plan) if plan else None))
         execute(resolve(source, chosen, chosen.out), "prune", chosen)
         return
@@ -96,9 +93,36 @@ def prune(
         )
     prepare(chosen.quiet)
     which = _Choice(plan, trace, keep, drop, repair)
-    _prune_folder(
-        source, destination, which, chosen, max_shard_bytes=parse_size(max_shard_size), verify=level
-    )
+    options = {"max_shard_bytes": parse_size(max_shard_size), "verify": level}
+    usual = trace is None and max_shard_size == LARGEST_SHARD and level == "auto"
+    if which.width_plan is not None and not usual:
+        raise ConfigError(
+            "--trace, --max-shard-size and --verify work only with plans of whole layers; this plan removes "
+            "heads, channels or hidden dimensions.",
+            hint="Leave them out.",
+        )
+    _prune_folder(source, destination, which, chosen, **options)
+
+
+def _refuse_for_runs(
+    source: str | None,
+    trace: Path | None,
+    keep: str | None,
+    drop: str | None,
+    repair: Path | None,
+    max_shard_size: str,
+    level: str,
+) -> None:
+    """Refuses options that only mean something with two folders; a run would ignore them."""
+    options: dict[str, Any] = {"--trace": trace, "--keep": keep, "--drop": drop, "--repair": repair}
+    options |= {"--max-shard-size": max_shard_size != LARGEST_SHARD, "--verify": level != "auto"}
+    given = [name for name, value in options.items() if value]
+    if not given:
+        return
+    hint = "A run prunes by its recipe: set plan.num_prune, plan.file or plan.repair with --set."
+    if source is not None and Path(source, "config.json").is_file():
+        hint = f"Name the folder to write: gradpruner prune {source} NEW {given[0]} ..."
+    raise ConfigError(f"{given[0]} needs a model folder and a second folder to prune it into.", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,7 @@ class _Choice:
 
 def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen, **options: Any) -> None:
     from gradpruner.common.progress import show_bytes
-    from gradpruner.models.folder import locate_model
+    from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model
     from gradpruner.plans.repair import Repair
     from gradpruner.pruning.blueprint import Blueprint
     from gradpruner.pruning.on_disk import write_pruned
@@ -170,6 +194,7 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
     facts = blueprint.summary()
     if not chosen.as_json:
         _print_summary(facts, plan)
+    check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
     if not chosen.dry_run:
         with show_bytes(facts["bytes"][1], "prune") as progress:
             report = write_pruned(blueprint, destination, name=source, progress=progress, **options)
@@ -182,12 +207,14 @@ def _has_files(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _made(destination: Path, report: VerifyReport, chosen: Chosen, replaced: bool) -> dict[str, Any]:
+def _made(
+    destination: Path, report: VerifyReport, chosen: Chosen, replaced: bool, what: str = "layers"
+) -> dict[str, Any]:
     """Prints that the folder was written; returns what --json adds."""
     if not chosen.as_json:
         _print_report(report)
         typer.echo(f"pruned: {destination}{', which replaces the earlier one there' if replaced else ''}")
-        suggest("prune a folder", folder=destination)
+        suggest(f"prune {what}", folder=destination)
     return {"folder": str(destination), "verified": report.to_dict()}
 
 
@@ -217,11 +244,11 @@ def _prune_widths(folder: Path, source: str, destination: Path, plan: WidthPlan,
         before, after = saved["parameters"]["before"], saved["parameters"]["after"]
         typer.echo(f"{config.model_type}: {before:,} -> {after:,} parameters in {plan.num_layers} layers")
         _print_portability(facts["portability"])
+    check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
     if not chosen.dry_run:
-        check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
         replaces = _has_files(destination)
         report = prune_width_checkpoint(folder, destination, plan, name=source)
-        facts |= _made(destination, report, chosen, replaces)
+        facts |= _made(destination, report, chosen, replaces, "widths")
     if chosen.as_json:
         typer.echo(json.dumps(facts, indent=2))
 

@@ -35,10 +35,11 @@ NEXT: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("print the table as Markdown", "gradpruner report {out} --markdown"),
     ),
-    "prune a folder": (
+    "prune layers": (
         ("check it again, at any time", "gradpruner verify {folder}"),
         ("evaluate it", "gradpruner evaluate {folder} --eval-data ROWS"),
     ),
+    "prune widths": (("evaluate it", "gradpruner evaluate {folder} --eval-data ROWS"),),
 }
 """Command -> (purpose, next command) pairs; names in braces are filled in."""
 

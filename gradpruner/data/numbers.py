@@ -14,6 +14,16 @@ _NUMBER = re.compile(
 _ANSWER_MARK = "####"
 
 
+def marked_answer(text: str) -> str:
+    """Returns what stands on the line of the first "####", behind it; "" if there is none."""
+    return text.partition(_ANSWER_MARK)[2].partition("\n")[0].strip()
+
+
+def is_plain_number(text: str) -> bool:
+    """Returns whether a text has the digits of one number only: "$18.50 a day", but not "3/4" or "1e5"."""
+    return len(_NUMBER.findall(text)) == 1 and not any(c.isdigit() for c in _NUMBER.sub("", text))
+
+
 def final_number(text: str) -> str | None:
     """Returns the number a worked answer ends with, normalised; None if the text has no number.
 
@@ -24,8 +34,7 @@ def final_number(text: str) -> str | None:
     Source: Cobbe et al., "Training verifiers to solve math word problems", 2021.
     """
     # Text after this line is not part of the answer: a model that does not stop asks itself a new question.
-    marked = text.partition(_ANSWER_MARK)[2].partition("\n")[0]
-    found = list(_NUMBER.finditer(marked)) or list(_NUMBER.finditer(text))
+    found = list(_NUMBER.finditer(marked_answer(text))) or list(_NUMBER.finditer(text))
     if not found:
         return None
     sign, digits, fraction = found[-1].group("sign", "digits", "fraction")

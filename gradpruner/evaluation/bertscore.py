@@ -174,7 +174,8 @@ def _match(generated: tuple[Tensor, Tensor], answer: tuple[Tensor, Tensor]) -> f
     precision = cosines.amax(dim=1)[generated[1]].mean()
     recall = cosines.amax(dim=0)[answer[1]].mean()
     # The mean is NaN if a text consists of special tokens only.
-    return float(torch.nan_to_num(2 * precision * recall / (precision + recall), nan=0.0))
+    f1 = float(torch.nan_to_num(2 * precision * recall / (precision + recall), nan=0.0))
+    return min(f1, 1.0)  # rounding can take it above
 
 
 def _choose_layer(config: dict[str, Any], names: Sequence[str], layer: int | None) -> int:

@@ -99,13 +99,16 @@ class Endpoint:
         Raises:
             ResourceError: If the server cannot be reached, or a reply does not hold one text per prompt.
         """
+        stops = _stops(questions)
         for start in range(0, len(indices), self.batch_size):
             batch = list(indices[start : start + self.batch_size])
             prompts = [questions.cut_prompt(i, max_new_tokens) for i in batch]
             answers = []
-            for choice in self._complete(prompts, max_tokens=max_new_tokens):
-                tokens = questions.tokenizer.encode(choice.text, add_special_tokens=False)
-                answers.append(Answer(choice.text, choice.finish_reason == "stop", len(tokens) + 1))
+            for choice in self._complete(prompts, max_tokens=max_new_tokens, **stops):
+                text = _up_to(choice.text, stops.get("stop", ()))
+                tokens = questions.tokenizer.encode(text, add_special_tokens=False)
+                ended = text != choice.text or choice.finish_reason == "stop"
+                answers.append(Answer(text, ended, len(tokens) + 1))
             yield batch, answers
 
     def option_scores(
@@ -175,6 +178,23 @@ class Endpoint:
 
     def _wrong(self, path: str, what: str) -> ResourceError:
         return ResourceError(f"{self.url}{path} sent a reply that cannot be used: {what}.", hint=_CHECK_HINT)
+
+
+def _stops(questions: Questions) -> dict[str, Any]:
+    """Returns what a request says about tokens that end an answer, besides the tokenizer's own.
+
+    A server knows the end token of the tokenizer, but not that of the chat template. The OpenAI API takes
+    texts, at most four; vLLM and SGLang, which may leave special tokens out of the text, also take tokens.
+    """
+    ends = sorted(set(questions.ends(None)) - {questions.tokenizer.eos_token_id})
+    if not ends:
+        return {}
+    return {"stop": [questions.tokenizer.decode([token]) for token in ends[:4]], "stop_token_ids": ends}
+
+
+def _up_to(text: str, stops: Sequence[str]) -> str:
+    """Returns a text up to the first of `stops`, which some servers leave in."""
+    return text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))]
 
 
 def _listed(names: Sequence[str]) -> str:

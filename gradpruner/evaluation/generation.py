@@ -95,7 +95,7 @@ class LocalModel:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         device = self.model.device
-        with inference(self.model), _own_generation_config((self.model, self.base), config):
+        with inference(self.model), only_generation_config((self.model, self.base), config):
             output = self.model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
@@ -104,7 +104,7 @@ class LocalModel:
 
 
 @contextmanager
-def _own_generation_config(models: Sequence[Any], config: GenerationConfig) -> Iterator[None]:
+def only_generation_config(models: Sequence[Any], config: GenerationConfig) -> Iterator[None]:
     """Makes `config` the only generation config inside the block.
 
     `generate` takes values that `config` leaves open from the model's own generation_config, where many

@@ -112,7 +112,8 @@ def evaluate(
     "rouge_l", "bert_score" and "final_number" score the same text. "choice_likelihood" picks the option with
     the highest log-likelihood and is computed only if every example has at least two options. The end-of-text
     token counts as part of an option; without it, an option that is a prefix of another would not be scored
-    as complete. Apart from rounding, no metric depends on the batch size.
+    as complete. Apart from rounding, no metric depends on the batch size, unless the model has long-RoPE
+    factors (Phi-3 and 4 of 128k) and some row is longer than its original window.
 
     Args:
         model: A transformers causal language model, with or without PEFT adapters, or an

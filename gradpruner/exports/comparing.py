@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from gradpruner.common.errors import ModelError
+from gradpruner.evaluation.generation import only_generation_config
 from gradpruner.exports.gguf import PLAIN_TYPES
 from gradpruner.models.loading import load_model, load_tokenizer
 
@@ -138,20 +140,19 @@ def _up_to(ids: list[int], ends: set[int]) -> list[int]:
 
 
 def _greedy(model: Any, prompts: list[list[int]], padding: int) -> list[list[int]]:
-    """Returns the tokens that transformers answers to each prompt."""
+    """Returns the tokens that transformers answers to each prompt, without a penalty for repetition."""
     answers = []
+    config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=padding,
+        eos_token_id=model.generation_config.eos_token_id,
+    )
     for prompt in prompts:
         ids = torch.tensor([prompt], device=model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), only_generation_config((model,), config):
             whole = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=padding,
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
             )
         answers.append(whole[0, len(prompt) :].tolist())
     return answers

@@ -58,7 +58,8 @@ def find_tools(kind: str, given: Path | None = None) -> Tools:
     Raises:
         ConfigError: If a tool is missing; the hint says how to get it.
     """
-    named = given or (Path(os.environ[FOLDER_VARIABLE]) if os.environ.get(FOLDER_VARIABLE) else None)
+    folder = given or os.environ.get(FOLDER_VARIABLE)
+    named = Path(folder).expanduser() if folder else None
     converter = _converter(named)
     if kind in CONVERTED_TYPES:
         return Tools(converter)
@@ -78,7 +79,7 @@ def find_tools(kind: str, given: Path | None = None) -> Tools:
 
 def _converter(named: Path | None) -> tuple[str, ...]:
     if named is not None:
-        script = named.expanduser() / f"{SCRIPT}.py"
+        script = named / f"{SCRIPT}.py"
         if not script.is_file():
             raise ConfigError(
                 f"There is no {SCRIPT}.py in {named}.",

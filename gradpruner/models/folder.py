@@ -193,9 +193,11 @@ def describe_model(
 ) -> None:
     """Writes the model card and then `pruning.json`, which marks the folder as ours and complete.
 
-    `origin` is the local folder of `source`; licence and languages come from its card.
+    `origin` is the local folder of `source`; licence and languages come from its card. A folder is recorded
+    by its whole path, so that `verify` and `push` find it wherever they are started.
     """
     facts = facts or {}
+    source = str(Path(source).resolve()) if Path(source).is_dir() else source
     write_text(folder / CARD_FILE, model_card(base_of(source, origin), plan, facts))
     write_json(
         folder / PRUNING_FILE,
@@ -230,6 +232,12 @@ def recorded_plan(folder: Path, facts: dict[str, Any], hint: str) -> PruningPlan
         raise ConfigError(f"{folder} has no {PRUNING_FILE}, so what was pruned is not known.", hint=hint)
     if not facts.get("plan"):
         raise ConfigError(f"{folder} was not pruned: its {PRUNING_FILE} holds no plan.", hint=hint)
+    if isinstance(facts["plan"], dict) and facts["plan"].get("kind") == "width":
+        raise ConfigError(
+            f"{folder} was pruned by a plan of widths, which was checked when it was written; only plans of "
+            "whole layers can be checked or compared again.",
+            hint="gradpruner evaluate measures it.",
+        )
     return PruningPlan.from_dict(facts["plan"], str(folder / PRUNING_FILE))
 
 

@@ -124,7 +124,14 @@ def verify_checkpoint(
     plan = plan or recorded_plan(target, facts, "Pass --plan and --source.")
     if source is None and not isinstance(facts.get("source"), str):
         raise ConfigError(f"{target} does not say which model it was made from.", hint="Pass --source.")
-    origin = locate_model(source if source is not None else facts["source"])
+    try:
+        origin = locate_model(source if source is not None else facts["source"])
+    except GradPrunerError as error:
+        if source is not None:
+            raise
+        raise ConfigError(
+            f"The model it was made from is not found: {error.message}", hint="Name it with --source."
+        ) from error
     blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
     return verify_written(target, blueprint, level, facts)
 

@@ -7,12 +7,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gradpruner.common.errors import ConfigError, IntegrityError
 from gradpruner.common.files import LOCK_FILE, working_in
-from gradpruner.common.json_files import write_json
+from gradpruner.common.json_files import read_object, write_json
 from gradpruner.common.provenance import provenance, sha256_json
 from gradpruner.common.world import World, this_world
 from gradpruner.data.examples import Example, ExampleSet
 from gradpruner.evaluation.endpoint import Endpoint
+from gradpruner.evaluation.outputs import read_examples
 from gradpruner.evaluation.quality import Evaluation, evaluate
 from gradpruner.models.folder import locate_model
 from gradpruner.models.loading import check_loadable
@@ -83,6 +85,8 @@ def _measured(
         found |= {"source": rows.source, "format": rows.format, "rows": len(rows), "sha256": rows.sha256}
         found |= {"rows_dropped": rows.num_dropped, "notes": list(rows.notes)}
         found["metrics_asked"] = list(metrics_of(recipe))
+    if out is not None:
+        _check_folder(out, rows)
     if dry_run:
         return found
     if rows is not None:
@@ -105,6 +109,27 @@ def _measured(
         for part in out.glob(f"{ANSWERS}.*.part*"):
             part.unlink()
     return found
+
+
+def _check_folder(out: Path, rows: ExampleSet | None) -> None:
+    """Refuses to replace files that no evaluation wrote, or that the rows come from."""
+    given = Path(rows.source.partition("#")[0]).resolve() if rows is not None else None
+    for path in (out / SCORES, out / ANSWERS):
+        if not path.is_file():
+            continue
+        try:
+            if path.name == SCORES:
+                ours = "provenance" in read_object(path, "evaluation", dict[str, Any])
+            else:
+                ours = bool(read_examples(path))
+        except IntegrityError:
+            ours = False
+        if not ours or path.resolve() == given:
+            raise ConfigError(
+                f"{path} would be replaced, and it "
+                + ("holds the rows." if path.resolve() == given else "was not written by an evaluation."),
+                hint="Choose another folder with --out.",
+            )
 
 
 def measure_folder(

@@ -52,7 +52,9 @@ def test_a_width_plan_is_carried_out_on_a_folder(call, tmp_path):
     assert count_parameters(pruned) == after and pruned.config.intermediate_size == 8
 
     code, _, err = call("verify", tmp_path / "new")
-    assert code == 2 and "whole layers is needed here" in err
+    assert code == 2 and "was pruned by a plan of widths" in err
+    code, _, err = call(*arguments, "--max-shard-size", "10KB")
+    assert code == 2 and "work only with plans of whole layers" in err
     make_llama(num_hidden_layers=3).save_pretrained(tmp_path / "other")
     code, _, err = call("prune", tmp_path / "other", tmp_path / "third", *arguments[3:])
     assert code == 2 and "is for a model with" in err and not (tmp_path / "third").exists()
@@ -142,8 +144,34 @@ def test_wrong_requests(call, source, tmp_path, arguments, code, message):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    "option", [("--drop", "1"), ("--verify", "all"), ("--max-shard-size", "1KB"), ("--trace", "there")]
+)
+def test_options_that_a_run_would_ignore(call, source, tmp_path, option):
+    code, _, err = call("prune", "--out", tmp_path / "run", *option)
+    assert code == 2 and f"{option[0]} needs a model folder and a second folder" in err
+    code, _, err = call("prune", source, *option)
+    assert code == 2 and f"source NEW {option[0]}" in err.replace("\n", "")
+
+
+def test_a_folder_is_verified_from_wherever_one_is(call, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("prune", "source", "new", "--drop", "1", "--quiet")[0] == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert call("verify", "../new")[0] == 0
+    source.rename(tmp_path / "moved")
+    code, _, err = call("verify", "../new")
+    assert code == 2 and "is not found" in err and "--source" in err
+
+
 def test_wrong_folders(call, source, tmp_path):
     assert call("prune", tmp_path / "none", tmp_path / "new", "--drop", "1")[0] == 4
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "notes.txt").write_text("keep")
+    for options in ((), ("--dry-run",)):
+        code, _, err = call("prune", source, tmp_path / "theirs", "--drop", "1", *options)
+        assert code == 2 and "is not empty and was not made by gradpruner" in err
     code, _, err = call("verify", source)
     assert code == 2 and "has no pruning.json" in err
     PruningPlan.from_keep(6, [0, 1, 2]).save(tmp_path / "plan.json")

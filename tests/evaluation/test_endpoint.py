@@ -168,6 +168,11 @@ class Questions:
 
     class tokenizer:
         encode = staticmethod(lambda text, add_special_tokens: list(text))
+        decode = staticmethod(lambda ids: f"<{ids[0]}>")
+        eos_token_id = 0
+
+    def __init__(self, *ends):
+        self.ends = lambda own: [0, *ends]
 
     def cut_prompt(self, index, max_new_tokens):
         return [1, 2]
@@ -180,7 +185,8 @@ class Stranger(BaseHTTPRequestHandler):
     """Sends the bytes in the server's `replies`: one entry per request, the last one for all further ones."""
 
     def answer(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.bodies += [json.loads(body)] if body else []
         self.server.seen.append((self.command, self.headers.get("Authorization")))
         replies = self.server.replies
         try:
@@ -213,7 +219,7 @@ def stranger(monkeypatch):
     def make(*replies):
         server = ThreadingHTTPServer(("127.0.0.1", 0), Stranger)
         server.daemon_threads = True
-        server.replies, server.seen = list(replies), []
+        server.replies, server.seen, server.bodies = list(replies), [], []
         server.url = f"http://127.0.0.1:{server.server_port}/v1"
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
@@ -301,6 +307,18 @@ def test_answers_are_sorted_and_the_first_token_needs_no_log_probability(strange
     assert indices == [0, 1] and [(a.text, a.finished) for a in found] == [("a", True), ("b", False)]
     held = [{"index": i, "text": "", "logprobs": {"token_logprobs": [None, None, -i - 0.5]}} for i in (0, 1)]
     assert score(stranger(MODELS, choices(*held))) == [([0], [[-0.5, -1.5]])]
+
+
+def test_the_end_token_of_a_chat_template_ends_an_answer(stranger):
+    entries = [{"text": "cat<7>dog", "index": 0, "finish_reason": "length"}]
+    entries += [{"text": "cat dog", "index": 1, "finish_reason": "length"}]
+    server = stranger(MODELS, choices(*entries))
+    ((_, (cut, whole)),) = Endpoint(server.url).answers(Questions(7), [0, 1], 9)
+    assert (cut.text, cut.finished) == ("cat", True) and (whole.text, whole.finished) == ("cat dog", False)
+    assert server.bodies[-1]["stop"] == ["<7>"] and server.bodies[-1]["stop_token_ids"] == [7]
+    server = stranger(MODELS, choices(*entries))
+    assert len(list(Endpoint(server.url).answers(Questions(), [0, 1], 9))) == 1
+    assert "stop" not in server.bodies[-1]  # the server knows the tokenizer's own
 
 
 def test_a_key_goes_to_no_other_host(stranger, monkeypatch):

@@ -66,9 +66,18 @@ def test_rouge_l_equals_the_library():
     assert rouge_l(answer, generated) == pytest.approx(expected.fmeasure)
 
 
-@pytest.mark.parametrize("empty", ["", "  \n", "...", "\u00e9\u00e8"])
+@pytest.mark.parametrize("empty", ["", "  \n", "..."])
 def test_rouge_l_of_no_words_is_zero(empty):
     assert rouge_l(empty, "an answer") == rouge_l("an answer", empty) == rouge_l(empty, empty) == 0.0
+
+
+def test_rouge_l_counts_words_of_any_script():
+    assert rouge_l("Мама мыла раму", "мама мыла  раму.") == 1.0
+    assert rouge_l("Мама мыла окно", "Мама мыла раму") == pytest.approx(2 / 3)
+    assert rouge_l("été long", "été court") == pytest.approx(1 / 2)  # not three pieces of words
+    assert rouge_l("hindi में है", "hindi में था") == pytest.approx(2 / 3)
+    assert rouge_l("猫很好", "猫 很大") == pytest.approx(2 / 3)  # each character is a word
+    assert rouge_l("no idea", "Мама мыла раму") == 0.0
 
 
 def test_paper_score_by_hand():
@@ -125,6 +134,12 @@ def test_same_number():
     assert not same_number("#### -18", "#### 18")
     assert not same_number("no idea", "#### 18")
     assert not same_number("no idea", "none either")
+    for one, other in (("3/4", "1/4"), ("3,5", "7,5"), ("1e5", "1e9"), ("5:30", "7:30"), ("1 234", "5 234")):
+        assert same_number(f"#### {one}", f"so\n#### {one}") and not same_number(
+            f"#### {one}", f"#### {other}"
+        )
+        assert not same_number(one, f"#### {one}")  # no line with the mark
+    assert same_number("#### 4 dollars", "#### 4") and same_number("#### 3 + 4 = 7", "#### 7 eggs")
 
 
 def test_majority_class_by_hand():

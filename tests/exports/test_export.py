@@ -3,13 +3,15 @@
 import importlib.util
 import json
 import stat
+from pathlib import Path
 
 import pytest
 import torch
 from builders import make_llama, make_tokenizer
 
 from gradpruner.data.chat_templates import TEMPLATES
-from gradpruner.exports.comparing import _judged, _up_to
+from gradpruner.exports.comparing import _greedy, _judged, _up_to
+from gradpruner.exports.gguf import find_tools
 from gradpruner.exports.ollama import modelfile
 from gradpruner.exports.turns import Turns, find_turns
 from gradpruner.models.saving import save_model
@@ -97,6 +99,22 @@ def test_answers_are_compared_up_to_the_first_difference_and_with_their_end() ->
     assert (outcome.tokens, outcome.same_tokens) == (7, 5) and not outcome.is_wrong
     assert _judged("an engine", expected, [[1], [1], [1]], False).is_wrong
     assert "other tokens" in _judged("an engine", expected, found, False).sentence()
+
+
+def test_the_model_is_asked_without_its_own_penalties() -> None:
+    model = make_llama().eval()
+    plain = _greedy(model, [[5, 6, 7], [9]], 0)
+    model.generation_config.repetition_penalty = 50.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert _greedy(model, [[5, 6, 7], [9]], 0) == plain and len(set(plain[1])) < len(plain[1])
+    assert model.generation_config.repetition_penalty == 50.0
+
+
+def test_the_home_folder_may_be_written_short(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    llama_cpp(tmp_path / "llama.cpp")
+    tools = find_tools("Q4_K_M", Path("~/llama.cpp"))
+    assert tools.quantiser == str(tmp_path / "llama.cpp/build/bin/llama-quantize")
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -32,7 +32,13 @@ def run(tmp_path):
     model = folder / "variants/merged/model"
     model.parent.mkdir(parents=True)
     save_model(
-        make_llama(), make_tokenizer(), model, dtype=torch.float32, plan=PLAN, source=str(tmp_path / "base")
+        make_llama(),
+        make_tokenizer(),
+        model,
+        dtype=torch.float32,
+        plan=PLAN,
+        source=str(tmp_path / "base"),
+        facts={"previous": {"source": str(tmp_path / "base"), "previous": {"source": "org/first"}}},
     )
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     (model / "training.py").write_text("print()")
@@ -86,6 +92,8 @@ def test_a_dry_run_lists_what_a_push_then_brings(call, run, monkeypatch):
         (figure,) = card.data.eval_results
         assert (figure.metric_type, figure.metric_value) == ("exact_match", 0.9)
         assert figure.dataset_args == {"rows": 480, "source": "test.jsonl"}
+        before = json.loads(files["pruning.json"])["previous"]
+        assert (before["source"], before["previous"]["source"]) == ("base", "org/first")
         assert "from_pretrained('me/small')" in card.text and "prompt = 'red'" in card.text
         assert not [name for name, data in files.items() if str(run.parent).encode() in data]
         assert TOKEN not in out + err

@@ -236,10 +236,10 @@ def test_the_config_keeps_its_fields_and_their_spelling(rich):
 
 
 def test_the_record_says_what_was_done(rich):
-    _, target, report = rich
+    source, target, report = rich
     facts = json.loads((target / PRUNING_FILE).read_text())
     assert PruningPlan.from_dict(facts["plan"]) == MERGING
-    assert (facts["source"], facts["kind"], facts["previous"]) == ("the sörce", "model", None)
+    assert (facts["source"], facts["kind"], facts["previous"]) == (str(source), "model", None)
     assert (facts["layers"], facts["tensors"], facts["merged_tensors"]) == ([6, 3], [57, 30], 7)
     assert facts["verified"] == report.to_dict() and facts["fingerprint"].startswith("llama-6x32-")
     hashes = {

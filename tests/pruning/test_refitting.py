@@ -537,6 +537,16 @@ def test_in_16_bits_the_next_cut_sees_the_rounded_weight():
     assert all(w.dtype == torch.float32 for w in repair.weights.values())
 
 
+def test_in_16_bits_influences_are_those_of_32_bits_up_to_rounding():
+    batch, fine = collate(in_order(make_ids(ROWS), ROWS)), make_model()
+    models = (fine, copy.deepcopy(fine).to(torch.bfloat16))
+    wide, narrow = (Tokens(LayeredModel(model), [batch], 0.5, World()) for model in models)
+    sample, token = wide.walk.counted[0].nonzero().unbind(1)
+    for layer in (0, 3):
+        weights = [tokens.weights(layer, 0, sample, token) for tokens in (wide, narrow)]
+        assert float(torch.corrcoef(torch.stack(weights))[0, 1]) > 0.98
+
+
 def test_layers_at_the_input_have_nothing_before_them():
     assert places_of(dropping([0, 1, 3, 4]), "linear") == [(2, (3, 4))]
     assert list(unrepaired(dropping([0, 1, 3, 4]))) == [0, 1]
@@ -796,9 +806,9 @@ def test_every_family_is_repaired_or_refused(model_type):
     reason = next((why for why, names in REFUSED.items() if model_type in names), None)
     if reason is not None:
         with pytest.raises(ModelError, match=reason):
-            fit(model, plan, rows=make_ids(16))
+            fit(model, plan, rows=make_ids(16), answers=0.5)
         return
-    repair = fit(model, plan, rows=make_ids(16))
+    repair = fit(model, plan, rows=make_ids(16), answers=0.5)
     assert len(repair.cuts) == 2
     assert all(0 < cut.error_after <= cut.error_before for cut in repair.cuts)
     assert all(weight.ndim == (1 if model_type in NORMS else 2) for weight in repair.weights.values())

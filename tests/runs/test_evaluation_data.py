@@ -231,6 +231,18 @@ def invoke(*arguments):
     return CliRunner().invoke(app, ["evaluate", *map(str, arguments)])
 
 
+@pytest.mark.parametrize("name", ["examples.jsonl", "evaluation.json"])
+def test_files_of_others_are_not_replaced(folder, name):
+    mine = folder / "mine"
+    mine.mkdir()
+    rows = (folder / "eval.jsonl").read_text() if name == "examples.jsonl" else "{}"
+    (mine / name).write_text(rows)
+    for given in ({mine / name} if name == "examples.jsonl" else set()) | {folder / "eval.jsonl"}:
+        done = invoke(folder / "model", "--eval-data", given, "--out", mine, "--quiet")
+        assert isinstance(done.exception, ConfigError) and "would be replaced" in str(done.exception)
+    assert (mine / name).read_text() == rows and len(list(mine.iterdir())) == 1
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(html, "render_html", lambda record, path: path)
@@ -252,6 +264,8 @@ def test_a_model_folder_is_measured(folder):
         "evaluation.json",
         "examples.jsonl",
     ]
+    again = invoke(folder / "model", "--eval-data", folder / "eval.jsonl", "--out", folder / "scores")
+    assert again.exit_code == 0, again.output
     limited = invoke(
         folder / "model", "--eval-data", folder / "eval.jsonl", "--limit", 5, "--quiet", "--json",
         "--set", "evaluate.metrics=[rouge_l]",
