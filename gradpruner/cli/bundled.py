@@ -33,6 +33,8 @@ def recipe_file(name: str) -> Path:
     known, names = RECIPES / f"{name}.yaml", recipe_names()
     if known.exists():
         return known
+    if Path(name, "recipe.yaml").is_file():
+        raise ConfigError(f"{name} is a run, not a recipe or a model.", hint=f"Go on in it: --out {name}")
     if "/" in name and not any(other.startswith(name.split("/")[0]) for other in names):
         raise ConfigError(
             f"There is no recipe, model folder or other file at {name}.",

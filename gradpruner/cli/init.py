@@ -72,7 +72,8 @@ def _found(folder: Path, values: dict[str, Any]) -> dict[str, Any]:
     if "data.task" in values:
         return values
     if "data.train" not in values:
-        values["data.train"] = str(split_files(folder, "train")[0])
+        files = split_files(folder, "train")
+        values["data.train"] = str(files[0] if files == [file_of(folder, "train")] else folder)
     train = Path(values["data.train"])
     # Only in the same folder: a folder in it is probably another data set.
     beside = file_of(train.parent, "eval") if train.is_file() else None

@@ -182,13 +182,22 @@ def encode_all(
         ConfigError: If `max_length` is below 2.
     """
     encoded = [encode(tokenizer, example, max_length) for example in examples]
-    empty = [example.id for example, one in zip(examples, encoded, strict=True) if one.num_supervised == 0]
+    empty = [
+        (example.id, one) for example, one in zip(examples, encoded, strict=True) if one.num_supervised == 0
+    ]
     if empty:
+        cut = any(one.cut_answer_tokens for _, one in empty)
         raise DataError(
             f"0 learned tokens in {len(empty)} of {len(encoded)} samples "
-            f"(first: {', '.join(empty[:_EXAMPLES_NAMED])}): cut to {max_length} "
-            "tokens, they keep nothing of their answers.",
-            hint=f"Raise data.max_length (now {max_length}) or shorten the texts.",
+            f"(first: {', '.join(name for name, _ in empty[:_EXAMPLES_NAMED])}): "
+            + (
+                f"cut to {max_length} tokens, they keep nothing of their answers."
+                if cut
+                else "nothing in them counts as an answer."
+            ),
+            hint=f"Raise data.max_length (now {max_length}) or shorten the texts."
+            if cut
+            else "In conversations, replies of weight 0 are not learned.",
         )
     return EncodedDataset(encoded)
 

@@ -16,6 +16,7 @@ _ALSO_CALLED = {
     "validation": ("valid", "dev", "val", "validate"),
 }
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
+_SCORES = "evaluation.json"  # what `gradpruner evaluate` writes, which holds no rows
 _FILES_NAMED = 8  # in a message
 
 
@@ -93,7 +94,7 @@ def _laid_out(folder: Path, name: str) -> list[Path]:
     mark = re.compile(rf"{re.escape(name)}([-_.]\d+)*(-of-\d+)?", re.IGNORECASE)
     within: dict[Path, list[Path]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
-        if not type_of(path) or not path.is_file():
+        if not type_of(path) or not path.is_file() or path.name == _SCORES:
             continue
         below = path.parent != folder and path.parent.name == name
         if below or mark.fullmatch(path.name.partition(type_of(path))[0]):

@@ -202,9 +202,24 @@ class UnnamedLabels(DataError):
 
 
 def _names_given(labels: Sequence[str] | Mapping[int | str, str]) -> dict[str, str]:
-    """Returns label as written -> name; rows may also contain the names themselves."""
+    """Returns label as written -> name; rows may also contain the names themselves.
+
+    Raises:
+        ConfigError: If a name is blank or given twice, or a list names a number by another number.
+    """
     pairs = labels.items() if isinstance(labels, Mapping) else enumerate(labels)
     found = {str(key): str(name) for key, name in pairs}
+    names = list(found.values())
+    if doubtful := [name for name in names if not name.strip() or names.count(name) > 1]:
+        what = f"the name '{doubtful[0]}' twice" if doubtful[0].strip() else "a name without text"
+        raise ConfigError(f"data.labels has {what}.", hint="Give each label a name of its own.")
+    moved = {key: name for key, name in found.items() if name.isdecimal() and name != key}
+    if moved and not isinstance(labels, Mapping):
+        key, name = next(iter(moved.items()))
+        raise ConfigError(
+            f"data.labels is a list, counted from 0, so it calls the label {key} '{name}'.",
+            hint=f"If the labels are to stay as they are, map them: {{{name}: '{name}', ...}}.",
+        )
     return found | {name: name for name in found.values() if name not in found}
 
 

@@ -233,7 +233,8 @@ def _json_rows(path: Path, text: str, split: str, faults: Faults) -> Iterator[Da
     value = _parse_json(path, text, 1)
     if isinstance(value, dict):
         keys = [key for key in (split, "data") if isinstance(value.get(key), list)]
-        if not keys and not any(isinstance(part, list) for part in value.values()):
+        conversation = "messages" in value or "conversations" in value
+        if not keys and (conversation or not any(isinstance(part, list) for part in value.values())):
             value = [value]
         elif not keys:
             raise DataError(

@@ -199,6 +199,10 @@ def _row_set(
     return RowSet(found, source, digest.hexdigest(), label_names=names)
 
 
+class NoSplitError(DataError):
+    """A dataset of the hub has no such split."""
+
+
 def read_hub(
     hub_id: str,
     split: str,
@@ -220,7 +224,8 @@ def read_hub(
         tried: Places already looked at, for the message.
 
     Raises:
-        DataError: If the dataset, the configuration or the split is not available.
+        NoSplitError: If the dataset has no such split.
+        DataError: If the dataset or the configuration is not available.
     """
     import datasets
 
@@ -237,7 +242,10 @@ def read_hub(
                 _refuse_hub(hub_id, split, config, tried, error)
     else:
         assert refused is not None
-        _refuse_hub(hub_id, split, config, tried, refused)
+        try:
+            _refuse_hub(hub_id, split, config, tried, refused)
+        except DataError as error:
+            raise NoSplitError(error.message, error.hint) from refused
     name = f"{hub_id}:{config}" if config else hub_id
     which = taken if taken == split else f"asked for {split}, took {taken}"
     what = f"Hub dataset '{hub_id}', split '{taken}',"

@@ -118,6 +118,13 @@ def test_a_first_recipe_runs_as_it_is(call, tmp_path, monkeypatch):
     assert max(map(len, text.splitlines())) <= 120
     code, out, err = call("run", "recipe.yaml", "--epochs", "1", "--train-limit", "16", "--quiet")
     assert code == 0 and (tmp_path / "runs/recipe/report.html").exists(), err
+    (tmp_path / "shards").mkdir()
+    for number in range(2):
+        shard = tmp_path / "shards" / f"train-0000{number}-of-00002.jsonl"
+        shard.write_bytes((tmp_path / "train.jsonl").read_bytes())
+    code, _, err = call("init", "shards", "--model", "model")
+    assert code == 0, err
+    assert load_recipe(str(tmp_path / "shards/recipe.yaml")).data.train == str(tmp_path / "shards")
     assert call("init")[0] == 2 and (tmp_path / "recipe.yaml").read_text() == text
 
 

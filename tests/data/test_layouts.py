@@ -101,6 +101,32 @@ def test_numbers_are_named_by_the_recipe(tmp_path, labels, numbers):
         load_examples(path, layout=Layout(labels=["negative", "neutral"]))
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (["1", "2", "3"], "a list, counted from 0, so it calls the label 0 '1'"),
+        (["bad", "good", "bad"], "the name 'bad' twice"),
+        (["", "bad", "good"], "a name without text"),
+        ({1: "a", 2: "a"}, "the name 'a' twice"),
+    ],
+)
+def test_names_that_would_mix_up_labels(tmp_path, labels, message):
+    path = csv(tmp_path / "a.csv", "text,label", "good,1", "bad,2")
+    with pytest.raises(ConfigError, match=message):
+        load_examples(path, layout=Layout(labels=labels))
+    kept = load_examples(path, layout=Layout(labels={1: "1", 2: "2"}))
+    assert [one.answer for one in kept.examples] == [" 1", " 2"]
+
+
+def test_names_of_labels_are_for_a_text_and_its_label(tmp_path):
+    path = tmp_path / "a.jsonl"
+    write_rows(path, [{"prompt": "a", "completion": "0"}])
+    with pytest.raises(
+        ConfigError, match=r"names the labels of a text, but the rows of .* are prompt_completion"
+    ):
+        load_examples(path, layout=Layout(labels=["bad", "good"]))
+
+
 def test_a_column_of_names_takes_precedence_over_numbers(tmp_path):
     path = csv(tmp_path / "a.csv", "text,label,label_text", "good,1,positive", "bad,0,negative")
     found = load_examples(path)

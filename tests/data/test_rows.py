@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.examples import Example, Message, overlap
+from gradpruner.data.folders import has_split
 from gradpruner.data.loading import load_examples
 from gradpruner.data.shapes import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, FORMATS
 
@@ -293,6 +294,22 @@ def test_hub_dataset(monkeypatch):
     assert found.examples[0].id.startswith("org/sums:small/validation[")
     assert len(found) == 1
     assert found.sha256 == load_examples("org/sums:small", split="validation").sha256
+
+
+def test_a_single_conversation_in_a_json_file_is_a_row(tmp_path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(CHAT))
+    assert len(load_examples(path)) == 1
+
+
+def test_scores_of_an_evaluation_are_not_its_rows(tmp_path):
+    for name in ("train.jsonl", "test.jsonl"):
+        jsonl(tmp_path / name, PAIR)
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "scores" / "evaluation.json").write_text('{"metrics": {}}')
+    assert load_examples(tmp_path, split="eval").source == str(tmp_path / "test.jsonl")
+    (tmp_path / "test.jsonl").unlink()
+    assert not has_split(tmp_path, "eval")
 
 
 def test_hub_splits_may_have_the_same_other_names_as_files(monkeypatch):

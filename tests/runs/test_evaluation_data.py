@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from builders import make_project, make_rows, make_tokenizer, write_rows
 from typer.testing import CliRunner
@@ -15,7 +16,13 @@ from gradpruner.data.tasks import TASKS
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.reports import html
 from gradpruner.reports.notes import PROBE_TASKS
-from gradpruner.runs.job.evaluation_data import check_evaluation, load_rows, load_split, metrics_of
+from gradpruner.runs.job.evaluation_data import (
+    check_evaluation,
+    load_rows,
+    load_split,
+    metrics_of,
+    was_held_out,
+)
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
@@ -104,6 +111,34 @@ def test_evaluation_rows_are_held_out_if_none_are_given(tmp_path):
         load_rows(recipe(train=str(tmp_path / "few")), tokenizer)
     write_rows(tmp_path / "few" / "test.jsonl", make_rows(4))
     assert list(map(len, load_rows(recipe(train=str(tmp_path / "few")), tokenizer))) == [9, 4]
+
+
+def test_rows_of_a_hub_dataset_without_other_splits_are_held_out_too(monkeypatch):
+    def load_dataset(hub_id, config, *, split, **_):
+        if split != "train":
+            raise ValueError(f'Unknown split "{split}". Should be one of [train].')
+        return datasets.Dataset.from_list(make_rows(30))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train, held = load_rows(recipe(train="owner/instruct"), make_tokenizer())
+    assert (len(train), len(held)) == (27, 3) and was_held_out(train, "evaluation")
+    with pytest.raises(DataError, match="Unknown split"):
+        load_rows(recipe(train="owner/instruct", eval="owner/instruct"), make_tokenizer())
+
+
+def test_validation_rows_of_a_task_are_asked_as_its_other_rows(tmp_path):
+    write_rows(tmp_path / "train.jsonl", ROWS["sst2"])
+    write_rows(tmp_path / "held.jsonl", ROWS["sst2"][::-1])
+    asked = recipe(task="sst2", folder=str(tmp_path), validation=f"{tmp_path}/held.jsonl#1")
+    train, held = (load_split(asked, split, make_tokenizer()) for split in ("train", "validation"))
+    assert len(held) == 1 and held.examples[0].prompt in [one.prompt for one in train.examples]
+
+
+def test_a_template_that_no_row_uses_is_noted(tmp_path):
+    write_rows(tmp_path / "train.jsonl", make_rows(4))
+    asked = recipe(train=str(tmp_path / "train.jsonl"), chat_template="chatml")
+    found = load_split(asked, "train", make_tokenizer())
+    assert "template" not in found.format and "data.chat_template is not used" in found.notes[-1]
 
 
 def test_chat_models_are_asked_in_conversations(tmp_path):

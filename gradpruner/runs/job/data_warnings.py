@@ -10,7 +10,7 @@ from gradpruner.data.chat import template_notes
 from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
 from gradpruner.evaluation.metrics import majority_class
-from gradpruner.runs.job.evaluation_data import holds_out, unequal_labels
+from gradpruner.runs.job.evaluation_data import unequal_labels, was_held_out
 from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def warnings_of(inputs: Inputs) -> list[str]:
     ]
     found += [f"training data: {note}" for note in inputs.samples.notes()]
     held_out = {
-        "validation": inputs.validation is not None and inputs.recipe.data.validation is None,
-        "eval": inputs.measures and holds_out(inputs.recipe),
+        "validation": was_held_out(inputs.train, "validation"),
+        "eval": inputs.measures and was_held_out(inputs.train, "evaluation"),
     }
     for key in (key for key, holds in held_out.items() if holds and inputs.recipe.start == "given"):
         rows = "Validation" if key == "validation" else "Evaluation"

@@ -18,6 +18,7 @@ from gradpruner.data.folders import has_split
 from gradpruner.data.layouts import Layout
 from gradpruner.data.loading import load_examples, split_sample_suffix
 from gradpruner.data.numbers import final_number
+from gradpruner.data.rows import NoSplitError
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
@@ -145,7 +146,7 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | Non
     data, also = recipe.data, {entry.task: entry for entry in recipe.evaluate.also}
     if split in also:
         found = _load_task(recipe, also[split], split, also[split].limit, tokenizer)
-    elif data.task is not None and split != "validation":
+    elif data.task is not None:
         found = _load_task(recipe, data, split, getattr(data, f"{split}_limit"), tokenizer)
     else:
         source = data.train if getattr(data, split) is None else getattr(data, split)
@@ -160,20 +161,27 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | Non
             layout=Layout(data.columns, data.prompt, data.completion, data.labels),
         )
     kept = usable(tokenizer, found, max_length or data.max_length, skip_bad=data.skip_bad)
+    if data.chat_template is not None and not any(example.messages for example in kept.examples):
+        unused = f"data.chat_template is not used for the rows of '{split}', which are no conversations"
+        return replace(kept, notes=(*kept.notes, unused))
     return replace(kept, format=kept.format + template_mark(data.chat_template))
 
 
 def _load_task(
     recipe: Recipe, source: DataSection | AlsoSection, split: str, limit: int | None, tokenizer: Any
 ) -> ExampleSet:
-    """Reads the training rows ("train") or the evaluation rows (any other split) of a named task."""
+    """Reads the training, validation or evaluation rows (any other split) of a named task."""
     assert source.task is not None
     task = TASKS.find(source.task)
     if split == "train":
         named, limit = task.train_split, task.train_limit if limit is None else limit
     else:
         named = task.eval_split
-    rows = load_task(source.task, source.folder, named, limit, recipe.seed, skip_bad=recipe.data.skip_bad)
+    folder = source.folder
+    if split == "validation":  # a file or folder of its own, in the task's schema
+        named = split
+        folder, limit = split_sample_suffix(str(recipe.data.validation), limit)
+    rows = load_task(source.task, folder, named, limit, recipe.seed, skip_bad=recipe.data.skip_bad)
     return worded(rows, tokenizer, recipe.data.chat)
 
 
@@ -186,7 +194,11 @@ def load_rows(recipe: Recipe, tokenizer: Any, max_length: int | None = None) -> 
     """
     train = load_split(recipe, "train", tokenizer, max_length)
     if not holds_out(recipe):
-        return train, load_split(recipe, "eval", tokenizer, max_length)
+        try:
+            return train, load_split(recipe, "eval", tokenizer, max_length)
+        except NoSplitError:
+            if recipe.data.task is not None or recipe.data.eval is not None:
+                raise
     count = min(recipe.data.eval_limit or MOST_HELD_OUT, len(train) // 10)
     return _held_out(recipe, train, count, "evaluation", "eval")
 
@@ -199,6 +211,11 @@ def holds_out(recipe: Recipe) -> bool:
     assert data.train is not None
     source = Path(split_sample_suffix(data.train, None)[0]).expanduser()
     return source.is_file() or (source.is_dir() and not has_split(source, "eval"))
+
+
+def was_held_out(train: ExampleSet, what: str) -> bool:
+    """Whether rows for `what` ("evaluation", "validation") were held out of these training rows."""
+    return any(note.endswith(f"{HELD_OUT} {what}") for note in train.notes)
 
 
 def unequal_labels(train: ExampleSet, others: Mapping[str, ExampleSet]) -> list[str]:
