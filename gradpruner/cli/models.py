@@ -81,8 +81,10 @@ def prune(
 
     Without a second folder: runs a recipe, or the run in --out, up to pruning.
     """
+    for_layers: dict[str, Any] = {"--trace": trace, "--repair": repair}
+    for_layers |= {"--max-shard-size": max_shard_size != LARGEST_SHARD, "--verify": level != "auto"}
     if destination is None:
-        _refuse_for_runs(source, trace, keep, drop, repair, max_shard_size, level)
+        _refuse_for_runs(source, {"--keep": keep, "--drop": drop, **for_layers})
         chosen = replace(chosen, values=given(plan=str(plan) if plan else None))
         execute(resolve(source, chosen, chosen.out), "prune", chosen)
         return
@@ -93,36 +95,25 @@ def prune(
         )
     prepare(chosen.quiet)
     which = _Choice(plan, trace, keep, drop, repair)
-    options = {"max_shard_bytes": parse_size(max_shard_size), "verify": level}
-    usual = trace is None and max_shard_size == LARGEST_SHARD and level == "auto"
-    if which.width_plan is not None and not usual:
+    extra = [name for name, value in for_layers.items() if value]
+    if extra and which.width_plan is not None:
         raise ConfigError(
-            "--trace, --max-shard-size and --verify work only with plans of whole layers; this plan removes "
-            "heads, channels or hidden dimensions.",
-            hint="Leave them out.",
+            f"{extra[0]} works only with plans of whole layers; this plan removes heads, channels or hidden "
+            "dimensions.",
+            hint=f"Leave {extra[0]} out.",
         )
-    _prune_folder(source, destination, which, chosen, **options)
+    _prune_folder(
+        source, destination, which, chosen, max_shard_bytes=parse_size(max_shard_size), verify=level
+    )
 
 
-def _refuse_for_runs(
-    source: str | None,
-    trace: Path | None,
-    keep: str | None,
-    drop: str | None,
-    repair: Path | None,
-    max_shard_size: str,
-    level: str,
-) -> None:
+def _refuse_for_runs(source: str | None, options: dict[str, Any]) -> None:
     """Refuses options that only mean something with two folders; a run would ignore them."""
-    options: dict[str, Any] = {"--trace": trace, "--keep": keep, "--drop": drop, "--repair": repair}
-    options |= {"--max-shard-size": max_shard_size != LARGEST_SHARD, "--verify": level != "auto"}
-    given = [name for name, value in options.items() if value]
-    if not given:
-        return
-    hint = "A run prunes by its recipe: set plan.num_prune, plan.file or plan.repair with --set."
-    if source is not None and Path(source, "config.json").is_file():
-        hint = f"Name the folder to write: gradpruner prune {source} NEW {given[0]} ..."
-    raise ConfigError(f"{given[0]} needs a model folder and a second folder to prune it into.", hint=hint)
+    for name in (name for name, value in options.items() if value):
+        hint = "A run prunes by its recipe: set plan.num_prune, plan.file or plan.repair with --set."
+        if source is not None and Path(source, "config.json").is_file():
+            hint = f"Name the folder to write: gradpruner prune {source} NEW {name} ..."
+        raise ConfigError(f"{name} needs a model folder and a second folder to prune it into.", hint=hint)
 
 
 @dataclass(frozen=True)
@@ -179,12 +170,6 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
 
     folder = locate_model(source)
     if (widths := which.width_plan) is not None:
-        if which.repair_folder is not None:
-            raise ConfigError(
-                "--repair works only with plans of whole layers; this plan removes heads, channels or hidden "
-                "dimensions.",
-                hint="Leave --repair out.",
-            )
         _prune_widths(folder, source, destination, widths, chosen)
         return
     plan, trace = which.resolve(folder)

@@ -54,7 +54,7 @@ def test_a_width_plan_is_carried_out_on_a_folder(call, tmp_path):
     code, _, err = call("verify", tmp_path / "new")
     assert code == 2 and "was pruned by a plan of widths" in err
     code, _, err = call(*arguments, "--max-shard-size", "10KB")
-    assert code == 2 and "work only with plans of whole layers" in err
+    assert code == 2 and "works only with plans of whole layers" in err
     make_llama(num_hidden_layers=3).save_pretrained(tmp_path / "other")
     code, _, err = call("prune", tmp_path / "other", tmp_path / "third", *arguments[3:])
     assert code == 2 and "is for a model with" in err and not (tmp_path / "third").exists()
