@@ -11,7 +11,7 @@ import typer
 from gradpruner.cli.executing import prepare
 from gradpruner.cli.options import ROWS, Chosen, takes
 from gradpruner.cli.suggestions import suggest
-from gradpruner.common.errors import ConfigError
+from gradpruner.common.errors import ConfigError, GradPrunerError
 
 RECIPE_NAME = "recipe.yaml"
 
@@ -47,7 +47,12 @@ def init(
             hint="Give another name: gradpruner init other.yaml",
         )
     prepare(quiet=True)
-    text = first_recipe(target, _found(target.parent, chosen.values))
+    try:
+        text = first_recipe(target, _found(target.parent, chosen.values))
+    except GradPrunerError as error:
+        if error.hint and any(option in error.hint for option in ("--set", "--skip-bad", "data.")):
+            error.hint += " `gradpruner run` has these options (--set KEY=VALUE for keys); `init` has not."
+        raise
     check_recipe(parse_yaml(text), str(target))
     write_text(target, text)
     typer.echo(f"written: {target}")

@@ -39,12 +39,14 @@ def conversation_ids(
     *earlier, (last, _) = _pieces(tokenizer, example)
     head: list[int] = []
     learned: list[bool] = []
+    written = ""
     for text, kept in earlier:
-        ids = text_ids(tokenizer, text)
+        ids = _ids_behind(tokenizer, written, text)
         end = (_turn_end(tokenizer, ids) or len(ids)) if kept else 0
         head += ids
         learned += [True] * end + [False] * (len(ids) - end)
-    answer = text_ids(tokenizer, last)
+        written += text
+    answer = _ids_behind(tokenizer, written, last)
     end = _turn_end(tokenizer, answer)
     if end:
         return head, learned, answer[:end]
@@ -57,6 +59,21 @@ def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Returns the ids of a text, without start and end tokens."""
     # verbose=False: we cut long texts ourselves, so the tokenizer need not warn about their length.
     return list(tokenizer.encode(text, add_special_tokens=False, verbose=False))
+
+
+def adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a space before a text, as those of Llama 2 and Mistral do."""
+    first = tokenizer.convert_ids_to_tokens(text_ids(tokenizer, "a")[:1])
+    return bool(first) and str(first[0]).startswith("▁")
+
+
+def _ids_behind(tokenizer: PreTrainedTokenizerBase, written: str, text: str) -> list[int]:
+    """Returns the ids of a text behind another one, without the space that would be put before it alone."""
+    if written and adds_space(tokenizer):
+        before, whole = text_ids(tokenizer, written), text_ids(tokenizer, written + text)
+        if whole[: len(before)] == before:
+            return whole[len(before) :]
+    return text_ids(tokenizer, text)
 
 
 def template_notes(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from gradpruner.common.errors import ConfigError, DataError
-from gradpruner.data.chat import conversation_ids, text_ids
+from gradpruner.data.chat import adds_space, conversation_ids, text_ids
 from gradpruner.data.examples import Example, ExampleSet
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     Some SentencePiece tokenizers (Llama 2, Mistral) put a space before any text. An answer with its own
     leading space would get two, so its space is removed for them.
     """
-    if text.startswith(" ") and _adds_leading_space(tokenizer):
+    twice = text.startswith(" ") and adds_space(tokenizer)
+    if twice and text_ids(tokenizer, " a") != text_ids(tokenizer, "a"):
         text = text[1:]
     return text_ids(tokenizer, text)
 
@@ -247,13 +248,6 @@ def closed(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Returns the ids with the end token appended, unless they end with it already."""
     end = tokenizer.eos_token_id
     return ids if end is None or ids[-1:] == [int(end)] else [*ids, int(end)]
-
-
-def _adds_leading_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer encodes "a" as "▁a", and " a" with one more space."""
-    bare = text_ids(tokenizer, "a")
-    first = tokenizer.convert_ids_to_tokens(bare[:1])
-    return bool(first) and str(first[0]).startswith("▁") and text_ids(tokenizer, " a") != bare
 
 
 def _plain_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

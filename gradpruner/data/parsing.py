@@ -278,6 +278,12 @@ def _csv_rows(path: Path, text: str, delimiter: str, faults: Faults) -> Iterator
                     hint='Put texts with commas or line breaks in double quotes; write " as "".',
                 )
                 faults.add(f"{path.name}:{line}", error)
+            elif delimiter == "\t" and any("\t" in value and "\n" in value for value in values):
+                error = DataError(
+                    f"{path}:{line}: a field goes on over a tab and the next line.",
+                    hint='Two texts probably begin or end with a double quote: write " as "" and quote them.',
+                )
+                faults.add(f"{path.name}:{line}", error)
             else:
                 yield DataRow(f"{path.name}:{line}", dict(zip(header, values, strict=True)))
             line = reader.line_num + 1

@@ -192,6 +192,23 @@ def test_sentence_piece_like_tokenizers_get_one_space(prepends):
     assert two_spaces == "  positive"
 
 
+@pytest.mark.parametrize("prepends", [True, False])
+def test_turns_of_a_chat_are_what_the_whole_template_becomes(prepends):
+    tokenizer = sentence_piece_like(prepends=prepends)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}Answer: {{ m['content'] }}"
+        "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    said = [("user", "Answer"), ("assistant", "positive"), ("user", "it is"), ("assistant", "positive")]
+    turns = tuple(Message(role, text) for role, text in said)
+    whole = tokenizer.apply_chat_template([m.as_turn() for m in turns], tokenize=True, return_dict=False)
+    found = encode(tokenizer, Example("x", "", "positive", messages=turns), 200)
+    assert found.input_ids == whole
+    learned = [token for token, label in zip(found.input_ids, found.labels, strict=True) if label != IGNORED]
+    answer = [*tokenizer.encode("positive"), tokenizer.eos_token_id]
+    assert learned == answer * 2
+
+
 def test_word_level_tokenizer_has_neither_start_end_nor_padding():
     tokenizer = word_level()
     encoded = encode(tokenizer, Example("x", "is it ?", " yes"), 10)

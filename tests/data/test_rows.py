@@ -296,6 +296,14 @@ def test_hub_dataset(monkeypatch):
     assert found.sha256 == load_examples("org/sums:small", split="validation").sha256
 
 
+def test_quotes_that_would_join_two_rows_of_a_tsv(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('text\tlabel\nfine\tpos\n"hello there\tpos\nand bye"\tneg\n')
+    assert "a.tsv:3: a field goes on over a tab and the next line" in str(refusal(path))
+    path.write_text('text\tlabel\nfine\tpos\n"hello\nthere"\tneg\n')
+    assert [one.answer for one in load_examples(path).examples] == [" pos", " neg"]
+
+
 def test_a_single_conversation_in_a_json_file_is_a_row(tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps(CHAT))
