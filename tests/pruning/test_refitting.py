@@ -610,6 +610,9 @@ def test_few_tokens_are_noted_and_progress_is_told():
     assert any("; 960 or more make the repair reliable" in note for note in repair.notes)
     assert sum(seen) == 4
     assert not fit(make_model(), dropping([3]), rows=make_ids(240)).notes
+    weighed: list[int] = []
+    fit(make_model(), dropping([3]), progress=weighed.append, answers=0.5)
+    assert sum(weighed) == sum(seen) + 6  # all layers of the model, for the influences
 
 
 # ----- refusals --------------------------------------------------------------------------------------------

@@ -95,7 +95,8 @@ def fit_repair(
             much of the weight goes by influence on answers (answers), and the ridges to try (ridges). None:
             least_squares on as many rows as `enough_rows` returns, four fifths of the weight by influence.
         trace: The recorded gradients, if the plan merges by them.
-        progress: Called with the number of layers done since the last call.
+        progress: Called with the number of layers done since the last call; for the influences, if there are
+            any, all layers of the model count once before.
         world: Processes that share the batches. Each must call this function, and each gets the repair. The
             first one adds up the sums and solves.
         changes: Single options to change: `rows=384` sets `RepairOptions.rows`.
@@ -131,7 +132,7 @@ def fit_repair(
     with modes_kept(model):
         model.eval()
         first = min((layer for layer, _ in places_of(plan, options.kind)), default=view.num_layers - 1)
-        counted = world.in_step(lambda: Tokens(view, batches, options.answers, world, first))
+        counted = world.in_step(lambda: Tokens(view, batches, options.answers, world, first, progress))
         fitting = _Refitting(view, plan, counted, options, trace)
         fitting.run(progress)
     tokens = sum(world.gathered([sum(int(some.sum()) for some in counted.walk.counted)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ class Tokens:
         answers: Share of a sample's weight that its tokens get by their influence on its answer, in [0, 1).
         world: The processes.
         first: The first layer after which weights are asked for.
+        progress: Called while influences are computed, in all with the number of layers of the model.
 
     Attributes:
         walk: The walk over this process's batches.
@@ -37,6 +38,7 @@ class Tokens:
         answers: float,
         world: World,
         first: int = 0,
+        progress: Callable[[int], None] | None = None,
     ) -> None:
         mine = [i for i in world.share(len(batches)) if batches[i]["attention_mask"][:, 1:].any()]
         # A process without batches walks the first one and counts no token: all must take part in every cut.
@@ -46,10 +48,12 @@ class Tokens:
             self.walk.counted[0].zero_()
         self.world, self.answers = world, answers
         self._first_number = [i * BATCH_SIZE for i in walked]
-        self._influences = [
-            influences(self.walk, batch, first, seed=number) if answers else {}
-            for batch, number in enumerate(self._first_number)
-        ]
+        self._influences: list[dict[int, Tensor]] = []
+        for batch, number in enumerate(self._first_number if answers else ()):
+            self._influences.append(influences(self.walk, batch, first, seed=number))
+            if progress is not None:
+                done = [view.num_layers * n // len(walked) for n in (batch, batch + 1)]
+                progress(done[1] - done[0])
 
     def parts(self, batch: int) -> tuple[Tensor, Tensor]:
         """Returns which tokens of a batch are fitted and which are held out; (samples, tokens), bool."""

@@ -79,7 +79,8 @@ def fit(variant: Variant) -> Repair:
     assert variant.plan is not None and variant.plan.kind == "layers"
     job = variant.job
     model = job.load_origin()
-    with Progress(job.num_layers, f"repair {variant.name} [layers]") as progress:
+    steps = job.num_layers * (2 if job.repair.answers else 1)
+    with Progress(steps, f"repair {variant.name} [layers]") as progress:
         trace = variant.trace() if variant.plan.needs_trace else None
         found = fit_repair(
             model,
@@ -91,7 +92,7 @@ def fit(variant: Variant) -> Repair:
             progress=progress.advance,
             world=this_world(),
         )
-        progress.update(job.num_layers)  # the walk ends at the last layer that is repaired
+        progress.update(steps)  # the walk ends at the last layer that is repaired
     job.release(model)
     return found
 
