@@ -202,25 +202,30 @@ class UnnamedLabels(DataError):
 
 
 def _names_given(labels: Sequence[str] | Mapping[int | str, str]) -> dict[str, str]:
-    """Returns label as written -> name; rows may also contain the names themselves.
-
-    Raises:
-        ConfigError: If a name is blank or given twice, or a list names a number by another number.
-    """
+    """Returns label as written -> name; rows may also contain the names themselves."""
     pairs = labels.items() if isinstance(labels, Mapping) else enumerate(labels)
     found = {str(key): str(name) for key, name in pairs}
-    names = list(found.values())
+    return found | {name: name for name in found.values() if name not in found}
+
+
+def _refuse_doubtful(labels: Sequence[str] | Mapping[int | str, str]) -> None:
+    """Refuses names of a user's that are blank or given twice, and a list that calls a number another number.
+
+    Such a list is meant as the labels themselves more often than as names of numbers that count from 0.
+    """
+    listed = not isinstance(labels, Mapping)
+    names = [str(name) for name in (labels.values() if isinstance(labels, Mapping) else labels)]
     if doubtful := [name for name in names if not name.strip() or names.count(name) > 1]:
         what = f"the name '{doubtful[0]}' twice" if doubtful[0].strip() else "a name without text"
         raise ConfigError(f"data.labels has {what}.", hint="Give each label a name of its own.")
-    moved = {key: name for key, name in found.items() if name.isdecimal() and name != key}
-    if moved and not isinstance(labels, Mapping):
-        key, name = next(iter(moved.items()))
+    moved = [(key, name) for key, name in enumerate(names) if name.isdecimal() and name != str(key)]
+    if moved and listed:
+        key, name = moved[0]
         raise ConfigError(
             f"data.labels is a list, counted from 0, so it calls the label {key} '{name}'.",
-            hint=f"If the labels are to stay as they are, map them: {{{name}: '{name}', ...}}.",
+            hint=f"Say which number is meant: {{{name}: '{name}', ...}} if labels are to stay as they are, "
+            f"{{{key}: '{name}', ...}} otherwise.",
         )
-    return found | {name: name for name in found.values() if name not in found}
 
 
 def _label_names(rows: RowSet, column: str, layout: Layout) -> dict[str, str]:
@@ -229,6 +234,8 @@ def _label_names(rows: RowSet, column: str, layout: Layout) -> dict[str, str]:
     {} if there are too many different values to be labels.
     """
     given = layout.labels or rows.label_names.get(column)
+    if layout.labels:
+        _refuse_doubtful(layout.labels)
     if given:
         return _names_given(given)
     written: set[str] = set()
