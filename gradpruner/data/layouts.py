@@ -209,15 +209,16 @@ def _names_given(labels: Sequence[str] | Mapping[int | str, str]) -> dict[str, s
 
 
 def _refuse_doubtful(labels: Sequence[str] | Mapping[int | str, str]) -> None:
-    """Refuses names of a user's that are blank or given twice, and a list that calls a number another number.
+    """Refuses blank names, and a list that has a name twice or calls a number another number.
 
     Such a list is meant as the labels themselves more often than as names of numbers that count from 0.
     """
     listed = not isinstance(labels, Mapping)
     names = [str(name) for name in (labels.values() if isinstance(labels, Mapping) else labels)]
-    if doubtful := [name for name in names if not name.strip() or names.count(name) > 1]:
+    if doubtful := [name for name in names if not name.strip() or (listed and names.count(name) > 1)]:
         what = f"the name '{doubtful[0]}' twice" if doubtful[0].strip() else "a name without text"
-        raise ConfigError(f"data.labels has {what}.", hint="Give each label a name of its own.")
+        hint = "Give each label a name of its own; a mapping {0: bad, 1: bad, 2: good} may join labels."
+        raise ConfigError(f"data.labels has {what}.", hint=hint)
     moved = [(key, name) for key, name in enumerate(names) if name.isdecimal() and name != str(key)]
     if moved and listed:
         key, name = moved[0]
