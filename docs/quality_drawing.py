@@ -31,7 +31,7 @@ def draw() -> str:
     right.set_xticks(blocks.DEPTHS)
     right.set_xlabel("layers removed of 30")
     right.set_ylabel("test score against dense, %")
-    right.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
+    right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", linewidth=0.3)
