@@ -33,7 +33,7 @@ def recipe_file(name: str) -> Path:
     known, names = RECIPES / f"{name}.yaml", recipe_names()
     if known.exists():
         return known
-    if Path(name, "recipe.yaml").is_file():
+    if Path(name, "manifest.json").is_file():
         raise ConfigError(f"{name} is a run, not a recipe or a model.", hint=f"Go on in it: --out {name}")
     if "/" in name and not any(other.startswith(name.split("/")[0]) for other in names):
         raise ConfigError(

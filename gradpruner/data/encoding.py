@@ -187,7 +187,7 @@ def encode_all(
         (example.id, one) for example, one in zip(examples, encoded, strict=True) if one.num_supervised == 0
     ]
     if empty:
-        cut = any(one.cut_answer_tokens for _, one in empty)
+        cut = any(one.cut_answer_tokens or one.cut_prompt_tokens for _, one in empty)
         raise DataError(
             f"0 learned tokens in {len(empty)} of {len(encoded)} samples "
             f"(first: {', '.join(name for name, _ in empty[:_EXAMPLES_NAMED])}): "

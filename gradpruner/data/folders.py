@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradpruner.common.errors import DataError
+from gradpruner.common.errors import DataError, IntegrityError
+from gradpruner.common.json_files import read_json
 from gradpruner.data.parsing import PACKED, SUFFIXES, type_of
 
 # A run asks for "eval"; most datasets have a test split, or only a validation split.
@@ -16,7 +17,7 @@ _ALSO_CALLED = {
     "validation": ("valid", "dev", "val", "validate"),
 }
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
-_SCORES = "evaluation.json"  # what `gradpruner evaluate` writes, which holds no rows
+_SCORES = "evaluation.json"
 _FILES_NAMED = 8  # in a message
 
 
@@ -75,7 +76,18 @@ def file_of(folder: Path, split: str) -> Path | None:
 
 def _called(folder: Path, name: str) -> list[Path]:
     files = [folder / (name + suffix + packed) for suffix in SUFFIXES for packed in ("", *PACKED)]
-    return [path for path in files if path.is_file()]
+    return [path for path in files if path.is_file() and not _is_scores(path)]
+
+
+def _is_scores(path: Path) -> bool:
+    """Whether a file is what `gradpruner evaluate` wrote, which holds no rows."""
+    if path.name != _SCORES:
+        return False
+    try:
+        found = read_json(path, "evaluation")
+    except IntegrityError:
+        return False
+    return isinstance(found, dict) and "provenance" in found
 
 
 def _files_of(folder: Path, name: str) -> list[Path]:
@@ -94,7 +106,7 @@ def _laid_out(folder: Path, name: str) -> list[Path]:
     mark = re.compile(rf"{re.escape(name)}([-_.]\d+)*(-of-\d+)?", re.IGNORECASE)
     within: dict[Path, list[Path]] = {}
     for path in sorted([*folder.glob("*"), *folder.glob("*/*"), *folder.glob("*/*/*")]):
-        if not type_of(path) or not path.is_file() or path.name == _SCORES:
+        if not type_of(path) or not path.is_file() or _is_scores(path):
             continue
         below = path.parent != folder and path.parent.name == name
         if below or mark.fullmatch(path.name.partition(type_of(path))[0]):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gradpruner.common.errors import ConfigError, DataError
+from gradpruner.common.errors import DataError
 from gradpruner.common.registry import check_known
 from gradpruner.data.examples import Example, ExampleSet, sample
 from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
@@ -85,12 +85,8 @@ def _shape_of(rows: RowSet, format: str, layout: Layout) -> tuple[str, Shape, st
         return "templates", *templated(rows, layout)
     name = _detect(rows) if format == "auto" else format
     if name != LABELLED:
-        if layout.labels:
-            raise ConfigError(
-                f"data.labels names the labels of a text, but the rows of {rows.source} are {name}.",
-                hint="Leave data.labels out, or say which column is the label with data.completion.",
-            )
-        return name, FORMATS[name], ""
+        unused = f"data.labels is not used: it is for a text and its label, and these rows are {name}"
+        return name, FORMATS[name], unused if layout.labels else ""
     if labelled_columns(column_names(rows)) is None:
         raise _unrecognised(rows, column_names(rows), "Rename the columns, or map them in data.columns.")
     tasks = _tasks_with(column_names(rows))

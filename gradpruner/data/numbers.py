@@ -11,6 +11,7 @@ _NUMBER = re.compile(
     r"(?P<sign>[-\u2212]?\$?[-\u2212]?)"
     r"(?P<digits>\d{1,3}(?:,\d{3})+(?![\d,])|\d+|(?<!\.)(?=\.\d))(?P<fraction>\.\d+)?"
 )
+_COMPOSED = re.compile(r"\d\s?[/:]\s?\d|\d[eE][+-]?\d|\d,\d{1,2}(?!\d)|\d[ \u00a0\u202f]\d{3}(?!\d)")
 _ANSWER_MARK = "####"
 
 
@@ -19,9 +20,9 @@ def marked_answer(text: str) -> str:
     return text.partition(_ANSWER_MARK)[2].partition("\n")[0].strip()
 
 
-def is_plain_number(text: str) -> bool:
-    """Returns whether a text has the digits of one number only: "$18.50 a day", but not "3/4" or "1e5"."""
-    return len(_NUMBER.findall(text)) == 1 and not any(c.isdigit() for c in _NUMBER.sub("", text))
+def is_composed(text: str) -> bool:
+    """Returns whether a text has a number that `final_number` would cut: 3/4, 5:30, 1e5, 3,5 or 1 234."""
+    return _COMPOSED.search(text) is not None
 
 
 def final_number(text: str) -> str | None:

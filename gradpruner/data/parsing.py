@@ -278,7 +278,7 @@ def _csv_rows(path: Path, text: str, delimiter: str, faults: Faults) -> Iterator
                     hint='Put texts with commas or line breaks in double quotes; write " as "".',
                 )
                 faults.add(f"{path.name}:{line}", error)
-            elif delimiter == "\t" and any("\t" in value and "\n" in value for value in values):
+            elif delimiter == "\t" and any(_holds_row(value, len(header)) for value in values):
                 error = DataError(
                     f"{path}:{line}: a field goes on over a tab and the next line.",
                     hint='Two texts probably begin or end with a double quote: write " as "" and quote them.',
@@ -293,6 +293,12 @@ def _csv_rows(path: Path, text: str, delimiter: str, faults: Faults) -> Iterator
         ) from fault
     finally:
         csv.field_size_limit(limit)
+
+
+def _holds_row(value: str, columns: int) -> bool:
+    """Whether a field of a TSV file has a line that looks like a row of its own."""
+    lines = value.split("\n") if "\n" in value else []
+    return any(line.count("\t") == columns - 1 > 0 and not line.startswith("\t") for line in lines)
 
 
 def _csv_header(path: Path, line: int, values: list[str]) -> list[str]:

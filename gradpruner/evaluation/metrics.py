@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpruner.common.errors import DataError, ShapeError
-from gradpruner.data.numbers import final_number, is_plain_number, marked_answer
+from gradpruner.data.numbers import final_number, is_composed, marked_answer
 
 # Most indices drawn at a time: 2000 resamples of 100 000 examples take 61 MiB this way instead of 1.5 GiB.
 _BLOCK_ENTRIES = 8_000_000
@@ -63,7 +63,7 @@ def rouge_l(generated: str, answer: str) -> float:
 
     Source: Lin, "ROUGE: a package for automatic evaluation of summaries", 2004.
     """
-    foreign = any(c.isalnum() and not c.isascii() for c in answer)
+    foreign = any(c.isalpha() and not c.isascii() for c in answer)
     return float(_rouge_scorer(foreign).score(answer, generated)["rougeL"].fmeasure)
 
 
@@ -78,11 +78,11 @@ def paper_score(bert_f1: float, rouge_f1: float) -> float:
 def same_number(generated: str, answer: str) -> bool:
     """Returns whether both texts end with the same number (`final_number`); False if either has none.
 
-    If what stands behind "####" in the right answer is more than one plain number (3/4, 1e5, 5:30), the
-    generated answer must have the same text there.
+    If the number behind "####" in the right answer is written with more than digits, a point and commas
+    between thousands (3/4, 1e5, 5:30), the generated answer must have the same text there.
     """
     marked = marked_answer(answer)
-    if marked and not is_plain_number(marked):
+    if is_composed(marked):
         return exact_match(marked_answer(generated), marked)
     number = final_number(generated)
     return number is not None and number == final_number(answer)
@@ -98,11 +98,18 @@ def _rouge_scorer(foreign: bool) -> Any:
 class _AnyScript:
     """Words of any script, as `RougeScorer` takes them; its own tokenizer drops all letters but a to z."""
 
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer  # type: ignore[import-untyped]
+
+        self.stem = PorterStemmer().stem
+
     def tokenize(self, text: str) -> list[str]:
         """Returns the words: letters, digits and marks, case folded; single characters in some scripts."""
         folded = unicodedata.normalize("NFKC", text).casefold()
         words = "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in folded)
-        return _UNSEPARATED.sub(r" \g<0> ", words).split()
+        found = _UNSEPARATED.sub(r" \g<0> ", words).split()
+        # As rouge-score does for English: words of up to three letters stay.
+        return [self.stem(word) if len(word) > 3 and word.isascii() else word for word in found]
 
 
 def majority_class(answers: Sequence[str]) -> float:

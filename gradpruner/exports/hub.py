@@ -102,7 +102,7 @@ def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iter
         for path in paths:
             found[str(path.relative_to(folder))] = check_inside(folder, path)
         base = _base(model, PushOptions())
-        facts = _without_paths({**model.facts, "source": base.hub_id or base.name})
+        facts = _without_paths(model.facts) | {"source": base.hub_id or Path(base.name).name}
         found[PRUNING_FILE] = json.dumps(facts, indent=2).encode("utf-8")
         report = model.run / REPORT if model.run is not None and options.report else None
         if report is not None and report.is_file():
@@ -114,7 +114,7 @@ def _without_paths(facts: dict[str, Any]) -> dict[str, Any]:
     """Returns the facts of a pruning, and of those before it, with names instead of paths of this machine."""
     found, before = dict(facts), facts.get("previous")
     source = found.get("source")
-    if isinstance(source, str) and Path(source).is_absolute():
+    if isinstance(source, str) and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         found["source"] = Path(source).name
     return found | ({"previous": _without_paths(before)} if isinstance(before, dict) else {})
 

@@ -121,7 +121,7 @@ def _check_folder(out: Path, rows: ExampleSet | None) -> None:
             if path.name == SCORES:
                 ours = "provenance" in read_object(path, "evaluation", dict[str, Any])
             else:
-                ours = bool(read_examples(path))
+                ours = path.stat().st_size == 0 or bool(read_examples(path))
         except IntegrityError:
             ours = False
         if not ours or path.resolve() == given:

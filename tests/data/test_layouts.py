@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from builders import make_project, write_rows
+from datasets import ClassLabel, Dataset, Features, Value
 
 from gradpruner.common.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.data.examples import Message
@@ -120,13 +121,17 @@ def test_names_that_would_mix_up_labels(tmp_path, labels, message):
     assert [one.answer for one in joined.examples] == [" some", " some"]
 
 
+def test_a_files_own_names_may_be_numbers(tmp_path):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["1", "2"])})
+    Dataset.from_dict({"text": ["bad", "good"], "label": [0, 1]}, features).to_parquet(tmp_path / "a.parquet")
+    assert [one.answer for one in load_examples(tmp_path / "a.parquet").examples] == [" 1", " 2"]
+
+
 def test_names_of_labels_are_for_a_text_and_its_label(tmp_path):
     path = tmp_path / "a.jsonl"
     write_rows(path, [{"prompt": "a", "completion": "0"}])
-    with pytest.raises(
-        ConfigError, match=r"names the labels of a text, but the rows of .* are prompt_completion"
-    ):
-        load_examples(path, layout=Layout(labels=["bad", "good"]))
+    (note,) = load_examples(path, layout=Layout(labels=["bad", "good"])).notes
+    assert note.startswith("data.labels is not used") and note.endswith("these rows are prompt_completion")
 
 
 def test_a_column_of_names_takes_precedence_over_numbers(tmp_path):

@@ -300,7 +300,7 @@ def test_quotes_that_would_join_two_rows_of_a_tsv(tmp_path):
     path = tmp_path / "a.tsv"
     path.write_text('text\tlabel\nfine\tpos\n"hello there\tpos\nand bye"\tneg\n')
     assert "a.tsv:3: a field goes on over a tab and the next line" in str(refusal(path))
-    path.write_text('text\tlabel\nfine\tpos\n"hello\nthere"\tneg\n')
+    path.write_text('text\tlabel\n"def f():\n\treturn 1"\tpos\n"hello\nthere"\tneg\n')
     assert [one.answer for one in load_examples(path).examples] == [" pos", " neg"]
 
 
@@ -314,10 +314,13 @@ def test_scores_of_an_evaluation_are_not_its_rows(tmp_path):
     for name in ("train.jsonl", "test.jsonl"):
         jsonl(tmp_path / name, PAIR)
     (tmp_path / "scores").mkdir()
-    (tmp_path / "scores" / "evaluation.json").write_text('{"metrics": {}}')
+    scores = tmp_path / "scores" / "evaluation.json"
+    scores.write_text('{"metrics": {}, "provenance": {}}')
     assert load_examples(tmp_path, split="eval").source == str(tmp_path / "test.jsonl")
     (tmp_path / "test.jsonl").unlink()
     assert not has_split(tmp_path, "eval")
+    scores.write_text(json.dumps([PAIR]))  # rows, then
+    assert load_examples(tmp_path, split="eval").source == str(scores)
 
 
 def test_hub_splits_may_have_the_same_other_names_as_files(monkeypatch):

@@ -78,6 +78,8 @@ def test_rouge_l_counts_words_of_any_script():
     assert rouge_l("hindi में है", "hindi में था") == pytest.approx(2 / 3)
     assert rouge_l("猫很好", "猫 很大") == pytest.approx(2 / 3)  # each character is a word
     assert rouge_l("no idea", "Мама мыла раму") == 0.0
+    plain, accented = (rouge_l("cats running", f"the cat runs in {place}") for place in ("Zurich", "Zürich"))
+    assert plain == accented == pytest.approx(4 / 7)  # English words are stemmed in both
 
 
 def test_paper_score_by_hand():
@@ -139,6 +141,9 @@ def test_same_number():
             f"#### {one}", f"#### {other}"
         )
         assert not same_number(one, f"#### {one}")  # no line with the mark
+    assert same_number("5 m", "#### 5 m2") and same_number("#### 10 m", "#### 10 meters (10 m)")
+    assert same_number("so it is 4", "#### Solution\n2 + 2 = 4")
+    assert not same_number("#### Solution\nno idea, 999", "#### Solution\n2 + 2 = 4")
     assert same_number("#### 4 dollars", "#### 4") and same_number("#### 3 + 4 = 7", "#### 7 eggs")
 
 

@@ -38,7 +38,7 @@ def run(tmp_path):
         dtype=torch.float32,
         plan=PLAN,
         source=str(tmp_path / "base"),
-        facts={"previous": {"source": str(tmp_path / "base"), "previous": {"source": "org/first"}}},
+        facts={"previous": {"source": "../a/b", "previous": {"source": "org/first"}}},
     )
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     (model / "training.py").write_text("print()")
@@ -93,7 +93,7 @@ def test_a_dry_run_lists_what_a_push_then_brings(call, run, monkeypatch):
         assert (figure.metric_type, figure.metric_value) == ("exact_match", 0.9)
         assert figure.dataset_args == {"rows": 480, "source": "test.jsonl"}
         before = json.loads(files["pruning.json"])["previous"]
-        assert (before["source"], before["previous"]["source"]) == ("base", "org/first")
+        assert (before["source"], before["previous"]["source"]) == ("b", "org/first")
         assert "from_pretrained('me/small')" in card.text and "prompt = 'red'" in card.text
         assert not [name for name, data in files.items() if str(run.parent).encode() in data]
         assert TOKEN not in out + err

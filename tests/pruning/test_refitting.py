@@ -457,6 +457,14 @@ def test_tokens_weigh_what_the_answer_depends_on_them(model_type):
     assert equal.weights(1, 0, torch.zeros(4, dtype=torch.long), position).tolist() == [1.0] * 4
 
 
+def test_a_repair_may_be_fitted_in_inference_mode():
+    model, plan = make_model(), dropping([2])
+    expected = fit(model, plan, answers=0.5)
+    with torch.inference_mode():
+        found = fit(model, plan, answers=0.5)
+    assert torch.equal(found.weights[1], expected.weights[1])
+
+
 def test_a_share_of_all_weight_is_refused():
     with pytest.raises(ConfigError, match=r"answers: .*less than 1"):
         fit(make_model(), dropping([2]), answers=1.0)

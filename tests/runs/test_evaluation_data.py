@@ -132,6 +132,9 @@ def test_validation_rows_of_a_task_are_asked_as_its_other_rows(tmp_path):
     asked = recipe(task="sst2", folder=str(tmp_path), validation=f"{tmp_path}/held.jsonl#1")
     train, held = (load_split(asked, split, make_tokenizer()) for split in ("train", "validation"))
     assert len(held) == 1 and held.examples[0].prompt in [one.prompt for one in train.examples]
+    write_rows(tmp_path / "held.jsonl", make_rows(3))
+    own = load_split(asked, "validation", make_tokenizer())
+    assert len(own) == 1 and "not in the schema of the task 'sst2'" in own.notes[-1]
 
 
 def test_a_template_that_no_row_uses_is_noted(tmp_path):

@@ -44,6 +44,7 @@ TOKENS_AT_ONCE = 2048
 """Tokens converted to float64 at a time."""
 
 
+@torch.inference_mode(False)  # the influences need gradients
 @torch.no_grad()
 @with_fast_products
 def fit_repair(

@@ -18,7 +18,7 @@ from gradpruner.data.folders import has_split
 from gradpruner.data.layouts import Layout
 from gradpruner.data.loading import load_examples, split_sample_suffix
 from gradpruner.data.numbers import final_number
-from gradpruner.data.rows import NoSplitError
+from gradpruner.data.rows import NoSplitError, read_rows
 from gradpruner.data.tasks import TASKS, load_task
 from gradpruner.evaluation.options import AskingSection, EvaluateOptions
 from gradpruner.evaluation.quality import TASK_METRICS
@@ -146,7 +146,7 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | Non
     data, also = recipe.data, {entry.task: entry for entry in recipe.evaluate.also}
     if split in also:
         found = _load_task(recipe, also[split], split, also[split].limit, tokenizer)
-    elif data.task is not None:
+    elif data.task is not None and (split != "validation" or _in_schema(recipe)):
         found = _load_task(recipe, data, split, getattr(data, f"{split}_limit"), tokenizer)
     else:
         source = data.train if getattr(data, split) is None else getattr(data, split)
@@ -160,11 +160,24 @@ def load_split(recipe: Recipe, split: str, tokenizer: Any, max_length: int | Non
             skip_bad=data.skip_bad,
             layout=Layout(data.columns, data.prompt, data.completion, data.labels),
         )
+        if data.task is not None:
+            other = f"not in the schema of the task '{data.task}', so asked in their own words"
+            found = replace(found, notes=(*found.notes, other))
     kept = usable(tokenizer, found, max_length or data.max_length, skip_bad=data.skip_bad)
     if data.chat_template is not None and not any(example.messages for example in kept.examples):
         unused = f"data.chat_template is not used for the rows of '{split}', which are no conversations"
         return replace(kept, notes=(*kept.notes, unused))
     return replace(kept, format=kept.format + template_mark(data.chat_template))
+
+
+def _in_schema(recipe: Recipe) -> bool:
+    """Whether the validation rows are in the schema of the recipe's task, by the columns of the first row."""
+    data = recipe.data
+    path = split_sample_suffix(str(data.validation), None)[0]
+    if not Path(path).expanduser().exists():
+        return False
+    rows = read_rows(path, "validation", skip_bad=data.skip_bad).rows
+    return bool(rows) and set(TASKS.find(str(data.task)).columns) <= rows[0].fields.keys()
 
 
 def _load_task(
