@@ -32,12 +32,13 @@ def _written(task: str) -> list[str]:
         if entry["task"] == task:
             found.setdefault(entry["cell"], []).append(entry)
     for choice, name in CHOICES.items():
-        begins = f"train/tuned/{choice}/layer_wise/distil"
-        for cell in filter(lambda cell: cell.startswith(begins), found):
-            how, gone, rate = cell.removeprefix(begins).split("/")
+        for cell in filter(lambda cell: cell.startswith(f"train/tuned/{choice}/"), found):
+            repair, how, gone, rate = cell.removeprefix(f"train/tuned/{choice}/").split("/")
+            kind, _, count = repair.partition("-")
+            repaired = REPAIRS[kind] + (f", {count} rows" if count else "")
             prompts = ", who is followed on prompts too" if "prompts" in how else ""
             rows[cell] = (
-                f"{gone} removed, {name}, layer-wise by position, recovered with the teacher{prompts}, rate {rate}"
+                f"{gone} removed, {name}, {repaired}, recovered with the teacher{prompts}, rate {rate}"
             )
     for choice, name in CHOICES.items():
         begins = f"train/base/{choice}/least_squares/labels/{USUAL}/"
