@@ -99,7 +99,8 @@ class Endpoint:
         Raises:
             ResourceError: If the server cannot be reached, or a reply does not hold one text per prompt.
         """
-        stops = _stops(questions)
+        # Questions of another kind, without this attribute, have no template.
+        stops = _stops(questions.tokenizer, getattr(questions, "template_ends", ()))
         for start in range(0, len(indices), self.batch_size):
             batch = list(indices[start : start + self.batch_size])
             prompts = [questions.cut_prompt(i, max_new_tokens) for i in batch]
@@ -180,16 +181,15 @@ class Endpoint:
         return ResourceError(f"{self.url}{path} sent a reply that cannot be used: {what}.", hint=_CHECK_HINT)
 
 
-def _stops(questions: Questions) -> dict[str, Any]:
-    """Returns what a request says about tokens that end an answer, besides the tokenizer's own.
+def _stops(tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
+    """Returns what a request says about the tokens with which a chat template ends answers.
 
     A server knows the end token of the tokenizer, but not that of the chat template. The OpenAI API takes
     texts, at most four; vLLM and SGLang, which may leave special tokens out of the text, also take tokens.
     """
-    ends = sorted(set(questions.ends(None)) - {questions.tokenizer.eos_token_id})
     if not ends:
         return {}
-    return {"stop": [questions.tokenizer.decode([token]) for token in ends[:4]], "stop_token_ids": ends}
+    return {"stop": [tokenizer.decode([token]) for token in ends[:4]], "stop_token_ids": list(ends)}
 
 
 def _up_to(text: str, stops: Sequence[str]) -> str:

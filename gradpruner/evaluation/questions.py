@@ -124,6 +124,11 @@ class Questions:
         ends.update(last & self._special)
         return sorted(ends - {None})
 
+    @property
+    def template_ends(self) -> list[int]:
+        """The tokens with which the chat template ends answers, besides the tokenizer's own end token."""
+        return sorted(set(self.ends(None)) - {self.tokenizer.eos_token_id})
+
     def text(self, ids: list[int]) -> str:
         """Decodes generated tokens; special tokens are kept only if some right answer contains them."""
         kept = [token for token in ids if token not in self._special or token in self._answer_tokens]

@@ -169,10 +169,9 @@ class Questions:
     class tokenizer:
         encode = staticmethod(lambda text, add_special_tokens: list(text))
         decode = staticmethod(lambda ids: f"<{ids[0]}>")
-        eos_token_id = 0
 
     def __init__(self, *ends):
-        self.ends = lambda own: [0, *ends]
+        self.template_ends = list(ends)
 
     def cut_prompt(self, index, max_new_tokens):
         return [1, 2]
