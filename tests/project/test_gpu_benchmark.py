@@ -83,7 +83,7 @@ def test_every_part_runs_and_the_tables_show_it(gpu, tmp_path, monkeypatch):
     def study(command, check):
         folder = Path(command[command.index("--results") + 1])
         folder.mkdir()
-        cells = {"dense/1e-4": 0.8, "dense/2e-4": 0.9, "shrink/igia/12/layer_wise": 0.6}
+        cells = {"dense/1e-4": 0.8, "dense/2e-4": 0.9, "shrink/igia/12/influence": 0.6}
         lines = [
             {"key": f"trec/0/{cell}", "task": "trec", "seed": 0, "cell": cell, "test": {"score": score}}
             | {"validation": {"nll": 1 if cell == "dense/1e-4" else 2}}
