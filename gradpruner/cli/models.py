@@ -163,10 +163,10 @@ class _Choice:
 
 def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen, **options: Any) -> None:
     from gradpruner.common.progress import show_bytes
-    from gradpruner.models.folder import PRUNING_FILE, check_output, locate_model
+    from gradpruner.models.folder import locate_model
     from gradpruner.plans.repair import Repair
     from gradpruner.pruning.blueprint import Blueprint
-    from gradpruner.pruning.on_disk import write_pruned
+    from gradpruner.pruning.on_disk import check_request, write_pruned
 
     folder = locate_model(source)
     if (widths := which.width_plan) is not None:
@@ -179,8 +179,9 @@ def _prune_folder(source: str, destination: Path, which: _Choice, chosen: Chosen
     facts = blueprint.summary()
     if not chosen.as_json:
         _print_summary(facts, plan)
-    check_output(destination, inputs=(folder,), marker=PRUNING_FILE)
-    if not chosen.dry_run:
+    if chosen.dry_run:
+        check_request(folder, destination, **options)
+    else:
         with show_bytes(facts["bytes"][1], "prune") as progress:
             report = write_pruned(blueprint, destination, name=source, progress=progress, **options)
         facts |= _made(destination, report, chosen, replaces)

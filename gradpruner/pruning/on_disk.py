@@ -80,7 +80,7 @@ def prune_checkpoint(
     Source: GradPruner, section 3.2.
     """
     source = locate_model(src)
-    _check_request(source, Path(dst).expanduser(), max_shard_bytes, verify)
+    check_request(source, Path(dst).expanduser(), max_shard_bytes, verify)
     blueprint = Blueprint(source, plan, trace, repair=repair)
     return write_pruned(
         blueprint, dst, name=str(src), max_shard_bytes=max_shard_bytes, verify=verify, progress=progress
@@ -98,7 +98,7 @@ def write_pruned(
 ) -> VerifyReport:
     """Writes the checkpoint of a blueprint, see `prune_checkpoint`; `name` is the source in its records."""
     source, target = blueprint.source, Path(dst).expanduser()
-    _check_request(source, target, max_shard_bytes, verify)
+    check_request(source, target, max_shard_bytes, verify)
     compares_fully(verify, blueprint)  # refuses before writing what could not be verified after
     pieces, carried, previous = blueprint.pieces(), carried_files(source), read_pruning(source) or None
     needed = sum(piece.num_bytes for piece in pieces) + sum(path.stat().st_size for path in carried)
@@ -125,7 +125,7 @@ def write_pruned(
     return report
 
 
-def _check_request(source: Path, target: Path, max_shard_bytes: int, verify: str) -> None:
+def check_request(source: Path, target: Path, max_shard_bytes: int, verify: str) -> None:
     """Refuses requests that are wrong whatever the model is."""
     try:
         check_output(target, inputs=(source,), marker=PRUNING_FILE)
