@@ -39,13 +39,13 @@ def conversation_ids(
     *earlier, (last, _) = _pieces(tokenizer, example)
     head: list[int] = []
     learned: list[bool] = []
-    written = ""
+    written, spaced = "", adds_space(tokenizer)
     for text, kept in earlier:
         ids = _ids_behind(tokenizer, written, text)
         end = (_turn_end(tokenizer, ids) or len(ids)) if kept else 0
         head += ids
         learned += [True] * end + [False] * (len(ids) - end)
-        written += text
+        written += text if spaced else ""
     answer = _ids_behind(tokenizer, written, last)
     end = _turn_end(tokenizer, answer)
     if end:
@@ -69,7 +69,7 @@ def adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _ids_behind(tokenizer: PreTrainedTokenizerBase, written: str, text: str) -> list[int]:
     """Returns the ids of a text behind another one, without the space that would be put before it alone."""
-    if written and adds_space(tokenizer):
+    if written:
         before, whole = text_ids(tokenizer, written), text_ids(tokenizer, written + text)
         if whole[: len(before)] == before:
             return whole[len(before) :]
