@@ -242,10 +242,7 @@ def read_hub(
                 _refuse_hub(hub_id, split, config, tried, error)
     else:
         assert refused is not None
-        try:
-            _refuse_hub(hub_id, split, config, tried, refused)
-        except DataError as error:
-            raise NoSplitError(error.message, error.hint) from refused
+        _refuse_hub(hub_id, split, config, tried, refused, NoSplitError)
     name = f"{hub_id}:{config}" if config else hub_id
     which = taken if taken == split else f"asked for {split}, took {taken}"
     what = f"Hub dataset '{hub_id}', split '{taken}',"
@@ -253,7 +250,12 @@ def read_hub(
 
 
 def _refuse_hub(
-    hub_id: str, split: str, config: str | None, tried: tuple[str, ...], error: Exception
+    hub_id: str,
+    split: str,
+    config: str | None,
+    tried: tuple[str, ...],
+    error: Exception,
+    kind: type[DataError] = DataError,
 ) -> NoReturn:
     offline = any(
         os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
@@ -266,4 +268,4 @@ def _refuse_hub(
     hint += f"and pass the file or a folder with {split}.jsonl."
     if offline:
         hint += " Unset HF_HUB_OFFLINE to look on the hub."
-    raise DataError(f"No data at '{hub_id}'. Tried: {places} ({first_line(error)}).", hint=hint) from error
+    raise kind(f"No data at '{hub_id}'. Tried: {places} ({first_line(error)}).", hint=hint) from error
