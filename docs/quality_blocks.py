@@ -288,13 +288,8 @@ def weights() -> str:
     ways = {
         f"shrink/igia/{USUAL}/least_squares": "least squares, 384 rows",
         f"vary/igia/{USUAL}/rows-1200": "least squares",
-        f"vary/igia/{USUAL}/least_squares-answers-0.8": "least squares, answers 0.8",
         f"vary/igia/{USUAL}/rows-3200": "least squares, 3,200 rows",
-        f"vary/igia/{USUAL}/layer_wise-answers-0": "layer-wise",
-        f"vary/igia/{USUAL}/layer_wise-answers-0.2": "layer-wise, answers 0.2",
-        f"vary/igia/{USUAL}/layer_wise-answers-0.5": "layer-wise, answers 0.5",
         f"shrink/igia/{USUAL}/layer_wise": "layer-wise, answers 0.8",
-        f"vary/igia/{USUAL}/layer_wise-answers-0.95": "layer-wise, answers 0.95",
     }
     varied_runs = {
         (entry["task"], entry["seed"])

@@ -57,6 +57,7 @@ TRAINED = (
     Row("base", "igia", "least_squares", distil=True),
     Row("tuned", "gate", "influence", distil=True),
     Row("tuned", "gate", "influence", distil=True, prompts=1.0),
+    Row("tuned", "gate", "influence", distil=True, rows=512),
     Row("quarter", "igia", "influence"),
     Row("tuned", "igia", "influence", distil=True, prompts=1.0),
     Row("tuned", "igia", "influence", distil=True, prompts=0.1),
