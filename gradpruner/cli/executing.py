@@ -28,7 +28,8 @@ def resolve(
 ) -> Recipe:
     """Returns the recipe of a file, a built-in name, or a run directory, with all overrides applied.
 
-    Later sources win: the file, `defaults`, the command's options, --set.
+    Later sources win: the file, `defaults`, the command's options, --set. The recipe of a run directory is
+    read only if model or data are left out: a command that gives both says all it wants.
 
     Raises:
         ConfigError: If there is nothing to run, an option and --set give the same key, or a value is wrong.
@@ -38,7 +39,7 @@ def resolve(
     path: Path | None = None
     if recipe is not None:
         path = recipe_file(recipe)
-    elif out is not None and chosen.values.get("model.path") is None:
+    elif out is not None and not _is_whole(chosen, defaults or {}):
         stored = Path(out) / "recipe.yaml"
         path = stored if stored.exists() else None
     values = (defaults or {}) | settled(chosen) | ({"out": out} if out is not None else {})
@@ -48,6 +49,14 @@ def resolve(
             hint="To try it out, `gradpruner run demo` runs the built-in demo model.",
         )
     return load_recipe(path, chosen.overrides, values, in_use)
+
+
+def _is_whole(chosen: Chosen, defaults: dict[str, Any]) -> bool:
+    """Whether a command says what to run without a recipe."""
+    if chosen.values.get("model.path") is not None:
+        return True
+    data = chosen.values.get("data.train") or chosen.values.get("data.task")
+    return "model.path" in defaults and data is not None
 
 
 def execute(recipe: Recipe, name: str, chosen: Chosen) -> None:

@@ -56,6 +56,8 @@ class MethodContext:
         fits: Which layers are allowed at which position, see `selection.plan_pruning`; None allows all.
         make_plan: Returns the plan that the run makes of scores, without merging; None if there is no run.
         options: The method's own options, an instance of `Method.options`.
+        options_of: Returns the options of another method, by its name, for methods that ask others; None
+            takes their defaults.
         pruned_work: Estimated work of a pruned row (recording, repair, teacher, training) as a multiple of
             the dense model's fine-tuning; computed from steps and layers.
         repair: How the result is repaired later; kind "none" if it is not.
@@ -81,6 +83,7 @@ class MethodContext:
     fits: Placeable | None = None
     make_plan: Callable[[LayerScores], PruningPlan] | None = None
     options: Any = None
+    options_of: Callable[[str], Any] | None = None
     pruned_work: float = 1.0
     repair: RepairOptions = field(default_factory=RepairOptions)
     trained: bool = True
@@ -169,6 +172,7 @@ class Method:
         compares: Whether it repairs candidates as the run does and compares their losses. Several processes
             of a job score together.
         alone: Whether it trains candidates while it plans, which works in one process only.
+        asks: Methods it asks for their scores, with the options that the recipe sets for them.
         label: Name in reports; "" derives it from the registered name. It ends in "-like" if the method was
             reconstructed from a paper without code.
     """
@@ -188,6 +192,7 @@ class Method:
     plan_options: dict[str, Any] = field(default_factory=dict)
     compares: bool = False
     alone: bool = False
+    asks: tuple[str, ...] = ()
     label: str = ""
 
     def __post_init__(self) -> None:

@@ -111,7 +111,8 @@ def _scored(context: MethodContext) -> dict[str, LayerScores]:
         method = METHODS.find(name)
         assert method.score is not None
         try:
-            scores[name] = method.score(replace(context, options=method.options()))
+            options = context.options_of(name) if context.options_of else method.options()
+            scores[name] = method.score(replace(context, options=options))
         except GradPrunerError as error:
             errors.append(error)
     if not scores:
@@ -170,6 +171,7 @@ METHODS.register("either")(
         options=EitherOptions,
         needs_trace=True,
         compares=True,
+        asks=COMPARED,
         label="IGIA or gate",
     )
 )

@@ -179,14 +179,18 @@ def _reason(view: View, row: Row, basis: str) -> str:
     kept = row.recorded.finetune.kept
     if kept is not None and kept.rows is not None:
         nothing = f"{nothing} (only losses, on {whole(kept.rows)} rows, to decide whether training it helped)"
+    trained = row.recorded.finetune.model_fields_set and (kept is None or kept.model != "pruned")
     first = "the first plan" if _other_plans(view) else "the main variant"
+    if "@" in row.name:
+        first = "the first plan that was measured like the dense model and kept enough of the quality"
     decided = (
         f"It is {first}: {nothing}, and test rows must not decide. With validation rows "
         "(data.validation) the model that does best on them would be chosen."
     )
     only = "fits the budget" if view.kind != "run" else "was measured"
     return {
-        "certified": f"It is the smallest model {certified}.",
+        "certified": f"It is the smallest model {certified}"
+        + (". This holds for the pruned model before it was trained further." if trained else "."),
         "only": decided if _other_plans(view) else f"It is the only pruned model that {only}; {nothing}.",
         "recipe": decided,
     }[basis]
@@ -199,8 +203,9 @@ def _other_plans(view: View) -> bool:
 def _candidates(view: View) -> str:
     """Says between which models validation rows decided."""
     if view.kind != "run":
-        return "models that fit the budget"
-    return "models no larger than that of the first plan" if _other_plans(view) else "models measured"
+        return "pruned models that fit the budget"
+    other = "pruned models no larger than that of the first plan"
+    return other if _other_plans(view) else "pruned models measured"
 
 
 def _folder(view: View, row: Row) -> str:

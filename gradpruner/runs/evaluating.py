@@ -74,6 +74,11 @@ def _measured(
     recipe: Recipe, asks_rows: bool, server: Server | None, out: Path | None, dry_run: bool
 ) -> dict[str, Any]:
     check_evaluation(recipe)
+    if recipe.evaluate.also:
+        raise ConfigError(
+            "evaluate.also names further tasks, and one evaluation of a folder measures one.",
+            hint="Call it once per task, with --task and another --out; a run measures evaluate.also.",
+        )
     folder = locate_model(recipe.model.path)
     if server is None:
         check_loadable(folder, recipe.model.trust_remote_code)

@@ -182,8 +182,6 @@ class _Run:
                     self.build(variant, depth)
             if variant == "dense" and (doubt := not_tuned(self.job, self.directory.result("evaluate dense"))):
                 log.warning("warning: %s", doubt)
-        if self.recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
-            self.directory.remove([tuned_folder("dense")])  # the other variants needed it until now
         return self.write_record(depth), next(iter(self.failures.values()), None)
 
     @contextmanager

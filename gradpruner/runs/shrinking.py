@@ -29,7 +29,7 @@ from gradpruner.plans.reading import Plan, load_plan
 from gradpruner.plans.repair import Repair
 from gradpruner.plans.selection import plan_pruning
 from gradpruner.runs.folder.directory import RunDirectory
-from gradpruner.runs.folder.plan_names import method_of, own_plan, scores_file, tuned_folder
+from gradpruner.runs.folder.plan_names import method_of, own_plan, scores_file
 from gradpruner.runs.job.budget import placeholder_scores
 from gradpruner.runs.job.evaluation_data import load_split
 from gradpruner.runs.job.job import Job
@@ -168,6 +168,11 @@ def prune(
         given = {key: value for key, value in values.items() if value is not None}
         recipe = load_recipe(values=given | dict(settings or {}))
         METHODS.find(method_of(method))
+        if recipe.keep_models == "none":
+            raise ConfigError(
+                "settings has keep_models=none, which would leave no model to return.",
+                hint="Leave it out; without `out`, the run directory is deleted with the result.",
+            )
         if inputs.writes or isinstance(model, nn.Module):
             with RunDirectory(folder):
                 for write in inputs.writes:
@@ -204,12 +209,12 @@ def _check_early(recipe: Recipe, model: Any, tokenizer: Any) -> None:
 
 def _result(recipe: Recipe, record: dict[str, Any], method: str, dtype: str) -> Pruned:
     folder, row = Path(recipe.out), record["rows"][method]
-    plan = folder / own_plan(row)
-    models = (folder / tuned_folder(row), plan.with_name("recovered"), plan.with_name("pruned"))
+    plan, made = folder / own_plan(row), record["variants"][row]
+    part = "model" if made["finetune"] else "recovered" if made["recovery"] else "pruned"
     scored = record["plans"][row]["scores"] if row in record["plans"] else None
     scores, repaired = folder / scores_file(scored or ""), plan.with_name("repair")
     return Pruned(
-        folder=next(path for path in models if path.is_dir()),
+        folder=plan.with_name(part),
         plan=load_plan(plan),
         scores=LayerScores.load(scores) if scores.is_file() else None,
         repair=Repair.load(repaired) if repaired.is_dir() else None,

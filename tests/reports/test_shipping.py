@@ -8,7 +8,7 @@ import pytest
 from gradpruner.cli.suggestions import suggest_after_run
 from gradpruner.common.errors import ConfigError
 from gradpruner.reports.markdown import markdown_table
-from gradpruner.reports.shipping import advice, model_to_ship
+from gradpruner.reports.shipping import Shipped, advice, model_to_ship
 from gradpruner.reports.tables import results_table
 from gradpruner.reports.view import answer_losses, read
 
@@ -41,6 +41,22 @@ def test_without_validation_rows_test_rows_do_not_decide_either() -> None:
     run = record(dense=DENSE, dropped=row(60, 0.9), merged=row(60, 0.5))
     found = model_to_ship(run)
     assert found.row == "merged" and "no scores were compared" in found.reason
+
+
+def test_of_certified_models_the_one_with_the_smallest_limit_is_taken() -> None:
+    def plan(limit: float) -> dict[str, Any]:
+        return {"search": {"best": 2, "limit": limit, "rows": 80}}
+
+    def taken(**more: Any) -> Shipped:
+        second = row(80, 0.9, plan="last@2", **more)
+        run = record(dense=DENSE, last=row(60, 0.8, plan="last"), **{"last@2": second})
+        return model_to_ship(run | {"plans": {"last": plan(0.4), "last@2": plan(0.1)}})
+
+    assert taken().row == "last@2" and taken().reason.endswith("at most 10.0%.")
+    trained = taken(finetune={"output": "variants/last@2/model"})
+    assert "holds for the pruned model before it was trained further" in trained.reason
+    untrained = {"output": "variants/last@2/model", "kept": {"model": "pruned"}}
+    assert "before it was trained" not in taken(finetune=untrained).reason
 
 
 def test_after_a_run_of_the_dense_model_alone_shrink_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -231,13 +231,6 @@ def test_a_given_model_is_measured_as_it_is(tmp_path):
     assert "repair dropped" in stages and not any(name.startswith("finetune") for name in stages)
 
 
-def test_keep_models_none_deletes_the_tuned_model_too(tmp_path):
-    _, folder = carry_out(
-        tmp_path, start="tuned", variants=["dense", "dropped"], plan=REPAIRED, keep_models="none"
-    )
-    assert not list((folder / "variants").rglob("*.safetensors"))
-
-
 def test_costs_count_everything_a_row_needed(tmp_path):
     record, _ = carry_out(
         tmp_path, start="tuned", variants=["dense", "gate", "last"], plan=REPAIRED, recover={"steps": 1}

@@ -30,7 +30,13 @@ def bytes_to_write(job: Job, done: Collection[str] = ()) -> dict[str, int]:
     if options.mode == "full" and options.save_steps and job.finetune_steps >= options.save_steps:
         # A checkpoint is float32 weights and two moments; two are kept while a third is written.
         temporary += 3 * 12 * job.sizes.parameters
-    return {"trace": trace, "models": written if recipe.keep_models == "all" else 0, "temporary": temporary}
+    # With keep_models: none, only the tuned model stays that the others are made from.
+    kept = sizes["before"] if recipe.tunes_first and "finetune dense" not in done else 0
+    return {
+        "trace": trace,
+        "models": written if recipe.keep_models == "all" else kept,
+        "temporary": temporary,
+    }
 
 
 def _row_bytes(variant: str, sizes: dict[str, int]) -> int:

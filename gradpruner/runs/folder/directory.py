@@ -201,10 +201,18 @@ class RunDirectory:
         files = self.stages[name]["files"].items()
         return all((self.path / path).is_file() and self._describe(path) == seen for path, seen in files)
 
-    def forget(self, names: Iterable[str]) -> None:
-        """Removes stages from the manifest in memory."""
-        for name in names:
-            self.stages.pop(name, None)
+    def discard(self, names: Iterable[str]) -> None:
+        """Deletes stages from the manifest, and the files they wrote."""
+        gone = [self.stages.pop(name) for name in names]
+        if not gone:
+            return
+        self.save()  # first: a file that the manifest does not know does no harm
+        for relative in (relative for entry in gone for relative in entry["files"]):
+            path = self.path / relative
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # once a folder is not empty, those above are not either
+                for folder in path.parents:
+                    folder.rmdir()
 
     def ensure(self, stage: Stage) -> dict[str, Any]:
         """Does a stage unless it is current; returns its result."""

@@ -94,6 +94,13 @@ def scores_of_plan(directory: RunDirectory, row: str) -> str | None:
     return found
 
 
+def search_of(directory: RunDirectory, row: str) -> dict[str, Any] | None:
+    """Returns the search that set the number of layers of a row's plan; None if it was given."""
+    made_for = directory.recipe_of(f"plan {row}")
+    given = made_for and made_for["plan"]["max_loss"] is None
+    return None if given else directory.result(f"search {row}")
+
+
 def row_of_failed(directory: RunDirectory, variant: str) -> str:
     """Returns a row for a variant that failed before it had a plan; never the row of a finished model."""
     made = rows_in(directory.stages, MADE)

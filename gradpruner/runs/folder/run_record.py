@@ -25,12 +25,13 @@ from gradpruner.reports.fields import REFUSE
 from gradpruner.reports.record import Record
 from gradpruner.runs.folder.directory import RunDirectory, stays_inside
 from gradpruner.runs.folder.plan_names import MADE, differences, label_of, method_of, rows_in, scores_file
-from gradpruner.runs.folder.row_names import scores_of_plan
+from gradpruner.runs.folder.row_names import scores_of_plan, search_of
+from gradpruner.runs.job.evaluation_data import metrics_of_task
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.effects import effect_of
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.row.planning import stored_plan
-from gradpruner.runs.row.stages import RESULTS
+from gradpruner.runs.row.stages import RESULTS, conditions
 
 # Without these, a study has nothing to compute with.
 _NEEDED = {"recipe", "model", "plans", "scores", "variants", "warnings"}
@@ -83,6 +84,7 @@ def run_record(
         for name in names
         if name in made or name in errors
     }
+    left_out = leave_out_other_conditions(job, variants)
     add_paired_differences(variants, directory.path, recipe.seed)
     add_costs(variants, recipe, directory)
     return {
@@ -108,7 +110,7 @@ def run_record(
         "variants": variants,
         "reference": {"majority_class": majority_class([e.answer for e in job.eval.examples])},
         "stages": stage_facts(directory),
-        "warnings": [*job.warnings, *other_settings(directory, made)],
+        "warnings": [*job.warnings, *other_settings(directory, made), *left_out],
     }
 
 
@@ -127,6 +129,10 @@ def row_facts(
 ) -> dict[str, Any]:
     """Collects a row of the comparison: the results of its stages, the size of its model, its error."""
     found = {part: directory.result(stage.format(name)) for part, stage in RESULTS.items()}
+    for part in ("before", "evaluation"):
+        result = found[part]
+        if result and directory.stages[RESULTS[part].format(name)].get("resumed"):
+            found[part] = result | {"seconds": None}  # those of the start before it are not known
     further = {StageName.of(stage): directory.result(stage) for stage in directory.stages}
     if plan is not None:
         sizes = {unit: change["after"] for unit, change in plan["savings"].items()}
@@ -161,6 +167,38 @@ def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
         if old:
             found.append(f"The row {name} was made by an earlier start with {', '.join(old)}.")
     return found
+
+
+def leave_out_other_conditions(job: Job, variants: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Removes evaluations on other rows, or with other settings, than this start's; returns warnings.
+
+    Rows of other plans keep their evaluations when the rows to evaluate on change. What this start does not
+    evaluate must agree with the dense model's evaluation.
+    """
+    asked = {"before": ("eval", job.metrics), "evaluation": ("eval", job.metrics)}
+    asked |= {task: (task, metrics_of_task(task)) for task in job.also}
+    if job.recipe.data.validation is not None:
+        asked["validation"] = ("validation", job.metrics)
+    first: dict[str, str | None] = {}
+    left = []
+    for name in sorted(variants, key=lambda name: name != "dense"):
+        row = variants[name]
+        parts = [(row, "before"), (row, "evaluation"), *((row["also"], task) for task in row["also"])]
+        for holder, part in parts:
+            had = (holder[part] or {}).get("conditions")
+            if had is None:
+                continue
+            if part not in first:
+                first[part] = conditions(job, *asked[part]) if part in asked else had
+            if had != first[part]:
+                holder[part] = None
+                left.append(name)
+        row["also"] = {task: found for task, found in row["also"].items() if found}
+    return [
+        f"The row {name} was evaluated on other rows or with other settings than this start's, so these "
+        "figures are left out. Start it again with its own plan to evaluate it like the others."
+        for name in dict.fromkeys(left)
+    ]
 
 
 def stored_scores(directory: RunDirectory) -> dict[str, LayerScores]:
@@ -216,7 +254,11 @@ def add_costs(variants: Mapping[str, dict[str, Any]], recipe: Recipe, directory:
         parts: dict[str, list[str]] = {
             "tuning": ["finetune dense"] if recipe.tunes_first else [],
             "recording": ["record"] if method.needs_trace else [],
-            "choosing": [f"score {scores_of_plan(directory, name)}", f"plan {name}", f"search {name}"],
+            "choosing": [
+                f"score {scores_of_plan(directory, name)}",
+                f"plan {name}",
+                *([f"search {name}"] if search_of(directory, name) else []),
+            ],
             "repairing": [f"repair {name}"],
             "pruning": [f"prune {name}"],
         }
@@ -273,7 +315,7 @@ def data_facts(examples: ExampleSet) -> dict[str, Any]:
 
 def rate_facts(job: Job, directory: RunDirectory) -> dict[str, Any]:
     """Returns the learning rate, where it comes from, and the loss at each rate that was tried."""
-    tried = [directory.result(name) for name in directory.stages if StageName.of(name).verb == "rate"]
+    tried = [directory.result(name) for name in directory.visited if StageName.of(name).verb == "rate"]
     found = sorted(filter(None, tried), key=lambda entry: float(entry["rate"]))
     facts = {"value": job.recipe.finetune.learning_rate, "source": job.rate_source}
     return facts | ({"tried": found} if found and job.recipe.find_rate else {})
@@ -314,7 +356,7 @@ def plan_facts(job: Job, directory: RunDirectory, row: str) -> dict[str, Any] | 
         "savings": {unit: change for unit, change in saved.items() if unit != "scores"},
         "scores": scores_of_plan(directory, row),
         "portability": [vars(v) for v in job.portability_of(plan)] if same_model else [],
-        "search": directory.result(f"search {row}"),
+        "search": search_of(directory, row),
         "comparison": comparison_facts(plan),
     }
 

@@ -213,6 +213,7 @@ class Job(Inputs):
             validation=self.validation_samples if self._compared_on else None,  # type: ignore[arg-type]
             make_plan=partial(plan_for, self, merging=False),
             options=self.method_options(name),
+            options_of=self.method_options,
             # A method that sets keys of the training tunes the dense model.
             finetune=self.training if METHODS.find(name).training else self.pruned_training,
             folder=folder,
@@ -331,6 +332,9 @@ class Job(Inputs):
         elif method.compares and self.recipe.trains_pruned:  # it trains its candidates
             excluded = keys_of("finetune", "execution")
             found["training"] = self.pruned_training.model_dump(exclude=excluded | {"seed", "device"})
+        asked = {other: self.method_options(other) for other in method.asks}
+        if any(options != METHODS.find(other).options() for other, options in asked.items()):
+            found["asked"] = {other: options.model_dump(mode="json") for other, options in asked.items()}
         return found | {
             "method": name,
             "options": self.method_options(name).model_dump(mode="json"),

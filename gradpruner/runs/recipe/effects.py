@@ -8,7 +8,7 @@ _KEYS = {
     "bookkeeping": "title out keep_models memory",
     # What is done, or other keys; no result of a row. (find_rate sets finetune.learning_rate.)
     "choice": "effort variants verify find_rate plan.name",
-    "measurement": "evaluate",
+    "measurement": "evaluate data.eval data.eval_limit",
     # Rows that decide between models. Nothing is trained on them.
     "decision": "data.validation data.validation_limit",
     "pruning": "plan record score methods",

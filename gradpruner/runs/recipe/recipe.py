@@ -115,7 +115,8 @@ class Recipe(Section):
     """How each pruned model is verified before it is used. full: compare its outputs with those of the source
     model. structure: load nothing. auto: full if memory allows."""
     keep_models: Literal["all", "none"] = "all"
-    """Which pruned and fine-tuned models stay on disk after evaluation; none is meant for sweeps."""
+    """Which pruned and fine-tuned models stay on disk after evaluation; none is meant for sweeps. With start:
+    tuned, the tuned dense model stays in any case: the others are made from it, also at the next start."""
     memory: Literal["refuse", "warn"] = "refuse"
     """What to do if weights, gradients and optimizer state alone exceed a device's memory: refuse to begin,
     or warn and go on."""

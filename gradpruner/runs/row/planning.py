@@ -74,7 +74,9 @@ class Planning:
         """What the number of layers depends on, besides what the plan depends on."""
         options, validation = self.job.recipe.plan, self.job.validation
         assert validation is not None
-        return {
+        asked = self.job.recipe.evaluate
+        encoder = {"encoder": [asked.encoder, asked.encoder_layer]} if asked.encoder else {}
+        return encoder | {
             "model": self.job.origin_sha256,
             "train": data_identity(self.job.train),
             "validation": data_identity(validation),

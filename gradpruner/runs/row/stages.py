@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from gradpruner.common.run_names import StageName
 from gradpruner.evaluation.outputs import journals
 from gradpruner.plans.reading import read_plan
-from gradpruner.runs.folder.directory import Stage
-from gradpruner.runs.folder.plan_names import STAGES, answers_file, journal
+from gradpruner.runs.folder.directory import Stage, inputs_hash
+from gradpruner.runs.folder.plan_names import MADE, STAGES, answers_file, journal
 from gradpruner.runs.job.evaluation_data import data_identity, metrics_of_task
+from gradpruner.runs.job.job import Job
 from gradpruner.runs.row import work
 from gradpruner.runs.row.variant import Variant
+
+log = logging.getLogger(__name__)
 
 # Key of a variant in run.json -> name of the stage whose result it is.
 RESULTS = {
@@ -67,19 +72,14 @@ def _evaluation(
         rows: See `Job.rows`.
         metrics: () takes the job's.
     """
-    job, metrics = variant.job, metrics or variant.job.metrics
-    settings = {"batch_size", "max_new_tokens", "encoder", "encoder_layer"}
-    inputs = {
-        "eval": data_identity(job.rows(rows)),
-        "evaluate": job.recipe.evaluate.model_dump(include=settings) | {"metrics": list(metrics)},
-        "max_length": job.max_length,
-        "seed": job.recipe.seed,
-    }
+    metrics = metrics or variant.job.metrics
+    inputs = _asked(variant.job, rows, metrics)
     file = answers_file(variant.name, what)
 
     def measure() -> dict[str, Any]:
         folder = variant.source if what == "before" else variant.outcome
-        return work.measure(variant, folder, file, rows, metrics)
+        found = work.measure(variant, folder, file, rows, metrics)
+        return found | {"conditions": conditions(variant.job, rows, metrics)}
 
     name = f"evaluate {variant.name} {what}".rstrip()
     # The answers so far of every process that took part; there may be fewer processes this time.
@@ -87,31 +87,59 @@ def _evaluation(
     return Stage(name, model | inputs, measure, [file, *begun], resumes=True, step="evaluate")
 
 
+def _asked(job: Job, rows: str, metrics: tuple[str, ...]) -> dict[str, Any]:
+    """What the result of an evaluation depends on, besides the model."""
+    settings = {"batch_size", "max_new_tokens", "encoder", "encoder_layer"}
+    return {
+        "eval": data_identity(job.rows(rows)),
+        "evaluate": job.recipe.evaluate.model_dump(include=settings) | {"metrics": list(metrics)},
+        "max_length": job.max_length,
+        "seed": job.recipe.seed,
+    }
+
+
+def conditions(job: Job, rows: str, metrics: tuple[str, ...]) -> str:
+    """Returns a hash of the rows and settings of an evaluation; results can be compared if it is the same."""
+    return inputs_hash(_asked(job, rows, metrics))[:16]
+
+
 def do_stages(variant: Variant, depth: int) -> None:
     """Does a variant's stages up to position `depth` of `STAGES`, except those that are done already."""
     stages, directory, recipe = list(stages_of(variant)), variant.directory, variant.recipe
+    _forget_dropped(variant, stages)
+    feeds = variant.name == "dense" and recipe.tunes_first  # the other variants need its model
     # With keep_models: none the models are deleted after their evaluation, and not made again.
-    cleared = recipe.keep_models == "none" and all(
-        directory.is_current(stage) for stage in stages if stage.step == "evaluate"
-    )
+    deletes = recipe.keep_models == "none" and not feeds
+    cleared = deletes and all(directory.is_current(stage) for stage in stages if stage.step == "evaluate")
     for number, stage in enumerate(stages):
         makes = stage.step != "evaluate"  # the stage makes or changes a model
         if STAGES.index(stage.step) > depth:
             continue
         if not (cleared and makes and directory.result(stage.name) is not None):
             if makes and not directory.is_current(stage):
-                _forget(variant, stages[number + 1 :])
+                later = [stage.name for stage in stages[number + 1 :] if directory.result(stage.name)]
+                directory.discard([*later, *_dropped(variant, stages)])
             directory.ensure(stage)
         if variant.shrinks and stage.name == f"prune {variant.name}":
             variant.plan = read_plan((directory.result(stage.name) or {})["plan"])
-    if recipe.keep_models == "none" and depth >= STAGES.index("evaluate"):
-        directory.remove([variant.repaired, variant.pruned, variant.recovered, variant.checkpoints])
-        if not (variant.name == "dense" and recipe.tunes_first):  # other variants still need that model
-            directory.remove([variant.tuned])
+    if deletes and depth >= STAGES.index("evaluate"):
+        models = [variant.repaired, variant.pruned, variant.recovered, variant.tuned]
+        directory.remove([*models, variant.checkpoints])
 
 
-def _forget(variant: Variant, later: list[Stage]) -> None:
-    """Deletes the results of later stages, whose model is about to be replaced."""
-    done = [stage for stage in later if variant.directory.result(stage.name) is not None]
-    variant.directory.forget(stage.name for stage in done)
-    variant.directory.remove([output for stage in done for output in stage.outputs])
+def _forget_dropped(variant: Variant, stages: list[Stage]) -> None:
+    """Deletes what this recipe no longer makes of a row, such as a recovery, and evaluations of it."""
+    dropped = _dropped(variant, stages)
+    made = [name for name in dropped if StageName.of(name).verb != "evaluate"]
+    if not made:  # evaluations that are no longer asked for are still true of the model
+        return
+    for name in made:
+        log.info("%s: not part of this start any more, its results are deleted", name)
+    variant.directory.discard(dropped)
+
+
+def _dropped(variant: Variant, stages: list[Stage]) -> list[str]:
+    """Returns the row's stages of earlier starts that are none of this start's `stages`."""
+    ours = {stage.name for stage in stages}
+    names = {name: StageName.of(name) for name in variant.directory.stages if name not in ours}
+    return [name for name, said in names.items() if said.row == variant.name and said.verb in MADE]

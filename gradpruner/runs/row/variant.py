@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.run_names import row_file
+from gradpruner.gradients.scores import trace_digest
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.reading import Plan
@@ -112,6 +113,10 @@ class Variant:
         }
         if self.repairs:
             found["repair"] = [*job.repair_inputs, job.learned]
+        if self.plan is not None and self.plan.kind == "layers" and self.plan.needs_trace:
+            digest = trace_digest(self.trace())
+            if digest != self.plan.evidence.get("trace"):  # made elsewhere
+                found["trace"] = digest
         if self.method and (self.shrinks or self.recovers or self.method.callbacks):
             chosen = job.method_options(self.kind).model_dump(mode="json")
             budget = [job.num_remove, self.recipe.plan.unit]

@@ -207,10 +207,12 @@ class _Point:
 
     def _facts(self, row: StudyRow, good: Mapping[int, dict[str, Any]], part: str) -> list[dict[str, Any]]:
         """The plans, or the scores, of every seed."""
-        name = row.variant if part == "plans" else method_of(row.variant)
         found = []
         for seed in good:
-            facts = _at(self._record(row, seed), part, name)
+            record, name = self._record(row, seed), row.variant
+            if part == "scores":
+                name = _at(record, "plans", name, "scores") or method_of(name)
+            facts = _at(record, part, name)
             if facts is not None and row.variant != DENSE:
                 kept = {k: v for k, v in facts.items() if k not in ("savings", "portability")}
                 found.append({"seed": seed, **kept})
