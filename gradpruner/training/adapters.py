@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.gradients.trace import LinearRef
-from gradpruner.models.layers import LayeredModel, unwrap
+from gradpruner.models.layers import LayeredModel, refuse_adapters, unwrap
+
+WEIGHTS_KEPT = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of PEFT's `init_lora_weights` that leave the model's own weights as they are."""
 
 
 def attach_lora(
@@ -35,9 +38,13 @@ def attach_lora(
 
     Returns:
         The PeftModel; its `unload()` returns the original model.
+
+    Raises:
+        PlanError: If the model carries adapters already; it is unchanged then.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    refuse_adapters(model, "new ones cannot be put on top of them")
     if adapter == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(

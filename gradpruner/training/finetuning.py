@@ -230,6 +230,7 @@ def finetune(
         ModelError: If mode is "full" and the weights are quantised; if mode is "lora" and the model is in
             4 bits, or mode is "qlora" and it is not.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
+        PlanError: If mode is "lora" or "qlora" and the model carries adapters already.
         ShapeError: If the teacher has another vocabulary.
 
     Source: GradPruner, C.2; for the teacher see `DistillationOptions`.

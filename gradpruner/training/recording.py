@@ -305,6 +305,7 @@ def record_gradients(
         batch_size=options.batch_size,
         accumulation=1,
         max_steps=steps + (MAX_OVERFLOWS if fp16 else 0),
+        PlanError: If the model carries adapters; it is unchanged then.
         warmup=math.ceil(steps * WARMUP_RATIO),
         max_grad_norm=options.clip or 0.0,
         schedule="constant_with_warmup",

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError
+from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.layers import fingerprint
@@ -411,6 +411,21 @@ def test_default_steps():
 
 
 # -- other people's trainers ---------------------------------------------------------------------------
+
+
+def test_a_model_with_adapters_is_refused_and_keeps_them():
+    model = lora(make_llama())
+    before = {name: (w.clone(), w.requires_grad) for name, w in model.named_parameters()}
+    for refused in (
+        lambda: record_gradients(model, make_samples(8), steps=3, device="cpu"),
+        lambda: training.finetune(model, make_samples(8), mode="lora", max_steps=1, device="cpu"),
+    ):
+        with pytest.raises(PlanError, match="carries adapters"):
+            refused()
+        assert all(torch.equal(w, before[name][0]) for name, w in model.named_parameters())
+        assert {name: w.requires_grad for name, w in model.named_parameters()} == {
+            name: trained for name, (_, trained) in before.items()
+        }
 
 
 def _worker(rank, port, folder):
