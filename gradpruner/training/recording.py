@@ -79,7 +79,8 @@ class GradientRecorder(ClosingCallback):
             scaler is about to skip is always left out.
 
     Raises:
-        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder is not empty.
+        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder is not empty. When training
+            begins: if a layer has no trainable LoRA, or the adapters changed the model's own weights (PiSSA).
     """
 
     def __init__(
