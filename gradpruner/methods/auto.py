@@ -13,6 +13,7 @@ from torch import nn
 
 from gradpruner.common.errors import DataError, PlanError
 from gradpruner.common.progress import Progress
+from gradpruner.data.encoding import any_learned
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import held_out_loss, put_aside
 from gradpruner.methods.candidates import FAULTS, PROPOSERS, Candidate, Proposer, make_pool
@@ -106,7 +107,7 @@ def settled(options: AutoOptions, context: MethodContext) -> AutoOptions:
 
 
 def _check_learned(validation: Sequence[Any]) -> None:
-    if not any(label != -100 for sample in validation for label in sample["labels"][1:]):
+    if not any_learned(validation):
         raise DataError(
             f"None of the {len(validation)} samples held out to compare candidates on has a learned token.",
             hint="At least one label must differ from -100.",

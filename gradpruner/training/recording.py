@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.common.options import changed
-from gradpruner.data.encoding import Collator
+from gradpruner.data.encoding import Collator, any_learned, check_encoded
 from gradpruner.gradients.gates import GateHooks
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter
@@ -289,7 +289,7 @@ def record_gradients(
 
     Raises:
         ConfigError: If an option is unknown or not allowed.
-        DataError: If the dataset is empty.
+        DataError: If the dataset is empty or not encoded, or no token in it is learned.
         NonFiniteError: If a loss or gradient is NaN or Inf; earlier steps are kept in `folder`.
 
     Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
@@ -312,6 +312,12 @@ def record_gradients(
         schedule="constant_with_warmup",
         **options.model_dump(include={"precision", "gradient_checkpointing", "fsdp", "seed", "device"}),
     )
+    check_encoded(dataset)
+    if not any_learned(dataset):
+        raise DataError(
+            f"None of the {len(dataset)} samples has a learned token, so there are no gradients to record.",
+            hint="At least one label after the first must differ from -100.",
+        )
     set_seed(options.seed)
     with _adapters(model, options) as peft_model:
         trainer = CausalTrainer(

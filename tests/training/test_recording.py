@@ -371,6 +371,17 @@ def test_the_model_is_the_same_afterwards_and_the_trace_repeats():
     assert trace.info.model == fingerprint(model)
     assert (trace.num_steps, trace.effective_steps) == (4, 2)  # B is zero, then the learning rate is
     assert trace.info.clip == 1.0
+    frozen = lora(make_llama())
+    for weight in (w for name, w in frozen.named_parameters() if ".layers.3." in name and "lora_B" in name):
+        weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"Layers \[3\] have no trainable LoRA"):
+        record(model=frozen)
+    with pytest.raises(ConfigError, match=r"'pissa'.* Allowed: True"):
+        record(model=get_peft_model(make_llama(), LoraConfig(r=2, init_lora_weights="pissa")))
+    with pytest.raises(DataError, match="hold prompt, completion; input_ids and labels are needed"):
+        record_gradients(make_llama(), [{"prompt": "a", "completion": "b"}], steps=4)
+    with pytest.raises(DataError, match="None of the 4 samples has a learned token"):
+        record_gradients(make_llama(), [{"input_ids": [3, 4], "labels": [3, -100]}] * 4, steps=4)
     prune_(model, PruningPlan.from_keep(4, [0, 1, 3]), trace)  # it no longer counts as an adapted model
 
 

@@ -23,7 +23,7 @@ from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, Pla
 from gradpruner.common.options import changed
 from gradpruner.common.printing import runs_of
 from gradpruner.common.world import World
-from gradpruner.data.encoding import Collator
+from gradpruner.data.encoding import Collator, check_encoded
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.kernels import with_fast_products
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
@@ -107,7 +107,7 @@ def fit_repair(
         PlanError: If the plan is for another model, or the model is quantised or has adapters.
         ModelError: If the layers cannot be refitted: they are mixtures of experts, depend on more than the
             hidden state, or end in neither a linear nor a norm.
-        DataError: If there are fewer than two samples.
+        DataError: If there are fewer than two samples, or they are not encoded.
         NonFiniteError: If hidden states or refitted weights are NaN or infinite.
 
     Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form is applied to the linear
@@ -123,6 +123,7 @@ def fit_repair(
     view = LayeredModel(model)
     _check_model(view, plan, trace)
     device = next(model.parameters()).device
+    check_encoded(samples)
     chosen = drawn(samples, options.rows or enough_rows(view, samples, options), options.seed)
     if len(chosen) < 2:
         raise DataError(
