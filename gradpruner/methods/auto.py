@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 from torch import nn
@@ -19,6 +19,7 @@ from gradpruner.methods.calibration import held_out_loss, put_aside
 from gradpruner.methods.candidates import FAULTS, PROPOSERS, Candidate, Proposer, make_pool
 from gradpruner.models.layers import fingerprint
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.options import RepairKind
 from gradpruner.pruning.in_memory import as_pruned, prune_
 from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.training.finetuning import finetune, planned_steps
@@ -35,7 +36,7 @@ class AutoOptions(MethodOptions):
     """Where the plans come from. If the pool is too small for all families, the first ones are used."""
     validation_samples: int = Field(default=128, ge=1)
     """Training samples held out to compare candidates on; at most a quarter of all samples."""
-    repair: Literal["none", "linear", "least_squares", "layer_wise"] | None = None
+    repair: RepairKind | None = None
     """How every candidate is repaired before it is measured and trained. null: as the run repairs its models
     (plan.repair)."""
     repair_rows: int | None = Field(default=None, ge=2)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.restoring import modes_kept
 from gradpruner.models.walking import BATCH_SIZE, drawn, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.options import REPAIRS, RepairOptions
+from gradpruner.plans.options import RepairKind, RepairOptions
 from gradpruner.plans.repair import Repair, RepairedCut, places_of, unrepaired
 from gradpruner.pruning.in_memory import check_merging, merge_planned, shapes_of
 from gradpruner.pruning.repair.ridge import AnySums, ChannelSums, Sums, choose_update
@@ -116,14 +116,15 @@ def fit_repair(
     options = changed(RepairOptions, options, changes)
     if options.kind == "none":
         raise ConfigError(
-            "There is nothing to fit for repair 'none'.", hint=f"Allowed: {', '.join(REPAIRS[1:])}."
+            "There is nothing to fit for repair 'none'.",
+            hint=f"Allowed: {', '.join(get_args(RepairKind)[1:])}.",
         )
     world = world or World()
     started = time.perf_counter()
     view = LayeredModel(model)
     _check_model(view, plan, trace)
-    device = next(model.parameters()).device
     check_encoded(samples)
+    device = next(model.parameters()).device
     chosen = drawn(samples, options.rows or enough_rows(view, samples, options), options.seed)
     if len(chosen) < 2:
         raise DataError(
