@@ -6,7 +6,7 @@
     ├── DataError              3   unusable data files, rows or prompts
     ├── ModelError             4   an unusable model folder, model family or weight format
     ├── ResourceError          5   not enough disk or memory, or a computation that cannot continue
-    │   └── NonFiniteError     5   NaN or Inf in a loss or gradient
+    │   └── NonFiniteError     5   NaN or Inf in a loss, gradient or score
     ├── IntegrityError         6   a damaged, unsafe or mismatched file
     └── ShapeError             1   tensors whose shapes do not match (also a ValueError)
 
@@ -60,7 +60,7 @@ class ResourceError(GradPrunerError):
 
 
 class NonFiniteError(ResourceError):
-    """A loss or gradient became NaN or Inf."""
+    """A loss, gradient or score became NaN or Inf."""
 
 
 class IntegrityError(GradPrunerError):

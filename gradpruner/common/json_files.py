@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -118,10 +119,13 @@ def read_object(path: Path, kind: str, shape: type[T]) -> T:
     return typed(read_json(path, kind), shape, f"{path} is not a readable {kind}")
 
 
-def read_versioned(path: Path, kind: str, shape: type[T], version: int, hint: str) -> T:
+def read_versioned(
+    path: Path, kind: str, shape: type[T], version: int, hint: str, former: Collection[str] = ()
+) -> T:
     """Reads a JSON file like `read_object`, if its field "format_version" is `version`.
 
-    The field itself is not part of `shape`. `hint` says in errors what to do.
+    The field itself is not part of `shape`. `hint` says in errors what to do. Fields in `former`, which
+    earlier releases wrote, are left out.
 
     Raises:
         IntegrityError: As `read_object`, or if the file has another format version.
@@ -130,7 +134,8 @@ def read_versioned(path: Path, kind: str, shape: type[T], version: int, hint: st
     try:
         raw = read_json(path, kind)
         check_version(raw, version)
-        return typed({name: raw[name] for name in raw if name != "format_version"}, shape, fault)
+        left_out = {"format_version", *former}
+        return typed({name: raw[name] for name in raw if name not in left_out}, shape, fault)
     except IntegrityError as error:
         raise IntegrityError(error.message, hint=hint) from error
     except ValueError as error:

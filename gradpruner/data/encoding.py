@@ -89,6 +89,21 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
         return tuple(notes)
 
 
+def check_encoded(samples: Sequence[Mapping[str, Any]]) -> None:
+    """Raises DataError if samples are not encoded, by the first one; none at all are no fault here."""
+    found = list(samples[0]) if len(samples) else ["input_ids", "labels"]
+    if not {"input_ids", "labels"}.issubset(found):
+        raise DataError(
+            f"The samples hold {', '.join(map(str, found)) or 'nothing'}; input_ids and labels are needed.",
+            hint="Encode them first: gradpruner.encode_all(tokenizer, examples, max_length).",
+        )
+
+
+def any_learned(samples: Iterable[Mapping[str, Any]]) -> bool:
+    """Returns whether any token of encoded samples has a loss."""
+    return any(label != IGNORED for sample in samples for label in sample["labels"][1:])
+
+
 class Collator:
     """Pads a batch on the right.
 

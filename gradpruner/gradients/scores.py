@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from gradpruner.common.errors import ConfigError, IntegrityError
+from gradpruner.common.errors import ConfigError, IntegrityError, NonFiniteError
 from gradpruner.common.json_files import read_object, write_json
 from gradpruner.common.printing import Printed, shown
 from gradpruner.common.ranking import ascending, method_and_choice, print_scores
@@ -39,6 +39,9 @@ class LayerScores(Printed):
         stability: (step, overlap) pairs: the fraction of the finally kept layers that the scores of the first
             `step` steps would keep too (paper Fig. 2); () if unknown.
         evidence: What the scores are based on (steps, norm, digest of the trace ...), as JSON values.
+
+    Raises:
+        NonFiniteError: If there is no score, or one is NaN or Inf.
     """
 
     method: str
@@ -50,7 +53,7 @@ class LayerScores(Printed):
 
     def __post_init__(self) -> None:
         if not self.values or not all(map(math.isfinite, self.values)):
-            raise IntegrityError(f"The scores of method {shown(self.method)} are not all finite numbers.")
+            raise NonFiniteError(f"The scores of method {shown(self.method)} are not all finite numbers.")
 
     @property
     def num_layers(self) -> int:
@@ -78,7 +81,10 @@ class LayerScores(Printed):
         Raises:
             IntegrityError: If the file is missing or is not a score file.
         """
-        found = read_object(Path(path), "score file", cls)
+        try:
+            found = read_object(Path(path), "score file", cls)
+        except NonFiniteError as error:
+            raise IntegrityError(f"{path} is not a score file: {error}") from error
         if any(len(ends) not in (0, found.num_layers) for ends in (found.low, found.high)):
             raise IntegrityError(
                 f"{path} is not a score file: it needs an interval for every layer, or none."

@@ -43,6 +43,7 @@ GATES_FILE = "gates.safetensors"
 FORMAT_VERSION = 1
 # Replaces the hash of the weights in the fingerprint of a quantised model.
 QUANTISED = "-quantised"
+_FORMER_FIELDS = ("complete", "data_sha256")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,9 @@ class TraceInfo:
         alpha: LoRA alpha.
         clip: Norm the gradients were clipped to before recording, or None for raw gradients.
         seed: Seed of the run.
-        complete: False if recording stopped before the requested number of steps.
         losses: Training loss of every logged step; there may be fewer than recorded steps.
         learning_rates: Learning rate of every recorded step.
-        notes: Anything unusual, in words.
-        data_sha256: Hash of the training data, or "" if unknown.
+        notes: Anything unusual, in words, for example that recording ended early.
     """
 
     num_layers: int
@@ -90,11 +89,9 @@ class TraceInfo:
     alpha: float = 0.0
     clip: float | None = None
     seed: int | None = None
-    complete: bool = True
     losses: tuple[float, ...] = ()
     learning_rates: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
-    data_sha256: str = ""
 
     @property
     def rank(self) -> int:
@@ -314,7 +311,7 @@ class GradientTrace(Printed):
         """
         folder = Path(folder)
         path, hint = folder / TRACE_FILE, "Record again."
-        info = read_versioned(path, "gradient trace", TraceInfo, FORMAT_VERSION, hint)
+        info = read_versioned(path, "gradient trace", TraceInfo, FORMAT_VERSION, hint, _FORMER_FIELDS)
         try:
             least = (min(ref.layer + 1, ref.out_features, ref.in_features, ref.rank) for ref in info.linears)
             if min(least, default=0) < 1:

@@ -6,18 +6,20 @@ import copy
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 from torch import nn
 
 from gradpruner.common.errors import DataError, PlanError
 from gradpruner.common.progress import Progress
+from gradpruner.data.encoding import any_learned
 from gradpruner.methods.base import METHODS, Method, MethodContext, MethodOptions
 from gradpruner.methods.calibration import held_out_loss, put_aside
 from gradpruner.methods.candidates import FAULTS, PROPOSERS, Candidate, Proposer, make_pool
 from gradpruner.models.layers import fingerprint
 from gradpruner.plans.layer_plan import PruningPlan
+from gradpruner.plans.options import RepairKind
 from gradpruner.pruning.in_memory import as_pruned, prune_
 from gradpruner.pruning.repair.refitting import fit_repair
 from gradpruner.training.finetuning import finetune, planned_steps
@@ -34,7 +36,7 @@ class AutoOptions(MethodOptions):
     """Where the plans come from. If the pool is too small for all families, the first ones are used."""
     validation_samples: int = Field(default=128, ge=1)
     """Training samples held out to compare candidates on; at most a quarter of all samples."""
-    repair: Literal["none", "linear", "least_squares", "layer_wise"] | None = None
+    repair: RepairKind | None = None
     """How every candidate is repaired before it is measured and trained. null: as the run repairs its models
     (plan.repair)."""
     repair_rows: int | None = Field(default=None, ge=2)
@@ -106,7 +108,7 @@ def settled(options: AutoOptions, context: MethodContext) -> AutoOptions:
 
 
 def _check_learned(validation: Sequence[Any]) -> None:
-    if not any(label != -100 for sample in validation for label in sample["labels"][1:]):
+    if not any_learned(validation):
         raise DataError(
             f"None of the {len(validation)} samples held out to compare candidates on has a learned token.",
             hint="At least one label must differ from -100.",

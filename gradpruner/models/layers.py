@@ -50,7 +50,9 @@ def refuse_adapters(model: nn.Module, why: str) -> None:
     """Raises PlanError if a model carries adapters."""
     if any(hasattr(module, "base_layer") for module in model.modules()):
         raise PlanError(
-            f"The model carries adapters; {why}.", hint="Call merge_and_unload() or unload() first."
+            f"The model carries adapters; {why}.",
+            hint="Call unload() first, which removes them. merge_and_unload() changes the model: what was "
+            "planned, recorded or fitted before no longer fits it.",
         )
 
 

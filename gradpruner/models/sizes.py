@@ -150,11 +150,6 @@ class ModelSizes:
         return 0 if head is None else int(head.weight.numel())
 
     @property
-    def flops_per_token(self) -> int:
-        """FLOPs of the linears, including the head, for one token."""
-        return 2 * (sum(self.layer_macs) + self.head_macs)
-
-    @property
     def disk_bytes(self) -> int:
         """Bytes of the weights in a checkpoint with the dtype that the config names, else float32."""
         return self.parameters * _dtype_of(self.model.config, None).itemsize

@@ -47,7 +47,7 @@ class BasePlan(Printed):
         if planned and fingerprint and not same_model(str(planned), fingerprint):
             raise PlanError(
                 f"The plan was made from model {shown(str(planned))[1:-1]}; this is {fingerprint}.",
-                hint="Make a plan on this model.",
+                hint="Make a plan on this model. Training it, or merging adapters into it, made it another.",
             )
 
     def to_dict(self) -> dict[str, Any]:

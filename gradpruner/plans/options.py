@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from gradpruner.common.options import Section
 
-REPAIRS = ("none", "linear", "least_squares", "layer_wise")
+RepairKind = Literal["none", "linear", "least_squares", "layer_wise"]
+"""What a repair refits; the one list of kinds. `places_of` and `fit_repair` carry them out."""
 DENSITY = 0.2
 """Fraction of a merged layer's entries that is kept. The paper calls 0.2 "80 % sparsity"."""
 BUDGETS = ("num_prune", "layer_fraction", "parameter_fraction", "layers", "max_loss")
@@ -62,7 +63,7 @@ class PlanOptions(Section):
 class RepairOptions(Section):
     """How a repair is fitted."""
 
-    kind: Literal["none", "linear", "least_squares", "layer_wise"] = "least_squares"
+    kind: RepairKind = "least_squares"
     """What is refitted, see `fit_repair`; none only stands for a run without a repair."""
     rows: int | None = Field(default=None, ge=2)
     """Most samples it is fitted on; null: as many as `enough_rows` returns."""

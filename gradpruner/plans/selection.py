@@ -117,6 +117,10 @@ def _budget(
     if options.parameter_fraction is not None:
         if layer_parameters is None or total_parameters is None:
             raise PlanError("parameter_fraction needs layer_parameters and total_parameters.")
+        if len(layer_parameters) != total:
+            raise PlanError(
+                f"layer_parameters has {len(layer_parameters)} numbers; there are scores of {total} layers."
+            )
         per_layer = sum(layer_parameters) / total
         count = math.floor(options.parameter_fraction * total_parameters / per_layer + 0.5)
     elif options.layer_fraction is not None:

@@ -232,7 +232,8 @@ def _check_recorded(
             raise PlanError(
                 f"The model's '{name}' of layer {layer} has shape {shape}; the trace holds gradients for "
                 f"{recorded.get(name, 'no such linear')}.",
-                hint="Record on this model with LoRA on every linear of every layer.",
+                hint="Record on this model with LoRA on every linear (target_modules='all-linear'), or plan "
+                "with num_merge=0.",
             )
 
 

@@ -11,13 +11,14 @@ several plans of one variant (plan_names.py).
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from gradpruner.common.errors import GradPrunerError, ModelError
+from gradpruner.common.errors import ConfigError, GradPrunerError, ModelError
 from gradpruner.common.files import check_free_space, write_text
 from gradpruner.common.json_files import write_json
 from gradpruner.common.registry import check_known
@@ -192,10 +193,11 @@ class _Run:
         except Exception as error:
             if this_world().broken:  # the processes of the job have lost each other: no variant can go on
                 raise
+            traceback.clear_frames(error.__traceback__)  # the models in them would stay in memory
             ours = error
             if not isinstance(ours, GradPrunerError):  # a method met something it did not expect
-                ours = ModelError(f"{type(error).__name__}: {error}")
-                log.debug("%s", variant, exc_info=error)
+                ours = ModelError(f"{type(error).__name__}: {error} ({_where(error)})")
+                ours.__cause__ = error
             log.error("%s failed: %s", variant, ours)
             self.failures[variant] = ours
 
@@ -322,11 +324,25 @@ class _Run:
         return self.rows.get(variant, variant)
 
 
+def _where(error: Exception) -> str:
+    """Returns file and line of an error: the last ones that are not of an installed package, if there are."""
+    frames = traceback.extract_tb(error.__traceback__)[::-1]
+    frame = next((one for one in frames if "site-packages" not in one.filename), frames[0])
+    return f"{Path(frame.filename).name}:{frame.lineno}"
+
+
 def scores_of(job: Job, method: str, trace: str, folder: str) -> LayerScores:
     """Scores the layers by a method, with the gradients recorded in the folder `trace`."""
     score = METHODS.find(method).score
     assert score is not None
-    return score(job.context(method, cache(lambda: GradientTrace.load(trace)), Path(folder)))
+    found = score(job.context(method, cache(lambda: GradientTrace.load(trace)), Path(folder)))
+    if not isinstance(found, LayerScores):
+        raise ConfigError(f"The method {method} returned {type(found).__name__}; LayerScores are needed.")
+    if found.num_layers != job.num_layers:
+        raise ConfigError(
+            f"The method {method} returned {found.num_layers} scores; the model has {job.num_layers} layers."
+        )
+    return found
 
 
 def record_rows(job: Job, folder: str) -> GradientTrace:

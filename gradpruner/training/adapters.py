@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from gradpruner.common.errors import ConfigError, ModelError
 from gradpruner.gradients.trace import LinearRef
-from gradpruner.models.layers import LayeredModel, unwrap
+from gradpruner.models.layers import LayeredModel, refuse_adapters, unwrap
+
+WEIGHTS_KEPT = (True, False, "gaussian", "eva", "orthogonal")
+"""Values of PEFT's `init_lora_weights` that leave the model's own weights as they are."""
 
 
 def attach_lora(
@@ -35,9 +38,13 @@ def attach_lora(
 
     Returns:
         The PeftModel; its `unload()` returns the original model.
+
+    Raises:
+        PlanError: If the model carries adapters already; it is unchanged then.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    refuse_adapters(model, "new ones cannot be put on top of them")
     if adapter == "qlora":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(
@@ -115,7 +122,7 @@ def find_lora_linears(
                 continue
             lora_b: Any = module.lora_B
             weight_a, weight_b = lora_a[active[0]].weight, lora_b[active[0]].weight
-            if not weight_a.requires_grad:
+            if not (weight_a.requires_grad and weight_b.requires_grad):
                 continue
             pairs.append((weight_a, weight_b))
             linears.append(
@@ -132,10 +139,23 @@ def find_lora_linears(
 
 
 def adapter_kind(model: Any) -> tuple[str, float, bool]:
-    """Returns the kind of adapter, its alpha, and whether the base model is quantised."""
-    config = next(iter(getattr(model, "peft_config", {}).values()), None)
-    if config is None:
+    """Returns the kind of adapter, its alpha, and whether the base model is quantised.
+
+    Raises:
+        ConfigError: If putting the adapters on changed the model's own weights (PiSSA, OLoRA, CorDA, LoftQ,
+            LoRA-GA): without them it is then not the model that was given, and must not be pruned as that.
+    """
+    configs = list(getattr(model, "peft_config", {}).values())
+    for start in (getattr(config, "init_lora_weights", True) for config in configs):
+        if start not in WEIGHTS_KEPT:
+            raise ConfigError(
+                f"init_lora_weights is {start!r}, which may change the model's own weights: without the "
+                "adapters it is no longer the model that was given.",
+                hint=f"Allowed: {', '.join(map(str, WEIGHTS_KEPT))}.",
+            )
+    if not configs:
         return "lora", 0.0, False
+    config = configs[0]
     quantised = is_4bit(model)
     kinds = {"dora": config.use_dora, "rslora": config.use_rslora, "qlora": quantised, "lora": True}
     kind = next(kind for kind, holds in kinds.items() if holds)

@@ -19,7 +19,7 @@ from gradpruner.common.errors import ConfigError, DataError, ModelError
 from gradpruner.common.memory import PeakMemory
 from gradpruner.common.options import changed
 from gradpruner.common.world import this_world
-from gradpruner.data.encoding import Collator
+from gradpruner.data.encoding import Collator, check_encoded
 from gradpruner.models.kernels import with_fast_products
 from gradpruner.training.adapters import attach_lora, is_4bit
 from gradpruner.training.callbacks import NonFiniteGuard, ProgressCallback, SavingInterrupt
@@ -226,10 +226,11 @@ def finetune(
         ConfigError: If an option is unknown or not allowed, a tracker or Liger is not installed, fp16
             autocast is to train weights stored in float16, the teacher shares weights with the model, or
             distillation is given without a teacher.
-        DataError: If the dataset is empty.
+        DataError: If the dataset is empty or not encoded.
         ModelError: If mode is "full" and the weights are quantised; if mode is "lora" and the model is in
             4 bits, or mode is "qlora" and it is not.
         NonFiniteError: If a loss or gradient becomes NaN or Inf.
+        PlanError: If mode is "lora" or "qlora" and the model carries adapters already.
         ShapeError: If the teacher has another vocabulary.
 
     Source: GradPruner, C.2; for the teacher see `DistillationOptions`.
@@ -240,6 +241,7 @@ def finetune(
     check_sharding(options.fsdp, options.deepspeed, options.device)
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to fine-tune on.")
+    check_encoded(dataset)
     trainer_class = _trainer_class(model, teacher, distillation)
     set_seed(options.seed)
     trained: Any = model

@@ -22,7 +22,7 @@ from transformers import set_seed
 
 from gradpruner.common.errors import ConfigError, DataError, NonFiniteError
 from gradpruner.common.options import changed
-from gradpruner.data.encoding import Collator
+from gradpruner.data.encoding import Collator, any_learned, check_encoded
 from gradpruner.gradients.gates import GateHooks
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 from gradpruner.gradients.trace_writer import TraceWriter
@@ -64,6 +64,10 @@ class GradientRecorder(ClosingCallback):
     without a launcher. The hooks are removed from the model when recording ends or fails; if training fails
     elsewhere, call `close`.
 
+    The trace is complete at the next optimizer step, or when training ends. A second `train()` of the same
+    model is not recorded, and says so; with another model, recording begins anew and `trace` becomes that of
+    the new model. A `folder` holds one trace only.
+
     Memory: layer energies take kilobytes. Factors are float32 on the host, 4 * rank * (in + out) bytes per
     linear and step; with a `folder` they go to disk, and at most those of two steps are in memory. Nothing
     stays on the training device.
@@ -79,7 +83,8 @@ class GradientRecorder(ClosingCallback):
             scaler is about to skip is always left out.
 
     Raises:
-        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder is not empty.
+        ConfigError: If `steps` < 2, `on_non_finite` is unknown, or the folder is not empty. When training
+            begins: if a layer has no trainable LoRA, or the adapters changed the model's own weights (PiSSA).
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class GradientRecorder(ClosingCallback):
         self.on_non_finite = on_non_finite
         self._trace: GradientTrace | None = None
         self._writer: TraceWriter | None = None
+        self._recorded: weakref.ref[nn.Module] | None = None
         self._gates = GateHooks((), "recording has not begun")
         self._losses: list[float] = []
         self._learning_rates: list[float] = []
@@ -123,11 +129,17 @@ class GradientRecorder(ClosingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finds the LoRA linears of every decoder layer, and hooks the layers for their gates."""
-        if self._trace is not None:  # a second train() of the same Trainer is not recorded
-            return
         model = kwargs["model"]
+        if self._trace is not None:
+            if self._recorded is not None and self._recorded() is model:
+                log.warning("Not recorded: this GradientRecorder holds a trace of the model. Use a new one.")
+                return
+            if self.folder is not None:
+                _check_folder(self.folder)
+        self._losses, self._learning_rates, self._notes, self._overflows = [], [], [], 0
         self._pairs, linears = find_lora_linears(model)
         adapter, alpha, quantised = adapter_kind(model)
+        self._trace, self._recorded = None, weakref.ref(model)
         if state.global_step:
             self._notes.append(f"recording began after step {state.global_step}, not at the start")
         view = LayeredModel(model)
@@ -155,6 +167,9 @@ class GradientRecorder(ClosingCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Records the gradients of this optimizer step."""
         if self._writer is None or self._trace is not None:
+            return
+        if self._writer.num_steps >= self.steps:  # the last step has been logged by now
+            self._finish()
             return
         try:
             self._record(self._writer, state.global_step + 1, kwargs.get("optimizer"), control)
@@ -199,10 +214,9 @@ class GradientRecorder(ClosingCallback):
             return
         self._learning_rates.append(learning_rate(optimizer))
         if writer.num_steps >= self.steps:
+            self.close()
             if self.stop_training:
                 control.should_training_stop = True
-            else:
-                self._finish()
 
     def _handle_overflow(self, step: int) -> None:
         """Leaves out a step whose fp16 gradients overflowed; the optimizer skips it too."""
@@ -234,9 +248,10 @@ class GradientRecorder(ClosingCallback):
             return
         if self._gates.fault:
             self._notes.append(f"no gates: {self._gates.fault}")
+        if self._writer.num_steps < self.steps:
+            self._notes.append(f"{self._writer.num_steps} of {self.steps} steps were recorded")
         info = replace(
             self._info,
-            complete=self._writer.num_steps >= self.steps,
             losses=tuple(self._losses),
             learning_rates=tuple(self._learning_rates),
             notes=tuple(self._notes),
@@ -288,14 +303,21 @@ def record_gradients(
 
     Raises:
         ConfigError: If an option is unknown or not allowed.
-        DataError: If the dataset is empty.
+        DataError: If the dataset is empty or not encoded, or no token in it is learned.
         NonFiniteError: If a loss or gradient is NaN or Inf; earlier steps are kept in `folder`.
+        PlanError: If the model carries adapters; it is unchanged then.
 
     Source: GradPruner, section 3.1, Algorithm 1 steps 1-2.
     """
     options = changed(RecordOptions, options, changes)
     if len(dataset) == 0:
         raise DataError("The dataset is empty; there is nothing to record gradients from.")
+    check_encoded(dataset)
+    if not any_learned(dataset):
+        raise DataError(
+            f"None of the {len(dataset)} samples has a learned token, so there are no gradients to record.",
+            hint="At least one label after the first must differ from -100.",
+        )
     steps = options.steps or DEFAULT_STEPS
     recorder = GradientRecorder(steps, folder, stop_training=True)
     # Steps that the fp16 scaler may skip are added.

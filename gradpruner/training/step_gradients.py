@@ -40,7 +40,8 @@ def full_gradient(weight: nn.Parameter, linear: LinearRef) -> Tensor:
     if grad is None:
         raise ModelError(
             f"LoRA of layer {linear.layer} {linear.name} has no gradient at the optimizer step.",
-            hint="DeepSpeed steps before gradients can be read: record with torchrun, DDP or FSDP2.",
+            hint="If the forward pass does not use this linear, give it no LoRA. DeepSpeed steps before "
+            "gradients can be read: record with torchrun, DDP or FSDP2.",
         )
     # FSDP2 shards parameters as DTensors; gathering is collective, so every process must do it.
     full: Tensor = grad.full_tensor() if hasattr(grad, "full_tensor") else grad

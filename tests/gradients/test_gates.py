@@ -343,6 +343,7 @@ def test_fp16_scaling_and_overflow():
         inner.zero_grad()
         state.global_step += 1
     assert optimizer.scaler.get_scale() == 128.0
+    recorder.on_train_end(args, state, control)
     trace = recorder.trace
     expected_EL = gates_of(model, [IDS])
     assert trace.gates.per_step == (3, 3)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradpruner.common.errors import ConfigError, IntegrityError
+from gradpruner.common.errors import ConfigError, IntegrityError, NonFiniteError
 from gradpruner.gradients.scores import LayerScores, default_num_prune, rank_stability, score_layers
 from gradpruner.gradients.trace import GradientTrace, LinearRef, TraceInfo
 
@@ -99,13 +99,21 @@ def test_round_trip(tmp_path):
 
 @pytest.mark.parametrize("values", [(), (1.0, float("nan")), (float("inf"),)])
 def test_scores_must_be_finite(values):
-    with pytest.raises(IntegrityError, match="finite"):
+    with pytest.raises(NonFiniteError, match="finite") as caught:
         LayerScores("m", values)
+    assert caught.value.exit_code == 5
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"method": "m", "values": ["x"]}', '{"method": "m", "values": [1], "colour": 2}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"method": "m", "values": []}',
+        '{"method": "m", "values": ["x"]}',
+        '{"method": "m", "values": [1], "colour": 2}',
+    ],
 )
 def test_file_that_holds_no_scores(tmp_path, text):
     path = tmp_path / "scores.json"

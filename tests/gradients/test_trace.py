@@ -227,6 +227,12 @@ def test_index_that_does_not_fit(tmp_path, changes):
         GradientTrace.load(tmp_path)
 
 
+def test_index_of_an_earlier_release(tmp_path):
+    trace = record(tmp_path)
+    edit(tmp_path, complete=True, data_sha256="")
+    assert GradientTrace.load(tmp_path).info == trace.info
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "{}", "null"])
 def test_index_that_is_no_index(tmp_path, text):
     record(tmp_path)

@@ -108,6 +108,10 @@ def test_parameter_fraction_takes_the_nearest_number_of_layers():
         ({"layer_fraction": math.nan}, "layer_fraction: .* .given: nan."),
         ({"parameter_fraction": 0.3}, "needs layer_parameters and total_parameters"),
         (
+            {"parameter_fraction": 0.3, "layer_parameters": [10] * 3, "total_parameters": 200},
+            "layer_parameters has 3 numbers; there are scores of 8 layers",
+        ),
+        (
             {"num_prune": 1, "layer_fraction": 0.1},
             "^num_prune and layer_fraction are both budgets; give one. ",
         ),

@@ -111,7 +111,7 @@ def test_line_1_lora_starts_at_zero_on_every_linear(tiny_llama):
 
 def test_lines_3_and_6_training_stops_after_t_steps_and_leaves_the_model(recorded):
     model, before, trace = recorded
-    assert trace.num_steps == 4 and trace.info.complete
+    assert trace.num_steps == 4
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 

@@ -649,6 +649,8 @@ def test_at_least_two_samples():
     for rows in (make_ids(1), []):
         with pytest.raises(DataError):
             fit_repair(model, dropping([3]), rows, collate)
+    with pytest.raises(DataError, match="The samples hold prompt; input_ids and labels are needed"):
+        fit_repair(model, dropping([3]), [{"prompt": "a"}] * 4, collate)
 
 
 def test_models_that_cannot_be_refitted():

@@ -1,5 +1,6 @@
 import json
 import shutil
+import traceback
 from io import StringIO
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ from families import make_family_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from gradpruner.common.errors import ConfigError, NonFiniteError, PlanError, ResourceError
+from gradpruner.common.errors import ConfigError, ModelError, NonFiniteError, PlanError, ResourceError
 from gradpruner.common.progress import set_mode
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
+from gradpruner.methods import METHODS, Method
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.reports import html
 from gradpruner.reports.terminal import print_summary
@@ -292,6 +294,32 @@ def test_other_rows_go_on_when_one_row_fails(copy, monkeypatch):
     repaired = run(load_recipe(path, (), given))
     assert repaired["variants"]["merged"]["error"] is None
     assert states(repaired)["finetune dropped"] == "skipped"
+
+
+def broken(context):
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("score", "error", "said"),
+    [
+        (
+            lambda context: LayerScores("own", (1.0, 2.0)),
+            ConfigError,
+            "own returned 2 scores; .* has 4 layers",
+        ),
+        (lambda context: [1.0] * 4, ConfigError, "own returned list; LayerScores are needed"),
+        (broken, ModelError, r"^ValueError: a bug \(test_pipeline\.py:\d+\)$"),
+    ],
+)
+def test_a_fault_of_a_method_is_told_as_that(score, error, said, copy, monkeypatch):
+    path, given, _ = copy
+    monkeypatch.setitem(METHODS._entries, "own", Method("a method from elsewhere", score))
+    with pytest.raises(error, match=said) as caught:
+        run(load_recipe(path, (), given | {"variants": ["own"]}), until="plan")
+    if score is broken:
+        frames = [frame for frame, _ in traceback.walk_tb(caught.value.__cause__.__traceback__)]
+        assert frames[-1].f_code is broken.__code__ and not frames[-1].f_locals
 
 
 # -- before anything is written --------------------------------------------------------------------------

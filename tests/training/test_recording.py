@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError
+from gradpruner.common.errors import ConfigError, DataError, ModelError, NonFiniteError, PlanError
 from gradpruner.data.encoding import Collator
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.layers import fingerprint
@@ -110,7 +110,7 @@ def test_energies_in_a_plain_trainer_are_those_of_a_loop_by_hand(kind):
     assert trace.info.adapter == next(iter(kind), "use_lora").removeprefix("use_")
     assert trace.info.alpha == 4 and trace.info.rank == 2
     assert trace.info.learning_rates == (1e-3,) * 4
-    assert trace.info.complete
+    assert trace.info.notes == ()
 
 
 def test_accumulated_batches_are_one_batch_of_their_size():
@@ -146,9 +146,25 @@ def test_training_is_not_disturbed():
     plain, watched = lora(make_llama()), lora(make_llama())
     Trainer(model=plain, args=arguments(), train_dataset=samples, data_collator=Collator()).train()
     trace = record(samples, recorder=GradientRecorder(2), model=watched)
-    assert trace.num_steps == 2  # and the training went on
+    assert trace.num_steps == len(trace.info.losses) == 2  # and the training went on
     for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_second_training_of_a_model_is_not_recorded_one_of_another_model_is(tmp_path, caplog):
+    recorder = GradientRecorder(3)
+    model = lora(make_llama())
+    first = record(recorder=recorder, model=model)
+    assert record(recorder=recorder, model=model) is first and "Not recorded" in caplog.text
+    other = record(recorder=recorder, model=lora(make_llama(seed=5)))
+    assert (
+        other.info == record(recorder=GradientRecorder(3), model=lora(make_llama(seed=5))).info != first.info
+    )
+    on_disk = GradientRecorder(3, tmp_path / "trace")
+    kept = record(recorder=on_disk)
+    with pytest.raises(ConfigError, match="never overwritten"):
+        record(recorder=on_disk)
+    assert on_disk.trace is kept
 
 
 def test_factors_on_disk_and_in_memory_are_the_same(tmp_path):
@@ -234,9 +250,9 @@ def test_scaled_gradients_are_unscaled_exactly_once(clipped):
     assert trace.num_steps == 3
     assert trace.info.notes == (
         "step 2 left out: fp16 overflow",
+        "3 of 4 steps were recorded",
         "no gates: no backward pass went through the layers",
     )
-    assert not trace.info.complete
 
     position = {id(w): i for i, w in enumerate(loop.weights)}
     pairs, _ = find_lora_linears(loop.model)
@@ -289,9 +305,21 @@ def test_a_nan_stops_the_run_and_keeps_the_good_steps(tmp_path):
         record(callbacks=[Poison(3)], recorder=recorder)
     assert caught.value.exit_code == 5
     trace = GradientTrace.load(tmp_path / "trace")
-    assert trace.num_steps == 2 and not trace.info.complete
+    assert trace.num_steps == 2 and trace.info.notes[-1] == "2 of 4 steps were recorded"
     expected = record(recorder=GradientRecorder(2))
     assert torch.equal(trace.energies_SK, expected.energies_SK)
+
+
+def test_a_training_after_one_that_crashed_is_recorded_from_its_start():
+    class Crash(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                raise RuntimeError
+
+    recorder = GradientRecorder(4)
+    with pytest.raises(RuntimeError):
+        record(callbacks=[Crash()], recorder=recorder)
+    assert record(recorder=recorder).info == record().info
 
 
 def test_a_nan_can_be_left_out():
@@ -343,6 +371,17 @@ def test_unusable_models_folders_and_options_are_refused(tmp_path):
         GradientRecorder(4, tmp_path)
     with pytest.raises(ConfigError, match="is a file"):
         GradientRecorder(4, tmp_path / "mine.txt")
+    frozen = lora(make_llama())
+    for weight in (w for name, w in frozen.named_parameters() if ".layers.3." in name and "lora_B" in name):
+        weight.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"Layers \[3\] have no trainable LoRA"):
+        record(model=frozen)
+    with pytest.raises(ConfigError, match=r"'pissa'.* Allowed: True"):
+        record(model=get_peft_model(make_llama(), LoraConfig(r=2, init_lora_weights="pissa")))
+    with pytest.raises(DataError, match="hold prompt, completion; input_ids and labels are needed"):
+        record_gradients(make_llama(), [{"prompt": "a", "completion": "b"}], steps=4)
+    with pytest.raises(DataError, match="None of the 4 samples has a learned token"):
+        record_gradients(make_llama(), [{"input_ids": [3, 4], "labels": [3, -100]}] * 4, steps=4)
     loop = Loop(GradientRecorder(4))
     with pytest.raises(ModelError, match="has no gradient"):
         loop.recorder.on_pre_optimizer_step(loop.args, loop.state, loop.control, optimizer=None)
@@ -372,6 +411,21 @@ def test_the_model_is_the_same_afterwards_and_the_trace_repeats():
     assert (trace.num_steps, trace.effective_steps) == (4, 2)  # B is zero, then the learning rate is
     assert trace.info.clip == 1.0
     prune_(model, PruningPlan.from_keep(4, [0, 1, 3]), trace)  # it no longer counts as an adapted model
+
+
+def test_a_model_with_adapters_is_refused_and_keeps_them():
+    model = lora(make_llama())
+    before = {name: (w.clone(), w.requires_grad) for name, w in model.named_parameters()}
+    for refused in (
+        lambda: record_gradients(model, make_samples(8), steps=3, device="cpu"),
+        lambda: training.finetune(model, make_samples(8), mode="lora", max_steps=1, device="cpu"),
+    ):
+        with pytest.raises(PlanError, match="carries adapters"):
+            refused()
+        assert all(torch.equal(w, before[name][0]) for name, w in model.named_parameters())
+        assert {name: w.requires_grad for name, w in model.named_parameters()} == {
+            name: trained for name, (_, trained) in before.items()
+        }
 
 
 def test_recomputed_activations_change_nothing():

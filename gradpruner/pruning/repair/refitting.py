@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,14 @@ from gradpruner.common.errors import ConfigError, DataError, NonFiniteError, Pla
 from gradpruner.common.options import changed
 from gradpruner.common.printing import runs_of
 from gradpruner.common.world import World
-from gradpruner.data.encoding import Collator
+from gradpruner.data.encoding import Collator, check_encoded
 from gradpruner.gradients.trace import QUANTISED, GradientTrace
 from gradpruner.models.kernels import with_fast_products
 from gradpruner.models.layers import LayeredModel, fingerprint, refuse_adapters
 from gradpruner.models.restoring import modes_kept
 from gradpruner.models.walking import BATCH_SIZE, drawn, sample_batches
 from gradpruner.plans.layer_plan import PruningPlan
-from gradpruner.plans.options import REPAIRS, RepairOptions
+from gradpruner.plans.options import RepairKind, RepairOptions
 from gradpruner.plans.repair import Repair, RepairedCut, places_of, unrepaired
 from gradpruner.pruning.in_memory import check_merging, merge_planned, shapes_of
 from gradpruner.pruning.repair.ridge import AnySums, ChannelSums, Sums, choose_update
@@ -107,7 +107,7 @@ def fit_repair(
         PlanError: If the plan is for another model, or the model is quantised or has adapters.
         ModelError: If the layers cannot be refitted: they are mixtures of experts, depend on more than the
             hidden state, or end in neither a linear nor a norm.
-        DataError: If there are fewer than two samples.
+        DataError: If there are fewer than two samples, or they are not encoded.
         NonFiniteError: If hidden states or refitted weights are NaN or infinite.
 
     Source: ReplaceMe (Shopkhoev et al., 2025), linear transform; its closed form is applied to the linear
@@ -116,12 +116,14 @@ def fit_repair(
     options = changed(RepairOptions, options, changes)
     if options.kind == "none":
         raise ConfigError(
-            "There is nothing to fit for repair 'none'.", hint=f"Allowed: {', '.join(REPAIRS[1:])}."
+            "There is nothing to fit for repair 'none'.",
+            hint=f"Allowed: {', '.join(get_args(RepairKind)[1:])}.",
         )
     world = world or World()
     started = time.perf_counter()
     view = LayeredModel(model)
     _check_model(view, plan, trace)
+    check_encoded(samples)
     device = next(model.parameters()).device
     chosen = drawn(samples, options.rows or enough_rows(view, samples, options), options.seed)
     if len(chosen) < 2:

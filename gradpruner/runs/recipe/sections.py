@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from gradpruner.common.options import Section
 from gradpruner.evaluation.options import AskingSection
-from gradpruner.plans.options import BUDGETS, PlanOptions
+from gradpruner.plans.options import BUDGETS, PlanOptions, RepairKind
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,7 +139,7 @@ class PlanSection(PlanOptions):
     (in Gemma 2 and 3, gpt-oss, Cohere 2, Llama 4, SmolLM3 ...); this restricts which layers may go."""
     rule: Literal["sum", "mean", "fisher", "weighted_average", "norm_preserving"] = "sum"
     """Combine rule (`gradpruner ls rules`)."""
-    repair: Literal["auto", "none", "linear", "least_squares", "layer_wise"] = "none"
+    repair: Literal["auto", RepairKind] = "none"
     """Refit the last linear before each removed block on training samples, so that the layers behind it get
     nearly the inputs they got before. linear: fit a map of the hidden size. least_squares: fit the linear
     itself. layer_wise: fit it in every kept layer after the first removed block too. auto: layer_wise for a
