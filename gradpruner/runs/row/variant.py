@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.run_names import row_file
-from gradpruner.gradients.scores import trace_digest
-from gradpruner.gradients.trace import GradientTrace
+from gradpruner.gradients.trace import GradientTrace, trace_digest
 from gradpruner.methods import METHODS, MethodContext
 from gradpruner.plans.reading import Plan
 from gradpruner.runs.folder.directory import RunDirectory
