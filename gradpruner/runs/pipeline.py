@@ -109,6 +109,8 @@ def run_rows(
     if STAGES.index(until) >= STAGES.index("finetune") and (short := too_few_steps(job)):
         log.warning("warning: %s", short)
     with directory:
+        if not one_plan:
+            _refuse_untuned(job, directory)
         _describe(job, directory)
         # The recipe as the user gave it, not `job.recipe` with its chosen learning rate: the next start may
         # use another mode of fine-tuning, which needs another rate.
@@ -119,6 +121,17 @@ def run_rows(
             find_rate(job, directory)
             _describe(job, directory)  # with the rate that was found
         return _Run(job, directory, one_plan, kept).up_to(until)
+
+
+def _refuse_untuned(job: Job, directory: RunDirectory) -> None:
+    """Refuses to put the given model, as it is, in place of a dense model that an earlier start tuned."""
+    tuned = directory.result("finetune dense") is not None
+    if tuned and job.recipe.start == "given" and "dense" in job.recipe.variants:
+        raise ConfigError(
+            f"{directory.path} holds {tuned_folder('dense')}, which an earlier start tuned. This start takes the "
+            "given model as it is, and would replace that one.",
+            hint="Choose another --out.",
+        )
 
 
 def _describe(job: Job, directory: RunDirectory) -> None:

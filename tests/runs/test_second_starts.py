@@ -34,17 +34,32 @@ def states(record):
     return {stage["name"]: stage["state"] for stage in record["stages"]}
 
 
-def test_a_recovery_that_is_no_longer_asked_for_is_neither_kept_nor_shown(tmp_path):
+def test_without_its_recovery_a_plan_is_a_row_of_its_own(tmp_path):
     recovery = {"steps": 2, "keep_better": False}
     path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN, recover=recovery)
     first = run(load_recipe(path))
     assert model_to_ship(first).folder == "variants/last/model"
-    again = run(load_recipe(path, ("recover.steps=0", "recover.epochs=0")))
-    row = again["variants"]["last"]
-    assert row["finetune"] is None and row["cost"]["seconds"]["training"] == 0
-    assert states(again)["prune last"] == "skipped" and states(again)["evaluate last"] == "done"
-    assert model_to_ship(again).folder == "variants/last/pruned"
+    without = ("recover.steps=0", "recover.epochs=0")
+    again = run(load_recipe(path, without))
+    name = again["rows"]["last"]
+    row = again["variants"][name]
+    assert name == "last@recover.steps=0" and row["finetune"] is None
+    assert row["cost"]["seconds"]["training"] == 0 and again["variants"]["last"]["finetune"]
+    assert run(load_recipe(path, without))["rows"]["last"] == name
+    # In a study each variant has one row, and what is no longer asked for goes.
+    record = run(load_recipe(path, without), one_plan=True)
+    assert record["variants"]["last"]["finetune"] is None and model_to_ship(record, "last").folder.endswith(
+        "pruned"
+    )
     assert not (tmp_path / "run/variants/last/model").exists()
+
+
+def test_a_dense_model_that_was_tuned_is_not_replaced_by_the_untuned_one(tmp_path):
+    path, _ = make_project(tmp_path, variants=["dense", "last"], plan=PLAN)
+    run(load_recipe(path))
+    with pytest.raises(ConfigError, match="which an earlier start tuned"):
+        run(load_recipe(path, ("start=given",)))
+    assert (tmp_path / "run/variants/dense/model/model.safetensors").exists()
 
 
 def test_scores_of_a_replaced_model_are_gone_with_it(tmp_path):

@@ -53,8 +53,11 @@ def row_for(
         plan = plan_in(row)
         if plan is None and not shrinks:
             return False
-        inputs = Variant(job, directory, row, plan, trace).prune_inputs
-        return directory.result(f"prune {row}") is None or directory.is_done(f"prune {row}", inputs)
+        ours = Variant(job, directory, row, plan, trace)
+        if directory.result(f"finetune {row}") is not None and not ours.trains:
+            return False  # its model was trained further, and this recipe trains none
+        done = f"prune {row}"
+        return directory.result(done) is None or directory.is_done(done, ours.prune_inputs)
 
     if wanted is not None:
         row = named_row(variant, wanted)
