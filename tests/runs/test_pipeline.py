@@ -352,6 +352,10 @@ def test_few_samples_and_overlap_are_warned_about(tmp_path):
     warnings = "\n".join(Job(load_recipe(path)).warnings)
     assert "2 training samples for 8 recording steps of 4" in warnings
     assert "2 of 2 evaluation prompts also occur in the training data" in warnings
+    write_rows(tmp_path / "train.jsonl", rows * 10)
+    held_out = ("start=given", "recover.epochs=1", "variants=[dense, last]")
+    warnings = "\n".join(Job(load_recipe(path, held_out)).warnings)
+    assert "2 of 2 validation prompts also occur in the training data" in warnings
 
 
 def other_family(tmp_path, model_type, **recipe):

@@ -105,7 +105,7 @@ def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
         distil={"teacher": "tuned", "prompts": 0.0},
     )
     tuning, recovery = (record["variants"][name]["finetune"] for name in ("dense", "dropped"))
-    assert (tuning["steps"], recovery["steps"]) == (6, 2)  # 2 of 24 rows are held out
+    assert (tuning["steps"], recovery["steps"]) == (6, 2)  # a row of 24 is held out
     assert max(entry["learning_rate"] for entry in recovery["losses"]) <= 5e-4
     assert "ce" in recovery["losses"][0] and "ce" not in tuning["losses"][0]
     model = AutoModelForCausalLM.from_pretrained(folder / "variants/dropped/model")
@@ -146,7 +146,7 @@ def test_a_recovery_is_kept_only_if_it_lowers_the_validation_loss(tmp_path, rate
     )
     row = record["variants"]["dropped"]
     found = row["finetune"]["kept"]
-    assert (found["model"], found["rows"]) == (kept, 2)
+    assert (found["model"], found["rows"]) == (kept, 1)  # two of 24 rows, but few have a prompt of their own
     assert (found["after"] < found["before"]) == (kept == "trained")
     both = [load_file(folder / f"variants/dropped/{name}/model.safetensors") for name in ("pruned", "model")]
     same = all(torch.equal(both[0][name], both[1][name]) for name in both[0])
