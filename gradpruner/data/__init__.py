@@ -6,6 +6,7 @@ folders   which files of a folder hold a split
 rows      files and hub datasets as rows
 shapes    the usual formats: how a row becomes an example
 layouts   a user's own columns: other names, templates, texts with a label
+advice    what to do about rows that cannot be read
 tasks     named tasks, by what they ask for
 loading   a user's own file as a set of examples
 chat      conversations through a chat template, and checks of the template

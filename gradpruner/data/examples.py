@@ -105,11 +105,12 @@ def as_conversation(example: Example) -> Example:
     return replace(example, prompt="", answer=answer, choices=choices, messages=turns)
 
 
+def question(example: Example) -> tuple[str, tuple[Message, ...]]:
+    """Returns what is asked: the prompt, and the conversation before the answer."""
+    return example.prompt, example.messages[:-1]
+
+
 def overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> int:
     """Counts evaluation examples whose exact prompt (or conversation) is also in the training examples."""
-
-    def key(example: Example) -> tuple[str, tuple[Message, ...]]:
-        return example.prompt, example.messages[:-1]
-
-    seen = {key(example) for example in train}
-    return sum(key(example) in seen for example in evaluation)
+    seen = set(map(question, train))
+    return sum(question(example) in seen for example in evaluation)

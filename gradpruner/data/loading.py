@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gradpruner.common.errors import DataError
 from gradpruner.common.registry import check_known
+from gradpruner.data import advice
 from gradpruner.data.examples import Example, ExampleSet, sample
 from gradpruner.data.layouts import LABELS, TEXTS, Layout, column_names, labelled_columns, renamed, templated
 from gradpruner.data.parsing import DataRow
@@ -56,14 +57,15 @@ def load_examples(
     rows = renamed(read_rows(path, split, skip_bad=skip_bad), layout)
     name, shape, note = _shape_of(rows, format, layout)
     examples: list[Example] = []
-    faults = list(rows.faults)
+    faults, hints = list(rows.faults), {"" for _ in rows.faults}
     for row in rows.rows:
         try:
             examples.append(shape.build(row.id, row.fields))
         except BadRow as fault:
             faults.append((row.id, str(fault)))
+            hints.add(fault.hint)
     total = len(rows.rows) + len(rows.faults)
-    _check_faults(rows, name, shape, faults, skip_bad)
+    _check_faults(rows, name, shape, faults, hints, skip_bad)
     notes = [note, _unused_note(rows.rows, shape)]
     if faults:
         notes.append(f"{rows.source}: dropped {len(faults)} of {total} rows as unusable")
@@ -123,14 +125,8 @@ def _detect(rows: RowSet) -> str:
     # Rows with the columns of a task that needs more than text and label are not a text and its label.
     if labelled and not _tasks_with(tuple(found), more_than=len(labelled)):
         return LABELLED
-    names = [str(name) for name in found] + ["QUESTION", "ANSWER"]
-    hint = (
-        f"Rename the columns, or say what they mean: --set 'data.columns={{prompt: {names[0]}, completion: "
-        f"{names[1]}}}' (text and label instead of prompt and completion for a text with its label). Or set "
-        "data.prompt and data.completion to texts with columns in braces."
-    )
-    if tasks:
-        hint = f"These are the columns of the task {tasks}: give data.task instead."
+    hint = f"These are the columns of the task {tasks}: give data.task instead." if tasks else ""
+    hint = hint or advice.on_columns(rows, list(map(str, found)))
     raise _unrecognised(rows, tuple(found), hint)
 
 
@@ -156,8 +152,14 @@ def _unrecognised(rows: RowSet, found: Sequence[str], hint: str) -> DataError:
 
 
 def _check_faults(
-    rows: RowSet, name: str, shape: Shape, faults: Sequence[tuple[str, str]], skip_bad: bool
+    rows: RowSet,
+    name: str,
+    shape: Shape,
+    faults: Sequence[tuple[str, str]],
+    hints: set[str],
+    skip_bad: bool,
 ) -> None:
+    """Raises DataError if there are faults that may not be skipped; `hints` says what to do about each."""
     total = len(rows.rows) + len(rows.faults)
     if not faults or (skip_bad and len(faults) < total):
         return
@@ -165,7 +167,12 @@ def _check_faults(
     more = len(faults) - _ROWS_NAMED
     named += f"; and {more} more" if more > 0 else ""
     hint = "Fix these rows" + ("." if skip_bad else ", or drop them with --skip-bad.")
-    if len(faults) == total:
+    other = advice.on_other_layouts(rows, shape, [row_id for row_id, _ in faults])
+    if other and len(faults) < total:
+        hint = other
+    elif len(hints) == 1 and (same := "".join(hints)):
+        hint = same if len(faults) == total else f"{same} Or drop these rows with --skip-bad."
+    elif len(faults) == total:
         hint = f"No row can be read as {name}, which has the columns {shape.columns()}."
     raise DataError(f"{rows.source}: {len(faults)} of {total} rows cannot be used: {named}.", hint)
 

@@ -44,7 +44,11 @@ _WEIGHTS = ("weight", "loss", "train")
 
 
 class BadRow(Exception):
-    """A row that cannot be used; the message says why."""
+    """A row that cannot be used; the message says why, and `hint` what to do, if there is more to say."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -153,9 +157,15 @@ def _from_turns(row_id: str, turns: Sequence[Any], fields: Mapping[str, Any], on
     if "system" in roles[1:]:
         raise BadRow("a system turn comes after the first turn")
     if "user" not in roles or roles[roles[0] == "system"] != "user":
-        raise BadRow("the conversation does not start with a user turn")
+        raise BadRow(
+            "the conversation does not start with a user turn",
+            "Remove what comes before the first user turn; a system turn may stay.",
+        )
     if roles[-1] != "assistant":
-        raise BadRow(f"the conversation ends with a {roles[-1]} turn; it must end with the assistant's")
+        raise BadRow(
+            f"the conversation ends with a {roles[-1]} turn; it must end with the assistant's",
+            "Remove the turns after the last answer, or add the answer.",
+        )
     if not any(message.learned for message in messages if message.role == "assistant"):
         raise BadRow("every assistant turn has weight 0, so there is nothing to learn")
     return Example(row_id, "", messages[-1].content, messages=tuple(messages), tools=_tools(fields))
@@ -175,8 +185,12 @@ def _message(turn: Any, number: int) -> Message:
     if spelled[0] not in turn:
         raise BadRow(f"turn {number} has no 'role' (or 'from'); found: {', '.join(turn)}")
     role = turn[spelled[0]]
-    if not isinstance(role, str) or role not in _ROLES:
-        raise BadRow(f"turn {number} has the unknown role {role!r} (known: {', '.join(_ROLES)})")
+    known = _ROLES.get(role.lower()) if isinstance(role, str) else None
+    if known is None:
+        raise BadRow(
+            f"turn {number} has the unknown role {role!r} (known: {', '.join(_ROLES)})",
+            "Rename the roles: user or human asks, assistant or gpt answers.",
+        )
     content = turn.get(spelled[1])
     if isinstance(content, list):
         content = _joined_parts(content, number)
@@ -192,7 +206,7 @@ def _message(turn: Any, number: int) -> Message:
     except BadRow as fault:
         raise BadRow(f"turn {number} ({role}): {fault}") from fault
     kept = json.dumps(extra, ensure_ascii=False, sort_keys=True, default=str) if extra else ""
-    return Message(_ROLES[role], text, kept, _is_learned(turn, number))
+    return Message(known, text, kept, _is_learned(turn, number))
 
 
 def _is_learned(turn: Mapping[str, Any], number: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, ResourceError
 from gradpruner.exports.shipped import FinishedModel, unfinished, unfinished_stages, whole_model
-from gradpruner.models.card import CARD_FILE, Base, Figure, Results, base_of, model_card
+from gradpruner.models.card import CARD_FILE, Base, Figure, Results, base_of, model_card, untuned
 from gradpruner.models.folder import PRUNING_FILE, carried_files
 from gradpruner.models.headers import check_inside
 from gradpruner.models.loading import load_tokenizer
@@ -102,7 +102,9 @@ def files_to_push(model: FinishedModel, repo: str, options: PushOptions) -> Iter
         for path in paths:
             found[str(path.relative_to(folder))] = check_inside(folder, path)
         base = _base(model, PushOptions())
-        facts = _without_paths(model.facts) | {"source": base.hub_id or Path(base.name).name}
+        facts = _without_paths(model.facts)
+        if not facts.get("previous"):  # otherwise the source is a model of ours, and the hub's lies before it
+            facts["source"] = base.hub_id or Path(base.name).name
         found[PRUNING_FILE] = json.dumps(facts, indent=2).encode("utf-8")
         report = model.run / REPORT if model.run is not None and options.report else None
         if report is not None and report.is_file():
@@ -121,7 +123,7 @@ def _without_paths(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _base(model: FinishedModel, options: PushOptions) -> Base:
     """Returns what the model was made from, by the user's options or else the card beside it."""
-    source = str(model.facts.get("source") or model.folder.name)
+    source = untuned(model.facts) or model.folder.name
     base = base_of(source, model.base if model.is_adapter else model.folder)
     metadata = dict(base.metadata or {}) | ({"license": options.licence} if options.licence else {})
     return replace(base, hub_id=options.base_model or base.hub_id, metadata=metadata)

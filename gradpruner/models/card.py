@@ -89,6 +89,18 @@ def base_of(source: str, folder: Path | None = None) -> Base:
     return Base(source, hub_id, kept)
 
 
+def untuned(facts: Mapping[str, Any]) -> str | None:
+    """Returns the source in a `pruning.json`; if that was only fine-tuned, the model that was; or None."""
+    before = _section(facts, "previous")
+    source = (None if before.get("plan") else before.get("source")) or facts.get("source")
+    return source if isinstance(source, str) else None
+
+
+def _section(facts: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = facts.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
 def card_metadata(folder: Path) -> dict[str, Any]:
     """Returns the metadata of a folder's card; {} if there is no card or it cannot be read."""
     from huggingface_hub import metadata_load
@@ -113,7 +125,7 @@ def model_card(
     Args:
         base: The model it was made from.
         plan: None for a dense model.
-        facts: `portability` and `repair` of `pruning.json`.
+        facts: `portability`, `repair`, `previous` and `finetune` of `pruning.json`.
         results: None if nothing has been measured yet.
     """
     kind = {None: "fine-tuned", "width": "pruned", "layers": "depth-pruned"}[plan.kind if plan else None]
@@ -132,8 +144,7 @@ def model_card(
     if plan is None:
         lines += ["All layers are kept."]
     else:
-        repair = facts.get("repair")
-        lines += _width_lines(plan) if plan.kind == "width" else _depth_lines(plan, repair)
+        lines += _width_lines(plan) if plan.kind == "width" else _depth_lines(plan, facts)
     if results and results.versions:
         made_with = ", ".join(f"{plain(name)} {plain(version)}" for name, version in results.versions.items())
         lines += ["", f"With {made_with}."]
@@ -246,8 +257,10 @@ def _use(plan: Plan | None, results: Results | None) -> list[str]:
     return [*note, "", "```python", *loads, "```"]
 
 
-def _depth_lines(plan: PruningPlan, repair: Mapping[str, Any] | None) -> list[str]:
-    lines = [
+def _depth_lines(plan: PruningPlan, facts: Mapping[str, Any]) -> list[str]:
+    repair, before, tuning = (_section(facts, key) for key in ("repair", "previous", "finetune"))
+    lines = ["The model was fine-tuned before it was pruned."] if before.get("finetune") else []
+    lines += [
         f"{len(plan.pruned)} of {plan.num_layers} decoder layers were removed: {runs_of(plan.pruned)}.",
         f"Method: {plain(method_and_choice(plan.method, plan.evidence))}. Kept: {runs_of(plan.keep)}.",
     ]
@@ -256,13 +269,15 @@ def _depth_lines(plan: PruningPlan, repair: Mapping[str, Any] | None) -> list[st
             f"Layers {runs_of(layers)} were merged into layer {target} "
             f"(rule {plan.rule}, density {plan.density:g})."
         )
-    refitted = [cut["layer"] for cut in (repair or {}).get("cuts", ()) if cut["ridge"] is not None]
-    if repair is not None and refitted:
+    refitted = [cut["layer"] for cut in repair.get("cuts", ()) if cut["ridge"] is not None]
+    if refitted:
         how = plain(repair["kind"]).replace("_", " ")
         lines.append(
             f"Repaired ({how}, {plain(repair['rows'])} rows of the task): the last weights of layers "
             f"{runs_of(refitted)} were refitted to make up for the removed layers."
         )
+    if tuning and _section(tuning, "kept").get("model") != "pruned":
+        lines.append("Then it was fine-tuned.")
     return [
         *lines,
         "",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradpruner.common.errors import ModelError
-from gradpruner.models.headers import check_inside
+import torch
+from safetensors import safe_open
+
+from gradpruner.common.errors import IntegrityError, ModelError
+from gradpruner.models.headers import TensorRef, check_inside
 from gradpruner.models.raw_config import (
     CONFIG_FILE,
     quantised_kind,
@@ -88,6 +91,31 @@ def refuse_embedding_model(folder: Path) -> None:
             f"{folder} is an embedding model (sentence-transformers).",
             hint="Only language models that generate text can be used: give the model it was made from.",
         )
+
+
+def refuse_untied(folder: Path, ties: Mapping[str, str]) -> None:
+    """Raises IntegrityError if tensors that the config ties are both stored, with different values.
+
+    `ties` maps the name of a tied tensor to that of its source. Some checkpoints store both, and they agree.
+    """
+    stored = open_shards(folder).tensors if ties else {}
+    for tied, source in ties.items():
+        if tied not in stored or source not in stored or stored[tied].dtype != stored[source].dtype:
+            continue
+        if not torch.equal(*(_raw(stored[name]) for name in (tied, source))):
+            raise IntegrityError(
+                f"{folder} stores '{tied}' and '{source}' with different values, but its config "
+                "says that they are one tensor (tie_word_embeddings: true).",
+                hint=f'If both are meant, set "tie_word_embeddings": false in {folder / CONFIG_FILE}; '
+                f"otherwise save the model again without '{tied}'.",
+            )
+
+
+def _raw(ref: TensorRef) -> torch.Tensor:
+    """The bytes of a tensor on disk, mapped and not copied."""
+    with safe_open(ref.file, framework="pt") as file:
+        tensor: torch.Tensor = file.get_tensor(ref.name)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def is_quantised(folder: Path, config: dict[str, Any], tensors: Iterable[str]) -> bool:

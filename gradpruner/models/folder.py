@@ -28,7 +28,7 @@ from gradpruner.common.files import (
 from gradpruner.common.json_files import read_object, write_json
 from gradpruner.common.printing import shown
 from gradpruner.common.version import __version__
-from gradpruner.models.card import CARD_FILE, base_of, model_card
+from gradpruner.models.card import CARD_FILE, base_of, model_card, untuned
 from gradpruner.models.headers import check_inside
 from gradpruner.plans.layer_plan import PruningPlan
 from gradpruner.plans.reading import Plan
@@ -198,7 +198,8 @@ def describe_model(
     """
     facts = facts or {}
     source = str(Path(source).resolve()) if Path(source).is_dir() else source
-    write_text(folder / CARD_FILE, model_card(base_of(source, origin), plan, facts))
+    base = untuned({"source": source, **facts}) or source
+    write_text(folder / CARD_FILE, model_card(base_of(base, origin), plan, facts))
     write_json(
         folder / PRUNING_FILE,
         {

@@ -18,6 +18,7 @@ from gradpruner.models.checking import (
     check_model_folder,
     check_weights,
     refuse_embedding_model,
+    refuse_untied,
 )
 from gradpruner.models.classes import model_class
 from gradpruner.models.config_patch import parts_of, text_config
@@ -138,11 +139,12 @@ def load_structure(folder: Path, config: Any = None) -> nn.Module:
     """Returns the model of a checked folder without weights, after checking its parameters by the files.
 
     transformers itself matches the names, including conversions between the stored and the computed form,
-    which it calls loading. No tensor is read.
+    which it calls loading. Only tied tensors that are stored twice are read.
 
     Raises:
         ModelError: If transformers cannot load the folder.
-        IntegrityError: If tensors are missing, left over, or of another shape than the config says.
+        IntegrityError: If tensors are missing, left over, or of another shape than the config says, or if
+            the config ties tensors that are stored with different values.
     """
     check_config(folder, trust_remote_code=True)
     config = _read_config(folder)
@@ -157,6 +159,7 @@ def load_structure(folder: Path, config: Any = None) -> nn.Module:
             f"{folder}: the weights do not fit its config: {type(error).__name__}: {str(error).strip()}"
         ) from error
     _refuse_gaps(folder, report, model.config)
+    refuse_untied(folder, model.all_tied_weights_keys)
     module: nn.Module = model.eval()
     return module
 

@@ -42,6 +42,7 @@ def prune_checkpoint(
     verify: str = "auto",
     progress: Callable[[int], None] | None = None,
     repair: Repair | None = None,
+    name: str | None = None,
 ) -> VerifyReport:
     """Prunes a checkpoint on disk without building the model.
 
@@ -64,6 +65,7 @@ def prune_checkpoint(
         progress: Called with the number of bytes written since the last call.
         repair: The repair fitted for this plan (`fit_repair`); its weights, in the dtype of the source,
             replace those of the refitted layers.
+        name: What the records of the result call the source; None: `src`.
 
     Returns:
         What was verified, see `verification.verify_checkpoint`.
@@ -83,7 +85,12 @@ def prune_checkpoint(
     check_request(source, Path(dst).expanduser(), max_shard_bytes, verify)
     blueprint = Blueprint(source, plan, trace, repair=repair)
     return write_pruned(
-        blueprint, dst, name=str(src), max_shard_bytes=max_shard_bytes, verify=verify, progress=progress
+        blueprint,
+        dst,
+        name=name or str(src),
+        max_shard_bytes=max_shard_bytes,
+        verify=verify,
+        progress=progress,
     )
 
 

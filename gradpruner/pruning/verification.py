@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ModelError
+from gradpruner.common.errors import ConfigError, GradPrunerError, IntegrityError, ModelError, PlanError
 from gradpruner.common.printing import readable_bytes
 from gradpruner.common.registry import check_known
 from gradpruner.gradients.trace import GradientTrace
@@ -132,7 +132,11 @@ def verify_checkpoint(
         raise ConfigError(
             f"The model it was made from is not found: {error.message}", hint="Name it with --source."
         ) from error
-    blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
+    try:
+        blueprint = Blueprint(origin, plan, trace if plan.merged else None, without_trace=True, repair=repair)
+    except PlanError as error:
+        error.hint = f"If {target} was not made from {origin}, name the model it was made from with --source."
+        raise
     return verify_written(target, blueprint, level, facts)
 
 
@@ -145,7 +149,7 @@ def verify_written(
     """
     full = compares_fully(level, blueprint)
     repaired = blueprint.repair_facts() or _recorded_repair(facts, target)
-    checks = _Checks(target, blueprint, tuned="finetune" in facts, repaired=repaired)
+    checks = _Checks(target, blueprint, tuned=_is_trained(facts), repaired=repaired)
     checks.may_skip = level == "auto" and blueprint.view.family.proven
     results: list[Check] = []
     for name, work in checks.steps(full):
@@ -158,6 +162,13 @@ def verify_written(
         if checks.skipped:
             break
     return VerifyReport(str(target), "full" if full and not checks.skipped else "structure", tuple(results))
+
+
+def _is_trained(facts: Mapping[str, Any]) -> bool:
+    """Whether a model's weights changed after pruning; not if validation rows spoke against its training."""
+    tuning = facts.get("finetune")
+    kept = tuning.get("kept") if isinstance(tuning, dict) else None
+    return "finetune" in facts and not (isinstance(kept, dict) and kept.get("model") == "pruned")
 
 
 def _recorded_repair(facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -336,6 +347,8 @@ class _Checks:
         """Merges again in memory, and compares the result with the written tensors, to the bit."""
         if not self.plan.merged:
             return "not done: no layer was merged"
+        if self.tuned:
+            return "not compared: this model was fine-tuned after merging"
         if self.plan.needs_trace and self.blueprint.trace is None:
             return "not done: no trace given"
         here = self.shards.tensors

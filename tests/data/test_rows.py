@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.examples import Example, Message, overlap
 from gradpruner.data.folders import has_split
+from gradpruner.data.layouts import Layout
 from gradpruner.data.loading import load_examples
 from gradpruner.data.shapes import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, FORMATS
 
@@ -87,7 +88,7 @@ def test_messages_keep_every_turn(tmp_path):
 
 def test_sharegpt_roles_are_translated(tmp_path):
     row = {
-        "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
+        "conversations": [{"from": "Human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}],
         "system": "Be kind.",
     }
     found = load_examples(jsonl(tmp_path / "a.jsonl", row))
@@ -422,6 +423,36 @@ def test_unrecognised_columns_list_the_four_shapes(tmp_path):
         assert columns in error
 
 
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        ({"question": "x", "reply": "y"}, "{prompt: question, completion: reply}"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "{prompt: prompt, completion: chosen}"),
+        ({"chosen": CHAT["messages"], "rejected": CHAT["messages"]}, "{messages: chosen}"),
+        ({"prompt": "x", "chosen": CHAT["messages"], "rejected": []}, "{messages: chosen}"),
+        (
+            {"prompt": CHAT["messages"][:2], "chosen": CHAT["messages"][2:], "rejected": []},
+            "{prompt: prompt, completion: chosen}",
+        ),
+        ({"chosen": "Human: x Assistant: y", "rejected": "z"}, "split 'chosen' into two columns"),
+        ({"dialog": CHAT["messages"], "id": 3}, "{messages: dialog}"),
+        ({"text": "x y"}, "one column, 'text': split it into prompt"),
+    ],
+)
+def test_what_to_do_about_columns_that_are_not_recognised(tmp_path, row, advice):
+    path = jsonl(tmp_path / "a.jsonl", row)
+    hint = refusal(path).hint
+    assert advice in hint
+    if set(row) >= {"chosen", "rejected"} and "columns=" in hint:  # what the advice says is read
+        columns = dict(part.split(": ") for part in advice.strip("{}").split(", "))
+        assert load_examples(path, layout=Layout(columns)).examples[0].answer in ("y", "7")
+
+
+def test_a_table_without_a_header_line(tmp_path):
+    (tmp_path / "a.csv").write_text("What is the sum of two and two ?,four\nAnd of one and one ?,two\n")
+    assert "no header line?" in refusal(tmp_path / "a.csv").hint
+
+
 def test_columns_of_a_named_task_are_recognised(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", {"text": "Who ?", "coarse_label": 3})
     assert "the task 'trec'" in refusal(path).hint
@@ -441,6 +472,27 @@ def test_bad_rows_are_counted_named_and_can_be_dropped(tmp_path):
     found = load_examples(path, skip_bad=True)
     assert (len(found), found.num_dropped) == (2, 4)
     assert f"{path}: dropped 4 of 6 rows as unusable" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("roles", "advice"),
+    [
+        (("user", "assistant", "user"), "Remove the turns after the last answer"),
+        (("assistant", "user", "assistant"), "Remove what comes before the first user turn"),
+        (("user", "bing"), "Rename the roles: user or human asks"),
+    ],
+)
+def test_faults_that_all_rows_share_say_what_to_do(tmp_path, roles, advice):
+    bad = turns(*((role, "x") for role in roles))
+    assert refusal(jsonl(tmp_path / "a.jsonl", bad, bad)).hint.startswith(advice)
+    hint = refusal(jsonl(tmp_path / "a.jsonl", bad, CHAT)).hint
+    assert hint.startswith(advice) and hint.endswith("drop these rows with --skip-bad.")
+
+
+def test_a_file_with_rows_of_two_layouts_is_to_be_split(tmp_path):
+    hint = refusal(jsonl(tmp_path / "a.jsonl", PAIR, CHAT, PAIR)).hint
+    assert "2 rows have the columns prompt, completion" in hint and "one file per layout" in hint
+    assert "--skip-bad" not in hint
 
 
 def test_dropping_every_row_is_refused(tmp_path):

@@ -38,7 +38,11 @@ def run(tmp_path):
         dtype=torch.float32,
         plan=PLAN,
         source=str(tmp_path / "base"),
-        facts={"previous": {"source": "../a/b", "previous": {"source": "org/first"}}},
+        facts={
+            "previous": {"source": "../a/b", "finetune": {"steps": 3}, "previous": {"source": "org/first"}},
+            "repair": {"kind": "layer_wise", "rows": 7, "cuts": [{"layer": 1, "ridge": 0.1}]},
+            "finetune": {"kept": {"model": "trained"}},
+        },
     )
     (model / "pytorch_model.bin").write_bytes(b"a pickle")
     (model / "training.py").write_text("print()")
@@ -92,6 +96,8 @@ def test_a_dry_run_lists_what_a_push_then_brings(call, run, monkeypatch):
         (figure,) = card.data.eval_results
         assert (figure.metric_type, figure.metric_value) == ("exact_match", 0.9)
         assert figure.dataset_args == {"rows": 480, "source": "test.jsonl"}
+        for said in ("fine-tuned before it", "Repaired (layer wise, 7 rows", "Then it was fine-tuned."):
+            assert said in card.text
         before = json.loads(files["pruning.json"])["previous"]
         assert (before["source"], before["previous"]["source"]) == ("b", "org/first")
         assert "from_pretrained('me/small')" in card.text and "prompt = 'red'" in card.text

@@ -202,6 +202,22 @@ def test_weights_that_do_not_belong_to_the_config(folder):
         load_model(folder)
 
 
+def test_tied_weights_that_are_stored_twice_must_be_equal(tmp_path):
+    make_llama(tie_word_embeddings=True).to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    assert "lm_head.weight" not in tensors
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load_structure(tmp_path)
+    head[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntegrityError, match="different values") as caught:
+        load_structure(tmp_path)
+    assert f'"tie_word_embeddings": false in {tmp_path / "config.json"}' in caught.value.hint
+    edit_config(tmp_path, tie_word_embeddings=False)
+    assert load_structure(tmp_path)
+
+
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (1e5, "float16")])
 def test_weights_that_are_not_finite_are_refused_before_anything_is_trained(folder, value, dtype):
     """In a row of the embedding that no example may ever use; 1e5 is too large for float16 alone."""

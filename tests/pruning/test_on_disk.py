@@ -348,6 +348,9 @@ def test_a_chain_is_verified_in_full_without_a_trace(src, tmp_path):
     recast(tmp_path / "dst", lambda name, t: t + 1 if name == "model.layers.0.mlp.up_proj.weight" else t)
     failed = verify_checkpoint(tmp_path / "dst", level="full")
     assert not failed.passed and failed.checks[-1].name == "merged tensors"
+    record = tmp_path / "dst" / PRUNING_FILE
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"finetune": {"steps": 1}}))
+    assert verify_checkpoint(tmp_path / "dst", level="full").passed  # other weights are no fault of training
 
 
 def test_layers_of_different_shapes_are_not_merged_without_a_trace_either(src, tmp_path):

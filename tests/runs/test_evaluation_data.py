@@ -1,6 +1,7 @@
 """What a recipe asks models to be measured on: metrics by task, wording, further tasks, lm-eval."""
 
 import json
+import random
 from pathlib import Path
 
 import datasets
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 from gradpruner.cli.main import app
 from gradpruner.common.errors import ConfigError, DataError, GradPrunerError
 from gradpruner.common.progress import set_mode
-from gradpruner.data.examples import Example, Message, as_conversation
+from gradpruner.data.examples import Example, Message, as_conversation, overlap
 from gradpruner.data.tasks import TASKS
 from gradpruner.evaluation.quality import TASK_METRICS
 from gradpruner.reports import html
@@ -113,11 +114,29 @@ def test_evaluation_rows_are_held_out_if_none_are_given(tmp_path):
     assert list(map(len, load_rows(recipe(train=str(tmp_path / "few")), tokenizer))) == [9, 4]
 
 
+def test_rows_with_the_same_prompt_are_held_out_together(tmp_path):
+    rows = [{"prompt": f"{i} :", "completion": " red"} for i in range(60)]
+    held = recipe(train=str(tmp_path / "mine.jsonl"))
+
+    def split():
+        write_rows(tmp_path / "mine.jsonl", rows)
+        return load_rows(held, make_tokenizer())
+
+    expected = sorted(random.Random(held.seed).sample(range(60), 6))
+    assert [row.id for row in split()[1].examples] == [f"mine.jsonl:{i + 1}" for i in expected]
+    rows = [row for row in rows for _ in range(3)]
+    train, apart = split()
+    assert len(apart) == 18 and overlap(train.examples, apart.examples) == 0
+    rows = rows[:3] * 20  # no other prompt
+    train, apart = split()
+    assert len(apart) == overlap(train.examples, apart.examples) == 6
+
+
 def test_rows_of_a_hub_dataset_without_other_splits_are_held_out_too(monkeypatch):
     def load_dataset(hub_id, config, *, split, **_):
         if split != "train":
             raise ValueError(f'Unknown split "{split}". Should be one of [train].')
-        return datasets.Dataset.from_list(make_rows(30))
+        return datasets.Dataset.from_list([{"prompt": f"{i} :", "completion": " red"} for i in range(30)])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     train, held = load_rows(recipe(train="owner/instruct"), make_tokenizer())

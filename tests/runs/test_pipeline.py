@@ -380,6 +380,26 @@ def test_few_samples_and_overlap_are_warned_about(tmp_path):
     warnings = "\n".join(Job(load_recipe(path)).warnings)
     assert "2 training samples for 8 recording steps of 4" in warnings
     assert "2 of 2 evaluation prompts also occur in the training data" in warnings
+    write_rows(tmp_path / "train.jsonl", rows * 10)
+    held_out = ("start=given", "recover.epochs=1", "variants=[dense, last]")
+    warnings = "\n".join(Job(load_recipe(path, held_out)).warnings)
+    assert "2 of 2 validation prompts also occur in the training data" in warnings
+
+
+def test_a_model_that_is_served_otherwise_than_measured_is_warned_about(tmp_path):
+    path, _ = make_project(tmp_path)
+    config = tmp_path / "model/generation_config.json"
+
+    def warned(**given):
+        config.write_text(json.dumps({"eos_token_id": 2, **given}))
+        return [line for line in Job(load_recipe(path)).warnings if "greedy" in line]
+
+    assert warned() == warned(do_sample=False, temperature=0.6, repetition_penalty=1.0) == []
+    (said,) = warned(do_sample=True, temperature=0.6, repetition_penalty=1.1)
+    assert "do_sample: true, repetition_penalty: 1.1, temperature: 0.6" in said
+    assert "--generation-config vllm" in said
+    config.write_text("{")
+    assert not any("greedy" in line for line in Job(load_recipe(path)).warnings)
 
 
 def other_family(tmp_path, model_type, **recipe):

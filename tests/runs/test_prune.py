@@ -122,7 +122,7 @@ def with_nan(model):
         ({"task_data": {"prompt": ["a"]}}, DataError, "list of dictionaries"),
         ({"task_data": [{"prompt": "a"}, {"prompt": object()}]}, DataError, "Row 1"),
         (
-            {"task_data": [{"a": "b"}]},
+            {"task_data": [{"a": "b", "c": "d"}]},
             DataError,
             "^task_data: columns not recognised.*settings: 'data.columns",
         ),

@@ -105,7 +105,7 @@ def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
         distil={"teacher": "tuned", "prompts": 0.0},
     )
     tuning, recovery = (record["variants"][name]["finetune"] for name in ("dense", "dropped"))
-    assert (tuning["steps"], recovery["steps"]) == (6, 2)  # 2 of 24 rows are held out
+    assert (tuning["steps"], recovery["steps"]) == (6, 2)  # a row of 24 is held out
     assert max(entry["learning_rate"] for entry in recovery["losses"]) <= 5e-4
     assert "ce" in recovery["losses"][0] and "ce" not in tuning["losses"][0]
     model = AutoModelForCausalLM.from_pretrained(folder / "variants/dropped/model")
@@ -115,6 +115,24 @@ def test_recovery_trains_the_pruned_model_from_its_teacher(tmp_path):
         again = run(load_recipe(tmp_path / "recipe.yaml", (f"recover.learning_rate={rate}",)))
         states = {stage["name"]: stage["state"] for stage in again["stages"]}
         assert states["finetune dropped"] == state
+
+
+def _check_records(row: Path, trained: bool) -> None:
+    """Checks that the trained model's folder says what the pruned one says, and that it verifies."""
+    facts = [json.loads((row / name / PRUNING_FILE).read_text()) for name in ("pruned", "model")]
+    for key in ("source", "previous", "repair", "plan"):
+        assert facts[0][key] == facts[1][key]
+    assert facts[1]["previous"]["finetune"]["steps"] and facts[1]["source"].endswith("/variants/dense/model")
+    card = (row / "model/README.md").read_text()
+    for said in ("# model, depth", "fine-tuned before it was pruned", "Repaired (least squares, 12 rows"):
+        assert said in card
+    assert ("Then it was fine-tuned" in card) == trained
+    report = verify_checkpoint(row / "model", level="full")
+    (source,) = [check.detail for check in report.checks if check.name == "source"]
+    assert report.passed and ("fine-tuned after pruning" in source) == trained
+    with pytest.raises(PlanError, match="was made from model") as caught:
+        verify_checkpoint(row / "model", row.parents[2] / "model")
+    assert "--source" in caught.value.hint
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1e-3, "trained"), (30.0, "pruned")])
@@ -128,11 +146,12 @@ def test_a_recovery_is_kept_only_if_it_lowers_the_validation_loss(tmp_path, rate
     )
     row = record["variants"]["dropped"]
     found = row["finetune"]["kept"]
-    assert (found["model"], found["rows"]) == (kept, 2)
+    assert (found["model"], found["rows"]) == (kept, 1)  # two of 24 rows, but few have a prompt of their own
     assert (found["after"] < found["before"]) == (kept == "trained")
     both = [load_file(folder / f"variants/dropped/{name}/model.safetensors") for name in ("pruned", "model")]
     same = all(torch.equal(both[0][name], both[1][name]) for name in both[0])
     assert same == (kept == "pruned")
+    _check_records(folder / "variants/dropped", trained=kept == "trained")
     page = render_html(record, tmp_path / "r.html").read_text()
     assert ("the model from before that training was kept" in page) == same
 

@@ -1,11 +1,14 @@
-"""Warnings about the data of a job and the length of its training, given before anything is trained."""
+"""Warnings about the data of a job, its training and its scores, given before anything is trained."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from gradpruner.common.errors import IntegrityError
+from gradpruner.common.json_files import read_object
 from gradpruner.data.chat import template_notes
 from gradpruner.data.chat_templates import foreign_markers
 from gradpruner.data.vocabulary import check_vocabulary, vocabulary_notes
@@ -15,6 +18,11 @@ from gradpruner.training.finetuning import chosen_accumulation, planned_steps
 
 if TYPE_CHECKING:
     from gradpruner.runs.job.inputs import Inputs
+
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1, "no_repeat_ngram_size": 0}
+_GREEDY |= {"min_length": 0, "min_new_tokens": 0}
+"""Keys of a generation config that change answers, with the values by which scores are measured."""
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # no effect without do_sample
 
 FEW_STEPS = 60
 """With fewer optimizer steps, a model rarely learns a task; see benchmarks/LOG.md."""
@@ -38,7 +46,7 @@ def warnings_of(inputs: Inputs) -> list[str]:
             f"{inputs.validation_overlap} of {len(inputs.validation or ())} validation prompts also occur in "
             "the training data: what they decide is not checked on new rows."
         )
-    found += _doubtful_measurements(inputs) if inputs.measures else []
+    found += [*_doubtful_measurements(inputs), *_other_decoding(inputs)] if inputs.measures else []
     found += _notes_of_rows(inputs)
     ends = {one.input_ids[-1] for one in inputs.samples.encoded if not one.cut_answer_tokens}
     found += [
@@ -143,6 +151,24 @@ def _doubtful_measurements(inputs: Inputs) -> list[str]:
     if len(inputs.eval) < 100:
         found.append(f"Only {len(inputs.eval)} evaluation examples: differences of several points are noise.")
     return found
+
+
+def _other_decoding(inputs: Inputs) -> list[str]:
+    """Warns of a generation config by which the model, once it is served, answers otherwise than measured."""
+    path = inputs.folder / "generation_config.json"
+    try:
+        given = read_object(path, "generation config", dict[str, Any]) if path.is_file() else {}
+    except IntegrityError:  # transformers does without it
+        given = {}
+    asked = {**_GREEDY, **(dict.fromkeys(_SAMPLING) if given.get("do_sample") else {})}
+    other = [f"{key}: {json.dumps(given[key])}" for key in asked if given.get(key) not in (None, asked[key])]
+    if not other:
+        return []
+    return [
+        f"Scores are of greedy answers, but the model's generation_config.json says {', '.join(other)}, and "
+        "whoever serves the model gets answers by that. To serve it as measured: temperature 0 in every "
+        "request, and `vllm serve --generation-config vllm` (docs/serving.md)."
+    ]
 
 
 def _notes_of_rows(inputs: Inputs) -> list[str]:

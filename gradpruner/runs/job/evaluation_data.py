@@ -13,7 +13,7 @@ from typing import Any
 from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.chat_templates import choose_template, template_mark
 from gradpruner.data.encoding import usable
-from gradpruner.data.examples import Example, ExampleSet, as_conversation
+from gradpruner.data.examples import Example, ExampleSet, as_conversation, question
 from gradpruner.data.folders import has_split
 from gradpruner.data.layouts import Layout
 from gradpruner.data.loading import load_examples, split_sample_suffix
@@ -284,13 +284,17 @@ def with_validation(
 def _held_out(
     recipe: Recipe, train: ExampleSet, count: int, what: str, key: str
 ) -> tuple[ExampleSet, ExampleSet]:
-    """Splits training rows into the rows that stay and `count` random rows for `what`."""
+    """Splits training rows into the rows that stay and `count` random rows for `what`, at most.
+
+    Rows with the same prompt go together: none of them would be new to a model that learned the others.
+    """
     if count == 0:
         raise DataError(
             f"{len(train)} training rows are too few to hold {what} rows out of them.",
             hint=f"Give data.{key}: a file of rows that the model is not tuned on.",
         )
-    held_out = set(random.Random(recipe.seed).sample(range(len(train)), count))
+    held_out = _by_prompt(train.examples, count, recipe.seed)
+    count = len(held_out)
 
     def part(wanted: bool) -> tuple[Example, ...]:
         return tuple(row for i, row in enumerate(train.examples) if (i in held_out) == wanted)
@@ -300,6 +304,22 @@ def _held_out(
         train, examples=part(True), num_dropped=0, notes=(f"{count} of {len(train)} training rows",)
     )
     return replace(train, examples=part(False), notes=notes), others
+
+
+def _by_prompt(examples: Sequence[Example], count: int, seed: int) -> set[int]:
+    """Returns the indices of at most `count` random rows, and with each row those with its prompt.
+
+    If every prompt that is drawn has more rows than `count`, single rows are taken.
+    """
+    rows: dict[Any, list[int]] = {}
+    for index, example in enumerate(examples):
+        rows.setdefault(question(example), []).append(index)
+    groups, chance, chosen = list(rows.values()), random.Random(seed), set[int]()
+    drawn = chance.sample(groups, min(count, len(groups)))
+    for group in (*drawn, *chance.sample(groups, len(groups))):  # the others in turn, if a group is too large
+        if len(chosen) + len(group) <= count:
+            chosen.update(group)
+    return chosen or set(random.Random(seed).sample(range(len(examples)), count))
 
 
 def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:

@@ -89,8 +89,8 @@ class Inputs:
         self.collator = Collator(self.tokenizer)
         self._questions: dict[str, Questions] = {}
         self.overlap = overlap(self.train.examples, self.eval.examples)
-        given = self.validation if recipe.data.validation is not None else None
-        self.validation_overlap = overlap(self.train.examples, given.examples) if given else 0
+        checked = self.validation.examples if self.validation is not None else ()
+        self.validation_overlap = overlap(self.train.examples, checked)
 
     def encode(self, examples: Sequence[Example]) -> EncodedDataset:
         """Tokenises examples as training samples."""

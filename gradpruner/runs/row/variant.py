@@ -94,7 +94,17 @@ class Variant:
             return self.path(self.recovered)
         if self.plan is not None:
             return self.path(self.pruned)
+        return self.origin
+
+    @property
+    def origin(self) -> Path:
+        """Folder of the model it was made from, before it was pruned."""
         return self.job.folder if self.starts_dense else self.job.origin
+
+    @property
+    def origin_name(self) -> str:
+        """What its records call that model: as the recipe names it, or the folder of the tuned model."""
+        return self.recipe.model.path if self.origin == self.job.folder else str(self.origin)
 
     @property
     def outcome(self) -> Path:

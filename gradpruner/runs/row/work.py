@@ -17,6 +17,7 @@ from gradpruner.evaluation.quality import Evaluation, evaluate
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.models.checking import ADAPTER_FILE
 from gradpruner.models.dtypes import stored_dtype
+from gradpruner.models.folder import read_pruning
 from gradpruner.models.loading import load_adapter
 from gradpruner.models.saving import save_model
 from gradpruner.models.widths import WidthView
@@ -121,7 +122,7 @@ def _prune_widths(variant: Variant, plan: WidthPlan) -> VerifyReport:
             variant.path(variant.pruned),
             plan,
             device=variant.job.device,
-            name=variant.recipe.model.path,
+            name=variant.origin_name,
         )
         progress.update(1)
     return report
@@ -139,6 +140,7 @@ def _prune_layers(variant: Variant, plan: PruningPlan) -> VerifyReport:
             verify=variant.recipe.verify,
             progress=progress,
             repair=Repair.load(variant.path(variant.repaired)) if variant.repairs else None,
+            name=variant.origin_name,
         )
 
 
@@ -223,15 +225,19 @@ def _teacher(variant: Variant) -> dict[str, Any]:
 
 
 def _save(variant: Variant, model: Any, folder: str, **facts: Any) -> None:
+    """Writes a model that was trained; its records say what `pruned/` says, too."""
+    facts["previous"] = read_pruning(variant.origin) or None
     if variant.plan is not None:  # the model card says which engines serve the pruned model correctly
         facts["portability"] = [vars(v) for v in variant.job.portability_of(variant.plan)]
+    if variant.repairs:
+        facts["repair"] = read_pruning(variant.path(variant.pruned)).get("repair")
     save_model(
         model,
         variant.job.tokenizer,
         variant.path(folder),
         dtype=stored_dtype(variant.job.folder),
         plan=variant.plan,
-        source=variant.recipe.model.path,
+        source=variant.origin_name,
         facts=facts,
         like=variant.job.folder,
     )
