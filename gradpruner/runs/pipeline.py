@@ -128,8 +128,8 @@ def _refuse_untuned(job: Job, directory: RunDirectory) -> None:
     tuned = directory.result("finetune dense") is not None
     if tuned and job.recipe.start == "given" and "dense" in job.recipe.variants:
         raise ConfigError(
-            f"{directory.path} holds {tuned_folder('dense')}, which an earlier start tuned. This start takes the "
-            "given model as it is, and would replace that one.",
+            f"{directory.path} holds {tuned_folder('dense')}, which an earlier start tuned. This start takes "
+            "the given model as it is, and would replace that one.",
             hint="Choose another --out.",
         )
 
