@@ -6,7 +6,6 @@ ablation has one point per setting.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -306,10 +305,10 @@ def choose(view: View) -> tuple[Row | None, str]:
     """Returns the row to ship, among those that worked and fit the budget, and what the choice rests on.
 
     'validation': it scores best on validation rows. 'certified': it is the smallest model with a certified
-    loss, of those with the smallest limit on it. 'only': it is the only candidate. 'recipe': it is first in
-    `in_order`, because only test rows were evaluated, and test rows must not decide. Returns (None, '') if no
-    row worked. In a run, the first plans (rows named like their variant) come first and set the budget,
-    unless a limit on the loss set their size; rows that `has_lost` are taken only if all have.
+    loss. 'only': it is the only candidate. 'recipe': it is first in `in_order`, because only test rows were
+    evaluated, and test rows must not decide. Returns (None, '') if no row worked. In a run, the first plans
+    (rows named like their variant) set the budget and come first; if a limit on the loss set it, rows with
+    the smallest limit fit. Rows that `has_lost` are taken only if all have.
     """
     done = [
         row
@@ -323,9 +322,11 @@ def choose(view: View) -> tuple[Row | None, str]:
         first = [row for row in done if "@" not in row.name]
         done = [*first, *(row for row in done if row not in first)]
         asked = [row.num_parameters for row in first]
-        searched = any(row.plan and row.plan.search.best is not None for row in first)
-        limit = None if searched else max((size for size in asked if size is not None), default=None)
+        limit = max((size for size in asked if size is not None), default=None)
         fits = [row for row in done if limit is None or (row.num_parameters or 0) <= limit]
+        if any(_limit(row) is not None for row in first):
+            least_loss = min(most for row in done if (most := _limit(row)) is not None)
+            fits = [row for row in done if _limit(row) == least_loss]
     else:
         share = view.record.budget.share
         least = None if share is None else share - FAR_FROM_BUDGET
@@ -337,18 +338,18 @@ def choose(view: View) -> tuple[Row | None, str]:
     ]
     if validated:
         return max(validated)[3], "validation"
-    certified = [row for row in fits if row.plan and row.plan.search.best is not None]
+    certified = [row for row in fits if _limit(row) is not None]
     if certified:
-        return min(certified, key=_certified_order), "certified"
+        return min(certified, key=lambda row: row.num_parameters or 0), "certified"
     if not fits:
         return None, ""
     return fits[0], "only" if len(fits) == 1 else "recipe"
 
 
-def _certified_order(row: Row) -> tuple[float, int]:
-    """Sorts rows with a certified loss: the smallest limit first, then the smallest model."""
-    limit = row.plan.search.limit if row.plan else None
-    return math.inf if limit is None else limit, row.num_parameters or 0
+def _limit(row: Row) -> float | None:
+    """Returns the loss, as a fraction, that a row is certified not to exceed; None if it is not certified."""
+    search = row.plan.search if row.plan else None
+    return None if search is None or search.best is None else search.limit or 0.0
 
 
 _PROPER = {"rouge_l": "ROUGE-L", "bert_score": "BERTScore"}
