@@ -69,6 +69,7 @@ def report(
     from gradpruner.reports.html import render_html, write_study_report
     from gradpruner.reports.markdown import markdown_table
     from gradpruner.reports.terminal import print_summary
+    from gradpruner.runs.folder.directory import unfinished_stages
 
     files = {path.name for path in folder.glob("*.*")}
     study = "study.json" in files or ("study.yaml" in files and "run.json" not in files)
@@ -76,6 +77,13 @@ def report(
     record = read_object(folder / f"{kind}.json", f"{kind} record", dict[str, Any])
     with working_in(folder):
         path = write_study_report(record, folder) if study else render_html(record, folder / REPORT)
+    if not study and (left := unfinished_stages(folder)):
+        stages = ", ".join(f"{name} ({state})" for name, state in left.items())
+        typer.echo(
+            f"warning: this run was stopped before it was finished: {stages}. Figures may be of earlier "
+            f"models. Start it again: gradpruner run --out {folder}",
+            err=True,
+        )
     if as_json:
         typer.echo(json.dumps({"report": str(path)}))
     elif markdown:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpruner.common.errors import ConfigError, GradPrunerError, ResourceError
-from gradpruner.exports.shipped import FinishedModel, unfinished, unfinished_stages, whole_model
+from gradpruner.exports.shipped import FinishedModel, unfinished, unfinished_of, whole_model
 from gradpruner.models.card import CARD_FILE, Base, Figure, Results, base_of, model_card, untuned
 from gradpruner.models.folder import PRUNING_FILE, carried_files
 from gradpruner.models.headers import check_inside
@@ -67,7 +67,7 @@ def check_finished(model: FinishedModel) -> None:
         )
     if model.run is None:
         return
-    left = unfinished_stages(model)
+    left = unfinished_of(model)
     if not left and model.found.evaluation.metrics:
         return
     raise unfinished(model.run, ", ".join(left) or f"'{model.row}' is not measured")

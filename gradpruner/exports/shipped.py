@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from gradpruner.reports.record import Record, VariantRecord
 from gradpruner.reports.shipping import lost_words, model_to_ship
 from gradpruner.reports.verdict import NOT_LEARNED, judge
 from gradpruner.reports.view import read
-from gradpruner.runs.folder.directory import MANIFEST, read_manifest, stays_inside
+from gradpruner.runs.folder.directory import MANIFEST, stays_inside, unfinished_stages
 
 _WEIGHTS = "*.safetensors"
 
@@ -142,7 +142,11 @@ def _of_run(run: Path, row: str | None) -> FinishedModel:
         warning = f"this run did not learn its task. {verdict.sentence}"
     elif its_row is not None and (lost := lost_words(view, its_row)):
         warning = f"this model is not good enough to ship. {lost}"
-    return FinishedModel(folder, name, chosen.reason, run, chosen.row, record, warning)
+    found = FinishedModel(folder, name, chosen.reason, run, chosen.row, record, warning)
+    if left := unfinished_of(found):
+        said = f"this run was stopped: {', '.join(left)}. Its score may be of an earlier model."
+        found = replace(found, warning=said)
+    return found
 
 
 def unfinished(run: Path, why: str) -> ConfigError:
@@ -153,13 +157,11 @@ def unfinished(run: Path, why: str) -> ConfigError:
     )
 
 
-def unfinished_stages(model: FinishedModel) -> list[str]:
+def unfinished_of(model: FinishedModel) -> list[str]:
     """Returns the stages of the model's row, and those it depends on, that were begun and are not done."""
-    if model.run is None or not (model.run / MANIFEST).is_file():
-        return []
-    stages = read_manifest(model.run / MANIFEST)["stages"]
-    ours = {name: e for name, e in stages.items() if StageName.of(name).row in ("", model.row, "dense")}
-    return [f"{name} ({entry['state']})" for name, entry in ours.items() if entry["state"] != "done"]
+    left = unfinished_stages(model.run) if model.run is not None else {}
+    ours = ("", model.row, "dense")
+    return [f"{name} ({state})" for name, state in left.items() if StageName.of(name).row in ours]
 
 
 @contextmanager

@@ -4,9 +4,12 @@ import json
 
 import pytest
 from builders import make_project, make_rows, write_rows
+from typer.testing import CliRunner
 
+from gradpruner.cli.main import app
 from gradpruner.common.errors import ConfigError
 from gradpruner.common.progress import set_mode
+from gradpruner.exports.shipped import open_model
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.pruning.verification import verify_checkpoint
 from gradpruner.reports import html
@@ -91,12 +94,57 @@ def test_what_was_measured_on_other_rows_is_left_out(tmp_path):
     record = run(load_recipe(path, ("plan.num_prune=1",)))
     old, new = record["variants"]["last"], record["variants"]["last@num_prune=1"]
     assert old["evaluation"] is None and old["paired"] == {} and new["paired"]["task"]
-    assert [w for w in record["warnings"] if w.startswith("The row last was evaluated on other rows")]
+    assert [w for w in record["warnings"] if w.startswith("The row last was evaluated on other")]
     shipped = model_to_ship(record)
     assert shipped.row == "last@num_prune=1" and "first plan that was measured" in shipped.reason
     again = run(load_recipe(path))
     assert all(row["evaluation"] for row in again["variants"].values())
     assert not [w for w in again["warnings"] if "on other rows" in w]
+
+
+def test_a_start_that_evaluates_nothing_leaves_the_figures(tmp_path):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
+    run(load_recipe(path))
+    record = run(load_recipe(path, ("plan.num_prune=1", "evaluate.max_new_tokens=1")), until="plan")
+    assert all(record["variants"][name]["evaluation"] for name in ("dense", "last"))
+
+
+def test_results_of_an_older_version_count_once_they_are_checked(tmp_path):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
+    run(load_recipe(path))
+    file = tmp_path / "run/manifest.json"
+    manifest = json.loads(file.read_text())
+    for stage in manifest["stages"].values():
+        stage.pop("conditions")
+    file.write_text(json.dumps(manifest))
+    beside = run(load_recipe(path, ("plan.num_prune=1",)))
+    assert beside["variants"]["last"]["evaluation"] is None and beside["variants"]["dense"]["evaluation"]
+    run(load_recipe(path))  # skips all, and knows now that it is like the others
+    again = run(load_recipe(path, ("plan.num_prune=1",)))
+    assert all(row["evaluation"] for row in again["variants"].values())
+
+
+def test_rows_made_from_a_dense_model_that_is_gone_are_left_out(tmp_path, caplog):
+    path, _ = make_project(tmp_path, start="tuned", variants=["dense", "last"], plan=PLAN)
+    run(load_recipe(path))
+    record = run(load_recipe(path, ("finetune.learning_rate=2e-3",)))
+    old, new = record["variants"]["last"], record["variants"][record["rows"]["last"]]
+    assert old["evaluation"] is None and new["evaluation"] and "tuned again" in caplog.text
+    assert [w for w in record["warnings"] if "no longer here" in w]
+    assert model_to_ship(record).row == record["rows"]["last"]
+
+
+def test_a_run_that_was_stopped_says_so_when_its_model_is_opened(tmp_path):
+    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
+    run(load_recipe(path))
+    assert "stopped" not in open_model(str(tmp_path / "run")).warning
+    file = tmp_path / "run/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["stages"]["evaluate last"]["state"] = "running"
+    file.write_text(json.dumps(manifest))
+    assert "evaluate last (running)" in open_model(str(tmp_path / "run")).warning
+    said = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert "was stopped before it was finished: evaluate last (running)" in said.stderr
 
 
 def test_other_settings_of_the_evaluation_are_other_conditions(tmp_path):

@@ -71,6 +71,8 @@ class StageEntry(TypedDict):
     """Whether it resumed an interrupted start. If that start was killed, its seconds are missing."""
     peak_memory_bytes: NotRequired[int | None]
     result: NotRequired[dict[str, Any]]
+    conditions: NotRequired[str]
+    """See `Stage.conditions`."""
     error: NotRequired[str]
 
 
@@ -99,6 +101,7 @@ class Stage:
         resumes: Whether `work` can resume an interrupted attempt with the same inputs from what it left, such
             as checkpoints. The old outputs then stay, and the time of that attempt is added.
         step: The step of a run it belongs to, one of `plan_names.STAGES`.
+        conditions: Hash of what results of different rows must have in common to be compared; "" for nothing.
     """
 
     name: str
@@ -107,6 +110,7 @@ class Stage:
     outputs: Sequence[str] = ()
     resumes: bool = False
     step: str = ""
+    conditions: str = ""
 
 
 class RunDirectory:
@@ -187,6 +191,11 @@ class RunDirectory:
         entry = self.stages.get(name)
         return self.manifest.get("recipes", {}).get(entry.get("recipe", ""), {}) if entry else {}
 
+    def conditions_of(self, name: str) -> str:
+        """What a stage's result must have in common with another to be compared; "" if that is not known."""
+        entry = self.stages.get(name)
+        return entry.get("conditions", "") if entry else ""
+
     def is_done(self, name: str, inputs: Any) -> bool:
         """Whether a stage is done with these inputs; its files may be missing or changed."""
         entry = self.stages.get(name)
@@ -221,6 +230,9 @@ class RunDirectory:
             if name not in self.visited:  # else it was done in this start
                 log.info("%s: done before, skipped", name)
                 self.visited[name] = "skipped"
+                if self.conditions_of(name) != stage.conditions:
+                    self.stages[name]["conditions"] = stage.conditions
+                    self.save()
             return self.stages[name]["result"]
         asked = inputs_hash(stage.inputs)
         earlier = self.stages.get(name)
@@ -238,6 +250,7 @@ class RunDirectory:
             "files": {},
             "seconds": before,
             "resumed": resumed,
+            "conditions": stage.conditions,
         }
         self.save()
         started = time.perf_counter()
@@ -286,6 +299,12 @@ class RunDirectory:
         path = self.path / relative
         size = path.stat().st_size
         return {"bytes": size, "sha256": sha256_file(path)} if size <= HASHED_BYTES else {"bytes": size}
+
+
+def unfinished_stages(folder: Path) -> dict[str, str]:
+    """Returns the stages of a run directory that were begun and are not done -> their state."""
+    stages = read_manifest(folder / MANIFEST)["stages"] if (folder / MANIFEST).is_file() else {}
+    return {name: entry["state"] for name, entry in stages.items() if entry["state"] != "done"}
 
 
 def inputs_hash(inputs: Any) -> str:

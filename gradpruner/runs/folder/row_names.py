@@ -63,8 +63,8 @@ def row_for(
         row = named_row(variant, wanted)
         if row in made and not is_ours(row):
             raise ConfigError(
-                f"{directory.path} already has another plan called '{wanted}', and variants/{row} was made "
-                "by it.",
+                f"{directory.path} already has another plan called '{wanted}', or the same one trained "
+                f"further: variants/{row}.",
                 hint="Choose another name, or leave it out.",
             )
         return row

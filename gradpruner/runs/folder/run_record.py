@@ -26,12 +26,11 @@ from gradpruner.reports.record import Record
 from gradpruner.runs.folder.directory import RunDirectory, stays_inside
 from gradpruner.runs.folder.plan_names import MADE, differences, label_of, method_of, rows_in, scores_file
 from gradpruner.runs.folder.row_names import scores_of_plan, search_of
-from gradpruner.runs.job.evaluation_data import metrics_of_task
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.effects import effect_of
 from gradpruner.runs.recipe.recipe import Recipe
 from gradpruner.runs.row.planning import stored_plan
-from gradpruner.runs.row.stages import RESULTS, conditions
+from gradpruner.runs.row.stages import RESULTS
 
 # Without these, a study has nothing to compute with.
 _NEEDED = {"recipe", "model", "plans", "scores", "variants", "warnings"}
@@ -84,7 +83,7 @@ def run_record(
         for name in names
         if name in made or name in errors
     }
-    left_out = leave_out_other_conditions(job, variants)
+    left_out = leave_out_unlike(job, directory, variants)
     add_paired_differences(variants, directory.path, recipe.seed)
     add_costs(variants, recipe, directory)
     return {
@@ -169,36 +168,42 @@ def other_settings(directory: RunDirectory, names: Iterable[str]) -> list[str]:
     return found
 
 
-def leave_out_other_conditions(job: Job, variants: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Removes evaluations on other rows, or with other settings, than this start's; returns warnings.
+def leave_out_unlike(job: Job, directory: RunDirectory, variants: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Removes figures that cannot be compared with the others; returns a warning about each such row.
 
-    Rows of other plans keep their evaluations when the rows to evaluate on change. What this start does not
-    evaluate must agree with the dense model's evaluation.
+    Rows of other plans keep their results while this start evaluates on other rows or with other settings, or
+    tunes the dense model anew that they were made from. What this start does not evaluate must agree with the
+    dense model's evaluation.
     """
-    asked = {"before": ("eval", job.metrics), "evaluation": ("eval", job.metrics)}
-    asked |= {task: (task, metrics_of_task(task)) for task in job.also}
-    if job.recipe.data.validation is not None:
-        asked["validation"] = ("validation", job.metrics)
-    first: dict[str, str | None] = {}
-    left = []
-    for name in sorted(variants, key=lambda name: name != "dense"):
-        row = variants[name]
-        parts = [(row, "before"), (row, "evaluation"), *((row["also"], task) for task in row["also"])]
-        for holder, part in parts:
-            had = (holder[part] or {}).get("conditions")
-            if had is None:
-                continue
-            if part not in first:
-                first[part] = conditions(job, *asked[part]) if part in asked else had
-            if had != first[part]:
-                holder[part] = None
-                left.append(name)
-        row["also"] = {task: found for task, found in row["also"].items() if found}
-    return [
-        f"The row {name} was evaluated on other rows or with other settings than this start's, so these "
-        "figures are left out. Start it again with its own plan to evaluate it like the others."
-        for name in dict.fromkeys(left)
-    ]
+    ordered, left = sorted(variants, key=lambda name: name != "dense"), {}
+    for what in (
+        "",
+        "before",
+        *dict.fromkeys(f"on {task}" for row in variants.values() for task in row["also"]),
+    ):
+        stages = {name: f"evaluate {name} {what}".rstrip() for name in ordered}
+        found = {name: stage for name, stage in stages.items() if directory.result(stage) is not None}
+        first = sorted(found.values(), key=lambda stage: stage not in directory.visited)
+        for name, stage in found.items():
+            if directory.conditions_of(stage) != directory.conditions_of(first[0]):
+                left[name] = "evaluated on other rows or with other settings than the others"
+                _leave_out(variants[name], what)
+    for name in ordered if job.origin != job.folder else ():
+        origin = directory.conditions_of(f"prune {name}")
+        if origin and origin != job.origin_sha256:
+            left[name] = "made from a dense model that was tuned otherwise and is no longer here"
+            for what in ("", "before", *(f"on {task}" for task in variants[name]["also"])):
+                _leave_out(variants[name], what)
+    again = "Start it again with its own settings to have it like the others."
+    return [f"The row {name} was {why}, so its figures are left out. {again}" for name, why in left.items()]
+
+
+def _leave_out(row: dict[str, Any], what: str) -> None:
+    """Removes an evaluation of a row: "" of its finished model, "before", or "on TASK"."""
+    if what.startswith("on "):
+        row["also"] = {task: found for task, found in row["also"].items() if f"on {task}" != what}
+    else:
+        row[what or "evaluation"] = None
 
 
 def stored_scores(directory: RunDirectory) -> dict[str, LayerScores]:

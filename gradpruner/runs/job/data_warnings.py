@@ -117,8 +117,8 @@ def _long_answers(inputs: Inputs) -> str:
         advice = " Effort fast lets the gate choose the layers here; without the last ones they lose most."
     return (
         f"Answers have {inputs.answer_tokens:.0f} tokens on average. Models that write sentences lose far "
-        "more by pruning than models that answer in a few tokens (docs/quality.md). Remove fewer layers "
-        f"(plan.num_prune), or let plan.max_loss find how many.{advice}"
+        "more by pruning than models that answer in a few tokens (docs/quality.md). Let plan.max_loss find "
+        f"how many layers may go, and train the pruned model further (recover).{advice}"
     )
 
 

@@ -309,7 +309,7 @@ def _held_out(
 def _by_prompt(examples: Sequence[Example], count: int, seed: int) -> set[int]:
     """Returns the indices of at most `count` random rows, and with each row those with its prompt.
 
-    If every prompt that is drawn has more rows than `count`, single rows are taken.
+    If that gives less than half of `count`, because prompts have too many rows each, single rows are taken.
     """
     rows: dict[Any, list[int]] = {}
     for index, example in enumerate(examples):
@@ -319,7 +319,8 @@ def _by_prompt(examples: Sequence[Example], count: int, seed: int) -> set[int]:
     for group in (*drawn, *chance.sample(groups, len(groups))):  # the others in turn, if a group is too large
         if len(chosen) + len(group) <= count:
             chosen.update(group)
-    return chosen or set(random.Random(seed).sample(range(len(examples)), count))
+    enough = 2 * len(chosen) >= count
+    return chosen if enough else set(random.Random(seed).sample(range(len(examples)), count))
 
 
 def worded(found: ExampleSet, tokenizer: Any, chat: str) -> ExampleSet:

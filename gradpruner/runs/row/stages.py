@@ -13,7 +13,6 @@ from gradpruner.plans.reading import read_plan
 from gradpruner.runs.folder.directory import Stage, inputs_hash
 from gradpruner.runs.folder.plan_names import MADE, STAGES, answers_file, journal
 from gradpruner.runs.job.evaluation_data import data_identity, metrics_of_task
-from gradpruner.runs.job.job import Job
 from gradpruner.runs.row import work
 from gradpruner.runs.row.variant import Variant
 
@@ -39,8 +38,8 @@ def stages_of(variant: Variant) -> Iterator[Stage]:
     if v.repairs:
         yield Stage(f"repair {name}", pruned, repair, [v.repaired], resumes=True, step="prune")
     if v.plan is not None or v.shrinks:
-        outputs = [v.pruned, v.scratch, v.own_plan]
-        yield Stage(f"prune {name}", pruned, prune, outputs, resumes=v.shrinks, step="prune")
+        outputs, origin = [v.pruned, v.scratch, v.own_plan], str(pruned["model"])
+        yield Stage(f"prune {name}", pruned, prune, outputs, v.shrinks, "prune", origin)
     if v.recovers:
         outputs = [v.recovered, v.scratch]
         yield Stage(f"recover {name}", tuned, recover, outputs, resumes=True, step="prune")
@@ -72,35 +71,25 @@ def _evaluation(
         rows: See `Job.rows`.
         metrics: () takes the job's.
     """
-    metrics = metrics or variant.job.metrics
-    inputs = _asked(variant.job, rows, metrics)
-    file = answers_file(variant.name, what)
-
-    def measure() -> dict[str, Any]:
-        folder = variant.source if what == "before" else variant.outcome
-        found = work.measure(variant, folder, file, rows, metrics)
-        return found | {"conditions": conditions(variant.job, rows, metrics)}
-
-    name = f"evaluate {variant.name} {what}".rstrip()
-    # The answers so far of every process that took part; there may be fewer processes this time.
-    begun = [str(path.relative_to(variant.directory.path)) for path in journals(variant.path(journal(file)))]
-    return Stage(name, model | inputs, measure, [file, *begun], resumes=True, step="evaluate")
-
-
-def _asked(job: Job, rows: str, metrics: tuple[str, ...]) -> dict[str, Any]:
-    """What the result of an evaluation depends on, besides the model."""
+    job, metrics = variant.job, metrics or variant.job.metrics
     settings = {"batch_size", "max_new_tokens", "encoder", "encoder_layer"}
-    return {
+    inputs = {
         "eval": data_identity(job.rows(rows)),
         "evaluate": job.recipe.evaluate.model_dump(include=settings) | {"metrics": list(metrics)},
         "max_length": job.max_length,
         "seed": job.recipe.seed,
     }
+    file = answers_file(variant.name, what)
 
+    def measure() -> dict[str, Any]:
+        folder = variant.source if what == "before" else variant.outcome
+        return work.measure(variant, folder, file, rows, metrics)
 
-def conditions(job: Job, rows: str, metrics: tuple[str, ...]) -> str:
-    """Returns a hash of the rows and settings of an evaluation; results can be compared if it is the same."""
-    return inputs_hash(_asked(job, rows, metrics))[:16]
+    name = f"evaluate {variant.name} {what}".rstrip()
+    # The answers so far of every process that took part; there may be fewer processes this time.
+    begun = [str(path.relative_to(variant.directory.path)) for path in journals(variant.path(journal(file)))]
+    outputs, conditions = [file, *begun], inputs_hash(inputs)[:16]
+    return Stage(name, model | inputs, measure, outputs, True, "evaluate", conditions)
 
 
 def do_stages(variant: Variant, depth: int) -> None:
@@ -119,6 +108,8 @@ def do_stages(variant: Variant, depth: int) -> None:
             if makes and not directory.is_current(stage):
                 later = [stage.name for stage in stages[number + 1 :] if directory.result(stage.name)]
                 directory.discard([*later, *_dropped(variant, stages)])
+                if feeds and directory.result(stage.name):
+                    log.warning("warning: the dense model is tuned again; rows made from it are left out")
             directory.ensure(stage)
         if variant.shrinks and stage.name == f"prune {variant.name}":
             variant.plan = read_plan((directory.result(stage.name) or {})["plan"])
