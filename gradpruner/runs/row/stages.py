@@ -109,7 +109,7 @@ def do_stages(variant: Variant, depth: int) -> None:
                 later = [stage.name for stage in stages[number + 1 :] if directory.result(stage.name)]
                 directory.discard([*later, *_dropped(variant, stages)])
                 if feeds and directory.result(stage.name):
-                    log.warning("warning: the dense model is tuned again; rows made from the old one are left out")
+                    log.warning("warning: the dense model is tuned again; rows of the old one are left out")
             directory.ensure(stage)
         if variant.shrinks and stage.name == f"prune {variant.name}":
             variant.plan = read_plan((directory.result(stage.name) or {})["plan"])
