@@ -94,14 +94,14 @@ def _choices_note(row: Row) -> str:
 
 
 def _recovery_note(row: Row) -> str:
-    """Says that training the pruned model further did not help, if so."""
+    """Says that training the pruned model further made it no better, if so."""
     kept = row.recorded.finetune.kept
     if kept is None or kept.model != "pruned" or kept.before is None or kept.rows is None:
         return ""
     after = "no finite value" if kept.after is None else f"{kept.after:.3f}"
     return (
-        f"Training {row.label} further did not help: its loss on {whole(kept.rows)} validation rows went "
-        f"from {kept.before:.3f} to {after}, so the model from before that training was kept."
+        f"Training {row.label} further made it no better: its loss on {whole(kept.rows)} validation rows "
+        f"went from {kept.before:.3f} to {after}, so the model from before that training was kept."
     )
 
 

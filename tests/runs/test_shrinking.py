@@ -37,6 +37,7 @@ from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
 from gradpruner.runs.row import work
 from gradpruner.runs.row.depth_search import possible_plans, refuse_uncertified
+from gradpruner.runs.row.held_out import clearly_worse
 from gradpruner.training.options import FinetuneOptions
 
 
@@ -136,7 +137,7 @@ def _check_records(row: Path, trained: bool) -> None:
 
 
 @pytest.mark.parametrize(("rate", "kept"), [(1e-3, "trained"), (30.0, "pruned")])
-def test_a_recovery_is_kept_only_if_it_lowers_the_validation_loss(tmp_path, rate, kept):
+def test_a_recovery_is_kept_unless_it_clearly_raises_the_validation_loss(tmp_path, rate, kept):
     record, folder = carry_out(
         tmp_path,
         start="tuned",
@@ -154,6 +155,14 @@ def test_a_recovery_is_kept_only_if_it_lowers_the_validation_loss(tmp_path, rate
     _check_records(folder / "variants/dropped", trained=kept == "trained")
     page = render_html(record, tmp_path / "r.html").read_text()
     assert ("the model from before that training was kept" in page) == same
+
+
+def test_a_loss_is_clearly_higher_if_its_paired_interval_is():
+    before = [float(i % 7) for i in range(200)]
+    noise = [((i * 37) % 101 - 50) / 100 for i in range(200)]  # mean about 0, standard error about 0.02
+    assert not clearly_worse(before, [one + other + 0.01 for one, other in zip(before, noise, strict=True)])
+    assert clearly_worse(before, [one + other + 0.1 for one, other in zip(before, noise, strict=True)])
+    assert not clearly_worse(before, [one - 0.1 for one in before]) and not clearly_worse(before, before)
 
 
 def test_a_recovery_is_judged_as_it_is_saved(tmp_path):

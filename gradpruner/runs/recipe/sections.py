@@ -173,8 +173,9 @@ class RecoverSection(Section):
     """Peak learning rate; null: half of finetune.learning_rate, or of its default; with start: given,
     finetune.learning_rate itself if the recipe sets it."""
     keep_better: bool = True
-    """Keep the trained model only if training lowers the loss on validation rows; otherwise keep the pruned
-    model. The rows are data.validation, or held out of the training rows. false: always the trained one."""
+    """Keep the pruned model if training clearly raises its loss on validation rows (the 95 % interval of the
+    paired change is above 0); otherwise the trained one. The rows are data.validation, or held out of the
+    training rows. false: always the trained one."""
 
     @property
     def trains(self) -> bool:

@@ -34,7 +34,7 @@ from gradpruner.runs.folder.plan_names import journal, scores_folder, tuned_fold
 from gradpruner.runs.folder.row_names import scores_of_plan
 from gradpruner.runs.job.evaluation_data import asked_of_harness, options_of
 from gradpruner.runs.job.job import Job
-from gradpruner.runs.row.held_out import better_of, loss_before
+from gradpruner.runs.row.held_out import better_of, losses_before
 from gradpruner.runs.row.together import together
 from gradpruner.runs.row.variant import Variant
 from gradpruner.training.adapters import Adapters
@@ -169,7 +169,7 @@ def recover(variant: Variant) -> dict[str, Any]:
 
 def tune(variant: Variant) -> dict[str, Any]:
     """Pruned (or dense) model -> fine-tuned model"""
-    before = loss_before(variant.job, variant.source) if variant.compares else None
+    before = losses_before(variant.job, variant.source) if variant.compares else None
     model, result = _in_all_processes(variant, train)
     facts = asdict(result)
     if before is not None:
