@@ -32,6 +32,9 @@ def main() -> None:
     parser.add_argument("recipe", choices=list(WHAT))
     parser.add_argument("--record", type=Path, help="a finished run directory")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--busy", action="store_true", help="say that other work ran beside it, so its times are too long"
+    )
     args = parser.parse_args()
     if args.record is not None:
         record: dict[str, Any] = json.loads((args.record / "run.json").read_text(encoding="utf-8"))
@@ -44,6 +47,7 @@ def main() -> None:
         "what": WHAT[args.recipe],
         "table": markdown_table(record).partition("\n\n")[0] + "\n",
         "seconds": round(sum(stage["seconds"] or 0 for stage in record["stages"]), 1),
+        "busy": args.busy,
         "provenance": record["provenance"],
     }
     (RESULTS / f"{args.recipe}_run.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -330,9 +330,7 @@ def _nll(entry: dict[str, Any] | None) -> str:
 
 def headline() -> str:
     """A few sentences for the README: the default choice of layers, nothing trained, recovered, and fast."""
-    shrunk_, best = classified(compared("layer_wise")), classified(better())
-    now = classified(compared())
-    before = [pair for pair in shrunk_ if pair[:2] in [run[:2] for run in now]]
+    shrunk_, best = classified(compared()), classified(better())
     written = pairs(f"shrink/gate/{USUAL}/influence", (WRITING,))
     *most, last = (TASKS[task] for task in dict.fromkeys(task for task, *_ in shrunk_))
     names = f"{', '.join(most)} and {last}" if most else last
@@ -346,9 +344,8 @@ def headline() -> str:
 
     return (
         f"SmolLM2-135M-Instruct tuned on {names}, {USUAL} of 30 layers removed, repaired on 1,200 rows: the test score "
-        f"changes by {said(shrunk_)}, relative to the dense model. (So with the repair's earlier weights; with "
-        f"today's, made for sentences, {said(now)}, where the earlier ones have {said(before)}.) Trained once more with the tuned model as teacher, "
-        f"where validation rows agree: {said(best)}. Its last layers removed and repaired before it is tuned, which "
+        f"changes by {said(shrunk_)}, relative to the dense model. Repaired with the weights of before and trained "
+        f"once more with the tuned model as teacher, where validation rows agree: {said(best)}. Its last layers removed and repaired before it is tuned, which "
         f"takes less time than tuning it whole: {said(classified(trained(ROW_FAST)))}. A task that writes sentences, {TASKS[WRITING]}, "
         f"loses more: {said(written)}, the gate's layers, nothing trained."
     )

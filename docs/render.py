@@ -86,7 +86,8 @@ def recipe_run(name: str) -> str:
     result = read(RESULTS / f"{name}_run.json")
     took = result["seconds"]
     shown = f"{took:.0f} s" if took < 600 else f"{took / 60:.0f} minutes"
-    return f"{result['table'].strip()}\n\nAll stages together: {shown} on {machine(result)}."
+    beside = ", with other work beside it, so times are too long" if result.get("busy") else ""
+    return f"{result['table'].strip()}\n\nAll stages together: {shown} on {machine(result)}{beside}."
 
 
 def training_step() -> str:
