@@ -204,8 +204,11 @@ def _candidates(view: View) -> str:
     """Says between which models validation rows decided."""
     if view.kind != "run":
         return "pruned models that fit the budget"
-    other = "pruned models no larger than that of the first plan"
-    return other if _other_plans(view) else "pruned models measured"
+    if not _other_plans(view):
+        return "pruned models measured"
+    if any(row.plan and row.plan.search.best is not None for row in view.first.rows if "@" not in row.name):
+        return "pruned models certified with the smallest limit"
+    return "pruned models no larger than that of the first plan"
 
 
 def _folder(view: View, row: Row) -> str:

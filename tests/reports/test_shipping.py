@@ -55,6 +55,10 @@ def test_of_certified_models_the_one_with_the_smallest_limit_is_taken() -> None:
     assert taken().row == "last@2" and taken().reason.endswith("at most 10.0%.")
     trained = taken(finetune={"output": "variants/last@2/model"})
     assert "holds for the pruned model before it was trained further" in trained.reason
+    validated = taken(also={"validation": {"metrics": {"exact_match": {"value": 0.9}}}})
+    assert validated.reason.startswith(
+        "Of the pruned models certified with the smallest limit, it has the best"
+    )
     untrained = {"output": "variants/last@2/model", "kept": {"model": "pruned"}}
     assert "before it was trained" not in taken(finetune=untrained).reason
 
