@@ -273,7 +273,7 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
         result = work.tune(model, rate, epochs=row.passes * work.facts.epochs, **learns)
         facts: dict[str, Any] = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
         facts["repair_seconds"] = round(fitted.seconds, 1) if fitted else 0.0
-        facts["before"] = {k: before[k] for k in ("score", "nll") if k in before}
+        facts["before"] = {k: before[k] for k in ("score", "nll", "losses") if k in before}
         return {**facts, **work.measure(model)}
 
     return work.cell(f"train/{row.name}/{gone}/{rate:g}", make)

@@ -158,12 +158,14 @@ class Work:
         """Returns the score, its values per row and the mean negative log-likelihood, by split.
 
         A score that needs generated answers is measured on test rows only, because all choices on validation
-        rows are made by likelihood.
+        rows are made by likelihood. So these also keep the loss of every row, in nats.
         """
-        found = {}
+        found: dict[str, Any] = {}
         for name in names or ("validation", "test"):
-            scores, nll = answered(model, self.encoded[name], self.collator)
-            found[name] = {"nll": nll}
+            scores, losses, tokens = answered(model, self.encoded[name], self.collator)
+            found[name] = {"nll": sum(losses) / tokens}
+            if name == "validation":
+                found[name]["losses"] = [round(loss, 4) for loss in losses]
             if self.facts.metric != "exact_match":
                 if name != "test":
                     continue
@@ -189,8 +191,8 @@ class Work:
 
 
 @with_fast_products
-def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[list[float], float]:
-    """Returns whether each row's greedy answer is right, and the loss in nats per answer token; in one pass.
+def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[list[float], list[float], int]:
+    """Returns whether each row's greedy answer is right, its loss in nats, and the number of answer tokens.
 
     The greedy answer, with its end token, is right exactly if every token of the right answer is the most
     likely one after the tokens before it. So nothing has to be generated.
@@ -202,7 +204,7 @@ def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[l
     from gradpruner.training.trainer import answer_window
 
     order = sorted(range(len(samples)), key=lambda i: len(samples[i]["input_ids"]))
-    right, total, count = [0.0] * len(order), 0.0, 0
+    right, losses, count = [0.0] * len(order), [0.0] * len(order), 0
     device = next(model.parameters()).device
     for start in range(0, len(order), size):
         chosen = order[start : start + size]
@@ -217,12 +219,14 @@ def answered(model: Any, samples: Any, collator: Any, size: int = 64) -> tuple[l
                 use_cache=False,
             ).logits[:, :-1]
             learned = targets != IGNORED
-            total += float(cross_entropy(logits[learned].float(), targets[learned], reduction="sum"))
-            count += int(learned.sum())
+            nll = cross_entropy(logits[learned].float(), targets[learned], reduction="none").double()
+            sums = torch.zeros(len(chosen), dtype=torch.float64, device=device)
+            sums.index_add_(0, learned.nonzero()[:, 0], nll)
+            count += len(nll)
             same = ((logits.argmax(-1) == targets) | ~learned).all(dim=1)
-        for i, hit in zip(chosen, same.tolist(), strict=True):
-            right[i] = float(hit)
-    return right, total / count
+        for i, hit, loss in zip(chosen, same.tolist(), sums.tolist(), strict=True):
+            right[i], losses[i] = float(hit), loss
+    return right, losses, count
 
 
 def pack(scores: list[float]) -> Any:
