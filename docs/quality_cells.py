@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import statistics
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gradpruner.runs.row.held_out import clearly_worse
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
 TASKS = {"trec": "TREC", "banking77": "Banking77", "sst2": "SST-2", "scitldr": "SciTLDR (ROUGE-L)"}
@@ -21,12 +22,8 @@ Pair = tuple[str, int, dict[str, Any], dict[str, Any]]
 """Task, seed, cell of the tuned dense model, cell."""
 USUAL = 12
 """Layers removed where a table does not say otherwise."""
-RECOVERED = {
-    "igia": ("tuned/igia/least_squares/distil", "tuned/igia/layer_wise/distil"),
-    "gate": ("tuned/gate/layer_wise/distil",),
-}
-"""Recovered models for the row "best", by choice of layers. A later entry replaces an earlier one: it starts from
-the default repair."""
+RECOVERED = {"igia": "tuned/igia/influence/distil", "gate": "tuned/gate/influence/distil"}
+"""Recovered models, by choice of layers."""
 ROW_FAST = "base/last/least_squares/labels"
 ROW_IGIA = "base/igia/least_squares/labels"
 EARLY = f"shrink/early/0.6/igia/{USUAL}/layer_wise"
@@ -103,23 +100,19 @@ def loss(found: Sequence[Pair]) -> tuple[float, float, float]:
 @cache
 def _bootstrap(keys: tuple[tuple[str, str], ...]) -> tuple[float, float, float]:
     """`loss` of the cells with these keys; cached, because several tables show the same cells."""
-    runs = [[rows_of(cells()[key]) for key in pair] for pair in keys]
-    change = statistics.mean(sum(small) / max(sum(whole), 1e-9) - 1 for whole, small in runs)
-    draw = np.random.RandomState()
-    words = random.Random(0).getstate()[1]  # the same draws as the random module, many at a time
-    draw.set_state(("MT19937", words[:-1], words[-1]))
-    rows = np.concatenate([np.array(pair) for pair in runs], axis=1)
-    counts = np.array([len(whole) for whole, _ in runs])
-    starts = counts.cumsum() - counts
-    means = []
-    for _ in range(RESAMPLES):
-        chosen = (draw.random_sample(len(runs)) * len(runs)).astype(int)
-        many = counts[chosen]
-        at = (draw.random_sample(many.sum()) * many.repeat(many)).astype(int) + starts[chosen].repeat(many)
-        whole, small = np.add.reduceat(rows[:, at], many.cumsum() - many, axis=1)
-        means.append(float((small / np.maximum(whole, 1e-9) - 1).mean()))
-    means.sort()
-    return change, means[int(0.025 * len(means))], means[int(0.975 * len(means))]
+    runs = [np.array([rows_of(cells()[key]) for key in pair]) for pair in keys]
+    change = statistics.mean(small.sum() / max(whole.sum(), 1e-9) - 1 for whole, small in runs)
+    draws = np.random.default_rng(0)
+    found = []
+    for run in runs:  # rows with the same two scores are counted together: few kinds, few numbers to draw
+        (whole, small), counts = np.unique(run, axis=1, return_counts=True)
+        drawn = draws.multinomial(counts.sum(), counts / counts.sum(), size=(RESAMPLES, len(runs)))
+        found.append(drawn @ small / np.maximum(drawn @ whole, 1e-9) - 1)
+    chosen = draws.integers(len(runs), size=(RESAMPLES, len(runs)))
+    # Whichever run is drawn at a place, its rows are drawn anew there.
+    means = sorted(np.take_along_axis(np.stack(found), chosen[None], axis=0)[0].mean(axis=1))
+    low, high = (float(means[int(share * len(means))]) for share in (0.025, 0.975))
+    return float(change), low, high
 
 
 def measured_tasks() -> list[str]:
@@ -135,23 +128,21 @@ def classified(
 
 
 def better() -> list[Pair]:
-    """For every run the repaired or the recovered model, whichever has the lower loss on validation rows.
+    """For every run the recovered model, or the repaired one where training has made it clearly worse.
 
-    The layers are those of `compared`; where that choice was not recovered, IGIA's stands for it. All start
-    from the repair that weighs by position.
+    That is how `gradpruner run` decides, on validation rows. The layers are those of `compared`; where that
+    choice was not recovered, IGIA's stands for it.
     """
-    recovered = {
-        choice: {pair[:2]: pair for row in rows for pair in trained(row)}
-        for choice, rows in RECOVERED.items()
-    }
+    recovered = {choice: {pair[:2]: pair for pair in trained(row)} for choice, row in RECOVERED.items()}
     found = []
-    for pair in compared("layer_wise"):
+    for pair in compared():
         run, choice = pair[:2], pair[3]["cell"].split("/")[1]
         choice = choice if run in recovered[choice] else "igia"
-        repaired = {one[:2]: one for one in pairs(f"shrink/{choice}/{USUAL}/layer_wise")}
+        repaired = {one[:2]: one for one in pairs(f"shrink/{choice}/{USUAL}/influence")}
         if run in recovered[choice] and run in repaired:
-            both = repaired[run], recovered[choice][run]
-            found.append(min(both, key=lambda one: one[3]["validation"]["nll"]))
+            after = recovered[choice][run]
+            worse = clearly_worse(after[3]["before"]["losses"], after[3]["validation"]["losses"])
+            found.append(repaired[run] if worse else after)
     return found
 
 

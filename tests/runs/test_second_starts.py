@@ -1,6 +1,7 @@
 """A run directory started again with another recipe: nothing old passes for a result of the new one."""
 
 import json
+import shutil
 
 import pytest
 from builders import make_project, make_rows, write_rows
@@ -31,6 +32,25 @@ def quick_and_quiet(monkeypatch):
     monkeypatch.setattr(Job, "release", lambda *a: None)
     yield
     set_mode("auto")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A recipe whose run is finished, and a copy of its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "project"
+    path, _ = make_project(folder, start="given", variants=["dense", "last"], plan=PLAN)
+    set_mode("quiet")
+    run(load_recipe(path))
+    return path, shutil.copytree(folder, folder.with_name("copy"))
+
+
+@pytest.fixture
+def finished(saved):
+    """The recipe of a run of a given model that is finished; its folder is as new for every test."""
+    path, copy = saved
+    shutil.rmtree(path.parent)
+    shutil.copytree(copy, path.parent)
+    return path
 
 
 def states(record):
@@ -87,40 +107,34 @@ def test_the_tuned_model_stays_without_keep_models_and_is_not_tuned_again(tmp_pa
     assert states(other)["finetune dense"] == "skipped" and other["variants"]["last"]["num_layers"] == 3
 
 
-def test_what_was_measured_on_other_rows_is_left_out(tmp_path):
-    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
-    run(load_recipe(path))
-    write_rows(tmp_path / "eval.jsonl", make_rows(12, seed=5))
-    record = run(load_recipe(path, ("plan.num_prune=1",)))
+def test_what_was_measured_on_other_rows_is_left_out(finished):
+    write_rows(finished.parent / "eval.jsonl", make_rows(12, seed=5))
+    record = run(load_recipe(finished, ("plan.num_prune=1",)))
     old, new = record["variants"]["last"], record["variants"]["last@num_prune=1"]
     assert old["evaluation"] is None and old["paired"] == {} and new["paired"]["task"]
     assert [w for w in record["warnings"] if w.startswith("The row last was evaluated on other")]
     shipped = model_to_ship(record)
     assert shipped.row == "last@num_prune=1" and "first plan that was measured" in shipped.reason
-    again = run(load_recipe(path))
+    again = run(load_recipe(finished))
     assert all(row["evaluation"] for row in again["variants"].values())
     assert not [w for w in again["warnings"] if "on other rows" in w]
 
 
-def test_a_start_that_evaluates_nothing_leaves_the_figures(tmp_path):
-    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
-    run(load_recipe(path))
-    record = run(load_recipe(path, ("plan.num_prune=1", "evaluate.max_new_tokens=1")), until="plan")
+def test_a_start_that_evaluates_nothing_leaves_the_figures(finished):
+    record = run(load_recipe(finished, ("plan.num_prune=1", "evaluate.max_new_tokens=1")), until="plan")
     assert all(record["variants"][name]["evaluation"] for name in ("dense", "last"))
 
 
-def test_results_of_an_older_version_count_once_they_are_checked(tmp_path):
-    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
-    run(load_recipe(path))
-    file = tmp_path / "run/manifest.json"
+def test_results_of_an_older_version_count_once_they_are_checked(finished):
+    file = finished.parent / "run/manifest.json"
     manifest = json.loads(file.read_text())
     for stage in manifest["stages"].values():
         stage.pop("conditions")
     file.write_text(json.dumps(manifest))
-    beside = run(load_recipe(path, ("plan.num_prune=1",)))
+    beside = run(load_recipe(finished, ("plan.num_prune=1",)))
     assert beside["variants"]["last"]["evaluation"] is None and beside["variants"]["dense"]["evaluation"]
-    run(load_recipe(path))  # skips all, and knows now that it is like the others
-    again = run(load_recipe(path, ("plan.num_prune=1",)))
+    run(load_recipe(finished))  # skips all, and knows now that it is like the others
+    again = run(load_recipe(finished, ("plan.num_prune=1",)))
     assert all(row["evaluation"] for row in again["variants"].values())
 
 
@@ -134,23 +148,19 @@ def test_rows_made_from_a_dense_model_that_is_gone_are_left_out(tmp_path, caplog
     assert model_to_ship(record).row == record["rows"]["last"]
 
 
-def test_a_run_that_was_stopped_says_so_when_its_model_is_opened(tmp_path):
-    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
-    run(load_recipe(path))
-    assert "stopped" not in open_model(str(tmp_path / "run")).warning
-    file = tmp_path / "run/manifest.json"
+def test_a_run_that_was_stopped_says_so_when_its_model_is_opened(finished):
+    assert "stopped" not in open_model(str(finished.parent / "run")).warning
+    file = finished.parent / "run/manifest.json"
     manifest = json.loads(file.read_text())
     manifest["stages"]["evaluate last"]["state"] = "running"
     file.write_text(json.dumps(manifest))
-    assert "evaluate last (running)" in open_model(str(tmp_path / "run")).warning
-    said = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+    assert "evaluate last (running)" in open_model(str(finished.parent / "run")).warning
+    said = CliRunner().invoke(app, ["report", str(finished.parent / "run")])
     assert "was stopped before it was finished: evaluate last (running)" in said.stderr
 
 
-def test_other_settings_of_the_evaluation_are_other_conditions(tmp_path):
-    path, _ = make_project(tmp_path, start="given", variants=["dense", "last"], plan=PLAN)
-    run(load_recipe(path, ("evaluate.max_new_tokens=1",)))
-    record = run(load_recipe(path, ("plan.num_prune=1",)))
+def test_other_settings_of_the_evaluation_are_other_conditions(finished):
+    record = run(load_recipe(finished, ("plan.num_prune=1", "evaluate.max_new_tokens=1")))
     assert record["variants"]["last"]["evaluation"] is None
 
 
