@@ -251,6 +251,10 @@ def start_of(work: Work, row: Row) -> Path:
     return starts[row.start]()
 
 
+FITTED: dict[Any, Any] = {}
+"""The last repair of a trained row, for its next learning rate."""
+
+
 def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str, Any]:
     """Measures one row trained at one rate, with the rows and steps of the dense model's tuning."""
 
@@ -263,7 +267,11 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
         trace = trace_of(work, folder) if plan.needs_trace else None
         model, fitted = work.load(folder), None
         if row.repair != "none":
-            fitted = repaired(work, model, plan, row.repair, row.rows)
+            key = (work.task, work.seed, folder, row.choice, row.repair, row.rows, gone)
+            if key not in FITTED:
+                FITTED.clear()  # the rates of one row follow each other
+                FITTED[key] = repaired(work, model, plan, row.repair, row.rows)
+            fitted = FITTED[key]
         prune_(model, plan, trace, repair=fitted)
         before = work.measure(model, "validation")["validation"]
         learns: dict[str, Any] = {"rows": work.part(QUARTER, 1)} if row.start == "quarter" else {}
