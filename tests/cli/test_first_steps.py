@@ -2,16 +2,18 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 import typer
 import yaml
 from builders import make_project, make_rows, write_rows
 
+from gradpruner.cli.executing import resolve
 from gradpruner.cli.main import app
-from gradpruner.cli.options import KEYS
+from gradpruner.cli.options import KEYS, Chosen
 from gradpruner.cli.suggestions import NEXT
-from gradpruner.runs.recipe.recipe import Recipe, key_names, load_recipe
+from gradpruner.runs.recipe.recipe import Recipe, key_names, load_recipe, recipe_yaml
 from gradpruner.runs.row import rate_search
 
 COMMANDS = typer.main.get_command(app).commands
@@ -62,6 +64,17 @@ def test_flags_of_training_are_refused_where_nothing_is_trained(call, tmp_path):
     assert code == 2 and "finetune.mode belong to a run" in err
 
 
+def test_a_command_that_says_all_takes_nothing_from_an_earlier_one(tmp_path):
+    make_project(tmp_path)
+    whole = Chosen({"model.path": str(tmp_path / "model"), "data.train": str(tmp_path / "train.jsonl")})
+    out = tmp_path / "run"
+    out.mkdir()
+    first = resolve(None, replace(whole, values=whole.values | {"plan.num_prune": 1}), str(out))
+    (out / "recipe.yaml").write_text(recipe_yaml(first))
+    assert resolve(None, Chosen({}), str(out)).plan.num_prune == 1
+    assert resolve(None, whole, str(out)).plan.num_prune is None
+
+
 # -- find-lr ----------------------------------------------------------------------------------------------
 
 
@@ -86,6 +99,9 @@ def test_a_rate_is_found_on_held_out_training_rows_kept_and_used(call, tmp_path,
         found["recipe"]["finetune"]["learning_rate"] == best
         and "held-out" in found["learning_rate"]["source"]
     )
+    # With a rate that is given, the rates that were tried before are not those of this start.
+    code, out, err = call("plan", "--out", tmp_path / "run", "--set", "find_rate=false", "--json")
+    assert code == 0 and "tried" not in json.loads(out)["learning_rate"], err
 
 
 def test_a_search_looks_at_no_evaluation_row_and_needs_a_model_to_tune(tmp_path, call):
