@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from quality_cells import (
@@ -202,43 +202,6 @@ def tuned() -> str:
     return "\n".join(lines)
 
 
-TRAINED_ROWS = (1600, 3200, 10_000, 30_000, 100_000)
-
-
-def taken() -> str:
-    """The table of what `fast` costs relative to tuning the dense model, by number of training rows.
-
-    Uses the fastest cells, because other work ran on the machine. Recording and repair see a fixed number of
-    rows, so they weigh more when training is short.
-    """
-    entries = [entry for entry in cells().values() if entry["task"] == "sst2"]
-
-    def least(part: str, seconds: Callable[[dict[str, Any]], float]) -> float:
-        return min(time for e in entries if part in e["cell"] and (time := seconds(e)) > 0)
-
-    def training(entry: dict[str, Any]) -> float:
-        return float(entry["training"]["seconds"]) / 1600
-
-    whole, small = least("dense/0.0", training), least(f"/labels/{USUAL}/", training)
-    recorded = least("train/base/igia", lambda entry: float(entry["evidence"]["seconds"]))
-    fitted = least(f"train/{ROW_FAST}", lambda entry: float(entry["repair_seconds"]))
-    lines = [
-        "| training rows | repair | tuning the pruned model | fast, in all | with a recording, for IGIA or the gate |",
-        "|---|---|---|---|---|",
-    ]
-    for rows in TRAINED_ROWS:
-        dense = whole * rows
-        parts = [fitted, small * rows, fitted + small * rows, recorded + fitted + small * rows]
-        lines.append(f"| {rows:,} | {' | '.join(f'{part / dense:.2f}' for part in parts)} |")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Relative to tuning the dense model on the same number of rows; SST-2, one core, the fastest cell of each kind.",
-        ]
-    )
-
-
 def base_rates() -> str:
     """The table of losses from base by learning rate, seed 0: the last layers and IGIA's choice."""
     rates = (1e-4, 2e-4, 4e-4)
@@ -365,7 +328,6 @@ BLOCKS = {
     "quality_depths": depths,
     "quality_more_rows": more_rows,
     "quality_decided": decided,
-    "quality_taken": taken,
     "quality_tuned": tuned,
     "quality_varied": varied,
     "quality_headline": headline,

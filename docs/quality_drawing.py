@@ -1,41 +1,71 @@
-"""The drawing of docs/quality.md: every way of pruning against dense, and scores by number of layers."""
+"""The drawing of docs/quality.md: every way of pruning against dense, by number of layers and by time."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import quality_blocks as blocks
 import quality_cells as cells
 from drawing import as_svg, digest, plotting
+from quality_cost import totals
+
+CHANGE = "test score against dense, %"
 
 
 def draw() -> str:
-    """Returns the drawing as SVG. Left: relative change of every way against dense. Right: by number of layers."""
+    """Returns the drawing as SVG.
+
+    Left: relative change of every way against dense. Right: by number of layers, and by the whole time.
+    """
     pyplot = plotting()
     pyplot.rcParams["font.size"] = 8
     ways = _ways()
-    figure, (left, right) = pyplot.subplots(
-        1, 2, figsize=(10.5, 0.27 * len(ways) + 1.6), width_ratios=(1.5, 1), layout="constrained"
-    )
-    for place, (_, (mean, low, high)) in enumerate(ways):
-        left.plot([100 * low, 100 * high], [place, place], color="#356a9a", linewidth=1.4)
-        left.plot([100 * mean], [place], "o", color="#356a9a", markersize=4)
-    left.axvline(0, color="black", linewidth=0.8)
-    left.set_yticks(range(len(ways)), [label for label, _ in ways])
-    left.invert_yaxis()
-    left.set_xlim(left=max(left.get_xlim()[0], -30))
-    left.set_xlabel("test score against dense, %")
-    for way, found_at in blocks.WAYS_DOWN.items():
-        line = [(gone, 100 * cells.loss(found)[0]) for gone in blocks.DEPTHS if (found := found_at(gone))]
-        if line:
-            right.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set_xticks(blocks.DEPTHS)
-    right.set_xlabel("layers removed of 30")
-    right.set_ylabel("test score against dense, %")
-    right.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
-    for axes in (left, right):
+    figure = pyplot.figure(figsize=(11.5, 0.27 * len(ways) + 1.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
+    _forest(left := figure.add_subplot(grid[:, 0]), ways)
+    _by_depth(above := figure.add_subplot(grid[0, 1]))
+    _by_time(below := figure.add_subplot(grid[1, 1]))
+    for axes in (left, above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", linewidth=0.3)
     return as_svg(figure, shown())
+
+
+def _forest(axes: Any, ways: list[tuple[str, tuple[float, float, float]]]) -> None:
+    for place, (_, (mean, low, high)) in enumerate(ways):
+        axes.plot([100 * low, 100 * high], [place, place], color="#356a9a", linewidth=1.4)
+        axes.plot([100 * mean], [place], "o", color="#356a9a", markersize=4)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(ways)), [label for label, _ in ways])
+    axes.invert_yaxis()
+    axes.set_xlim(left=max(axes.get_xlim()[0], -30))
+    axes.set_xlabel(CHANGE)
+
+
+def _by_depth(axes: Any) -> None:
+    for way, found_at in blocks.WAYS_DOWN.items():
+        line = [(gone, 100 * cells.loss(found)[0]) for gone in blocks.DEPTHS if (found := found_at(gone))]
+        if line:
+            axes.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(blocks.DEPTHS)
+    axes.set_xlabel("layers removed of 30")
+    axes.set_ylabel(CHANGE)
+    axes.legend(frameon=False, loc="lower left")
+
+
+def _by_time(axes: Any) -> None:
+    axes.plot([1], [0], "s", color="black", markersize=4, label="dense, tuned")
+    for label, time, found in totals():
+        mean, low, high = (100 * part for part in cells.loss(found))
+        axes.errorbar(
+            [time], [mean], [[mean - low], [high - mean]], fmt="o", markersize=4, linewidth=1, label=label
+        )
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("whole time, in tunings of the dense model (about 2,000 rows)")
+    axes.set_ylabel(CHANGE)
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _ways() -> list[tuple[str, tuple[float, float, float]]]:

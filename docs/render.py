@@ -27,6 +27,7 @@ import methods
 import pruning_blocks
 import quality_blocks
 import quality_compared
+import quality_cost
 import quality_drawing
 import quality_writing
 from drawing import RESULTS, machine, read, script, times
@@ -298,6 +299,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **gpu_blocks.BLOCKS,
     **quality_blocks.BLOCKS,
     **quality_compared.BLOCKS,
+    **quality_cost.BLOCKS,
     **quality_writing.BLOCKS,
 }
 DRAWINGS = {
