@@ -24,6 +24,8 @@ USUAL = 12
 """Layers removed where a table does not say otherwise."""
 RECOVERED = {"igia": "tuned/igia/influence/distil", "gate": "tuned/gate/influence/distil"}
 """Recovered models, by choice of layers."""
+RECOVER_RATE = 0.5
+"""The learning rate of a recovery by default, relative to that of the dense model's tuning."""
 ROW_FAST = "base/last/least_squares/labels"
 ROW_IGIA = "base/igia/least_squares/labels"
 EARLY = f"shrink/early/0.6/igia/{USUAL}/layer_wise"
@@ -130,19 +132,20 @@ def classified(
 def better() -> list[Pair]:
     """For every run the recovered model, or the repaired one where training has made it clearly worse.
 
-    That is how `gradpruner run` decides, on validation rows. The layers are those of `compared`; where that
-    choice was not recovered, IGIA's stands for it.
+    That is what `gradpruner run` does by default: it decides on validation rows, and trains at half of the
+    dense model's rate. The layers are those of `compared`; where that choice was not recovered, IGIA's stands
+    for it.
     """
-    recovered = {choice: {pair[:2]: pair for pair in trained(row)} for choice, row in RECOVERED.items()}
     found = []
-    for pair in compared():
-        run, choice = pair[:2], pair[3]["cell"].split("/")[1]
-        choice = choice if run in recovered[choice] else "igia"
-        repaired = {one[:2]: one for one in pairs(f"shrink/{choice}/{USUAL}/influence")}
-        if run in recovered[choice] and run in repaired:
-            after = recovered[choice][run]
-            worse = clearly_worse(after[3]["before"]["losses"], after[3]["validation"]["losses"])
-            found.append(repaired[run] if worse else after)
+    for task, seed, dense, pair in compared():
+        rate = RECOVER_RATE * dense["training"]["rate"]
+        for choice in dict.fromkeys((pair["cell"].split("/")[1], "igia")):
+            after = cells().get(f"{task}/{seed}/train/{RECOVERED[choice]}/{USUAL}/{rate:g}")
+            if after is not None:
+                before = cells()[f"{task}/{seed}/shrink/{choice}/{USUAL}/influence"]
+                worse = clearly_worse(after["before"]["losses"], after["validation"]["losses"])
+                found.append((task, seed, dense, before if worse else after))
+                break
     return found
 
 
@@ -157,3 +160,8 @@ def twice(task: str) -> list[Pair]:
     """`pairs` of the dense model tuned for twice the epochs, at the dense model's rate."""
     names = {entry["cell"] for entry in cells().values() if entry["cell"].startswith("dense-twice/")}
     return [pair for name in sorted(names) for pair in pairs(name) if pair[0] == task]
+
+
+def both(entry: dict[str, Any] | None) -> str:
+    """Validation loss and test score of a cell, as text; a dash if it is not measured."""
+    return f"{entry['validation']['nll']:.3f} / {100 * entry['test']['score']:.1f}" if entry else "–"

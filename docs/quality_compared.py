@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from quality_cells import TASKS, USUAL, WRITTEN, cells, dense_of
+from quality_cells import TASKS, USUAL, WRITTEN, both, cells, dense_of
 
 
 def _runs(one: str, other: str, heads: tuple[str, str]) -> str:
@@ -18,7 +16,7 @@ def _runs(one: str, other: str, heads: tuple[str, str]) -> str:
             continue
         rate = float(key.rpartition("/")[2])
         task = (TASKS | WRITTEN)[entry["task"]]
-        lines.append(f"| {task}, seed {entry['seed']}, rate {rate:g} | {_both(entry)} | {_both(beside)} |")
+        lines.append(f"| {task}, seed {entry['seed']}, rate {rate:g} | {both(entry)} | {both(beside)} |")
     return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token / test score in %."])
 
 
@@ -53,13 +51,9 @@ def weighed() -> str:
         for seed in range(3):
             found = [cells().get(f"{task}/{seed}/{cell}") for cell in ways.values()]
             if any(found[1::2]):
-                shown = " | ".join(map(_both, [dense_of(task, seed), *found]))
+                shown = " | ".join(map(both, [dense_of(task, seed), *found]))
                 lines.append(f"| {label}, seed {seed} | {shown} |")
     return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token / test score in %."])
-
-
-def _both(entry: dict[str, Any] | None) -> str:
-    return f"{entry['validation']['nll']:.3f} / {100 * entry['test']['score']:.1f}" if entry else "–"
 
 
 BLOCKS = {"quality_fast_rows": fast_rows, "quality_prompts": prompts, "quality_weighed": weighed}

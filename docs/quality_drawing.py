@@ -20,8 +20,8 @@ def draw() -> str:
     pyplot = plotting()
     pyplot.rcParams["font.size"] = 8
     ways = _ways()
-    figure = pyplot.figure(figsize=(11.5, 0.27 * len(ways) + 1.6), layout="constrained")
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.1, 1))
+    figure = pyplot.figure(figsize=(13.5, 0.27 * len(ways) + 1.6), layout="constrained")
+    grid = figure.add_gridspec(2, 2)
     _forest(left := figure.add_subplot(grid[:, 0]), ways)
     _by_depth(above := figure.add_subplot(grid[0, 1]))
     _by_time(below := figure.add_subplot(grid[1, 1]))
@@ -51,7 +51,7 @@ def _by_depth(axes: Any) -> None:
     axes.set_xticks(blocks.DEPTHS)
     axes.set_xlabel("layers removed of 30")
     axes.set_ylabel(CHANGE)
-    axes.legend(frameon=False, loc="lower left")
+    _legend(axes)
 
 
 def _by_time(axes: Any) -> None:
@@ -63,9 +63,13 @@ def _by_time(axes: Any) -> None:
         )
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlim(left=0)
-    axes.set_xlabel("whole time, in tunings of the dense model (about 2,000 rows)")
+    axes.set_xlabel("whole time, in tunings of the dense model")
     axes.set_ylabel(CHANGE)
-    axes.legend(frameon=False, loc="lower right")
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _ways() -> list[tuple[str, tuple[float, float, float]]]:

@@ -53,9 +53,9 @@ def test_a_recovery_counts_unless_it_is_clearly_worse(quality, monkeypatch, afte
     noise = [0.05 * (i % 3 - 1) for i in range(60)]
     before = [0.2 + 0.1 * (i % 2) for i in range(60)]
     losses = [after + 0.1 * (i % 2) + part for i, part in enumerate(noise)]
-    trained = f"train/{quality.RECOVERED['igia']}/12/0.1"
+    trained = f"train/{quality.RECOVERED['igia']}/12/0.05"  # half of the dense model's rate
     entries = [
-        cell("dense/0.1", "sst2", 0, "1111", nll=0.1),
+        cell("dense/0.1", "sst2", 0, "1111", nll=0.1) | {"training": {"rate": 0.1}},
         cell("shrink/igia/12/influence", "sst2", 0, "0111", nll=0.2),
         cell("shrink/gate/12/influence", "sst2", 0, "0011", nll=0.3),
         cell(trained, "sst2", 0, "1111", nll=after, losses=losses) | {"before": {"losses": before}},
