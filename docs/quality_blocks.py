@@ -231,6 +231,8 @@ def varied() -> str:
         f"vary/igia/{USUAL}/rows-3200": "3,200 rows of the task",
         f"vary/igia/{USUAL}/rows-of-sst2": "384 rows of SST-2",
         f"vary/igia/{USUAL}/rows-of-banking77": "384 rows of Banking77",
+        f"vary/igia/{USUAL}/influence-rows-600": "600 rows of the task, layer-wise",
+        f"shrink/igia/{USUAL}/influence": "1,200 rows of the task, layer-wise",
     }
     lines = [*_head("repair fitted on")]
     lines += [_line(label, found) for name, label in names.items() if (found := pairs(name))]
