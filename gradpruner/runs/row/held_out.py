@@ -86,7 +86,7 @@ def better_of(
 def clearly_worse(before: Sequence[float], after: Sequence[float]) -> bool:
     """Whether losses have risen by more than chance: the 95 % interval of the paired change is above 0.
 
-    Training further nearly always helps (docs/quality.md), and a few hundred rows measure the change of a
-    loss only roughly. So a loss that seems a little higher is no reason to throw the training away.
+    Training further mostly helps (docs/quality.md), and a few hundred rows measure the change of a loss only
+    roughly. So a loss that seems a little higher is no reason to throw the training away.
     """
     return paired_difference(after, before).low > 0
