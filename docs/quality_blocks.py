@@ -24,6 +24,7 @@ from quality_cells import (
     loss,
     measured_tasks,
     pairs,
+    recovered_deeper,
     trained,
     twice,
 )
@@ -48,7 +49,6 @@ REPAIRS = {
 }
 KINDS = ("influence", "layer_wise", "least_squares", "linear")
 RECOVERING = RECOVERED["igia"]
-BY_POSITION = "tuned/igia/layer_wise/distil"
 LOSSES = "Loss on validation rows, in nats per answer token."
 BOTH = "Loss on validation rows, in nats per answer token / test score in %."
 BEST = "from tuned: layer-wise, recovered unless clearly worse (best, default)"
@@ -107,7 +107,7 @@ WAYS_DOWN = {
     "IGIA, layer-wise by position, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/layer_wise"),
     "IGIA, least squares, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
     "last layers, from base, tuned (fast)": lambda gone: trained(ROW_FAST, gone),
-    "IGIA, layer-wise by position, recovered": lambda gone: trained(BY_POSITION, gone),
+    "IGIA, layer-wise, recovered": recovered_deeper,
 }
 
 

@@ -138,14 +138,31 @@ def better() -> list[Pair]:
     """
     found = []
     for task, seed, dense, pair in compared():
-        rate = RECOVER_RATE * dense["training"]["rate"]
         for choice in dict.fromkeys((pair["cell"].split("/")[1], "igia")):
-            after = cells().get(f"{task}/{seed}/train/{RECOVERED[choice]}/{USUAL}/{rate:g}")
+            after = recovered_at(dense, choice)
             if after is not None:
                 before = cells()[f"{task}/{seed}/shrink/{choice}/{USUAL}/influence"]
                 worse = clearly_worse(after["before"]["losses"], after["validation"]["losses"])
                 found.append((task, seed, dense, before if worse else after))
                 break
+    return found
+
+
+def recovered_at(dense: dict[str, Any], choice: str, gone: int = USUAL) -> dict[str, Any] | None:
+    """The cell of a model recovered at the default rate, of the run of a dense model."""
+    rate = RECOVER_RATE * dense["training"]["rate"]
+    name = f"{dense['task']}/{dense['seed']}/train/{RECOVERED[choice]}/{gone}/{rate:g}"
+    return cells().get(name)
+
+
+def recovered_deeper(gone: int) -> list[Pair]:
+    """Every run in which the model without `gone` layers of IGIA's choice is recovered at the default rate."""
+    found = []
+    for task in measured_tasks():
+        for seed in range(3):
+            dense = dense_of(task, seed)
+            if dense is not None and (cell := recovered_at(dense, "igia", gone)) is not None:
+                found.append((task, seed, dense, cell))
     return found
 
 
