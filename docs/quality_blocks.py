@@ -175,7 +175,7 @@ def decided() -> str:
 
 ROWS = {
     "tuned/igia/least_squares/distil": "from tuned: IGIA, least squares, recovered with the teacher",
-    "tuned/igia/influence/distil": "from tuned: IGIA, layer-wise, recovered with the teacher, at the best rate",
+    "tuned/igia/influence/distil": "from tuned: IGIA, layer-wise, recovered with the teacher, at the rate best on seed 0",
     "tuned/gate/influence-512/distil": "from tuned: gate, layer-wise on 512 rows, recovered with the teacher",
     "tuned/igia/layer_wise/distil": "from tuned: IGIA, layer-wise by position, recovered with the teacher",
     "tuned/igia/least_squares/labels": "from tuned: IGIA, least squares, recovered on labels",

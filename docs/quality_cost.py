@@ -10,24 +10,14 @@ from quality_cells import ROW_FAST, ROW_IGIA, USUAL, Pair, better, cells, classi
 
 TRAINED_ROWS = (1600, 3200, 10_000, 30_000, 100_000)
 CLASSES = ("trec", "banking77", "sst2")
-Ways = dict[str, tuple[Callable[[], list[Pair]], tuple[str, ...]]]
-WAYS: Ways = {
-    "dense, twice as long": (
-        lambda: [pair for task in CLASSES for pair in twice(task)],
-        ("dense", "dense"),
-    ),
+WAYS: dict[str, tuple[Callable[[], list[Pair]], tuple[str, ...]]] = {
+    "dense, twice as long": (lambda: [pair for task in CLASSES for pair in twice(task)], ("dense", "dense")),
     "tuned, repaired, nothing trained": (compared, ("dense", "recording", "influence", "influence")),
     "the same, recovered (best)": (better, ("dense", "recording", "influence", "influence", "recovery")),
     "from base: last layers, repaired (fast)": (lambda: trained(ROW_FAST), ("least_squares", "tuning")),
     "from base: IGIA, repaired": (lambda: trained(ROW_IGIA), ("recording", "least_squares", "tuning")),
-    "from base: IGIA, no repair": (
-        lambda: trained("base/igia/none/labels"),
-        ("recording", "tuning"),
-    ),
-    "from base: as in the paper": (
-        lambda: trained("base/paper/none/labels"),
-        ("recording", "tuning"),
-    ),
+    "from base: IGIA, no repair": (lambda: trained("base/igia/none/labels"), ("recording", "tuning")),
+    "from base: as in the paper": (lambda: trained("base/paper/none/labels"), ("recording", "tuning")),
     "from base: last layers, no repair": (lambda: trained("base/last/none/labels"), ("tuning",)),
 }
 """Label -> measured pairs, and the parts of the work: the default choice repairs two models to compare them."""
@@ -44,7 +34,7 @@ def seconds(task: str) -> dict[str, float]:
         return min(time for e in entries if part in e["cell"] and (time := taken(e)) > 0)
 
     def training(entry: dict[str, Any]) -> float:
-        return float(entry["training"]["seconds"]) if entry["cell"].count("/") > 0 else 0.0
+        return float(entry["training"]["seconds"])
 
     def repair(entry: dict[str, Any]) -> float:
         return float(entry.get("repair_seconds", 0))
@@ -62,12 +52,8 @@ def seconds(task: str) -> dict[str, float]:
 def _repair_by_influence(task: str) -> float:
     """The fastest repair of any task, for the tokens of this one."""
     fitted = [entry["repair"] for entry in cells().values() if entry["cell"].endswith("/influence")]
-    tokens = max(entry["repair"]["tokens"] for entry in cells().values() if _usual_repair(entry, task))
+    tokens = cells()[f"{task}/0/shrink/igia/{USUAL}/influence"]["repair"]["tokens"]
     return float(min(one["seconds"] / one["tokens"] for one in fitted) * tokens)
-
-
-def _usual_repair(entry: dict[str, Any], task: str) -> bool:
-    return bool(entry["task"] == task and entry["cell"] == f"shrink/igia/{USUAL}/influence")
 
 
 def totals() -> list[tuple[str, float, list[Pair]]]:
