@@ -66,5 +66,5 @@ TRAINED = (
 """The rows in the order in which they are measured."""
 
 
-FULL_ROWS = (Row("base", "last", "least_squares"), Row("tuned", "igia", "influence", distil=True))
-"""The rows that are measured at every depth."""
+FULL_ROWS = (Row("tuned", "igia", "influence", distil=True), Row("base", "last", "least_squares"))
+"""The rows that are measured at every depth; first the one whose repair has just been fitted."""

@@ -111,6 +111,23 @@ def repaired(
     return fit_repair(model, plan, rows, work.collator, **options)
 
 
+FITTED: dict[Any, Any] = {}
+"""The last repair, for the next learning rate of its row, or for training what has just been measured."""
+
+
+def repaired_once(
+    work: Work, model: Any, plan: Any, cut: tuple[Path, str, int], kind: str, count: int | None = None
+) -> Any:
+    """Returns the repair of a cut, fitted unless it is the last one that was; None for the kind "none"."""
+    if kind == "none":
+        return None
+    key = (work.task, work.seed, *cut, kind, count)
+    if key not in FITTED:
+        FITTED.clear()
+        FITTED[key] = repaired(work, model, plan, kind, count)
+    return FITTED[key]
+
+
 def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str, tuned_by: str = "") -> None:
     """Measures one way of shrinking a tuned model without further training."""
 
@@ -118,9 +135,8 @@ def pruned(work: Work, folder: Path, choice: str, gone: int, repair: str, tuned_
         from gradpruner.pruning.in_memory import prune_
 
         plan, evidence = choose(work, folder, choice, gone)
-        model, fitted = work.load(folder), None
-        if repair != "none":
-            fitted = repaired(work, model, plan, repair)
+        model = work.load(folder)
+        fitted = repaired_once(work, model, plan, (folder, choice, gone), repair)
         prune_(model, plan, repair=fitted)
         facts = fitted.facts() if fitted else None
         return {"gone": list(plan.pruned), "evidence": evidence, "repair": facts, **work.measure(model)}
@@ -145,17 +161,20 @@ def shrink(work: Work) -> None:
 
 
 def depth(work: Work) -> None:
-    """Measures how many layers can go, without training and trained at the rate that is best for twelve."""
+    """Measures how many layers can go, without training and trained.
+
+    Pruned before tuning, the rate is the one that is best for twelve layers; recovered, half of dense's.
+    """
     folder = tune(work)
     for gone in DEPTHS:
         for choice in ("gate", "igia"):
             pruned(work, folder, choice, gone, "least_squares")
-        for choice in ("gate", "igia", "shortgpt"):
+        for choice in ("gate", "shortgpt", "igia"):
             pruned(work, folder, choice, gone, "influence")
-    for row in FULL_ROWS:
-        for gone in DEPTHS:
+        for row in FULL_ROWS:
             if work.wants(f"train/{row.name}/{gone}/"):
-                trained(work, row, rate_of(work, row), gone)
+                rate = best_rate(work) / 2 if row.start == "tuned" else rate_of(work, row)
+                trained(work, row, rate, gone)
 
 
 def vary(work: Work) -> None:
@@ -251,10 +270,6 @@ def start_of(work: Work, row: Row) -> Path:
     return starts[row.start]()
 
 
-FITTED: dict[Any, Any] = {}
-"""The last repair of a trained row, for its next learning rate."""
-
-
 def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str, Any]:
     """Measures one row trained at one rate, with the rows and steps of the dense model's tuning."""
 
@@ -265,13 +280,8 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
         folder = start_of(work, row)
         plan, evidence = choose(work, folder, row.choice, gone)
         trace = trace_of(work, folder) if plan.needs_trace else None
-        model, fitted = work.load(folder), None
-        if row.repair != "none":
-            key = (work.task, work.seed, folder, row.choice, row.repair, row.rows, gone)
-            if key not in FITTED:
-                FITTED.clear()  # the rates of one row follow each other
-                FITTED[key] = repaired(work, model, plan, row.repair, row.rows)
-            fitted = FITTED[key]
+        model = work.load(folder)
+        fitted = repaired_once(work, model, plan, (folder, row.choice, gone), row.repair, row.rows)
         prune_(model, plan, trace, repair=fitted)
         before = work.measure(model, "validation")["validation"]
         learns: dict[str, Any] = {"rows": work.part(QUARTER, 1)} if row.start == "quarter" else {}
