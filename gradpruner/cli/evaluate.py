@@ -81,6 +81,11 @@ def evaluate(
         )
     if not _MEASURED & set(chosen.values):
         raise ConfigError(f"Nothing to evaluate {what} on.", hint="Give --task, --eval-data or --lm-eval.")
+    if served_name is not None and endpoint is None:
+        raise ConfigError(
+            f"--served-name {served_name} names a model on a server, and no server is given.",
+            hint="Add --endpoint URL, or leave the name out to evaluate the folder itself.",
+        )
     prepare(chosen.quiet)
     found = _evaluate_folder(what, chosen, endpoint, served_name)
     if chosen.as_json:

@@ -394,6 +394,7 @@ def test_a_dry_run_measures_nothing(folder):
         (("--eval-data", "eval.jsonl", "--model", "x"), "belong to a run"),
         (("--eval-data", "eval.jsonl", "--set", "evaluate.metrics=[exact]"), "exact_match"),
         (("--eval-data", "eval.jsonl", "--endpoint", "nowhere"), "not the address"),
+        (("--eval-data", "eval.jsonl", "--served-name", "x"), "no server is given"),
     ],
 )
 def test_evaluations_that_are_refused(folder, arguments, message, monkeypatch):
