@@ -24,9 +24,11 @@ from gradpruner.runs.job.evaluation_data import (
     metrics_of,
     was_held_out,
 )
+from gradpruner.runs.job.inputs import encoder_content, harness_identity
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
+from gradpruner.runs.recipe.sections import EvaluateSection
 
 CHAT = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
 
@@ -279,6 +281,18 @@ def test_tasks_of_the_harness_in_a_run(project, monkeypatch):
     assert record["variants"]["dropped"]["lm_eval"] == found
     page = (project.parent / "run" / "report.html").read_text()
     assert "lm-evaluation-harness" in page and "± 10.0" in page
+
+
+def test_a_changed_folder_of_tasks_or_encoder_is_another_one(tmp_path):
+    (tmp_path / "t.yaml").write_text("task: t")
+    (tmp_path / "config.json").write_text("{}")
+    options = EvaluateSection(lm_eval=["t"], lm_eval_folder=str(tmp_path), encoder=str(tmp_path))
+    tasks, encoder = harness_identity(options), encoder_content(options, ["bert_score"])
+    assert harness_identity(options) == tasks and encoder_content(options, ["exact_match"]) == {}
+    (tmp_path / "t.yaml").write_text("task: u")
+    assert harness_identity(options) != tasks and encoder_content(options, ["bert_score"]) == encoder
+    (tmp_path / "config.json").write_text("[]")
+    assert encoder_content(options, ["bert_score"]) != encoder
 
 
 # -- the command ------------------------------------------------------------------------------------------

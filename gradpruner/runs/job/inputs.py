@@ -38,6 +38,7 @@ from gradpruner.runs.job.evaluation_data import (
     with_validation,
 )
 from gradpruner.runs.recipe.recipe import Recipe
+from gradpruner.runs.recipe.sections import EvaluateSection
 from gradpruner.training.finetuning import planned_steps
 from gradpruner.training.recording import default_steps
 from gradpruner.training.sharding import check_world_size
@@ -224,3 +225,17 @@ def hash_model(folder: Path) -> str:
     """Hash of what a model computes and how text becomes its tokens: config, weights and tokenizer."""
     found = {path for pattern in _HASHED for path in folder.glob(pattern) if path.is_file()}
     return hash_folder(sorted(found))
+
+
+def encoder_content(options: EvaluateSection, metrics: Sequence[str]) -> dict[str, str]:
+    """Hash of the folder of BERTScore's encoder, if that is asked for; an encoder of the hub has its id."""
+    folder = Path(options.encoder).expanduser()
+    return {"encoder_content": hash_model(folder)} if "bert_score" in metrics and folder.is_dir() else {}
+
+
+def harness_identity(options: EvaluateSection) -> list[Any]:
+    """What the scores of lm-eval depend on: the tasks, and the content of the folder with your own."""
+    own = Path(options.lm_eval_folder).rglob("*") if options.lm_eval_folder else ()
+    files = sorted(path for path in own if path.is_file())
+    content = hash_folder(files) if files else None
+    return [options.lm_eval, content, options.lm_eval_limit, options.batch_size]

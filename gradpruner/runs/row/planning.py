@@ -21,6 +21,7 @@ from gradpruner.runs.folder.plan_names import (
 )
 from gradpruner.runs.job.budget import plan_for
 from gradpruner.runs.job.evaluation_data import data_identity
+from gradpruner.runs.job.inputs import encoder_content
 from gradpruner.runs.job.job import Job
 from gradpruner.runs.recipe.effects import keys_of
 from gradpruner.runs.row.depth_search import refuse_uncertified, search_depth
@@ -75,7 +76,8 @@ class Planning:
         options, validation = self.job.recipe.plan, self.job.validation
         assert validation is not None
         asked = self.job.recipe.evaluate
-        encoder = {"encoder": [asked.encoder, asked.encoder_layer]} if asked.encoder else {}
+        encoder: dict[str, Any] = {"encoder": [asked.encoder, asked.encoder_layer]} if asked.encoder else {}
+        encoder |= encoder_content(asked, self.job.metrics)
         return encoder | {
             "model": self.job.origin_sha256,
             "train": data_identity(self.job.train),

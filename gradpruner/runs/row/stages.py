@@ -13,6 +13,7 @@ from gradpruner.plans.reading import read_plan
 from gradpruner.runs.folder.directory import Stage, inputs_hash
 from gradpruner.runs.folder.plan_names import MADE, STAGES, answers_file, journal
 from gradpruner.runs.job.evaluation_data import data_identity, metrics_of_task
+from gradpruner.runs.job.inputs import encoder_content, harness_identity
 from gradpruner.runs.row import work
 from gradpruner.runs.row.variant import Variant
 
@@ -54,8 +55,7 @@ def stages_of(variant: Variant) -> Iterator[Stage]:
     if v.recipe.data.validation is not None:
         yield _evaluation(v, "on validation", tuned, "validation")
     if options.lm_eval:
-        asked = [options.lm_eval, options.lm_eval_folder, options.lm_eval_limit, options.batch_size]
-        by_harness, inputs = RESULTS["lm_eval"].format(name), tuned | {"lm_eval": asked}
+        by_harness, inputs = RESULTS["lm_eval"].format(name), tuned | {"lm_eval": harness_identity(options)}
         yield Stage(by_harness, inputs, harness, resumes=True, step="evaluate")
 
 
@@ -78,6 +78,7 @@ def _evaluation(
         "evaluate": job.recipe.evaluate.model_dump(include=settings) | {"metrics": list(metrics)},
         "max_length": job.max_length,
         "seed": job.recipe.seed,
+        **encoder_content(job.recipe.evaluate, metrics),
     }
     file = answers_file(variant.name, what)
 
