@@ -104,6 +104,7 @@ def shrunk() -> str:
 
 DEPTHS = (3, 6, 9, 12, 15, 18)
 WAYS_DOWN = {
+    "IGIA, layer-wise, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/influence"),
     "IGIA, layer-wise by position, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/layer_wise"),
     "IGIA, least squares, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
     "last layers, from base, tuned (fast)": lambda gone: trained(ROW_FAST, gone),
@@ -303,6 +304,7 @@ def headline() -> str:
     """A few sentences for the README: the default choice of layers, nothing trained, recovered, and fast."""
     shrunk_, best = classified(compared()), classified(better())
     written = pairs(f"shrink/gate/{USUAL}/influence", (WRITING,))
+    recovered = trained("tuned/gate/influence-512/distil", tasks=(WRITING,))
     *most, last = (TASKS[task] for task in dict.fromkeys(task for task, *_ in shrunk_))
     names = f"{', '.join(most)} and {last}" if most else last
 
@@ -318,7 +320,8 @@ def headline() -> str:
         f"changes by {said(shrunk_)}, relative to the dense model. Trained once more with the tuned model as teacher, as "
         f"`run` does by default: {said(best)}. Its last layers removed and repaired before it is tuned, which "
         f"takes less time than tuning it whole: {said(classified(trained(ROW_FAST)))}. A task that writes sentences, {TASKS[WRITING]}, "
-        f"loses more: {said(written)}, the gate's layers, nothing trained."
+        f"loses more: {said(written)} without the gate's layers and nothing trained, {said(recovered)} trained "
+        f"once more."
     )
 
 

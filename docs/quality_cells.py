@@ -133,18 +133,14 @@ def better() -> list[Pair]:
     """For every run the recovered model, or the repaired one where training has made it clearly worse.
 
     That is what `gradpruner run` does by default: it decides on validation rows, and trains at half of the
-    dense model's rate. The layers are those of `compared`; where that choice was not recovered, IGIA's stands
-    for it.
+    dense model's rate. The layers are those of `compared`.
     """
     found = []
-    for task, seed, dense, pair in compared():
-        for choice in dict.fromkeys((pair["cell"].split("/")[1], "igia")):
-            after = recovered_at(dense, choice)
-            if after is not None:
-                before = cells()[f"{task}/{seed}/shrink/{choice}/{USUAL}/influence"]
-                worse = clearly_worse(after["before"]["losses"], after["validation"]["losses"])
-                found.append((task, seed, dense, before if worse else after))
-                break
+    for task, seed, dense, before in compared():
+        after = recovered_at(dense, before["cell"].split("/")[1])
+        if after is not None:
+            worse = clearly_worse(after["before"]["losses"], after["validation"]["losses"])
+            found.append((task, seed, dense, before if worse else after))
     return found
 
 

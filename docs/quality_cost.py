@@ -51,7 +51,7 @@ def seconds(task: str) -> dict[str, float]:
 
 def _repair_by_influence(task: str) -> float:
     """The fastest repair of any task, for the tokens of this one."""
-    fitted = [entry["repair"] for entry in cells().values() if entry["cell"].endswith("/influence")]
+    fitted = [entry["repair"] for entry in cells().values() if entry["cell"].endswith(f"/{USUAL}/influence")]
     tokens = cells()[f"{task}/0/shrink/igia/{USUAL}/influence"]["repair"]["tokens"]
     return float(min(one["seconds"] / one["tokens"] for one in fitted) * tokens)
 

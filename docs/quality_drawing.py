@@ -15,17 +15,24 @@ CHANGE = "test score against dense, %"
 def draw() -> str:
     """Returns the drawing as SVG.
 
-    Left: relative change of every way against dense. Right: by number of layers, and by the whole time.
+    Above: relative change of every way against dense; by the whole time. Below: by number of layers, task by
+    task.
     """
     pyplot = plotting()
     pyplot.rcParams["font.size"] = 8
-    ways = _ways()
-    figure = pyplot.figure(figsize=(13.5, 0.27 * len(ways) + 1.6), layout="constrained")
-    grid = figure.add_gridspec(2, 2)
-    _forest(left := figure.add_subplot(grid[:, 0]), ways)
-    _by_depth(above := figure.add_subplot(grid[0, 1]))
-    _by_time(below := figure.add_subplot(grid[1, 1]))
-    for axes in (left, above, below):
+    ways, tasks = _ways(), [task for task in cells.measured_tasks() if task != cells.WRITING]
+    heights = (0.24 * len(ways) + 0.6, 3.2)
+    figure = pyplot.figure(figsize=(13.5, sum(heights)), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    forest, time = above.subplots(1, 2)
+    panels = below.subplots(1, len(tasks), sharey=True)
+    _forest(forest, ways)
+    _by_time(time)
+    for panel, task in zip(panels, tasks, strict=True):
+        _by_depth(panel, task)
+    panels[0].set_ylabel(CHANGE)
+    _legend(panels[-1])
+    for axes in (forest, time, *panels):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="x", linewidth=0.3)
     return as_svg(figure, shown())
@@ -42,16 +49,15 @@ def _forest(axes: Any, ways: list[tuple[str, tuple[float, float, float]]]) -> No
     axes.set_xlabel(CHANGE)
 
 
-def _by_depth(axes: Any) -> None:
+def _by_depth(axes: Any, task: str) -> None:
     for way, found_at in blocks.WAYS_DOWN.items():
-        line = [(gone, 100 * cells.loss(found)[0]) for gone in blocks.DEPTHS if (found := found_at(gone))]
-        if line:
-            axes.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
+        at = {gone: [pair for pair in found_at(gone) if pair[0] == task] for gone in blocks.DEPTHS}
+        line = [(gone, 100 * cells.loss(found)[0]) for gone, found in at.items() if found]
+        axes.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(blocks.DEPTHS)
+    axes.set_title(cells.TASKS[task], fontsize="medium")
     axes.set_xlabel("layers removed of 30")
-    axes.set_ylabel(CHANGE)
-    _legend(axes)
 
 
 def _by_time(axes: Any) -> None:
@@ -81,9 +87,11 @@ def _ways() -> list[tuple[str, tuple[float, float, float]]]:
             if here:
                 found.append((f"not trained: {label}, {blocks.REPAIRS[repair]}", cells.loss(here)))
     found.append((blocks.BEST, cells.loss(cells.better())))
-    return found + [
-        (label, cells.loss(here)) for row, label in blocks.ROWS.items() if (here := cells.trained(row))
-    ]
+    for row, label in blocks.ROWS.items():
+        if here := cells.trained(row):
+            only = "" if cells.classified(here) else f" ({cells.TASKS[cells.WRITING]})"
+            found.append((label + only, cells.loss(here)))
+    return found
 
 
 def shown() -> str:
