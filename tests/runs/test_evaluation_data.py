@@ -288,6 +288,8 @@ def test_a_changed_folder_of_tasks_or_encoder_is_another_one(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     options = EvaluateSection(lm_eval=["t"], lm_eval_folder=str(tmp_path), encoder=str(tmp_path))
     tasks, encoder = harness_identity(options), encoder_content(options, ["bert_score"])
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "utils.pyc").write_bytes(b"0")
     assert harness_identity(options) == tasks and encoder_content(options, ["exact_match"]) == {}
     (tmp_path / "t.yaml").write_text("task: u")
     assert harness_identity(options) != tasks and encoder_content(options, ["bert_score"]) == encoder

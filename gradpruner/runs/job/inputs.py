@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -235,7 +236,12 @@ def encoder_content(options: EvaluateSection, metrics: Sequence[str]) -> dict[st
 
 def harness_identity(options: EvaluateSection) -> list[Any]:
     """What the scores of lm-eval depend on: the tasks, and the content of the folder with your own."""
-    own = Path(options.lm_eval_folder).rglob("*") if options.lm_eval_folder else ()
-    files = sorted(path for path in own if path.is_file())
-    content = hash_folder(files) if files else None
+    content = None
+    if options.lm_eval_folder is not None:
+        own = Path(options.lm_eval_folder)
+        # The harness imports Python files of the folder, which leaves compiled ones there.
+        hidden = re.compile(r"(^|/)(\.|__pycache__/)")
+        found = (path for path in sorted(own.rglob("*")) if path.is_file())
+        files = [path for path in found if not hidden.search(path.relative_to(own).as_posix())]
+        content = hash_folder(files) if files else None
     return [options.lm_eval, content, options.lm_eval_limit, options.batch_size]
