@@ -37,8 +37,9 @@ def _written(task: str) -> list[str]:
             kind, _, count = repair.partition("-")
             repaired = REPAIRS[kind] + (f", {count} rows" if count else "")
             prompts = ", who is followed on prompts too" if "prompts" in how else ""
+            passes = ", three passes" if how.endswith("-x3") else ""
             rows[cell] = (
-                f"{gone} removed, {name}, {repaired}, recovered with the teacher{prompts}, rate {rate}"
+                f"{gone} removed, {name}, {repaired}, recovered with the teacher{prompts}{passes}, rate {rate}"
             )
     for choice, name in CHOICES.items():
         begins = f"train/base/{choice}/least_squares/labels/{USUAL}/"
