@@ -37,7 +37,8 @@ def _written(task: str) -> list[str]:
             kind, _, count = repair.partition("-")
             repaired = REPAIRS[kind] + (f", {count} rows" if count else "")
             prompts = ", who is followed on prompts too" if "prompts" in how else ""
-            passes = ", three passes" if how.endswith("-x3") else ""
+            times = how.partition("-x")[2]
+            passes = f", {times} passes" if times else ""
             rows[cell] = (
                 f"{gone} removed, {name}, {repaired}, recovered with the teacher{prompts}{passes}, rate {rate}"
             )
