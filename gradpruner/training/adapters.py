@@ -17,6 +17,10 @@ WEIGHTS_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the model's own weights as they are."""
 
 
+LEFT_BEHIND = ("lora_", "modules_to_save", "trainable_tokens_", "token_adapter")
+"""Parts of the names of trained parameters that PEFT takes away with the adapters."""
+
+
 def attach_lora(
     model: nn.Module,
     *,
@@ -136,6 +140,15 @@ def find_lora_linears(
             hint="Use LoraConfig(target_modules='all-linear') on the whole model.",
         )
     return pairs, linears
+
+
+def trained_in_place(model: nn.Module) -> list[str]:
+    """Returns the names of the model's own parameters that are trained too, and stay so after `unload()`."""
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(part in name for part in LEFT_BEHIND)
+    ]
 
 
 def adapter_kind(model: Any) -> tuple[str, float, bool]:

@@ -29,7 +29,12 @@ from gradpruner.gradients.trace_writer import TraceWriter
 from gradpruner.models.kernels import with_fast_products
 from gradpruner.models.layers import LayeredModel, fingerprint
 from gradpruner.models.restoring import modes_kept
-from gradpruner.training.adapters import adapter_kind, attach_lora, find_lora_linears
+from gradpruner.training.adapters import (
+    adapter_kind,
+    attach_lora,
+    find_lora_linears,
+    trained_in_place,
+)
 from gradpruner.training.callbacks import ClosingCallback
 from gradpruner.training.finetuning import resolve_precision, training_arguments
 from gradpruner.training.options import FinetuneOptions, RecordOptions
@@ -142,6 +147,10 @@ class GradientRecorder(ClosingCallback):
         self._trace, self._recorded = None, weakref.ref(model)
         if state.global_step:
             self._notes.append(f"recording began after step {state.global_step}, not at the start")
+        if changed := trained_in_place(model):
+            what = f"{len(changed)} of the model's own parameters are trained too ({changed[0]})"
+            self._notes.append(what)
+            log.warning("%s. unload() does not undo that; prune the model as it was before.", what)
         view = LayeredModel(model)
         self._info = TraceInfo(
             num_layers=view.num_layers,

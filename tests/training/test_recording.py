@@ -167,6 +167,22 @@ def test_a_second_training_of_a_model_is_not_recorded_one_of_another_model_is(tm
     assert on_disk.trace is kept
 
 
+@pytest.mark.parametrize("kind", [{"use_dora": True}, {"modules_to_save": ["norm"]}], ids=str)
+def test_what_unload_takes_away_is_no_parameter_of_the_model(kind, caplog):
+    trace = record(recorder=GradientRecorder(2), model=lora(make_llama(), **kind))
+    assert "unload()" not in caplog.text and not any("own parameters" in note for note in trace.info.notes)
+
+
+def test_parameters_that_unload_leaves_changed_are_named(caplog):
+    model = lora(make_llama())
+    norm = model.base_model.model.model.norm.weight
+    before = norm.requires_grad_(True).detach().clone()
+    trace = record(recorder=GradientRecorder(2), model=model)
+    assert not torch.equal(model.unload().model.norm.weight, before)
+    assert "model.norm.weight" in caplog.text
+    assert any(note.startswith("1 of the model's own parameters") for note in trace.info.notes)
+
+
 def test_factors_on_disk_and_in_memory_are_the_same(tmp_path):
     in_memory = record(recorder=GradientRecorder(3))
     on_disk = record(recorder=GradientRecorder(3, tmp_path / "trace", stop_training=True))
