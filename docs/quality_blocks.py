@@ -54,19 +54,19 @@ BOTH = "Loss on validation rows, in nats per answer token / test score in %."
 BEST = "from tuned: layer-wise, recovered unless clearly worse (best, default)"
 
 
-def _by_task(found: Sequence[Pair]) -> list[str]:
+def _by_task(found: Sequence[Pair], tasks: Sequence[str] = ()) -> list[str]:
     """One entry per task: mean score in per cent and seeds; a dash where nothing is measured."""
     texts = []
-    for task in measured_tasks():
+    for task in tasks or measured_tasks():
         scores = [100 * entry["test"]["score"] for name, _, _, entry in found if name == task]
         texts.append(f"{statistics.mean(scores):.1f}" + f" ({len(scores)})" if scores else "–")
     return texts
 
 
-def _line(label: str, found: Sequence[Pair]) -> str:
+def _line(label: str, found: Sequence[Pair], tasks: Sequence[str] = ()) -> str:
     mean, low, high = loss(found)
     change = f"{100 * mean:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"| {label} | {' | '.join(_by_task(found))} | {change} |"
+    return f"| {label} | {' | '.join(_by_task(found, tasks))} | {change} |"
 
 
 def _head(first: str) -> list[str]:
@@ -103,20 +103,32 @@ def shrunk() -> str:
 
 
 DEPTHS = (3, 6, 9, 12, 15, 18)
+DEPTH_SEED = 1
+"""The seed of every task with which all numbers of layers are measured, so that their rows are of the same runs."""
 WAYS_DOWN = {
-    "IGIA, layer-wise, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/influence"),
-    "IGIA, layer-wise by position, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/layer_wise"),
-    "IGIA, least squares, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/least_squares"),
-    "last layers, from base, tuned (fast)": lambda gone: trained(ROW_FAST, gone),
-    "IGIA, layer-wise, recovered": recovered_deeper,
+    "IGIA, nothing trained": lambda gone: pairs(f"shrink/igia/{gone}/influence"),
+    "IGIA, recovered": recovered_deeper,
+    "last layers, from base (fast)": lambda gone: trained(ROW_FAST, gone),
 }
 
 
+def at_depth(way: str, gone: int) -> list[Pair]:
+    """The runs of a way without `gone` layers, with the seed that all numbers of layers have."""
+    return [pair for pair in WAYS_DOWN[way](gone) if pair[1] == DEPTH_SEED]
+
+
 def depths() -> str:
-    """The table of numbers of layers removed and repaired, not trained and trained."""
-    lines = [*_head("layers removed"), _dense_line()]
-    for way, found_at in WAYS_DOWN.items():
-        lines += [_line(f"{gone} of 30, {way}", found) for gone in DEPTHS if (found := found_at(gone))]
+    """The table of numbers of layers removed and repaired, not trained and trained, for tasks with classes."""
+    tasks = [task for task in measured_tasks() if task != WRITING]
+    dense = [(task, DEPTH_SEED, one, one) for task in tasks if (one := dense_of(task, DEPTH_SEED))]
+    lines = [
+        f"| layers removed of 30 | {' | '.join(TASKS[task] for task in tasks)} | against dense [95 %] |",
+        "|---" * (len(tasks) + 2) + "|",
+        f"| dense, tuned | {' | '.join(_by_task(dense, tasks))} | |",
+    ]
+    for way in WAYS_DOWN:
+        at = ((gone, at_depth(way, gone)) for gone in DEPTHS)
+        lines += [_line(f"{gone}, {way}", found, tasks) for gone, found in at if found]
     return "\n".join(lines)
 
 
@@ -327,10 +339,10 @@ def headline() -> str:
 
 def _note() -> str:
     machines = {entry["provenance"]["machine"]["cpu"] for entry in cells().values()}
-    commits = {str(entry["provenance"]["commit"])[:7] for entry in cells().values()}
+    commits = {entry["provenance"]["commit"] for entry in cells().values()}
     return (
         "Test score in %, mean over seeds, with the number of seeds in brackets. Intervals: bootstrap over runs and "
-        f"rows. {len(cells())} cells so far, commits {', '.join(sorted(commits))}; {', '.join(sorted(machines))}."
+        f"rows. {len(cells())} cells of {len(commits)} commits, each named in its line; {', '.join(sorted(machines))}."
     )
 
 

@@ -20,7 +20,7 @@ def draw() -> str:
     """
     pyplot = plotting()
     pyplot.rcParams["font.size"] = 8
-    ways, tasks = _ways(), [task for task in cells.measured_tasks() if task != cells.WRITING]
+    ways, tasks = _ways(), _tasks()
     heights = (0.24 * len(ways) + 0.6, 3.2)
     figure = pyplot.figure(figsize=(13.5, sum(heights)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
@@ -50,14 +50,23 @@ def _forest(axes: Any, ways: list[tuple[str, tuple[float, float, float]]]) -> No
 
 
 def _by_depth(axes: Any, task: str) -> None:
-    for way, found_at in blocks.WAYS_DOWN.items():
-        at = {gone: [pair for pair in found_at(gone) if pair[0] == task] for gone in blocks.DEPTHS}
-        line = [(gone, 100 * cells.loss(found)[0]) for gone, found in at.items() if found]
+    for way, line in _lines(task).items():
         axes.plot([x for x, _ in line], [y for _, y in line], "o-", markersize=3.5, label=way)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(blocks.DEPTHS)
     axes.set_title(cells.TASKS[task], fontsize="medium")
     axes.set_xlabel("layers removed of 30")
+
+
+def _lines(task: str) -> dict[str, list[tuple[int, float]]]:
+    """Layers removed and change in per cent, by way."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for way in blocks.WAYS_DOWN:
+        at = {
+            gone: [pair for pair in blocks.at_depth(way, gone) if pair[0] == task] for gone in blocks.DEPTHS
+        }
+        found[way] = [(gone, 100 * cells.loss(pairs)[0]) for gone, pairs in at.items() if pairs]
+    return found
 
 
 def _by_time(axes: Any) -> None:
@@ -79,21 +88,30 @@ def _legend(axes: Any) -> None:
 
 
 def _ways() -> list[tuple[str, tuple[float, float, float]]]:
-    """Label, mean and interval of every way that is measured: repaired ones, then trained ones."""
+    """Label, mean and interval of every way that is measured: repaired ones, then trained ones.
+
+    Repairs by position were the default before; they are in the tables.
+    """
     found = []
-    for repair in ("influence", "layer_wise", "least_squares"):
+    for repair in ("influence", "least_squares"):
         for choice, label in blocks.CHOICES.items():
             here = cells.pairs(f"shrink/{choice}/{cells.USUAL}/{repair}")
             if here:
                 found.append((f"not trained: {label}, {blocks.REPAIRS[repair]}", cells.loss(here)))
     found.append((blocks.BEST, cells.loss(cells.better())))
     for row, label in blocks.ROWS.items():
-        if here := cells.trained(row):
+        if "/layer_wise/" not in row and (here := cells.trained(row)):
             only = "" if cells.classified(here) else f" ({cells.TASKS[cells.WRITING]})"
             found.append((label + only, cells.loss(here)))
     return found
 
 
+def _tasks() -> list[str]:
+    return [task for task in cells.measured_tasks() if task != cells.WRITING]
+
+
 def shown() -> str:
-    """The digest of the data the drawing shows."""
-    return digest([[key, entry["test"]["score"]] for key, entry in sorted(cells.cells().items())])
+    """The digest of what the drawing shows."""
+    drawn = [*_ways(), *((label, (time, *cells.loss(found))) for label, time, found in totals())]
+    rounded = [(label, [round(part, 4) for part in parts]) for label, parts in drawn]
+    return digest([rounded, [_lines(task) for task in _tasks()]])
