@@ -25,7 +25,7 @@ class Row:
     repair: str
     distil: bool = False
     prompts: float = 0.0
-    passes: int = 1
+    passes: float = 1
     rows: int | None = None
 
     @property
@@ -33,7 +33,7 @@ class Row:
         """The row's part of the key of a cell."""
         learns = "distil" if self.distil else "labels"
         learns += f"-prompts-{self.prompts:g}" if self.prompts else ""
-        learns += f"-x{self.passes}" if self.passes > 1 else ""
+        learns += f"-x{self.passes:g}" if self.passes != 1 else ""
         repair = f"{self.repair}-{self.rows}" if self.rows else self.repair
         return f"{self.start}/{self.choice}/{repair}/{learns}"
 
@@ -68,3 +68,6 @@ TRAINED = (
 
 FULL_ROWS = (Row("tuned", "igia", "influence", distil=True), Row("base", "last", "least_squares"))
 """The rows that are measured at every depth; first the one whose repair has just been fitted."""
+
+BRIEF = tuple(Row("tuned", "igia", "influence", distil=True, passes=passes) for passes in (0.125, 0.25, 0.5))
+"""Shorter recoveries, at the default rate."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from choices import CHOICES, choose, trace_of
-from rows import FULL_ROWS, TRAINED, Row
+from rows import BRIEF, FULL_ROWS, TRAINED, Row
 from tasks import TASKS
 from work import Work, with_plain_memory
 
@@ -320,6 +320,9 @@ def train(work: Work) -> None:
     for row in TRAINED:
         if work.wants(f"train/{row.name}/"):
             trained(work, row, rate_of(work, row))
+    for row in BRIEF:
+        if work.wants(f"train/{row.name}/"):
+            trained(work, row, best / 2)
     if work.wants("early/"):
         pruned(work, begun(work, EARLY), "igia", NUM_GONE, "influence", tuned_by=f"early/{EARLY:g}/")
     if work.wants("dense-twice/"):
