@@ -10,11 +10,12 @@ class Row:
     """One way to a smaller, trained model.
 
     Attributes:
-        start: The model to prune: "base"; "tuned", the dense model tuned on the same rows; or "quarter", the
-            dense model tuned on the first quarter of the rows. Then the pruned model trains on the rest.
+        start: The model to prune: "base"; "tuned", the dense model tuned on the same rows; "twice", the same
+            tuned for twice the epochs; or "quarter", the dense model tuned on the first quarter of the rows.
+            Then the pruned model trains on the rest.
         choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
         repair: "none", "least_squares" or "influence", see `study.repaired`.
-        distil: Whether the tuned dense model is the teacher.
+        distil: Whether the tuned dense model is the teacher, which is the one that is pruned if one is.
         prompts: Weight of what the teacher says on prompt tokens.
         passes: Passes over the training rows, relative to the dense model's tuning.
         rows: Number of training rows that the repair is fitted on, or None for the usual number.
@@ -68,6 +69,9 @@ TRAINED = (
 
 FULL_ROWS = (Row("tuned", "igia", "influence", distil=True), Row("base", "last", "least_squares"))
 """The rows that are measured at every depth; first the one whose repair has just been fitted."""
+
+LONGER = Row("twice", "gate", "influence", distil=True)
+"""From a dense model tuned for twice the epochs: does the pruned model keep what these gain?"""
 
 BRIEF = tuple(Row("tuned", "igia", "influence", distil=True, passes=passes) for passes in (0.125, 0.25, 0.5))
 """Shorter recoveries, at the default rate."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from choices import CHOICES, choose, trace_of
-from rows import BRIEF, FULL_ROWS, TRAINED, Row
+from rows import BRIEF, FULL_ROWS, LONGER, TRAINED, Row
 from tasks import TASKS
 from work import Work, with_plain_memory
 
@@ -266,7 +266,12 @@ def begun(work: Work, share: float = QUARTER) -> Path:
 
 def start_of(work: Work, row: Row) -> Path:
     """Returns the folder of the model that a row prunes."""
-    starts = {"base": lambda: work.model, "tuned": lambda: tune(work), "quarter": lambda: begun(work)}
+    starts = {
+        "base": lambda: work.model,
+        "tuned": lambda: tune(work),
+        "twice": lambda: twice(work),
+        "quarter": lambda: begun(work),
+    }
     return starts[row.start]()
 
 
@@ -287,7 +292,8 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
         learns: dict[str, Any] = {"rows": work.part(QUARTER, 1)} if row.start == "quarter" else {}
         if row.distil:
             options = DistillationOptions(prompts=row.prompts)
-            learns = {"teacher": work.load(tune(work)), "distillation": options}
+            teacher = folder if row.start == "twice" else tune(work)
+            learns = {"teacher": work.load(teacher), "distillation": options}
         result = work.tune(model, rate, epochs=row.passes * work.facts.epochs, **learns)
         facts: dict[str, Any] = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
         facts["repair_seconds"] = round(fitted.seconds, 1) if fitted else 0.0
@@ -327,6 +333,9 @@ def train(work: Work) -> None:
         pruned(work, begun(work, EARLY), "igia", NUM_GONE, "influence", tuned_by=f"early/{EARLY:g}/")
     if work.wants("dense-twice/"):
         work.cell(f"dense-twice/{best:g}", lambda: tuned_twice(work, best))
+    if work.wants("twice/"):
+        pruned(work, twice(work), LONGER.choice, NUM_GONE, LONGER.repair, tuned_by="twice/")
+        trained(work, LONGER, best / 2)
 
 
 def tuned_twice(work: Work, rate: float) -> dict[str, Any]:
@@ -334,6 +343,16 @@ def tuned_twice(work: Work, rate: float) -> dict[str, Any]:
     model = work.load()
     result = work.tune(model, rate, epochs=2 * work.facts.epochs)
     return {"training": result, **work.measure(model)}
+
+
+def twice(work: Work) -> Path:
+    """Returns the folder of the dense model tuned for twice the epochs."""
+    folder = work.scratch / f"{work.task}-{work.seed}-twice"
+    if not (folder / "model.safetensors").exists():
+        model = work.load()
+        work.tune(model, best_rate(work), epochs=2 * work.facts.epochs)
+        model.save_pretrained(folder)
+    return folder
 
 
 PARTS = {"tune": tune, "shrink": shrink, "depth": depth, "train": train, "vary": vary}
