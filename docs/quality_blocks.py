@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quality_cells import (
+    BOTH,
     EARLY,
     RECOVERED,
     ROW_FAST,
@@ -50,7 +51,6 @@ REPAIRS = {
 KINDS = ("influence", "layer_wise", "least_squares", "linear")
 RECOVERING = RECOVERED["igia"]
 LOSSES = "Loss on validation rows, in nats per answer token."
-BOTH = "Loss on validation rows, in nats per answer token / test score in %."
 BEST = "from tuned: layer-wise, recovered unless clearly worse (best, default)"
 
 

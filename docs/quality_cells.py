@@ -175,6 +175,9 @@ def twice(task: str) -> list[Pair]:
     return [pair for name in sorted(names) for pair in pairs(name) if pair[0] == task]
 
 
+BOTH = "Loss on validation rows, in nats per answer token / test score in %."
+
+
 def both(entry: dict[str, Any] | None) -> str:
     """Validation loss and test score of a cell, as text; a dash if it is not measured."""
     return f"{entry['validation']['nll']:.3f} / {100 * entry['test']['score']:.1f}" if entry else "–"

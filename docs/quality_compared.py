@@ -1,8 +1,8 @@
-"""The quality study: two ways of making a pruned model, run by run, at the same learning rate."""
+"""The quality study: ways of making a pruned model beside each other, run by run."""
 
 from __future__ import annotations
 
-from quality_cells import TASKS, USUAL, WRITTEN, both, cells, dense_of
+from quality_cells import BOTH, RECOVER_RATE, RECOVERED, TASKS, USUAL, WRITTEN, both, cells, dense_of
 
 
 def _runs(one: str, other: str, heads: tuple[str, str]) -> str:
@@ -17,7 +17,7 @@ def _runs(one: str, other: str, heads: tuple[str, str]) -> str:
         rate = float(key.rpartition("/")[2])
         task = (TASKS | WRITTEN)[entry["task"]]
         lines.append(f"| {task}, seed {entry['seed']}, rate {rate:g} | {both(entry)} | {both(beside)} |")
-    return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token / test score in %."])
+    return "\n".join([*lines, "", BOTH])
 
 
 def fast_rows() -> str:
@@ -29,14 +29,32 @@ def fast_rows() -> str:
 
 def prompts() -> str:
     """Recovery with the teacher on answers alone, and on prompts too."""
-    found = [
-        _runs(f"tuned/{choice}/layer_wise/distil", f"tuned/{choice}/layer_wise/distil-prompts-1", heads)
-        for choice, heads in (
-            ("igia", ("IGIA's layers, teacher on answers", "on prompts too")),
-            ("gate", ("the gate's layers, teacher on answers", "on prompts too")),
-        )
-    ]
-    return "\n\n".join(table for table in found if table.count("\n") > 3)
+    repaired = {
+        "igia/layer_wise": "IGIA's layers, by position",
+        "gate/layer_wise": "the gate's layers, by position",
+        "gate/influence-512": "the gate's layers, by influence on 512 rows",
+    }
+    tables = []
+    for row, label in repaired.items():
+        heads = (f"{label}, teacher on answers", "on prompts too")
+        tables.append(_runs(f"tuned/{row}/distil", f"tuned/{row}/distil-prompts-1", heads))
+    return "\n\n".join(tables)
+
+
+def brief() -> str:
+    """Recoveries at the default rate on a part of the rows."""
+    parts = {"-x0.125": "an eighth", "-x0.25": "a quarter", "-x0.5": "half", "": "all rows"}
+    lines = ["| run | dense | repaired | " + " | ".join(parts.values()) + " |", "|---" * 7 + "|"]
+    for task in TASKS:
+        for seed in range(3):
+            dense = dense_of(task, seed)
+            rate = RECOVER_RATE * dense["training"]["rate"] if dense else 0.0
+            row = f"{task}/{seed}/train/{RECOVERED['igia']}"
+            found = [cells().get(f"{row}{part}/{USUAL}/{rate:g}") for part in parts]
+            if any(found[:-1]):
+                shown = [dense, cells().get(f"{task}/{seed}/shrink/igia/{USUAL}/influence"), *found]
+                lines.append(f"| {TASKS[task]}, seed {seed} | {' | '.join(map(both, shown))} |")
+    return "\n".join([*lines, "", BOTH])
 
 
 def weighed() -> str:
@@ -53,7 +71,12 @@ def weighed() -> str:
             if any(found[1::2]):
                 shown = " | ".join(map(both, [dense_of(task, seed), *found]))
                 lines.append(f"| {label}, seed {seed} | {shown} |")
-    return "\n".join([*lines, "", "Loss on validation rows, in nats per answer token / test score in %."])
+    return "\n".join([*lines, "", BOTH])
 
 
-BLOCKS = {"quality_fast_rows": fast_rows, "quality_prompts": prompts, "quality_weighed": weighed}
+BLOCKS = {
+    "quality_brief": brief,
+    "quality_fast_rows": fast_rows,
+    "quality_prompts": prompts,
+    "quality_weighed": weighed,
+}

@@ -37,7 +37,10 @@ from gradpruner.common.errors import ConfigError
     recover=Annotated[
         Number,
         typer.Option(
-            "--recover", metavar="STEPS", help="Train the pruned model for this many steps. Default: none."
+            "--recover",
+            metavar="STEPS",
+            help="Train the pruned model for this many steps, a pass over the rows: less may do harm. "
+            "Default: none.",
         ),
     ],
 )
