@@ -65,7 +65,7 @@ def _lines(task: str) -> dict[str, list[tuple[int, float]]]:
         at = {
             gone: [pair for pair in blocks.at_depth(way, gone) if pair[0] == task] for gone in blocks.DEPTHS
         }
-        found[way] = [(gone, 100 * cells.loss(pairs)[0]) for gone, pairs in at.items() if pairs]
+        found[way] = [(gone, round(100 * cells.loss(pairs)[0], 2)) for gone, pairs in at.items() if pairs]
     return found
 
 

@@ -15,7 +15,7 @@ class Row:
             Then the pruned model trains on the rest.
         choice: A name in `choices.CHOICES`, or "paper": GradPruner with three layers merged.
         repair: "none", "least_squares" or "influence", see `study.repaired`.
-        distil: Whether the tuned dense model is the teacher, which is the one that is pruned if one is.
+        distil: Whether a dense model is the teacher: the one that was pruned, or from base the tuned one.
         prompts: Weight of what the teacher says on prompt tokens.
         passes: Passes over the training rows, relative to the dense model's tuning.
         rows: Number of training rows that the repair is fitted on, or None for the usual number.
