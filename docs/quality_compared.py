@@ -57,6 +57,29 @@ def brief() -> str:
     return "\n".join([*lines, "", BOTH])
 
 
+def longer() -> str:
+    """Models pruned after the dense model was tuned for twice as long: the gate's layers, repaired, recovered."""
+    lines = [
+        "| run | dense | dense, tuned for twice as long | pruned from that, repaired | recovered |",
+        "|---" * 5 + "|",
+    ]
+    for key in sorted(cells()):
+        if "/shrink/twice/" not in key:
+            continue
+        task, seed = key.split("/")[:2]
+        dense = dense_of(task, int(seed))
+        assert dense is not None
+        rate, start = dense["training"]["rate"], f"{task}/{seed}"
+        names = (
+            f"{start}/dense-twice/{rate:g}",
+            key,
+            f"{start}/train/twice/gate/influence/distil/{USUAL}/{RECOVER_RATE * rate:g}",
+        )
+        shown = [dense, *(cells().get(name) for name in names)]
+        lines.append(f"| {TASKS[task]}, seed {seed} | {' | '.join(map(both, shown))} |")
+    return "\n".join([*lines, "", BOTH])
+
+
 def weighed() -> str:
     """Layer-wise repairs that weigh tokens by position, and by influence: the same tuned models and layers."""
     ways = {
@@ -77,6 +100,7 @@ def weighed() -> str:
 BLOCKS = {
     "quality_brief": brief,
     "quality_fast_rows": fast_rows,
+    "quality_longer": longer,
     "quality_prompts": prompts,
     "quality_weighed": weighed,
 }
