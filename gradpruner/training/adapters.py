@@ -16,8 +16,7 @@ from gradpruner.models.layers import LayeredModel, refuse_adapters, unwrap
 WEIGHTS_KEPT = (True, False, "gaussian", "eva", "orthogonal")
 """Values of PEFT's `init_lora_weights` that leave the model's own weights as they are."""
 
-
-LEFT_BEHIND = ("lora_", "modules_to_save", "trainable_tokens_", "token_adapter")
+TAKEN_AWAY = ("lora_", "modules_to_save", "trainable_tokens_", "token_adapter")
 """Parts of the names of trained parameters that PEFT takes away with the adapters."""
 
 
@@ -147,7 +146,7 @@ def trained_in_place(model: nn.Module) -> list[str]:
     return [
         name
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not any(part in name for part in LEFT_BEHIND)
+        if parameter.requires_grad and not any(part in name for part in TAKEN_AWAY)
     ]
 
 
