@@ -8,6 +8,7 @@ from typing import Any
 
 from quality_cells import (
     BOTH,
+    CLASSES,
     EARLY,
     RECOVERED,
     ROW_FAST,
@@ -119,16 +120,15 @@ def at_depth(way: str, gone: int) -> list[Pair]:
 
 def depths() -> str:
     """The table of numbers of layers removed and repaired, not trained and trained, for tasks with classes."""
-    tasks = [task for task in measured_tasks() if task != WRITING]
-    dense = [(task, DEPTH_SEED, one, one) for task in tasks if (one := dense_of(task, DEPTH_SEED))]
+    dense = [(task, DEPTH_SEED, one, one) for task in CLASSES if (one := dense_of(task, DEPTH_SEED))]
     lines = [
-        f"| layers removed of 30 | {' | '.join(TASKS[task] for task in tasks)} | against dense [95 %] |",
-        "|---" * (len(tasks) + 2) + "|",
-        f"| dense, tuned | {' | '.join(_by_task(dense, tasks))} | |",
+        f"| layers removed of 30 | {' | '.join(TASKS[task] for task in CLASSES)} | against dense [95 %] |",
+        "|---" * (len(CLASSES) + 2) + "|",
+        f"| dense, tuned | {' | '.join(_by_task(dense, CLASSES))} | |",
     ]
     for way in WAYS_DOWN:
         at = ((gone, at_depth(way, gone)) for gone in DEPTHS)
-        lines += [_line(f"{gone}, {way}", found, tasks) for gone, found in at if found]
+        lines += [_line(f"{gone}, {way}", found, CLASSES) for gone, found in at if found]
     return "\n".join(lines)
 
 

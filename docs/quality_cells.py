@@ -16,6 +16,8 @@ from gradpruner.runs.row.held_out import clearly_worse
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
 TASKS = {"trec": "TREC", "banking77": "Banking77", "sst2": "SST-2", "scitldr": "SciTLDR (ROUGE-L)"}
 WRITING = "scitldr"
+CLASSES = tuple(task for task in TASKS if task != WRITING)
+"""Tasks whose answers are classes."""
 WRITTEN = {WRITING: TASKS[WRITING], "gsm8k": "GSM8K (final number)"}
 """Tasks whose answers are sentences. Models of this size solve hardly any of GSM8K, so its loss says more."""
 Pair = tuple[str, int, dict[str, Any], dict[str, Any]]

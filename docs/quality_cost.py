@@ -6,10 +6,21 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from quality_cells import ROW_FAST, ROW_IGIA, USUAL, Pair, better, cells, classified, compared, trained, twice
+from quality_cells import (
+    CLASSES,
+    ROW_FAST,
+    ROW_IGIA,
+    USUAL,
+    Pair,
+    better,
+    cells,
+    classified,
+    compared,
+    trained,
+    twice,
+)
 
 TRAINED_ROWS = (1600, 3200, 10_000, 30_000, 100_000)
-CLASSES = ("trec", "banking77", "sst2")
 WAYS: dict[str, tuple[Callable[[], list[Pair]], tuple[str, ...]]] = {
     "dense, twice as long": (lambda: [pair for task in CLASSES for pair in twice(task)], ("dense", "dense")),
     "tuned, repaired, nothing trained": (compared, ("dense", "recording", "influence", "influence")),

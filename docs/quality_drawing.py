@@ -20,7 +20,7 @@ def draw() -> str:
     """
     pyplot = plotting()
     pyplot.rcParams["font.size"] = 8
-    ways, tasks = _ways(), _tasks()
+    ways, tasks = _ways(), cells.CLASSES
     heights = (0.24 * len(ways) + 0.6, 3.2)
     figure = pyplot.figure(figsize=(13.5, sum(heights)), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=heights)
@@ -106,12 +106,8 @@ def _ways() -> list[tuple[str, tuple[float, float, float]]]:
     return found
 
 
-def _tasks() -> list[str]:
-    return [task for task in cells.measured_tasks() if task != cells.WRITING]
-
-
 def shown() -> str:
     """The digest of what the drawing shows."""
     drawn = [*_ways(), *((label, (time, *cells.loss(found))) for label, time, found in totals())]
     rounded = [(label, [round(part, 4) for part in parts]) for label, parts in drawn]
-    return digest([rounded, [_lines(task) for task in _tasks()]])
+    return digest([rounded, [_lines(task) for task in cells.CLASSES]])
