@@ -112,7 +112,7 @@ def run_notes(view: View, dense: Measured, pruned: Measured, tuned: bool) -> lis
     notes = []
     if dense.is_small or pruned.is_small:
         notes.append(_few_words(min(m.n for m in (dense, pruned) if m.n is not None)))
-    notes += [_majority_note(view.majority, dense, pruned, main), _rival_note(view)]
+    notes += [_majority_note(view.majority, dense, pruned, main), _rival_note(view), _longer_note(view)]
     if not tuned:
         notes.append("Both models are compared before fine-tuning.")
     own, others = main.recorded.finetune, reference.recorded.finetune
@@ -177,6 +177,20 @@ def _rival_note(view: View) -> str:
     return f"Scores at least as high as {main.label}: {', '.join(rivals)}." if rivals else ""
 
 
+def _longer_note(view: View) -> str:
+    """Advises to tune for longer if the dense model is clearly better for it; '' if not, or not measured."""
+    row = view.first.row("longer")
+    paired = row.paired.get(view.metric) if row else None
+    if row is None or paired is None or (number(row.costs.get("training_ratio")) or 0) <= 1:
+        return ""
+    if paired.ends is None or paired.ends[0] <= 0:
+        return ""
+    return (
+        f"{row.label} scores clearly more than dense: training was too short. Tune for longer "
+        "(finetune.epochs) and prune from there."
+    )
+
+
 def probe_notes(view: View) -> list[str]:
     """Warns if reasoning was lost, or could not be probed."""
     notes = []
@@ -202,7 +216,7 @@ def probe_notes(view: View) -> list[str]:
 
 def comparison_notes(view: View) -> list[str]:
     """Returns what a careful reader of a comparison would object to."""
-    notes = [_rival_note(view)]
+    notes = [_rival_note(view), _longer_note(view)]
     share = view.record.budget.share
     off = [
         f"{row.label} ({percent(row.removed_share)})"

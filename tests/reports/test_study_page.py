@@ -265,6 +265,20 @@ def test_the_notes_say_how_often_each_of_two_scores_chose_the_layers() -> None:
     assert sum("were chosen by" in note for note in notes) == 1
 
 
+def test_a_dense_model_that_is_better_for_longer_training_was_tuned_too_little() -> None:
+    def said(change: float, ratio: float) -> str:
+        study = make_study(("dense", "merged", "last"))
+        longer = make_row("last") | {"name": "longer", "label": "dense, same work"}
+        longer["metrics"]["exact_match"]["paired"] = difference(change)
+        longer["costs"]["training_ratio"] = ratio
+        study["points"][0]["rows"].append(longer)
+        return " ".join(judge(read(study)).notes)
+
+    assert "dense, same work scores clearly more than dense: training was too short." in said(0.02, 2.5)
+    for nothing in (said(0.005, 2.5), said(-0.02, 2.5), said(0.02, 0.7)):
+        assert "too short" not in nothing
+
+
 def test_wins_ties_and_losses_leave_out_dense_and_gradpruners_own_rows() -> None:
     study = make_study(("dense", "merged", "dropped", "last", "random", "sleb"))
     for name, value in (("last", -0.05), ("random", 0.05), ("sleb", 0.001)):
