@@ -41,27 +41,39 @@ WEIGHTS = (0.0, 0.5, 0.95)
 """Other shares of a repair's weight that go by influence."""
 
 
-def dense(work: Work, rate: float) -> dict[str, Any]:
-    """Returns the cell of the dense model tuned at a learning rate."""
+def saved(work: Work, folder: Path, rate: float, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Tunes the dense model and keeps it in a folder; returns it and figures of the training."""
+    model, result = work.tuned(work.load(), rate, **options)
+    model.save_pretrained(folder)
+    return model, result
+
+
+def measured(work: Work, name: str, folder: Path, rate: float, **options: Any) -> dict[str, Any]:
+    """Returns the cell of a tuned dense model, which it keeps in a folder."""
 
     def make() -> dict[str, Any]:
-        model = work.load()
-        result = work.tune(model, rate)
-        model.save_pretrained(work.tuned_folder(rate))
+        model, result = saved(work, folder, rate, **options)
         return {"training": result, **work.measure(model)}
 
-    return work.cell(f"dense/{rate:g}", make)
+    return work.cell(name, make)
+
+
+def kept(work: Work, folder: Path, rate: float, **options: Any) -> Path:
+    """Returns the folder of a tuned dense model; tunes again if it was measured on another machine."""
+    if not (folder / "model.safetensors").exists():
+        saved(work, folder, rate, **options)
+    return folder
+
+
+def dense(work: Work, rate: float) -> dict[str, Any]:
+    """Returns the cell of the dense model tuned at a learning rate."""
+    return measured(work, f"dense/{rate:g}", work.folder(f"{rate:g}"), rate)
 
 
 def tuned(work: Work, rate: float) -> Path:
-    """Returns the folder of the dense model tuned at a rate; tunes again if that was on another machine."""
+    """Measures the dense model tuned at a rate, and returns its folder."""
     dense(work, rate)
-    folder = work.tuned_folder(rate)
-    if not (folder / "model.safetensors").exists():
-        model = work.load()
-        work.tune(model, rate)
-        model.save_pretrained(folder)
-    return folder
+    return kept(work, work.folder(f"{rate:g}"), rate)
 
 
 def best_rate(work: Work) -> float:
@@ -228,23 +240,10 @@ def varied(
 
 
 def lora_tuned(work: Work) -> Path:
-    """Returns the folder of the model tuned with LoRA, adapters merged, at ten times the full rate."""
-    folder = work.scratch / f"{work.task}-{work.seed}-lora"
-    rate = 10 * best_rate(work)
-
-    def make() -> tuple[Any, dict[str, Any]]:
-        model, result = work.tuned(work.load(), rate, mode="lora")
-        model.save_pretrained(folder)
-        return model, result
-
-    def cell() -> dict[str, Any]:
-        model, result = make()
-        return {"training": result, **work.measure(model)}
-
-    work.cell("dense/lora", cell)
-    if not (folder / "model.safetensors").exists():
-        make()
-    return folder
+    """Measures the model tuned with LoRA at ten times the rate, and returns its folder, adapters merged."""
+    folder, rate = work.folder("lora"), 10 * best_rate(work)
+    measured(work, "dense/lora", folder, rate, mode="lora")
+    return kept(work, folder, rate, mode="lora")
 
 
 QUARTER = 0.25
@@ -255,13 +254,8 @@ tuning a pruned model on all rows."""
 
 def begun(work: Work, share: float = QUARTER) -> Path:
     """Returns the folder of the dense model tuned on the first rows only: a quarter, or another share."""
-    rate = best_rate(work)
-    folder = work.scratch / f"{work.task}-{work.seed}-{'quarter' if share == QUARTER else f'{share:g}'}"
-    if not (folder / "model.safetensors").exists():
-        model = work.load()
-        work.tune(model, rate, rows=work.part(0, share))
-        model.save_pretrained(folder)
-    return folder
+    folder = work.folder("quarter" if share == QUARTER else f"{share:g}")
+    return kept(work, folder, best_rate(work), rows=work.part(0, share))
 
 
 def start_of(work: Work, row: Row) -> Path:
@@ -294,7 +288,7 @@ def trained(work: Work, row: Row, rate: float, gone: int = NUM_GONE) -> dict[str
             options = DistillationOptions(prompts=row.prompts)
             teacher = folder if row.start == "twice" else tune(work)
             learns = {"teacher": work.load(teacher), "distillation": options}
-        result = work.tune(model, rate, epochs=row.passes * work.facts.epochs, **learns)
+        result = work.tune(model, rate, passes=row.passes, **learns)
         facts: dict[str, Any] = {"gone": list(plan.pruned), "evidence": evidence, "training": result}
         facts["repair_seconds"] = round(fitted.seconds, 1) if fitted else 0.0
         facts["before"] = {k: before[k] for k in ("score", "nll", "losses") if k in before}
@@ -332,27 +326,22 @@ def train(work: Work) -> None:
     if work.wants("early/"):
         pruned(work, begun(work, EARLY), "igia", NUM_GONE, "influence", tuned_by=f"early/{EARLY:g}/")
     if work.wants("dense-twice/"):
-        work.cell(f"dense-twice/{best:g}", lambda: tuned_twice(work, best))
+        longer(work)
     if work.wants("twice/"):
         pruned(work, twice(work), LONGER.choice, NUM_GONE, LONGER.repair, tuned_by="twice/")
         trained(work, LONGER, best / 2)
 
 
-def tuned_twice(work: Work, rate: float) -> dict[str, Any]:
-    """Measures the dense model tuned for twice the epochs: the same compute as a teacher and a recovery."""
-    model = work.load()
-    result = work.tune(model, rate, epochs=2 * work.facts.epochs)
-    return {"training": result, **work.measure(model)}
+def longer(work: Work) -> dict[str, Any]:
+    """Returns the cell of the dense model tuned for twice the epochs: the work of teacher and recovery."""
+    rate = best_rate(work)
+    return measured(work, f"dense-twice/{rate:g}", work.folder("twice"), rate, passes=2)
 
 
 def twice(work: Work) -> Path:
-    """Returns the folder of the dense model tuned for twice the epochs."""
-    folder = work.scratch / f"{work.task}-{work.seed}-twice"
-    if not (folder / "model.safetensors").exists():
-        model = work.load()
-        work.tune(model, best_rate(work), epochs=2 * work.facts.epochs)
-        model.save_pretrained(folder)
-    return folder
+    """Measures the dense model tuned for twice the epochs, and returns its folder."""
+    longer(work)
+    return kept(work, work.folder("twice"), best_rate(work), passes=2)
 
 
 PARTS = {"tune": tune, "shrink": shrink, "depth": depth, "train": train, "vary": vary}

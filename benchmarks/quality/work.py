@@ -68,9 +68,9 @@ class Work:
             return self
         return replace(self, seed=seed)
 
-    def tuned_folder(self, rate: float) -> Path:
-        """Returns the folder of the dense model tuned at a learning rate."""
-        return self.scratch / f"{self.task}-{self.seed}-{rate:g}"
+    def folder(self, name: str) -> Path:
+        """Returns the folder of a tuned dense model, called after its learning rate or how it was tuned."""
+        return self.scratch / f"{self.task}-{self.seed}-{name}"
 
     @cached_property
     def num_layers(self) -> int:
@@ -126,11 +126,17 @@ class Work:
         encoded = self.encoded["train"]
         return encoded[round(start * len(encoded)) : round(stop * len(encoded))]
 
-    def tuned(self, model: Any, rate: float, rows: Any = None, **options: Any) -> tuple[Any, dict[str, Any]]:
-        """Fine-tunes a model; returns it (with LoRA a new object) and figures of the training."""
+    def tuned(
+        self, model: Any, rate: float, rows: Any = None, passes: float = 1, **options: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Fine-tunes a model; returns it (with LoRA a new object) and figures of the training.
+
+        `passes` multiplies the task's epochs.
+        """
         from gradpruner.training.finetuning import finetune
 
-        settings = {"mode": "full", "epochs": self.facts.epochs, "batch_size": BATCH, "accumulation": 1}
+        epochs = passes * self.facts.epochs
+        settings = {"mode": "full", "epochs": epochs, "batch_size": BATCH, "accumulation": 1}
         trained, result = finetune(
             model,
             rows or self.encoded["train"],
