@@ -8,13 +8,12 @@ two kinds of pieces. Labels of prompt tokens are `IGNORED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from gradpruner.common.errors import ConfigError, DataError
 from gradpruner.data.chat import adds_space, conversation_ids, text_ids
@@ -51,7 +50,7 @@ class Encoded:
         return sum(label != IGNORED for label in self.labels[1:])
 
 
-class EncodedDataset(Dataset[dict[str, list[int]]]):
+class EncodedDataset(Sequence[dict[str, list[int]]]):
     """Encoded examples as the dictionaries a Trainer takes; a slice is an `EncodedDataset` too."""
 
     def __init__(self, encoded: Sequence[Encoded]) -> None:
@@ -73,9 +72,6 @@ class EncodedDataset(Dataset[dict[str, list[int]]]):
             return EncodedDataset(self.encoded[index])
         one = self.encoded[index]
         return {"input_ids": one.input_ids, "labels": one.labels}
-
-    def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        return (self[index] for index in range(len(self)))
 
     def notes(self) -> tuple[str, ...]:
         """Returns notes for the user about what was cut; () if nothing was."""

@@ -365,7 +365,7 @@ def record_rows(job: Job, folder: str) -> GradientTrace:
     model = job.load_origin(quantise=options.adapter == "qlora")
     trace = record_gradients(
         model,
-        job.samples,  # type: ignore[arg-type]
+        job.samples,
         RecordOptions(
             **options.model_dump() | {"steps": job.record_steps}, **job.training.model_dump(include=shared)
         ),

@@ -199,7 +199,7 @@ class Job(Inputs):
             seed=self.recipe.seed,
             trace=trace,
             model=lambda: self.load(self.origin),
-            samples=self.samples,  # type: ignore[arg-type]
+            samples=self.samples,
             collator=self.collator,
             norm=self.recipe.score.norm,
             num_keep=self.num_keep,
@@ -210,7 +210,7 @@ class Job(Inputs):
             trained=self.recipe.trains_pruned,
             protected=tuple(sorted(protected)),
             fits=self.slots(),
-            validation=self.validation_samples if self._compared_on else None,  # type: ignore[arg-type]
+            validation=self.validation_samples if self._compared_on else None,
             make_plan=partial(plan_for, self, merging=False),
             options=self.method_options(name),
             options_of=self.method_options,

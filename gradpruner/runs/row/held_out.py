@@ -36,7 +36,7 @@ def losses_on(job: Job, model: Any, samples: EncodedDataset, which: str) -> tupl
     """
     device = torch.device("cpu") if job.device == "cpu" else next(model.parameters()).device
     model.eval()
-    batches = sample_batches(samples, job.collator, device, _BATCH)  # type: ignore[arg-type]
+    batches = sample_batches(samples, job.collator, device, _BATCH)
     return nll_of_rows(model, batches, which, "held-out rows")
 
 

@@ -86,7 +86,7 @@ def fit(variant: Variant) -> Repair:
         found = fit_repair(
             model,
             variant.plan,
-            job.samples,  # type: ignore[arg-type]
+            job.samples,
             job.collator,
             job.repair,
             trace=trace,
