@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gradpruner.runs.row.held_out import clearly_worse
+from gradpruner.evaluation.metrics import clearly_worse
 
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results" / "quality"
 TASKS = {"trec": "TREC", "banking77": "Banking77", "sst2": "SST-2", "scitldr": "SciTLDR (ROUGE-L)"}

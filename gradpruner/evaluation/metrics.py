@@ -173,6 +173,15 @@ def paired_difference(
     return bootstrap_interval((_values(first) - _values(second)).tolist(), seed=seed)
 
 
+def clearly_worse(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether losses have risen by more than chance: the 95 % interval of the paired change is above 0.
+
+    Training further mostly helps (docs/quality.md), and a few hundred rows measure the change of a loss only
+    roughly. So a loss that seems a little higher is no reason to throw the training away.
+    """
+    return paired_difference(after, before).low > 0
+
+
 def _values(values: Sequence[float] | Sequence[bool]) -> NDArray[np.float64]:
     """Returns the values as a one-dimensional, non-empty float array."""
     array = np.asarray(values, dtype=np.float64)

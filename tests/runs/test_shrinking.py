@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from gradpruner.cli.main import app
 from gradpruner.common.errors import ConfigError, DataError, PlanError
 from gradpruner.common.progress import set_mode
+from gradpruner.evaluation.metrics import clearly_worse
 from gradpruner.gradients.scores import LayerScores
 from gradpruner.gradients.trace import GradientTrace
 from gradpruner.methods import METHODS, either
@@ -37,7 +38,6 @@ from gradpruner.runs.pipeline import run
 from gradpruner.runs.recipe.recipe import check_recipe, load_recipe
 from gradpruner.runs.row import work
 from gradpruner.runs.row.depth_search import possible_plans, refuse_uncertified
-from gradpruner.runs.row.held_out import clearly_worse
 from gradpruner.training.options import FinetuneOptions
 
 

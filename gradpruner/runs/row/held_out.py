@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 from gradpruner.common.errors import NonFiniteError
 from gradpruner.data.encoding import EncodedDataset
-from gradpruner.evaluation.metrics import paired_difference
+from gradpruner.evaluation.metrics import clearly_worse
 from gradpruner.models.dtypes import cast_like, stored_dtype
 from gradpruner.models.loading import resolve_device, resolve_dtype
 from gradpruner.models.walking import sample_batches
@@ -81,12 +80,3 @@ def better_of(
         return trained, kept
     job.release(trained)
     return _loaded(job, folder), kept | {"model": "pruned"}
-
-
-def clearly_worse(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether losses have risen by more than chance: the 95 % interval of the paired change is above 0.
-
-    Training further mostly helps (docs/quality.md), and a few hundred rows measure the change of a loss only
-    roughly. So a loss that seems a little higher is no reason to throw the training away.
-    """
-    return paired_difference(after, before).low > 0
