@@ -328,7 +328,8 @@ def train(work: Work) -> None:
     if work.wants("dense-twice/"):
         longer(work)
     if work.wants("twice/"):
-        pruned(work, twice(work), LONGER.choice, NUM_GONE, LONGER.repair, tuned_by="twice/")
+        for choice in ("igia", LONGER.choice):  # last the one whose repair is then trained
+            pruned(work, twice(work), choice, NUM_GONE, LONGER.repair, tuned_by="twice/")
         trained(work, LONGER, best / 2)
 
 
