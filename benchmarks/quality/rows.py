@@ -70,7 +70,7 @@ TRAINED = (
 FULL_ROWS = (Row("tuned", "igia", "influence", distil=True), Row("base", "last", "least_squares"))
 """The rows that are measured at every depth; first the one whose repair has just been fitted."""
 
-LONGER = Row("twice", "gate", "influence", distil=True)
+LONGER = tuple(Row("twice", choice, "influence", distil=True) for choice in ("igia", "gate"))
 """From a dense model tuned for twice the epochs: does the pruned model keep what these gain?"""
 
 BRIEF = tuple(Row("tuned", "igia", "influence", distil=True, passes=passes) for passes in (0.125, 0.25, 0.5))
