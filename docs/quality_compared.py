@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from quality_cells import BOTH, RECOVER_RATE, RECOVERED, TASKS, USUAL, WRITTEN, both, cells, dense_of
+from typing import Any
+
+from quality_cells import (
+    BOTH,
+    RECOVER_RATE,
+    RECOVERED,
+    TASKS,
+    USUAL,
+    WRITTEN,
+    Pair,
+    both,
+    cells,
+    dense_of,
+    loss,
+    twice,
+)
 
 
 def _runs(one: str, other: str, heads: tuple[str, str]) -> str:
@@ -58,26 +73,38 @@ def brief() -> str:
 
 
 def longer() -> str:
-    """Models pruned after the dense model was tuned for twice as long: the gate's layers, repaired, recovered."""
-    lines = [
-        "| run | dense | dense, tuned for twice as long | pruned from that, repaired | recovered |",
-        "|---" * 5 + "|",
+    """Dense models tuned for twice as long and pruned from there: repaired, and recovered at two rates."""
+    heads = [
+        "dense",
+        "dense, tuned for twice as long",
+        "IGIA's layers removed from that, repaired",
+        "the gate's layers",
     ]
-    for key in sorted(cells()):
-        if "/shrink/twice/" not in key:
-            continue
-        task, seed = key.split("/")[:2]
-        dense = dense_of(task, int(seed))
-        assert dense is not None
-        rate, start = dense["training"]["rate"], f"{task}/{seed}"
-        names = (
-            f"{start}/dense-twice/{rate:g}",
-            key,
-            f"{start}/train/twice/gate/influence/distil/{USUAL}/{RECOVER_RATE * rate:g}",
-        )
-        shown = [dense, *(cells().get(name) for name in names)]
-        lines.append(f"| {TASKS[task]}, seed {seed} | {' | '.join(map(both, shown))} |")
-    return "\n".join([*lines, "", BOTH])
+    heads += [f"the better of both, recovered at rate x {part}" for part in ("1/2", "1/4")]
+    lines = [f"| run | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    runs: list[list[Pair]] = []
+    for task in TASKS:
+        for _, seed, dense, more in twice(task):
+            if found := _from_there(task, seed, dense):
+                lines.append(
+                    f"| {TASKS[task]}, seed {seed} | {' | '.join(map(both, (dense, more, *found)))} |"
+                )
+                runs.append([(task, seed, more, one) for one in (dense, more, *found)])
+    changes = [loss(found) for found in zip(*runs, strict=True)]
+    shown = [f"{100 * mean:+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]" for mean, low, high in changes]
+    shown[1] = ""
+    return "\n".join([*lines, f"| score against twice as long [95 %] | {' | '.join(shown)} |", "", BOTH])
+
+
+def _from_there(task: str, seed: int, dense: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was pruned from the dense model tuned for twice as long; [] unless everything is measured."""
+    repaired = {c: cells().get(f"{task}/{seed}/shrink/twice/{c}/{USUAL}/influence") for c in ("igia", "gate")}
+    losses = {choice: cell["validation"]["nll"] for choice, cell in repaired.items() if cell}
+    if len(losses) < len(repaired):
+        return []
+    row = f"{task}/{seed}/train/twice/{min(losses, key=lambda c: losses[c])}/influence/distil/{USUAL}"
+    recovered = [cells().get(f"{row}/{part * dense['training']['rate']:g}") for part in (RECOVER_RATE, 0.25)]
+    return [cell for cell in (*repaired.values(), *recovered) if cell] if all(recovered) else []
 
 
 def weighed() -> str:
