@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 from gradpruner.common.errors import ConfigError
 
@@ -55,8 +55,8 @@ class Example:
 
 
 @dataclass(frozen=True)
-class ExampleSet:
-    """The usable rows of one source.
+class ExampleSet(Sequence[Example]):
+    """The usable rows of one source, as a sequence of examples.
 
     Attributes:
         examples: At least one, in the order of the file.
@@ -77,6 +77,15 @@ class ExampleSet:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Example, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | tuple[Example, ...]:
+        return self.examples[index]
 
 
 def sample(examples: Sequence[Example], limit: int | None, seed: int) -> tuple[Sequence[Example], str]:

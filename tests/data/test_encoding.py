@@ -29,6 +29,7 @@ from gradpruner.data.encoding import (
     prompt_ids,
 )
 from gradpruner.data.examples import Example, Message
+from gradpruner.data.loading import load_examples
 from gradpruner.data.tasks import TASKS
 
 CORPUS = [
@@ -357,6 +358,19 @@ def test_what_is_learned_of_a_conversation_is_its_answers(chat_tokenizer, conten
 
 
 # Batches and preview
+
+
+def test_loaded_rows_are_a_sequence_of_examples_and_so_are_encoded_ones(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}:", "completion": " yes"}) + "\n" for n in range(3)))
+    found = load_examples(path)
+    assert [one.prompt for one in found] == [one.prompt for one in found[:3]] == ["0:", "1:", "2:"]
+    encoded = encode_all(byte_level(), found, 64)
+    assert list(encoded) == [encoded[0], encoded[1], encoded[-1]]
+    assert list(encoded[1:]) == list(encode_all(byte_level(), found[1:], 64))
+    for rows in (found, encoded):
+        with pytest.raises(IndexError):
+            rows[3]
 
 
 def test_collator_pads_on_the_right(tokenizer):
