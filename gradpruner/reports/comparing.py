@@ -199,7 +199,7 @@ def cost_plot(view: View) -> Plot | None:
     rows = [
         row
         for row in _measured(view)
-        if not row.is_dense and not row.is_smaller and number(row.costs.get("method_seconds")) is not None
+        if row.is_pruned and number(row.costs.get("method_seconds")) is not None
     ]
     if len(rows) < 2 or view.kind != "compare":
         return None

@@ -8,7 +8,7 @@ from gradpruner.common.printing import number, percent, ratio, text, whole
 from gradpruner.reports.fields import FEW_EXAMPLES, Measured
 from gradpruner.reports.record import CHOICES, PlanRecord
 from gradpruner.reports.tables import headline_of
-from gradpruner.reports.view import FAR_FROM_BUDGET, Row, View
+from gradpruner.reports.view import FAR_FROM_BUDGET, LONGER, Row, View
 
 _UNITS = {"parameters": "all parameters", "decoder_parameters": "the decoder's parameters"}
 FEW_SEEDS = 3
@@ -161,7 +161,7 @@ def _majority_note(majority: float | None, dense: Measured, pruned: Measured, ma
 
 
 def _rival_note(view: View) -> str:
-    """Names the other pruned rows that score at least as high."""
+    """Names the other rows, but dense, that score at least as high."""
     main, metric = view.main, view.metric
     if main is None or metric not in main.after:
         return ""
@@ -179,7 +179,7 @@ def _rival_note(view: View) -> str:
 
 def _longer_note(view: View) -> str:
     """Advises to tune for longer if the dense model is clearly better for it; '' if not, or not measured."""
-    row = view.first.row("longer")
+    row = view.first.row(LONGER)
     paired = row.paired.get(view.metric) if row else None
     if row is None or paired is None or (number(row.costs.get("training_ratio")) or 0) <= 1:
         return ""
@@ -221,7 +221,7 @@ def comparison_notes(view: View) -> list[str]:
     off = [
         f"{row.label} ({percent(row.removed_share)})"
         for row in view.first.rows
-        if not row.is_dense
+        if row.is_pruned
         and share is not None
         and row.removed_share is not None
         and abs(row.removed_share - share) > FAR_FROM_BUDGET

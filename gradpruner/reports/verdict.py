@@ -177,9 +177,7 @@ def _tally_words(view: View, point: Point) -> str:
     rivals = [
         row.rival[view.metric].turned()
         for row in point.rows
-        if row.name not in ("dense", "dropped", view.main_name)
-        and not row.is_smaller
-        and view.metric in row.rival
+        if row.is_pruned and row.name not in ("dropped", view.main_name) and view.metric in row.rival
     ]
     levels = [_level(rival) for rival in rivals if rival.ends]
     if not levels:

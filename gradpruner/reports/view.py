@@ -20,6 +20,8 @@ from gradpruner.reports.record import PENDING, Evaluated, PlanRecord, PointRecor
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
 LONGEST_ERROR = 1000
 """Errors are shown up to this many characters, because the hint comes last."""
+LONGER = "longer"
+"""The row of the dense model that is tuned for longer, as a control."""
 FAR_FROM_BUDGET = 0.03
 """A row whose removed fraction is further than this from the budget does not meet it."""
 MOST_LOST = 0.5
@@ -69,9 +71,9 @@ class Row(JsonPart):
         return self.name == "dense"
 
     @property
-    def is_smaller(self) -> bool:
-        """Whether this is another, smaller model rather than a pruned one."""
-        return self.name.startswith("smaller:")
+    def is_pruned(self) -> bool:
+        """Whether a method pruned this model; neither dense, tuned for longer, nor another, smaller model."""
+        return not (self.is_dense or self.name == LONGER or self.name.startswith("smaller:"))
 
     @property
     def plan(self) -> PlanRecord | None:
@@ -159,7 +161,8 @@ class View:
         if self.kind == "run":
             found = self.choice[0] or next(iter(in_order(self.rows)), None)
             return found.name if found else None
-        others = [name for name in self.names if name != "dense"]
+        pruned = [row.name for row in self.rows if row.is_pruned]
+        others = pruned or [name for name in self.names if name != "dense"]
         return next((n for n in ("merged", "gradpruner", *others) if n in others), None)
 
     @property
@@ -293,7 +296,7 @@ def _study_row(raw: Any) -> Row:
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
     """Returns the pruned rows: working ones first, GradPruner before others, never ordered by result."""
-    pruned = [row for row in rows if not row.is_dense and not row.is_smaller]
+    pruned = [row for row in rows if row.is_pruned]
 
     def rank(row: Row) -> tuple[bool, ...]:
         return (row.error is not None, not row.after, not row.before, row.name.partition("@")[0] != "merged")

@@ -279,6 +279,15 @@ def test_a_dense_model_that_is_better_for_longer_training_was_tuned_too_little()
         assert "too short" not in nothing
 
 
+def test_a_dense_model_tuned_for_longer_is_no_method_that_is_judged() -> None:
+    study = make_study(("dense", "last", "sleb"))
+    longer = make_row("last") | {"name": "longer", "label": "dense, same work", "removed_share": 0.0}
+    study["points"][0]["rows"].insert(1, longer)
+    found = judge(read(study))
+    assert read(study).main_name == "last" and found.sentence.startswith("Last layers scores")
+    assert "budget" not in " ".join(found.notes)
+
+
 def test_wins_ties_and_losses_leave_out_dense_and_gradpruners_own_rows() -> None:
     study = make_study(("dense", "merged", "dropped", "last", "random", "sleb"))
     for name, value in (("last", -0.05), ("random", 0.05), ("sleb", 0.001)):
