@@ -20,8 +20,6 @@ from gradpruner.reports.record import PENDING, Evaluated, PlanRecord, PointRecor
 _ACCURACIES = ("exact_match", "choice_accuracy", "choice_accuracy_normalised", "final_number")
 LONGEST_ERROR = 1000
 """Errors are shown up to this many characters, because the hint comes last."""
-LONGER = "longer"
-"""The row of the dense model that is tuned for longer, as a control."""
 FAR_FROM_BUDGET = 0.03
 """A row whose removed fraction is further than this from the budget does not meet it."""
 MOST_LOST = 0.5
@@ -72,8 +70,8 @@ class Row(JsonPart):
 
     @property
     def is_pruned(self) -> bool:
-        """Whether a method pruned this model; neither dense, tuned for longer, nor another, smaller model."""
-        return not (self.is_dense or self.name == LONGER or self.name.startswith("smaller:"))
+        """Whether parameters are gone; of `longer` and `sat` none are, and a smaller model is another one."""
+        return not (self.is_dense or self.removed_share == 0 or self.name.startswith("smaller:"))
 
     @property
     def plan(self) -> PlanRecord | None:
@@ -313,13 +311,7 @@ def choose(view: View) -> tuple[Row | None, str]:
     (rows named like their variant) set the budget and come first; if a limit on the loss set it, rows with
     the smallest limit fit. Rows that `has_lost` are taken only if all have.
     """
-    done = [
-        row
-        for row in in_order(view.first.rows)
-        if row.error is None
-        and view.metric in row.after
-        and (row.removed_share is None or row.removed_share > 0)
-    ]
+    done = [row for row in in_order(view.first.rows) if row.error is None and view.metric in row.after]
     done = [row for row in done if not view.has_lost(row)] or done
     if view.kind == "run":  # the first plans define the budget: any row no larger than them fits
         first = [row for row in done if "@" not in row.name]

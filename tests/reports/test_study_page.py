@@ -279,13 +279,14 @@ def test_a_dense_model_that_is_better_for_longer_training_was_tuned_too_little()
         assert "too short" not in nothing
 
 
-def test_a_dense_model_tuned_for_longer_is_no_method_that_is_judged() -> None:
+@pytest.mark.parametrize("name", ["longer", "sat"])
+def test_a_row_from_which_nothing_is_removed_is_no_method_that_is_judged(name: str) -> None:
     study = make_study(("dense", "last", "sleb"))
-    longer = make_row("last") | {"name": "longer", "label": "dense, same work", "removed_share": 0.0}
-    study["points"][0]["rows"].insert(1, longer)
+    control = make_row("last") | {"name": name, "label": "a control", "removed_share": 0.0}
+    study["points"][0]["rows"].insert(1, control)
     found = judge(read(study))
     assert read(study).main_name == "last" and found.sentence.startswith("Last layers scores")
-    assert "budget" not in " ".join(found.notes)
+    assert ("budget" in " ".join(found.notes)) == (name == "sat")
 
 
 def test_wins_ties_and_losses_leave_out_dense_and_gradpruners_own_rows() -> None:
